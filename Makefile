@@ -1,0 +1,32 @@
+# `make demo` and `make test` set up .venv from pinned constraints on first use.
+PYTHON ?= python3
+BIN := .venv/bin
+# One math thread per process: the tests run in parallel, and tiny models gain nothing from more.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint clean
+.DEFAULT_GOAL := demo
+
+.venv/.ready: pyproject.toml constraints.txt
+	@echo "Setting up .venv (first time only, a few minutes) ..."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable . hypothesis mypy pytest pytest-timeout pytest-xdist ruff
+	@touch $@
+
+demo: .venv/.ready  ## ask the embedded model about a picture, with all visual tokens and with PyramidDrop
+	$(BIN)/foveate demo
+
+test: .venv/.ready  ## the whole test suite
+	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
+
+lint: .venv/.ready  ## format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,1 +1,21 @@
 """foveate: faster vision-language models by removing the visual tokens they do not need."""
+
+from foveate import methods
+from foveate.budget import per_request
+from foveate.engine.session import Session, apply, use
+from foveate.errors import FoveateError
+from foveate.method import get_method, list_methods, register
+from foveate.models import list_families
+
+__all__ = [
+    "FoveateError",
+    "Session",
+    "apply",
+    "get_method",
+    "list_families",
+    "list_methods",
+    "methods",
+    "per_request",
+    "register",
+    "use",
+]

@@ -1,0 +1,220 @@
+"""Index maps between the logical and the physical sequence: pure functions on tensors.
+
+Logical: the sequence as everything outside the text model sees it, at full length. Physical: the columns that exist
+inside the text model after a reduction. -1 marks a padding column.
+
+Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `S` physical cache slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The physical columns of one forward.
+
+    Args:
+        index: (B, P) logical position within this forward of each column; -1 is padding. Real columns ascend and
+            padding comes first.
+        ragged: whether any column is padding.
+    """
+
+    index: Tensor
+    ragged: bool
+
+    @classmethod
+    def full(cls, batch: int, length: int, device: torch.device) -> Layout:
+        """The layout before any reduction: every logical position has its column."""
+        return cls(torch.arange(length, device=device).expand(batch, length), ragged=False)
+
+
+def compact(layout: Layout, alive: Tensor, counts: Sequence[int]) -> tuple[Layout, Tensor]:
+    """Keep the columns that are alive.
+
+    Args:
+        layout: (B, P) columns now.
+        alive: (B, P) bool, columns to keep.
+        counts: number of live columns of each row, known on the host.
+
+    Returns:
+        The new layout, and the (B, P') column of the old layout that each new column comes from (an arbitrary one for
+        padding).
+    """
+    width = max(counts)
+    ragged = min(counts) < width
+    # Stable: dead columns first, live ones last and in order; so the last `width` columns are left-padded.
+    source = alive.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
+    index = layout.index.gather(1, source)
+    if ragged:
+        index = index.masked_fill(~alive.gather(1, source), -1)
+    return Layout(index, ragged), source
+
+
+def take(x: Tensor, source: Tensor) -> Tensor:
+    """Pick columns: (B or 1, P, ...) and (B, P') give (B, P', ...)."""
+    if source.device != x.device:
+        source = source.to(x.device)
+    if x.shape[0] == 1 and source.shape[0] == 1:
+        return x.index_select(1, source[0])
+    rows = torch.arange(source.shape[0], device=x.device)[:, None] if x.shape[0] > 1 else 0
+    return x[rows, source]
+
+
+def expansion(layout: Layout, length: int) -> Tensor:
+    """The column that answers for each logical position: the nearest kept one at or before it.
+
+    Args:
+        layout: (B, P) columns.
+        length: T, logical positions.
+
+    Returns:
+        (B, T) columns. Positions before the first kept one get the first real column.
+    """
+    logical = torch.arange(length, device=layout.index.device).expand(layout.index.shape[0], length)
+    column = torch.searchsorted(layout.index.contiguous(), logical.contiguous(), right=True) - 1
+    first = (layout.index < 0).sum(1, keepdim=True)
+    return torch.maximum(column, first).clamp(max=layout.index.shape[1] - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Which logical position each cache slot holds. Layers that were cut alike share one `Slots`.
+
+    Every change gives a new value; the last one is remembered, so that layers which share a value and change alike
+    (a beam reorder, a new token) go on sharing.
+
+    Args:
+        index: (B, S) logical position in the whole sequence of each slot; -1 is padding.
+        length: logical length of the sequence.
+        ragged: whether any slot is padding.
+        dropped: (B, 1) visual tokens that were removed from each row so far.
+        tail: trailing slots that are whole logical positions in every row, so that cropping them is exact.
+    """
+
+    index: Tensor
+    length: int
+    ragged: bool
+    dropped: Tensor
+    tail: int
+    _last: list[tuple[Any, Slots]] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def full(cls, batch: int, length: int, device: torch.device) -> Slots:
+        """The slots of a cache layer from which nothing was removed."""
+        index = torch.arange(length, device=device).expand(batch, length)
+        return cls(index, length, False, torch.zeros(batch, 1, dtype=torch.long, device=device), length)
+
+    def extend(self, layout: Layout, length: int, dropped: Tensor | None) -> Slots:
+        """Append the columns of a forward of `length` logical positions."""
+
+        def make() -> Slots:
+            new = layout.index + self.length
+            if layout.ragged:
+                new = new.masked_fill(layout.index < 0, -1)
+            whole = layout.index.shape[1] == length
+            return Slots(
+                torch.cat((self.index, new), dim=1) if self.index.shape[1] else new,
+                self.length + length,
+                self.ragged or layout.ragged,
+                self.dropped if dropped is None else self.dropped + dropped,
+                self.tail + length if whole else _tail(new, self.length + length),
+            )
+
+        return self._derive(layout, make)
+
+    def rows(self, key: object, pick: Callable[[Tensor], Tensor]) -> Slots:
+        """Reorder, repeat or select rows; `key` identifies the operation, so that sharing layers agree."""
+        return self._derive(
+            key,
+            lambda: Slots(
+                pick(self.index), self.length, self.ragged, pick(self.dropped), self.tail
+            ),
+        )
+
+    def crop(self, count: int) -> Slots:
+        """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
+        return self._derive(
+            ("crop", count),
+            lambda: Slots(
+                self.index[:, : self.index.shape[1] - count],
+                self.length - count,
+                self.ragged,
+                self.dropped,
+                self.tail - count,
+            ),
+        )
+
+    def _derive(self, key: object, make: Callable[[], Slots]) -> Slots:
+        for last, value in self._last:
+            if last is key or (isinstance(key, tuple) and isinstance(last, tuple) and last == key):
+                return value
+        value = make()
+        self._last[:] = [(key, value)]
+        return value
+
+
+def _tail(index: Tensor, end: int) -> int:
+    """Trailing columns that hold the last logical positions, without a gap, in every row."""
+    width = index.shape[1]
+    wanted = torch.arange(end - width, end, device=index.device)
+    whole = (index == wanted).all(0).flip(0)
+    return int(whole.long().cumprod(0).sum())
+
+
+def translate_mask(
+    mask: Tensor | None, layout: Layout, slots: Slots, length: int, *, two_d: bool, width: int = 0
+) -> Tensor | None:
+    """The attention mask of the physical columns.
+
+    Args:
+        mask: what the text model built for the logical sequence: `None`, (B, K) for flash kernels, or
+            (B or 1, H or 1, T, K), boolean (True attends) or additive.
+        layout: (B, P) columns of this forward, the queries.
+        slots: (B, S) cache slots after this forward, the keys.
+        length: T, logical length of this forward.
+        two_d: whether the kernel takes 2-D masks.
+        width: columns the keys really have, where a static cache holds more than S.
+
+    Returns:
+        `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding columns attend
+        everywhere, so that they stay finite; nothing attends to them.
+    """
+    batch, queries = layout.index.shape
+    keys = slots.index
+    if width > keys.shape[1]:
+        keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=-1)
+    real = keys >= 0
+    if mask is None:
+        if not slots.ragged and not layout.ragged:
+            return None
+        if two_d:
+            return real
+        if queries == 1:
+            return real[:, None, None]
+        asked = layout.index + (slots.length - length)
+        allowed = real[:, None] & (keys[:, None] <= asked[..., None])
+        return (allowed | (layout.index < 0)[..., None])[:, None]
+    offset = max(slots.length - mask.shape[-1], 0)  # sliding-window masks begin later than position 0
+    real = keys >= offset if offset else real
+    column = (keys - offset).clamp(min=0)
+    if mask.dim() == 2:
+        return mask.gather(1, column) * real.to(mask.dtype)
+    row = layout.index.clamp(min=0)
+    if mask.shape[0] == 1 and batch == 1:
+        physical = mask.index_select(2, row[0]).index_select(3, column[0])
+    else:
+        rows = torch.arange(batch, device=mask.device)[:, None, None] if mask.shape[0] > 1 else 0
+        physical = mask.movedim(1, -1)[rows, row[..., None], column[:, None]].movedim(-1, 1)
+    refuse = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    physical = physical.masked_fill(~real[:, None, None], refuse)
+    if layout.ragged:
+        allow = True if mask.dtype == torch.bool else 0.0
+        physical = physical.masked_fill((layout.index < 0)[:, None, :, None], allow)
+    return physical

@@ -1,0 +1,189 @@
+"""Method and Step: what a paper becomes, and the registry of methods.
+
+A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts and decides which
+visual tokens survive there; slicing states, masks, positions and the KV cache is the engine's work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from torch import Tensor
+
+from foveate.budget import Keep, check_keep
+from foveate.errors import FoveateError, UnknownMethodError
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+Stage = Literal["vision", "pre_llm", "llm"]
+Positions = Literal["original", "renumbered"]
+STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
+
+
+class ModelFacts(Protocol):
+    """The numbers of a model that a method may plan with."""
+
+    @property
+    def text_layers(self) -> int:
+        """Number of decoder layers of the text model."""
+
+    @property
+    def vision_layers(self) -> int:
+        """Number of layers of the vision encoder."""
+
+    @property
+    def feature_layer(self) -> int:
+        """0-based encoder layer whose output the language model sees."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A signal that a step asks the engine for.
+
+    Args:
+        name: a key of `foveate.signals.SIGNALS`.
+        layers: 0-based layers at which it is taken (of the encoder or of the text model, as the signal says).
+    """
+
+    name: str
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reduction at one place.
+
+    Args:
+        stage: `pre_llm` (after the projector) or `llm` (between decoder layers).
+        layer: for `llm`, the 0-based decoder layer before which the step acts.
+        needs: signals handed to the method there.
+    """
+
+    stage: Stage
+    layer: int = 0
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def place(self) -> str:
+        """Name of the place in reports: `pre_llm` or `llm:LAYER`."""
+        return f"llm:{self.layer}" if self.stage == "llm" else self.stage
+
+
+class Method(ABC):
+    """Base of all methods; subclasses are frozen dataclasses registered with `register`."""
+
+    slug: ClassVar[str]
+    stage: ClassVar[Stage]
+    needs: ClassVar[tuple[str, ...]]
+    paper: ClassVar[str]
+    rounding: ClassVar[Callable[[float], int]] = math.floor
+    keep: Keep
+    positions: Positions
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            BudgetError: `keep` is out of range or of the wrong form.
+            FoveateError: `positions` is not a known policy.
+        """
+        check_keep(self.keep, self.step_count)
+        if self.positions not in ("original", "renumbered"):
+            raise FoveateError(
+                f"positions must be 'original' or 'renumbered', got {self.positions!r} in {self.slug}"
+            )
+
+    @property
+    def step_count(self) -> int | None:
+        """Steps the method has whatever the model, or `None` when `keep` decides."""
+        return 1
+
+    @abstractmethod
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """The steps of this method on a model, in stream order."""
+
+    @abstractmethod
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Reduce G images of V tokens to `count` tokens each."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method and its hyper-parameters as plain JSON values."""
+        return {"method": self.slug, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+class Scorer(Method):
+    """A method that scores tokens and keeps the highest."""
+
+    @abstractmethod
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Return (G, V) scores, higher is kept, for G images of V tokens."""
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Keep the `count` highest scores of each image, in raster order."""
+        return Reduction.top(self.scores(tokens), count)
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(
+    slug: str, *, stage: Stage, needs: tuple[str, ...] = (), paper: str = ""
+) -> Callable[[M], M]:
+    """Class decorator that makes a method known under `slug`.
+
+    Args:
+        slug: short lower-case name, unique.
+        stage: where the method first acts.
+        needs: names of the signals it uses, for planning and listing.
+        paper: how to cite it, for listings.
+
+    Raises:
+        FoveateError: the slug is taken, or the stage is unknown.
+    """
+
+    def add(cls: M) -> M:
+        known = _REGISTRY.get(slug)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise FoveateError(f"method name {slug!r} is taken by {known.__module__}.{known.__qualname__}")
+        if stage not in STAGES:
+            raise FoveateError(f"stage must be one of {', '.join(STAGES)}, got {stage!r} for {slug!r}")
+        cls.slug, cls.stage, cls.needs, cls.paper = slug, stage, needs, paper
+        _REGISTRY[slug] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    _load_builtin()
+    return sorted(_REGISTRY)
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class registered under `name`.
+
+    Raises:
+        UnknownMethodError: no such method; the message lists near matches.
+
+    Example:
+        >>> get_method("fastv")(layer=2, keep=0.5)
+        FastV(layer=2, keep=0.5, positions='original')
+    """
+    _load_builtin()
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(name.lower(), _REGISTRY, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(_REGISTRY))}"
+    raise UnknownMethodError(f"unknown method {name!r}; {hint}")
+
+
+def _load_builtin() -> None:
+    import foveate.methods  # noqa: F401  registers every built-in method

@@ -1,0 +1,60 @@
+"""FastV: drop the visual tokens that receive little attention in an early decoder layer.
+
+Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764, section 4. Reference code:
+pkunlp-icler/FastV @ d165972, the Hugging Face integration.
+Differs from the reference: any batch, several images and any attention kernel work; each image has its own budget;
+at least one token of an image survives. With `use_cache=False` the selection is made anew at each generated token, as
+there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.errors import LayerError
+from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.tokens import VisualTokens
+
+
+@register("fastv", stage="llm", needs=("text_attention",), paper="Chen et al. 2024, arXiv:2403.06764")
+@dataclass(frozen=True)
+class FastV(Scorer):
+    """Rank visual tokens by the last token's attention in layer `layer - 1`.
+
+    Args:
+        layer: K of the paper: layers 0 to K-1 see all tokens, tokens are dropped before layer K. At least 1.
+        keep: what survives, 1 - R of the paper; shares are rounded half to even, as in the reference.
+        positions: `original` leaves survivors at their positions, as the reference does.
+
+    Cost: one key projection of all tokens and one query row; no attention map.
+    """
+
+    layer: int = 2
+    keep: Keep = 0.5
+    positions: Positions = "original"
+    rounding = round
+
+    def __post_init__(self) -> None:
+        """Check budget and layer.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            LayerError: `layer` is below 1; the paper's K=0 is a random choice, see the method `random`.
+        """
+        super().__post_init__()
+        if self.layer < 1:
+            raise LayerError(
+                f"FastV scores tokens in layer - 1, so layer must be at least 1, got {self.layer}; "
+                "for a random choice at the input use the method 'random'"
+            )
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One drop before `layer`, scored with the weights of the layer before it."""
+        return (Step("llm", self.layer, (Need("text_attention", (self.layer - 1,)),)),)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Attention of the last token, averaged over heads: (G, V)."""
+        return tokens.signal("text_attention").mean(1)

@@ -1,0 +1,71 @@
+"""PyramidDrop: drop part of the visual tokens at the end of each stage of the language model.
+
+Paper: Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy
+Reduction", arXiv:2410.17247, section 3. Reference code: Cooperx521/PyramidDrop @ 6444f30 (inference path).
+Differs from the reference: any batch, several images, grouped-query attention and padding work (there they do not);
+each image has its own budget; at least one token of an image survives; no truncation to the tokenizer's length.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foveate.budget import Keep, steps_in
+from foveate.errors import LayerError
+from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.tokens import VisualTokens
+
+
+@register(
+    "pyramiddrop", stage="llm", needs=("text_attention",), paper="Xing et al. 2024, arXiv:2410.17247"
+)
+@dataclass(frozen=True)
+class PyramidDrop(Scorer):
+    """Rank visual tokens by the attention of the last prompt token, stage by stage.
+
+    Args:
+        layers: decoder layers before which tokens are dropped, ascending. `None` divides the model at hand into equal
+            stages, which is the published (8, 16, 24) on 32 layers.
+        keep: what survives each drop, as a share of the ORIGINAL count of each image (paper: lambda = 0.5 to the
+            power of the stage), or a count. Shares are truncated, as in the reference.
+        positions: `renumbered` gives survivors consecutive positions after every drop, as the reference does;
+            `original` leaves them where they were.
+
+    Cost: one key projection of all tokens and one query row per drop; no attention map.
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep: Keep = (0.5, 0.25, 0.125)
+    positions: Positions = "renumbered"
+    rounding = math.trunc
+
+    def __post_init__(self) -> None:
+        """Check budgets and layers.
+
+        Raises:
+            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
+            LayerError: `layers` is not ascending.
+        """
+        super().__post_init__()
+        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
+            raise LayerError(f"layers must be ascending and distinct, got {self.layers}")
+
+    @property
+    def step_count(self) -> int | None:
+        """One step per entry of `layers`; with `layers=None`, one per entry of `keep`."""
+        return None if self.layers is None else len(self.layers)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """A drop before each of the layers, scored with that layer's own weights."""
+        drops = steps_in(self.keep)
+        layers = self.layers or tuple(
+            model.text_layers * (i + 1) // (drops + 1) for i in range(drops)
+        )
+        return tuple(Step("llm", layer, (Need("text_attention", (layer,)),)) for layer in layers)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Attention of the last prompt token, averaged over heads: (G, V)."""
+        return tokens.signal("text_attention").mean(1)

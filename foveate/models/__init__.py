@@ -1,0 +1,39 @@
+"""One small file per model family: where the places of the stream are in that model.
+
+A family is found by the model's config type. Modules in this package register their families when it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from transformers import PreTrainedModel
+
+from foveate.errors import UnsupportedModelError
+from foveate.models.family import FAMILIES, Encoder, Family
+
+for _info in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_info.name}")
+
+
+def list_families() -> list[str]:
+    """Model types (`config.model_type`) that foveate can attach to, sorted."""
+    return sorted(FAMILIES)
+
+
+def find_family(model: PreTrainedModel) -> Family:
+    """The family adapter of a model.
+
+    Raises:
+        UnsupportedModelError: no family is known for the model's config type, or its layout is not the expected one.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported; supported: {', '.join(list_families())}"
+        )
+    return FAMILIES[model_type](model)
+
+
+__all__ = ["Encoder", "Family", "find_family", "list_families"]

@@ -15,12 +15,17 @@ from tests.tinies import IMAGE
 
 @dataclass
 class Drop:
-    """Before `layer`, keep `counts[i]` tokens of image i, ranked by the attention of `scored` (a layer)."""
+    """Before `layer`, keep `counts[i]` tokens of `images[i]`, ranked by the attention in layer `scored`.
+
+    `query` is the position of the token that ranks (default: the prompt's last).
+    """
 
     layer: int
     scored: int
     counts: list[int]
     renumber: bool = False
+    images: list[int] | None = None
+    query: int | None = None
 
 
 @dataclass
@@ -95,13 +100,15 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
             probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
             return probabilities, v
 
-        weights[number] = attend(hidden)[0][:, prompt - 1]
+        weights[number] = attend(hidden)[0]
         for drop in spec.drops:
             if drop.layer != number:
                 continue
-            row = weights[drop.scored].mean(0)
+            # Within one layer, a later turn ranks with what earlier turns have left in the cache.
+            scores = attend(hidden)[0] if drop.scored == number else weights[drop.scored]
+            row = scores.mean(0)[prompt - 1 if drop.query is None else drop.query]
             moved = torch.zeros_like(shift)
-            for image, count in enumerate(drop.counts):
+            for image, count in zip(drop.images or range(len(features)), drop.counts, strict=True):
                 chosen = row[columns[image]].topk(count).indices.sort().values
                 moved += remove(image, chosen, drop.renumber)
             shift = shift + moved

@@ -249,7 +249,10 @@ class Turn:
         if self.layout.ragged:
             living &= columns >= 0
         self.layout, source = compact(self.layout, living, self.tokens)
-        return take(hidden, source)
+        hidden = take(hidden, source)
+        if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
+            hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
+        return hidden
 
     def _note(self, group: Group, place: str) -> None:
         for i, image in enumerate(group.images):

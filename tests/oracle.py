@@ -1,5 +1,4 @@
-"""An independent oracle: the text model at full length, one row at a time, with removed tokens
-masked.
+"""An independent oracle: the text model at full length, with removed tokens masked.
 
 Nothing here uses foveate or the model's own attention code: a plain loop over the layers with
 explicit softmax attention, no cache and no compaction. A removed token stays in the sequence, but
@@ -44,6 +43,27 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
+def attend(layer, hidden, position, alive):
+    """Attention probabilities (H, T, T) over living keys, and values (H, T, d)."""
+    attention, length = layer.self_attn, len(hidden)
+    config, width = attention.config, attention.head_dim
+    normed = layer.input_layernorm(hidden)
+    q, k, v = (
+        projection(normed).view(length, -1, width).transpose(0, 1)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    inverse = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2) / width)
+    angle = torch.outer(position.float(), inverse)
+    cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+    groups = q.shape[0] // k.shape[0]
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    itself = torch.eye(length, dtype=torch.bool)  # removed rows stay finite
+    scores = (q @ k.transpose(1, 2)) / width**0.5
+    return scores.masked_fill(~(causal & alive | itself), -torch.inf).softmax(-1), v
+
+
 @torch.no_grad()
 def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
     """Logits (T, vocab) of one row, and per drop the kept raster indices of each image.
@@ -54,8 +74,6 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
         prompt: length of the prompt; its last token ranks.
     """
     text = model.model.language_model
-    config = text.config
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     hidden = text.embed_tokens(ids)
     visual = (ids == IMAGE).nonzero()[:, 0]
     if len(visual):
@@ -81,35 +99,17 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
             shift += remove(image, chosen, spec.renumber)
         history.append([i.clone() for i in index])
     weights = {}
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
     for number, layer in enumerate(text.layers):
-        attention = layer.self_attn
-        width = attention.head_dim
-
-        def attend(x):
-            x = layer.input_layernorm(x)
-            q = attention.q_proj(x).view(length, heads, width).transpose(0, 1)
-            k = attention.k_proj(x).view(length, kv_heads, width).transpose(0, 1)
-            v = attention.v_proj(x).view(length, kv_heads, width).transpose(0, 1)
-            inverse = 1 / config.rope_parameters["rope_theta"] ** (
-                torch.arange(0, width, 2) / width
-            )
-            angle = torch.outer((position - shift).float(), inverse)
-            cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
-            scores = q @ k.transpose(1, 2) / width**0.5
-            allowed = causal & alive[None]
-            allowed = allowed | torch.eye(length, dtype=torch.bool)  # removed rows stay finite
-            probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
-            return probabilities, v
-
-        weights[number] = attend(hidden)[0]
+        weights[number] = attend(layer, hidden, position - shift, alive)[0]
         for drop in spec.drops:
             if drop.layer != number:
                 continue
             # Within one layer, a later turn ranks with what earlier turns have left in the cache.
-            scores = attend(hidden)[0] if drop.scored == number else weights[drop.scored]
+            scores = (
+                attend(layer, hidden, position - shift, alive)[0]
+                if drop.scored == number
+                else weights[drop.scored]
+            )
             row = scores.mean(0)[prompt - 1 if drop.query is None else drop.query]
             moved = torch.zeros_like(shift)
             for image, count in zip(drop.images or range(len(features)), drop.counts, strict=True):
@@ -117,8 +117,8 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
                 moved += remove(image, chosen, drop.renumber)
             shift = shift + moved
             history.append([i.clone() for i in index])
-        probabilities, v = attend(hidden)
+        probabilities, v = attend(layer, hidden, position - shift, alive)
         mixed = (probabilities @ v).transpose(0, 1).reshape(length, -1)
-        hidden = hidden + attention.o_proj(mixed)
+        hidden = hidden + layer.self_attn.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(text.norm(hidden)), history

@@ -8,7 +8,7 @@ forgets to fails loudly.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ class Signals:
 
 
 @functools.cache
-def _tagged(kind: Hashable) -> Any:
+def _tagged(kind: Any) -> Any:
     return type(
         f"Foveated{kind.__name__}", (kind,), {"foveated": True, "signals": None, "marked": False}
     )
@@ -48,7 +48,7 @@ def tag(output: Any, signals: Signals) -> None:
     The class survives whatever `generate` does to the output; the attributes are lost when chunked
     prefill slices it, which is how a slice is recognised.
     """
-    output.__class__ = _tagged(type(output))
+    output.__class__ = _tagged(type(output))  # type: ignore[arg-type]
     output.signals, output.marked = signals, False
 
 

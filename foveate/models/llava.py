@@ -23,6 +23,11 @@ class Llava(Family):
                 "that look inside the "
                 "encoder; methods of the llm stage work"
             )
+        if self.config.vision_feature_select_strategy != "default":
+            raise UnsupportedModelError(
+                "vision_feature_select_strategy='full' makes the class token a visual token, which "
+                "methods that look inside the encoder do not support; use 'default'"
+            )
         return Encoder(
             layers=self._child(tower, "encoder.layers"),
             attention=lambda layer: layer.self_attn,
@@ -39,13 +44,6 @@ class Llava(Family):
         return layer - 1 if layer >= 0 else self.vision_layers + layer
 
     def grid(self, count: int) -> tuple[int, int]:
-        """The square grid of a fixed-size tower."""
+        """The square grid of a fixed-size tower; features of another shape count as one row."""
         side = math.isqrt(count)
-        if side * side != count:
-            vision = self.config.vision_config
-            raise UnsupportedModelError(
-                f"an image has {count} visual tokens, which is no square grid; expected "
-                f"{(vision.image_size // vision.patch_size) ** 2} without the class token "
-                "(vision_feature_select_strategy='default')"
-            )
-        return side, side
+        return (side, side) if side * side == count else (1, count)

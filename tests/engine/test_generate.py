@@ -119,8 +119,8 @@ def test_without_cache_every_step_chooses_anew(llava, method):
 
 @pytest.mark.parametrize("kind", ["pyramiddrop", "fastv", "pre_llm"])
 def test_second_turn_with_a_new_image_equals_the_oracle(any_llava, kind):
-    """The cache is kept; the new image is ranked by the new question, with old keys in the
-    softmax.""" first, second = prompts([[5, 7]], seed=1), prompts([[4, 6]], seed=2)
+    """The new image is ranked by the new question, with old keys in the softmax."""
+    first, second = prompts([[5, 7]], seed=1), prompts([[4, 6]], seed=2)
     method, spec = {
         "pyramiddrop": (
             METHODS[0],

@@ -58,7 +58,11 @@ CASES = {
         lambda n: oracle.Spec(kept=thirds(n), renumber=True),
     ),
     "composed": (
-        [EveryThird(keep=12, positions="renumbered"), FastV(layer=1), PyramidDrop(layers=(3, 5), keep=(0.5, 0.2))],
+        [
+            EveryThird(keep=12, positions="renumbered"),
+            FastV(layer=1),
+            PyramidDrop(layers=(3, 5), keep=(0.5, 0.2)),
+        ],
         lambda n: oracle.Spec(
             kept=thirds(n),
             renumber=True,

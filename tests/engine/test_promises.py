@@ -94,7 +94,7 @@ def snapshot(model):
     return {
         name: (
             list(module._forward_pre_hooks), list(module._forward_hooks),
-            sorted(vars(module)), module.forward.__func__ if hasattr(module.forward, "__func__") else None,
+            sorted(vars(module)), getattr(module.forward, "__func__", None),
         )
         for name, module in model.named_modules()
     }  # fmt: skip
@@ -102,6 +102,12 @@ def snapshot(model):
 
 class Boom(Exception):
     pass
+
+
+def fail_within(model, method, inputs):
+    with foveate.use(model, method):
+        model(**inputs)
+        raise Boom
 
 
 @pytest.mark.parametrize("way", ["block", "exception", "handle", "failing forward"])
@@ -121,13 +127,13 @@ def test_leaving_restores_everything(llava, method, way):
         with foveate.use(llava, method):
             llava.generate(**inputs, max_new_tokens=3)
     elif way == "exception":
-        with pytest.raises(Boom), foveate.use(llava, method):
-            llava(**inputs)
-            raise Boom
+        with pytest.raises(Boom):
+            fail_within(llava, method, inputs)
     else:
         with foveate.use(llava, method):
-            with pytest.raises(ValueError, match="do not match|placeholders"):
-                llava(**{**inputs, "pixel_values": inputs["pixel_values"][:1]})
+            wrong = {**inputs, "pixel_values": inputs["pixel_values"][:1]}
+            with pytest.raises(ValueError, match=r"do not match|placeholders"):
+                llava(**wrong)
             assert llava(**inputs).logits.isfinite().all()
     assert snapshot(llava) == before
     assert llava.config.to_dict() == config
@@ -200,8 +206,8 @@ def test_per_request_budgets_reach_their_rows(any_llava):
 
 
 def test_merging_inside_the_language_model_averages_states(llava):
-    """A merged token's state at the step is the mean of its sources; what follows sees only
-    that.""" inputs = prompts([[5, 7]])
+    """A merged token's state at the step is the mean of its sources."""
+    inputs = prompts([[5, 7]])
     with foveate.use(llava, Average(layer=2, keep=9)) as run:
         pruned = llava(**inputs, output_hidden_states=True).hidden_states
     plain = llava(**inputs, output_hidden_states=True).hidden_states

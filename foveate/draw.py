@@ -34,7 +34,7 @@ PROBE = 24  # edge in pixels at which geometries are compared
 def show(
     record: Record | None,
     images: Image.Image | Sequence[Image.Image],
-    geometry: Geometry | Literal["auto"] = "auto",
+    geometry: str = "auto",
 ) -> list[Image.Image]:
     """Draw what one forward kept of each picture.
 
@@ -71,7 +71,7 @@ def draw_kept(
     image: Image.Image,
     grid: tuple[int, int],
     kept_by_place: Mapping[str, Sequence[int]],
-    geometry: Geometry = "resize",
+    geometry: str = "resize",
 ) -> Image.Image:
     """A strip of panels: kept tokens in colour with an outline, dropped ones in pale grey.
 
@@ -103,9 +103,7 @@ def draw_kept(
     return _strip(panels, captions)
 
 
-def place_grid(
-    image: Image.Image, geometry: Geometry, aspect: float = 1.0
-) -> tuple[Image.Image, Box]:
+def place_grid(image: Image.Image, geometry: str, aspect: float = 1.0) -> tuple[Image.Image, Box]:
     """The canvas that a geometry makes of a picture, and the box on it that the grid covers.
 
     Args:

@@ -61,7 +61,7 @@ class Report(dict[str, Any]):
             methods: the methods that ran.
             dtype: what the key-value cache holds.
         """
-        report = cls.empty(methods, model=family.model_type)
+        report = cls.empty(family, methods)
         visual = _visual_tokens(record)
         report.update(
             dtype=str(dtype).removeprefix("torch."),
@@ -79,10 +79,10 @@ class Report(dict[str, Any]):
         return report
 
     @classmethod
-    def empty(cls, methods: Sequence[Method] = (), *, model: str = "") -> Report:
+    def empty(cls, family: _Family, methods: Sequence[Method]) -> Report:
         """The report of a session in which no forward has happened yet."""
         return cls(
-            model=model,
+            model=family.model_type,
             methods=[_plain(method.to_dict()) for method in methods],
             dtype="",
             rows=0,
@@ -126,21 +126,26 @@ def layer_ranges(rows: Sequence[Any]) -> list[tuple[str, int]]:
     return ranges
 
 
-def human_flops(count: float) -> str:
-    """FLOPs with a decimal prefix: 1.25e9 gives `1.25 GFLOPs`."""
-    return f"{_prefixed(count, 1000, ('', 'k', 'M', 'G', 'T', 'P'))}FLOPs"
+def human_flops(count: float, like: float | None = None) -> str:
+    """FLOPs with a decimal prefix: 1.25e9 gives `1.25 GFLOPs`.
+
+    Args:
+        count: the number.
+        like: choose the prefix for this number instead, so that two can be compared.
+    """
+    return f"{_prefixed(count, 1000, ('', 'k', 'M', 'G', 'T', 'P'), like)}FLOPs"
 
 
-def human_bytes(count: float) -> str:
-    """Bytes with a binary prefix: 2048 gives `2.00 KiB`."""
-    return f"{_prefixed(count, 1024, ('', 'Ki', 'Mi', 'Gi', 'Ti'))}B"
+def human_bytes(count: float, like: float | None = None) -> str:
+    """Bytes with a binary prefix: 2048 gives `2.00 KiB`. Arguments as in `human_flops`."""
+    return f"{_prefixed(count, 1024, ('', 'Ki', 'Mi', 'Gi', 'Ti'), like)}B"
 
 
-def _prefixed(count: float, base: int, prefixes: Sequence[str]) -> str:
-    step = 0
-    while count >= base and step + 1 < len(prefixes):
-        count, step = count / base, step + 1
-    return f"{count:.0f} " if step == 0 else f"{count:.3g} {prefixes[step]}"
+def _prefixed(count: float, base: int, prefixes: Sequence[str], like: float | None) -> str:
+    size, step = like or count, 0
+    while size >= base and step + 1 < len(prefixes):
+        size, step = size / base, step + 1
+    return f"{count / base**step:.{2 if step else 0}f} {prefixes[step]}"
 
 
 def _plain(value: Any) -> Any:
@@ -230,7 +235,7 @@ def describe(method: Mapping[str, Any]) -> str:
 
 def _title(report: Report) -> str:
     methods = " + ".join(describe(method) for method in report["methods"]) or "no method"
-    return f"{methods} on {report['model']}" if report["model"] else methods
+    return f"{methods} on {report['model']}"
 
 
 def place_name(place: str) -> str:
@@ -292,16 +297,16 @@ def _cost_table(report: Report) -> Table:
     table.add_row(
         "prefill, vision included",
         human_flops(work["before"]),
-        human_flops(work["after"]),
+        human_flops(work["after"], work["before"]),
         f"{work['ratio']:.1%}",
     )
-    vision = human_flops(work["vision"])
+    vision = human_flops(work["vision"], work["before"])
     table.add_row("  of which vision tower, projector", vision, vision, "")
     table.add_row("  of which selection", "", human_flops(work["selection"]), "")
     table.add_row(
         f"KV cache, {report['dtype']}",
         human_bytes(memory["before"]),
-        human_bytes(memory["after"]),
+        human_bytes(memory["after"], memory["before"]),
         f"{memory['ratio']:.1%}",
     )
     return table

@@ -130,7 +130,7 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
 
 
 def vision_flops(config: Any) -> int:
-    """The CLIP tower on one image.
+    """A CLIP tower (or one like it without a class token) on one image.
 
     All layers count: transformers runs those behind the feature layer too.
 
@@ -139,7 +139,8 @@ def vision_flops(config: Any) -> int:
     """
     vision = getattr(config, "vision_config", config)
     patches = (vision.image_size // vision.patch_size) ** 2
-    tokens, hidden = patches + 1, vision.hidden_size
+    tokens = patches + (vision.model_type == "clip_vision_model")
+    hidden = vision.hidden_size
     embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * hidden
     projections = 8 * tokens * hidden**2
     attention = 4 * hidden * tokens**2

@@ -1,13 +1,15 @@
 """From `keep` to token counts.
 
-`keep` has four forms that cannot be confused: a float in (0, 1] is a share, an int is a count per image, a tuple is a
-schedule over a method's steps, and `per_request([...])` holds one of those for each row of the batch.
+`keep` has four forms that cannot be confused: a float in (0, 1] is a share, an int is a count per
+image, a tuple is a schedule over a method's steps, and `per_request([...])` holds one of those for
+each row of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from foveate.errors import BudgetError
@@ -30,7 +32,8 @@ def per_request(values: Sequence[Schedule]) -> PerRequest:
     """Give every row of the batch its own `keep`.
 
     Args:
-        values: a share, a count or a schedule for each row, in batch order. Rows without an image need one too.
+        values: a share, a count or a schedule for each row, in batch order. Rows without an image
+            need one too.
 
     Raises:
         BudgetError: a value is out of range, or schedules differ in length.
@@ -74,26 +77,33 @@ def check_keep(keep: Keep, steps: int | None = None) -> None:
         raise BudgetError("a keep schedule needs at least one entry, got ()")
     for share in shares:
         _check_share(share)
-    for before, after in zip(shares, shares[1:], strict=False):
+    for before, after in pairwise(shares):
         if type(before) is type(after) and after > before:
             raise BudgetError(
                 f"a keep schedule cannot grow, because removed tokens are gone: got {after} after "
                 f"{before} in {shares}"
             )
     if steps is not None and len(shares) != steps:
-        raise BudgetError(f"keep={keep!r} has {len(shares)} entries, but the method has {steps} steps")
+        raise BudgetError(
+            f"keep={keep!r} has {len(shares)} entries, but the method has {steps} steps"
+        )
 
 
 def _check_share(share: object) -> None:
     if isinstance(share, bool) or not isinstance(share, float | int):
         raise BudgetError(
-            f"keep must be a float in (0, 1], a positive int, a tuple of those or per_request([...]), "
+            "keep must be a float in (0, 1], a positive int, a tuple of those or "
+            "per_request([...]), "
             f"got {share!r} of type {type(share).__name__}"
         )
     if isinstance(share, int) and share < 1:
         raise BudgetError(f"keep must be in (0, 1] or a positive int, got {share}")
     if isinstance(share, float) and not 0.0 < share <= 1.0:
-        hint = f"; for a count per image write {int(share)}" if share > 1 and share == int(share) else ""
+        hint = (
+            f"; for a count per image write {int(share)}"
+            if share > 1 and share == int(share)
+            else ""
+        )
         raise BudgetError(f"keep must be in (0, 1] or a positive int, got {share}{hint}")
 
 

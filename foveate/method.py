@@ -1,7 +1,8 @@
 """Method and Step: what a paper becomes, and the registry of methods.
 
-A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts and decides which
-visual tokens survive there; slicing states, masks, positions and the KV cache is the engine's work.
+A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts
+and decides which visual tokens survive there; slicing states, masks, positions and the KV cache is
+the engine's work.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Need:
 
     Args:
         name: a key of `foveate.signals.SIGNALS`.
-        layers: 0-based layers at which it is taken (of the encoder or of the text model, as the signal says).
+        layers: 0-based layers at which it is taken (of the encoder or of the text model, as the
+            signal says).
     """
 
     name: str
@@ -96,7 +98,8 @@ class Method(ABC):
         check_keep(self.keep, self.step_count)
         if self.positions not in ("original", "renumbered"):
             raise FoveateError(
-                f"positions must be 'original' or 'renumbered', got {self.positions!r} in {self.slug}"
+                f"positions must be 'original' or 'renumbered', got {self.positions!r} in "
+                f"{self.slug}"
             )
 
     @property
@@ -151,9 +154,13 @@ def register(
     def add(cls: M) -> M:
         known = _REGISTRY.get(slug)
         if known is not None and known.__qualname__ != cls.__qualname__:
-            raise FoveateError(f"method name {slug!r} is taken by {known.__module__}.{known.__qualname__}")
+            raise FoveateError(
+                f"method name {slug!r} is taken by {known.__module__}.{known.__qualname__}"
+            )
         if stage not in STAGES:
-            raise FoveateError(f"stage must be one of {', '.join(STAGES)}, got {stage!r} for {slug!r}")
+            raise FoveateError(
+                f"stage must be one of {', '.join(STAGES)}, got {stage!r} for {slug!r}"
+            )
         cls.slug, cls.stage, cls.needs, cls.paper = slug, stage, needs, paper
         _REGISTRY[slug] = cls
         return cls
@@ -181,7 +188,9 @@ def get_method(name: str) -> type[Method]:
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = difflib.get_close_matches(name.lower(), _REGISTRY, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(_REGISTRY))}"
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(_REGISTRY))}"
+    )
     raise UnknownMethodError(f"unknown method {name!r}; {hint}")
 
 

@@ -1,4 +1,7 @@
-"""Record: what one forward did to each image. The engine writes it; reports and drawings read it."""
+"""Record: what one forward did to each image.
+
+The engine writes it; reports and drawings read it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ class ImageRecord:
         row: row of the batch it belongs to.
         total: visual tokens it had before anything was removed.
         grid: (height, width) of its token grid; `total` is their product.
-        kept: for each place at which a step acted, in stream order, the (K,) raster positions alive after it.
+        kept: for each place at which a step acted, in stream order, the (K,) raster positions
+            alive after it.
     """
 
     row: int
@@ -30,10 +34,12 @@ class Record:
 
     Args:
         rows: number of rows of the batch.
-        prompt_tokens: (rows) real tokens of each row before anything was removed, without cached ones.
+        prompt_tokens: (rows) real tokens of each row before anything was removed, without cached
+            ones.
         images: all images, in order of appearance.
         layer_tokens: for each decoder layer, real tokens of each row that it saw: [layers][rows].
-        cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included; earlier turns count.
+        cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included;
+            earlier turns count.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """

@@ -16,10 +16,10 @@ class Reduction:
     """Which tokens survive, and what they become.
 
     Args:
-        index: (G, K) position of each survivor among the V tokens, ascending and unique. A merged token stands at
-            the position of the source that it replaces.
-        weights: (G, K, V) the value of each survivor as a weighted sum of all tokens, or `None` when survivors keep
-            their own value (pruning).
+        index: (G, K) position of each survivor among the V tokens, ascending and unique. A merged
+            token stands at the position of the source that it replaces.
+        weights: (G, K, V) the value of each survivor as a weighted sum of all tokens, or `None`
+            when survivors keep their own value (pruning).
     """
 
     index: Tensor

@@ -57,6 +57,7 @@ class VisualTokens:
         """
         if name not in self.signals:
             raise FoveateError(
-                f"signal {name!r} was not declared in the step's needs; declared: {sorted(self.signals)}"
+                f"signal {name!r} was not declared in the step's needs; declared: "
+                f"{sorted(self.signals)}"
             )
         return self.signals[name]

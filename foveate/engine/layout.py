@@ -1,9 +1,10 @@
 """Index maps between the logical and the physical sequence: pure functions on tensors.
 
-Logical: the sequence as everything outside the text model sees it, at full length. Physical: the columns that exist
-inside the text model after a reduction. -1 marks a padding column.
+Logical: the sequence as everything outside the text model sees it, at full length. Physical: the
+columns that exist inside the text model after a reduction. -1 marks a padding column.
 
-Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `S` physical cache slots.
+Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `S` physical cache
+slots.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ class Layout:
     """The physical columns of one forward.
 
     Args:
-        index: (B, P) logical position within this forward of each column; -1 is padding. Real columns ascend and
-            padding comes first.
+        index: (B, P) logical position within this forward of each column; -1 is padding. Real
+            columns ascend and padding comes first.
         ragged: whether any column is padding.
     """
 
@@ -44,12 +45,13 @@ def compact(layout: Layout, alive: Tensor, counts: Sequence[int]) -> tuple[Layou
         counts: number of live columns of each row, known on the host.
 
     Returns:
-        The new layout, and the (B, P') column of the old layout that each new column comes from (an arbitrary one for
-        padding).
+        The new layout, and the (B, P') column of the old layout that each new column comes from
+        (an arbitrary one for padding).
     """
-    width = max(counts)
+    width = max(*counts, 1)
     ragged = min(counts) < width
-    # Stable: dead columns first, live ones last and in order; so the last `width` columns are left-padded.
+    # Stable: dead columns first, live ones last and in order; so the last `width` columns are
+    # left-padded.
     source = alive.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
     index = layout.index.gather(1, source)
     if ragged:
@@ -87,21 +89,23 @@ def expansion(layout: Layout, length: int) -> Tensor:
 class Slots:
     """Which logical position each cache slot holds. Layers that were cut alike share one `Slots`.
 
-    Every change gives a new value; the last one is remembered, so that layers which share a value and change alike
-    (a beam reorder, a new token) go on sharing.
+    Every change gives a new value; the last one is remembered, so that layers which share a value
+    and change alike (a beam reorder, a new token) go on sharing.
 
     Args:
         index: (B, S) logical position in the whole sequence of each slot; -1 is padding.
         length: logical length of the sequence.
         ragged: whether any slot is padding.
-        dropped: (B, 1) visual tokens that were removed from each row so far.
-        tail: trailing slots that are whole logical positions in every row, so that cropping them is exact.
+        renumbered: (B, 1) positions that renumbering has taken off each row so far; `None` if it
+            never did.
+        tail: trailing slots that are whole logical positions in every row, so that cropping them
+            is exact.
     """
 
     index: Tensor
     length: int
     ragged: bool
-    dropped: Tensor
+    renumbered: Tensor | None
     tail: int
     _last: list[tuple[Any, Slots]] = field(default_factory=list, repr=False)
 
@@ -109,9 +113,9 @@ class Slots:
     def full(cls, batch: int, length: int, device: torch.device) -> Slots:
         """The slots of a cache layer from which nothing was removed."""
         index = torch.arange(length, device=device).expand(batch, length)
-        return cls(index, length, False, torch.zeros(batch, 1, dtype=torch.long, device=device), length)
+        return cls(index, length, False, None, length)
 
-    def extend(self, layout: Layout, length: int, dropped: Tensor | None) -> Slots:
+    def extend(self, layout: Layout, length: int, renumbered: Tensor | None) -> Slots:
         """Append the columns of a forward of `length` logical positions."""
 
         def make() -> Slots:
@@ -123,18 +127,22 @@ class Slots:
                 torch.cat((self.index, new), dim=1) if self.index.shape[1] else new,
                 self.length + length,
                 self.ragged or layout.ragged,
-                self.dropped if dropped is None else self.dropped + dropped,
+                _sum(self.renumbered, renumbered),
                 self.tail + length if whole else _tail(new, self.length + length),
             )
 
         return self._derive(layout, make)
 
     def rows(self, key: object, pick: Callable[[Tensor], Tensor]) -> Slots:
-        """Reorder, repeat or select rows; `key` identifies the operation, so that sharing layers agree."""
+        """Reorder, repeat or select rows; `key` names the operation for layers that share slots."""
         return self._derive(
             key,
             lambda: Slots(
-                pick(self.index), self.length, self.ragged, pick(self.dropped), self.tail
+                pick(self.index),
+                self.length,
+                self.ragged,
+                None if self.renumbered is None else pick(self.renumbered),
+                self.tail,
             ),
         )
 
@@ -146,7 +154,7 @@ class Slots:
                 self.index[:, : self.index.shape[1] - count],
                 self.length - count,
                 self.ragged,
-                self.dropped,
+                self.renumbered,
                 self.tail - count,
             ),
         )
@@ -158,6 +166,10 @@ class Slots:
         value = make()
         self._last[:] = [(key, value)]
         return value
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _tail(index: Tensor, end: int) -> int:
@@ -174,8 +186,8 @@ def translate_mask(
     """The attention mask of the physical columns.
 
     Args:
-        mask: what the text model built for the logical sequence: `None`, (B, K) for flash kernels, or
-            (B or 1, H or 1, T, K), boolean (True attends) or additive.
+        mask: what the text model built for the logical sequence: `None`, (B, K) for flash kernels,
+            or (B or 1, H or 1, T, K), boolean (True attends) or additive.
         layout: (B, P) columns of this forward, the queries.
         slots: (B, S) cache slots after this forward, the keys.
         length: T, logical length of this forward.
@@ -183,16 +195,17 @@ def translate_mask(
         width: columns the keys really have, where a static cache holds more than S.
 
     Returns:
-        `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding columns attend
-        everywhere, so that they stay finite; nothing attends to them.
+        `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
+        columns attend everywhere, so that they stay finite; nothing attends to them.
     """
     batch, queries = layout.index.shape
     keys = slots.index
-    if width > keys.shape[1]:
+    unfilled = width > keys.shape[1]
+    if unfilled:
         keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=-1)
     real = keys >= 0
     if mask is None:
-        if not slots.ragged and not layout.ragged:
+        if not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
             return None
         if two_d:
             return real
@@ -201,7 +214,9 @@ def translate_mask(
         asked = layout.index + (slots.length - length)
         allowed = real[:, None] & (keys[:, None] <= asked[..., None])
         return (allowed | (layout.index < 0)[..., None])[:, None]
-    offset = max(slots.length - mask.shape[-1], 0)  # sliding-window masks begin later than position 0
+    offset = max(
+        slots.length - mask.shape[-1], 0
+    )  # sliding-window masks begin later than position 0
     real = keys >= offset if offset else real
     column = (keys - offset).clamp(min=0)
     if mask.dim() == 2:

@@ -1,10 +1,10 @@
 """FastV: drop the visual tokens that receive little attention in an early decoder layer.
 
-Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764, section 4. Reference code:
-pkunlp-icler/FastV @ d165972, the Hugging Face integration.
-Differs from the reference: any batch, several images and any attention kernel work; each image has its own budget;
-at least one token of an image survives. With `use_cache=False` the selection is made anew at each generated token, as
-there.
+Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764, section 4.
+Reference code: pkunlp-icler/FastV @ d165972, the Hugging Face integration.
+Differs from the reference: any batch, several images and any attention kernel work; each image has
+its own budget; at least one token of an image survives. With `use_cache=False` the selection is
+made anew at each generated token, as there.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
 from foveate.tokens import VisualTokens
 
 
-@register("fastv", stage="llm", needs=("text_attention",), paper="Chen et al. 2024, arXiv:2403.06764")
+@register(
+    "fastv", stage="llm", needs=("text_attention",), paper="Chen et al. 2024, arXiv:2403.06764"
+)
 @dataclass(frozen=True)
 class FastV(Scorer):
     """Rank visual tokens by the last token's attention in layer `layer - 1`.
 
     Args:
-        layer: K of the paper: layers 0 to K-1 see all tokens, tokens are dropped before layer K. At least 1.
-        keep: what survives, 1 - R of the paper; shares are rounded half to even, as in the reference.
+        layer: K of the paper: layers 0 to K-1 see all tokens, tokens are dropped before layer K.
+            At least 1.
+        keep: what survives, 1 - R of the paper; shares are rounded half to even, as in the
+            reference.
         positions: `original` leaves survivors at their positions, as the reference does.
 
     Cost: one key projection of all tokens and one query row; no attention map.
@@ -42,7 +46,8 @@ class FastV(Scorer):
 
         Raises:
             BudgetError: `keep` is out of range.
-            LayerError: `layer` is below 1; the paper's K=0 is a random choice, see the method `random`.
+            LayerError: `layer` is below 1; the paper's K=0 is a random choice, see the method
+            `random`.
         """
         super().__post_init__()
         if self.layer < 1:

@@ -1,9 +1,11 @@
 """PyramidDrop: drop part of the visual tokens at the end of each stage of the language model.
 
-Paper: Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy
-Reduction", arXiv:2410.17247, section 3. Reference code: Cooperx521/PyramidDrop @ 6444f30 (inference path).
-Differs from the reference: any batch, several images, grouped-query attention and padding work (there they do not);
-each image has its own budget; at least one token of an image survives; no truncation to the tokenizer's length.
+Paper: Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual
+Redundancy Reduction", arXiv:2410.17247, section 3. Reference code: Cooperx521/PyramidDrop @ 6444f30
+(inference path).
+Differs from the reference: any batch, several images, grouped-query attention and padding work
+(there they do not); each image has its own budget; at least one token of an image survives; no
+truncation to the tokenizer's length.
 """
 
 from __future__ import annotations
@@ -20,19 +22,23 @@ from foveate.tokens import VisualTokens
 
 
 @register(
-    "pyramiddrop", stage="llm", needs=("text_attention",), paper="Xing et al. 2024, arXiv:2410.17247"
+    "pyramiddrop",
+    stage="llm",
+    needs=("text_attention",),
+    paper="Xing et al. 2024, arXiv:2410.17247",
 )
 @dataclass(frozen=True)
 class PyramidDrop(Scorer):
     """Rank visual tokens by the attention of the last prompt token, stage by stage.
 
     Args:
-        layers: decoder layers before which tokens are dropped, ascending. `None` divides the model at hand into equal
-            stages, which is the published (8, 16, 24) on 32 layers.
-        keep: what survives each drop, as a share of the ORIGINAL count of each image (paper: lambda = 0.5 to the
-            power of the stage), or a count. Shares are truncated, as in the reference.
-        positions: `renumbered` gives survivors consecutive positions after every drop, as the reference does;
-            `original` leaves them where they were.
+        layers: decoder layers before which tokens are dropped, ascending. `None` divides the model
+            at hand into equal stages, which is the published (8, 16, 24) on 32 layers.
+        keep: what survives each drop, as a share of the ORIGINAL count of each image (paper:
+            lambda = 0.5 to the power of the stage), or a count. Shares are truncated, as in the
+            reference.
+        positions: `renumbered` gives survivors consecutive positions after every drop, as the
+            reference does; `original` leaves them where they were.
 
     Cost: one key projection of all tokens and one query row per drop; no attention map.
     """

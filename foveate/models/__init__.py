@@ -1,6 +1,7 @@
 """One small file per model family: where the places of the stream are in that model.
 
-A family is found by the model's config type. Modules in this package register their families when it is imported.
+A family is found by the model's config type. Modules in this package register their families when
+it is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def find_family(model: PreTrainedModel) -> Family:
     """The family adapter of a model.
 
     Raises:
-        UnsupportedModelError: no family is known for the model's config type, or its layout is not the expected one.
+        UnsupportedModelError: no family is known for the model's config type, or its layout is not
+            the expected one.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:

@@ -50,7 +50,8 @@ class Family:
         model: a model of this family, with or without its language-model head.
 
     Raises:
-        UnsupportedModelError: the model is not laid out as expected; the message names what is missing.
+        UnsupportedModelError: the model is not laid out as expected; the message names what is
+            missing.
     """
 
     text_path: ClassVar[str] = "language_model"
@@ -96,7 +97,7 @@ class Family:
         """(height, width) of the token grid of an image that has `count` visual tokens."""
         raise NotImplementedError
 
-    def positions(self, hidden: Tensor, position_ids: Tensor) -> Any:
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> Any:
         """Rotary (cos, sin) for (B, T) text positions."""
         return self.text.rotary_emb(hidden, position_ids=position_ids)
 
@@ -106,7 +107,9 @@ class Family:
             child = getattr(child, name, None)
             if child is None:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} has no {path!r} in {type(parent).__name__}: the installed "
-                    f"transformers lays out {self.config.model_type!r} in a way this version of foveate does not know"
+                    f"{type(self.model).__name__} has no {path!r} in {type(parent).__name__}: "
+                    "the installed "
+                    f"transformers lays out {self.config.model_type!r} in a way this version of "
+                    "foveate does not know"
                 )
         return child

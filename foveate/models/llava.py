@@ -19,7 +19,8 @@ class Llava(Family):
         vision = self.config.vision_config
         if vision.model_type != "clip_vision_model":
             raise UnsupportedModelError(
-                f"LLaVA with a {vision.model_type!r} vision tower is not supported for methods that look inside the "
+                f"LLaVA with a {vision.model_type!r} vision tower is not supported for methods "
+                "that look inside the "
                 "encoder; methods of the llm stage work"
             )
         return Encoder(
@@ -31,7 +32,7 @@ class Llava(Family):
 
     @property
     def feature_layer(self) -> int:
-        """The layer behind `hidden_states[vision_feature_layer]`; entry 0 of those is the embedding."""
+        """The layer behind `hidden_states[vision_feature_layer]`; entry 0 is the embedding."""
         layer = self.config.vision_feature_layer
         if not isinstance(layer, int):
             layer = layer[-1]

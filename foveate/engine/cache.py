@@ -1,0 +1,173 @@
+"""Cache layers that hold fewer slots than the sequence has tokens, and report the logical length.
+
+Everything outside the text model (mask builders, `generate`) goes on reasoning in logical lengths;
+`Slots` says which logical position each slot holds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from foveate.engine.layout import Slots
+from foveate.errors import CacheError
+
+
+class PrunedLayer(CacheLayerMixin):
+    """Mixin over a cache layer class. `incoming` is set by the session before each update."""
+
+    _layer_type = None  # keeps the subclass out of transformers' table of layer types
+    slots: Slots | None
+    incoming: Slots | None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append keys and values of the physical columns.
+
+        Raises:
+            CacheError: no session announced the columns, so this cache is used outside the one
+            that pruned it.
+        """
+        if self.incoming is None:
+            raise CacheError(
+                "this KV cache holds pruned layers, which only the session that pruned them can "
+                "extend; "
+                "go on within the same foveate.use block, or start with a new cache"
+            )
+        states = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
+        self.slots, self.incoming = self.incoming, None
+        return states
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, removed ones included."""
+        return 0 if self.slots is None else self.slots.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical (length, offset) of the mask to build."""
+        return self.get_seq_length() + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows for beam search."""
+        super().reorder_cache(beam_idx)
+        self._rows(beam_idx, lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._rows(("repeat", repeats), lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._rows(indices, lambda x: x[indices.to(x.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens.
+
+        Args:
+            tokens_to_remove: zero or a negative number of logical tokens, as in transformers.
+
+        Raises:
+            CacheError: the crop reaches into a region from which tokens were removed.
+        """
+        count = abs(tokens_to_remove)
+        if self.slots is not None and count > self.slots.tail:
+            raise CacheError(
+                f"cannot crop {count} tokens off this cache: visual tokens were removed "
+                f"{self.slots.tail} tokens "
+                "before its end; crop less, or start with a new cache"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+        if self.slots is not None and count:
+            self.slots = self.slots.crop(count)
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        self.slots = None
+
+    def _rows(self, key: object, pick: Any) -> None:
+        if self.slots is not None:
+            self.slots = self.slots.rows(key, pick)
+
+
+class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
+    """A growing cache layer with fewer slots than tokens."""
+
+
+class PrunedStaticLayer(PrunedLayer, StaticLayer):
+    """A preallocated cache layer with fewer slots than tokens; `logical_max` is what it reports."""
+
+    logical_max: int
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Static masks span the whole logical buffer."""
+        return self.logical_max, 0
+
+    def get_max_length(self) -> int:
+        """Logical capacity."""
+        return self.logical_max
+
+
+_PRUNED: dict[type, type[PrunedLayer]] = {
+    DynamicLayer: PrunedDynamicLayer,
+    StaticLayer: PrunedStaticLayer,
+}
+
+
+def check_cache(cache: Cache | None) -> None:
+    """Refuse caches whose layers cannot be pruned.
+
+    Raises:
+        CacheError: the cache is offloaded, or holds quantized, sliding-window or other special
+            layers.
+    """
+    if cache is None:
+        return
+    if getattr(cache, "offloading", False):
+        raise CacheError(
+            "an offloaded KV cache cannot be pruned; use cache_implementation='dynamic' or 'static'"
+        )
+    layers = {type(layer) for layer in cache.layers}
+    if cache.layer_class_to_replicate is not None:
+        layers.add(cache.layer_class_to_replicate)
+    for kind in layers:
+        if kind not in _PRUNED and not issubclass(kind, PrunedLayer):
+            raise CacheError(
+                f"a KV cache with {kind.__name__} layers cannot be pruned; "
+                "use cache_implementation='dynamic' or 'static'"
+            )
+
+
+def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> PrunedLayer:
+    """The cache layer at `index`, made a pruned one if it is not yet.
+
+    Args:
+        cache: the cache; layers up to `index` that it would add lazily are added.
+        index: decoder layer.
+        fresh: slots of a layer from which nothing was removed so far; layers that share it stay in
+            step.
+        removed: logical positions of this forward without a column; a static layer that is still
+            empty allocates that many slots less.
+    """
+    while len(cache.layers) <= index:
+        assert cache.layer_class_to_replicate is not None
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if isinstance(layer, PrunedLayer):
+        if layer.slots is None:
+            layer.slots = fresh
+        return layer
+    kind = _PRUNED[type(layer)]
+    pruned = kind.__new__(kind)
+    pruned.__dict__.update(layer.__dict__)
+    pruned.slots, pruned.incoming = fresh, None
+    if isinstance(pruned, PrunedStaticLayer):
+        pruned.logical_max = pruned.max_cache_len
+        if not pruned.is_initialized:
+            pruned.max_cache_len -= removed
+    cache.layers[index] = pruned
+    return pruned

@@ -1,0 +1,208 @@
+"""Session: attach methods to a model, run, and restore the model exactly.
+
+`use` attaches for a block, `apply` until `remove()`. Everything is done by hooks and two instance
+attributes (`get_image_features` of the base model, `generate` of the model); nothing else on the
+model is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from foveate.engine.hooks import Hooks, check_kernel
+from foveate.engine.plan import Plan
+from foveate.errors import AttachError, FoveateError, InputError
+from foveate.method import Method, get_method
+from foveate.models import find_family
+from foveate.record import Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from foveate.report import Report
+
+MethodLike = Method | str | Sequence[Method]
+
+
+class Session:
+    """Methods on a model. Use `use` or `apply` rather than this class.
+
+    Args:
+        model: a supported vision-language model, with or without its head.
+        methods: one method, or several in stream order.
+
+    Raises:
+        UnsupportedModelError: unknown family, or the model cannot serve what a method needs.
+        LayerError: a layer lies outside the model, or methods are not in stream order.
+        BudgetError: `keep` does not fit the method's steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, methods: Method | Sequence[Method]) -> None:
+        self.family = find_family(model)
+        self.plan = Plan.of(
+            self.family, [methods] if isinstance(methods, Method) else list(methods)
+        )
+        self._model = model
+        self._hooks = Hooks(self.plan, self.family)
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The methods, in stream order."""
+        return self.plan.methods
+
+    # -- attach and remove
+
+    def attach(self) -> Session:
+        """Install the hooks.
+
+        Raises:
+            AttachError: the model already carries a session.
+            UnsupportedModelError: the attention kernel is not supported.
+        """
+        if _attached(self.family.text):
+            raise AttachError(
+                f"this {type(self._model).__name__} already carries a foveate session; remove it "
+                "first "
+                "(leave its `with` block, or call `remove()` on its handle), or pass both "
+                "methods as a list"
+            )
+        check_kernel(self.family)
+        family, hooks, keep = self.family, self._hooks, self._undo.append
+        keep(family.base.register_forward_pre_hook(hooks.enter_model, with_kwargs=True).remove)
+        keep(family.base.register_forward_hook(hooks.leave_model, always_call=True).remove)
+        keep(family.text.register_forward_pre_hook(hooks.enter_text, with_kwargs=True).remove)
+        keep(family.text.register_forward_hook(hooks.leave_text).remove)
+        for number in range(self.plan.first_layer, family.text_layers):
+            hook = functools.partial(hooks.enter_layer, number)
+            keep(family.layers[number].register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if family.model is not family.base:
+            keep(family.model.register_forward_pre_hook(hooks.enter_top, with_kwargs=True).remove)
+            self._wrap(family.model, "generate", hooks.generate)
+        self._wrap(family.base, "get_image_features", hooks.image_features)
+        if hooks.class_attention is not None:
+            hooks.class_attention.attach()
+            keep(hooks.class_attention.remove)
+        return self
+
+    def remove(self) -> None:
+        """Take every hook off; the model is as it was. Removing twice does no harm."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> Session:
+        """Attach."""
+        return self.attach()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove, whatever happened."""
+        self.remove()
+
+    def _wrap(self, module: nn.Module, name: str, around: Any) -> None:
+        original = getattr(module, name)
+        before = vars(module).get(name)
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        setattr(module, name, wrapper)
+        self._undo.append(
+            lambda: delattr(module, name) if before is None else setattr(module, name, before)
+        )
+
+    # -- what was done
+
+    @property
+    def record(self) -> Record | None:
+        """The last forward over a prompt: this thread's, or else any thread's."""
+        return self._hooks.record
+
+    @property
+    def kept(self) -> list[dict[str, Tensor]]:
+        """For each image of the last prompt, place -> (K,) raster positions alive after it."""
+        record = self.record
+        return [] if record is None else [image.kept for image in record.images]
+
+    def report(self) -> Report:
+        """What happened to each image of the last prompt: tokens, FLOPs, KV bytes."""
+        from foveate.report import Report
+
+        if self.record is None:
+            return Report.empty(self.family, self.methods)
+        return Report.of(self.record, self.family, self.methods, self._model.dtype)
+
+    def show(self, images: Image | Sequence[Image], geometry: str = "auto") -> list[Image]:
+        """Draw the kept tokens of each stage on the images of the last prompt.
+
+        Args:
+            images: the images of the prompt, in order of appearance.
+            geometry: how the processor mapped a picture on the token grid: `resize`, `crop`,
+            `pad`, or `auto`.
+
+        Raises:
+            InputError: no prompt with images was run, or the number of images differs.
+        """
+        from foveate.draw import show
+
+        if self.record is None or not self.record.images:
+            raise InputError("nothing to show: no prompt with an image was run in this session")
+        return show(self.record, [images] if not isinstance(images, Sequence) else images, geometry)
+
+
+def use(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
+    """Use methods on a model for the length of a `with` block.
+
+    Args:
+        model: a supported vision-language model.
+        method: a method, a method's name, or a list of methods in stream order.
+        **fields: with a name, the method's hyper-parameters.
+
+    Returns:
+        A session that attaches when the block is entered, and restores the model when it is left.
+
+    Raises:
+        FoveateError: see `Session`; raised here, before anything runs.
+
+    Example:
+        >>> with foveate.use(model, "fastv", layer=2, keep=0.25) as run:  # doctest: +SKIP
+        ...     out = model.generate(**inputs)
+        >>> print(run.report())  # doctest: +SKIP
+    """
+    if isinstance(method, str):
+        try:
+            method = get_method(method)(**fields)
+        except TypeError as error:
+            names = ", ".join(f.name for f in dataclasses.fields(get_method(method)))  # type: ignore[arg-type]
+            raise FoveateError(f"{method} takes the fields {names}; {error}") from None
+    elif fields:
+        raise FoveateError(
+            f"fields go with a method's name; got {', '.join(fields)} beside {method!r}, which "
+            "has its own"
+        )
+    return Session(model, method)
+
+
+def apply(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
+    """Use methods on a model until `remove()` is called on the returned handle. Arguments as in
+    `use`.
+    """
+    return use(model, method, **fields).attach()
+
+
+def _attached(text: nn.Module) -> bool:
+    return any(
+        isinstance(getattr(h, "__self__", None), Hooks) for h in text._forward_pre_hooks.values()
+    )

@@ -1,0 +1,358 @@
+"""Turn: the state of one forward through the text model; gone when it ends.
+
+Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H` heads, `D` hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
+from foveate.engine.images import Group, reduce_group
+from foveate.engine.layout import Layout, Slots, compact, expansion, take, translate_mask
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.models import Family
+from foveate.signals.text_attention import text_attention
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a forward is about, in logical terms.
+
+    Args:
+        batch: rows, B.
+        length: tokens of this forward, T.
+        past: logical length of what the cache holds.
+        device: where the sequence lives.
+        groups: images of this forward and what is alive of them; empty in decoding steps and for
+            text alone.
+        real: (B, past + T) which positions are no padding, or `None` for all.
+        trailing: drafted tokens behind the prompt, in assisted decoding.
+        request: batch row to entry of a per-request budget.
+        flash: whether the attention kernel takes 2-D masks.
+    """
+
+    batch: int
+    length: int
+    past: int
+    device: torch.device
+    groups: list[Group]
+    real: Tensor | None
+    trailing: int
+    request: Callable[[int], int]
+    flash: bool
+
+
+class Turn:
+    """One forward: which columns are alive at each layer, and what each layer must be told.
+
+    Args:
+        plan: the session's plan.
+        family: the model's family.
+        prompt: what the forward is about.
+    """
+
+    def __init__(self, plan: Plan, family: Family, prompt: Prompt) -> None:
+        self.plan = plan
+        self.family = family
+        self.prompt = prompt
+        self.groups = prompt.groups
+        self.full = Layout.full(prompt.batch, prompt.length, prompt.device)
+        self.layout = self.full
+        self.layer_layouts: list[Layout] = []
+        self.layer_tokens: list[list[int]] = []
+        self.prompt_tokens = self._count_tokens()
+        self.tokens = list(self.prompt_tokens)
+        self.kept: dict[int, dict[str, Tensor]] = {i: {} for g in self.groups for i in g.images}
+        self._fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
+        self._begin: dict[tuple[int, int], int] = {}
+        self._rows: dict[int, tuple[Tensor, Layout]] = {}
+        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}
+        self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
+        self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
+
+    # -- what a layer is handed
+
+    def enter(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Reduce what is due before a layer, and translate what the layer is handed.
+
+        Args:
+            number: the decoder layer.
+            layer: its module.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in logical terms.
+
+        Returns:
+            hidden and keyword arguments in physical terms; the same objects where nothing changes.
+        """
+        if self.groups:
+            hidden = self._reduce(number, layer, hidden, kwargs)
+            self.layer_layouts.append(self.layout)
+            self.layer_tokens.append(self.tokens)
+        cache = kwargs.get("past_key_values")
+        if self.layout is self.full and not _is_pruned(cache, number):
+            return hidden, kwargs
+        before, width = self._fresh, 0
+        if cache is not None:
+            removed = self.prompt.length - self.layout.index.shape[1]
+            held = pruned_layer(cache, number, self._fresh, removed)
+            assert held.slots is not None
+            before, width = (
+                held.slots,
+                held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0,
+            )
+        key = (id(before), id(self.layout), id(kwargs.get("attention_mask")))
+        if key not in self._views:
+            self._views[key] = self._view(before, width, hidden, kwargs)
+        changes, after = self._views[key]
+        if cache is not None:
+            held.incoming = after
+        return hidden, {**kwargs, **changes} if changes else kwargs
+
+    def _view(
+        self, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Any], Slots]:
+        """Keyword arguments that change for layers that share slots and layout, and their slots
+        afterwards.
+        """
+        after = before.extend(self.layout, self.prompt.length, self._renumbered)
+        mask = kwargs.get("attention_mask")
+        rotary, position_ids = self._positions(before, hidden, kwargs)
+        physical = {
+            "attention_mask": translate_mask(
+                mask, self.layout, after, self.prompt.length, two_d=self.prompt.flash, width=width
+            ),
+            "position_embeddings": rotary,
+            "position_ids": position_ids,
+        }
+        changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
+        return changes, after
+
+    def _positions(
+        self, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Any, Tensor | None]:
+        """(cos, sin) and position ids of the physical columns."""
+        rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
+        renumbered = self._shift is not None or before.renumbered is not None
+        if self.layout is self.full and not renumbered:
+            return rotary, position_ids
+        columns = self.layout.index.clamp(min=0)
+        positions = None if position_ids is None else take(position_ids, columns)
+        if renumbered:
+            assert (
+                positions is not None
+            )  # every supported text model hands position_ids to its layers
+            if self._shift is not None:
+                positions = positions - self._shift.gather(1, columns)
+            if before.renumbered is not None:
+                positions = positions - before.renumbered
+            rotary = self.family.rotary(hidden, positions)
+        else:
+            rotary = tuple(take(part, columns) for part in rotary)
+        # Flash kernels read gaps in the position ids of a single row as packed sequences.
+        return rotary, None if self.prompt.flash else positions
+
+    # -- reductions
+
+    def drop_marked(self, hidden: Tensor) -> Tensor:
+        """Drop what pre_llm steps removed from the image features; called before layer 0.
+
+        Args:
+            hidden: (B, T, D) input of layer 0; rows that were removed hold NaN.
+        """
+        for group in self.groups:
+            self._note(group, "pre_llm")
+        gone = torch.zeros(
+            self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
+        )
+        lost = False
+        for group in self.groups:
+            if group.index.shape[1] < group.total:
+                lost = True
+                for row in group.rows:
+                    self.tokens[row] -= group.total - group.index.shape[1]
+        if not lost:
+            return hidden
+        gone = hidden[..., 0].isnan().to(gone.device)
+        return self._drop(hidden, gone, self.plan.renumber_features)
+
+    def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        if number == 0 and self.plan.pre_llm:
+            hidden = self.drop_marked(hidden)
+        if number in self.plan.text_attention_layers:
+            self._rows[number] = self._text_attention(number, layer, hidden, kwargs), self.layout
+        for planned in self.plan.llm:
+            if planned.step.layer == number:
+                hidden = self._step(planned, hidden)
+        return hidden
+
+    def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
+        """Run one step on every group, then drop what it removed."""
+
+        def features(part: Group) -> Tensor:
+            return hidden[self._row_index(part), self._columns(part, self.layout)]
+
+        def signals(part: Group) -> Mapping[str, Tensor]:
+            return {
+                need.name: self._visual_row(need.layers[0], part) for need in planned.step.needs
+            }
+
+        gone = torch.zeros(
+            self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
+        )
+        groups: list[Group] = []
+        lost = False
+        for group in self.groups:
+            parts = reduce_group(
+                planned, self.family, group, self._begin, self.prompt.request, features, signals
+            )
+            for part, after, reduction in parts:
+                groups.append(after)
+                self._note(after, planned.step.place)
+                if reduction is None:
+                    continue
+                lost = True
+                rows = self._row_index(part)
+                gone[rows, part.columns] = True
+                gone[rows, after.columns] = False
+                self.tokens = list(self.tokens)
+                for row in part.rows:
+                    self.tokens[row] -= part.index.shape[1] - after.index.shape[1]
+                if reduction.weights is not None:
+                    where = (rows, self._columns(after, self.layout))
+                    hidden = hidden.index_put(where, reduction.apply(features(part)))
+        self.groups = groups
+        return (
+            self._drop(hidden, gone, planned.method.positions == "renumbered") if lost else hidden
+        )
+
+    def _drop(self, hidden: Tensor, gone: Tensor, renumber: bool) -> Tensor:
+        """Compact: drop (B, T) logical positions, and all padding."""
+        if renumber:
+            count = gone.long()
+            behind = count.cumsum(1)
+            shift, total = behind - count, behind[:, -1:]
+            self._shift = shift if self._shift is None else self._shift + shift
+            self._renumbered = total if self._renumbered is None else self._renumbered + total
+        alive = ~gone
+        if self.prompt.real is not None:
+            alive &= self.prompt.real[:, self.prompt.past :]
+        columns = self.layout.index
+        living = alive.gather(1, columns.clamp(min=0))
+        if self.layout.ragged:
+            living &= columns >= 0
+        self.layout, source = compact(self.layout, living, self.tokens)
+        hidden = take(hidden, source)
+        if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
+            hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
+        return hidden
+
+    def _note(self, group: Group, place: str) -> None:
+        for i, image in enumerate(group.images):
+            self.kept[image][place] = group.index[i]
+
+    # -- signals
+
+    def _text_attention(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """(B, H, P) attention of the prompt's last token at a layer."""
+        prompt = self.prompt
+        cache = kwargs.get("past_key_values")
+        before = self._fresh
+        if _is_pruned(cache, number) and cache.layers[number].slots is not None:
+            before = cache.layers[number].slots
+        rotary, _ = self._positions(before, hidden, kwargs)
+        asked = torch.full((prompt.batch, 1), prompt.length - 1, device=prompt.device)
+        if prompt.real is not None:
+            order = torch.arange(prompt.length, device=prompt.device)
+            asked = (prompt.real[:, prompt.past :] * order).amax(1, keepdim=True)
+        asked = asked - prompt.trailing
+        visible = None
+        if prompt.real is not None or prompt.trailing or self.layout.ragged:
+            visible = (self.layout.index <= asked) & (self.layout.index >= 0)
+            if prompt.real is not None:
+                visible &= prompt.real[:, prompt.past :].gather(1, self.layout.index.clamp(min=0))
+        past = None
+        if cache is not None and prompt.past:
+            past = (
+                cache.layers[number].keys[:, :, : before.index.shape[1]],
+                self._visible_past(before),
+            )
+        query = torch.searchsorted(self.layout.index.contiguous(), asked.contiguous())[:, 0]
+        return text_attention(layer, hidden, rotary, query, visible, past)
+
+    def _visible_past(self, before: Slots) -> Tensor | None:
+        if self.prompt.real is None and not before.ragged:
+            return None
+        visible = before.index >= 0
+        if self.prompt.real is not None:
+            visible = visible & self.prompt.real.gather(1, before.index.clamp(min=0))
+        return visible
+
+    def _visual_row(self, number: int, part: Group) -> Tensor:
+        """(G, H, V) of a group, from the row taken at a layer."""
+        probabilities, layout = self._rows[number]
+        rows = probabilities[torch.tensor(part.rows, device=probabilities.device)]
+        columns = self._columns(part, layout).to(rows.device)
+        return rows.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
+
+    def _columns(self, part: Group, layout: Layout) -> Tensor:
+        """(G, V) physical columns of a group."""
+        assert part.columns is not None
+        if layout is self.full:
+            return part.columns
+        return torch.searchsorted(
+            layout.index[self._row_index(part)[:, 0]].contiguous(), part.columns.contiguous()
+        )
+
+    def _row_index(self, part: Group) -> Tensor:
+        return torch.tensor(part.rows, device=self.prompt.device)[:, None]
+
+    def _count_tokens(self) -> list[int]:
+        if self.prompt.real is None or not self.groups:
+            return [self.prompt.length] * self.prompt.batch
+        return self.prompt.real[:, self.prompt.past :].sum(1).tolist()
+
+    # -- the way out
+
+    def leave(self, output: Any, first_layer: int) -> Any:
+        """Bring hidden states back to logical length, in place.
+
+        Args:
+            output: the text model's output.
+            first_layer: first layer that the session touched.
+        """
+        if self.layout is self.full:
+            return output
+        states = output.last_hidden_state
+        output.last_hidden_state = self._expand(states, self.layout)
+        if output.get("hidden_states") is not None:
+            layouts = [self.full] * first_layer + self.layer_layouts
+            inner = output.hidden_states[1:-1]
+            output.hidden_states = (
+                self._expand(output.hidden_states[0], layouts[0]),
+                *(self._expand(h, layout) for h, layout in zip(inner, layouts, strict=False)),
+                output.last_hidden_state,
+            )
+        return output
+
+    def _expand(self, states: Tensor, layout: Layout) -> Tensor:
+        if layout is self.full or states is None:
+            return states
+        return take(states, expansion(layout, self.prompt.length))
+
+
+def _is_pruned(cache: Any, number: int) -> bool:
+    return (
+        cache is not None
+        and len(cache.layers) > number
+        and isinstance(cache.layers[number], PrunedLayer)
+    )

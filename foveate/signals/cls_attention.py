@@ -1,0 +1,91 @@
+"""Attention of the vision encoder's class token, from the projections the encoder computes anyway.
+
+softmax(q_cls K^T / sqrt(d)) needs one query row: O(N D) per layer instead of O(N^2 D) for an
+attention map.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from foveate.models import Encoder
+
+
+class ClassAttention:
+    """Collects class-token attention rows while an encoder runs.
+
+    Args:
+        encoder: the encoder; it must have a class token.
+        layers: 0-based layers to collect, distinct.
+    """
+
+    def __init__(self, encoder: Encoder, layers: tuple[int, ...]) -> None:
+        self.encoder = encoder
+        self.layers = layers
+        self._running = threading.local()
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Hook the query and key projections of the layers."""
+        for layer in self.layers:
+            attention: Any = self.encoder.attention(self.encoder.layers[layer])
+            for name in ("q_proj", "k_proj"):
+                self._handles.append(
+                    getattr(attention, name).register_forward_hook(self._keep(layer, name))
+                )
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def collect(self) -> Iterator[dict[int, Tensor]]:
+        """While open, fill a dict of layer -> (images, H, V) float32 rows, in this thread only."""
+        rows: dict[int, Tensor] = {}
+        self._running.rows, self._running.pending = rows, {}
+        try:
+            yield rows
+        finally:
+            self._running.rows = None
+
+    def _keep(self, layer: int, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            rows = getattr(self._running, "rows", None)
+            if rows is None:
+                return
+            pending = self._running.pending.setdefault(layer, {})
+            pending[name] = output.detach()
+            if len(pending) == 2:
+                del self._running.pending[layer]
+                rows[layer] = class_row(pending["q_proj"], pending["k_proj"], self.encoder.heads)
+
+        return hook
+
+
+@torch.no_grad()
+def class_row(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    """Attention of row 0 to the rows behind it.
+
+    Args:
+        query: (B, N + 1, D) projected queries; only row 0 is read.
+        key: (B, N + 1, D) projected keys.
+        heads: attention heads, H.
+
+    Returns:
+        (B, H, N) float32 probabilities over all N + 1 keys, without the class token's own column.
+    """
+    batch, length, width = key.shape
+    q = query[:, :1].view(batch, 1, heads, -1).transpose(1, 2)
+    k = key.view(batch, length, heads, -1).transpose(1, 2)
+    logits = torch.matmul(q, k.transpose(-1, -2))[:, :, 0].float() / math.sqrt(width // heads)
+    return logits.softmax(-1)[..., 1:]

@@ -1,0 +1,67 @@
+"""Tiny random models, shared by all tests."""
+
+import pytest
+import torch
+
+from tests.tinies import tiny_llava
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llava():
+    """CLIP and Llama, SDPA."""
+    return tiny_llava()
+
+
+@pytest.fixture(scope="session", params=["llama", "llama-gqa", "qwen2"])
+def any_llava(request):
+    """LLaVA with each kind of text model."""
+    return tiny_llava(request.param)
+
+
+@pytest.fixture
+def flash_emulated():
+    """A kernel with the calling convention of flash attention (2-D masks, causal), in plain torch."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    name = "emulated_2d"  # transformers loads a kernel for every name with "flash" in it
+    AttentionInterface.register(name, emulated_flash)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    yield name
+    AttentionInterface._global_mapping.pop(name)
+    AttentionMaskInterface._global_mapping.pop(name)
+
+
+def emulated_flash(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
+    """Flash semantics: queries are the last keys, a 2-D mask unpads, one row with gaps is packed."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    queries, keys = query.shape[2], key.shape[2]
+    causal = getattr(module, "is_causal", True)
+    allowed = torch.ones(queries, keys, dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril(keys - queries)
+    allowed = allowed[None, None]
+    if attention_mask is not None:
+        assert attention_mask.dim() == 2
+        allowed = allowed & attention_mask[:, None, None, -keys:].bool()
+    if position_ids is not None and query.shape[0] == 1 and causal and queries > 1:
+        gaps = position_ids[0].diff() != 1
+        assert not gaps.any(), "one row with gaps in its positions would be unpacked as several"
+    scores = (query @ key.transpose(2, 3)) * scaling
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers(request):
+    """After each test, no shared model carries a hook."""
+    yield
+    for name in ("llava", "any_llava"):
+        if name in request.fixturenames:
+            model = request.getfixturevalue(name)
+            hooked = [n for n, m in model.named_modules() if m._forward_pre_hooks]
+            assert not hooked, f"hooks left on {hooked}"
+            assert "generate" not in vars(model)

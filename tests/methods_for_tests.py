@@ -1,0 +1,46 @@
+"""Small methods that reach corners of the engine which the built-in ones do not."""
+
+from dataclasses import dataclass
+
+import torch
+
+from foveate.budget import Keep
+from foveate.method import Method, Scorer, Step, register
+from foveate.reduction import Reduction
+
+
+@register("test-every-third", stage="pre_llm")
+@dataclass(frozen=True)
+class EveryThird(Scorer):
+    """Positions 0, 3, 6, ... first, then 1, 4, ...: known indices, no signal."""
+
+    keep: Keep = 12
+    positions: str = "original"
+
+    def steps(self, model):
+        return (Step("pre_llm"),)
+
+    def scores(self, tokens):
+        position = tokens.index.float()
+        return -(position % 3) * 1000 - position
+
+
+@register("test-llm-average", stage="llm")
+@dataclass(frozen=True)
+class Average(Method):
+    """Merge every run of neighbours into its first token, inside the language model."""
+
+    layer: int = 2
+    keep: Keep = 0.5
+    positions: str = "original"
+
+    def steps(self, model):
+        return (Step("llm", self.layer),)
+
+    def reduce(self, tokens, count):
+        images, length = tokens.index.shape
+        part = torch.arange(length) * count // length
+        weights = torch.nn.functional.one_hot(part, count).T.float()
+        weights = weights / weights.sum(1, keepdim=True)
+        first = torch.searchsorted(part, torch.arange(count))
+        return Reduction(first.expand(images, -1), weights.expand(images, -1, -1))

@@ -1,0 +1,120 @@
+"""An independent oracle: the text model at full length, one row at a time, with removed tokens masked.
+
+Nothing here uses foveate or the model's own attention code: a plain loop over the layers with explicit softmax
+attention, no cache and no compaction. A removed token stays in the sequence, but from the layer where it was removed on
+nobody attends to it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tests.tinies import IMAGE
+
+
+@dataclass
+class Drop:
+    """Before `layer`, keep `counts[i]` tokens of `images[i]`, ranked by the attention in layer `scored`.
+
+    `query` is the position of the token that ranks (default: the prompt's last).
+    """
+
+    layer: int
+    scored: int
+    counts: list[int]
+    renumber: bool = False
+    images: list[int] | None = None
+    query: int | None = None
+
+
+@dataclass
+class Spec:
+    """What is removed from a row: given indices at the input, then drops."""
+
+    kept: list[Tensor] | None = None
+    renumber: bool = False
+    drops: list[Drop] = field(default_factory=list)
+
+
+def rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+@torch.no_grad()
+def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
+    """Logits (T, vocab) of one row, and per drop the kept raster indices of each image.
+
+    Args:
+        ids: (T) prompt and teacher-forced continuation, without padding.
+        features: projected features of each image.
+        prompt: length of the prompt; its last token ranks.
+    """
+    text = model.model.language_model
+    config = text.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    hidden = text.embed_tokens(ids)
+    visual = (ids == IMAGE).nonzero()[:, 0]
+    if len(visual):
+        hidden[visual] = torch.cat(features).to(hidden)
+    columns = list(visual.split([len(f) for f in features])) if len(visual) else []
+    index = [torch.arange(len(f)) for f in features]
+    length = len(ids)
+    alive = torch.ones(length, dtype=torch.bool)
+    shift = torch.zeros(length, dtype=torch.long)
+    position = torch.arange(length)
+    history = []
+
+    def remove(image, chosen, renumber):
+        before = alive.clone()
+        alive[columns[image]] = False
+        columns[image], index[image] = columns[image][chosen], index[image][chosen]
+        alive[columns[image]] = True
+        gone = (before & ~alive).long()
+        return (gone.cumsum(0) - gone) if renumber else torch.zeros_like(shift)
+
+    if spec.kept is not None:
+        for image, chosen in enumerate(spec.kept):
+            shift += remove(image, chosen, spec.renumber)
+        history.append([i.clone() for i in index])
+    weights = {}
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for number, layer in enumerate(text.layers):
+        attention = layer.self_attn
+        width = attention.head_dim
+
+        def attend(x):
+            x = layer.input_layernorm(x)
+            q = attention.q_proj(x).view(length, heads, width).transpose(0, 1)
+            k = attention.k_proj(x).view(length, kv_heads, width).transpose(0, 1)
+            v = attention.v_proj(x).view(length, kv_heads, width).transpose(0, 1)
+            inverse = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2) / width)
+            angle = torch.outer((position - shift).float(), inverse)
+            cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))
+            scores = q @ k.transpose(1, 2) / width**0.5
+            allowed = causal & alive[None]
+            allowed = allowed | torch.eye(length, dtype=torch.bool)  # removed rows stay finite
+            probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+            return probabilities, v
+
+        weights[number] = attend(hidden)[0]
+        for drop in spec.drops:
+            if drop.layer != number:
+                continue
+            # Within one layer, a later turn ranks with what earlier turns have left in the cache.
+            scores = attend(hidden)[0] if drop.scored == number else weights[drop.scored]
+            row = scores.mean(0)[prompt - 1 if drop.query is None else drop.query]
+            moved = torch.zeros_like(shift)
+            for image, count in zip(drop.images or range(len(features)), drop.counts, strict=True):
+                chosen = row[columns[image]].topk(count).indices.sort().values
+                moved += remove(image, chosen, drop.renumber)
+            shift = shift + moved
+            history.append([i.clone() for i in index])
+        probabilities, v = attend(hidden)
+        mixed = (probabilities @ v).transpose(0, 1).reshape(length, -1)
+        hidden = hidden + attention.o_proj(mixed)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(text.norm(hidden)), history

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from foveate.errors import InputError
-from foveate.record import Record
+from foveate.record import ImageRecord, Record
 from foveate.report import place_name
 
 Geometry = Literal["resize", "crop", "pad"]
@@ -54,14 +54,17 @@ def show(
     pictures = [images] if isinstance(images, Image.Image) else list(images)
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
-    if len(pictures) != len(record.images):
+    shown = _distinct(record)
+    if len(pictures) != len(shown):
         raise InputError(
-            f"the last forward had {len(record.images)} images, but show got {len(pictures)}; "
+            f"the last forward had {len(shown)} images, but show got {len(pictures)}; "
             "pass every picture of the batch, in order of appearance"
         )
     strips = []
-    for number, (picture, seen) in enumerate(zip(pictures, record.images, strict=True)):
-        chosen = _choose(record, picture, number) if geometry == "auto" else geometry
+    for number, (picture, seen) in enumerate(zip(pictures, shown, strict=True)):
+        chosen = (
+            _choose(record.pixels, picture, number, len(shown)) if geometry == "auto" else geometry
+        )
         kept = {place: index.tolist() for place, index in seen.kept.items()}
         strips.append(draw_kept(picture, seen.grid, kept, chosen))
     return strips
@@ -174,10 +177,18 @@ def stack(strips: Sequence[Image.Image], headings: Sequence[str] = ()) -> Image.
     return sheet
 
 
-def _choose(record: Record, picture: Image.Image, number: int) -> Geometry:
-    """The geometry of one picture of a record."""
-    pixels = record.pixels
-    if pixels is not None and len(pixels) == len(record.images):
+def _distinct(record: Record) -> list[ImageRecord]:
+    """The images of a record, without the copies that beams and returned sequences make."""
+    encoded = 0 if record.pixels is None else len(record.pixels)
+    if not encoded or len(record.images) % encoded:
+        return record.images
+    copies = len(record.images) // encoded
+    return [image for image in record.images if image.row % copies == 0]
+
+
+def _choose(pixels: Tensor | None, picture: Image.Image, number: int, count: int) -> Geometry:
+    """The geometry of one of `count` pictures, given what the encoder saw of all."""
+    if pixels is not None and len(pixels) == count:
         return match_geometry(picture, pixels[number])
     if picture.width == picture.height:
         return "resize"

@@ -7,6 +7,7 @@ it is left out on both sides.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -62,6 +63,9 @@ class Report(dict[str, Any]):
             dtype: what the key-value cache holds.
         """
         report = cls.empty(family, methods)
+        if not record.layer_tokens:  # nothing acted, so every layer saw the whole prompt
+            whole = [list(record.prompt_tokens)] * family.text_layers
+            record = dataclasses.replace(record, layer_tokens=whole)
         visual = _visual_tokens(record)
         report.update(
             dtype=str(dtype).removeprefix("torch."),
@@ -178,10 +182,7 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     """FLOPs of the prefill with all tokens and as it was, vision included."""
     config = family.config
     layers = len(record.layer_tokens)
-    vision = sum(
-        flops.vision_flops(config) + flops.projector_flops(config, image.total)
-        for image in record.images
-    )
+    vision = _vision_flops(record, config)
     selection = _selection_flops(record, family, methods)
     before = vision + flops.prefill_flops(config, [record.prompt_tokens] * layers)
     after = vision + selection + flops.prefill_flops(config, record.layer_tokens)
@@ -192,6 +193,15 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
         "vision": vision,
         "selection": selection,
     }
+
+
+def _vision_flops(record: Record, config: Any) -> int:
+    """Tower and projector on the pictures that were encoded; beams share one."""
+    if not record.images:
+        return 0
+    encoded = len(record.images) if record.pixels is None else len(record.pixels)
+    tokens = sum(image.total for image in record.images) * encoded // len(record.images)
+    return encoded * flops.vision_flops(config) + flops.projector_flops(config, tokens)
 
 
 def _selection_flops(record: Record, family: _Family, methods: Sequence[Method]) -> int:
@@ -303,10 +313,11 @@ def _cost_table(report: Report) -> Table:
     vision = human_flops(work["vision"], work["before"])
     table.add_row("  of which vision tower, projector", vision, vision, "")
     table.add_row("  of which selection", "", human_flops(work["selection"]), "")
-    table.add_row(
-        f"KV cache, {report['dtype']}",
-        human_bytes(memory["before"]),
-        human_bytes(memory["after"], memory["before"]),
-        f"{memory['ratio']:.1%}",
-    )
+    if memory["before"]:
+        table.add_row(
+            f"KV cache, {report['dtype']}",
+            human_bytes(memory["before"]),
+            human_bytes(memory["after"], memory["before"]),
+            f"{memory['ratio']:.1%}",
+        )
     return table

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from PIL import Image
-from records import image, pyramid_record
 from transformers import CLIPImageProcessorPil
 
 from foveate.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
 from foveate.errors import InputError
 from foveate.record import Record
+from tests.records import image, pyramid_record
 
 GRID = (4, 4)
 RED = (220, 30, 30)
@@ -128,6 +128,16 @@ def test_geometry_must_be_given_when_nothing_was_encoded():
 def test_single_picture_needs_no_list():
     record = Record(1, [20], [image(0, ("pre_llm", [1]))], [[5]], [5])
     assert len(show(record, picture(64, 64))) == 1
+
+
+def test_beams_are_drawn_once():
+    """Three beams of two pictures, both in the same row: rows are repeated one after another."""
+    images = [image(row, ("pre_llm", [n])) for row in range(3) for n in (1, 2)]
+    record = Record(3, [40] * 3, images, [[10] * 3], [10], pixels=torch.rand(2, 3, 8, 8))
+    pictures = [picture(64, 64), picture(64, 64, 1)]
+    alone = Record(1, [40], images[:2], [[10]], [10], pixels=torch.rand(2, 3, 8, 8))
+    got, want = show(record, pictures), show(alone, pictures)
+    assert [g.tobytes() for g in got] == [w.tobytes() for w in want]
 
 
 def test_stack_keeps_every_strip():

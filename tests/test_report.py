@@ -1,16 +1,17 @@
 """A report says what the record says, in a dict, in JSON and as a table."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from records import CONFIG, FakeFamily, image, pyramid_record, text_record
 
 from foveate.budget import per_request
 from foveate.measure import flops
 from foveate.methods import FastV, PyramidDrop
 from foveate.record import Record
 from foveate.report import Report, human_bytes, human_flops, layer_ranges
+from tests.records import CONFIG, FakeFamily, image, pyramid_record, text_record
 
 F32 = torch.float32
 
@@ -52,6 +53,12 @@ def test_flops_are_the_parts_added_up(report):
     assert work["ratio"] == work["after"] / work["before"]
 
 
+def test_beams_share_what_the_encoder_did():
+    record = dataclasses.replace(pyramid_record(), pixels=torch.zeros(1, 3, 32, 32))
+    alone = flops.vision_flops(CONFIG) + flops.projector_flops(CONFIG, 16)
+    assert Report.of(record, FakeFamily(), [PyramidDrop()], F32)["flops"]["vision"] == alone
+
+
 def test_kv_bytes_are_slots_times_width(report):
     # 2 rows x (keys and values) x 2 heads x 12 wide x 4 bytes
     per_slot = 2 * 2 * 2 * 12 * 4
@@ -78,7 +85,7 @@ def test_without_a_cache_there_are_no_bytes():
     record.cache_slots.clear()
     report = Report.of(record, FakeFamily(), [PyramidDrop()], F32)
     assert report["kv_bytes"] == {"before": 0, "after": 0, "ratio": 1.0}
-    assert "0 B" in str(report)
+    assert "KV cache" not in str(report)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +131,14 @@ def test_image_free_prompt_says_so_and_saves_nothing():
     assert report["flops"]["selection"] == 0
     assert report["kv_bytes"]["ratio"] == 1.0
     assert "note: no image in the prompt: nothing was removed" in str(report)
+
+
+def test_record_in_which_nothing_acted_needs_no_layers():
+    whole = Report.of(text_record(), FakeFamily(), [PyramidDrop()], F32)
+    bare = dataclasses.replace(text_record(), layer_tokens=[], cache_slots=[])
+    report = Report.of(bare, FakeFamily(), [PyramidDrop()], F32)
+    assert report["layers"] == whole["layers"]
+    assert report["flops"] == whole["flops"]
 
 
 def test_empty_report_says_that_nothing_ran():

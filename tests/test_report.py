@@ -5,13 +5,16 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+import foveate
 from foveate.budget import per_request
 from foveate.measure import flops
 from foveate.methods import FastV, PyramidDrop
 from foveate.record import Record
 from foveate.report import Report, human_bytes, human_flops, layer_ranges
 from tests.records import CONFIG, FakeFamily, image, pyramid_record, text_record
+from tests.tinies import prompts, tiny_llava
 
 F32 = torch.float32
 
@@ -165,3 +168,36 @@ def test_equal_layers_are_named_as_ranges():
 )
 def test_units(got, want):
     assert got == want
+
+
+@pytest.mark.parametrize("text", ["llama", "llama-gqa", "qwen2"])
+@pytest.mark.parametrize(
+    "method", [PyramidDrop(layers=(2, 3, 4)), FastV(layer=2, keep=0.25)], ids=lambda m: m.slug
+)
+def test_reported_flops_are_the_ones_torch_counts(method, text):
+    """With the dense attention of the eager kernel; the causal share is left to the kernel."""
+    model = tiny_llava(text, attention="eager")
+    count = FlopCounterMode(display=False)
+    with foveate.use(model, method) as run, torch.no_grad(), count:
+        model(**prompts([(3, 4)]), logits_to_keep=1)
+    work, tokens = run.report()["flops"], run.record.layer_tokens
+    dense = flops.prefill_flops(model.config, tokens, causal=False)
+    causal = flops.prefill_flops(model.config, tokens)
+    assert count.get_total_flops() == work["after"] + dense - causal
+
+
+@pytest.mark.parametrize("rows", [[(3, 4)], [(3, 4), (2, 2, 1), (5,)]], ids=["one", "ragged"])
+def test_reported_bytes_are_those_of_the_cache(rows):
+    model = tiny_llava("llama-gqa")
+    inputs = prompts(rows)
+    whole = model(**inputs).past_key_values
+    with foveate.use(model, PyramidDrop(layers=(1, 3, 4))) as run:
+        pruned = model(**inputs).past_key_values
+    assert run.report()["kv_bytes"]["before"] == size(whole)
+    assert run.report()["kv_bytes"]["after"] == size(pruned)
+
+
+def size(cache) -> int:
+    """Bytes of all keys and values."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

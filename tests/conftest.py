@@ -22,8 +22,8 @@ def any_llava(request):
 
 @pytest.fixture
 def flash_emulated():
-    """A kernel with the calling convention of flash attention (2-D masks, causal), in plain torch."""
-    from transformers import AttentionInterface
+    """A kernel with the calling convention of flash attention (2-D masks, causal), in plain
+    torch.""" from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 
     name = "emulated_2d"  # transformers loads a kernel for every name with "flash" in it
@@ -34,9 +34,11 @@ def flash_emulated():
     AttentionMaskInterface._global_mapping.pop(name)
 
 
-def emulated_flash(module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs):
-    """Flash semantics: queries are the last keys, a 2-D mask unpads, one row with gaps is packed."""
-    groups = query.shape[1] // key.shape[1]
+def emulated_flash(
+    module, query, key, value, attention_mask, scaling=None, position_ids=None, **kwargs
+):
+    """Flash semantics: queries are the last keys, a 2-D mask unpads, one row with gaps is
+    packed.""" groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     queries, keys = query.shape[2], key.shape[2]
     causal = getattr(module, "is_causal", True)

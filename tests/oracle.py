@@ -1,8 +1,9 @@
-"""An independent oracle: the text model at full length, one row at a time, with removed tokens masked.
+"""An independent oracle: the text model at full length, one row at a time, with removed tokens
+masked.
 
-Nothing here uses foveate or the model's own attention code: a plain loop over the layers with explicit softmax
-attention, no cache and no compaction. A removed token stays in the sequence, but from the layer where it was removed on
-nobody attends to it.
+Nothing here uses foveate or the model's own attention code: a plain loop over the layers with
+explicit softmax attention, no cache and no compaction. A removed token stays in the sequence, but
+from the layer where it was removed on nobody attends to it.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from tests.tinies import IMAGE
 
 @dataclass
 class Drop:
-    """Before `layer`, keep `counts[i]` tokens of `images[i]`, ranked by the attention in layer `scored`.
+    """Before `layer`, keep `counts[i]` tokens of `images[i]`, ranked by the attention in layer
+    `scored`.
 
     `query` is the position of the token that ranks (default: the prompt's last).
     """
@@ -89,7 +91,9 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
             q = attention.q_proj(x).view(length, heads, width).transpose(0, 1)
             k = attention.k_proj(x).view(length, kv_heads, width).transpose(0, 1)
             v = attention.v_proj(x).view(length, kv_heads, width).transpose(0, 1)
-            inverse = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2) / width)
+            inverse = 1 / config.rope_parameters["rope_theta"] ** (
+                torch.arange(0, width, 2) / width
+            )
             angle = torch.outer((position - shift).float(), inverse)
             cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)

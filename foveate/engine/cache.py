@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from foveate.engine.layout import Slots
@@ -49,7 +49,7 @@ class PrunedLayer(CacheLayerMixin):
         """Logical (length, offset) of the mask to build."""
         return self.get_seq_length() + query_length, 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Reorder rows for beam search."""
         super().reorder_cache(beam_idx)
         self._rows(beam_idx, lambda x: x.index_select(0, beam_idx.to(x.device)))

@@ -8,13 +8,12 @@ forgets to fails loudly.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.utils.generic import ModelOutput
 
 from foveate.engine.images import Group, group_features, reduce_group
 from foveate.engine.plan import Plan
@@ -37,7 +36,7 @@ class Signals:
 
 
 @functools.cache
-def _tagged(kind: type[ModelOutput]) -> type[ModelOutput]:
+def _tagged(kind: Hashable) -> Any:
     return type(
         f"Foveated{kind.__name__}", (kind,), {"foveated": True, "signals": None, "marked": False}
     )

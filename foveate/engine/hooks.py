@@ -36,7 +36,7 @@ class _Local(threading.local):
 
     inside: bool = False  # within the base model's forward
     visual: Tensor | None = None  # (B, T) placeholders of that forward
-    encoded: ModelOutput | None = None  # its image features
+    encoded: Any = None  # its image features, a tagged ModelOutput
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
@@ -169,7 +169,7 @@ class Hooks:
             real=_real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
-            flash=_takes_2d_masks(module.config._attn_implementation),
+            flash=_takes_2d_masks(self.family.text.config._attn_implementation),
         )
         local.turn = Turn(self.plan, self.family, prompt)
 

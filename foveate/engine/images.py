@@ -166,7 +166,7 @@ def reduce_group(
             total,
             step=planned.number,
             row=request(row),
-            rounding=planned.method.rounding,
+            rounding=type(planned.method).rounding,
         )
         parts[min(wanted, alive)].append(member)
     result: list[tuple[Group, Group, Reduction | None]] = []

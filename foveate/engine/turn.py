@@ -266,9 +266,10 @@ class Turn:
         """(B, H, P) attention of the prompt's last token at a layer."""
         prompt = self.prompt
         cache = kwargs.get("past_key_values")
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         before = self._fresh
-        if _is_pruned(cache, number) and cache.layers[number].slots is not None:
-            before = cache.layers[number].slots
+        if isinstance(held, PrunedLayer) and held.slots is not None:
+            before = held.slots
         rotary, _ = self._positions(before, hidden, kwargs)
         asked = torch.full((prompt.batch, 1), prompt.length - 1, device=prompt.device)
         if prompt.real is not None:
@@ -281,9 +282,9 @@ class Turn:
             if prompt.real is not None:
                 visible &= prompt.real[:, prompt.past :].gather(1, self.layout.index.clamp(min=0))
         past = None
-        if cache is not None and prompt.past:
+        if held is not None and prompt.past:
             past = (
-                cache.layers[number].keys[:, :, : before.index.shape[1]],
+                held.keys[:, :, : before.index.shape[1]],
                 self._visible_past(before),
             )
         query = torch.searchsorted(self.layout.index.contiguous(), asked.contiguous())[:, 0]

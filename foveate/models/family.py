@@ -27,7 +27,7 @@ class Encoder:
     """
 
     layers: Sequence[nn.Module]
-    attention: Callable[[nn.Module], nn.Module]
+    attention: Callable[[Any], Any]
     heads: int
     class_token: bool
 
@@ -60,7 +60,7 @@ class Family:
         self.model = model
         self.config = model.config
         self.base = self._child(model, "model") if hasattr(model, "lm_head") else model
-        self.text = self._child(self.base, self.text_path)
+        self.text: Any = self._child(self.base, self.text_path)
         self.layers: Sequence[nn.Module] = self._child(self.text, "layers")
 
     @property

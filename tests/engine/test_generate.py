@@ -98,11 +98,15 @@ def test_prompt_lookup_equals_greedy(any_llava, method):
     ids[0, -6:] = ids[0, :6]  # the prompt's end repeats its beginning, so that drafts are found
     with foveate.use(any_llava, method):
         want = any_llava.generate(**inputs, do_sample=False, **length(12))
-        got = any_llava.generate(**inputs, do_sample=False, prompt_lookup_num_tokens=3, **length(12))
+        got = any_llava.generate(
+            **inputs, do_sample=False, prompt_lookup_num_tokens=3, **length(12)
+        )
     assert torch.equal(want, got)
 
 
-@pytest.mark.parametrize("method", [*METHODS, PyramidDrop(layers=(0, 2), keep=(0.5, 0.25))], ids=str)
+@pytest.mark.parametrize(
+    "method", [*METHODS, PyramidDrop(layers=(0, 2), keep=(0.5, 0.25))], ids=str
+)
 def test_without_cache_every_step_chooses_anew(llava, method):
     inputs = prompts([[5, 7]])
     with foveate.use(llava, method):
@@ -115,8 +119,8 @@ def test_without_cache_every_step_chooses_anew(llava, method):
 
 @pytest.mark.parametrize("kind", ["pyramiddrop", "fastv", "pre_llm"])
 def test_second_turn_with_a_new_image_equals_the_oracle(any_llava, kind):
-    """The cache is kept; the new image is ranked by the new question, with old keys in the softmax."""
-    first, second = prompts([[5, 7]], seed=1), prompts([[4, 6]], seed=2)
+    """The cache is kept; the new image is ranked by the new question, with old keys in the
+    softmax.""" first, second = prompts([[5, 7]], seed=1), prompts([[4, 6]], seed=2)
     method, spec = {
         "pyramiddrop": (
             METHODS[0],
@@ -276,7 +280,9 @@ def test_hidden_states_come_back_at_logical_length(llava):
         assert same == (position not in kept)
 
 
-@pytest.mark.parametrize("method", [EveryThird(keep=12), EveryThird(keep=12, positions="renumbered")])
+@pytest.mark.parametrize(
+    "method", [EveryThird(keep=12), EveryThird(keep=12, positions="renumbered")]
+)
 @pytest.mark.parametrize("chunk", [7, 16, 100])
 def test_chunked_prefill_works_without_queries(llava, method, chunk):
     inputs = prompts([[5, 7]])

@@ -1,4 +1,5 @@
-"""Pruned logits equal the full-length model in which removed tokens are masked: prefill and cached decoding."""
+"""Pruned logits equal the full-length model in which removed tokens are masked: prefill and cached
+decoding."""
 
 import pytest
 import torch
@@ -126,8 +127,9 @@ def test_right_padded_forward_equals_the_oracle(any_llava, method, spec):
 @pytest.mark.parametrize("attention", ["eager", "flash"])
 @pytest.mark.parametrize(("method", "spec"), CASES.values(), ids=CASES)
 def test_other_kernels_agree_with_sdpa(flash_emulated, method, spec, attention):
-    model, other = tiny_llava("llama-gqa"), tiny_llava(
-        "llama-gqa", flash_emulated if attention == "flash" else attention
+    model, other = (
+        tiny_llava("llama-gqa"),
+        tiny_llava("llama-gqa", flash_emulated if attention == "flash" else attention),
     )
     for rows in BATCHES.values():
         inputs = prompts(rows)
@@ -147,5 +149,7 @@ def test_other_kernels_agree_with_sdpa(flash_emulated, method, spec, attention):
 def test_the_oracle_itself_equals_the_unpruned_model(any_llava):
     inputs = prompts([[3, 2, 6]])
     want = any_llava(**inputs).logits[0]
-    got, _ = oracle.run(any_llava, inputs["input_ids"][0], features_of(any_llava, inputs), oracle.Spec(), 80)
+    got, _ = oracle.run(
+        any_llava, inputs["input_ids"][0], features_of(any_llava, inputs), oracle.Spec(), 80
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE)

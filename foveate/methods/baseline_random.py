@@ -1,0 +1,57 @@
+"""Random: the baseline that keeps a random subset of the visual tokens.
+
+Every accuracy table needs it at the same token count: a method that does not beat it has not
+found out which tokens matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.errors import FoveateError
+from foveate.method import ModelFacts, Positions, Scorer, Step, register
+from foveate.tokens import VisualTokens
+
+
+@register("random", stage="pre_llm", paper="baseline")
+@dataclass(frozen=True)
+class Random(Scorer):
+    """Keep a random subset, the same for all images of equal token count.
+
+    Args:
+        keep: what survives, as a share (rounded down) or a count.
+        seed: seed of the choice, 0 or more; a smaller `keep` with the same seed keeps a subset.
+        positions: `renumbered` gives survivors consecutive positions; `original` leaves them
+            where they were.
+
+    Cost: one permutation of V numbers.
+    """
+
+    keep: Keep = 0.25
+    seed: int = 0
+    positions: Positions = "renumbered"
+
+    def __post_init__(self) -> None:
+        """Check budget and seed.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            FoveateError: `seed` is not an int of 0 or more.
+        """
+        super().__post_init__()
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise FoveateError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}")
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector; it needs nothing."""
+        return (Step("pre_llm"),)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """A random permutation of 0 to V-1, equal for the G images: (G, V)."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(tokens.count, generator=generator)
+        return order.to(tokens.index.device).expand_as(tokens.index)

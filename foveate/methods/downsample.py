@@ -1,0 +1,96 @@
+"""Downsample: the baseline that shows the model a smaller image.
+
+The fair rival of every pruning method is the same image at a lower resolution. A tower with a
+fixed grid cannot be given a smaller image, so the grid of its features is average-pooled instead,
+which is what is done here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.errors import InputError
+from foveate.method import Method, ModelFacts, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@register("downsample", stage="pre_llm", paper="baseline")
+@dataclass(frozen=True)
+class Downsample(Method):
+    """Average-pool the token grid to at most the number of tokens asked for.
+
+    The pooled grid is the largest whose aspect ratio is that of the image to within one cell, so
+    it may hold somewhat fewer tokens than asked for (56 = 7 x 8 where 58 of 24 x 24 are asked).
+
+    Args:
+        keep: an upper bound of what survives, as a share (rounded down) or a count.
+        positions: `renumbered` gives survivors consecutive positions; `original` gives each the
+            position of the token at the centre of its cell.
+
+    Cost: a (K, V) matrix times the features.
+    """
+
+    keep: Keep = 0.25
+    positions: Positions = "renumbered"
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector; it needs nothing."""
+        return (Step("pre_llm"),)
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Pool every image's grid to at most `count` cells.
+
+        Raises:
+            InputError: tokens are missing from the grid, so that it cannot be pooled.
+        """
+        height, width = tokens.grid
+        if tokens.count != height * width:
+            raise InputError(
+                f"downsample pools the whole {height} x {width} token grid of an image, but "
+                f"{tokens.count} tokens are left of its {height * width}; put it before methods "
+                "that remove tokens, or use 'uniform'"
+            )
+        if count == tokens.count:
+            return Reduction(
+                torch.arange(count, device=tokens.index.device).expand_as(tokens.index)
+            )
+        rows, columns = pooled_grid(height, width, count)
+        row_weights, row_centres = _pool(height, rows, tokens.index.device)
+        column_weights, column_centres = _pool(width, columns, tokens.index.device)
+        images = len(tokens.index)
+        index = (row_centres[:, None] * width + column_centres).flatten()
+        weights = torch.kron(row_weights, column_weights)
+        return Reduction(index.expand(images, -1), weights.expand(images, -1, -1))
+
+
+def pooled_grid(height: int, width: int, count: int) -> tuple[int, int]:
+    """The largest (rows, columns) of at most `count` cells, true to the aspect ratio by a cell.
+
+    Among grids of equal size the one nearest to the aspect ratio wins, then the wider one.
+    """
+
+    def error(rows: int, columns: int) -> float:
+        return min(abs(columns - rows * width / height), abs(rows - columns * height / width))
+
+    grids = [
+        (rows, columns)
+        for rows in range(1, min(height, count) + 1)
+        for columns in range(1, min(width, count // rows) + 1)
+        if error(rows, columns) <= 1
+    ]
+    return max(grids, key=lambda grid: (grid[0] * grid[1], -error(*grid), grid[1]))
+
+
+def _pool(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Adaptive average pooling of one axis: (cells, size) weights and (cells,) centres."""
+    cell = torch.arange(cells, device=device)
+    start = cell * size // cells
+    end = ((cell + 1) * size + cells - 1) // cells
+    at = torch.arange(size, device=device)
+    inside = (at >= start[:, None]) & (at < end[:, None])
+    return inside / (end - start)[:, None], (start + end - 1) // 2

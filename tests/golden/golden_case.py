@@ -1,0 +1,99 @@
+"""A recorded case, and which adapter reads it."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+ADAPTERS = {
+    "divprune": "golden_divprune",
+    "fastervlm": "golden_encoder",
+    "fastv": "golden_llm",
+    "pyramiddrop": "golden_llm",
+    "vtc-cls": "golden_encoder",
+}
+Check = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file of recorded arrays.
+
+    Args:
+        slug: the method.
+        path: the file.
+        root: folder of all methods' cases, where models that cases share are found.
+    """
+
+    slug: str
+    path: Path
+    root: Path
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of the arrays, read without loading them."""
+        with safe_open(self.path, "pt") as file:
+            return frozenset(file.keys())
+
+    @cached_property
+    def arrays(self) -> dict[str, Tensor]:
+        """The arrays by name."""
+        return load_file(self.path)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What was recorded beside the arrays: the file's metadata, and the json of its name."""
+        with safe_open(self.path, "pt") as file:
+            stored = file.metadata() or {}
+        facts = {name: _decoded(text) for name, text in stored.items()}
+        beside = self.path.with_suffix(".json")
+        return facts | (json.loads(beside.read_text()) if beside.exists() else {})
+
+    def runs(self) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Each run's hyper-parameters and its arrays, without the `run{j}.` prefix."""
+        return [
+            (
+                run,
+                {
+                    name.removeprefix(f"run{j}."): array
+                    for name, array in self.arrays.items()
+                    if name.startswith(f"run{j}.")
+                },
+            )
+            for j, run in enumerate(self.facts["runs"])
+        ]
+
+
+def _decoded(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def checks_of(case: Case) -> dict[str, Check]:
+    """What can be checked in a case, by name."""
+    if case.slug not in ADAPTERS:
+        return {"no-adapter": partial(pytest.skip, f"no adapter reads the cases of {case.slug}")}
+    return importlib.import_module(ADAPTERS[case.slug]).checks(case)
+
+
+def assert_close(got: Tensor, expected: Tensor, atol: float, what: str) -> None:
+    """Compare in absolute terms, and say what differs."""
+    torch.testing.assert_close(
+        got, expected, rtol=0, atol=atol, msg=lambda message: f"{what}: {message}"
+    )
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
+    """Compare indices exactly."""
+    assert got.tolist() == expected.tolist(), what

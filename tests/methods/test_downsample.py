@@ -1,0 +1,110 @@
+"""Downsample: average pooling of the token grid."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foveate.errors import BudgetError, FoveateError, InputError
+from foveate.method import get_method
+from foveate.methods.downsample import Downsample, pooled_grid
+
+
+def pooled_by_torch(x, grid, cells):
+    """(G, V, D) through torch's adaptive pooling of images."""
+    images = x.mT.reshape(len(x), x.shape[-1], *grid)
+    return F.adaptive_avg_pool2d(images, cells).flatten(2).mT
+
+
+@pytest.mark.parametrize(
+    ("grid", "kept", "cells"),
+    [
+        ((24, 24), 144, (12, 12)),
+        ((24, 24), 58, (7, 8)),
+        ((24, 24), 29, (5, 5)),
+        ((24, 24), 576, (24, 24)),
+        ((24, 24), 575, (23, 24)),
+        ((24, 24), 2, (1, 2)),
+        ((24, 24), 1, (1, 1)),
+        ((10, 30), 75, (5, 15)),
+        ((1, 9), 4, (1, 4)),
+        ((9, 1), 4, (4, 1)),
+    ],
+)
+def test_grid_is_the_largest_of_the_right_shape(grid, kept, cells):
+    assert pooled_grid(*grid, kept) == cells
+
+
+@settings(max_examples=100, deadline=None)
+@given(height=st.integers(1, 24), width=st.integers(1, 24), data=st.data())
+def test_values_are_torchs_adaptive_pooling(height, width, data):
+    kept = data.draw(st.integers(1, height * width))
+    x = torch.randn(2, height * width, 3)
+    tokens = tokens_on((height, width), x)
+    reduction = Downsample().reduce(tokens, kept)
+    cells = pooled_grid(height, width, kept)
+    assert reduction.kept == cells[0] * cells[1] <= kept
+    torch.testing.assert_close(reduction.apply(x), pooled_by_torch(x, (height, width), cells))
+    assert reduction.index.shape == (2, reduction.kept)
+    assert (reduction.index.diff(dim=-1) > 0).all()
+    assert reduction.index.min() >= 0
+    assert reduction.index.max() < height * width
+
+
+def tokens_on(grid, x):
+    from foveate.tokens import VisualTokens
+
+    index = torch.arange(grid[0] * grid[1]).expand(len(x), -1)
+    return VisualTokens(lambda: x, index, grid)
+
+
+def test_index_is_the_token_at_the_centre_of_each_cell(make_tokens):
+    reduction = Downsample().reduce(make_tokens((6, 9)), 6)
+    assert reduction.index[0].tolist() == [10, 13, 16, 37, 40, 43]
+    assert torch.equal((reduction.weights[0] > 0).sum(-1), torch.full((6,), 9))
+    assert (reduction.weights[0].gather(1, reduction.index[0][:, None]) > 0).all()
+
+
+def test_constant_features_stay_constant(make_tokens):
+    reduction = Downsample().reduce(make_tokens((5, 7)), 11)
+    out = reduction.apply(torch.full((1, 35, 4), 2.5))
+    torch.testing.assert_close(out, torch.full_like(out, 2.5))
+
+
+def test_all_tokens_keep_their_own_values(make_tokens):
+    reduction = Downsample().reduce(make_tokens((4, 6), images=2), 24)
+    assert reduction.weights is None
+    assert reduction.index.tolist() == [list(range(24))] * 2
+
+
+def test_one_token(make_tokens):
+    assert Downsample().reduce(make_tokens((1, 1)), 1).index.tolist() == [[0]]
+
+
+def test_batch_equals_single(make_tokens):
+    x = torch.randn(3, 24, 4)
+    together = Downsample().reduce(make_tokens(images=3), 6).apply(x)
+    for image in range(3):
+        alone = Downsample().reduce(make_tokens(), 6).apply(x[image : image + 1])
+        torch.testing.assert_close(together[image : image + 1], alone)
+
+
+def test_grid_with_holes_is_refused(make_tokens):
+    tokens = make_tokens((4, 6), index=torch.arange(0, 24, 2)[None])
+    with pytest.raises(InputError, match=r"12 tokens are left of its 24"):
+        Downsample().reduce(tokens, 6)
+
+
+def test_defaults_and_registration(facts):
+    method = get_method("downsample")()
+    assert (method.keep, method.positions) == (0.25, "renumbered")
+    (step,) = method.steps(facts())
+    assert (step.place, step.needs) == ("pre_llm", ())
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(BudgetError):
+        Downsample(keep="half")
+    with pytest.raises(FoveateError, match="positions"):
+        Downsample(positions="none")

@@ -1,0 +1,133 @@
+"""VTC-CLS: class-token attention summed over encoder layers."""
+
+import pytest
+import torch
+
+from foveate.errors import BudgetError, FoveateError, LayerError
+from foveate.method import get_method
+from foveate.methods.vtccls import VTCCLS
+
+
+def layers_of(method, model):
+    (step,) = method.steps(model)
+    (need,) = step.needs
+    assert (step.place, need.name) == ("pre_llm", "cls_attention")
+    return need.layers
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, range(16, 23)),
+        (16, range(16, 23)),
+        (0, range(23)),
+        (22, [22]),
+        (-2, [22]),
+        (-3, [21, 22]),
+        (-24, range(23)),
+        ((3, 23), [3, 23]),
+        ((-1, 5), [5, 23]),
+    ],
+)
+def test_layers_are_the_slice_of_the_release(layers, expected, facts):
+    """`attentions[start:-1]` of a 24-layer encoder, or the layers named."""
+    assert layers_of(VTCCLS(layers=layers), facts()) == tuple(expected)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 6, 12, 27])
+def test_default_range_is_never_empty(depth, facts):
+    feature = max(depth - 2, 0)
+    layers = layers_of(VTCCLS(), facts(vision_layers=depth, feature_layer=feature))
+    assert layers
+    assert layers[-1] == feature
+
+
+@pytest.mark.parametrize("layers", [24, -25, (0, 24), (-25,)])
+def test_layer_outside_encoder_names_its_depth(layers, facts):
+    with pytest.raises(LayerError, match="24 layers"):
+        VTCCLS(layers=layers).steps(facts())
+
+
+@pytest.mark.parametrize("layers", [23, -1])
+def test_start_behind_feature_layer_is_refused(layers, facts):
+    with pytest.raises(LayerError, match="24 layers"):
+        VTCCLS(layers=layers).steps(facts())
+
+
+@pytest.mark.parametrize("layers", ["16", 1.0, True, (), (1, 1), (1, "2"), [1, 2]])
+def test_wrong_form_of_layers_is_refused_at_once(layers):
+    with pytest.raises(LayerError, match="layers must be"):
+        VTCCLS(layers=layers)
+
+
+def test_layer_named_twice_is_refused(facts):
+    with pytest.raises(LayerError, match="twice"):
+        VTCCLS(layers=(22, -2)).steps(facts())
+
+
+def test_scores_match_naive_loop(make_tokens):
+    signal = torch.rand(2, 3, 4, 24)
+    scores = VTCCLS().scores(make_tokens(images=2, cls_attention=signal))
+    for image in range(2):
+        for token in range(24):
+            expected = sum(
+                sum(float(signal[image, layer, head, token]) for head in range(4)) / 4
+                for layer in range(3)
+            )
+            assert scores[image, token].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 7, 24])
+def test_keeps_exactly_the_highest(count, make_tokens, check_index):
+    signal = torch.rand(3, 2, 4, 24)
+    tokens = make_tokens(images=3, cls_attention=signal)
+    index = VTCCLS().reduce(tokens, count).index
+    check_index(index, count, 24)
+    for image in range(3):
+        ranked = sorted(range(24), key=lambda i: -float(signal[image].mean(1).sum(0)[i]))
+        assert index[image].tolist() == sorted(ranked[:count])
+
+
+def test_batch_equals_single(make_tokens):
+    signal = torch.rand(3, 2, 4, 24)
+    together = VTCCLS().reduce(make_tokens(images=3, cls_attention=signal), 5).index
+    for image in range(3):
+        alone = VTCCLS().reduce(make_tokens(cls_attention=signal[image : image + 1]), 5).index
+        assert torch.equal(together[image : image + 1], alone)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
+def test_constant_attention_still_keeps_the_count(grid, make_tokens, check_index):
+    total = grid[0] * grid[1]
+    tokens = make_tokens(grid, cls_attention=torch.full((1, 2, 4, total), 0.1))
+    for count in range(1, total + 1):
+        check_index(VTCCLS().reduce(tokens, count).index, count, total)
+
+
+def test_half_precision_is_summed_in_float32(make_tokens):
+    signal = torch.full((1, 2, 4, 24), 0.25, dtype=torch.float16)
+    signal[0, 1, 0, 5] += 2**-12
+    scores = VTCCLS().scores(make_tokens(cls_attention=signal))
+    assert scores.dtype == torch.float32
+    assert scores[0].argmax() == 5
+
+
+def test_defaults_and_registration():
+    method = get_method("vtc-cls")()
+    assert isinstance(method, VTCCLS)
+    assert method.to_dict() == {
+        "method": "vtc-cls",
+        "keep": 36,
+        "layers": None,
+        "positions": "renumbered",
+    }
+    assert VTCCLS(positions="original").positions == "original"
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(BudgetError):
+        VTCCLS(keep=1.5)
+    with pytest.raises(BudgetError):
+        VTCCLS(keep=(0.5, 0.25))
+    with pytest.raises(FoveateError, match="positions"):
+        VTCCLS(positions="compact")

@@ -1,0 +1,5 @@
+"""The `foveate` command."""
+
+from foveate.cli.commands import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,222 @@
+"""The commands: `run`, `list`, `demo`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from typer.core import TyperGroup
+
+import foveate
+from foveate.cli import compare as comparing
+from foveate.cli import demo as demonstration
+from foveate.cli import listing
+from foveate.cli.console import progress, stderr, stdout
+from foveate.cli.inputs import answer, encode, load_image, load_model, load_skeleton
+from foveate.cli.options import make_method
+from foveate.draw import stack
+from foveate.errors import FoveateError, InputError
+from foveate.method import Method
+
+WARMUP = 3
+
+
+class _Group(TyperGroup):
+    """Commands whose foreseeable errors are one red line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FoveateError as error:
+            stderr().print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Faster vision-language models: remove the visual tokens they do not need.",
+)
+
+RUN_HELP = """Ask a model about pictures, with a method that removes visual tokens.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Any
+number of pictures, then the question.
+
+[bold]Examples[/]
+
+  foveate run tiny scene.png "what color is the star ?" --method pyramiddrop --compare
+
+  foveate run llava-hf/llava-1.5-7b-hf cat.jpg "What is this?" --method fastv --keep 0.25 --show
+  kept.png
+
+  foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
+  out.json
+"""
+
+
+@app.command("run", help=RUN_HELP)
+def run(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
+    ],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
+    ],
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
+    ] = None,
+    with_all: Annotated[
+        bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
+    ] = False,
+    show: Annotated[
+        Path | None, typer.Option(help="Save a picture of the kept tokens here.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Save answers and report here.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Ask a model about pictures."""
+    chosen = make_method(method, keep, setting or ())
+    if len(inputs) < 2:
+        raise InputError(
+            f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
+        )
+    *paths, question = inputs
+    pictures = [load_image(path) for path in paths]
+    for path in (show, json_path):
+        _check_writable(path)
+    console = stdout()
+    with progress() as steps:
+        steps.say(f"loading {model}")
+        loaded, processor = load_model(model, device, dtype)
+        encoded = encode(processor, pictures, question, loaded)
+        steps.say(f"answering with {chosen.slug}")
+        with foveate.use(loaded, chosen) as session:
+            answered = answer(loaded, processor, encoded, max_new_tokens)
+        report = session.report()
+        compared = None
+        if with_all:
+            steps.say("comparing with all tokens", 2 * (repeats + WARMUP))
+            compared = comparing.compare(
+                loaded,
+                processor,
+                encoded,
+                chosen,
+                answered,
+                report,
+                max_new_tokens=max_new_tokens,
+                repeats=repeats,
+                tick=steps.tick,
+            )
+    console.print(f"[cyan]question[/] {escape(question)}")
+    if compared is None:
+        console.print(f"[cyan]answer[/]   [bold]{escape(answered)}[/]\n")
+        console.print(report)
+    else:
+        console.print(comparing.comparison_table(compared))
+        for note in report["notes"]:
+            console.print(f"[yellow]note: {escape(note)}[/]")
+    if show is not None:
+        stack(session.show(pictures)).save(show)
+        console.print(f"kept tokens drawn in {escape(str(show))}", soft_wrap=True)
+    if json_path is not None:
+        _save(json_path, question, answered, report, compared)
+        console.print(f"report saved in {escape(str(json_path))}", soft_wrap=True)
+
+
+@app.command("list")
+def list_(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Say what works on this model and why not; reads only its config."),
+    ] = None,
+    families: Annotated[
+        bool, typer.Option("--families", help="List the supported model types instead.")
+    ] = False,
+) -> None:
+    """List methods: where they act, what they need, the paper.
+
+    [bold]Examples[/]
+
+      foveate list
+
+      foveate list --model llava-hf/llava-1.5-7b-hf
+    """
+    console = stdout()
+    if families:
+        for family in foveate.list_families():
+            console.print(family)
+        return
+    if model is None:
+        console.print(listing.method_table())
+        return
+    with progress() as steps:
+        steps.say(f"reading the config of {model}")
+        skeleton = load_skeleton(model)
+        description = listing.describe_model(skeleton)
+    console.print(f"[bold]{escape(model)}[/] is {escape(description)}")
+    console.print(listing.method_table(skeleton))
+
+
+@app.command("demo")
+def demo(
+    seed: Annotated[int, typer.Option(help="Which scene to draw.")] = demonstration.SEED,
+    method: Annotated[str, typer.Option("--method", "-m")] = "pyramiddrop",
+    keep: Annotated[str | None, typer.Option(help="As in `foveate run`.")] = None,
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo-kept.png"),
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+) -> None:
+    """Ask the embedded model about a drawn scene, with all tokens and with a method. Offline.
+
+    [bold]Example[/]
+
+      foveate demo --seed 7 --method fastv --keep 0.25
+    """
+    chosen: Method = make_method(method, keep)
+    _check_writable(out)
+    demonstration.demo(seed, chosen, out, repeats)
+
+
+def _check_writable(path: Path | None) -> None:
+    """Refuse before the work, and not after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
+    if path is not None and path.is_dir():
+        raise InputError(f"cannot save {path}: it is a folder")
+
+
+def _save(
+    path: Path,
+    question: str,
+    answered: str,
+    report: foveate.report.Report,
+    compared: comparing.Comparison | None,
+) -> None:
+    """Write the report with question and answer beside it."""
+    data = {"question": question, "answer": answered, **report}
+    if compared is not None:
+        data["comparison"] = compared.to_dict()
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point of the `foveate` command."""
+    app()

@@ -1,0 +1,59 @@
+"""What the command prints where: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn
+from rich.text import Text
+
+
+def stdout() -> Console:
+    """Console for results; made anew, so that redirected streams are followed."""
+    return Console(highlight=False)
+
+
+def stderr() -> Console:
+    """Console for progress and errors."""
+    return Console(stderr=True, highlight=False)
+
+
+class _Count(MofNCompleteColumn):
+    """How many of how many, where that is known."""
+
+    def render(self, task: Task) -> Text:
+        return Text() if task.total is None else super().render(task)
+
+
+class Steps:
+    """One line of progress; silent when stderr is not a terminal."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+
+    def say(self, what: str, total: int | None = None) -> None:
+        """Begin something; `total` steps make a bar, `None` only spins."""
+        self._progress.reset(self._task, total=total, description=what)
+
+    def tick(self) -> None:
+        """One step of it is done."""
+        self._progress.advance(self._task)
+
+
+@contextmanager
+def progress() -> Iterator[Steps]:
+    """Show progress while something runs."""
+    console = stderr()
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        _Count(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield Steps(bar)

@@ -1,0 +1,133 @@
+"""`foveate demo`: the embedded model answers questions about a drawn scene, twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+import foveate
+from foveate.cli.compare import ALL, cost_table, time_first_token
+from foveate.cli.console import progress, stdout
+from foveate.cli.inputs import answer, encode, load_model
+from foveate.draw import stack
+from foveate.measure.timing import Timing
+from foveate.method import Method
+from foveate.report import Report, describe
+
+if TYPE_CHECKING:
+    from foveate.tiny import Question
+
+SEED = 7
+QUESTIONS = 6
+DRAWN = 3
+WARMUP = 3
+LONGEST_ANSWER = 8
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, both answers, and what was kept for it."""
+
+    question: Question
+    plain: str
+    pruned: str
+    report: Report
+    drawing: Image.Image
+
+
+def demo(seed: int, method: Method, out: Path, repeats: int) -> None:
+    """Ask, compare, time, draw; print what was measured.
+
+    Args:
+        seed: of the scene.
+        method: what is compared with all tokens.
+        out: where the drawing of the kept tokens goes.
+        repeats: timed rounds.
+    """
+    from foveate.tiny import draw_scene
+
+    console = stdout()
+    with progress() as steps:
+        steps.say("loading the embedded model")
+        model, processor = load_model("tiny")
+        scene = draw_scene(seed)
+        questions = one_of_each_kind(scene.questions)
+        steps.say("asking", len(questions))
+        asked = []
+        for question in questions:
+            asked.append(ask(model, processor, scene.image, question, method))
+            steps.tick()
+        steps.say("timing the first token", 2 * (repeats + WARMUP))
+        inputs = encode(processor, [scene.image], questions[0].text, model)
+        ttft = time_first_token(
+            model, inputs, method, repeats=repeats, warmup=WARMUP, tick=steps.tick
+        )
+    console.print(f"scene {seed}, {escape(describe(method.to_dict()))}")
+    console.print(answer_table(asked, method.slug))
+    console.print(cost_table(asked[0].report, ttft))
+    console.print(ttft_remark(ttft, asked[0].report), style="dim")
+    drawn = asked[:DRAWN]
+    headings = [f"{a.question.text}  {a.pruned}" for a in drawn]
+    stack([a.drawing for a in drawn], headings).save(out)
+    console.print(
+        f"\nkept tokens of each stage drawn in [bold]{escape(str(out))}[/]", soft_wrap=True
+    )
+
+
+def one_of_each_kind(questions: Sequence[Question]) -> list[Question]:
+    """The first question of each kind, up to a handful."""
+    first: dict[str, Question] = {}
+    for question in questions:
+        first.setdefault(question.kind, question)
+    return list(first.values())[:QUESTIONS]
+
+
+def ask(
+    model: Any, processor: Any, image: Image.Image, question: Question, method: Method
+) -> Asked:
+    """Ask one question with all tokens and with the method."""
+    inputs = encode(processor, [image], question.text, model)
+    plain = answer(model, processor, inputs, LONGEST_ANSWER)
+    with foveate.use(model, method) as session:
+        pruned = answer(model, processor, inputs, LONGEST_ANSWER)
+    return Asked(question, plain, pruned, session.report(), session.show([image])[0])
+
+
+def answer_table(asked: Sequence[Asked], name: str) -> Table:
+    """Questions with the true answer and both given ones; wrong ones are red."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+    for heading in ("question", "true answer", ALL, name):
+        table.add_column(heading)
+    for item in asked:
+        truth = item.question.answer
+        cells = [_mark(given, truth) for given in (item.plain, item.pruned)]
+        table.add_row(escape(item.question.text), truth, *cells)
+    table.add_section()
+    rights = [
+        sum(getattr(item, side) == item.question.answer for item in asked)
+        for side in ("plain", "pruned")
+    ]
+    table.add_row("right", "", *(f"{right} of {len(asked)}" for right in rights))
+    return table
+
+
+def _mark(given: str, truth: str) -> str:
+    colour = "green" if given == truth else "red"
+    return f"[{colour}]{escape(given) or '(nothing)'}[/]"
+
+
+def ttft_remark(ttft: dict[str, Timing], report: Report) -> str:
+    """One honest line on the measured time against the FLOPs."""
+    medians = [timing.median_ms for timing in ttft.values()]
+    time, work = medians[1] / medians[0], report["flops"]["ratio"]
+    line = f"The first token takes {time:.0%} of the time, for {work:.0%} of the FLOPs."
+    if time > work + 0.05:
+        line += " In so small a model, fixed costs of each layer and call outweigh the arithmetic."
+    return line

@@ -1,0 +1,159 @@
+"""Loading what a command names: a model, its processor, pictures, a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging
+
+from foveate.errors import FoveateError, InputError, UnsupportedModelError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """Load a model and its processor.
+
+    Args:
+        name: a hub id, a local folder, or `tiny` for the embedded model.
+        device: where to put it, such as `cpu` or `cuda:0`.
+        dtype: one of `DTYPES`; `auto` takes the checkpoint's, but float32 on a CPU.
+
+    Raises:
+        FoveateError: it cannot be loaded; the message says why and what to do.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    where = _device(device)
+    kind: Any = getattr(torch, dtype, "auto")
+    if dtype == "auto" and where.type == "cpu":
+        kind = torch.float32
+    with _loading(name):
+        if name == "tiny":
+            from foveate import tiny
+
+            model, processor = tiny.load()
+            model = model if kind == "auto" else model.to(kind)
+        else:
+            from transformers import AutoProcessor
+
+            processor = AutoProcessor.from_pretrained(name)
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
+    return model.to(where).eval(), processor
+
+
+def load_skeleton(name: str) -> Any:
+    """The model without its weights, on the meta device; only its config is read.
+
+    Raises:
+        FoveateError: there is no such config, or it is not a vision-language model's.
+    """
+    with _loading(name):
+        if name == "tiny":
+            from foveate import tiny
+
+            name = str(tiny.PATH)
+        config = AutoConfig.from_pretrained(name)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """Open a picture, upright and in RGB.
+
+    Raises:
+        InputError: there is no such file, or it is no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise InputError(f"no such image file: {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, not an image file") from None
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read {path} as an image: {error}") from None
+
+
+def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:
+    """Model inputs for one question about some pictures, on the model's device.
+
+    Uses the processor's chat template; without one the prompt is an image placeholder per picture,
+    each on its own line, and the question.
+    """
+    if getattr(processor, "chat_template", None):
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in images]
+        content.append({"type": "text", "text": question})
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    else:
+        token = getattr(processor, "image_token", "<image>")
+        prompt = f"{token}\n" * len(images) + question
+        inputs = processor(images=list(images), text=prompt, return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
+def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
+    """Greedy answer to encoded inputs, without special tokens."""
+    out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(new, skip_special_tokens=True).strip()
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}; try cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r} was asked for, but torch sees no CUDA device here")
+    return device
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Keep loading quiet, and turn what goes wrong into errors that say what to do."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except FoveateError:
+        raise
+    except Exception as error:
+        raise _explain(error, name) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _explain(error: Exception, name: str) -> FoveateError:
+    """The error of a failed load as a user should see it."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if any("torchvision::nms" in str(link) for link in chain):
+        return UnsupportedModelError(
+            "the installed torchvision does not fit the installed torch (a CUDA build beside CPU "
+            "torch), so transformers cannot load image processors; run `pip uninstall torchvision` "
+            "(it is not needed), or install the build that matches torch"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, OSError):
+        return InputError(
+            f"cannot load {name!r}: it is neither a local folder with a model nor a hub model that "
+            f"can be reached from here ({reason})"
+        )
+    return UnsupportedModelError(f"cannot load {name!r} as a vision-language model: {reason}")

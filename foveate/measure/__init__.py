@@ -1,0 +1,1 @@
+"""What a forward costs: analytic FLOPs and cache bytes, and measured times."""

@@ -1,0 +1,323 @@
+"""Report: what happened to each image of a forward, and what it saved.
+
+FLOPs count a multiply-add as 2 and causal attention exactly. They cover one prefill with the head
+at one position of each row: the tokens of this forward; attention to turns that were cached before
+it is left out on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from foveate.measure import flops
+from foveate.method import Method, ModelFacts
+from foveate.record import ImageRecord, Record
+
+_WIDE = 4  # rows of a batch that the table shows apart; beyond that it shows their range
+
+
+class _Family(ModelFacts, Protocol):
+    """What a report asks of a model family."""
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+
+    @property
+    def model_type(self) -> str:
+        """The config's model type."""
+
+
+class Report(dict[str, Any]):
+    """A dict of plain JSON values; `str()` of it is a table.
+
+    Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
+    tokens, and tokens after each place), `layers` (tokens and visual tokens of each row in each
+    decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold `before` (all
+    tokens), `after` and their `ratio`; `flops` also shows apart what it includes: `vision` (tower
+    and projector, the same on both sides) and `selection` (the attention that methods asked for; a
+    method's own arithmetic is not counted).
+    """
+
+    @classmethod
+    def of(
+        cls, record: Record, family: _Family, methods: Sequence[Method], dtype: torch.dtype
+    ) -> Report:
+        """The report of one forward.
+
+        Args:
+            record: what the engine wrote.
+            family: the model's family adapter.
+            methods: the methods that ran.
+            dtype: what the key-value cache holds.
+        """
+        report = cls.empty(family, methods)
+        if not record.layer_tokens:  # nothing acted, so every layer saw the whole prompt
+            whole = [list(record.prompt_tokens)] * family.text_layers
+            record = dataclasses.replace(record, layer_tokens=whole)
+        visual = _visual_tokens(record)
+        report.update(
+            dtype=str(dtype).removeprefix("torch."),
+            rows=record.rows,
+            prompt_tokens=list(record.prompt_tokens),
+            images=[_image(image) for image in record.images],
+            layers=[
+                {"tokens": list(tokens), "visual_tokens": seen}
+                for tokens, seen in zip(record.layer_tokens, visual, strict=True)
+            ],
+            flops=_flops(record, family, methods),
+            kv_bytes=_kv_bytes(record, family.config, dtype),
+            notes=list(record.notes),
+        )
+        return report
+
+    @classmethod
+    def empty(cls, family: _Family, methods: Sequence[Method]) -> Report:
+        """The report of a session in which no forward has happened yet."""
+        return cls(
+            model=family.model_type,
+            methods=[_plain(method.to_dict()) for method in methods],
+            dtype="",
+            rows=0,
+            prompt_tokens=[],
+            images=[],
+            layers=[],
+            flops={},
+            kv_bytes={},
+            notes=["no forward has run yet: call the model or generate inside the session"],
+        )
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The report as JSON text, also written to `path` if given."""
+        text = json.dumps(self, indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [Text(_title(self), style="bold")]
+        if self["rows"]:
+            tables = [_image_table(self)] if self["images"] else []
+            parts += [*tables, _layer_table(self), _cost_table(self)]
+        parts += [Text(f"note: {note}", style="yellow") for note in self["notes"]]
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None, force_terminal=False)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def layer_ranges(rows: Sequence[Any]) -> list[tuple[str, int]]:
+    """Runs of equal layers and their first: [5, 5, 3] gives [("0-1", 0), ("2", 2)]."""
+    ranges = []
+    for _, run in groupby(enumerate(rows), key=lambda item: item[1]):
+        numbers = [number for number, _ in run]
+        first, last = numbers[0], numbers[-1]
+        ranges.append((str(first) if first == last else f"{first}-{last}", first))
+    return ranges
+
+
+def human_flops(count: float, like: float | None = None) -> str:
+    """FLOPs with a decimal prefix: 1.25e9 gives `1.25 GFLOPs`.
+
+    Args:
+        count: the number.
+        like: choose the prefix for this number instead, so that two can be compared.
+    """
+    return f"{_prefixed(count, 1000, ('', 'k', 'M', 'G', 'T', 'P'), like)}FLOPs"
+
+
+def human_bytes(count: float, like: float | None = None) -> str:
+    """Bytes with a binary prefix: 2048 gives `2.00 KiB`. Arguments as in `human_flops`."""
+    return f"{_prefixed(count, 1024, ('', 'Ki', 'Mi', 'Gi', 'Ti'), like)}B"
+
+
+def _prefixed(count: float, base: int, prefixes: Sequence[str], like: float | None) -> str:
+    size, step = like or count, 0
+    while size >= base and step + 1 < len(prefixes):
+        size, step = size / base, step + 1
+    return f"{count / base**step:.{2 if step else 0}f} {prefixes[step]}"
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists, so that what goes into JSON comes out equal."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _image(image: ImageRecord) -> dict[str, Any]:
+    return {
+        "row": image.row,
+        "grid": list(image.grid),
+        "tokens": image.total,
+        "after": {place: len(kept) for place, kept in image.kept.items()},
+    }
+
+
+def _visual_tokens(record: Record) -> list[list[int]]:
+    """Visual tokens in each layer and row: what the layer saw, less the row's text tokens."""
+    text = list(record.prompt_tokens)
+    for image in record.images:
+        text[image.row] -= image.total
+    return [[t - x for t, x in zip(row, text, strict=True)] for row in record.layer_tokens]
+
+
+def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[str, Any]:
+    """FLOPs of the prefill with all tokens and as it was, vision included."""
+    config = family.config
+    layers = len(record.layer_tokens)
+    vision = _vision_flops(record, config)
+    selection = _selection_flops(record, family, methods)
+    before = vision + flops.prefill_flops(config, [record.prompt_tokens] * layers)
+    after = vision + selection + flops.prefill_flops(config, record.layer_tokens)
+    return {
+        "before": before,
+        "after": after,
+        "ratio": after / before if before else 1.0,
+        "vision": vision,
+        "selection": selection,
+    }
+
+
+def _vision_flops(record: Record, config: Any) -> int:
+    """Tower and projector on the pictures that were encoded; beams share one."""
+    if not record.images:
+        return 0
+    encoded = len(record.images) if record.pixels is None else len(record.pixels)
+    tokens = sum(image.total for image in record.images) * encoded // len(record.images)
+    return encoded * flops.vision_flops(config) + flops.projector_flops(config, tokens)
+
+
+def _selection_flops(record: Record, family: _Family, methods: Sequence[Method]) -> int:
+    """Cost of the attention rows that the steps asked for; other signals are not counted."""
+    total = 0
+    for step in (step for method in methods for step in method.steps(family)):
+        if not any(step.place in image.kept for image in record.images):
+            continue
+        before = step.layer - 1 if step.stage == "llm" else -1
+        tokens = record.layer_tokens[before] if before >= 0 else record.prompt_tokens
+        rows = {image.row for image in record.images}
+        for need in step.needs:
+            if need.name == "text_attention":
+                per_layer = sum(flops.text_attention_flops(family.config, tokens[r]) for r in rows)
+            elif need.name == "cls_attention":
+                per_layer = len(record.images) * flops.cls_attention_flops(family.config)
+            else:
+                continue
+            total += per_layer * max(len(need.layers), 1)
+    return total
+
+
+def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Bytes of the cache afterwards, and what it would hold had this forward removed nothing."""
+    full = max(record.prompt_tokens, default=0)
+    slots = record.cache_slots
+    unpruned = [
+        count + full - max(tokens) if count else 0
+        for count, tokens in zip(slots, record.layer_tokens, strict=bool(slots))
+    ]
+    after = flops.kv_bytes(config, slots, record.rows, dtype)
+    before = flops.kv_bytes(config, unpruned, record.rows, dtype)
+    return {"before": before, "after": after, "ratio": after / before if before else 1.0}
+
+
+def describe(method: Mapping[str, Any]) -> str:
+    """A method of a report in one line: `pyramiddrop (layers=None, keep=[0.5, 0.25])`."""
+    fields = ", ".join(f"{key}={value}" for key, value in method.items() if key != "method")
+    return f"{method['method']} ({fields})"
+
+
+def _title(report: Report) -> str:
+    methods = " + ".join(describe(method) for method in report["methods"]) or "no method"
+    return f"{methods} on {report['model']}"
+
+
+def place_name(place: str) -> str:
+    """A place in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`."""
+    stage, _, layer = place.partition(":")
+    if stage == "llm":
+        return f"from layer {layer} on"
+    return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)
+
+
+def _table(heading: str) -> Table:
+    """A table whose first column is named for what the table shows."""
+    return Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _image_table(report: Report) -> Table:
+    places: list[str] = []
+    for image in report["images"]:
+        places += [place for place in image["after"] if place not in places]
+    table = _table("image")
+    for heading in ("row", "grid", "visual tokens", *map(place_name, places)):
+        table.add_column(heading, justify="right")
+    for number, image in enumerate(report["images"]):
+        counts = [str(image["after"].get(place, "-")) for place in places]
+        grid = "x".join(map(str, image["grid"]))
+        table.add_row(str(number), str(image["row"]), grid, str(image["tokens"]), *counts)
+    return table
+
+
+def _layer_table(report: Report) -> Table:
+    table = _table("decoder layer")
+    rows = range(report["rows"])
+    for row in rows if len(rows) <= _WIDE else (None,):
+        name = "" if len(rows) == 1 else "all rows: " if row is None else f"row {row}: "
+        table.add_column(f"{name}visual tokens", justify="right")
+        table.add_column("text tokens", justify="right")
+    for name, first in layer_ranges(report["layers"]):
+        layer = report["layers"][first]
+        visual = layer["visual_tokens"]
+        text = [t - v for t, v in zip(layer["tokens"], visual, strict=True)]
+        if len(rows) <= _WIDE:
+            cells = [str(n) for pair in zip(visual, text, strict=True) for n in pair]
+        else:
+            cells = [_span(visual), _span(text)]
+        table.add_row(name, *cells)
+    return table
+
+
+def _cost_table(report: Report) -> Table:
+    table = _table("cost of the prompt")
+    for heading in ("all tokens", "now", "now / all"):
+        table.add_column(heading, justify="right")
+    work, memory = report["flops"], report["kv_bytes"]
+    table.add_row(
+        "prefill, vision included",
+        human_flops(work["before"]),
+        human_flops(work["after"], work["before"]),
+        f"{work['ratio']:.1%}",
+    )
+    vision = human_flops(work["vision"], work["before"])
+    table.add_row("  of which vision tower, projector", vision, vision, "")
+    table.add_row("  of which selection", "", human_flops(work["selection"]), "")
+    if memory["before"]:
+        table.add_row(
+            f"KV cache, {report['dtype']}",
+            human_bytes(memory["before"]),
+            human_bytes(memory["after"], memory["before"]),
+            f"{memory['ratio']:.1%}",
+        )
+    return table

@@ -1,0 +1,218 @@
+"""The commands do what the library does, and fail in one line."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlamaConfig, LlavaConfig, SiglipVisionConfig
+from typer.testing import CliRunner
+
+import foveate
+from foveate import tiny
+from foveate.cli import app
+from foveate.cli.inputs import encode, load_image
+from foveate.methods import FastV, PyramidDrop
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return tiny.load()
+
+
+@pytest.fixture(scope="module")
+def question():
+    return tiny.draw_scene(3).questions[0].text
+
+
+@pytest.fixture
+def scene(tmp_path):
+    path = tmp_path / "scene.png"
+    tiny.draw_scene(3).image.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A wide picture with smooth colours, stored as JPEG."""
+    path = tmp_path / "photo.jpg"
+    coarse = torch.randint(0, 255, (4, 6, 3), generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(coarse.to(torch.uint8).numpy())
+    picture.resize((200, 120), Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+def expected(embedded, paths, question, method):
+    """What the library gives for the same question."""
+    model, processor = embedded
+    inputs = encode(processor, [load_image(path) for path in paths], question, model)
+    with foveate.use(model, method) as session:
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(new, skip_special_tokens=True).strip(), session
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+def test_run_gives_what_the_library_gives(embedded, scene, photo, question, pictures, tmp_path):
+    paths = [scene, photo][:pictures]
+    saved = tmp_path / "out.json"
+    options = ["--method", "fastv", "--keep", "0.25", "--set", "layer=3", "--max-new-tokens", "4"]
+    result = call("run", "tiny", *paths, question, *options, "--json", str(saved))
+    assert result.exit_code == 0, result.output
+    answer, session = expected(embedded, paths, question, FastV(layer=3, keep=0.25))
+    data = json.loads(saved.read_text())
+    assert data.pop("question") == question
+    assert data.pop("answer") == answer
+    assert data == session.report()
+    assert len(data["images"]) == pictures
+    assert answer in result.stdout
+    assert "from layer 3 on" in result.stdout
+
+
+def test_run_draws_what_was_kept(embedded, scene, photo, question, tmp_path):
+    from foveate.draw import stack
+
+    drawn = tmp_path / "kept.png"
+    result = call(
+        "run", "tiny", scene, photo, question, "-m", "pyramiddrop", "--show", str(drawn),
+        "--max-new-tokens", "4",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert str(drawn) in result.stdout.replace("\n", "")
+    _, session = expected(embedded, [scene, photo], question, PyramidDrop())
+    want = stack(session.show([load_image(scene), load_image(photo)]))
+    assert Image.open(drawn).convert("RGB").tobytes() == want.tobytes()
+
+
+def test_run_compares_with_all_tokens(embedded, scene, question, tmp_path):
+    saved = tmp_path / "out.json"
+    result = call(
+        "run", "tiny", scene, question, "--method", "pyramiddrop", "--compare", "--repeats", "2",
+        "--max-new-tokens", "4", "--json", str(saved),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answer, session = expected(embedded, [scene], question, PyramidDrop())
+    whole, _ = expected(embedded, [scene], question, FastV(layer=1, keep=1.0))
+    compared = json.loads(saved.read_text())["comparison"]
+    assert compared["answers"] == {"all tokens": whole, "pyramiddrop": answer}
+    assert compared["ttft"]["pyramiddrop"]["repeats"] == 2
+    kept = list(session.kept[0].values())
+    for words in ("time to first token", "KV cache", "prefill", *(str(len(k)) for k in kept)):
+        assert words in result.stdout
+
+
+def test_commands_leave_no_progress_in_pipes(scene, question):
+    result = call("run", "tiny", scene, question, "-m", "fastv", "--max-new-tokens", "2")
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+
+
+def test_prompt_without_a_chat_template(embedded, scene):
+    model, _ = embedded
+    processor = AutoProcessor.from_pretrained(tiny.PATH)
+    processor.chat_template = None
+    inputs = encode(processor, [load_image(scene)] * 2, "what is red ?", model)
+    visual = (inputs["input_ids"] == model.config.image_token_id).sum()
+    assert visual == 2 * (model.config.vision_config.image_size // 8) ** 2
+    assert len(inputs["pixel_values"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tiny", "SCENE", "why ?", "-m", "fastvee"], ["unknown method 'fastvee'", "fastv"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--keep", "1.5"], ["(0, 1]", "1.5"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--keep", "most"], ["keep", "'most'"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "depth=1"], ["'depth'", "layer=2"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "layer=x"], ["layer=x", "int"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "layer=99"], ["99"]),
+        (["tiny", "none.png", "why ?", "-m", "fastv"], ["no such image file", "none.png"]),
+        (["tiny", "TEXT", "why ?", "-m", "fastv"], ["cannot read", "notes.txt"]),
+        (["tiny", "FOLDER", "why ?", "-m", "fastv"], ["is a folder"]),
+        (["tiny", "why ?", "-m", "fastv"], ["at least one image", "'why ?'"]),
+        (["FOLDER", "SCENE", "why ?", "-m", "fastv"], ["cannot load"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--device", "toaster"], ["toaster"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--dtype", "int3"], ["dtype", "bfloat16"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--show", "no/x.png"], ["no folder no"]),
+    ],
+)
+def test_errors_are_one_line_and_code_2(arguments, words, scene, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("no picture")
+    names = {"SCENE": scene, "TEXT": str(notes), "FOLDER": str(tmp_path)}
+    result = call("run", *(names.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+
+
+def test_broken_torchvision_is_explained(monkeypatch, scene):
+    def broken(*args, **kwargs):
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'LlavaProcessor'.") from error
+
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", broken)
+    result = call("run", "tiny", scene, "why ?", "-m", "fastv")
+    assert result.exit_code == 2
+    assert "pip uninstall torchvision" in result.stderr
+
+
+def test_list_names_every_method():
+    result = call("list")
+    assert result.exit_code == 0
+    for name in foveate.list_methods():
+        cls = foveate.get_method(name)
+        row = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name])
+        assert cls.stage in row
+        assert all(need in row for need in cls.needs)
+        assert cls.paper in row
+
+
+def test_list_families():
+    result = call("list", "--families")
+    assert result.stdout.split() == foveate.list_families()
+
+
+def test_list_says_what_works(tmp_path):
+    result = call("list", "--model", "tiny")
+    assert result.exit_code == 0, result.output
+    row = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["pyramiddrop"])
+    assert row.split()[-1] == "yes"
+
+
+def test_list_says_what_does_not_work_and_why(tmp_path):
+    """A SigLIP tower has no class token. Only a config is there: no weights are read."""
+    text = LlamaConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, vocab_size=9)
+    vision = SiglipVisionConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    LlavaConfig(vision_config=vision, text_config=text).save_pretrained(tmp_path)
+    result = call("list", "--model", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.split()}
+    assert "yes" in rows["pyramiddrop"]
+    assert "no: " in rows["fastervlm"]
+
+
+def test_list_refuses_a_text_model(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    result = call("list", "--model", str(tmp_path))
+    assert result.exit_code == 2
+    assert "as a vision-language model" in result.stderr
+
+
+def test_demo_shows_both_answers_and_saves_the_picture(tmp_path):
+    out = tmp_path / "kept.png"
+    result = call("demo", "--repeats", "1", "--out", str(out))
+    assert result.exit_code == 0, result.output
+    for words in ("true answer", "all tokens", "pyramiddrop", "KV cache", "prefill", "median"):
+        assert words in result.stdout
+    assert Image.open(out).width > 1000
+    assert str(out) in result.stdout.replace("\n", "")

@@ -1,0 +1,142 @@
+"""Predicted FLOPs equal the ones torch counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from foveate.measure import flops
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+    "pad_token_id": 0,
+}
+TEXT = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, num_key_value_heads=4)),
+    "llama-wide-heads": (
+        LlamaForCausalLM,
+        LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=20),
+    ),
+    "qwen2-gqa": (Qwen2ForCausalLM, Qwen2Config(**SIZES, num_key_value_heads=2)),
+}
+CLIP = CLIPVisionConfig(
+    hidden_size=24,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=8,
+)
+
+
+def counted(fn) -> int:
+    """FLOPs of all matrix products; needs eager attention: the counter misses the CPU's kernel."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+def text_model(name: str):
+    cls, config = TEXT[name]
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    return cls(config).eval(), config
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", TEXT)
+def test_prefill_equals_counted(name, rows, tokens):
+    model, config = text_model(name)
+    ids = torch.ones(rows, tokens, dtype=torch.long)
+    got = counted(lambda: model(ids, logits_to_keep=1))
+    want = flops.prefill_flops(config, [[tokens] * rows] * 3, causal=False)
+    assert got == want
+
+
+@pytest.mark.parametrize("past", [1, 33])
+@pytest.mark.parametrize("name", TEXT)
+def test_decode_equals_counted(name, past):
+    model, config = text_model(name)
+    cache = model(torch.ones(1, past, dtype=torch.long)).past_key_values
+    got = counted(lambda: model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache))
+    want = flops.decode_flops(config, [past + 1] * 3)
+    assert got == want
+
+
+@pytest.mark.parametrize("layers", [-2, [0, -1]])
+def test_vision_and_projector_equal_counted(layers):
+    config = LlavaConfig(
+        vision_config=CLIP,
+        text_config=TEXT["llama"][1],
+        vision_feature_layer=layers,
+        image_token_index=4,
+        attn_implementation="eager",
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    got = counted(lambda: model.model.get_image_features(torch.rand(2, 3, 32, 32)))
+    conv_and_layers = 2 * (flops.vision_flops(config) + flops.projector_flops(config, 16))
+    assert got == conv_and_layers
+
+
+def test_causal_pairs_are_the_lower_triangle():
+    for tokens, keys in [(1, 1), (5, 5), (4, 9), (1, 8)]:
+        mask = torch.ones(tokens, keys).tril(keys - tokens)
+        assert flops.visible_keys(tokens, keys) == int(mask.sum())
+        assert flops.visible_keys(tokens, keys, causal=False) == tokens * keys
+
+
+def test_prefill_follows_the_layers():
+    """Fewer tokens in one layer save exactly that layer's difference."""
+    config = TEXT["qwen2-gqa"][1]
+    shape = flops.TextShape.of(config)
+    full = flops.prefill_flops(config, [[20], [20], [20]])
+    less = flops.prefill_flops(config, [[20], [20], [11]])
+    assert full - less == flops.layer_flops(shape, 20) - flops.layer_flops(shape, 11)
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kv_bytes_equal_the_cache(name, dtype):
+    model, config = text_model(name)
+    cache = model.to(dtype)(torch.ones(2, 9, dtype=torch.long)).past_key_values
+    real = sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
+    assert flops.kv_bytes(config, [9, 9, 9], batch=2, dtype=dtype) == real
+
+
+def test_text_attention_is_key_projection_plus_one_query():
+    config = TEXT["qwen2-gqa"][1]
+    model, _ = text_model("qwen2-gqa")
+    attention = model.model.layers[0].self_attn
+    x = torch.rand(1, 13, 48)
+
+    def score():
+        keys = attention.k_proj(x).view(13, 2, 12).repeat_interleave(2, 1).permute(1, 2, 0)
+        query = attention.q_proj(x[:, -1]).view(4, 1, 12)
+        return query @ keys
+
+    assert counted(score) == flops.text_attention_flops(config, 13)
+
+
+def test_cls_attention_is_one_query_row():
+    weight, x = torch.rand(24, 24), torch.rand(1, 24)
+
+    def score():
+        query = (x @ weight).view(2, 1, 12)
+        return query @ torch.rand(2, 12, 17)
+
+    assert counted(score) == flops.cls_attention_flops(CLIP)

@@ -1,0 +1,148 @@
+"""Kept tokens are drawn where they are in the picture, whatever the processor did to it."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from foveate.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
+from foveate.errors import InputError
+from foveate.record import Record
+from tests.records import image, pyramid_record
+
+GRID = (4, 4)
+RED = (220, 30, 30)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A smooth colourful picture without symmetry."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randint(0, 255, (6, 7, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def seen_by_encoder(image: Image.Image, geometry: str) -> torch.Tensor:
+    """(3, 64, 64) as a CLIP processor set up for that geometry would make it."""
+    if geometry == "pad":
+        image = place_grid(image, "pad")[0]
+    crop = geometry == "crop"
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 64} if crop else {"height": 64, "width": 64},
+        crop_size={"height": 64, "width": 64},
+        do_center_crop=crop,
+    )
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+@pytest.mark.parametrize("size", [(320, 200), (200, 320), (640, 480)])
+@pytest.mark.parametrize("geometry", ["resize", "crop", "pad"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_geometry_is_recognised(geometry, size, seed):
+    image = picture(*size, seed)
+    assert match_geometry(image, seen_by_encoder(image, geometry)) == geometry
+
+
+def test_square_picture_is_resized():
+    assert match_geometry(picture(50, 50), torch.rand(3, 32, 32)) == "resize"
+
+
+@pytest.mark.parametrize("cell", [0, 3, 6, 12, 15])
+def test_only_kept_cells_keep_their_colour(cell):
+    strip = draw_kept(Image.new("RGB", (128, 128), RED), GRID, {"llm:2": [cell]})
+    for other in range(16):
+        row, column = divmod(other, 4)
+        at = (GAP + 320 + GAP + 80 * column + 40, GAP + 80 * row + 40)
+        assert (strip.getpixel(at) == RED) == (other == cell)
+
+
+def test_crop_marks_what_the_model_never_saw():
+    """The grid of a wide picture covers its central square; the sides are dark in every panel."""
+    strip = draw_kept(Image.new("RGB", (200, 100), RED), GRID, {"pre_llm": list(range(16))}, "crop")
+    left = GAP + 640 + GAP
+    sides = [strip.getpixel((left + x, 170)) for x in (20, 620)]
+    assert all(sum(colour) < 0.4 * sum(RED) for colour in sides)
+    assert strip.getpixel((left + 320 + 40, 170)) == RED
+
+
+def test_pad_draws_the_padded_square():
+    canvas, box = place_grid(Image.new("RGB", (200, 100), RED), "pad")
+    assert canvas.size == (200, 200)
+    assert box == (0, 0, 200, 200)
+    assert canvas.getpixel((100, 100)) == RED
+    assert canvas.getpixel((100, 10)) != RED
+
+
+def test_one_panel_for_each_place():
+    def width(places):
+        kept = {f"llm:{n}": [0] for n in range(places)}
+        return draw_kept(picture(64, 64), GRID, kept).width
+
+    assert [width(n) - width(n - 1) for n in (1, 2, 3)] == [320 + GAP] * 3
+
+
+def test_panels_differ_between_places():
+    strip = show(pyramid_record(), [picture(64, 64), picture(64, 64, 1)])[0]
+    panels = [strip.crop((GAP + n * 334, GAP, GAP + n * 334 + 320, GAP + 320)) for n in range(4)]
+    assert len({panel.tobytes() for panel in panels}) == 4
+
+
+@pytest.mark.parametrize("geometry", ["resize", "crop", "pad"])
+def test_show_finds_the_geometry_of_each_picture(geometry):
+    pictures = [picture(120, 64), picture(64, 120, 1)]
+    record = pyramid_record()
+    seen = torch.stack([seen_by_encoder(p, geometry) for p in pictures])
+    record = Record(
+        rows=2,
+        prompt_tokens=record.prompt_tokens,
+        images=record.images,
+        layer_tokens=record.layer_tokens,
+        cache_slots=record.cache_slots,
+        pixels=seen,
+    )
+    auto, told = show(record, pictures), show(record, pictures, geometry)
+    assert [a.tobytes() for a in auto] == [t.tobytes() for t in told]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_number_of_pictures_must_fit(count):
+    with pytest.raises(InputError, match=f"had 2 images, but show got {count}"):
+        show(pyramid_record(), [picture(64, 64)] * count)
+
+
+def test_nothing_to_draw_before_a_forward():
+    with pytest.raises(InputError, match="nothing to draw"):
+        show(None, [])
+
+
+def test_unknown_geometry_is_refused():
+    with pytest.raises(InputError, match="resize, crop, pad"):
+        show(pyramid_record(), [picture(64, 64)] * 2, "squash")
+
+
+def test_geometry_must_be_given_when_nothing_was_encoded():
+    with pytest.raises(InputError, match="pass geometry="):
+        show(pyramid_record(), [picture(64, 32)] * 2)
+    assert len(show(pyramid_record(), [picture(64, 32)] * 2, "crop")) == 2
+
+
+def test_single_picture_needs_no_list():
+    record = Record(1, [20], [image(0, ("pre_llm", [1]))], [[5]], [5])
+    assert len(show(record, picture(64, 64))) == 1
+
+
+def test_beams_are_drawn_once():
+    """Three beams of two pictures, both in the same row: rows are repeated one after another."""
+    images = [image(row, ("pre_llm", [n])) for row in range(3) for n in (1, 2)]
+    record = Record(3, [40] * 3, images, [[10] * 3], [10], pixels=torch.rand(2, 3, 8, 8))
+    pictures = [picture(64, 64), picture(64, 64, 1)]
+    alone = Record(1, [40], images[:2], [[10]], [10], pixels=torch.rand(2, 3, 8, 8))
+    got, want = show(record, pictures), show(alone, pictures)
+    assert [g.tobytes() for g in got] == [w.tobytes() for w in want]
+
+
+def test_stack_keeps_every_strip():
+    a, b = Image.new("RGB", (10, 5), RED), Image.new("RGB", (20, 7), RED)
+    sheet = stack([a, b])
+    assert sheet.size == (20, 12)
+    assert sheet.getpixel((19, 11)) == RED
+    assert stack([a, b], ["one", "two"]).height > sheet.height

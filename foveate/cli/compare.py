@@ -123,7 +123,7 @@ def add_costs(table: Table, report: Report, ttft: dict[str, Timing]) -> None:
     ):
         table.add_row(label, human_flops(before), human_flops(after, before), _share(after, before))
     table.add_row(
-        f"KV cache, {report['dtype']}",
+        f"KV cache after prefill, {report['dtype']}",
         human_bytes(memory["before"]),
         human_bytes(memory["after"], memory["before"]),
         _share(memory["after"], memory["before"]),

@@ -1,5 +1,6 @@
 """Command-line text becomes the method that Python would build."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,7 @@ import pytest
 
 from foveate.cli.options import make_method, parse_keep, read_field, signature
 from foveate.errors import BudgetError, InputError, UnknownMethodError
-from foveate.method import Scorer, Step
+from foveate.method import Scorer, Step, get_method, list_methods
 from foveate.methods import FastV, PyramidDrop
 
 
@@ -115,6 +116,14 @@ def test_setting_without_equals():
 def test_unknown_method_names_its_neighbour():
     with pytest.raises(UnknownMethodError, match="did you mean fastv"):
         make_method("fast-v")
+
+
+@pytest.mark.parametrize("slug", list_methods())
+def test_every_default_can_be_typed(slug):
+    cls = get_method(slug)
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            assert read_field(cls, field.name, str(field.default)) == field.default
 
 
 def test_signature_shows_defaults():

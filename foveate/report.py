@@ -78,7 +78,7 @@ class Report(dict[str, Any]):
             ],
             flops=_flops(record, family, methods),
             kv_bytes=_kv_bytes(record, family.config, dtype),
-            notes=list(record.notes),
+            notes=[*record.notes, *_method_notes(methods)],
         )
         return report
 
@@ -159,6 +159,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
+
+
+def _method_notes(methods: Sequence[Method]) -> list[str]:
+    """What methods say about themselves in every report, in a class attribute `note`."""
+    return [f"{m.slug}: {note}" for m in methods if (note := getattr(m, "note", ""))]
 
 
 def _image(image: ImageRecord) -> dict[str, Any]:

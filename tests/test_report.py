@@ -144,6 +144,14 @@ def test_record_in_which_nothing_acted_needs_no_layers():
     assert report["flops"] == whole["flops"]
 
 
+def test_method_may_add_a_note():
+    @dataclasses.dataclass(frozen=True)
+    class Noted(FastV):
+        note = "what it did"
+
+    assert "note: fastv: what it did" in str(Report.of(text_record(), FakeFamily(), [Noted()], F32))
+
+
 def test_empty_report_says_that_nothing_ran():
     report = Report.empty(FakeFamily(), [FastV()])
     assert "no forward has run yet" in str(report)

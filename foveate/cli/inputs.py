@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
@@ -43,8 +45,9 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
         else:
             from transformers import AutoProcessor
 
+            config = AutoConfig.from_pretrained(_check_name(name))
             processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=kind)
+            model = AutoModelForImageTextToText.from_pretrained(name, config=config, dtype=kind)
     return model.to(where).eval(), processor
 
 
@@ -59,7 +62,7 @@ def load_skeleton(name: str) -> Any:
             from foveate import tiny
 
             name = str(tiny.PATH)
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(_check_name(name))
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
 
@@ -111,6 +114,21 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
     return processor.decode(new, skip_special_tokens=True).strip()
 
 
+def _check_name(name: str) -> str:
+    """Tell a mistyped folder from a hub id before the hub is asked.
+
+    Raises:
+        InputError: the folder is not there, or holds no model.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"cannot load {name!r}: the folder has no config.json")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise InputError(f"cannot load {name!r}: there is no such folder, and it is no hub id")
+    return name
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -125,7 +143,9 @@ def _device(name: str) -> torch.device:
 def _loading(name: str) -> Iterator[None]:
     """Keep loading quiet, and turn what goes wrong into errors that say what to do."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_verbosity = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
@@ -135,6 +155,7 @@ def _loading(name: str) -> Iterator[None]:
         raise _explain(error, name) from error
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
         if bars:
             logging.enable_progress_bar()
 
@@ -153,7 +174,7 @@ def _explain(error: Exception, name: str) -> FoveateError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, OSError):
         return InputError(
-            f"cannot load {name!r}: it is neither a local folder with a model nor a hub model that "
-            f"can be reached from here ({reason})"
+            f"cannot load {name!r}: neither a folder here nor a hub model that can be reached "
+            f"({reason})"
         )
     return UnsupportedModelError(f"cannot load {name!r} as a vision-language model: {reason}")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, LlamaConfig, LlavaConfig, SiglipVisionConfig
+from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlavaConfig, SiglipVisionConfig
 from typer.testing import CliRunner
 
 import foveate
@@ -134,7 +134,9 @@ def test_prompt_without_a_chat_template(embedded, scene):
         (["tiny", "TEXT", "why ?", "-m", "fastv"], ["cannot read", "notes.txt"]),
         (["tiny", "FOLDER", "why ?", "-m", "fastv"], ["is a folder"]),
         (["tiny", "why ?", "-m", "fastv"], ["at least one image", "'why ?'"]),
-        (["FOLDER", "SCENE", "why ?", "-m", "fastv"], ["cannot load"]),
+        (["FOLDER", "SCENE", "why ?", "-m", "fastv"], ["no config.json"]),
+        (["./no/model", "SCENE", "why ?", "-m", "fastv"], ["no such folder", "./no/model"]),
+        (["a/b/c", "SCENE", "why ?", "-m", "fastv"], ["no such folder"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--device", "toaster"], ["toaster"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--dtype", "int3"], ["dtype", "bfloat16"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--show", "no/x.png"], ["no folder no"]),
@@ -151,6 +153,17 @@ def test_errors_are_one_line_and_code_2(arguments, words, scene, tmp_path):
     assert line.startswith("error: ")
     for word in words:
         assert word in line
+
+
+def test_unreachable_hub_is_explained(monkeypatch, scene):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to the hub.\nCheck your connection.")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    result = call("run", "some/model", scene, "why ?", "-m", "fastv")
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert "neither a folder here nor a hub model that can be reached (We couldn't" in line
 
 
 def test_broken_torchvision_is_explained(monkeypatch, scene):

@@ -1,0 +1,69 @@
+"""What the README shows runs, and its table is the registry's."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+import foveate
+from foveate.cli import app
+
+README = Path(__file__).parent.parent / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    exec(compile(code, str(README), "exec"), {})
+    printed = capsys.readouterr().out
+    assert "?" in printed.splitlines()[0]
+    assert "pyramiddrop" in printed
+    assert Image.open(tmp_path / "kept.png").width > 1000
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.split("#")[0].strip() for line in lines if line.startswith("foveate ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_examples_parse(line):
+    """Names, options and argument counts are right; nothing is run."""
+    _, name, *arguments = shlex.split(line)
+    command = typer.main.get_command(app).commands[name]
+    given = command.make_context(name, list(arguments)).params
+    if name == "run":
+        fields = foveate.get_method(given["method"]).__dataclass_fields__
+        assert all(setting.split("=")[0] in fields for setting in given["setting"] or ())
+
+
+def test_table_lists_every_method_and_nothing_else():
+    rows = re.findall(r"^\| `([\w-]+)` \|(.*)$", TEXT, flags=re.MULTILINE)
+    assert sorted(name for name, _ in rows) == foveate.list_methods()
+    for name, row in rows:
+        cls = foveate.get_method(name)
+        assert ("before the LLM" in row) == (cls.stage == "pre_llm")
+        for number in re.findall(r"\d{4}\.\d{5}", cls.paper):
+            assert f"https://arxiv.org/abs/{number}" in row
+
+
+def test_pictures_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
+        assert (README.parent / path).is_file()
+
+
+def test_make_targets_exist():
+    makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
+    targets = [line.split()[1] for line in blocks("sh")[0].splitlines()]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)

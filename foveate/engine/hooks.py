@@ -116,6 +116,8 @@ class Hooks:
         local.inside, local.visual, local.encoded, local.turn = True, None, None, None
         ids = args[0] if args else kwargs.get("input_ids")
         encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if ids is None or ids.shape[1] > 1:
+            check_kernel(self.family)
         if ids is None:
             local.visual = self._placeholders_in_embeddings(kwargs, encoded)
         elif ids.shape[1] > 1 or encoded is not None:
@@ -123,7 +125,6 @@ class Hooks:
             local.visual = visual if bool(visual.any()) else None
         if local.visual is None:
             return None
-        check_kernel(self.family)
         self._check_requests(local.visual.shape[0])
         if encoded is None:
             return None

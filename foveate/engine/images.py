@@ -133,6 +133,34 @@ def rows_of(visual: Tensor, lengths: Sequence[int]) -> list[int]:
     return [rows[i] for i in range(len(lengths))]
 
 
+def split_by_count(
+    planned: PlannedStep,
+    group: Group,
+    begin: Mapping[tuple[int, int], int],
+    request: Callable[[int], int],
+) -> dict[int, list[int]]:
+    """Count of survivors -> members of a group.
+
+    Args:
+        planned: the step.
+        group: images alive.
+        begin: tokens of (method, image) where the method began, if it has begun.
+        request: batch row to entry of a per-request budget.
+    """
+    parts: dict[int, list[int]] = defaultdict(list)
+    alive = group.index.shape[1]
+    for member, (image, row) in enumerate(zip(group.images, group.rows, strict=True)):
+        wanted = budget.count(
+            planned.method.keep,
+            begin.get((planned.method_number, image), alive),
+            step=planned.number,
+            row=request(row),
+            rounding=type(planned.method).rounding,
+        )
+        parts[min(wanted, alive)].append(member)
+    return parts
+
+
 def reduce_group(
     planned: PlannedStep,
     family: Family,
@@ -157,18 +185,10 @@ def reduce_group(
         (group before, group after, reduction) for each part with equal counts; `None` where
         nothing is removed.
     """
-    parts: dict[int, list[int]] = defaultdict(list)
     alive = group.index.shape[1]
-    for member, (image, row) in enumerate(zip(group.images, group.rows, strict=True)):
-        total = begin.setdefault((planned.method_number, image), alive)
-        wanted = budget.count(
-            planned.method.keep,
-            total,
-            step=planned.number,
-            row=request(row),
-            rounding=type(planned.method).rounding,
-        )
-        parts[min(wanted, alive)].append(member)
+    for image in group.images:
+        begin.setdefault((planned.method_number, image), alive)
+    parts = split_by_count(planned, group, begin, request)
     result: list[tuple[Group, Group, Reduction | None]] = []
     for wanted, members in parts.items():
         part = group.pick(members)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
-from foveate.engine.images import Group, reduce_group
+from foveate.engine.images import Group, reduce_group, split_by_count
 from foveate.engine.layout import Layout, Slots, compact, expansion, take, translate_mask
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
@@ -186,12 +186,22 @@ class Turn:
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0 and self.plan.pre_llm:
             hidden = self.drop_marked(hidden)
-        if number in self.plan.text_attention_layers:
+        if number in self.plan.text_attention_layers and self._will_drop(number):
             self._rows[number] = self._text_attention(number, layer, hidden, kwargs), self.layout
         for planned in self.plan.llm:
             if planned.step.layer == number:
                 hidden = self._step(planned, hidden)
         return hidden
+
+    def _will_drop(self, number: int) -> bool:
+        """Whether a step that needs the attention of this layer removes anything."""
+        return any(
+            count < group.index.shape[1]
+            for planned in self.plan.llm
+            if any(number in need.layers for need in planned.step.needs)
+            for group in self.groups
+            for count in split_by_count(planned, group, self._begin, self.prompt.request)
+        )
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
         """Run one step on every group, then drop what it removed."""

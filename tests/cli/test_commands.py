@@ -116,8 +116,9 @@ def test_prompt_without_a_chat_template(embedded, scene):
     processor = AutoProcessor.from_pretrained(tiny.PATH)
     processor.chat_template = None
     inputs = encode(processor, [load_image(scene)] * 2, "what is red ?", model)
+    vision = model.config.vision_config
     visual = (inputs["input_ids"] == model.config.image_token_id).sum()
-    assert visual == 2 * (model.config.vision_config.image_size // 8) ** 2
+    assert visual == 2 * (vision.image_size // vision.patch_size) ** 2
     assert len(inputs["pixel_values"]) == 2
 
 

@@ -6,6 +6,7 @@ the whole picture, `crop` cuts the centre out, `pad` fills the picture up to a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -92,8 +93,10 @@ def draw_kept(
     """
     canvas, box = place_grid(image, geometry, grid[1] / grid[0])
     height = max(PANEL, 10 * grid[0])
-    width = max(round(canvas.width * height / canvas.height), 1)
-    left, top, right, bottom = (v * height / canvas.height for v in box)
+    width = round(canvas.width * height / canvas.height)
+    width = min(max(width, 10 * grid[1]), 4 * height)  # very thin pictures are stretched
+    left, right = (x * width / canvas.width for x in box[::2])
+    top, bottom = (y * height / canvas.height for y in box[1::2])
     columns = [round(left + (right - left) * n / grid[1]) for n in range(grid[1] + 1)]
     rows = [round(top + (bottom - top) * n / grid[0]) for n in range(grid[0] + 1)]
     canvas = canvas.resize((width, height), Image.Resampling.BICUBIC)
@@ -155,7 +158,11 @@ def match_geometry(image: Image.Image, pixels: Tensor) -> Geometry:
         canvas, box = place_grid(image, geometry, aspect)
         small = canvas.resize((PROBE, PROBE), Image.Resampling.BOX, box=box)
         grey = torch.tensor(list(small.tobytes())).view(PROBE, PROBE, 3).float().mean(-1)
-        scores[geometry] = _correlation(grey, seen)
+        across = min(math.ceil(PROBE * (1 - image.width / canvas.width) / 2), PROBE // 2 - 1)
+        down = min(math.ceil(PROBE * (1 - image.height / canvas.height) / 2), PROBE // 2 - 1)
+        # Processors pad with different colours, so the padding itself is not compared.
+        inside = (slice(down, PROBE - down), slice(across, PROBE - across))
+        scores[geometry] = _correlation(grey[inside], seen[inside])
     return max(scores, key=lambda name: scores[name])
 
 
@@ -213,8 +220,9 @@ def _panel(
     cells = ImageDraw.Draw(mask)
     for cell in range(width * (len(rows) - 1)) if kept is None else kept:
         row, column = divmod(cell, width)
-        corner = (columns[column + 1] - 1, rows[row + 1] - 1)
-        cells.rectangle((columns[column], rows[row], *corner), fill=255)
+        left, top = columns[column], rows[row]
+        right, bottom = max(columns[column + 1] - 1, left), max(rows[row + 1] - 1, top)
+        cells.rectangle((left, top, right, bottom), fill=255)
     off_grid = Image.blend(canvas, Image.new("RGB", canvas.size, (0, 0, 0)), 0.75)
     grey = canvas.convert("L").convert("RGB")
     pale = Image.blend(grey, Image.new("RGB", canvas.size, (236, 238, 241)), 0.62)

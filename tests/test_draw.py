@@ -42,6 +42,23 @@ def test_geometry_is_recognised(geometry, size, seed):
     assert match_geometry(image, seen_by_encoder(image, geometry)) == geometry
 
 
+@pytest.mark.parametrize("size", [(320, 200), (200, 320), (640, 480)])
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255)])
+def test_padding_may_have_any_colour(colour, size):
+    image = picture(*size)
+    square = Image.new("RGB", (max(size), max(size)), colour)
+    square.paste(image, ((square.width - size[0]) // 2, (square.height - size[1]) // 2))
+    assert match_geometry(image, seen_by_encoder(square, "resize")) == "pad"
+
+
+@pytest.mark.parametrize("size", [(1000, 8), (3, 400)])
+def test_thin_pictures_can_be_drawn(size):
+    thin = picture(*size)
+    match_geometry(thin, seen_by_encoder(thin, "resize"))
+    for geometry in ("resize", "crop", "pad"):
+        assert max(draw_kept(thin, (24, 24), {"llm:2": [0, 575]}, geometry).size) < 3000
+
+
 def test_square_picture_is_resized():
     assert match_geometry(picture(50, 50), torch.rand(3, 32, 32)) == "resize"
 

@@ -1,21 +1,24 @@
-"""Small methods that reach corners of the engine which the built-in ones do not."""
+"""Small methods that reach corners of the engine which the built-in ones do not.
+
+They are not registered, so that nothing lists them.
+"""
 
 from dataclasses import dataclass
 
 import torch
 
 from foveate.budget import Keep
-from foveate.method import Method, Scorer, Step, register
+from foveate.method import Method, Scorer, Step
 from foveate.reduction import Reduction
 
 
-@register("test-every-third", stage="pre_llm")
 @dataclass(frozen=True)
 class EveryThird(Scorer):
     """Positions 0, 3, 6, ... first, then 1, 4, ...: known indices, no signal."""
 
     keep: Keep = 12
     positions: str = "original"
+    slug, stage, needs, paper = "every-third", "pre_llm", (), ""
 
     def steps(self, model):
         return (Step("pre_llm"),)
@@ -25,7 +28,6 @@ class EveryThird(Scorer):
         return -(position % 3) * 1000 - position
 
 
-@register("test-llm-average", stage="llm")
 @dataclass(frozen=True)
 class Average(Method):
     """Merge every run of neighbours into its first token, inside the language model."""
@@ -33,6 +35,7 @@ class Average(Method):
     layer: int = 2
     keep: Keep = 0.5
     positions: str = "original"
+    slug, stage, needs, paper = "average", "llm", (), ""
 
     def steps(self, model):
         return (Step("llm", self.layer),)

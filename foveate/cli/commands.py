@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image
 from rich.markup import escape
 from typer.core import TyperGroup
 
 import foveate
-from foveate.cli import compare as comparing
 from foveate.cli import demo as demonstration
 from foveate.cli import listing
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import answer, encode, load_image, load_model, load_skeleton
+from foveate.cli.inputs import load_image, load_skeleton
 from foveate.cli.options import make_method
-from foveate.draw import stack
+from foveate.cli.run import Job, execute
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method
-
-WARMUP = 3
 
 
 class _Group(TyperGroup):
@@ -101,44 +98,27 @@ def run(
         )
     *paths, question = inputs
     pictures = [load_image(path) for path in paths]
-    for path in (show, json_path):
-        _check_writable(path)
+    _check_writable(show, picture=True)
+    _check_writable(json_path)
+    outcome = execute(
+        Job(
+            model=model,
+            pictures=pictures,
+            question=question,
+            method=chosen,
+            max_new_tokens=max_new_tokens,
+            repeats=repeats if with_all else 0,
+            device=device,
+            dtype=dtype,
+        )
+    )
     console = stdout()
-    with progress() as steps:
-        steps.say(f"loading {model}")
-        loaded, processor = load_model(model, device, dtype)
-        encoded = encode(processor, pictures, question, loaded)
-        steps.say(f"answering with {chosen.slug}")
-        with foveate.use(loaded, chosen) as session:
-            answered = answer(loaded, processor, encoded, max_new_tokens)
-        report = session.report()
-        compared = None
-        if with_all:
-            steps.say("comparing with all tokens", 2 * (repeats + WARMUP))
-            compared = comparing.compare(
-                loaded,
-                processor,
-                encoded,
-                chosen,
-                answered,
-                report,
-                max_new_tokens=max_new_tokens,
-                repeats=repeats,
-                tick=steps.tick,
-            )
-    console.print(f"[cyan]question[/] {escape(question)}")
-    if compared is None:
-        console.print(f"[cyan]answer[/]   [bold]{escape(answered)}[/]\n")
-        console.print(report)
-    else:
-        console.print(comparing.comparison_table(compared))
-        for note in report["notes"]:
-            console.print(f"[yellow]note: {escape(note)}[/]")
+    outcome.show(console)
     if show is not None:
-        stack(session.show(pictures)).save(show)
+        outcome.save_drawing(show)
         console.print(f"kept tokens drawn in {escape(str(show))}", soft_wrap=True)
     if json_path is not None:
-        _save(json_path, question, answered, report, compared)
+        outcome.save_json(json_path)
         console.print(f"report saved in {escape(str(json_path))}", soft_wrap=True)
 
 
@@ -191,30 +171,20 @@ def demo(
       foveate demo --seed 7 --method fastv --keep 0.25
     """
     chosen: Method = make_method(method, keep)
-    _check_writable(out)
+    _check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(path: Path | None, *, picture: bool = False) -> None:
     """Refuse before the work, and not after it."""
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
         raise InputError(f"cannot save {path}: there is no folder {path.parent}")
-    if path is not None and path.is_dir():
+    if path.is_dir():
         raise InputError(f"cannot save {path}: it is a folder")
-
-
-def _save(
-    path: Path,
-    question: str,
-    answered: str,
-    report: foveate.report.Report,
-    compared: comparing.Comparison | None,
-) -> None:
-    """Write the report with question and answer beside it."""
-    data = {"question": question, "answer": answered, **report}
-    if compared is not None:
-        data["comparison"] = compared.to_dict()
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    if picture and path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
 
 
 def main() -> None:

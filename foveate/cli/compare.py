@@ -11,12 +11,12 @@ from rich import box
 from rich.table import Table
 
 import foveate
-from foveate.cli.inputs import answer
 from foveate.measure.timing import Timing, interleave
 from foveate.method import Method
 from foveate.report import Report, human_bytes, human_flops, layer_ranges
 
 ALL = "all tokens"
+WARMUP = 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,6 @@ def time_first_token(
     method: Method,
     *,
     repeats: int,
-    warmup: int = 3,
     tick: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times to first token with all tokens and with a method, runs taking turns."""
@@ -55,40 +54,10 @@ def time_first_token(
         lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False),
         {ALL: nullcontext, method.slug: lambda: foveate.use(model, method)},
         repeats=repeats,
-        warmup=warmup,
+        warmup=WARMUP,
         device=model.device,
         tick=tick,
     )
-
-
-def compare(
-    model: Any,
-    processor: Any,
-    inputs: Any,
-    method: Method,
-    answered: str,
-    report: Report,
-    *,
-    max_new_tokens: int,
-    repeats: int,
-    tick: Callable[[], object] | None = None,
-) -> Comparison:
-    """Put the answer and report of a method beside those of the plain model, and time both.
-
-    Args:
-        model: the model, without a session.
-        processor: its processor.
-        inputs: the encoded question.
-        method: the method that ran.
-        answered: what the model answered with it.
-        report: what it did.
-        max_new_tokens: for the plain answer.
-        repeats: timed rounds.
-        tick: called after every timed run.
-    """
-    plain = answer(model, processor, inputs, max_new_tokens)
-    ttft = time_first_token(model, inputs, method, repeats=repeats, tick=tick)
-    return Comparison({ALL: plain, method.slug: answered}, ttft, report)
 
 
 def comparison_table(comparison: Comparison) -> Table:

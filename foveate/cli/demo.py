@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import foveate
-from foveate.cli.compare import ALL, cost_table, time_first_token
+from foveate.cli.compare import ALL, WARMUP, cost_table, time_first_token
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import answer, encode, load_model
 from foveate.draw import stack
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 SEED = 7
 QUESTIONS = 6
 DRAWN = 3
-WARMUP = 3
 LONGEST_ANSWER = 8
 
 
@@ -66,9 +65,7 @@ def demo(seed: int, method: Method, out: Path, repeats: int) -> None:
             steps.tick()
         steps.say("timing the first token", 2 * (repeats + WARMUP))
         inputs = encode(processor, [scene.image], questions[0].text, model)
-        ttft = time_first_token(
-            model, inputs, method, repeats=repeats, warmup=WARMUP, tick=steps.tick
-        )
+        ttft = time_first_token(model, inputs, method, repeats=repeats, tick=steps.tick)
     console.print(f"scene {seed}, {escape(describe(method.to_dict()))}")
     console.print(answer_table(asked, method.slug))
     console.print(cost_table(asked[0].report, ttft))

@@ -141,6 +141,7 @@ def test_prompt_without_a_chat_template(embedded, scene):
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--device", "toaster"], ["toaster"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--dtype", "int3"], ["dtype", "bfloat16"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--show", "no/x.png"], ["no folder no"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--show", "kept"], ["cannot save kept", ".png"]),
     ],
 )
 def test_errors_are_one_line_and_code_2(arguments, words, scene, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from foveate.budget import PerRequest, check_keep
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Step, get_method, list_methods
+from foveate.method import STAGES, Method, Need, Step, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
 
@@ -21,12 +21,14 @@ class PlannedStep:
         method_number: which of the session's methods it is.
         number: which of the method's steps it is.
         step: where it acts and what it needs.
+        renumber: whether survivors get consecutive positions.
     """
 
     method: Method
     method_number: int
     number: int
     step: Step
+    renumber: bool
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class Plan:
         for method_number, method in enumerate(methods):
             of_method = method.steps(family)
             check_keep(method.keep, len(of_method))
+            renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step) for i, step in enumerate(of_method)
+                PlannedStep(method, method_number, i, step, renumber)
+                for i, step in enumerate(of_method)
             ]
             for item in planned:
                 _check_layers(family, item)
@@ -113,7 +117,7 @@ class Plan:
         """Whether survivors of the pre_llm steps get consecutive positions: if all methods
         there want it.
         """
-        return all(s.method.positions == "renumbered" for s in self.pre_llm)
+        return all(s.renumber for s in self.pre_llm)
 
     @property
     def per_request(self) -> tuple[PerRequest, ...]:
@@ -126,41 +130,60 @@ def _order(step: Step) -> tuple[int, int]:
 
 
 def _check_layers(family: Family, planned: PlannedStep) -> None:
-    step = planned.step
-    if step.stage == "llm" and not 0 <= step.layer < family.text_layers:
-        raise LayerError(
-            f"{planned.method.slug} acts before decoder layer {step.layer}, but this "
-            f"{family.model_type} has layers "
-            f"0 to {family.text_layers - 1}"
-        )
+    step, slug = planned.step, planned.method.slug
     if step.stage == "vision":
         raise UnsupportedModelError(
             f"steps inside the encoder are not supported on {family.model_type!r}"
+        )
+    if step.stage != "llm":
+        return
+    if not 0 <= step.layer < family.text_layers:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
+            f"layers 0 to {family.text_layers - 1}"
+        )
+    if step.layer < family.first_llm_layer:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "
+            f"features to the visual tokens after its first {family.first_llm_layer} layers "
+            f"(DeepStack); the first layer before which tokens may be removed is "
+            f"{family.first_llm_layer}"
         )
 
 
 def _check_needs(family: Family, planned: PlannedStep) -> None:
     for need in planned.step.needs:
-        if need.name not in SIGNALS:
+        if need.name == "cls_attention":
+            _check_class_attention(family, planned, need)
+        elif need.name == "text_attention":
+            windowed = [i for i in need.layers if i not in family.attention_layers]
+            if windowed:
+                legal = ", ".join(map(str, family.attention_layers))
+                raise LayerError(
+                    f"{planned.method.slug} ranks tokens by the attention of layer {windowed[0]}, "
+                    f"which sees only a window of the sequence; layers that see all of it are "
+                    f"{legal}"
+                )
+        else:
             raise FoveateError(
                 f"{planned.method.slug} needs an unknown signal {need.name!r}; known: "
                 f"{', '.join(SIGNALS)}"
             )
-        if need.name != "cls_attention":
-            continue
-        if not family.encoder.class_token:
-            raise UnsupportedModelError(
-                f"{planned.method.slug!r} needs class-token attention, but the encoder of "
-                f"{family.model_type!r} has "
-                f"no class token. Methods that work here: {', '.join(working_methods(family))}."
-            )
-        outside = [i for i in need.layers if not 0 <= i < family.vision_layers]
-        if outside or not need.layers:
-            raise LayerError(
-                f"{planned.method.slug} needs encoder layers {need.layers}, but this encoder has "
-                "layers 0 to "
-                f"{family.vision_layers - 1}"
-            )
+
+
+def _check_class_attention(family: Family, planned: PlannedStep, need: Need) -> None:
+    if family.encoder is None or not family.encoder.class_token:
+        raise UnsupportedModelError(
+            f"{planned.method.slug!r} needs class-token attention, but the encoder of this "
+            f"{family.model_type} has no class token that methods can read. Methods that work "
+            f"here: {', '.join(working_methods(family))}."
+        )
+    outside = [i for i in need.layers if not 0 <= i < family.vision_layers]
+    if outside or not need.layers:
+        raise LayerError(
+            f"{planned.method.slug} needs encoder layers {need.layers}, but this encoder has "
+            f"layers 0 to {family.vision_layers - 1}"
+        )
 
 
 def why_not(family: Family, name: str) -> str | None:
@@ -174,8 +197,9 @@ def why_not(family: Family, name: str) -> str | None:
 
 def working_methods(family: Family) -> list[str]:
     """Registered methods that need no signal the model lacks."""
+    reads_class_token = family.encoder is not None and family.encoder.class_token
     return [
         name
         for name in list_methods()
-        if family.encoder.class_token or "cls_attention" not in get_method(name).needs
+        if reads_class_token or "cls_attention" not in get_method(name).needs
     ]

@@ -86,7 +86,9 @@ class Session:
         if family.model is not family.base:
             keep(family.model.register_forward_pre_hook(hooks.enter_top, with_kwargs=True).remove)
             self._wrap(family.model, "generate", hooks.generate)
-        self._wrap(family.base, "get_image_features", hooks.image_features)
+        for modality in family.placeholder_ids:
+            around = functools.partial(hooks.features, modality)
+            self._wrap(family.base, f"get_{modality}_features", around)
         if hooks.class_attention is not None:
             hooks.class_attention.attach()
             keep(hooks.class_attention.remove)

@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-import math
-
-from foveate.errors import UnsupportedModelError
 from foveate.models.family import Encoder, Family, register_family
 
 
 @register_family("llava")
 class Llava(Family):
-    """`LlavaForConditionalGeneration` and `LlavaModel` with a CLIP vision tower."""
+    """`LlavaForConditionalGeneration` and `LlavaModel`; methods look inside CLIP towers."""
 
     @property
-    def encoder(self) -> Encoder:
-        """The CLIP tower; its row 0 is the class token."""
-        tower = self._child(self.base, "vision_tower")
+    def encoder(self) -> Encoder | None:
+        """The CLIP tower; its row 0 is the class token, which must not be a visual token."""
         vision = self.config.vision_config
-        if vision.model_type != "clip_vision_model":
-            raise UnsupportedModelError(
-                f"LLaVA with a {vision.model_type!r} vision tower is not supported for methods "
-                "that look inside the "
-                "encoder; methods of the llm stage work"
-            )
-        if self.config.vision_feature_select_strategy != "default":
-            raise UnsupportedModelError(
-                "vision_feature_select_strategy='full' makes the class token a visual token, which "
-                "methods that look inside the encoder do not support; use 'default'"
-            )
+        patches_only = (
+            getattr(self.config, "vision_feature_select_strategy", "default") == "default"
+        )
+        if vision.model_type != "clip_vision_model" or not patches_only:
+            return None
         return Encoder(
-            layers=self._child(tower, "encoder.layers"),
+            layers=self._child(self.base, "vision_tower.encoder.layers"),
             attention=lambda layer: layer.self_attn,
             heads=vision.num_attention_heads,
             class_token=True,
         )
-
-    @property
-    def feature_layer(self) -> int:
-        """The layer behind `hidden_states[vision_feature_layer]`; entry 0 is the embedding."""
-        layer = self.config.vision_feature_layer
-        if not isinstance(layer, int):
-            layer = layer[-1]
-        return layer - 1 if layer >= 0 else self.vision_layers + layer
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """The square grid of a fixed-size tower; features of another shape count as one row."""
-        side = math.isqrt(count)
-        return (side, side) if side * side == count else (1, count)

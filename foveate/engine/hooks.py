@@ -39,7 +39,6 @@ class _Local(threading.local):
     encoding: bool = False  # within get_image_features or get_video_features
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
-    arguments: Kwargs | None = None  # what the base model was called with
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
@@ -127,7 +126,7 @@ class Hooks:
         local = self._local
         ids = args[0] if args else kwargs.get("input_ids")
         given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
-        local.inside, local.arguments, local.encoded = True, kwargs, {}
+        local.inside, local.encoded = True, {}
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
         local.visual = self._placeholders(ids, kwargs, given)
@@ -283,8 +282,7 @@ class Hooks:
 
     def _forget(self) -> None:
         local = self._local
-        local.inside, local.visual, local.encoded, local.arguments = False, None, None, None
-        local.turn = None
+        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
 
     # -- checks and numbers
 

@@ -25,6 +25,8 @@ from foveate.tiny.words import NUMBERS, SPECIALS, VOCABULARY
 SIZE, PATCH = 128, 8
 MEAN, STD = 0.35, 0.25
 PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIALS))
+EARLY = 2
+"""Layers at the bottom of the language model that read the question before the picture."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -96,7 +98,7 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_config(layers: int = 10, hidden: int = 160, vision: int = 128) -> LlavaConfig:
+def build_config(layers: int = 12, hidden: int = 160, vision: int = 128) -> LlavaConfig:
     """Describe the model.
 
     Args:
@@ -148,13 +150,17 @@ def build_model(config: LlavaConfig | None = None) -> LlavaForConditionalGenerat
         config: what to build; `build_config()` when left out.
 
     Returns:
-        The model in fp32, in training mode. Seed torch first for a reproducible one.
+        The model in fp32, in training mode. Seed torch first for a reproducible one. The first
+        `EARLY` layers of its language model do nothing until they are trained.
     """
     model: Any = LlavaForConditionalGeneration(config or build_config())
     _init_words(model.get_input_embeddings().weight)
     _init_positions(model.model.vision_tower.embeddings.position_embedding.weight)
     for layer in model.model.language_model.layers:
         _init_mimetic(layer.self_attn)
+    for layer in model.model.language_model.layers[:EARLY]:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
     model.generation_config = GenerationConfig(
         max_new_tokens=4, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, do_sample=False
     )

@@ -24,9 +24,11 @@ HELD_OUT_PHOTOS = 10
 IGNORE = -100
 WORD_ID = {word: index for index, word in enumerate(VOCABULARY)}
 GROUPS = tuple(KINDS_OF_QUESTION)
+HARD = ("exists", "count", "relation-color", "relation-object", "compare")
 
 _SIDE = SIZE // PATCH
 _LEAST_INK = 6  # pixels of an object from which on a patch counts as showing it
+_PER_KIND = 6  # questions of one kind in a training scene
 _COLOUR_ID = {name: index for index, name in enumerate(COLOURS)}
 _KIND_ID = {name: index for index, name in enumerate(KINDS)}
 
@@ -39,11 +41,13 @@ class Packing:
         slots: independent conversations per image.
         length: tokens per conversation.
         turns: most questions in one conversation.
+        hard: how much likelier a question of one of the `HARD` kinds is chosen.
     """
 
     slots: int
     length: int
     turns: int
+    hard: float = 1.0
 
 
 SINGLE = Packing(slots=24, length=11, turns=1)
@@ -123,7 +127,8 @@ def make_batch(
     for seed in seeds:
         rng = Random(seed + 1)
         on_photo = bool(photos) and rng.random() < photo_share
-        scene = draw_scene(seed, background=rng.choice(photos) if on_photo else "texture")
+        background = rng.choice(photos) if on_photo else "texture"
+        scene = draw_scene(seed, background=background, per_kind=_PER_KIND)
         rows.append((np.array(scene.image), *_pack(scene, packing, rng), *_patches(scene)))
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
@@ -138,7 +143,7 @@ def _pack(scene: Scene, packing: Packing, rng: Random) -> tuple[np.ndarray, ...]
         used = 0
         for _ in range(packing.turns):
             if not waiting:
-                waiting = rng.sample(scene.questions, len(scene.questions))
+                waiting = _shuffle(scene.questions, packing.hard, rng)
             question = waiting.pop()
             ids = [WORD_ID[word] for word in question.text.split()]
             if rng.random() < 0.1:
@@ -154,6 +159,15 @@ def _pack(scene: Scene, packing: Packing, rng: Random) -> tuple[np.ndarray, ...]
                 words[slot, end + 1] = EOS
             used = end + 2
     return words, labels, groups
+
+
+def _shuffle(questions: tuple[Question, ...], hard: float, rng: Random) -> list[Question]:
+    """Random order in which hard questions come last, that is are popped first, more often."""
+
+    def key(question: Question) -> float:
+        return rng.random() ** (1 / hard if question.kind in HARD else 1.0)
+
+    return sorted(questions, key=key)
 
 
 def _patches(scene: Scene) -> tuple[np.ndarray, ...]:

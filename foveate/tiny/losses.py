@@ -162,12 +162,28 @@ def choose(batch: Batch, keep: int | None) -> Tensor:
 
 
 def answer_logits(
-    model: LlavaForConditionalGeneration, seen: Seen, batch: Batch, keep: int | None
-) -> Tensor:
-    """Answer every question of a batch; (B, S * C, vocabulary) logits."""
+    model: LlavaForConditionalGeneration,
+    seen: Seen,
+    batch: Batch,
+    keep: int | None = None,
+    skip: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Answer every question of a batch.
+
+    Args:
+        model: the tiny VLM.
+        seen: its view of the batch.
+        batch: the batch.
+        keep: visual tokens per image; None keeps all.
+        skip: layers of the language model to leave out at the bottom.
+
+    Returns:
+        (B, S * C, vocabulary) logits, and the attention that early layers pay to the picture.
+    """
     index = choose(batch, keep)
     visual = seen.visual.gather(1, index[..., None].expand(-1, -1, seen.visual.shape[-1]))
-    return packed.read(model, visual, index + 1, batch.words, 1 + batch.ink.shape[1])
+    start = 1 + batch.ink.shape[1]
+    return packed.read(model, visual, index + 1, batch.words, start, skip)
 
 
 def answer_loss(logits: Tensor, batch: Batch) -> Tensor:

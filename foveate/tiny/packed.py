@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from foveate.tiny.build import BOS
+from foveate.tiny.build import BOS, EARLY
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -61,7 +61,8 @@ def read(
     positions: Tensor,
     words: Tensor,
     start: int,
-) -> Tensor:
+    skip: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Run the language model over `<bos>`, the visual tokens, and S slots of text.
 
     Args:
@@ -70,9 +71,11 @@ def read(
         positions: (B, V) their positions, counted from 1 (`<bos>` is 0).
         words: (B, S, C) token ids; every slot is causal and sees the image but no other slot.
         start: position of the first token of every slot.
+        skip: layers to leave out at the bottom.
 
     Returns:
-        (B, S * C, vocabulary) logits.
+        (B, S * C, vocabulary) logits, and the mean share of attention that text tokens pay to
+        visual tokens in the first `EARLY` layers.
     """
     text: Any = model.model.language_model
     slots, length = words.shape[1:]
@@ -82,15 +85,20 @@ def read(
     place = torch.arange(start, start + length).repeat(slots).expand(len(words), -1)
     place = torch.cat([torch.zeros_like(positions[:, :1]), positions, place], 1)
     rotary = text.rotary_emb(x, place)
-    for layer in text.layers[:-1]:
+    looks = [x.new_zeros(())]
+    for index, layer in enumerate(text.layers[skip:-1], skip):
         h = layer.input_layernorm(x)
-        x = x + _attend(layer.self_attn, h, rotary, prefix, length, prefix_too=True)
+        change, look = _attend(layer.self_attn, h, rotary, prefix, length, prefix_too=True)
+        x = x + change
+        if index < EARLY:
+            looks.append(look / EARLY)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     last = text.layers[-1]
     h = last.input_layernorm(x)
-    x = x[:, prefix:] + _attend(last.self_attn, h, rotary, prefix, length, prefix_too=False)
+    change, _ = _attend(last.self_attn, h, rotary, prefix, length, prefix_too=False)
+    x = x[:, prefix:] + change
     x = x + last.mlp(last.post_attention_layernorm(x))
-    return model.lm_head(text.norm(x))
+    return model.lm_head(text.norm(x)), torch.stack(looks).sum()
 
 
 def _causal(scores: Tensor) -> Tensor:
@@ -105,8 +113,8 @@ def _attend(
     prefix: int,
     length: int,
     prefix_too: bool,
-) -> Tensor:
-    """Attention without any question-to-question block; prefix rows are optional."""
+) -> tuple[Tensor, Tensor]:
+    """Attention without any question-to-question block; also the share paid to visual tokens."""
     heads = attention.config.num_attention_heads
     q = _split(attention.q_proj(h), heads)
     k = _split(attention.k_proj(h), heads)
@@ -123,4 +131,5 @@ def _attend(
     if prefix_too:
         before = _causal(q[:, :, :prefix] @ seen_k.mT).softmax(-1).to(v.dtype) @ seen_v
         out = torch.cat([before, out], 2)
-    return attention.o_proj(out.transpose(1, 2).flatten(2))
+    look = weights[..., 1:prefix].float().sum(-1).mean()
+    return attention.o_proj(out.transpose(1, 2).flatten(2)), look

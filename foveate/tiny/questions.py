@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from foveate.tiny.scenes import Box, SceneObject
 
 PER_KIND = 4
-"""Most questions of one kind in one scene."""
+"""Most questions of one kind in one scene, unless told otherwise."""
 
 _EDGE = 3.0  # pixels an object's centre keeps from the border of its place
 _BAND = 9.0  # "left of": the answer's centre is at most this far above or below
@@ -49,8 +49,10 @@ class Question:
 class _Facts:
     """What a scene shows, indexed the ways the questions need it."""
 
-    def __init__(self, objects: tuple[SceneObject, ...], size: int, rng: Random) -> None:
-        self.objects, self.size, self.rng = objects, size, rng
+    def __init__(
+        self, objects: tuple[SceneObject, ...], size: int, rng: Random, per_kind: int
+    ) -> None:
+        self.objects, self.size, self.rng, self.per_kind = objects, size, rng, per_kind
         self.kinds = Counter(o.kind for o in objects)
         self.colours = Counter(o.colour for o in objects)
         self.pairs = Counter((o.colour, o.kind) for o in objects)
@@ -62,23 +64,26 @@ class _Facts:
         return found
 
 
-def ask(objects: tuple[SceneObject, ...], size: int, rng: Random) -> tuple[Question, ...]:
-    """Ask up to `PER_KIND` questions of every kind.
+def ask(
+    objects: tuple[SceneObject, ...], size: int, rng: Random, per_kind: int = PER_KIND
+) -> tuple[Question, ...]:
+    """Ask a few questions of every kind.
 
     Args:
         objects: what the scene shows.
         size: edge of the canvas in pixels.
         rng: source of every choice.
+        per_kind: most questions of one kind.
 
     Returns:
         The questions, grouped by kind. A kind is missing where nothing can be asked clearly.
     """
-    facts = _Facts(objects, size, rng)
+    facts = _Facts(objects, size, rng, per_kind)
     asked: list[Question] = []
     for maker in KINDS_OF_QUESTION.values():
         found = list(dict.fromkeys(maker(facts)))
         rng.shuffle(found)
-        asked += found[:PER_KIND]
+        asked += found[:per_kind]
     return tuple(asked)
 
 
@@ -143,7 +148,7 @@ def _exists(facts: _Facts) -> Iterator[Question]:
     there = list(facts.pairs)
     apart = [(c, k) for c in facts.colours for k in facts.kinds if (c, k) not in facts.pairs]
     rng = facts.rng
-    half = min(PER_KIND // 2, len(there), len(apart))
+    half = min(max(1, facts.per_kind // 2), len(there), len(apart))
     picked = rng.sample(there, half) + rng.sample(apart, half)
     for colour, kind in picked:
         boxes = tuple(o.box for o in facts.objects if (o.colour, o.kind) == (colour, kind))

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from foveate.tiny.questions import Question, ask
+from foveate.tiny.questions import PER_KIND, Question, ask
 from foveate.tiny.shapes import object_mask
 from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES
 
@@ -67,6 +67,7 @@ def draw_scene(
     objects: tuple[int, int] = (6, 14),
     size: int = 128,
     background: Literal["texture"] | Image.Image = "texture",
+    per_kind: int = PER_KIND,
 ) -> Scene:
     """Draw a scene; the same arguments always give the same scene.
 
@@ -75,6 +76,7 @@ def draw_scene(
         objects: fewest and most objects. A crowded canvas may end up with fewer than drawn.
         size: edge of the square canvas in pixels.
         background: `"texture"`, or a photo, of which a random square is cut, dimmed and used.
+        per_kind: most questions of one kind.
 
     Returns:
         The picture, its objects and its questions.
@@ -99,7 +101,7 @@ def draw_scene(
         if corner is not None:
             placed.append(_paint(canvas, owner, len(placed), kind, colour, mask, corner, rng))
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB")
-    return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng), owner)
+    return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind), owner)
 
 
 def _cast(rng: Random, count: int) -> list[tuple[str, str, int]]:

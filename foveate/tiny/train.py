@@ -2,14 +2,16 @@
 
 Three phases share one budget. First the vision tower alone learns what every patch shows. Then
 questions are answered from a reduced set of visual tokens, which is cheap. Then from all of
-them, in conversations of several turns, and last on photo backgrounds. A run that is interrupted
+them, in conversations of several turns, and last on photo backgrounds and with two more layers
+below the others, which learn to read the question without the picture, so that the answer is
+read out of the visual tokens later. A run that is interrupted
 goes on where its last checkpoint was written.
 """
 
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from foveate.tiny import losses
-from foveate.tiny.build import build_model, build_processor
+from foveate.tiny.build import EARLY, build_model, build_processor
 from foveate.tiny.data import (
     GROUPS,
     MULTI,
@@ -35,6 +37,7 @@ from foveate.tiny.data import (
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
+_EARLY_WEIGHT = 0.5  # of the attention that the first layers pay to the picture
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Phase:
         photo_share: share of scenes on photos, if there are any.
         reads: whether the language model is trained.
         dense: weight of the vision losses.
+        rate: multiplies the learning rates.
+        skip: layers left out at the bottom of the language model.
     """
 
     until: float
@@ -56,13 +61,16 @@ class Phase:
     photo_share: float
     reads: bool
     dense: float
+    rate: float
+    skip: int = 0
 
 
 SCHEDULE = (
-    Phase(0.10, SINGLE, None, 0.0, reads=False, dense=1.0),
-    Phase(0.40, SINGLE, 112, 0.0, reads=True, dense=0.15),
-    Phase(0.55, MULTI, None, 0.2, reads=True, dense=0.1),
-    Phase(1.00, MULTI, None, 0.7, reads=True, dense=0.1),
+    Phase(0.10, SINGLE, None, 0.0, reads=False, dense=1.0, rate=2.0),
+    Phase(0.34, SINGLE, 112, 0.0, reads=True, dense=0.15, rate=1.0, skip=EARLY),
+    Phase(0.45, replace(SINGLE, hard=3.0), 112, 0.0, reads=True, dense=0.1, rate=2.0, skip=EARLY),
+    Phase(0.56, replace(MULTI, hard=3.0), None, 0.2, reads=True, dense=0.1, rate=2.0, skip=EARLY),
+    Phase(1.00, replace(MULTI, hard=2.0), None, 0.7, reads=True, dense=0.1, rate=2.0),
 )
 
 
@@ -77,8 +85,8 @@ class Settings:
         steps: budget in optimizer steps.
         seed: seed of the initial weights and of the scenes.
         batch: images per step.
-        muon: learning rate of matrices once questions are read; twice that before.
-        adam: learning rate of everything else.
+        muon: learning rate of matrices, before the schedule's factors.
+        adam: learning rate of everything else, likewise.
     """
 
     out: Path
@@ -145,10 +153,10 @@ class Trainer:
             return min(1.0, self.step / self.settings.steps)
         return min(1.0, self.seconds / 60 / self.settings.minutes)
 
-    def set_rates(self, done: float, warm: float) -> None:
-        """Linear decay to zero over the reading phases, after a higher constant rate before."""
+    def set_rates(self, phase: Phase, warm: float) -> None:
+        """Linear decay to zero once questions are read, times the factor of the phase."""
         first = SCHEDULE[0].until
-        scale = 2.0 if done < first else (1 - done) / (1 - first)
+        scale = phase.rate * min(1.0, (1 - self.done()) / (1 - first))
         for optimizer, rate in zip(
             self.optimizers, (self.settings.muon, self.settings.adam), strict=True
         ):
@@ -163,13 +171,16 @@ class Trainer:
             stats["vision"] = loss.item()
             loss = loss * phase.dense
             if phase.reads:
-                logits = losses.answer_logits(self.model, seen, batch, phase.keep)
+                logits, early = losses.answer_logits(
+                    self.model, seen, batch, phase.keep, phase.skip
+                )
                 answer = losses.answer_loss(logits, batch)
                 stats["answer"] = answer.item()
                 right, asked = losses.tally(logits.detach(), batch).sum(1).tolist()
                 stats["accuracy"] = right / max(1, asked)
                 self.questions += asked
-                loss = loss + answer
+                stats["early"] = early.item()
+                loss = loss + answer + _EARLY_WEIGHT * early
         loss.backward()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -195,7 +206,7 @@ class Trainer:
             batch = make_batch(range(first, first + 12), SINGLE, photos, photo_share)
             with torch.autocast("cpu", torch.bfloat16):
                 seen = losses.look(self.average, batch)
-                logits = losses.answer_logits(self.average, seen, batch, None)
+                logits, _ = losses.answer_logits(self.average, seen, batch)
             total += losses.tally(logits, batch)
         shares = (total[0] / total[1].clamp(min=1)).tolist()
         overall = (total[0].sum() / total[1].sum()).item()
@@ -259,7 +270,7 @@ def train(settings: Settings) -> None:
             entered = trainer.step
             while trainer.done() < phase.until:
                 begun = time.monotonic()
-                trainer.set_rates(trainer.done(), min(1.0, (trainer.step - entered + 1) / 40))
+                trainer.set_rates(phase, min(1.0, (trainer.step - entered + 1) / 40))
                 stats = trainer.update(next(batches), phase)
                 trainer.seconds += time.monotonic() - begun
                 bar.update(task, completed=trainer.done(), note=_note(trainer, stats))

@@ -7,23 +7,36 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+)
 
 from foveate.tiny import draw_scene, losses, packed
-from foveate.tiny.build import PAD, build_config, build_model, build_processor
+from foveate.tiny.build import EARLY, PAD, build_config, build_model, build_processor
 from foveate.tiny.data import IGNORE, MULTI, SINGLE, make_batch, normalise, photo_paths
 from foveate.tiny.train import Settings, Trainer, train
 from foveate.tiny.words import KINDS, VOCABULARY
 
 
+def _awake(layers: int) -> LlavaForConditionalGeneration:
+    """A random model whose early layers do something, as they do once they are trained."""
+    torch.manual_seed(0)
+    model = build_model(build_config(layers=layers)).eval()
+    for layer in model.model.language_model.layers[:EARLY]:
+        torch.nn.init.normal_(layer.self_attn.o_proj.weight, std=0.05)
+        torch.nn.init.normal_(layer.mlp.down_proj.weight, std=0.05)
+    return model
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("packing", [SINGLE, MULTI], ids=["single", "multi"])
 def test_packed_pass_equals_the_model(packing) -> None:
-    torch.manual_seed(0)
-    model = build_model(build_config(layers=3)).eval()
+    model = _awake(4)
     batch = make_batch(range(2), packing, [], 0.0)
     seen = losses.look(model, batch)
-    logits = losses.answer_logits(model, seen, batch, None).unflatten(1, batch.words.shape[1:])
+    logits = losses.answer_logits(model, seen, batch)[0].unflatten(1, batch.words.shape[1:])
     prompt = torch.tensor([[1] + [4] * 256])
     for row in range(2):
         for slot in (0, packing.slots - 1):
@@ -34,14 +47,25 @@ def test_packed_pass_equals_the_model(packing) -> None:
 
 
 @torch.no_grad()
+def test_early_layers_can_be_skipped_until_they_are_trained() -> None:
+    torch.manual_seed(0)
+    model = build_model(build_config(layers=4)).eval()
+    batch = make_batch(range(1), SINGLE, [], 0.0)
+    seen = losses.look(model, batch)
+    whole, early = losses.answer_logits(model, seen, batch)
+    skipped, nothing = losses.answer_logits(model, seen, batch, skip=EARLY)
+    torch.testing.assert_close(whole, skipped)
+    assert nothing == 0 < early < 1
+
+
+@torch.no_grad()
 def test_kept_tokens_keep_their_positions() -> None:
     """A reduced set equals the model run on the kept tokens with their true positions."""
-    torch.manual_seed(0)
-    model = build_model(build_config(layers=2)).eval()
+    model = _awake(3)
     batch = make_batch(range(1), SINGLE, [], 0.0)
     seen = losses.look(model, batch)
     index = torch.arange(0, 256, 5)[None]
-    logits = packed.read(model, seen.visual[:, index[0]], index + 1, batch.words[:, :1], 257)
+    logits, _ = packed.read(model, seen.visual[:, index[0]], index + 1, batch.words[:, :1], 257)
     embed = model.get_input_embeddings()
     states = torch.cat(
         [embed(torch.tensor([[1]])), seen.visual[:, index[0]], embed(batch.words[:, 0])], 1

@@ -42,6 +42,7 @@ class _Local(threading.local):
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
+    awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
 
 
@@ -79,7 +80,7 @@ class Hooks:
         try:
             return original(*args, **kwargs)
         finally:
-            self._local.requests, self._local.trailing = None, 0
+            self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
 
     def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the model with its head: see how many tokens behind the prompt are drafts.
@@ -118,6 +119,7 @@ class Hooks:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
+        local.awaited = not local.inside and local.requests is not None
         return output
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
@@ -134,8 +136,13 @@ class Hooks:
             return None
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
+            if local.awaited:
+                raise InputError(
+                    "the images that generate has encoded did not reach the model: chunked prefill "
+                    "of the installed transformers loses them; use prefill_chunk_size=None"
+                )
             return None
-        changed = False
+        local.awaited = changed = False
         for modality in [m for m in given if m in local.visual]:
             if features.is_slice(given[modality]):
                 self._check_slice()

@@ -102,6 +102,7 @@ class Hooks:
         local = self._local
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
+        self._check_encoding(modality)
         local.encoding = True
         try:
             if self.class_attention is None:
@@ -329,6 +330,19 @@ class Hooks:
                     "give one for each row, "
                     "also for rows without an image"
                 )
+
+    def _check_encoding(self, modality: str) -> None:
+        """Refuse features whose place in the prompt is not known."""
+        local = self._local
+        if not local.inside or (
+            modality in (local.visual or {}) and modality not in (local.encoded or {})
+        ):
+            return
+        raise InputError(
+            f"{self.family.model_type} encodes {modality}s for which the prompt has no {modality} "
+            f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
+            "encodes videos as images cannot be served with videos: run them without a session"
+        )
 
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.per_request:

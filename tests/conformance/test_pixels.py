@@ -149,3 +149,65 @@ def test_class_attention_equals_eager_attention(name):
         assert any(
             len(row) == len(want) and torch.allclose(row, want, rtol=0, atol=1e-6) for row in rows
         )
+
+
+@pytest.mark.parametrize("kind", ["llm", "pre_llm"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_a_batch_gets_what_it_gets_alone(name, kind):
+    """Rows with two images, none, and one; images of different sizes among them."""
+    member, model = MEMBERS[name](), model_of(name)
+    pixels, (_, counts) = member.pixels(IMAGES), prompt(name)
+    rows, first = [], 0
+    for images in (2, 0, 1):
+        ids = [7, 8, 9]
+        for count in counts[first : first + images]:
+            ids += [member.image_id] * count + [11, 12 + images]
+        rows.append((torch.tensor([ids]), first, images))
+        first += images
+    width = max(ids.shape[1] for ids, _, _ in rows)
+    padded = torch.cat([torch.nn.functional.pad(r[0], (width - r[0].shape[1], 0)) for r in rows])
+    inputs = {"input_ids": padded, "attention_mask": (padded != 0).long()}
+    inputs |= member.extras(padded, IMAGES) | member.batch(pixels, [2, 0, 1])
+    method, _ = case(name, kind, counts)
+    with torch.no_grad(), foveate.use(model, method):
+        together = model.model(**fresh(inputs)).last_hidden_state[:, -1]
+        for state, (ids, start, images) in zip(together, rows, strict=True):
+            alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            alone |= member.extras(ids, images)
+            if images:
+                alone |= member.take(pixels, start, start + images)
+            want = model.model(**fresh(alone)).last_hidden_state[0, -1]
+            torch.testing.assert_close(state, want, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["llm", "pre_llm"])
+@pytest.mark.parametrize("name", ["llava_next_video", "llava_onevision", "video_llava"])
+def test_images_and_videos_of_one_prompt_equal_the_oracle(name, kind):
+    """Image, video, image: each has its own budget, and they are reported in this order."""
+    member, frames = MEMBERS[name](), MEMBERS[f"{name}-video"]()
+    member.others = (member.image_id + 1,)
+    model, videos = model_of(name), frames.pixels(1)
+    encode = model.model.get_video_features
+    with torch.no_grad():
+        tokens = encode(**videos, return_dict=True).pooler_output.shape[:-1].numel()
+    _, (first, second, _) = prompt(name)
+    counts = [first, tokens, second]
+    ids = [3, 4]
+    for number, count in enumerate(counts):
+        ids += [member.image_id + number % 2] * count + [5, 6, 7]
+    ids = torch.tensor([ids])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= member.take(member.pixels(IMAGES), 0, 2) | videos
+    method, spec = case(name, kind, counts)
+    with torch.no_grad(), foveate.use(model, method) as run:
+        got = model.model(**fresh(inputs)).last_hidden_state[0, -1]
+    want, history = oracle.run(
+        member, model_of(name, "eager"), fresh(inputs), spec, ids.shape[1], counts
+    )
+    assert [image.total for image in run.record.images] == counts
+    for image, places in enumerate(run.kept):
+        for place, indices in zip(places.values(), history, strict=True):
+            assert torch.equal(place, indices[image])
+    distance = (want[-1] - got).abs().max().item()
+    print(f"{name} {kind}: {counts} tokens, {distance:.1e}")
+    assert distance <= TOLERANCE

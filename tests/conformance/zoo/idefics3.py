@@ -35,6 +35,19 @@ class Idefics3(Member):
         tiles = torch.cat((tiles, torch.zeros_like(tiles[:, :1])), 1)
         return {"pixel_values": tiles, "pixel_attention_mask": real}
 
+    def take(self, pixels, start, stop):
+        return {name: value[:, start:stop] for name, value in pixels.items()}
+
+    def batch(self, pixels, images):
+        """Every sample has the tiles of the longest; those it lacks are empty."""
+        rows = {name: [] for name in pixels}
+        for row, count in enumerate(images):
+            start = sum(images[:row])
+            for name, value in pixels.items():
+                empty = torch.zeros_like(value[0, : max(images) - count])
+                rows[name].append(torch.cat((value[0, start : start + count], empty)))
+        return {name: torch.stack(row) for name, row in rows.items()}
+
     def counts(self, model, pixels):
         return [self.visual] * (pixels["pixel_values"].shape[1] - 1)
 

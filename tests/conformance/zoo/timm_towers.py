@@ -29,6 +29,9 @@ class PerceptionLM(Member):
         """Tiles of one image."""
         return {"pixel_values": pictures(1, images, 3, SIDE, SIDE, seed=seed)}
 
+    def take(self, pixels, start, stop):
+        return {"pixel_values": pixels["pixel_values"][:, start:stop]}
+
 
 class FastVlm(Member):
     name = "fast_vlm"

@@ -23,6 +23,7 @@ class Member:
     vocabulary: ClassVar[int] = 96
     image_id: ClassVar[int] = 90
     kind: ClassVar[Any] = AutoModelForImageTextToText
+    beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -46,6 +47,8 @@ class Member:
                         parameter.add_(torch.randn_like(parameter) * 0.1)
         model.generation_config.pad_token_id = 0
         model.generation_config.eos_token_id = None
+        # A placeholder among the answer's tokens would be an image without features.
+        model.generation_config.suppress_tokens = list(range(80, self.vocabulary))
         return model
 
     # -- prompts

@@ -53,7 +53,8 @@ def text_attention(
         )
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     query = query.to(hidden.device)
-    normed = layer.input_layernorm(hidden)
+    # Where norms follow the sublayers, attention reads the states as they are.
+    normed = hidden if getattr(layer, "norm_after", False) else layer.input_layernorm(hidden)
     q = _heads(attention.q_proj(normed[rows, query][:, None]), attention, "q_norm")
     k = _heads(attention.k_proj(normed), attention, "k_norm")
     if rotary is not None:
@@ -69,8 +70,12 @@ def text_attention(
 
 
 def _heads(x: Tensor, attention: Any, norm: str) -> Tensor:
+    module = getattr(attention, norm, None)
+    over_all = module is not None and module.weight.shape[-1] != attention.head_dim
+    if over_all:
+        x = module(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
-    if (module := getattr(attention, norm, None)) is not None:
+    if module is not None and not over_all:
         x = module(x)
     return x.transpose(1, 2)
 

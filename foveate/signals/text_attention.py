@@ -70,12 +70,12 @@ def text_attention(
 
 
 def _heads(x: Tensor, attention: Any, norm: str) -> Tensor:
-    module = getattr(attention, norm, None)
-    over_all = module is not None and module.weight.shape[-1] != attention.head_dim
-    if over_all:
+    module = getattr(attention, norm, None) or torch.nn.Identity()
+    over_heads = getattr(module, "weight", x).shape[-1] != attention.head_dim
+    if over_heads:
         x = module(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
-    if module is not None and not over_all:
+    if not over_heads:
         x = module(x)
     return x.transpose(1, 2)
 

@@ -3,7 +3,7 @@
 from transformers import AyaVisionConfig, Cohere2VisionConfig
 
 from tests.conformance.zoo.member import Member
-from tests.conformance.zoo.paligemma import SIGLIP
+from tests.conformance.zoo.paligemma import SIGLIP, pixels
 
 TEXT = {
     "model_type": "cohere2", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
@@ -17,6 +17,9 @@ class AyaVision(Member):
     name = "aya_vision"
     stacked = True
 
+    def pixels(self, images, seed=0):
+        return pixels(images, seed)
+
     def config(self):
         return AyaVisionConfig(
             vision_config=SIGLIP, text_config=TEXT, image_token_index=self.image_id,
@@ -27,6 +30,9 @@ class AyaVision(Member):
 class Cohere2Vision(Member):
     name = "cohere2_vision"
     stacked = True
+
+    def pixels(self, images, seed=0):
+        return pixels(images, seed)
 
     def config(self):
         return Cohere2VisionConfig(

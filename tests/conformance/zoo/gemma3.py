@@ -3,12 +3,15 @@
 from transformers import Gemma3Config
 
 from tests.conformance.zoo.member import Member
-from tests.conformance.zoo.paligemma import SIGLIP, TEXT
+from tests.conformance.zoo.paligemma import SIGLIP, TEXT, pixels
 
 
 class Gemma3(Member):
     name = "gemma3"
     stacked = True
+
+    def pixels(self, images, seed=0):
+        return pixels(images, seed)
 
     def config(self):
         text = {

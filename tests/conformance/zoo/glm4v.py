@@ -20,6 +20,8 @@ PARTS = {
 
 class Glm4V(MRopeMember):
     name = "glm4v"
+    timestamps = True
+    video_id = MRopeMember.image_id
     beams_of_many = False  # transformers 5.23 repeats A, B as A, A, B, B here
 
     def config(self):

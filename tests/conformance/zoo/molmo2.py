@@ -1,5 +1,6 @@
 """Molmo2, with norms before or after its sublayers and two kinds of query and key norms."""
 
+import torch
 from transformers import Molmo2Config
 
 from tests.conformance.zoo.member import Member
@@ -25,6 +26,8 @@ ADAPTER = {
 
 class Molmo2(Member):
     name = "molmo2"
+    timestamps = True
+    video_id = Member.image_id
 
     def text_config(self):
         return TEXT
@@ -37,6 +40,27 @@ class Molmo2(Member):
 
     def extras(self, ids, images):
         return {"mm_token_type_ids": (ids == self.image_id).int()}
+
+    def pixels(self, images, seed=0):
+        """Overviews of 8 x 8 patches in cells of four; every second image has a crop behind it."""
+        generator = torch.Generator().manual_seed(seed)
+        grids = [[4, 4, 4 * (i % 2), 4 * (i % 2)] for i in range(images)]
+        crops = sum(1 + i % 2 for i in range(images))
+        cells = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
+        return {
+            "pixel_values": torch.randn(crops, 64, 48, generator=generator),
+            "image_token_pooling": torch.cat([cells + 64 * crop for crop in range(crops)]),
+            "image_grids": torch.tensor(grids),
+        }
+
+    def clip(self, seed=0):
+        """Three frames of 4 x 4 visual tokens."""
+        frames = self.pixels(3, seed)
+        return {
+            "pixel_values_videos": frames["pixel_values"][:3],
+            "video_token_pooling": frames["image_token_pooling"][:48],
+            "video_grids": torch.tensor([[3, 4, 4]]),
+        }
 
     def rotary(self, text, hidden, positions, layer):
         unscaled = text.rope_types[layer] == "unscaled"

@@ -25,13 +25,29 @@ def rope(*sections, **more):
 
 
 class MRopeMember(Member):
-    """Images of 4 x 16 patches, which are 2 x 8 visual tokens."""
+    """Features are of images of 4 x 16 patches, which are 2 x 8 visual tokens."""
 
     thw = (1, 4, 16)
     video_id = PLACEHOLDERS["video_token_id"]
+    patch: tuple[int, ...] = (96,)  # 3 channels x 2 frames x 4 x 4 pixels
+    timestamps = False  # whether text stands between the frames of a video
 
     def extras(self, ids, images):
         extras = {"mm_token_type_ids": (ids == self.image_id).int()}
         if images:
             extras["image_grid_thw"] = torch.tensor([self.thw] * images)
         return extras
+
+    def pixels(self, images, seed=0):
+        sizes = [(1, 8, 8), (1, 4, 12), (1, 12, 4)]
+        grids = torch.tensor([sizes[i % 3] for i in range(images)])
+        return {"pixel_values": self.patches(grids, seed), "image_grid_thw": grids}
+
+    def clip(self, seed=0):
+        """A video of three frames (pairs of pictures) of 4 x 8 patches."""
+        grid = torch.tensor([[3, 4, 8]])
+        return {"pixel_values_videos": self.patches(grid, seed), "video_grid_thw": grid}
+
+    def patches(self, grids, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(int(grids.prod(1).sum()), *self.patch, generator=generator)

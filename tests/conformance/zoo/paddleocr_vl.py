@@ -7,6 +7,7 @@ from tests.conformance.zoo.mrope import PLACEHOLDERS, TEXT, MRopeMember, rope
 
 class PaddleOCRVL(MRopeMember):
     name = "paddleocr_vl"
+    patch = (3, 4, 4)
 
     def config(self):
         vision = {

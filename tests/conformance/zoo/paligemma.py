@@ -17,12 +17,21 @@ SIGLIP = {
 }  # fmt: skip
 
 
+def pixels(images, seed=0):
+    """Random pictures for the tower above."""
+    generator = torch.Generator().manual_seed(seed)
+    return {"pixel_values": torch.randn(images, 3, 32, 32, generator=generator)}
+
+
 class PaliGemma(Member):
     name = "paligemma"
     stacked = True
 
     def text_config(self):
         return {**TEXT, "model_type": "gemma"}
+
+    def pixels(self, images, seed=0):
+        return pixels(images, seed)
 
     def config(self):
         return PaliGemmaConfig(

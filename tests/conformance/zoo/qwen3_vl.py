@@ -14,6 +14,7 @@ INTERLEAVED = {**TEXT, "head_dim": 16, "rope_parameters": rope(4, 2, 2, mrope_in
 
 class Qwen3VL(MRopeMember):
     name = "qwen3_vl"
+    timestamps = True
 
     def config(self):
         return Qwen3VLConfig(vision_config=DEEPSTACK, text_config=INTERLEAVED, **PLACEHOLDERS)

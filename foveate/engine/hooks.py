@@ -39,10 +39,10 @@ class _Local(threading.local):
     encoding: bool = False  # within get_image_features or get_video_features
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
-    arguments: Kwargs | None = None  # what the base model was called with
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
+    awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
 
 
@@ -80,7 +80,7 @@ class Hooks:
         try:
             return original(*args, **kwargs)
         finally:
-            self._local.requests, self._local.trailing = None, 0
+            self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
 
     def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the model with its head: see how many tokens behind the prompt are drafts.
@@ -119,6 +119,7 @@ class Hooks:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
+        local.awaited = not local.inside and local.requests is not None
         return output
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
@@ -127,7 +128,7 @@ class Hooks:
         local = self._local
         ids = args[0] if args else kwargs.get("input_ids")
         given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
-        local.inside, local.arguments, local.encoded = True, kwargs, {}
+        local.inside, local.encoded = True, {}
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
         local.visual = self._placeholders(ids, kwargs, given)
@@ -135,8 +136,13 @@ class Hooks:
             return None
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
+            if local.awaited:
+                raise InputError(
+                    "the images that generate has encoded did not reach the model: chunked prefill "
+                    "of the installed transformers loses them; use prefill_chunk_size=None"
+                )
             return None
-        changed = False
+        local.awaited = changed = False
         for modality in [m for m in given if m in local.visual]:
             if features.is_slice(given[modality]):
                 self._check_slice()
@@ -283,8 +289,7 @@ class Hooks:
 
     def _forget(self) -> None:
         local = self._local
-        local.inside, local.visual, local.encoded, local.arguments = False, None, None, None
-        local.turn = None
+        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
 
     # -- checks and numbers
 

@@ -127,8 +127,10 @@ def make_batch(
     for seed in seeds:
         rng = Random(seed + 1)
         on_photo = bool(photos) and rng.random() < photo_share
-        background = rng.choice(photos) if on_photo else "texture"
-        scene = draw_scene(seed, background=background, per_kind=_PER_KIND)
+        if on_photo:
+            scene = draw_scene(seed, background=rng.choice(photos), per_kind=_PER_KIND)
+        else:
+            scene = draw_scene(seed, per_kind=_PER_KIND)
         rows.append((np.array(scene.image), *_pack(scene, packing, rng), *_patches(scene)))
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 

@@ -179,7 +179,7 @@ def answer_logits(
         skip: layers of the language model to leave out at the bottom.
 
     Returns:
-        (B, S * C, vocabulary) logits, and the attention that the blind layers pay to the picture.
+        (B, S * C, vocabulary) logits, and the attention that the early layers pay to the picture.
     """
     index = choose(batch, keep)
     visual = seen.visual.gather(1, index[..., None].expand(-1, -1, seen.visual.shape[-1]))

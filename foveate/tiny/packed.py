@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from foveate.tiny.build import BLIND, BOS
+from foveate.tiny.build import BOS, EARLY
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -75,7 +75,7 @@ def read(
 
     Returns:
         (B, S * C, vocabulary) logits, and the mean share of attention that text tokens pay to
-        visual tokens in the first `BLIND` layers.
+        visual tokens in the first `EARLY` layers.
     """
     text: Any = model.model.language_model
     slots, length = words.shape[1:]
@@ -90,8 +90,8 @@ def read(
         h = layer.input_layernorm(x)
         change, look = _attend(layer.self_attn, h, rotary, prefix, length, prefix_too=True)
         x = x + change
-        if index < BLIND:
-            looks.append(look / BLIND)
+        if index < EARLY:
+            looks.append(look / EARLY)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     last = text.layers[-1]
     h = last.input_layernorm(x)

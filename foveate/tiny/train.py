@@ -1,11 +1,10 @@
 """Train the tiny VLM from scratch on a CPU: `python -m foveate.tiny.train --out runs/tiny`.
 
-Three phases share one budget. First the vision tower alone learns what every patch shows. Then
+The phases share one budget. First the vision tower alone learns what every patch shows. Then
 questions are answered from a reduced set of visual tokens, which is cheap. Then from all of
-them, in conversations of several turns, and last on photo backgrounds and with two more layers
-below the others, the first of which is kept from looking at the picture, so that the answer is
-read out of the visual tokens later. A run that is interrupted
-goes on where its last checkpoint was written.
+them, in conversations of several turns. Last on photo backgrounds, and with two more layers below
+the others, which are kept from looking at the picture, so that the answer is read out of the
+visual tokens later. A run that is interrupted goes on where its last checkpoint was written.
 """
 
 import json
@@ -38,7 +37,7 @@ from foveate.tiny.data import (
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
-_BLIND_WEIGHT = 0.5  # of the attention that blind layers pay to the picture
+_LOOK_WEIGHT = 0.5  # of the attention that the early layers pay to the picture
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class Trainer:
                 stats["accuracy"] = right / max(1, asked)
                 self.questions += asked
                 stats["look"] = look.item()
-                loss = loss + answer + _BLIND_WEIGHT * look
+                loss = loss + answer + _LOOK_WEIGHT * look
         loss.backward()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -311,7 +310,7 @@ def _write(log: Any, trainer: Trainer, stats: dict[str, float]) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG backgrounds.")] = None,
-    minutes: Annotated[float, typer.Option(help="Training time, interruptions excluded.")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="Training time, interruptions excluded.")] = 84.0,
     steps: Annotated[int | None, typer.Option(help="Steps instead of minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
 ) -> None:

@@ -211,3 +211,26 @@ def test_images_and_videos_of_one_prompt_equal_the_oracle(name, kind):
     distance = (want[-1] - got).abs().max().item()
     print(f"{name} {kind}: {counts} tokens, {distance:.1e}")
     assert distance <= TOLERANCE
+
+
+def test_onevision_tiles_only_images_that_are_alone_in_their_sample():
+    """Two thumbnails with a newline each, and an image of three tiles in the next row."""
+    member, model = MEMBERS["llava_onevision"](), model_of("llava_onevision")
+    pixels, number = member.pixels(IMAGES), torch.tensor([2, 1])
+    first = [7, *[member.image_id] * 17, 8, *[member.image_id] * 17, 9]
+    second = [5, *[member.image_id] * 46, 6]
+    width = max(len(first), len(second))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in (first, second)])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **pixels}
+    with torch.no_grad(), foveate.use(model, EveryThird(5)) as run:
+        together = model.model(**fresh(inputs), batch_num_images=number).last_hidden_state[:, -1]
+        totals = [image.total for image in run.record.images]
+        alone = {"input_ids": torch.tensor([first]), **member.take(pixels, 0, 2)}
+        want = model.model(**alone, batch_num_images=number[:1]).last_hidden_state[0, -1]
+    assert totals == [17, 17, 46]
+    torch.testing.assert_close(together[0], want, rtol=0, atol=TOLERANCE)
+    arguments = {**pixels, "batch_num_images": number}
+    boxes = [find_family(model).boxes("image", i, (1, n), arguments) for i, n in enumerate(totals)]
+    assert [len(box) for box in boxes] == totals
+    assert boxes[0][-1].isnan().all()
+    assert not boxes[0][:-1].isnan().any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.methods import FasterVLM, PyramidDrop
 from foveate.models import find_family
 from tests.conformance import oracle
@@ -18,6 +18,8 @@ from tests.oracle import Drop, Spec
 TOLERANCE = 5e-5
 IMAGES = 3
 NAMES = [name for name in sorted(MEMBERS) if MEMBERS[name]().pixels(1) is not None]
+# transformers repeats the images of these one by one, so that beams see each other's.
+INTERLEAVED = ("glm4v", "glm46v")
 WITH_CLASS_TOKEN = [name for name in NAMES if MEMBERS[name].class_attention]
 
 
@@ -234,3 +236,23 @@ def test_onevision_tiles_only_images_that_are_alone_in_their_sample():
     assert [len(box) for box in boxes] == totals
     assert boxes[0][-1].isnan().all()
     assert not boxes[0][:-1].isnan().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_share_what_was_encoded_once(name):
+    """Every beam gets all images of its row, with the same survivors."""
+    model, (inputs, counts) = model_of(name), prompt(name)
+    options = {"num_beams": 2, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with torch.no_grad(), foveate.use(model, EveryThird(3)) as run:
+        model(**fresh(inputs))
+        once = run.kept
+        if name in INTERLEAVED:
+            with pytest.raises(InputError, match="one image in each row"):
+                model.generate(**fresh(inputs), **options)
+            return
+        out = model.generate(**fresh(inputs), **options)
+        twice = run.kept
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert len(once) == len(counts)
+    for got, want in zip(twice, 2 * once, strict=True):
+        assert torch.equal(got["pre_llm"], want["pre_llm"])

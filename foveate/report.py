@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -46,8 +47,8 @@ class Report(dict[str, Any]):
     tokens, and tokens after each place), `layers` (tokens and visual tokens of each row in each
     decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold `before` (all
     tokens), `after` and their `ratio`; `flops` also shows apart what it includes: `vision` (tower
-    and projector, the same on both sides) and `selection` (the attention that methods asked for; a
-    method's own arithmetic is not counted).
+    and projector, the same on both sides; `None` where they are not counted, which a note says) and
+    `selection` (the attention that methods asked for; a method's own arithmetic is not counted).
     """
 
     @classmethod
@@ -80,6 +81,11 @@ class Report(dict[str, Any]):
             kv_bytes=_kv_bytes(record, family.config, dtype),
             notes=[*record.notes, *_method_notes(methods)],
         )
+        if report["flops"]["vision"] is None:
+            report["notes"].append(
+                f"FLOPs are of the language model: the tower and projector of {family.model_type} "
+                "are not counted"
+            )
         return report
 
     @classmethod
@@ -194,8 +200,8 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     layers = len(record.layer_tokens)
     vision = _vision_flops(record, config)
     selection = _selection_flops(record, family, methods)
-    before = vision + flops.prefill_flops(config, [record.prompt_tokens] * layers)
-    after = vision + selection + flops.prefill_flops(config, record.layer_tokens)
+    before = (vision or 0) + flops.prefill_flops(config, [record.prompt_tokens] * layers)
+    after = (vision or 0) + selection + flops.prefill_flops(config, record.layer_tokens)
     return {
         "before": before,
         "after": after,
@@ -205,10 +211,12 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     }
 
 
-def _vision_flops(record: Record, config: Any) -> int:
+def _vision_flops(record: Record, config: Any) -> int | None:
     """Tower and projector on the pictures that were encoded; beams share one."""
     if not record.images:
         return 0
+    if config.model_type not in flops.VISION_COUNTED:
+        return None
     encoded = len(record.images) if record.pixels is None else len(record.pixels)
     tokens = sum(image.total for image in record.images) * encoded // len(record.images)
     return encoded * flops.vision_flops(config) + flops.projector_flops(config, tokens)
@@ -238,13 +246,22 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
     """Bytes of the cache afterwards, and what it would hold had this forward removed nothing."""
     full = max(record.prompt_tokens, default=0)
     slots = record.cache_slots
+    windows = _windows(config, len(slots))
     unpruned = [
-        count + full - max(tokens) if count else 0
-        for count, tokens in zip(slots, record.layer_tokens, strict=bool(slots))
+        int(min(count + full - max(tokens), window)) if count else 0
+        for count, tokens, window in zip(slots, record.layer_tokens, windows, strict=bool(slots))
     ]
     after = flops.kv_bytes(config, slots, record.rows, dtype)
     before = flops.kv_bytes(config, unpruned, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
+
+
+def _windows(config: Any, layers: int) -> list[float]:
+    """Slots that the cache of each layer keeps at most."""
+    text = getattr(config, "text_config", config)
+    kinds = getattr(text, "layer_types", None) or []
+    held = [text.sliding_window - 1 if kind == "sliding_attention" else math.inf for kind in kinds]
+    return (held or [math.inf] * layers)[:layers]
 
 
 def describe(method: Mapping[str, Any]) -> str:
@@ -316,13 +333,14 @@ def _cost_table(report: Report) -> Table:
         table.add_column(heading, justify="right")
     work, memory = report["flops"], report["kv_bytes"]
     table.add_row(
-        "prefill, vision included",
+        "prefill, language model only" if work["vision"] is None else "prefill, vision included",
         human_flops(work["before"]),
         human_flops(work["after"], work["before"]),
         f"{work['ratio']:.1%}",
     )
-    vision = human_flops(work["vision"], work["before"])
-    table.add_row("  of which vision tower, projector", vision, vision, "")
+    if work["vision"] is not None:
+        vision = human_flops(work["vision"], work["before"])
+        table.add_row("  of which vision tower, projector", vision, vision, "")
     table.add_row("  of which selection", "", human_flops(work["selection"]), "")
     if memory["before"]:
         table.add_row(

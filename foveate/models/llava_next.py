@@ -158,6 +158,16 @@ class LlavaNext(AnyRes):
             return shapes
         return [(count, (count // self.video_side, self.video_side)) for count, _ in shapes]
 
+    def class_attention(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """Rows of a video's frames, pooled as the model pools their features."""
+        if modality == "image" or self.config.spatial_pool_mode == "conv":
+            return super().class_attention(modality, rows, arguments)
+        pooled = self.base.vision_resampler(rows.transpose(1, 2))
+        frames = arguments["pixel_values_videos"].shape[1]
+        return list(pooled.unflatten(0, (-1, frames)).flatten(1, 2).transpose(1, 2))
+
     @property
     def video_side(self) -> int:
         """Side of a video frame's grid after pooling."""

@@ -60,7 +60,7 @@ def class_scores(name):
     attention = model.get_submodule(member.class_attention.format(member.class_layer))
     hook = attention.register_forward_hook(lambda module, args, out: weights.append(out[1]))
     with torch.no_grad():
-        model.model.get_image_features(**fresh(member.pixels(IMAGES)))
+        getattr(model.model, f"get_{member.modality}_features")(**fresh(member.pixels(IMAGES)))
     hook.remove()
     return member.class_scores(model, member.pixels(IMAGES), weights[0].mean(1)[:, 0, 1:])
 

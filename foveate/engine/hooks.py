@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from foveate.engine import features
 from foveate.engine.cache import PrunedLayer, check_cache
 from foveate.engine.images import Group, Part, locate, rows_of
-from foveate.engine.plan import Plan
+from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
@@ -102,6 +102,7 @@ class Hooks:
         local = self._local
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
+        self._check_encoding(modality)
         local.encoding = True
         try:
             if self.class_attention is None:
@@ -109,6 +110,8 @@ class Hooks:
             else:
                 with self.class_attention.collect() as rows:
                     output = original(*args, **kwargs)
+                if len(rows) < len(self.class_attention.layers):
+                    raise self._unmapped(modality)
         finally:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
@@ -217,7 +220,28 @@ class Hooks:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
-        features.tag(output, features.Encoded(lengths, grids, rows, pixels))
+        attention = {
+            layer: self._class_attention(modality, lengths, row, arguments)
+            for layer, row in rows.items()
+        }
+        features.tag(output, features.Encoded(lengths, grids, attention, pixels))
+
+    def _class_attention(
+        self, modality: str, lengths: Sequence[int], rows: Tensor, arguments: Kwargs
+    ) -> Sequence[Tensor]:
+        """(H, V) of each image; refuse what would rank the wrong tokens."""
+        images = self.family.class_attention(modality, rows, arguments)
+        if [row.shape[-1] for row in images] != list(lengths):
+            raise self._unmapped(modality)
+        return images
+
+    def _unmapped(self, modality: str) -> UnsupportedModelError:
+        names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
+        return UnsupportedModelError(
+            f"{names} ranks visual tokens by class-token attention, which cannot be told for the "
+            f"{modality} tokens of this {self.family.model_type}; methods that work here: "
+            f"{', '.join(working_methods(self.family, class_token=False))}"
+        )
 
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, once."""
@@ -311,6 +335,19 @@ class Hooks:
                     "give one for each row, "
                     "also for rows without an image"
                 )
+
+    def _check_encoding(self, modality: str) -> None:
+        """Refuse features whose place in the prompt is not known."""
+        local = self._local
+        if not local.inside or (
+            modality in (local.visual or {}) and modality not in (local.encoded or {})
+        ):
+            return
+        raise InputError(
+            f"{self.family.model_type} encodes {modality}s for which the prompt has no {modality} "
+            f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
+            "encodes videos as images cannot be served with videos: run them without a session"
+        )
 
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.per_request:

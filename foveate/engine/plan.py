@@ -195,9 +195,15 @@ def why_not(family: Family, name: str) -> str | None:
     return None
 
 
-def working_methods(family: Family) -> list[str]:
-    """Registered methods that need no signal the model lacks."""
-    reads_class_token = family.encoder is not None and family.encoder.class_token
+def working_methods(family: Family, *, class_token: bool = True) -> list[str]:
+    """Registered methods that need no signal the model lacks.
+
+    Args:
+        family: the model.
+        class_token: whether the encoder's class token, if there is one, may be read.
+    """
+    encoder = family.encoder
+    reads_class_token = class_token and encoder is not None and encoder.class_token
     return [
         name
         for name in list_methods()

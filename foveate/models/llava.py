@@ -1,26 +1,36 @@
-"""LLaVA-1.5: a CLIP tower on a fixed grid, an MLP projector, a Llama or Qwen2 text model."""
+"""LLaVA-1.5 and VipLLaVA: a tower on a fixed grid, or Pixtral's; an MLP projector, a decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from foveate.models.family import Encoder, Family, register_family
+from foveate.models.towers import tower
 
 
-@register_family("llava")
+@register_family("llava", "vipllava")
 class Llava(Family):
-    """`LlavaForConditionalGeneration` and `LlavaModel`; methods look inside CLIP towers."""
+    """`LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration` and their base models."""
 
     @property
     def encoder(self) -> Encoder | None:
-        """The CLIP tower; its row 0 is the class token, which must not be a visual token."""
-        vision = self.config.vision_config
-        patches_only = (
-            getattr(self.config, "vision_feature_select_strategy", "default") == "default"
-        )
-        if vision.model_type != "clip_vision_model" or not patches_only:
-            return None
-        return Encoder(
-            layers=self._child(self.base, "vision_tower.encoder.layers"),
-            attention=lambda layer: layer.self_attn,
-            heads=vision.num_attention_heads,
-            class_token=True,
-        )
+        """The tower; its class token, if it has one, must not be a visual token."""
+        encoder = tower(self, "vision_tower")
+        strategy = getattr(self.config, "vision_feature_select_strategy", "default")
+        return None if encoder and encoder.class_token and strategy == "full" else encoder
+
+    @property
+    def cell(self) -> int:
+        """Side of a visual token in pixels, where images have any shape."""
+        return self.config.vision_config.patch_size
+
+    def shapes(
+        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Tokens and grid of each image; Pixtral's towers take images of any shape."""
+        shapes, sizes = super().shapes(modality, pooled, arguments), arguments.get("image_sizes")
+        if self.config.vision_config.model_type != "pixtral" or sizes is None:
+            return shapes
+        grids = [(int(h) // self.cell, int(w) // self.cell) for h, w in sizes]
+        return [(count, grid) for (count, _), grid in zip(shapes, grids, strict=True)]

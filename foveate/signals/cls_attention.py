@@ -37,7 +37,7 @@ class ClassAttention:
         """Hook the query and key projections of the layers."""
         for layer in self.layers:
             attention: Any = self.encoder.attention(self.encoder.layers[layer])
-            for name in ("q_proj", "k_proj"):
+            for name in self.encoder.projections:
                 self._handles.append(
                     getattr(attention, name).register_forward_hook(self._keep(layer, name))
                 )
@@ -67,7 +67,8 @@ class ClassAttention:
             pending[name] = output.detach()
             if len(pending) == 2:
                 del self._running.pending[layer]
-                rows[layer] = class_row(pending["q_proj"], pending["k_proj"], self.encoder.heads)
+                query, key = (pending[part] for part in self.encoder.projections)
+                rows[layer] = class_row(query, key, self.encoder.heads)
 
         return hook
 

@@ -23,6 +23,7 @@ class Member:
     vocabulary: ClassVar[int] = 96
     image_id: ClassVar[int] = 90
     modality: ClassVar[str] = "image"  # what `image_id` stands for
+    others: tuple[int, ...] = ()  # placeholders of other modalities in a prompt
     kind: ClassVar[Any] = AutoModelForImageTextToText
     beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row
 
@@ -121,6 +122,14 @@ class Member:
     def pixels(self, images: int, seed: int = 0) -> dict[str, Any] | None:
         """What the encoder eats for some images, or `None` where pixels are tested elsewhere."""
         return None
+
+    def take(self, pixels: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """The pixels of some of the images."""
+        return {name: value[start:stop] for name, value in pixels.items()}
+
+    def batch(self, pixels: dict[str, Any], images: list[int]) -> dict[str, Any]:
+        """Pixels of a batch whose rows have so many images, from those of all images."""
+        return pixels
 
     def counts(self, model: Any, pixels: dict[str, Any]) -> list[int]:
         """Visual tokens of each image that `pixels` makes, as an unpatched model encodes them."""

@@ -43,6 +43,14 @@ class MRopeMember(Member):
         grids = torch.tensor([sizes[i % 3] for i in range(images)])
         return {"pixel_values": self.patches(grids, seed), "image_grid_thw": grids}
 
+    def take(self, pixels, start, stop):
+        grids = pixels["image_grid_thw"]
+        patches = pixels["pixel_values"].split(grids.prod(1).tolist())
+        return {
+            "pixel_values": torch.cat(patches[start:stop]),
+            "image_grid_thw": grids[start:stop],
+        }
+
     def clip(self, seed=0):
         """A video of three frames (pairs of pictures) of 4 x 8 patches."""
         grid = torch.tensor([[3, 4, 8]])

@@ -15,7 +15,10 @@ from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
 TOLERANCE = 5e-5
-MROPE = ["glm46v", "glm4v", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"]
+MROPE = [
+    "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "qwen3_vl_moe",
+]  # fmt: skip
 VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["molmo2"]
 BOTH = [name for name in MROPE if name.startswith("qwen")]
 CELLS = [

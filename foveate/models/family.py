@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
+from foveate.models.block import Block
 
 FAMILIES: dict[str, type[Family]] = {}
 F = TypeVar("F", bound="type[Family]")
@@ -24,12 +25,25 @@ class Encoder:
         attention: the attention module of a layer, with `q_proj` and `k_proj`.
         heads: attention heads.
         class_token: whether row 0 is a class token.
+        tower: the module whose output is the encoder's; needed to act inside the encoder.
+        block: how a layer is made; needed to act inside the encoder.
+        extra: rows between the class token and the patches (registers, distillation token).
+        head: a module that pools all rows by attention, with a `MultiheadAttention` within.
     """
 
     layers: Sequence[nn.Module]
     attention: Callable[[Any], Any]
     heads: int
     class_token: bool
+    tower: Any = None
+    block: Block | None = None
+    extra: int = 0
+    head: Any = None
+
+    @property
+    def special(self) -> int:
+        """Rows before the patches."""
+        return int(self.class_token) + self.extra
 
 
 def register_family(*model_types: str) -> Callable[[F], F]:

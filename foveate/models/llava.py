@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP tower on a fixed grid, an MLP projector, a Llama or Qwen2 text model."""
+"""LLaVA-1.5: a CLIP or SigLIP tower on a fixed grid, an MLP projector, a Llama or Qwen2 model."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import math
 
 from foveate.errors import UnsupportedModelError
 from foveate.models.family import Encoder, Family, register_family
+from foveate.models.plain import tower_encoder
 
 
 @register_family("llava")
 class Llava(Family):
-    """`LlavaForConditionalGeneration` and `LlavaModel` with a CLIP vision tower."""
+    """`LlavaForConditionalGeneration` and `LlavaModel` with a CLIP or SigLIP vision tower."""
 
     @property
     def encoder(self) -> Encoder:
-        """The CLIP tower; its row 0 is the class token."""
-        tower = self._child(self.base, "vision_tower")
-        vision = self.config.vision_config
-        if vision.model_type != "clip_vision_model":
+        """The tower; the class token of a CLIP tower is no visual token."""
+        encoder = tower_encoder(self._child(self.base, "vision_tower"))
+        strategy = self.config.vision_feature_select_strategy
+        fitting = "default" if encoder.class_token else "full"
+        if strategy != fitting:
             raise UnsupportedModelError(
-                f"LLaVA with a {vision.model_type!r} vision tower is not supported for methods "
-                "that look inside the "
-                "encoder; methods of the llm stage work"
+                f"vision_feature_select_strategy={strategy!r} "
+                + (
+                    "makes the class token a visual token"
+                    if encoder.class_token
+                    else "takes off the first patch, because this tower has no class token"
+                )
+                + ", which methods that look inside the encoder do not support; "
+                f"use {fitting!r}"
             )
-        if self.config.vision_feature_select_strategy != "default":
-            raise UnsupportedModelError(
-                "vision_feature_select_strategy='full' makes the class token a visual token, which "
-                "methods that look inside the encoder do not support; use 'default'"
-            )
-        return Encoder(
-            layers=self._child(tower, "encoder.layers"),
-            attention=lambda layer: layer.self_attn,
-            heads=vision.num_attention_heads,
-            class_token=True,
-        )
+        return encoder
 
     @property
     def feature_layer(self) -> int:

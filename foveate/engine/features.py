@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from foveate.engine.images import Group, group_features, reduce_group
 from foveate.engine.plan import Plan
+from foveate.errors import UnsupportedModelError
 from foveate.models import Family
+from foveate.reduction import take_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +30,50 @@ class Signals:
         features: the projected features of each image, to recognise them after beam expansion.
         class_attention: layer -> (images, H, V).
         pixels: what the encoder was fed.
+        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
     """
 
     features: tuple[Tensor, ...]
     class_attention: dict[int, Tensor]
     pixels: Tensor | None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    _marked: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse features that are not one row for each patch that the encoder saw.
+
+        Raises:
+            UnsupportedModelError: they are not, so what the encoder removed cannot be marked.
+        """
+        for kept in self.kept.values():
+            if len(kept) != len(self.features):
+                raise UnsupportedModelError(
+                    f"the encoder ran on {len(kept)} images, but the language model is given "
+                    f"{len(self.features)} blocks of features, so what was removed inside the "
+                    "encoder cannot be followed; use a method of the pre_llm or llm stage"
+                )
+
+    def number(self, feature: Tensor) -> int:
+        """Which image of the encoder's pass some features belong to, marked or not."""
+        known = [*zip(self.features, range(len(self.features)), strict=True), *self._marked]
+        return next(number for mine, number in known if mine is feature)
+
+    def mark(self, features: Sequence[Tensor], marked: Sequence[Tensor]) -> None:
+        """Note what the features of each image have become."""
+        pairs = zip(features, marked, strict=True)
+        self._marked.extend((after, self.number(before)) for before, after in pairs)
+
+    def alive(self, features: Sequence[Tensor]) -> list[Tensor] | None:
+        """(K) raster positions that the encoder has left of each image; `None` for all."""
+        last = list(self.kept.values())[-1:]
+        return [last[0][self.number(feature)] for feature in features] if last else None
+
+    def kept_of(self, feature: Tensor) -> dict[str, Tensor]:
+        """Place inside the encoder -> (K) raster positions of an image alive behind it."""
+        if not self.kept:
+            return {}
+        number = self.number(feature)
+        return {place: kept[number] for place, kept in self.kept.items()}
 
 
 @functools.cache
@@ -85,9 +126,10 @@ def reduce_features(
         it is.
     """
     begin: dict[tuple[int, int], int] = {}
+    left = None if signals is None else signals.alive(features)
     alive = [
-        (group, torch.stack([features[i] for i in group.images]))
-        for group in group_features(features, rows)
+        (group, take_rows(torch.stack([features[i] for i in group.images]), group.index))
+        for group in group_features(features, rows, left)
     ]
     for planned in plan.pre_llm:
         after = []
@@ -118,6 +160,8 @@ def reduce_features(
         for i, image in enumerate(group.images):
             marked = torch.full_like(features[image], torch.nan)
             result[image] = marked.index_copy(0, group.index[i], x[i])
+    if signals is not None and signals.kept:
+        signals.mark(features, result)
     return result
 
 
@@ -126,8 +170,7 @@ def _class_attention(
 ) -> Tensor:
     """(G, L, H, V) class-token attention of a group, at the tokens alive."""
     assert signals is not None  # the session refuses foreign features before it comes here
-    number = {id(feature): i for i, feature in enumerate(signals.features)}
-    images = [number[id(features[image])] for image in part.images]
+    images = [signals.number(features[image]) for image in part.images]
     rows = torch.stack([signals.class_attention[layer][images] for layer in layers], dim=1)
     index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
     return rows.gather(3, index.to(rows.device))

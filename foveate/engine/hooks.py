@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from foveate.engine.cache import PrunedLayer, check_cache
 from foveate.engine.images import Group, locate, rows_of
 from foveate.engine.plan import Plan
 from foveate.engine.turn import Prompt, Turn
+from foveate.engine.vision import VisionPart, survivors
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
@@ -49,14 +51,17 @@ class Hooks:
     Args:
         plan: what to do where.
         family: the model.
+        vision: the part that shortens the stream inside the encoder, if one does.
     """
 
-    def __init__(self, plan: Plan, family: Family) -> None:
+    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
         self.plan = plan
         self.family = family
+        self.vision = vision
         self.class_attention: ClassAttention | None = None
         if layers := plan.class_attention_layers:
-            self.class_attention = ClassAttention(family.encoder, layers)
+            running = (lambda: None) if vision is None else (lambda: vision.running)
+            self.class_attention = ClassAttention(family.encoder, layers, running)
         self._local = _Local()
         self._last: Record | None = None
 
@@ -93,15 +98,17 @@ class Hooks:
         """Around `get_image_features`: collect signals, and reduce as soon as all is known that
         budgets need.
         """
-        if self.class_attention is None:
-            output, rows = original(*args, **kwargs), {}
-        else:
-            with self.class_attention.collect() as rows:
-                output = original(*args, **kwargs)
+        with ExitStack() as stack:
+            attention, vision = self.class_attention, self.vision
+            rows = {} if attention is None else stack.enter_context(attention.collect())
+            passes = [] if vision is None else stack.enter_context(vision.collect())
+            output = original(*args, **kwargs)
         if not hasattr(output, "pooler_output"):  # a tuple, asked for by a user's own call
             return output
         pixels = args[0] if args else kwargs.get("pixel_values")
-        features.tag(output, features.Signals(tuple(output.pooler_output), rows, pixels))
+        signals = features.Signals(tuple(output.pooler_output), rows, pixels, survivors(passes))
+        signals.check()
+        features.tag(output, signals)
         if self._local.inside or not self.plan.per_request:
             self._mark(output)
         if self._local.inside:
@@ -201,11 +208,11 @@ class Hooks:
     # -- images
 
     def _mark(self, output: Any) -> None:
-        """Run the pre_llm steps on encoder output, once."""
+        """Run the pre_llm steps on encoder output, and mark what is gone, once."""
         if output.marked:
             return
         output.marked = True
-        if not self.plan.pre_llm:
+        if not self.plan.marks:
             return
         visual, pooled = self._local.visual, output.pooler_output
         lengths = [len(feature) for feature in pooled]
@@ -218,6 +225,13 @@ class Hooks:
 
     def _adopt(self, encoded: ModelOutput) -> ModelOutput:
         """Tag features that were made outside the session, in a copy."""
+        if self.plan.vision:
+            names = ", ".join(dict.fromkeys(s.method.slug for s in self.plan.vision))
+            raise InputError(
+                f"{names} acts inside the encoder, but the image features in mm_encoder_outputs "
+                "were made outside the session; pass pixel_values, or call get_image_features "
+                "within the session"
+            )
         if self.plan.class_attention_layers:
             names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
             raise InputError(
@@ -235,7 +249,7 @@ class Hooks:
             lengths = [n for n in visual.sum(1).tolist() if n]
         else:
             lengths = [len(feature) for feature in encoded.pooler_output]
-        dead = sequence[visual][:, 0].isnan() if self.plan.pre_llm else None
+        dead = sequence[visual][:, 0].isnan() if self.plan.marks else None
         return locate(visual, lengths, dead)
 
     def _placeholders_in_embeddings(self, kwargs: Kwargs, encoded: Any) -> Tensor | None:
@@ -294,7 +308,9 @@ class Hooks:
         for image in [] if sliced else sorted(members):
             group, n = members[image]
             grid = self.family.grid(group.total)
-            images.append(ImageRecord(group.rows[n], group.total, grid, turn.kept[image]))
+            encoder = encoded.signals.kept_of(encoded.pooler_output[image])
+            kept = {**encoder, **turn.kept[image]}
+            images.append(ImageRecord(group.rows[n], group.total, grid, kept))
         before = [turn.prompt_tokens] * self.plan.first_layer
         return Record(
             rows=turn.prompt.batch,
@@ -303,6 +319,7 @@ class Hooks:
             layer_tokens=before + turn.layer_tokens,
             cache_slots=[] if cache is None else [_slots(layer) for layer in cache.layers],
             pixels=None if sliced or encoded is None else encoded.signals.pixels,
+            encoder_tokens=[] if self.vision is None else self.vision.tokens,
             notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
         )
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate import budget
 from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.models import Family
@@ -60,24 +59,30 @@ class Group:
         return Group(self.images, self.rows, index, self.total, columns)
 
 
-def group_features(features: Sequence[Tensor], rows: Sequence[int]) -> list[Group]:
-    """Group images by the number of their features.
+def group_features(
+    features: Sequence[Tensor], rows: Sequence[int], alive: Sequence[Tensor] | None = None
+) -> list[Group]:
+    """Group images by the number of their features, and by how many of them are alive.
 
     Args:
         features: (V, D) of each image.
         rows: row of the batch of each image.
+        alive: (K) raster positions that the encoder has left of each image; `None` for all.
     """
-    by_count: dict[int, list[int]] = defaultdict(list)
+    by_count: dict[tuple[int, int], list[int]] = defaultdict(list)
     for image, feature in enumerate(features):
-        by_count[feature.shape[0]].append(image)
+        count = feature.shape[0]
+        by_count[count, count if alive is None else len(alive[image])].append(image)
     return [
         Group(
             tuple(images),
             tuple(rows[i] for i in images),
-            torch.arange(count, device=features[images[0]].device).expand(len(images), count),
-            count,
+            torch.arange(total, device=features[images[0]].device).expand(len(images), total)
+            if alive is None
+            else torch.stack([alive[i] for i in images]),
+            total,
         )
-        for count, images in by_count.items()
+        for (total, _), images in by_count.items()
     ]
 
 
@@ -150,14 +155,9 @@ def split_by_count(
     parts: dict[int, list[int]] = defaultdict(list)
     alive = group.index.shape[1]
     for member, (image, row) in enumerate(zip(group.images, group.rows, strict=True)):
-        wanted = budget.count(
-            planned.method.keep,
-            begin.get((planned.method_number, image), alive),
-            step=planned.number,
-            row=request(row),
-            rounding=type(planned.method).rounding,
-        )
-        parts[min(wanted, alive)].append(member)
+        total = begin.get((planned.method_number, image), alive)
+        wanted = planned.method.count(alive, total, planned.step, planned.number, request(row))
+        parts[wanted].append(member)
     return parts
 
 

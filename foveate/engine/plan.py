@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.budget import PerRequest, check_keep
-from foveate.errors import FoveateError, LayerError, UnsupportedModelError
+from foveate.budget import PerRequest
+from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.method import STAGES, Method, Step, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
@@ -35,11 +35,13 @@ class Plan:
 
     Args:
         methods: the methods, in stream order.
+        vision: steps inside the encoder, by layer.
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
     """
 
     methods: tuple[Method, ...]
+    vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
 
@@ -56,14 +58,15 @@ class Plan:
         steps: list[PlannedStep] = []
         for method_number, method in enumerate(methods):
             of_method = method.steps(family)
-            check_keep(method.keep, len(of_method))
+            method.check_budget(len(of_method))
             planned = [
                 PlannedStep(method, method_number, i, step) for i, step in enumerate(of_method)
             ]
             for item in planned:
+                _check_stage(family, item)
                 _check_layers(family, item)
                 _check_needs(family, item)
-            if method_number and planned:
+            if steps and planned:
                 previous = next(s for s in reversed(steps) if s.number == 0)
                 if _order(planned[0].step) < _order(previous.step):
                     raise LayerError(
@@ -72,8 +75,18 @@ class Plan:
                         f"{previous.step.place}; list methods in stream order"
                     )
             steps += planned
-        llm = sorted((s for s in steps if s.step.stage == "llm"), key=lambda s: s.step.layer)
-        return cls(tuple(methods), tuple(s for s in steps if s.step.stage == "pre_llm"), tuple(llm))
+        _check_signals(steps)
+
+        def at(stage: str) -> tuple[PlannedStep, ...]:
+            chosen = (s for s in steps if s.step.stage == stage)
+            return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
+
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"))
+
+    @property
+    def marks(self) -> bool:
+        """Whether image features may come with removed rows marked."""
+        return bool(self.vision or self.pre_llm)
 
     @property
     def class_attention_layers(self) -> tuple[int, ...]:
@@ -104,16 +117,17 @@ class Plan:
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
-        if self.pre_llm:
+        if self.marks:
             return 0
         return min({s.step.layer for s in self.llm} | self.text_attention_layers, default=0)
 
     @property
     def renumber_features(self) -> bool:
-        """Whether survivors of the pre_llm steps get consecutive positions: if all methods
-        there want it.
+        """Whether survivors of the steps before the language model get consecutive positions: if
+        all methods there want it.
         """
-        return all(s.method.positions == "renumbered" for s in self.pre_llm)
+        steps = (*self.vision, *self.pre_llm)
+        return all(s.method.positions == "renumbered" for s in steps)
 
     @property
     def per_request(self) -> tuple[PerRequest, ...]:
@@ -125,6 +139,35 @@ def _order(step: Step) -> tuple[int, int]:
     return STAGES.index(step.stage), step.layer
 
 
+def _check_stage(family: Family, planned: PlannedStep) -> None:
+    stage, method = planned.step.stage, planned.method
+    if stage != "vision" and not family.text_layers:
+        raise UnsupportedModelError(
+            f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
+            f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
+        )
+    if stage != "vision":
+        return
+    encoder = family.encoder
+    if encoder.block is None or encoder.tower is None:
+        raise UnsupportedModelError(
+            f"{method.slug!r} acts inside the encoder, which is not supported on "
+            f"{family.model_type!r}"
+        )
+    if isinstance(method.keep, PerRequest):
+        raise BudgetError(
+            f"{method.slug} acts inside the encoder, where all images are reduced together; "
+            "give one keep for all instead of per_request"
+        )
+    kernel = encoder.tower.config._attn_implementation
+    if planned.step.proportional and kernel not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"proportional attention of {method.slug} adds a bias to the scores, which "
+            f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
+            "proportional attention off"
+        )
+
+
 def _check_layers(family: Family, planned: PlannedStep) -> None:
     step = planned.step
     if step.stage == "llm" and not 0 <= step.layer < family.text_layers:
@@ -133,9 +176,10 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{family.model_type} has layers "
             f"0 to {family.text_layers - 1}"
         )
-    if step.stage == "vision":
-        raise UnsupportedModelError(
-            f"steps inside the encoder are not supported on {family.model_type!r}"
+    if step.stage == "vision" and not 0 <= step.layer <= family.feature_layer:
+        raise LayerError(
+            f"{planned.method.slug} acts in encoder layer {step.layer}, but what reads the encoder "
+            f"of this {family.model_type} sees layers 0 to {family.feature_layer}"
         )
 
 
@@ -146,8 +190,19 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
                 f"{planned.method.slug} needs an unknown signal {need.name!r}; known: "
                 f"{', '.join(SIGNALS)}"
             )
+        own = planned.step.stage == "vision" and need.layers == (planned.step.layer,)
+        if need.name == "keys" and not (own and planned.step.inside):
+            raise LayerError(
+                f"{planned.method.slug} needs keys, which a step inside an encoder layer has of "
+                f"that layer; got layers {need.layers} for a step at {planned.step.place}"
+            )
         if need.name != "cls_attention":
             continue
+        if planned.step.stage == "vision" and not own:
+            raise LayerError(
+                f"{planned.method.slug} acts at {planned.step.place} and can have class-token "
+                f"attention of that layer only, got layers {need.layers}"
+            )
         if not family.encoder.class_token:
             raise UnsupportedModelError(
                 f"{planned.method.slug!r} needs class-token attention, but the encoder of "
@@ -161,6 +216,20 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
                 "layers 0 to "
                 f"{family.vision_layers - 1}"
             )
+
+
+def _check_signals(steps: Sequence[PlannedStep]) -> None:
+    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
+    first: dict[tuple[int, bool], PlannedStep] = {}
+    for planned in (s for s in steps if s.step.stage == "vision"):
+        place = planned.step.layer, planned.step.inside
+        if place in first and planned.step.needs:
+            raise LayerError(
+                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
+                f"{planned.step.place}, so that signals for the second would be out of date; give "
+                "them different layers"
+            )
+        first.setdefault(place, planned)
 
 
 def why_not(family: Family, name: str) -> str | None:
@@ -177,5 +246,6 @@ def working_methods(family: Family) -> list[str]:
     return [
         name
         for name in list_methods()
-        if family.encoder.class_token or "cls_attention" not in get_method(name).needs
+        if (family.text_layers or get_method(name).stage == "vision")
+        and (family.encoder.class_token or "cls_attention" not in get_method(name).needs)
     ]

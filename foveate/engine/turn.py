@@ -162,13 +162,14 @@ class Turn:
     # -- reductions
 
     def drop_marked(self, hidden: Tensor) -> Tensor:
-        """Drop what pre_llm steps removed from the image features; called before layer 0.
+        """Drop what was removed from the image features; called before layer 0.
 
         Args:
             hidden: (B, T, D) input of layer 0; rows that were removed hold NaN.
         """
-        for group in self.groups:
-            self._note(group, "pre_llm")
+        if self.plan.pre_llm:
+            for group in self.groups:
+                self._note(group, "pre_llm")
         gone = torch.zeros(
             self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
         )
@@ -184,7 +185,7 @@ class Turn:
         return self._drop(hidden, gone, self.plan.renumber_features)
 
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        if number == 0 and self.plan.pre_llm:
+        if number == 0 and self.plan.marks:
             hidden = self.drop_marked(hidden)
         if number in self.plan.text_attention_layers and self._will_drop(number):
             self._rows[number] = self._text_attention(number, layer, hidden, kwargs), self.layout
@@ -235,7 +236,7 @@ class Turn:
                 self.tokens = list(self.tokens)
                 for row in part.rows:
                     self.tokens[row] -= part.index.shape[1] - after.index.shape[1]
-                if reduction.weights is not None:
+                if reduction.merges:
                     where = (rows, self._columns(after, self.layout))
                     hidden = hidden.index_put(where, reduction.apply(features(part)))
         self.groups = groups

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foveate.budget import Keep, check_keep
 from foveate.budget import count as budget_count
-from foveate.errors import FoveateError, UnknownMethodError
+from foveate.errors import FoveateError, UnknownMethodError, UnsupportedModelError
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -38,6 +38,22 @@ class ModelFacts(Protocol):
     @property
     def vision_layers(self) -> int:
         """Number of layers of the vision encoder."""
+
+    @property
+    def model_type(self) -> str:
+        """The config's model type."""
+
+    @property
+    def one_dimensional(self) -> bool:
+        """Whether positions are single numbers, so that survivors can be renumbered."""
+
+    @property
+    def first_llm_layer(self) -> int:
+        """First decoder layer before which tokens may be removed."""
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
 
     @property
     def feature_layer(self) -> int:
@@ -92,8 +108,10 @@ class Method(ABC):
     needs: ClassVar[tuple[str, ...]]
     paper: ClassVar[str]
     rounding: ClassVar[Callable[[float], int]] = math.floor
+    published_positions: ClassVar[Positions] = "renumbered"
+    note: ClassVar[str] = ""  # what every report must say of the method
     keep: Keep | None
-    positions: Positions
+    positions: Positions | None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.
@@ -103,10 +121,10 @@ class Method(ABC):
             FoveateError: `positions` is not a known policy.
         """
         self.check_budget(self.step_count)
-        if self.positions not in ("original", "renumbered"):
+        if self.positions not in (None, "original", "renumbered"):
             raise FoveateError(
-                f"positions must be 'original' or 'renumbered', got {self.positions!r} in "
-                f"{self.slug}"
+                "positions must be 'original', 'renumbered' or None, got "
+                f"{self.positions!r} in {self.slug}"
             )
 
     @property
@@ -143,6 +161,22 @@ class Method(ABC):
     @abstractmethod
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Reduce G images of V tokens to `count` tokens each."""
+
+    def positions_on(self, model: ModelFacts) -> Positions:
+        """What becomes of positions on a model: the field if it is given, else what is published.
+
+        Raises:
+            UnsupportedModelError: renumbering is asked for where it has no meaning.
+        """
+        if model.one_dimensional:
+            return self.positions or self.published_positions
+        if self.positions == "renumbered":
+            raise UnsupportedModelError(
+                f"{self.slug} asks for renumbered positions, but {model.model_type} places visual "
+                "tokens in time, height and width (M-RoPE), where renumbering has no meaning; use "
+                "positions='original' or leave it out"
+            )
+        return "original"
 
     def to_dict(self) -> dict[str, Any]:
         """The method and its hyper-parameters as plain JSON values."""
@@ -211,7 +245,7 @@ def get_method(name: str) -> type[Method]:
 
     Example:
         >>> get_method("fastv")(layer=2, keep=0.5)
-        FastV(layer=2, keep=0.5, positions='original')
+        FastV(layer=2, keep=0.5, positions=None)
     """
     _load_builtin()
     if name in _REGISTRY:

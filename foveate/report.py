@@ -87,7 +87,7 @@ class Report(dict[str, Any]):
         """The report of a session in which no forward has happened yet."""
         return cls(
             model=family.model_type,
-            methods=[_plain(method.to_dict()) for method in methods],
+            methods=[_described(method, family) for method in methods],
             dtype="",
             rows=0,
             prompt_tokens=[],
@@ -152,6 +152,11 @@ def _prefixed(count: float, base: int, prefixes: Sequence[str], like: float | No
     return f"{count / base**step:.{2 if step else 0}f} {prefixes[step]}"
 
 
+def _described(method: Method, family: ModelFacts) -> dict[str, Any]:
+    """A method's hyper-parameters, with the positions that it resolves to on this model."""
+    return _plain({**method.to_dict(), "positions": method.positions_on(family)})
+
+
 def _plain(value: Any) -> Any:
     """Turn tuples into lists, so that what goes into JSON comes out equal."""
     if isinstance(value, Mapping):
@@ -163,7 +168,7 @@ def _plain(value: Any) -> Any:
 
 def _method_notes(methods: Sequence[Method]) -> list[str]:
     """What methods say about themselves in every report, in a class attribute `note`."""
-    return [f"{m.slug}: {note}" for m in methods if (note := getattr(m, "note", ""))]
+    return [f"{m.slug}: {note}" for m in methods if (note := m.note)]
 
 
 def _image(image: ImageRecord) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class FakeFamily:
     text_layers = 4
     vision_layers = 2
     feature_layer = 0
+    one_dimensional = True
+    first_llm_layer = 0
+    attention_layers = (0, 1, 2, 3)
 
 
 def image(row: int, *kept: tuple[str, list[int]], grid: tuple[int, int] = (4, 4)) -> ImageRecord:

@@ -9,7 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 from torch import LongTensor, Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from foveate.engine.layout import Slots
 from foveate.errors import CacheError
@@ -38,8 +44,12 @@ class PrunedLayer(CacheLayerMixin):
                 "go on within the same foveate.use block, or start with a new cache"
             )
         states = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
-        self.slots, self.incoming = self.incoming, None
+        self.slots, self.incoming = self._held(self.incoming), None
         return states
+
+    def _held(self, slots: Slots) -> Slots:
+        """Slots that stay in the layer after an update."""
+        return slots
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, removed ones included."""
@@ -98,6 +108,42 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     """A growing cache layer with fewer slots than tokens."""
 
 
+class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
+    """A sliding-window layer with fewer slots than tokens.
+
+    It holds the last physical slots of a window, which reach at least as far back as the window of
+    positions; masks by position do the rest.
+    """
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The window of logical positions, as the unpruned layer reports it."""
+        return DynamicSlidingWindowLayer.get_mask_sizes(self, query_length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; `cumulative_length` counts logical positions."""
+        states = super().update(key_states, value_states, *args, **kwargs)
+        assert self.slots is not None
+        self.cumulative_length = self.slots.length
+        return states
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not supported: the window has forgotten what would come back.
+
+        Raises:
+            CacheError: always, unless nothing is removed.
+        """
+        if tokens_to_remove:
+            raise CacheError(
+                "a pruned sliding-window cache cannot be cropped (assisted decoding does that); "
+                "use greedy search, sampling or beam search"
+            )
+
+    def _held(self, slots: Slots) -> Slots:
+        return slots.last(self.sliding_window - 1)
+
+
 class PrunedStaticLayer(PrunedLayer, StaticLayer):
     """A preallocated cache layer with fewer slots than tokens; `logical_max` is what it reports."""
 
@@ -114,6 +160,7 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
 
 _PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicLayer: PrunedDynamicLayer,
+    DynamicSlidingWindowLayer: PrunedSlidingLayer,
     StaticLayer: PrunedStaticLayer,
 }
 

@@ -8,89 +8,62 @@ forgets to fails loudly.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Group, group_features, reduce_group
+from foveate.engine.images import Grid, Group, group_features, reduce_group
 from foveate.engine.plan import Plan
-from foveate.errors import UnsupportedModelError
-from foveate.models import Family
 from foveate.reduction import take_rows
 
 
 @dataclass(frozen=True, eq=False)
-class Signals:
-    """What the encoder said about each image, kept until the reduction can run.
+class Encoded:
+    """What is known of the images of an encoder output besides their features.
 
     Args:
-        features: the projected features of each image, to recognise them after beam expansion.
+        lengths: visual tokens of each image.
+        grids: token grid of each image.
         class_attention: layer -> (images, H, V).
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
     """
 
-    features: tuple[Tensor, ...]
+    lengths: list[int]
+    grids: list[Grid]
     class_attention: dict[int, Tensor]
-    pixels: Tensor | None
-    kept: dict[str, Tensor] = field(default_factory=dict)
-    _marked: list[tuple[Tensor, int]] = field(default_factory=list)
+    pixels: Any = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def check(self) -> None:
-        """Refuse features that are not one row for each patch that the encoder saw.
-
-        Raises:
-            UnsupportedModelError: they are not, so what the encoder removed cannot be marked.
-        """
-        for kept in self.kept.values():
-            if len(kept) != len(self.features):
-                raise UnsupportedModelError(
-                    f"the encoder ran on {len(kept)} images, but the language model is given "
-                    f"{len(self.features)} blocks of features, so what was removed inside the "
-                    "encoder cannot be followed; use a method of the pre_llm or llm stage"
-                )
-
-    def number(self, feature: Tensor) -> int:
-        """Which image of the encoder's pass some features belong to, marked or not."""
-        known = [*zip(self.features, range(len(self.features)), strict=True), *self._marked]
-        return next(number for mine, number in known if mine is feature)
-
-    def mark(self, features: Sequence[Tensor], marked: Sequence[Tensor]) -> None:
-        """Note what the features of each image have become."""
-        pairs = zip(features, marked, strict=True)
-        self._marked.extend((after, self.number(before)) for before, after in pairs)
-
-    def alive(self, features: Sequence[Tensor]) -> list[Tensor] | None:
-        """(K) raster positions that the encoder has left of each image; `None` for all."""
-        last = list(self.kept.values())[-1:]
-        return [last[0][self.number(feature)] for feature in features] if last else None
-
-    def kept_of(self, feature: Tensor) -> dict[str, Tensor]:
+    def kept_of(self, image: int) -> dict[str, Tensor]:
         """Place inside the encoder -> (K) raster positions of an image alive behind it."""
-        if not self.kept:
-            return {}
-        number = self.number(feature)
-        return {place: kept[number] for place, kept in self.kept.items()}
+        return {place: kept[image] for place, kept in self.kept.items()}
+
+    def alive(self, images: Sequence[int]) -> list[Tensor] | None:
+        """(K) raster positions that the encoder has left of some images; `None` for all."""
+        last = list(self.kept.values())[-1:]
+        return [last[0][image] for image in images] if last else None
 
 
 @functools.cache
 def _tagged(kind: Any) -> Any:
     return type(
-        f"Foveated{kind.__name__}", (kind,), {"foveated": True, "signals": None, "marked": False}
+        f"Foveated{kind.__name__}", (kind,), {"foveated": True, "encoded": None, "marked": False}
     )
 
 
-def tag(output: Any, signals: Signals) -> None:
-    """Make an encoder output carry its signals.
+def tag(output: Any, encoded: Encoded) -> None:
+    """Make an encoder output carry what is known of its images.
 
     The class survives whatever `generate` does to the output; the attributes are lost when chunked
     prefill slices it, which is how a slice is recognised.
     """
     output.__class__ = _tagged(type(output))  # type: ignore[arg-type]
-    output.signals, output.marked = signals, False
+    output.encoded, output.marked = encoded, False
 
 
 def is_tagged(output: Any) -> bool:
@@ -100,77 +73,148 @@ def is_tagged(output: Any) -> bool:
 
 def is_slice(output: Any) -> bool:
     """Whether the output is a part of a tagged one, as chunked prefill makes them."""
-    return is_tagged(output) and output.signals is None
+    return is_tagged(output) and output.encoded is None
 
 
-def reduce_features(
-    plan: Plan,
-    family: Family,
-    features: Sequence[Tensor],
-    rows: Sequence[int],
-    signals: Signals | None,
-    request: Callable[[int], int],
-) -> list[Tensor]:
-    """Run all pre_llm steps on the features of some images.
+def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
+    """Which image of the encoder each image of a forward is.
 
     Args:
-        plan: the session's plan.
-        family: the model's family.
-        features: (V, D) of each image.
-        rows: row of the batch of each image; any number where budgets do not depend on it.
-        signals: from the encoder; `None` if features were made outside the session.
-        request: batch row to entry of a per-request budget.
+        output: tagged output; `generate` repeats all images of a row for each of its beams.
+        visual: (B, T) placeholders.
+        expanded: how often each row was repeated.
+    """
+    lengths = output.encoded.lengths
+    if sum(feature.shape[:-1].numel() for feature in output.pooler_output) == sum(lengths):
+        return list(range(len(lengths)))
+    numbers: list[int] = []
+    image = 0
+    for count in visual[::expanded].sum(1).tolist():
+        of_row = []
+        while count > 0:
+            of_row.append(image)
+            count -= lengths[image]
+            image += 1
+        numbers += of_row * expanded
+    return numbers
 
-    Returns:
-        (V, D) of each image with removed tokens marked; an image that loses nothing is returned as
-        it is.
+
+def mark(
+    output: Any,
+    plan: Plan,
+    rows: Sequence[int],
+    source: Sequence[int],
+    request: Callable[[int], int],
+) -> None:
+    """Run all pre_llm steps on what the encoder has left, in place and once.
+
+    Args:
+        output: tagged output; its features, and DeepStack planes if it has them, get their removed
+            rows marked.
+        plan: the session's plan.
+        rows: row of the batch of each image; any number where budgets do not depend on it.
+        source: which image of the encoder each image is.
+        request: batch row to entry of a per-request budget.
+    """
+    if output.marked:
+        return
+    output.marked = True
+    if not plan.marks:
+        return
+    encoded: Encoded = output.encoded
+    lengths, grids = [encoded.lengths[i] for i in source], [encoded.grids[i] for i in source]
+    sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    rows_of_sheets = [_rows(sheet) for sheet in sheets]
+    images = [sheet.split(lengths) for sheet in rows_of_sheets]
+    device = rows_of_sheets[0].device
+    groups = group_features(lengths, grids, rows, device, encoded.alive(source))
+    survivors = _reduce(plan, images, groups, encoded, source, request)
+    if sum(len(index) for index, _ in survivors) == sum(lengths):
+        return
+    starts = [0, *accumulate(lengths)]
+    where = torch.cat([index + start for (index, _), start in zip(survivors, starts)])  # noqa: B905
+    marked = []
+    for number, sheet in enumerate(sheets):
+        values = torch.cat([values[number] for _, values in survivors])
+        blank = torch.full_like(rows_of_sheets[number], torch.nan)
+        marked.append(_like(sheet, blank.index_copy(0, where, values)))
+    output.pooler_output = marked[0]
+    if len(marked) > 1:
+        output.deepstack_features = marked[1:]
+
+
+def _reduce(
+    plan: Plan,
+    sheets: Sequence[Sequence[Tensor]],
+    groups: list[Group],
+    encoded: Encoded,
+    source: Sequence[int],
+    request: Callable[[int], int],
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """(K) positions of each image's survivors, and their (K, D) values on every sheet.
+
+    The first sheet holds the features, which methods see; others (DeepStack) follow it.
     """
     begin: dict[tuple[int, int], int] = {}
-    left = None if signals is None else signals.alive(features)
     alive = [
-        (group, take_rows(torch.stack([features[i] for i in group.images]), group.index))
-        for group in group_features(features, rows, left)
+        (
+            group,
+            [
+                take_rows(torch.stack([sheet[i] for i in group.images]), group.index)
+                for sheet in sheets
+            ],
+        )
+        for group in groups
     ]
     for planned in plan.pre_llm:
         after = []
-        for group, x in alive:
+        for group, xs in alive:
             place = {image: i for i, image in enumerate(group.images)}
 
-            def values(part: Group, x: Tensor = x, place: dict[int, int] = place) -> Tensor:
-                return x[[place[image] for image in part.images]]
+            def values(part: Group, xs: Any = xs, place: dict[int, int] = place) -> list[Tensor]:
+                members = [place[image] for image in part.images]
+                return [x[members] for x in xs]
 
-            def wanted(part: Group) -> dict[str, Tensor]:
-                return {
-                    need.name: _class_attention(signals, features, part, need.layers)
-                    for need in planned.step.needs  # noqa: B023  called within this iteration
-                }
+            def first(part: Group, values: Any = values) -> Tensor:
+                return values(part)[0]
+
+            def signals(part: Group, needs: Any = planned.step.needs) -> dict[str, Tensor]:
+                return {n.name: _class_attention(encoded, source, part, n.layers) for n in needs}
 
             for part, reduced, reduction in reduce_group(
-                planned, family, group, begin, request, values, wanted
+                planned, group, begin, request, first, signals
             ):
-                part_values = values(part)
-                after.append(
-                    (reduced, part_values if reduction is None else reduction.apply(part_values))
-                )
+                kept = values(part)
+                after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
         alive = after
-    result = list(features)
-    for group, x in alive:
-        if group.index.shape[1] == group.total:
-            continue
-        for i, image in enumerate(group.images):
-            marked = torch.full_like(features[image], torch.nan)
-            result[image] = marked.index_copy(0, group.index[i], x[i])
-    if signals is not None and signals.kept:
-        signals.mark(features, result)
-    return result
+    result = {
+        image: (group.index[i], [x[i] for x in xs])
+        for group, xs in alive
+        for i, image in enumerate(group.images)
+    }
+    return [result[i] for i in range(len(sheets[0]))]
 
 
 def _class_attention(
-    signals: Signals | None, features: Sequence[Tensor], part: Group, layers: tuple[int, ...]
+    encoded: Encoded, source: Sequence[int], part: Group, layers: tuple[int, ...]
 ) -> Tensor:
     """(G, L, H, V) class-token attention of a group, at the tokens alive."""
-    assert signals is not None  # the session refuses foreign features before it comes here
-    images = [signals.number(features[image]) for image in part.images]
-    rows = torch.stack([signals.class_attention[layer][images] for layer in layers], dim=1)
+    images = [source[image] for image in part.images]
+    rows = torch.stack([encoded.class_attention[layer][images] for layer in layers], dim=1)
     index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
     return rows.gather(3, index.to(rows.device))
+
+
+def _rows(pooled: Any) -> Tensor:
+    """All features as (N, D), whatever they come in."""
+    if isinstance(pooled, Tensor):
+        return pooled.reshape(-1, pooled.shape[-1])
+    return torch.cat([feature.reshape(-1, feature.shape[-1]) for feature in pooled])
+
+
+def _like(pooled: Any, rows: Tensor) -> Any:
+    """(N, D) in the container that `pooled` is."""
+    if isinstance(pooled, Tensor):
+        return rows.view(pooled.shape)
+    parts = rows.split([feature.shape[:-1].numel() for feature in pooled])
+    return [part.view(feature.shape) for part, feature in zip(parts, pooled, strict=True)]

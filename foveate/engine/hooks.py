@@ -7,6 +7,7 @@ text model is entered.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.utils.generic import ModelOutput
 
 from foveate.engine import features
 from foveate.engine.cache import PrunedLayer, check_cache
-from foveate.engine.images import Group, locate, rows_of
+from foveate.engine.encoding import Encoding
+from foveate.engine.images import Group, Part, locate, rows_of
+from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart, survivors
-from foveate.errors import BudgetError, InputError, UnsupportedModelError
+from foveate.errors import BudgetError, InputError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals.cls_attention import ClassAttention
@@ -37,8 +39,9 @@ class _Local(threading.local):
     """What one thread is doing with the model."""
 
     inside: bool = False  # within the base model's forward
-    visual: Tensor | None = None  # (B, T) placeholders of that forward
-    encoded: Any = None  # its image features, a tagged ModelOutput
+    encoding: bool = False  # within get_image_features or get_video_features
+    visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
+    encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
@@ -60,6 +63,7 @@ class Hooks:
         self.vision = vision
         self.class_attention: ClassAttention | None = None
         if layers := plan.class_attention_layers:
+            assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
             self.class_attention = ClassAttention(family.encoder, layers, running)
         self._local = _Local()
@@ -73,10 +77,9 @@ class Hooks:
     # -- around the model
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `generate`: note the rows it is called with, and keep it from compiling the
-        decoding step.
-        """
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        """Around `generate`: note its rows, and keep it from compiling the decoding step."""
+        names = ("inputs", "input_ids", "inputs_embeds")
+        inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
         self._local.requests = None if inputs is None else inputs.shape[0]
         try:
@@ -94,68 +97,69 @@ class Hooks:
         drafting = self._local.requests is not None and isinstance(keep, int)
         self._local.trailing = max(keep - 1, 0) if drafting else 0
 
-    def image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `get_image_features`: collect signals, and reduce as soon as all is known that
-        budgets need.
+    def features(
+        self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around `get_image_features` and `get_video_features`.
+
+        Signals are collected, and tokens removed as soon as all is known that budgets need.
         """
-        with ExitStack() as stack:
-            attention, vision = self.class_attention, self.vision
-            rows = {} if attention is None else stack.enter_context(attention.collect())
-            passes = [] if vision is None else stack.enter_context(vision.collect())
-            output = original(*args, **kwargs)
-        if not hasattr(output, "pooler_output"):  # a tuple, asked for by a user's own call
+        local = self._local
+        if local.encoding:  # a model that encodes videos as images
+            return original(*args, **kwargs)
+        local.encoding = True
+        try:
+            with ExitStack() as stack:
+                attention, vision = self.class_attention, self.vision
+                rows = {} if attention is None else stack.enter_context(attention.collect())
+                passes = [] if vision is None else stack.enter_context(vision.collect())
+                output = original(*args, **kwargs)
+        finally:
+            local.encoding = False
+        if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        pixels = args[0] if args else kwargs.get("pixel_values")
-        signals = features.Signals(tuple(output.pooler_output), rows, pixels, survivors(passes))
-        signals.check()
-        features.tag(output, signals)
-        if self._local.inside or not self.plan.per_request:
-            self._mark(output)
-        if self._local.inside:
-            self._local.encoded = output
+        names = inspect.signature(original).parameters
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._tag(modality, output, arguments, rows, passes)
+        if local.inside or not self.plan.per_request:
+            self._mark(modality, output)
+        if local.inside and local.encoded is not None:
+            local.encoded[modality] = output
         return output
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        """Before the base model: find the placeholders, and reduce features that were encoded
-        before.
-        """
+        """Before the base model: find placeholders, and reduce features encoded before."""
+        self._forget()
         local = self._local
-        local.inside, local.visual, local.encoded, local.turn = True, None, None, None
         ids = args[0] if args else kwargs.get("input_ids")
-        encoded = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
+        local.inside, local.encoded = True, {}
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
-        if ids is None:
-            local.visual = self._placeholders_in_embeddings(kwargs, encoded)
-        elif ids.shape[1] > 1 or encoded is not None:
-            visual = torch.isin(ids, torch.tensor(self.family.placeholder_ids, device=ids.device))
-            local.visual = visual if bool(visual.any()) else None
-        if local.visual is None:
+        local.visual = self._placeholders(ids, kwargs, given)
+        if not local.visual:
             return None
-        self._check_requests(local.visual.shape[0])
-        if encoded is None:
+        self._check_requests(next(iter(local.visual.values())).shape[0])
+        if not given:
             return None
-        local.encoded = encoded
-        if features.is_slice(encoded):
-            self._check_slice()
-            return None
-        if not features.is_tagged(encoded):
-            local.encoded = self._adopt(encoded)
-            kwargs = {
-                **kwargs,
-                "mm_encoder_outputs": {**kwargs["mm_encoder_outputs"], "image": local.encoded},
-            }
-        self._mark(local.encoded)
-        return args, kwargs
+        changed = False
+        for modality in [m for m in given if m in local.visual]:
+            if features.is_slice(given[modality]):
+                self._check_slice()
+            elif not features.is_tagged(given[modality]):
+                given[modality], changed = self._adopt(modality, given[modality], kwargs), True
+            if not features.is_slice(given[modality]):
+                self._mark(modality, given[modality])
+            local.encoded[modality] = given[modality]
+        return (args, {**kwargs, "mm_encoder_outputs": given}) if changed else None
 
     def leave_model(self, module: nn.Module, args: Args, output: Any) -> None:
         """After the base model, also when it raised: forget the forward."""
-        local = self._local
-        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
+        self._forget()
 
     # -- around the text model
 
-    def enter_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+    def enter_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the text model: begin the turn."""
         local = self._local
         sequence = kwargs.get("inputs_embeds")
@@ -165,9 +169,9 @@ class Hooks:
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
-        if local.visual is not None and local.encoded is not None:
+        if local.visual and local.encoded:
             check_cache(cache)
-            groups = self._images(local.visual, local.encoded, sequence)
+            groups = locate(self._parts(local.visual, local.encoded, sequence))
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -177,9 +181,13 @@ class Hooks:
             real=_real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
-            flash=_takes_2d_masks(self.family.text.config._attn_implementation),
+            flash=takes_2d_masks(self.family.text.config._attn_implementation),
         )
         local.turn = Turn(self.plan, self.family, prompt)
+        if not groups or not self.plan.marks:
+            return None
+        local.turn.begin(sequence)
+        return args, local.turn.deepstack(kwargs)
 
     def enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a decoder layer: hand it what is alive."""
@@ -192,38 +200,45 @@ class Hooks:
         return (hidden, *args[1:]), changed
 
     def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
-        """After the text model: write the record, and bring hidden states back to logical
-        length.
-        """
+        """After the text model: write the record, and go back to logical length."""
         turn, self._local.turn = self._local.turn, None
         if turn is None:
             return None
         if turn.prompt.groups:
             self._keep_record(self._describe(turn, output.past_key_values))
-        elif turn.prompt.length > 1 and self.record is None:
+        elif turn.prompt.length > 1 and not turn.prompt.past:
             note = "no image in the prompt: it passed through untouched"
             self._keep_record(Record(turn.prompt.batch, turn.tokens, [], [], [], notes=[note]))
         return turn.leave(output, self.plan.first_layer)
 
     # -- images
 
-    def _mark(self, output: Any) -> None:
-        """Run the pre_llm steps on encoder output, and mark what is gone, once."""
-        if output.marked:
-            return
-        output.marked = True
-        if not self.plan.marks:
-            return
-        visual, pooled = self._local.visual, output.pooler_output
-        lengths = [len(feature) for feature in pooled]
-        rows = [0] * len(lengths) if visual is None else rows_of(visual, lengths)
-        request = (lambda row: row) if visual is None else self._request(visual.shape[0])
-        reduced = features.reduce_features(
-            self.plan, self.family, list(pooled), rows, output.signals, request
-        )
-        output.pooler_output = torch.stack(reduced) if isinstance(pooled, Tensor) else reduced
+    def _tag(
+        self,
+        modality: str,
+        output: Any,
+        arguments: Kwargs,
+        rows: dict[int, Tensor],
+        passes: list[Encoding],
+    ) -> None:
+        shapes = self.family.shapes(modality, output.pooler_output, arguments)
+        lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
+        pixels = arguments.get("pixel_values") if modality == "image" else None
+        kept = survivors(passes, lengths)
+        features.tag(output, features.Encoded(lengths, grids, rows, pixels, kept))
 
-    def _adopt(self, encoded: ModelOutput) -> ModelOutput:
+    def _mark(self, modality: str, output: Any) -> None:
+        """Run the pre_llm steps on encoder output, and mark what is gone, once."""
+        visual = (self._local.visual or {}).get(modality)
+        if visual is None:  # `generate` encodes before it calls the model
+            everything = range(len(output.encoded.lengths))
+            features.mark(output, self.plan, [0] * len(everything), everything, lambda row: row)
+            return
+        source = features.members(output, visual, self._expanded(visual.shape[0]))
+        rows = rows_of(visual, [output.encoded.lengths[i] for i in source])
+        features.mark(output, self.plan, rows, source, self._request(visual.shape[0]))
+
+    def _adopt(self, modality: str, encoded: ModelOutput, arguments: Kwargs) -> ModelOutput:
         """Tag features that were made outside the session, in a copy."""
         if self.plan.vision:
             names = ", ".join(dict.fromkeys(s.method.slug for s in self.plan.vision))
@@ -236,36 +251,61 @@ class Hooks:
             names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
             raise InputError(
                 f"{names} needs the encoder's class-token attention, but the image features in "
-                "mm_encoder_outputs were "
-                "made outside the session; pass pixel_values, or call get_image_features within "
-                "the session"
+                "mm_encoder_outputs were made outside the session; pass pixel_values, or call "
+                "get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
-        features.tag(copy, features.Signals(tuple(copy["pooler_output"]), {}, None))
+        self._tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
         return copy
 
-    def _images(self, visual: Tensor, encoded: Any, sequence: Tensor) -> list[Group]:
-        if features.is_slice(encoded):
-            lengths = [n for n in visual.sum(1).tolist() if n]
-        else:
-            lengths = [len(feature) for feature in encoded.pooler_output]
-        dead = sequence[visual][:, 0].isnan() if self.plan.marks else None
-        return locate(visual, lengths, dead)
+    def _parts(
+        self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
+    ) -> list[Part]:
+        """Where the images of each modality are, and what is alive of them."""
+        parts = []
+        for modality, output in encoded.items():
+            mask = visual[modality]
+            dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
+            if features.is_slice(output):
+                lengths = [n for n in mask.sum(1).tolist() if n]
+                parts.append(Part(mask, lengths, [(1, n) for n in lengths], dead))
+                continue
+            known = output.encoded
+            source = features.members(output, mask, self._expanded(mask.shape[0]))
+            lengths, grids = [known.lengths[i] for i in source], [known.grids[i] for i in source]
+            before = [known.kept_of(i) for i in source]
+            parts.append(Part(mask, lengths, grids, dead, before))
+        return parts
 
-    def _placeholders_in_embeddings(self, kwargs: Kwargs, encoded: Any) -> Tensor | None:
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None or embeds.shape[1] == 1:
-            return None
-        if encoded is None and kwargs.get("pixel_values") is None:
-            raise InputError(
-                "inputs_embeds without input_ids do not say which rows are visual tokens; pass "
-                "input_ids with "
-                "pixel_values, or with mm_encoder_outputs for features you have already"
-            )
-        table = self.family.base.get_input_embeddings()
-        ids = torch.tensor(self.family.placeholder_ids, device=embeds.device)
-        visual = (embeds[:, :, None] == table(ids)).all(-1).any(-1)
-        return visual if bool(visual.any()) else None
+    def _placeholders(self, ids: Tensor | None, kwargs: Kwargs, given: Kwargs) -> dict[str, Tensor]:
+        """Modality -> (B, T) placeholders, for modalities that have some."""
+        tokens = self.family.placeholder_ids
+        if ids is not None:
+            if ids.shape[1] == 1 and not given:
+                return {}
+            masks = {modality: ids == token for modality, token in tokens.items()}
+        else:
+            embeds = kwargs.get("inputs_embeds")
+            if embeds is None or embeds.shape[1] == 1:
+                return {}
+            if not given and not any(
+                kwargs.get(f"pixel_values{s}") is not None for s in ("", "_videos")
+            ):
+                raise InputError(
+                    "inputs_embeds without input_ids do not say which rows are visual tokens; "
+                    "pass input_ids with pixel_values, or with mm_encoder_outputs for features "
+                    "you have already"
+                )
+            table = self.family.base.get_input_embeddings()
+            one = {
+                m: table(torch.tensor(token, device=embeds.device)) for m, token in tokens.items()
+            }
+            masks = {modality: (embeds == row).all(-1) for modality, row in one.items()}
+        return {modality: mask for modality, mask in masks.items() if bool(mask.any())}
+
+    def _forget(self) -> None:
+        local = self._local
+        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
 
     # -- checks and numbers
 
@@ -299,55 +339,30 @@ class Hooks:
             )
 
     def _describe(self, turn: Turn, cache: Cache | None) -> Record:
-        encoded = self._local.encoded
-        sliced = features.is_slice(encoded)
-        images = []
+        encoded = self._local.encoded or {}
+        sliced = any(features.is_slice(output) for output in encoded.values())
         members = {
             image: (group, n) for group in turn.groups for n, image in enumerate(group.images)
         }
-        for image in [] if sliced else sorted(members):
-            group, n = members[image]
-            grid = self.family.grid(group.total)
-            encoder = encoded.signals.kept_of(encoded.pooler_output[image])
-            kept = {**encoder, **turn.kept[image]}
-            images.append(ImageRecord(group.rows[n], group.total, grid, kept))
+        images = [
+            ImageRecord(group.rows[n], group.total, group.grid, turn.kept[image])
+            for image, (group, n) in ([] if sliced else sorted(members.items()))
+        ]
         before = [turn.prompt_tokens] * self.plan.first_layer
+        image = encoded.get("image")
         return Record(
             rows=turn.prompt.batch,
             prompt_tokens=turn.prompt_tokens,
             images=images,
             layer_tokens=before + turn.layer_tokens,
             cache_slots=[] if cache is None else [_slots(layer) for layer in cache.layers],
-            pixels=None if sliced or encoded is None else encoded.signals.pixels,
+            pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
             notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
         )
 
     def _keep_record(self, record: Record) -> None:
         self._local.record = self._last = record
-
-
-def check_kernel(family: Family) -> None:
-    """Refuse attention kernels that cannot be served.
-
-    Raises:
-        UnsupportedModelError: continuous batching, or flex attention.
-    """
-    kernel = family.text.config._attn_implementation
-    if "paged" in kernel:
-        raise UnsupportedModelError(
-            "continuous batching pages its cache by full sequence length and cannot hold pruned "
-            "layers; "
-            "use model.generate"
-        )
-    if kernel == "flex_attention":
-        raise UnsupportedModelError(
-            "flex_attention is not supported; call model.set_attn_implementation('sdpa') first"
-        )
-
-
-def _takes_2d_masks(kernel: str) -> bool:
-    return ALL_MASK_ATTENTION_FUNCTIONS.get(kernel) is flash_attention_mask
 
 
 def _slots(layer: Any) -> int:
@@ -357,9 +372,7 @@ def _slots(layer: Any) -> int:
 
 
 def _real_positions(mask: Any, total: int) -> Tensor | None:
-    """(B, total) positions that are no padding, or `None` if all are; from whatever mask the
-    text model is given.
-    """
+    """(B, total) positions that are no padding, or `None` if all are, from any kind of mask."""
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:

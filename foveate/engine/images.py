@@ -1,6 +1,7 @@
 """Images of a forward: where their tokens are, and which of them are alive.
 
-Images with equal counts are handled together, so that methods see plain batched tensors.
+Images with equal counts are handled together, so that methods see plain batched tensors. A video
+counts as one image.
 Shapes: `G` images of a group, `V` tokens of each, `B` batch, `T` logical length.
 """
 
@@ -8,134 +9,189 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
-from foveate.models import Family
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
+
+Grid = tuple[int, int]
+Kept = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Images with the same number of tokens before, and the same number alive.
+    """Images with the same grid, and the same number of tokens alive.
 
     Args:
-        images: number of each image within the forward.
+        images: number of each image within the forward, in order of appearance.
         rows: row of the batch of each image.
         index: (G, V) raster positions alive, ascending.
         total: tokens of each image before anything was removed.
+        grid: (height, width) of each image's token grid.
         columns: (G, V) logical position of each living token in its row; `None` while only
             features are known.
+        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
     """
 
     images: tuple[int, ...]
     rows: tuple[int, ...]
     index: Tensor
     total: int
+    grid: Grid
     columns: Tensor | None = None
+    before: tuple[Kept, ...] = ()
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
         if len(members) == len(self.images):
             return self
         chosen = torch.tensor(members, device=self.index.device)
-        return Group(
-            tuple(self.images[i] for i in members),
-            tuple(self.rows[i] for i in members),
-            self.index[chosen],
-            self.total,
-            None if self.columns is None else self.columns[chosen],
+        return replace(
+            self,
+            images=tuple(self.images[i] for i in members),
+            rows=tuple(self.rows[i] for i in members),
+            index=self.index[chosen],
+            columns=None if self.columns is None else self.columns[chosen],
+            before=tuple(self.before[i] for i in members) if self.before else (),
         )
 
     def reduced(self, reduction: Reduction) -> Group:
         """The group after a reduction."""
         columns = None if self.columns is None else self.columns.gather(1, reduction.index)
-        index = self.index.gather(1, reduction.index)
-        return Group(self.images, self.rows, index, self.total, columns)
+        return replace(self, index=self.index.gather(1, reduction.index), columns=columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Images of one modality in a forward.
+
+    Args:
+        visual: (B, T) their placeholders.
+        lengths: tokens of each image, in order of appearance.
+        grids: token grid of each image.
+        dead: (N) for each placeholder in row-major order, whether its token was removed before the
+            text model.
+        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
+    """
+
+    visual: Tensor
+    lengths: Sequence[int]
+    grids: Sequence[Grid]
+    dead: Tensor | None = None
+    before: Sequence[Kept] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    row: int
+    columns: Tensor
+    index: Tensor
+    total: int
+    grid: Grid
+    before: Kept
 
 
 def group_features(
-    features: Sequence[Tensor], rows: Sequence[int], alive: Sequence[Tensor] | None = None
+    lengths: Sequence[int],
+    grids: Sequence[Grid],
+    rows: Sequence[int],
+    device: torch.device,
+    alive: Sequence[Tensor] | None = None,
 ) -> list[Group]:
-    """Group images by the number of their features, and by how many of them are alive.
+    """Group images by shape, before their place in the sequence is known.
 
     Args:
-        features: (V, D) of each image.
+        lengths: tokens of each image.
+        grids: token grid of each image.
         rows: row of the batch of each image.
+        device: where the features live.
         alive: (K) raster positions that the encoder has left of each image; `None` for all.
     """
-    by_count: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for image, feature in enumerate(features):
-        count = feature.shape[0]
-        by_count[count, count if alive is None else len(alive[image])].append(image)
+    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
+    for image, (total, grid) in enumerate(zip(lengths, grids, strict=True)):
+        left = total if alive is None else len(alive[image])
+        shapes[total, grid, left].append(image)
     return [
         Group(
             tuple(images),
             tuple(rows[i] for i in images),
-            torch.arange(total, device=features[images[0]].device).expand(len(images), total)
+            torch.arange(total, device=device).expand(len(images), total)
             if alive is None
-            else torch.stack([alive[i] for i in images]),
+            else torch.stack([alive[i] for i in images]).to(device),
             total,
+            grid,
         )
-        for (total, _), images in by_count.items()
+        for (total, grid, _), images in shapes.items()
     ]
 
 
-def locate(visual: Tensor, lengths: Sequence[int], dead: Tensor | None = None) -> list[Group]:
-    """Find the images of a forward, and what is alive of them.
-
-    Args:
-        visual: (B, T) placeholders.
-        lengths: tokens of each image, in order of appearance.
-        dead: (N) for each placeholder in row-major order, whether its token was removed before the
-            text model.
+def locate(parts: Sequence[Part]) -> list[Group]:
+    """Find the images of a forward, and what is alive of them; they are numbered in order of
+    appearance.
 
     Raises:
         InputError: placeholders and features disagree, or an image spans two rows.
     """
-    where = visual.nonzero().cpu()
-    if where.shape[0] != sum(lengths):
-        raise InputError(
-            f"the prompt has {where.shape[0]} image placeholders, but the images have "
-            f"{sum(lengths)} visual tokens"
-        )
-    alive = torch.ones(where.shape[0], dtype=torch.bool) if dead is None else ~dead.cpu()
-    grouped: dict[tuple[int, int], list[tuple[int, int, Tensor, Tensor]]] = defaultdict(list)
-    start = 0
-    for image, length in enumerate(lengths):
-        span = where[start : start + length]
-        if length and int(span[0, 0]) != int(span[-1, 0]):
-            raise InputError(
-                f"image {image} has {length} visual tokens, but its placeholders lie in two rows"
-            )
-        index = alive[start : start + length].nonzero()[:, 0]
-        grouped[length, len(index)].append((image, int(span[0, 0]), index, span[index, 1]))
-        start += length
+    spans = sorted(
+        (span for part in parts for span in _spans(part)),
+        key=lambda span: (span.row, int(span.columns[0])),
+    )
+    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
+    for image, span in enumerate(spans):
+        shapes[span.total, span.grid, len(span.index)].append(image)
+    device = parts[0].visual.device if parts else None
     return [
         Group(
-            tuple(member[0] for member in members),
-            tuple(member[1] for member in members),
-            torch.stack([member[2] for member in members]).to(visual.device),
+            tuple(images),
+            tuple(spans[i].row for i in images),
+            torch.stack([spans[i].index for i in images]).to(device),
             total,
-            torch.stack([member[3] for member in members]).to(visual.device),
+            grid,
+            torch.stack([spans[i].columns[spans[i].index] for i in images]).to(device),
+            tuple(spans[i].before for i in images),
         )
-        for (total, _), members in grouped.items()
+        for (total, grid, _), images in shapes.items()
     ]
 
 
+def _spans(part: Part) -> list[_Span]:
+    where = part.visual.nonzero().cpu()
+    if where.shape[0] != sum(part.lengths):
+        raise InputError(
+            f"the prompt has {where.shape[0]} image placeholders, but the images have "
+            f"{sum(part.lengths)} visual tokens"
+        )
+    alive = torch.ones(where.shape[0], dtype=torch.bool) if part.dead is None else ~part.dead.cpu()
+    spans = []
+    start = 0
+    before = part.before or [{}] * len(part.lengths)
+    for length, grid, kept in zip(part.lengths, part.grids, before, strict=True):
+        place, living = where[start : start + length], alive[start : start + length]
+        start += length
+        if not length:
+            continue
+        row = int(place[0, 0])
+        if row != int(place[-1, 0]):
+            raise InputError(
+                f"an image has {length} visual tokens, but its placeholders lie in two rows"
+            )
+        spans.append(_Span(row, place[:, 1], living.nonzero()[:, 0], length, grid, kept))
+    return spans
+
+
 def rows_of(visual: Tensor, lengths: Sequence[int]) -> list[int]:
-    """The row of the batch of each image."""
-    rows = {
-        i: row
-        for group in locate(visual, lengths)
-        for i, row in zip(group.images, group.rows, strict=True)
-    }
-    return [rows[i] for i in range(len(lengths))]
+    """The row of the batch of each image.
+
+    Args:
+        visual: (B, T) placeholders.
+        lengths: tokens of each image, in order of appearance.
+    """
+    return [span.row for span in _spans(Part(visual, lengths, [(1, n) for n in lengths]))]
 
 
 def split_by_count(
@@ -163,7 +219,6 @@ def split_by_count(
 
 def reduce_group(
     planned: PlannedStep,
-    family: Family,
     group: Group,
     begin: dict[tuple[int, int], int],
     request: Callable[[int], int],
@@ -174,7 +229,6 @@ def reduce_group(
 
     Args:
         planned: the step.
-        family: for the grid of an image.
         group: images alive.
         begin: tokens of (method, image) where the method began; filled in at its first step.
         request: batch row to entry of a per-request budget.
@@ -188,9 +242,8 @@ def reduce_group(
     alive = group.index.shape[1]
     for image in group.images:
         begin.setdefault((planned.method_number, image), alive)
-    parts = split_by_count(planned, group, begin, request)
     result: list[tuple[Group, Group, Reduction | None]] = []
-    for wanted, members in parts.items():
+    for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
         if wanted == alive:
             result.append((part, part, None))
@@ -198,7 +251,7 @@ def reduce_group(
         tokens = VisualTokens(
             features=lambda part=part: features(part),  # type: ignore[misc]
             index=part.index,
-            grid=family.grid(part.total),
+            grid=part.grid,
             rows=part.rows,
             signals=signals(part),
         )

@@ -146,6 +146,16 @@ class Slots:
             ),
         )
 
+    def last(self, count: int) -> Slots:
+        """Keep the last `count` slots, as sliding-window layers do."""
+        if count >= self.index.shape[1]:
+            return self
+        index = self.index[:, self.index.shape[1] - count :]
+        return self._derive(
+            ("last", count),
+            lambda: Slots(index, self.length, self.ragged, self.renumbered, min(self.tail, count)),
+        )
+
     def crop(self, count: int) -> Slots:
         """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
         return self._derive(

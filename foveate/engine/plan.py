@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from foveate.budget import PerRequest
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Step, get_method, list_methods
+from foveate.method import STAGES, Method, Need, Step, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
 
@@ -21,12 +21,14 @@ class PlannedStep:
         method_number: which of the session's methods it is.
         number: which of the method's steps it is.
         step: where it acts and what it needs.
+        renumber: whether survivors get consecutive positions.
     """
 
     method: Method
     method_number: int
     number: int
     step: Step
+    renumber: bool
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class Plan:
         for method_number, method in enumerate(methods):
             of_method = method.steps(family)
             method.check_budget(len(of_method))
+            renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step) for i, step in enumerate(of_method)
+                PlannedStep(method, method_number, i, step, renumber)
+                for i, step in enumerate(of_method)
             ]
             for item in planned:
                 _check_stage(family, item)
@@ -126,8 +130,7 @@ class Plan:
         """Whether survivors of the steps before the language model get consecutive positions: if
         all methods there want it.
         """
-        steps = (*self.vision, *self.pre_llm)
-        return all(s.method.positions == "renumbered" for s in steps)
+        return all(s.renumber for s in (*self.vision, *self.pre_llm))
 
     @property
     def per_request(self) -> tuple[PerRequest, ...]:
@@ -149,10 +152,10 @@ def _check_stage(family: Family, planned: PlannedStep) -> None:
     if stage != "vision":
         return
     encoder = family.encoder
-    if encoder.block is None or encoder.tower is None:
+    if encoder is None or encoder.block is None:
         raise UnsupportedModelError(
-            f"{method.slug!r} acts inside the encoder, which is not supported on "
-            f"{family.model_type!r}"
+            f"{method.slug!r} acts inside the encoder, which is not supported on this "
+            f"{family.model_type!r}. Methods that work here: {', '.join(working_methods(family))}."
         )
     if isinstance(method.keep, PerRequest):
         raise BudgetError(
@@ -169,53 +172,73 @@ def _check_stage(family: Family, planned: PlannedStep) -> None:
 
 
 def _check_layers(family: Family, planned: PlannedStep) -> None:
-    step = planned.step
-    if step.stage == "llm" and not 0 <= step.layer < family.text_layers:
-        raise LayerError(
-            f"{planned.method.slug} acts before decoder layer {step.layer}, but this "
-            f"{family.model_type} has layers "
-            f"0 to {family.text_layers - 1}"
-        )
+    step, slug = planned.step, planned.method.slug
     if step.stage == "vision" and not 0 <= step.layer <= family.feature_layer:
         raise LayerError(
-            f"{planned.method.slug} acts in encoder layer {step.layer}, but what reads the encoder "
-            f"of this {family.model_type} sees layers 0 to {family.feature_layer}"
+            f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
+            f"{family.model_type} sees layers 0 to {family.feature_layer}"
+        )
+    if step.stage != "llm":
+        return
+    if not 0 <= step.layer < family.text_layers:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
+            f"layers 0 to {family.text_layers - 1}"
+        )
+    if step.layer < family.first_llm_layer:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "
+            f"features to the visual tokens after its first {family.first_llm_layer} layers "
+            f"(DeepStack); the first layer before which tokens may be removed is "
+            f"{family.first_llm_layer}"
         )
 
 
 def _check_needs(family: Family, planned: PlannedStep) -> None:
     for need in planned.step.needs:
-        if need.name not in SIGNALS:
+        own = planned.step.stage == "vision" and need.layers == (planned.step.layer,)
+        if planned.step.stage == "vision" and not own:
+            raise LayerError(
+                f"{planned.method.slug} acts at {planned.step.place} and can have signals of that "
+                f"layer only, but needs {need.name} of layers {need.layers}"
+            )
+        if need.name == "keys":
+            if not (own and planned.step.inside):
+                raise LayerError(
+                    f"{planned.method.slug} needs keys, which only a step inside an encoder layer "
+                    f"has; it acts at {planned.step.place}"
+                )
+        elif need.name == "cls_attention":
+            _check_class_attention(family, planned, need)
+        elif need.name == "text_attention":
+            windowed = [i for i in need.layers if i not in family.attention_layers]
+            if windowed:
+                legal = ", ".join(map(str, family.attention_layers))
+                raise LayerError(
+                    f"{planned.method.slug} ranks tokens by the attention of layer {windowed[0]}, "
+                    f"which sees only a window of the sequence; layers that see all of it are "
+                    f"{legal}"
+                )
+        else:
             raise FoveateError(
                 f"{planned.method.slug} needs an unknown signal {need.name!r}; known: "
                 f"{', '.join(SIGNALS)}"
             )
-        own = planned.step.stage == "vision" and need.layers == (planned.step.layer,)
-        if need.name == "keys" and not (own and planned.step.inside):
-            raise LayerError(
-                f"{planned.method.slug} needs keys, which a step inside an encoder layer has of "
-                f"that layer; got layers {need.layers} for a step at {planned.step.place}"
-            )
-        if need.name != "cls_attention":
-            continue
-        if planned.step.stage == "vision" and not own:
-            raise LayerError(
-                f"{planned.method.slug} acts at {planned.step.place} and can have class-token "
-                f"attention of that layer only, got layers {need.layers}"
-            )
-        if not family.encoder.class_token:
-            raise UnsupportedModelError(
-                f"{planned.method.slug!r} needs class-token attention, but the encoder of "
-                f"{family.model_type!r} has "
-                f"no class token. Methods that work here: {', '.join(working_methods(family))}."
-            )
-        outside = [i for i in need.layers if not 0 <= i < family.vision_layers]
-        if outside or not need.layers:
-            raise LayerError(
-                f"{planned.method.slug} needs encoder layers {need.layers}, but this encoder has "
-                "layers 0 to "
-                f"{family.vision_layers - 1}"
-            )
+
+
+def _check_class_attention(family: Family, planned: PlannedStep, need: Need) -> None:
+    if family.encoder is None or not family.encoder.class_token:
+        raise UnsupportedModelError(
+            f"{planned.method.slug!r} needs class-token attention, but the encoder of this "
+            f"{family.model_type} has no class token that methods can read. Methods that work "
+            f"here: {', '.join(working_methods(family))}."
+        )
+    outside = [i for i in need.layers if not 0 <= i < family.vision_layers]
+    if outside or not need.layers:
+        raise LayerError(
+            f"{planned.method.slug} needs encoder layers {need.layers}, but this encoder has "
+            f"layers 0 to {family.vision_layers - 1}"
+        )
 
 
 def _check_signals(steps: Sequence[PlannedStep]) -> None:
@@ -242,10 +265,15 @@ def why_not(family: Family, name: str) -> str | None:
 
 
 def working_methods(family: Family) -> list[str]:
-    """Registered methods that need no signal the model lacks."""
+    """Registered methods that need no stage and no signal the model lacks."""
+    encoder = family.encoder
+    reads_class_token = encoder is not None and encoder.class_token
+    stages = set(STAGES if family.text_layers else STAGES[:1])
+    if encoder is None or encoder.block is None:
+        stages.discard("vision")
     return [
         name
         for name in list_methods()
-        if (family.text_layers or get_method(name).stage == "vision")
-        and (family.encoder.class_token or "cls_attention" not in get_method(name).needs)
+        if get_method(name).stage in stages
+        and (reads_class_token or "cls_attention" not in get_method(name).needs)
     ]

@@ -6,7 +6,8 @@ import functools
 
 from torch import nn
 
-from foveate.engine.hooks import Hooks, check_kernel
+from foveate.engine.hooks import Hooks
+from foveate.engine.kernels import check_kernel
 from foveate.engine.part import Part
 from foveate.engine.plan import Plan
 from foveate.engine.vision import VisionPart
@@ -40,7 +41,7 @@ class TextPart(Hooks, Part):
         check_kernel(self.family)
 
     def attach(self) -> None:
-        """Install the hooks, and wrap `get_image_features` and `generate`."""
+        """Install the hooks, and wrap `generate` and what makes image and video features."""
         family = self.family
         self.before(family.base, self.enter_model)
         self.behind(family.base, self.leave_model, always=True)
@@ -51,7 +52,9 @@ class TextPart(Hooks, Part):
         if family.model is not family.base:
             self.before(family.model, self.enter_top)
             self.wrap(family.model, "generate", self.generate)
-        self.wrap(family.base, "get_image_features", self.image_features)
+        for modality in family.placeholder_ids:
+            around = functools.partial(self.features, modality)
+            self.wrap(family.base, f"get_{modality}_features", around)
         if self.class_attention is not None:
             self.class_attention.attach()
             self._undo.append(self.class_attention.remove)

@@ -68,11 +68,16 @@ class Turn:
         self.layer_tokens: list[list[int]] = []
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
-        self.kept: dict[int, dict[str, Tensor]] = {i: {} for g in self.groups for i in g.images}
+        self.kept: dict[int, dict[str, Tensor]] = {
+            image: dict(before)
+            for g in self.groups
+            for image, before in zip(g.images, g.before, strict=True)
+        }
         self._fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
         self._begin: dict[tuple[int, int], int] = {}
         self._rows: dict[int, tuple[Tensor, Layout]] = {}
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}
+        self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
 
@@ -108,23 +113,25 @@ class Turn:
                 held.slots,
                 held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0,
             )
-        key = (id(before), id(self.layout), id(kwargs.get("attention_mask")))
+        # The mask and the rotary embedding differ between kinds of layers in some models.
+        logical = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+        key = (id(before), id(self.layout), *map(id, logical))
         if key not in self._views:
-            self._views[key] = self._view(before, width, hidden, kwargs)
+            self._views[key] = self._view(number, before, width, hidden, kwargs)
         changes, after = self._views[key]
         if cache is not None:
             held.incoming = after
         return hidden, {**kwargs, **changes} if changes else kwargs
 
     def _view(
-        self, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[dict[str, Any], Slots]:
         """Keyword arguments that change for layers that share slots and layout, and their slots
         afterwards.
         """
         after = before.extend(self.layout, self.prompt.length, self._renumbered)
         mask = kwargs.get("attention_mask")
-        rotary, position_ids = self._positions(before, hidden, kwargs)
+        rotary, position_ids = self._positions(number, before, hidden, kwargs)
         physical = {
             "attention_mask": translate_mask(
                 mask, self.layout, after, self.prompt.length, two_d=self.prompt.flash, width=width
@@ -136,7 +143,7 @@ class Turn:
         return changes, after
 
     def _positions(
-        self, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns."""
         rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
@@ -153,7 +160,7 @@ class Turn:
                 positions = positions - self._shift.gather(1, columns)
             if before.renumbered is not None:
                 positions = positions - before.renumbered
-            rotary = self.family.rotary(hidden, positions)
+            rotary = self.family.rotary(hidden, positions, number)
         else:
             rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
@@ -161,32 +168,45 @@ class Turn:
 
     # -- reductions
 
-    def drop_marked(self, hidden: Tensor) -> Tensor:
-        """Drop what was removed from the image features; called before layer 0.
+    def begin(self, embeds: Tensor) -> None:
+        """Drop what was removed from the image features.
 
         Args:
-            hidden: (B, T, D) input of layer 0; rows that were removed hold NaN.
+            embeds: (B, T, D) input of the text model; rows that were removed hold NaN.
         """
-        if self.plan.pre_llm:
-            for group in self.groups:
-                self._note(group, "pre_llm")
-        gone = torch.zeros(
-            self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
-        )
         lost = False
         for group in self.groups:
-            if group.index.shape[1] < group.total:
-                lost = True
-                for row in group.rows:
-                    self.tokens[row] -= group.total - group.index.shape[1]
-        if not lost:
-            return hidden
-        gone = hidden[..., 0].isnan().to(gone.device)
-        return self._drop(hidden, gone, self.plan.renumber_features)
+            if self.plan.pre_llm:
+                self._note(group, "pre_llm")
+            gone = group.total - group.index.shape[1]
+            lost |= gone > 0
+            for row in group.rows:
+                self.tokens[row] -= gone
+        if lost:
+            marked = embeds[..., 0].isnan().to(self.prompt.device)
+            self._entry = self._compact(marked, self.plan.renumber_features)
+
+    def deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
+
+        Args:
+            kwargs: with `visual_pos_masks` (B, T) and `deepstack_visual_embeds`, (N, D) each.
+        """
+        visual, planes = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        if visual is None or planes is None or self._entry is None:
+            return kwargs
+        columns = self.layout.index.to(visual.device)
+        physical = visual.gather(1, columns.clamp(min=0)) & (columns >= 0)
+        alive = torch.zeros_like(visual)
+        rows = torch.arange(visual.shape[0], device=visual.device)[:, None].expand_as(columns)
+        alive[rows[physical], columns[physical]] = True
+        kept = alive[visual]
+        planes = [plane[kept.to(plane.device)] for plane in planes]
+        return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
 
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        if number == 0 and self.plan.marks:
-            hidden = self.drop_marked(hidden)
+        if number == 0 and self._entry is not None:
+            hidden = self._take(hidden, self._entry)
         if number in self.plan.text_attention_layers and self._will_drop(number):
             self._rows[number] = self._text_attention(number, layer, hidden, kwargs), self.layout
         for planned in self.plan.llm:
@@ -222,7 +242,7 @@ class Turn:
         lost = False
         for group in self.groups:
             parts = reduce_group(
-                planned, self.family, group, self._begin, self.prompt.request, features, signals
+                planned, group, self._begin, self.prompt.request, features, signals
             )
             for part, after, reduction in parts:
                 groups.append(after)
@@ -240,12 +260,16 @@ class Turn:
                     where = (rows, self._columns(after, self.layout))
                     hidden = hidden.index_put(where, reduction.apply(features(part)))
         self.groups = groups
-        return (
-            self._drop(hidden, gone, planned.method.positions == "renumbered") if lost else hidden
-        )
+        if not lost:
+            return hidden
+        return self._take(hidden, self._compact(gone, planned.renumber))
 
-    def _drop(self, hidden: Tensor, gone: Tensor, renumber: bool) -> Tensor:
-        """Compact: drop (B, T) logical positions, and all padding."""
+    def _compact(self, gone: Tensor, renumber: bool) -> Tensor:
+        """Drop (B, T) logical positions, and all padding.
+
+        Returns:
+            (B, P') which column of now each new column is.
+        """
         if renumber:
             count = gone.long()
             behind = count.cumsum(1)
@@ -260,6 +284,10 @@ class Turn:
         if self.layout.ragged:
             living &= columns >= 0
         self.layout, source = compact(self.layout, living, self.tokens)
+        return source
+
+    def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
+        """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
         if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
@@ -281,7 +309,9 @@ class Turn:
         before = self._fresh
         if isinstance(held, PrunedLayer) and held.slots is not None:
             before = held.slots
-        rotary, _ = self._positions(before, hidden, kwargs)
+        rotary = None
+        if self.family.rotates(number):
+            rotary, _ = self._positions(number, before, hidden, kwargs)
         asked = torch.full((prompt.batch, 1), prompt.length - 1, device=prompt.device)
         if prompt.real is not None:
             order = torch.arange(prompt.length, device=prompt.device)

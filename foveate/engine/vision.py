@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from foveate.engine.encoding import Encoding
 from foveate.engine.part import Part
 from foveate.engine.plan import Plan, PlannedStep
+from foveate.errors import UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 
@@ -46,6 +47,7 @@ class VisionPart(Part):
     def __init__(self, plan: Plan, family: Family) -> None:
         super().__init__()
         self.family = family
+        assert family.encoder is not None  # the plan has checked it
         self.encoder = family.encoder
         self._before: dict[int, list[PlannedStep]] = defaultdict(list)
         self._inside: dict[int, list[PlannedStep]] = defaultdict(list)
@@ -216,10 +218,23 @@ class VisionPart(Part):
         )
 
 
-def survivors(passes: list[Encoding]) -> dict[str, Tensor]:
-    """Place -> (images, K) raster positions alive behind it, ascending, of the images of some
-    passes.
+def survivors(passes: list[Encoding], lengths: Sequence[int] | None = None) -> dict[str, Tensor]:
+    """Place -> (images, K) raster positions alive behind it, ascending.
+
+    Args:
+        passes: passes through the encoder, with the same places.
+        lengths: visual tokens that the language model is given of each image.
+
+    Raises:
+        UnsupportedModelError: they are not the encoder's patches, one for one.
     """
+    seen = [encoding.total for encoding in passes for _ in range(encoding.images)]
+    if passes and lengths is not None and list(lengths) != seen:
+        raise UnsupportedModelError(
+            f"the encoder saw {len(seen)} images of {sorted(set(seen))} patches, but the language "
+            f"model is given {len(lengths)} of {sorted(set(lengths))} tokens, so that what was "
+            "removed inside the encoder cannot be followed; use a pre_llm or llm method"
+        )
     places = passes[0].kept if passes else {}
     return {
         place: torch.cat([encoding.kept[place].sort(-1).values for encoding in passes])

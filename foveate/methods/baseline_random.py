@@ -25,15 +25,15 @@ class Random(Scorer):
     Args:
         keep: what survives, as a share (rounded down) or a count.
         seed: seed of the choice, 0 or more; a smaller `keep` with the same seed keeps a subset.
-        positions: `renumbered` gives survivors consecutive positions; `original` leaves them
-            where they were.
+        positions: `None` gives survivors consecutive positions (`renumbered`),
+            where positions are single numbers; `original` leaves them where they were.
 
     Cost: one permutation of V numbers.
     """
 
     keep: Keep = 0.25
     seed: int = 0
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         """Check budget and seed.

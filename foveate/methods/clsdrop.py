@@ -26,14 +26,15 @@ class ClsDrop(Scorer):
     Args:
         layers: encoder layers within which patches are dropped, ascending.
         keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count.
-        positions: of the survivors in a language model: consecutive, or where they were.
+        positions: of the survivors in a language model; `None` makes them consecutive
+            (`renumbered`) where positions are single numbers, `original` leaves them.
 
     Cost: one query row of attention for each drop; no attention map.
     """
 
     layers: tuple[int, ...] = (1,)
     keep: Keep = 0.5
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
     rounding = round
 
     def __post_init__(self) -> None:

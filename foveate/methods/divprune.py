@@ -28,14 +28,14 @@ class DivPrune(Method):
 
     Args:
         keep: what survives (the release's `SUBSET_RATIO`); shares are rounded half to even.
-        positions: `renumbered` gives survivors consecutive positions, as the reference does;
-            `original` leaves them where they were.
+        positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
+            does, where positions are single numbers; `original` leaves them where they were.
 
     Cost: one V x V product of the token features, O(V²·D), and O(K·V) comparisons.
     """
 
     keep: Keep = 0.098
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
     rounding = round
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:

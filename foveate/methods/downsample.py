@@ -29,14 +29,15 @@ class Downsample(Method):
 
     Args:
         keep: an upper bound of what survives, as a share (rounded down) or a count.
-        positions: `renumbered` gives survivors consecutive positions; `original` gives each the
-            position of the token at the centre of its cell.
+        positions: `None` gives survivors consecutive positions (`renumbered`) where positions are
+            single numbers; `original` gives each that of the token at the centre of its cell.
 
     Cost: a (K, V) matrix times the features.
     """
 
     keep: Keep = 0.25
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
+    note = "the grid of features was average-pooled, since the tower's own grid is fixed"
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; it needs nothing."""

@@ -31,14 +31,14 @@ class FasterVLM(Scorer):
 
     Args:
         keep: what survives, 1 - R of the paper; a count is the release's `visual_token_num`.
-        positions: `renumbered` gives survivors consecutive positions, as the reference does;
-            `original` leaves them where they were.
+        positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
+            does, where positions are single numbers; `original` leaves them where they were.
 
     Cost: one query row of attention in one layer; no attention map.
     """
 
     keep: Keep = 0.25
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
     rounding = round
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:

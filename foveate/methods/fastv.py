@@ -31,14 +31,16 @@ class FastV(Scorer):
             At least 1.
         keep: what survives, 1 - R of the paper; shares are rounded half to even, as in the
             reference.
-        positions: `original` leaves survivors at their positions, as the reference does.
+        positions: `None` leaves survivors at their positions (`original`), as the reference does;
+            `renumbered` makes them consecutive.
 
     Cost: one key projection of all tokens and one query row; no attention map.
     """
 
     layer: int = 2
     keep: Keep = 0.5
-    positions: Positions = "original"
+    positions: Positions | None = None
+    published_positions = "original"
     rounding = round
 
     def __post_init__(self) -> None:

@@ -33,19 +33,21 @@ class PyramidDrop(Scorer):
 
     Args:
         layers: decoder layers before which tokens are dropped, ascending. `None` divides the model
-            at hand into equal stages, which is the published (8, 16, 24) on 32 layers.
+            at hand into equal stages, which is the published (8, 16, 24) on 32 layers; where a
+            layer sees only a window of the sequence, the nearest one that sees all takes its place.
         keep: what survives each drop, as a share of the ORIGINAL count of each image (paper:
             lambda = 0.5 to the power of the stage), or a count. Shares are truncated, as in the
             reference.
-        positions: `renumbered` gives survivors consecutive positions after every drop, as the
-            reference does; `original` leaves them where they were.
+        positions: `None` gives survivors consecutive positions (`renumbered`) after every drop, as
+            the reference does, where positions are single numbers; `original` leaves them where
+            they were.
 
     Cost: one key projection of all tokens and one query row per drop; no attention map.
     """
 
     layers: tuple[int, ...] | None = None
     keep: Keep = (0.5, 0.25, 0.125)
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
     rounding = math.trunc
 
     def __post_init__(self) -> None:
@@ -66,11 +68,24 @@ class PyramidDrop(Scorer):
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """A drop before each of the layers, scored with that layer's own weights."""
-        drops = steps_in(self.keep)
-        layers = self.layers or tuple(
-            model.text_layers * (i + 1) // (drops + 1) for i in range(drops)
-        )
+        layers = self.layers or self._equal_stages(model)
         return tuple(Step("llm", layer, (Need("text_attention", (layer,)),)) for layer in layers)
+
+    def _equal_stages(self, model: ModelFacts) -> tuple[int, ...]:
+        """Stage boundaries, each moved to the nearest layer whose attention can rank tokens."""
+        drops = steps_in(self.keep)
+        legal = [i for i in model.attention_layers if i >= model.first_llm_layer]
+        chosen: list[int] = []
+        for i in range(drops):
+            even = model.text_layers * (i + 1) // (drops + 1)
+            free = [layer for layer in legal if layer not in chosen]
+            if not free:
+                raise LayerError(
+                    f"PyramidDrop has {drops} drops, but only {len(legal)} layers of this model "
+                    f"can rank tokens; give a keep with {len(legal)} entries at most"
+                )
+            chosen.append(min(free, key=lambda layer: abs(layer - even)))
+        return tuple(sorted(chosen))
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention of the last prompt token, averaged over heads: (G, V)."""

@@ -55,7 +55,8 @@ class ToMe(Method):
             uses `r`.
         every: merge all patches into every such one instead (the release's kth matching), in the
             layers in which `r` is not 0.
-        positions: of the survivors in a language model: consecutive, or where they were.
+        positions: of the survivors in a language model; `None` makes them consecutive
+            (`renumbered`) where positions are single numbers, `original` leaves them.
 
     Cost: one half-by-half product of head-averaged keys in each layer, under 1 % of the layer.
     """
@@ -65,7 +66,7 @@ class ToMe(Method):
     prop_attn: bool = True
     keep: Keep | None = None
     every: int | None = None
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.

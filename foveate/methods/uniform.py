@@ -21,15 +21,15 @@ class Uniform(Method):
 
     Args:
         keep: what survives, as a share (rounded down) or a count.
-        positions: `renumbered` gives survivors consecutive positions; `original` leaves them
-            where they were.
+        positions: `None` gives survivors consecutive positions (`renumbered`),
+            where positions are single numbers; `original` leaves them where they were.
 
     Where tokens are missing from the grid already, survivors are spread evenly in raster order.
     Cost: K index computations.
     """
 
     keep: Keep = 0.25
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; it needs nothing."""

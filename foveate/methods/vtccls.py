@@ -33,15 +33,15 @@ class VTCCLS(Scorer):
             ends with the layer the language model sees (the release's `start_layer`; negative
             counts from the end, and -2 is that one layer on LLaVA). A tuple is exactly these
             layers. `None` starts at two thirds of the encoder's depth.
-        positions: `renumbered` gives survivors consecutive positions, as the reference does;
-            `original` leaves them where they were.
+        positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
+            does, where positions are single numbers; `original` leaves them where they were.
 
     Cost: one query row of attention in each layer; no attention map.
     """
 
     keep: Keep = 36
     layers: int | tuple[int, ...] | None = None
-    positions: Positions = "renumbered"
+    positions: Positions | None = None
 
     def __post_init__(self) -> None:
         """Check budget and the form of `layers`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
@@ -69,6 +71,8 @@ class Family:
     """
 
     text_path: ClassVar[str] = "language_model"
+    one_dimensional: ClassVar[bool] = True
+    """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -82,38 +86,89 @@ class Family:
         """The config's model type."""
         return self.config.model_type
 
+    # -- the text model
+
     @property
     def text_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)
 
     @property
-    def placeholder_ids(self) -> tuple[int, ...]:
-        """Token ids that stand for visual tokens in `input_ids`."""
-        return (self.config.image_token_id,)
+    def first_llm_layer(self) -> int:
+        """First decoder layer before which tokens may be removed (0 without DeepStack)."""
+        return 0
+
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
+        types = (
+            getattr(self.text.config, "layer_types", None) or ["full_attention"] * self.text_layers
+        )
+        return tuple(
+            i for i, kind in enumerate(types[: self.text_layers]) if kind == "full_attention"
+        )
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
+        """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
+        return self.text.rotary_emb(hidden, position_ids=position_ids)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
+        return True
+
+    # -- images
 
     @property
-    def encoder(self) -> Encoder:
-        """The vision encoder."""
-        raise NotImplementedError
+    def placeholder_ids(self) -> dict[str, int]:
+        """Modality -> token id that stands for its visual tokens in `input_ids`."""
+        ids = {"image": "image_token_id", "video": "video_token_id"}
+        found = {modality: getattr(self.config, name, None) for modality, name in ids.items()}
+        return {
+            modality: token
+            for modality, token in found.items()
+            if token is not None and hasattr(self.base, f"get_{modality}_features")
+        }
+
+    def shapes(
+        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Number of visual tokens and token grid (height, width) of each image.
+
+        Args:
+            modality: `image` or `video`.
+            pooled: the features of all images: a list of (V, D), or (images, V, D).
+            arguments: what the features were made from, such as `pixel_values`; empty if unknown.
+        """
+        counts = [feature.shape[:-1].numel() for feature in pooled]
+        return [(count, self.grid(count)) for count in counts]
+
+    def grid(self, count: int) -> tuple[int, int]:
+        """(height, width) of `count` tokens: a square, or else one row."""
+        side = math.isqrt(count)
+        return (side, side) if side * side == count else (1, count)
+
+    # -- the vision encoder
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The vision encoder, or `None` if methods cannot look inside it."""
+        return None
 
     @property
     def vision_layers(self) -> int:
-        """Number of encoder layers."""
-        return len(self.encoder.layers)
+        """Number of encoder layers; 0 if methods cannot look inside."""
+        return 0 if self.encoder is None else len(self.encoder.layers)
 
     @property
     def feature_layer(self) -> int:
-        """0-based encoder layer whose output the language model sees."""
-        raise NotImplementedError
+        """0-based encoder layer whose output the language model sees.
 
-    def grid(self, count: int) -> tuple[int, int]:
-        """(height, width) of the token grid of an image that has `count` visual tokens."""
-        raise NotImplementedError
-
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> Any:
-        """Rotary (cos, sin) for (B, T) text positions."""
-        return self.text.rotary_emb(hidden, position_ids=position_ids)
+        It is the one behind `hidden_states[vision_feature_layer]`, whose entry 0 is the embedding.
+        """
+        layer = getattr(self.config, "vision_feature_layer", -1)
+        if not isinstance(layer, int):
+            layer = layer[-1]
+        return layer - 1 if layer >= 0 else self.vision_layers + layer
 
     def _child(self, parent: nn.Module, path: str) -> Any:
         child: Any = parent
@@ -121,9 +176,8 @@ class Family:
             child = getattr(child, name, None)
             if child is None:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__} has no {path!r} in {type(parent).__name__}: "
-                    "the installed "
-                    f"transformers lays out {self.config.model_type!r} in a way this version of "
-                    "foveate does not know"
+                    f"{type(self.model).__name__} has no {path!r} in {type(parent).__name__}: the "
+                    f"installed transformers lays out {self.config.model_type!r} in a way this "
+                    "version of foveate does not know"
                 )
         return child

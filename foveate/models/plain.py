@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -49,15 +48,15 @@ class PlainEncoder(Family):
                 "it runs; use the encoder itself, whose hidden_states come back at full length"
             )
         self.base: Any = _tower(model)
-        self.text, self.layers = None, ()
+        self.text, self.layers, self.attention_layers = None, (), ()
         blocks = self._child(self.base, self.layers_path)
         for name in self.block.modules:
             self._child(blocks[0], name)
 
     @property
-    def placeholder_ids(self) -> tuple[int, ...]:
+    def placeholder_ids(self) -> dict[str, int]:
         """None: there is no text."""
-        return ()
+        return {}
 
     @property
     def encoder(self) -> Encoder:
@@ -84,24 +83,12 @@ class PlainEncoder(Family):
         """The last layer: whatever reads an encoder alone reads that."""
         return self.vision_layers - 1
 
-    def grid(self, count: int) -> tuple[int, int]:
-        """The square grid of a square image; others count as one row."""
-        side = math.isqrt(count)
-        return (side, side) if side * side == count else (1, count)
 
-
-def tower_encoder(tower: PreTrainedModel) -> Encoder:
-    """The encoder of a vision tower inside a vision-language model.
-
-    Raises:
-        UnsupportedModelError: the tower is of a kind that cannot be looked into.
-    """
+def tower_encoder(tower: PreTrainedModel) -> Encoder | None:
+    """The encoder of a vision tower, or `None` for a kind that methods cannot look into."""
     kind: Callable[[PreTrainedModel], Any] | None = FAMILIES.get(tower.config.model_type)
     if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
-        raise UnsupportedModelError(
-            f"a {tower.config.model_type!r} vision tower is not supported for methods that look "
-            "inside the encoder; methods of the llm stage work"
-        )
+        return None
     return kind(tower).encoder
 
 

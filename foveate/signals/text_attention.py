@@ -22,7 +22,7 @@ from foveate.errors import UnsupportedModelError
 def text_attention(
     layer: Any,
     hidden: Tensor,
-    rotary: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor] | None,
     query: Tensor,
     visible: Tensor | None,
     past: tuple[Tensor, Tensor | None] | None = None,
@@ -33,7 +33,7 @@ def text_attention(
     Args:
         layer: a decoder layer, about to run on `hidden`.
         hidden: (B, P, D) its input.
-        rotary: cos and sin, (B or 1, P, d) each.
+        rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
         query: (B) column of the query in each row.
         visible: (B, P) columns the query may see, or `None` for all.
         past: cached keys (B, Hkv, S, d), already rotated, and which of them the query may see (B,
@@ -56,10 +56,11 @@ def text_attention(
     normed = layer.input_layernorm(hidden)
     q = _heads(attention.q_proj(normed[rows, query][:, None]), attention, "q_norm")
     k = _heads(attention.k_proj(normed), attention, "k_norm")
-    rotate = _rotary_function(attention)
-    cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rotary)
-    q, _ = rotate(q, q, cos[rows, query][:, None], sin[rows, query][:, None])
-    _, k = rotate(k[:, :1], k, cos, sin)
+    if rotary is not None:
+        rotate = _rotary_function(attention)
+        cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rotary)
+        q, _ = rotate(q, q, cos[rows, query][:, None], sin[rows, query][:, None])
+        _, k = rotate(k[:, :1], k, cos, sin)
     logits = _logits(q, k, attention.scaling, visible)
     if past is None:
         return logits.softmax(-1)

@@ -52,7 +52,7 @@ def test_one_token(make_tokens):
 
 def test_defaults_and_registration(facts):
     method = get_method("random")()
-    assert (method.keep, method.seed, method.positions) == (0.25, 0, "renumbered")
+    assert (method.keep, method.seed, method.published_positions) == (0.25, 0, "renumbered")
     (step,) = method.steps(facts())
     assert (step.place, step.needs) == ("pre_llm", ())
 

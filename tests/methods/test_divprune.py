@@ -157,7 +157,7 @@ def test_default_share_gives_the_published_counts(total, expected):
 def test_defaults_and_registration(facts):
     method = get_method("divprune")()
     assert isinstance(method, DivPrune)
-    assert (method.keep, method.positions) == (0.098, "renumbered")
+    assert (method.keep, method.published_positions) == (0.098, "renumbered")
     (step,) = method.steps(facts())
     assert (step.place, step.needs) == ("pre_llm", ())
 

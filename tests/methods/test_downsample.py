@@ -98,7 +98,7 @@ def test_grid_with_holes_is_refused(make_tokens):
 
 def test_defaults_and_registration(facts):
     method = get_method("downsample")()
-    assert (method.keep, method.positions) == (0.25, "renumbered")
+    assert (method.keep, method.published_positions) == (0.25, "renumbered")
     (step,) = method.steps(facts())
     assert (step.place, step.needs) == ("pre_llm", ())
 

@@ -60,7 +60,7 @@ def test_shares_give_the_published_counts(share, expected):
 def test_defaults_and_registration():
     method = get_method("fastervlm")()
     assert isinstance(method, FasterVLM)
-    assert (method.keep, method.positions) == (0.25, "renumbered")
+    assert (method.keep, method.published_positions) == (0.25, "renumbered")
 
 
 def test_wrong_arguments_are_refused():

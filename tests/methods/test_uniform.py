@@ -71,7 +71,7 @@ def test_thin_grids_and_all_tokens(grid, make_tokens, check_index):
 
 def test_defaults_and_registration(facts):
     method = get_method("uniform")()
-    assert (method.keep, method.positions) == (0.25, "renumbered")
+    assert (method.keep, method.published_positions) == (0.25, "renumbered")
     (step,) = method.steps(facts())
     assert (step.place, step.needs) == ("pre_llm", ())
 

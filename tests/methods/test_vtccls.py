@@ -119,7 +119,7 @@ def test_defaults_and_registration():
         "method": "vtc-cls",
         "keep": 36,
         "layers": None,
-        "positions": "renumbered",
+        "positions": None,
     }
     assert VTCCLS(positions="original").positions == "original"
 

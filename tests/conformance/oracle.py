@@ -1,0 +1,112 @@
+"""An oracle for any family: the layers at full length, with removed tokens masked.
+
+What each layer is handed (mask, rotary embedding) is recorded from the unpatched model, and so is
+what the text model adds between layers (DeepStack). The oracle then runs the layers itself, one
+row, no cache, no compaction; removed tokens stay in place, but nobody attends to them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.oracle import Spec
+
+
+class Recorded:
+    """What the text model of an unpatched, eager model does in one forward."""
+
+    def __init__(self, model: Any, text: Any, inputs: dict[str, Any]) -> None:
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        self.kwargs: list[dict[str, Any]] = []
+        handles = []
+        for layer in text.layers:
+            handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._after))
+        with torch.no_grad():
+            model.model(**inputs, use_cache=False)
+        for handle in handles:
+            handle.remove()
+
+    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.inputs.append(args[0].clone())
+        self.kwargs.append(dict(kwargs))
+
+    def _after(self, module: Any, args: Any, output: Any) -> None:
+        self.outputs.append(output.clone())
+
+    def added(self, number: int) -> Tensor | int:
+        """What the text model adds to the states behind a layer."""
+        if number + 1 >= len(self.inputs):
+            return 0
+        return self.inputs[number + 1] - self.outputs[number]
+
+
+@torch.no_grad()
+def run(
+    member: Any, model: Any, inputs: dict[str, Any], spec: Spec, prompt: int
+) -> tuple[Tensor, list[list[Tensor]]]:
+    """Last hidden states (T, D) of one row, and kept raster indices after each place.
+
+    Args:
+        member: the zoo member of the model.
+        model: unpatched, with eager attention.
+        inputs: one row without padding: the prompt and a teacher-forced continuation.
+        spec: what is removed.
+        prompt: length of the prompt.
+    """
+    text = member.text(model)
+    recorded = Recorded(model, text, inputs)
+    hidden = recorded.inputs[0]
+    length = hidden.shape[1]
+    visual = (inputs["input_ids"][0] == member.image_id).nonzero()[:, 0]
+    columns = list(visual.split(member.visual))
+    index = [torch.arange(member.visual) for _ in columns]
+    alive, shift = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
+    history: list[list[Tensor]] = []
+
+    def remove(image: int, chosen: Tensor, renumber: bool) -> None:
+        nonlocal shift
+        alive[columns[image]] = False
+        before = columns[image]
+        columns[image], index[image] = before[chosen], index[image][chosen]
+        alive[columns[image]] = True
+        if renumber:
+            gone = torch.zeros(length, dtype=torch.long)
+            gone[before] = 1
+            gone[columns[image]] = 0
+            shift = shift + gone.cumsum(0) - gone
+
+    def step(number: int) -> tuple[Tensor, Tensor]:
+        """Output of a layer, and its attention probabilities (H, T, T)."""
+        kwargs = dict(recorded.kwargs[number])
+        mask = kwargs["attention_mask"].clone()
+        kwargs["attention_mask"] = mask.masked_fill(~alive, torch.finfo(mask.dtype).min)
+        if shift.any():
+            positions = kwargs["position_ids"] - shift
+            kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)
+        weights = []
+        layer = text.layers[number]
+        handle = layer.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
+        output = layer(hidden, **kwargs)
+        handle.remove()
+        return output, weights[0][0]
+
+    if spec.kept is not None:
+        for image, chosen in enumerate(spec.kept):
+            remove(image, chosen, spec.renumber)
+        history.append([i.clone() for i in index])
+    probabilities: dict[int, Tensor] = {}
+    for number in range(len(text.layers)):
+        probabilities[number] = step(number)[1]
+        for drop in spec.drops:
+            if drop.layer != number:
+                continue
+            row = probabilities[drop.scored].mean(0)[prompt - 1]
+            for image, count in enumerate(drop.counts):
+                chosen = row[columns[image]].topk(count).indices.sort().values
+                remove(image, chosen, drop.renumber)
+            history.append([i.clone() for i in index])
+        hidden = step(number)[0] + recorded.added(number)
+    return text.norm(hidden)[0], history

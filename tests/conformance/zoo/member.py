@@ -1,0 +1,134 @@
+"""A member of the zoo: how to build a tiny model of a family and prompts for it."""
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+MEMBERS: dict[str, type["Member"]] = {}
+
+
+class Member:
+    """Base of all members; a subclass gives at least `name` and `config`.
+
+    Prompts carry image features that were made by hand (`mm_encoder_outputs`), which tests the
+    language side without pixels; `pixels` gives the same prompt with what the encoder eats.
+    """
+
+    name: ClassVar[str]
+    visual: ClassVar[int] = 16  # tokens of an image
+    stacked: ClassVar[bool] = False  # features in one tensor instead of a list
+    vocabulary: ClassVar[int] = 96
+    image_id: ClassVar[int] = 90
+    kind: ClassVar[Any] = AutoModelForImageTextToText
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            MEMBERS[cls.name] = cls
+
+    def config(self) -> Any:
+        """A tiny config of the family."""
+        raise NotImplementedError
+
+    def build(self, attention: str = "sdpa") -> Any:
+        """The model, always with the same weights, with attention that is peaked."""
+        torch.manual_seed(0)
+        model = self.kind.from_config(self.config(), attn_implementation=attention).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "language_model" in name or "text_model" in name or "lm_head" in name:
+                    if parameter.dim() > 1:
+                        parameter.copy_(torch.randn_like(parameter) * 0.15)
+                    elif parameter.dim() == 1 and "norm" in name:
+                        parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.generation_config.pad_token_id = 0
+        model.generation_config.eos_token_id = None
+        return model
+
+    # -- prompts
+
+    def inputs(self, rows: list[list[int]], seed: int = 0) -> dict[str, Any]:
+        """A left-padded batch: for each row lengths of text pieces, with an image between two."""
+        generator = torch.Generator().manual_seed(seed)
+        sequences, images = [], 0
+        for pieces in rows:
+            ids: list[int] = []
+            for number, length in enumerate(pieces):
+                if number:
+                    ids += self.image_ids()
+                    images += 1
+                ids += torch.randint(3, 80, (length,), generator=generator).tolist()
+            sequences.append(ids)
+        width = max(map(len, sequences))
+        ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences])
+        mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
+        inputs = {"input_ids": ids, "attention_mask": mask, **self.extras(ids, images)}
+        if images:
+            width = self.config().get_text_config().hidden_size
+            features = torch.randn(images, self.visual, width, generator=generator)
+            inputs["mm_encoder_outputs"] = {"image": self.output(features)}
+        return inputs
+
+    def image_ids(self) -> list[int]:
+        """Token ids of one image in a prompt."""
+        return [self.image_id] * self.visual
+
+    def extras(self, ids: torch.Tensor, images: int) -> dict[str, Any]:
+        """Other arguments that a forward needs, such as grids."""
+        return {}
+
+    def output(self, features: torch.Tensor) -> Any:
+        """(images, V, D) features in the container that the family's encoder returns."""
+        pooled = features if self.stacked else list(features)
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+
+    def row(self, inputs: dict[str, Any], row: int) -> dict[str, Any]:
+        """One row of a batch, alone and without padding."""
+        keep = inputs["attention_mask"][row].bool()
+        ids = inputs["input_ids"][row][keep][None]
+        counts = (inputs["input_ids"] == self.image_id).sum(1) // self.visual
+        images = int(counts[row])
+        alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        alone |= self.extras(ids, images)
+        if images:
+            first = int(counts[:row].sum())
+            features = self.stack(inputs)[first : first + images]
+            alone["mm_encoder_outputs"] = {"image": self.output(features)}
+        return alone
+
+    def continued(self, inputs: dict[str, Any], more: torch.Tensor) -> dict[str, Any]:
+        """The inputs of a forward over a prompt and (B, N) tokens behind it."""
+        ids = torch.cat((inputs["input_ids"], more), 1)
+        images = int((ids == self.image_id).sum()) // self.visual
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        whole |= self.extras(ids, images)
+        if images:
+            whole["mm_encoder_outputs"] = {"image": self.output(self.stack(inputs))}
+        return whole
+
+    def stack(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """(images, V, D) features of a batch."""
+        pooled = inputs["mm_encoder_outputs"]["image"].pooler_output
+        return pooled if isinstance(pooled, torch.Tensor) else torch.stack(list(pooled))
+
+    def pixels(self, images: int, seed: int = 0) -> dict[str, Any] | None:
+        """What the encoder eats for some images, or `None` where pixels are tested elsewhere."""
+        return None
+
+    # -- what the oracle asks
+
+    def text(self, model: Any) -> Any:
+        """The text model."""
+        return model.model.language_model
+
+    def rotary(self, text: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: int) -> Any:
+        """(cos, sin) of a layer for (1, T) positions."""
+        return text.rotary_emb(hidden, position_ids=positions)
+
+
+def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A copy of inputs; encoder outputs are copied too, since models may change them."""
+    return copy.deepcopy(inputs)

@@ -33,6 +33,7 @@ class _Local(threading.local):
 
     encoding: Encoding | None = None
     collected: list[Encoding] | None = None  # finished passes, while somebody collects them
+    as_tuple: bool = False  # the caller wants a tuple
     record: Record | None = None
 
 
@@ -59,7 +60,7 @@ class VisionPart(Part):
         self._last: Record | None = None
 
     @property
-    def root(self) -> nn.Module:
+    def root(self) -> Any:
         """The encoder."""
         return self.encoder.tower
 
@@ -117,9 +118,8 @@ class VisionPart(Part):
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         pixels = args[0] if args else kwargs.get("pixel_values")
         self._local.encoding = Encoding(self.family, self.encoder, pixels)
-        if kwargs.get("return_dict", True):
-            return None
-        return args, {**kwargs, "return_dict": True}
+        self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
+        return (args, {**kwargs, "return_dict": True}) if self._local.as_tuple else None
 
     def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         encoding, self._local.encoding = self._local.encoding, None
@@ -129,7 +129,8 @@ class VisionPart(Part):
         if self._local.collected is not None:
             self._local.collected.append(encoding)
         self._local.record = self._last = self._describe(encoding)
-        return encoding.leave(output)
+        output = encoding.leave(output)
+        return output.to_tuple() if self._local.as_tuple else output
 
     # -- around a layer
 

@@ -205,6 +205,23 @@ def test_per_request_budgets_reach_their_rows(any_llava):
                 assert torch.equal(together[row, -4:], alone[0, -4:])
 
 
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_equal_prompts_with_unequal_budgets(any_llava, implementation):
+    """Without logical padding there is no mask to translate, yet rows end up ragged."""
+    inputs = prompts([[5, 7], [4, 8]])
+    options = {
+        "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "output_logits": True,
+        "return_dict_in_generate": True, "cache_implementation": implementation,
+    }  # fmt: skip
+    with foveate.use(any_llava, FastV(layer=2, keep=foveate.per_request([0.5, 3]))):
+        together = any_llava.generate(**inputs, **options)
+    for row, keep in enumerate((0.5, 3)):
+        with foveate.use(any_llava, FastV(layer=2, keep=keep)):
+            alone = any_llava.generate(**row_of(inputs, row), **options)
+        for got, want in zip(together.logits, alone.logits, strict=True):
+            torch.testing.assert_close(got[row], want[0], rtol=0, atol=TOLERANCE)
+
+
 def test_merging_inside_the_language_model_averages_states(llava):
     """A merged token's state at the step is the mean of its sources."""
     inputs = prompts([[5, 7]])

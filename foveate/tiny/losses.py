@@ -1,0 +1,207 @@
+"""What the tiny VLM is trained on: answers, and for the vision tower what every patch shows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from foveate.tiny import packed
+from foveate.tiny.build import EOS, PATCH, SIZE
+from foveate.tiny.data import GROUPS, IGNORE, WORD_ID, Batch, normalise
+from foveate.tiny.words import COLOURS, KINDS, PLACES, SHAPES
+
+_SIDE = SIZE // PATCH
+_SHARPNESS = 14.0  # cosine similarities are multiplied by this before the softmax
+_EOS_WEIGHT = 0.1
+
+
+class Probes(nn.Module):
+    """Linear read-outs of the vision tower, used in training only and not shipped.
+
+    Args:
+        width: hidden size of the vision tower.
+        present: number of labels the class token predicts.
+    """
+
+    def __init__(self, width: int, present: int = 27) -> None:
+        super().__init__()
+        self.kind = nn.Linear(width, 2 + len(SHAPES))
+        self.tens = nn.Linear(width, 11)
+        self.units = nn.Linear(width, 10)
+        self.colour = nn.Linear(width, len(COLOURS))
+        self.row = nn.Linear(width, _SIDE)
+        self.column = nn.Linear(width, _SIDE)
+        self.present = nn.Linear(width, present)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What came out of the vision tower for a batch.
+
+    Args:
+        visual: (B, V, D) projected visual tokens.
+        states: (B, 1 + V, D) states of the tower's last layer but one.
+        summary: (B, D) class token after the last layer.
+    """
+
+    visual: Tensor
+    states: Tensor
+    summary: Tensor
+
+
+def look(model: LlavaForConditionalGeneration, batch: Batch) -> Seen:
+    """Run the vision tower and the projector over a batch."""
+    states, summary = packed.see(model.model.vision_tower, normalise(batch.pixels))
+    return Seen(packed.project(model, states), states, summary)
+
+
+def _digits(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tens (10 where there are none) and units of every kind; shapes are ignored."""
+    tens, units = [], []
+    for kind in KINDS:
+        number = kind not in SHAPES
+        tens.append(int(kind[0]) if number and len(kind) == 2 else 10 if number else IGNORE)
+        units.append(int(kind[-1]) if number else IGNORE)
+    return torch.tensor(tens, device=device), torch.tensor(units, device=device)
+
+
+def vision_loss(
+    model: LlavaForConditionalGeneration, probes: Probes, seen: Seen, batch: Batch
+) -> tuple[Tensor, dict[str, float]]:
+    """Dense losses: kind, digits, colour, row and column of patches; words; picture contents.
+
+    Args:
+        model: the tiny VLM.
+        probes: linear read-outs.
+        seen: its view of the batch.
+        batch: the batch.
+
+    Returns:
+        The loss, and the accuracy of kinds and colours on object patches for the log.
+    """
+    kinds, colours = batch.kinds.flatten(), batch.colours.flatten()
+    states = seen.states[:, 1:].flatten(0, 1)
+    on = colours != IGNORE
+    coarse = torch.where(kinds < 0, kinds + 1, kinds.clamp(max=len(SHAPES)) + 1)
+    coarse = torch.where(kinds == IGNORE, IGNORE, coarse)
+    shown, kind, colour = states[on], kinds[on], colours[on]
+    kind_logits = probes.kind(states)
+    tens, units = _digits(kinds.device)
+    cell = torch.arange(_SIDE, device=kinds.device).repeat_interleave(_SIDE)
+    rows = cell.repeat(len(seen.states))
+    columns = cell.view(_SIDE, _SIDE).T.flatten().repeat(len(seen.states))
+    colour_logits = probes.colour(shown)
+    terms = [
+        F.cross_entropy(kind_logits.float(), coarse, ignore_index=IGNORE),
+        0.5 * F.cross_entropy(kind_logits[on].float(), coarse[on]),
+        0.5 * F.cross_entropy(probes.tens(shown).float(), tens[kind], ignore_index=IGNORE),
+        0.5 * F.cross_entropy(probes.units(shown).float(), units[kind], ignore_index=IGNORE),
+        0.5 * F.cross_entropy(colour_logits.float(), colour),
+        0.3 * F.cross_entropy(probes.row(states).float(), rows),
+        0.3 * F.cross_entropy(probes.column(states).float(), columns),
+        F.binary_cross_entropy_with_logits(probes.present(seen.summary).float(), batch.present),
+        _word_loss(model, seen.visual.flatten(0, 1), kinds, colours, rows, columns),
+    ]
+    with torch.no_grad():
+        number = kind >= len(SHAPES)
+        both = (probes.tens(shown).argmax(-1) == tens[kind]) & (
+            probes.units(shown).argmax(-1) == units[kind]
+        )
+        stats = {
+            "patch_kind": (kind_logits[on].argmax(-1) == coarse[on]).float().mean().item(),
+            "patch_number": both[number].float().mean().item(),
+            "patch_colour": (colour_logits.argmax(-1) == colour).float().mean().item(),
+        }
+    return torch.stack(terms).sum(), stats
+
+
+def _word_loss(
+    model: LlavaForConditionalGeneration,
+    visual: Tensor,
+    kinds: Tensor,
+    colours: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Pull visual tokens towards the words for their kind, their colour and their place."""
+    words: Any = model.get_input_embeddings()
+    table = F.normalize(words.weight.float(), dim=-1)
+    visual = F.normalize(visual.float(), dim=-1)
+    on = colours != IGNORE
+    places = (3 * rows // _SIDE) * 3 + 3 * columns // _SIDE
+
+    def loss(tokens: Tensor, names: tuple[str, ...], target: Tensor) -> Tensor:
+        chosen = table[[WORD_ID[name] for name in names]]
+        return F.cross_entropy(_SHARPNESS * tokens @ chosen.T, target)
+
+    return (
+        loss(visual[on], KINDS, kinds[on])
+        + loss(visual[on], tuple(COLOURS), colours[on])
+        + 0.3 * loss(visual, PLACES, places)
+    )
+
+
+def choose(batch: Batch, keep: int | None) -> Tensor:
+    """Choose visual tokens for the curriculum: everything that shows an object, then others.
+
+    Args:
+        batch: the batch.
+        keep: tokens per image; None keeps all.
+
+    Returns:
+        (B, K) ascending patch indices.
+    """
+    ink = batch.ink
+    if keep is None:
+        return torch.arange(ink.shape[1]).expand(len(ink), -1)
+    order = (ink > 0).float() + torch.rand(ink.shape)
+    return order.topk(keep, 1).indices.sort(1).values
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration,
+    seen: Seen,
+    batch: Batch,
+    keep: int | None = None,
+    skip: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Answer every question of a batch.
+
+    Args:
+        model: the tiny VLM.
+        seen: its view of the batch.
+        batch: the batch.
+        keep: visual tokens per image; None keeps all.
+        skip: layers of the language model to leave out at the bottom.
+
+    Returns:
+        (B, S * C, vocabulary) logits, and the attention that early layers pay to the picture.
+    """
+    index = choose(batch, keep)
+    visual = seen.visual.gather(1, index[..., None].expand(-1, -1, seen.visual.shape[-1]))
+    start = 1 + batch.ink.shape[1]
+    return packed.read(model, visual, index + 1, batch.words, start, skip)
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross entropy of the answers, and with a small weight of the end after them."""
+    labels = batch.labels.flatten()
+    asked = labels != IGNORE
+    target = labels[asked]
+    losses = F.cross_entropy(logits.flatten(0, 1)[asked].float(), target, reduction="none")
+    weights = torch.where(target == EOS, _EOS_WEIGHT, 1.0)
+    return (losses * weights).sum() / weights.sum()
+
+
+def tally(logits: Tensor, batch: Batch) -> Tensor:
+    """Count right answers and questions of every group: (2, groups)."""
+    groups, labels = batch.groups.flatten(), batch.labels.flatten()
+    asked = groups >= 0
+    right = (logits.flatten(0, 1)[asked].argmax(-1) == labels[asked]).long()
+    total = torch.zeros(2, len(GROUPS), dtype=torch.long)
+    total[0].index_add_(0, groups[asked], right)
+    total[1].index_add_(0, groups[asked], torch.ones_like(right))
+    return total

@@ -1,0 +1,195 @@
+"""Procedural scenes: small coloured shapes and numbers at random places on a busy background.
+
+A scene knows what it shows and where, so every question about it comes with its answer and with
+the pixel boxes that hold the evidence.
+"""
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from foveate.tiny.questions import PER_KIND, Question, ask
+from foveate.tiny.shapes import object_mask
+from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES
+
+Box = tuple[int, int, int, int]
+
+_GAP = 4  # free pixels between any two objects, and around the canvas
+_TRIES = 40  # attempts to find room for one object
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One drawn object.
+
+    Args:
+        kind: a shape name, a digit or a two-digit number (`foveate.tiny.words.KINDS`).
+        colour: a colour name.
+        box: left, top, right, bottom in pixels; right and bottom are exclusive.
+    """
+
+    kind: str
+    colour: str
+    box: Box
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Middle of the box, in pixels."""
+        left, top, right, bottom = self.box
+        return (left + right) / 2, (top + bottom) / 2
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A drawn picture together with everything that is true about it.
+
+    Args:
+        seed: the seed it was drawn from.
+        image: the RGB picture.
+        objects: what is on it, in drawing order; objects never overlap.
+        questions: questions with unambiguous answers.
+        owner: (height, width) int8 array; which object a pixel shows, or -1 for background.
+    """
+
+    seed: int
+    image: Image.Image = field(repr=False)
+    objects: tuple[SceneObject, ...]
+    questions: tuple[Question, ...] = field(repr=False)
+    owner: np.ndarray = field(repr=False, compare=False)
+
+
+def draw_scene(
+    seed: int,
+    *,
+    objects: tuple[int, int] = (6, 14),
+    size: int = 128,
+    background: Literal["texture"] | Image.Image = "texture",
+    per_kind: int = PER_KIND,
+) -> Scene:
+    """Draw a scene; the same arguments always give the same scene.
+
+    Args:
+        seed: any integer.
+        objects: fewest and most objects. A crowded canvas may end up with fewer than drawn.
+        size: edge of the square canvas in pixels.
+        background: `"texture"`, or a photo, of which a random square is cut, dimmed and used.
+        per_kind: most questions of one kind.
+
+    Returns:
+        The picture, its objects and its questions.
+
+    Raises:
+        ValueError: if `objects` is not an increasing pair of positive numbers.
+    """
+    low, high = objects
+    if not 1 <= low <= high:
+        raise ValueError(f"objects must be (fewest, most) with 1 <= fewest <= most, got {objects}")
+    rng = Random(seed)
+    noise = np.random.default_rng(seed % 2**63)
+    if isinstance(background, Image.Image):
+        canvas = _photo(background, size, rng, noise)
+    else:
+        canvas = _texture(size, noise)
+    owner = np.full((size, size), -1, np.int8)
+    placed: list[SceneObject] = []
+    for kind, colour, font in _cast(rng, rng.randint(low, high)):
+        mask = object_mask(kind, font)
+        corner = _find_room(rng, mask.size, placed, size)
+        if corner is not None:
+            placed.append(_paint(canvas, owner, len(placed), kind, colour, mask, corner, rng))
+    image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB")
+    return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind), owner)
+
+
+def _cast(rng: Random, count: int) -> list[tuple[str, str, int]]:
+    """Choose kind, colour and size of every object; sometimes one colour dominates."""
+    colours = list(COLOURS)
+    chosen = [rng.choice(colours) for _ in range(count)]
+    if rng.random() < 0.6:
+        favourite = rng.choice(colours)
+        for i in rng.sample(range(count), min(count, rng.randint(2, 6))):
+            chosen[i] = favourite
+    cast = []
+    for colour in chosen:
+        group = rng.choices((SHAPES, DIGITS, NUMBERS), (50, 15, 35))[0]
+        font = rng.randint(11, 16) if group is SHAPES else rng.randint(16, 20)
+        cast.append((rng.choice(group), colour, font))
+    return cast
+
+
+def _find_room(
+    rng: Random, extent: tuple[int, int], placed: list[SceneObject], size: int
+) -> tuple[int, int] | None:
+    """Find a free corner; half of the time try beside an earlier object, to allow relations."""
+    width, height = extent
+    for _ in range(_TRIES):
+        if placed and rng.random() < 0.5:
+            dx, dy = rng.choice(list(RELATIONS.values()))
+            x, y = rng.choice(placed).centre
+            reach, slip = rng.randint(18, 36), rng.randint(-4, 4)
+            left = round(x + dx * reach + dy * slip - width / 2)
+            top = round(y + dy * reach + dx * slip - height / 2)
+        else:
+            left = rng.randint(_GAP, size - _GAP - width)
+            top = rng.randint(_GAP, size - _GAP - height)
+        box = (left, top, left + width, top + height)
+        inside = min(left, top) >= _GAP and max(box) <= size - _GAP
+        if inside and not any(_touch(box, other.box) for other in placed):
+            return left, top
+    return None
+
+
+def _touch(a: Box, b: Box) -> bool:
+    apart_x = a[2] + _GAP <= b[0] or b[2] + _GAP <= a[0]
+    apart_y = a[3] + _GAP <= b[1] or b[3] + _GAP <= a[1]
+    return not (apart_x or apart_y)
+
+
+def _paint(
+    canvas: np.ndarray,
+    owner: np.ndarray,
+    index: int,
+    kind: str,
+    colour: str,
+    mask: Image.Image,
+    corner: tuple[int, int],
+    rng: Random,
+) -> SceneObject:
+    """Blend one object into the canvas and return its record with the box of all its ink."""
+    left, top = corner
+    width, height = mask.size
+    window = np.s_[top : top + height, left : left + width]
+    alpha = np.asarray(mask, np.float32)
+    ink = np.array([c + rng.randint(-12, 12) for c in COLOURS[colour]], np.float32)
+    canvas[window] += (ink - canvas[window]) * (alpha / 255)[..., None]
+    owner[window][alpha >= 128] = index
+    x0, y0, x1, y1 = mask.getbbox() or (0, 0, width, height)
+    return SceneObject(kind, colour, (left + x0, top + y0, left + x1, top + y1))
+
+
+def _texture(size: int, noise: np.random.Generator) -> np.ndarray:
+    """Smooth random colours plus grain, dark enough for every object colour to stand out."""
+    cells = int(noise.integers(2, 8))
+    base = noise.uniform(10, 70)
+    coarse = (
+        base + noise.uniform(0, 60, (cells, cells, 1)) + noise.uniform(-15, 15, (cells, cells, 3))
+    )
+    small = Image.fromarray(coarse.clip(0, 255).astype(np.uint8), "RGB")
+    smooth = np.asarray(small.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+    return smooth + noise.normal(0, noise.uniform(1, 9), (size, size, 3)).astype(np.float32)
+
+
+def _photo(photo: Image.Image, size: int, rng: Random, noise: np.random.Generator) -> np.ndarray:
+    """Cut a random square out of a photo, sometimes mirrored, and dim it."""
+    edge = round(min(photo.size) * rng.uniform(0.5, 1.0))
+    left, top = rng.randint(0, photo.width - edge), rng.randint(0, photo.height - edge)
+    cut = photo.convert("RGB").resize((size, size), box=(left, top, left + edge, top + edge))
+    pixels = np.asarray(cut, np.float32)
+    if rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return pixels * np.float32(rng.uniform(0.3, 0.5)) + noise.normal(0, 2, pixels.shape).astype(
+        np.float32
+    )

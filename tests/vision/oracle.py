@@ -90,7 +90,8 @@ class Full:
             due = [step for step in steps if step.layer == number]
             for step in due:
                 if isinstance(step, Drop) and step.listed is not None:
-                    self.keep([self.special + i for i in step.listed], number)
+                    wanted = {self.special + i for i in step.listed}
+                    self.keep([g for g, row in enumerate(self.stands) if row in wanted], number)
             weights, keys, output = self.attend(layer)
             if hasattr(layer, "layer_scale1"):
                 output = output * layer.layer_scale1.lambda1
@@ -99,11 +100,10 @@ class Full:
                 if isinstance(step, Merge):
                     self.merge(keys.mean(1), step, number)
                 elif step.listed is None:
-                    row = weights.mean(0)[0, self.special :].masked_fill(
-                        ~self.alive[self.special :], -1
-                    )
-                    chosen = row.topk(step.count).indices.sort().values + self.special
-                    self.keep(chosen.tolist(), number)
+                    row = weights.mean(0)[0]
+                    scores = torch.stack([row[rows].sum() for rows in self.groups])
+                    chosen = scores[self.special :].topk(step.count).indices.sort().values
+                    self.keep((chosen + self.special).tolist(), number)
             fed = layer.mlp(getattr(layer, self.names[2])(self.x))
             if hasattr(layer, "layer_scale2"):
                 fed = fed * layer.layer_scale2.lambda1
@@ -122,14 +122,18 @@ class Full:
         mean = self.x[patches].mean(0)
         return torch.where(self.alive[:, None], self.x, mean)
 
-    def keep(self, rows, number):
-        """Drop all patches but some."""
-        self.alive[self.special :] = False
-        self.alive[rows] = True
-        self.note(rows, number)
+    def keep(self, chosen, number):
+        """Drop all groups of patches but some."""
+        chosen = [*range(self.special), *chosen]
+        self.groups = [self.groups[i] for i in chosen]
+        self.stands = [self.stands[i] for i in chosen]
+        self.alive[:] = False
+        self.alive[[row for rows in self.groups for row in rows]] = True
+        self.note(number)
 
-    def note(self, rows, number):
-        self.kept[f"vision:{number}"] = torch.tensor(sorted(rows)) - self.special
+    def note(self, number):
+        rows = sorted(self.stands[self.special :])
+        self.kept[f"vision:{number}"] = torch.tensor(rows) - self.special
 
     def merge(self, keys, step, number):
         """Merge the r most similar pairs of even and odd groups."""
@@ -170,7 +174,7 @@ class Full:
             self.x[rows] = self.x[rows].mean(0)
         self.groups = [members[i] for i in order]
         self.stands = [self.stands[i] for i in order]
-        self.note([row for row in self.stands if row >= self.special], number)
+        self.note(number)
 
 
 @torch.no_grad()

@@ -51,6 +51,18 @@ CASES = {
     "cls-drop-3": (
         ClsDrop(layers=(0, 2, 3), keep=(20, 12, 5)), [Drop(0, 20), Drop(2, 12), Drop(3, 5)], True,
     ),
+    "merge-then-drop": (
+        [ToMe(r=(6, 6)), ClsDrop(layers=(2,), keep=9)], [*merges(6, 6), Drop(2, 9)], True,
+    ),
+    "drop-then-merge": (
+        [ClsDrop(layers=(0,), keep=20), ToMe(r=(0, 4, 3))],
+        [Drop(0, 20), *merges(0, 4, 3)], True,
+    ),
+    "drop-before-merge": (
+        [Listed(layer=1, keep=20), ToMe(r=(0, 4, 3))],
+        [Drop(1, listed=[i for i in range(36) if i % 3 == 0 or (i % 3 == 1 and i < 24)]),
+         *merges(0, 4, 3)], False,
+    ),
     "before": (Listed(layer=2), [Drop(2, listed=list(range(0, 36, 3)))], False),
     "before-0": (Listed(layer=0), [Drop(0, listed=list(range(0, 36, 3)))], False),
 }  # fmt: skip
@@ -170,7 +182,7 @@ def pooled(name, model, full):
     return model.classifier(rows[0])
 
 
-@pytest.mark.parametrize("case", ["tome", "tome-keep", "cls-drop-3", "before"])
+@pytest.mark.parametrize("case", ["tome", "tome-keep", "cls-drop-3", "merge-then-drop", "before"])
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_see_what_is_left_weighted_by_sizes(name, case):
     model, inputs = build(HEADS, name), images()

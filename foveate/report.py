@@ -248,8 +248,9 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
 
 
 def describe(method: Mapping[str, Any]) -> str:
-    """A method of a report in one line: `pyramiddrop (layers=None, keep=[0.5, 0.25])`."""
-    fields = ", ".join(f"{key}={value}" for key, value in method.items() if key != "method")
+    """A method of a report in one line: `pyramiddrop (keep=[0.5, 0.25])`."""
+    shown = {key: value for key, value in method.items() if key != "method" and value is not None}
+    fields = ", ".join(f"{key}={value}" for key, value in shown.items())
     return f"{method['method']} ({fields})"
 
 

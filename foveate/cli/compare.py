@@ -82,17 +82,17 @@ def add_costs(table: Table, report: Report, ttft: dict[str, Timing]) -> None:
     total = _visual(report, report["prompt_tokens"])
     for name, first in layer_ranges([layer["tokens"] for layer in report["layers"]]):
         now = sum(report["layers"][first]["visual_tokens"])
-        label = f"visual tokens in layer{'s' if '-' in name else ''} {name}"
+        label = f"visual tokens, layer{'s' if '-' in name else ''} {name}"
         table.add_row(label, str(total), str(now), _share(now, total))
     table.add_section()
     work, memory = report["flops"], report["kv_bytes"]
     for label, before, after in (
         ("prefill with vision", work["before"], work["after"]),
-        ("  language model only", work["before"] - work["vision"], work["after"] - work["vision"]),
+        ("  language model", work["before"] - work["vision"], work["after"] - work["vision"]),
     ):
         table.add_row(label, human_flops(before), human_flops(after, before), _share(after, before))
     table.add_row(
-        f"KV cache after prefill, {report['dtype']}",
+        f"KV cache, {report['dtype']}",
         human_bytes(memory["before"]),
         human_bytes(memory["after"], memory["before"]),
         _share(memory["after"], memory["before"]),
@@ -102,12 +102,12 @@ def add_costs(table: Table, report: Report, ttft: dict[str, Timing]) -> None:
     table.add_row("time to first token, median", *cells, _share(medians[1], medians[0]))
     spreads = ["{:.1f} to {:.1f} ms".format(*timing.spread_ms) for timing in ttft.values()]
     repeats = len(next(iter(ttft.values())).runs_ms)
-    table.add_row(f"  10th to 90th percentile of {repeats}", *spreads, "")
+    table.add_row(f"  p10 to p90 of {repeats}", *spreads, "")
 
 
 def _three_columns(name: str) -> Table:
     table = Table("", box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
-    for heading in (ALL, name, f"{name} / all"):
+    for heading in (ALL, name, "ratio"):
         table.add_column(heading, justify="right", overflow="fold")
     return table
 

@@ -28,14 +28,14 @@ class Encoded:
     Args:
         lengths: visual tokens of each image.
         grids: token grid of each image.
-        class_attention: layer -> (images, H, V).
+        class_attention: layer -> (H, V) of each image.
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
     """
 
     lengths: list[int]
     grids: list[Grid]
-    class_attention: dict[int, Tensor]
+    class_attention: Mapping[int, Sequence[Tensor]]
     pixels: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -199,8 +199,8 @@ def _class_attention(
     encoded: Encoded, source: Sequence[int], part: Group, layers: tuple[int, ...]
 ) -> Tensor:
     """(G, L, H, V) class-token attention of a group, at the tokens alive."""
-    images = [source[image] for image in part.images]
-    rows = torch.stack([encoded.class_attention[layer][images] for layer in layers], dim=1)
+    images = [[encoded.class_attention[layer][source[i]] for layer in layers] for i in part.images]
+    rows = torch.stack([torch.stack(image) for image in images])
     index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
     return rows.gather(3, index.to(rows.device))
 

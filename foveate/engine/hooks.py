@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,10 +23,10 @@ from foveate.engine.cache import PrunedLayer, check_cache
 from foveate.engine.encoding import Encoding
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.plan import Plan
+from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart, survivors
-from foveate.errors import BudgetError, InputError
+from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals.cls_attention import ClassAttention
@@ -45,6 +45,7 @@ class _Local(threading.local):
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
+    awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
 
 
@@ -85,7 +86,7 @@ class Hooks:
         try:
             return original(*args, **kwargs)
         finally:
-            self._local.requests, self._local.trailing = None, 0
+            self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
 
     def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the model with its head: see how many tokens behind the prompt are drafts.
@@ -107,6 +108,7 @@ class Hooks:
         local = self._local
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
+        self._check_encoding(modality)
         local.encoding = True
         try:
             with ExitStack() as stack:
@@ -114,6 +116,8 @@ class Hooks:
                 rows = {} if attention is None else stack.enter_context(attention.collect())
                 passes = [] if vision is None else stack.enter_context(vision.collect())
                 output = original(*args, **kwargs)
+            if attention is not None and len(rows) < len(attention.layers):
+                raise self._unmapped(modality)
         finally:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
@@ -125,6 +129,7 @@ class Hooks:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
+        local.awaited = not local.inside and local.requests is not None
         return output
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
@@ -141,8 +146,13 @@ class Hooks:
             return None
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
+            if local.awaited:
+                raise InputError(
+                    "the images that generate has encoded did not reach the model: chunked prefill "
+                    "of the installed transformers loses them; use prefill_chunk_size=None"
+                )
             return None
-        changed = False
+        local.awaited = changed = False
         for modality in [m for m in given if m in local.visual]:
             if features.is_slice(given[modality]):
                 self._check_slice()
@@ -224,8 +234,29 @@ class Hooks:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
+        attention = {
+            layer: self._class_attention(modality, lengths, row, arguments)
+            for layer, row in rows.items()
+        }
         kept = survivors(passes, lengths)
-        features.tag(output, features.Encoded(lengths, grids, rows, pixels, kept))
+        features.tag(output, features.Encoded(lengths, grids, attention, pixels, kept))
+
+    def _class_attention(
+        self, modality: str, lengths: Sequence[int], rows: Tensor, arguments: Kwargs
+    ) -> Sequence[Tensor]:
+        """(H, V) of each image; refuse what would rank the wrong tokens."""
+        images = self.family.class_attention(modality, rows, arguments)
+        if [row.shape[-1] for row in images] != list(lengths):
+            raise self._unmapped(modality)
+        return images
+
+    def _unmapped(self, modality: str) -> UnsupportedModelError:
+        names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
+        return UnsupportedModelError(
+            f"{names} ranks visual tokens by class-token attention, which cannot be told for the "
+            f"{modality} tokens of this {self.family.model_type}; methods that work here: "
+            f"{', '.join(working_methods(self.family, class_token=False))}"
+        )
 
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
@@ -327,6 +358,19 @@ class Hooks:
                     "give one for each row, "
                     "also for rows without an image"
                 )
+
+    def _check_encoding(self, modality: str) -> None:
+        """Refuse features whose place in the prompt is not known."""
+        local = self._local
+        if not local.inside or (
+            modality in (local.visual or {}) and modality not in (local.encoded or {})
+        ):
+            return
+        raise InputError(
+            f"{self.family.model_type} encodes {modality}s for which the prompt has no {modality} "
+            f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
+            "encodes videos as images cannot be served with videos: run them without a session"
+        )
 
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.per_request:

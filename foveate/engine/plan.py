@@ -162,7 +162,7 @@ def _check_stage(family: Family, planned: PlannedStep) -> None:
             f"{method.slug} acts inside the encoder, where all images are reduced together; "
             "give one keep for all instead of per_request"
         )
-    kernel = encoder.tower.config._attn_implementation
+    kernel = encoder.tower.config._attn_implementation or "eager"
     if planned.step.proportional and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"proportional attention of {method.slug} adds a bias to the scores, which "
@@ -264,10 +264,15 @@ def why_not(family: Family, name: str) -> str | None:
     return None
 
 
-def working_methods(family: Family) -> list[str]:
-    """Registered methods that need no stage and no signal the model lacks."""
+def working_methods(family: Family, *, class_token: bool = True) -> list[str]:
+    """Registered methods that need no stage and no signal the model lacks.
+
+    Args:
+        family: the model.
+        class_token: whether the encoder's class token, if there is one, may be read.
+    """
     encoder = family.encoder
-    reads_class_token = encoder is not None and encoder.class_token
+    reads_class_token = class_token and encoder is not None and encoder.class_token
     stages = set(STAGES if family.text_layers else STAGES[:1])
     if encoder is None or encoder.block is None:
         stages.discard("vision")

@@ -24,11 +24,13 @@ class Encoder:
 
     Args:
         layers: its transformer layers.
-        attention: the attention module of a layer, with `q_proj` and `k_proj`.
+        attention: the attention module of a layer.
         heads: attention heads.
         class_token: whether row 0 is a class token.
+        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
-        block: how a layer is made; needed to act inside the encoder.
+        block: how a layer is made; needed to act inside the encoder, and only given where the
+            visual tokens are the patches, one for one.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
     """
@@ -37,6 +39,7 @@ class Encoder:
     attention: Callable[[Any], Any]
     heads: int
     class_token: bool
+    projections: tuple[str, str] = ("q_proj", "k_proj")
     tower: Any = None
     block: Block | None = None
     extra: int = 0
@@ -73,11 +76,13 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    patches_are_tokens: ClassVar[bool] = False
+    """Whether visual tokens are the encoder's patches, one for one, in images and videos."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.config = model.config
-        self.base = self._child(model, "model") if hasattr(model, "lm_head") else model
+        self.base: Any = self._child(model, "model") if hasattr(model, "lm_head") else model
         self.text: Any = self._child(self.base, self.text_path)
         self.layers: Sequence[nn.Module] = self._child(self.text, "layers")
 
@@ -161,14 +166,26 @@ class Family:
 
     @property
     def feature_layer(self) -> int:
-        """0-based encoder layer whose output the language model sees.
+        """0-based encoder layer whose output the language model sees; of several, the deepest.
 
         It is the one behind `hidden_states[vision_feature_layer]`, whose entry 0 is the embedding.
         """
-        layer = getattr(self.config, "vision_feature_layer", -1)
-        if not isinstance(layer, int):
-            layer = layer[-1]
-        return layer - 1 if layer >= 0 else self.vision_layers + layer
+        given = getattr(self.config, "vision_feature_layer", -1)
+        layers = [given] if isinstance(given, int) else given
+        return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
+
+    def class_attention(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """(H, V) attention of the class token to the visual tokens of each image.
+
+        Args:
+            modality: `image` or `video`.
+            rows: (N, H, P) class-token attention to the P patches of all N pictures, tiles or
+                frames that went through the encoder.
+            arguments: what the features were made from.
+        """
+        return list(rows)
 
     def _child(self, parent: nn.Module, path: str) -> Any:
         child: Any = parent

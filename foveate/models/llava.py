@@ -1,21 +1,43 @@
-"""LLaVA-1.5: a CLIP or SigLIP tower on a fixed grid, an MLP projector, a Llama or Qwen2 model."""
+"""LLaVA-1.5 and VipLLaVA: a tower on a fixed grid, or Pixtral's; an MLP projector, a decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from foveate.models.family import Encoder, Family, register_family
-from foveate.models.plain import tower_encoder
+from foveate.models.towers import tower
 
 
-@register_family("llava")
+@register_family("llava", "vipllava")
 class Llava(Family):
-    """`LlavaForConditionalGeneration` and `LlavaModel`; methods look inside their towers."""
+    """`LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration` and their base models."""
+
+    patches_are_tokens = True
 
     @property
     def encoder(self) -> Encoder | None:
-        """The tower, where its patches are the visual tokens: the class token must not be one."""
-        encoder = tower_encoder(self._child(self.base, "vision_tower"))
+        """The tower; its class token, if it has one, must not be a visual token."""
+        encoder = tower(self, "vision_tower")
         strategy = getattr(self.config, "vision_feature_select_strategy", "default")
-        takes_first_off = strategy == "default"
-        if encoder is None or encoder.class_token != takes_first_off:
+        if encoder is None or (encoder.class_token and strategy == "full"):
             return None
+        if strategy == "default" and not encoder.class_token:  # the first patch is taken off
+            return replace(encoder, block=None)
         return encoder
+
+    @property
+    def cell(self) -> int:
+        """Side of a visual token in pixels, where images have any shape."""
+        return self.config.vision_config.patch_size
+
+    def shapes(
+        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Tokens and grid of each image; Pixtral's towers take images of any shape."""
+        shapes, sizes = super().shapes(modality, pooled, arguments), arguments.get("image_sizes")
+        if self.config.vision_config.model_type != "pixtral" or sizes is None:
+            return shapes
+        grids = [(int(h) // self.cell, int(w) // self.cell) for h, w in sizes]
+        return [(count, grid) for (count, _), grid in zip(shapes, grids, strict=True)]

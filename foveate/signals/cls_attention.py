@@ -53,7 +53,7 @@ class ClassAttention:
         """Hook the query and key projections of the layers."""
         for layer in self.layers:
             attention: Any = self.encoder.attention(self.encoder.layers[layer])
-            for name in ("q_proj", "k_proj"):
+            for name in self.encoder.projections:
                 self._handles.append(
                     getattr(attention, name).register_forward_hook(self._keep(layer, name))
                 )
@@ -83,14 +83,10 @@ class ClassAttention:
             pending[name] = output.detach()
             if len(pending) == 2:
                 del self._running.pending[layer]
+                query, key = (pending[part] for part in self.encoder.projections)
                 shortened = self._pass()
-                row = class_row(
-                    pending["q_proj"],
-                    pending["k_proj"],
-                    self.encoder.heads,
-                    self.encoder.special,
-                    None if shortened is None else shortened.bias,
-                )
+                bias = None if shortened is None else shortened.bias
+                row = class_row(query, key, self.encoder.heads, self.encoder.special, bias)
                 rows[layer] = row if shortened is None else shortened.widen(row)
 
         return hook

@@ -45,7 +45,12 @@ class Recorded:
 
 @torch.no_grad()
 def run(
-    member: Any, model: Any, inputs: dict[str, Any], spec: Spec, prompt: int
+    member: Any,
+    model: Any,
+    inputs: dict[str, Any],
+    spec: Spec,
+    prompt: int,
+    counts: list[int] | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Last hidden states (T, D) of one row, and kept raster indices after each place.
 
@@ -55,14 +60,16 @@ def run(
         inputs: one row without padding: the prompt and a teacher-forced continuation.
         spec: what is removed.
         prompt: length of the prompt.
+        counts: visual tokens of each image; all the member's own count by default.
     """
     text = member.text(model)
     recorded = Recorded(model, text, inputs)
     hidden = recorded.inputs[0]
     length = hidden.shape[1]
-    visual = (inputs["input_ids"][0] == member.image_id).nonzero()[:, 0]
-    columns = list(visual.split(member.visual))
-    index = [torch.arange(member.visual) for _ in columns]
+    placeholders = torch.tensor([member.image_id, *member.others])
+    visual = torch.isin(inputs["input_ids"][0], placeholders).nonzero()[:, 0]
+    columns = list(visual.split(counts or member.visual))
+    index = [torch.arange(len(column)) for column in columns]
     alive, shift = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
     history: list[list[Tensor]] = []
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, StaticCache
 
 import foveate
@@ -280,6 +281,10 @@ def test_hidden_states_come_back_at_logical_length(llava):
         assert same == (position not in kept)
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
+    reason="chunked prefill of this transformers loses images; that is refused",
+)
 @pytest.mark.parametrize(
     "method", [EveryThird(keep=12), EveryThird(keep=12, positions="renumbered")]
 )

@@ -1,13 +1,18 @@
 """Inside the tower of a LLaVA: what the language model reads, against oracles of both."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import foveate
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
+from foveate.method import Scorer, Step
 from foveate.methods import ClsDrop, DivPrune, FasterVLM, FastV, PyramidDrop, ToMe
+from foveate.models import find_family
 from tests import oracle
+from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import Listed
 from tests.oracle import Spec
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
@@ -254,3 +259,74 @@ def test_gradients_reach_projector_and_tower(llava):
     assert all(g.isfinite().all() for g in gradients.values())
     for part in ("multi_modal_projector.linear_1.weight", "patch_embedding.weight"):
         assert any(part in n and g.abs().sum() > 0 for n, g in gradients.items())
+
+
+@dataclass(frozen=True)
+class Chosen(Scorer):
+    """After the projector, keep given positions of each image."""
+
+    kept: tuple[tuple[int, ...], ...]
+    keep: int
+    positions: str | None = None
+    slug, stage, needs, paper = "chosen", "pre_llm", (), ""
+
+    def steps(self, model):
+        return (Step("pre_llm"),)
+
+    def scores(self, tokens):
+        rows = [torch.isin(tokens.index[i], torch.tensor(k)) for i, k in enumerate(self.kept)]
+        return torch.stack(rows).float()
+
+
+@pytest.mark.parametrize("case", ["tome", "cls-drop"])
+@pytest.mark.parametrize("name", ["llava", "llava-siglip", "vipllava", "deepseek_vl"])
+def test_other_families_read_the_same_as_from_the_oracles_features(name, case):
+    """Pixels through the shortened tower give what the oracle's features give, with all but the
+    survivors removed after the projector.
+    """
+    member = MEMBERS[name]()
+    model = member.build()
+    family = find_family(model)
+    tower, special = family.encoder.tower, family.encoder.special
+    if case == "cls-drop" and not special:
+        pytest.skip("no class token")
+    method, steps = {
+        "tome": (ToMe(r=3), [Merge(i, 3) for i in range(family.feature_layer + 1)]),
+        "cls-drop": (ClsDrop(layers=(0,), keep=7), [Drop(0, 7)]),
+    }[case]
+    inputs, pixels = member.inputs([[4, 5], [3, 2, 6]]), member.pixels(3)
+    inputs.pop("mm_encoder_outputs")
+    with torch.no_grad():
+        embedded = tower(pixels["pixel_values"], output_hidden_states=True).hidden_states[0]
+        results = encoder_oracle.run(tower, special, embedded, steps)
+        features = torch.stack([read(model, full) for full in results])
+        kept = tuple(tuple(list(full.kept.values())[-1].tolist()) for full in results)
+        plain = model(**inputs, **pixels).logits
+        with foveate.use(model, method) as run:
+            got = model(**inputs, **pixels).logits
+            places = [list(image.values())[-1].tolist() for image in run.kept]
+        with foveate.use(model, Chosen(kept, len(kept[0]))):
+            given = {"mm_encoder_outputs": {"image": member.output(features)}}
+            want = model(**inputs, **given).logits
+    assert places == [list(index) for index in kept]
+    text = (inputs["input_ids"] != member.image_id) & inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[text], want[text], rtol=0, atol=2e-4)
+    assert (plain - got)[text].abs().max() > 0.02, "the test does not bite"
+
+
+def read(model, full):
+    """The features that a model's projector makes of an oracle's states."""
+    base, special = model.model, full.special
+    if hasattr(base, "aligner"):
+        return base.aligner(base.vision_model.post_layernorm(full.x))
+    layers = model.config.vision_feature_layer
+    layers = [layers] if isinstance(layers, int) else layers
+    states = [full.states[layer][special:] for layer in layers]
+    return base.multi_modal_projector(torch.cat(states, -1))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "mistral3", "video_llava"])
+def test_towers_whose_patches_are_no_tokens_are_refused(name):
+    model = MEMBERS[name]().build()
+    with pytest.raises(UnsupportedModelError, match="inside the encoder, which is not supported"):
+        foveate.use(model, ToMe())

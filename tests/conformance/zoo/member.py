@@ -22,6 +22,8 @@ class Member:
     stacked: ClassVar[bool] = False  # features in one tensor instead of a list
     vocabulary: ClassVar[int] = 96
     image_id: ClassVar[int] = 90
+    modality: ClassVar[str] = "image"  # what `image_id` stands for
+    others: tuple[int, ...] = ()  # placeholders of other modalities in a prompt
     kind: ClassVar[Any] = AutoModelForImageTextToText
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -46,6 +48,8 @@ class Member:
                         parameter.add_(torch.randn_like(parameter) * 0.1)
         model.generation_config.pad_token_id = 0
         model.generation_config.eos_token_id = None
+        # No special token is generated: the oracle would take it for an image.
+        model.generation_config.suppress_tokens = list(range(80, self.vocabulary))
         return model
 
     # -- prompts
@@ -69,7 +73,7 @@ class Member:
         if images:
             width = self.config().get_text_config().hidden_size
             features = torch.randn(images, self.visual, width, generator=generator)
-            inputs["mm_encoder_outputs"] = {"image": self.output(features)}
+            inputs["mm_encoder_outputs"] = {self.modality: self.output(features)}
         return inputs
 
     def image_ids(self) -> list[int]:
@@ -96,7 +100,7 @@ class Member:
         if images:
             first = int(counts[:row].sum())
             features = self.stack(inputs)[first : first + images]
-            alone["mm_encoder_outputs"] = {"image": self.output(features)}
+            alone["mm_encoder_outputs"] = {self.modality: self.output(features)}
         return alone
 
     def continued(self, inputs: dict[str, Any], more: torch.Tensor) -> dict[str, Any]:
@@ -106,17 +110,45 @@ class Member:
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         whole |= self.extras(ids, images)
         if images:
-            whole["mm_encoder_outputs"] = {"image": self.output(self.stack(inputs))}
+            whole["mm_encoder_outputs"] = {self.modality: self.output(self.stack(inputs))}
         return whole
 
     def stack(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(images, V, D) features of a batch."""
-        pooled = inputs["mm_encoder_outputs"]["image"].pooler_output
+        pooled = inputs["mm_encoder_outputs"][self.modality].pooler_output
         return pooled if isinstance(pooled, torch.Tensor) else torch.stack(list(pooled))
 
     def pixels(self, images: int, seed: int = 0) -> dict[str, Any] | None:
         """What the encoder eats for some images, or `None` where pixels are tested elsewhere."""
         return None
+
+    def take(self, pixels: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """The pixels of some of the images."""
+        return {name: value[start:stop] for name, value in pixels.items()}
+
+    def batch(self, pixels: dict[str, Any], images: list[int]) -> dict[str, Any]:
+        """Pixels of a batch whose rows have so many images, from those of all images."""
+        return pixels
+
+    def counts(self, model: Any, pixels: dict[str, Any]) -> list[int]:
+        """Visual tokens of each image that `pixels` makes, as an unpatched model encodes them."""
+        encode = getattr(model.model, f"get_{self.modality}_features")
+        with torch.no_grad():
+            pooled = encode(**fresh(pixels), return_dict=True).pooler_output
+        return [feature.shape[:-1].numel() for feature in pooled]
+
+    class_attention: ClassVar[str | None] = None  # attention whose row 0 is the class token's
+    class_layer: ClassVar[int] = 1  # the layer of it that the language model sees
+
+    def class_scores(
+        self, model: Any, pixels: dict[str, Any], rows: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """(V) class-token attention of each image's tokens, from (N, P) rows of what was encoded.
+
+        Families in which tokens are not patches say which patches make which token, without the
+        code that is tested.
+        """
+        return list(rows)
 
     # -- what the oracle asks
 

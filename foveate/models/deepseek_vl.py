@@ -1,0 +1,18 @@
+"""DeepSeek-VL: a SigLIP tower on a fixed grid, an MLP aligner, a Llama text model."""
+
+from __future__ import annotations
+
+from foveate.models.family import Encoder, Family, register_family
+from foveate.models.towers import tower
+
+
+@register_family("deepseek_vl")
+class DeepseekVL(Family):
+    """`DeepseekVLForConditionalGeneration` and `DeepseekVLModel`."""
+
+    patches_are_tokens = True
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_model")

@@ -1,0 +1,31 @@
+"""Perception LM and FastVLM: towers that come from the package timm."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from transformers import PreTrainedModel
+
+from foveate.errors import UnsupportedModelError
+from foveate.models.family import Family, register_family
+
+
+@register_family("perception_lm", "fast_vlm")
+class TimmTower(Family):
+    """`PerceptionLMForConditionalGeneration`, `FastVlmForConditionalGeneration`, and base models.
+
+    Methods cannot look inside these towers. Videos of Perception LM, which the model
+    encodes as images, are refused.
+
+    Raises:
+        UnsupportedModelError: timm is not installed.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        vision = model.config.vision_config.model_type
+        if vision == "timm_wrapper" and importlib.util.find_spec("timm") is None:
+            raise UnsupportedModelError(
+                f"the vision tower of {model.config.model_type} comes from the package timm, which "
+                "is not installed; install it with `pip install timm`"
+            )
+        super().__init__(model)

@@ -1,0 +1,36 @@
+"""Video-LLaVA: one tower for images and one for video frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from foveate.models.family import Encoder, Family, register_family
+from foveate.models.towers import tower
+
+
+@register_family("video_llava")
+class VideoLlava(Family):
+    """`VideoLlavaForConditionalGeneration` and `VideoLlavaModel`.
+
+    The tokens of a video are those of its frames, and each frame begins with its class token. Which
+    frames make a video is known from `pixel_values_videos`; without it each frame counts as a video
+    of its own.
+    """
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The image tower; in the video tower class tokens are visual tokens."""
+        strategy = self.config.vision_feature_select_strategy
+        return tower(self, "image_tower") if strategy == "default" else None
+
+    def shapes(
+        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Tokens and grid of each image; a video is one row."""
+        shapes = super().shapes(modality, pooled, arguments)
+        pixels = arguments.get("pixel_values_videos")
+        if modality == "image":
+            return shapes
+        frames = 1 if pixels is None else pixels.shape[1]
+        return [(n * frames, (1, n * frames)) for n, _ in shapes[::frames]]

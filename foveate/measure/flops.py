@@ -197,6 +197,12 @@ def text_attention_flops(config: Any, tokens: int) -> int:
     return keys + 2 * shape.hidden * queries + 2 * queries * tokens
 
 
+def cls_scores_flops(config: Any) -> int:
+    """The same where the layer's own queries and keys are at hand: one row, 2 D (P + 1)."""
+    vision = getattr(config, "vision_config", config)
+    return 2 * vision.hidden_size * (patch_count(vision) + 1)
+
+
 def cls_attention_flops(config: Any) -> int:
     """The signal `cls_attention` of one image and layer: one query row, 2 D^2 + 2 D (P + 1)."""
     vision = getattr(config, "vision_config", config)

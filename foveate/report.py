@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -46,9 +47,10 @@ class Report(dict[str, Any]):
     tokens, and tokens after each place), `layers` (tokens and visual tokens of each row in each
     decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold `before` (all
     tokens), `after` and their `ratio`; `flops` also shows apart what it includes: `vision` (tower
-    and projector with all tokens), `vision_after` (as they were) and `selection` (the attention
-    that methods asked for; a method's own arithmetic is not counted). Of an encoder without a
-    language model, `rows` counts images, and `prompt_tokens` and `layers` are empty.
+    and projector with all tokens; `None` where they are not counted, which a note says),
+    `vision_after` (as they were) and `selection` (the attention that methods asked for; a method's
+    own arithmetic is not counted). Of an encoder without a language model, `rows` counts images,
+    and `prompt_tokens` and `layers` are empty.
     """
 
     @classmethod
@@ -81,6 +83,11 @@ class Report(dict[str, Any]):
             kv_bytes=_kv_bytes(record, family.config, dtype),
             notes=[*record.notes, *_method_notes(methods)],
         )
+        if report["flops"]["vision"] is None:
+            report["notes"].append(
+                f"FLOPs are of the language model: the tower and projector of {family.model_type} "
+                "are not counted"
+            )
         return report
 
     @classmethod
@@ -198,7 +205,7 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     vision = _vision_flops(record, family)
     shortened = _vision_flops(record, family, record.encoder_tokens)
     selection = _selection_flops(record, family, methods)
-    before, after = vision, shortened + selection
+    before, after = vision or 0, (shortened or 0) + selection
     if family.text_layers:
         before += flops.prefill_flops(config, [record.prompt_tokens] * layers)
         after += flops.prefill_flops(config, record.layer_tokens)
@@ -212,7 +219,9 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     }
 
 
-def _vision_flops(record: Record, family: _Family, rows: Sequence[tuple[int, int]] = ()) -> int:
+def _vision_flops(
+    record: Record, family: _Family, rows: Sequence[tuple[int, int]] = ()
+) -> int | None:
     """Tower and projector on the pictures that were encoded; beams share one.
 
     Args:
@@ -222,6 +231,8 @@ def _vision_flops(record: Record, family: _Family, rows: Sequence[tuple[int, int
     """
     if not record.images:
         return 0
+    if family.text_layers and family.model_type not in flops.VISION_COUNTED:
+        return None
     encoded = len(record.images) if record.pixels is None else len(record.pixels)
     tokens = sum(image.total for image in record.images) * encoded // len(record.images)
     tower = encoded * flops.vision_flops(family.config, rows)
@@ -256,13 +267,22 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
         return {"before": 0, "after": 0, "ratio": 1.0}
     full = max(record.prompt_tokens, default=0)
     slots = record.cache_slots
+    windows = _windows(config, len(slots))
     unpruned = [
-        count + full - max(tokens) if count else 0
-        for count, tokens in zip(slots, record.layer_tokens, strict=bool(slots))
+        int(min(count + full - max(tokens), window)) if count else 0
+        for count, tokens, window in zip(slots, record.layer_tokens, windows, strict=bool(slots))
     ]
     after = flops.kv_bytes(config, slots, record.rows, dtype)
     before = flops.kv_bytes(config, unpruned, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
+
+
+def _windows(config: Any, layers: int) -> list[float]:
+    """Slots that the cache of each layer keeps at most."""
+    text = getattr(config, "text_config", config)
+    kinds = getattr(text, "layer_types", None) or []
+    held = [text.sliding_window - 1 if kind == "sliding_attention" else math.inf for kind in kinds]
+    return (held or [math.inf] * layers)[:layers]
 
 
 def describe(method: Mapping[str, Any]) -> str:
@@ -341,20 +361,27 @@ def _layer_table(report: Report) -> Table:
     return table
 
 
+def _work_name(report: Report) -> str:
+    if not report["layers"]:
+        return "encoder"
+    counted = report["flops"]["vision"] is not None
+    return "prefill, vision included" if counted else "prefill, language model only"
+
+
 def _cost_table(report: Report) -> Table:
     table = _table("cost of the prompt")
     for heading in ("all tokens", "now", "now / all"):
         table.add_column(heading, justify="right")
     work, memory = report["flops"], report["kv_bytes"]
     table.add_row(
-        "prefill, vision included" if report["layers"] else "encoder",
+        _work_name(report),
         human_flops(work["before"]),
         human_flops(work["after"], work["before"]),
         f"{work['ratio']:.1%}",
     )
-    if report["layers"]:
-        now = work.get("vision_after", work["vision"])
-        vision = (human_flops(flops, work["before"]) for flops in (work["vision"], now))
+    if report["layers"] and work["vision"] is not None:
+        counts = work["vision"], work["vision_after"]
+        vision = (human_flops(count, work["before"]) for count in counts)
         table.add_row("  of which vision tower, projector", *vision, "")
     table.add_row("  of which selection", "", human_flops(work["selection"]), "")
     if memory["before"]:

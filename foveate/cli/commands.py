@@ -19,6 +19,7 @@ from foveate.cli.options import make_method
 from foveate.cli.run import Job, execute
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method
+from foveate.models import unsupported_families
 
 
 class _Group(TyperGroup):
@@ -129,7 +130,7 @@ def list_(
         typer.Option(help="Say what works on this model and why not; reads only its config."),
     ] = None,
     families: Annotated[
-        bool, typer.Option("--families", help="List the supported model types instead.")
+        bool, typer.Option("--families", help="List model types instead, and why some are refused.")
     ] = False,
 ) -> None:
     """List methods: where they act, what they need, the paper.
@@ -144,6 +145,8 @@ def list_(
     if families:
         for family in foveate.list_families():
             console.print(family)
+        for family, reason in unsupported_families().items():
+            console.print(f"[dim]{family} is not supported: {escape(reason)}[/]", soft_wrap=True)
         return
     if model is None:
         console.print(listing.method_table())

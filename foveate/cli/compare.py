@@ -86,10 +86,11 @@ def add_costs(table: Table, report: Report, ttft: dict[str, Timing]) -> None:
         table.add_row(label, str(total), str(now), _share(now, total))
     table.add_section()
     work, memory = report["flops"], report["kv_bytes"]
-    for label, before, after in (
-        ("prefill with vision", work["before"], work["after"]),
-        ("  language model", work["before"] - work["vision"], work["after"] - work["vision"]),
-    ):
+    vision = work["vision"] or 0
+    rows = [("  language model", work["before"] - vision, work["after"] - vision)]
+    if work["vision"] is not None:
+        rows.insert(0, ("prefill with vision", work["before"], work["after"]))
+    for label, before, after in rows:
         table.add_row(label, human_flops(before), human_flops(after, before), _share(after, before))
     table.add_row(
         f"KV cache, {report['dtype']}",

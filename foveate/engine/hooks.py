@@ -412,7 +412,9 @@ class Hooks:
 def _slots(layer: Any) -> int:
     if isinstance(layer, PrunedLayer) and layer.slots is not None:
         return layer.slots.index.shape[1]
-    return int(layer.get_seq_length())
+    window = getattr(layer, "sliding_window", None)
+    held = int(layer.get_seq_length())
+    return held if window is None else min(held, window - 1)
 
 
 def _real_positions(mask: Any, total: int) -> Tensor | None:

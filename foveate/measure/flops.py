@@ -39,9 +39,22 @@ class TextShape:
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            mlp=text.intermediate_size,
+            mlp=_text_mlp_width(text),
             vocabulary=text.vocab_size,
         )
+
+
+def _text_mlp_width(text: Any) -> int:
+    """Width of the MLP that a token passes, on average over the layers; routers are left out."""
+    active = getattr(text, "num_experts_per_tok", None)
+    if not active:
+        return text.intermediate_size
+    dense = set(getattr(text, "mlp_only_layers", None) or ())
+    every = getattr(text, "decoder_sparse_step", 1)
+    layers = range(text.num_hidden_layers)
+    sparse = sum(i not in dense and (i + 1) % every == 0 for i in layers)
+    total = sparse * active * text.moe_intermediate_size
+    return (total + (len(layers) - sparse) * text.intermediate_size) // len(layers)
 
 
 def visible_keys(tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
@@ -129,8 +142,12 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
     return 2 * batch * shape.kv_heads * shape.head_dim * sum(slots_per_layer) * dtype.itemsize
 
 
+VISION_COUNTED = frozenset({"llava"})
+"""Types of vision-language models whose tower and projector the functions below describe."""
+
+
 def vision_flops(config: Any, rows: Sequence[tuple[int, int]] = ()) -> int:
-    """A ViT-like encoder on one image.
+    """A ViT-like encoder on one image, without what pools its rows.
 
     All layers count: transformers runs those behind the feature layer too.
 

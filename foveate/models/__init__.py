@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
 from foveate.models.family import FAMILIES, Encoder, Family
+from foveate.models.unsupported import UNSUPPORTED, unsupported_families
 
 for _info in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_info.name}")
@@ -27,15 +28,17 @@ def find_family(model: PreTrainedModel) -> Family:
     """The family adapter of a model.
 
     Raises:
-        UnsupportedModelError: no family is known for the model's config type, or its layout is not
-            the expected one.
+        UnsupportedModelError: no family is known for the model's config type, it is one that is
+            refused, or its layout is not the expected one.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:
+        reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported; supported: {', '.join(list_families())}"
+            f"model type {model_type!r} is not supported{reason}; "
+            f"supported: {', '.join(list_families())}"
         )
     return FAMILIES[model_type](model)
 
 
-__all__ = ["Encoder", "Family", "find_family", "list_families"]
+__all__ = ["Encoder", "Family", "find_family", "list_families", "unsupported_families"]

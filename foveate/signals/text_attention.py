@@ -53,7 +53,8 @@ def text_attention(
         )
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     query = query.to(hidden.device)
-    normed = layer.input_layernorm(hidden)
+    # Where norms follow the sublayers, attention reads the states as they are.
+    normed = hidden if getattr(layer, "norm_after", False) else layer.input_layernorm(hidden)
     q = _heads(attention.q_proj(normed[rows, query][:, None]), attention, "q_norm")
     k = _heads(attention.k_proj(normed), attention, "k_norm")
     if rotary is not None:
@@ -61,16 +62,20 @@ def text_attention(
         cos, sin = (part.expand(hidden.shape[0], -1, -1) for part in rotary)
         q, _ = rotate(q, q, cos[rows, query][:, None], sin[rows, query][:, None])
         _, k = rotate(k[:, :1], k, cos, sin)
-    logits = _logits(q, k, attention.scaling, visible)
+    logits = _logits(q, k, attention, visible)
     if past is None:
         return logits.softmax(-1)
-    earlier = _logits(q, past[0].to(q.dtype), attention.scaling, past[1])
+    earlier = _logits(q, past[0].to(q.dtype), attention, past[1])
     return torch.cat((earlier, logits), dim=-1).softmax(-1)[..., earlier.shape[-1] :]
 
 
 def _heads(x: Tensor, attention: Any, norm: str) -> Tensor:
+    module = getattr(attention, norm, None) or torch.nn.Identity()
+    over_heads = getattr(module, "weight", x).shape[-1] != attention.head_dim
+    if over_heads:
+        x = module(x)
     x = x.view(*x.shape[:2], -1, attention.head_dim)
-    if (module := getattr(attention, norm, None)) is not None:
+    if not over_heads:
         x = module(x)
     return x.transpose(1, 2)
 
@@ -85,10 +90,13 @@ def _rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return function
 
 
-def _logits(q: Tensor, k: Tensor, scaling: float, visible: Tensor | None) -> Tensor:
+def _logits(q: Tensor, k: Tensor, attention: Any, visible: Tensor | None) -> Tensor:
     batch, heads, _, width = q.shape
     grouped = q.view(batch, k.shape[1], -1, width)  # query heads of one key head side by side
-    logits = (torch.matmul(grouped, k.transpose(-1, -2)) * scaling).float().view(batch, heads, -1)
+    logits = torch.matmul(grouped, k.transpose(-1, -2)) * attention.scaling
+    if (cap := getattr(attention, "attn_logit_softcapping", None)) is not None:
+        logits = (logits / cap).tanh() * cap
+    logits = logits.float().view(batch, heads, -1)
     if visible is None:
         return logits
     return logits.masked_fill(~visible[:, None], -torch.inf)

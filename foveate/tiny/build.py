@@ -26,7 +26,7 @@ SIZE, PATCH = 128, 8
 MEAN, STD = 0.35, 0.25
 PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIALS))
 EARLY = 2
-"""Layers at the bottom of the language model that read the question before the picture."""
+"""Layers at the bottom of the language model that are trained late, and not to look at images."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

@@ -25,6 +25,7 @@ IGNORE = -100
 WORD_ID = {word: index for index, word in enumerate(VOCABULARY)}
 GROUPS = tuple(KINDS_OF_QUESTION)
 HARD = ("exists", "count", "relation-color", "relation-object", "compare")
+HARDEST = ("count", "relation-color", "relation-object")
 
 _SIDE = SIZE // PATCH
 _LEAST_INK = 6  # pixels of an object from which on a patch counts as showing it
@@ -41,13 +42,15 @@ class Packing:
         slots: independent conversations per image.
         length: tokens per conversation.
         turns: most questions in one conversation.
-        hard: how much likelier a question of one of the `HARD` kinds is chosen.
+        hard: how much likelier a question of one of the `often` kinds is chosen.
+        often: which kinds of questions those are.
     """
 
     slots: int
     length: int
     turns: int
     hard: float = 1.0
+    often: tuple[str, ...] = HARD
 
 
 SINGLE = Packing(slots=24, length=11, turns=1)
@@ -127,8 +130,10 @@ def make_batch(
     for seed in seeds:
         rng = Random(seed + 1)
         on_photo = bool(photos) and rng.random() < photo_share
-        background = rng.choice(photos) if on_photo else "texture"
-        scene = draw_scene(seed, background=background, per_kind=_PER_KIND)
+        if on_photo:
+            scene = draw_scene(seed, background=rng.choice(photos), per_kind=_PER_KIND)
+        else:
+            scene = draw_scene(seed, per_kind=_PER_KIND)
         rows.append((np.array(scene.image), *_pack(scene, packing, rng), *_patches(scene)))
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
 
@@ -143,7 +148,7 @@ def _pack(scene: Scene, packing: Packing, rng: Random) -> tuple[np.ndarray, ...]
         used = 0
         for _ in range(packing.turns):
             if not waiting:
-                waiting = _shuffle(scene.questions, packing.hard, rng)
+                waiting = _shuffle(scene.questions, packing, rng)
             question = waiting.pop()
             ids = [WORD_ID[word] for word in question.text.split()]
             if rng.random() < 0.1:
@@ -161,11 +166,11 @@ def _pack(scene: Scene, packing: Packing, rng: Random) -> tuple[np.ndarray, ...]
     return words, labels, groups
 
 
-def _shuffle(questions: tuple[Question, ...], hard: float, rng: Random) -> list[Question]:
-    """Random order in which hard questions come last, that is are popped first, more often."""
+def _shuffle(questions: tuple[Question, ...], packing: Packing, rng: Random) -> list[Question]:
+    """Random order; questions that are wanted often tend to come last, to be taken first."""
 
     def key(question: Question) -> float:
-        return rng.random() ** (1 / hard if question.kind in HARD else 1.0)
+        return rng.random() ** (1 / packing.hard if question.kind in packing.often else 1.0)
 
     return sorted(questions, key=key)
 

@@ -4,7 +4,7 @@ Questions go through the processor and `generate`, batched and padded on the lef
 user would ask them. `--readout` also finds out by which layer the answer has been read out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from foveate.tiny.questions import KINDS_OF_QUESTION, Question
 from foveate.tiny.scenes import draw_scene
 
 _PER_SCENE = 4
+_READOUT = 512  # questions used to find the layer of the read-out
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,24 @@ class Item:
 
     image: Image.Image
     question: Question
+
+
+class Tally:
+    """Right answers and questions, by kind of question."""
+
+    def __init__(self) -> None:
+        self._counts = dict.fromkeys((*KINDS_OF_QUESTION, "all"), (0, 0))
+
+    def add(self, items: list[Item], said: list[str]) -> None:
+        """Count one batch of answers."""
+        for item, answer in zip(items, said, strict=True):
+            for kind in (item.question.kind, "all"):
+                right, asked = self._counts[kind]
+                self._counts[kind] = (right + (answer == item.question.answer), asked + 1)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(right, asked) of every kind that was asked about, and of "all"."""
+        return {kind: pair for kind, pair in self._counts.items() if pair[1]}
 
 
 def held_out(
@@ -114,20 +133,20 @@ def accuracy(
     Returns:
         For every kind of question, and for "all": (right, asked).
     """
-    tally = {kind: [0, 0] for kind in (*KINDS_OF_QUESTION, "all")}
+    tally = Tally()
     for first in track(range(0, len(items), batch), note, transient=True):
         part = items[first : first + batch]
-        for item, answer in zip(part, answers(model, processor, part), strict=True):
-            for kind in (item.question.kind, "all"):
-                tally[kind][0] += answer == item.question.answer
-                tally[kind][1] += 1
-    return {kind: (right, asked) for kind, (right, asked) in tally.items() if asked}
+        tally.add(part, answers(model, processor, part))
+    return tally.counts()
 
 
 @torch.inference_mode()
 def readout(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, items: list[Item]
-) -> list[float]:
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    items: list[Item],
+    depths: Sequence[int] | None = None,
+) -> dict[int, dict[str, tuple[int, int]]]:
     """Accuracy if from some layer on only one random visual token can still be attended to.
 
     Where this stays close to the full accuracy, the answer has already been read out of the
@@ -137,22 +156,23 @@ def readout(
         model: the model.
         processor: its processor.
         items: the questions.
+        depths: how many layers see all tokens; 0, 1, ... up to all layers when left out.
 
     Returns:
-        Accuracy with all but one token hidden from layer k = 1, 2, ... on; the last entry hides
-        none.
+        For every depth, and every kind of question and "all": (right, asked).
     """
     layers = model.model.language_model.layers
     generator = torch.Generator().manual_seed(0)
-    right = [0] * len(layers)
-    for first in range(0, len(items), 16):
+    depths = range(len(layers) + 1) if depths is None else depths
+    tally = {depth: Tally() for depth in depths}
+    for first in track(range(0, len(items), 16), "reading out", transient=True):
         part = items[first : first + 16]
         inputs = encode(processor, part).to(model.device)
         mask = _one_token_mask(model, inputs, generator)
-        for k in range(1, len(layers) + 1):
+        for depth in depths:
             hooks = [
                 layer.register_forward_pre_hook(_use(mask), with_kwargs=True)
-                for layer in layers[k:]
+                for layer in layers[depth:]
             ]
             try:
                 words = model(**inputs, logits_to_keep=1).logits[:, -1].argmax(-1)
@@ -160,9 +180,8 @@ def readout(
                 for hook in hooks:
                     hook.remove()
             said = processor.batch_decode(words[:, None])
-            pairs = zip(part, said, strict=True)
-            right[k - 1] += sum(item.question.answer == word for item, word in pairs)
-    return [r / len(items) for r in right]
+            tally[depth].add(part, said)
+    return {depth: counts.counts() for depth, counts in tally.items()}
 
 
 def _one_token_mask(
@@ -186,6 +205,14 @@ def _use(mask: Tensor) -> Any:
         return args, {**kwargs, "attention_mask": mask}
 
     return hook
+
+
+def _readout_table(results: dict[int, dict[str, tuple[int, int]]]) -> Table:
+    kinds = list(next(iter(results.values())))
+    table = Table("layers that see all tokens", *kinds)
+    for depth, counts in results.items():
+        table.add_row(str(depth), *(f"{100 * r / n:.0f}" for r, n in counts.values()))
+    return table
 
 
 def main(
@@ -215,8 +242,7 @@ def main(
     console = Console()
     console.print(table)
     if read_out:
-        for k, share in enumerate(readout(vlm, processor, columns["texture"][:512]), 1):
-            console.print(f"one random token after layer {k}: {100 * share:.1f} %")
+        console.print(_readout_table(readout(vlm, processor, columns["texture"][:_READOUT])))
 
 
 if __name__ == "__main__":

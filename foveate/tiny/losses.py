@@ -80,7 +80,7 @@ def vision_loss(
         batch: the batch.
 
     Returns:
-        The loss, and the accuracy of kinds and colours on object patches for the log.
+        The loss, and for the log how well kinds, numbers and colours of patches are told.
     """
     kinds, colours = batch.kinds.flatten(), batch.colours.flatten()
     states = seen.states[:, 1:].flatten(0, 1)
@@ -88,34 +88,35 @@ def vision_loss(
     coarse = torch.where(kinds < 0, kinds + 1, kinds.clamp(max=len(SHAPES)) + 1)
     coarse = torch.where(kinds == IGNORE, IGNORE, coarse)
     shown, kind, colour = states[on], kinds[on], colours[on]
-    kind_logits = probes.kind(states)
+    kind_logits, colour_logits = probes.kind(states), probes.colour(shown)
+    tens_logits, units_logits = probes.tens(shown), probes.units(shown)
     tens, units = _digits(kinds.device)
     cell = torch.arange(_SIDE, device=kinds.device).repeat_interleave(_SIDE)
     rows = cell.repeat(len(seen.states))
     columns = cell.view(_SIDE, _SIDE).T.flatten().repeat(len(seen.states))
-    colour_logits = probes.colour(shown)
     terms = [
         F.cross_entropy(kind_logits.float(), coarse, ignore_index=IGNORE),
         0.5 * F.cross_entropy(kind_logits[on].float(), coarse[on]),
-        0.5 * F.cross_entropy(probes.tens(shown).float(), tens[kind], ignore_index=IGNORE),
-        0.5 * F.cross_entropy(probes.units(shown).float(), units[kind], ignore_index=IGNORE),
+        0.5 * F.cross_entropy(tens_logits.float(), tens[kind], ignore_index=IGNORE),
+        0.5 * F.cross_entropy(units_logits.float(), units[kind], ignore_index=IGNORE),
         0.5 * F.cross_entropy(colour_logits.float(), colour),
         0.3 * F.cross_entropy(probes.row(states).float(), rows),
         0.3 * F.cross_entropy(probes.column(states).float(), columns),
         F.binary_cross_entropy_with_logits(probes.present(seen.summary).float(), batch.present),
         _word_loss(model, seen.visual.flatten(0, 1), kinds, colours, rows, columns),
     ]
-    with torch.no_grad():
-        number = kind >= len(SHAPES)
-        both = (probes.tens(shown).argmax(-1) == tens[kind]) & (
-            probes.units(shown).argmax(-1) == units[kind]
-        )
-        stats = {
-            "patch_kind": (kind_logits[on].argmax(-1) == coarse[on]).float().mean().item(),
-            "patch_number": both[number].float().mean().item(),
-            "patch_colour": (colour_logits.argmax(-1) == colour).float().mean().item(),
-        }
+    number = kind >= len(SHAPES)
+    tens_right, units_right = _right(tens_logits, tens[kind]), _right(units_logits, units[kind])
+    stats = {
+        "patch_kind": _right(kind_logits[on], coarse[on]).mean().item(),
+        "patch_number": (tens_right * units_right)[number].mean().item(),
+        "patch_colour": _right(colour_logits, colour).mean().item(),
+    }
     return torch.stack(terms).sum(), stats
+
+
+def _right(logits: Tensor, target: Tensor) -> Tensor:
+    return (logits.argmax(-1) == target).float()
 
 
 def _word_loss(
@@ -178,7 +179,7 @@ def answer_logits(
         skip: layers of the language model to leave out at the bottom.
 
     Returns:
-        (B, S * C, vocabulary) logits, and the attention that early layers pay to the picture.
+        (B, S * C, vocabulary) logits, and the attention that the early layers pay to the picture.
     """
     index = choose(batch, keep)
     visual = seen.visual.gather(1, index[..., None].expand(-1, -1, seen.visual.shape[-1]))

@@ -1,11 +1,10 @@
 """Train the tiny VLM from scratch on a CPU: `python -m foveate.tiny.train --out runs/tiny`.
 
-Three phases share one budget. First the vision tower alone learns what every patch shows. Then
+The phases share one budget. First the vision tower alone learns what every patch shows. Then
 questions are answered from a reduced set of visual tokens, which is cheap. Then from all of
-them, in conversations of several turns, and last on photo backgrounds and with two more layers
-below the others, which learn to read the question without the picture, so that the answer is
-read out of the visual tokens later. A run that is interrupted
-goes on where its last checkpoint was written.
+them, in conversations of several turns. Last on photo backgrounds, and with two more layers below
+the others, which are kept from looking at the picture, so that the answer is read out of the
+visual tokens later. A run that is interrupted goes on where its last checkpoint was written.
 """
 
 import json
@@ -25,6 +24,7 @@ from foveate.tiny import losses
 from foveate.tiny.build import EARLY, build_model, build_processor
 from foveate.tiny.data import (
     GROUPS,
+    HARDEST,
     MULTI,
     SINGLE,
     Batch,
@@ -37,7 +37,7 @@ from foveate.tiny.data import (
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
-_EARLY_WEIGHT = 0.5  # of the attention that the first layers pay to the picture
+_LOOK_WEIGHT = 0.5  # of the attention that the early layers pay to the picture
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,10 @@ SCHEDULE = (
     Phase(0.34, SINGLE, 112, 0.0, reads=True, dense=0.15, rate=1.0, skip=EARLY),
     Phase(0.45, replace(SINGLE, hard=3.0), 112, 0.0, reads=True, dense=0.1, rate=2.0, skip=EARLY),
     Phase(0.56, replace(MULTI, hard=3.0), None, 0.2, reads=True, dense=0.1, rate=2.0, skip=EARLY),
-    Phase(1.00, replace(MULTI, hard=2.0), None, 0.7, reads=True, dense=0.1, rate=2.0),
+    Phase(0.72, replace(MULTI, hard=2.0), None, 0.7, reads=True, dense=0.1, rate=2.0),
+    Phase(
+        1.00, replace(MULTI, hard=4.0, often=HARDEST), None, 0.7, reads=True, dense=0.1, rate=2.0
+    ),
 )
 
 
@@ -171,16 +174,14 @@ class Trainer:
             stats["vision"] = loss.item()
             loss = loss * phase.dense
             if phase.reads:
-                logits, early = losses.answer_logits(
-                    self.model, seen, batch, phase.keep, phase.skip
-                )
+                logits, look = losses.answer_logits(self.model, seen, batch, phase.keep, phase.skip)
                 answer = losses.answer_loss(logits, batch)
                 stats["answer"] = answer.item()
                 right, asked = losses.tally(logits.detach(), batch).sum(1).tolist()
                 stats["accuracy"] = right / max(1, asked)
                 self.questions += asked
-                stats["early"] = early.item()
-                loss = loss + answer + _EARLY_WEIGHT * early
+                stats["look"] = look.item()
+                loss = loss + answer + _LOOK_WEIGHT * look
         loss.backward()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -309,7 +310,7 @@ def _write(log: Any, trainer: Trainer, stats: dict[str, float]) -> None:
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG backgrounds.")] = None,
-    minutes: Annotated[float, typer.Option(help="Training time, interruptions excluded.")] = 60.0,
+    minutes: Annotated[float, typer.Option(help="Training time, interruptions excluded.")] = 84.0,
     steps: Annotated[int | None, typer.Option(help="Steps instead of minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scenes.")] = 0,
 ) -> None:

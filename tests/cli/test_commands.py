@@ -13,6 +13,7 @@ from foveate import tiny
 from foveate.cli import app
 from foveate.cli.inputs import encode, load_image
 from foveate.methods import FastV, PyramidDrop
+from foveate.models import unsupported_families
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,11 @@ def test_list_names_every_method():
 
 def test_list_families():
     result = call("list", "--families")
-    assert result.stdout.split() == foveate.list_families()
+    lines = result.stdout.splitlines()
+    supported = foveate.list_families()
+    assert lines[: len(supported)] == supported
+    refused = dict(line.split(" is not supported: ") for line in lines[len(supported) :])
+    assert refused == unsupported_families()
 
 
 def test_list_says_what_works(tmp_path):

@@ -52,10 +52,10 @@ def test_early_layers_can_be_skipped_until_they_are_trained() -> None:
     model = build_model(build_config(layers=4)).eval()
     batch = make_batch(range(1), SINGLE, [], 0.0)
     seen = losses.look(model, batch)
-    whole, early = losses.answer_logits(model, seen, batch)
+    whole, look = losses.answer_logits(model, seen, batch)
     skipped, nothing = losses.answer_logits(model, seen, batch, skip=EARLY)
     torch.testing.assert_close(whole, skipped)
-    assert nothing == 0 < early < 1
+    assert nothing == 0 < look < 1
 
 
 @torch.no_grad()

@@ -423,3 +423,19 @@ def test_backbones_are_refused():
     config = Dinov2Config(**{k: v for k, v in WIDE.items() if k != "intermediate_size"})
     with pytest.raises(UnsupportedModelError, match="feature maps"):
         foveate.use(Dinov2Backbone(config), ToMe())
+
+
+def test_layers_in_which_nothing_is_removed_keep_their_own_forward(monkeypatch):
+    from foveate.models.block import Block
+
+    model, inputs = build(ENCODERS, "vit"), images()
+    halves = []
+    attend = Block.attend
+    monkeypatch.setattr(Block, "attend", lambda *a, **k: halves.append(a[1]) or attend(*a, **k))
+    with torch.no_grad():
+        with foveate.use(model, ToMe(keep=1.0)):
+            model(**inputs)
+        assert halves == []
+        with foveate.use(model, ClsDrop(layers=(1, 2), keep=(10, 10))):
+            model(**inputs)
+    assert halves == [model.layers[1]]

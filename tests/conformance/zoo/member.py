@@ -25,6 +25,7 @@ class Member:
     modality: ClassVar[str] = "image"  # what `image_id` stands for
     others: tuple[int, ...] = ()  # placeholders of other modalities in a prompt
     kind: ClassVar[Any] = AutoModelForImageTextToText
+    beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

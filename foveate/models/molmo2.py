@@ -1,0 +1,38 @@
+"""Molmo2: crops pooled by attention, tokens of all images see each other, two rotary embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from foveate.models.family import Family, register_family
+
+
+@register_family("molmo2")
+class Molmo2(Family):
+    """`Molmo2ForConditionalGeneration` and `Molmo2Model`."""
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
+        """Rotary (cos, sin), scaled for long contexts in some layers only."""
+        scaled = self.text.rope_types[layer] == "scaled"
+        embedding = self.text.rotary_emb if scaled else self.text.rotary_emb_unscaled
+        return embedding(hidden, position_ids=position_ids)
+
+    def shapes(
+        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
+    ) -> list[tuple[int, tuple[int, int]]]:
+        """Counts, and grids where an image is one; an overview with crops behind it is a row."""
+        counts = [len(feature) for feature in pooled]
+        grids = arguments.get(f"{modality}_grids")
+        if grids is None:
+            return super().shapes(modality, pooled, arguments)
+        if modality == "video":
+            cells = [(frames * rows, columns) for frames, rows, columns in grids.tolist()]
+        else:
+            cells = [(height, width) for height, width, *_ in grids.tolist()]
+        return [
+            (count, (h, w) if h * w == count else (1, count))
+            for count, (h, w) in zip(counts, cells[-len(counts) :], strict=True)
+        ]

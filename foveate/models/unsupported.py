@@ -1,0 +1,38 @@
+"""Families that foveate knows and refuses, each with its reason."""
+
+from __future__ import annotations
+
+_SHARED = (
+    "its last decoder layers reuse the keys of earlier ones, so tokens cannot be removed in between"
+)
+_PER_LAYER = "its decoder layers take inputs of their own for every token, and " + _SHARED
+_RECURRENT = (
+    "its text model has recurrent layers, which mix every token into a running state, so a token "
+    "cannot be taken out again"
+)
+_LATENT = (
+    "its attention keeps compressed keys (MLA), from which attention to single tokens cannot be "
+    "read"
+)
+UNSUPPORTED: dict[str, str] = {
+    "gemma3n": _PER_LAYER,
+    "gemma4": _PER_LAYER,
+    "gemma4_unified": _SHARED,
+    "kimi_k25": _LATENT,
+    "kimi_vl": _LATENT,
+    "lfm2_vl": "its text model has convolution layers, which mix neighbours by their place, so "
+    "removing a token would change what its neighbours become",
+    "llama4": "its attention works in chunks of the sequence, and its layers take rotary "
+    "positions as one complex tensor, which the engine cannot shorten",
+    "mllama": "its visual tokens are not in the sequence: the text model reads them by "
+    "cross-attention",
+    "phi4_multimodal": "its vision encoder is a part of the text model's embedding, so there is "
+    "no place between the two at which tokens could be removed",
+    "qwen3_5": _RECURRENT,
+    "qwen3_5_moe": _RECURRENT,
+}
+
+
+def unsupported_families() -> dict[str, str]:
+    """Model types (`config.model_type`) that are refused, sorted, with the reason."""
+    return dict(sorted(UNSUPPORTED.items()))

@@ -1,0 +1,35 @@
+"""GLM-4.1V and GLM-4.6V."""
+
+from transformers import Glm4vConfig, Glm46VConfig
+
+from tests.conformance.zoo.mrope import TEXT, VISION, MRopeMember, rope
+
+PARTS = {
+    "vision_config": {
+        **VISION, "out_hidden_size": 64, "intermediate_size": 48, "image_size": 32,
+        "model_type": "glm4v_vision",
+    },
+    "text_config": {
+        **TEXT, "model_type": "glm4v_text",
+        "rope_parameters": rope(2, 1, 1, partial_rotary_factor=0.5),
+    },
+    "image_token_id": 90, "video_token_id": 91, "image_start_token_id": 92,
+    "image_end_token_id": 93, "video_start_token_id": 94, "video_end_token_id": 95,
+}  # fmt: skip
+
+
+class Glm4V(MRopeMember):
+    name = "glm4v"
+    timestamps = True
+    video_id = MRopeMember.image_id
+    beams_of_many = False  # transformers 5.23 repeats A, B as A, A, B, B here
+
+    def config(self):
+        return Glm4vConfig(**PARTS)
+
+
+class Glm46V(Glm4V):
+    name = "glm46v"
+
+    def config(self):
+        return Glm46VConfig(**PARTS)

@@ -92,7 +92,19 @@ class VisionPart(Part):
     # -- attach
 
     def check(self) -> None:
-        """Everything was checked in the plan."""
+        """Refuse layers that another library runs in its own way.
+
+        Raises:
+            UnsupportedModelError: a layer that must be run in halves has a forward of its own.
+        """
+        for number in self._inside:
+            if "forward" in vars(self.encoder.layers[number]):
+                raise UnsupportedModelError(
+                    f"encoder layer {number} has had its forward replaced (accelerate does so to "
+                    "spread a model over devices), but tokens can be removed within a layer only "
+                    "if it runs as it is; load the encoder onto one device, or remove tokens "
+                    "before a layer or behind the encoder"
+                )
 
     def attach(self) -> None:
         """Install the hooks, and the forwards of layers that are run in halves."""

@@ -439,3 +439,26 @@ def test_layers_in_which_nothing_is_removed_keep_their_own_forward(monkeypatch):
         with foveate.use(model, ClsDrop(layers=(1, 2), keep=(10, 10))):
             model(**inputs)
     assert halves == [model.layers[1]]
+
+
+def test_layers_with_a_forward_of_their_own_are_refused():
+    model = build(ENCODERS, "vit")
+    model.layers[2].forward = model.layers[2].forward
+    with pytest.raises(UnsupportedModelError, match="encoder layer 2 has had its forward replaced"):
+        foveate.apply(model, ToMe())
+    assert not model._forward_pre_hooks
+    with foveate.use(model, Listed(layer=2)):
+        model(**images())
+
+
+@pytest.mark.parametrize("case", ["tome", "tome-keep", "cls-drop-3", "before"])
+def test_half_precision_stays_close(case):
+    model, inputs = build(ENCODERS, "vit"), images()
+    with torch.no_grad(), foveate.use(model, CASES[case][0]) as run:
+        want, kept = model(**inputs).last_hidden_state, run.kept
+        model.bfloat16()
+        got = model(inputs["pixel_values"].bfloat16()).last_hidden_state
+        assert [list(image) for image in run.kept] == [list(image) for image in kept]
+    assert got.dtype == torch.bfloat16
+    assert got.shape == want.shape
+    assert got.isfinite().all()

@@ -94,7 +94,7 @@ class Encoding:
         tokens = VisualTokens(
             features=lambda: hidden[:, special:],
             index=self.index,
-            grid=self.family.grid(self.total),
+            grid=self.grid,
             rows=tuple(range(self.images)),
             signals=signals,
             merged=self.merged,
@@ -117,6 +117,16 @@ class Encoding:
     def _note(self, planned: PlannedStep) -> None:
         self._begin.setdefault(planned.method_number, self.alive)
         self.kept[planned.step.place] = self.index
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of each image's patches."""
+        patch = getattr(self.encoder.tower.config, "patch_size", None)
+        if isinstance(patch, int) and self.pixels is not None and self.pixels.dim() == 4:
+            height, width = (side // patch for side in self.pixels.shape[-2:])
+            if height * width == self.total:
+                return height, width
+        return self.family.grid(self.total)
 
     @property
     def alive(self) -> int:

@@ -213,9 +213,10 @@ class VisionPart(Part):
 
     def _describe(self, encoding: Encoding) -> Record:
         kept = survivors([encoding])
-        grid = self.family.grid(encoding.total) if encoding.total else (0, 0)
         images = [
-            ImageRecord(i, encoding.total, grid, {place: at[i] for place, at in kept.items()})
+            ImageRecord(
+                i, encoding.total, encoding.grid, {place: at[i] for place, at in kept.items()}
+            )
             for i in range(encoding.images)
         ]
         full = encoding.total + self.encoder.special

@@ -79,3 +79,12 @@ def test_what_is_left_is_drawn():
     assert find_family(model).grid(36) == (6, 6)
     (drawing,) = run.show(Image.new("RGB", (48, 48)), geometry="resize")
     assert drawing.width > 4 * 300
+
+
+@pytest.mark.parametrize("method", [ToMe(r=5), ToMe(r=0)])
+def test_images_that_are_not_square_have_their_grid(method):
+    model = build(ENCODERS, "dinov2")
+    with torch.no_grad(), foveate.use(model, method) as run:
+        out = model(torch.randn(2, 3, 48, 80))
+    assert out.last_hidden_state.shape[1] == 61
+    assert [image.grid for image in run.record.images] == [(6, 10)] * 2

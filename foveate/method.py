@@ -13,11 +13,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor
 
 from foveate.budget import Keep, check_keep
+from foveate.budget import count as budget_count
 from foveate.errors import FoveateError, UnknownMethodError, UnsupportedModelError
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -78,19 +79,25 @@ class Step:
     """One reduction at one place.
 
     Args:
-        stage: `pre_llm` (after the projector) or `llm` (between decoder layers).
-        layer: for `llm`, the 0-based decoder layer before which the step acts.
+        stage: `vision` (inside the encoder), `pre_llm` (after the projector) or `llm` (between
+            decoder layers).
+        layer: for `vision` and `llm`, the 0-based layer before which the step acts.
         needs: signals handed to the method there.
+        inside: for `vision`, act within the layer instead, between its attention and its MLP.
+        proportional: for `vision`, let a merged token count as often as it has sources in all
+            attention behind this step.
     """
 
     stage: Stage
     layer: int = 0
     needs: tuple[Need, ...] = ()
+    inside: bool = False
+    proportional: bool = False
 
     @property
     def place(self) -> str:
-        """Name of the place in reports: `pre_llm` or `llm:LAYER`."""
-        return f"llm:{self.layer}" if self.stage == "llm" else self.stage
+        """Name of the place in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`."""
+        return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
 
 
 class Method(ABC):
@@ -103,7 +110,7 @@ class Method(ABC):
     rounding: ClassVar[Callable[[float], int]] = math.floor
     published_positions: ClassVar[Positions] = "renumbered"
     note: ClassVar[str] = ""  # what every report must say of the method
-    keep: Keep
+    keep: Keep | None
     positions: Positions | None
 
     def __post_init__(self) -> None:
@@ -113,7 +120,7 @@ class Method(ABC):
             BudgetError: `keep` is out of range or of the wrong form.
             FoveateError: `positions` is not a known policy.
         """
-        check_keep(self.keep, self.step_count)
+        self.check_budget(self.step_count)
         if self.positions not in (None, "original", "renumbered"):
             raise FoveateError(
                 "positions must be 'original', 'renumbered' or None, got "
@@ -124,6 +131,28 @@ class Method(ABC):
     def step_count(self) -> int | None:
         """Steps the method has whatever the model, or `None` when `keep` decides."""
         return 1
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep` against the number of steps; `None` when the model decides that.
+
+        Raises:
+            BudgetError: `keep` is out of range or does not fit.
+        """
+        check_keep(cast(Keep, self.keep), steps)  # which refuses None, with a reason
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """Tokens of one image that survive a step.
+
+        Args:
+            alive: tokens it has there.
+            total: tokens it had where the method began.
+            step: the step, as `steps` made it.
+            number: which step of the method it is, 0-based.
+            row: row of the batch, for per-request budgets.
+        """
+        assert self.keep is not None  # methods without a `keep` have their own rule
+        rounding = type(self).rounding
+        return min(budget_count(self.keep, total, step=number, row=row, rounding=rounding), alive)
 
     @abstractmethod
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:

@@ -41,6 +41,8 @@ class Record:
         cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included;
             earlier turns count.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
+        encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
+            saw, special tokens included; empty if nothing was done inside the encoder.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -50,4 +52,5 @@ class Record:
     layer_tokens: list[list[int]]
     cache_slots: list[int]
     pixels: Tensor | None = None
+    encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

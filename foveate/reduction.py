@@ -1,6 +1,7 @@
-"""Reduction: the linear map from V tokens to K, as a value.
+"""Reduction: the linear map W from V tokens to K, as a value.
 
-Shapes: `G` images of equal size, `V` visual tokens of an image, `K` kept, `D` hidden.
+Pruning is a gather, merging a segment mean, mixing a dense matrix: three storage forms of one
+thing. Shapes: `G` images of equal size, `V` visual tokens of an image, `K` kept, `D` hidden.
 """
 
 from __future__ import annotations
@@ -15,15 +16,21 @@ from torch import Tensor
 class Reduction:
     """Which tokens survive, and what they become.
 
+    A survivor stands at the position of one of its sources. With neither `slot` nor `weights`,
+    survivors keep their own value.
+
     Args:
-        index: (G, K) position of each survivor among the V tokens, ascending and unique. A merged
-            token stands at the position of the source that it replaces.
-        weights: (G, K, V) the value of each survivor as a weighted sum of all tokens, or `None`
-            when survivors keep their own value (pruning).
+        index: (G, K) position of each survivor among the V tokens, unique. Ascending, except inside
+            an encoder, where the order of tokens means nothing to attention.
+        weights: (G, K, V) the value of each survivor as a weighted sum of all tokens.
+        slot: (G, V) the survivor that each token goes into, or -1 for a token that is dropped.
+        share: (G, V) weight of each token in its survivor; those of a survivor sum to one.
     """
 
     index: Tensor
     weights: Tensor | None = None
+    slot: Tensor | None = None
+    share: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:
@@ -31,13 +38,157 @@ class Reduction:
         index = scores.topk(count, dim=-1).indices
         return cls(index.sort(dim=-1).values)
 
+    @classmethod
+    def mean(cls, index: Tensor, slot: Tensor, mass: Tensor | None = None) -> Reduction:
+        """Average each segment of tokens into its survivor.
+
+        Args:
+            index: (G, K) position of each survivor.
+            slot: (G, V) the survivor that each token goes into, or -1.
+            mass: (G, V) what each token counts in its mean; `None` counts all alike.
+        """
+        mass = torch.ones_like(slot, dtype=torch.float32) if mass is None else mass
+        mass = mass.masked_fill(slot < 0, 0.0)
+        target = slot.clamp(min=0)
+        total = mass.new_zeros(index.shape).scatter_add(1, target, mass)
+        return cls(index, slot=slot, share=mass / total.gather(1, target))
+
     @property
     def kept(self) -> int:
         """Number of survivors of each image, K."""
         return self.index.shape[-1]
 
+    @property
+    def merges(self) -> bool:
+        """Whether survivors change their value."""
+        return self.slot is not None or self.weights is not None
+
     def apply(self, x: Tensor) -> Tensor:
         """Map (G, V, D) to (G, K, D)."""
-        if self.weights is None:
-            return x.gather(1, self.index[..., None].expand(-1, -1, x.shape[-1]))
-        return torch.matmul(self.weights.to(x.dtype), x)
+        if self.weights is not None:
+            return torch.matmul(self.weights.to(x.dtype), x)
+        if self.slot is None:
+            return take_rows(x, self.index)
+        assert self.share is not None
+        parts = x * self.share[..., None].to(x.dtype)
+        return _add_rows(parts, self.slot.clamp(min=0), self.kept)
+
+    def matrix(self, tokens: int) -> Tensor:
+        """(G, K, V) the map W itself.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            return self.weights
+        zeros = torch.zeros(*self.index.shape, tokens, device=self.index.device)
+        if self.slot is None:
+            return zeros.scatter(2, self.index[..., None], 1.0)
+        assert self.share is not None
+        return zeros.scatter(1, self.slot.clamp(min=0)[:, None], self.share[:, None].to(zeros))
+
+    def then(self, after: Reduction, tokens: int) -> Reduction:
+        """The reduction that does this one and then another: W = W_after W.
+
+        Args:
+            after: a reduction of this one's K survivors.
+            tokens: V of this one.
+        """
+        index = self.index.gather(1, after.index)
+        if self.weights is not None or after.weights is not None:
+            weights = torch.matmul(after.matrix(self.kept), self.matrix(tokens))
+            return Reduction(index, weights)
+        if self.slot is None and after.slot is None:
+            return Reduction(index)
+        slot, share = self._segments(tokens)
+        later_slot, later_share = after._segments(self.kept)
+        target = slot.clamp(min=0)
+        gone = slot < 0
+        return Reduction(
+            index,
+            slot=later_slot.gather(1, target).masked_fill(gone, -1),
+            share=share * later_share.gather(1, target).masked_fill(gone, 0.0),
+        )
+
+    def sizes(self, tokens: int) -> Tensor:
+        """(G, K) how many of the V tokens each survivor stands for; dropped ones count nowhere.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            return self._spread().sum(1)
+        if self.slot is None:
+            return torch.ones(self.index.shape, device=self.index.device)
+        counts = (self.slot >= 0).float()
+        return counts.new_zeros(self.index.shape).scatter_add(1, self.slot.clamp(min=0), counts)
+
+    def recover(self, y: Tensor, tokens: int, missing: Tensor | float = 0.0) -> Tensor:
+        """Back to V rows: every token gets the value of the survivor that it went into.
+
+        Args:
+            y: (G, K, D) values of the survivors.
+            tokens: V.
+            missing: what dropped tokens get, a number or (G, 1, D).
+
+        Returns:
+            (G, V, D). After a dense reduction a token gets the mean of the survivors that it went
+            into, weighted as it was.
+        """
+        if self.weights is not None:
+            spread = self._spread().to(y.dtype)
+            gone = (spread.sum(-1) == 0)[..., None]
+            return torch.where(gone, missing, torch.matmul(spread, y))
+        slot, _ = self._segments(tokens)
+        return torch.where((slot < 0)[..., None], missing, take_rows(y, slot.clamp(min=0)))
+
+    def behind(self, count: int) -> Reduction:
+        """The same reduction of tokens that `count` others precede, all of which survive."""
+        if not count:
+            return self
+        images = self.index.shape[0]
+        first = torch.arange(count, device=self.index.device).expand(images, -1)
+        index = torch.cat((first, self.index + count), 1)
+        if self.weights is not None:
+            eye = torch.eye(count, dtype=self.weights.dtype, device=self.weights.device)
+            return Reduction(index, torch.stack([torch.block_diag(eye, w) for w in self.weights]))
+        if self.slot is None:
+            return Reduction(index)
+        assert self.share is not None
+        slot = torch.where(self.slot < 0, self.slot, self.slot + count)
+        share = torch.cat((self.share.new_ones(images, count), self.share), 1)
+        return Reduction(index, slot=torch.cat((first, slot), 1), share=share)
+
+    def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """(G, V) slot and share, of a gather too."""
+        if self.slot is not None and self.share is not None:
+            return self.slot, self.share
+        order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
+        slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
+        return slot, (slot >= 0).float()
+
+    def _spread(self) -> Tensor:
+        """(G, V, K) share of each token that went into each survivor; zero rows for dropped
+        ones.
+        """
+        assert self.weights is not None
+        back = self.weights.abs().transpose(1, 2)
+        total = back.sum(-1, keepdim=True)
+        return back / total.masked_fill(total == 0, 1.0)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of (G, V, D) named by (G, K); one flat gather, which is far faster than `gather`."""
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def _add_rows(x: Tensor, slot: Tensor, count: int) -> Tensor:
+    """(G, K, D) sums of the rows of (G, V, D) that go into each of `count` slots."""
+    where = _flat(slot, count)[:, None].expand(-1, x.shape[-1])
+    sums = x.new_zeros(x.shape[0] * count, x.shape[-1]).scatter_add(0, where, x.flatten(0, 1))
+    return sums.unflatten(0, (x.shape[0], count))
+
+
+def _flat(index: Tensor, width: int) -> Tensor:
+    start = torch.arange(index.shape[0], device=index.device)[:, None] * width
+    return (index + start).flatten()

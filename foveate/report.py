@@ -47,8 +47,10 @@ class Report(dict[str, Any]):
     tokens, and tokens after each place), `layers` (tokens and visual tokens of each row in each
     decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold `before` (all
     tokens), `after` and their `ratio`; `flops` also shows apart what it includes: `vision` (tower
-    and projector, the same on both sides; `None` where they are not counted, which a note says) and
-    `selection` (the attention that methods asked for; a method's own arithmetic is not counted).
+    and projector with all tokens; `None` where they are not counted, which a note says),
+    `vision_after` (as they were) and `selection` (the attention that methods asked for; a method's
+    own arithmetic is not counted). Of an encoder without a language model, `rows` counts images,
+    and `prompt_tokens` and `layers` are empty.
     """
 
     @classmethod
@@ -67,7 +69,7 @@ class Report(dict[str, Any]):
         if not record.layer_tokens:  # nothing acted, so every layer saw the whole prompt
             whole = [list(record.prompt_tokens)] * family.text_layers
             record = dataclasses.replace(record, layer_tokens=whole)
-        visual = _visual_tokens(record)
+        visual = _visual_tokens(record) if family.text_layers else []
         report.update(
             dtype=str(dtype).removeprefix("torch."),
             rows=record.rows,
@@ -115,7 +117,9 @@ class Report(dict[str, Any]):
         parts: list[RenderableType] = [Text(_title(self), style="bold")]
         if self["rows"]:
             tables = [_image_table(self)] if self["images"] else []
-            parts += [*tables, _layer_table(self), _cost_table(self)]
+            if self["layers"]:
+                tables.append(_layer_table(self))
+            parts += [*tables, _cost_table(self)]
         parts += [Text(f"note: {note}", style="yellow") for note in self["notes"]]
         return Group(*parts)
 
@@ -198,28 +202,41 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     """FLOPs of the prefill with all tokens and as it was, vision included."""
     config = family.config
     layers = len(record.layer_tokens)
-    vision = _vision_flops(record, config)
+    vision = _vision_flops(record, family)
+    shortened = _vision_flops(record, family, record.encoder_tokens)
     selection = _selection_flops(record, family, methods)
-    before = (vision or 0) + flops.prefill_flops(config, [record.prompt_tokens] * layers)
-    after = (vision or 0) + selection + flops.prefill_flops(config, record.layer_tokens)
+    before, after = vision or 0, (shortened or 0) + selection
+    if family.text_layers:
+        before += flops.prefill_flops(config, [record.prompt_tokens] * layers)
+        after += flops.prefill_flops(config, record.layer_tokens)
     return {
         "before": before,
         "after": after,
         "ratio": after / before if before else 1.0,
         "vision": vision,
+        "vision_after": shortened,
         "selection": selection,
     }
 
 
-def _vision_flops(record: Record, config: Any) -> int | None:
-    """Tower and projector on the pictures that were encoded; beams share one."""
+def _vision_flops(
+    record: Record, family: _Family, rows: Sequence[tuple[int, int]] = ()
+) -> int | None:
+    """Tower and projector on the pictures that were encoded; beams share one.
+
+    Args:
+        record: the forward.
+        family: the model's family.
+        rows: rows of each encoder layer's attention and MLP; without it, all.
+    """
     if not record.images:
         return 0
-    if config.model_type not in flops.VISION_COUNTED:
+    if family.text_layers and family.model_type not in flops.VISION_COUNTED:
         return None
     encoded = len(record.images) if record.pixels is None else len(record.pixels)
     tokens = sum(image.total for image in record.images) * encoded // len(record.images)
-    return encoded * flops.vision_flops(config) + flops.projector_flops(config, tokens)
+    tower = encoded * flops.vision_flops(family.config, rows)
+    return tower + (flops.projector_flops(family.config, tokens) if family.text_layers else 0)
 
 
 def _selection_flops(record: Record, family: _Family, methods: Sequence[Method]) -> int:
@@ -234,6 +251,8 @@ def _selection_flops(record: Record, family: _Family, methods: Sequence[Method])
         for need in step.needs:
             if need.name == "text_attention":
                 per_layer = sum(flops.text_attention_flops(family.config, tokens[r]) for r in rows)
+            elif need.name == "cls_attention" and step.stage == "vision":
+                per_layer = len(record.images) * flops.cls_scores_flops(family.config)
             elif need.name == "cls_attention":
                 per_layer = len(record.images) * flops.cls_attention_flops(family.config)
             else:
@@ -244,6 +263,8 @@ def _selection_flops(record: Record, family: _Family, methods: Sequence[Method])
 
 def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Bytes of the cache afterwards, and what it would hold had this forward removed nothing."""
+    if not record.cache_slots:
+        return {"before": 0, "after": 0, "ratio": 1.0}
     full = max(record.prompt_tokens, default=0)
     slots = record.cache_slots
     windows = _windows(config, len(slots))
@@ -281,6 +302,8 @@ def place_name(place: str) -> str:
     stage, _, layer = place.partition(":")
     if stage == "llm":
         return f"from layer {layer} on"
+    if stage == "vision" and layer:
+        return f"in encoder layer {layer}"
     return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)
 
 
@@ -294,12 +317,23 @@ def _span(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+def _columns(places: Sequence[str]) -> dict[str, str]:
+    """Places that the table shows, and their headings: of the encoder's layers only the last."""
+    layers = [place for place in places if place.startswith("vision:")]
+    shown = {place: place_name(place) for place in places if place not in layers[:-1]}
+    if len(layers) > 1:
+        first, last = (place.partition(":")[2] for place in (layers[0], layers[-1]))
+        shown[layers[-1]] = f"in encoder layers {first} to {last}"
+    return shown
+
+
 def _image_table(report: Report) -> Table:
-    places: list[str] = []
+    found: list[str] = []
     for image in report["images"]:
-        places += [place for place in image["after"] if place not in places]
+        found += [place for place in image["after"] if place not in found]
+    places = _columns(found)
     table = _table("image")
-    for heading in ("row", "grid", "visual tokens", *map(place_name, places)):
+    for heading in ("row", "grid", "visual tokens", *places.values()):
         table.add_column(heading, justify="right")
     for number, image in enumerate(report["images"]):
         counts = [str(image["after"].get(place, "-")) for place in places]
@@ -327,20 +361,28 @@ def _layer_table(report: Report) -> Table:
     return table
 
 
+def _work_name(report: Report) -> str:
+    if not report["layers"]:
+        return "encoder"
+    counted = report["flops"]["vision"] is not None
+    return "prefill, vision included" if counted else "prefill, language model only"
+
+
 def _cost_table(report: Report) -> Table:
     table = _table("cost of the prompt")
     for heading in ("all tokens", "now", "now / all"):
         table.add_column(heading, justify="right")
     work, memory = report["flops"], report["kv_bytes"]
     table.add_row(
-        "prefill, language model only" if work["vision"] is None else "prefill, vision included",
+        _work_name(report),
         human_flops(work["before"]),
         human_flops(work["after"], work["before"]),
         f"{work['ratio']:.1%}",
     )
-    if work["vision"] is not None:
-        vision = human_flops(work["vision"], work["before"])
-        table.add_row("  of which vision tower, projector", vision, vision, "")
+    if report["layers"] and work["vision"] is not None:
+        counts = work["vision"], work["vision_after"]
+        vision = (human_flops(count, work["before"]) for count in counts)
+        table.add_row("  of which vision tower, projector", *vision, "")
     table.add_row("  of which selection", "", human_flops(work["selection"]), "")
     if memory["before"]:
         table.add_row(

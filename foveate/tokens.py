@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
@@ -19,10 +20,15 @@ class VisualTokens:
 
     Args:
         features: returns (G, V, D) token values; called only when a method asks for `x`.
-        index: (G, V) position of each token in its image's raster order, ascending.
+        index: (G, V) position of each token in its image's raster order; ascending, except inside
+            an encoder after a merge.
         grid: (height, width) of the image's token grid before anything was removed.
         rows: row of the batch that each image belongs to.
         signals: what the step declared in `needs`, by name.
+        merged: (G, V) how many tokens of the image each stands for; `None` while all stand for
+            one.
+        special: inside an encoder, the class, distillation and register tokens that precede the
+            patches; they are not among the V.
     """
 
     features: Callable[[], Tensor]
@@ -30,6 +36,8 @@ class VisualTokens:
     grid: tuple[int, int]
     rows: tuple[int, ...] = ()
     signals: Mapping[str, Tensor] = field(default_factory=dict)
+    merged: Tensor | None = None
+    special: int = 0
 
     @property
     def x(self) -> Tensor:
@@ -42,12 +50,17 @@ class VisualTokens:
         return self.index.shape[-1]
 
     @property
+    def sizes(self) -> Tensor:
+        """(G, V) how many tokens of the image each stands for, as floats."""
+        if self.merged is None:
+            return torch.ones(self.index.shape, device=self.index.device)
+        return self.merged
+
+    @property
     def coordinates(self) -> Tensor:
         """(G, V, 2) row and column of each token in its image's grid."""
-        from torch import stack
-
         width = self.grid[1]
-        return stack((self.index // width, self.index % width), dim=-1)
+        return torch.stack((self.index // width, self.index % width), dim=-1)
 
     def signal(self, name: str) -> Tensor:
         """A declared signal.

@@ -47,3 +47,40 @@ class Average(Method):
         weights = weights / weights.sum(1, keepdim=True)
         first = torch.searchsorted(part, torch.arange(count))
         return Reduction(first.expand(images, -1), weights.expand(images, -1, -1))
+
+
+@dataclass(frozen=True)
+class Listed(Scorer):
+    """Before an encoder layer, keep the patches at positions 0, 3, 6, ... first; no signal."""
+
+    layer: int = 1
+    keep: Keep = 12
+    positions: str | None = None
+    inside: bool = False
+    slug, stage, needs, paper = "listed", "vision", (), ""
+
+    def steps(self, model):
+        return (Step("vision", self.layer, inside=self.inside),)
+
+    def scores(self, tokens):
+        position = tokens.index.float()
+        return -(position % 3) * 1000 - position
+
+
+@dataclass(frozen=True)
+class Mix(Method):
+    """Mix patches into fewer with a random dense matrix."""
+
+    layer: int = 1
+    keep: Keep = 9
+    positions: str | None = None
+    slug, stage, needs, paper = "mix", "vision", (), ""
+
+    def steps(self, model):
+        return (Step("vision", self.layer, inside=True),)
+
+    def reduce(self, tokens, count):
+        images, length = tokens.index.shape
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.rand(images, count, length, generator=generator).softmax(-1)
+        return Reduction(torch.arange(count).expand(images, -1), weights)

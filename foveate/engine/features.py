@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from foveate.engine.images import Grid, Group, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.errors import InputError
+from foveate.reduction import take_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +31,23 @@ class Encoded:
         grids: token grid of each image.
         class_attention: layer -> (H, V) of each image.
         pixels: what the encoder was fed.
+        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
     """
 
     lengths: list[int]
     grids: list[Grid]
     class_attention: Mapping[int, Sequence[Tensor]]
     pixels: Any = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def kept_of(self, image: int) -> dict[str, Tensor]:
+        """Place inside the encoder -> (K) raster positions of an image alive behind it."""
+        return {place: kept[image] for place, kept in self.kept.items()}
+
+    def alive(self, images: Sequence[int]) -> list[Tensor] | None:
+        """(K) raster positions that the encoder has left of some images; `None` for all."""
+        last = list(self.kept.values())[-1:]
+        return [last[0][image] for image in images] if last else None
 
 
 @functools.cache
@@ -110,7 +122,7 @@ def mark(
     source: Sequence[int],
     request: Callable[[int], int],
 ) -> None:
-    """Run all pre_llm steps on an encoder output, in place and once.
+    """Run all pre_llm steps on what the encoder has left, in place and once.
 
     Args:
         output: tagged output; its features, and DeepStack planes if it has them, get their removed
@@ -123,14 +135,15 @@ def mark(
     if output.marked:
         return
     output.marked = True
-    if not plan.pre_llm:
+    if not plan.marks:
         return
     encoded: Encoded = output.encoded
     lengths, grids = [encoded.lengths[i] for i in source], [encoded.grids[i] for i in source]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     rows_of_sheets = [_rows(sheet) for sheet in sheets]
     images = [sheet.split(lengths) for sheet in rows_of_sheets]
-    groups = group_features(lengths, grids, rows, rows_of_sheets[0].device)
+    device = rows_of_sheets[0].device
+    groups = group_features(lengths, grids, rows, device, encoded.alive(source))
     survivors = _reduce(plan, images, groups, encoded, source, request)
     if sum(len(index) for index, _ in survivors) == sum(lengths):
         return
@@ -160,7 +173,13 @@ def _reduce(
     """
     begin: dict[tuple[int, int], int] = {}
     alive = [
-        (group, [torch.stack([sheet[i] for i in group.images]) for sheet in sheets])
+        (
+            group,
+            [
+                take_rows(torch.stack([sheet[i] for i in group.images]), group.index)
+                for sheet in sheets
+            ],
+        )
         for group in groups
     ]
     for planned in plan.pre_llm:

@@ -10,19 +10,22 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.utils.generic import ModelOutput
 
 from foveate.engine import features
 from foveate.engine.cache import PrunedLayer, check_cache
+from foveate.engine.encoding import Encoding
 from foveate.engine.images import Group, Part, locate, rows_of
+from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
+from foveate.engine.vision import VisionPart, survivors
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
@@ -52,15 +55,18 @@ class Hooks:
     Args:
         plan: what to do where.
         family: the model.
+        vision: the part that shortens the stream inside the encoder, if one does.
     """
 
-    def __init__(self, plan: Plan, family: Family) -> None:
+    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
         self.plan = plan
         self.family = family
+        self.vision = vision
         self.class_attention: ClassAttention | None = None
         if layers := plan.class_attention_layers:
             assert family.encoder is not None  # the plan has checked it
-            self.class_attention = ClassAttention(family.encoder, layers)
+            running = (lambda: None) if vision is None else (lambda: vision.running)
+            self.class_attention = ClassAttention(family.encoder, layers, running)
         self._local = _Local()
         self._last: Record | None = None
 
@@ -105,19 +111,20 @@ class Hooks:
         self._check_encoding(modality)
         local.encoding = True
         try:
-            if self.class_attention is None:
-                output, rows = original(*args, **kwargs), {}
-            else:
-                with self.class_attention.collect() as rows:
-                    output = original(*args, **kwargs)
-                if len(rows) < len(self.class_attention.layers):
-                    raise self._unmapped(modality)
+            with ExitStack() as stack:
+                attention, vision = self.class_attention, self.vision
+                rows = {} if attention is None else stack.enter_context(attention.collect())
+                passes = [] if vision is None else stack.enter_context(vision.collect())
+                output = original(*args, **kwargs)
+            if attention is not None and len(rows) < len(attention.layers):
+                raise self._unmapped(modality)
         finally:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
         names = inspect.signature(original).parameters
-        self._tag(modality, output, {**dict(zip(names, args, strict=False)), **kwargs}, rows)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._tag(modality, output, arguments, rows, passes)
         if local.inside or not self.plan.per_request:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
@@ -184,10 +191,10 @@ class Hooks:
             real=_real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
-            flash=_takes_2d_masks(self.family.text.config._attn_implementation),
+            flash=takes_2d_masks(self.family.text.config._attn_implementation),
         )
         local.turn = Turn(self.plan, self.family, prompt)
-        if not groups or not self.plan.pre_llm:
+        if not groups or not self.plan.marks:
             return None
         local.turn.begin(sequence)
         return args, local.turn.deepstack(kwargs)
@@ -216,7 +223,14 @@ class Hooks:
 
     # -- images
 
-    def _tag(self, modality: str, output: Any, arguments: Kwargs, rows: dict[int, Tensor]) -> None:
+    def _tag(
+        self,
+        modality: str,
+        output: Any,
+        arguments: Kwargs,
+        rows: dict[int, Tensor],
+        passes: list[Encoding],
+    ) -> None:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
@@ -224,7 +238,8 @@ class Hooks:
             layer: self._class_attention(modality, lengths, row, arguments)
             for layer, row in rows.items()
         }
-        features.tag(output, features.Encoded(lengths, grids, attention, pixels))
+        kept = survivors(passes, lengths)
+        features.tag(output, features.Encoded(lengths, grids, attention, pixels, kept))
 
     def _class_attention(
         self, modality: str, lengths: Sequence[int], rows: Tensor, arguments: Kwargs
@@ -244,7 +259,7 @@ class Hooks:
         )
 
     def _mark(self, modality: str, output: Any) -> None:
-        """Run the pre_llm steps on encoder output, once."""
+        """Run the pre_llm steps on encoder output, and mark what is gone, once."""
         visual = (self._local.visual or {}).get(modality)
         if visual is None:  # `generate` encodes before it calls the model
             everything = range(len(output.encoded.lengths))
@@ -256,6 +271,13 @@ class Hooks:
 
     def _adopt(self, modality: str, encoded: ModelOutput, arguments: Kwargs) -> ModelOutput:
         """Tag features that were made outside the session, in a copy."""
+        if self.plan.vision:
+            names = ", ".join(dict.fromkeys(s.method.slug for s in self.plan.vision))
+            raise InputError(
+                f"{names} acts inside the encoder, but the image features in mm_encoder_outputs "
+                "were made outside the session; pass pixel_values, or call get_image_features "
+                "within the session"
+            )
         if self.plan.class_attention_layers:
             names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
             raise InputError(
@@ -264,7 +286,7 @@ class Hooks:
                 "get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
-        self._tag(modality, copy, {**arguments, "pixel_values": None}, {})
+        self._tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
         return copy
 
     def _parts(
@@ -274,7 +296,7 @@ class Hooks:
         parts = []
         for modality, output in encoded.items():
             mask = visual[modality]
-            dead = embeds[mask][:, 0].isnan() if self.plan.pre_llm else None
+            dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
             if features.is_slice(output):
                 lengths = [n for n in mask.sum(1).tolist() if n]
                 parts.append(Part(mask, lengths, [(1, n) for n in lengths], dead))
@@ -282,7 +304,8 @@ class Hooks:
             known = output.encoded
             source = features.members(output, mask, self._expanded(mask.shape[0]))
             lengths, grids = [known.lengths[i] for i in source], [known.grids[i] for i in source]
-            parts.append(Part(mask, lengths, grids, dead))
+            before = [known.kept_of(i) for i in source]
+            parts.append(Part(mask, lengths, grids, dead, before))
         return parts
 
     def _placeholders(self, ids: Tensor | None, kwargs: Kwargs, given: Kwargs) -> dict[str, Tensor]:
@@ -378,34 +401,12 @@ class Hooks:
             layer_tokens=before + turn.layer_tokens,
             cache_slots=[] if cache is None else [_slots(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
+            encoder_tokens=[] if self.vision is None else self.vision.tokens,
             notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
         )
 
     def _keep_record(self, record: Record) -> None:
         self._local.record = self._last = record
-
-
-def check_kernel(family: Family) -> None:
-    """Refuse attention kernels that cannot be served.
-
-    Raises:
-        UnsupportedModelError: continuous batching, or flex attention.
-    """
-    kernel = family.text.config._attn_implementation
-    if "paged" in kernel:
-        raise UnsupportedModelError(
-            "continuous batching pages its cache by full sequence length and cannot hold pruned "
-            "layers; "
-            "use model.generate"
-        )
-    if kernel == "flex_attention":
-        raise UnsupportedModelError(
-            "flex_attention is not supported; call model.set_attn_implementation('sdpa') first"
-        )
-
-
-def _takes_2d_masks(kernel: str) -> bool:
-    return ALL_MASK_ATTENTION_FUNCTIONS.get(kernel) is flash_attention_mask
 
 
 def _slots(layer: Any) -> int:

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveate import budget
 from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
 Grid = tuple[int, int]
+Kept = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,7 @@ class Group:
         grid: (height, width) of each image's token grid.
         columns: (G, V) logical position of each living token in its row; `None` while only
             features are known.
+        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
     """
 
     images: tuple[int, ...]
@@ -43,6 +44,7 @@ class Group:
     total: int
     grid: Grid
     columns: Tensor | None = None
+    before: tuple[Kept, ...] = ()
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -55,6 +57,7 @@ class Group:
             rows=tuple(self.rows[i] for i in members),
             index=self.index[chosen],
             columns=None if self.columns is None else self.columns[chosen],
+            before=tuple(self.before[i] for i in members) if self.before else (),
         )
 
     def reduced(self, reduction: Reduction) -> Group:
@@ -73,12 +76,14 @@ class Part:
         grids: token grid of each image.
         dead: (N) for each placeholder in row-major order, whether its token was removed before the
             text model.
+        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
     """
 
     visual: Tensor
     lengths: Sequence[int]
     grids: Sequence[Grid]
     dead: Tensor | None = None
+    before: Sequence[Kept] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +93,15 @@ class _Span:
     index: Tensor
     total: int
     grid: Grid
+    before: Kept
 
 
 def group_features(
-    lengths: Sequence[int], grids: Sequence[Grid], rows: Sequence[int], device: torch.device
+    lengths: Sequence[int],
+    grids: Sequence[Grid],
+    rows: Sequence[int],
+    device: torch.device,
+    alive: Sequence[Tensor] | None = None,
 ) -> list[Group]:
     """Group images by shape, before their place in the sequence is known.
 
@@ -100,19 +110,23 @@ def group_features(
         grids: token grid of each image.
         rows: row of the batch of each image.
         device: where the features live.
+        alive: (K) raster positions that the encoder has left of each image; `None` for all.
     """
-    shapes: dict[tuple[int, Grid], list[int]] = defaultdict(list)
-    for image, shape in enumerate(zip(lengths, grids, strict=True)):
-        shapes[shape].append(image)
+    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
+    for image, (total, grid) in enumerate(zip(lengths, grids, strict=True)):
+        left = total if alive is None else len(alive[image])
+        shapes[total, grid, left].append(image)
     return [
         Group(
             tuple(images),
             tuple(rows[i] for i in images),
-            torch.arange(total, device=device).expand(len(images), total),
+            torch.arange(total, device=device).expand(len(images), total)
+            if alive is None
+            else torch.stack([alive[i] for i in images]).to(device),
             total,
             grid,
         )
-        for (total, grid), images in shapes.items()
+        for (total, grid, _), images in shapes.items()
     ]
 
 
@@ -139,6 +153,7 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             total,
             grid,
             torch.stack([spans[i].columns[spans[i].index] for i in images]).to(device),
+            tuple(spans[i].before for i in images),
         )
         for (total, grid, _), images in shapes.items()
     ]
@@ -154,7 +169,8 @@ def _spans(part: Part) -> list[_Span]:
     alive = torch.ones(where.shape[0], dtype=torch.bool) if part.dead is None else ~part.dead.cpu()
     spans = []
     start = 0
-    for length, grid in zip(part.lengths, part.grids, strict=True):
+    before = part.before or [{}] * len(part.lengths)
+    for length, grid, kept in zip(part.lengths, part.grids, before, strict=True):
         place, living = where[start : start + length], alive[start : start + length]
         start += length
         if not length:
@@ -164,7 +180,7 @@ def _spans(part: Part) -> list[_Span]:
             raise InputError(
                 f"an image has {length} visual tokens, but its placeholders lie in two rows"
             )
-        spans.append(_Span(row, place[:, 1], living.nonzero()[:, 0], length, grid))
+        spans.append(_Span(row, place[:, 1], living.nonzero()[:, 0], length, grid, kept))
     return spans
 
 
@@ -195,14 +211,9 @@ def split_by_count(
     parts: dict[int, list[int]] = defaultdict(list)
     alive = group.index.shape[1]
     for member, (image, row) in enumerate(zip(group.images, group.rows, strict=True)):
-        wanted = budget.count(
-            planned.method.keep,
-            begin.get((planned.method_number, image), alive),
-            step=planned.number,
-            row=request(row),
-            rounding=type(planned.method).rounding,
-        )
-        parts[min(wanted, alive)].append(member)
+        total = begin.get((planned.method_number, image), alive)
+        wanted = planned.method.count(alive, total, planned.step, planned.number, request(row))
+        parts[wanted].append(member)
     return parts
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.budget import PerRequest, check_keep
-from foveate.errors import FoveateError, LayerError, UnsupportedModelError
+from foveate.budget import PerRequest
+from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.method import STAGES, Method, Need, Step, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
@@ -37,11 +37,13 @@ class Plan:
 
     Args:
         methods: the methods, in stream order.
+        vision: steps inside the encoder, by layer.
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
     """
 
     methods: tuple[Method, ...]
+    vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
 
@@ -58,16 +60,17 @@ class Plan:
         steps: list[PlannedStep] = []
         for method_number, method in enumerate(methods):
             of_method = method.steps(family)
-            check_keep(method.keep, len(of_method))
+            method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
                 PlannedStep(method, method_number, i, step, renumber)
                 for i, step in enumerate(of_method)
             ]
             for item in planned:
+                _check_stage(family, item)
                 _check_layers(family, item)
                 _check_needs(family, item)
-            if method_number and planned:
+            if steps and planned:
                 previous = next(s for s in reversed(steps) if s.number == 0)
                 if _order(planned[0].step) < _order(previous.step):
                     raise LayerError(
@@ -76,8 +79,18 @@ class Plan:
                         f"{previous.step.place}; list methods in stream order"
                     )
             steps += planned
-        llm = sorted((s for s in steps if s.step.stage == "llm"), key=lambda s: s.step.layer)
-        return cls(tuple(methods), tuple(s for s in steps if s.step.stage == "pre_llm"), tuple(llm))
+        _check_signals(steps)
+
+        def at(stage: str) -> tuple[PlannedStep, ...]:
+            chosen = (s for s in steps if s.step.stage == stage)
+            return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
+
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"))
+
+    @property
+    def marks(self) -> bool:
+        """Whether image features may come with removed rows marked."""
+        return bool(self.vision or self.pre_llm)
 
     @property
     def class_attention_layers(self) -> tuple[int, ...]:
@@ -108,16 +121,16 @@ class Plan:
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
-        if self.pre_llm:
+        if self.marks:
             return 0
         return min({s.step.layer for s in self.llm} | self.text_attention_layers, default=0)
 
     @property
     def renumber_features(self) -> bool:
-        """Whether survivors of the pre_llm steps get consecutive positions: if all methods
-        there want it.
+        """Whether survivors of the steps before the language model get consecutive positions: if
+        all methods there want it.
         """
-        return all(s.renumber for s in self.pre_llm)
+        return all(s.renumber for s in (*self.vision, *self.pre_llm))
 
     @property
     def per_request(self) -> tuple[PerRequest, ...]:
@@ -129,11 +142,41 @@ def _order(step: Step) -> tuple[int, int]:
     return STAGES.index(step.stage), step.layer
 
 
+def _check_stage(family: Family, planned: PlannedStep) -> None:
+    stage, method = planned.step.stage, planned.method
+    if stage != "vision" and not family.text_layers:
+        raise UnsupportedModelError(
+            f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
+            f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
+        )
+    if stage != "vision":
+        return
+    encoder = family.encoder
+    if encoder is None or encoder.block is None:
+        raise UnsupportedModelError(
+            f"{method.slug!r} acts inside the encoder, which is not supported on this "
+            f"{family.model_type!r}. Methods that work here: {', '.join(working_methods(family))}."
+        )
+    if isinstance(method.keep, PerRequest):
+        raise BudgetError(
+            f"{method.slug} acts inside the encoder, where all images are reduced together; "
+            "give one keep for all instead of per_request"
+        )
+    kernel = encoder.tower.config._attn_implementation or "eager"
+    if planned.step.proportional and kernel not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"proportional attention of {method.slug} adds a bias to the scores, which "
+            f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
+            "proportional attention off"
+        )
+
+
 def _check_layers(family: Family, planned: PlannedStep) -> None:
     step, slug = planned.step, planned.method.slug
-    if step.stage == "vision":
-        raise UnsupportedModelError(
-            f"steps inside the encoder are not supported on {family.model_type!r}"
+    if step.stage == "vision" and not 0 <= step.layer <= family.feature_layer:
+        raise LayerError(
+            f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
+            f"{family.model_type} sees layers 0 to {family.feature_layer}"
         )
     if step.stage != "llm":
         return
@@ -153,7 +196,19 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
 
 def _check_needs(family: Family, planned: PlannedStep) -> None:
     for need in planned.step.needs:
-        if need.name == "cls_attention":
+        own = planned.step.stage == "vision" and need.layers == (planned.step.layer,)
+        if planned.step.stage == "vision" and not own:
+            raise LayerError(
+                f"{planned.method.slug} acts at {planned.step.place} and can have signals of that "
+                f"layer only, but needs {need.name} of layers {need.layers}"
+            )
+        if need.name == "keys":
+            if not (own and planned.step.inside):
+                raise LayerError(
+                    f"{planned.method.slug} needs keys, which only a step inside an encoder layer "
+                    f"has; it acts at {planned.step.place}"
+                )
+        elif need.name == "cls_attention":
             _check_class_attention(family, planned, need)
         elif need.name == "text_attention":
             windowed = [i for i in need.layers if i not in family.attention_layers]
@@ -186,6 +241,20 @@ def _check_class_attention(family: Family, planned: PlannedStep, need: Need) -> 
         )
 
 
+def _check_signals(steps: Sequence[PlannedStep]) -> None:
+    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
+    first: dict[tuple[int, bool], PlannedStep] = {}
+    for planned in (s for s in steps if s.step.stage == "vision"):
+        place = planned.step.layer, planned.step.inside
+        if place in first and planned.step.needs:
+            raise LayerError(
+                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
+                f"{planned.step.place}, so that signals for the second would be out of date; give "
+                "them different layers"
+            )
+        first.setdefault(place, planned)
+
+
 def why_not(family: Family, name: str) -> str | None:
     """Why a method with default settings does not work on a model, or `None` if it does."""
     try:
@@ -196,7 +265,7 @@ def why_not(family: Family, name: str) -> str | None:
 
 
 def working_methods(family: Family, *, class_token: bool = True) -> list[str]:
-    """Registered methods that need no signal the model lacks.
+    """Registered methods that need no stage and no signal the model lacks.
 
     Args:
         family: the model.
@@ -204,8 +273,12 @@ def working_methods(family: Family, *, class_token: bool = True) -> list[str]:
     """
     encoder = family.encoder
     reads_class_token = class_token and encoder is not None and encoder.class_token
+    stages = set(STAGES if family.text_layers else STAGES[:1])
+    if encoder is None or encoder.block is None:
+        stages.discard("vision")
     return [
         name
         for name in list_methods()
-        if reads_class_token or "cls_attention" not in get_method(name).needs
+        if get_method(name).stage in stages
+        and (reads_class_token or "cls_attention" not in get_method(name).needs)
     ]

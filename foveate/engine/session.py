@@ -1,26 +1,27 @@
 """Session: attach methods to a model, run, and restore the model exactly.
 
-`use` attaches for a block, `apply` until `remove()`. Everything is done by hooks and two instance
-attributes (`get_image_features` of the base model, `generate` of the model); nothing else on the
-model is touched.
+`use` attaches for a block, `apply` until `remove()`. A session has a part for each part of the
+model that it touches: the text model, the vision encoder, or both. Everything is done by hooks and
+a few instance attributes (`get_image_features` of the base model, `generate` of the model,
+`forward` of encoder layers within which tokens are removed); nothing else on the model is touched.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.engine.hooks import Hooks, check_kernel
 from foveate.engine.plan import Plan
+from foveate.engine.text import TextPart
+from foveate.engine.vision import VisionPart
 from foveate.errors import AttachError, FoveateError, InputError
 from foveate.method import Method, get_method
-from foveate.models import find_family
+from foveate.models import Family, find_family
 from foveate.record import Record
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Session:
     """Methods on a model. Use `use` or `apply` rather than this class.
 
     Args:
-        model: a supported vision-language model, with or without its head.
+        model: a supported vision-language model or vision encoder, with or without its head.
         methods: one method, or several in stream order.
 
     Raises:
@@ -50,8 +51,7 @@ class Session:
             self.family, [methods] if isinstance(methods, Method) else list(methods)
         )
         self._model = model
-        self._hooks = Hooks(self.plan, self.family)
-        self._undo: list[Callable[[], None]] = []
+        self._parts = _parts(self.plan, self.family)
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -67,37 +67,23 @@ class Session:
             AttachError: the model already carries a session.
             UnsupportedModelError: the attention kernel is not supported.
         """
-        if _attached(self.family.text):
+        if any(part.taken for part in self._parts):
             raise AttachError(
                 f"this {type(self._model).__name__} already carries a foveate session; remove it "
                 "first "
                 "(leave its `with` block, or call `remove()` on its handle), or pass both "
                 "methods as a list"
             )
-        check_kernel(self.family)
-        family, hooks, keep = self.family, self._hooks, self._undo.append
-        keep(family.base.register_forward_pre_hook(hooks.enter_model, with_kwargs=True).remove)
-        keep(family.base.register_forward_hook(hooks.leave_model, always_call=True).remove)
-        keep(family.text.register_forward_pre_hook(hooks.enter_text, with_kwargs=True).remove)
-        keep(family.text.register_forward_hook(hooks.leave_text).remove)
-        for number in range(self.plan.first_layer, family.text_layers):
-            hook = functools.partial(hooks.enter_layer, number)
-            keep(family.layers[number].register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if family.model is not family.base:
-            keep(family.model.register_forward_pre_hook(hooks.enter_top, with_kwargs=True).remove)
-            self._wrap(family.model, "generate", hooks.generate)
-        for modality in family.placeholder_ids:
-            around = functools.partial(hooks.features, modality)
-            self._wrap(family.base, f"get_{modality}_features", around)
-        if hooks.class_attention is not None:
-            hooks.class_attention.attach()
-            keep(hooks.class_attention.remove)
+        for part in self._parts:
+            part.check()
+        for part in self._parts:
+            part.attach()
         return self
 
     def remove(self) -> None:
         """Take every hook off; the model is as it was. Removing twice does no harm."""
-        while self._undo:
-            self._undo.pop()()
+        for part in reversed(self._parts):
+            part.remove()
 
     def __enter__(self) -> Session:
         """Attach."""
@@ -112,29 +98,18 @@ class Session:
         """Remove, whatever happened."""
         self.remove()
 
-    def _wrap(self, module: nn.Module, name: str, around: Any) -> None:
-        original = getattr(module, name)
-        before = vars(module).get(name)
-
-        @functools.wraps(original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
-
-        setattr(module, name, wrapper)
-        self._undo.append(
-            lambda: delattr(module, name) if before is None else setattr(module, name, before)
-        )
-
     # -- what was done
 
     @property
     def record(self) -> Record | None:
-        """The last forward over a prompt: this thread's, or else any thread's."""
-        return self._hooks.record
+        """The last forward over a prompt, or over images where there is no language model: this
+        thread's, or else any thread's.
+        """
+        return self._parts[-1].record
 
     @property
     def kept(self) -> list[dict[str, Tensor]]:
-        """For each image of the last prompt, place -> (K,) raster positions alive after it."""
+        """For each image of the last forward, place -> (K,) raster positions alive after it."""
         record = self.record
         return [] if record is None else [image.kept for image in record.images]
 
@@ -168,7 +143,7 @@ def use(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
     """Use methods on a model for the length of a `with` block.
 
     Args:
-        model: a supported vision-language model.
+        model: a supported vision-language model or vision encoder.
         method: a method, a method's name, or a list of methods in stream order.
         **fields: with a name, the method's hyper-parameters.
 
@@ -204,7 +179,8 @@ def apply(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
     return use(model, method, **fields).attach()
 
 
-def _attached(text: nn.Module) -> bool:
-    return any(
-        isinstance(getattr(h, "__self__", None), Hooks) for h in text._forward_pre_hooks.values()
-    )
+def _parts(plan: Plan, family: Family) -> list[TextPart | VisionPart]:
+    """What a plan touches, the language model last."""
+    vision = VisionPart(plan, family) if plan.vision or not family.text_layers else None
+    text = TextPart(plan, family, vision) if family.text_layers else None
+    return [part for part in (vision, text) if part is not None]

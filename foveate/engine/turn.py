@@ -76,7 +76,11 @@ class Turn:
         self.layer_tokens: list[list[int]] = []
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
-        self.kept: dict[int, dict[str, Tensor]] = {i: {} for g in self.groups for i in g.images}
+        self.kept: dict[int, dict[str, Tensor]] = {
+            image: dict(before)
+            for g in self.groups
+            for image, before in zip(g.images, g.before, strict=True)
+        }
         self._fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
         self._begin: dict[tuple[int, int], int] = {}
         self._rows: dict[int, tuple[Tensor, Layout]] = {}
@@ -173,14 +177,15 @@ class Turn:
     # -- reductions
 
     def begin(self, embeds: Tensor) -> None:
-        """Drop what pre_llm steps removed from the image features.
+        """Drop what was removed from the image features.
 
         Args:
             embeds: (B, T, D) input of the text model; rows that were removed hold NaN.
         """
         lost = False
         for group in self.groups:
-            self._note(group, "pre_llm")
+            if self.plan.pre_llm:
+                self._note(group, "pre_llm")
             gone = group.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
@@ -259,7 +264,7 @@ class Turn:
                 self.tokens = list(self.tokens)
                 for row in part.rows:
                     self.tokens[row] -= part.index.shape[1] - after.index.shape[1]
-                if reduction.weights is not None:
+                if reduction.merges:
                     where = (rows, self._columns(after, self.layout))
                     hidden = hidden.index_put(where, reduction.apply(features(part)))
         self.groups = groups

@@ -144,26 +144,54 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
 
 
 VISION_COUNTED = frozenset({"llava"})
-"""Model types whose tower and projector the functions below describe."""
+"""Types of vision-language models whose tower and projector the functions below describe."""
 
 
-def vision_flops(config: Any) -> int:
-    """A CLIP tower (or one like it without a class token) on one image.
+def vision_flops(config: Any, rows: Sequence[tuple[int, int]] = ()) -> int:
+    """A ViT-like encoder on one image, without what pools its rows.
 
     All layers count: transformers runs those behind the feature layer too.
 
-    Patch embedding 2 P (3 p^2) D, then in each layer, for the P patches and the class token, four D
-    x D projections, dense attention and a two-matrix MLP.
+    Patch embedding 2 P (3 p^2) D, then in each layer, for the P patches and the special tokens,
+    four D x D projections, dense attention, and a two-matrix MLP (three matrices with SwiGLU).
+
+    Args:
+        config: of the encoder, or of a model around it.
+        rows: for each layer, rows that its attention and its MLP see; without it, all in all.
     """
     vision = getattr(config, "vision_config", config)
-    patches = (vision.image_size // vision.patch_size) ** 2
-    tokens = patches + (vision.model_type == "clip_vision_model")
+    patches = patch_count(vision)
     hidden = vision.hidden_size
+    full = patches + special_tokens(vision)
     embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * hidden
-    projections = 8 * tokens * hidden**2
-    attention = 4 * hidden * tokens**2
-    mlp = 4 * tokens * hidden * vision.intermediate_size
-    return embedding + vision.num_hidden_layers * (projections + attention + mlp)
+    total = embedding
+    for attention, mlp in rows or [(full, full)] * vision.num_hidden_layers:
+        total += 8 * attention * hidden**2 + 4 * hidden * attention**2
+        total += 2 * mlp * hidden * _mlp_width(vision)
+    return total
+
+
+def patch_count(vision: Any) -> int:
+    """P, patches of an image of the encoder's own size."""
+    if hasattr(vision, "num_patches"):
+        return vision.num_patches
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def special_tokens(vision: Any) -> int:
+    """Class, distillation and register tokens, by the encoder's config type."""
+    counts = {"clip_vision_model": 1, "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1}
+    return counts.get(vision.model_type, 0) + getattr(vision, "num_register_tokens", 0)
+
+
+def _mlp_width(vision: Any) -> int:
+    """Widths of an encoder MLP's matrices, summed."""
+    if not hasattr(vision, "mlp_ratio"):
+        return 2 * vision.intermediate_size
+    width = int(vision.hidden_size * vision.mlp_ratio)
+    if getattr(vision, "use_swiglu_ffn", False):
+        return 3 * ((int(width * 2 / 3) + 7) // 8 * 8)
+    return 2 * width
 
 
 def projector_flops(config: Any, tokens: int) -> int:
@@ -187,8 +215,14 @@ def text_attention_flops(config: Any, tokens: int) -> int:
     return keys + 2 * shape.hidden * queries + 2 * queries * tokens
 
 
+def cls_scores_flops(config: Any) -> int:
+    """The same where the layer's own queries and keys are at hand: one row, 2 D (P + 1)."""
+    vision = getattr(config, "vision_config", config)
+    return 2 * vision.hidden_size * (patch_count(vision) + 1)
+
+
 def cls_attention_flops(config: Any) -> int:
     """The signal `cls_attention` of one image and layer: one query row, 2 D^2 + 2 D (P + 1)."""
     vision = getattr(config, "vision_config", config)
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    tokens = patch_count(vision) + 1
     return 2 * vision.hidden_size**2 + 2 * vision.hidden_size * tokens

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
+from foveate.models.block import Block
 
 FAMILIES: dict[str, type[Family]] = {}
 F = TypeVar("F", bound="type[Family]")
@@ -28,6 +29,11 @@ class Encoder:
         heads: attention heads.
         class_token: whether row 0 is a class token.
         projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
+        tower: the module whose output is the encoder's; needed to act inside the encoder.
+        block: how a layer is made; needed to act inside the encoder, and only given where the
+            visual tokens are the patches, one for one.
+        extra: rows between the class token and the patches (registers, distillation token).
+        head: a module that pools all rows by attention, with a `MultiheadAttention` within.
     """
 
     layers: Sequence[nn.Module]
@@ -35,6 +41,15 @@ class Encoder:
     heads: int
     class_token: bool
     projections: tuple[str, str] = ("q_proj", "k_proj")
+    tower: Any = None
+    block: Block | None = None
+    extra: int = 0
+    head: Any = None
+
+    @property
+    def special(self) -> int:
+        """Rows before the patches."""
+        return int(self.class_token) + self.extra
 
 
 def cells(height: int, width: int) -> Tensor:
@@ -69,6 +84,8 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    patches_are_tokens: ClassVar[bool] = False
+    """Whether visual tokens are the encoder's patches, one for one, in images and videos."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model

@@ -15,6 +15,8 @@ from foveate.models.llava import Llava
 class InternVL(Llava):
     """`InternVLForConditionalGeneration` and `InternVLModel`."""
 
+    patches_are_tokens = False
+
     def class_attention(
         self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:

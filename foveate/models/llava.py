@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from foveate.models.family import Encoder, Family, register_family
@@ -13,12 +14,18 @@ from foveate.models.towers import tower
 class Llava(Family):
     """`LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration` and their base models."""
 
+    patches_are_tokens = True
+
     @property
     def encoder(self) -> Encoder | None:
         """The tower; its class token, if it has one, must not be a visual token."""
         encoder = tower(self, "vision_tower")
         strategy = getattr(self.config, "vision_feature_select_strategy", "default")
-        return None if encoder and encoder.class_token and strategy == "full" else encoder
+        if encoder is None or (encoder.class_token and strategy == "full"):
+            return None
+        if strategy == "default" and not encoder.class_token:  # the first patch is taken off
+            return replace(encoder, block=None)
+        return encoder
 
     @property
     def cell(self) -> int:

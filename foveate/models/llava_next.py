@@ -21,6 +21,7 @@ from foveate.models.llava import Llava
 class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
+    patches_are_tokens = False
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""
 

@@ -13,6 +13,8 @@ class Mistral3(Llava):
     The tokens that end rows in a prompt are text.
     """
 
+    patches_are_tokens = False
+
     @property
     def cell(self) -> int:
         """Side of a visual token in pixels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from foveate.models.family import Encoder, Family
+from foveate.models.plain import tower_encoder
 
 # vision_config.model_type -> layers, attention of a layer, and its queries and keys if row 0 is a
 # class token
@@ -25,6 +26,10 @@ def tower(family: Family, path: str) -> Encoder | None:
         path: where the tower is in the base model.
     """
     vision = family.config.vision_config
+    if family.patches_are_tokens:
+        inside = tower_encoder(family._child(family.base, path))
+        if inside is not None:
+            return inside
     if vision.model_type not in TOWERS:
         return None
     layers, attention, projections = TOWERS[vision.model_type]

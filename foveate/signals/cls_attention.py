@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,33 @@ from torch.utils.hooks import RemovableHandle
 from foveate.models import Encoder
 
 
+class Shortened(Protocol):
+    """A pass through an encoder in which tokens are removed."""
+
+    bias: Tensor | None
+
+    def widen(self, row: Tensor) -> Tensor:
+        """(B, H, V) of a signal of the tokens alive."""
+
+
 class ClassAttention:
     """Collects class-token attention rows while an encoder runs.
 
     Args:
         encoder: the encoder; it must have a class token.
         layers: 0-based layers to collect, distinct.
+        running: gives the pass that this thread is in, where tokens are removed inside the encoder.
     """
 
-    def __init__(self, encoder: Encoder, layers: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        layers: tuple[int, ...],
+        running: Callable[[], Shortened | None] = lambda: None,
+    ) -> None:
         self.encoder = encoder
         self.layers = layers
+        self._pass = running
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
 
@@ -68,25 +84,34 @@ class ClassAttention:
             if len(pending) == 2:
                 del self._running.pending[layer]
                 query, key = (pending[part] for part in self.encoder.projections)
-                rows[layer] = class_row(query, key, self.encoder.heads)
+                shortened = self._pass()
+                bias = None if shortened is None else shortened.bias
+                row = class_row(query, key, self.encoder.heads, self.encoder.special, bias)
+                rows[layer] = row if shortened is None else shortened.widen(row)
 
         return hook
 
 
 @torch.no_grad()
-def class_row(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    """Attention of row 0 to the rows behind it.
+def class_row(
+    query: Tensor, key: Tensor, heads: int, special: int = 1, bias: Tensor | None = None
+) -> Tensor:
+    """Attention of row 0 to the patches.
 
     Args:
-        query: (B, N + 1, D) projected queries; only row 0 is read.
-        key: (B, N + 1, D) projected keys.
+        query: (B, S + V, D) projected queries; only row 0 is read.
+        key: (B, S + V, D) projected keys.
         heads: attention heads, H.
+        special: S, rows before the patches.
+        bias: (B, 1, 1, S + V) what the encoder adds to the scores.
 
     Returns:
-        (B, H, N) float32 probabilities over all N + 1 keys, without the class token's own column.
+        (B, H, V) float32 probabilities over all S + V keys, without the columns of the first S.
     """
     batch, length, width = key.shape
     q = query[:, :1].view(batch, 1, heads, -1).transpose(1, 2)
     k = key.view(batch, length, heads, -1).transpose(1, 2)
     logits = torch.matmul(q, k.transpose(-1, -2))[:, :, 0].float() / math.sqrt(width // heads)
-    return logits.softmax(-1)[..., 1:]
+    if bias is not None:
+        logits = logits + bias[:, 0]
+    return logits.softmax(-1)[..., special:]

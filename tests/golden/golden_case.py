@@ -19,6 +19,7 @@ ADAPTERS = {
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
     "pyramiddrop": "golden_llm",
+    "tome": "golden_vision",
     "vtc-cls": "golden_encoder",
 }
 Check = Callable[[], None]

@@ -1,0 +1,60 @@
+"""The text part of a session: where its hooks go on a vision-language model."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from foveate.engine.hooks import Hooks
+from foveate.engine.kernels import check_kernel
+from foveate.engine.part import Part
+from foveate.engine.plan import Plan
+from foveate.engine.vision import VisionPart
+from foveate.models import Family
+
+
+class TextPart(Hooks, Part):
+    """Steps on image features and between decoder layers.
+
+    Args:
+        plan: what to do where.
+        family: the model.
+        vision: the part that shortens the stream inside the encoder, if one does.
+    """
+
+    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
+        Part.__init__(self)
+        Hooks.__init__(self, plan, family, vision)
+
+    @property
+    def root(self) -> nn.Module:
+        """The text model."""
+        return self.family.text
+
+    def check(self) -> None:
+        """Refuse attention kernels that cannot be served.
+
+        Raises:
+            UnsupportedModelError: continuous batching, or flex attention.
+        """
+        check_kernel(self.family)
+
+    def attach(self) -> None:
+        """Install the hooks, and wrap `generate` and what makes image and video features."""
+        family = self.family
+        self.before(family.base, self.enter_model)
+        self.behind(family.base, self.leave_model, always=True)
+        self.before(family.text, self.enter_text)
+        self.behind(family.text, self.leave_text)
+        for number in range(self.plan.first_layer, family.text_layers):
+            self.before(family.layers[number], functools.partial(self.enter_layer, number))
+        if family.model is not family.base:
+            self.before(family.model, self.enter_top)
+            self.wrap(family.model, "generate", self.generate)
+        for modality in family.placeholder_ids:
+            around = functools.partial(self.features, modality)
+            self.wrap(family.base, f"get_{modality}_features", around)
+        if self.class_attention is not None:
+            self.class_attention.attach()
+            self._undo.append(self.class_attention.remove)

@@ -1,0 +1,65 @@
+"""ClsDrop: inside the encoder, drop the patches that the class token attends to least.
+
+Baseline: the score of FasterVLM (Zhang et al. 2024, arXiv:2412.01818v1), used within layers of the
+encoder, where dropping saves the encoder's own work as well. No paper's numbers are claimed for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.errors import LayerError
+from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.tokens import VisualTokens
+
+
+@register("cls-drop", stage="vision", needs=("cls_attention",))
+@dataclass(frozen=True)
+class ClsDrop(Scorer):
+    """Rank patches by the class token's attention in a layer, and drop the rest before its MLP.
+
+    The class token and other special tokens stay.
+
+    Args:
+        layers: encoder layers within which patches are dropped, ascending.
+        keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count.
+        positions: of the survivors in a language model; `None` makes them consecutive
+            (`renumbered`) where positions are single numbers, `original` leaves them.
+
+    Cost: one query row of attention for each drop; no attention map.
+    """
+
+    layers: tuple[int, ...] = (1,)
+    keep: Keep = 0.5
+    positions: Positions | None = None
+    rounding = round
+
+    def __post_init__(self) -> None:
+        """Check budgets and layers.
+
+        Raises:
+            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
+            LayerError: `layers` is empty or not ascending.
+        """
+        super().__post_init__()
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise LayerError(f"layers must be ascending and distinct, got {self.layers}")
+
+    @property
+    def step_count(self) -> int | None:
+        """One step per entry of `layers`."""
+        return len(self.layers)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """A drop within each of the layers, scored by the attention that has just run."""
+        return tuple(
+            Step("vision", layer, (Need("cls_attention", (layer,)),), inside=True)
+            for layer in self.layers
+        )
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Class-token attention averaged over heads: (G, V)."""
+        return tokens.signal("cls_attention")[:, 0].mean(1)

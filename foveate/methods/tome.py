@@ -1,0 +1,193 @@
+"""ToMe: in every encoder layer, merge the r pairs of tokens that are most alike.
+
+Paper: Bolya et al., "Token Merging: Your ViT But Faster", arXiv:2210.09461 (ICLR 2023). Reference
+code: facebookresearch/ToMe @ af95e4b; nothing of it is copied.
+Differs from the reference: `keep` may set the schedule; in a vision-language model only the layers
+that the language model reads merge; a head that averages or attends to all tokens sees a merged
+token as often as it has sources (there: only MAE's head does); registers count as special tokens
+(there: unknown); bringing tokens back knows that the distillation token has moved (there: rows
+come back shifted). `inflect` is the second entry of the release's pair (r, inflect).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.budget import Keep, PerRequest, check_keep
+from foveate.budget import count as budget_count
+from foveate.errors import BudgetError, FoveateError
+from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class Merge(Step):
+    """A step of ToMe.
+
+    Args:
+        r: patches to merge.
+        part: (number of the layer from 1, layers in all), for an equal share of `keep`.
+    """
+
+    r: int = 0
+    part: tuple[int, int] = (1, 1)
+
+
+@register("tome", stage="vision", needs=("keys",), paper="Bolya et al. 2023, arXiv:2210.09461")
+@dataclass(frozen=True)
+class ToMe(Method):
+    """Merge similar patches between the attention and the MLP of every layer.
+
+    A layer can merge at most half of its patches; more are clipped, as in the release.
+
+    Args:
+        r: patches removed in each layer, or one number for each layer from the first (0 behind).
+        inflect: in [-1, 1], tilts an integer `r` over the layers: -1 goes from 2r down to 0.
+        prop_attn: count a merged token as often as it has sources in attention; the release turns
+            this off for MAE models.
+        keep: what survives the last layer, a share or a count, by equal r in all layers; `None`
+            uses `r`.
+        every: merge all patches into every such one instead (the release's kth matching), in the
+            layers in which `r` is not 0.
+        positions: of the survivors in a language model; `None` makes them consecutive
+            (`renumbered`) where positions are single numbers, `original` leaves them.
+
+    Cost: one half-by-half product of head-averaged keys in each layer, under 1 % of the layer.
+    """
+
+    r: int | tuple[int, ...] = 8
+    inflect: float = 0.0
+    prop_attn: bool = True
+    keep: Keep | None = None
+    every: int | None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            FoveateError: `r` or `inflect` is out of range.
+            BudgetError: `keep` is.
+        """
+        object.__setattr__(self, "r", tuple(self.r) if isinstance(self.r, list) else self.r)
+        given = self.r if isinstance(self.r, tuple) else (self.r,)
+        if not all(type(r) is int and r >= 0 for r in given) or not -1 <= self.inflect <= 1:
+            raise FoveateError(
+                "r must be a number of tokens >= 0 or a tuple of those, and inflect in [-1, 1]; "
+                f"got r={self.r!r}, inflect={self.inflect!r} (the release's pair (r, inflect) is "
+                "r=..., inflect=...)"
+            )
+        super().__post_init__()
+
+    def check_budget(self, steps: int | None) -> None:
+        """`keep` speaks about the end of all steps, so it is one share or count.
+
+        Raises:
+            BudgetError: it is out of range, or a schedule.
+        """
+        if isinstance(self.keep, tuple | PerRequest):
+            raise BudgetError(f"tome takes one share or count as keep, got {self.keep!r}")
+        if self.keep is not None:
+            check_keep(self.keep, 1)
+
+    def schedule(self, layers: int) -> tuple[int, ...]:
+        """Tokens to remove in each of some layers."""
+        if isinstance(self.r, tuple):
+            return (self.r + (0,) * layers)[:layers]
+        low = int(self.r * (1 - self.inflect))
+        slope = (2 * self.r - 2 * low) / max(layers - 1, 1)
+        return tuple(int(low + slope * layer) for layer in range(layers))
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """A merge within each layer that is read, where the schedule asks for one."""
+        read = model.feature_layer + 1
+        schedule = self.schedule(model.vision_layers)[:read]
+        return tuple(
+            Merge("vision", i, (Need("keys", (i,)),), True, self.prop_attn, r, (i + 1, read))
+            for i, r in enumerate(schedule)
+            if r or self.keep is not None
+        )
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """What is left after r merges, at most half of the tokens.
+
+        Raises:
+            BudgetError: `keep` asks for more than half in one layer.
+        """
+        assert isinstance(step, Merge)
+        if self.every is not None:
+            return alive // self.every or alive
+        if self.keep is None:
+            return alive - min(step.r, alive // 2)
+        gone = total - budget_count(self.keep, total, step=0, row=row, rounding=type(self).rounding)
+        layer, layers = step.part
+        wanted = total - gone * layer // layers
+        if alive - wanted > alive // 2:
+            raise BudgetError(
+                f"tome merges at most half of the tokens in a layer; keep={self.keep} of {total} "
+                f"tokens needs {alive - wanted} of {alive} in layer {step.layer}. Keep at least "
+                f"{math.ceil(total / (layers + 1)) + 1}, or give r a schedule"
+            )
+        return wanted
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Merge patches until `count` are left of each image, weighted by their sizes."""
+        keys = F.normalize(tokens.signal("keys").mean(1), dim=-1)
+        if self.every is not None:
+            index, slot = match_every(keys, self.every)
+        else:
+            index, slot = match(keys, tokens.count - count, tokens.special)
+        return Reduction.mean(index, slot, tokens.sizes)
+
+
+def match(keys: Tensor, r: int, special: int) -> tuple[Tensor, Tensor]:
+    """Bipartite matching: rows of the encoder belong to two sets in turn, and the first loses r.
+
+    Args:
+        keys: (G, V, d) of unit length.
+        r: tokens to merge, at most half of V.
+        special: rows before the patches; they take turns too, but neither merge nor are merged
+            into.
+
+    Returns:
+        (G, V - r) positions of what is left, in the release's order: the first set's rest, then the
+        second set; and (G, V) where each token goes.
+    """
+    first = special % 2  # patches in even rows
+    scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
+    best, partner = scores.max(-1)
+    order = best.argsort(-1, descending=True)
+    rest = order[:, r:]
+    if special:
+        rest = rest.sort(-1).values
+    left, second = rest.shape[1], torch.arange(scores.shape[2], device=keys.device)
+    second = second.expand(len(keys), -1)
+    stays = torch.arange(left, device=keys.device).expand_as(rest)
+    slot = keys.new_empty(keys.shape[:2], dtype=torch.long)
+    slot[:, first::2] = (partner + left).scatter(1, rest, stays)
+    slot[:, 1 - first :: 2] = second + left
+    return torch.cat((rest * 2 + first, second * 2 + 1 - first), 1), slot
+
+
+def match_every(keys: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    """Merge all tokens into the last of each run of `every`; a remainder is dropped.
+
+    Args:
+        keys: (G, V, d) of unit length.
+        every: length of a run.
+
+    Returns:
+        As `match`, with V // every tokens left.
+    """
+    images, total = keys.shape[:2]
+    index = torch.arange(every - 1, total, every, device=keys.device).expand(images, -1)
+    slot = (keys @ keys[:, every - 1 :: every].transpose(1, 2)).argmax(-1)
+    slot = slot.scatter(1, index, torch.arange(total // every, device=keys.device).expand_as(index))
+    slot[:, total // every * every :] = -1
+    return index, slot

@@ -1,0 +1,155 @@
+"""Laws of reductions, in each of their three storage forms."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from foveate.reduction import Reduction
+
+FORMS = ("gather", "segments", "dense")
+
+
+def make(form, images, tokens, kept, seed, drops=0):
+    """A random reduction; `drops` of the tokens go nowhere (only segments and gathers drop)."""
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(tokens, generator=generator) for _ in range(images)]
+    index = torch.stack([order[:kept] for order in orders])
+    if form == "gather":
+        return Reduction(index.sort(-1).values)
+    if form == "dense":
+        weights = torch.rand(images, kept, tokens, generator=generator) + 0.01
+        return Reduction(index.sort(-1).values, weights / weights.sum(-1, keepdim=True))
+    slot = torch.randint(0, kept, (images, tokens), generator=generator)
+    for image, order in enumerate(orders):
+        gone = order[kept:][: min(drops, tokens - kept)]
+        slot[image, gone] = -1
+        slot[image, index[image]] = torch.arange(kept)
+    mass = torch.rand(images, tokens, generator=generator) + 0.1
+    return Reduction.mean(index, slot, mass)
+
+
+@st.composite
+def cases(draw, forms=FORMS):
+    tokens = draw(st.integers(2, 12))
+    kept = draw(st.integers(1, tokens))
+    return {
+        "form": draw(st.sampled_from(forms)), "images": draw(st.integers(1, 3)), "tokens": tokens,
+        "kept": kept, "seed": draw(st.integers(0, 999)), "drops": draw(st.integers(0, 3)),
+    }  # fmt: skip
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_apply_is_the_matrix(case):
+    reduction, tokens = make(**case), case["tokens"]
+    x = torch.randn(case["images"], tokens, 5)
+    close(reduction.apply(x), reduction.matrix(tokens) @ x)
+    assert reduction.apply(x).shape[1] == reduction.kept == case["kept"]
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases(), st.sampled_from(FORMS), st.data())
+def test_composition_is_the_matrix_product(case, form, data):
+    first, tokens = make(**case), case["tokens"]
+    kept = data.draw(st.integers(1, case["kept"]))
+    second = make(form, case["images"], case["kept"], kept, case["seed"] + 1, 1)
+    both = first.then(second, tokens)
+    close(both.matrix(tokens), second.matrix(first.kept) @ first.matrix(tokens))
+    x = torch.randn(case["images"], tokens, 3)
+    close(both.apply(x), second.apply(first.apply(x)))
+    assert torch.equal(both.index, first.index.gather(1, second.index))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.data())
+def test_composition_is_associative(case, data):
+    first, tokens = make(**case), case["tokens"]
+    form = st.sampled_from(FORMS)
+    second = make(data.draw(form), case["images"], first.kept, max(first.kept - 1, 1), 5)
+    third = make(data.draw(form), case["images"], second.kept, max(second.kept - 1, 1), 6)
+    left = first.then(second, tokens).then(third, tokens)
+    right = first.then(second.then(third, first.kept), tokens)
+    close(left.matrix(tokens), right.matrix(tokens))
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_constants_come_back(case):
+    """Everything that is not dropped gets the constant back, and the rest what is asked for."""
+    reduction, tokens = make(**case), case["tokens"]
+    constant = torch.full((case["images"], tokens, 2), 3.0)
+    back = reduction.recover(reduction.apply(constant), tokens, missing=3.0)
+    close(back, constant)
+    gone = reduction.matrix(tokens).sum(1) == 0
+    blank = reduction.recover(reduction.apply(constant), tokens)
+    close(blank, constant.masked_fill(gone[..., None], 0.0))
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases())
+def test_sizes_count_every_token_that_is_not_dropped(case):
+    reduction, tokens = make(**case), case["tokens"]
+    sizes = reduction.sizes(tokens)
+    assert sizes.shape == reduction.index.shape
+    close(sizes.sum(-1), (reduction.matrix(tokens).sum(1) > 0).sum(-1).float())
+    if case["form"] == "segments" and not case["drops"]:
+        close(sizes.sum(-1), torch.full((case["images"],), float(tokens)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_survivors_come_back_to_their_own_position(case):
+    """What a survivor is worth is what its position gets back (unless it was mixed)."""
+    if case["form"] == "dense":
+        return
+    reduction, tokens = make(**case), case["tokens"]
+    y = torch.randn(case["images"], case["kept"], 2)
+    back = reduction.recover(y, tokens)
+    close(back.gather(1, reduction.index[..., None].expand(-1, -1, 2)), y)
+    close(reduction.apply(back), y)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.integers(0, 3))
+def test_tokens_in_front_pass_untouched(case, front):
+    reduction, tokens = make(**case), case["tokens"]
+    x = torch.randn(case["images"], front + tokens, 2)
+    got = reduction.behind(front).apply(x)
+    assert torch.equal(got[:, :front], x[:, :front])
+    close(got[:, front:], reduction.apply(x[:, front:]))
+    back = reduction.behind(front).recover(got, front + tokens)
+    close(back[:, :front], x[:, :front])
+    close(back[:, front:], reduction.recover(got[:, front:], tokens))
+
+
+def test_segment_means_are_weighted_by_mass():
+    index, slot = torch.tensor([[1, 2]]), torch.tensor([[0, 0, 1, -1]])
+    reduction = Reduction.mean(index, slot, torch.tensor([[3.0, 1.0, 5.0, 9.0]]))
+    x = torch.tensor([[[1.0], [5.0], [7.0], [100.0]]])
+    assert reduction.apply(x).flatten().tolist() == [2.0, 7.0]
+    assert reduction.sizes(4).tolist() == [[2.0, 1.0]]
+    back = reduction.recover(reduction.apply(x), 4, missing=-1.0)
+    assert back.flatten().tolist() == [2.0, 2.0, 7.0, -1.0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_low_precision_stays(form):
+    reduction = make(form, 2, 8, 4, 0)
+    x = torch.randn(2, 8, 3).bfloat16()
+    y = reduction.apply(x)
+    assert y.dtype == torch.bfloat16
+    assert reduction.recover(y, 8).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_flow_to_what_is_left(form):
+    reduction = make(form, 2, 8, 4, 0, drops=2)
+    x = torch.randn(2, 8, 3, requires_grad=True)
+    reduction.recover(reduction.apply(x), 8).sum().backward()
+    used = reduction.matrix(8).sum(1) > 0
+    assert torch.equal(x.grad.abs().sum(-1) > 0, used)

@@ -1,0 +1,119 @@
+"""Tiny random vision encoders of every family, with attention that is not flat."""
+
+import torch
+from transformers import (
+    CLIPConfig,
+    CLIPForImageClassification,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
+
+SIDE, PATCHES, LAYERS = 6, 36, 4
+SIZES = {
+    "hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "image_size": 48, "patch_size": 8,
+}  # fmt: skip
+WIDE = {**SIZES, "intermediate_size": 64}
+
+
+def _clip():
+    return CLIPVisionConfig(**WIDE, initializer_factor=4.0)
+
+
+ENCODERS = {
+    "vit": lambda: ViTModel(ViTConfig(**WIDE, initializer_range=0.2)),
+    "deit": lambda: DeiTModel(DeiTConfig(**WIDE, initializer_range=0.2)),
+    "dinov2": lambda: Dinov2Model(
+        Dinov2Config(**SIZES, mlp_ratio=2, initializer_range=0.2, layerscale_value=0.7)
+    ),
+    "dinov2-registers": lambda: Dinov2WithRegistersModel(
+        Dinov2WithRegistersConfig(
+            **SIZES, mlp_ratio=2, initializer_range=0.2, num_register_tokens=3, use_swiglu_ffn=True
+        )
+    ),
+    "clip": lambda: CLIPVisionModel(_clip()),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE)),
+    "siglip2": lambda: Siglip2VisionModel(
+        Siglip2VisionConfig(
+            **{k: v for k, v in WIDE.items() if k != "image_size"}, num_patches=PATCHES
+        )
+    ),
+}
+HEADS = {
+    "vit": lambda: ViTForImageClassification(
+        ViTConfig(**WIDE, initializer_range=0.2, num_labels=5)
+    ),
+    "deit": lambda: DeiTForImageClassification(
+        DeiTConfig(**WIDE, initializer_range=0.2, num_labels=5)
+    ),
+    "deit-distilled": lambda: DeiTForImageClassificationWithTeacher(
+        DeiTConfig(**WIDE, initializer_range=0.2, num_labels=5)
+    ),
+    "dinov2": lambda: Dinov2ForImageClassification(
+        Dinov2Config(
+            **SIZES, mlp_ratio=2, initializer_range=0.2, layerscale_value=0.7, num_labels=5
+        )
+    ),
+    "clip": lambda: CLIPForImageClassification(
+        CLIPConfig(vision_config=_clip().to_dict(), num_labels=5)
+    ),
+    "clip-projection": lambda: CLIPVisionModelWithProjection(_clip()),
+    "siglip": lambda: SiglipForImageClassification(
+        SiglipConfig(vision_config=SiglipVisionConfig(**WIDE).to_dict(), num_labels=5)
+    ),
+}
+SPECIAL = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1}
+
+
+def build(table, name, attention="sdpa"):
+    """A model of a table, in evaluation mode."""
+    torch.manual_seed(0)
+    model = table[name]().eval()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("cls_token", "position_embeddings", "register")):
+                parameter.normal_(std=0.5)
+            if name.startswith("siglip") and any(p in key for p in ("q_proj", "k_proj")):
+                parameter.mul_(3)
+            if name.startswith("siglip") and "patch_embedding" in key:
+                parameter.mul_(4)
+    return model
+
+
+def images(count=3, seed=0, name=""):
+    """What a model is called with."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(count, 3, 48, 48, generator=generator)
+    if name != "siglip2":
+        return {"pixel_values": pixels}
+    flat = pixels.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(count, 36, -1)
+    return {
+        "pixel_values": flat,
+        "pixel_attention_mask": torch.ones(count, PATCHES, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[SIDE, SIDE]] * count),
+    }
+
+
+def row_of(inputs, row):
+    """One image of a batch."""
+    return {key: value[row : row + 1] for key, value in inputs.items()}

@@ -1,0 +1,192 @@
+"""An independent oracle: the encoder at full length.
+
+Nothing here uses foveate, and attention is an explicit softmax. A dropped token stays in its row,
+but from where it was dropped nobody attends to it. Merged tokens stay in their rows too, with one
+value: attention to all of them is what proportional attention to one of them must be, and their
+plain mean is the mean weighted by sizes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NAMES = {
+    "vit": ("layernorm_before", "attention", "layernorm_after", "o_proj"),
+    "deit": ("layernorm_before", "attention", "layernorm_after", "o_proj"),
+    "dinov2": ("norm1", "attention", "norm2", "o_proj"),
+    "dinov2_with_registers": ("norm1", "attention", "norm2", "o_proj"),
+    "clip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
+    "siglip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
+    "siglip2_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
+}
+
+
+@dataclass
+class Drop:
+    """In `layer`, keep `count` patches: inside it by class attention, or before it the ones
+    listed.
+    """
+
+    layer: int
+    count: int = 0
+    listed: list[int] | None = None
+
+
+@dataclass
+class Merge:
+    """In `layer`, merge `r` pairs; attention behind it counts sources unless `proportional` is
+    off.
+    """
+
+    layer: int
+    r: int
+    proportional: bool = True
+
+
+class Full:
+    """One image at full length.
+
+    Args:
+        tower: the encoder.
+        special: rows before the patches.
+        states: (N, D) input of layer 0.
+    """
+
+    def __init__(self, tower, special: int, states: Tensor):
+        self.tower, self.special = tower, special
+        self.names = NAMES[tower.config.model_type]
+        self.x = states
+        self.total = len(states) - special
+        self.alive = torch.ones(len(states), dtype=torch.bool)
+        self.groups = [[i] for i in range(len(states))]  # in the order of the encoder's rows
+        self.stands = list(range(len(states)))  # row at which each group stands
+        self.weigh = True
+        self.states = [states]
+        self.kept = {}
+
+    def attend(self, layer):
+        """Probabilities (H, N, N), keys (N, H, d), and the output (N, D)."""
+        norm1, attention, _, out = self.names
+        module = getattr(layer, attention)
+        heads = self.tower.config.num_attention_heads
+        normed = getattr(layer, norm1)(self.x)
+        q, k, v = (
+            getattr(module, name)(normed).view(len(normed), heads, -1).transpose(0, 1)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        seen = self.alive.clone()
+        if not self.weigh:  # one row for each group
+            seen[:] = False
+            seen[[row for row in self.stands if self.alive[row]]] = True
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        mixed = (weights @ v).transpose(0, 1).reshape(len(normed), -1)
+        return weights, k.transpose(0, 1), getattr(module, out)(mixed)
+
+    def run(self, steps):
+        """(N, D) output of the last layer."""
+        for number, layer in enumerate(getattr(self.tower, "layers", None) or self._layers()):
+            due = [step for step in steps if step.layer == number]
+            for step in due:
+                if isinstance(step, Drop) and step.listed is not None:
+                    wanted = {self.special + i for i in step.listed}
+                    self.keep([g for g, row in enumerate(self.stands) if row in wanted], number)
+            weights, keys, output = self.attend(layer)
+            if hasattr(layer, "layer_scale1"):
+                output = output * layer.layer_scale1.lambda1
+            self.x = self.x + output
+            for step in due:
+                if isinstance(step, Merge):
+                    self.merge(keys.mean(1), step, number)
+                elif step.listed is None:
+                    row = weights.mean(0)[0]
+                    scores = torch.stack([row[rows].sum() for rows in self.groups])
+                    chosen = scores[self.special :].topk(step.count).indices.sort().values
+                    self.keep((chosen + self.special).tolist(), number)
+            fed = layer.mlp(getattr(layer, self.names[2])(self.x))
+            if hasattr(layer, "layer_scale2"):
+                fed = fed * layer.layer_scale2.lambda1
+            self.x = self.x + fed
+            self.states.append(self.filled())
+        return self.x
+
+    def _layers(self):
+        encoder = self.tower.encoder
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    def filled(self):
+        """The states, where dropped rows hold the mean of the patches that are left."""
+        patches = self.alive.clone()
+        patches[: self.special] = False
+        mean = self.x[patches].mean(0)
+        return torch.where(self.alive[:, None], self.x, mean)
+
+    def keep(self, chosen, number):
+        """Drop all groups of patches but some."""
+        chosen = [*range(self.special), *chosen]
+        self.groups = [self.groups[i] for i in chosen]
+        self.stands = [self.stands[i] for i in chosen]
+        self.alive[:] = False
+        self.alive[[row for rows in self.groups for row in rows]] = True
+        self.note(number)
+
+    def note(self, number):
+        rows = sorted(self.stands[self.special :])
+        self.kept[f"vision:{number}"] = torch.tensor(rows) - self.special
+
+    def merge(self, keys, step, number):
+        """Merge the r most similar pairs of even and odd groups."""
+        self.weigh = step.proportional
+        unit = keys / keys.norm(dim=-1, keepdim=True)
+        count = len(self.groups)
+        candidates = []
+        for a in range(0, count, 2):
+            if a < self.special:
+                continue
+            best = max(
+                (
+                    (float(unit[self.groups[a][0]] @ unit[self.groups[b][0]]), b)
+                    for b in range(1, count, 2)
+                    if b >= self.special
+                ),
+                default=None,
+            )
+            if best is not None:
+                candidates.append((best[0], a, best[1]))
+        candidates.sort(reverse=True)
+        r = min(step.r, (count - self.special) // 2)
+        into = {a: b for _, a, b in candidates[:r]}
+        rest = [a for a in range(self.special, count) if a % 2 == 0 and a not in into]
+        if not self.special:
+            rest = [a for _, a, _ in candidates[r:]] + [
+                a for a in rest if a not in {c[1] for c in candidates}
+            ]
+        order = [
+            *range(self.special),
+            *rest,
+            *(b for b in range(self.special, count) if b % 2 == 1),
+        ]
+        members = {i: list(group) for i, group in enumerate(self.groups)}
+        for a, b in into.items():
+            members[b] += self.groups[a]
+        for rows in members.values():
+            self.x[rows] = self.x[rows].mean(0)
+        self.groups = [members[i] for i in order]
+        self.stands = [self.stands[i] for i in order]
+        self.note(number)
+
+
+@torch.no_grad()
+def run(tower, special, embedded: Tensor, steps):
+    """The oracle of each image.
+
+    Args:
+        embedded: (B, N, D) input of layer 0.
+    """
+    results = []
+    for states in embedded:
+        full = Full(tower, special, states.clone())
+        full.run(steps)
+        results.append(full)
+    return results

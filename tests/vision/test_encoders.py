@@ -1,0 +1,464 @@
+"""Inside plain encoders: identity, oracles, batches, heads, removal, gradients."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+import foveate
+from foveate.errors import AttachError, BudgetError, InputError, LayerError, UnsupportedModelError
+from foveate.methods import ClsDrop, FasterVLM, FastV, ToMe
+from foveate.models import find_family
+from tests.methods_for_tests import Listed, Mix
+from tests.vision import oracle
+from tests.vision.encoders import (
+    ENCODERS,
+    HEADS,
+    LAYERS,
+    PATCHES,
+    SPECIAL,
+    WIDE,
+    build,
+    images,
+    row_of,
+)
+from tests.vision.oracle import Drop, Merge
+
+TOLERANCE = 2e-5  # relative to the mean size of the values
+
+
+def tower_of(model):
+    return find_family(model).encoder.tower
+
+
+def merges(*rs, proportional=True):
+    return [Merge(layer, r, proportional) for layer, r in enumerate(rs) if r]
+
+
+# name -> (method, steps of the oracle, whether it needs a class token)
+CASES = {
+    "tome": (ToMe(r=5), merges(5, 5, 5, 5), False),
+    "tome-schedule": (ToMe(r=(0, 14, 0, 3)), merges(0, 14, 0, 3), False),
+    "tome-clipped": (ToMe(r=30), merges(18, 9, 4, 2), False),
+    "tome-inflect": (ToMe(r=6, inflect=-1.0), merges(12, 8, 4, 0), False),
+    "tome-keep": (ToMe(keep=0.5), merges(4, 5, 4, 5), False),
+    "tome-unweighted": (
+        ToMe(r=5, prop_attn=False), merges(5, 5, 5, 5, proportional=False), False,
+    ),
+    "cls-drop": (ClsDrop(layers=(1,), keep=10), [Drop(1, 10)], True),
+    "cls-drop-0": (ClsDrop(layers=(0,), keep=0.5), [Drop(0, 18)], True),
+    "cls-drop-3": (
+        ClsDrop(layers=(0, 2, 3), keep=(20, 12, 5)), [Drop(0, 20), Drop(2, 12), Drop(3, 5)], True,
+    ),
+    "merge-then-drop": (
+        [ToMe(r=(6, 6)), ClsDrop(layers=(2,), keep=9)], [*merges(6, 6), Drop(2, 9)], True,
+    ),
+    "drop-then-merge": (
+        [ClsDrop(layers=(0,), keep=20), ToMe(r=(0, 4, 3))],
+        [Drop(0, 20), *merges(0, 4, 3)], True,
+    ),
+    "drop-before-merge": (
+        [Listed(layer=1, keep=20), ToMe(r=(0, 4, 3))],
+        [Drop(1, listed=[i for i in range(36) if i % 3 == 0 or (i % 3 == 1 and i < 24)]),
+         *merges(0, 4, 3)], False,
+    ),
+    "before": (Listed(layer=2), [Drop(2, listed=list(range(0, 36, 3)))], False),
+    "before-0": (Listed(layer=0), [Drop(0, listed=list(range(0, 36, 3)))], False),
+}  # fmt: skip
+PAIRS = [
+    (name, case) for name in ENCODERS for case in CASES if name in SPECIAL or not CASES[case][2]
+]
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_every_state_equals_the_full_length_oracle(name, case):
+    model, inputs = build(ENCODERS, name), images(name=name)
+    method, steps, _ = CASES[case]
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True)
+        with foveate.use(model, method) as run:
+            got = model(**inputs, output_hidden_states=True)
+    results = oracle.run(model, SPECIAL.get(name, 0), plain.hidden_states[0], steps)
+    norm = getattr(model, "layernorm", getattr(model, "post_layernorm", None))
+    for row, full in enumerate(results):
+        worst = 0.0
+        for number, states in enumerate(full.states):
+            if number == 0 and case == "before-0":
+                continue  # captured behind the step; compared with the output of layer 0
+            worst = max(worst, distance(got.hidden_states[number][row], states))
+        last = full.x if name == "clip" else norm(full.x)
+        patches = full.alive.clone()
+        patches[: full.special] = False
+        filled = torch.where(full.alive[:, None], last, last[patches].mean(0))
+        worst = max(worst, distance(got.last_hidden_state[row], filled))
+        bite = distance(plain.last_hidden_state[row], got.last_hidden_state[row])
+        print(f"distance to the oracle {worst:.1e}, to the unpruned encoder {bite:.2f}")
+        assert worst <= TOLERANCE
+        assert bite > 0.1, "the test does not bite"
+        assert list(run.kept[row]) == list(full.kept)
+        for place, kept in full.kept.items():
+            assert torch.equal(run.kept[row][place], kept)
+
+
+def distance(a, b):
+    """Largest difference, relative to the scale of the values."""
+    return ((a - b).abs().max() / b.abs().mean().clamp(min=1)).item()
+
+
+def test_the_oracle_itself_equals_the_encoder():
+    for name in ENCODERS:
+        model, inputs = build(ENCODERS, name), images(name=name)
+        with torch.no_grad():
+            plain = model(**inputs, output_hidden_states=True)
+        results = oracle.run(model, SPECIAL.get(name, 0), plain.hidden_states[0], [])
+        for row, full in enumerate(results):
+            for number, states in enumerate(full.states):
+                assert distance(plain.hidden_states[number][row], states) <= TOLERANCE
+
+
+@pytest.mark.parametrize("method", [ToMe(r=0), ToMe(keep=1.0), ToMe(keep=36), Listed(keep=1.0)])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_keeping_everything_changes_no_bit(name, method):
+    model, inputs = build(ENCODERS, name), images(name=name)
+    with torch.no_grad():
+        want = model(**inputs, output_hidden_states=True)
+        with foveate.use(model, method) as run:
+            got = model(**inputs, output_hidden_states=True)
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+    assert torch.equal(got.pooler_output, want.pooler_output)
+    assert all(torch.equal(a, b) for a, b in zip(got.hidden_states, want.hidden_states))  # noqa: B905
+    assert all(len(kept) == PATCHES for image in run.kept for kept in image.values())
+    assert len(run.record.images) == 3
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_batch_equals_rows(case):
+    for name in ("deit", "siglip"):
+        method, _, needs_class = CASES[case]
+        if needs_class and name not in SPECIAL:
+            continue
+        model, inputs = build(ENCODERS, name), images(4, name=name)
+        with torch.no_grad(), foveate.use(model, method) as run:
+            together, kept = model(**inputs).last_hidden_state, run.kept
+            for row in range(4):
+                alone = model(**row_of(inputs, row)).last_hidden_state
+                torch.testing.assert_close(together[row], alone[0], rtol=0, atol=2e-5)
+                for place, index in kept[row].items():
+                    assert torch.equal(run.kept[0][place], index)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_eager_attention_agrees_with_sdpa(name):
+    inputs = images(name=name)
+    got = []
+    for attention in ("sdpa", "eager"):
+        model = build(ENCODERS, name, attention)
+        with torch.no_grad(), foveate.use(model, ToMe(r=6)):
+            got.append(model(**inputs).last_hidden_state)
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=5e-5)
+
+
+# -- heads
+
+
+def pooled(name, model, full):
+    """What the head of a model makes of the oracle's rows."""
+    norm = getattr(tower_of(model), "layernorm", None)
+    if name == "clip-projection":
+        return model.visual_projection(tower_of(model).post_layernorm(full.x[0]))
+    rows = full.x if norm is None else norm(full.x)
+    left = full.alive.clone()
+    left[: full.special] = False
+    if name == "siglip":
+        rows = model.vision_model.post_layernorm(rows)
+    mean = rows[left].mean(0)
+    if name in ("clip", "siglip"):
+        return model.classifier(mean)
+    if name == "dinov2":
+        return model.classifier(torch.cat((rows[0], mean)))
+    if name == "deit-distilled":
+        return (model.cls_classifier(rows[0]) + model.distillation_classifier(rows[1])) / 2
+    return model.classifier(rows[0])
+
+
+@pytest.mark.parametrize("case", ["tome", "tome-keep", "cls-drop-3", "merge-then-drop", "before"])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_see_what_is_left_weighted_by_sizes(name, case):
+    model, inputs = build(HEADS, name), images()
+    method, steps, needs_class = CASES[case]
+    tower = tower_of(model)
+    special = find_family(model).encoder.special
+    if needs_class and name == "siglip":
+        pytest.skip("SigLIP has no class token")
+
+    def answer():
+        out = model(**inputs)
+        return out.image_embeds if name == "clip-projection" else out.logits
+
+    with torch.no_grad():
+        embedded = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[0]
+        plain = answer()
+        with foveate.use(model, method):
+            got = answer()
+        results = oracle.run(tower, special, embedded, steps)
+        want = torch.stack([pooled(name, model, full) for full in results])
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+@pytest.mark.parametrize("case", ["tome", "tome-schedule", "before"])
+@pytest.mark.parametrize("name", ["siglip", "siglip2"])
+def test_a_head_that_pools_by_attention_counts_sources(name, case):
+    """It must see merged tokens as often as they have sources, and dropped ones not at all."""
+    model, inputs = build(ENCODERS, name), images(name=name)
+    method, steps, _ = CASES[case]
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True)
+        with foveate.use(model, method):
+            got = model(**inputs).pooler_output
+        for row, full in enumerate(oracle.run(model, 0, plain.hidden_states[0], steps)):
+            want = model.head(model.post_layernorm(full.x[full.alive])[None])[0]
+            torch.testing.assert_close(got[row], want, rtol=0, atol=2e-5)
+            # What the head would make of the survivors, each counted once:
+            once = sorted(full.stands) if len(full.groups) < full.total else full.alive
+            unweighted = model.head(model.post_layernorm(full.x[once])[None])[0]
+            if case != "before":
+                assert (unweighted - want).abs().max() > 1e-4, "the test does not bite"
+
+
+def test_a_dense_reduction_comes_back_to_full_length():
+    model, inputs = build(ENCODERS, "vit"), images()
+    with torch.no_grad(), foveate.use(model, Mix(layer=1, keep=9)) as run:
+        out = model(**inputs, output_hidden_states=True)
+    assert out.last_hidden_state.shape == (3, PATCHES + 1, 32)
+    assert [tuple(h.shape[:2]) for h in out.hidden_states] == [(3, 37)] * (LAYERS + 1)
+    assert out.last_hidden_state.isfinite().all()
+    assert [n for n, _ in run.record.encoder_tokens] == [37, 37, 10, 10]
+
+
+# -- staying out of the way
+
+
+def snapshot(model):
+    return {
+        name: (
+            list(module._forward_pre_hooks), list(module._forward_hooks),
+            sorted(vars(module)), getattr(module.forward, "__func__", None),
+        )
+        for name, module in model.named_modules()
+    }  # fmt: skip
+
+
+class Boom(Exception):
+    pass
+
+
+def fail_within(model, method, inputs):
+    with foveate.use(model, method):
+        model(**inputs)
+        raise Boom
+
+
+@pytest.mark.parametrize("way", ["block", "exception", "handle", "failing forward"])
+@pytest.mark.parametrize("case", ["tome", "before", "cls-drop"])
+def test_leaving_restores_everything(case, way):
+    for table, name in ((ENCODERS, "deit"), (HEADS, "clip")):
+        model, inputs, method = build(table, name), images(), CASES[case][0]
+        with torch.no_grad():
+            want = model(**inputs, output_hidden_states=True)[0]
+        before, config = snapshot(model), copy.deepcopy(model.config.to_dict())
+        weights = {k: v.clone() for k, v in model.state_dict().items()}
+        if way == "handle":
+            handle = foveate.apply(model, method)
+            model(**inputs)
+            assert snapshot(model) != before
+            handle.remove()
+            handle.remove()
+        elif way == "block":
+            with foveate.use(model, method):
+                model(**inputs)
+        elif way == "exception":
+            with pytest.raises(Boom):
+                fail_within(model, method, inputs)
+        else:
+            with foveate.use(model, method) as run:
+                with pytest.raises((ValueError, RuntimeError)):
+                    model(inputs["pixel_values"][:, :, :-3])
+                model(**inputs)
+                assert len(run.kept) == 3
+        assert snapshot(model) == before
+        assert model.config.to_dict() == config
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        with torch.no_grad():
+            assert torch.equal(model(**inputs)[0], want)
+
+
+def test_an_error_inside_a_layer_leaves_nothing_behind():
+    model, inputs = build(ENCODERS, "vit"), images()
+    with torch.no_grad(), foveate.use(model, ToMe(r=5)):
+        want = model(**inputs).last_hidden_state
+
+        def fail(*_):
+            raise Boom
+
+        handle = model.layers[2].mlp.register_forward_hook(fail)
+        with pytest.raises(Boom):
+            model(**inputs)
+        handle.remove()
+        assert torch.equal(model(**inputs).last_hidden_state, want)
+
+
+def test_threads_on_one_encoder_do_not_see_each_other():
+    model = build(ENCODERS, "vit")
+    batches = [images(count, seed) for seed, count in enumerate((1, 3, 2, 4, 1, 2))]
+    with torch.no_grad(), foveate.use(model, ToMe(r=5)) as run:
+        want = [(model(**batch).last_hidden_state, run.kept) for batch in batches]
+        got = [None] * len(batches)
+
+        def work(number):
+            with torch.no_grad():
+                got[number] = model(**batches[number]).last_hidden_state, run.kept
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(len(batches))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for (states, kept), (wanted, kept_alone) in zip(got, want, strict=True):
+        assert torch.equal(states, wanted)
+        for mine, alone in zip(kept, kept_alone, strict=True):
+            assert all(torch.equal(mine[place], alone[place]) for place in alone)
+
+
+def test_tuples_come_back_as_tuples():
+    model, inputs = build(ENCODERS, "vit"), images()
+    with torch.no_grad(), foveate.use(model, ToMe(r=5)):
+        want = model(**inputs, output_hidden_states=True)
+        got = model(**inputs, output_hidden_states=True, return_dict=False)
+    assert isinstance(got, tuple)
+    assert torch.equal(got[0], want.last_hidden_state)
+    assert all(torch.equal(a, b) for a, b in zip(got[2], want.hidden_states, strict=True))
+
+
+# -- training
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case", ["tome", "cls-drop-3", "before"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "clip"])
+def test_gradients_are_finite_and_checkpointing_changes_nothing(name, case, checkpointing):
+    model, inputs = build(HEADS, name).train(), images()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with foveate.use(model, CASES[case][0]):
+        out = model(**inputs, labels=torch.tensor([0, 1, 2]))
+        out.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in gradients.values())
+    first = [g for n, g in gradients.items() if "patch_embed" in n and n.endswith("weight")]
+    assert first[0].abs().sum() > 0
+    if checkpointing:
+        other = build(HEADS, name).train()
+        with foveate.use(other, CASES[case][0]):
+            other(**inputs, labels=torch.tensor([0, 1, 2])).loss.backward()
+        for n, p in other.named_parameters():
+            if p.grad is not None:
+                torch.testing.assert_close(gradients[n], p.grad, rtol=1e-4, atol=1e-6)
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("method", "error", "match"),
+    [
+        (
+            FastV(),
+            UnsupportedModelError,
+            "'vit' is an encoder alone. Methods that work here: .*tome",
+        ),
+        (FasterVLM(), UnsupportedModelError, "encoder alone"),
+        (ClsDrop(layers=(4,)), LayerError, "layer 4, but .* sees layers 0 to 3"),
+        (ClsDrop(keep=foveate.per_request([0.5])), BudgetError, "one keep for all"),
+        ([ToMe(r=2), ClsDrop(layers=(2,))], LayerError, "different layers"),
+        ([ClsDrop(layers=(2,)), ToMe(r=2)], LayerError, "stream order"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_attaching(method, error, match):
+    with pytest.raises(error, match=match):
+        foveate.use(build(ENCODERS, "vit"), method)
+
+
+def test_a_class_token_is_needed_where_it_is_asked_for():
+    with pytest.raises(UnsupportedModelError, match="no class token"):
+        foveate.use(build(ENCODERS, "siglip"), ClsDrop())
+
+
+def test_a_second_session_is_refused():
+    model = build(ENCODERS, "vit")
+    with foveate.use(model, ToMe()), pytest.raises(AttachError, match="already carries"):
+        foveate.apply(model, ClsDrop())
+
+
+def test_kernels_without_a_bias_are_refused_for_proportional_attention():
+    model = build(ENCODERS, "vit")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="proportional attention"):
+        foveate.use(model, ToMe())
+    foveate.use(model, ToMe(prop_attn=False))
+
+
+def test_padded_images_are_refused():
+    model, inputs = build(ENCODERS, "siglip2"), images(name="siglip2")
+    inputs["pixel_attention_mask"][1, 30:] = 0
+    inputs["spatial_shapes"][1] = torch.tensor([5, 6])
+    with torch.no_grad(), foveate.use(model, ToMe(r=5)), pytest.raises(InputError, match="padded"):
+        model(**inputs)
+
+
+def test_backbones_are_refused():
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    config = Dinov2Config(**{k: v for k, v in WIDE.items() if k != "intermediate_size"})
+    with pytest.raises(UnsupportedModelError, match="feature maps"):
+        foveate.use(Dinov2Backbone(config), ToMe())
+
+
+def test_layers_in_which_nothing_is_removed_keep_their_own_forward(monkeypatch):
+    from foveate.models.block import Block
+
+    model, inputs = build(ENCODERS, "vit"), images()
+    halves = []
+    attend = Block.attend
+    monkeypatch.setattr(Block, "attend", lambda *a, **k: halves.append(a[1]) or attend(*a, **k))
+    with torch.no_grad():
+        with foveate.use(model, ToMe(keep=1.0)):
+            model(**inputs)
+        assert halves == []
+        with foveate.use(model, ClsDrop(layers=(1, 2), keep=(10, 10))):
+            model(**inputs)
+    assert halves == [model.layers[1]]
+
+
+def test_layers_with_a_forward_of_their_own_are_refused():
+    model = build(ENCODERS, "vit")
+    model.layers[2].forward = model.layers[2].forward
+    with pytest.raises(UnsupportedModelError, match="encoder layer 2 has had its forward replaced"):
+        foveate.apply(model, ToMe())
+    assert not model._forward_pre_hooks
+    with foveate.use(model, Listed(layer=2)):
+        model(**images())
+
+
+@pytest.mark.parametrize("case", ["tome", "tome-keep", "cls-drop-3", "before"])
+def test_half_precision_stays_close(case):
+    model, inputs = build(ENCODERS, "vit"), images()
+    with torch.no_grad(), foveate.use(model, CASES[case][0]) as run:
+        want, kept = model(**inputs).last_hidden_state, run.kept
+        model.bfloat16()
+        got = model(inputs["pixel_values"].bfloat16()).last_hidden_state
+        assert [list(image) for image in run.kept] == [list(image) for image in kept]
+    assert got.dtype == torch.bfloat16
+    assert got.shape == want.shape
+    assert got.isfinite().all()

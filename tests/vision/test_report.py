@@ -1,0 +1,90 @@
+"""Reports and FLOPs of what happened inside an encoder."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import foveate
+from foveate.measure import flops
+from foveate.methods import ClsDrop, PyramidDrop, ToMe
+from foveate.models import find_family
+from tests.methods_for_tests import Listed
+from tests.tinies import prompts
+from tests.vision.encoders import ENCODERS, HEADS, build, images
+
+
+def counted(fn):
+    """FLOPs of all matrix products; needs eager attention: the counter misses the CPU's kernel."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        fn()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", [None, Listed(layer=0), Listed(layer=2, inside=True)])
+@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2-registers", "clip"])
+def test_predicted_flops_equal_the_ones_torch_counts(name, method):
+    model, inputs = build(ENCODERS, name, "eager"), images(2)
+    if name in ("vit", "deit"):
+        model.pooler = None
+    rows = ()
+    if method is None:
+        count = counted(lambda: model(**inputs))
+    else:
+        with foveate.use(model, method) as run:
+            count = counted(lambda: model(**inputs))
+        rows = run.record.encoder_tokens
+    assert 2 * flops.vision_flops(model.config, rows) == count
+
+
+def test_an_encoder_alone_is_reported():
+    model = build(HEADS, "vit")
+    with foveate.use(model, ToMe(r=5)) as run:
+        assert "no forward has run" in str(run.report())
+        model(**images())
+    report = run.report()
+    assert json.loads(report.to_json()) == report
+    assert [image["tokens"] for image in report["images"]] == [36] * 3
+    assert list(report["images"][0]["after"].values()) == [31, 26, 21, 16]
+    work = report["flops"]
+    assert work["before"] == 3 * flops.vision_flops(model.config)
+    assert work["after"] == 3 * flops.vision_flops(model.config, run.record.encoder_tokens)
+    assert "in encoder layers 0 to 3" in " ".join(str(report).split())
+
+
+def test_class_scores_are_counted():
+    model = build(HEADS, "vit")
+    with foveate.use(model, ClsDrop()) as run:
+        model(**images())
+    assert run.report()["flops"]["selection"] == 3 * 2 * 32 * 37
+
+
+def test_a_shorter_tower_is_reported_beside_the_language_model(llava):
+    with foveate.use(llava, [ToMe(r=6), PyramidDrop()]) as run:
+        llava(**prompts([[5, 7], [2, 3, 9]]))
+    work = run.report()["flops"]
+    config = llava.config
+    projector = flops.projector_flops(config, 36 * 3)
+    assert work["vision"] == 3 * flops.vision_flops(config) + projector
+    shortened = flops.vision_flops(config, run.record.encoder_tokens)
+    assert work["vision_after"] == 3 * shortened + projector < work["vision"]
+
+
+def test_what_is_left_is_drawn():
+    model = build(HEADS, "clip")
+    with foveate.use(model, ToMe(r=5)) as run:
+        model(**images(1))
+    assert find_family(model).grid(36) == (6, 6)
+    (drawing,) = run.show(Image.new("RGB", (48, 48)), geometry="resize")
+    assert drawing.width > 4 * 300
+
+
+@pytest.mark.parametrize("method", [ToMe(r=5), ToMe(r=0)])
+def test_images_that_are_not_square_have_their_grid(method):
+    model = build(ENCODERS, "dinov2")
+    with torch.no_grad(), foveate.use(model, method) as run:
+        out = model(torch.randn(2, 3, 48, 80))
+    assert out.last_hidden_state.shape[1] == 61
+    assert [image.grid for image in run.record.images] == [(6, 10)] * 2

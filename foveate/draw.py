@@ -63,9 +63,9 @@ def show(
         )
     strips = []
     for number, (picture, seen) in enumerate(zip(pictures, shown, strict=True)):
-        chosen = (
-            _choose(record.pixels, picture, number, len(shown)) if geometry == "auto" else geometry
-        )
+        chosen = geometry
+        if geometry == "auto":
+            chosen = _choose(record.pixels, picture, number, len(shown), seen.grid)
         kept = {place: index.tolist() for place, index in seen.kept.items()}
         strips.append(draw_kept(picture, seen.grid, kept, chosen))
     return strips
@@ -193,15 +193,25 @@ def _distinct(record: Record) -> list[ImageRecord]:
     return [image for image in record.images if image.row % copies == 0]
 
 
-def _choose(pixels: Tensor | None, picture: Image.Image, number: int, count: int) -> Geometry:
-    """The geometry of one of `count` pictures, given what the encoder saw of all."""
+def _choose(
+    pixels: Tensor | None,
+    picture: Image.Image,
+    number: int,
+    count: int,
+    grid: tuple[int, int],
+) -> Geometry:
+    """The geometry of one of `count` pictures, given what the encoder saw of all, and the grid."""
     if pixels is not None and len(pixels) == count:
         return match_geometry(picture, pixels[number])
-    if picture.width == picture.height:
+    height, width = grid
+    if picture.width == picture.height or (
+        # A grid of the picture's own shape, but for the rounding to whole cells.
+        height != width and abs(picture.width / picture.height * height - width) <= 1
+    ):
         return "resize"
     raise InputError(
-        "cannot tell how the processor mapped the picture, because the vision encoder did not run "
-        "in this session; pass geometry='resize', 'crop' or 'pad'"
+        "cannot tell how the processor mapped the picture, because it is not known what the vision "
+        "encoder saw of it; pass geometry='resize', 'crop' or 'pad'"
     )
 
 

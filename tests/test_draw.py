@@ -120,6 +120,18 @@ def test_show_finds_the_geometry_of_each_picture(geometry):
     assert [a.tobytes() for a in auto] == [t.tobytes() for t in told]
 
 
+@pytest.mark.parametrize(("size", "fits"), [((120, 61), True), ((120, 100), False)])
+def test_a_grid_of_the_pictures_own_shape_is_a_resize(size, fits):
+    """Models that take any resolution see patches; what the processor did shows in the grid."""
+    record = Record(1, [40], [image(0, ("pre_llm", [0, 7]), grid=(4, 8))], [[40]], [40])
+    if not fits:
+        with pytest.raises(InputError, match="cannot tell how the processor mapped the picture"):
+            show(record, picture(*size))
+        return
+    auto, told = show(record, picture(*size)), show(record, picture(*size), "resize")
+    assert auto[0].tobytes() == told[0].tobytes()
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_number_of_pictures_must_fit(count):
     with pytest.raises(InputError, match=f"had 2 images, but show got {count}"):

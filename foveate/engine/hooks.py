@@ -234,6 +234,8 @@ class Hooks:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
+        if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
+            pixels = None
         attention = {
             layer: self._class_attention(modality, lengths, row, arguments)
             for layer, row in rows.items()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from foveate.models.family import Family, register_family
+from foveate.models.family import Family, cells, register_family
 
 
 @register_family("molmo2")
@@ -29,10 +30,23 @@ class Molmo2(Family):
         if grids is None:
             return super().shapes(modality, pooled, arguments)
         if modality == "video":
-            cells = [(frames * rows, columns) for frames, rows, columns in grids.tolist()]
+            sizes = [(frames * rows, columns) for frames, rows, columns in grids.tolist()]
         else:
-            cells = [(height, width) for height, width, *_ in grids.tolist()]
+            sizes = [(height, width) for height, width, *_ in grids.tolist()]
         return [
             (count, (h, w) if h * w == count else (1, count))
-            for count, (h, w) in zip(counts, cells[-len(counts) :], strict=True)
+            for count, (h, w) in zip(counts, sizes[-len(counts) :], strict=True)
         ]
+
+    def boxes(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """Cells of the overview, then those of all crops together; of a video, of each frame."""
+        grids = arguments.get(f"{modality}_grids")
+        if grids is None:
+            return cells(*grid)
+        if modality == "video":
+            frames, rows, columns = grids[number].tolist()
+            return cells(rows, columns).repeat(frames, 1)
+        height, width, rows, columns = grids[number].tolist()
+        return torch.cat((cells(height, width), cells(rows, columns)))

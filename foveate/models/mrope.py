@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from foveate.errors import InputError
-from foveate.models.family import Family
+from foveate.models.family import Family, cells
 
 
 class MRope(Family):
@@ -31,11 +33,19 @@ class MRope(Family):
             return super().shapes(modality, pooled, arguments)
         merge = self.config.vision_config.spatial_merge_size
         # In a later turn the grids are those of the whole conversation, the features the new ones.
-        cells = [(t * h // merge, w // merge) for t, h, w in grids[-len(counts) :].tolist()]
-        for count, (height, width) in zip(counts, cells, strict=True):
+        merged = [(t * h // merge, w // merge) for t, h, w in grids[-len(counts) :].tolist()]
+        for count, (height, width) in zip(counts, merged, strict=True):
             if count != height * width:
                 raise InputError(
                     f"{modality}_grid_thw says {height} x {width} visual tokens, but there are "
                     f"{count} features; pass the grids that the processor returned with them"
                 )
-        return list(zip(counts, cells, strict=True))
+        return list(zip(counts, merged, strict=True))
+
+    def boxes(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """Cells of the picture; of a video, of the token's frame."""
+        grids = arguments.get(f"{modality}_grid_thw")
+        frames = 1 if grids is None else int(grids[number][0])
+        return cells(grid[0] // frames, grid[1]).repeat(frames, 1)

@@ -18,7 +18,6 @@ from tests.oracle import Drop, Spec
 TOLERANCE = 5e-5
 IMAGES = 3
 NAMES = [name for name in sorted(MEMBERS) if MEMBERS[name]().pixels(1) is not None]
-# transformers repeats the images of these one by one, so that beams see each other's.
 WITH_CLASS_TOKEN = [name for name in NAMES if MEMBERS[name].class_attention]
 
 

@@ -27,6 +27,24 @@ def test_frames_of_a_video_lie_one_above_the_other(qwen):
     assert qwen.shapes("video", features(24), grids) == [(24, (6, 4))]
 
 
+def test_boxes_of_a_video_are_in_the_frames(qwen):
+    arguments = {"video_grid_thw": torch.tensor([[3, 4, 8]])}
+    boxes = qwen.boxes("video", 0, (6, 4), arguments)
+    assert torch.equal(boxes[:8], boxes[16:])
+    assert boxes[13].tolist() == [0.25, 0.5, 0.5, 1.0]  # second frame, second row and column
+
+
+def test_boxes_of_molmo2_are_in_the_overview_then_in_the_crops():
+    family = find_family(model_of("molmo2"))
+    arguments = {"image_grids": torch.tensor([[4, 4, 0, 0], [2, 2, 4, 8]])}
+    boxes = family.boxes("image", 1, (1, 36), arguments)
+    assert boxes[3].tolist() == [0.5, 0.5, 1, 1]
+    assert boxes[4 + 9].tolist() == [0.125, 0.25, 0.25, 0.5]
+    assert len(family.boxes("image", 0, (4, 4), arguments)) == 16
+    videos = {"video_grids": torch.tensor([[3, 2, 2]])}
+    assert family.boxes("video", 0, (6, 2), videos)[5].tolist() == [0.5, 0, 1, 0.5]
+
+
 def test_new_images_of_a_later_turn_have_the_last_grids(qwen):
     """The grids are those of the conversation, since positions need them all."""
     grids = {"image_grid_thw": torch.tensor([[1, 4, 8], [1, 12, 2]])}

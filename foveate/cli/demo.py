@@ -24,7 +24,7 @@ from foveate.report import Report, describe
 if TYPE_CHECKING:
     from foveate.tiny import Question
 
-SEED = 7
+SEED = 12
 QUESTIONS = 6
 DRAWN = 3
 LONGEST_ANSWER = 8

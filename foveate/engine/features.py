@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foveate.engine.images import Grid, Group, group_features, reduce_group
 from foveate.engine.plan import Plan
+from foveate.errors import InputError
 from foveate.reduction import take_rows
 
 
@@ -83,6 +84,9 @@ def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
         output: tagged output; `generate` repeats all images of a row for each of its beams.
         visual: (B, T) placeholders.
         expanded: how often each row was repeated.
+
+    Raises:
+        InputError: transformers gives the beams of a row different images.
     """
     lengths = output.encoded.lengths
     if sum(feature.shape[:-1].numel() for feature in output.pooler_output) == sum(lengths):
@@ -96,7 +100,19 @@ def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
             count -= lengths[image]
             image += 1
         numbers += of_row * expanded
+    _check_beams(_rows(output.pooler_output), visual[::expanded].sum(1).tolist(), expanded)
     return numbers
+
+
+def _check_beams(rows: Tensor, counts: Sequence[int], expanded: int) -> None:
+    """Refuse features that were repeated one by one, so that beams see each other's images."""
+    blocks = rows.split([count * expanded for count in counts])
+    beams = torch.cat([block.view(expanded, -1, block.shape[-1]) for block in blocks], dim=1)
+    if not torch.equal(beams.nan_to_num(), beams[:1].nan_to_num().expand_as(beams)):
+        raise InputError(
+            "transformers gives the beams of a row different images on this model if the row has "
+            "several; use one beam and one returned sequence, or one image in each row"
+        )
 
 
 def mark(

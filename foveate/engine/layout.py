@@ -69,6 +69,13 @@ def take(x: Tensor, source: Tensor) -> Tensor:
     return x[rows, source]
 
 
+def take_positions(positions: Tensor, source: Tensor) -> Tensor:
+    """Columns of (B, T) positions, or of (axes, B, T) where layers are handed every axis."""
+    if positions.dim() == 2:
+        return take(positions, source)
+    return torch.stack([take(axis, source) for axis in positions])
+
+
 def expansion(layout: Layout, length: int) -> Tensor:
     """The column that answers for each logical position: the nearest kept one at or before it.
 

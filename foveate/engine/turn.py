@@ -14,7 +14,15 @@ from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.images import Group, reduce_group, split_by_count
-from foveate.engine.layout import Layout, Slots, compact, expansion, take, translate_mask
+from foveate.engine.layout import (
+    Layout,
+    Slots,
+    compact,
+    expansion,
+    take,
+    take_positions,
+    translate_mask,
+)
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
 from foveate.signals.text_attention import text_attention
@@ -151,7 +159,7 @@ class Turn:
         if self.layout is self.full and not renumbered:
             return rotary, position_ids
         columns = self.layout.index.clamp(min=0)
-        positions = None if position_ids is None else take(position_ids, columns)
+        positions = None if position_ids is None else take_positions(position_ids, columns)
         if renumbered:
             assert (
                 positions is not None

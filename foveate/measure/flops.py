@@ -49,11 +49,12 @@ def _text_mlp_width(text: Any) -> int:
     active = getattr(text, "num_experts_per_tok", None)
     if not active:
         return text.intermediate_size
-    dense = set(getattr(text, "mlp_only_layers", None) or ())
+    dense = {*(getattr(text, "mlp_only_layers", None) or ())}
+    dense.update(range(getattr(text, "first_k_dense_replace", 0)))
     every = getattr(text, "decoder_sparse_step", 1)
     layers = range(text.num_hidden_layers)
     sparse = sum(i not in dense and (i + 1) % every == 0 for i in layers)
-    total = sparse * active * text.moe_intermediate_size
+    total = sparse * (active + getattr(text, "n_shared_experts", 0)) * text.moe_intermediate_size
     return (total + (len(layers) - sparse) * text.intermediate_size) // len(layers)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,6 +50,13 @@ class Encoder:
     def special(self) -> int:
         """Rows before the patches."""
         return int(self.class_token) + self.extra
+
+
+def cells(height: int, width: int) -> Tensor:
+    """(height * width, 4) left, top, right and bottom edge of the cells of a grid, in [0, 1]."""
+    top, left = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    edges = torch.stack((left, top, left + 1, top + 1), -1).flatten(0, 1)
+    return edges / torch.tensor([width, height, width, height])
 
 
 def register_family(*model_types: str) -> Callable[[F], F]:
@@ -151,6 +159,23 @@ class Family:
         """(height, width) of `count` tokens: a square, or else one row."""
         side = math.isqrt(count)
         return (side, side) if side * side == count else (1, count)
+
+    def boxes(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """(V, 4) left, top, right and bottom edge of an image's tokens, as shares of the picture.
+
+        NaN stands for tokens without a place, such as newlines. The picture is what one entry of
+        the features was made from: the whole image, or a tile where each tile counts as an image;
+        for a video, the token's frame.
+
+        Args:
+            modality: `image` or `video`.
+            number: which of the images of this modality.
+            grid: its token grid, from `shapes`.
+            arguments: what the features were made from.
+        """
+        return cells(*grid)
 
     # -- the vision encoder
 

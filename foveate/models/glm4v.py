@@ -1,12 +1,12 @@
-"""GLM-4.1V and GLM-4.6V: patches of any grid merged 2 x 2, M-RoPE, a GLM text model."""
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: patches of any grid merged 2 x 2, M-RoPE, a GLM text model."""
 
 from foveate.models.family import register_family
 from foveate.models.mrope import MRope
 
 
-@register_family("glm4v", "glm46v")
+@register_family("glm4v", "glm4v_moe", "glm46v")
 class Glm4V(MRope):
-    """`Glm4vForConditionalGeneration`, `Glm46VForConditionalGeneration` and their models."""
+    """`Glm4v`, `Glm4vMoe` and `Glm46VForConditionalGeneration`, and their models."""
 
     @property
     def placeholder_ids(self) -> dict[str, int]:

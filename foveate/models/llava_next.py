@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.models.family import register_family
+from foveate.models.family import cells, register_family
 from foveate.models.llava import Llava
 
 
@@ -38,6 +38,26 @@ class AnyRes(Llava):
         newline = torch.full(rows.shape[1:2], -torch.inf, device=rows.device)
         return [image.T for image in self.packed(rows.transpose(1, 2), newline, arguments)]
 
+    def boxes(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """Boxes of the tokens of thumbnail and tiles, or of a video's frames; NaN for newlines."""
+        count = grid[0] * grid[1]
+        sizes = arguments.get("image_sizes")
+        if modality == "video" or sizes is None:
+            side = self.video_side
+            frames = count // side**2 if modality == "video" else 0
+            blank = torch.full((count - frames * side**2, 4), torch.nan)
+            return torch.cat((cells(side, side).repeat(frames, 1), blank))
+        tiles = [
+            self._tile_boxes(size if n > 1 else None)
+            for size, n in zip(torch.as_tensor(sizes).tolist(), self.tiles(arguments), strict=True)
+        ]
+        newline = torch.full((4,), torch.nan)
+        boxes = self.packed(torch.cat(tiles), newline, arguments)[number]
+        thumbnail, tiled = boxes.split([len(tiles[0][0]), len(boxes) - len(tiles[0][0])])
+        return torch.cat((thumbnail, _widen(tiled))).clamp(0, 1)
+
     def packed(
         self, values: Tensor, newline: Tensor, arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:
@@ -48,22 +68,77 @@ class AnyRes(Llava):
             newline: (C,) what newline tokens get.
             arguments: with `image_sizes`.
         """
-        sizes = arguments["image_sizes"]
-        singles = arguments.get("batch_num_images")
-        tiled = [True] * len(sizes)
-        if singles is not None:
-            tiled = [int(n) == 1 for n in singles for _ in range(int(n))]
-        tiles_of = sys.modules[type(self.base).__module__].image_size_to_num_patches
-        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        counts = [
-            tiles_of(size, pinpoints, side) if tile else 1
-            for size, tile in zip(sizes, tiled, strict=True)
-        ]
         name = self.packing_option
         packed, _ = self.base.pack_image_features(
-            values.split(counts), sizes, image_newline=newline, **{name: getattr(self.config, name)}
+            values.split(self.tiles(arguments)),
+            arguments["image_sizes"],
+            image_newline=newline,
+            **{name: getattr(self.config, name)},
         )
         return packed
+
+    def tiles(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Tiles of each image, its thumbnail among them."""
+        sizes, images = arguments["image_sizes"], arguments.get("batch_num_images")
+        tiled = [True] * len(sizes)
+        if images is not None:  # OneVision tiles an image only if its sample has no other
+            tiled = [int(n) == 1 for n in images for _ in range(int(n))]
+        count = self._module.image_size_to_num_patches
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        return [
+            count(size, pinpoints, side) if several else 1
+            for size, several in zip(sizes, tiled, strict=True)
+        ]
+
+    @property
+    def video_side(self) -> int:
+        """Side of a video frame's grid after pooling."""
+        raise NotImplementedError
+
+    @property
+    def _module(self) -> Any:
+        return sys.modules[type(self.base).__module__]
+
+    def _tile_boxes(self, size: list[int] | None) -> Tensor:
+        """(N, P, 4) boxes of the patches in an image's thumbnail and tiles.
+
+        Processors scale an image of `size` (height, width) to the canvas of its tiles and centre
+        it there; without a size there is only the thumbnail.
+        """
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        thumbnail = cells(side, side)[None]
+        if size is None:
+            return thumbnail
+        rows, columns = self._module.get_anyres_image_grid_shape(
+            size, self.config.image_grid_pinpoints, vision.image_size
+        )
+        canvas = torch.tensor([columns, rows, columns, rows]) * vision.image_size
+        picture = torch.tensor([size[1], size[0], size[1], size[0]])
+        scale = (canvas / picture).min()
+        margin = (canvas - picture * scale) / 2
+        boxes = (cells(rows * side, columns * side) * canvas - margin) / (picture * scale)
+        boxes = boxes.view(rows, side, columns, side, 4).transpose(1, 2).reshape(-1, side**2, 4)
+        return torch.cat((thumbnail, boxes))
+
+
+def _widen(boxes: Tensor) -> Tensor:
+    """(V, 4) boxes of packed tiles, as large as the distance between neighbours.
+
+    Packing may interpolate to fewer tokens, which moves centres rightly but leaves boxes small.
+    """
+    ends = boxes[:, 0].isnan().nonzero()
+    if not len(ends) or not int(ends[0]):
+        return boxes
+    lines = boxes.view(-1, int(ends[0]) + 1, 4).clone()
+    centres = (lines[:, :-1, :2] + lines[:, :-1, 2:]) / 2
+    half = (lines[:, :-1, 2:] - lines[:, :-1, :2]) / 2
+    if centres.shape[1] > 1:
+        half[..., 0] = (centres[0, 1, 0] - centres[0, 0, 0]) / 2
+    if centres.shape[0] > 1:
+        half[..., 1] = (centres[1, 0, 1] - centres[0, 0, 1]) / 2
+    lines[:, :-1] = torch.cat((centres - half, centres + half), -1)
+    return lines.view(-1, 4)
 
 
 @register_family("llava_next", "llava_next_video")
@@ -82,9 +157,23 @@ class LlavaNext(AnyRes):
         shapes = super().shapes(modality, pooled, arguments)
         if modality == "image":
             return shapes
+        return [(count, (count // self.video_side, self.video_side)) for count, _ in shapes]
+
+    def class_attention(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """Rows of a video's frames, pooled as the model pools their features."""
+        if modality == "image" or self.config.spatial_pool_mode == "conv":
+            return super().class_attention(modality, rows, arguments)
+        pooled = self.base.vision_resampler(rows.transpose(1, 2))
+        frames = arguments["pixel_values_videos"].shape[1]
+        return list(pooled.unflatten(0, (-1, frames)).flatten(1, 2).transpose(1, 2))
+
+    @property
+    def video_side(self) -> int:
+        """Side of a video frame's grid after pooling."""
         vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size // self.config.spatial_pool_stride
-        return [(count, (count // side, side)) for count, _ in shapes]
+        return vision.image_size // vision.patch_size // self.config.spatial_pool_stride
 
 
 @register_family("llava_onevision")
@@ -95,3 +184,9 @@ class LlavaOnevision(AnyRes):
     """
 
     packing_option = "vision_aspect_ratio"
+
+    @property
+    def video_side(self) -> int:
+        """Side of a video frame's grid after pooling to half, rounded up."""
+        vision = self.config.vision_config
+        return -(-(vision.image_size // vision.patch_size) // 2)

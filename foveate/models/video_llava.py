@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foveate.models.family import Encoder, Family, register_family
+import torch
+from torch import Tensor
+
+from foveate.models.family import Encoder, Family, cells, register_family
 from foveate.models.towers import tower
 
 
@@ -34,3 +37,13 @@ class VideoLlava(Family):
             return shapes
         frames = 1 if pixels is None else pixels.shape[1]
         return [(n * frames, (1, n * frames)) for n, _ in shapes[::frames]]
+
+    def boxes(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """Boxes of an image, or of frames behind one another; class tokens have no place."""
+        if modality == "image":
+            return super().boxes(modality, number, grid, arguments)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        frame = torch.cat((torch.full((1, 4), torch.nan), cells(side, side)))
+        return frame.repeat(grid[0] * grid[1] // len(frame), 1)

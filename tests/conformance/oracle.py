@@ -66,9 +66,8 @@ def run(
     recorded = Recorded(model, text, inputs)
     hidden = recorded.inputs[0]
     length = hidden.shape[1]
-    # `image_id` is one, or all that stand for visual tokens.
-    ids = torch.cat((torch.tensor([member.image_id]).flatten(), torch.tensor(member.others).long()))
-    visual = torch.isin(inputs["input_ids"][0], ids).nonzero()[:, 0]
+    placeholders = torch.tensor([member.image_id, *member.others])
+    visual = torch.isin(inputs["input_ids"][0], placeholders).nonzero()[:, 0]
     columns = list(visual.split(counts or member.visual))
     index = [torch.arange(len(column)) for column in columns]
     alive, shift = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.methods import FasterVLM, PyramidDrop
 from foveate.models import find_family
 from tests.conformance import oracle
@@ -18,6 +18,8 @@ from tests.oracle import Drop, Spec
 TOLERANCE = 5e-5
 IMAGES = 3
 NAMES = [name for name in sorted(MEMBERS) if MEMBERS[name]().pixels(1) is not None]
+# transformers repeats the images of these one by one, so that beams see each other's.
+INTERLEAVED = ("glm4v", "glm46v")
 WITH_CLASS_TOKEN = [name for name in NAMES if MEMBERS[name].class_attention]
 
 
@@ -58,7 +60,7 @@ def class_scores(name):
     attention = model.get_submodule(member.class_attention.format(member.class_layer))
     hook = attention.register_forward_hook(lambda module, args, out: weights.append(out[1]))
     with torch.no_grad():
-        model.model.get_image_features(**fresh(member.pixels(IMAGES)))
+        getattr(model.model, f"get_{member.modality}_features")(**fresh(member.pixels(IMAGES)))
     hook.remove()
     return member.class_scores(model, member.pixels(IMAGES), weights[0].mean(1)[:, 0, 1:])
 
@@ -211,3 +213,46 @@ def test_images_and_videos_of_one_prompt_equal_the_oracle(name, kind):
     distance = (want[-1] - got).abs().max().item()
     print(f"{name} {kind}: {counts} tokens, {distance:.1e}")
     assert distance <= TOLERANCE
+
+
+def test_onevision_tiles_only_images_that_are_alone_in_their_sample():
+    """Two thumbnails with a newline each, and an image of three tiles in the next row."""
+    member, model = MEMBERS["llava_onevision"](), model_of("llava_onevision")
+    pixels, number = member.pixels(IMAGES), torch.tensor([2, 1])
+    first = [7, *[member.image_id] * 17, 8, *[member.image_id] * 17, 9]
+    second = [5, *[member.image_id] * 46, 6]
+    width = max(len(first), len(second))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in (first, second)])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), **pixels}
+    with torch.no_grad(), foveate.use(model, EveryThird(5)) as run:
+        together = model.model(**fresh(inputs), batch_num_images=number).last_hidden_state[:, -1]
+        totals = [image.total for image in run.record.images]
+        alone = {"input_ids": torch.tensor([first]), **member.take(pixels, 0, 2)}
+        want = model.model(**alone, batch_num_images=number[:1]).last_hidden_state[0, -1]
+    assert totals == [17, 17, 46]
+    torch.testing.assert_close(together[0], want, rtol=0, atol=TOLERANCE)
+    arguments = {**pixels, "batch_num_images": number}
+    boxes = [find_family(model).boxes("image", i, (1, n), arguments) for i, n in enumerate(totals)]
+    assert [len(box) for box in boxes] == totals
+    assert boxes[0][-1].isnan().all()
+    assert not boxes[0][:-1].isnan().any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_share_what_was_encoded_once(name):
+    """Every beam gets all images of its row, with the same survivors."""
+    model, (inputs, counts) = model_of(name), prompt(name)
+    options = {"num_beams": 2, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with torch.no_grad(), foveate.use(model, EveryThird(3)) as run:
+        model(**fresh(inputs))
+        once = run.kept
+        if name in INTERLEAVED:
+            with pytest.raises(InputError, match="one image in each row"):
+                model.generate(**fresh(inputs), **options)
+            return
+        out = model.generate(**fresh(inputs), **options)
+        twice = run.kept
+    assert out.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert len(once) == len(counts)
+    for got, want in zip(twice, 2 * once, strict=True):
+        assert torch.equal(got["pre_llm"], want["pre_llm"])

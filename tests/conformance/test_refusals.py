@@ -39,3 +39,23 @@ def test_videos_that_are_encoded_as_images_are_refused(method, with_image):
     with foveate.use(model, method), pytest.raises(InputError, match="videos as images"):
         model(**inputs)
     model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["llava_next_video-video", "video_llava-video"])
+def test_class_tokens_that_say_nothing_of_a_videos_tokens_are_refused(name, monkeypatch):
+    """A learned pooling, or a tower whose class tokens are visual tokens themselves."""
+    member = MEMBERS[name]()
+    config = member.config()
+    config.spatial_pool_mode = "conv"
+    monkeypatch.setattr(member, "config", lambda: config)
+    model = member.build()
+    pixels = member.pixels(1)
+    ids = torch.tensor([[5, *[member.image_id] * member.counts(model, pixels)[0], 6, 7]])
+    with (
+        foveate.use(model, "fastervlm"),
+        pytest.raises(UnsupportedModelError, match="cannot be told for the video tokens"),
+    ):
+        model(input_ids=ids, **pixels)
+    with foveate.use(model, "fastv") as run:
+        model(input_ids=ids, **pixels)
+    assert len(run.kept) == 1

@@ -61,6 +61,51 @@ CHECKPOINTS = {
     "LLaVA-NeXT-7B": (
         "llava_next", {"vision_config": CLIP, "text_config": VICUNA_7B}, 7.06, 2, (8, 16, 24),
     ),
+    "LLaVA-OneVision-7B": (
+        "llava_onevision",
+        {
+            "vision_config": {**SIGLIP, "num_hidden_layers": 26, "image_size": 384},
+            "text_config": {
+                "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+                "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+                "vocab_size": 152000,
+            },
+        },
+        8.03, 2, (7, 14, 21),
+    ),
+    "InternVL3-8B": (
+        "internvl",
+        {
+            "vision_config": {
+                "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14],
+                "attention_bias": True,
+            },
+            "text_config": {
+                "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
+                "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+                "vocab_size": 151674,
+            },
+            "tie_word_embeddings": False,
+        },
+        7.94, 2, (7, 14, 21),
+    ),
+    "SmolVLM-2.2B": (
+        "idefics3",
+        {
+            "vision_config": {
+                "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+                "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+            },
+            "text_config": {
+                "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+                "num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 32,
+                "vocab_size": 49155,
+            },
+            "scale_factor": 3,
+        },
+        2.25, 2, (6, 12, 18),
+    ),
     "Qwen2-VL-7B": (
         "qwen2_vl",
         {

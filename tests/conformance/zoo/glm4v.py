@@ -1,6 +1,6 @@
-"""GLM-4.1V and GLM-4.6V."""
+"""GLM-4.1V, GLM-4.5V (a mixture of experts) and GLM-4.6V."""
 
-from transformers import Glm4vConfig, Glm46VConfig
+from transformers import Glm4vConfig, Glm4vMoeConfig, Glm46VConfig
 
 from tests.conformance.zoo.mrope import TEXT, VISION, MRopeMember, rope
 
@@ -33,3 +33,16 @@ class Glm46V(Glm4V):
 
     def config(self):
         return Glm46VConfig(**PARTS)
+
+
+class Glm4VMoe(Glm4V):
+    name = "glm4v_moe"
+
+    def config(self):
+        text = {
+            **PARTS["text_config"], "model_type": "glm4v_moe_text", "moe_intermediate_size": 32,
+            "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1,
+            "first_k_dense_replace": 2,
+        }  # fmt: skip
+        vision = {**PARTS["vision_config"], "model_type": "glm4v_moe_vision"}
+        return Glm4vMoeConfig(**{**PARTS, "text_config": text, "vision_config": vision})

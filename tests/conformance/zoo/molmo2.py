@@ -44,24 +44,19 @@ class Molmo2(Member):
     def pixels(self, images, seed=0):
         """Overviews of 8 x 8 patches in cells of four; every second image has a crop behind it."""
         generator = torch.Generator().manual_seed(seed)
-        grids = [[4, 4, 4 * (i % 2), 4 * (i % 2)] for i in range(images)]
-        crops = sum(1 + i % 2 for i in range(images))
-        cells = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
-        return {
-            "pixel_values": torch.randn(crops, 64, 48, generator=generator),
-            "image_token_pooling": torch.cat([cells + 64 * crop for crop in range(crops)]),
-            "image_grids": torch.tensor(grids),
-        }
+        grids = torch.tensor([[4, 4, 4 * (i % 2), 4 * (i % 2)] for i in range(images)])
+        return self.cells(torch.randn(len(grids) + images // 2, 64, 48, generator=generator), grids)
+
+    def cells(self, crops, grids):
+        """Arguments for (N, 64, 48) crops, and which patches each token pools."""
+        cell = torch.arange(64).view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
+        pooling = torch.cat([cell + 64 * crop for crop in range(len(crops))])
+        return {"pixel_values": crops, "image_token_pooling": pooling, "image_grids": grids}
 
     def take(self, pixels, start, stop):
-        crops = [1 + bool(grid[2]) for grid in pixels["image_grids"]]
-        first, last = sum(crops[:start]), sum(crops[:stop])
-        return {
-            "pixel_values": pixels["pixel_values"][first:last],
-            "image_token_pooling": pixels["image_token_pooling"][16 * first : 16 * last]
-            - 64 * first,
-            "image_grids": pixels["image_grids"][start:stop],
-        }
+        grids = pixels["image_grids"]
+        crops = pixels["pixel_values"].split((1 + (grids[:, 2] > 0).long()).tolist())
+        return self.cells(torch.cat(crops[start:stop]), grids[start:stop])
 
     def clip(self, seed=0):
         """Three frames of 4 x 4 visual tokens."""

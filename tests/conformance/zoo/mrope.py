@@ -44,11 +44,11 @@ class MRopeMember(Member):
         return {"pixel_values": self.patches(grids, seed), "image_grid_thw": grids}
 
     def take(self, pixels, start, stop):
-        patches = pixels["image_grid_thw"].prod(1).tolist()
-        first, last = sum(patches[:start]), sum(patches[:stop])
+        grids = pixels["image_grid_thw"]
+        patches = pixels["pixel_values"].split(grids.prod(1).tolist())
         return {
-            "pixel_values": pixels["pixel_values"][first:last],
-            "image_grid_thw": pixels["image_grid_thw"][start:stop],
+            "pixel_values": torch.cat(patches[start:stop]),
+            "image_grid_thw": grids[start:stop],
         }
 
     def clip(self, seed=0):

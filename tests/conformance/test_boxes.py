@@ -1,0 +1,92 @@
+"""The place of every visual token: boxes lie where the processor put the pixels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+
+from foveate.models import find_family
+from tests.conformance.test_pixels import NAMES, model_of, prompt
+from tests.conformance.zoo import MEMBERS
+from tests.conformance.zoo.llava_next import PINPOINTS, SIZES
+from tests.conformance.zoo.towers import SIDE
+
+FULL = 250  # what the last pixel of a ramp holds
+
+
+def ramps(height, width):
+    """A picture whose red says how far right, and whose green how far down a pixel is."""
+    across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
+    down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
+    planes = np.stack((across, down, np.zeros((height, width))), -1) * FULL
+    return Image.fromarray(planes.round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_boxes_of_tiled_images_lie_where_the_processor_put_them(name):
+    """Centres of boxes are where the ramps in each token's patch say it was in the picture."""
+    kind = LlavaNextImageProcessorPil if name == "llava_next" else LlavaOnevisionImageProcessorPil
+    square = {"height": SIDE, "width": SIDE}
+    processor = kind(
+        size=square, crop_size=square, image_grid_pinpoints=PINPOINTS, do_rescale=False,
+        do_normalize=False,
+    )  # fmt: skip
+    model, member = model_of(name), MEMBERS[name]()
+    given = processor([ramps(*size) for size in SIZES], return_tensors="pt")
+    pixels = {k: given[k] for k in ("pixel_values", "image_sizes")}
+    pixels["pixel_values"] = pixels["pixel_values"].float()
+    family, counts = find_family(model), member.counts(model, pixels)
+    tiles = [image[:n] for image, n in zip(pixels["pixel_values"], (5, 4, 3), strict=True)]
+    patches = torch.cat(tiles)[:, :2].unfold(2, 8, 8).unfold(3, 8, 8).mean((4, 5)).flatten(2) / FULL
+    if name == "llava_next":  # by the value of the features, not by a second packing
+        noisy = {**pixels, "pixel_values": member.pixels(3)["pixel_values"]}
+        seen = [member.class_scores(model, noisy, patches[:, axis]) for axis in (0, 1)]
+        seen = [torch.stack(pair, -1) for pair in zip(*seen, strict=True)]
+    else:
+        seen, _ = model.model.pack_image_features(
+            patches.transpose(1, 2).split((5, 4, 3)), pixels["image_sizes"],
+            image_newline=torch.full((2,), -torch.inf), vision_aspect_ratio="anyres_max_2",
+        )  # fmt: skip
+    for number, (count, centre) in enumerate(zip(counts, seen, strict=True)):
+        boxes = family.boxes("image", number, (1, count), pixels)
+        assert boxes.shape == (count, 4)
+        assert torch.equal(boxes[:, 0].isnan(), centre[:, 0].isinf())
+        assert boxes.isnan().any(0).all(), "there are newline tokens"
+        sides = boxes[:, 2:] - boxes[:, :2]
+        whole = (boxes[:, :2] > 1e-3).all(1) & (boxes[:, 2:] < 1 - 1e-3).all(1)
+        middle = (boxes[:, :2] + boxes[:, 2:])[whole] / 2
+        assert whole[:16].sum() == 4, "the thumbnail's inner cells"
+        assert whole[16:].sum() >= 2, "cells of tiles"
+        assert ((middle - centre[whole]).abs() < 0.15 * sides[whole]).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_visual_token_has_a_box(name):
+    """Boxes lie within the picture and cover it: once, or a second time with tiles, or by frames.
+
+    Unpadding takes away whole rows of patches, and with them up to a quarter of these pictures.
+    """
+    inputs, counts = prompt(name)
+    member, family = MEMBERS[name](), find_family(model_of(name))
+    pooled = [torch.zeros(count, 1) for count in counts]
+    shapes = family.shapes(member.modality, pooled, inputs)
+    if len(shapes) != len(counts):
+        shapes = [(count, family.grid(count)) for count in counts]
+    for number, (count, grid) in enumerate(shapes):
+        boxes = family.boxes(member.modality, number, grid, inputs)
+        assert boxes.shape == (count, 4)
+        known = boxes[~boxes[:, 0].isnan()]
+        assert len(known) > count // 2
+        assert ((known >= 0) & (known <= 1)).all()
+        area = (known[:, 2:] - known[:, :2]).prod(1)
+        assert (area > 0).all()
+        covered = area.sum().item()
+        assert math.ceil(covered - 0.01) - covered < 0.26

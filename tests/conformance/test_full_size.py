@@ -1,0 +1,55 @@
+"""Configs of real size, built without memory: what tiny configs could hide."""
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from foveate.engine.plan import Plan, why_not
+from foveate.errors import FoveateError
+from foveate.method import get_method, list_methods
+from foveate.models import find_family
+
+# model type: decoder layers, encoder layers, the one the language model sees, class token
+SIZES = {
+    "deepseek_vl": (32, 12, 11, False),
+    "idefics3": (32, 12, 11, False),
+    "internvl": (32, 24, 23, True),
+    "llava": (32, 24, 22, True),
+    "llava_next": (32, 24, 22, True),
+    "llava_next_video": (32, 24, 22, True),
+    "llava_onevision": (32, 26, 25, False),
+    "mistral3": (40, 24, 23, False),
+    "ovis2": (32, 24, 23, False),
+    "smolvlm": (32, 12, 11, False),
+    "video_llava": (32, 24, 22, True),
+    "vipllava": (32, 24, 22, True),
+}
+
+
+@functools.cache
+def family_of(model_type):
+    with torch.device("meta"):
+        config = AutoConfig.for_model(model_type)
+        return find_family(AutoModelForImageTextToText.from_config(config))
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_layers_are_found(model_type):
+    family = family_of(model_type)
+    layers = family.text_layers, family.vision_layers, family.feature_layer
+    assert (*layers, family.encoder.class_token) == SIZES[model_type]
+    assert family.attention_layers == tuple(range(family.text_layers))
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("model_type", SIZES)
+def test_methods_plan_or_say_why_not(model_type, method):
+    family = family_of(model_type)
+    needs_class_token = "cls_attention" in get_method(method).needs
+    if needs_class_token and not SIZES[model_type][3]:
+        with pytest.raises(FoveateError, match="no class token"):
+            Plan.of(family, [get_method(method)()])
+    else:
+        assert why_not(family, method) is None

@@ -1,0 +1,43 @@
+"""Grids come from what the processor returned, and must fit the features."""
+
+import pytest
+import torch
+
+from foveate.errors import InputError
+from foveate.models import find_family
+from tests.conformance.test_families import model_of
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return find_family(model_of("qwen2_5_vl"))
+
+
+def features(*counts):
+    return [torch.zeros(count, 64) for count in counts]
+
+
+def test_grids_are_counted_in_merged_patches(qwen):
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 8], [1, 12, 2]])}
+    assert qwen.shapes("image", features(8, 6), grids) == [(8, (2, 4)), (6, (6, 1))]
+
+
+def test_frames_of_a_video_lie_one_above_the_other(qwen):
+    grids = {"video_grid_thw": torch.tensor([[3, 4, 8]]), "image_grid_thw": torch.ones(1, 3)}
+    assert qwen.shapes("video", features(24), grids) == [(24, (6, 4))]
+
+
+def test_new_images_of_a_later_turn_have_the_last_grids(qwen):
+    """The grids are those of the conversation, since positions need them all."""
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 8], [1, 12, 2]])}
+    assert qwen.shapes("image", features(6), grids) == [(6, (6, 1))]
+
+
+def test_features_without_grids_are_a_square_or_a_row(qwen):
+    assert qwen.shapes("image", features(16, 8), {}) == [(16, (4, 4)), (8, (1, 8))]
+
+
+def test_a_grid_that_does_not_fit_is_refused(qwen):
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 8]])}
+    with pytest.raises(InputError, match=r"image_grid_thw says 2 x 4 visual tokens.*7 features"):
+        qwen.shapes("image", features(7), grids)

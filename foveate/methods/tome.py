@@ -14,13 +14,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from foveate.budget import Keep, PerRequest, check_keep
 from foveate.budget import count as budget_count
 from foveate.errors import BudgetError, FoveateError
+from foveate.matching import match, match_every
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -144,50 +143,3 @@ class ToMe(Method):
         else:
             index, slot = match(keys, tokens.count - count, tokens.special)
         return Reduction.mean(index, slot, tokens.sizes)
-
-
-def match(keys: Tensor, r: int, special: int) -> tuple[Tensor, Tensor]:
-    """Bipartite matching: rows of the encoder belong to two sets in turn, and the first loses r.
-
-    Args:
-        keys: (G, V, d) of unit length.
-        r: tokens to merge, at most half of V.
-        special: rows before the patches; they take turns too, but neither merge nor are merged
-            into.
-
-    Returns:
-        (G, V - r) positions of what is left, in the release's order: the first set's rest, then the
-        second set; and (G, V) where each token goes.
-    """
-    first = special % 2  # patches in even rows
-    scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
-    best, partner = scores.max(-1)
-    order = best.argsort(-1, descending=True)
-    rest = order[:, r:]
-    if special:
-        rest = rest.sort(-1).values
-    left, second = rest.shape[1], torch.arange(scores.shape[2], device=keys.device)
-    second = second.expand(len(keys), -1)
-    stays = torch.arange(left, device=keys.device).expand_as(rest)
-    slot = keys.new_empty(keys.shape[:2], dtype=torch.long)
-    slot[:, first::2] = (partner + left).scatter(1, rest, stays)
-    slot[:, 1 - first :: 2] = second + left
-    return torch.cat((rest * 2 + first, second * 2 + 1 - first), 1), slot
-
-
-def match_every(keys: Tensor, every: int) -> tuple[Tensor, Tensor]:
-    """Merge all tokens into the last of each run of `every`; a remainder is dropped.
-
-    Args:
-        keys: (G, V, d) of unit length.
-        every: length of a run.
-
-    Returns:
-        As `match`, with V // every tokens left.
-    """
-    images, total = keys.shape[:2]
-    index = torch.arange(every - 1, total, every, device=keys.device).expand(images, -1)
-    slot = (keys @ keys[:, every - 1 :: every].transpose(1, 2)).argmax(-1)
-    slot = slot.scatter(1, index, torch.arange(total // every, device=keys.device).expand_as(index))
-    slot[:, total // every * every :] = -1
-    return index, slot

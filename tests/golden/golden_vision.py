@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import foveate
-from foveate.methods.tome import ToMe, match, match_every
+from foveate.matching import match, match_every
+from foveate.methods.tome import ToMe
 from foveate.models import find_family
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens

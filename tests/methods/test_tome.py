@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from foveate.errors import BudgetError, FoveateError
+from foveate.matching import match, match_every
 from foveate.method import get_method
-from foveate.methods.tome import ToMe, match, match_every
+from foveate.methods.tome import ToMe
 
 
 def naive(keys, r, special):

@@ -172,22 +172,15 @@ def _reduce(
     The first sheet holds the features, which methods see; others (DeepStack) follow it.
     """
     begin: dict[tuple[int, int], int] = {}
-    alive = [
-        (
-            group,
-            [
-                take_rows(torch.stack([sheet[i] for i in group.images]), group.index)
-                for sheet in sheets
-            ],
-        )
-        for group in groups
-    ]
+    alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
     for planned in plan.pre_llm:
         after = []
         for group, xs in alive:
             place = {image: i for i, image in enumerate(group.images)}
 
             def values(part: Group, xs: Any = xs, place: dict[int, int] = place) -> list[Tensor]:
+                if len(part.images) == len(place):
+                    return xs
                 members = [place[image] for image in part.images]
                 return [x[members] for x in xs]
 
@@ -221,11 +214,19 @@ def _class_attention(
     return rows.gather(3, index.to(rows.device))
 
 
+def _of_group(sheet: Sequence[Tensor], group: Group) -> Tensor:
+    """(G, K, D) of what is alive of a group; a view where it is one whole image."""
+    one = len(group.images) == 1
+    x = sheet[group.images[0]][None] if one else torch.stack([sheet[i] for i in group.images])
+    return x if group.index.shape[1] == group.total else take_rows(x, group.index)
+
+
 def _rows(pooled: Any) -> Tensor:
     """All features as (N, D), whatever they come in."""
     if isinstance(pooled, Tensor):
         return pooled.reshape(-1, pooled.shape[-1])
-    return torch.cat([feature.reshape(-1, feature.shape[-1]) for feature in pooled])
+    rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _like(pooled: Any, rows: Tensor) -> Any:

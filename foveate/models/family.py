@@ -195,7 +195,8 @@ class Family:
 
         It is the one behind `hidden_states[vision_feature_layer]`, whose entry 0 is the embedding.
         """
-        given = getattr(self.config, "vision_feature_layer", -1)
+        names = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA before 5.23
+        given = next((v for n in names if (v := getattr(self.config, n, None)) is not None), -1)
         layers = [given] if isinstance(given, int) else given
         return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
 

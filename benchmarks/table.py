@@ -1,0 +1,129 @@
+"""Write docs/benchmarks.md from the result files.
+
+    python benchmarks/table.py
+
+`tests/test_benchmarks.py` fails when the page is older than the results.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+INTRO = """# What was measured
+
+Every table comes from a script in `benchmarks/` and its result file in `benchmarks/results/`, which
+names the machine and the versions. The machine was shared and noisy: read ratios, which compare
+contenders that took turns in one run, and treat them as good to a few per cent. Predictions are
+FLOP ratios (multiply-add = 2, causal attention counted exactly, the methods' scores included).
+Nothing here was measured on a GPU.
+"""
+
+
+def load(name: str) -> dict[str, Any]:
+    """One result file."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def about(result: dict[str, Any]) -> str:
+    """What the numbers were measured on."""
+    m = result["machine"]
+    return (
+        f"{m['cpu']}; {m['dtype']}, {m['attention']}, torch {m['torch']}, "
+        f"transformers {m['transformers']}; {m['time']}."
+    )
+
+
+def prefill() -> str:
+    """Speed-ups of the prefill."""
+    result = load("prefill")
+    parts = ["## Prefill", f"{result['model']}. {about(result)}"]
+    for size in result["results"]:
+        rows = [
+            [
+                name,
+                f"{row['speed-up']['median']:.2f}x",
+                f"{row['speed-up']['q25']:.2f} to {row['speed-up']['q75']:.2f}",
+                f"{row['predicted']:.2f}x",
+                f"{row['measured / predicted']:.2f}",
+            ]
+            for name, row in size["rows"].items()
+        ]
+        native = size["rows"]["pre_llm to 64"]["time / native 64"]
+        parts += [
+            f"### {size['visual tokens']:,} visual tokens, {size['rounds']} rounds",
+            table(["", "speed-up", "quartiles", "predicted", "measured / predicted"], rows),
+            f"Reducing to 64 tokens before the LLM takes {native['median']:.3f} "
+            f"({native['q25']:.3f} to {native['q75']:.3f}) of the time of a prompt that has 64 to "
+            "begin with.",
+        ]
+    return "\n\n".join(parts)
+
+
+def decode() -> str:
+    """Overhead of decoding."""
+    result = load("decode")
+    rows = [
+        [name, f"{r['overhead_us']:.0f}", f"{r['q25']:.0f} to {r['q75']:.0f}"]
+        for name, r in result["rows"].items()
+    ]
+    return "\n\n".join([
+        "## Decoding",
+        f"Microseconds that a session adds per layer and generated token, on a {result['model']}, "
+        f"batch 1. {about(result)}",
+        table(["", "median", "quartiles"], rows),
+    ])  # fmt: skip
+
+
+def scoring() -> str:
+    """Share of selection in the pruned prefill."""
+    result = load("scoring")
+    sizes = result["results"]
+    rows = [
+        [name, *(f"{size['rows'][name]['share']['median']:.2%}" for size in sizes)]
+        for name in sizes[0]["rows"]
+    ]
+    return "\n\n".join([
+        "## What choosing costs",
+        f"Selection as a share of the prefill that it leaves, at 7B widths ({result['model']}). "
+        f"{about(result)}",
+        table(["", *(f"{size['visual tokens']:,} visual tokens" for size in sizes)], rows),
+    ])  # fmt: skip
+
+
+def tome() -> str:
+    """ToMe in a plain encoder."""
+    result = load("tome")
+    size = result["results"][0]
+    rows = []
+    for name, row in size["rows"].items():
+        speed, predicted = row["speed-up"], row.get("predicted")
+        rows.append([
+            name, f"{speed['median']:.2f}x", f"{speed['q25']:.2f} to {speed['q75']:.2f}",
+            f"{predicted:.2f}x" if predicted else "",
+            f"{row['measured / predicted']:.2f}" if "measured / predicted" in row else "",
+        ])  # fmt: skip
+    return "\n\n".join([
+        "## ToMe in an encoder",
+        f"{result['model']}, batch {size['batch']}, {size['rounds']} rounds. {about(result)}",
+        table(["", "speed-up", "quartiles", "predicted", "measured / predicted"], rows),
+    ])  # fmt: skip
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n\n".join([INTRO.strip(), prefill(), decode(), scoring(), tome()]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.name}")

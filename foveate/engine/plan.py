@@ -59,6 +59,8 @@ class Plan:
         """
         steps: list[PlannedStep] = []
         for method_number, method in enumerate(methods):
+            # Before its steps: where a stage is missing, a method may find nothing to do there.
+            _check_stage(family, method, method.stage)
             of_method = method.steps(family)
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
@@ -67,7 +69,8 @@ class Plan:
                 for i, step in enumerate(of_method)
             ]
             for item in planned:
-                _check_stage(family, item)
+                _check_stage(family, method, item.step.stage)
+                _check_encoder(family, item)
                 _check_layers(family, item)
                 _check_needs(family, item)
             if steps and planned:
@@ -142,27 +145,30 @@ def _order(step: Step) -> tuple[int, int]:
     return STAGES.index(step.stage), step.layer
 
 
-def _check_stage(family: Family, planned: PlannedStep) -> None:
-    stage, method = planned.step.stage, planned.method
+def _check_stage(family: Family, method: Method, stage: str) -> None:
     if stage != "vision" and not family.text_layers:
         raise UnsupportedModelError(
             f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
             f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
         )
-    if stage != "vision":
-        return
-    encoder = family.encoder
-    if encoder is None or encoder.block is None:
+    if stage == "vision" and (family.encoder is None or family.encoder.block is None):
         raise UnsupportedModelError(
             f"{method.slug!r} acts inside the encoder, which is not supported on this "
             f"{family.model_type!r}. Methods that work here: {', '.join(working_methods(family))}."
         )
+
+
+def _check_encoder(family: Family, planned: PlannedStep) -> None:
+    method = planned.method
+    if planned.step.stage != "vision":
+        return
     if isinstance(method.keep, PerRequest):
         raise BudgetError(
             f"{method.slug} acts inside the encoder, where all images are reduced together; "
             "give one keep for all instead of per_request"
         )
-    kernel = encoder.tower.config._attn_implementation or "eager"
+    assert family.encoder is not None  # as checked before
+    kernel = family.encoder.tower.config._attn_implementation or "eager"
     if planned.step.proportional and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"proportional attention of {method.slug} adds a bias to the scores, which "

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.errors import UnsupportedModelError
 from foveate.methods import ClsDrop, ToMe
 from foveate.models import find_family
 from tests.methods_for_tests import Listed, Mix
@@ -269,3 +270,10 @@ def test_half_precision_stays_close(case):
     assert got.dtype == torch.bfloat16
     assert got.shape == want.shape
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["pyramiddrop", "fastv", "uniform"])
+def test_methods_for_language_models_are_refused_with_what_works(method):
+    model = build(ENCODERS, "siglip")
+    with pytest.raises(UnsupportedModelError, match="encoder alone. Methods that work here: tome"):
+        foveate.use(model, method)

@@ -325,7 +325,9 @@ def read(model, full):
     return base.multi_modal_projector(torch.cat(states, -1))
 
 
-@pytest.mark.parametrize("name", ["llava_next", "internvl", "mistral3", "video_llava"])
+@pytest.mark.parametrize(
+    "name", ["llava_next", "internvl", "mistral3", "video_llava", "qwen2_vl", "gemma3"]
+)
 def test_towers_whose_patches_are_no_tokens_are_refused(name):
     model = MEMBERS[name]().build()
     with pytest.raises(UnsupportedModelError, match="inside the encoder, which is not supported"):

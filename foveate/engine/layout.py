@@ -231,9 +231,8 @@ def translate_mask(
         asked = layout.index + (slots.length - length)
         allowed = real[:, None] & (keys[:, None] <= asked[..., None])
         return (allowed | (layout.index < 0)[..., None])[:, None]
-    offset = max(
-        slots.length - mask.shape[-1], 0
-    )  # sliding-window masks begin later than position 0
+    # Masks of sliding windows begin later than at position 0.
+    offset = max(slots.length - mask.shape[-1], 0)
     real = keys >= offset if offset else real
     column = (keys - offset).clamp(min=0)
     if mask.dim() == 2:

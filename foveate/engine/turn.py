@@ -89,8 +89,6 @@ class Turn:
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
 
-    # -- what a layer is handed
-
     def enter(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -173,8 +171,6 @@ class Turn:
             rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
         return rotary, None if self.prompt.flash else positions
-
-    # -- reductions
 
     def begin(self, embeds: Tensor) -> None:
         """Drop what was removed from the image features.
@@ -305,8 +301,6 @@ class Turn:
         for i, image in enumerate(group.images):
             self.kept[image][place] = group.index[i]
 
-    # -- signals
-
     def _text_attention(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
@@ -370,8 +364,6 @@ class Turn:
         if self.prompt.real is None or not self.groups:
             return [self.prompt.length] * self.prompt.batch
         return self.prompt.real[:, self.prompt.past :].sum(1).tolist()
-
-    # -- the way out
 
     def leave(self, output: Any, first_layer: int) -> Any:
         """Bring hidden states back to logical length, in place.

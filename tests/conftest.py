@@ -8,6 +8,14 @@ from tests.tinies import tiny_llava
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-support",
+        action="store_true",
+        help="write the support matrix that test_matrix.py finds, instead of comparing with it",
+    )
+
+
 @pytest.fixture(scope="session")
 def llava():
     """CLIP and Llama, SDPA."""

@@ -56,6 +56,16 @@ def test_table_lists_every_method_and_nothing_else():
             assert f"https://arxiv.org/abs/{number}" in row
 
 
+def test_every_family_is_listed_and_no_other():
+    (line,) = re.findall(
+        r"^- Vision-language models.*?(?=^- )", TEXT, flags=re.DOTALL | re.MULTILINE
+    )
+    listed = re.findall(r"`([\w]+)`", line)
+    assert sorted(listed) == foveate.list_families()
+    (page,) = re.findall(r"\]\((docs/.*?)\)", line)
+    assert (README.parent / page).is_file()
+
+
 def test_pictures_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
         assert (README.parent / path).is_file()

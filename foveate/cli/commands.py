@@ -10,7 +10,6 @@ from PIL import Image
 from rich.markup import escape
 from typer.core import TyperGroup
 
-import foveate
 from foveate.cli import demo as demonstration
 from foveate.cli import listing
 from foveate.cli.console import progress, stderr, stdout
@@ -130,7 +129,7 @@ def list_(
         typer.Option(help="Say what works on this model and why not; reads only its config."),
     ] = None,
     families: Annotated[
-        bool, typer.Option("--families", help="List model types instead, and why some are refused.")
+        bool, typer.Option("--families", help="Say what works on which family of models instead.")
     ] = False,
 ) -> None:
     """List methods: where they act, what they need, the paper.
@@ -143,8 +142,11 @@ def list_(
     """
     console = stdout()
     if families:
-        for family in foveate.list_families():
-            console.print(family)
+        table, notes = listing.family_table("✓" if console.encoding.startswith("utf") else "yes")
+        console.print(table)
+        for number, note in enumerate(notes, 1):
+            console.print(f"[yellow]{number}[/] {escape(note)}", soft_wrap=True)
+        console.print()
         for family, reason in unsupported_families().items():
             console.print(f"[dim]{family} is not supported: {escape(reason)}[/]", soft_wrap=True)
         return

@@ -13,6 +13,7 @@ from foveate.engine.session import Session
 from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.method import STAGES, Method, get_method, list_methods
 from foveate.models import find_family
+from foveate.models.support import Matrix, support
 
 
 def methods_in_stream_order() -> list[type[Method]]:
@@ -47,6 +48,27 @@ def verdict(model: Any, cls: type[Method]) -> str:
     except TypeError:
         return f"[yellow]needs settings[/]: {escape(signature(cls))}"
     return "[green]yes[/]"
+
+
+def family_table(tick: str = "yes") -> tuple[Table, list[str]]:
+    """Which method works on which family, and the notes that the numbers in it stand for.
+
+    Args:
+        tick: what stands for a method that works.
+    """
+    order = [cls.slug for cls in methods_in_stream_order()]
+    matrix = Matrix.of(support(), order, together=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+    table.add_column("family", no_wrap=True)
+    for names in matrix.columns:
+        table.add_column("\n".join(names), no_wrap=True)
+    for model_type, marks in matrix.rows.items():
+        cells = [
+            " ".join([f"[green]{tick}[/]"] * works + [f"[yellow]{note}[/]"] * bool(note))
+            for works, note in marks
+        ]
+        table.add_row(f"[bold]{model_type}[/]", *cells)
+    return table, matrix.notes
 
 
 def describe_model(model: Any) -> str:

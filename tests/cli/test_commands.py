@@ -14,6 +14,7 @@ from foveate.cli import app
 from foveate.cli.inputs import encode, load_image
 from foveate.methods import FastV, PyramidDrop
 from foveate.models import unsupported_families
+from foveate.models.support import Matrix, support
 
 
 @pytest.fixture(scope="module")
@@ -194,12 +195,29 @@ def test_list_names_every_method():
 
 
 def test_list_families():
-    result = call("list", "--families")
-    lines = result.stdout.splitlines()
-    supported = foveate.list_families()
-    assert lines[: len(supported)] == supported
-    refused = dict(line.split(" is not supported: ") for line in lines[len(supported) :])
-    assert refused == unsupported_families()
+    """A row for each family, the notes that its numbers stand for, and what is refused."""
+    lines = call("list", "--families").stdout.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line[:1] == " " and line.strip()}
+    families = foveate.list_families()
+    assert list(rows)[-len(families) :] == families
+    head = {word for row in list(rows)[: -len(families)] for word in (row, *rows[row])}
+    assert set(foveate.list_methods()) <= head
+    matrix = Matrix.of(support(), foveate.list_methods())
+    for model_type, marks in matrix.rows.items():
+        assert ("✓" in rows[model_type]) == any(works for works, _ in marks)
+    numbers = {mark for family in families for mark in rows[family]} - {"✓"}
+    notes = dict(line.split(" ", 1) for line in lines if line[:1].isdigit())
+    assert set(notes) == numbers
+    assert sorted(notes.values()) == sorted(matrix.notes)
+    ends = [line.split(" is not supported: ") for line in lines if " is not supported: " in line]
+    assert dict(ends) == unsupported_families()
+
+
+def test_list_families_does_without_ticks_where_they_cannot_be_printed(monkeypatch):
+    monkeypatch.setattr("rich.console.Console.encoding", "cp1252")
+    output = call("list", "--families").stdout
+    assert "✓" not in output
+    assert any(line.replace("|", " ").split()[1:2] == ["yes"] for line in output.splitlines())
 
 
 def test_list_says_what_works(tmp_path):

@@ -10,6 +10,7 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.methods import FasterVLM, PyramidDrop
 from foveate.models import find_family
 from tests.conformance import oracle
+from tests.conformance.batches import batch_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird
@@ -155,27 +156,12 @@ def test_class_attention_equals_eager_attention(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_of_a_batch_gets_what_it_gets_alone(name, kind):
     """Rows with two images, none, and one; images of different sizes among them."""
-    member, model = MEMBERS[name](), model_of(name)
-    pixels, (_, counts) = member.pixels(IMAGES), prompt(name)
-    rows, first = [], 0
-    for images in (2, 0, 1):
-        ids = [7, 8, 9]
-        for count in counts[first : first + images]:
-            ids += [member.image_id] * count + [11, 12 + images]
-        rows.append((torch.tensor([ids]), first, images))
-        first += images
-    width = max(ids.shape[1] for ids, _, _ in rows)
-    padded = torch.cat([torch.nn.functional.pad(r[0], (width - r[0].shape[1], 0)) for r in rows])
-    inputs = {"input_ids": padded, "attention_mask": (padded != 0).long()}
-    inputs |= member.extras(padded, IMAGES) | member.batch(pixels, [2, 0, 1])
-    method, _ = case(name, kind, counts)
+    model = model_of(name)
+    inputs, rows = batch_of(MEMBERS[name](), model, (2, 0, 1))
+    method, _ = case(name, kind, prompt(name)[1])
     with torch.no_grad(), foveate.use(model, method):
         together = model.model(**fresh(inputs)).last_hidden_state[:, -1]
-        for state, (ids, start, images) in zip(together, rows, strict=True):
-            alone = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            alone |= member.extras(ids, images)
-            if images:
-                alone |= member.take(pixels, start, start + images)
+        for state, alone in zip(together, rows, strict=True):
             want = model.model(**fresh(alone)).last_hidden_state[0, -1]
             torch.testing.assert_close(state, want, rtol=0, atol=TOLERANCE)
 

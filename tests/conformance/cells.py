@@ -1,0 +1,245 @@
+"""Cells of the support matrix: what becomes of a method on a tiny model of a family."""
+
+import dataclasses
+import functools
+import re
+
+import torch
+from transformers import (
+    Siglip2Config,
+    Siglip2ForImageClassification,
+    Siglip2VisionConfig,
+)
+
+import foveate
+from foveate.engine.session import Session
+from foveate.errors import UnsupportedModelError
+from foveate.methods import Downsample
+from foveate.models.support import YES
+from tests.conformance.batches import batch_of
+from tests.conformance.test_pixels import TOLERANCE, model_of
+from tests.conformance.zoo import MEMBERS
+from tests.conformance.zoo.member import fresh
+from tests.vision import encoders
+
+TOKENS = 3
+BATCHES = {"one": (1,), "two-images": (2,), "ragged": (2, 0, 1)}
+OFFERED = re.compile(r"[.;] [Mm]ethods that work here: ")
+
+
+class Reader:
+    """A zoo member: a vision-language model that reads images, or videos."""
+
+    def __init__(self, name):
+        self.name, self.member = name, MEMBERS[name]()
+        config = self.member.config()
+        self.model_type = config.model_type
+        self.variant = f"{self.member.modality}s through {config.vision_config.model_type}"
+
+    @property
+    def model(self):
+        return model_of(self.name)
+
+    def check(self, session, rows):
+        """Every promise about a batch whose rows have so many images, in an attached session."""
+        model = self.model
+        inputs, alone = batch_of(self.member, model, rows)
+        states = []
+        hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+        try:
+            out = model.generate(
+                **fresh(inputs), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        finally:
+            hook.remove()
+        record = session.record
+        assert out.sequences.shape[1] == inputs["input_ids"].shape[1] + TOKENS
+        check_kept(session)
+        assert [image.row for image in record.images] == [
+            row for row, images in enumerate(rows) for _ in range(images)
+        ]
+        check_tokens(record, inputs)
+        check_cache(record, out.past_key_values)
+        for state, row in zip(states[0][:, -1], alone, strict=True):
+            want = model.model(**fresh(row)).last_hidden_state[0, -1]
+            torch.testing.assert_close(state, want, rtol=0, atol=TOLERANCE)
+
+
+class Tower:
+    """An encoder without a language model, alone or under a head."""
+
+    variant = "images"
+
+    def __init__(self, table, name):
+        self.table, self.name = table, name
+        self.model_type = self.model.config.model_type
+
+    @property
+    def model(self):
+        return encoder_of(self.table, self.name)
+
+    def check(self, session, rows):
+        """Every promise about a batch of as many images as all rows have."""
+        inputs = encoders.images(sum(rows), name=self.name)
+        together = read(self.model(**inputs))
+        record = session.record
+        check_kept(session)
+        assert len(record.images) == sum(rows)
+        alive = [len(list(image.kept.values())[-1]) for image in record.images]
+        special = session.family.encoder.special
+        assert {special + count for count in alive} == {record.encoder_tokens[-1][1]}
+        for number, state in enumerate(together):
+            want = read(self.model(**encoders.row_of(inputs, number)))[0]
+            bound = TOLERANCE * max(1.0, want.abs().mean().item())
+            torch.testing.assert_close(state, want, rtol=0, atol=bound)
+
+
+def read(output):
+    """What a caller gets from an encoder: logits of a head, or all states."""
+    return output.logits if "logits" in output else output.last_hidden_state
+
+
+def _siglip2():
+    sizes = {k: v for k, v in encoders.WIDE.items() if k != "image_size"}
+    vision = Siglip2VisionConfig(**sizes, num_patches=encoders.PATCHES)
+    return Siglip2ForImageClassification(
+        Siglip2Config(vision_config=vision.to_dict(), num_labels=5)
+    )
+
+
+TABLES = {
+    "alone": encoders.ENCODERS,
+    "under a head": {**encoders.HEADS, "siglip2": _siglip2},
+}
+
+
+@functools.cache
+def encoder_of(table, name):
+    return encoders.build(TABLES[table], name)
+
+
+@functools.cache
+def subjects():
+    """Model type -> the tiny models of it."""
+    found = {}
+    towers = [Tower(table, name) for table in TABLES for name in TABLES[table]]
+    for subject in [*map(Reader, sorted(MEMBERS)), *towers]:
+        found.setdefault(subject.model_type, []).append(subject)
+    return dict(sorted(found.items()))
+
+
+# -- what must hold
+
+
+def promised(method, family, total):
+    """Tokens of an image of so many that a method promises to leave at each of its places."""
+    alive, counts = total, {}
+    for number, step in enumerate(method.steps(family)):
+        alive = method.count(alive, total, step, number)
+        counts[step.place] = alive
+    return counts
+
+
+def check_kept(session):
+    """Indices are ascending, distinct, nested, and as many as the method promises."""
+    (method,), record = session.methods, session.record
+    for image in record.images:
+        counts = promised(method, session.family, image.total)
+        assert list(image.kept) == list(counts)
+        before = torch.arange(image.total)
+        for place, index in image.kept.items():
+            if isinstance(method, Downsample):  # which takes the largest grid of its shape
+                assert 1 <= len(index) <= counts[place]
+            else:
+                assert len(index) == counts[place]
+            assert bool((index.diff() > 0).all()), f"{place}: not ascending"
+            assert bool(torch.isin(index, before).all()), f"{place}: came back"
+            before = index
+        assert len(before) < image.total, "the cell does not bite"
+
+
+def check_tokens(record, inputs):
+    """The last layer saw the prompt less what was removed."""
+    left = inputs["attention_mask"].sum(1).tolist()
+    assert record.prompt_tokens == left
+    for image in record.images:
+        left[image.row] -= image.total - len(list(image.kept.values())[-1])
+    assert record.layer_tokens[-1] == left
+
+
+def check_cache(record, cache):
+    """Every layer holds what it saw of the longest row, and what was generated since."""
+    assert len(cache.layers) == len(record.layer_tokens)
+    for layer, tokens in zip(cache.layers, record.layer_tokens, strict=True):
+        window = getattr(layer, "sliding_window", None) or 10**9
+        assert layer.keys.shape[2] == min(max(tokens) + TOKENS - 1, window - 1)
+
+
+# -- outcomes
+
+
+def settings(cls):
+    """A method with its defaults; a count of tokens, which suits real images, becomes a share."""
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    return cls(keep=0.25) if isinstance(fields["keep"], int) else cls()
+
+
+def reason(method, model_type, error):
+    """Why a method is refused, without its name and that of the family.
+
+    The message must name the method and the family, and say what to do instead.
+    """
+    message = str(error)
+    for name in (method, model_type):
+        assert name in message, f"{name} is not named: {message}"
+    assert OFFERED.search(message), f"no way out: {message}"
+    what = OFFERED.split(message)[0]
+    what = re.sub(rf"this '?{model_type}'?(?!\w)|'{model_type}'", "this model", what)
+    return re.sub(rf"^'?{method}'? ", "", what)
+
+
+def offered(error):
+    """Methods that a refusal names as working."""
+    return OFFERED.split(str(error))[-1].rstrip(".").split(", ")
+
+
+@torch.no_grad()
+def outcome(subject, slug):
+    """`yes`, or why not; whatever else happens is raised."""
+    cls = foveate.get_method(slug)
+    try:
+        session = foveate.use(subject.model, settings(cls))
+    except UnsupportedModelError as error:
+        return refused(subject, slug, error)
+    found = set()
+    for rows in BATCHES.values():
+        try:
+            with session:
+                subject.check(session, rows)
+        except UnsupportedModelError as error:
+            assert "cls_attention" in cls.needs, "not refused when attached"
+            found.add(refused(subject, slug, error))
+        else:
+            found.add(YES)
+    assert len(found) == 1, f"it depends on the batch: {found}"
+    return found.pop()
+
+
+def refused(subject, slug, error):
+    """The reason of a refusal, once what it offers has been planned."""
+    why = reason(slug, subject.model_type, error)
+    for other in offered(error):
+        assert other != slug
+        Session(subject.model, settings(foveate.get_method(other)))
+    return why
+
+
+def entry(model_type, slug):
+    """What the matrix says of a method on a family: one outcome, or one for each variant."""
+    found = {}
+    for subject in subjects()[model_type]:
+        result = outcome(subject, slug)
+        known = found.setdefault(subject.variant, result)
+        assert known == result, f"{subject.variant}: {known!r} and {result!r}"
+    return found if len(set(found.values())) > 1 else next(iter(found.values()))

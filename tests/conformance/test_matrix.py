@@ -1,0 +1,95 @@
+"""Every method on every family: it keeps all promises, or is refused as documented.
+
+`pytest tests/conformance/test_matrix.py --write-support` writes what was found to the file that
+the command line shows, and the page of it in docs.
+"""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import foveate
+from foveate.cli.listing import methods_in_stream_order
+from foveate.models.support import Matrix, support
+from tests.conformance import cells
+
+FILE = resources.files("foveate.models") / "support.json"
+PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+HEAD = """# What works on which model
+
+Written by `pytest tests/conformance/test_matrix.py --write-support`, which runs every method on a
+small random model of every family, from pixels where it can: one image, two images, and a padded
+batch with rows of two images, none, and one. ✓ is a method that keeps all promises there; where
+only a number stands, it is refused when attached, or when the first image is encoded, and the
+number says why. Layers and budgets suit these small models; `foveate list --model` says what the
+defaults do on yours.
+
+"""
+
+
+def page(entries):
+    """The matrix as Markdown."""
+    matrix = Matrix.of(entries, [cls.slug for cls in methods_in_stream_order()])
+    names = [f"`{name}`" for column in matrix.columns for name in column]
+    lines = [f"| `model_type` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for model_type, marks in matrix.rows.items():
+        texts = [" ".join(["✓"] * works + [str(note)] * bool(note)) for works, note in marks]
+        lines.append(f"| `{model_type}` | {' | '.join(texts)} |")
+    notes = [f"{number}. {note}" for number, note in enumerate(matrix.notes, 1)]
+    lines += ["", *notes, "", "## Refused families", ""]
+    refused = foveate.models.unsupported_families()
+    lines += [f"- `{model_type}`: {why}" for model_type, why in refused.items()]
+    return HEAD + "\n".join(lines) + "\n"
+
+
+@pytest.fixture(scope="module")
+def written(request):
+    """Where to put entries, or `None` if they are compared; written when all tests have run."""
+    if not request.config.getoption("--write-support"):
+        yield None
+        return
+    assert not hasattr(request.config, "workerinput"), "--write-support needs one process"
+    try:
+        known = support()
+    except FileNotFoundError:
+        known = {}
+    found = {}
+    yield found
+    entries = {
+        name: {
+            model_type: found.get((name, model_type)) or known[name][model_type]
+            for model_type in foveate.list_families()
+        }
+        for name in foveate.list_methods()
+    }
+    Path(str(FILE)).write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(entries), encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", foveate.list_methods())
+@pytest.mark.parametrize("model_type", cells.subjects())
+def test_cell(model_type, method, written):
+    """What becomes of the method is what the matrix says."""
+    found = cells.entry(model_type, method)
+    if written is None:
+        assert found == support()[method][model_type], "run this test with --write-support"
+    else:
+        written[method, model_type] = found
+
+
+def test_every_family_is_in_the_zoo():
+    assert list(cells.subjects()) == foveate.list_families()
+
+
+def test_the_file_has_every_cell_and_no_other(written):
+    if written is None:
+        entries = support()
+        assert list(entries) == foveate.list_methods()
+        assert all(list(of) == foveate.list_families() for of in entries.values())
+
+
+def test_the_page_is_that_of_the_file(written):
+    if written is None:
+        assert PAGE.read_text(encoding="utf-8") == page(support()), "run with --write-support"

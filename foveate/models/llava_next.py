@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.models.family import cells, register_family
+from foveate.boxes import cells
+from foveate.models.family import register_family
 from foveate.models.llava import Llava
 
 
@@ -22,6 +23,7 @@ class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
     patches_are_tokens = False
+    placed_by = ("image_sizes", "batch_num_images")
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""
 
@@ -57,6 +59,12 @@ class AnyRes(Llava):
         boxes = self.packed(torch.cat(tiles), newline, arguments)[number]
         thumbnail, tiled = boxes.split([len(tiles[0][0]), len(boxes) - len(tiles[0][0])])
         return torch.cat((thumbnail, _widen(tiled))).clamp(0, 1)
+
+    def frames(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> int:
+        """Frames of a video; a newline may follow them."""
+        return grid[0] * grid[1] // self.video_side**2 if modality == "video" else 1
 
     def packed(
         self, values: Tensor, newline: Tensor, arguments: Mapping[str, Any]

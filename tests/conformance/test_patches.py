@@ -39,7 +39,7 @@ from tests.methods_for_tests import EveryThird
 # left, top, right and bottom edge of each picture's patch; none is its own transpose
 PATCHES = [(0.5, 0.25, 1, 0.5), (0, 0.75, 0.5, 1), (0.25, 0, 0.5, 0.5)]
 RESAMPLED = ("llava_next", "llava_next_video", "llava_onevision")  # edges of patches blur
-BLANK, BRIGHT = 51, 255
+BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
     r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
@@ -200,9 +200,8 @@ def check(name, modality, blank, bright, patches, frames):
     before, after = (features_of(model, modality, given, counts) for given in (blank, bright))
     for old, new, share in zip(before, after, shares, strict=True):
         change = (new - old).norm(dim=1)
-        print(name, change, share)
         if name not in RESAMPLED:
-            assert torch.equal(change > 1e-4 * change.max(), share > 0)
+            assert torch.equal(change > 1e-4 * change.max(), share > 1e-3)
     keep = min(int((share > 0.3).sum()) for share in shares)
     assert keep > 0
     seen = {(image.total, image.grid): old for image, old in zip(images, before, strict=True)}
@@ -211,7 +210,7 @@ def check(name, modality, blank, bright, patches, frames):
     report = run.report()
     for number, (image, share) in enumerate(zip(run.record.images, shares, strict=True)):
         kept = image.kept["pre_llm"]
-        assert bool((share[kept] > 0).all())
+        assert bool((share[kept] > 1e-3).all())
         listed = report.kept[number]["pre_llm"]
         assert [token["index"] for token in listed] == kept.tolist()
         boxes = torch.tensor([token["box"] for token in listed])

@@ -263,7 +263,8 @@ def stack(strips: Sequence[Image.Image], headings: Sequence[str] = ()) -> Image.
 def _distinct(record: Record) -> list[ImageRecord]:
     """The images of a record, without the copies that beams and returned sequences make."""
     encoded = 0 if record.pixels is None else len(record.pixels)
-    if not encoded or len(record.images) % encoded:
+    videos = any(image.frames > 1 for image in record.images)
+    if not encoded or videos or len(record.images) % encoded:  # pixels are those of images only
         return record.images
     copies = len(record.images) // encoded
     return [image for image in record.images if image.row % copies == 0]

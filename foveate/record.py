@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class ImageRecord:
 
         They are shares of what the processor showed the model: of the picture after it was cropped
         or padded, if it was; of the tile, where each tile counts as an image; of the token's own
-        frame in a video. NaN where a token shows no pixels, such as newlines.
+        frame in a video. NaN where a token shows no pixels, such as newlines, and where features
+        were made outside the session and it is not known what of.
         """
         return self._placed[0]
 
@@ -55,6 +57,10 @@ class ImageRecord:
         """(V,) frame of each visual token."""
         each = max(self.total // self.frames, 1)
         return (torch.arange(self.total) // each).clamp(max=self.frames - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: the boxes, not the model that knows them."""
+        return {**vars(self), "_placed": self._placed, "place": None}
 
     @cached_property
     def _placed(self) -> tuple[Tensor, int]:

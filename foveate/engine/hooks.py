@@ -326,7 +326,10 @@ class Hooks:
         }
         # In a later turn arguments are those of the whole conversation, so count from the last.
         where = modality, image - len(grids), grids[image], arguments
-        return self.family.boxes(*where), self.family.frames(*where)
+        boxes, count = self.family.boxes(*where), grids[image][0] * grids[image][1]
+        if len(boxes) != count:  # features from elsewhere need not be what the arguments say
+            return torch.full((count, 4), torch.nan), 1
+        return boxes, self.family.frames(*where)
 
     def _placeholders(self, ids: Tensor | None, kwargs: Kwargs, given: Kwargs) -> dict[str, Tensor]:
         """Modality -> (B, T) placeholders, for modalities that have some."""

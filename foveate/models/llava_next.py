@@ -46,11 +46,12 @@ class AnyRes(Llava):
         """Boxes of the tokens of thumbnail and tiles, or of a video's frames; NaN for newlines."""
         count = grid[0] * grid[1]
         sizes = arguments.get("image_sizes")
-        if modality == "video" or sizes is None:
-            side = self.video_side
-            frames = count // side**2 if modality == "video" else 0
-            blank = torch.full((count - frames * side**2, 4), torch.nan)
-            return torch.cat((cells(side, side).repeat(frames, 1), blank))
+        if modality == "video":
+            frame = cells(self.video_side, self.video_side)
+            frames = frame.repeat(self.frames(modality, number, grid, arguments), 1)
+            return torch.cat((frames, torch.full((count - len(frames), 4), torch.nan)))
+        if sizes is None:  # features from elsewhere
+            return torch.full((count, 4), torch.nan)
         tiles = [
             self._tile_boxes(size if n > 1 else None)
             for size, n in zip(torch.as_tensor(sizes).tolist(), self.tiles(arguments), strict=True)

@@ -171,6 +171,7 @@ def test_beams_are_drawn_once():
 
 
 NOWHERE = torch.full((1, 4), torch.nan)
+TWICE = cells(2, 2).repeat(2, 1)  # two frames
 TILED = torch.cat((cells(2, 2), cells(4, 4), NOWHERE))  # a thumbnail, its tiles, and a newline
 
 
@@ -220,6 +221,13 @@ def test_frames_of_a_video_are_drawn_one_below_the_other():
     assert strip.tobytes() == stack(alone, ["frame 1 of 2", "frame 2 of 2"]).tobytes()
     with pytest.raises(InputError, match="without frames"):
         show(placed(boxes, [2], frames=2), [[]])
+
+
+def test_a_video_in_another_row_is_no_beam_of_an_image():
+    video = ImageRecord(1, 8, (4, 2), {"llm:2": torch.tensor([1])}, lambda: (TWICE, 2))
+    images = [image(0, ("llm:2", [1])), video]
+    record = Record(2, [20, 20], images, [[5, 5]], [5], pixels=torch.rand(1, 3, 8, 8))
+    assert len(show(record, [picture(64, 64), [picture(64, 64, 1)]])) == 2
 
 
 def test_tokens_whose_place_is_unknown_are_not_drawn():

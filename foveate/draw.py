@@ -2,24 +2,29 @@
 
 A processor maps a picture onto the token grid in one of three ways (`Geometry`): `resize` stretches
 the whole picture, `crop` cuts the centre out, `pad` fills the picture up to a square first.
+
+Tokens that form no single grid (a thumbnail, then tiles) are drawn by their boxes, small ones over
+large ones. A video is one row of panels for each frame.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
+from foveate.boxes import passes, plain_grid
 from foveate.errors import InputError
 from foveate.record import ImageRecord, Record
 from foveate.report import place_name
 
 Geometry = Literal["resize", "crop", "pad"]
 Box = tuple[float, float, float, float]
+Picture = Image.Image | Sequence[Image.Image]
 
 PANEL = 320  # least height of a panel in pixels
 GAP = 14
@@ -34,14 +39,16 @@ PROBE = 24  # edge in pixels at which geometries are compared
 
 def show(
     record: Record | None,
-    images: Image.Image | Sequence[Image.Image],
+    images: Image.Image | Sequence[Picture],
     geometry: str = "auto",
 ) -> list[Image.Image]:
     """Draw what one forward kept of each picture.
 
     Args:
         record: what the engine wrote; `None` when no forward has run.
-        images: the pictures, in the order in which they appear in the prompts of the batch.
+        images: the pictures, in the order in which they appear in the prompts of the batch. A
+            video is one of them: the list of its frames, from which those that tokens stand for are
+            taken evenly. Where each tile of a picture counts as an image, pass the tiles.
         geometry: how the processor mapped pictures onto the token grid. `auto` finds out from the
             pixels that the encoder saw.
 
@@ -52,23 +59,56 @@ def show(
         InputError: no forward has run, there are more or fewer pictures than the prompts had, or
             the geometry is unknown and cannot be found out.
     """
-    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    pictures: list[Picture] = [images] if isinstance(images, Image.Image) else list(images)
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
     shown = _distinct(record)
     if len(pictures) != len(shown):
         raise InputError(
             f"the last forward had {len(shown)} images, but show got {len(pictures)}; "
-            "pass every picture of the batch, in order of appearance"
+            "pass every picture of the batch, in order of appearance; a video is one list of "
+            "frames, and where each tile counts as an image, each tile is one"
         )
     strips = []
     for number, (picture, seen) in enumerate(zip(pictures, shown, strict=True)):
-        chosen = geometry
-        if geometry == "auto":
-            chosen = _choose(record.pixels, picture, number, len(shown), seen.grid)
-        kept = {place: index.tolist() for place, index in seen.kept.items()}
-        strips.append(draw_kept(picture, seen.grid, kept, chosen))
+
+        def choose(frame: Image.Image, grid: tuple[int, int], number: int = number) -> str:
+            if geometry != "auto":
+                return geometry
+            return _choose(record.pixels, frame, number, len(shown), grid)
+
+        strips.append(_draw_image(picture, seen, choose))
     return strips
+
+
+def _draw_image(
+    picture: Picture, seen: ImageRecord, choose: Callable[[Image.Image, tuple[int, int]], str]
+) -> Image.Image:
+    """The strip of an image, or those of a video's frames below each other."""
+    frames = [picture] if isinstance(picture, Image.Image) else list(picture)
+    if not frames:
+        raise InputError("a video without frames cannot be drawn")
+    strips = []
+    for number in range(seen.frames):
+        members = (seen.frame == number).nonzero()[:, 0]
+        boxes = seen.boxes[members]
+        alive = {
+            place: torch.isin(members, index.cpu()).nonzero()[:, 0]
+            for place, index in seen.kept.items()
+        }
+        frame = frames[(2 * number + 1) * len(frames) // (2 * seen.frames)]
+        placed = ~boxes[:, 0].isnan()
+        grid = plain_grid(boxes[placed])
+        if grid is None:
+            kept = {place: index.tolist() for place, index in alive.items()}
+            strips.append(draw_boxes(frame, boxes, kept))
+        else:  # raster positions among the tokens that have a place
+            rank = placed.cumsum(0) - 1
+            kept = {place: rank[index[placed[index]]].tolist() for place, index in alive.items()}
+            strips.append(draw_kept(frame, grid, kept, choose(frame, grid)))
+    if len(strips) == 1:
+        return strips[0]
+    return stack(strips, [f"frame {n + 1} of {len(strips)}" for n in range(len(strips))])
 
 
 def draw_kept(
@@ -106,6 +146,42 @@ def draw_kept(
     for place, kept in kept_by_place.items():
         panels.append(_panel(canvas, columns, rows, set(kept)))
         captions.append((place_name(place), f"{len(kept)} of {total} tokens"))
+    return _strip(panels, captions)
+
+
+def draw_boxes(
+    image: Image.Image, boxes: Tensor, kept_by_place: Mapping[str, Sequence[int]]
+) -> Image.Image:
+    """A strip of panels for tokens that form no single grid: kept boxes in colour with an outline.
+
+    Boxes of a first, coarse pass over the picture are half as colourful as those of the finest.
+
+    Args:
+        image: the picture as the user has it.
+        boxes: (V, 4) left, top, right and bottom edge of each token as shares of the picture; NaN
+            where a token has no place.
+        kept_by_place: for each place, the tokens alive after it.
+
+    Raises:
+        InputError: no token has a place.
+    """
+    layers = passes(boxes)
+    if not len(layers[-1]):
+        raise InputError(
+            "it is not known where visual tokens lie in the picture; pass the processor's "
+            "image_sizes with the features"
+        )
+    finest = boxes[layers[-1]]
+    height = max(PANEL, round(10 / float((finest[:, 3] - finest[:, 1]).median())))
+    width = min(max(round(image.width * height / image.height), height // 4), 4 * height)
+    canvas = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    edges = boxes.nan_to_num() * torch.tensor([width, height, width, height])
+    corners = edges.round().int().tolist()
+    panels, captions = [canvas], [("the picture", f"{len(boxes)} tokens")]
+    for place, kept in kept_by_place.items():
+        alive = set(kept)
+        panels.append(_box_panel(canvas, corners, [layer.tolist() for layer in layers], alive))
+        captions.append((place_name(place), f"{len(alive)} of {len(boxes)} tokens"))
     return _strip(panels, captions)
 
 
@@ -187,7 +263,8 @@ def stack(strips: Sequence[Image.Image], headings: Sequence[str] = ()) -> Image.
 def _distinct(record: Record) -> list[ImageRecord]:
     """The images of a record, without the copies that beams and returned sequences make."""
     encoded = 0 if record.pixels is None else len(record.pixels)
-    if not encoded or len(record.images) % encoded:
+    videos = any(image.frames > 1 for image in record.images)
+    if not encoded or videos or len(record.images) % encoded:  # pixels are those of images only
         return record.images
     copies = len(record.images) // encoded
     return [image for image in record.images if image.row % copies == 0]
@@ -202,7 +279,8 @@ def _choose(
 ) -> Geometry:
     """The geometry of one of `count` pictures, given what the encoder saw of all, and the grid."""
     if pixels is not None and len(pixels) == count:
-        return match_geometry(picture, pixels[number])
+        seen = pixels[number]
+        return match_geometry(picture, seen if seen.dim() == 3 else seen[0])  # the thumbnail
     height, width = grid
     if picture.width == picture.height or (
         # A grid of the picture's own shape, but for the rounding to whole cells.
@@ -234,13 +312,43 @@ def _panel(
         right, bottom = max(columns[column + 1] - 1, left), max(rows[row + 1] - 1, top)
         cells.rectangle((left, top, right, bottom), fill=255)
     off_grid = Image.blend(canvas, Image.new("RGB", canvas.size, (0, 0, 0)), 0.75)
-    grey = canvas.convert("L").convert("RGB")
-    pale = Image.blend(grey, Image.new("RGB", canvas.size, (236, 238, 241)), 0.62)
+    pale = _pale(canvas)
     panel = off_grid
     panel.paste(pale.crop((columns[0], rows[0], columns[-1], rows[-1])), (columns[0], rows[0]))
     panel.paste(canvas, mask=mask)
     if kept is not None:
         _borders(panel, columns, rows, kept)
+    return panel
+
+
+def _pale(canvas: Image.Image) -> Image.Image:
+    """The canvas as dropped tokens show it."""
+    grey = canvas.convert("L").convert("RGB")
+    return Image.blend(grey, Image.new("RGB", canvas.size, (236, 238, 241)), 0.62)
+
+
+def _box_panel(
+    canvas: Image.Image,
+    corners: Sequence[Sequence[int]],
+    layers: Sequence[Sequence[int]],
+    kept: set[int],
+) -> Image.Image:
+    """The canvas in pale grey, with the kept boxes of each layer in turn."""
+    panel = _pale(canvas)
+    for depth, layer in enumerate(layers):
+        finest = depth == len(layers) - 1
+        mask = Image.new("L", canvas.size, 0)
+        pen = ImageDraw.Draw(mask)
+        for left, top, right, bottom in (corners[token] for token in layer if token in kept):
+            pen.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), fill=255)
+        panel.paste(canvas if finest else Image.blend(_pale(canvas), canvas, 0.5), mask=mask)
+        edge = ImageChops.subtract(mask, mask.filter(ImageFilter.MinFilter(5 if finest else 3)))
+        panel.paste(EDGE, mask=edge)
+    overlay = Image.new("RGBA", panel.size, (0, 0, 0, 0))
+    pen = ImageDraw.Draw(overlay)
+    for left, top, right, bottom in (corners[token] for token in layers[-1] if token not in kept):
+        pen.rectangle((left, top, right, bottom), outline=(*PAPER, 60))
+    panel.paste(overlay, mask=overlay.getchannel("A"))
     return panel
 
 

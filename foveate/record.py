@@ -5,9 +5,15 @@ The engine writes it; reports and drawings read it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from foveate.boxes import cells
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +26,45 @@ class ImageRecord:
         grid: (height, width) of its token grid; `total` is their product.
         kept: for each place at which a step acted, in stream order, the (K,) raster positions
             alive after it.
+        place: finds out the boxes and the number of frames; without it, boxes are the cells of the
+            grid. Called only when one of them is read.
     """
 
     row: int
     total: int
     grid: tuple[int, int]
     kept: dict[str, Tensor] = field(default_factory=dict)
+    place: Callable[[], tuple[Tensor, int]] | None = field(default=None, repr=False)
+
+    @property
+    def boxes(self) -> Tensor:
+        """(V, 4) left, top, right and bottom edge of each visual token, in [0, 1].
+
+        They are shares of what the processor showed the model: of the picture after it was cropped
+        or padded, if it was; of the tile, where each tile counts as an image; of the token's own
+        frame in a video. NaN where a token shows no pixels, such as newlines, and where features
+        were made outside the session and it is not known what of.
+        """
+        return self._placed[0]
+
+    @property
+    def frames(self) -> int:
+        """Frames of a video that its tokens tell apart; 1 for an image."""
+        return self._placed[1]
+
+    @property
+    def frame(self) -> Tensor:
+        """(V,) frame of each visual token."""
+        each = max(self.total // self.frames, 1)
+        return (torch.arange(self.total) // each).clamp(max=self.frames - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: the boxes, not the model that knows them."""
+        return {**vars(self), "_placed": self._placed, "place": None}
+
+    @cached_property
+    def _placed(self) -> tuple[Tensor, int]:
+        return (cells(*self.grid), 1) if self.place is None else self.place()
 
 
 @dataclass(frozen=True, eq=False)

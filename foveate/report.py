@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -25,6 +26,7 @@ from foveate.measure import flops
 from foveate.method import Method, ModelFacts
 from foveate.record import ImageRecord, Record
 
+_NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers, in JSON with line breaks
 _WIDE = 4  # rows of a batch that the table shows apart; beyond that it shows their range
 
 
@@ -44,13 +46,13 @@ class Report(dict[str, Any]):
     """A dict of plain JSON values; `str()` of it is a table.
 
     Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
-    tokens, and tokens after each place), `layers` (tokens and visual tokens of each row in each
-    decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold `before` (all
-    tokens), `after` and their `ratio`; `flops` also shows apart what it includes: `vision` (tower
-    and projector with all tokens; `None` where they are not counted, which a note says),
-    `vision_after` (as they were) and `selection` (the attention that methods asked for; a method's
-    own arithmetic is not counted). Of an encoder without a language model, `rows` counts images,
-    and `prompt_tokens` and `layers` are empty.
+    tokens, tokens after each place, and what `kept` shows), `layers` (tokens and visual tokens of
+    each row in each decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold
+    `before` (all tokens), `after` and their `ratio`; `flops` also shows apart what it includes:
+    `vision` (tower and projector with all tokens; `None` where they are not counted, which a note
+    says), `vision_after` (as they were) and `selection` (the attention that methods asked for; a
+    method's own arithmetic is not counted). Of an encoder without a language model, `rows` counts
+    images, and `prompt_tokens` and `layers` are empty.
     """
 
     @classmethod
@@ -106,9 +108,26 @@ class Report(dict[str, Any]):
             notes=["no forward has run yet: call the model or generate inside the session"],
         )
 
+    @property
+    def kept(self) -> list[dict[str, list[dict[str, Any]]]]:
+        """For each image, place -> the tokens alive after it, each with its place in the picture.
+
+        A token is a dict of `index`, its raster position; `box`, its left, top, right and bottom
+        edge in [0, 1], or `None` if it shows no pixels; and in a video `frame`. Boxes are shares of
+        what the processor showed the model: of the picture after it was cropped or padded, if it
+        was; of the tile, where each tile counts as an image; of the frame in a video.
+
+        In the report itself an image holds the indices in `kept`, and in `boxes` and `frame` those
+        of all its tokens.
+        """
+        return [
+            {place: [_token(image, n) for n in index] for place, index in image["kept"].items()}
+            for image in self["images"]
+        ]
+
     def to_json(self, path: str | Path | None = None) -> str:
         """The report as JSON text, also written to `path` if given."""
-        text = json.dumps(self, indent=2)
+        text = _NUMBERS.sub(lambda list_: " ".join(list_[0].split()), json.dumps(self, indent=2))
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
@@ -182,12 +201,25 @@ def _method_notes(methods: Sequence[Method]) -> list[str]:
 
 
 def _image(image: ImageRecord) -> dict[str, Any]:
+    boxes = [
+        None if math.isnan(box[0]) else [round(edge, 4) for edge in box]
+        for box in image.boxes.tolist()
+    ]
     return {
         "row": image.row,
         "grid": list(image.grid),
         "tokens": image.total,
         "after": {place: len(kept) for place, kept in image.kept.items()},
+        "kept": {place: kept.tolist() for place, kept in image.kept.items()},
+        "boxes": boxes,
+        "frame": image.frame.tolist() if image.frames > 1 else None,
     }
+
+
+def _token(image: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """A token of an image in a report, see `Report.kept`."""
+    token = {"index": index, "box": image["boxes"][index]}
+    return token if image["frame"] is None else {**token, "frame": image["frame"][index]}
 
 
 def _visual_tokens(record: Record) -> list[list[int]]:

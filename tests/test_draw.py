@@ -5,9 +5,10 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from foveate.boxes import cells
 from foveate.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
 from foveate.errors import InputError
-from foveate.record import Record
+from foveate.record import ImageRecord, Record
 from tests.records import image, pyramid_record
 
 GRID = (4, 4)
@@ -167,6 +168,71 @@ def test_beams_are_drawn_once():
     alone = Record(1, [40], images[:2], [[10]], [10], pixels=torch.rand(2, 3, 8, 8))
     got, want = show(record, pictures), show(alone, pictures)
     assert [g.tobytes() for g in got] == [w.tobytes() for w in want]
+
+
+NOWHERE = torch.full((1, 4), torch.nan)
+TWICE = cells(2, 2).repeat(2, 1)  # two frames
+TILED = torch.cat((cells(2, 2), cells(4, 4), NOWHERE))  # a thumbnail, its tiles, and a newline
+
+
+def placed(boxes, kept, frames=1):
+    """A record of one image whose tokens lie in these boxes."""
+    total = len(boxes)
+    seen = ImageRecord(0, total, (1, total), {"llm:2": torch.tensor(kept)}, lambda: (boxes, frames))
+    return Record(1, [total], [seen], [[total]], [total])
+
+
+def second_panel(strip, x, y, top=GAP):
+    """The colour at a place in the 320 pixels of the second panel."""
+    return strip.getpixel((GAP + 320 + GAP + round(320 * x), top + round(320 * y)))
+
+
+def test_tiles_are_drawn_over_the_thumbnail():
+    """The thumbnail's first cell is kept, one tile in it, one outside, and the newline."""
+    strip = show(placed(TILED, [0, 4, 19, 20]), Image.new("RGB", (128, 128), RED))[0]
+    assert second_panel(strip, 0.125, 0.125) == RED
+    assert second_panel(strip, 0.875, 0.875) == RED
+    coarse, gone = second_panel(strip, 0.375, 0.375), second_panel(strip, 0.625, 0.125)
+    assert abs(gone[0] - gone[1]) < 5, "grey"
+    assert 0 < coarse[0] - coarse[1] < RED[0] - RED[1]
+    assert strip.size == draw_kept(picture(64, 64), GRID, {"llm:2": [0]}).size
+
+
+@pytest.mark.parametrize("size", [(640, 480), (1000, 8), (3, 400)])
+def test_tiles_can_be_drawn_on_pictures_of_any_shape(size):
+    assert max(show(placed(TILED, [0, 4]), picture(*size))[0].size) < 3000
+
+
+def test_a_thumbnail_with_a_newline_is_drawn_as_its_grid():
+    boxes = torch.cat((cells(4, 4), NOWHERE))
+    got = show(placed(boxes, [3, 9, 16]), picture(64, 64))[0]
+    assert got.tobytes() == draw_kept(picture(64, 64), GRID, {"llm:2": [3, 9]}).tobytes()
+
+
+def test_frames_of_a_video_are_drawn_one_below_the_other():
+    """Two frames with a class token each; the frames drawn are those that tokens stand for."""
+    boxes = torch.cat((NOWHERE, cells(2, 2))).repeat(2, 1)
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("black", RED, "blue", "blue")]
+    strip = show(placed(boxes, [2, 6, 8], frames=2), [frames])[0]
+    alone = [
+        draw_kept(frames[1], (2, 2), {"llm:2": [1]}),
+        draw_kept(frames[3], (2, 2), {"llm:2": [0, 2]}),
+    ]
+    assert strip.tobytes() == stack(alone, ["frame 1 of 2", "frame 2 of 2"]).tobytes()
+    with pytest.raises(InputError, match="without frames"):
+        show(placed(boxes, [2], frames=2), [[]])
+
+
+def test_a_video_in_another_row_is_no_beam_of_an_image():
+    video = ImageRecord(1, 8, (4, 2), {"llm:2": torch.tensor([1])}, lambda: (TWICE, 2))
+    images = [image(0, ("llm:2", [1])), video]
+    record = Record(2, [20, 20], images, [[5, 5]], [5], pixels=torch.rand(1, 3, 8, 8))
+    assert len(show(record, [picture(64, 64), [picture(64, 64, 1)]])) == 2
+
+
+def test_tokens_whose_place_is_unknown_are_not_drawn():
+    with pytest.raises(InputError, match="image_sizes"):
+        show(placed(NOWHERE.repeat(5, 1), [2]), picture(64, 64))
 
 
 def test_stack_keeps_every_strip():

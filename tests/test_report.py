@@ -8,10 +8,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.boxes import cells
 from foveate.budget import per_request
 from foveate.measure import flops
 from foveate.methods import FastV, PyramidDrop
-from foveate.record import Record
+from foveate.record import ImageRecord, Record
 from foveate.report import Report, human_bytes, human_flops, layer_ranges
 from tests.records import CONFIG, FakeFamily, image, pyramid_record, text_record
 from tests.tinies import prompts, tiny_llava
@@ -34,7 +35,9 @@ def test_counts_of_images_and_layers(report):
         }
     ]
     after = {"llm:1": 8, "llm:2": 4, "llm:3": 2}
-    assert report["images"][1] == {"row": 1, "grid": [4, 4], "tokens": 16, "after": after}
+    assert report["images"][1].items() >= {
+        "row": 1, "grid": [4, 4], "tokens": 16, "after": after
+    }.items()  # fmt: skip
     assert [layer["visual_tokens"] for layer in report["layers"]] == [
         [16, 16],
         [8, 8],
@@ -42,6 +45,28 @@ def test_counts_of_images_and_layers(report):
         [2, 2],
     ]
     assert report["layers"][3]["tokens"] == [11, 7]
+
+
+def test_kept_tokens_are_listed_with_their_boxes(report):
+    assert report.kept[1]["llm:3"] == [
+        {"index": 2, "box": [0.5, 0.0, 0.75, 0.25]},
+        {"index": 7, "box": [0.75, 0.25, 1.0, 0.5]},
+    ]
+    assert Report(json.loads(report.to_json())).kept == report.kept
+    assert len(report.to_json().splitlines()) < 250, "a box is one line"
+
+
+def test_tokens_of_a_video_have_a_frame_and_newlines_no_box():
+    """Two frames of two tokens and a newline."""
+    boxes = torch.cat((cells(1, 2).repeat(2, 1), torch.full((1, 4), torch.nan)))
+    video = ImageRecord(0, 5, (1, 5), {"pre_llm": torch.tensor([1, 2, 4])}, lambda: (boxes, 2))
+    report = Report.of(Record(1, [9], [video], [[7]], [7]), FakeFamily(), [PyramidDrop()], F32)
+    assert report.kept[0]["pre_llm"] == [
+        {"index": 1, "box": [0.5, 0.0, 1.0, 1.0], "frame": 0},
+        {"index": 2, "box": [0.0, 0.0, 0.5, 1.0], "frame": 1},
+        {"index": 4, "box": None, "frame": 1},
+    ]
+    assert json.loads(report.to_json()) == report
 
 
 def test_flops_are_the_parts_added_up(report):

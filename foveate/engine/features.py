@@ -32,6 +32,7 @@ class Encoded:
         class_attention: layer -> (H, V) of each image.
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
+        arguments: those that say where tokens lie (`Family.placed_by`).
     """
 
     lengths: list[int]
@@ -39,6 +40,7 @@ class Encoded:
     class_attention: Mapping[int, Sequence[Tensor]]
     pixels: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def kept_of(self, image: int) -> dict[str, Tensor]:
         """Place inside the encoder -> (K) raster positions of an image alive behind it."""

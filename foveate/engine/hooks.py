@@ -7,9 +7,10 @@ text model is entered.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,7 +22,8 @@ from transformers.utils.generic import ModelOutput
 from foveate.engine import features
 from foveate.engine.cache import PrunedLayer, check_cache
 from foveate.engine.encoding import Encoding
-from foveate.engine.images import Group, Part, locate, rows_of
+from foveate.engine.features import Encoded
+from foveate.engine.images import Grid, Group, Part, locate, rows_of
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
@@ -241,7 +243,9 @@ class Hooks:
             for layer, row in rows.items()
         }
         kept = survivors(passes, lengths)
-        features.tag(output, features.Encoded(lengths, grids, attention, pixels, kept))
+        placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
+        encoded = Encoded(lengths, grids, attention, pixels, kept, placed)
+        features.tag(output, encoded)
 
     def _class_attention(
         self, modality: str, lengths: Sequence[int], rows: Tensor, arguments: Kwargs
@@ -307,8 +311,25 @@ class Hooks:
             source = features.members(output, mask, self._expanded(mask.shape[0]))
             lengths, grids = [known.lengths[i] for i in source], [known.grids[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            parts.append(Part(mask, lengths, grids, dead, before))
+            place = functools.partial(self._place, modality, known.arguments, known.grids)
+            places = [functools.partial(place, i) for i in source]
+            parts.append(Part(mask, lengths, grids, dead, before, places))
         return parts
+
+    def _place(
+        self, modality: str, arguments: Mapping[str, Any], grids: Sequence[Grid], image: int
+    ) -> tuple[Tensor, int]:
+        """Boxes of an image's tokens, and its frames; worked out only when a record is read."""
+        arguments = {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in arguments.items()
+        }
+        # In a later turn arguments are those of the whole conversation, so count from the last.
+        where = modality, image - len(grids), grids[image], arguments
+        boxes, count = self.family.boxes(*where), grids[image][0] * grids[image][1]
+        if len(boxes) != count:  # features from elsewhere need not be what the arguments say
+            return torch.full((count, 4), torch.nan), 1
+        return boxes, self.family.frames(*where)
 
     def _placeholders(self, ids: Tensor | None, kwargs: Kwargs, given: Kwargs) -> dict[str, Tensor]:
         """Modality -> (B, T) placeholders, for modalities that have some."""
@@ -391,7 +412,7 @@ class Hooks:
             image: (group, n) for group in turn.groups for n, image in enumerate(group.images)
         }
         images = [
-            ImageRecord(group.rows[n], group.total, group.grid, turn.kept[image])
+            ImageRecord(group.rows[n], group.total, group.grid, turn.kept[image], group.places[n])
             for image, (group, n) in ([] if sliced else sorted(members.items()))
         ]
         before = [turn.prompt_tokens] * self.plan.first_layer

@@ -21,6 +21,7 @@ from foveate.tokens import VisualTokens
 
 Grid = tuple[int, int]
 Kept = Mapping[str, Tensor]
+Place = Callable[[], tuple[Tensor, int]]  # boxes and frames, see ImageRecord
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,7 @@ class Group:
         columns: (G, V) logical position of each living token in its row; `None` while only
             features are known.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
+        places: for each image, how to find out where in it the tokens lie.
     """
 
     images: tuple[int, ...]
@@ -45,6 +47,7 @@ class Group:
     grid: Grid
     columns: Tensor | None = None
     before: tuple[Kept, ...] = ()
+    places: tuple[Place | None, ...] = ()
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -58,6 +61,7 @@ class Group:
             index=self.index[chosen],
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
+            places=tuple(self.places[i] for i in members) if self.places else (),
         )
 
     def reduced(self, reduction: Reduction) -> Group:
@@ -77,6 +81,7 @@ class Part:
         dead: (N) for each placeholder in row-major order, whether its token was removed before the
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
+        places: for each image, how to find out where in it the tokens lie.
     """
 
     visual: Tensor
@@ -84,6 +89,7 @@ class Part:
     grids: Sequence[Grid]
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
+    places: Sequence[Place | None] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,7 @@ class _Span:
     total: int
     grid: Grid
     before: Kept
+    place: Place | None
 
 
 def group_features(
@@ -154,6 +161,7 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             grid,
             torch.stack([spans[i].columns[spans[i].index] for i in images]).to(device),
             tuple(spans[i].before for i in images),
+            tuple(spans[i].place for i in images),
         )
         for (total, grid, _), images in shapes.items()
     ]
@@ -170,17 +178,18 @@ def _spans(part: Part) -> list[_Span]:
     spans = []
     start = 0
     before = part.before or [{}] * len(part.lengths)
-    for length, grid, kept in zip(part.lengths, part.grids, before, strict=True):
-        place, living = where[start : start + length], alive[start : start + length]
+    places = part.places or [None] * len(part.lengths)
+    for length, grid, kept, place in zip(part.lengths, part.grids, before, places, strict=True):
+        at, living = where[start : start + length], alive[start : start + length]
         start += length
         if not length:
             continue
-        row = int(place[0, 0])
-        if row != int(place[-1, 0]):
+        row = int(at[0, 0])
+        if row != int(at[-1, 0]):
             raise InputError(
                 f"an image has {length} visual tokens, but its placeholders lie in two rows"
             )
-        spans.append(_Span(row, place[:, 1], living.nonzero()[:, 0], length, grid, kept))
+        spans.append(_Span(row, at[:, 1], living.nonzero()[:, 0], length, grid, kept, place))
     return spans
 
 

@@ -121,11 +121,15 @@ class Session:
             return Report.empty(self.family, self.methods)
         return Report.of(self.record, self.family, self.methods, self._model.dtype)
 
-    def show(self, images: Image | Sequence[Image], geometry: str = "auto") -> list[Image]:
+    def show(
+        self, images: Image | Sequence[Image | Sequence[Image]], geometry: str = "auto"
+    ) -> list[Image]:
         """Draw the kept tokens of each stage on the images of the last prompt.
 
         Args:
-            images: the images of the prompt, in order of appearance.
+            images: the images of the prompt, in order of appearance. A video is one of them: the
+                list of its frames. Where each tile of a picture counts as an image (InternVL,
+                Idefics3, Ovis2, Aya Vision), pass the tiles.
             geometry: how the processor mapped a picture on the token grid: `resize`, `crop`,
             `pad`, or `auto`.
 

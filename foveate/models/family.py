@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from foveate.boxes import cells
 from foveate.errors import UnsupportedModelError
 from foveate.models.block import Block
 
@@ -52,13 +52,6 @@ class Encoder:
         return int(self.class_token) + self.extra
 
 
-def cells(height: int, width: int) -> Tensor:
-    """(height * width, 4) left, top, right and bottom edge of the cells of a grid, in [0, 1]."""
-    top, left = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    edges = torch.stack((left, top, left + 1, top + 1), -1).flatten(0, 1)
-    return edges / torch.tensor([width, height, width, height])
-
-
 def register_family(*model_types: str) -> Callable[[F], F]:
     """Class decorator: the family serves these values of `config.model_type`."""
 
@@ -86,6 +79,8 @@ class Family:
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
     patches_are_tokens: ClassVar[bool] = False
     """Whether visual tokens are the encoder's patches, one for one, in images and videos."""
+    placed_by: ClassVar[tuple[str, ...]] = ()
+    """Arguments that `boxes` and `frames` read; a record holds them as long as it lives."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -171,11 +166,21 @@ class Family:
 
         Args:
             modality: `image` or `video`.
-            number: which of the images of this modality.
+            number: which of the images of this modality; negative, counted from the last, where
+                the arguments may be those of a whole conversation.
             grid: its token grid, from `shapes`.
-            arguments: what the features were made from.
+            arguments: those named in `placed_by`, as far as they were given.
         """
         return cells(*grid)
+
+    def frames(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> int:
+        """Frames of a video that its tokens tell apart, equally many tokens each; 1 for an image.
+
+        Tokens left over behind the frames belong to the last. Arguments as in `boxes`.
+        """
+        return 1
 
     # -- the vision encoder
 

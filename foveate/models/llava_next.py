@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.models.family import cells, register_family
+from foveate.boxes import cells
+from foveate.models.family import register_family
 from foveate.models.llava import Llava
 
 
@@ -22,6 +23,7 @@ class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
     patches_are_tokens = False
+    placed_by = ("image_sizes", "batch_num_images")
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""
 
@@ -44,11 +46,12 @@ class AnyRes(Llava):
         """Boxes of the tokens of thumbnail and tiles, or of a video's frames; NaN for newlines."""
         count = grid[0] * grid[1]
         sizes = arguments.get("image_sizes")
-        if modality == "video" or sizes is None:
-            side = self.video_side
-            frames = count // side**2 if modality == "video" else 0
-            blank = torch.full((count - frames * side**2, 4), torch.nan)
-            return torch.cat((cells(side, side).repeat(frames, 1), blank))
+        if modality == "video":
+            frame = cells(self.video_side, self.video_side)
+            frames = frame.repeat(self.frames(modality, number, grid, arguments), 1)
+            return torch.cat((frames, torch.full((count - len(frames), 4), torch.nan)))
+        if sizes is None:  # features from elsewhere
+            return torch.full((count, 4), torch.nan)
         tiles = [
             self._tile_boxes(size if n > 1 else None)
             for size, n in zip(torch.as_tensor(sizes).tolist(), self.tiles(arguments), strict=True)
@@ -57,6 +60,12 @@ class AnyRes(Llava):
         boxes = self.packed(torch.cat(tiles), newline, arguments)[number]
         thumbnail, tiled = boxes.split([len(tiles[0][0]), len(boxes) - len(tiles[0][0])])
         return torch.cat((thumbnail, _widen(tiled))).clamp(0, 1)
+
+    def frames(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> int:
+        """Frames of a video; a newline may follow them."""
+        return grid[0] * grid[1] // self.video_side**2 if modality == "video" else 1
 
     def packed(
         self, values: Tensor, newline: Tensor, arguments: Mapping[str, Any]

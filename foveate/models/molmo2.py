@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.models.family import Family, cells, register_family
+from foveate.boxes import cells
+from foveate.models.family import Family, register_family
 
 
 @register_family("molmo2")
 class Molmo2(Family):
     """`Molmo2ForConditionalGeneration` and `Molmo2Model`."""
+
+    placed_by = ("image_grids", "video_grids")
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin), scaled for long contexts in some layers only."""
@@ -50,3 +53,10 @@ class Molmo2(Family):
             return cells(rows, columns).repeat(frames, 1)
         height, width, rows, columns = grids[number].tolist()
         return torch.cat((cells(height, width), cells(rows, columns)))
+
+    def frames(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> int:
+        """Frames of a video."""
+        grids = arguments.get("video_grids") if modality == "video" else None
+        return 1 if grids is None else int(grids[number][0])

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.boxes import cells
 from foveate.errors import InputError
-from foveate.models.family import Family, cells
+from foveate.models.family import Family
 
 
 class MRope(Family):
@@ -18,6 +19,7 @@ class MRope(Family):
     """
 
     one_dimensional = False
+    placed_by = ("image_grid_thw", "video_grid_thw")
 
     def shapes(
         self, modality: str, pooled: Any, arguments: Mapping[str, Any]
@@ -46,6 +48,12 @@ class MRope(Family):
         self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
     ) -> Tensor:
         """Cells of the picture; of a video, of the token's frame."""
-        grids = arguments.get(f"{modality}_grid_thw")
-        frames = 1 if grids is None else int(grids[number][0])
+        frames = self.frames(modality, number, grid, arguments)
         return cells(grid[0] // frames, grid[1]).repeat(frames, 1)
+
+    def frames(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> int:
+        """Frames after pairs of them were merged."""
+        grids = arguments.get(f"{modality}_grid_thw")
+        return 1 if grids is None else int(grids[number][0])

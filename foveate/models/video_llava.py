@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.models.family import Encoder, Family, cells, register_family
+from foveate.boxes import cells
+from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
 
 
@@ -44,6 +45,15 @@ class VideoLlava(Family):
         """Boxes of an image, or of frames behind one another; class tokens have no place."""
         if modality == "image":
             return super().boxes(modality, number, grid, arguments)
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        frame = torch.cat((torch.full((1, 4), torch.nan), cells(side, side)))
-        return frame.repeat(grid[0] * grid[1] // len(frame), 1)
+        frame = torch.cat((torch.full((1, 4), torch.nan), cells(self._side, self._side)))
+        return frame.repeat(self.frames(modality, number, grid, arguments), 1)
+
+    def frames(
+        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+    ) -> int:
+        """Frames of a video."""
+        return grid[0] * grid[1] // (self._side**2 + 1) if modality == "video" else 1
+
+    @property
+    def _side(self) -> int:
+        return self.config.vision_config.image_size // self.config.vision_config.patch_size

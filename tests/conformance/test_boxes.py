@@ -1,6 +1,7 @@
 """The place of every visual token: boxes lie where the processor put the pixels."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -13,11 +14,14 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
     LlavaOnevisionImageProcessorPil,
 )
 
+import foveate
 from foveate.models import find_family
 from tests.conformance.test_pixels import NAMES, model_of, prompt
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.llava_next import PINPOINTS, SIZES
+from tests.conformance.zoo.member import fresh
 from tests.conformance.zoo.towers import SIDE
+from tests.methods_for_tests import EveryThird
 
 FULL = 250  # what the last pixel of a ramp holds
 
@@ -90,3 +94,30 @@ def test_every_visual_token_has_a_box(name):
         assert (area > 0).all()
         covered = area.sum().item()
         assert math.ceil(covered - 0.01) - covered < 0.26
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("sizes", [None, [SIZES[0], SIZES[0]]])
+def test_tokens_made_elsewhere_have_a_place_only_if_it_is_known(name, sizes):
+    """Sixteen hand-made features of each image are not what a large picture is encoded to."""
+    inputs, model = MEMBERS[name]().inputs([[3, 4, 5]]), find_family(model_of(name)).model
+    given = {} if sizes is None else {"image_sizes": torch.tensor(sizes)}
+    with torch.no_grad(), foveate.use(model, EveryThird(4)) as run:
+        model.model(**fresh(inputs), **given)
+    assert [image.boxes.isnan().all() for image in run.record.images] == [True, True]
+    assert run.report().kept[1]["pre_llm"][1] == {"index": 3, "box": None}
+
+
+def test_beams_have_the_boxes_of_their_pictures():
+    """Each image of a row has its own boxes, in every beam and in copies of a record."""
+    model, (inputs, counts) = model_of("llava_next"), prompt("llava_next")
+    options = {"num_beams": 2, "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
+    with torch.no_grad(), foveate.use(model, EveryThird(4)) as run:
+        model.model(**fresh(inputs))
+        copied = pickle.loads(pickle.dumps(run.record))
+        once = [image.boxes for image in copied.images]
+        model.generate(**fresh(inputs), **options)
+        twice = [image.boxes for image in run.record.images]
+    assert [len(boxes) for boxes in once] == counts
+    for got, want in zip(twice, 2 * once, strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())

@@ -51,6 +51,14 @@ def test_new_images_of_a_later_turn_have_the_last_grids(qwen):
     assert qwen.shapes("image", features(6), grids) == [(6, (6, 1))]
 
 
+def test_boxes_of_a_later_turn_are_counted_from_the_last(qwen):
+    grids = {"video_grid_thw": torch.tensor([[1, 4, 8], [3, 4, 8]])}
+    assert qwen.frames("video", -1, (6, 4), grids) == 3
+    assert torch.equal(
+        qwen.boxes("video", -1, (6, 4), grids)[:8], qwen.boxes("image", -1, (2, 4), {})
+    )
+
+
 def test_features_without_grids_are_a_square_or_a_row(qwen):
     assert qwen.shapes("image", features(16, 8), {}) == [(16, (4, 4)), (8, (1, 8))]
 

@@ -218,3 +218,12 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
             pruned.max_cache_len -= removed
     cache.layers[index] = pruned
     return pruned
+
+
+def slots_held(layer: Any) -> int:
+    """Physical slots of a cache layer, pruned or not."""
+    if isinstance(layer, PrunedLayer) and layer.slots is not None:
+        return layer.slots.index.shape[1]
+    window = getattr(layer, "sliding_window", None)
+    held = int(layer.get_seq_length())
+    return held if window is None else min(held, window - 1)

@@ -20,10 +20,11 @@ from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
 from foveate.engine import features
-from foveate.engine.cache import PrunedLayer, check_cache
+from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
 from foveate.engine.images import Grid, Group, Part, locate, rows_of
+from foveate.engine.inputs import placeholders, real_positions
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
@@ -76,8 +77,6 @@ class Hooks:
     def record(self) -> Record | None:
         """The last forward over a prompt: this thread's, or else any thread's."""
         return self._local.record or self._last
-
-    # -- around the model
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `generate`: note its rows, and keep it from compiling the decoding step."""
@@ -143,7 +142,7 @@ class Hooks:
         local.inside, local.encoded = True, {}
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
-        local.visual = self._placeholders(ids, kwargs, given)
+        local.visual = placeholders(self.family, ids, kwargs, given)
         if not local.visual:
             return None
         self._check_requests(next(iter(local.visual.values())).shape[0])
@@ -169,8 +168,6 @@ class Hooks:
         """After the base model, also when it raised: forget the forward."""
         self._forget()
 
-    # -- around the text model
-
     def enter_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the text model: begin the turn."""
         local = self._local
@@ -190,7 +187,7 @@ class Hooks:
             past=past,
             device=sequence.device,
             groups=groups,
-            real=_real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
+            real=real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
@@ -222,8 +219,6 @@ class Hooks:
             note = "no image in the prompt: it passed through untouched"
             self._keep_record(Record(turn.prompt.batch, turn.tokens, [], [], [], notes=[note]))
         return turn.leave(output, self.plan.first_layer)
-
-    # -- images
 
     def _tag(
         self,
@@ -331,37 +326,9 @@ class Hooks:
             return torch.full((count, 4), torch.nan), 1
         return boxes, self.family.frames(*where)
 
-    def _placeholders(self, ids: Tensor | None, kwargs: Kwargs, given: Kwargs) -> dict[str, Tensor]:
-        """Modality -> (B, T) placeholders, for modalities that have some."""
-        tokens = self.family.placeholder_ids
-        if ids is not None:
-            if ids.shape[1] == 1 and not given:
-                return {}
-            masks = {modality: ids == token for modality, token in tokens.items()}
-        else:
-            embeds = kwargs.get("inputs_embeds")
-            if embeds is None or embeds.shape[1] == 1:
-                return {}
-            if not given and not any(
-                kwargs.get(f"pixel_values{s}") is not None for s in ("", "_videos")
-            ):
-                raise InputError(
-                    "inputs_embeds without input_ids do not say which rows are visual tokens; "
-                    "pass input_ids with pixel_values, or with mm_encoder_outputs for features "
-                    "you have already"
-                )
-            table = self.family.base.get_input_embeddings()
-            one = {
-                m: table(torch.tensor(token, device=embeds.device)) for m, token in tokens.items()
-            }
-            masks = {modality: (embeds == row).all(-1) for modality, row in one.items()}
-        return {modality: mask for modality, mask in masks.items() if bool(mask.any())}
-
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.encoded, local.turn = False, None, None, None
-
-    # -- checks and numbers
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -422,7 +389,7 @@ class Hooks:
             prompt_tokens=turn.prompt_tokens,
             images=images,
             layer_tokens=before + turn.layer_tokens,
-            cache_slots=[] if cache is None else [_slots(layer) for layer in cache.layers],
+            cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
             notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
@@ -430,24 +397,3 @@ class Hooks:
 
     def _keep_record(self, record: Record) -> None:
         self._local.record = self._last = record
-
-
-def _slots(layer: Any) -> int:
-    if isinstance(layer, PrunedLayer) and layer.slots is not None:
-        return layer.slots.index.shape[1]
-    window = getattr(layer, "sliding_window", None)
-    held = int(layer.get_seq_length())
-    return held if window is None else min(held, window - 1)
-
-
-def _real_positions(mask: Any, total: int) -> Tensor | None:
-    """(B, total) positions that are no padding, or `None` if all are, from any kind of mask."""
-    if isinstance(mask, dict):
-        mask = mask["full_attention"]
-    if mask is None:
-        return None
-    if mask.dim() == 4:  # built beforehand, for static caches: the last query sees all that is real
-        mask = mask[:, 0, -1]
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    real = mask[:, :total].bool()
-    return None if bool(real.all()) else real

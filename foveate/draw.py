@@ -19,8 +19,7 @@ from torch import Tensor
 
 from foveate.boxes import passes, plain_grid
 from foveate.errors import InputError
-from foveate.record import ImageRecord, Record
-from foveate.report import place_name
+from foveate.record import ImageRecord, Record, place_name
 
 Geometry = Literal["resize", "crop", "pad"]
 Box = tuple[float, float, float, float]

@@ -93,3 +93,13 @@ class Record:
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def place_name(place: str) -> str:
+    """A place in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`."""
+    stage, _, layer = place.partition(":")
+    if stage == "llm":
+        return f"from layer {layer} on"
+    if stage == "vision" and layer:
+        return f"in encoder layer {layer}"
+    return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)

@@ -23,8 +23,9 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.measure import flops
+from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
-from foveate.record import ImageRecord, Record
+from foveate.record import ImageRecord, Record, place_name
 
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers, in JSON with line breaks
 _WIDE = 4  # rows of a batch that the table shows apart; beyond that it shows their range
@@ -157,28 +158,6 @@ def layer_ranges(rows: Sequence[Any]) -> list[tuple[str, int]]:
         first, last = numbers[0], numbers[-1]
         ranges.append((str(first) if first == last else f"{first}-{last}", first))
     return ranges
-
-
-def human_flops(count: float, like: float | None = None) -> str:
-    """FLOPs with a decimal prefix: 1.25e9 gives `1.25 GFLOPs`.
-
-    Args:
-        count: the number.
-        like: choose the prefix for this number instead, so that two can be compared.
-    """
-    return f"{_prefixed(count, 1000, ('', 'k', 'M', 'G', 'T', 'P'), like)}FLOPs"
-
-
-def human_bytes(count: float, like: float | None = None) -> str:
-    """Bytes with a binary prefix: 2048 gives `2.00 KiB`. Arguments as in `human_flops`."""
-    return f"{_prefixed(count, 1024, ('', 'Ki', 'Mi', 'Gi', 'Ti'), like)}B"
-
-
-def _prefixed(count: float, base: int, prefixes: Sequence[str], like: float | None) -> str:
-    size, step = like or count, 0
-    while size >= base and step + 1 < len(prefixes):
-        size, step = size / base, step + 1
-    return f"{count / base**step:.{2 if step else 0}f} {prefixes[step]}"
 
 
 def _described(method: Method, family: ModelFacts) -> dict[str, Any]:
@@ -327,16 +306,6 @@ def describe(method: Mapping[str, Any]) -> str:
 def _title(report: Report) -> str:
     methods = " + ".join(describe(method) for method in report["methods"]) or "no method"
     return f"{methods} on {report['model']}"
-
-
-def place_name(place: str) -> str:
-    """A place in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`."""
-    stage, _, layer = place.partition(":")
-    if stage == "llm":
-        return f"from layer {layer} on"
-    if stage == "vision" and layer:
-        return f"in encoder layer {layer}"
-    return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)
 
 
 def _table(heading: str) -> Table:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 import foveate
 from foveate.measure.timing import Timing, interleave
+from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method
-from foveate.report import Report, human_bytes, human_flops, layer_ranges
+from foveate.report import Report, layer_ranges
 
 ALL = "all tokens"
 WARMUP = 3

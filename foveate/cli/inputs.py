@@ -36,6 +36,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
     kind: Any = getattr(torch, dtype, "auto")
     if dtype == "auto" and where.type == "cpu":
         kind = torch.float32
+    model: Any
     with _loading(name):
         if name == "tiny":
             from foveate import tiny

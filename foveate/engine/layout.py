@@ -222,15 +222,8 @@ def translate_mask(
         keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=-1)
     real = keys >= 0
     if mask is None:
-        if not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
-            return None
-        if two_d:
-            return real
-        if queries == 1:
-            return real[:, None, None]
-        asked = layout.index + (slots.length - length)
-        allowed = real[:, None] & (keys[:, None] <= asked[..., None])
-        return (allowed | (layout.index < 0)[..., None])[:, None]
+        needed = slots.ragged or layout.ragged or (unfilled and queries == 1)
+        return _causal(layout, slots, keys, length, two_d=two_d) if needed else None
     # Masks of sliding windows begin later than at position 0.
     offset = max(slots.length - mask.shape[-1], 0)
     real = keys >= offset if offset else real
@@ -249,3 +242,15 @@ def translate_mask(
         allow = True if mask.dtype == torch.bool else 0.0
         physical = physical.masked_fill((layout.index < 0)[:, None, :, None], allow)
     return physical
+
+
+def _causal(layout: Layout, slots: Slots, keys: Tensor, length: int, *, two_d: bool) -> Tensor:
+    """The mask of causal attention by logical position, where there was no mask to translate."""
+    real = keys >= 0
+    if two_d:
+        return real
+    if layout.index.shape[1] == 1:
+        return real[:, None, None]
+    asked = layout.index + (slots.length - length)
+    allowed = real[:, None] & (keys[:, None] <= asked[..., None])
+    return (allowed | (layout.index < 0)[..., None])[:, None]

@@ -149,8 +149,8 @@ def mark(
     survivors = _reduce(plan, images, groups, encoded, source, request)
     if sum(len(index) for index, _ in survivors) == sum(lengths):
         return
-    starts = [0, *accumulate(lengths)]
-    where = torch.cat([index + start for (index, _), start in zip(survivors, starts)])  # noqa: B905
+    starts = [0, *accumulate(lengths[:-1])]
+    where = torch.cat([i + start for (i, _), start in zip(survivors, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
         values = torch.cat([values[number] for _, values in survivors])

@@ -72,7 +72,9 @@ class VipLlava(Llava):
     stacked = True
 
     def config(self):
+        older = hasattr(VipLlavaConfig(), "vision_feature_layers")  # before transformers 5.23
+        layers = {"vision_feature_layers" if older else "vision_feature_layer": (-2, -3, 1)}
         return VipLlavaConfig(
             vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT),
-            image_token_index=self.image_id, vision_feature_layer=(-2, -3, 1),
+            image_token_index=self.image_id, **layers,
         )  # fmt: skip

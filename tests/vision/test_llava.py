@@ -322,7 +322,8 @@ def read(model, full):
     base, special = model.model, full.special
     if hasattr(base, "aligner"):
         return base.aligner(base.vision_model.post_layernorm(full.x))
-    layers = model.config.vision_feature_layer
+    names = ("vision_feature_layer", "vision_feature_layers")  # the second before transformers 5.23
+    layers = next(getattr(model.config, n) for n in names if hasattr(model.config, n))
     layers = [layers] if isinstance(layers, int) else layers
     states = [full.states[layer][special:] for layer in layers]
     return base.multi_modal_projector(torch.cat(states, -1))

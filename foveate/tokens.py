@@ -20,8 +20,8 @@ class VisualTokens:
 
     Args:
         features: returns (G, V, D) token values; called only when a method asks for `x`.
-        index: (G, V) position of each token in its image's raster order; ascending, except inside
-            an encoder after a merge.
+        index: (G, V) position of each token in its image's raster order; ascending, except behind a
+            method that orders its survivors, and inside an encoder after a merge.
         grid: (height, width) of the image's token grid before anything was removed.
         rows: row of the batch that each image belongs to.
         signals: what the step declared in `needs`, by name.
@@ -29,6 +29,7 @@ class VisualTokens:
             one.
         special: inside an encoder, the class, distillation and register tokens that precede the
             patches; they are not among the V.
+        place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
     """
 
     features: Callable[[], Tensor]
@@ -38,6 +39,7 @@ class VisualTokens:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     merged: Tensor | None = None
     special: int = 0
+    place: str = ""
 
     @property
     def x(self) -> Tensor:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Grid, Group, group_features, reduce_group
+from foveate.engine.images import Group, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.errors import InputError
 from foveate.reduction import take_rows
+from foveate.tokens import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,20 +28,23 @@ class Encoded:
     """What is known of the images of an encoder output besides their features.
 
     Args:
-        lengths: visual tokens of each image.
-        grids: token grid of each image.
+        shapes: tokens, grid and frames of each image.
         class_attention: layer -> (H, V) of each image.
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
     """
 
-    lengths: list[int]
-    grids: list[Grid]
+    shapes: Sequence[Shape]
     class_attention: Mapping[int, Sequence[Tensor]]
     pixels: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Visual tokens of each image."""
+        return [shape.total for shape in self.shapes]
 
     def kept_of(self, image: int) -> dict[str, Tensor]:
         """Place inside the encoder -> (K) raster positions of an image alive behind it."""
@@ -140,12 +144,13 @@ def mark(
     if not plan.marks:
         return
     encoded: Encoded = output.encoded
-    lengths, grids = [encoded.lengths[i] for i in source], [encoded.grids[i] for i in source]
+    shapes = [encoded.shapes[i] for i in source]
+    lengths = [shape.total for shape in shapes]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     rows_of_sheets = [_rows(sheet) for sheet in sheets]
     images = [sheet.split(lengths) for sheet in rows_of_sheets]
     device = rows_of_sheets[0].device
-    groups = group_features(lengths, grids, rows, device, encoded.alive(source))
+    groups = group_features(shapes, rows, device, encoded.alive(source))
     survivors = _reduce(plan, images, groups, encoded, source, request)
     if sum(len(index) for index, _ in survivors) == sum(lengths):
         return
@@ -220,7 +225,7 @@ def _of_group(sheet: Sequence[Tensor], group: Group) -> Tensor:
     """(G, K, D) of what is alive of a group; a view where it is one whole image."""
     one = len(group.images) == 1
     x = sheet[group.images[0]][None] if one else torch.stack([sheet[i] for i in group.images])
-    return x if group.index.shape[1] == group.total else take_rows(x, group.index)
+    return x if group.index.shape[1] == group.shape.total else take_rows(x, group.index)
 
 
 def _rows(pooled: Any) -> Tensor:

@@ -23,7 +23,7 @@ from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
-from foveate.engine.images import Grid, Group, Part, locate, rows_of
+from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import placeholders, real_positions
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
@@ -33,6 +33,7 @@ from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals.cls_attention import ClassAttention
+from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -229,7 +230,7 @@ class Hooks:
         passes: list[Encoding],
     ) -> None:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
-        lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
+        lengths = [shape.total for shape in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
         if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
             pixels = None
@@ -239,7 +240,7 @@ class Hooks:
         }
         kept = survivors(passes, lengths)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(lengths, grids, attention, pixels, kept, placed)
+        encoded = Encoded(shapes, attention, pixels, kept, placed)
         features.tag(output, encoded)
 
     def _class_attention(
@@ -267,7 +268,7 @@ class Hooks:
             features.mark(output, self.plan, [0] * len(everything), everything, lambda row: row)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
-        rows = rows_of(visual, [output.encoded.lengths[i] for i in source])
+        rows = rows_of(visual, [output.encoded.shapes[i] for i in source])
         features.mark(output, self.plan, rows, source, self._request(visual.shape[0]))
 
     def _adopt(self, modality: str, encoded: ModelOutput, arguments: Kwargs) -> ModelOutput:
@@ -299,32 +300,31 @@ class Hooks:
             mask = visual[modality]
             dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
             if features.is_slice(output):
-                lengths = [n for n in mask.sum(1).tolist() if n]
-                parts.append(Part(mask, lengths, [(1, n) for n in lengths], dead))
+                shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
+                parts.append(Part(mask, shapes, dead))
                 continue
             known = output.encoded
             source = features.members(output, mask, self._expanded(mask.shape[0]))
-            lengths, grids = [known.lengths[i] for i in source], [known.grids[i] for i in source]
+            shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            place = functools.partial(self._place, modality, known.arguments, known.grids)
+            place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            parts.append(Part(mask, lengths, grids, dead, before, places))
+            parts.append(Part(mask, shapes, dead, before, places))
         return parts
 
     def _place(
-        self, modality: str, arguments: Mapping[str, Any], grids: Sequence[Grid], image: int
-    ) -> tuple[Tensor, int]:
-        """Boxes of an image's tokens, and its frames; worked out only when a record is read."""
+        self, modality: str, arguments: Mapping[str, Any], shapes: Sequence[Shape], image: int
+    ) -> Tensor:
+        """Boxes of an image's tokens, worked out only when a record is read."""
         arguments = {
             name: value.cpu() if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
         # In a later turn arguments are those of the whole conversation, so count from the last.
-        where = modality, image - len(grids), grids[image], arguments
-        boxes, count = self.family.boxes(*where), grids[image][0] * grids[image][1]
-        if len(boxes) != count:  # features from elsewhere need not be what the arguments say
-            return torch.full((count, 4), torch.nan), 1
-        return boxes, self.family.frames(*where)
+        boxes = self.family.boxes(modality, image - len(shapes), shapes[image], arguments)
+        if len(boxes) != shapes[image].total:  # features from elsewhere, of something else
+            return torch.full((shapes[image].total, 4), torch.nan)
+        return boxes
 
     def _forget(self) -> None:
         local = self._local
@@ -379,7 +379,14 @@ class Hooks:
             image: (group, n) for group in turn.groups for n, image in enumerate(group.images)
         }
         images = [
-            ImageRecord(group.rows[n], group.total, group.grid, turn.kept[image], group.places[n])
+            ImageRecord(
+                row=group.rows[n],
+                total=group.shape.total,
+                grid=group.shape.grid,
+                kept=turn.kept[image],
+                place=group.places[n],
+                frames=group.shape.frames,
+            )
             for image, (group, n) in ([] if sliced else sorted(members.items()))
         ]
         before = [turn.prompt_tokens] * self.plan.first_layer

@@ -17,23 +17,21 @@ from torch import Tensor
 from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.tokens import Shape, VisualTokens
 
-Grid = tuple[int, int]
 Kept = Mapping[str, Tensor]
-Place = Callable[[], tuple[Tensor, int]]  # boxes and frames, see ImageRecord
+Place = Callable[[], Tensor]  # boxes, see ImageRecord
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Images with the same grid, and the same number of tokens alive.
+    """Images of the same shape, and the same number of tokens alive.
 
     Args:
         images: number of each image within the forward, in order of appearance.
         rows: row of the batch of each image.
         index: (G, V) raster positions alive, ascending.
-        total: tokens of each image before anything was removed.
-        grid: (height, width) of each image's token grid.
+        shape: tokens, grid and frames of each image before anything was removed.
         columns: (G, V) logical position of each living token in its row; `None` while only
             features are known.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
@@ -43,8 +41,7 @@ class Group:
     images: tuple[int, ...]
     rows: tuple[int, ...]
     index: Tensor
-    total: int
-    grid: Grid
+    shape: Shape
     columns: Tensor | None = None
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
@@ -76,8 +73,7 @@ class Part:
 
     Args:
         visual: (B, T) their placeholders.
-        lengths: tokens of each image, in order of appearance.
-        grids: token grid of each image.
+        shapes: tokens, grid and frames of each image, in order of appearance.
         dead: (N) for each placeholder in row-major order, whether its token was removed before the
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
@@ -85,8 +81,7 @@ class Part:
     """
 
     visual: Tensor
-    lengths: Sequence[int]
-    grids: Sequence[Grid]
+    shapes: Sequence[Shape]
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
@@ -97,15 +92,13 @@ class _Span:
     row: int
     columns: Tensor
     index: Tensor
-    total: int
-    grid: Grid
+    shape: Shape
     before: Kept
     place: Place | None
 
 
 def group_features(
-    lengths: Sequence[int],
-    grids: Sequence[Grid],
+    shapes: Sequence[Shape],
     rows: Sequence[int],
     device: torch.device,
     alive: Sequence[Tensor] | None = None,
@@ -113,27 +106,25 @@ def group_features(
     """Group images by shape, before their place in the sequence is known.
 
     Args:
-        lengths: tokens of each image.
-        grids: token grid of each image.
+        shapes: tokens, grid and frames of each image.
         rows: row of the batch of each image.
         device: where the features live.
         alive: (K) raster positions that the encoder has left of each image; `None` for all.
     """
-    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
-    for image, (total, grid) in enumerate(zip(lengths, grids, strict=True)):
-        left = total if alive is None else len(alive[image])
-        shapes[total, grid, left].append(image)
+    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
+    for image, shape in enumerate(shapes):
+        left = shape.total if alive is None else len(alive[image])
+        alike[shape, left].append(image)
     return [
         Group(
             tuple(images),
             tuple(rows[i] for i in images),
-            torch.arange(total, device=device).expand(len(images), total)
+            torch.arange(shape.total, device=device).expand(len(images), shape.total)
             if alive is None
             else torch.stack([alive[i] for i in images]).to(device),
-            total,
-            grid,
+            shape,
         )
-        for (total, grid, _), images in shapes.items()
+        for (shape, _), images in alike.items()
     ]
 
 
@@ -148,59 +139,60 @@ def locate(parts: Sequence[Part]) -> list[Group]:
         (span for part in parts for span in _spans(part)),
         key=lambda span: (span.row, int(span.columns[0])),
     )
-    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
     for image, span in enumerate(spans):
-        shapes[span.total, span.grid, len(span.index)].append(image)
+        alike[span.shape, len(span.index)].append(image)
     device = parts[0].visual.device if parts else None
     return [
         Group(
             tuple(images),
             tuple(spans[i].row for i in images),
             torch.stack([spans[i].index for i in images]).to(device),
-            total,
-            grid,
+            shape,
             torch.stack([spans[i].columns[spans[i].index] for i in images]).to(device),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
         )
-        for (total, grid, _), images in shapes.items()
+        for (shape, _), images in alike.items()
     ]
 
 
 def _spans(part: Part) -> list[_Span]:
     where = part.visual.nonzero().cpu()
-    if where.shape[0] != sum(part.lengths):
+    tokens = sum(shape.total for shape in part.shapes)
+    if where.shape[0] != tokens:
         raise InputError(
             f"the prompt has {where.shape[0]} image placeholders, but the images have "
-            f"{sum(part.lengths)} visual tokens"
+            f"{tokens} visual tokens"
         )
     alive = torch.ones(where.shape[0], dtype=torch.bool) if part.dead is None else ~part.dead.cpu()
     spans = []
     start = 0
-    before = part.before or [{}] * len(part.lengths)
-    places = part.places or [None] * len(part.lengths)
-    for length, grid, kept, place in zip(part.lengths, part.grids, before, places, strict=True):
-        at, living = where[start : start + length], alive[start : start + length]
-        start += length
-        if not length:
+    before = part.before or [{}] * len(part.shapes)
+    places = part.places or [None] * len(part.shapes)
+    for shape, kept, place in zip(part.shapes, before, places, strict=True):
+        stop = start + shape.total
+        at, living = where[start:stop], alive[start:stop]
+        start = stop
+        if not shape.total:
             continue
         row = int(at[0, 0])
         if row != int(at[-1, 0]):
             raise InputError(
-                f"an image has {length} visual tokens, but its placeholders lie in two rows"
+                f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
-        spans.append(_Span(row, at[:, 1], living.nonzero()[:, 0], length, grid, kept, place))
+        spans.append(_Span(row, at[:, 1], living.nonzero()[:, 0], shape, kept, place))
     return spans
 
 
-def rows_of(visual: Tensor, lengths: Sequence[int]) -> list[int]:
+def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> list[int]:
     """The row of the batch of each image.
 
     Args:
         visual: (B, T) placeholders.
-        lengths: tokens of each image, in order of appearance.
+        shapes: tokens, grid and frames of each image, in order of appearance.
     """
-    return [span.row for span in _spans(Part(visual, lengths, [(1, n) for n in lengths]))]
+    return [span.row for span in _spans(Part(visual, shapes))]
 
 
 def split_by_count(
@@ -260,9 +252,10 @@ def reduce_group(
         tokens = VisualTokens(
             features=lambda part=part: features(part),  # type: ignore[misc]
             index=part.index,
-            grid=part.grid,
+            grid=part.shape.grid,
             rows=part.rows,
             signals=signals(part),
+            frames=part.shape.frames,
         )
         reduction = planned.method.reduce(tokens, wanted)
         result.append((part, part.reduced(reduction), reduction))

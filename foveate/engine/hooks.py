@@ -24,7 +24,12 @@ from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
 from foveate.engine.images import Group, Part, locate, rows_of
-from foveate.engine.inputs import placeholders, real_positions
+from foveate.engine.inputs import (
+    check_later_images,
+    check_positions,
+    placeholders,
+    real_positions,
+)
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
@@ -84,6 +89,7 @@ class Hooks:
         names = ("inputs", "input_ids", "inputs_embeds")
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
+        check_later_images(self.family, inputs, kwargs)
         self._local.requests = None if inputs is None else inputs.shape[0]
         try:
             return original(*args, **kwargs)
@@ -146,6 +152,8 @@ class Hooks:
         local.visual = placeholders(self.family, ids, kwargs, given)
         if not local.visual:
             return None
+        cache = kwargs.get("past_key_values")
+        check_positions(self.family, kwargs, 0 if cache is None else int(cache.get_seq_length()))
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:

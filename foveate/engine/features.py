@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Grid, Group, group_features, reduce_group
+from foveate.engine.images import Group, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.errors import InputError
 from foveate.method import Need
 from foveate.reduction import take_rows
 from foveate.signals import SIGNALS
+from foveate.tokens import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +31,7 @@ class Encoded:
     """What is known of the images of an encoder output besides their features.
 
     Args:
-        lengths: visual tokens of each image.
-        grids: token grid of each image.
+        shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
@@ -40,13 +40,17 @@ class Encoded:
             their rows; empty while that is raster order.
     """
 
-    lengths: list[int]
-    grids: list[Grid]
+    shapes: Sequence[Shape]
     signals: Mapping[tuple[str, int], Sequence[Tensor]]
     pixels: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Visual tokens of each image."""
+        return [shape.total for shape in self.shapes]
 
     def kept_of(self, image: int) -> dict[str, Tensor]:
         """Place inside the encoder -> (K) raster positions of an image alive behind it."""
@@ -168,13 +172,14 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     if not plan.marks:
         return
     encoded: Encoded = output.encoded
-    lengths, grids = [encoded.lengths[i] for i in source], [encoded.grids[i] for i in source]
+    shapes = [encoded.shapes[i] for i in source]
+    lengths = [shape.total for shape in shapes]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     rows_of_sheets = [_rows(sheet) for sheet in sheets]
     images = [sheet.split(lengths) for sheet in rows_of_sheets]
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
-    groups = group_features(lengths, grids, asker.rows, asker.ends, device, alive)
+    groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
     if ordered:
         output.encoded = replace(encoded, order=[index for index, _ in survivors])
@@ -261,7 +266,7 @@ def _of_group(sheet: Sequence[Tensor], group: Group) -> Tensor:
     """(G, K, D) of what is alive of a group; a view where it is one whole image."""
     one = len(group.images) == 1
     x = sheet[group.images[0]][None] if one else torch.stack([sheet[i] for i in group.images])
-    return x if group.index.shape[1] == group.total else take_rows(x, group.index)
+    return x if group.index.shape[1] == group.shape.total else take_rows(x, group.index)
 
 
 def _rows(pooled: Any) -> Tensor:

@@ -23,8 +23,13 @@ from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Asker, Encoded
-from foveate.engine.images import Grid, Group, Part, locate, rows_of
-from foveate.engine.inputs import placeholders, real_positions
+from foveate.engine.images import Group, Part, locate, rows_of
+from foveate.engine.inputs import (
+    check_later_images,
+    check_positions,
+    placeholders,
+    real_positions,
+)
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.question import Question
@@ -35,6 +40,7 @@ from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals import SIGNALS
 from foveate.signals.encoder import EncoderSignals
+from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -86,6 +92,7 @@ class Hooks:
         names = ("inputs", "input_ids", "inputs_embeds")
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
+        check_later_images(self.family, inputs, kwargs)
         self._local.requests = None if inputs is None else inputs.shape[0]
         try:
             return original(*args, **kwargs)
@@ -149,6 +156,8 @@ class Hooks:
         if not local.visual:
             return None
         local.prompt = (ids, kwargs)
+        cache = kwargs.get("past_key_values")
+        check_positions(self.family, kwargs, 0 if cache is None else int(cache.get_seq_length()))
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -243,7 +252,7 @@ class Hooks:
         passes: list[Encoding],
     ) -> None:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
-        lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
+        lengths = [shape.total for shape in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
         if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
             pixels = None
@@ -253,7 +262,7 @@ class Hooks:
         }
         kept = survivors(passes, lengths)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(lengths, grids, signals, pixels, kept, placed)
+        encoded = Encoded(shapes, signals, pixels, kept, placed)
         features.tag(output, encoded)
 
     def _per_token(
@@ -291,7 +300,7 @@ class Hooks:
             features.mark(output, self.plan, asker, deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
-        rows, ends = rows_of(visual, [output.encoded.lengths[i] for i in source])
+        rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
         question = self._question(rows, ends) if self.plan.waits else None
         asker = Asker(rows, source, self._request(visual.shape[0]), ends, question)
         features.mark(output, self.plan, asker, deliver)
@@ -338,35 +347,34 @@ class Hooks:
             mask = visual[modality]
             dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
             if features.is_slice(output):
-                lengths = [n for n in mask.sum(1).tolist() if n]
-                parts.append(Part(mask, lengths, [(1, n) for n in lengths], dead))
+                shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
+                parts.append(Part(mask, shapes, dead))
                 continue
             known = output.encoded
             source = features.members(output, mask, self._expanded(mask.shape[0]))
-            lengths, grids = [known.lengths[i] for i in source], [known.grids[i] for i in source]
+            shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            place = functools.partial(self._place, modality, known.arguments, known.grids)
+            place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
             order = known.order
             if order and len(order) != len(source):  # reduced before beams were made of it
                 order = [order[i] for i in source]
-            parts.append(Part(mask, lengths, grids, dead, before, places, order))
+            parts.append(Part(mask, shapes, dead, before, places, order))
         return parts
 
     def _place(
-        self, modality: str, arguments: Mapping[str, Any], grids: Sequence[Grid], image: int
-    ) -> tuple[Tensor, int]:
-        """Boxes of an image's tokens, and its frames; worked out only when a record is read."""
+        self, modality: str, arguments: Mapping[str, Any], shapes: Sequence[Shape], image: int
+    ) -> Tensor:
+        """Boxes of an image's tokens, worked out only when a record is read."""
         arguments = {
             name: value.cpu() if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
         # In a later turn arguments are those of the whole conversation, so count from the last.
-        where = modality, image - len(grids), grids[image], arguments
-        boxes, count = self.family.boxes(*where), grids[image][0] * grids[image][1]
-        if len(boxes) != count:  # features from elsewhere need not be what the arguments say
-            return torch.full((count, 4), torch.nan), 1
-        return boxes, self.family.frames(*where)
+        boxes = self.family.boxes(modality, image - len(shapes), shapes[image], arguments)
+        if len(boxes) != shapes[image].total:  # features from elsewhere, of something else
+            return torch.full((shapes[image].total, 4), torch.nan)
+        return boxes
 
     def _forget(self) -> None:
         local = self._local
@@ -422,7 +430,14 @@ class Hooks:
             image: (group, n) for group in turn.groups for n, image in enumerate(group.images)
         }
         images = [
-            ImageRecord(group.rows[n], group.total, group.grid, turn.kept[image], group.places[n])
+            ImageRecord(
+                row=group.rows[n],
+                total=group.shape.total,
+                grid=group.shape.grid,
+                kept=turn.kept[image],
+                place=group.places[n],
+                frames=group.shape.frames,
+            )
             for image, (group, n) in ([] if sliced else sorted(members.items()))
         ]
         before = [turn.prompt_tokens] * self.plan.first_layer

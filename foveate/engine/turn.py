@@ -184,7 +184,7 @@ class Turn:
         for group in self.groups:
             if self.plan.pre_llm:
                 self._note(group, "pre_llm")
-            gone = group.total - group.index.shape[1]
+            gone = group.shape.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
                 self.tokens[row] -= gone

@@ -18,8 +18,12 @@ ADAPTERS = {
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fopru": "golden_patches",
+    "hiprune": "golden_patches",
+    "llava-prumerge": "golden_patches",
     "pyramiddrop": "golden_llm",
     "tome": "golden_vision",
+    "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
 }
 Check = Callable[[], None]

@@ -273,13 +273,15 @@ def reduce_group(
     if not alive:
         return [(group, group, None)]
 
-    def tokens(part: Group) -> VisualTokens:
+    def tokens(part: Group, quota: int) -> VisualTokens:
         return VisualTokens(
             features=lambda: features(part),
             index=part.index,
             grid=part.shape.grid,
             rows=part.rows,
             signals=signals(part),
+            number=planned.number,
+            quota=quota,
             place=planned.step.place,
             frames=part.shape.frames,
         )
@@ -289,18 +291,20 @@ def reduce_group(
     def add(part: Group, reduction: Reduction) -> None:
         if reduction.ordered and not planned.renumber:
             reduction = reduction.in_raster_order(alive)
-        result.append((part, part.reduced(reduction), reduction))
+        if reduction.kept == alive and not (reduction.merges or reduction.ordered):
+            result.append((part, part, None))
+        else:
+            result.append((part, part.reduced(reduction), reduction))
 
-    if isinstance(method, Adaptive):
-        for chosen, reduction in method.split(tokens(group)):
-            add(group.pick(chosen), reduction)
-        return result
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
-        if wanted == alive:
+        if isinstance(method, Adaptive):
+            for chosen, reduction in method.split(tokens(part, wanted)):
+                add(part.pick(chosen), reduction)
+        elif wanted == alive:
             result.append((part, part, None))
         elif wanted == 0:
             add(part, Reduction(part.index[:, :0]))
         else:
-            add(part, method.reduce(tokens(part), wanted))
+            add(part, method.reduce(tokens(part, wanted), wanted))
     return result

@@ -38,6 +38,7 @@ class Encoded:
         arguments: those that say where tokens lie (`Family.placed_by`).
         order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
             their rows; empty while that is raster order.
+        began: for each image, number of a method -> tokens it had where the method began.
     """
 
     shapes: Sequence[Shape]
@@ -46,6 +47,7 @@ class Encoded:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
+    began: list[dict[int, int]] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -180,9 +182,10 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
-    if ordered:
-        output.encoded = replace(encoded, order=[index for index, _ in survivors])
+    began: list[dict[int, int]] = [{} for _ in source]
+    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    order = [index for index, _ in survivors] if ordered else []
+    output.encoded = replace(encoded, order=order, began=began)
     if sum(len(index) for index, _ in survivors) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
@@ -205,11 +208,13 @@ def _reduce(
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
+    began: list[dict[int, int]],
 ) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
     """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
     and whether that may differ from raster order.
 
-    The first sheet holds the features, which methods see; others (DeepStack) follow it.
+    The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
+    filled in, as in `Encoded`.
     """
     begin: dict[tuple[int, int], int] = {}
     alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
@@ -243,6 +248,8 @@ def _reduce(
                 kept = values(part)
                 after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
         alive = after
+    for (method, image), tokens in begin.items():
+        began[image][method] = tokens
     result = {
         image: (group.index[i], [x[i] for x in xs])
         for group, xs in alive

@@ -356,10 +356,10 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order = known.order
-            if order and len(order) != len(source):  # reduced before beams were made of it
-                order = [order[i] for i in source]
-            parts.append(Part(mask, shapes, dead, before, places, order))
+            order, began = known.order, known.began
+            if began and len(began) != len(source):  # reduced before beams were made of it
+                order, began = [order[i] for i in source if order], [began[i] for i in source]
+            parts.append(Part(mask, shapes, dead, before, places, order, began))
         return parts
 
     def _place(

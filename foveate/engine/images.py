@@ -39,6 +39,7 @@ class Group:
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
+        began: for each image, number of a method -> tokens it had where the method began.
     """
 
     images: tuple[int, ...]
@@ -50,6 +51,7 @@ class Group:
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
+    began: tuple[Mapping[int, int], ...] = ()
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -65,6 +67,7 @@ class Group:
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
+            began=tuple(self.began[i] for i in members) if self.began else (),
         )
 
     def reduced(self, reduction: Reduction) -> Group:
@@ -93,6 +96,7 @@ class Part:
         places: for each image, how to find out where in it the tokens lie.
         order: for each image, (K) raster positions alive in the order of their columns; empty where
             all are in raster order.
+        began: for each image, number of a method -> tokens it had where the method began.
     """
 
     visual: Tensor
@@ -101,6 +105,7 @@ class Part:
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
     order: Sequence[Tensor] = ()
+    began: Sequence[Mapping[int, int]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +116,7 @@ class _Span:
     shape: Shape
     before: Kept
     place: Place | None
+    began: Mapping[int, int]
 
 
 def group_features(
@@ -175,6 +181,7 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
             any(part.order for part in parts),
+            tuple(spans[i].began for i in images),
         )
         for (shape, _), images in alike.items()
     ]
@@ -194,7 +201,10 @@ def _spans(part: Part) -> list[_Span]:
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
     orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    for shape, kept, place, order in zip(part.shapes, before, places, orders, strict=True):
+    began = part.began or [{}] * len(part.shapes)
+    for shape, kept, place, order, counts in zip(
+        part.shapes, before, places, orders, began, strict=True
+    ):
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -206,7 +216,7 @@ def _spans(part: Part) -> list[_Span]:
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
         index = living.nonzero()[:, 0] if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place))
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, counts))
     return spans
 
 

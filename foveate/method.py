@@ -219,6 +219,12 @@ class Adaptive(Method):
         if self.keep is not None:
             super().check_budget(steps)
 
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """As in `Method`, or all without a `keep`; `split` finds it as `tokens.quota`."""
+        if self.keep is None:
+            return alive
+        return super().count(alive, total, step, number, row)
+
     @abstractmethod
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Reduce G images of V tokens, each to a number of its own.

@@ -38,6 +38,7 @@ class Encoded:
         arguments: those that say where tokens lie (`Family.placed_by`).
         order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
             their rows; empty while that is raster order.
+        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
         began: for each image, number of a method -> tokens it had where the method began.
     """
 
@@ -47,6 +48,7 @@ class Encoded:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
     began: list[dict[int, int]] = field(default_factory=list)
 
     @property
@@ -184,9 +186,10 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     began: list[dict[int, int]] = [{} for _ in source]
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    left = [len(index) for index, _ in survivors]
     order = [index for index, _ in survivors] if ordered else []
-    output.encoded = replace(encoded, order=order, began=began)
-    if sum(len(index) for index, _ in survivors) == sum(lengths):
+    output.encoded = replace(encoded, order=order, left=left, began=began)
+    if sum(left) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
     slots = [index.sort().values for index, _ in survivors]

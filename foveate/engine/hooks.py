@@ -356,10 +356,10 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order, began = known.order, known.began
-            if began and len(began) != len(source):  # reduced before beams were made of it
-                order, began = [order[i] for i in source if order], [began[i] for i in source]
-            parts.append(Part(mask, shapes, dead, before, places, order, began))
+            of_images = [known.order, known.left if self.plan.marks else [], known.began]
+            if len(known.left) != len(source):  # reduced before beams were made of it
+                of_images = [[each[i] for i in source] if each else [] for each in of_images]
+            parts.append(Part(mask, shapes, dead, before, places, *of_images))
         return parts
 
     def _place(

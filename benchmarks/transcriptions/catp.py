@@ -11,7 +11,7 @@ ASKED, WIDTH = 60, 4096
 def transcription(tensors, keep):
     """Kept positions, ascending; `x` is (V, D) and `question_embeddings` (Q, D)."""
     unit = F.normalize(tensors["x"], dim=-1)
-    text = F.normalize(tensors["question_embeddings"][tensors["question_mask"]], dim=-1)
+    text = F.normalize(tensors["question_embeddings"][tensors["paired_mask"]], dim=-1)
     aligned = (unit @ text.T).mean(1)
     aligned = (aligned - aligned.min()) / (aligned.max() - aligned.min())
     distance = 1 - unit @ unit.T
@@ -29,7 +29,7 @@ def inputs(v, batch, generator):
     return {
         "x": torch.randn(batch, v, WIDTH, generator=generator),
         "question_embeddings": torch.randn(batch, ASKED, WIDTH, generator=generator),
-        "question_mask": torch.ones(batch, ASKED, dtype=torch.bool),
+        "paired_mask": torch.ones(batch, ASKED, dtype=torch.bool),
     }
 
 

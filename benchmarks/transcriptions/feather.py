@@ -13,9 +13,10 @@ def transcription(tensors, keep):
     """Kept positions, ascending; `content_attention` is (1, H, V)."""
     scores = tensors["content_attention"][0].mean(0)
     side = math.isqrt(len(scores))
+    width = side if side * side == len(scores) else len(scores)  # a square, or one row
     chosen = set(scores.topk(keep).indices.tolist())
-    for position in range(side * side):
-        if position // side % 3 == 0 and position % side % 3 == 0:
+    for position in range(len(scores)):
+        if position // width % 3 == 0 and position % width % 3 == 0:
             chosen.add(position)
     return torch.tensor(sorted(chosen))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -145,13 +145,28 @@ class Asker:
     question: tuple[Question, Tensor] | None = None
 
     def signals(self, part: Group) -> dict[str, Tensor]:
-        """(G, Q, D) embeddings of the question of each image of a group, and their mask."""
+        """(G, Q, D) embeddings of the question of each image of a group, and masks of all of it and
+        of what comes before another image.
+        """
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
-        rows = torch.tensor(part.rows, device=embeds.device)
-        mask = question.mask(rows, torch.tensor(part.ends, device=embeds.device))
+        following = self._following()
+        nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
+        rows, ends, behind = (
+            torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
+        )
+        mask = question.mask(rows, ends)
         text = embeds[rows].masked_fill(~mask[..., None], 0.0)
-        return {"question_embeddings": text, "question_mask": mask}
+        paired = question.paired(rows, ends, behind)
+        return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
+
+    def _following(self) -> dict[tuple[int, int], int]:
+        """(row, end) of an image -> end of the next one in its row."""
+        places = sorted(zip(self.rows, self.ends, strict=True))
+        return {
+            (row, end): after if row == same else torch.iinfo(torch.int64).max
+            for (row, end), (same, after) in pairwise([*places, (-1, 0)])
+        }
 
 
 def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor], Tensor]) -> None:

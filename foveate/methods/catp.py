@@ -109,11 +109,11 @@ class CATP(Scheduled, Method):
 
 
 def alignment(tokens: VisualTokens) -> Tensor:
-    """(G, V) mean cosine of each token with the text behind its image, scaled to [0, 1] within the
-    image.
+    """(G, V) mean cosine of each token with the text between its image and the next, scaled to
+    [0, 1] within the image.
     """
     text = F.normalize(tokens.signal("question_embeddings").float(), dim=-1)
-    mask = tokens.signal("question_mask")
+    mask = tokens.signal("paired_mask")
     mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     cosine = (F.normalize(tokens.x.float(), dim=-1) * mean[:, None]).sum(-1)
     return _scaled(cosine)
@@ -154,7 +154,7 @@ def growing(tokens: VisualTokens) -> Tensor:
     if not mask.shape[1]:  # the prompt ends in an image
         return grown
     states = F.normalize(tokens.signal("llm_states")[:, -1].float(), dim=-1)
-    last = (mask.sum(1) - 1).clamp(min=0)
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1)
     images = torch.arange(len(mask), device=mask.device)
     text = F.normalize(tokens.signal("question_states")[images, -1, last].float(), dim=-1)
     similar = (1 + (states * text[:, None]).sum(-1)) / 2

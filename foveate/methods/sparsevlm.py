@@ -162,9 +162,11 @@ class SparseVLM(Scheduled, Adaptive):
         """Attention of text to visual tokens, averaged over heads, zero where the text does not
         rate: (G, Q, V).
         """
-        raters = _raters(tokens)[:, None, :, None]
-        heads = tokens.signal("question_attention")[:, 0] * raters
-        return heads.mean(1) if self.version == 1 else self._corrected(tokens, heads)
+        raters = _raters(tokens)[..., None]
+        heads = tokens.signal("question_attention")[:, 0]
+        if self.version == 1:
+            return heads.mean(1) * raters
+        return self._corrected(tokens, heads * raters[:, None])
 
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep the best rated tokens, and in version 1 recycle some of the others."""
@@ -174,11 +176,15 @@ class SparseVLM(Scheduled, Adaptive):
             spare = tokens.count - torch.linalg.matrix_rank(self.attention(tokens))
             wanted = tokens.count - (self.rank * spare).long()
             counts = wanted.clamp(min=1, max=tokens.quota)
-        x = tokens.x if self.version == 1 else None
-        return [
-            (members, self._reduction(scores[members], count, None if x is None else x[members]))
-            for count, members in by_count(counts).items()
-        ]
+        parts = []
+        for count, members in by_count(counts).items():
+            chosen = members if len(members) < len(scores) else slice(None)
+            if self.version == 1:
+                reduction = self._recycling(scores[chosen], count, tokens.x[chosen])
+            else:
+                reduction = Reduction.top(scores[chosen], count)
+            parts.append((members, reduction))
+        return parts
 
     def _corrected(self, tokens: VisualTokens, heads: Tensor) -> Tensor:
         """(G, Q, V) attention without what rotary positions alone give, mean over the heads that
@@ -198,8 +204,8 @@ class SparseVLM(Scheduled, Adaptive):
         share = torch.zeros_like(looking).scatter(1, best, 1 / best.shape[1])
         return torch.einsum("gh,ghqv->gqv", share, heads)
 
-    def _reduction(self, scores: Tensor, count: int, x: Tensor | None) -> Reduction:
-        """Keep `count` tokens by (G, V) scores; with their states x, recycle others."""
+    def _recycling(self, scores: Tensor, count: int, x: Tensor) -> Reduction:
+        """Keep `count` tokens by (G, V) scores, and recycle others by their (G, V, D) states."""
         total = scores.shape[1]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         index = order[:, :count].sort(dim=-1).values
@@ -207,8 +213,6 @@ class SparseVLM(Scheduled, Adaptive):
         clusters = int(self.theta * taken) + 1
         if count + clusters >= total:
             return Reduction(torch.arange(total, device=scores.device).expand_as(scores))
-        if x is None:
-            return Reduction(index)
         spent = order[:, count : count + taken]
         centers, joined = dpc_knn(take_rows(x, spent), clusters, clusters)
         slot = torch.full_like(order, -1).scatter(1, spent, joined + count)

@@ -68,7 +68,8 @@ SIGNALS = {
     ),
     "encoder_features": Signal("(G, L, V, C): output states of encoder layers", "encoder"),
     "question_embeddings": Signal(
-        "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image",
+        "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image; "
+        "`paired_mask` is that of the text before the next image",
         "prompt",
         layered=False,
     ),

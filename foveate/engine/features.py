@@ -31,7 +31,7 @@ class Encoded:
         grids: token grid of each image.
         class_attention: layer -> (H, V) of each image.
         pixels: what the encoder was fed.
-        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
+        kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
     """
 
@@ -39,7 +39,7 @@ class Encoded:
     grids: list[Grid]
     class_attention: Mapping[int, Sequence[Tensor]]
     pixels: Any = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def kept_of(self, image: int) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,7 @@ from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
 from foveate.engine.images import Grid, Group, Part, locate, rows_of
-from foveate.engine.inputs import placeholders, real_positions
+from foveate.engine.inputs import bound, placeholders, real_positions
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
@@ -110,12 +109,17 @@ class Hooks:
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
         self._check_encoding(modality)
+        arguments = bound(original, args, kwargs)
         local.encoding = True
         try:
             with ExitStack() as stack:
                 attention, vision = self.class_attention, self.vision
                 rows = {} if attention is None else stack.enter_context(attention.collect())
-                passes = [] if vision is None else stack.enter_context(vision.collect())
+                passes = (
+                    []
+                    if vision is None
+                    else stack.enter_context(vision.collect(modality, arguments))
+                )
                 output = original(*args, **kwargs)
             if attention is not None and len(rows) < len(attention.layers):
                 raise self._unmapped(modality)
@@ -123,8 +127,6 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        names = inspect.signature(original).parameters
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._tag(modality, output, arguments, rows, passes)
         if local.inside or not self.plan.per_request:
             self._mark(modality, output)
@@ -237,7 +239,7 @@ class Hooks:
             layer: self._class_attention(modality, lengths, row, arguments)
             for layer, row in rows.items()
         }
-        kept = survivors(passes, lengths)
+        kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         encoded = Encoded(lengths, grids, attention, pixels, kept, placed)
         features.tag(output, encoded)

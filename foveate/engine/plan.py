@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from foveate.budget import PerRequest
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -151,10 +152,30 @@ def _check_stage(family: Family, method: Method, stage: str) -> None:
             f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
             f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
         )
-    if stage == "vision" and (family.encoder is None or family.encoder.block is None):
+    if stage == "vision":
+        check_mixing(family, [method], "image", {})
+        if family.encoder is None or family.encoder.block is None:
+            raise UnsupportedModelError(
+                f"{method.slug!r} acts inside the encoder, which is not supported on this "
+                f"{family.model_type!r}. Methods that work here: "
+                f"{', '.join(working_methods(family))}."
+            )
+
+
+def check_mixing(
+    family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse to act inside the encoder where patches do not belong to one visual token each.
+
+    Raises:
+        UnsupportedModelError: so it is for this modality, or for what is to be encoded.
+    """
+    if methods and (why := family.mixing(modality, arguments)):
+        names = ", ".join(dict.fromkeys(method.slug for method in methods))
         raise UnsupportedModelError(
-            f"{method.slug!r} acts inside the encoder, which is not supported on this "
-            f"{family.model_type!r}. Methods that work here: {', '.join(working_methods(family))}."
+            f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
+            f"this {family.model_type!r}: {why}. Methods that work here: "
+            f"{', '.join(working_methods(family, vision=False))}."
         )
 
 
@@ -270,17 +291,18 @@ def why_not(family: Family, name: str) -> str | None:
     return None
 
 
-def working_methods(family: Family, *, class_token: bool = True) -> list[str]:
+def working_methods(family: Family, *, class_token: bool = True, vision: bool = True) -> list[str]:
     """Registered methods that need no stage and no signal the model lacks.
 
     Args:
         family: the model.
         class_token: whether the encoder's class token, if there is one, may be read.
+        vision: whether methods may act inside the encoder, if they can.
     """
     encoder = family.encoder
     reads_class_token = class_token and encoder is not None and encoder.class_token
     stages = set(STAGES if family.text_layers else STAGES[:1])
-    if encoder is None or encoder.block is None:
+    if encoder is None or encoder.block is None or not vision:
         stages.discard("vision")
     return [
         name

@@ -20,6 +20,10 @@ class Idefics3(Family):
         """The tower, which has no class token."""
         return tower(self, "vision_model")
 
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel shuffle puts into one token."""
+        return self.config.scale_factor
+
     def shapes(
         self, modality: str, pooled: Any, arguments: Mapping[str, Any]
     ) -> list[tuple[int, tuple[int, int]]]:

@@ -15,7 +15,9 @@ from foveate.models.llava import Llava
 class InternVL(Llava):
     """`InternVLForConditionalGeneration` and `InternVLModel`."""
 
-    patches_are_tokens = False
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel shuffle puts into one token."""
+        return round(1 / self.config.downsample_ratio)
 
     def class_attention(
         self, modality: str, rows: Tensor, arguments: Mapping[str, Any]

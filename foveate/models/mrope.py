@@ -9,7 +9,8 @@ from torch import Tensor
 
 from foveate.boxes import cells
 from foveate.errors import InputError
-from foveate.models.family import Family
+from foveate.models.family import Encoder, Family
+from foveate.models.towers import tower
 
 
 class MRope(Family):
@@ -20,6 +21,15 @@ class MRope(Family):
 
     one_dimensional = False
     placed_by = ("image_grid_thw", "video_grid_thw")
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token; all pictures are in one sequence."""
+        return tower(self, "visual")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches that are merged into a token."""
+        return self.config.vision_config.spatial_merge_size
 
     def shapes(
         self, modality: str, pooled: Any, arguments: Mapping[str, Any]

@@ -34,7 +34,8 @@ class Reader:
         self.name, self.member = name, MEMBERS[name]()
         config = self.member.config()
         self.model_type = config.model_type
-        self.variant = f"{self.member.modality}s through {config.vision_config.model_type}"
+        what = self.member.what or f"{self.member.modality}s"
+        self.variant = f"{what} through {config.vision_config.model_type}"
 
     @property
     def model(self):

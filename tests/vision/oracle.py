@@ -138,35 +138,10 @@ class Full:
     def merge(self, keys, step, number):
         """Merge the r most similar pairs of even and odd groups."""
         self.weigh = step.proportional
-        unit = keys / keys.norm(dim=-1, keepdim=True)
-        count = len(self.groups)
-        candidates = []
-        for a in range(0, count, 2):
-            if a < self.special:
-                continue
-            best = max(
-                (
-                    (float(unit[self.groups[a][0]] @ unit[self.groups[b][0]]), b)
-                    for b in range(1, count, 2)
-                    if b >= self.special
-                ),
-                default=None,
-            )
-            if best is not None:
-                candidates.append((best[0], a, best[1]))
-        candidates.sort(reverse=True)
-        r = min(step.r, (count - self.special) // 2)
-        into = {a: b for _, a, b in candidates[:r]}
-        rest = [a for a in range(self.special, count) if a % 2 == 0 and a not in into]
-        if not self.special:
-            rest = [a for _, a, _ in candidates[r:]] + [
-                a for a in rest if a not in {c[1] for c in candidates}
-            ]
-        order = [
-            *range(self.special),
-            *rest,
-            *(b for b in range(self.special, count) if b % 2 == 1),
-        ]
+        patches = torch.stack([keys[group[0]] for group in self.groups[self.special :]])
+        into, order = matched(patches, self.special, step.r)
+        into = {a + self.special: b + self.special for a, b in into.items()}
+        order = [*range(self.special), *(i + self.special for i in order)]
         members = {i: list(group) for i, group in enumerate(self.groups)}
         for a, b in into.items():
             members[b] += self.groups[a]
@@ -175,6 +150,34 @@ class Full:
         self.groups = [members[i] for i in order]
         self.stands = [self.stands[i] for i in order]
         self.note(number)
+
+
+def matched(keys, special, r):
+    """Which tokens go into which, and the order of those that are left.
+
+    Args:
+        keys: (V, d) keys of the tokens, which are the even and odd ones of a row that begins with
+            `special` others.
+        special: how many.
+        r: pairs.
+    """
+    unit, count = keys / keys.norm(dim=-1, keepdim=True), len(keys)
+    sources = [i for i in range(count) if (i + special) % 2 == 0]
+    targets = [i for i in range(count) if (i + special) % 2 == 1]
+    candidates = []
+    for a in sources:
+        best = max(((float(unit[a] @ unit[b]), b) for b in targets), default=None)
+        if best is not None:
+            candidates.append((best[0], a, best[1]))
+    candidates.sort(reverse=True)
+    r = min(r, count // 2)
+    into = {a: b for _, a, b in candidates[:r]}
+    rest = [a for a in sources if a not in into]
+    if not special:
+        rest = [a for _, a, _ in candidates[r:]] + [
+            a for a in rest if a not in {c[1] for c in candidates}
+        ]
+    return into, [*rest, *targets]
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ class Encoding:
         pictures = [Picture(tokens, rows + n * length) for n in range(images)]
         self.stacks = stack(pictures, states.device)
         if mask is not None and (hidden := _hidden(mask)) is not None:
-            visible = (~hidden).expand(images, -1).flatten().to(states.dtype)
+            visible = (~hidden).expand(images, -1).flatten().float()
             self.stacks[0].visible = visible[self.stacks[0].rows]
 
     def _patches(self, count: int) -> tuple[int, int]:

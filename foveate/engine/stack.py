@@ -85,17 +85,16 @@ class Stack:
             layout: the tokens alive.
             merged: whether merged tokens count as often as they have sources, or once.
         """
-        counts = None if self.visible is None else self.visible
+        seen = self.visible
         if layout is None:
-            return counts
-        if counts is not None:
-            counts = layout.apply(counts)
-        if self.merged is not None:
-            sizes = layout.sizes(self.total)[..., None].expand(-1, -1, self.rows.shape[2])
-            counts = sizes if counts is None else counts * sizes
-        if counts is None or merged:
-            return counts
-        return counts.gt(0).to(counts)
+            return seen
+        seen = None if seen is None else layout.apply(seen)
+        if not merged:
+            return None if seen is None else seen.gt(0).to(seen)
+        if self.merged is None:
+            return seen
+        sizes = layout.sizes(self.total)[..., None].expand(-1, -1, self.rows.shape[2])
+        return sizes if seen is None else seen * sizes
 
     def recover(self, x: Tensor, layout: Reduction | None, missing: float | None = None) -> Tensor:
         """Back to all tokens.

@@ -51,14 +51,16 @@ class Full:
         tower: the encoder.
         special: rows before the patches.
         states: (N, D) input of layer 0.
+        padding: (N) rows that nobody attends to.
     """
 
-    def __init__(self, tower, special: int, states: Tensor):
+    def __init__(self, tower, special: int, states: Tensor, padding: Tensor | None = None):
         self.tower, self.special = tower, special
         self.names = NAMES[tower.config.model_type]
         self.x = states
         self.total = len(states) - special
         self.alive = torch.ones(len(states), dtype=torch.bool)
+        self.real = self.alive.clone() if padding is None else ~padding
         self.groups = [[i] for i in range(len(states))]  # in the order of the encoder's rows
         self.stands = list(range(len(states)))  # row at which each group stands
         self.weigh = True
@@ -79,8 +81,9 @@ class Full:
         seen = self.alive.clone()
         if not self.weigh:  # one row for each group
             seen[:] = False
-            seen[[row for row in self.stands if self.alive[row]]] = True
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            for group in self.groups:
+                seen[[row for row in group if self.alive[row] and self.real[row]][:1]] = True
+        weights = scores.masked_fill(~(seen & self.real), -torch.inf).softmax(-1)
         mixed = (weights @ v).transpose(0, 1).reshape(len(normed), -1)
         return weights, k.transpose(0, 1), getattr(module, out)(mixed)
 
@@ -117,7 +120,7 @@ class Full:
 
     def filled(self):
         """The states, where dropped rows hold the mean of the patches that are left."""
-        patches = self.alive.clone()
+        patches = self.alive & self.real
         patches[: self.special] = False
         mean = self.x[patches].mean(0)
         return torch.where(self.alive[:, None], self.x, mean)
@@ -181,15 +184,16 @@ def matched(keys, special, r):
 
 
 @torch.no_grad()
-def run(tower, special, embedded: Tensor, steps):
+def run(tower, special, embedded: Tensor, steps, padding: Tensor | None = None):
     """The oracle of each image.
 
     Args:
         embedded: (B, N, D) input of layer 0.
+        padding: (B, N) rows that nobody attends to.
     """
     results = []
-    for states in embedded:
-        full = Full(tower, special, states.clone())
+    for row, states in enumerate(embedded):
+        full = Full(tower, special, states.clone(), None if padding is None else padding[row])
         full.run(steps)
         results.append(full)
     return results

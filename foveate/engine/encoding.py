@@ -167,6 +167,8 @@ class Encoding:
                     signals={need.name: signals(need.name, of) for need in step.needs},
                     merged=of.merged,
                     special=self.encoder.special,
+                    place=step.place,
+                    frames=of.frames,
                 )
                 reduction = planned.method.reduce(tokens, count)
                 of.reduce(reduction)
@@ -261,11 +263,11 @@ class Encoding:
         """
         assert self.taps is not None  # only asked for between the halves of a layer
         names = self.encoder.projections
-        if name == "keys":
+        if name == "encoder_keys":
             key = self.taps[names[-1]].detach()
             key = key if len(names) > 1 else key.chunk(3, -1)[1]
             key = _mean(self._take(key, of, of.layout, self._order), of)
-            return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)
+            return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
         query, key = (self.taps[part].detach() for part in names)
         return self._of_class(query, key, of)
 

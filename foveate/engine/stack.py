@@ -28,11 +28,12 @@ class Stack:
 
     Args:
         pictures: number of each picture within the pass.
-        grid: (height, width) of their visual tokens.
+        grid: (height, width) of their visual tokens, of one frame in a video.
         rows: (G, V, R) rows of each token, among all rows of the pass.
         layout: from all tokens to those alive; `None` while all are.
         merged: (G, K) sizes, once a merge has happened.
         visible: (G, V, R) 1 for rows that others attend to, 0 for padding; `None` for all.
+        frames: frames of each, one behind the other.
         begin: method -> tokens of a picture where the method began.
         kept: place -> (G, K) raster positions alive behind it.
     """
@@ -40,6 +41,7 @@ class Stack:
     pictures: tuple[int, ...]
     grid: Grid
     rows: Tensor
+    frames: int = 1
     layout: Reduction | None = None
     merged: Tensor | None = None
     visible: Tensor | None = None
@@ -120,10 +122,15 @@ class Stack:
 
 def stack(pictures: Sequence[Picture], device: torch.device) -> list[Stack]:
     """Stack the pictures of a pass that have the same grid."""
-    shapes: dict[Grid, list[int]] = defaultdict(list)
+    shapes: dict[tuple[Grid, int], list[int]] = defaultdict(list)
     for number, picture in enumerate(pictures):
-        shapes[picture.grid].append(number)
+        shapes[picture.grid, picture.frames].append(number)
     return [
-        Stack(tuple(numbers), grid, torch.stack([pictures[n].rows for n in numbers]).to(device))
-        for grid, numbers in shapes.items()
+        Stack(
+            tuple(numbers),
+            grid,
+            torch.stack([pictures[n].rows for n in numbers]).to(device),
+            frames,
+        )
+        for (grid, frames), numbers in shapes.items()
     ]

@@ -265,7 +265,7 @@ class VisionPart(Part):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, of.total, of.grid, encoding.kept(n))
+            ImageRecord(n, of.total, of.grid, encoding.kept(n), frames=of.frames)
             for n, (of, _) in enumerate(encoding.pictures)
         ]
         rows = [(encoding.length, encoding.length)] * min(self._first, len(self.encoder.layers))

@@ -17,15 +17,17 @@ from foveate.errors import InputError
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image, tile or frame as the encoder sees it.
+    """An image, tile, frame or video as the encoder sees it.
 
     Args:
-        grid: (height, width) of its visual tokens.
+        grid: (height, width) of its visual tokens, of one frame in a video.
         rows: (V, R) rows of the encoder that hold each token, in raster order of the tokens.
+        frames: frames of a video, one behind the other.
     """
 
     grid: tuple[int, int]
     rows: Tensor
+    frames: int = 1
 
 
 def token_grid(height: int, width: int, side: int) -> tuple[int, int]:
@@ -51,24 +53,28 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
 
 
 def packed(
-    sizes: Iterable[tuple[int, int]], side: int, order: Tensor | None = None, *, raster: bool
+    sizes: Iterable[tuple[int, int, int]], side: int, order: Tensor | None = None, *, raster: bool
 ) -> list[Picture]:
     """Pictures whose rows lie behind one another in one sequence.
 
     Args:
-        sizes: (height, width) of each in patches; the frames of a video lie one above the other.
+        sizes: (frames, height, width) of each in patches.
         side: side of a token in patches.
         order: (tokens) the token at each place, where the encoder reorders those of all pictures.
         raster: whether patches come in raster order; else token by token.
     """
     place = None if order is None else order.argsort().cpu()
     pictures, start = [], 0
-    for height, width in sizes:
-        grid, count = token_grid(height, width, side), height * width
-        rows = raster_rows(height, width, side) if raster else torch.arange(count).view(-1, side**2)
+    for frames, height, width in sizes:
+        grid, count = token_grid(height, width, side), frames * height * width
+        rows = (
+            raster_rows(frames * height, width, side)
+            if raster
+            else torch.arange(count).view(-1, side**2)
+        )
         rows = rows + start
         if place is not None:
             rows = place[rows // side**2] * side**2 + rows % side**2
-        pictures.append(Picture(grid, rows))
+        pictures.append(Picture(grid, rows, frames))
         start += count
     return pictures

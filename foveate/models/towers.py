@@ -67,11 +67,11 @@ def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Pict
     if sizes is None:
         sizes = [pixels.shape[-2:]] * len(pixels)
     patch = tower.config.patch_size
-    return packed([(int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
+    return packed([(1, int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
 
 
-def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
-    return [(t * h, w) for t, h, w in arguments["grid_thw"].tolist()]
+def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    return arguments["grid_thw"].tolist()
 
 
 _QWEN = Tower(

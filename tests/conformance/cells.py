@@ -16,6 +16,7 @@ from foveate.engine.session import Session
 from foveate.errors import UnsupportedModelError
 from foveate.methods import Downsample
 from foveate.models.support import YES
+from foveate.signals import SIGNALS
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import TOLERANCE, model_of
 from tests.conformance.zoo import MEMBERS
@@ -227,8 +228,8 @@ def outcome(subject, slug):
             with session:
                 subject.check(session, rows)
         except UnsupportedModelError as error:
-            late = "cls_attention" in cls.needs or cls.stage == "vision"
-            assert late, "not refused when attached"
+            encoder = any(SIGNALS[need].source == "encoder" for need in cls.needs)
+            assert encoder or cls.stage == "vision", "refused late"
             found.add(refused(subject, slug, error))
         else:
             found.add(YES)

@@ -205,7 +205,7 @@ def test_from_pixels_to_states_equals_both_oracles(name, case):
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("molmo2", "by attention"), ("perception_lm", "not supported"), ("fast_vlm", "not supported")],
+    [("molmo2", "by attention"), ("perception_lm", "from timm"), ("fast_vlm", "from timm")],
 )
 def test_towers_whose_tokens_do_not_follow_are_refused_when_planned(name, why):
     with pytest.raises(UnsupportedModelError, match=f"inside the encoder.*{why}.* work here"):

@@ -10,11 +10,10 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
@@ -31,6 +30,7 @@ from foveate.engine.inputs import (
     real_positions,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.places import Places
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart, survivors
@@ -49,6 +49,7 @@ class _Local(threading.local):
 
     inside: bool = False  # within the base model's forward
     encoding: bool = False  # within get_image_features or get_video_features
+    ids: Tensor | None = None  # (B, T) token ids of that forward
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
@@ -146,7 +147,7 @@ class Hooks:
         local = self._local
         ids = args[0] if args else kwargs.get("input_ids")
         given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
-        local.inside, local.encoded = True, {}
+        local.inside, local.encoded, local.ids = True, {}, ids
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
         local.visual = placeholders(self.family, ids, kwargs, given)
@@ -240,7 +241,9 @@ class Hooks:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths = [shape.total for shape in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
-        if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
+        if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)  # tiles of all samples
+        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
             pixels = None
         attention = {
             layer: self._class_attention(modality, lengths, row, arguments)
@@ -315,28 +318,15 @@ class Hooks:
             source = features.members(output, mask, self._expanded(mask.shape[0]))
             shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            place = functools.partial(self._place, modality, known.arguments, known.shapes)
-            places = [functools.partial(place, i) for i in source]
+            where = Places(self.family, modality, known, source, mask, self._local.ids)
+            places = [functools.partial(where.of, i) for i in range(len(source))]
             parts.append(Part(mask, shapes, dead, before, places))
         return parts
 
-    def _place(
-        self, modality: str, arguments: Mapping[str, Any], shapes: Sequence[Shape], image: int
-    ) -> Tensor:
-        """Boxes of an image's tokens, worked out only when a record is read."""
-        arguments = {
-            name: value.cpu() if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
-        # In a later turn arguments are those of the whole conversation, so count from the last.
-        boxes = self.family.boxes(modality, image - len(shapes), shapes[image], arguments)
-        if len(boxes) != shapes[image].total:  # features from elsewhere, of something else
-            return torch.full((shapes[image].total, 4), torch.nan)
-        return boxes
-
     def _forget(self) -> None:
         local = self._local
-        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
+        local.inside, local.ids, local.visual = False, None, None
+        local.encoded, local.turn = None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""

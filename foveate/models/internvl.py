@@ -1,4 +1,7 @@
-"""InternVL: an InternViT tower, pixel shuffle, an MLP projector. Each tile counts as an image."""
+"""InternVL: an InternViT tower, pixel shuffle, an MLP projector. Each tile counts as an image.
+
+Tiles of a picture follow one another without text; its thumbnail is the last.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor
 
 from foveate.models.family import register_family
 from foveate.models.llava import Llava
+from foveate.tiles import Tiling, join
 
 
 @register_family("internvl")
@@ -16,6 +20,10 @@ class InternVL(Llava):
     """`InternVLForConditionalGeneration` and `InternVLModel`."""
 
     patches_are_tokens = False
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles without a token in between are of one picture."""
+        return [Tiling(len(tiles)) for tiles in join(spans, lambda end, start: end == start)]
 
     def class_attention(
         self, modality: str, rows: Tensor, arguments: Mapping[str, Any]

@@ -9,10 +9,8 @@ large ones. A video is one row of panels for each frame.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from typing import Literal, get_args
 
 import torch
@@ -21,8 +19,7 @@ from torch import Tensor
 
 from foveate.boxes import passes, plain_grid
 from foveate.errors import InputError
-from foveate.record import ImageRecord, Record, place_name
-from foveate.tiles import Placed
+from foveate.record import ImageRecord, Record, alone, by_picture, joined, place_name
 
 Geometry = Literal["resize", "crop", "pad"]
 Box = tuple[float, float, float, float]
@@ -65,7 +62,7 @@ def show(
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
     shown = _distinct(record)
-    groups = _pictures(shown)
+    groups = by_picture(shown)
     if len(pictures) != len(groups):
         if len(pictures) != len(shown):
             cut = f", cut into {len(shown)} tiles" if len(groups) < len(shown) else ""
@@ -74,7 +71,7 @@ def show(
                 "pass every picture of the batch, in order of appearance; a video is one list of "
                 "frames; of a picture that was cut, all tiles can be passed instead"
             )
-        groups = [[_alone(image)] for image in shown]
+        groups = [[alone(image)] for image in shown]
     strips, number = [], 0
     for picture, group in zip(pictures, groups, strict=True):
 
@@ -83,49 +80,9 @@ def show(
                 return geometry
             return _choose(record.pixels, frame, number, len(shown), grid)
 
-        strips.append(_draw_image(picture, _joined(group), choose))
+        strips.append(_draw_image(picture, joined(group), choose))
         number += len(group)
     return strips
-
-
-def _pictures(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
-    """Images that are tiles of one picture, together."""
-    groups: list[list[ImageRecord]] = []
-    for image in images:
-        if image.tile[0] == 0:
-            groups.append([])
-        groups[-1].append(image)
-    return groups
-
-
-def _alone(image: ImageRecord) -> ImageRecord:
-    """A tile as a picture of its own."""
-    return image if image.tile[1] == 1 else dataclasses.replace(image, place=None)
-
-
-def _joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
-    """All tiles of a picture as one image.
-
-    Raises:
-        InputError: it is not known how they are arranged.
-    """
-    first = tiles[0]
-    if len(tiles) == 1:
-        return first
-    if not all(tile.whole for tile in tiles):
-        raise InputError(
-            f"a picture was cut into {len(tiles)} tiles, and neither the prompt nor the pixels say "
-            "how they are arranged; pass the tiles, each as an image"
-        )
-    starts = [0, *accumulate(tile.total for tile in tiles)]
-    kept = {
-        place: torch.cat(
-            [tile.kept[place] + start for tile, start in zip(tiles, starts, strict=False)]
-        )
-        for place in first.kept
-    }
-    boxes = Placed(torch.cat([tile.boxes for tile in tiles]))
-    return ImageRecord(first.row, starts[-1], (1, starts[-1]), kept, lambda: boxes)
 
 
 def _draw_image(

@@ -5,15 +5,18 @@ The engine writes it; reports and drawings read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate.boxes import cells_of
+from foveate.errors import InputError
 from foveate.tiles import Placed
 from foveate.tokens import Shape, frame_of
 
@@ -116,3 +119,41 @@ def place_name(place: str) -> str:
     if stage == "vision" and layer:
         return f"in encoder layer {layer}"
     return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)
+
+
+def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
+    """Images in order of appearance, tiles of one picture together."""
+    pictures: list[list[ImageRecord]] = []
+    for image in images:
+        if image.tile[0] == 0:
+            pictures.append([])
+        pictures[-1].append(image)
+    return pictures
+
+
+def alone(image: ImageRecord) -> ImageRecord:
+    """A tile as a picture of its own."""
+    return image if image.tile[1] == 1 else dataclasses.replace(image, place=None)
+
+
+def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
+    """All tiles of a picture as one image, whose tokens form one row.
+
+    Raises:
+        InputError: it is not known how they are arranged.
+    """
+    first = tiles[0]
+    if len(tiles) == 1:
+        return first
+    if not all(tile.whole for tile in tiles):
+        raise InputError(
+            f"a picture was cut into {len(tiles)} tiles, and neither the prompt nor the pixels say "
+            "how they are arranged; pass the tiles, each as an image"
+        )
+    starts = [0, *accumulate(tile.total for tile in tiles)]
+    kept = {
+        place: torch.cat([t.kept[place] + start for t, start in zip(tiles, starts, strict=False)])
+        for place in first.kept
+    }
+    boxes = Placed(torch.cat([tile.boxes for tile in tiles]))
+    return ImageRecord(first.row, starts[-1], (1, starts[-1]), kept, lambda: boxes)

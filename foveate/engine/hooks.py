@@ -23,12 +23,7 @@ from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
 from foveate.engine.images import Group, Part, locate, rows_of
-from foveate.engine.inputs import (
-    check_later_images,
-    check_positions,
-    placeholders,
-    real_positions,
-)
+from foveate.engine.inputs import check_later_images, check_positions, placeholders, real_positions
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan, working_methods
@@ -153,8 +148,7 @@ class Hooks:
         local.visual = placeholders(self.family, ids, kwargs, given)
         if not local.visual:
             return None
-        cache = kwargs.get("past_key_values")
-        check_positions(self.family, kwargs, 0 if cache is None else int(cache.get_seq_length()))
+        check_positions(self.family, kwargs)
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:

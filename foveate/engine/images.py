@@ -18,10 +18,11 @@ from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
+from foveate.tiles import Placed
 from foveate.tokens import Shape, VisualTokens
 
 Kept = Mapping[str, Tensor]
-Place = Callable[[], Tensor]  # boxes, see ImageRecord
+Place = Callable[[], Placed]
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "cdpruner": "golden_cdpruner",
+    "dart": "golden_dart",
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
     "pyramiddrop": "golden_llm",
+    "recoverable-compression": "golden_recoverable",
     "tome": "golden_vision",
     "vtc-cls": "golden_encoder",
 }

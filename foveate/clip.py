@@ -100,7 +100,7 @@ class ClipQuestions:
     """
 
     embeddings: tuple[Tensor, ...]
-    visual_projection: nn.Module
+    visual_projection: nn.Linear
     post_layernorm: nn.Module
 
     def check(self, rows: int) -> None:

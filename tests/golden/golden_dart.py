@@ -59,7 +59,7 @@ def _check_selection(case: Case) -> None:
 
 
 def _build(case: Case, run: dict[str, Any]) -> tuple[LlavaForConditionalGeneration, Tensor]:
-    """LLaVA around the recorded text model, and a prompt whose text tokens have ids of their own."""
+    """LLaVA around the recorded text model, and a prompt whose text tokens have their own ids."""
     prompt = case.arrays["inputs_embeds"][0]
     start, total = run["image_start"], run["image_length"]
     rows = torch.cat((prompt[:start], prompt[start + total :]))

@@ -43,7 +43,7 @@ def _runs(case: Case) -> Iterator[tuple[str, Scorer, dict[str, Tensor]]]:
             yield str(run), FasterVLM(keep=kept), expected
 
 
-def _build(case: Case) -> LlavaForConditionalGeneration:
+def build(case: Case) -> LlavaForConditionalGeneration:
     """LLaVA with the recorded encoder, a projector that changes nothing, and a random Llama."""
     vision = CLIPVisionConfig(**case.facts["encoder_config"])
     text = LlamaConfig(
@@ -104,7 +104,7 @@ def _encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tenso
 
 def _check_scores(case: Case) -> None:
     """The method alone, on attention maps that are computed in full."""
-    model = _build(case)
+    model = build(case)
     features, maps = _encode(model, case.arrays["pixel_values"])
     images, total = features.shape[:2]
     for run, method, expected in _runs(case):
@@ -145,7 +145,7 @@ def _run(
 
 def _check_model(case: Case) -> None:
     """The whole model: pixels in, kept patches and the sequence the language model reads out."""
-    model = _build(case)
+    model = build(case)
     features, _ = _encode(model, case.arrays["pixel_values"])
     inputs = _inputs(case, features.shape[1])
     language = model.model.language_model
@@ -166,7 +166,7 @@ def _check_model(case: Case) -> None:
 
 def _check_stitched(case: Case) -> None:
     """Tiled images: the order in which the release hands kept patches on."""
-    model = _build(case)
+    model = build(case)
     features, _ = _encode(model, case.arrays["pixel_values"])
     crops, total = features.shape[:2]
     side = round(total**0.5)

@@ -1,6 +1,7 @@
 """Recoverable Compression: two filters sized by outliers, and clusters of the rest."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_equals_the_naive_steps(method, seed, make_tokens):
         assert places == wanted[0]
         # Attention is taken as float32, as the release has it.
         torch.testing.assert_close(values.double(), wanted[1], rtol=1e-5, atol=1e-6)
-        clusters += any(b < a for a, b in zip(places, places[1:], strict=False))
+        clusters += any(b < a for a, b in pairwise(places))
     assert clusters, "the test does not bite"
 
 

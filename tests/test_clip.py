@@ -3,37 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from foveate.clip import ClipText
 from foveate.errors import InputError, UnsupportedModelError
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-POSITIONS = 12
-
-
-def tiny_clip(width=32):
-    """A random CLIP, and a tokenizer that knows letters."""
-    vocab = {letter: i for i, letter in enumerate(LETTERS)}
-    vocab |= {f"{letter}</w>": 26 + i for i, letter in enumerate(LETTERS)}
-    vocab |= {"<|startoftext|>": 52, "<|endoftext|>": 53}
-    sizes = {
-        "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    }  # fmt: skip
-    text = {
-        **sizes, "hidden_size": 24, "vocab_size": 54, "max_position_embeddings": POSITIONS,
-        "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53,
-    }  # fmt: skip
-    vision = {**sizes, "hidden_size": width, "image_size": 28, "patch_size": 14}
-    torch.manual_seed(4)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
-    model = CLIPModel(config).eval().requires_grad_(False)
-    for weight in (
-        model.vision_model.post_layernorm.weight,
-        model.vision_model.post_layernorm.bias,
-    ):
-        weight.data += torch.rand_like(weight)
-    return model, CLIPTokenizer(vocab=vocab, merges=[])
+from tests.tinies import LETTERS, tiny_clip
 
 
 @pytest.fixture(scope="module")

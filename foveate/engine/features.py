@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.clip import ClipQuestions
-from foveate.engine.images import Group, group_features, reduce_group
+from foveate.engine.images import Group, Left, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.errors import InputError
@@ -37,9 +37,7 @@ class Encoded:
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
-        order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
-            their rows; empty while that is raster order.
-        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
+        left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
     shapes: Sequence[Shape]
@@ -47,8 +45,7 @@ class Encoded:
     pixels: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    order: list[Tensor] = field(default_factory=list)
-    left: list[int] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -189,11 +186,14 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
-    left = [len(index) for index, _ in survivors]
-    order = [index for index, _ in survivors] if ordered else []
-    output.encoded = replace(encoded, order=order, left=left)
-    if sum(left) == sum(lengths):
+    began: list[dict[int, int]] = [{} for _ in source]
+    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    left = [
+        Left(len(index), begun, index if ordered else None)
+        for (index, _), begun in zip(survivors, began, strict=True)
+    ]
+    output.encoded = replace(encoded, left=left)
+    if sum(image.count for image in left) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
     slots = [index.sort().values for index, _ in survivors]
@@ -215,11 +215,13 @@ def _reduce(
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
+    began: list[dict[int, int]],
 ) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
     """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
     and whether that may differ from raster order.
 
-    The first sheet holds the features, which methods see; others (DeepStack) follow it.
+    The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
+    filled in, as in `Encoded`.
     """
     begin: dict[tuple[int, int], int] = {}
     alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
@@ -253,6 +255,8 @@ def _reduce(
                 kept = values(part)
                 after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
         alive = after
+    for (method, image), tokens in begin.items():
+        began[image][method] = tokens
     result = {
         image: (group.index[i], [x[i] for x in xs])
         for group, xs in alive

@@ -384,10 +384,10 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order, left = known.order, known.left if self.plan.marks else []
-            if len(left) != len(source):  # reduced before beams were made of it
-                order, left = ([each[i] for i in source] if each else [] for each in (order, left))
-            parts.append(Part(mask, shapes, dead, before, places, order, left))
+            left = known.left if self.plan.marks else []
+            if left and len(left) != len(source):  # reduced before beams were made of it
+                left = [left[i] for i in source]
+            parts.append(Part(mask, shapes, dead, before, places, left))
         return parts
 
     def _place(

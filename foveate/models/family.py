@@ -192,6 +192,11 @@ class Family:
         return 0 if self.encoder is None else len(self.encoder.layers)
 
     @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
+        return self.encoder is not None and self.encoder.class_token
+
+    @property
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees; of several, the deepest.
 

@@ -102,6 +102,11 @@ SIGNALS = {
         "decoder",
         attention=True,
     ),
+    "question_closeness": Signal(
+        "(G, L, Q, V), and (G, Q) `question_mask`: how close the rotary positions of the text "
+        "behind the image are to those of the visual tokens, at most 1",
+        "decoder",
+    ),
     "llm_states": Signal("(G, L, V, D): input states of decoder layers", "decoder"),
     "llm_keys": Signal("(G, L, Hkv, V, d): keys of decoder layers, rotated", "decoder"),
     "normed_states": Signal(

@@ -18,6 +18,7 @@ class Facts:
     vision_layers: int = 24
     feature_layer: int = 22
     first_llm_layer: int = 0
+    class_token: bool = True
 
 
 @pytest.fixture

@@ -11,12 +11,20 @@ import torch
 from torch import Tensor
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of length one, in float32 or better; rows of zero length stay zero."""
+def with_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) rows in float32 or better, and (..., 1) what they are divided by to have length one:
+    1 for rows of zero length.
+    """
     x = x.detach()
     x = x if x.dtype == torch.float64 else x.float()
     norm = x.norm(dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm == 0, 1)
+    return x, norm.masked_fill(norm == 0, 1)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Rows of length one, in float32 or better; rows of zero length stay zero."""
+    x, length = with_lengths(x)
+    return x / length
 
 
 def cosine_distance(x: Tensor) -> Tensor:

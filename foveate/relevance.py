@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.diversity import unit
+from foveate.diversity import unit, with_lengths
 from foveate.errors import FoveateError
 from foveate.method import Need
 from foveate.tokens import VisualTokens
@@ -74,5 +74,5 @@ def similarity_to_text(x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     """
     asked = unit(text).masked_fill(~mask[..., None], 0.0).sum(1)
     asked = asked / mask.sum(1, keepdim=True).clamp(min=1)
-    x = unit(x)
-    return torch.matmul(x, asked[..., None].to(x))[..., 0]
+    x, length = with_lengths(x)
+    return (torch.matmul(x, asked[..., None].to(x)) / length)[..., 0]

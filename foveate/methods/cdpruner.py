@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
-from foveate.diversity import select_determinant, unit
+from foveate.diversity import select_determinant, with_lengths
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.relevance import Relevance, check_relevance, relevance_needs, token_relevance
@@ -101,8 +101,13 @@ class CDPruner(Method):
 
 def relevance_kernel(x: Tensor, relevance: Tensor) -> Tensor:
     """(G, V, V) kernel of (G, V, D) tokens and their (G, V) relevance."""
-    weighted = unit(x) * relevance[..., None]
-    return weighted @ weighted.mT
+    x, length = with_lengths(x)
+    weight = relevance[..., None].to(x) / length
+    kernel = (x @ x.mT).mul_(weight).mul_(weight.mT)
+    # A cosine to itself is 1, or rounding would decide between tokens of equal relevance.
+    own = kernel.diagonal(dim1=1, dim2=2)
+    own.copy_(torch.where(own == 0, own, relevance.to(own) ** 2))
+    return kernel
 
 
 def _over_prompts(values: Tensor, rows: tuple[int, ...], reduce: str) -> Tensor:

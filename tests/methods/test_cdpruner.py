@@ -20,7 +20,8 @@ def naive_relevance(x, text, negate=False):
 def naive_choice(x, relevance, kept):
     """Every pick tries every token, and takes the one with the largest determinant."""
     unit = F.normalize(x, dim=-1)
-    kernel = relevance[:, None] * (unit @ unit.T) * relevance
+    cosine = (unit @ unit.T).fill_diagonal_(1)
+    kernel = relevance[:, None] * cosine * relevance
     picked = []
     while len(picked) < kept:
         trials = [i for i in range(len(x)) if i not in picked]
@@ -134,6 +135,13 @@ def test_without_text_it_is_pure_diversity(reduce):
     for image in range(3):
         ones = torch.ones(24, dtype=torch.float64)
         assert index[image].tolist() == naive_choice(x[image], ones, 7)
+
+
+def test_tokens_of_zero_length_come_last(reduce):
+    x, text, mask = sample(1)
+    x[0, [0, 5]] = 0
+    index = reduce(CDPruner(), x, text, torch.zeros_like(mask), 20)
+    assert not set(index[0].tolist()) & {0, 5}
 
 
 def test_one_token(reduce):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
@@ -60,6 +61,7 @@ class _Local(threading.local):
     trailing: int = 0  # drafted tokens behind the prompt
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
+    clip: ClipQuestions | None = None
 
 
 class Hooks:
@@ -69,9 +71,16 @@ class Hooks:
         plan: what to do where.
         family: the model.
         vision: the part that shortens the stream inside the encoder, if one does.
+        clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
 
-    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        vision: VisionPart | None = None,
+        clip: ClipQuestions | None = None,
+    ) -> None:
         self.plan = plan
         self.family = family
         self.vision = vision
@@ -82,11 +91,21 @@ class Hooks:
             self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running)
         self._local = _Local()
         self._last: Record | None = None
+        self._clip = clip
 
     @property
     def record(self) -> Record | None:
         """The last forward over a prompt: this thread's, or else any thread's."""
         return self._local.record or self._last
+
+    @property
+    def clip(self) -> ClipQuestions | None:
+        """What is asked: what this thread was told, or else what the session began with."""
+        return self._local.clip or self._clip
+
+    @clip.setter
+    def clip(self, questions: ClipQuestions) -> None:
+        self._local.clip = questions
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `generate`: note its rows, and keep it from compiling the decoding step."""
@@ -296,17 +315,26 @@ class Hooks:
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
         visual = (self._local.visual or {}).get(modality)
-        deliver = (lambda _, x: x) if self.signals is None else self.signals.deliver
         if visual is None:  # `generate` encodes before it calls the model
             everything = range(len(output.encoded.lengths))
             asker = Asker([0] * len(everything), everything, lambda row: row)
-            features.mark(output, self.plan, asker, deliver)
+            features.mark(output, self.plan, asker, self._deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
         question = self._question(rows, ends) if self.plan.waits else None
-        asker = Asker(rows, source, self._request(visual.shape[0]), ends, question)
-        features.mark(output, self.plan, asker, deliver)
+        request = self._request(visual.shape[0])
+        asker = Asker(rows, source, request, ends, question, self.clip)
+        features.mark(output, self.plan, asker, self._deliver)
+
+    def _deliver(self, name: str, values: Tensor) -> Tensor:
+        """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
+        assert self.signals is not None
+        values = self.signals.deliver(name, values)
+        if not name.startswith("clip"):
+            return values
+        assert self.clip is not None  # the session has checked it
+        return self.clip.patches(values, normed=name == "clip_patches")
 
     def _question(self, rows: Sequence[int], ends: Sequence[int]) -> tuple[Question, Tensor]:
         """The text behind images, and its (B, Q, D) embeddings."""
@@ -382,6 +410,8 @@ class Hooks:
 
     def _check_requests(self, batch: int) -> None:
         rows = batch // self._expanded(batch)
+        if self.clip is not None:
+            self.clip.check(rows)
         for keep in self.plan.per_request:
             if len(keep.values) != rows:
                 raise BudgetError(

@@ -128,6 +128,12 @@ class Plan:
         return bool(self.per_request) or any(SIGNALS[n.name].source == "prompt" for n in needs)
 
     @property
+    def asks_clip(self) -> tuple[str, ...]:
+        """Methods that compare patches with the question in CLIP's space."""
+        needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
+        return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
+
+    @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
         if self.marks:

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
 
+FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
 
 
@@ -63,9 +64,9 @@ class EncoderSignals:
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             layer: Any = self.encoder.layers[number]
             names = [name for name, layers in self.wanted.items() if number in layers]
-            if "encoder_features" in names:
-                self._hook(layer, self._features(number))
-            if names != ["encoder_features"]:
+            if states := [name for name in names if name in FEATURES]:
+                self._hook(layer, self._features(number, states))
+            if len(states) < len(names):
                 attention = self.encoder.attention(layer)
                 for part in self.encoder.projections:
                     self._hook(getattr(attention, part), self._projection(number, part, names))
@@ -92,7 +93,7 @@ class EncoderSignals:
             return values[:, :, 0]
         if name == "encoder_keys":
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
-        return values.transpose(-1, -2) if name == "encoder_features" else values
+        return values.transpose(-1, -2) if name in FEATURES else values
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_hook(hook))
@@ -101,12 +102,13 @@ class EncoderSignals:
         shortened = self._pass()
         self._running.rows[name, number] = row if shortened is None else shortened.widen(row)
 
-    def _features(self, number: int) -> Any:
+    def _features(self, number: int, names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
                 states = output if isinstance(output, Tensor) else output[0]
                 patches = states.detach()[:, self.encoder.special :]
-                self._keep("encoder_features", number, patches.transpose(1, 2))
+                for name in names:
+                    self._keep(name, number, patches.transpose(1, 2))
 
         return hook
 

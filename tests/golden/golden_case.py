@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "cdpruner": "golden_cdpruner",
+    "dart": "golden_dart",
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
@@ -24,6 +26,7 @@ ADAPTERS = {
     "feather": "golden_drops",
     "holitom-inner": "golden_drops",
     "pyramiddrop": "golden_llm",
+    "recoverable-compression": "golden_recoverable",
     "sparsevlm": "golden_drops",
     "tome": "golden_vision",
     "transprune": "golden_drops",

@@ -17,6 +17,7 @@ class Facts:
     text_layers: int = 32
     vision_layers: int = 24
     feature_layer: int = 22
+    first_llm_layer: int = 0
     class_token: bool = True
 
 

@@ -100,6 +100,30 @@ class Step:
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a decoder layer computes of visual tokens; none is removed.
+
+    Args:
+        layer: 0-based decoder layer.
+        window: odd side of the neighbourhood on the grid that a visual token attends to, later
+            tokens included; besides that it sees the text before it.
+        heads: which attention heads work on visual tokens; `None` for all. Others neither compute
+            them nor let text read them.
+        mlp_divisor: visual tokens pass the first 1 / `mlp_divisor` of the MLP's neurons.
+        seen: whether any head reads values of visual tokens.
+        renormalize: whether what a head does not read leaves its softmax; else its probability is
+            lost.
+    """
+
+    layer: int
+    window: int
+    heads: tuple[bool, ...] | None = None
+    mlp_divisor: float = 1.0
+    seen: bool = True
+    renormalize: bool = True
+
+
 class Method(ABC):
     """Base of all methods; subclasses are frozen dataclasses registered with `register`."""
 
@@ -161,6 +185,10 @@ class Method(ABC):
     @abstractmethod
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Reduce G images of V tokens to `count` tokens each."""
+
+    def work(self, model: ModelFacts) -> tuple[Work, ...]:
+        """What decoder layers compute of visual tokens, where that is less than everything."""
+        return ()
 
     def positions_on(self, model: ModelFacts) -> Positions:
         """What becomes of positions on a model: the field if it is given, else what is published.

@@ -1,0 +1,212 @@
+"""Layers that compute less of visual tokens equal a plain layer in which that is masked."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+from foveate.engine.compute import Images, Split, check_layer, run_layer
+from foveate.errors import UnsupportedModelError
+from foveate.method import Work
+
+GRID = (11, 7)
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 1, "attn_implementation": "sdpa",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_layer(kind="llama"):
+    torch.manual_seed(0)
+    config, cls = (
+        (LlamaConfig(**SIZES), LlamaDecoderLayer)
+        if kind == "llama"
+        else (Qwen3Config(**SIZES, head_dim=8), Qwen3DecoderLayer)
+    )
+    layer = cls(config, 0).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return layer, LlamaRotaryEmbedding(config)
+
+
+def masked(layer, hidden, rotary, images, work, real):
+    """One row, everything computed: `images` are (columns, raster places) of each image."""
+    attention, length = layer.self_attn, len(hidden)
+    normed, width = layer.input_layernorm(hidden), attention.head_dim
+    q, k, v = (
+        project(normed).view(length, -1, width)
+        for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    cos, sin = rotary
+
+    def rotate(x):
+        return x * cos + torch.cat((-x[..., width // 2 :], x[..., : width // 2]), -1) * sin
+
+    groups = len(q) // len(k)
+    q, k, v = rotate(q), rotate(k).repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    visual = torch.zeros(length, dtype=torch.bool)
+    for columns, _ in images:
+        visual[columns] = True
+    allowed = torch.ones(length, length, dtype=torch.bool).tril() & real
+    allowed |= torch.eye(length, dtype=torch.bool)
+    allowed &= ~(visual[:, None] & visual)
+    for columns, places in images:
+        frame, row, column = (
+            places // (GRID[0] * GRID[1]),
+            places // GRID[1] % GRID[0],
+            places % GRID[1],
+        )
+        near = frame[:, None] == frame
+        for axis in (row, column):
+            near &= (axis[:, None] - axis).abs() <= (work.window - 1) // 2
+        allowed[columns[:, None], columns] = near
+    mixed = torch.zeros(len(q), length, width)
+    for head in range(len(q)):
+        works = work.heads is None or work.heads[head]
+        reads, may = works and work.seen, allowed.clone()
+        if not reads and work.renormalize:
+            may &= ~visual | visual[:, None]
+        scores = (q[head] @ k[head].T) / math.sqrt(width)
+        weights = scores.masked_fill(~may, -torch.inf).softmax(-1)
+        if not reads:
+            weights = weights * ~visual
+        mixed[head] = weights @ v[head]
+        if not works:
+            mixed[head, visual] = 0
+    hidden = hidden + attention.o_proj(mixed.transpose(0, 1).reshape(length, -1))
+    normed, mlp = layer.post_attention_layernorm(hidden), layer.mlp
+    neurons = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+    neurons[visual, int(neurons.shape[1] / work.mlp_divisor) :] = 0
+    return hidden + mlp.down_proj(neurons)
+
+
+@dataclasses.dataclass
+class Batch:
+    """A row with two images, and a left-padded row with one."""
+
+    hidden: torch.Tensor
+    position: torch.Tensor
+    split: Split
+    images: list
+
+
+def make_batch(frames=1, holes=False):
+    places = torch.arange(GRID[0] * GRID[1] * frames)
+    if holes:
+        places = torch.randperm(len(places))[: len(places) - 17].sort().values
+    count = len(places)
+    length = 8 + 2 * count
+    first, second = torch.arange(3, 3 + count), torch.arange(5 + count, 5 + 2 * count)
+    pad = length - (4 + count + 2)
+    third = torch.arange(pad + 4, pad + 4 + count)
+    position = torch.stack((torch.arange(length), torch.arange(length) - pad)).clamp(min=-1)
+    visual = torch.zeros(2, length, dtype=torch.bool)
+    visual[0, first], visual[0, second], visual[1, third] = True, True, True
+    rows, columns = torch.tensor([[0], [0], [1]]), torch.stack((first, second, third))
+    index = places.expand(3, -1) if holes else None
+    split = Split.of([Images(rows, columns, index, frames, GRID)], position, position, visual)
+    images = [[(first, places), (second, places)], [(third, places)]]
+    return Batch(torch.randn(2, length, 32), position, split, images)
+
+
+WORKS = {
+    "window": Work(0, 3),
+    "itself-alone": Work(0, 1),
+    "everything-near": Work(0, 99),
+    "mlp": Work(0, 5, mlp_divisor=2.5),
+    "heads": Work(0, 5, heads=(True, False, False, True), mlp_divisor=2),
+    "group-of-heads": Work(0, 5, heads=(True, True, False, False)),
+    "no-head": Work(0, 5, heads=(False,) * 4),
+    "lost-mass": Work(0, 5, heads=(True, False, False, True), renormalize=False),
+    "unseen": Work(0, 5, heads=(False, True, True, True), seen=False, renormalize=False),
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("holes", [False, True], ids=["whole", "holes"])
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
+@torch.no_grad()
+def test_it_equals_the_masked_layer(work, frames, holes, kind):
+    layer, rotary = make_layer(kind)
+    batch = make_batch(frames, holes)
+    turned = rotary(batch.hidden, batch.position.clamp(min=0))
+    got = run_layer(layer, work, batch.split, batch.hidden, turned, None, None)
+    plain = layer(batch.hidden, position_embeddings=turned, attention_mask=None)
+    for row, images in enumerate(batch.images):
+        real = batch.position[row] >= 0
+        cos, sin = (part[row] for part in turned)
+        want = masked(layer, batch.hidden[row], (cos, sin), images, work, real)
+        torch.testing.assert_close(
+            got[row, real], want[real], rtol=0, atol=5e-6
+        )  # norms are float32
+        if row == 0:
+            assert (plain[row] - want).abs().max() > 1e-2, "the test does not bite"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+@torch.no_grad()
+def test_a_given_mask_counts(dtype):
+    """Masks of transformers, boolean or additive, say what text sees."""
+    layer, rotary = make_layer()
+    batch = make_batch()
+    length = batch.position.shape[1]
+    hidden, position = batch.hidden[:1], batch.position[:1]
+    rows = torch.ones(length, length, dtype=torch.bool).tril()
+    rows[:, 1] = False
+    mask = rows[None, None]
+    if dtype != torch.bool:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(dtype).min)
+    part = batch.split.images[0]
+    one = dataclasses.replace(part, rows=part.rows[:2], columns=part.columns[:2])
+    visual = batch.split.visual[:1]
+    split = Split.of([one], position, position, visual)
+    turned = rotary(hidden, position)
+    got = run_layer(layer, WORKS["heads"], split, hidden, turned, mask, None)[0]
+    free = run_layer(layer, WORKS["heads"], split, hidden, turned, None, None)[0]
+    text = ~visual[0]
+    changed = (got - free).abs().amax(1) > 1e-6
+    assert changed[text][2:].all()
+    assert not changed[:2].any()
+
+
+def test_gradients_reach_the_weights_that_work():
+    """Also where a window reaches beyond the image, or places are empty."""
+    layer, rotary = make_layer()
+    batch = make_batch(holes=True)
+    turned = rotary(batch.hidden, batch.position.clamp(min=0))
+    work = Work(0, 5, heads=(True, True, False, False), mlp_divisor=2)
+    batch.hidden.requires_grad_()
+    run_layer(layer, work, batch.split, batch.hidden, turned, None, None).sum().backward()
+    assert batch.hidden.grad.isfinite().all()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_other_layers_are_refused():
+    layer, _ = make_layer()
+    check_layer(layer, Work(0, 5), "a-method")
+    with pytest.raises(UnsupportedModelError, match=r"a-method has a head mask of 3 heads.* has 4"):
+        check_layer(layer, Work(0, 5, heads=(True,) * 3), "a-method")
+    layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
+    with pytest.raises(UnsupportedModelError, match="up_proj, but it is a Sequential"):
+        check_layer(layer, Work(0, 5), "a-method")
+    with pytest.raises(UnsupportedModelError, match="but this model has Identity"):
+        check_layer(torch.nn.Identity(), Work(0, 5), "a-method")

@@ -123,6 +123,11 @@ class Work:
     seen: bool = True
     renormalize: bool = True
 
+    @property
+    def blind(self) -> bool:
+        """Whether some head does not read visual tokens."""
+        return not self.seen or (self.heads is not None and not all(self.heads))
+
 
 class Method(ABC):
     """Base of all methods; subclasses are frozen dataclasses registered with `register`."""

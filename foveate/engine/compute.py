@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from foveate.engine.layout import take
 from foveate.engine.window import Grid, window_attention
-from foveate.errors import UnsupportedModelError
 from foveate.method import Work
-from foveate.signals.text_attention import _rotary_function as rotary_function
+from foveate.models import Family
+from foveate.signals.decoder import rotary_function
 
 LAYERS = frozenset(
     {
@@ -35,6 +35,8 @@ LAYERS = frozenset(
     }
 )
 """Decoder layers of one form: norm, attention, norm, gated MLP, two residual sums."""
+_ATTENTION = tuple(f"self_attn.{part}_proj" for part in ("q", "k", "v", "o"))
+_MLP = tuple(f"mlp.{part}_proj" for part in ("gate", "up", "down"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,43 +120,35 @@ def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return order.gather(1, torch.minimum(number, (counts - 1).clamp(min=0))), fresh
 
 
-def check_layer(layer: Any, work: Work, slug: str) -> None:
-    """Refuse layers that cannot be computed in parts.
+def why_whole(family: Family, work: Work) -> str | None:
+    """Why a decoder layer cannot be computed in parts, or `None` if it can.
 
-    Raises:
-        UnsupportedModelError: another kind of layer, wrapped or quantized weights, or a layer
-            whose weights are moved in and out.
+    Args:
+        family: the model.
+        work: which layer, and what of it.
     """
-    kind = type(layer).__name__
+    layer = family.layers[work.layer]
+    kind, config = type(layer).__name__, family.text.config
+    if not family.planar:
+        return "its visual tokens are tiles and newlines, which form no single grid"
     if kind not in LAYERS:
-        raise UnsupportedModelError(
-            f"{slug} computes decoder layers in parts, which is known for "
-            f"{', '.join(sorted(LAYERS))}, but this model has {kind}; use a method that removes "
-            "tokens"
-        )
+        return f"{kind} is not one of {', '.join(sorted(LAYERS))}"
+    windowed = kind == "MistralDecoderLayer" and config.sliding_window
+    if windowed or work.layer not in family.attention_layers:
+        return f"layer {work.layer} sees only a window of the sequence"
     if hasattr(layer, "_hf_hook"):
-        raise UnsupportedModelError(
-            f"{slug} computes decoder layers in parts, but accelerate moves the data of this "
-            f"{kind}; load the model onto one device"
-        )
-    attention, mlp = layer.self_attn, layer.mlp
-    for module, names in (
-        (attention, ("q_proj", "k_proj", "v_proj", "o_proj")),
-        (mlp, ("gate_proj", "up_proj", "down_proj")),
-    ):
-        for name in names:
-            if type(getattr(module, name)) is not nn.Linear:
-                raise UnsupportedModelError(
-                    f"{slug} slices the weights of {name}, but it is a "
-                    f"{type(getattr(module, name)).__name__}, not a plain linear layer; merge "
-                    "adapters and use unquantized weights"
-                )
-    heads = attention.config.num_attention_heads
+        return "accelerate moves the data of its layers; load it onto one device"
+    for name in (*_ATTENTION, *_MLP):
+        module = layer.get_submodule(name)
+        if type(module) is not nn.Linear:
+            return (
+                f"{name} is a {type(module).__name__} and not a plain linear layer, whose weights "
+                "can be sliced; merge adapters and load unquantized weights"
+            )
+    heads = config.num_attention_heads
     if work.heads is not None and len(work.heads) != heads:
-        raise UnsupportedModelError(
-            f"{slug} has a head mask of {len(work.heads)} heads, but layer {work.layer} of this "
-            f"model has {heads}"
-        )
+        return f"the mask has {len(work.heads)} heads, and layer {work.layer} has {heads}"
+    return None
 
 
 def run_layer(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from foveate.budget import PerRequest
+from foveate.engine.compute import why_whole
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Need, Step, get_method, list_methods
+from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
 
@@ -41,12 +42,14 @@ class Plan:
         vision: steps inside the encoder, by layer.
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
+        work: decoder layer -> what it computes of visual tokens, where that is not everything.
     """
 
     methods: tuple[Method, ...]
     vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
+    work: Mapping[int, Work] = field(default_factory=dict)
 
     @classmethod
     def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
@@ -89,7 +92,13 @@ class Plan:
             chosen = (s for s in steps if s.step.stage == stage)
             return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
 
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"))
+        work = _work(family, methods)
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it matters inside the language model which positions are visual."""
+        return bool(self.looks or self.work)
 
     @property
     def marks(self) -> bool:
@@ -131,7 +140,7 @@ class Plan:
         """First decoder layer that the session touches."""
         if self.marks:
             return 0
-        return min({s.step.layer for s in self.llm} | set(self.looks), default=0)
+        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work}, default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -280,6 +289,31 @@ def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
         )
 
 
+def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
+    """What decoder layers compute of visual tokens.
+
+    Raises:
+        UnsupportedModelError: the layers cannot be computed in parts.
+        LayerError: two methods want different things of a layer.
+    """
+    found: dict[int, Work] = {}
+    for method in methods:
+        for work in method.work(family):
+            if why := why_whole(family, work):
+                raise UnsupportedModelError(
+                    f"{method.slug!r} computes decoder layers of this {family.model_type} in "
+                    f"parts, but {why}. Methods that work here: "
+                    f"{', '.join(working_methods(family))}."
+                )
+            if work.layer in found:
+                raise LayerError(
+                    f"{method.slug} and another method both say what layer {work.layer} computes "
+                    "of visual tokens; use one of them"
+                )
+            found[work.layer] = work
+    return found
+
+
 def _check_signals(steps: Sequence[PlannedStep]) -> None:
     """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
     first: dict[tuple[int, bool], PlannedStep] = {}
@@ -311,6 +345,7 @@ def working_methods(family: Family, *, encoder: bool = True) -> list[str]:
         encoder: whether signals of the encoder may be read behind it.
     """
     tower, reads = family.encoder, encoder
+    layers = [Work(number, window=1) for number in range(family.text_layers)]
     stages = set(STAGES if family.text_layers else STAGES[:1])
     if tower is None or tower.block is None:
         stages.discard("vision")
@@ -325,6 +360,8 @@ def working_methods(family: Family, *, encoder: bool = True) -> list[str]:
 
     def works(name: str) -> bool:
         method = get_method(name)
+        if method.work is not Method.work and any(why_whole(family, work) for work in layers):
+            return False
         return method.stage in stages and all(has(method, need) for need in method.needs)
 
     return [name for name in list_methods() if works(name)]

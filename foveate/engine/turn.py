@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
+from foveate.engine.compute import Images, Split
 from foveate.engine.images import Group, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -86,7 +87,8 @@ class Turn:
         self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
         self.begin_of: dict[tuple[int, int], int] = {}  # tokens where (method, image) began
         self.looks = Looks(self)
-        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}
+        self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
+        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
@@ -110,7 +112,8 @@ class Turn:
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)
         cache = kwargs.get("past_key_values")
-        if self.layout is self.full and not _is_pruned(cache, number):
+        in_parts = number in self.plan.work and bool(self.groups)
+        if self.layout is self.full and not in_parts and not _is_pruned(cache, number):
             return hidden, kwargs
         before, width = self.fresh, 0
         if cache is not None:
@@ -126,18 +129,21 @@ class Turn:
         key = (id(before), id(self.layout), *map(id, logical))
         if key not in self._views:
             self._views[key] = self._view(number, before, width, hidden, kwargs)
-        changes, after = self._views[key]
+        changes, after, split = self._views[key]
         if cache is not None:
             held.incoming = after
+        if split is not None and number in self.plan.work:
+            self.splits[number] = split
         return hidden, {**kwargs, **changes} if changes else kwargs
 
     def _view(
         self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Slots]:
-        """Keyword arguments that change for layers that share slots and layout, and their slots
-        afterwards.
+    ) -> tuple[dict[str, Any], Slots, Split | None]:
+        """Keyword arguments that change for layers that share slots and layout, their slots
+        afterwards, and which of them are visual.
         """
-        after = before.extend(self.layout, self.prompt.length, self._renumbered)
+        visual = self.prompt.visual if self.plan.work else None
+        after = before.extend(self.layout, self.prompt.length, self._renumbered, visual)
         mask = kwargs.get("attention_mask")
         rotary, position_ids = self.positions(number, before, hidden, kwargs)
         physical = {
@@ -148,7 +154,31 @@ class Turn:
             "position_ids": position_ids,
         }
         changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
-        return changes, after
+        return changes, after, self._split(after)
+
+    def _split(self, slots: Slots) -> Split | None:
+        """Visual and other columns, for layers that compute less of visual ones."""
+        if not self.plan.work or slots.visual is None:
+            return None
+        position, keys = self.layout.index + self.prompt.past, slots.index
+        position = position.masked_fill(self.layout.index < 0, -1)
+        if self.prompt.real is not None:
+            position, keys = (
+                x.masked_fill(~self.prompt.real.gather(1, x.clamp(min=0)), -1)
+                for x in (position, keys)
+            )
+        images = [
+            Images(
+                self.row_index(group),
+                self.columns_of(group, self.layout),
+                group.index if group.index.shape[1] < group.shape.total else None,
+                group.shape.frames,
+                group.shape.grid,
+            )
+            for group in self.groups
+            if group.index.shape[1]
+        ]
+        return Split.of(images, position, keys, slots.visual)
 
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]

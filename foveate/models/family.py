@@ -87,6 +87,8 @@ class Family:
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
     patches_are_tokens: ClassVar[bool] = False
     """Whether visual tokens are the encoder's patches, one for one, in images and videos."""
+    planar: ClassVar[bool] = True
+    """Whether the visual tokens of an image or a frame lie on one grid."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
 

@@ -24,6 +24,7 @@ class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
     patches_are_tokens = False
+    planar = False
     placed_by = ("image_sizes", "batch_num_images")
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""

@@ -9,9 +9,10 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from foveate.engine.compute import Images, Split, check_layer, run_layer
-from foveate.errors import UnsupportedModelError
+from foveate.engine.compute import Images, Split, run_layer, why_whole
 from foveate.method import Work
+from foveate.models import find_family
+from tests.tinies import tiny_llava
 
 GRID = (11, 7)
 SIZES = {
@@ -200,13 +201,19 @@ def test_gradients_reach_the_weights_that_work():
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_other_layers_are_refused():
-    layer, _ = make_layer()
-    check_layer(layer, Work(0, 5), "a-method")
-    with pytest.raises(UnsupportedModelError, match=r"a-method has a head mask of 3 heads.* has 4"):
-        check_layer(layer, Work(0, 5, heads=(True,) * 3), "a-method")
-    layer.mlp.up_proj = torch.nn.Sequential(layer.mlp.up_proj)
-    with pytest.raises(UnsupportedModelError, match="up_proj, but it is a Sequential"):
-        check_layer(layer, Work(0, 5), "a-method")
-    with pytest.raises(UnsupportedModelError, match="but this model has Identity"):
-        check_layer(torch.nn.Identity(), Work(0, 5), "a-method")
+def test_other_layers_stay_whole():
+    family = find_family(tiny_llava())
+    assert why_whole(family, Work(0, 5)) is None
+    assert (
+        why_whole(family, Work(0, 5, heads=(True,) * 3))
+        == "the mask has 3 heads, and layer 0 has 4"
+    )
+    family.attention_layers = (1, 2)
+    assert "only a window of the sequence" in why_whole(family, Work(0, 5))
+    mlp = family.layers[1].mlp
+    mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
+    assert "mlp.up_proj is a Sequential" in why_whole(family, Work(1, 5))
+    family.layers[2] = torch.nn.Identity()
+    assert why_whole(family, Work(2, 5)).startswith("Identity is not one of Llama")
+    family.planar = False
+    assert "no single grid" in why_whole(family, Work(2, 5))

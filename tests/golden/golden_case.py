@@ -21,6 +21,7 @@ ADAPTERS = {
     "pyramiddrop": "golden_llm",
     "tome": "golden_vision",
     "vtc-cls": "golden_encoder",
+    "yopo": "golden_yopo",
 }
 Check = Callable[[], None]
 

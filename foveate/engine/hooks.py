@@ -369,10 +369,10 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order = known.order
-            if order and len(order) != len(source):  # reduced before beams were made of it
-                order = [order[i] for i in source]
-            parts.append(Part(mask, shapes, dead, before, places, order))
+            order, left = known.order, known.left if self.plan.marks else []
+            if len(left) != len(source):  # reduced before beams were made of it
+                order, left = ([each[i] for i in source] if each else [] for each in (order, left))
+            parts.append(Part(mask, shapes, dead, before, places, order, left))
         return parts
 
     def _place(

@@ -45,6 +45,8 @@ class YOPO(Method):
         keep: takes no value: all tokens are kept up to `layer`.
         positions: takes `original` only.
 
+    Windows, heads and neurons that are left out still count in a report's FLOPs.
+
     Cost: the slicing of the weights of pruned heads, a copy in each forward over a prompt.
     """
 
@@ -56,6 +58,7 @@ class YOPO(Method):
     keep: None = None
     positions: Positions | None = None
     published_positions = "original"
+    note = "what yopo leaves out within a layer is not taken off the FLOPs shown"
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.
@@ -160,16 +163,17 @@ def head_mask(
     Raises:
         FoveateError: there are no samples.
     """
-    kernel = model.config._attn_implementation
+    text = model.get_decoder()
+    kernel = text.config._attn_implementation
     votes: list[Tensor] = []
-    model.set_attn_implementation("eager")
+    text.set_attn_implementation("eager")
     try:
         for inputs in samples:
             maps = model(**inputs, output_attentions=True).attentions
             visual = inputs["input_ids"] == model.config.image_token_id
             votes += [_ratios(maps, row, seen) > threshold for row, seen in enumerate(visual)]
     finally:
-        model.set_attn_implementation(kernel)
+        text.set_attn_implementation(kernel)
     if not votes:
         raise FoveateError("head_mask needs at least one calibration prompt")
     stays = torch.stack(votes).double().mean(0) > share

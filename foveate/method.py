@@ -13,7 +13,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
@@ -88,6 +88,8 @@ class Step:
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         proportional: for `vision`, let a merged token count as often as it has sources in all
             attention behind this step.
+        restore: for `llm`, the tokens that the method's step before this one took out come back
+            here; `Method.restore` says in which state.
     """
 
     stage: Stage
@@ -95,6 +97,7 @@ class Step:
     needs: tuple[Need, ...] = ()
     inside: bool = False
     proportional: bool = False
+    restore: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:
@@ -193,6 +196,19 @@ class Method(ABC):
     @abstractmethod
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Reduce G images of V tokens to `count` tokens each."""
+
+    def restore(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
+        """States with which all tokens of G images go on where the parked ones come back.
+
+        Args:
+            tokens: all V of them, as they were when some were parked.
+            kept: (G, K) which of the V were not parked, ascending.
+            now: (G, K, D) states of those.
+
+        Returns:
+            (G, V, D). By default parked tokens come back as they went.
+        """
+        return tokens.x.scatter(1, kept[..., None].expand_as(now), now)
 
     def work(self, model: ModelFacts) -> tuple[Work, ...]:
         """What decoder layers compute of visual tokens, where that is less than everything."""

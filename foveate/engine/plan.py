@@ -24,6 +24,7 @@ class PlannedStep:
         number: which of the method's steps it is.
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
+        parks: whether what it takes out comes back at the method's next step.
     """
 
     method: Method
@@ -31,6 +32,7 @@ class PlannedStep:
     number: int
     step: Step
     renumber: bool
+    parks: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ class Plan:
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step, renumber)
-                for i, step in enumerate(of_method)
+                PlannedStep(method, method_number, i, step, renumber, parks)
+                for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
                 _check_stage(family, method, item.step.stage)
@@ -87,6 +89,7 @@ class Plan:
                     )
             steps += planned
         _check_signals(steps)
+        _check_parking(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
             chosen = (s for s in steps if s.step.stage == stage)
@@ -312,6 +315,31 @@ def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
                 )
             found[work.layer] = work
     return found
+
+
+def _parking(steps: Sequence[Step]) -> list[bool]:
+    """Whether what each step of a method takes out comes back at the next."""
+    return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
+
+
+def _check_parking(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps, and renumbering, while tokens are parked."""
+    llm = [s for s in steps if s.step.stage == "llm"]
+    for planned in (s for s in llm if s.parks):
+        back = next(s for s in llm if s.method is planned.method and s.number == planned.number + 1)
+        span = range(planned.step.layer, back.step.layer + 1)
+        between = [s for s in llm if s.method is not planned.method and s.step.layer in span]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
+                f"{planned.method.slug} brings back at {back.step.place} are parked; give it a "
+                f"layer before {span.start} or behind {span[-1]}"
+            )
+        if planned.renumber:
+            raise LayerError(
+                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
+                "use positions='original'"
+            )
 
 
 def _check_signals(steps: Sequence[PlannedStep]) -> None:

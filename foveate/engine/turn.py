@@ -25,6 +25,7 @@ from foveate.engine.layout import (
     translate_mask,
 )
 from foveate.engine.looks import Looks
+from foveate.engine.parking import Parked
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
 
@@ -89,6 +90,7 @@ class Turn:
         self.looks = Looks(self)
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
+        self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
@@ -213,7 +215,7 @@ class Turn:
         lost = False
         for group in self.groups:
             if self.plan.pre_llm:
-                self._note(group, "pre_llm")
+                self.note(group, "pre_llm")
             gone = group.shape.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
@@ -246,8 +248,14 @@ class Turn:
         if number in self.plan.looks:
             self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
-            if planned.step.layer == number:
-                hidden = self._step(planned, hidden)
+            if planned.step.layer != number:
+                continue
+            if planned.step.restore:
+                hidden = self._parked.pop(planned.method_number).back(self, planned, hidden)
+                continue
+            if planned.parks:
+                self._parked[planned.method_number] = Parked.of(self, hidden)
+            hidden = self._step(planned, hidden)
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -270,7 +278,7 @@ class Turn:
             )
             for part, after, reduction in parts:
                 groups.append(after)
-                self._note(after, planned.step.place)
+                self.note(after, planned.step.place)
                 if reduction is None:
                     continue
                 lost = True
@@ -317,7 +325,8 @@ class Turn:
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
         return hidden
 
-    def _note(self, group: Group, place: str) -> None:
+    def note(self, group: Group, place: str) -> None:
+        """Write down which tokens of each image are alive behind a place."""
         for i, image in enumerate(group.images):
             kept = group.index[i]
             self.kept[image][place] = kept.sort().values if group.ordered else kept
@@ -347,7 +356,7 @@ class Turn:
             output: the text model's output.
             first_layer: first layer that the session touched.
         """
-        if self.layout is self.full:
+        if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output
         states = output.last_hidden_state
         output.last_hidden_state = self._expand(states, self.layout)

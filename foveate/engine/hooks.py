@@ -21,6 +21,7 @@ from transformers.utils.generic import ModelOutput
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
+from foveate.engine.compute import run_layer
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Asker, Encoded
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -224,7 +225,7 @@ class Hooks:
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=_any(local.visual) if local.visual and groups and self.plan.looks else None,
+            visual=_any(local.visual) if local.visual and groups and self.plan.asks else None,
         )
         local.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
@@ -241,6 +242,18 @@ class Hooks:
         if hidden is args[0] and changed is kwargs:
             return None
         return (hidden, *args[1:]), changed
+
+    def run_layer(
+        self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around a decoder layer's forward: do less of it for visual tokens."""
+        turn, work = self._local.turn, self.plan.work[number]
+        split = None if turn is None else turn.splits.get(number)
+        if split is None or not (split.images or work.blind):
+            return original(hidden, *args, **kwargs)
+        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        layer, cache = self.family.layers[number], kwargs.get("past_key_values")
+        return run_layer(layer, work, split, hidden, rotary, mask, cache)
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any

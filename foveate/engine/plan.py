@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from foveate.budget import PerRequest
+from foveate.engine.compute import why_whole
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Need, Step, get_method, list_methods
+from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
 
@@ -24,6 +25,7 @@ class PlannedStep:
         number: which of the method's steps it is.
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
+        parks: whether what it takes out comes back at the method's next step.
     """
 
     method: Method
@@ -31,6 +33,7 @@ class PlannedStep:
     number: int
     step: Step
     renumber: bool
+    parks: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,14 @@ class Plan:
         vision: steps inside the encoder, by layer.
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
+        work: decoder layer -> what it computes of visual tokens, where that is not everything.
     """
 
     methods: tuple[Method, ...]
     vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
+    work: Mapping[int, Work] = field(default_factory=dict)
 
     @classmethod
     def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
@@ -67,8 +72,8 @@ class Plan:
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step, renumber)
-                for i, step in enumerate(of_method)
+                PlannedStep(method, method_number, i, step, renumber, parks)
+                for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
                 _check_stage(family, method, item.step.stage)
@@ -85,12 +90,19 @@ class Plan:
                     )
             steps += planned
         _check_signals(steps)
+        _check_parking(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
             chosen = (s for s in steps if s.step.stage == stage)
             return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
 
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"))
+        work = _work(family, methods)
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it matters inside the language model which positions are visual."""
+        return bool(self.looks or self.work)
 
     @property
     def marks(self) -> bool:
@@ -138,7 +150,7 @@ class Plan:
         """First decoder layer that the session touches."""
         if self.marks:
             return 0
-        return min({s.step.layer for s in self.llm} | set(self.looks), default=0)
+        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work}, default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -307,6 +319,56 @@ def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
         )
 
 
+def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
+    """What decoder layers compute of visual tokens.
+
+    Raises:
+        UnsupportedModelError: the layers cannot be computed in parts.
+        LayerError: two methods want different things of a layer.
+    """
+    found: dict[int, Work] = {}
+    for method in methods:
+        for work in method.work(family):
+            if why := why_whole(family, work):
+                raise UnsupportedModelError(
+                    f"{method.slug!r} computes decoder layers of this {family.model_type} in "
+                    f"parts, but {why}. Methods that work here: "
+                    f"{', '.join(working_methods(family))}."
+                )
+            if work.layer in found:
+                raise LayerError(
+                    f"{method.slug} and another method both say what layer {work.layer} computes "
+                    "of visual tokens; use one of them"
+                )
+            found[work.layer] = work
+    return found
+
+
+def _parking(steps: Sequence[Step]) -> list[bool]:
+    """Whether what each step of a method takes out comes back at the next."""
+    return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
+
+
+def _check_parking(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps, and renumbering, while tokens are parked."""
+    llm = [s for s in steps if s.step.stage == "llm"]
+    for planned in (s for s in llm if s.parks):
+        back = next(s for s in llm if s.method is planned.method and s.number == planned.number + 1)
+        span = range(planned.step.layer, back.step.layer + 1)
+        between = [s for s in llm if s.method is not planned.method and s.step.layer in span]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
+                f"{planned.method.slug} brings back at {back.step.place} are parked; give it a "
+                f"layer before {span.start} or behind {span[-1]}"
+            )
+        if planned.renumber:
+            raise LayerError(
+                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
+                "use positions='original'"
+            )
+
+
 def _check_signals(steps: Sequence[PlannedStep]) -> None:
     """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
     first: dict[tuple[int, bool], PlannedStep] = {}
@@ -339,6 +401,7 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
         vision: whether methods may act inside the encoder, if they can.
     """
     tower, reads = family.encoder, encoder
+    layers = [Work(number, window=1) for number in range(family.text_layers)]
     stages = set(STAGES if family.text_layers else STAGES[:1])
     if tower is None or tower.block is None or not vision:
         stages.discard("vision")
@@ -353,6 +416,8 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
 
     def works(name: str) -> bool:
         method = get_method(name)
+        if method.work is not Method.work and any(why_whole(family, work) for work in layers):
+            return False
         return method.stage in stages and all(has(method, need) for need in method.needs)
 
     return [name for name in list_methods() if works(name)]

@@ -32,6 +32,7 @@ ADAPTERS = {
     "transprune": "golden_drops",
     "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
+    "yopo": "golden_yopo",
 }
 # Where a folder holds the cases of two methods: folder and names of those of each.
 SOURCES = {"holitom": ("holitom", "outer_*"), "holitom-inner": ("holitom", "inner_*")}

@@ -1,0 +1,100 @@
+"""DyCoke: drop the tokens of a video that repeat those of a frame before.
+
+Paper: Tao et al., "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models",
+arXiv:2411.15024 (CVPR 2025). Reference code: KD-TAO/DyCoke @ dd74634. The paper speaks of merging;
+its code drops, and so does this.
+Differs from the reference, unless `as_released`: survivors of a frame stay in raster order (there:
+in the order of similarity, which permutes their positions); the third frame of the last window is
+reduced too; an odd last frame is reduced like others (there: lost); videos of four frames and fewer
+work (there: an error). Any batch works in both forms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from foveate.errors import InputError
+from foveate.method import ModelFacts, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+from foveate.video import Parts, VideoMethod, by_frame, check_shares, exact, similarity
+
+WINDOW = 4
+"""Frames of which the first stays whole."""
+
+
+@register("dycoke", stage="pre_llm", paper="Tao et al. 2025, arXiv:2411.15024")
+@dataclass(frozen=True)
+class DyCoke(VideoMethod):
+    """Keep every fourth frame whole, and of the others what is new.
+
+    Of each four frames, the second is compared with the first, the fourth with the third and the
+    third with the first, place by place; they keep what is least similar. Images pass untouched.
+
+    Args:
+        k: share of the tokens that a compared frame loses.
+        as_released: reproduce the released code's order and frames, see above.
+        keep: not used; `k` decides.
+        positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
+            does, where positions are single numbers; `original` leaves them where they were.
+
+    Cost: one cosine for each compared token, O(V·D).
+    """
+
+    k: float = 0.7
+    as_released: bool = False
+    keep: None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            FoveateError: `k` is no share.
+        """
+        super().__post_init__()
+        check_shares(self.slug, k=self.k)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector; it needs nothing but the features."""
+        return (Step("pre_llm"),)
+
+    def reduce_videos(self, tokens: VisualTokens) -> Parts:
+        """Keep whole frames and the least similar tokens of the others."""
+        x = exact(by_frame(tokens.x, tokens))
+        frames, cells = x.shape[1:3]
+        new = int((1 - self.k) * cells)
+        reference = references(frames, as_released=self.as_released)
+        reduced = [t for t, other in enumerate(reference) if other != t]
+        likeness = similarity(x[:, reduced], x[:, [reference[t] for t in reduced]])
+        kept = likeness.topk(new, dim=-1, largest=False).indices  # (G, frames, new)
+        if not self.as_released:
+            kept = kept.sort(-1).values
+        whole = torch.arange(cells, device=x.device).expand(len(x), -1)
+        of_frame = dict(zip(reduced, kept.unbind(1), strict=True))
+        parts = [of_frame.get(t, whole) + t * cells for t in range(len(reference))]
+        return [
+            (tuple(range(len(x))), Reduction(torch.cat(parts, 1), ordered=self.as_released)),
+        ]
+
+
+def references(frames: int, *, as_released: bool = False) -> list[int]:
+    """The frame that each frame is compared with; its own number for those that stay whole.
+
+    Raises:
+        InputError: the released code cannot take so few frames.
+    """
+    reference = [t - 1 if t % 2 else t - t % WINDOW for t in range(frames)]
+    if not as_released:
+        return reference
+    if frames <= WINDOW:
+        raise InputError(
+            f"the released code of dycoke fails on a video of {frames} frames, which is one window "
+            f"of {WINDOW} at most; use as_released=False"
+        )
+    whole = [
+        t if t % WINDOW == 2 and t >= frames - 2 else other for t, other in enumerate(reference)
+    ]
+    return whole[: frames // 2 * 2]

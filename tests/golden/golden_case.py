@@ -16,8 +16,13 @@ from torch import Tensor
 
 ADAPTERS = {
     "divprune": "golden_divprune",
+    "dycoke": "golden_video",
+    "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fastvid": "golden_video",
+    "holitom": "golden_video",
+    "prunevid": "golden_video",
     "pyramiddrop": "golden_llm",
     "tome": "golden_vision",
     "vtc-cls": "golden_encoder",

@@ -1,0 +1,157 @@
+"""PruneVid: average what stands still in a scene, cluster the rest, then ask the question.
+
+Paper: Huang et al., "PruneVid: Visual Token Pruning for Efficient Video Large Language Models",
+arXiv:2412.16117 (ACL 2025). Reference code: Visual-AI/PruneVid @ b12600c, whose licence is
+non-commercial (CC BY-NC-SA): written from the equations, nothing is taken.
+Differs from the reference: any batch works; a scene of one frame has no static tokens (there: a
+division by zero decides); density ties go to the lower index (there: to noise of 1e-6); a video has
+one scene at least (there: one of fewer than 1 / frame_ratio frames is an error); where positions
+stay, an average of static tokens stands in the first frame of its scene (there: unspecified).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from foveate.clustering import dpc_knn
+from foveate.errors import FoveateError
+from foveate.method import ModelFacts, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+from foveate.video import (
+    Parts,
+    Survivors,
+    VideoMethod,
+    by_frame,
+    check_shares,
+    exact,
+    together,
+    unit,
+)
+
+
+@register("prunevid", stage="pre_llm", paper="Huang et al. 2025, arXiv:2412.16117")
+@dataclass(frozen=True)
+class PruneVid(VideoMethod):
+    """Merge tokens of a video by scene."""
+
+    tau: float = 0.8
+    frame_ratio: float = 0.25
+    cluster_ratio: float = 0.5
+    alpha: float = 0.4
+    k: int = 7
+    keep: None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            FoveateError: one is out of range.
+        """
+        super().__post_init__()
+        check_shares(
+            self.slug,
+            frame_ratio=self.frame_ratio,
+            cluster_ratio=self.cluster_ratio,
+            alpha=self.alpha,
+        )
+        if self.k < 1:
+            raise FoveateError(f"k must be 1 or more, got {self.k} in prunevid")
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector; it needs nothing but the features."""
+        return (Step("pre_llm"),)
+
+    def reduce_videos(self, tokens: VisualTokens) -> Parts:
+        """Reduce each video by itself, as their scenes differ."""
+        return together([self.reduce_video(video) for video in exact(by_frame(tokens.x, tokens))])
+
+    def reduce_video(self, x: Tensor) -> Reduction:
+        """Reduce one video of (T, P, D) tokens by frame."""
+        total, frames = x[..., 0].numel(), len(x)
+        scenes = max(int(frames * self.frame_ratio), 1)
+        _, labels = dpc_knn(x.mean(1)[None], scenes, self.k)
+        survivors = Survivors(total, x.device)
+        place = torch.arange(total, device=x.device).view(x.shape[:2])
+        start = 0
+        for length in windows(labels[0].tolist()):
+            window = slice(start, start + length)
+            static = likeness_over_time(x[window]) > self.tau
+            still = x[window][:, static]
+            self._cluster(survivors, still.mean(0, keepdim=True), place[window][:, static])
+            self._cluster(survivors, x[window][:, ~static], place[window][:, ~static])
+            start += length
+        return survivors.reduction()
+
+    def _cluster(self, survivors: Survivors, x: Tensor, place: Tensor) -> None:
+        """Merge (B, N, D) points within each of B groups.
+
+        Args:
+            survivors: where they go.
+            x: the points.
+            place: (W, N) tokens of W frames that make up the points: one frame for each group, or
+                all of them for a single group.
+        """
+        groups, points = x.shape[:2]
+        if not points:
+            return
+        center = torch.arange(points, device=x.device).expand(groups, -1)
+        joined = center
+        if points > 2 * self.k:
+            center, joined = dpc_knn(x, max(int(points * self.cluster_ratio), 1), self.k)
+        joined = joined + torch.arange(groups, device=x.device)[:, None] * center.shape[1]
+        index = place[:groups].gather(1, center)
+        survivors.average(
+            index.flatten(), place.flatten(), joined.expand_as(place).flatten(), groups
+        )
+
+
+def likeness_over_time(x: Tensor) -> Tensor:
+    """Mean cosine of all pairs of frames at each place.
+
+    Args:
+        x: (W, P, D) tokens of a window.
+
+    Returns:
+        (P); minus infinity for a window of one frame, which has no pairs.
+    """
+    frames = len(x)
+    if frames == 1:
+        return x.new_full(x.shape[1:2], -torch.inf)
+    x = unit(x)
+    pairs = x.sum(0).square().sum(-1) - x.square().sum((0, 2))
+    return pairs / (frames * (frames - 1))
+
+
+def windows(labels: Sequence[int]) -> list[int]:
+    """Lengths of the windows into which cluster labels of frames cut a video.
+
+    Each label keeps its longest run, all of them if several are equally long, unless that is a
+    single frame. From left to right, the stretches between join the longer of their neighbours,
+    the left one if both are equally long.
+
+    Args:
+        labels: cluster of each frame.
+    """
+    runs = [(label, len(list(run))) for label, run in groupby(labels)]
+    longest = {label: max(n for other, n in runs if other == label) for label in set(labels)}
+    named = [label if 1 < n == longest[label] else None for label, n in runs for _ in range(n)]
+    stretches = [(label, len(list(run))) for label, run in groupby(named)]
+    result: list[tuple[int | None, int]] = []
+    for (label, length), (following, ahead) in zip(
+        stretches, [*stretches[1:], (None, 0)], strict=True
+    ):
+        before, behind = result[-1] if result else (None, 0)
+        if label is None:
+            label = before if behind >= ahead else following
+        if result and label == before:
+            result[-1] = label, behind + length
+        else:
+            result.append((label, length))
+    return [length for _, length in result]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor
 from transformers.cache_utils import (
     Cache,
@@ -99,6 +101,18 @@ class PrunedLayer(CacheLayerMixin):
         super().reset()
         self.slots = None
 
+    def forget(self, left: Slots, source: Tensor) -> None:
+        """Keep some slots only.
+
+        Args:
+            left: the slots left.
+            source: (B, S') slot of now that each comes from.
+        """
+        assert self.keys is not None
+        assert self.values is not None  # there is something to forget
+        self.keys, self.values = _slots(self.keys, source), _slots(self.values, source)
+        self.slots = left
+
     def _rows(self, key: object, pick: Any) -> None:
         if self.slots is not None:
             self.slots = self.slots.rows(key, pick)
@@ -156,6 +170,24 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
     def get_max_length(self) -> int:
         """Logical capacity."""
         return self.logical_max
+
+    def forget(self, left: Slots, source: Tensor) -> None:
+        """Keep some slots only, in smaller buffers."""
+        assert self.slots is not None
+        removed = self.slots.index.shape[1] - source.shape[1]
+        super().forget(left, source)
+        self.max_cache_len -= removed
+        assert self.keys is not None
+        assert self.values is not None  # as before
+        room = (0, 0, 0, self.max_cache_len - source.shape[1])
+        self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+        self.cumulative_length -= removed
+
+
+def _slots(x: Tensor, source: Tensor) -> Tensor:
+    """(B, H, S', d) of (B, H, S, d) at (B, S') slots."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.transpose(1, 2)[rows, source.to(x.device)].transpose(1, 2).contiguous()
 
 
 _PRUNED: dict[type, type[PrunedLayer]] = {

@@ -86,6 +86,8 @@ class Step:
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         proportional: for `vision`, let a merged token count as often as it has sources in all
             attention behind this step.
+        stay: for `llm`, leave survivors at their positions, whatever the method does elsewhere.
+        forget: for `llm`, let the caches of the layers before forget what is removed.
     """
 
     stage: Stage
@@ -93,6 +95,8 @@ class Step:
     needs: tuple[Need, ...] = ()
     inside: bool = False
     proportional: bool = False
+    stay: bool = False
+    forget: bool = False
 
     @property
     def place(self) -> str:

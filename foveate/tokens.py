@@ -49,6 +49,8 @@ class VisualTokens:
             patches; they are not among the V.
         place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         frames: frames of a video, one behind the other; 1 for an image.
+        label: (G, V) what an earlier step of the same method has labelled each token with; `None`
+            if it did not.
     """
 
     features: Callable[[], Tensor]
@@ -60,6 +62,7 @@ class VisualTokens:
     special: int = 0
     place: str = ""
     frames: int = 1
+    label: Tensor | None = None
 
     @property
     def x(self) -> Tensor:

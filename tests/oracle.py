@@ -5,7 +5,7 @@ explicit softmax attention, no cache and no compaction. A removed token stays in
 from the layer where it was removed on nobody attends to it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +31,15 @@ class Drop:
 
 @dataclass
 class Spec:
-    """What is removed from a row: given indices at the input, then drops."""
+    """What is removed from a row: given indices at the input, then drops.
+
+    From the end of the prompt on, nobody sees what was removed in layers before `forget` either.
+    """
 
     kept: list[Tensor] | None = None
     renumber: bool = False
     drops: list[Drop] = field(default_factory=list)
+    forget: int = 0
 
 
 def rotate(x, cos, sin):
@@ -94,6 +98,11 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
         gone = (before & ~alive).long()
         return (gone.cumsum(0) - gone) if renumber else torch.zeros_like(shift)
 
+    forgotten = torch.zeros(length, length, dtype=torch.bool)
+    if spec.forget and columns:  # known only at the end
+        _, known = run(model, ids, features, replace(spec, forget=0), prompt)
+        left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
+        forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
     if spec.kept is not None:
         for image, chosen in enumerate(spec.kept):
             shift += remove(image, chosen, spec.renumber)
@@ -117,7 +126,8 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
                 moved += remove(image, chosen, drop.renumber)
             shift = shift + moved
             history.append([i.clone() for i in index])
-        probabilities, v = attend(layer, hidden, position - shift, alive)
+        seen = alive & ~forgotten if number < spec.forget else alive
+        probabilities, v = attend(layer, hidden, position - shift, seen)
         mixed = (probabilities @ v).transpose(0, 1).reshape(length, -1)
         hidden = hidden + layer.self_attn.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

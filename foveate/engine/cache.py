@@ -243,7 +243,7 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
     kind = _PRUNED[type(layer)]
     pruned = kind.__new__(kind)
     pruned.__dict__.update(layer.__dict__)
-    pruned.slots, pruned.incoming = fresh, None
+    pruned.slots, pruned.incoming = pruned._held(fresh), None
     if isinstance(pruned, PrunedStaticLayer):
         pruned.logical_max = pruned.max_cache_len
         if not pruned.is_initialized:

@@ -38,6 +38,7 @@ class Encoded:
         arguments: those that say where tokens lie (`Family.placed_by`).
         order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
             their rows; empty while that is raster order.
+        labels: for each image, number of a method -> (K) its labels, in the same order.
     """
 
     shapes: Sequence[Shape]
@@ -46,6 +47,7 @@ class Encoded:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
+    labels: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -181,16 +183,18 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
-    if ordered:
-        output.encoded = replace(encoded, order=[index for index, _ in survivors])
-    if sum(len(index) for index, _ in survivors) == sum(lengths):
+    labels = [label for _, _, label in survivors]
+    if ordered or any(labels):
+        order = [index for index, _, _ in survivors] if ordered else []
+        output.encoded = replace(encoded, order=order, labels=labels)
+    if sum(len(index) for index, _, _ in survivors) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
-    slots = [index.sort().values for index, _ in survivors]
+    slots = [index.sort().values for index, _, _ in survivors]
     where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([values[number] for _, values in survivors])
+        values = torch.cat([values[number] for _, values, _ in survivors])
         blank = torch.full_like(rows_of_sheets[number], torch.nan)
         marked.append(_like(sheet, blank.index_copy(0, where, values)))
     output.pooler_output = marked[0]
@@ -205,9 +209,9 @@ def _reduce(
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
-) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
-    """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
-    and whether that may differ from raster order.
+) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
+    """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
+    in order; and whether that may differ from raster order.
 
     The first sheet holds the features, which methods see; others (DeepStack) follow it.
     """
@@ -244,7 +248,7 @@ def _reduce(
                 after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
         alive = after
     result = {
-        image: (group.index[i], [x[i] for x in xs])
+        image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
         for group, xs in alive
         for i, image in enumerate(group.images)
     }

@@ -356,10 +356,12 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order = known.order
+            order, labels = known.order, known.labels
             if order and len(order) != len(source):  # reduced before beams were made of it
                 order = [order[i] for i in source]
-            parts.append(Part(mask, shapes, dead, before, places, order))
+            if labels and len(labels) != len(source):
+                labels = [labels[i] for i in source]
+            parts.append(Part(mask, shapes, dead, before, places, order, labels))
         return parts
 
     def _place(

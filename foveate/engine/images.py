@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Group:
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
+        labels: number of a method -> (G, V) what it has labelled each living token with.
     """
 
     images: tuple[int, ...]
@@ -50,6 +51,7 @@ class Group:
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
+    labels: Mapping[int, Tensor] = field(default_factory=dict)
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -65,10 +67,14 @@ class Group:
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
+            labels={method: label[chosen] for method, label in self.labels.items()},
         )
 
-    def reduced(self, reduction: Reduction) -> Group:
-        """The group after a reduction."""
+    def reduced(self, reduction: Reduction, method: int) -> Group:
+        """The group after a reduction by the method of a number."""
+        labels = {n: label.gather(1, reduction.index) for n, label in self.labels.items()}
+        if reduction.label is not None:
+            labels[method] = reduction.label
         columns = None if self.columns is None else self.columns.gather(1, reduction.index)
         if columns is not None and reduction.ordered:
             columns = columns.sort(dim=1).values
@@ -77,6 +83,7 @@ class Group:
             index=self.index.gather(1, reduction.index),
             columns=columns,
             ordered=self.ordered or reduction.ordered,
+            labels=labels,
         )
 
 
@@ -93,6 +100,7 @@ class Part:
         places: for each image, how to find out where in it the tokens lie.
         order: for each image, (K) raster positions alive in the order of their columns; empty where
             all are in raster order.
+        labels: for each image, number of a method -> (K) its labels, in the order of columns.
     """
 
     visual: Tensor
@@ -101,6 +109,7 @@ class Part:
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
     order: Sequence[Tensor] = ()
+    labels: Sequence[Mapping[int, Tensor]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +120,7 @@ class _Span:
     shape: Shape
     before: Kept
     place: Place | None
+    labels: Mapping[int, Tensor]
 
 
 def group_features(
@@ -158,9 +168,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
         (span for part in parts for span in _spans(part)),
         key=lambda span: (span.row, int(span.columns[0])),
     )
-    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = defaultdict(list)
     for image, span in enumerate(spans):
-        alike[span.shape, len(span.index)].append(image)
+        alike[span.shape, len(span.index), frozenset(span.labels)].append(image)
     device = parts[0].visual.device if parts else None
     return [
         Group(
@@ -175,8 +185,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
             any(part.order for part in parts),
+            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
         )
-        for (shape, _), images in alike.items()
+        for (shape, _, numbers), images in alike.items()
     ]
 
 
@@ -194,7 +205,9 @@ def _spans(part: Part) -> list[_Span]:
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
     orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    for shape, kept, place, order in zip(part.shapes, before, places, orders, strict=True):
+    labels = part.labels or [{}] * len(part.shapes)
+    images = zip(part.shapes, before, places, orders, labels, strict=True)
+    for shape, kept, place, order, label in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -206,7 +219,7 @@ def _spans(part: Part) -> list[_Span]:
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
         index = living.nonzero()[:, 0] if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place))
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, label))
     return spans
 
 
@@ -282,6 +295,7 @@ def reduce_group(
             signals=signals(part),
             place=planned.step.place,
             frames=part.shape.frames,
+            label=part.labels.get(planned.method_number),
         )
 
     result: list[tuple[Group, Group, Reduction | None]] = []
@@ -289,7 +303,9 @@ def reduce_group(
     def add(part: Group, reduction: Reduction) -> None:
         if reduction.ordered and not planned.renumber:
             reduction = reduction.in_raster_order(alive)
-        result.append((part, part.reduced(reduction), reduction))
+        after = part.reduced(reduction, planned.method_number)
+        whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
+        result.append((part, after, None if whole else reduction))
 
     if isinstance(method, Adaptive):
         for chosen, reduction in method.split(tokens(group)):

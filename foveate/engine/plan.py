@@ -66,7 +66,7 @@ class Plan:
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step, renumber)
+                PlannedStep(method, method_number, i, step, renumber and not step.stay)
                 for i, step in enumerate(of_method)
             ]
             for item in planned:
@@ -129,7 +129,7 @@ class Plan:
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
-        if self.marks:
+        if self.marks or any(s.step.forget for s in self.llm):
             return 0
         return min({s.step.layer for s in self.llm} | set(self.looks), default=0)
 

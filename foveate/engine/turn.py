@@ -217,7 +217,10 @@ class Turn:
             self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
             if planned.step.layer == number:
+                before = self.layout
                 hidden = self._step(planned, hidden)
+                if planned.step.forget and self.layout is not before:
+                    self._forget(number, kwargs.get("past_key_values"))
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -279,6 +282,26 @@ class Turn:
             living &= columns >= 0
         self.layout, source = compact(self.layout, living, self.tokens)
         return source
+
+    def _forget(self, number: int, cache: Any) -> None:
+        """Let the cache layers before a decoder layer forget what is not alive there."""
+        if cache is None:
+            return
+        prompt = self.prompt
+        gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
+        gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight
+        past = gone.new_zeros(prompt.batch, prompt.past)
+        if prompt.real is not None:
+            past = ~prompt.real[:, : prompt.past]
+        gone = torch.cat((past, gone[:, :-1]), 1)
+        full = Slots.full(prompt.batch, prompt.past + prompt.length, prompt.device)
+        left: dict[Slots, tuple[Slots, Tensor]] = {}  # layers that share slots go on sharing
+        for i in range(number):
+            held = pruned_layer(cache, i, full, 0)
+            assert held.slots is not None
+            if held.slots not in left:
+                left[held.slots] = held.slots.without(gone)
+            held.forget(*left[held.slots])
 
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from foveate.clustering import dpc_knn
-from foveate.errors import FoveateError
-from foveate.method import ModelFacts, Positions, Step, register
+from foveate.errors import FoveateError, LayerError
+from foveate.method import ModelFacts, Need, Positions, Step, by_count, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -29,21 +29,51 @@ from foveate.video import (
     VideoMethod,
     by_frame,
     check_shares,
+    everything,
     exact,
     together,
     unit,
 )
 
 
-@register("prunevid", stage="pre_llm", paper="Huang et al. 2025, arXiv:2412.16117")
+@register(
+    "prunevid",
+    stage="pre_llm",
+    needs=("question_attention",),
+    paper="Huang et al. 2025, arXiv:2412.16117",
+)
 @dataclass(frozen=True)
 class PruneVid(VideoMethod):
-    """Merge tokens of a video by scene."""
+    """Merge the tokens of a video scene by scene, then keep those that the question attends to.
+
+    Before the language model, frames are clustered into scenes. Where a place of the grid hardly
+    changes over a scene its tokens are averaged, and both these static tokens and the dynamic ones
+    of each frame are clustered and averaged. Inside, the static tokens of a scene and the dynamic
+    ones of a frame are cut to a share each, in the caches of all layers. Images pass untouched.
+
+    Args:
+        tau: mean cosine over the frames of a scene above which a place is static.
+        frame_ratio: clusters of frames, as a share of the frames.
+        cluster_ratio: what clustering leaves of static tokens, or of a frame's dynamic ones; at
+            most 2k tokens stay as they are.
+        alpha: share kept inside the language model, truncated; 1.0 does without that step.
+        layer: decoder layer before which it happens; the attention is that of the layer before.
+            `None` scales the release's choice, 11 of 32 layers, to layers that can rank tokens.
+        k: neighbours that make up a density.
+        keep: not used; what is alike decides.
+        positions: `None` gives merged tokens consecutive positions (`renumbered`), scene by scene,
+            as the reference does, where positions are single numbers; `original` puts them where
+            their cluster's center is. The later cut leaves positions as they are.
+
+    Cost: cosines of a scene's frames, O(V·D), O(P²·D) for each frame, and the question's rows of
+    attention in one layer.
+    """
 
     tau: float = 0.8
     frame_ratio: float = 0.25
     cluster_ratio: float = 0.5
     alpha: float = 0.4
+    layer: int | None = None
     k: int = 7
     keep: None = None
     positions: Positions | None = None
@@ -52,7 +82,8 @@ class PruneVid(VideoMethod):
         """Check the fields.
 
         Raises:
-            FoveateError: one is out of range.
+            FoveateError: a share is out of range, or `k` is below 1.
+            LayerError: `layer` is below 1.
         """
         super().__post_init__()
         check_shares(
@@ -63,10 +94,48 @@ class PruneVid(VideoMethod):
         )
         if self.k < 1:
             raise FoveateError(f"k must be 1 or more, got {self.k} in prunevid")
+        if self.layer is not None and self.layer < 1:
+            raise LayerError(
+                f"prunevid ranks tokens in layer - 1, so layer must be at least 1, got {self.layer}"
+            )
+
+    @property
+    def step_count(self) -> int:
+        """One step before the language model, and one inside unless all is kept there."""
+        return 1 + (self.alpha < 1)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector; it needs nothing but the features."""
-        return (Step("pre_llm"),)
+        """Merging, which needs nothing but the features, and the cut inside the language model."""
+        merge = Step("pre_llm")
+        if self.alpha == 1:
+            return (merge,)
+        layer = self._published(model) if self.layer is None else self.layer
+        asked = Need("question_attention", (layer - 1,))
+        return (merge, Step("llm", layer, (asked,), stay=True, forget=True))
+
+    def _published(self, model: ModelFacts) -> int:
+        """The layer behind the one that can rank tokens and is nearest to the release's."""
+        first, last = max(model.first_llm_layer, 1), model.text_layers - 1
+        legal = [i + 1 for i in model.attention_layers if first <= i + 1 <= last]
+        if not legal:
+            raise LayerError(
+                "prunevid finds no layer of this model whose attention can rank tokens for a cut "
+                "behind it; use alpha=1.0, which does without"
+            )
+        return min(legal, key=lambda layer: abs(layer - model.text_layers * 11 / 32))
+
+    def split(self, tokens: VisualTokens) -> Parts:
+        """Merge before the language model, and cut inside."""
+        if tokens.place == "pre_llm":
+            return super().split(tokens)
+        if tokens.label is None:  # an image
+            return everything(tokens)
+        scores = tokens.signal("question_attention").amax((1, 2, 3))
+        kept = highest(scores, tokens.label, self.alpha)
+        return [
+            (tuple(members), Reduction(kept[members].nonzero()[:, 1].view(-1, count)))
+            for count, members in by_count(kept.sum(1)).items()
+        ]
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Reduce each video by itself, as their scenes differ."""
@@ -110,6 +179,27 @@ class PruneVid(VideoMethod):
         survivors.average(
             index.flatten(), place.flatten(), joined.expand_as(place).flatten(), groups
         )
+
+
+def highest(scores: Tensor, label: Tensor, share: float) -> Tensor:
+    """Mark the highest scores of each set of tokens.
+
+    Args:
+        scores: (G, V).
+        label: (G, V) the set that each token is in; those labelled -1 all stay.
+        share: what is kept of a set, truncated.
+
+    Returns:
+        (G, V) bool.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(1, label.gather(1, order).argsort(dim=-1, stable=True))
+    sets = label.gather(1, order)  # ascending, the highest scores of a set first
+    first = torch.searchsorted(sets, sets)
+    size = torch.searchsorted(sets, sets, right=True) - first
+    rank = torch.arange(sets.shape[1], device=sets.device) - first
+    kept = (rank < (size.double() * share).long()) | (sets < 0)
+    return torch.zeros_like(kept).scatter(1, order, kept)
 
 
 def likeness_over_time(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class Reader:
             row for row, images in enumerate(rows) for _ in range(images)
         ]
         check_tokens(record, inputs)
-        check_cache(record, out.past_key_values)
+        check_cache(session, out.past_key_values)
         for state, row in zip(states[0][:, -1], alone, strict=True):
             want = model.model(**fresh(row)).last_hidden_state[0, -1]
             torch.testing.assert_close(state, want, rtol=0, atol=TOLERANCE)
@@ -136,7 +136,7 @@ def subjects():
 
 
 def promised(method, family, total):
-    """Tokens of an image of so many that a method promises to leave at each of its places, at most."""
+    """Tokens that a method promises to leave of so many at each of its places."""
     alive, counts = total, {}
     for number, step in enumerate(method.steps(family)):
         if not isinstance(method, Adaptive):
@@ -177,10 +177,16 @@ def check_tokens(record, inputs):
     assert record.layer_tokens[-1] == left
 
 
-def check_cache(record, cache):
-    """Every layer holds what it saw of the longest row, and what was generated since."""
-    assert len(cache.layers) == len(record.layer_tokens)
-    for layer, tokens in zip(cache.layers, record.layer_tokens, strict=True):
+def check_cache(session, cache):
+    """Every layer holds what it saw of the longest row and did not forget, and what was generated
+    since.
+    """
+    (method,), held = session.methods, list(session.record.layer_tokens)
+    assert len(cache.layers) == len(held)
+    for step in method.steps(session.family):
+        if step.forget:
+            held[: step.layer] = [held[step.layer]] * step.layer
+    for layer, tokens in zip(cache.layers, held, strict=True):
         window = getattr(layer, "sliding_window", None) or 10**9
         assert layer.keys.shape[2] == min(max(tokens) + TOKENS - 1, window - 1)
 

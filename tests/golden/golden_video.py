@@ -4,6 +4,7 @@ import json
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 from torch import Tensor
@@ -28,6 +29,7 @@ def checks(case: Case) -> dict[str, Check]:
         "prunevid": {
             "window_sizes": _check_windows,
             "merged": _check_prunevid,
+            "kept_sorted": _check_asked,
         },
         "holitom": {"segments": _check_segments, "output_tokens": _check_holitom},
     }
@@ -47,7 +49,7 @@ def _video(x: Tensor, frames: int, **signals: Tensor) -> VisualTokens:
     """One video of (V, D) tokens."""
     index = torch.arange(len(x))[None]
     grid = (1, len(x) // frames)
-    return VisualTokens(lambda: x[None], index, grid, (0,), signals, frames=frames)
+    return VisualTokens(lambda: x[None], index, grid, (0,), signals, place="pre_llm", frames=frames)
 
 
 def _only(method: Any, tokens: VisualTokens) -> Reduction:
@@ -134,6 +136,30 @@ def _check_prunevid(case: Case) -> None:
     )
     reduction = _only(method, _video(arrays["frames"][0], params["num_frames"]))
     assert_close(reduction.apply(arrays["frames"]), arrays["merged"], VALUES, "values")
+
+
+def _check_asked(case: Case) -> None:
+    """The cut inside the language model, on recorded attention."""
+    params, arrays = _params(case), case.arrays
+    sizes = []  # of each set: a window's static tokens, then each of its frames
+    for frames, static, dynamic in zip(
+        *(arrays[f"{kind}_sizes"].tolist() for kind in ("window", "static", "dynamic")), strict=True
+    ):
+        sizes += [static, *([dynamic // frames] * frames)]
+    label = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[None]
+    attention = arrays["text_to_image_attn"][:, None]  # one layer
+    tokens = VisualTokens(
+        lambda: pytest.fail("the cut needs no features"),
+        torch.arange(label.shape[1])[None],
+        (1, label.shape[1]),
+        (0,),
+        {"question_attention": attention},
+        place="llm:11",
+        frames=2,
+        label=label,
+    )
+    reduction = _only(PruneVid(alpha=params["alpha"]), tokens)
+    assert_same(reduction.index[0], arrays["kept_sorted"], "kept")
 
 
 def _holitom(case: Case) -> HoliTom:

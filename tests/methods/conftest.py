@@ -20,6 +20,8 @@ class Facts:
     text_layers: int = 32
     vision_layers: int = 24
     feature_layer: int = 22
+    first_llm_layer: int = 0
+    attention_layers: tuple[int, ...] = tuple(range(32))
 
 
 @pytest.fixture
@@ -66,6 +68,7 @@ def make_videos() -> Callable[..., VisualTokens]:
             rows=tuple(range(videos)),
             signals=signals,
             frames=frames,
+            place="pre_llm",
         )
 
     return make

@@ -1,12 +1,13 @@
 """PruneVid before the language model: scenes, static and dynamic tokens."""
 
+from dataclasses import replace
 from itertools import groupby, pairwise
 
 import pytest
 import torch
 
-from foveate.errors import FoveateError
-from foveate.methods.prunevid import PruneVid, likeness_over_time, windows
+from foveate.errors import FoveateError, LayerError
+from foveate.methods.prunevid import PruneVid, highest, likeness_over_time, windows
 
 
 def values(method, tokens):
@@ -90,3 +91,76 @@ def test_wrong_arguments_are_refused():
     for fields in ({"frame_ratio": 1.5}, {"cluster_ratio": -0.1}, {"alpha": 2.0}, {"k": 0}):
         with pytest.raises(FoveateError, match="must be"):
             PruneVid(**fields)
+    with pytest.raises(LayerError, match="at least 1"):
+        PruneVid(layer=0)
+
+
+# -- inside the language model
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_the_highest_of_each_set_stay(share):
+    """Against a loop over sets; labels in any order, ties to the lower index."""
+    scores = torch.randint(0, 5, (3, 40)) / 4
+    label = torch.randint(-1, 4, (3, 40))
+    kept = highest(scores, label, share)
+    for image in range(3):
+        want = set((label[image] == -1).nonzero()[:, 0].tolist())
+        for number in range(4):
+            members = (label[image] == number).nonzero()[:, 0].tolist()
+            best = sorted(members, key=lambda i: -float(scores[image, i]))
+            want |= set(best[: int(share * len(members))])
+        assert kept[image].nonzero()[:, 0].tolist() == sorted(want)
+
+
+def test_each_scene_and_frame_has_its_quota(make_videos):
+    """From merging to the cut: labels count scenes' static tokens and frames' dynamic ones."""
+    tokens = make_videos(scenes(2, 12, 36), behind=1)
+    found = PruneVid(alpha=0.5).split(tokens)
+    for members, reduction in found:
+        for number in range(len(members)):
+            label, index = reduction.label[number], reduction.index[number]
+            assert label[-1] == -1
+            assert (label[:-1].diff() >= 0).all()
+            for one in label[:-1].unique():  # a set lies in one frame: static ones in its first
+                frames = index[label == one] // 36
+                assert (frames == frames[0]).all()
+        attention = torch.rand(len(members), 1, 2, 3, reduction.kept)
+        inside = replace(
+            tokens,
+            index=tokens.index[list(members)].gather(1, reduction.index),
+            signals={"question_attention": attention},
+            label=reduction.label,
+            place="llm:3",
+        )
+        scores = attention.amax((1, 2, 3))
+        parts = PruneVid(alpha=0.5).split(inside)
+        assert sorted(i for part, _ in parts for i in part) == list(range(len(members)))
+        for part, cut in parts:
+            for n, image in enumerate(part):
+                want = highest(scores[[image]], reduction.label[[image]], 0.5)[0]
+                assert cut.index[n].tolist() == want.nonzero()[:, 0].tolist()
+                assert cut.index[n, -1] == reduction.kept - 1
+
+
+def test_images_pass_the_cut(make_tokens):
+    tokens = replace(make_tokens(images=2), place="llm:3")
+    ((_, reduction),) = PruneVid().split(tokens)
+    assert torch.equal(reduction.index, torch.arange(24).expand(2, -1))
+
+
+def test_the_cut_is_behind_a_layer_that_can_rank(facts):
+    def layer(**fields):
+        return PruneVid().steps(facts(**fields))[1].layer
+
+    assert layer() == 11
+    assert layer(text_layers=28, attention_layers=tuple(range(28))) == 10
+    assert layer(attention_layers=(5, 11, 17, 23, 29)) == 12
+    assert layer(text_layers=2, attention_layers=(0, 1)) == 1
+    assert layer(first_llm_layer=14) == 14
+    (merge, cut) = PruneVid(layer=4).steps(facts())
+    assert cut.needs[0].layers == (3,)
+    assert (cut.stay, cut.forget) == (True, True)
+    assert PruneVid(alpha=1.0).steps(facts()) == (merge,)
+    with pytest.raises(LayerError, match=r"alpha=1\.0"):
+        layer(attention_layers=(31,))

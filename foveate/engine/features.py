@@ -38,7 +38,8 @@ class Encoded:
         arguments: those that say where tokens lie (`Family.placed_by`).
         order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
             their rows; empty while that is raster order.
-        labels: for each image, number of a method -> (K) its labels, in the same order.
+        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
+        labels: for each image, number of a method -> (K) its labels, in the order of their rows.
     """
 
     shapes: Sequence[Shape]
@@ -47,6 +48,7 @@ class Encoded:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
     labels: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
@@ -183,11 +185,11 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
+    left = [len(index) for index, _, _ in survivors]
+    order = [index for index, _, _ in survivors] if ordered else []
     labels = [label for _, _, label in survivors]
-    if ordered or any(labels):
-        order = [index for index, _, _ in survivors] if ordered else []
-        output.encoded = replace(encoded, order=order, labels=labels)
-    if sum(len(index) for index, _, _ in survivors) == sum(lengths):
+    output.encoded = replace(encoded, order=order, left=left, labels=labels)
+    if sum(left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
     slots = [index.sort().values for index, _, _ in survivors]

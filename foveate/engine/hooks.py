@@ -356,12 +356,13 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order, labels = known.order, known.labels
-            if order and len(order) != len(source):  # reduced before beams were made of it
-                order = [order[i] for i in source]
-            if labels and len(labels) != len(source):
-                labels = [labels[i] for i in source]
-            parts.append(Part(mask, shapes, dead, before, places, order, labels))
+            order, left = known.order, known.left if self.plan.marks else []
+            labels = known.labels
+            if len(left) != len(source):  # reduced before beams were made of it
+                order, left, labels = (
+                    [each[i] for i in source] if each else [] for each in (order, left, labels)
+                )
+            parts.append(Part(mask, shapes, dead, before, places, order, left, labels))
         return parts
 
     def _place(

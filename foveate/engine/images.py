@@ -100,6 +100,7 @@ class Part:
         places: for each image, how to find out where in it the tokens lie.
         order: for each image, (K) raster positions alive in the order of their columns; empty where
             all are in raster order.
+        left: for each image, how many tokens are alive; empty where it is not known.
         labels: for each image, number of a method -> (K) its labels, in the order of columns.
     """
 
@@ -109,6 +110,7 @@ class Part:
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
     order: Sequence[Tensor] = ()
+    left: Sequence[int] = ()
     labels: Sequence[Mapping[int, Tensor]] = ()
 
 
@@ -205,9 +207,10 @@ def _spans(part: Part) -> list[_Span]:
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
     orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
+    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
     labels = part.labels or [{}] * len(part.shapes)
-    images = zip(part.shapes, before, places, orders, labels, strict=True)
-    for shape, kept, place, order, label in images:
+    images = zip(part.shapes, before, places, orders, left, labels, strict=True)
+    for shape, kept, place, order, expected, label in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -218,7 +221,14 @@ def _spans(part: Part) -> list[_Span]:
             raise InputError(
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
-        index = living.nonzero()[:, 0] if order is None else order.cpu()
+        index = living.nonzero()[:, 0]
+        if expected is not None and len(index) != expected:
+            raise InputError(
+                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
+                "overflow in float16?), or in what a method makes of merged tokens"
+            )
+        index = index if order is None else order.cpu()
         spans.append(_Span(row, at[:, 1], index, shape, kept, place, label))
     return spans
 

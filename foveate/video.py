@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.errors import FoveateError, InputError
+from foveate.errors import BudgetError, FoveateError, InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -36,7 +36,7 @@ class VideoMethod(Adaptive):
         Raises:
             InputError: tokens are missing from the frames.
         """
-        if tokens.frames == 1:
+        if tokens.frames == 1 or self.keep == 1.0:
             return everything(tokens)
         cells = tokens.frames * prod(tokens.grid)
         if tokens.count < cells or bool((tokens.index[:, -1] != tokens.count - 1).any()):
@@ -152,6 +152,19 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
 def unit(x: Tensor) -> Tensor:
     """Rows of unit length; rows of zero length stay zero."""
     return F.normalize(x, dim=-1, eps=1e-12)
+
+
+def check_switch(slug: str, keep: object) -> None:
+    """Check the `keep` of a method that finds out from a video how much survives.
+
+    Raises:
+        BudgetError: it is neither `None` nor 1.0, which removes nothing.
+    """
+    if keep not in (None, 1.0) or type(keep) is int:
+        raise BudgetError(
+            f"{slug} cannot be given a budget, as the video decides; leave keep=None, or 1.0 to "
+            f"remove nothing, got {keep!r}"
+        )
 
 
 def check_shares(slug: str, **shares: float) -> None:

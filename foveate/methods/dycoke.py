@@ -19,7 +19,15 @@ from foveate.errors import InputError
 from foveate.method import ModelFacts, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
-from foveate.video import Parts, VideoMethod, by_frame, check_shares, exact, similarity
+from foveate.video import (
+    Parts,
+    VideoMethod,
+    by_frame,
+    check_shares,
+    check_switch,
+    exact,
+    similarity,
+)
 
 WINDOW = 4
 """Frames of which the first stays whole."""
@@ -36,7 +44,7 @@ class DyCoke(VideoMethod):
     Args:
         k: share of the tokens that a compared frame loses.
         as_released: reproduce the released code's order and frames, see above.
-        keep: not used; `k` decides.
+        keep: `None`, as `k` decides; 1.0 removes nothing.
         positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
             does, where positions are single numbers; `original` leaves them where they were.
 
@@ -45,7 +53,7 @@ class DyCoke(VideoMethod):
 
     k: float = 0.7
     as_released: bool = False
-    keep: None = None
+    keep: float | None = None
     positions: Positions | None = None
 
     def __post_init__(self) -> None:
@@ -56,6 +64,14 @@ class DyCoke(VideoMethod):
         """
         super().__post_init__()
         check_shares(self.slug, k=self.k)
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check that no budget is given.
+
+        Raises:
+            BudgetError: `keep` is neither `None` nor 1.0.
+        """
+        check_switch(self.slug, self.keep)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; it needs nothing but the features."""

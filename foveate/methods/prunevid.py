@@ -29,6 +29,7 @@ from foveate.video import (
     VideoMethod,
     by_frame,
     check_shares,
+    check_switch,
     everything,
     exact,
     together,
@@ -60,7 +61,7 @@ class PruneVid(VideoMethod):
         layer: decoder layer before which it happens; the attention is that of the layer before.
             `None` scales the release's choice, 11 of 32 layers, to layers that can rank tokens.
         k: neighbours that make up a density.
-        keep: not used; what is alike decides.
+        keep: `None`, as what is alike decides; 1.0 removes nothing.
         positions: `None` gives merged tokens consecutive positions (`renumbered`), scene by scene,
             as the reference does, where positions are single numbers; `original` puts them where
             their cluster's center is. The later cut leaves positions as they are.
@@ -75,7 +76,7 @@ class PruneVid(VideoMethod):
     alpha: float = 0.4
     layer: int | None = None
     k: int = 7
-    keep: None = None
+    keep: float | None = None
     positions: Positions | None = None
 
     def __post_init__(self) -> None:
@@ -99,15 +100,18 @@ class PruneVid(VideoMethod):
                 f"prunevid ranks tokens in layer - 1, so layer must be at least 1, got {self.layer}"
             )
 
-    @property
-    def step_count(self) -> int:
-        """One step before the language model, and one inside unless all is kept there."""
-        return 1 + (self.alpha < 1)
+    def check_budget(self, steps: int | None) -> None:
+        """Check that no budget is given.
+
+        Raises:
+            BudgetError: `keep` is neither `None` nor 1.0.
+        """
+        check_switch(self.slug, self.keep)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """Merging, which needs nothing but the features, and the cut inside the language model."""
         merge = Step("pre_llm")
-        if self.alpha == 1:
+        if self.alpha == 1 or self.keep == 1.0:
             return (merge,)
         layer = self._published(model) if self.layer is None else self.layer
         asked = Need("question_attention", (layer - 1,))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.errors import InputError
+from foveate.errors import BudgetError, InputError
 from foveate.method import get_method
 from foveate.video import everything, together
 
@@ -115,3 +115,20 @@ def test_parts_have_equal_counts(make_tokens):
     ((_, small),) = everything(make_tokens(grid=(2, 2), images=1))
     parts = together([whole, small, whole])
     assert [(list(members), r.kept) for members, r in parts] == [([0, 2], 24), ([1], 4)]
+
+
+@each
+def test_nothing_is_removed_at_one(name, make_videos):
+    method = get_method(name)(**{**METHODS[name], "keep": 1.0})
+    x = torch.ones(2, 8, 20, 4)
+    tokens = make_videos(x, received_attention=torch.rand(2, 1, 160))
+    for _, reduction in method.split(tokens):
+        assert torch.equal(reduction.index, tokens.index[: len(reduction.index)])
+        assert not reduction.merges
+
+
+@pytest.mark.parametrize("name", ["dycoke", "prunevid"])
+@pytest.mark.parametrize("keep", [0.5, 1, 64, (0.5, 0.2)])
+def test_a_video_that_decides_takes_no_budget(name, keep):
+    with pytest.raises(BudgetError, match="cannot be given a budget"):
+        get_method(name)(keep=keep)

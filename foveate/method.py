@@ -89,6 +89,8 @@ class Step:
         proportional: for `vision`, let a merged token count as often as it has sources in all
             attention behind this step.
         stay: for `llm`, leave survivors at their positions, whatever the method does elsewhere.
+        decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
+            attend to what the method chooses (it is a `Focuser`) by the layer before.
         forget: for `llm`, let the caches of the layers before forget what is removed.
     """
 
@@ -99,10 +101,13 @@ class Step:
     proportional: bool = False
     stay: bool = False
     forget: bool = False
+    decode: bool = False
 
     @property
     def place(self) -> str:
-        """Name of the place in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`."""
+        """Its name in reports: `vision:LAYER`, `pre_llm`, `llm:LAYER` or `decode:LAYER`."""
+        if self.decode:
+            return f"decode:{self.layer}"
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from foveate.budget import Keep
+from foveate.focus import Focus, Focuser
 from foveate.method import Adaptive, Method, Need, Scorer, Step, by_count
 from foveate.reduction import Reduction
 
@@ -130,3 +131,26 @@ class Labelling(Adaptive):
             (members, Reduction(even[members].nonzero()[:, 1].view(-1, count)))
             for count, members in by_count(even.sum(1)).items()
         ]
+
+
+@dataclass(frozen=True)
+class Glance(Method, Focuser):
+    """A new token sees the half that it attends to most of what the one before did not see."""
+
+    layer: int = 3
+    keep: Keep = 1.0
+    positions: str = "original"
+    slug, stage, needs, paper = "glance", "llm", (), ""
+
+    def steps(self, model):
+        return (Step("llm", self.layer, decode=True),)
+
+    def reduce(self, tokens, count):
+        raise AssertionError("a step on decoding removes nothing")
+
+    def focus(self, attention, real, before):
+        now = attention.mean(1)
+        rank = now.double() if before is None else now.double() - before.seen.double()
+        order = rank.masked_fill(~real, -9.0).argsort(-1, descending=True)
+        half = torch.arange(real.shape[1]) < real.sum(1, keepdim=True) // 2
+        return Focus(now, torch.zeros_like(real).scatter(1, order, half))

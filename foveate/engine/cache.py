@@ -21,6 +21,7 @@ from transformers.cache_utils import (
 
 from foveate.engine.layout import Slots
 from foveate.errors import CacheError
+from foveate.focus import Watched
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -29,6 +30,7 @@ class PrunedLayer(CacheLayerMixin):
     _layer_type = None  # keeps the subclass out of transformers' table of layer types
     slots: Slots | None
     incoming: Slots | None
+    watched: Watched | None = None  # what decoding steps choose from, in the layer where they do
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -99,7 +101,7 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty the layer."""
         super().reset()
-        self.slots = None
+        self.slots = self.watched = None
 
     def forget(self, left: Slots, source: Tensor) -> None:
         """Keep some slots only.
@@ -116,6 +118,8 @@ class PrunedLayer(CacheLayerMixin):
     def _rows(self, key: object, pick: Any) -> None:
         if self.slots is not None:
             self.slots = self.slots.rows(key, pick)
+        if self.watched is not None:
+            self.watched = self.watched.rows(pick)
 
 
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):

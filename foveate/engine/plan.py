@@ -41,12 +41,14 @@ class Plan:
         vision: steps inside the encoder, by layer.
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
+        focus: the step that acts on decoding, if there is one.
     """
 
     methods: tuple[Method, ...]
     vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
+    focus: PlannedStep | None = None
 
     @classmethod
     def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
@@ -86,10 +88,16 @@ class Plan:
         _check_signals(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
-            chosen = (s for s in steps if s.step.stage == stage)
+            chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
             return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
 
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"))
+        focus = [s for s in steps if s.step.decode]
+        if len(focus) > 1:
+            raise LayerError(
+                f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
+                "steps attend to; use one of them"
+            )
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), *focus)
 
     @property
     def marks(self) -> bool:
@@ -131,7 +139,8 @@ class Plan:
         """First decoder layer that the session touches."""
         if self.marks or any(s.step.forget for s in self.llm):
             return 0
-        return min({s.step.layer for s in self.llm} | set(self.looks), default=0)
+        focus = set() if self.focus is None else {self.focus.step.layer - 1}
+        return min({s.step.layer for s in self.llm} | set(self.looks) | focus, default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -196,6 +205,14 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
             f"layers 0 to {family.text_layers - 1}"
         )
+    if step.decode:
+        if step.layer < 1 or step.layer - 1 not in family.attention_layers:
+            raise LayerError(
+                f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
+                "which must see the whole sequence; layers that do are "
+                f"{', '.join(map(str, family.attention_layers))}"
+            )
+        return
     if step.layer < family.first_llm_layer:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "

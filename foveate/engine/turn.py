@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
+from foveate.engine.focusing import Focusing
 from foveate.engine.images import Group, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -86,6 +87,7 @@ class Turn:
         self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
         self.begin_of: dict[tuple[int, int], int] = {}  # tokens where (method, image) began
         self.looks = Looks(self)
+        self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
@@ -109,6 +111,8 @@ class Turn:
             hidden = self._reduce(number, layer, hidden, kwargs)
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)
+        if self.focusing is not None:
+            kwargs = self.focusing.enter(number, layer, hidden, kwargs)
         cache = kwargs.get("past_key_values")
         if self.layout is self.full and not _is_pruned(cache, number):
             return hidden, kwargs
@@ -323,6 +327,13 @@ class Turn:
         return torch.searchsorted(
             layout.index[self.row_index(part)[:, 0]].contiguous(), part.columns.contiguous()
         )
+
+    def slots_of(self, cache: Any, number: int) -> Slots:
+        """What a cache layer holds before this forward."""
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+        if isinstance(held, PrunedLayer) and held.slots is not None:
+            return held.slots
+        return self.fresh
 
     def row_index(self, part: Group) -> Tensor:
         """(G, 1) row of the batch of each image."""

@@ -139,6 +139,8 @@ def promised(method, family, total):
     """Tokens that a method promises to leave of so many at each of its places."""
     alive, counts = total, {}
     for number, step in enumerate(method.steps(family)):
+        if step.decode:  # removes nothing
+            continue
         if not isinstance(method, Adaptive):
             alive = method.count(alive, total, step, number)
         counts[step.place] = alive

@@ -204,18 +204,18 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     began: list[dict[int, int]] = [{} for _ in source]
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
     left = [
-        Left(len(index), begun, index if ordered else None)
-        for (index, _), begun in zip(survivors, began, strict=True)
+        Left(len(index), begun, labels, index if ordered else None)
+        for (index, _, labels), begun in zip(survivors, began, strict=True)
     ]
     output.encoded = replace(encoded, left=left)
-    if sum(image.count for image in left) == sum(lengths):
+    if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
-    slots = [index.sort().values for index, _ in survivors]
+    slots = [index.sort().values for index, _, _ in survivors]
     where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([values[number] for _, values in survivors])
+        values = torch.cat([values[number] for _, values, _ in survivors])
         blank = torch.full_like(rows_of_sheets[number], torch.nan)
         marked.append(_like(sheet, blank.index_copy(0, where, values)))
     output.pooler_output = marked[0]
@@ -231,9 +231,9 @@ def _reduce(
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
     began: list[dict[int, int]],
-) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
-    """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
-    and whether that may differ from raster order.
+) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
+    """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
+    in order; and whether that may differ from raster order.
 
     The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
     filled in, as in `Encoded`.
@@ -273,7 +273,7 @@ def _reduce(
     for (method, image), tokens in begin.items():
         began[image][method] = tokens
     result = {
-        image: (group.index[i], [x[i] for x in xs])
+        image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
         for group, xs in alive
         for i, image in enumerate(group.images)
     }

@@ -212,6 +212,7 @@ class Hooks:
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
+        self._check_decoding(cache)
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
@@ -221,7 +222,9 @@ class Hooks:
             past=past,
             device=sequence.device,
             groups=groups,
-            real=real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
+            real=real_positions(kwargs.get("attention_mask"), past + length)
+            if groups or self.plan.focus
+            else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
@@ -446,8 +449,19 @@ class Hooks:
             "encodes videos as images cannot be served with videos: run them without a session"
         )
 
+    def _check_decoding(self, cache: Cache | None) -> None:
+        """Refuse ways of generating in which a decoding step cannot choose."""
+        local, focus = self._local, self.plan.focus
+        if focus is None or local.requests is None or (cache is not None and not local.trailing):
+            return
+        raise InputError(
+            f"{focus.method.slug} chooses at each decoding step what it attends to in the cache, "
+            "which needs one token a step and a cache; use greedy search, sampling or beam search "
+            "with use_cache=True, or turn that step off"
+        )
+
     def _check_slice(self) -> None:
-        if self.plan.llm or self.plan.waits:
+        if self.plan.llm or self.plan.waits or self.plan.focus:
             names = ", ".join(m.slug for m in self.plan.methods)
             raise InputError(
                 f"chunked prefill cannot be used with {names}: each chunk would choose tokens by "

@@ -46,6 +46,7 @@ class Plan:
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
         work: decoder layer -> what it computes of visual tokens, where that is not everything.
+        focus: the step that acts on decoding, if there is one.
     """
 
     methods: tuple[Method, ...]
@@ -53,6 +54,7 @@ class Plan:
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
     work: Mapping[int, Work] = field(default_factory=dict)
+    focus: PlannedStep | None = None
 
     @classmethod
     def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
@@ -72,7 +74,7 @@ class Plan:
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step, renumber, parks)
+                PlannedStep(method, method_number, i, step, renumber and not step.stay, parks)
                 for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
@@ -93,11 +95,17 @@ class Plan:
         _check_parking(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
-            chosen = (s for s in steps if s.step.stage == stage)
+            chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
             return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
 
+        focus = [s for s in steps if s.step.decode]
+        if len(focus) > 1:
+            raise LayerError(
+                f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
+                "steps attend to; use one of them"
+            )
         work = _work(family, methods)
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work)
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
 
     @property
     def asks(self) -> bool:
@@ -148,9 +156,10 @@ class Plan:
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
-        if self.marks:
+        if self.marks or any(s.step.forget for s in self.llm):
             return 0
-        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work}, default=0)
+        focus = set() if self.focus is None else {self.focus.step.layer - 1}
+        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work, *focus}, default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -235,6 +244,14 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
             f"layers 0 to {family.text_layers - 1}"
         )
+    if step.decode:
+        if step.layer < 1 or step.layer - 1 not in family.attention_layers:
+            raise LayerError(
+                f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
+                "which must see the whole sequence; layers that do are "
+                f"{', '.join(map(str, family.attention_layers))}"
+            )
+        return
     if step.layer < family.first_llm_layer:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "

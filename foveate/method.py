@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor
@@ -110,6 +112,7 @@ class Method(ABC):
     rounding: ClassVar[Callable[[float], int]] = math.floor
     published_positions: ClassVar[Positions] = "renumbered"
     note: ClassVar[str] = ""  # what every report must say of the method
+    adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
     keep: Keep | None
     positions: Positions | None
 
@@ -195,6 +198,52 @@ class Scorer(Method):
         return Reduction.top(self.scores(tokens), count)
 
 
+class Adaptive(Method):
+    """A method that finds out from the tokens how many of them survive.
+
+    It acts behind the encoder. Its `keep` may be `None`.
+    """
+
+    adaptive = True
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep` if there is one.
+
+        Raises:
+            BudgetError: `keep` is out of range or does not fit.
+        """
+        if self.keep is not None:
+            super().check_budget(steps)
+
+    @abstractmethod
+    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        """Reduce G images of V tokens, each to a number of its own.
+
+        Returns:
+            Members of the G, and their reduction: a part for each number of survivors. Every member
+            is in one part.
+        """
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Not used: `split` decides the count."""
+        raise NotImplementedError(f"{self.slug} decides by itself how many tokens survive")
+
+
+def by_count(counts: Tensor) -> dict[int, list[int]]:
+    """Group images by how many of their tokens survive.
+
+    Args:
+        counts: (G) integers.
+
+    Returns:
+        Count -> members, both ascending.
+    """
+    groups: dict[int, list[int]] = {}
+    for member, count in enumerate(counts.tolist()):
+        groups.setdefault(count, []).append(member)
+    return dict(sorted(groups.items()))
+
+
 _REGISTRY: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
 
@@ -233,7 +282,7 @@ def register(
 
 def list_methods() -> list[str]:
     """Names of all registered methods, sorted."""
-    _load_builtin()
+    _load()
     return sorted(_REGISTRY)
 
 
@@ -247,7 +296,7 @@ def get_method(name: str) -> type[Method]:
         >>> get_method("fastv")(layer=2, keep=0.5)
         FastV(layer=2, keep=0.5, positions=None)
     """
-    _load_builtin()
+    _load()
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = difflib.get_close_matches(name.lower(), _REGISTRY, n=3, cutoff=0.5)
@@ -257,5 +306,21 @@ def get_method(name: str) -> type[Method]:
     raise UnknownMethodError(f"unknown method {name!r}; {hint}")
 
 
-def _load_builtin() -> None:
+@functools.cache
+def _load() -> None:
+    """Import the built-in methods, and those that other packages offer.
+
+    Raises:
+        FoveateError: a package's entry point cannot be loaded.
+    """
     import foveate.methods  # noqa: F401  registers every built-in method
+
+    for point in entry_points(group="foveate.methods"):
+        try:
+            point.load()
+        except Exception as error:  # somebody else's code may raise anything
+            where = point.dist.name if point.dist else "an installed package"
+            raise FoveateError(
+                f"{where} offers the method {point.name!r} as {point.value!r}, which cannot be "
+                f"loaded ({type(error).__name__}: {error}); repair or uninstall it"
+            ) from error

@@ -37,8 +37,8 @@ class VisualTokens:
 
     Args:
         features: returns (G, V, D) token values; called only when a method asks for `x`.
-        index: (G, V) position of each token in its image's raster order; ascending, except inside
-            an encoder after a merge.
+        index: (G, V) position of each token in its image's raster order; ascending, except behind a
+            method that orders its survivors, and inside an encoder after a merge.
         grid: (height, width) of the image's token grid, of one frame in a video, before anything
             was removed.
         rows: row of the batch that each image belongs to.
@@ -47,6 +47,7 @@ class VisualTokens:
             one.
         special: inside an encoder, the class, distillation and register tokens that precede the
             patches; they are not among the V.
+        place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         frames: frames of a video, one behind the other; 1 for an image.
     """
 
@@ -57,6 +58,7 @@ class VisualTokens:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     merged: Tensor | None = None
     special: int = 0
+    place: str = ""
     frames: int = 1
 
     @property

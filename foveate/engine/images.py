@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
+from foveate.method import Adaptive
 from foveate.reduction import Reduction
 from foveate.tiles import Placed
 from foveate.tokens import Shape, VisualTokens
@@ -31,21 +32,25 @@ class Group:
     Args:
         images: number of each image within the forward, in order of appearance.
         rows: row of the batch of each image.
-        index: (G, V) raster positions alive, ascending.
+        index: (G, V) raster positions alive; ascending, unless a method orders its survivors.
         shape: tokens, grid and frames of each image before anything was removed.
-        columns: (G, V) logical position of each living token in its row; `None` while only
-            features are known.
+        ends: for each image, logical position of its last token, alive or not.
+        columns: (G, V) logical position in its row of each living token, ascending; `None` while
+            only features are known.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
+        ordered: whether `index` need not ascend.
     """
 
     images: tuple[int, ...]
     rows: tuple[int, ...]
     index: Tensor
     shape: Shape
+    ends: tuple[int, ...] = ()
     columns: Tensor | None = None
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
+    ordered: bool = False
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -57,6 +62,7 @@ class Group:
             images=tuple(self.images[i] for i in members),
             rows=tuple(self.rows[i] for i in members),
             index=self.index[chosen],
+            ends=tuple(self.ends[i] for i in members) if self.ends else (),
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
@@ -65,7 +71,14 @@ class Group:
     def reduced(self, reduction: Reduction) -> Group:
         """The group after a reduction."""
         columns = None if self.columns is None else self.columns.gather(1, reduction.index)
-        return replace(self, index=self.index.gather(1, reduction.index), columns=columns)
+        if columns is not None and reduction.ordered:
+            columns = columns.sort(dim=1).values
+        return replace(
+            self,
+            index=self.index.gather(1, reduction.index),
+            columns=columns,
+            ordered=self.ordered or reduction.ordered,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +92,9 @@ class Part:
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
+        order: for each image, (K) raster positions alive in the order of their columns; empty where
+            all are in raster order.
+        left: for each image, how many tokens are alive; empty where it is not known.
     """
 
     visual: Tensor
@@ -86,6 +102,8 @@ class Part:
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
+    order: Sequence[Tensor] = ()
+    left: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +119,7 @@ class _Span:
 def group_features(
     shapes: Sequence[Shape],
     rows: Sequence[int],
+    ends: Sequence[int],
     device: torch.device,
     alive: Sequence[Tensor] | None = None,
 ) -> list[Group]:
@@ -109,6 +128,7 @@ def group_features(
     Args:
         shapes: tokens, grid and frames of each image.
         rows: row of the batch of each image.
+        ends: logical position of each image's last token; empty where it is not known.
         device: where the features live.
         alive: (K) raster positions that the encoder has left of each image; `None` for all.
     """
@@ -124,6 +144,7 @@ def group_features(
             if alive is None
             else torch.stack([alive[i] for i in images]).to(device),
             shape,
+            tuple(ends[i] for i in images) if ends else (),
         )
         for (shape, _), images in alike.items()
     ]
@@ -150,9 +171,13 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             tuple(spans[i].row for i in images),
             torch.stack([spans[i].index for i in images]).to(device),
             shape,
-            torch.stack([spans[i].columns[spans[i].index] for i in images]).to(device),
+            tuple(int(spans[i].columns[-1]) for i in images),
+            torch.stack([spans[i].columns[spans[i].index.sort().values] for i in images]).to(
+                device
+            ),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
+            any(part.order for part in parts),
         )
         for (shape, _), images in alike.items()
     ]
@@ -171,7 +196,10 @@ def _spans(part: Part) -> list[_Span]:
     start = 0
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
-    for shape, kept, place in zip(part.shapes, before, places, strict=True):
+    orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
+    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
+    images = zip(part.shapes, before, places, orders, left, strict=True)
+    for shape, kept, place, order, expected in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -182,18 +210,27 @@ def _spans(part: Part) -> list[_Span]:
             raise InputError(
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
-        spans.append(_Span(row, at[:, 1], living.nonzero()[:, 0], shape, kept, place))
+        index = living.nonzero()[:, 0]
+        if expected is not None and len(index) != expected:
+            raise InputError(
+                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
+                "overflow in float16?), or in what a method makes of merged tokens"
+            )
+        index = index if order is None else order.cpu()
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place))
     return spans
 
 
-def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> list[int]:
-    """The row of the batch of each image.
+def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> tuple[list[int], list[int]]:
+    """The row of the batch of each image, and the logical position of its last token.
 
     Args:
         visual: (B, T) placeholders.
         shapes: tokens, grid and frames of each image, in order of appearance.
     """
-    return [span.row for span in _spans(Part(visual, shapes))]
+    spans = _spans(Part(visual, shapes))
+    return [span.row for span in spans], [int(span.columns[-1]) for span in spans]
 
 
 def split_by_count(
@@ -244,20 +281,38 @@ def reduce_group(
     alive = group.index.shape[1]
     for image in group.images:
         begin.setdefault((planned.method_number, image), alive)
-    result: list[tuple[Group, Group, Reduction | None]] = []
-    for wanted, members in split_by_count(planned, group, begin, request).items():
-        part = group.pick(members)
-        if wanted == alive:
-            result.append((part, part, None))
-            continue
-        tokens = VisualTokens(
-            features=lambda part=part: features(part),  # type: ignore[misc]
+    method = planned.method
+    if not alive:
+        return [(group, group, None)]
+
+    def tokens(part: Group) -> VisualTokens:
+        return VisualTokens(
+            features=lambda: features(part),
             index=part.index,
             grid=part.shape.grid,
             rows=part.rows,
             signals=signals(part),
+            place=planned.step.place,
             frames=part.shape.frames,
         )
-        reduction = planned.method.reduce(tokens, wanted)
+
+    result: list[tuple[Group, Group, Reduction | None]] = []
+
+    def add(part: Group, reduction: Reduction) -> None:
+        if reduction.ordered and not planned.renumber:
+            reduction = reduction.in_raster_order(alive)
         result.append((part, part.reduced(reduction), reduction))
+
+    if isinstance(method, Adaptive):
+        for chosen, reduction in method.split(tokens(group)):
+            add(group.pick(chosen), reduction)
+        return result
+    for wanted, members in split_by_count(planned, group, begin, request).items():
+        part = group.pick(members)
+        if wanted == alive:
+            result.append((part, part, None))
+        elif wanted == 0:
+            add(part, Reduction(part.index[:, :0]))
+        else:
+            add(part, method.reduce(tokens(part), wanted))
     return result

@@ -36,6 +36,8 @@ class Encoder:
             visual tokens are the patches, one for one.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
+        plain: whether a layer attends by the softmax of `projections` over all rows of a picture:
+            no rotary positions, no windows, no packing.
     """
 
     layers: Sequence[nn.Module]
@@ -47,6 +49,11 @@ class Encoder:
     block: Block | None = None
     extra: int = 0
     head: Any = None
+    plain: bool = True
+
+    def offers(self, signal: str) -> bool:
+        """Whether a signal of the encoder can be had of its layers."""
+        return self.plain or signal == "encoder_features"
 
     @property
     def special(self) -> int:
@@ -207,16 +214,19 @@ class Family:
         layers = [given] if isinstance(given, int) else given
         return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
 
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
-        """(H, V) attention of the class token to the visual tokens of each image.
+        """(C, V) of what the encoder says of its patches, for the visual tokens of each image.
+
+        A token made of several patches gets their mean.
 
         Args:
             modality: `image` or `video`.
-            rows: (N, H, P) class-token attention to the P patches of all N pictures, tiles or
-                frames that went through the encoder.
+            rows: (N, C, P) of the P patches of all N pictures, tiles or frames that went through
+                the encoder.
             arguments: what the features were made from.
+            newline: what tokens get that are no patches.
         """
         return list(rows)
 

@@ -45,14 +45,14 @@ class AnyRes(Llava):
             for count, row, _ in shapes
         ]
 
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """Rows of an image's tiles, packed as the model packs their features."""
         if modality != "image" or arguments.get("image_sizes") is None:
             return list(rows)
-        newline = torch.full(rows.shape[1:2], -torch.inf, device=rows.device)
-        return [image.T for image in self.packed(rows.transpose(1, 2), newline, arguments)]
+        line = torch.full(rows.shape[1:2], newline, device=rows.device, dtype=rows.dtype)
+        return [image.T for image in self.packed(rows.transpose(1, 2), line, arguments)]
 
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
@@ -161,12 +161,12 @@ class LlavaNext(AnyRes):
 
     packing_option = "vision_feature_select_strategy"
 
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """Rows of a video's frames, pooled as the model pools their features."""
         if modality == "image" or self.config.spatial_pool_mode == "conv":
-            return super().class_attention(modality, rows, arguments)
+            return super().per_token(modality, rows, arguments, newline)
         pooled = self.base.vision_resampler(rows.transpose(1, 2))
         frames = arguments["pixel_values_videos"].shape[1]
         return list(pooled.unflatten(0, (-1, frames)).flatten(1, 2).transpose(1, 2))

@@ -61,6 +61,10 @@ class ModelFacts(Protocol):
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees."""
 
+    @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
+
 
 @dataclass(frozen=True)
 class Need:

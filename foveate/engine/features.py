@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Group, group_features, reduce_group
+from foveate.engine.images import Group, Left, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.errors import InputError
@@ -34,22 +34,17 @@ class Encoded:
         shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
-        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
+        kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
-        order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
-            their rows; empty while that is raster order.
-        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
-        began: for each image, number of a method -> tokens it had where the method began.
+        left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
     shapes: Sequence[Shape]
     signals: Mapping[tuple[str, int], Sequence[Tensor]]
     pixels: Any = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    order: list[Tensor] = field(default_factory=list)
-    left: list[int] = field(default_factory=list)
-    began: list[dict[int, int]] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -201,10 +196,12 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     began: list[dict[int, int]] = [{} for _ in source]
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
-    left = [len(index) for index, _ in survivors]
-    order = [index for index, _ in survivors] if ordered else []
-    output.encoded = replace(encoded, order=order, left=left, began=began)
-    if sum(left) == sum(lengths):
+    left = [
+        Left(len(index), begun, index if ordered else None)
+        for (index, _), begun in zip(survivors, began, strict=True)
+    ]
+    output.encoded = replace(encoded, left=left)
+    if sum(image.count for image in left) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
     slots = [index.sort().values for index, _ in survivors]

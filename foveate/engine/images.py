@@ -18,10 +18,11 @@ from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
+from foveate.tiles import Placed
 from foveate.tokens import Shape, VisualTokens
 
 Kept = Mapping[str, Tensor]
-Place = Callable[[], Tensor]  # boxes, see ImageRecord
+Place = Callable[[], Placed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,21 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class Left:
+    """What the steps before the language model have left of an image.
+
+    Args:
+        count: tokens alive.
+        began: number of a method -> tokens it had where the method began.
+        index: (K) raster positions alive in the order of their columns; `None` for raster order.
+    """
+
+    count: int
+    began: Mapping[int, int]
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Images of one modality in a forward.
 
@@ -94,10 +110,8 @@ class Part:
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
-        order: for each image, (K) raster positions alive in the order of their columns; empty where
-            all are in raster order.
-        left: for each image, how many tokens are alive; empty where it is not known.
-        began: for each image, number of a method -> tokens it had where the method began.
+        left: for each image, what the steps before the language model have left of it; empty where
+            it is not known.
     """
 
     visual: Tensor
@@ -105,9 +119,7 @@ class Part:
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
-    order: Sequence[Tensor] = ()
-    left: Sequence[int] = ()
-    began: Sequence[Mapping[int, int]] = ()
+    left: Sequence[Left] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +194,7 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             ),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
-            any(part.order for part in parts),
+            any(left.index is not None for part in parts for left in part.left),
             tuple(spans[i].began for i in images),
         )
         for (shape, _), images in alike.items()
@@ -202,11 +214,9 @@ def _spans(part: Part) -> list[_Span]:
     start = 0
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
-    orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
-    began = part.began or [{}] * len(part.shapes)
-    images = zip(part.shapes, before, places, orders, left, began, strict=True)
-    for shape, kept, place, order, expected, counts in images:
+    lefts: Sequence[Left | None] = part.left or [None] * len(part.shapes)
+    images = zip(part.shapes, before, places, lefts, strict=True)
+    for shape, kept, place, left in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -218,14 +228,16 @@ def _spans(part: Part) -> list[_Span]:
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
         index = living.nonzero()[:, 0]
-        if expected is not None and len(index) != expected:
+        if left is not None and len(index) != left.count:
             raise InputError(
-                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                f"{left.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
                 "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
-        index = index if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, counts))
+        if left is not None and left.index is not None:
+            index = left.index.cpu()
+        began = {} if left is None else left.began
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, began))
     return spans
 
 

@@ -18,12 +18,16 @@ ADAPTERS = {
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fopru": "golden_patches",
+    "hiprune": "golden_patches",
+    "llava-prumerge": "golden_patches",
     "feather": "golden_drops",
     "holitom-inner": "golden_drops",
     "pyramiddrop": "golden_llm",
     "sparsevlm": "golden_drops",
     "tome": "golden_vision",
     "transprune": "golden_drops",
+    "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
 }
 # Where a folder holds the cases of two methods: folder and names of those of each.

@@ -27,6 +27,7 @@ class Reduction:
         share: (G, V) weight of each token in its survivor; those of a survivor sum to one.
         ordered: whether the order of survivors is meant: where they get consecutive positions, the
             language model reads them in this order.
+        carry: (G, V) what the method wants to be told again of each survivor at its next steps.
     """
 
     index: Tensor
@@ -34,6 +35,7 @@ class Reduction:
     slot: Tensor | None = None
     share: Tensor | None = None
     ordered: bool = False
+    carry: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:

@@ -49,6 +49,8 @@ class VisualTokens:
             patches; they are not among the V.
         place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         frames: frames of a video, one behind the other; 1 for an image.
+        number: which of its method's steps this is, 0-based.
+        carried: (G, V) what the method's last step before wanted carried (`Reduction.carry`).
     """
 
     features: Callable[[], Tensor]
@@ -60,6 +62,8 @@ class VisualTokens:
     special: int = 0
     place: str = ""
     frames: int = 1
+    number: int = 0
+    carried: Tensor | None = None
 
     @property
     def x(self) -> Tensor:

@@ -39,6 +39,7 @@ class Encoded:
         order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
             their rows; empty while that is raster order.
         left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
+        carried: for each image, number of a method -> (K) what it wants to be told again.
     """
 
     shapes: Sequence[Shape]
@@ -48,6 +49,7 @@ class Encoded:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
+    carried: list[dict[int, Tensor]] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -182,10 +184,10 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
+    survivors, carried, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
     left = [len(index) for index, _ in survivors]
     order = [index for index, _ in survivors] if ordered else []
-    output.encoded = replace(encoded, order=order, left=left)
+    output.encoded = replace(encoded, order=order, left=left, carried=carried)
     if sum(left) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
@@ -208,9 +210,9 @@ def _reduce(
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
-) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
+) -> tuple[list[tuple[Tensor, list[Tensor]]], list[dict[int, Tensor]], bool]:
     """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
-    and whether that may differ from raster order.
+    what methods want carried; and whether the order may differ from raster order.
 
     The first sheet holds the features, which methods see; others (DeepStack) follow it.
     """
@@ -251,8 +253,13 @@ def _reduce(
         for group, xs in alive
         for i, image in enumerate(group.images)
     }
-    ordered = any(group.ordered for group, _ in alive)
-    return [result[i] for i in range(len(sheets[0]))], ordered
+    carried = {
+        image: {number: values[i] for number, values in group.carried.items()}
+        for group, _ in alive
+        for i, image in enumerate(group.images)
+    }
+    ordered, every = any(group.ordered for group, _ in alive), range(len(sheets[0]))
+    return [result[i] for i in every], [carried[i] for i in every], ordered
 
 
 def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: Group) -> Tensor:

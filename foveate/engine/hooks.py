@@ -79,7 +79,7 @@ class Hooks:
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
-            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running)
+            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running, plan.above)
         self._local = _Local()
         self._last: Record | None = None
 
@@ -369,10 +369,11 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order, left = known.order, known.left if self.plan.marks else []
-            if len(left) != len(source):  # reduced before beams were made of it
-                order, left = ([each[i] for i in source] if each else [] for each in (order, left))
-            parts.append(Part(mask, shapes, dead, before, places, order, left))
+            found: list[Any] = [known.order, known.left, known.carried]
+            if not self.plan.marks or len(known.left) != len(source):
+                # reduced before beams were made of it
+                found = [[each[i] for i in source] if each else [] for each in found]
+            parts.append(Part(mask, shapes, dead, before, places, *found))
         return parts
 
     def _place(

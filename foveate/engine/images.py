@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class Group:
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
+        carried: number of a method -> (G, V) what it wants to be told again.
     """
 
     images: tuple[int, ...]
@@ -50,6 +51,7 @@ class Group:
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
+    carried: Mapping[int, Tensor] = field(default_factory=dict)
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -65,6 +67,7 @@ class Group:
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
+            carried={number: values[chosen] for number, values in self.carried.items()},
         )
 
     def reduced(self, reduction: Reduction) -> Group:
@@ -77,6 +80,7 @@ class Group:
             index=self.index.gather(1, reduction.index),
             columns=columns,
             ordered=self.ordered or reduction.ordered,
+            carried={n: values.gather(1, reduction.index) for n, values in self.carried.items()},
         )
 
 
@@ -94,6 +98,7 @@ class Part:
         order: for each image, (K) raster positions alive in the order of their columns; empty where
             all are in raster order.
         left: for each image, how many tokens are alive; empty where it is not known.
+        carried: for each image, number of a method -> (K) what it wants to be told again.
     """
 
     visual: Tensor
@@ -103,6 +108,7 @@ class Part:
     places: Sequence[Place | None] = ()
     order: Sequence[Tensor] = ()
     left: Sequence[int] = ()
+    carried: Sequence[Mapping[int, Tensor]] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +119,7 @@ class _Span:
     shape: Shape
     before: Kept
     place: Place | None
+    carried: Mapping[int, Tensor]
 
 
 def group_features(
@@ -177,6 +184,10 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
             any(part.order for part in parts),
+            {
+                number: torch.stack([spans[i].carried[number] for i in images]).to(device)
+                for number in spans[images[0]].carried
+            },
         )
         for (shape, _), images in alike.items()
     ]
@@ -197,8 +208,9 @@ def _spans(part: Part) -> list[_Span]:
     places = part.places or [None] * len(part.shapes)
     orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
     left: Sequence[int | None] = part.left or [None] * len(part.shapes)
-    images = zip(part.shapes, before, places, orders, left, strict=True)
-    for shape, kept, place, order, expected in images:
+    carried = part.carried or [{}] * len(part.shapes)
+    images = zip(part.shapes, before, places, orders, left, carried, strict=True)
+    for shape, kept, place, order, expected, carries in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -217,7 +229,7 @@ def _spans(part: Part) -> list[_Span]:
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
         index = index if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place))
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, carries))
     return spans
 
 
@@ -293,13 +305,21 @@ def reduce_group(
             signals=signals(part),
             place=planned.step.place,
             frames=part.shape.frames,
+            number=planned.number,
+            carried=part.carried.get(planned.method_number),
         )
 
     result: list[tuple[Group, Group, Reduction | None]] = []
 
     def add(part: Group, reduction: Reduction) -> None:
+        if reduction.carry is not None:
+            own = {planned.method_number: reduction.carry}
+            part = replace(part, carried={**part.carried, **own})
         if reduction.ordered and not planned.renumber:
             reduction = reduction.in_raster_order(alive)
+        if reduction.kept == alive and not reduction.merges and not reduction.ordered:
+            result.append((part, part, None))
+            return
         result.append((part, part.reduced(reduction), reduction))
 
     if isinstance(method, Adaptive):

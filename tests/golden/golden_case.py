@@ -20,6 +20,7 @@ ADAPTERS = {
     "fastv": "golden_llm",
     "pyramiddrop": "golden_llm",
     "tome": "golden_vision",
+    "vflowopt": "golden_vflowopt",
     "vtc-cls": "golden_encoder",
     "yopo": "golden_yopo",
 }

@@ -74,10 +74,13 @@ class Need:
         name: a key of `foveate.signals.SIGNALS`.
         layers: 0-based layers at which it is taken (of the encoder or of the text model, as the
             signal says).
+        above: for `global_attention`, how many times the mean attention a patch must receive to be
+            global.
     """
 
     name: str
     layers: tuple[int, ...] = ()
+    above: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Hooks:
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
-            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running)
+            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running, plan.above)
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip

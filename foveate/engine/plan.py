@@ -93,6 +93,7 @@ class Plan:
             steps += planned
         _check_signals(steps)
         _check_parking(steps)
+        _check_thresholds(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
             chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
@@ -125,6 +126,12 @@ class Plan:
             if SIGNALS[need.name].source == "encoder":
                 found.setdefault(need.name, set()).update(need.layers)
         return {name: tuple(sorted(layers)) for name, layers in found.items()}
+
+    @property
+    def above(self) -> float:
+        """What patches must receive of the mean to be global, where a step asks of that."""
+        needs = (need for planned in self.pre_llm for need in planned.step.needs)
+        return next((need.above for need in needs if need.name == "global_attention"), 0.0)
 
     @cached_property
     def looks(self) -> dict[int, dict[str, list[PlannedStep]]]:
@@ -384,6 +391,16 @@ def _check_parking(steps: Sequence[PlannedStep]) -> None:
                 f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
                 "use positions='original'"
             )
+
+
+def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
+    """Refuse two steps that mean different things by global patches."""
+    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
+    if len({need.above for need in needs}) > 1:
+        raise LayerError(
+            "methods of one session ask for global_attention above different thresholds: "
+            f"{', '.join(str(need.above) for need in needs)}; give them the same"
+        )
 
 
 def _check_signals(steps: Sequence[PlannedStep]) -> None:

@@ -59,6 +59,12 @@ SIGNALS = {
         "encoder",
         newline=_NONE,
     ),
+    "global_attention": Signal(
+        "(G, L, V): attention that a patch receives from global patches, which receive more than "
+        "`Need.above` times the mean themselves; where there are none, from all",
+        "encoder",
+        newline=_NONE,
+    ),
     "given_attention": Signal(
         "(G, L, V): share of its attention that a patch gives to patches, mean over heads",
         "encoder",

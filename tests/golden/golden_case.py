@@ -36,6 +36,7 @@ ADAPTERS = {
     "tome": "golden_vision",
     "transprune": "golden_drops",
     "visionzip": "golden_patches",
+    "vflowopt": "golden_vflowopt",
     "vtc-cls": "golden_encoder",
     "yopo": "golden_yopo",
 }

@@ -34,18 +34,20 @@ class Encoded:
         shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
-        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
+        kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
         order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
             their rows; empty while that is raster order.
+        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
     """
 
     shapes: Sequence[Shape]
     signals: Mapping[tuple[str, int], Sequence[Tensor]]
     pixels: Any = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     order: list[Tensor] = field(default_factory=list)
+    left: list[int] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -181,9 +183,10 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
-    if ordered:
-        output.encoded = replace(encoded, order=[index for index, _ in survivors])
-    if sum(len(index) for index, _ in survivors) == sum(lengths):
+    left = [len(index) for index, _ in survivors]
+    order = [index for index, _ in survivors] if ordered else []
+    output.encoded = replace(encoded, order=order, left=left)
+    if sum(left) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
     slots = [index.sort().values for index, _ in survivors]

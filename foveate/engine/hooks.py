@@ -8,7 +8,6 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from foveate.engine.encoding import Encoding
 from foveate.engine.features import Asker, Encoded
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import (
+    bound,
     check_later_images,
     check_positions,
     placeholders,
@@ -120,12 +120,15 @@ class Hooks:
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
         self._check_encoding(modality)
+        arguments = bound(original, args, kwargs)
         local.encoding = True
         try:
             with ExitStack() as stack:
                 signals, vision = self.signals, self.vision
                 rows = {} if signals is None else stack.enter_context(signals.collect())
-                passes = [] if vision is None else stack.enter_context(vision.collect())
+                passes = []
+                if vision is not None:
+                    passes = stack.enter_context(vision.collect(modality, arguments))
                 output = original(*args, **kwargs)
             if signals is not None and len(rows) < signals.count:
                 raise self._unmapped(modality)
@@ -133,8 +136,6 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        names = inspect.signature(original).parameters
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._tag(modality, output, arguments, rows, passes)
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
@@ -260,7 +261,7 @@ class Hooks:
             (name, layer): self._per_token(modality, lengths, name, row, arguments)
             for (name, layer), row in rows.items()
         }
-        kept = survivors(passes, lengths)
+        kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         encoded = Encoded(shapes, signals, pixels, kept, placed)
         features.tag(output, encoded)
@@ -356,10 +357,10 @@ class Hooks:
             before = [known.kept_of(i) for i in source]
             place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            order = known.order
-            if order and len(order) != len(source):  # reduced before beams were made of it
-                order = [order[i] for i in source]
-            parts.append(Part(mask, shapes, dead, before, places, order))
+            order, left = known.order, known.left if self.plan.marks else []
+            if len(left) != len(source):  # reduced before beams were made of it
+                order, left = ([each[i] for i in source] if each else [] for each in (order, left))
+            parts.append(Part(mask, shapes, dead, before, places, order, left))
         return parts
 
     def _place(

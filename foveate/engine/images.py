@@ -93,6 +93,7 @@ class Part:
         places: for each image, how to find out where in it the tokens lie.
         order: for each image, (K) raster positions alive in the order of their columns; empty where
             all are in raster order.
+        left: for each image, how many tokens are alive; empty where it is not known.
     """
 
     visual: Tensor
@@ -101,6 +102,7 @@ class Part:
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
     order: Sequence[Tensor] = ()
+    left: Sequence[int] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +196,9 @@ def _spans(part: Part) -> list[_Span]:
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
     orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    for shape, kept, place, order in zip(part.shapes, before, places, orders, strict=True):
+    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
+    images = zip(part.shapes, before, places, orders, left, strict=True)
+    for shape, kept, place, order, expected in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -205,7 +209,14 @@ def _spans(part: Part) -> list[_Span]:
             raise InputError(
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
-        index = living.nonzero()[:, 0] if order is None else order.cpu()
+        index = living.nonzero()[:, 0]
+        if expected is not None and len(index) != expected:
+            raise InputError(
+                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
+                "overflow in float16?), or in what a method makes of merged tokens"
+            )
+        index = index if order is None else order.cpu()
         spans.append(_Span(row, at[:, 1], index, shape, kept, place))
     return spans
 

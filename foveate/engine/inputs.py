@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ LATER_IMAGES = (
     "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
     "past_key_values=cache); likewise with videos"
 )
+
+
+def bound(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, without defaults."""
+    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
 
 
 def placeholders(

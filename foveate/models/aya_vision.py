@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.models.family import Family, register_family
+from foveate.models.family import Encoder, Family, register_family
+from foveate.models.towers import tower
 
 
 @register_family("aya_vision", "cohere2_vision")
 class AyaVision(Family):
     """`AyaVisionForConditionalGeneration`, `Cohere2VisionForConditionalGeneration` and models."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_tower")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel shuffle puts into one token."""
+        return self.config.downsample_factor
 
     def rotates(self, layer: int) -> bool:
         """Only layers with a window rotate, as the attention module itself decides."""

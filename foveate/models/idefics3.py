@@ -21,6 +21,10 @@ class Idefics3(Family):
         """The tower, which has no class token."""
         return tower(self, "vision_model")
 
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel shuffle puts into one token."""
+        return self.config.scale_factor
+
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each tile; the features of a sample's tiles come in one tensor."""
         pixels = arguments.get("pixel_values")

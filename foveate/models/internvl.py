@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
-
 from foveate.models.family import register_family
 from foveate.models.llava import Llava
 
@@ -15,15 +10,6 @@ from foveate.models.llava import Llava
 class InternVL(Llava):
     """`InternVLForConditionalGeneration` and `InternVLModel`."""
 
-    patches_are_tokens = False
-
-    def per_token(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
-    ) -> Sequence[Tensor]:
-        """The mean of the patches that pixel shuffle puts into one token."""
-        tiles, heads, patches = rows.shape
-        side = int(patches**0.5)
-        cells = self.base.pixel_shuffle(
-            rows.reshape(tiles * heads, side, side, 1), scale_factor=self.config.downsample_ratio
-        )
-        return list(cells.mean(-1).view(tiles, heads, -1))
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel shuffle puts into one token."""
+        return round(1 / self.config.downsample_ratio)

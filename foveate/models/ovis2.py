@@ -14,3 +14,7 @@ class Ovis2(Family):
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token."""
         return tower(self, "vision_tower")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches that share a visual word."""
+        return self.config.vision_config.hidden_stride

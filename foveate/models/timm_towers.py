@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -29,3 +31,7 @@ class TimmTower(Family):
                 "is not installed; install it with `pip install timm`"
             )
         super().__init__(model)
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Layers of timm's towers differ from one to the next, and some are convolutions."""
+        return "layers of towers from timm are of many kinds"

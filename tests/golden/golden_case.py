@@ -18,6 +18,7 @@ ADAPTERS = {
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "flowcut": "golden_flowcut",
     "fopru": "golden_patches",
     "hiprune": "golden_patches",
     "llava-prumerge": "golden_patches",

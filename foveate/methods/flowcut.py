@@ -66,6 +66,7 @@ class FlowCut(Method):
     momentum: float = 0.5
     positions: Positions | None = None
     adaptive = True  # before the last drop, attention decides how many go
+    note = "images that are encoded together share one schedule"
     rounding = math.floor
 
     def __post_init__(self) -> None:

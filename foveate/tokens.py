@@ -50,6 +50,9 @@ class VisualTokens:
         place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         step: the step inside an encoder, as the method made it.
         frames: frames of a video, one behind the other; 1 for an image.
+        number: which of the method's steps acts, 0-based.
+        quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
+            hand.
     """
 
     features: Callable[[], Tensor]
@@ -62,6 +65,8 @@ class VisualTokens:
     place: str = ""
     step: Any = None
     frames: int = 1
+    number: int = 0
+    quota: int = 0
 
     @property
     def x(self) -> Tensor:

@@ -15,6 +15,7 @@ from foveate.boxes import cells_of
 from foveate.errors import UnsupportedModelError
 from foveate.models.block import Block
 from foveate.models.rows import Picture, raster_rows
+from foveate.tiles import Tiling
 from foveate.tokens import Shape
 
 FAMILIES: dict[str, type[Family]] = {}
@@ -98,6 +99,8 @@ class Family:
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    thumbnail: ClassVar[int] = -1
+    """Which tile of a picture shows all of it, where each tile counts as an image."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -187,6 +190,15 @@ class Family:
             arguments: those named in `placed_by`, as far as they were given.
         """
         return cells_of(shape)
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Which images of a row are tiles of one picture, in order; each is one by default.
+
+        Args:
+            ids: the row's token ids, if they are known.
+            spans: first column of each image, and the first behind it.
+        """
+        return [Tiling(1)] * len(spans)
 
     # -- the vision encoder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -121,11 +121,14 @@ class Plan:
     @cached_property
     def encoder_signals(self) -> dict[str, tuple[int, ...]]:
         """Signal -> encoder layers at which a step behind the encoder needs it."""
-        found: dict[str, set[int]] = {}
-        for need in (need for planned in self.pre_llm for need in planned.step.needs):
-            if SIGNALS[need.name].source == "encoder":
-                found.setdefault(need.name, set()).update(need.layers)
-        return {name: tuple(sorted(layers)) for name, layers in found.items()}
+        return _encoder_layers(need for planned in self.pre_llm for need in planned.step.needs)
+
+    @cached_property
+    def earlier_signals(self) -> dict[str, tuple[int, ...]]:
+        """Signal -> encoder layers at which a step before a later layer needs it."""
+        return _encoder_layers(
+            need for s in self.vision for need in s.step.needs if need.layers != (s.step.layer,)
+        )
 
     @property
     def above(self) -> float:
@@ -179,6 +182,15 @@ class Plan:
     def per_request(self) -> tuple[PerRequest, ...]:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
+
+
+def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
+    """Signal -> layers, of signals that encoder layers give."""
+    found: dict[str, set[int]] = {}
+    for need in needs:
+        if SIGNALS[need.name].source == "encoder":
+            found.setdefault(need.name, set()).update(need.layers)
+    return {name: tuple(sorted(layers)) for name, layers in found.items()}
 
 
 def _order(step: Step) -> tuple[int, int]:
@@ -306,11 +318,13 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             f"give. {works}{', '.join(working_methods(family))}."
         )
     if step.stage == "vision":
-        if need.layers != (step.layer,) or not signal.inside:
+        earlier = not step.inside and all(i < step.layer for i in need.layers)
+        own = need.layers == (step.layer,) and signal.inside
+        if not (own or (earlier and encoder.offers(need.name))):
             raise LayerError(
                 f"{slug} acts at {step.place} and can have signals of that layer only "
-                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), but needs "
-                f"{need.name} of layers {need.layers}"
+                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
+                f"earlier ones, but needs {need.name} of layers {need.layers}"
             )
         if need.name == "encoder_keys" and not step.inside:
             raise LayerError(

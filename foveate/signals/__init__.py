@@ -27,7 +27,8 @@ class Signal:
         attention: whether the layers must see the whole sequence.
         class_token: whether the encoder must have a class token.
         newline: what tokens have that are no patches, such as newlines between rows of tiles.
-        inside: whether a step inside the encoder can have it, of its own layer.
+        inside: whether a step inside the encoder can have it of its own layer; of earlier layers
+            a step before a layer can have all.
     """
 
     what: str
@@ -69,6 +70,11 @@ SIGNALS = {
         "(G, L, V): share of its attention that a patch gives to patches, mean over heads",
         "encoder",
         newline=_NONE,
+    ),
+    "information_flow": Signal(
+        "(G, L, V): how much a patch tells the class token, by attention and values (FlowCut)",
+        "encoder",
+        class_token=True,
     ),
     "encoder_keys": Signal(
         "(G, L, H, V, d): keys of the patches, without rotary positions", "encoder", inside=True

@@ -19,9 +19,17 @@ from torch.utils.hooks import RemovableHandle
 
 from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
+from foveate.signals.flow import information_flow
 
 FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
+ONE_PER_TOKEN = (
+    "joint_cls_attention",
+    "received_attention",
+    "given_attention",
+    "global_attention",
+    "information_flow",
+)
 
 
 class Shortened(Protocol):
@@ -71,8 +79,12 @@ class EncoderSignals:
                 self._hook(layer, self._features(number, states))
             if len(states) < len(names):
                 attention = self.encoder.attention(layer)
-                for part in self.encoder.projections:
-                    self._hook(getattr(attention, part), self._projection(number, part, names))
+                parts = self.encoder.projections
+                if "information_flow" in names:
+                    parts = (*parts, "v_proj")
+                for part in parts:
+                    hook = self._projection(number, part, parts, names)
+                    self._hook(getattr(attention, part), hook)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -92,7 +104,7 @@ class EncoderSignals:
 
     def deliver(self, name: str, values: Tensor) -> Tensor:
         """(G, L, C, V) as collected, in the shape that the signal has for methods."""
-        if name.removesuffix("_attention") in ("joint_cls", "received", "global", "given"):
+        if name in ONE_PER_TOKEN:
             return values[:, :, 0]
         if name == "encoder_keys":
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
@@ -115,21 +127,22 @@ class EncoderSignals:
 
         return hook
 
-    def _projection(self, number: int, part: str, names: list[str]) -> Any:
+    def _projection(self, number: int, part: str, parts: tuple[str, ...], names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if getattr(self._running, "rows", None) is None:
                 return
             pending = self._running.pending.setdefault(number, {})
             pending[part] = output.detach()
-            if len(pending) == 2:
+            if len(pending) == len(parts):
                 del self._running.pending[number]
-                query, key = (pending[p] for p in self.encoder.projections)
-                for name, row in self._rows(names, query, key).items():
+                for name, row in self._rows(names, *(pending[p] for p in parts)).items():
                     self._keep(name, number, row)
 
         return hook
 
-    def _rows(self, names: list[str], query: Tensor, key: Tensor) -> dict[str, Tensor]:
+    def _rows(
+        self, names: list[str], query: Tensor, key: Tensor, value: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """(B, C, V) of each signal of a layer."""
         special, heads = self.encoder.special, self.encoder.heads
         shortened = self._pass()
@@ -137,6 +150,9 @@ class EncoderSignals:
         rows: dict[str, Tensor] = {}
         if "cls_attention" in names:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
+        if value is not None:
+            row = class_row(query, key, heads, special, bias)
+            rows["information_flow"] = information_flow(row, value, special)[:, None]
         if "joint_cls_attention" in names:
             rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
         if "encoder_keys" in names:

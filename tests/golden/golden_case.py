@@ -22,6 +22,7 @@ ADAPTERS = {
     "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "flowcut": "golden_flowcut",
     "fopru": "golden_patches",
     "hiprune": "golden_patches",
     "llava-prumerge": "golden_patches",

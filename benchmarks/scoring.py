@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import (  # noqa: E402
 
 from foveate.methods import DivPrune, Downsample, FasterVLM, Random, Uniform  # noqa: E402
 from foveate.signals.cls_attention import class_row  # noqa: E402
-from foveate.signals.text_attention import text_attention  # noqa: E402
+from foveate.signals.decoder import LayerView  # noqa: E402
 from foveate.tokens import VisualTokens  # noqa: E402
 
 LAYERS, TEXT, HIDDEN = 32, 64, 4096
@@ -55,8 +55,8 @@ class Layer:
 
     def score(self, tokens: int) -> Callable[[], object]:
         hidden, rotary = self.inputs(tokens)
-        query = torch.tensor([tokens - 1])
-        return lambda: text_attention(self.layer, hidden, rotary, query, None)
+        query = torch.tensor([[tokens - 1]])
+        return lambda: LayerView(self.layer, hidden, rotary).attention(query)
 
 
 def chosen(method, visual: int, signals=None) -> Callable[[], object]:

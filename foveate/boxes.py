@@ -5,12 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.tokens import Shape
+
 
 def cells(height: int, width: int) -> Tensor:
     """(height * width, 4) left, top, right and bottom edge of the cells of a grid, in [0, 1]."""
     top, left = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     edges = torch.stack((left, top, left + 1, top + 1), -1).flatten(0, 1)
     return edges / torch.tensor([width, height, width, height])
+
+
+def cells_of(shape: Shape) -> Tensor:
+    """(V, 4) cells of the grid, once for each frame; NaN for tokens left over behind the last."""
+    boxes = cells(*shape.grid).repeat(shape.frames, 1)
+    return torch.cat((boxes, torch.full((shape.total - len(boxes), 4), torch.nan)))
 
 
 def plain_grid(boxes: Tensor) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
@@ -110,6 +110,7 @@ class Method(ABC):
     rounding: ClassVar[Callable[[float], int]] = math.floor
     published_positions: ClassVar[Positions] = "renumbered"
     note: ClassVar[str] = ""  # what every report must say of the method
+    adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
     keep: Keep | None
     positions: Positions | None
 
@@ -193,6 +194,52 @@ class Scorer(Method):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep the `count` highest scores of each image, in raster order."""
         return Reduction.top(self.scores(tokens), count)
+
+
+class Adaptive(Method):
+    """A method that finds out from the tokens how many of them survive.
+
+    It acts behind the encoder. Its `keep` may be `None`.
+    """
+
+    adaptive = True
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep` if there is one.
+
+        Raises:
+            BudgetError: `keep` is out of range or does not fit.
+        """
+        if self.keep is not None:
+            super().check_budget(steps)
+
+    @abstractmethod
+    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        """Reduce G images of V tokens, each to a number of its own.
+
+        Returns:
+            Members of the G, and their reduction: a part for each number of survivors. Every member
+            is in one part.
+        """
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Not used: `split` decides the count."""
+        raise NotImplementedError(f"{self.slug} decides by itself how many tokens survive")
+
+
+def by_count(counts: Tensor) -> dict[int, list[int]]:
+    """Group images by how many of their tokens survive.
+
+    Args:
+        counts: (G) integers.
+
+    Returns:
+        Count -> members, both ascending.
+    """
+    groups: dict[int, list[int]] = {}
+    for member, count in enumerate(counts.tolist()):
+        groups.setdefault(count, []).append(member)
+    return dict(sorted(groups.items()))
 
 
 _REGISTRY: dict[str, type[Method]] = {}

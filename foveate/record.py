@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.boxes import cells
+from foveate.boxes import cells_of
+from foveate.tokens import Shape, frame_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,20 +24,22 @@ class ImageRecord:
     Args:
         row: row of the batch it belongs to.
         total: visual tokens it had before anything was removed.
-        grid: (height, width) of its token grid; `total` is their product.
+        grid: (height, width) of its token grid, of one frame in a video.
         kept: for each place at which a step acted, in stream order, the (K,) raster positions
             alive after it.
-        place: finds out the boxes and the number of frames; without it, boxes are the cells of the
-            grid. Called only when one of them is read.
+        place: finds out the boxes; without it, they are the cells of the grid. Called only when
+            they are read.
+        frames: frames of a video that its tokens tell apart; 1 for an image.
     """
 
     row: int
     total: int
     grid: tuple[int, int]
     kept: dict[str, Tensor] = field(default_factory=dict)
-    place: Callable[[], tuple[Tensor, int]] | None = field(default=None, repr=False)
+    place: Callable[[], Tensor] | None = field(default=None, repr=False)
+    frames: int = 1
 
-    @property
+    @cached_property
     def boxes(self) -> Tensor:
         """(V, 4) left, top, right and bottom edge of each visual token, in [0, 1].
 
@@ -45,26 +48,18 @@ class ImageRecord:
         frame in a video. NaN where a token shows no pixels, such as newlines, and where features
         were made outside the session and it is not known what of.
         """
-        return self._placed[0]
-
-    @property
-    def frames(self) -> int:
-        """Frames of a video that its tokens tell apart; 1 for an image."""
-        return self._placed[1]
+        if self.place is not None:
+            return self.place()
+        return cells_of(Shape(self.total, self.grid, self.frames))
 
     @property
     def frame(self) -> Tensor:
-        """(V,) frame of each visual token."""
-        each = max(self.total // self.frames, 1)
-        return (torch.arange(self.total) // each).clamp(max=self.frames - 1)
+        """(V,) frame of each visual token; tokens left over behind the last belong to it."""
+        return frame_of(torch.arange(self.total), self.grid, self.frames)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: the boxes, not the model that knows them."""
-        return {**vars(self), "_placed": self._placed, "place": None}
-
-    @cached_property
-    def _placed(self) -> tuple[Tensor, int]:
-        return (cells(*self.grid), 1) if self.place is None else self.place()
+        return {**vars(self), "boxes": self.boxes, "place": None}
 
 
 @dataclass(frozen=True, eq=False)

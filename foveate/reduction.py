@@ -20,17 +20,20 @@ class Reduction:
     survivors keep their own value.
 
     Args:
-        index: (G, K) position of each survivor among the V tokens, unique. Ascending, except inside
-            an encoder, where the order of tokens means nothing to attention.
+        index: (G, K) position of each survivor among the V tokens, unique. Ascending, unless it is
+            `ordered`, and except inside an encoder, where the order means nothing to attention.
         weights: (G, K, V) the value of each survivor as a weighted sum of all tokens.
         slot: (G, V) the survivor that each token goes into, or -1 for a token that is dropped.
         share: (G, V) weight of each token in its survivor; those of a survivor sum to one.
+        ordered: whether the order of survivors is meant: where they get consecutive positions, the
+            language model reads them in this order.
     """
 
     index: Tensor
     weights: Tensor | None = None
     slot: Tensor | None = None
     share: Tensor | None = None
+    ordered: bool = False
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:
@@ -62,6 +65,22 @@ class Reduction:
     def merges(self) -> bool:
         """Whether survivors change their value."""
         return self.slot is not None or self.weights is not None
+
+    def in_raster_order(self, tokens: int) -> Reduction:
+        """The same survivors, ascending.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        index, order = self.index.sort(dim=1)
+        if self.weights is not None:
+            rows = order[..., None].expand(-1, -1, tokens)
+            return Reduction(index, self.weights.gather(1, rows))
+        if self.slot is None:
+            return Reduction(index)
+        place = order.argsort(dim=1).gather(1, self.slot.clamp(min=0))
+        slot = torch.where(self.slot < 0, self.slot, place)
+        return Reduction(index, slot=slot, share=self.share)
 
     def apply(self, x: Tensor) -> Tensor:
         """Map (G, V, D) to (G, K, D)."""

@@ -47,13 +47,13 @@ class Report(dict[str, Any]):
     """A dict of plain JSON values; `str()` of it is a table.
 
     Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
-    tokens, tokens after each place, and what `kept` shows), `layers` (tokens and visual tokens of
-    each row in each decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and `kv_bytes` hold
-    `before` (all tokens), `after` and their `ratio`; `flops` also shows apart what it includes:
-    `vision` (tower and projector with all tokens; `None` where they are not counted, which a note
-    says), `vision_after` (as they were) and `selection` (the attention that methods asked for; a
-    method's own arithmetic is not counted). Of an encoder without a language model, `rows` counts
-    images, and `prompt_tokens` and `layers` are empty.
+    frames, tokens, tokens after each place, and what `kept` shows), `layers` (tokens and visual
+    tokens of each row in each decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and
+    `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `flops` also shows apart what
+    it includes: `vision` (tower and projector with all tokens; `None` where they are not counted,
+    which a note says), `vision_after` (as they were) and `selection` (the attention that methods
+    asked for; a method's own arithmetic is not counted). Of an encoder without a language model,
+    `rows` counts images, and `prompt_tokens` and `layers` are empty.
     """
 
     @classmethod
@@ -187,6 +187,7 @@ def _image(image: ImageRecord) -> dict[str, Any]:
     return {
         "row": image.row,
         "grid": list(image.grid),
+        "frames": image.frames,
         "tokens": image.total,
         "after": {place: len(kept) for place, kept in image.kept.items()},
         "kept": {place: kept.tolist() for place, kept in image.kept.items()},
@@ -338,7 +339,8 @@ def _image_table(report: Report) -> Table:
         table.add_column(heading, justify="right")
     for number, image in enumerate(report["images"]):
         counts = [str(image["after"].get(place, "-")) for place in places]
-        grid = "x".join(map(str, image["grid"]))
+        frames = [image["frames"]] if image["frames"] > 1 else []
+        grid = "x".join(map(str, frames + image["grid"]))
         table.add_row(str(number), str(image["row"]), grid, str(image["tokens"]), *counts)
     return table
 

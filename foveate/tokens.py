@@ -7,11 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
+
+
+class Shape(NamedTuple):
+    """How the visual tokens of an image or a video are laid out, before anything was removed.
+
+    Args:
+        total: number of tokens.
+        grid: (height, width) of the token grid, of one frame in a video.
+        frames: frames of a video that its tokens tell apart, all of this grid; 1 for an image.
+
+    Tokens may be left over behind the last frame, such as a newline.
+    """
+
+    total: int
+    grid: tuple[int, int]
+    frames: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,15 +37,18 @@ class VisualTokens:
 
     Args:
         features: returns (G, V, D) token values; called only when a method asks for `x`.
-        index: (G, V) position of each token in its image's raster order; ascending, except inside
-            an encoder after a merge.
-        grid: (height, width) of the image's token grid before anything was removed.
+        index: (G, V) position of each token in its image's raster order; ascending, except behind a
+            method that orders its survivors, and inside an encoder after a merge.
+        grid: (height, width) of the image's token grid, of one frame in a video, before anything
+            was removed.
         rows: row of the batch that each image belongs to.
         signals: what the step declared in `needs`, by name.
         merged: (G, V) how many tokens of the image each stands for; `None` while all stand for
             one.
         special: inside an encoder, the class, distillation and register tokens that precede the
             patches; they are not among the V.
+        place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
+        frames: frames of a video, one behind the other; 1 for an image.
     """
 
     features: Callable[[], Tensor]
@@ -38,6 +58,8 @@ class VisualTokens:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     merged: Tensor | None = None
     special: int = 0
+    place: str = ""
+    frames: int = 1
 
     @property
     def x(self) -> Tensor:
@@ -57,10 +79,19 @@ class VisualTokens:
         return self.merged
 
     @property
+    def frame(self) -> Tensor:
+        """(G, V) frame of each token; tokens left over behind the last frame belong to it."""
+        return frame_of(self.index, self.grid, self.frames)
+
+    @property
     def coordinates(self) -> Tensor:
-        """(G, V, 2) row and column of each token in its image's grid."""
-        width = self.grid[1]
-        return torch.stack((self.index // width, self.index % width), dim=-1)
+        """(G, V, 2) row and column of each token in the grid of its image or frame.
+
+        Tokens left over behind the last frame are in rows below its grid.
+        """
+        height, width = self.grid
+        cell = self.index - self.frame * (height * width)
+        return torch.stack((cell // width, cell % width), dim=-1)
 
     def signal(self, name: str) -> Tensor:
         """A declared signal.
@@ -74,3 +105,14 @@ class VisualTokens:
                 f"{sorted(self.signals)}"
             )
         return self.signals[name]
+
+
+def frame_of(index: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
+    """Frame of each token.
+
+    Args:
+        index: raster positions.
+        grid: (height, width) of a frame.
+        frames: frames of the video; tokens behind the last belong to it.
+    """
+    return (index // (grid[0] * grid[1])).clamp(max=frames - 1)

@@ -171,14 +171,14 @@ def test_beams_are_drawn_once():
 
 
 NOWHERE = torch.full((1, 4), torch.nan)
-TWICE = cells(2, 2).repeat(2, 1)  # two frames
 TILED = torch.cat((cells(2, 2), cells(4, 4), NOWHERE))  # a thumbnail, its tiles, and a newline
 
 
 def placed(boxes, kept, frames=1):
     """A record of one image whose tokens lie in these boxes."""
     total = len(boxes)
-    seen = ImageRecord(0, total, (1, total), {"llm:2": torch.tensor(kept)}, lambda: (boxes, frames))
+    grid, alive = (1, total // frames), {"llm:2": torch.tensor(kept)}
+    seen = ImageRecord(0, total, grid, alive, lambda: boxes, frames)
     return Record(1, [total], [seen], [[total]], [total])
 
 
@@ -224,7 +224,7 @@ def test_frames_of_a_video_are_drawn_one_below_the_other():
 
 
 def test_a_video_in_another_row_is_no_beam_of_an_image():
-    video = ImageRecord(1, 8, (4, 2), {"llm:2": torch.tensor([1])}, lambda: (TWICE, 2))
+    video = ImageRecord(1, 8, (2, 2), {"llm:2": torch.tensor([1])}, frames=2)
     images = [image(0, ("llm:2", [1])), video]
     record = Record(2, [20, 20], images, [[5, 5]], [5], pixels=torch.rand(1, 3, 8, 8))
     assert len(show(record, [picture(64, 64), [picture(64, 64, 1)]])) == 2

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.boxes import cells
 from foveate.budget import per_request
 from foveate.measure import flops
 from foveate.measure.units import human_bytes, human_flops
@@ -59,14 +59,15 @@ def test_kept_tokens_are_listed_with_their_boxes(report):
 
 def test_tokens_of_a_video_have_a_frame_and_newlines_no_box():
     """Two frames of two tokens and a newline."""
-    boxes = torch.cat((cells(1, 2).repeat(2, 1), torch.full((1, 4), torch.nan)))
-    video = ImageRecord(0, 5, (1, 5), {"pre_llm": torch.tensor([1, 2, 4])}, lambda: (boxes, 2))
+    video = ImageRecord(0, 5, (1, 2), {"pre_llm": torch.tensor([1, 2, 4])}, frames=2)
     report = Report.of(Record(1, [9], [video], [[7]], [7]), FakeFamily(), [PyramidDrop()], F32)
     assert report.kept[0]["pre_llm"] == [
         {"index": 1, "box": [0.5, 0.0, 1.0, 1.0], "frame": 0},
         {"index": 2, "box": [0.0, 0.0, 0.5, 1.0], "frame": 1},
         {"index": 4, "box": None, "frame": 1},
     ]
+    assert (report["images"][0]["grid"], report["images"][0]["frames"]) == ([1, 2], 2)
+    assert re.search(r"0 +0 +2x1x2 +5 ", str(report)), "frames, height and width"
     assert json.loads(report.to_json()) == report
 
 

@@ -99,6 +99,7 @@ class Encoding:
             signals=signals,
             merged=self.merged,
             special=special,
+            place=step.place,
         )
         reduction = planned.method.reduce(tokens, count)
         layout = self.layout
@@ -145,8 +146,8 @@ class Encoding:
         special, heads = self.encoder.special, self.encoder.heads
         assert self.taps is not None  # only asked for between the halves of a layer
         key = self.taps["k_proj"].detach()
-        if name == "keys":
-            return key[:, special:].unflatten(-1, (heads, -1)).transpose(1, 2)
+        if name == "encoder_keys":
+            return key[:, special:].unflatten(-1, (heads, -1)).transpose(1, 2)[:, None]
         return class_row(self.taps["q_proj"].detach(), key, heads, special, self.bias)[:, None]
 
     @torch.no_grad()

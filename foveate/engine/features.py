@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Grid, Group, group_features, reduce_group
+from foveate.engine.images import Group, group_features, reduce_group
 from foveate.engine.plan import Plan
+from foveate.engine.question import Question
 from foveate.errors import InputError
+from foveate.method import Need
 from foveate.reduction import take_rows
+from foveate.signals import SIGNALS
+from foveate.tokens import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,20 +31,26 @@ class Encoded:
     """What is known of the images of an encoder output besides their features.
 
     Args:
-        lengths: visual tokens of each image.
-        grids: token grid of each image.
-        class_attention: layer -> (H, V) of each image.
+        shapes: tokens, grid and frames of each image.
+        signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
+        order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
+            their rows; empty while that is raster order.
     """
 
-    lengths: list[int]
-    grids: list[Grid]
-    class_attention: Mapping[int, Sequence[Tensor]]
+    shapes: Sequence[Shape]
+    signals: Mapping[tuple[str, int], Sequence[Tensor]]
     pixels: Any = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    order: list[Tensor] = field(default_factory=list)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Visual tokens of each image."""
+        return [shape.total for shape in self.shapes]
 
     def kept_of(self, image: int) -> dict[str, Tensor]:
         """Place inside the encoder -> (K) raster positions of an image alive behind it."""
@@ -117,40 +127,67 @@ def _check_beams(rows: Tensor, counts: Sequence[int], expanded: int) -> None:
         )
 
 
-def mark(
-    output: Any,
-    plan: Plan,
-    rows: Sequence[int],
-    source: Sequence[int],
-    request: Callable[[int], int],
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Asker:
+    """What is known of the prompt when features are reduced.
+
+    Args:
+        rows: row of the batch of each image; any number where nothing depends on it.
+        source: which image of the encoder each image is.
+        request: batch row to entry of a per-request budget.
+        ends: logical column of each image's last token; empty where the prompt is not known.
+        question: the text behind the images, and its (B, Q, D) embeddings.
+    """
+
+    rows: Sequence[int]
+    source: Sequence[int]
+    request: Callable[[int], int]
+    ends: Sequence[int] = ()
+    question: tuple[Question, Tensor] | None = None
+
+    def signals(self, part: Group) -> dict[str, Tensor]:
+        """(G, Q, D) embeddings of the question of each image of a group, and their mask."""
+        assert self.question is not None  # reduction waits until the prompt is known
+        question, embeds = self.question
+        rows = torch.tensor(part.rows, device=embeds.device)
+        mask = question.mask(rows, torch.tensor(part.ends, device=embeds.device))
+        text = embeds[rows].masked_fill(~mask[..., None], 0.0)
+        return {"question_embeddings": text, "question_mask": mask}
+
+
+def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor], Tensor]) -> None:
     """Run all pre_llm steps on what the encoder has left, in place and once.
 
     Args:
         output: tagged output; its features, and DeepStack planes if it has them, get their removed
             rows marked.
         plan: the session's plan.
-        rows: row of the batch of each image; any number where budgets do not depend on it.
-        source: which image of the encoder each image is.
-        request: batch row to entry of a per-request budget.
+        asker: what is known of the prompt.
+        deliver: brings a signal (G, L, C, V) of the encoder into its shape.
     """
+    source = asker.source
     if output.marked:
         return
     output.marked = True
     if not plan.marks:
         return
     encoded: Encoded = output.encoded
-    lengths, grids = [encoded.lengths[i] for i in source], [encoded.grids[i] for i in source]
+    shapes = [encoded.shapes[i] for i in source]
+    lengths = [shape.total for shape in shapes]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     rows_of_sheets = [_rows(sheet) for sheet in sheets]
     images = [sheet.split(lengths) for sheet in rows_of_sheets]
     device = rows_of_sheets[0].device
-    groups = group_features(lengths, grids, rows, device, encoded.alive(source))
-    survivors = _reduce(plan, images, groups, encoded, source, request)
+    alive = encoded.alive(source)
+    groups = group_features(shapes, asker.rows, asker.ends, device, alive)
+    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
+    if ordered:
+        output.encoded = replace(encoded, order=[index for index, _ in survivors])
     if sum(len(index) for index, _ in survivors) == sum(lengths):
         return
     starts = [0, *accumulate(lengths[:-1])]
-    where = torch.cat([i + start for (i, _), start in zip(survivors, starts, strict=True)])
+    slots = [index.sort().values for index, _ in survivors]
+    where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
         values = torch.cat([values[number] for _, values in survivors])
@@ -166,10 +203,11 @@ def _reduce(
     sheets: Sequence[Sequence[Tensor]],
     groups: list[Group],
     encoded: Encoded,
-    source: Sequence[int],
-    request: Callable[[int], int],
-) -> list[tuple[Tensor, list[Tensor]]]:
-    """(K) positions of each image's survivors, and their (K, D) values on every sheet.
+    asker: Asker,
+    deliver: Callable[[str, Tensor], Tensor],
+) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
+    """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
+    and whether that may differ from raster order.
 
     The first sheet holds the features, which methods see; others (DeepStack) follow it.
     """
@@ -190,10 +228,17 @@ def _reduce(
                 return values(part)[0]
 
             def signals(part: Group, needs: Any = planned.step.needs) -> dict[str, Tensor]:
-                return {n.name: _class_attention(encoded, source, part, n.layers) for n in needs}
+                found: dict[str, Tensor] = {}
+                for need in needs:
+                    if SIGNALS[need.name].source == "prompt":
+                        found |= asker.signals(part)
+                    else:
+                        rows = _signal(need, encoded, asker.source, part)
+                        found[need.name] = deliver(need.name, rows)
+                return found
 
             for part, reduced, reduction in reduce_group(
-                planned, group, begin, request, first, signals
+                planned, group, begin, asker.request, first, signals
             ):
                 kept = values(part)
                 after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
@@ -203,14 +248,15 @@ def _reduce(
         for group, xs in alive
         for i, image in enumerate(group.images)
     }
-    return [result[i] for i in range(len(sheets[0]))]
+    ordered = any(group.ordered for group, _ in alive)
+    return [result[i] for i in range(len(sheets[0]))], ordered
 
 
-def _class_attention(
-    encoded: Encoded, source: Sequence[int], part: Group, layers: tuple[int, ...]
-) -> Tensor:
-    """(G, L, H, V) class-token attention of a group, at the tokens alive."""
-    images = [[encoded.class_attention[layer][source[i]] for layer in layers] for i in part.images]
+def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: Group) -> Tensor:
+    """(G, L, C, V) of a group, at the tokens alive."""
+    images = [
+        [encoded.signals[need.name, layer][source[i]] for layer in need.layers] for i in part.images
+    ]
     rows = torch.stack([torch.stack(image) for image in images])
     index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
     return rows.gather(3, index.to(rows.device))
@@ -220,7 +266,7 @@ def _of_group(sheet: Sequence[Tensor], group: Group) -> Tensor:
     """(G, K, D) of what is alive of a group; a view where it is one whole image."""
     one = len(group.images) == 1
     x = sheet[group.images[0]][None] if one else torch.stack([sheet[i] for i in group.images])
-    return x if group.index.shape[1] == group.total else take_rows(x, group.index)
+    return x if group.index.shape[1] == group.shape.total else take_rows(x, group.index)
 
 
 def _rows(pooled: Any) -> Tensor:

@@ -22,17 +22,25 @@ from transformers.utils.generic import ModelOutput
 from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.encoding import Encoding
-from foveate.engine.features import Encoded
-from foveate.engine.images import Grid, Group, Part, locate, rows_of
-from foveate.engine.inputs import placeholders, real_positions
+from foveate.engine.features import Asker, Encoded
+from foveate.engine.images import Group, Part, locate, rows_of
+from foveate.engine.inputs import (
+    check_later_images,
+    check_positions,
+    placeholders,
+    real_positions,
+)
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.plan import Plan, working_methods
+from foveate.engine.question import Question
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart, survivors
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
-from foveate.signals.cls_attention import ClassAttention
+from foveate.signals import SIGNALS
+from foveate.signals.encoder import EncoderSignals
+from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -44,6 +52,7 @@ class _Local(threading.local):
     inside: bool = False  # within the base model's forward
     encoding: bool = False  # within get_image_features or get_video_features
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
+    prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
     requests: int | None = None  # rows that `generate` was called with, while it runs
@@ -65,11 +74,11 @@ class Hooks:
         self.plan = plan
         self.family = family
         self.vision = vision
-        self.class_attention: ClassAttention | None = None
-        if layers := plan.class_attention_layers:
+        self.signals: EncoderSignals | None = None
+        if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
-            self.class_attention = ClassAttention(family.encoder, layers, running)
+            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running)
         self._local = _Local()
         self._last: Record | None = None
 
@@ -83,6 +92,7 @@ class Hooks:
         names = ("inputs", "input_ids", "inputs_embeds")
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
+        check_later_images(self.family, inputs, kwargs)
         self._local.requests = None if inputs is None else inputs.shape[0]
         try:
             return original(*args, **kwargs)
@@ -113,11 +123,11 @@ class Hooks:
         local.encoding = True
         try:
             with ExitStack() as stack:
-                attention, vision = self.class_attention, self.vision
-                rows = {} if attention is None else stack.enter_context(attention.collect())
+                signals, vision = self.signals, self.vision
+                rows = {} if signals is None else stack.enter_context(signals.collect())
                 passes = [] if vision is None else stack.enter_context(vision.collect())
                 output = original(*args, **kwargs)
-            if attention is not None and len(rows) < len(attention.layers):
+            if signals is not None and len(rows) < signals.count:
                 raise self._unmapped(modality)
         finally:
             local.encoding = False
@@ -126,7 +136,7 @@ class Hooks:
         names = inspect.signature(original).parameters
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._tag(modality, output, arguments, rows, passes)
-        if local.inside or not self.plan.per_request:
+        if local.inside or not self.plan.waits:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
@@ -145,6 +155,9 @@ class Hooks:
         local.visual = placeholders(self.family, ids, kwargs, given)
         if not local.visual:
             return None
+        local.prompt = (ids, kwargs)
+        cache = kwargs.get("past_key_values")
+        check_positions(self.family, kwargs, 0 if cache is None else int(cache.get_seq_length()))
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -191,6 +204,7 @@ class Hooks:
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
+            visual=_any(local.visual) if local.visual and groups and self.plan.looks else None,
         )
         local.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
@@ -207,6 +221,15 @@ class Hooks:
         if hidden is args[0] and changed is kwargs:
             return None
         return (hidden, *args[1:]), changed
+
+    def leave_module(
+        self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
+    ) -> None:
+        """After the attention or the MLP of a decoder layer: see what it makes of its input."""
+        turn = self._local.turn
+        if turn is not None and turn.groups:
+            given = args[0] if args else kwargs["hidden_states"]
+            turn.looks.changed(number, given, output[0] if isinstance(output, tuple) else output)
 
     def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
@@ -225,50 +248,76 @@ class Hooks:
         modality: str,
         output: Any,
         arguments: Kwargs,
-        rows: dict[int, Tensor],
+        rows: dict[tuple[str, int], Tensor],
         passes: list[Encoding],
     ) -> None:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
-        lengths, grids = [n for n, _ in shapes], [grid for _, grid in shapes]
+        lengths = [shape.total for shape in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
         if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
             pixels = None
-        attention = {
-            layer: self._class_attention(modality, lengths, row, arguments)
-            for layer, row in rows.items()
+        signals = {
+            (name, layer): self._per_token(modality, lengths, name, row, arguments)
+            for (name, layer), row in rows.items()
         }
         kept = survivors(passes, lengths)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(lengths, grids, attention, pixels, kept, placed)
+        encoded = Encoded(shapes, signals, pixels, kept, placed)
         features.tag(output, encoded)
 
-    def _class_attention(
-        self, modality: str, lengths: Sequence[int], rows: Tensor, arguments: Kwargs
+    def _per_token(
+        self, modality: str, lengths: Sequence[int], name: str, rows: Tensor, arguments: Kwargs
     ) -> Sequence[Tensor]:
-        """(H, V) of each image; refuse what would rank the wrong tokens."""
-        images = self.family.class_attention(modality, rows, arguments)
+        """(C, V) of each image; refuse what would rank the wrong tokens."""
+        images = self.family.per_token(modality, rows, arguments, SIGNALS[name].newline)
         if [row.shape[-1] for row in images] != list(lengths):
             raise self._unmapped(modality)
         return images
 
     def _unmapped(self, modality: str) -> UnsupportedModelError:
-        names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
         return UnsupportedModelError(
-            f"{names} ranks visual tokens by class-token attention, which cannot be told for the "
-            f"{modality} tokens of this {self.family.model_type}; methods that work here: "
-            f"{', '.join(working_methods(self.family, class_token=False))}"
+            f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
+            f"cannot be told for the {modality} tokens of this {self.family.model_type}; methods "
+            f"that work here: {', '.join(working_methods(self.family, encoder=False))}"
         )
+
+    @property
+    def _readers(self) -> str:
+        """Methods that read signals of the encoder."""
+        signals = self.plan.encoder_signals
+        found = (
+            s.method.slug for s in self.plan.pre_llm for n in s.step.needs if n.name in signals
+        )
+        return ", ".join(dict.fromkeys(found))
 
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
         visual = (self._local.visual or {}).get(modality)
+        deliver = (lambda _, x: x) if self.signals is None else self.signals.deliver
         if visual is None:  # `generate` encodes before it calls the model
             everything = range(len(output.encoded.lengths))
-            features.mark(output, self.plan, [0] * len(everything), everything, lambda row: row)
+            asker = Asker([0] * len(everything), everything, lambda row: row)
+            features.mark(output, self.plan, asker, deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
-        rows = rows_of(visual, [output.encoded.lengths[i] for i in source])
-        features.mark(output, self.plan, rows, source, self._request(visual.shape[0]))
+        rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
+        question = self._question(rows, ends) if self.plan.waits else None
+        asker = Asker(rows, source, self._request(visual.shape[0]), ends, question)
+        features.mark(output, self.plan, asker, deliver)
+
+    def _question(self, rows: Sequence[int], ends: Sequence[int]) -> tuple[Question, Tensor]:
+        """The text behind images, and its (B, Q, D) embeddings."""
+        local = self._local
+        assert local.visual is not None
+        assert local.prompt is not None  # as in every forward over a prompt
+        ids, arguments = local.prompt
+        visual, mask = _any(local.visual), arguments.get("attention_mask")
+        length = visual.shape[1]
+        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
+        real = None if real is None else real[:, -length:]
+        question = Question.of(visual, real, local.trailing, rows, ends)
+        table = self.family.base.get_input_embeddings()
+        return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
 
     def _adopt(self, modality: str, encoded: ModelOutput, arguments: Kwargs) -> ModelOutput:
         """Tag features that were made outside the session, in a copy."""
@@ -279,12 +328,11 @@ class Hooks:
                 "were made outside the session; pass pixel_values, or call get_image_features "
                 "within the session"
             )
-        if self.plan.class_attention_layers:
-            names = ", ".join(m.slug for m in self.plan.methods if "cls_attention" in m.needs)
+        if self.plan.encoder_signals:
             raise InputError(
-                f"{names} needs the encoder's class-token attention, but the image features in "
-                "mm_encoder_outputs were made outside the session; pass pixel_values, or call "
-                "get_image_features within the session"
+                f"{self._readers} needs {', '.join(self.plan.encoder_signals)} of the encoder, but "
+                "the image features in mm_encoder_outputs were made outside the session; pass "
+                "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
         self._tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
@@ -299,36 +347,39 @@ class Hooks:
             mask = visual[modality]
             dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
             if features.is_slice(output):
-                lengths = [n for n in mask.sum(1).tolist() if n]
-                parts.append(Part(mask, lengths, [(1, n) for n in lengths], dead))
+                shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
+                parts.append(Part(mask, shapes, dead))
                 continue
             known = output.encoded
             source = features.members(output, mask, self._expanded(mask.shape[0]))
-            lengths, grids = [known.lengths[i] for i in source], [known.grids[i] for i in source]
+            shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            place = functools.partial(self._place, modality, known.arguments, known.grids)
+            place = functools.partial(self._place, modality, known.arguments, known.shapes)
             places = [functools.partial(place, i) for i in source]
-            parts.append(Part(mask, lengths, grids, dead, before, places))
+            order = known.order
+            if order and len(order) != len(source):  # reduced before beams were made of it
+                order = [order[i] for i in source]
+            parts.append(Part(mask, shapes, dead, before, places, order))
         return parts
 
     def _place(
-        self, modality: str, arguments: Mapping[str, Any], grids: Sequence[Grid], image: int
-    ) -> tuple[Tensor, int]:
-        """Boxes of an image's tokens, and its frames; worked out only when a record is read."""
+        self, modality: str, arguments: Mapping[str, Any], shapes: Sequence[Shape], image: int
+    ) -> Tensor:
+        """Boxes of an image's tokens, worked out only when a record is read."""
         arguments = {
             name: value.cpu() if isinstance(value, Tensor) else value
             for name, value in arguments.items()
         }
         # In a later turn arguments are those of the whole conversation, so count from the last.
-        where = modality, image - len(grids), grids[image], arguments
-        boxes, count = self.family.boxes(*where), grids[image][0] * grids[image][1]
-        if len(boxes) != count:  # features from elsewhere need not be what the arguments say
-            return torch.full((count, 4), torch.nan), 1
-        return boxes, self.family.frames(*where)
+        boxes = self.family.boxes(modality, image - len(shapes), shapes[image], arguments)
+        if len(boxes) != shapes[image].total:  # features from elsewhere, of something else
+            return torch.full((shapes[image].total, 4), torch.nan)
+        return boxes
 
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.encoded, local.turn = False, None, None, None
+        local.prompt = None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -363,7 +414,7 @@ class Hooks:
         )
 
     def _check_slice(self) -> None:
-        if self.plan.llm or self.plan.per_request:
+        if self.plan.llm or self.plan.waits:
             names = ", ".join(m.slug for m in self.plan.methods)
             raise InputError(
                 f"chunked prefill cannot be used with {names}: each chunk would choose tokens by "
@@ -379,7 +430,14 @@ class Hooks:
             image: (group, n) for group in turn.groups for n, image in enumerate(group.images)
         }
         images = [
-            ImageRecord(group.rows[n], group.total, group.grid, turn.kept[image], group.places[n])
+            ImageRecord(
+                row=group.rows[n],
+                total=group.shape.total,
+                grid=group.shape.grid,
+                kept=turn.kept[image],
+                place=group.places[n],
+                frames=group.shape.frames,
+            )
             for image, (group, n) in ([] if sliced else sorted(members.items()))
         ]
         before = [turn.prompt_tokens] * self.plan.first_layer
@@ -397,3 +455,8 @@ class Hooks:
 
     def _keep_record(self, record: Record) -> None:
         self._local.record = self._last = record
+
+
+def _any(masks: Mapping[str, Tensor]) -> Tensor:
+    """(B, T) where some modality has a placeholder."""
+    return functools.reduce(torch.logical_or, masks.values())

@@ -16,38 +16,40 @@ from torch import Tensor
 
 from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
+from foveate.method import Adaptive
 from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.tokens import Shape, VisualTokens
 
-Grid = tuple[int, int]
 Kept = Mapping[str, Tensor]
-Place = Callable[[], tuple[Tensor, int]]  # boxes and frames, see ImageRecord
+Place = Callable[[], Tensor]  # boxes, see ImageRecord
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Images with the same grid, and the same number of tokens alive.
+    """Images of the same shape, and the same number of tokens alive.
 
     Args:
         images: number of each image within the forward, in order of appearance.
         rows: row of the batch of each image.
-        index: (G, V) raster positions alive, ascending.
-        total: tokens of each image before anything was removed.
-        grid: (height, width) of each image's token grid.
-        columns: (G, V) logical position of each living token in its row; `None` while only
-            features are known.
+        index: (G, V) raster positions alive; ascending, unless a method orders its survivors.
+        shape: tokens, grid and frames of each image before anything was removed.
+        ends: for each image, logical position of its last token, alive or not.
+        columns: (G, V) logical position in its row of each living token, ascending; `None` while
+            only features are known.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
+        ordered: whether `index` need not ascend.
     """
 
     images: tuple[int, ...]
     rows: tuple[int, ...]
     index: Tensor
-    total: int
-    grid: Grid
+    shape: Shape
+    ends: tuple[int, ...] = ()
     columns: Tensor | None = None
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
+    ordered: bool = False
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -59,6 +61,7 @@ class Group:
             images=tuple(self.images[i] for i in members),
             rows=tuple(self.rows[i] for i in members),
             index=self.index[chosen],
+            ends=tuple(self.ends[i] for i in members) if self.ends else (),
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
@@ -67,7 +70,14 @@ class Group:
     def reduced(self, reduction: Reduction) -> Group:
         """The group after a reduction."""
         columns = None if self.columns is None else self.columns.gather(1, reduction.index)
-        return replace(self, index=self.index.gather(1, reduction.index), columns=columns)
+        if columns is not None and reduction.ordered:
+            columns = columns.sort(dim=1).values
+        return replace(
+            self,
+            index=self.index.gather(1, reduction.index),
+            columns=columns,
+            ordered=self.ordered or reduction.ordered,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +86,21 @@ class Part:
 
     Args:
         visual: (B, T) their placeholders.
-        lengths: tokens of each image, in order of appearance.
-        grids: token grid of each image.
+        shapes: tokens, grid and frames of each image, in order of appearance.
         dead: (N) for each placeholder in row-major order, whether its token was removed before the
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
+        order: for each image, (K) raster positions alive in the order of their columns; empty where
+            all are in raster order.
     """
 
     visual: Tensor
-    lengths: Sequence[int]
-    grids: Sequence[Grid]
+    shapes: Sequence[Shape]
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
+    order: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,43 +108,42 @@ class _Span:
     row: int
     columns: Tensor
     index: Tensor
-    total: int
-    grid: Grid
+    shape: Shape
     before: Kept
     place: Place | None
 
 
 def group_features(
-    lengths: Sequence[int],
-    grids: Sequence[Grid],
+    shapes: Sequence[Shape],
     rows: Sequence[int],
+    ends: Sequence[int],
     device: torch.device,
     alive: Sequence[Tensor] | None = None,
 ) -> list[Group]:
     """Group images by shape, before their place in the sequence is known.
 
     Args:
-        lengths: tokens of each image.
-        grids: token grid of each image.
+        shapes: tokens, grid and frames of each image.
         rows: row of the batch of each image.
+        ends: logical position of each image's last token; empty where it is not known.
         device: where the features live.
         alive: (K) raster positions that the encoder has left of each image; `None` for all.
     """
-    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
-    for image, (total, grid) in enumerate(zip(lengths, grids, strict=True)):
-        left = total if alive is None else len(alive[image])
-        shapes[total, grid, left].append(image)
+    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
+    for image, shape in enumerate(shapes):
+        left = shape.total if alive is None else len(alive[image])
+        alike[shape, left].append(image)
     return [
         Group(
             tuple(images),
             tuple(rows[i] for i in images),
-            torch.arange(total, device=device).expand(len(images), total)
+            torch.arange(shape.total, device=device).expand(len(images), shape.total)
             if alive is None
             else torch.stack([alive[i] for i in images]).to(device),
-            total,
-            grid,
+            shape,
+            tuple(ends[i] for i in images) if ends else (),
         )
-        for (total, grid, _), images in shapes.items()
+        for (shape, _), images in alike.items()
     ]
 
 
@@ -148,59 +158,67 @@ def locate(parts: Sequence[Part]) -> list[Group]:
         (span for part in parts for span in _spans(part)),
         key=lambda span: (span.row, int(span.columns[0])),
     )
-    shapes: dict[tuple[int, Grid, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
     for image, span in enumerate(spans):
-        shapes[span.total, span.grid, len(span.index)].append(image)
+        alike[span.shape, len(span.index)].append(image)
     device = parts[0].visual.device if parts else None
     return [
         Group(
             tuple(images),
             tuple(spans[i].row for i in images),
             torch.stack([spans[i].index for i in images]).to(device),
-            total,
-            grid,
-            torch.stack([spans[i].columns[spans[i].index] for i in images]).to(device),
+            shape,
+            tuple(int(spans[i].columns[-1]) for i in images),
+            torch.stack([spans[i].columns[spans[i].index.sort().values] for i in images]).to(
+                device
+            ),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
+            any(part.order for part in parts),
         )
-        for (total, grid, _), images in shapes.items()
+        for (shape, _), images in alike.items()
     ]
 
 
 def _spans(part: Part) -> list[_Span]:
     where = part.visual.nonzero().cpu()
-    if where.shape[0] != sum(part.lengths):
+    tokens = sum(shape.total for shape in part.shapes)
+    if where.shape[0] != tokens:
         raise InputError(
             f"the prompt has {where.shape[0]} image placeholders, but the images have "
-            f"{sum(part.lengths)} visual tokens"
+            f"{tokens} visual tokens"
         )
     alive = torch.ones(where.shape[0], dtype=torch.bool) if part.dead is None else ~part.dead.cpu()
     spans = []
     start = 0
-    before = part.before or [{}] * len(part.lengths)
-    places = part.places or [None] * len(part.lengths)
-    for length, grid, kept, place in zip(part.lengths, part.grids, before, places, strict=True):
-        at, living = where[start : start + length], alive[start : start + length]
-        start += length
-        if not length:
+    before = part.before or [{}] * len(part.shapes)
+    places = part.places or [None] * len(part.shapes)
+    orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
+    for shape, kept, place, order in zip(part.shapes, before, places, orders, strict=True):
+        stop = start + shape.total
+        at, living = where[start:stop], alive[start:stop]
+        start = stop
+        if not shape.total:
             continue
         row = int(at[0, 0])
         if row != int(at[-1, 0]):
             raise InputError(
-                f"an image has {length} visual tokens, but its placeholders lie in two rows"
+                f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
-        spans.append(_Span(row, at[:, 1], living.nonzero()[:, 0], length, grid, kept, place))
+        index = living.nonzero()[:, 0] if order is None else order.cpu()
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place))
     return spans
 
 
-def rows_of(visual: Tensor, lengths: Sequence[int]) -> list[int]:
-    """The row of the batch of each image.
+def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> tuple[list[int], list[int]]:
+    """The row of the batch of each image, and the logical position of its last token.
 
     Args:
         visual: (B, T) placeholders.
-        lengths: tokens of each image, in order of appearance.
+        shapes: tokens, grid and frames of each image, in order of appearance.
     """
-    return [span.row for span in _spans(Part(visual, lengths, [(1, n) for n in lengths]))]
+    spans = _spans(Part(visual, shapes))
+    return [span.row for span in spans], [int(span.columns[-1]) for span in spans]
 
 
 def split_by_count(
@@ -251,19 +269,38 @@ def reduce_group(
     alive = group.index.shape[1]
     for image in group.images:
         begin.setdefault((planned.method_number, image), alive)
+    method = planned.method
+    if not alive:
+        return [(group, group, None)]
+
+    def tokens(part: Group) -> VisualTokens:
+        return VisualTokens(
+            features=lambda: features(part),
+            index=part.index,
+            grid=part.shape.grid,
+            rows=part.rows,
+            signals=signals(part),
+            place=planned.step.place,
+            frames=part.shape.frames,
+        )
+
     result: list[tuple[Group, Group, Reduction | None]] = []
+
+    def add(part: Group, reduction: Reduction) -> None:
+        if reduction.ordered and not planned.renumber:
+            reduction = reduction.in_raster_order(alive)
+        result.append((part, part.reduced(reduction), reduction))
+
+    if isinstance(method, Adaptive):
+        for chosen, reduction in method.split(tokens(group)):
+            add(group.pick(chosen), reduction)
+        return result
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
         if wanted == alive:
             result.append((part, part, None))
-            continue
-        tokens = VisualTokens(
-            features=lambda part=part: features(part),  # type: ignore[misc]
-            index=part.index,
-            grid=part.grid,
-            rows=part.rows,
-            signals=signals(part),
-        )
-        reduction = planned.method.reduce(tokens, wanted)
-        result.append((part, part.reduced(reduction), reduction))
+        elif wanted == 0:
+            add(part, Reduction(part.index[:, :0]))
+        else:
+            add(part, method.reduce(tokens(part), wanted))
     return result

@@ -7,9 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from foveate.errors import InputError
 from foveate.models import Family
+
+LATER_IMAGES = (
+    "behind a cache, {model} places a new image only if `generate` is given the features of the "
+    "new image, and ids, mm_token_type_ids and grids of the whole conversation, but {but}; encode "
+    "the new one within the session, new = model.get_image_features(pixel_values, "
+    "image_grid_thw=its_grid), and call model.generate(input_ids=all_ids, attention_mask=..., "
+    "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
+    "past_key_values=cache); likewise with videos"
+)
 
 
 def placeholders(
@@ -71,3 +81,57 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
         mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
     real = mask[:, :total].bool()
     return None if bool(real.all()) else real
+
+
+def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> None:
+    """Refuse calls of `generate` that would place new images behind a cache wrongly.
+
+    Where positions are in time, height and width, they are made from the grids of all images of
+    the conversation, while the encoder wants those of its pixels.
+
+    Args:
+        family: the model.
+        ids: (B, T) token ids of the conversation, as far as they are given.
+        kwargs: arguments of `generate`.
+
+    Raises:
+        InputError: the images cannot be placed; the message says how to pass them.
+    """
+    cache = kwargs.get("past_key_values")
+    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    if family.one_dimensional or not past or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return
+    tokens = family.placeholder_ids
+    seen = torch.isin(ids, torch.tensor(list(tokens.values()), device=ids.device))
+    if not bool(seen[:, past:].any()):
+        return
+    grids = [kwargs[name] for m in tokens if kwargs.get(name := f"{m}_grid_thw") is not None]
+    merge = family.config.vision_config.spatial_merge_size
+    said = sum(int(grid.prod(1).sum()) for grid in grids) // merge**2
+    but = None
+    if kwargs.get("mm_token_type_ids") is None:
+        but = "mm_token_type_ids are missing"
+    elif said != int(seen.sum()):
+        but = f"the grids say {said} visual tokens where the ids have {int(seen.sum())}"
+    for modality, suffix in (("image", ""), ("video", "_videos")):
+        before = modality in tokens and bool((ids[:, :past] == tokens[modality]).any())
+        if before and kwargs.get(f"pixel_values{suffix}") is not None:
+            but = but or f"it was given pixel_values{suffix}"
+    if but is not None:
+        raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))
+
+
+def check_positions(family: Family, kwargs: Mapping[str, Any], past: int) -> None:
+    """Refuse a forward whose new images would get positions of text.
+
+    Args:
+        family: the model.
+        kwargs: arguments of the base model, which sees new images.
+        past: logical length of what the cache holds.
+
+    Raises:
+        InputError: there is a cache and no positions, where they are no plain numbers.
+    """
+    if past and not family.one_dimensional and kwargs.get("position_ids") is None:
+        but = "the model was called by itself, without position_ids"
+        raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))

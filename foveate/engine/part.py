@@ -54,6 +54,10 @@ class Part(ABC):
         """
         self._undo.append(module.register_forward_hook(hook, always_call=always).remove)
 
+    def watch(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs, output)` after a module's forward."""
+        self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+
     def wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Call `around(original, ...)` in place of a method of a module."""
         original = getattr(module, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from foveate.budget import PerRequest
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -95,38 +96,42 @@ class Plan:
         """Whether image features may come with removed rows marked."""
         return bool(self.vision or self.pre_llm)
 
-    @property
-    def class_attention_layers(self) -> tuple[int, ...]:
-        """Encoder layers whose class-token attention some step needs."""
-        return tuple(
-            sorted(
-                {
-                    i
-                    for s in self.pre_llm
-                    for n in s.step.needs
-                    if n.name == "cls_attention"
-                    for i in n.layers
-                }
-            )
-        )
+    @cached_property
+    def encoder_signals(self) -> dict[str, tuple[int, ...]]:
+        """Signal -> encoder layers at which a step behind the encoder needs it."""
+        found: dict[str, set[int]] = {}
+        for need in (need for planned in self.pre_llm for need in planned.step.needs):
+            if SIGNALS[need.name].source == "encoder":
+                found.setdefault(need.name, set()).update(need.layers)
+        return {name: tuple(sorted(layers)) for name, layers in found.items()}
+
+    @cached_property
+    def looks(self) -> dict[int, dict[str, list[PlannedStep]]]:
+        """Decoder layer -> signal taken there -> steps that need it."""
+        found: dict[int, dict[str, list[PlannedStep]]] = {}
+        for planned in self.llm:
+            for need in planned.step.needs:
+                for layer in need.layers if SIGNALS[need.name].layered else (0,):
+                    found.setdefault(layer, {}).setdefault(need.name, []).append(planned)
+        return found
 
     @property
-    def text_attention_layers(self) -> frozenset[int]:
-        """Decoder layers whose text attention some step needs."""
-        return frozenset(
-            i
-            for s in self.llm
-            for n in s.step.needs
-            if n.name == "text_attention"
-            for i in n.layers
-        )
+    def transition_layers(self) -> tuple[int, ...]:
+        """Decoder layers whose modules are watched while they run."""
+        return tuple(sorted(n for n, names in self.looks.items() if "transition" in names))
+
+    @cached_property
+    def waits(self) -> bool:
+        """Whether image features can only be reduced once the prompt is known."""
+        needs = (need for planned in self.pre_llm for need in planned.step.needs)
+        return bool(self.per_request) or any(SIGNALS[n.name].source == "prompt" for n in needs)
 
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
         if self.marks:
             return 0
-        return min({s.step.layer for s in self.llm} | self.text_attention_layers, default=0)
+        return min({s.step.layer for s in self.llm} | set(self.looks), default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -202,48 +207,76 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
 
 def _check_needs(family: Family, planned: PlannedStep) -> None:
     for need in planned.step.needs:
-        own = planned.step.stage == "vision" and need.layers == (planned.step.layer,)
-        if planned.step.stage == "vision" and not own:
-            raise LayerError(
-                f"{planned.method.slug} acts at {planned.step.place} and can have signals of that "
-                f"layer only, but needs {need.name} of layers {need.layers}"
-            )
-        if need.name == "keys":
-            if not (own and planned.step.inside):
-                raise LayerError(
-                    f"{planned.method.slug} needs keys, which only a step inside an encoder layer "
-                    f"has; it acts at {planned.step.place}"
-                )
-        elif need.name == "cls_attention":
-            _check_class_attention(family, planned, need)
-        elif need.name == "text_attention":
-            windowed = [i for i in need.layers if i not in family.attention_layers]
-            if windowed:
-                legal = ", ".join(map(str, family.attention_layers))
-                raise LayerError(
-                    f"{planned.method.slug} ranks tokens by the attention of layer {windowed[0]}, "
-                    f"which sees only a window of the sequence; layers that see all of it are "
-                    f"{legal}"
-                )
-        else:
+        if need.name not in SIGNALS:
             raise FoveateError(
                 f"{planned.method.slug} needs an unknown signal {need.name!r}; known: "
                 f"{', '.join(SIGNALS)}"
             )
+        signal = SIGNALS[need.name]
+        stages = {"encoder": ("vision", "pre_llm"), "prompt": ("pre_llm",), "decoder": ("llm",)}
+        if planned.step.stage not in stages[signal.source]:
+            raise LayerError(
+                f"{planned.method.slug} needs {need.name} at {planned.step.place}, but only "
+                f"{' and '.join(stages[signal.source])} steps can have it"
+            )
+        if signal.layered and not need.layers:
+            raise LayerError(f"{planned.method.slug} needs {need.name}, but names no layer")
+        if signal.source == "encoder":
+            _check_encoder_signal(family, planned, need)
+        elif signal.source == "decoder":
+            _check_decoder_signal(family, planned, need)
 
 
-def _check_class_attention(family: Family, planned: PlannedStep, need: Need) -> None:
-    if family.encoder is None or not family.encoder.class_token:
+def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+    slug, step, signal = planned.method.slug, planned.step, SIGNALS[need.name]
+    encoder = family.encoder
+    works = "Methods that work here: "
+    if signal.class_token and (encoder is None or not encoder.class_token):
         raise UnsupportedModelError(
-            f"{planned.method.slug!r} needs class-token attention, but the encoder of this "
-            f"{family.model_type} has no class token that methods can read. Methods that work "
-            f"here: {', '.join(working_methods(family))}."
+            f"{slug!r} needs class-token attention, but the encoder of this {family.model_type} "
+            "has no class token that methods can read. "
+            f"{works}{', '.join(working_methods(family))}."
         )
-    outside = [i for i in need.layers if not 0 <= i < family.vision_layers]
-    if outside or not need.layers:
+    if encoder is None or (step.stage == "pre_llm" and not encoder.offers(need.name)):
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
+            f"give. {works}{', '.join(working_methods(family))}."
+        )
+    if step.stage == "vision":
+        if need.layers != (step.layer,) or not signal.inside:
+            raise LayerError(
+                f"{slug} acts at {step.place} and can have signals of that layer only "
+                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), but needs "
+                f"{need.name} of layers {need.layers}"
+            )
+        if need.name == "encoder_keys" and not step.inside:
+            raise LayerError(
+                f"{slug} needs {need.name}, which only a step inside an encoder layer has; it "
+                f"acts at {step.place}"
+            )
+    if any(not 0 <= i < family.vision_layers for i in need.layers):
         raise LayerError(
-            f"{planned.method.slug} needs encoder layers {need.layers}, but this encoder has "
-            f"layers 0 to {family.vision_layers - 1}"
+            f"{slug} needs encoder layers {need.layers}, but this encoder has layers 0 to "
+            f"{family.vision_layers - 1}"
+        )
+
+
+def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+    slug, step = planned.method.slug, planned.step
+    # What a layer does to a token is known behind it; all else, before it.
+    last = step.layer - (need.name == "transition")
+    outside = [i for i in need.layers if not 0 <= i <= last]
+    if outside:
+        raise LayerError(
+            f"{slug} acts at {step.place} and needs {need.name} of layer {outside[0]}, but there "
+            f"it is known of layers 0 to {last}"
+        )
+    windowed = [i for i in need.layers if i not in family.attention_layers]
+    if SIGNALS[need.name].attention and windowed:
+        legal = ", ".join(map(str, family.attention_layers))
+        raise LayerError(
+            f"{slug} ranks tokens by the attention of layer {windowed[0]}, which sees only a "
+            f"window of the sequence; layers that see all of it are {legal}"
         )
 
 
@@ -270,21 +303,28 @@ def why_not(family: Family, name: str) -> str | None:
     return None
 
 
-def working_methods(family: Family, *, class_token: bool = True) -> list[str]:
+def working_methods(family: Family, *, encoder: bool = True) -> list[str]:
     """Registered methods that need no stage and no signal the model lacks.
 
     Args:
         family: the model.
-        class_token: whether the encoder's class token, if there is one, may be read.
+        encoder: whether signals of the encoder may be read behind it.
     """
-    encoder = family.encoder
-    reads_class_token = class_token and encoder is not None and encoder.class_token
+    tower, reads = family.encoder, encoder
     stages = set(STAGES if family.text_layers else STAGES[:1])
-    if encoder is None or encoder.block is None:
+    if tower is None or tower.block is None:
         stages.discard("vision")
-    return [
-        name
-        for name in list_methods()
-        if get_method(name).stage in stages
-        and (reads_class_token or "cls_attention" not in get_method(name).needs)
-    ]
+
+    def has(method: type[Method], name: str) -> bool:
+        signal = SIGNALS[name]
+        if signal.source != "encoder":
+            return True
+        if tower is None or (signal.class_token and not tower.class_token):
+            return False
+        return method.stage == "vision" or (reads and tower.offers(name))
+
+    def works(name: str) -> bool:
+        method = get_method(name)
+        return method.stage in stages and all(has(method, need) for need in method.needs)
+
+    return [name for name in list_methods() if works(name)]

@@ -55,6 +55,10 @@ class TextPart(Hooks, Part):
         for modality in family.placeholder_ids:
             around = functools.partial(self.features, modality)
             self.wrap(family.base, f"get_{modality}_features", around)
-        if self.class_attention is not None:
-            self.class_attention.attach()
-            self._undo.append(self.class_attention.remove)
+        for number in self.plan.transition_layers:
+            for name in ("self_attn", "mlp"):
+                module = family._child(family.layers[number], name)
+                self.watch(module, functools.partial(self.leave_module, number))
+        if self.signals is not None:
+            self.signals.attach()
+            self._undo.append(self.signals.remove)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
-from foveate.engine.images import Group, reduce_group, split_by_count
+from foveate.engine.images import Group, reduce_group
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -23,9 +23,9 @@ from foveate.engine.layout import (
     take_positions,
     translate_mask,
 )
+from foveate.engine.looks import Looks
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
-from foveate.signals.text_attention import text_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Prompt:
         trailing: drafted tokens behind the prompt, in assisted decoding.
         request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
+        visual: (B, T) placeholders of all images, removed ones too; `None` without images.
     """
 
     batch: int
@@ -54,6 +55,7 @@ class Prompt:
     trailing: int
     request: Callable[[int], int]
     flash: bool
+    visual: Tensor | None = None
 
 
 class Turn:
@@ -81,9 +83,9 @@ class Turn:
             for g in self.groups
             for image, before in zip(g.images, g.before, strict=True)
         }
-        self._fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
-        self._begin: dict[tuple[int, int], int] = {}
-        self._rows: dict[int, tuple[Tensor, Layout]] = {}
+        self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
+        self.begin_of: dict[tuple[int, int], int] = {}  # tokens where (method, image) began
+        self.looks = Looks(self)
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
@@ -110,10 +112,10 @@ class Turn:
         cache = kwargs.get("past_key_values")
         if self.layout is self.full and not _is_pruned(cache, number):
             return hidden, kwargs
-        before, width = self._fresh, 0
+        before, width = self.fresh, 0
         if cache is not None:
             removed = self.prompt.length - self.layout.index.shape[1]
-            held = pruned_layer(cache, number, self._fresh, removed)
+            held = pruned_layer(cache, number, self.fresh, removed)
             assert held.slots is not None
             before, width = (
                 held.slots,
@@ -137,7 +139,7 @@ class Turn:
         """
         after = before.extend(self.layout, self.prompt.length, self._renumbered)
         mask = kwargs.get("attention_mask")
-        rotary, position_ids = self._positions(number, before, hidden, kwargs)
+        rotary, position_ids = self.positions(number, before, hidden, kwargs)
         physical = {
             "attention_mask": translate_mask(
                 mask, self.layout, after, self.prompt.length, two_d=self.prompt.flash, width=width
@@ -148,7 +150,7 @@ class Turn:
         changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
         return changes, after
 
-    def _positions(
+    def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns."""
@@ -182,7 +184,7 @@ class Turn:
         for group in self.groups:
             if self.plan.pre_llm:
                 self._note(group, "pre_llm")
-            gone = group.total - group.index.shape[1]
+            gone = group.shape.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
                 self.tokens[row] -= gone
@@ -211,33 +213,21 @@ class Turn:
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        if number in self.plan.text_attention_layers and self._will_drop(number):
-            self._rows[number] = self._text_attention(number, layer, hidden, kwargs), self.layout
+        if number in self.plan.looks:
+            self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
             if planned.step.layer == number:
                 hidden = self._step(planned, hidden)
         return hidden
 
-    def _will_drop(self, number: int) -> bool:
-        """Whether a step that needs the attention of this layer removes anything."""
-        return any(
-            count < group.index.shape[1]
-            for planned in self.plan.llm
-            if any(number in need.layers for need in planned.step.needs)
-            for group in self.groups
-            for count in split_by_count(planned, group, self._begin, self.prompt.request)
-        )
-
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
         """Run one step on every group, then drop what it removed."""
 
         def features(part: Group) -> Tensor:
-            return hidden[self._row_index(part), self._columns(part, self.layout)]
+            return hidden[self.row_index(part), self.columns_of(part, self.layout)]
 
         def signals(part: Group) -> Mapping[str, Tensor]:
-            return {
-                need.name: self._visual_row(need.layers[0], part) for need in planned.step.needs
-            }
+            return self.looks.of(planned.step.needs, part)
 
         gone = torch.zeros(
             self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
@@ -246,7 +236,7 @@ class Turn:
         lost = False
         for group in self.groups:
             parts = reduce_group(
-                planned, group, self._begin, self.prompt.request, features, signals
+                planned, group, self.begin_of, self.prompt.request, features, signals
             )
             for part, after, reduction in parts:
                 groups.append(after)
@@ -254,14 +244,14 @@ class Turn:
                 if reduction is None:
                     continue
                 lost = True
-                rows = self._row_index(part)
+                rows = self.row_index(part)
                 gone[rows, part.columns] = True
                 gone[rows, after.columns] = False
                 self.tokens = list(self.tokens)
                 for row in part.rows:
                     self.tokens[row] -= part.index.shape[1] - after.index.shape[1]
-                if reduction.merges:
-                    where = (rows, self._columns(after, self.layout))
+                if reduction.merges or reduction.ordered:
+                    where = (rows, self.columns_of(after, self.layout))
                     hidden = hidden.index_put(where, reduction.apply(features(part)))
         self.groups = groups
         if not lost:
@@ -299,65 +289,20 @@ class Turn:
 
     def _note(self, group: Group, place: str) -> None:
         for i, image in enumerate(group.images):
-            self.kept[image][place] = group.index[i]
+            kept = group.index[i]
+            self.kept[image][place] = kept.sort().values if group.ordered else kept
 
-    def _text_attention(
-        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """(B, H, P) attention of the prompt's last token at a layer."""
-        prompt = self.prompt
-        cache = kwargs.get("past_key_values")
-        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        before = self._fresh
-        if isinstance(held, PrunedLayer) and held.slots is not None:
-            before = held.slots
-        rotary = None
-        if self.family.rotates(number):
-            rotary, _ = self._positions(number, before, hidden, kwargs)
-        asked = torch.full((prompt.batch, 1), prompt.length - 1, device=prompt.device)
-        if prompt.real is not None:
-            order = torch.arange(prompt.length, device=prompt.device)
-            asked = (prompt.real[:, prompt.past :] * order).amax(1, keepdim=True)
-        asked = asked - prompt.trailing
-        visible = None
-        if prompt.real is not None or prompt.trailing or self.layout.ragged:
-            visible = (self.layout.index <= asked) & (self.layout.index >= 0)
-            if prompt.real is not None:
-                visible &= prompt.real[:, prompt.past :].gather(1, self.layout.index.clamp(min=0))
-        past = None
-        if held is not None and prompt.past:
-            past = (
-                held.keys[:, :, : before.index.shape[1]],
-                self._visible_past(before),
-            )
-        query = torch.searchsorted(self.layout.index.contiguous(), asked.contiguous())[:, 0]
-        return text_attention(layer, hidden, rotary, query, visible, past)
-
-    def _visible_past(self, before: Slots) -> Tensor | None:
-        if self.prompt.real is None and not before.ragged:
-            return None
-        visible = before.index >= 0
-        if self.prompt.real is not None:
-            visible = visible & self.prompt.real.gather(1, before.index.clamp(min=0))
-        return visible
-
-    def _visual_row(self, number: int, part: Group) -> Tensor:
-        """(G, H, V) of a group, from the row taken at a layer."""
-        probabilities, layout = self._rows[number]
-        rows = probabilities[torch.tensor(part.rows, device=probabilities.device)]
-        columns = self._columns(part, layout).to(rows.device)
-        return rows.gather(2, columns[:, None].expand(-1, rows.shape[1], -1))
-
-    def _columns(self, part: Group, layout: Layout) -> Tensor:
-        """(G, V) physical columns of a group."""
+    def columns_of(self, part: Group, layout: Layout) -> Tensor:
+        """(G, V) physical columns of a group in a layout."""
         assert part.columns is not None
         if layout is self.full:
             return part.columns
         return torch.searchsorted(
-            layout.index[self._row_index(part)[:, 0]].contiguous(), part.columns.contiguous()
+            layout.index[self.row_index(part)[:, 0]].contiguous(), part.columns.contiguous()
         )
 
-    def _row_index(self, part: Group) -> Tensor:
+    def row_index(self, part: Group) -> Tensor:
+        """(G, 1) row of the batch of each image."""
         return torch.tensor(part.rows, device=self.prompt.device)[:, None]
 
     def _count_tokens(self) -> list[int]:

@@ -26,6 +26,8 @@ class Downsample(Method):
 
     The pooled grid is the largest whose aspect ratio is that of the image to within one cell, so
     it may hold somewhat fewer tokens than asked for (56 = 7 x 8 where 58 of 24 x 24 are asked).
+    Frames of a video share the tokens equally; where each has less than one, neighbouring frames
+    are averaged. A newline token behind the frames stays while there is room.
 
     Args:
         keep: an upper bound of what survives, as a share (rounded down) or a count.
@@ -49,23 +51,27 @@ class Downsample(Method):
         Raises:
             InputError: tokens are missing from the grid, so that it cannot be pooled.
         """
-        height, width = tokens.grid
-        if tokens.count != height * width:
+        (height, width), device, images = tokens.grid, tokens.index.device, len(tokens.index)
+        if not _whole(tokens):
             raise InputError(
                 f"downsample pools the whole {height} x {width} token grid of an image, but "
-                f"{tokens.count} tokens are left of its {height * width}; put it before methods "
-                "that remove tokens, or use 'uniform'"
+                f"{tokens.count} tokens are left of its {tokens.frames * height * width}; put it "
+                "before methods that remove tokens, or use 'uniform'"
             )
         if count == tokens.count:
-            return Reduction(
-                torch.arange(count, device=tokens.index.device).expand_as(tokens.index)
-            )
-        rows, columns = pooled_grid(height, width, count)
-        row_weights, row_centres = _pool(height, rows, tokens.index.device)
-        column_weights, column_centres = _pool(width, columns, tokens.index.device)
-        images = len(tokens.index)
-        index = (row_centres[:, None] * width + column_centres).flatten()
-        weights = torch.kron(row_weights, column_weights)
+            return Reduction(torch.arange(count, device=device).expand(images, -1))
+        extra = tokens.count - tokens.frames * height * width
+        room = min(extra, count - 1)
+        frames = min(tokens.frames, count - room)
+        rows, columns = pooled_grid(height, width, (count - room) // frames)
+        index, weights = _pool(tokens.frames, frames, device)
+        for size, cells in ((height, rows), (width, columns)):
+            centres, shares = _pool(size, cells, device)
+            index = (index[:, None] * size + centres).flatten()
+            weights = torch.kron(weights, shares)
+        behind = torch.arange(tokens.count - extra, tokens.count - extra + room, device=device)
+        index = torch.cat((index, behind))
+        weights = torch.block_diag(weights, torch.eye(room, extra, device=device))
         return Reduction(index.expand(images, -1), weights.expand(images, -1, -1))
 
 
@@ -88,10 +94,16 @@ def pooled_grid(height: int, width: int, count: int) -> tuple[int, int]:
 
 
 def _pool(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Adaptive average pooling of one axis: (cells, size) weights and (cells,) centres."""
+    """Adaptive average pooling of one axis: (cells,) centres and (cells, size) weights."""
     cell = torch.arange(cells, device=device)
     start = cell * size // cells
     end = ((cell + 1) * size + cells - 1) // cells
     at = torch.arange(size, device=device)
     inside = (at >= start[:, None]) & (at < end[:, None])
-    return inside / (end - start)[:, None], (start + end - 1) // 2
+    return (start + end - 1) // 2, inside / (end - start)[:, None]
+
+
+def _whole(tokens: VisualTokens) -> bool:
+    """Whether nothing was removed of the grid, nor of what is behind it."""
+    cells = tokens.frames * tokens.grid[0] * tokens.grid[1]
+    return tokens.count >= cells and bool((tokens.index[:, -1] == tokens.count - 1).all())

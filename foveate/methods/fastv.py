@@ -64,4 +64,4 @@ class FastV(Scorer):
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention of the last token, averaged over heads: (G, V)."""
-        return tokens.signal("text_attention").mean(1)
+        return tokens.signal("text_attention")[:, 0].mean(1)

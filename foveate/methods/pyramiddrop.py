@@ -89,4 +89,4 @@ class PyramidDrop(Scorer):
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention of the last prompt token, averaged over heads: (G, V)."""
-        return tokens.signal("text_attention").mean(1)
+        return tokens.signal("text_attention")[:, 0].mean(1)

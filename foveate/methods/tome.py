@@ -38,7 +38,9 @@ class Merge(Step):
     part: tuple[int, int] = (1, 1)
 
 
-@register("tome", stage="vision", needs=("keys",), paper="Bolya et al. 2023, arXiv:2210.09461")
+@register(
+    "tome", stage="vision", needs=("encoder_keys",), paper="Bolya et al. 2023, arXiv:2210.09461"
+)
 @dataclass(frozen=True)
 class ToMe(Method):
     """Merge similar patches between the attention and the MLP of every layer.
@@ -108,7 +110,9 @@ class ToMe(Method):
         read = model.feature_layer + 1
         schedule = self.schedule(model.vision_layers)[:read]
         return tuple(
-            Merge("vision", i, (Need("keys", (i,)),), True, self.prop_attn, r, (i + 1, read))
+            Merge(
+                "vision", i, (Need("encoder_keys", (i,)),), True, self.prop_attn, r, (i + 1, read)
+            )
             for i, r in enumerate(schedule)
             if r or self.keep is not None
         )
@@ -137,7 +141,7 @@ class ToMe(Method):
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Merge patches until `count` are left of each image, weighted by their sizes."""
-        keys = F.normalize(tokens.signal("keys").mean(1), dim=-1)
+        keys = F.normalize(tokens.signal("encoder_keys")[:, 0].mean(1), dim=-1)
         if self.every is not None:
             index, slot = match_every(keys, self.every)
         else:

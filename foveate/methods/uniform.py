@@ -24,7 +24,8 @@ class Uniform(Method):
         positions: `None` gives survivors consecutive positions (`renumbered`),
             where positions are single numbers; `original` leaves them where they were.
 
-    Where tokens are missing from the grid already, survivors are spread evenly in raster order.
+    Rows of a video are those of its frames, one below the other. Where tokens are missing from the
+    grid already, survivors are spread evenly in raster order.
     Cost: K index computations.
     """
 
@@ -39,8 +40,8 @@ class Uniform(Method):
         """Keep `count` evenly spread tokens of each image."""
         height, width = tokens.grid
         device = tokens.index.device
-        if tokens.count == height * width:
-            index = spread_grid(height, width, count, device)
+        if count <= tokens.frames * height * width <= tokens.count:
+            index = spread_grid(tokens.frames * height, width, count, device)
         else:
             index = spread_grid(1, tokens.count, count, device)
         return Reduction(index.expand(len(tokens.index), -1))

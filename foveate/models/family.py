@@ -11,9 +11,10 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.boxes import cells
+from foveate.boxes import cells_of
 from foveate.errors import UnsupportedModelError
 from foveate.models.block import Block
+from foveate.tokens import Shape
 
 FAMILIES: dict[str, type[Family]] = {}
 F = TypeVar("F", bound="type[Family]")
@@ -34,6 +35,8 @@ class Encoder:
             visual tokens are the patches, one for one.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
+        plain: whether a layer attends by the softmax of `projections` over all rows of a picture:
+            no rotary positions, no windows, no packing.
     """
 
     layers: Sequence[nn.Module]
@@ -45,6 +48,11 @@ class Encoder:
     block: Block | None = None
     extra: int = 0
     head: Any = None
+    plain: bool = True
+
+    def offers(self, signal: str) -> bool:
+        """Whether a signal of the encoder can be had of its layers."""
+        return self.plain or signal == "encoder_features"
 
     @property
     def special(self) -> int:
@@ -80,7 +88,7 @@ class Family:
     patches_are_tokens: ClassVar[bool] = False
     """Whether visual tokens are the encoder's patches, one for one, in images and videos."""
     placed_by: ClassVar[tuple[str, ...]] = ()
-    """Arguments that `boxes` and `frames` read; a record holds them as long as it lives."""
+    """Arguments that `boxes` reads; a record holds them as long as it lives."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -137,10 +145,8 @@ class Family:
             if token is not None and hasattr(self.base, f"get_{modality}_features")
         }
 
-    def shapes(
-        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
-    ) -> list[tuple[int, tuple[int, int]]]:
-        """Number of visual tokens and token grid (height, width) of each image.
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
+        """How the visual tokens of each image or video are laid out.
 
         Args:
             modality: `image` or `video`.
@@ -148,7 +154,7 @@ class Family:
             arguments: what the features were made from, such as `pixel_values`; empty if unknown.
         """
         counts = [feature.shape[:-1].numel() for feature in pooled]
-        return [(count, self.grid(count)) for count in counts]
+        return [Shape(count, self.grid(count)) for count in counts]
 
     def grid(self, count: int) -> tuple[int, int]:
         """(height, width) of `count` tokens: a square, or else one row."""
@@ -156,7 +162,7 @@ class Family:
         return (side, side) if side * side == count else (1, count)
 
     def boxes(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+        self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
         """(V, 4) left, top, right and bottom edge of an image's tokens, as shares of the picture.
 
@@ -168,19 +174,10 @@ class Family:
             modality: `image` or `video`.
             number: which of the images of this modality; negative, counted from the last, where
                 the arguments may be those of a whole conversation.
-            grid: its token grid, from `shapes`.
+            shape: its tokens, grid and frames, from `shapes`.
             arguments: those named in `placed_by`, as far as they were given.
         """
-        return cells(*grid)
-
-    def frames(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
-    ) -> int:
-        """Frames of a video that its tokens tell apart, equally many tokens each; 1 for an image.
-
-        Tokens left over behind the frames belong to the last. Arguments as in `boxes`.
-        """
-        return 1
+        return cells_of(shape)
 
     # -- the vision encoder
 
@@ -205,16 +202,19 @@ class Family:
         layers = [given] if isinstance(given, int) else given
         return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
 
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
-        """(H, V) attention of the class token to the visual tokens of each image.
+        """(C, V) of what the encoder says of its patches, for the visual tokens of each image.
+
+        A token made of several patches gets their mean.
 
         Args:
             modality: `image` or `video`.
-            rows: (N, H, P) class-token attention to the P patches of all N pictures, tiles or
-                frames that went through the encoder.
+            rows: (N, C, P) of the P patches of all N pictures, tiles or frames that went through
+                the encoder.
             arguments: what the features were made from.
+            newline: what tokens get that are no patches.
         """
         return list(rows)
 

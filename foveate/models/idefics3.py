@@ -7,6 +7,7 @@ from typing import Any
 
 from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
+from foveate.tokens import Shape
 
 
 @register_family("idefics3", "smolvlm")
@@ -20,12 +21,10 @@ class Idefics3(Family):
         """The tower, which has no class token."""
         return tower(self, "vision_model")
 
-    def shapes(
-        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
-    ) -> list[tuple[int, tuple[int, int]]]:
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each tile; the features of a sample's tiles come in one tensor."""
         pixels = arguments.get("pixel_values")
         size = self.config.vision_config.image_size if pixels is None else pixels.shape[-1]
         side = size // self.config.vision_config.patch_size // self.config.scale_factor
         tokens = sum(feature.shape[:-1].numel() for feature in pooled)
-        return [(side * side, (side, side))] * (tokens // (side * side))
+        return [Shape(side * side, (side, side))] * (tokens // (side * side))

@@ -17,13 +17,13 @@ class InternVL(Llava):
 
     patches_are_tokens = False
 
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
-        """The class token's attention to all patches that pixel shuffle puts into one token."""
+        """The mean of the patches that pixel shuffle puts into one token."""
         tiles, heads, patches = rows.shape
         side = int(patches**0.5)
         cells = self.base.pixel_shuffle(
             rows.reshape(tiles * heads, side, side, 1), scale_factor=self.config.downsample_ratio
         )
-        return list(cells.sum(-1).view(tiles, heads, -1))
+        return list(cells.mean(-1).view(tiles, heads, -1))

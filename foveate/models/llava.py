@@ -8,6 +8,7 @@ from typing import Any
 
 from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
+from foveate.tokens import Shape
 
 
 @register_family("llava", "vipllava")
@@ -32,12 +33,10 @@ class Llava(Family):
         """Side of a visual token in pixels, where images have any shape."""
         return self.config.vision_config.patch_size
 
-    def shapes(
-        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
-    ) -> list[tuple[int, tuple[int, int]]]:
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each image; Pixtral's towers take images of any shape."""
         shapes, sizes = super().shapes(modality, pooled, arguments), arguments.get("image_sizes")
         if self.config.vision_config.model_type != "pixtral" or sizes is None:
             return shapes
         grids = [(int(h) // self.cell, int(w) // self.cell) for h, w in sizes]
-        return [(count, grid) for (count, _), grid in zip(shapes, grids, strict=True)]
+        return [Shape(shape.total, grid) for shape, grid in zip(shapes, grids, strict=True)]

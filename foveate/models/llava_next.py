@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from foveate.boxes import cells
+from foveate.boxes import cells, cells_of
 from foveate.models.family import register_family
 from foveate.models.llava import Llava
+from foveate.tokens import Shape
 
 
 class AnyRes(Llava):
@@ -31,27 +32,37 @@ class AnyRes(Llava):
         """One row: thumbnail, tiles and newlines form no single grid."""
         return (1, count)
 
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
+        """Tokens of each image in one row, and frames of each video."""
+        shapes = super().shapes(modality, pooled, arguments)
+        if modality == "image":
+            return shapes
+        side = self.video_side
+        return [
+            Shape(count, (side, side), frames)
+            if (frames := count // side**2)
+            else Shape(count, row)
+            for count, row, _ in shapes
+        ]
+
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """Rows of an image's tiles, packed as the model packs their features."""
         if modality != "image" or arguments.get("image_sizes") is None:
             return list(rows)
-        newline = torch.full(rows.shape[1:2], -torch.inf, device=rows.device)
-        return [image.T for image in self.packed(rows.transpose(1, 2), newline, arguments)]
+        line = torch.full(rows.shape[1:2], newline, device=rows.device, dtype=rows.dtype)
+        return [image.T for image in self.packed(rows.transpose(1, 2), line, arguments)]
 
     def boxes(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+        self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
         """Boxes of the tokens of thumbnail and tiles, or of a video's frames; NaN for newlines."""
-        count = grid[0] * grid[1]
         sizes = arguments.get("image_sizes")
         if modality == "video":
-            frame = cells(self.video_side, self.video_side)
-            frames = frame.repeat(self.frames(modality, number, grid, arguments), 1)
-            return torch.cat((frames, torch.full((count - len(frames), 4), torch.nan)))
+            return cells_of(shape)
         if sizes is None:  # features from elsewhere
-            return torch.full((count, 4), torch.nan)
+            return torch.full((shape.total, 4), torch.nan)
         tiles = [
             self._tile_boxes(size if n > 1 else None)
             for size, n in zip(torch.as_tensor(sizes).tolist(), self.tiles(arguments), strict=True)
@@ -60,12 +71,6 @@ class AnyRes(Llava):
         boxes = self.packed(torch.cat(tiles), newline, arguments)[number]
         thumbnail, tiled = boxes.split([len(tiles[0][0]), len(boxes) - len(tiles[0][0])])
         return torch.cat((thumbnail, _widen(tiled))).clamp(0, 1)
-
-    def frames(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
-    ) -> int:
-        """Frames of a video; a newline may follow them."""
-        return grid[0] * grid[1] // self.video_side**2 if modality == "video" else 1
 
     def packed(
         self, values: Tensor, newline: Tensor, arguments: Mapping[str, Any]
@@ -152,28 +157,16 @@ def _widen(boxes: Tensor) -> Tensor:
 
 @register_family("llava_next", "llava_next_video")
 class LlavaNext(AnyRes):
-    """`LlavaNextForConditionalGeneration`, the video variant, and their base models.
-
-    A video is one grid of pooled frames, one below the other.
-    """
+    """`LlavaNextForConditionalGeneration`, the video variant, and their base models."""
 
     packing_option = "vision_feature_select_strategy"
 
-    def shapes(
-        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
-    ) -> list[tuple[int, tuple[int, int]]]:
-        """Tokens and grid of each image or video."""
-        shapes = super().shapes(modality, pooled, arguments)
-        if modality == "image":
-            return shapes
-        return [(count, (count // self.video_side, self.video_side)) for count, _ in shapes]
-
-    def class_attention(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any]
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """Rows of a video's frames, pooled as the model pools their features."""
         if modality == "image" or self.config.spatial_pool_mode == "conv":
-            return super().class_attention(modality, rows, arguments)
+            return super().per_token(modality, rows, arguments, newline)
         pooled = self.base.vision_resampler(rows.transpose(1, 2))
         frames = arguments["pixel_values_videos"].shape[1]
         return list(pooled.unflatten(0, (-1, frames)).flatten(1, 2).transpose(1, 2))

@@ -5,25 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from foveate.boxes import cells
 from foveate.errors import InputError
 from foveate.models.family import Family
+from foveate.tokens import Shape
 
 
 class MRope(Family):
     """Base of families whose processor hands over `image_grid_thw` and `video_grid_thw`.
 
-    A video is one image whose frames lie one above the other: its grid is (frames x height, width).
+    What counts as a frame are the pairs of frames that the encoder merges.
     """
 
     one_dimensional = False
-    placed_by = ("image_grid_thw", "video_grid_thw")
 
-    def shapes(
-        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
-    ) -> list[tuple[int, tuple[int, int]]]:
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, and grids in merged patches.
 
         Raises:
@@ -35,25 +30,17 @@ class MRope(Family):
             return super().shapes(modality, pooled, arguments)
         merge = self.config.vision_config.spatial_merge_size
         # In a later turn the grids are those of the whole conversation, the features the new ones.
-        merged = [(t * h // merge, w // merge) for t, h, w in grids[-len(counts) :].tolist()]
-        for count, (height, width) in zip(counts, merged, strict=True):
-            if count != height * width:
+        shapes = [
+            Shape(count, (height // merge, width // merge), frames)
+            for count, (frames, height, width) in zip(
+                counts, grids[-len(counts) :].tolist(), strict=True
+            )
+        ]
+        for count, (height, width), frames in shapes:
+            if count != frames * height * width:
                 raise InputError(
-                    f"{modality}_grid_thw says {height} x {width} visual tokens, but there are "
-                    f"{count} features; pass the grids that the processor returned with them"
+                    f"{modality}_grid_thw says {frames} x {height} x {width} visual tokens, but "
+                    f"there are {count} features; pass the grids that the processor returned with "
+                    "them"
                 )
-        return list(zip(counts, merged, strict=True))
-
-    def boxes(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
-    ) -> Tensor:
-        """Cells of the picture; of a video, of the token's frame."""
-        frames = self.frames(modality, number, grid, arguments)
-        return cells(grid[0] // frames, grid[1]).repeat(frames, 1)
-
-    def frames(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
-    ) -> int:
-        """Frames after pairs of them were merged."""
-        grids = arguments.get(f"{modality}_grid_thw")
-        return 1 if grids is None else int(grids[number][0])
+        return shapes

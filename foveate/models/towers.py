@@ -39,4 +39,5 @@ def tower(family: Family, path: str) -> Encoder | None:
         heads=vision.num_attention_heads,
         class_token=projections is not None,
         projections=projections or ("q_proj", "k_proj"),
+        plain=vision.model_type != "pixtral",  # it rotates positions and packs images
     )

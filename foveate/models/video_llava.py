@@ -11,6 +11,7 @@ from torch import Tensor
 from foveate.boxes import cells
 from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
+from foveate.tokens import Shape
 
 
 @register_family("video_llava")
@@ -28,31 +29,23 @@ class VideoLlava(Family):
         strategy = self.config.vision_feature_select_strategy
         return tower(self, "image_tower") if strategy == "default" else None
 
-    def shapes(
-        self, modality: str, pooled: Any, arguments: Mapping[str, Any]
-    ) -> list[tuple[int, tuple[int, int]]]:
-        """Tokens and grid of each image; a video is one row."""
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
+        """Tokens and grid of each image, or of the frames of each video."""
         shapes = super().shapes(modality, pooled, arguments)
         pixels = arguments.get("pixel_values_videos")
         if modality == "image":
             return shapes
         frames = 1 if pixels is None else pixels.shape[1]
-        return [(n * frames, (1, n * frames)) for n, _ in shapes[::frames]]
+        return [Shape(n * frames, grid, frames) for n, grid, _ in shapes[::frames]]
 
     def boxes(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
+        self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
         """Boxes of an image, or of frames behind one another; class tokens have no place."""
         if modality == "image":
-            return super().boxes(modality, number, grid, arguments)
+            return super().boxes(modality, number, shape, arguments)
         frame = torch.cat((torch.full((1, 4), torch.nan), cells(self._side, self._side)))
-        return frame.repeat(self.frames(modality, number, grid, arguments), 1)
-
-    def frames(
-        self, modality: str, number: int, grid: tuple[int, int], arguments: Mapping[str, Any]
-    ) -> int:
-        """Frames of a video."""
-        return grid[0] * grid[1] // (self._side**2 + 1) if modality == "video" else 1
+        return frame.repeat(shape.frames, 1)
 
     @property
     def _side(self) -> int:

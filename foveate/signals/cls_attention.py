@@ -7,89 +7,9 @@ attention map.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
-from foveate.models import Encoder
-
-
-class Shortened(Protocol):
-    """A pass through an encoder in which tokens are removed."""
-
-    bias: Tensor | None
-
-    def widen(self, row: Tensor) -> Tensor:
-        """(B, H, V) of a signal of the tokens alive."""
-
-
-class ClassAttention:
-    """Collects class-token attention rows while an encoder runs.
-
-    Args:
-        encoder: the encoder; it must have a class token.
-        layers: 0-based layers to collect, distinct.
-        running: gives the pass that this thread is in, where tokens are removed inside the encoder.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        layers: tuple[int, ...],
-        running: Callable[[], Shortened | None] = lambda: None,
-    ) -> None:
-        self.encoder = encoder
-        self.layers = layers
-        self._pass = running
-        self._running = threading.local()
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self) -> None:
-        """Hook the query and key projections of the layers."""
-        for layer in self.layers:
-            attention: Any = self.encoder.attention(self.encoder.layers[layer])
-            for name in self.encoder.projections:
-                self._handles.append(
-                    getattr(attention, name).register_forward_hook(self._keep(layer, name))
-                )
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    @contextmanager
-    def collect(self) -> Iterator[dict[int, Tensor]]:
-        """While open, fill a dict of layer -> (images, H, V) float32 rows, in this thread only."""
-        rows: dict[int, Tensor] = {}
-        self._running.rows, self._running.pending = rows, {}
-        try:
-            yield rows
-        finally:
-            self._running.rows = None
-
-    def _keep(self, layer: int, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            rows = getattr(self._running, "rows", None)
-            if rows is None:
-                return
-            pending = self._running.pending.setdefault(layer, {})
-            pending[name] = output.detach()
-            if len(pending) == 2:
-                del self._running.pending[layer]
-                query, key = (pending[part] for part in self.encoder.projections)
-                shortened = self._pass()
-                bias = None if shortened is None else shortened.bias
-                row = class_row(query, key, self.encoder.heads, self.encoder.special, bias)
-                rows[layer] = row if shortened is None else shortened.widen(row)
-
-        return hook
+from torch import Tensor
 
 
 @torch.no_grad()

@@ -110,8 +110,11 @@ def run(
         for drop in spec.drops:
             if drop.layer != number:
                 continue
-            row = probabilities[drop.scored].mean(0)[prompt - 1]
-            for image, count in enumerate(drop.counts):
+            # Within one layer, a later turn ranks with what earlier turns have left in the cache.
+            scores = step(number)[1] if drop.scored == number else probabilities[drop.scored]
+            row = scores.mean(0)[prompt - 1 if drop.query is None else drop.query]
+            images = drop.images or range(len(drop.counts))
+            for image, count in zip(images, drop.counts, strict=True):
                 chosen = row[columns[image]].topk(count).indices.sort().values
                 remove(image, chosen, drop.renumber)
             history.append([i.clone() for i in index])

@@ -16,7 +16,11 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 import foveate
 from foveate.models import find_family
+from foveate.tokens import Shape
 from tests.conformance.test_pixels import NAMES, model_of, prompt
+from tests.conformance.test_pixels_grids import VIDEO
+from tests.conformance.test_pixels_grids import model_of as on_grids_model
+from tests.conformance.test_pixels_grids import prompt as prompt_on_grids
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.llava_next import PINPOINTS, SIZES
 from tests.conformance.zoo.member import fresh
@@ -60,7 +64,7 @@ def test_boxes_of_tiled_images_lie_where_the_processor_put_them(name):
             image_newline=torch.full((2,), -torch.inf), vision_aspect_ratio="anyres_max_2",
         )  # fmt: skip
     for number, (count, centre) in enumerate(zip(counts, seen, strict=True)):
-        boxes = family.boxes("image", number, (1, count), pixels)
+        boxes = family.boxes("image", number, Shape(count, (1, count)), pixels)
         assert boxes.shape == (count, 4)
         assert torch.equal(boxes[:, 0].isnan(), centre[:, 0].isinf())
         assert boxes.isnan().any(0).all(), "there are newline tokens"
@@ -79,13 +83,10 @@ def test_every_visual_token_has_a_box(name):
     Unpadding takes away whole rows of patches, and with them up to a quarter of these pictures.
     """
     inputs, counts = prompt(name)
-    member, family = MEMBERS[name](), find_family(model_of(name))
-    pooled = [torch.zeros(count, 1) for count in counts]
-    shapes = family.shapes(member.modality, pooled, inputs)
-    if len(shapes) != len(counts):
-        shapes = [(count, family.grid(count)) for count in counts]
-    for number, (count, grid) in enumerate(shapes):
-        boxes = family.boxes(member.modality, number, grid, inputs)
+    with torch.no_grad(), foveate.use(model_of(name), EveryThird(1)) as run:
+        model_of(name).model(**fresh(inputs))
+    for image, count in zip(run.record.images, counts, strict=True):
+        boxes = image.boxes
         assert boxes.shape == (count, 4)
         known = boxes[~boxes[:, 0].isnan()]
         assert len(known) > count // 2
@@ -94,6 +95,39 @@ def test_every_visual_token_has_a_box(name):
         assert (area > 0).all()
         covered = area.sum().item()
         assert math.ceil(covered - 0.01) - covered < 0.26
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [*((name, None) for name in NAMES), *((name, "video") for name in VIDEO)]
+)
+def test_methods_are_shown_the_cells_that_boxes_are_of(name, what):
+    """Frame, row and column of every token that has a place in a grid."""
+    shown = []
+
+    class Spy(EveryThird):
+        def reduce(self, tokens, count):
+            at = torch.cat((tokens.frame[..., None], tokens.coordinates), -1)
+            shown.extend((tokens.frames, *tokens.grid, cells) for cells in at)
+            return super().reduce(tokens, count)
+
+    model = on_grids_model(name) if what else model_of(name)
+    inputs = prompt_on_grids(name, what)[0] if what else prompt(name)[0]
+    with torch.no_grad(), foveate.use(model, Spy(1)) as run:
+        model.model(**fresh(inputs))
+    assert len(shown) == len(run.record.images)
+    video = what == "video" or name.endswith("-video")
+    for image in run.record.images:
+        grid = (image.frames, *image.grid)
+        where = next(at for *seen, at in shown if tuple(seen) == grid and len(at) == image.total)
+        assert (image.frames > 1) == video
+        assert torch.equal(where[:, 0], image.frame)
+        if 1 in image.grid:  # a row of tiles, or behind a class token
+            continue
+        _, height, width = grid
+        cells = where[:, 1:].flip(-1) / torch.tensor([width, height])
+        placed = ~image.boxes[:, 0].isnan()
+        assert placed.sum() == image.frames * height * width
+        torch.testing.assert_close(image.boxes[placed, :2], cells[placed])
 
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])

@@ -42,7 +42,7 @@ def model_of(name, attention="sdpa"):
 
 
 def prompt(name, what):
-    """A row of text with what is seen, its placeholders' columns, and the grid of each image."""
+    """A row of text with what is seen, its placeholders' columns, and frames and grid of each."""
     member = MEMBERS[name]()
     inputs, pieces, grids = {}, [], []
     if what != "video":
@@ -50,9 +50,11 @@ def prompt(name, what):
         pooled = encoded(name, "image", member.pixels(2))
         pieces += [(1, [len(feature)], member.image_id) for feature in pooled]
         sizes = inputs.get("image_grid_thw")
-        grids = [(4, 4)] * 2 if sizes is None else [(h // 2, w // 2) for _, h, w in sizes.tolist()]
+        grids = [(1, 4, 4)] * 2
+        if sizes is not None:
+            grids = [(1, h // 2, w // 2) for _, h, w in sizes.tolist()]
         if name.startswith("molmo2"):
-            grids[1] = (1, 32)  # an overview with a crop behind it
+            grids[1] = (1, 1, 32)  # an overview with a crop behind it
     if what != "images":
         inputs |= member.clip()
         pooled = encoded(name, "video", member.clip())
@@ -60,7 +62,7 @@ def prompt(name, what):
         frames = [frame] * 3 if member.timestamps else [3 * frame]
         kind = 1 if name.startswith("molmo2") else 2
         pieces.insert(len(pieces) // 2, (kind, frames, member.video_id))
-        grids.insert(len(grids) // 2, (12, 4) if name.startswith("molmo2") else (6, 4))
+        grids.insert(len(grids) // 2, (3, 4, 4) if name.startswith("molmo2") else (3, 2, 4))
     ids, types = [5, 7, 11, 2], [0] * 4
     for number, (kind, lengths, token) in enumerate(pieces):
         for length in lengths:
@@ -107,7 +109,7 @@ def test_pruning_what_a_real_tower_saw_equals_the_oracle(name, what, kind):
         # Here the features are made before the model is called.
         model.generate(**fresh(inputs), max_new_tokens=1, do_sample=False)
     hook.remove()
-    assert [image.grid for image in run.record.images] == grids
+    assert [(image.frames, *image.grid) for image in run.record.images] == grids
     assert run.record.pixels is None, "patches and crops are no pictures"
     length = inputs["input_ids"].shape[1]
     want, history = oracle.run(member, eager, fresh(inputs), spec, length, counts)

@@ -109,7 +109,7 @@ def _check_method(case: Case) -> None:
         lambda: patches,
         torch.arange(total).expand(images, -1),
         (1, total),
-        signals={"keys": arrays["metric"][:, None, special:]},
+        signals={"encoder_keys": arrays["metric"][:, None, None, special:]},
         merged=arrays["size_in"][:, special:, 0],
         special=special,
     )

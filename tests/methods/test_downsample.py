@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from foveate.errors import BudgetError, FoveateError, InputError
 from foveate.method import get_method
 from foveate.methods.downsample import Downsample, pooled_grid
+from foveate.tokens import VisualTokens
 
 
 def pooled_by_torch(x, grid, cells):
@@ -52,11 +53,33 @@ def test_values_are_torchs_adaptive_pooling(height, width, data):
     assert reduction.index.max() < height * width
 
 
-def tokens_on(grid, x):
-    from foveate.tokens import VisualTokens
+def tokens_on(grid, x, frames=1):
+    index = torch.arange(x.shape[1]).expand(len(x), -1)
+    return VisualTokens(lambda: x, index, grid, frames=frames)
 
-    index = torch.arange(grid[0] * grid[1]).expand(len(x), -1)
-    return VisualTokens(lambda: x, index, grid)
+
+@pytest.mark.parametrize(
+    ("kept", "frames", "cells"),
+    [(15, 3, (1, 5)), (12, 3, (1, 4)), (11, 3, (1, 3)), (3, 3, (1, 1)), (2, 2, (1, 1))],
+)
+@pytest.mark.parametrize("newline", [0, 1])
+def test_frames_of_a_video_are_pooled_alike(kept, frames, cells, newline):
+    """Three frames of 2 x 5; a newline behind them keeps its value, and costs one token."""
+    x = torch.randn(2, 30 + newline, 4)
+    reduction = Downsample().reduce(tokens_on((2, 5), x, 3), kept + newline)
+    video = x[:, :30].mT.reshape(2, 4, 3, 2, 5)
+    pooled = F.adaptive_avg_pool3d(video, (frames, *cells)).flatten(2).mT
+    torch.testing.assert_close(reduction.apply(x), torch.cat((pooled, x[:, 30:]), 1))
+    assert (reduction.index.diff(dim=-1) > 0).all()
+    if frames == 3:
+        per_frame = (reduction.index[0, : reduction.kept - newline] // 10).bincount()
+        assert per_frame.tolist() == [cells[0] * cells[1]] * 3
+
+
+def test_one_token_of_a_video_with_a_newline_shows_its_frames():
+    x = torch.randn(1, 31, 4)
+    reduction = Downsample().reduce(tokens_on((2, 5), x, 3), 1)
+    torch.testing.assert_close(reduction.apply(x), x[:, :30].mean(1, keepdim=True))
 
 
 def test_index_is_the_token_at_the_centre_of_each_cell(make_tokens):
@@ -94,6 +117,12 @@ def test_grid_with_holes_is_refused(make_tokens):
     tokens = make_tokens((4, 6), index=torch.arange(0, 24, 2)[None])
     with pytest.raises(InputError, match=r"12 tokens are left of its 24"):
         Downsample().reduce(tokens, 6)
+
+
+def test_a_newline_does_not_stand_in_for_a_missing_cell(make_tokens):
+    index = torch.tensor([[0, 1, 2, 4]])
+    with pytest.raises(InputError, match=r"whole 2 x 2 token grid"):
+        Downsample().reduce(make_tokens((2, 2), index=index), 2)
 
 
 def test_defaults_and_registration(facts):

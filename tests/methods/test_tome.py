@@ -58,7 +58,9 @@ def test_keys_are_averaged_over_heads_and_normed(make_tokens):
     """A head with tiny keys must not decide, and a token's length neither."""
     keys = torch.randn(2, 3, 24, 8)
     lengths = torch.rand(2, 1, 24, 1) + 0.5
-    tokens, longer = make_tokens(images=2, keys=keys), make_tokens(images=2, keys=keys * lengths)
+    tokens, longer = (
+        make_tokens(images=2, encoder_keys=k[:, None]) for k in (keys, keys * lengths)
+    )
     want = match(F.normalize(keys.mean(1), dim=-1), 6, 0)
     for given in (tokens, longer):
         reduction = ToMe().reduce(given, 18)
@@ -71,7 +73,9 @@ def test_values_are_weighted_by_sizes():
 
     keys, sizes = torch.randn(1, 2, 12, 8), torch.rand(1, 12) + 1
     index = torch.arange(12)[None]
-    tokens = VisualTokens(lambda: None, index, (3, 4), signals={"keys": keys}, merged=sizes)
+    tokens = VisualTokens(
+        lambda: None, index, (3, 4), signals={"encoder_keys": keys[:, None]}, merged=sizes
+    )
     reduction = ToMe().reduce(tokens, 8)
     x = torch.randn(1, 12, 5)
     for number, value in enumerate(reduction.apply(x)[0]):

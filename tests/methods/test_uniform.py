@@ -1,5 +1,7 @@
 """Uniform: tokens spread evenly over the grid."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,6 +34,17 @@ def test_any_count_is_met_exactly(height, width, data):
 )
 def test_known_patterns(grid, kept, expected, make_tokens):
     assert Uniform().reduce(make_tokens(grid), kept).index[0].tolist() == expected
+
+
+@pytest.mark.parametrize("newline", [0, 1])
+def test_every_frame_of_a_video_gets_its_share(newline, make_tokens):
+    video = dataclasses.replace(
+        make_tokens((4, 4), index=torch.arange(48 + newline)[None]), frames=3
+    )
+    assert Uniform().reduce(video, 3).index[0].tolist() == [10, 26, 42]
+    twelve = Uniform().reduce(video, 12).index[0]
+    assert (twelve // 16).bincount().tolist() == [4, 4, 4]
+    assert Uniform().reduce(video, 48).index[0].tolist() == list(range(48))
 
 
 @pytest.mark.parametrize("kept", [9, 36, 58, 100, 144, 300])

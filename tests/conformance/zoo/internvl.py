@@ -48,7 +48,8 @@ class InternVL(Member):
         parts = tokens.unflatten(-1, (4, -1))
         same = (parts[:, :, :, None] == patches[:, None, None]).all(-1)
         assert bool((same.sum(-1) == 1).all())
-        return list((same.sum(2) * rows[:, None]).sum(-1))
+        same = same.sum(2)
+        return list((same * rows[:, None]).sum(-1) / same.sum(-1))
 
 
 class InternVLNorms(InternVL):

@@ -1,0 +1,251 @@
+"""Looks: what steps between decoder layers are told about the tokens.
+
+Signals are taken just before a layer runs, or while it runs, and handed out at the steps that need
+them, at the tokens that are alive there.
+Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of each, `Q` text tokens.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from foveate.engine.cache import PrunedLayer
+from foveate.engine.images import Group, split_by_count
+from foveate.engine.layout import Layout, Slots
+from foveate.engine.question import Question
+from foveate.method import Need
+from foveate.signals.decoder import LayerView, transition
+
+if TYPE_CHECKING:
+    from foveate.engine.turn import Turn
+
+_COLUMNS = {  # axis of the columns, of what is taken of all columns
+    "text_attention": 2,
+    "content_attention": 2,
+    "question_attention": 3,
+    "llm_states": 1,
+    "normed_states": 1,
+    "llm_keys": 2,
+    "transition": 1,
+}
+
+
+class Looks:
+    """Signals of one forward.
+
+    Args:
+        turn: the forward.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self.turn = turn
+        self.prompt = turn.prompt
+        self._taken: dict[tuple[str, int], tuple[Tensor, Layout]] = {}
+        self._relevance: dict[int, Tensor] = {}
+
+    def take(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Take what steps need of a layer that is about to run.
+
+        Args:
+            number: the decoder layer.
+            layer: its module.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in logical terms.
+        """
+        due = {name for name in self._due(number) if name != "transition"}
+        if "question_relevance" in due:
+            due.remove("question_relevance")
+            self._rate(hidden.detach())
+        if not due:
+            return
+        view = self._view(number, layer, hidden, kwargs)
+        for name in due:
+            self._taken[name, number] = self._look(name, view), self.turn.layout
+
+    def changed(self, number: int, given: Tensor, made: Tensor) -> None:
+        """Note what a module of a layer made of its input, both (B, P, D)."""
+        if "transition" not in self._due(number):
+            return
+        real = self._visible
+        if real is None:
+            real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+        before, _ = self._taken.get(("transition", number), (0, None))
+        now = before + transition(given, made, real.to(given.device))
+        self._taken["transition", number] = now, self.turn.layout
+
+    def of(self, needs: tuple[Need, ...], part: Group) -> dict[str, Tensor]:
+        """Signals of a group, at the tokens that are alive of it."""
+        signals: dict[str, Tensor] = {}
+        for need in needs:
+            if need.name.startswith("question"):
+                signals["question_mask"] = self._mask(part)
+            if need.name == "question_relevance":
+                signals[need.name] = torch.stack([self._relevance[i] for i in part.images])
+            else:
+                taken = [self._at(need.name, number, part) for number in need.layers]
+                signals[need.name] = torch.stack(taken, 1)
+        return signals
+
+    # -- taking
+
+    def _due(self, number: int) -> set[str]:
+        """Signals of a layer that some step needs which removes anything."""
+        looks = self.turn.plan.looks.get(number, {})
+        return {
+            name for name, steps in looks.items() if any(self._drops(planned) for planned in steps)
+        }
+
+    def _drops(self, planned: Any) -> bool:
+        if planned.method.adaptive:
+            return any(group.index.shape[1] for group in self.turn.groups)
+        return any(
+            0 < count < group.index.shape[1]
+            for group in self.turn.groups
+            for count in split_by_count(planned, group, self.turn.begin_of, self.prompt.request)
+        )
+
+    def _look(self, name: str, view: LayerView) -> Tensor:
+        match name:
+            case "text_attention":
+                visible = None if self._visible is None else self._visible[:, None]
+                return view.attention(self._last, visible)[:, :, 0]
+            case "content_attention":
+                return view.content_logits(self._last)[:, :, 0]
+            case "question_attention":
+                return view.attention(self._asking, self._causal)
+            case "llm_states":
+                return view.hidden
+            case "llm_keys":
+                return view.keys
+            case "normed_states":
+                return self._norm(view.hidden)
+            case "question_states":
+                return self._text_of(view.hidden)
+            case "question_normed_states":
+                return self._norm(self._text_of(view.hidden))
+            case "question_keys":
+                return self._text_of(view.keys.transpose(1, 2)).transpose(1, 2)
+        raise AssertionError(name)  # the plan knows all names
+
+    def _view(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> LayerView:
+        turn, prompt = self.turn, self.prompt
+        cache = kwargs.get("past_key_values")
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+        before = turn.fresh
+        if isinstance(held, PrunedLayer) and held.slots is not None:
+            before = held.slots
+        rotary = None
+        if turn.family.rotates(number):
+            rotary, _ = turn.positions(number, before, hidden, kwargs)
+        past = None
+        if held is not None and prompt.past:
+            past = held.keys[:, :, : before.index.shape[1]], self._visible_past(before)
+        return LayerView(layer, hidden, rotary, past)
+
+    def _visible_past(self, before: Slots) -> Tensor | None:
+        if self.prompt.real is None and not before.ragged:
+            return None
+        visible = before.index >= 0
+        if self.prompt.real is not None:
+            visible = visible & self.prompt.real.gather(1, before.index.clamp(min=0))
+        return visible
+
+    @torch.no_grad()
+    def _norm(self, states: Tensor) -> Tensor:
+        return self.turn.family.text.norm(states)
+
+    def _rate(self, hidden: Tensor) -> None:
+        """Softmax over text of visual times text embeddings, mean over an image's tokens."""
+        text = self._text_of(hidden)
+        for group in self.turn.groups:
+            rows = self.turn.row_index(group)
+            visual = hidden[rows, self.turn.columns_of(group, self.turn.layout)].float()
+            scores = torch.matmul(visual, text[rows[:, 0]].float().transpose(1, 2))
+            mask = self._mask(group)[:, None]
+            share = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+            self._relevance |= dict(zip(group.images, share.nan_to_num(), strict=True))
+
+    # -- columns
+
+    @cached_property
+    def _asked(self) -> Tensor:
+        """(B, 1) logical column of the prompt's last token."""
+        prompt = self.prompt
+        asked = torch.full((prompt.batch, 1), prompt.length - 1, device=prompt.device)
+        if prompt.real is not None:
+            order = torch.arange(prompt.length, device=prompt.device)
+            asked = (prompt.real[:, prompt.past :] * order).amax(1, keepdim=True)
+        return asked - prompt.trailing
+
+    @cached_property
+    def question(self) -> Question:
+        """The text behind the images."""
+        prompt = self.prompt
+        assert prompt.visual is not None  # there are images, or nobody would ask
+        real = None if prompt.real is None else prompt.real[:, prompt.past :]
+        rows = [row for group in prompt.groups for row in group.rows]
+        ends = [end for group in prompt.groups for end in group.ends]
+        return Question.of(prompt.visual, real, prompt.trailing, rows, ends)
+
+    @property
+    def _last(self) -> Tensor:
+        """(B, 1) physical column of the prompt's last token."""
+        return self._physical(self._asked)
+
+    @property
+    def _asking(self) -> Tensor:
+        """(B, Q) physical columns of the question."""
+        return self._physical(self.question.columns)
+
+    def _physical(self, columns: Tensor) -> Tensor:
+        index = self.turn.layout.index.contiguous()
+        return torch.searchsorted(index, columns.contiguous()).clamp(max=index.shape[1] - 1)
+
+    @property
+    def _visible(self) -> Tensor | None:
+        """(B, P) columns that the prompt's last token sees, or `None` for all."""
+        prompt, layout = self.prompt, self.turn.layout
+        if prompt.real is None and not prompt.trailing and not layout.ragged:
+            return None
+        visible = (layout.index <= self._asked) & (layout.index >= 0)
+        if prompt.real is not None:
+            visible &= prompt.real[:, prompt.past :].gather(1, layout.index.clamp(min=0))
+        return visible
+
+    @property
+    def _causal(self) -> Tensor:
+        """(B, Q, P) columns that each token of the question sees."""
+        causal = self.turn.layout.index[:, None] <= self.question.columns[..., None]
+        return causal if self._visible is None else causal & self._visible[:, None]
+
+    def _text_of(self, states: Tensor) -> Tensor:
+        """(B, Q, ...) of (B, P, ...) at the question."""
+        columns = self._asking.to(states.device)
+        return states[torch.arange(len(columns), device=states.device)[:, None], columns]
+
+    # -- handing out
+
+    def _mask(self, part: Group) -> Tensor:
+        rows = self.turn.row_index(part)[:, 0]
+        return self.question.mask(rows, torch.tensor(part.ends, device=rows.device))
+
+    def _at(self, name: str, number: int, part: Group) -> Tensor:
+        """A signal of one layer, (G, ...) at the tokens alive of a group."""
+        taken, layout = self._taken[name, number]
+        rows = self.turn.row_index(part).to(taken.device)
+        if name not in _COLUMNS:
+            mask = self._mask(part).to(taken.device)
+            mask = mask[:, None] if name == "question_keys" else mask
+            return taken[rows[:, 0]].masked_fill(~mask[..., None], 0.0)
+        columns = self.turn.columns_of(part, layout).to(taken.device)
+        values = taken.movedim(_COLUMNS[name], 1)[rows, columns].movedim(1, _COLUMNS[name])
+        if name == "content_attention":
+            return values.softmax(-1)
+        if name == "question_attention":
+            mask = self._mask(part).to(taken.device)[:, None, :, None]
+            return values.masked_fill(~mask, 0.0)
+        return values

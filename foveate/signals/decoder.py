@@ -1,0 +1,159 @@
+"""What a decoder layer is about to attend with, worked out before it runs and without an attention
+map.
+
+The layer's own norm, projections, rotary embedding and scaling are used, so the rows equal those of
+eager attention. Each part is computed once, and only if a signal asks for it.
+Shapes: `B` rows, `P` columns, `Q` queries of a row, `H` heads and `Hkv` key heads of width `d`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import UnsupportedModelError
+
+
+class LayerView:
+    """A decoder layer about to run.
+
+    Args:
+        layer: the layer.
+        hidden: (B, P, D) its input.
+        rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
+        past: cached keys (B, Hkv, S, d), already rotated, and which of them queries may see (B, S).
+
+    Raises:
+        UnsupportedModelError: the layer's weights are offloaded.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        self.layer, self.hidden, self.past = layer, hidden.detach(), past
+        self.attention_module = layer.self_attn
+        if self.attention_module.k_proj.weight.is_meta:
+            raise UnsupportedModelError(
+                "attention scores need the weights of the decoder layer, but they are offloaded; "
+                "load the model onto one device or use a pre_llm method"
+            )
+        self._rotary = rotary
+
+    @cached_property
+    @torch.no_grad()
+    def _normed(self) -> Tensor:
+        # Where norms follow the sublayers, attention reads the states as they are.
+        after = getattr(self.layer, "norm_after", False)
+        return self.hidden if after else self.layer.input_layernorm(self.hidden)
+
+    @cached_property
+    @torch.no_grad()
+    def _plain_keys(self) -> Tensor:
+        return self._heads(self.attention_module.k_proj(self._normed), "k_norm")
+
+    @cached_property
+    @torch.no_grad()
+    def keys(self) -> Tensor:
+        """(B, Hkv, P, d) rotated keys."""
+        k = self._plain_keys
+        if self._rotary is None:
+            return k
+        cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
+        return self._rotate(k[:, :1], k, cos, sin)[1]
+
+    @torch.no_grad()
+    def queries(self, columns: Tensor, rotate: bool = True) -> Tensor:
+        """(B, H, Q, d) queries of (B, Q) columns."""
+        columns = columns.to(self.hidden.device)
+        rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
+        q = self._heads(self.attention_module.q_proj(self._normed[rows, columns]), "q_norm")
+        if self._rotary is None or not rotate:
+            return q
+        cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
+        return self._rotate(q, q, cos, sin)[0]
+
+    @torch.no_grad()
+    def attention(self, columns: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Softmax attention of some queries over the cached keys and the columns of this forward.
+
+        Args:
+            columns: (B, Q) columns of the queries.
+            visible: (B, Q or 1, P) columns that they may see, or `None` for all.
+
+        Returns:
+            (B, H, Q, P) float32 probabilities of the P columns; with cached keys they do not sum to
+            one.
+        """
+        q = self.queries(columns)
+        logits = self._logits(q, self.keys, visible)
+        if self.past is None:
+            return logits.softmax(-1)
+        seen = None if self.past[1] is None else self.past[1][:, None]
+        earlier = self._logits(q, self.past[0].to(q.dtype), seen)
+        return torch.cat((earlier, logits), dim=-1).softmax(-1)[..., earlier.shape[-1] :]
+
+    @torch.no_grad()
+    def content_logits(self, columns: Tensor) -> Tensor:
+        """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
+        return self._logits(self.queries(columns, rotate=False), self._plain_keys, None)
+
+    def _heads(self, x: Tensor, norm: str) -> Tensor:
+        width = self.attention_module.head_dim
+        module = getattr(self.attention_module, norm, None) or torch.nn.Identity()
+        over_heads = getattr(module, "weight", x).shape[-1] != width
+        if over_heads:
+            x = module(x)
+        x = x.view(*x.shape[:2], -1, width)
+        if not over_heads:
+            x = module(x)
+        return x.transpose(1, 2)
+
+    @property
+    def _rotate(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        kind = type(self.attention_module)
+        function = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+        if function is None:
+            raise UnsupportedModelError(
+                f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot "
+                "be scored"
+            )
+        return function
+
+    def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+        batch, heads, queries, width = q.shape
+        grouped = q.reshape(batch, k.shape[1], -1, width)  # query heads of one key head together
+        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.attention_module.scaling
+        if (cap := getattr(self.attention_module, "attn_logit_softcapping", None)) is not None:
+            logits = (logits / cap).tanh() * cap
+        logits = logits.float().view(batch, heads, queries, -1)
+        return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
+
+
+@torch.no_grad()
+def transition(given: Tensor, made: Tensor, real: Tensor) -> Tensor:
+    """How much a module changes its tokens: relative size of what it makes, times a softmax of how
+    far that points away.
+
+    Source: TransPrune, arXiv:2507.20630, the transition variation of one module.
+
+    Args:
+        given: (B, P, D) input of the module.
+        made: (B, P, D) output, before the residual sum.
+        real: (B, P) columns that are no padding; the softmax runs over those of the row.
+
+    Returns:
+        (B, P) float32.
+    """
+    given, made = given.detach().float(), made.detach().float()
+    size = made.norm(dim=-1) / given.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    turned = 1 - torch.nn.functional.cosine_similarity(given, made, dim=-1)
+    return size * turned.masked_fill(~real, -torch.inf).softmax(-1)

@@ -1,0 +1,172 @@
+"""Signals of a vision encoder, from the projections it computes anyway.
+
+One query row costs O(N D) per layer where an attention map costs O(N^2 D). Where all queries are
+needed, their rows are summed up in chunks and never held together.
+Shapes: `B` pictures, `S` special tokens before the `V` patches, `N = S + V`, `H` heads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from foveate.models import Encoder
+from foveate.signals.cls_attention import class_row
+
+CHUNK = 256  # query rows whose attention is held at once
+
+
+class Shortened(Protocol):
+    """A pass through an encoder in which tokens are removed."""
+
+    bias: Tensor | None
+
+    def widen(self, row: Tensor) -> Tensor:
+        """(B, C, V) of a signal of the tokens alive."""
+
+
+class EncoderSignals:
+    """Collects signals while an encoder runs.
+
+    Args:
+        encoder: the encoder.
+        wanted: signal -> 0-based layers.
+        running: gives the pass that this thread is in, where tokens are removed inside the encoder.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        wanted: Mapping[str, tuple[int, ...]],
+        running: Callable[[], Shortened | None] = lambda: None,
+    ) -> None:
+        self.encoder = encoder
+        self.wanted = wanted
+        self._pass = running
+        self._running = threading.local()
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def count(self) -> int:
+        """Signals of all layers together."""
+        return sum(len(layers) for layers in self.wanted.values())
+
+    def attach(self) -> None:
+        """Hook the projections of the layers, or the layers themselves."""
+        for number in sorted({i for layers in self.wanted.values() for i in layers}):
+            layer: Any = self.encoder.layers[number]
+            names = [name for name, layers in self.wanted.items() if number in layers]
+            if "encoder_features" in names:
+                self._hook(layer, self._features(number))
+            if names != ["encoder_features"]:
+                attention = self.encoder.attention(layer)
+                for part in self.encoder.projections:
+                    self._hook(getattr(attention, part), self._projection(number, part, names))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def collect(self) -> Iterator[dict[tuple[str, int], Tensor]]:
+        """While open, fill a dict of (signal, layer) -> (pictures, C, V), in this thread only."""
+        rows: dict[tuple[str, int], Tensor] = {}
+        self._running.rows, self._running.pending = rows, {}
+        try:
+            yield rows
+        finally:
+            self._running.rows = None
+
+    def deliver(self, name: str, values: Tensor) -> Tensor:
+        """(G, L, C, V) as collected, in the shape that the signal has for methods."""
+        if name in ("joint_cls_attention", "received_attention", "given_attention"):
+            return values[:, :, 0]
+        if name == "encoder_keys":
+            return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
+        return values.transpose(-1, -2) if name == "encoder_features" else values
+
+    def _hook(self, module: nn.Module, hook: Any) -> None:
+        self._handles.append(module.register_forward_hook(hook))
+
+    def _keep(self, name: str, number: int, row: Tensor) -> None:
+        shortened = self._pass()
+        self._running.rows[name, number] = row if shortened is None else shortened.widen(row)
+
+    def _features(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+            if getattr(self._running, "rows", None) is not None:
+                states = output if isinstance(output, Tensor) else output[0]
+                patches = states.detach()[:, self.encoder.special :]
+                self._keep("encoder_features", number, patches.transpose(1, 2))
+
+        return hook
+
+    def _projection(self, number: int, part: str, names: list[str]) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if getattr(self._running, "rows", None) is None:
+                return
+            pending = self._running.pending.setdefault(number, {})
+            pending[part] = output.detach()
+            if len(pending) == 2:
+                del self._running.pending[number]
+                query, key = (pending[p] for p in self.encoder.projections)
+                for name, row in self._rows(names, query, key).items():
+                    self._keep(name, number, row)
+
+        return hook
+
+    def _rows(self, names: list[str], query: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """(B, C, V) of each signal of a layer."""
+        special, heads = self.encoder.special, self.encoder.heads
+        shortened = self._pass()
+        bias = None if shortened is None else shortened.bias
+        rows: dict[str, Tensor] = {}
+        if "cls_attention" in names:
+            rows["cls_attention"] = class_row(query, key, heads, special, bias)
+        if "joint_cls_attention" in names:
+            rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
+        if "encoder_keys" in names:
+            rows["encoder_keys"] = key[:, special:].transpose(1, 2)
+        if "received_attention" in names or "given_attention" in names:
+            received, given = attention_sums(query, key, heads, special, bias)
+            both = {"received_attention": received, "given_attention": given}
+            rows |= {name: row[:, None] for name, row in both.items() if name in names}
+        return rows
+
+
+@torch.no_grad()
+def attention_sums(
+    query: Tensor, key: Tensor, heads: int, special: int = 1, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention that patches receive and give, averaged over heads.
+
+    Args:
+        query: (B, N, D) projected queries.
+        key: (B, N, D) projected keys.
+        heads: attention heads, H.
+        special: S, rows before the patches.
+        bias: (B, 1, 1, N) what the encoder adds to the scores.
+
+    Returns:
+        (B, V) mean over all N queries of what each patch receives, and (B, V) the share of its
+        attention that each patch gives to patches; float32.
+    """
+    q = query.unflatten(-1, (heads, -1)).transpose(1, 2) / math.sqrt(query.shape[-1] // heads)
+    k = key.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+    received = torch.zeros(key.shape[:2], device=key.device)
+    given = []
+    for rows in q.split(CHUNK, dim=2):
+        logits = torch.matmul(rows, k).float()
+        weights = (logits if bias is None else logits + bias).softmax(-1).mean(1)
+        received += weights.sum(1)
+        given.append(weights[..., special:].sum(-1))
+    return received[:, special:] / query.shape[1], torch.cat(given, 1)[:, special:]

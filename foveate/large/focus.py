@@ -21,15 +21,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.models import Family, find_family
-from foveate.signals.text_attention import _heads, _rotary_function
 
 PUBLISHED = (1, 5, 11, 14)
 """Layers of a 32-layer language model that the published module starts from."""
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
-"""Text models whose layers can be copied: one rotary table, every layer alike."""
+KINDS = ("llama", "mistral", "qwen2")
+"""Text models whose layers can be copied: every layer alike, queries and keys only rotated."""
 
 
 class RegionFocus(nn.Module):
@@ -52,7 +52,7 @@ class RegionFocus(nn.Module):
         """A module that starts as copies of a model's own decoder layers.
 
         Args:
-            model: a vision-language model around a Llama, Mistral, Qwen2 or Qwen3.
+            model: a vision-language model around a Llama, Mistral or Qwen2.
             layers: 0-based, ascending; `None` takes 1, 5, 11 and 14 of 32, scaled to the model.
 
         Raises:
@@ -152,11 +152,14 @@ def attention_logits(
         rows: (R,) tokens whose queries are taken.
         columns: tokens whose keys are taken.
     """
-    attention, rotate = layer.self_attn, _rotary_function(layer.self_attn)
-    q = _heads(attention.q_proj(layer.input_layernorm(hidden[:, rows])), attention, "q_norm")
-    k = _heads(attention.k_proj(layer.input_layernorm(hidden[:, columns])), attention, "k_norm")
-    q, _ = rotate(q, q, *(part[:, rows] for part in rotary))
-    k, _ = rotate(k, k, *(part[:, columns] for part in rotary))
+    attention = layer.self_attn
+
+    def heads(project: nn.Module, at: Tensor | slice) -> Tensor:
+        x = project(layer.input_layernorm(hidden[:, at]))
+        x = x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return apply_rotary_pos_emb(x, x, *(part[:, at] for part in rotary))[0]
+
+    q, k = heads(attention.q_proj, rows), heads(attention.k_proj, columns)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     return q @ k.transpose(-1, -2) * attention.scaling
 

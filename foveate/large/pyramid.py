@@ -140,9 +140,14 @@ class Local:
         return self.cell[:, 1] == self.grid[1]
 
     @property
+    def wide(self) -> Size:
+        """Rows and columns of the whole grid, newlines counted as a column if there are some."""
+        return self.grid[0], self.grid[1] + int(self.newline.any())
+
+    @property
     def order(self) -> Tensor:
-        """(N,) place of each token on the whole grid, newlines counted."""
-        return self.cell[:, 0] * (self.grid[1] + 1) + self.cell[:, 1]
+        """(N,) place of each token on the whole grid, row by row."""
+        return self.cell[:, 0] * self.wide[1] + self.cell[:, 1]
 
     def boxes(self) -> Tensor:
         """(N, 4) left, top, right and bottom edge as shares of the picture; NaN for newlines."""

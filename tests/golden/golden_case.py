@@ -18,6 +18,7 @@ ADAPTERS = {
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "lrs-vqa": "golden_lrsvqa",
     "pyramiddrop": "golden_llm",
     "tome": "golden_vision",
     "vtc-cls": "golden_encoder",

@@ -4,8 +4,8 @@ Its layers are of the language model's own type and start as copies of some of i
 the last run on the embedded prompt; of the last only the attention of the last prompt token is
 taken, restricted to the tokens of tiles. Distillation teaches it the attention of deeper layers.
 
-Shapes: `B` prompts, `T` tokens, `D` hidden, `H` heads, `R` rows whose attention is taken, `V` visual
-tokens, `N` of them from tiles.
+Shapes: `B` prompts, `T` tokens, `D` hidden, `H` heads, `R` rows whose attention is taken, `V`
+visual tokens, `N` of them from tiles.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class RegionFocus(nn.Module):
             local: the tokens of tiles.
             positions: (B, T); consecutive when left out.
         """
-        batch, length = hidden.shape[:2]
+        length = hidden.shape[1]
         rotary = self.rotary(hidden, position_ids=_consecutive(hidden, positions))
         for layer in self.layers[:-1]:
             hidden = layer(hidden, position_embeddings=rotary)

@@ -129,7 +129,7 @@ class Stored:
 
     def _reductions(self) -> dict[int, Any]:
         """Factor -> the picture's stored reductions by powers of two."""
-        found = {}
+        found: dict[int, Any] = {}
         for kind in ("subifd", "page"):
             name = f"n-{kind}s"
             count = self._image.get(name) if self._image.get_typeof(name) else 0

@@ -1,8 +1,8 @@
 """The Dynamic Image Pyramid: a picture at increasing resolution, cut into square tiles.
 
 Nothing here touches pixels; a level only says how large the picture is there and where its tiles
-and their tokens lie. Shapes: `N` tokens of a level, `K` of them chosen, `D` hidden, `S` tokens along
-the side of a tile.
+and their tokens lie. Shapes: `N` tokens of a level, `K` of them chosen, `D` hidden, `S` tokens
+along the side of a tile.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def lay_out(
         grid: rows and columns that show the picture; `Level.cells` when left out.
         every_row: end rows of which no tile is there with a newline too.
     """
-    count, side = values.shape[:2]
+    side = values.shape[1]
     rows, columns = level.cells(side) if grid is None else grid
     inside = torch.cartesian_prod(torch.arange(side), torch.arange(side))
     cell = (tiles.cpu()[:, None] * side + inside).flatten(0, 1)

@@ -31,7 +31,7 @@ from foveate.large.pyramid import (
     tiles_below_as_released,
     unpadded_as_released,
 )
-from foveate.methods.lrsvqa import RELEASED_ROUNDS, LRSVQA
+from foveate.methods.lrsvqa import LRSVQA, RELEASED_ROUNDS
 from foveate.models import Family, find_family
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
@@ -184,7 +184,7 @@ class Reader:
         return torch.cat(features)
 
     def _pixels(self, source: Picture, level: Level, row: int, column: int) -> Tensor:
-        """(3, tile, tile) normalised pixels; what lies outside the picture is 0, the mean colour."""
+        """(3, tile, tile) normalised pixels; 0, the mean colour, outside the picture."""
         shown = read_tile(source, level, row, column, smooth=not self.method.as_released)
         images = self.processor.image_processor
         mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
@@ -224,10 +224,11 @@ class Reader:
         features = torch.cat(visual)
         token = self.family.placeholder_ids["image"]
         ids = torch.cat((before, before.new_full((len(features),), token), after))[None]
+        encoded: Any = BaseModelOutputWithPooling
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])},
+            "mm_encoder_outputs": {"image": encoded(pooler_output=[features])},
         }
 
 

@@ -115,10 +115,11 @@ class LRSVQA(Scorer):
 
         Args:
             scores: (N,) of the module.
-            newline: (N,) which tokens end a row.
+            newline: (N,) which tokens end a row; every row has one, or none has.
 
         Returns:
-            (K,) ascending positions, without newlines except by the released rule.
+            (K,) ascending positions: the best tokens and the newlines that end their rows. By the
+            released rule newlines are ranked like others, and all stay unless a threshold is given.
 
         Raises:
             BudgetError: `keep` is given for each request, but there is one picture.
@@ -126,18 +127,25 @@ class LRSVQA(Scorer):
         ranked = torch.arange(len(scores), device=scores.device)
         if not self.as_released:
             ranked = ranked[~newline]
+        kept = ranked[self._best(scores[ranked])]
+        ends = torch.where(newline)[0]
+        if not self.as_released and len(ends):
+            ends = ends[torch.searchsorted(ends, kept)]  # those of the rows that stay
+        elif self.threshold is not None:
+            ends = ends[:0]
+        return torch.cat((kept, ends)).unique()
+
+    def _best(self, scores: Tensor) -> Tensor:
+        """(K,) positions that the rule keeps of (N,) scores, in any order."""
         if self.threshold is not None:
-            rated = stretched(scores[ranked])
+            rated = stretched(scores)
             above = rated > self.threshold
-            return ranked[above if bool(above.any()) else rated.argmax()[None]]
+            return torch.where(above)[0] if bool(above.any()) else rated.argmax()[None]
         if isinstance(self.keep, PerRequest | tuple):
             raise BudgetError(f"a large picture takes one keep, got {self.keep}")
         rounding = type(self).rounding
-        count = budget_count(self.keep, len(ranked), step=0, row=0, rounding=rounding)
-        kept = ranked[scores[ranked].topk(count).indices]
-        if self.as_released:
-            kept = torch.cat((kept, torch.where(newline)[0]))
-        return kept.unique()
+        count = budget_count(self.keep, len(scores), step=0, row=0, rounding=rounding)
+        return scores.topk(count).indices
 
 
 def stretched(scores: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from torch import Tensor
@@ -58,6 +60,10 @@ class ModelFacts(Protocol):
     @property
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees."""
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,12 @@ class Adaptive(Method):
         if self.keep is not None:
             super().check_budget(steps)
 
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """As in `Method`, or all without a `keep`; `split` finds it as `tokens.quota`."""
+        if self.keep is None:
+            return alive
+        return super().count(alive, total, step, number, row)
+
     @abstractmethod
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Reduce G images of V tokens, each to a number of its own.
@@ -280,7 +292,7 @@ def register(
 
 def list_methods() -> list[str]:
     """Names of all registered methods, sorted."""
-    _load_builtin()
+    _load()
     return sorted(_REGISTRY)
 
 
@@ -294,7 +306,7 @@ def get_method(name: str) -> type[Method]:
         >>> get_method("fastv")(layer=2, keep=0.5)
         FastV(layer=2, keep=0.5, positions=None)
     """
-    _load_builtin()
+    _load()
     if name in _REGISTRY:
         return _REGISTRY[name]
     near = difflib.get_close_matches(name.lower(), _REGISTRY, n=3, cutoff=0.5)
@@ -304,5 +316,21 @@ def get_method(name: str) -> type[Method]:
     raise UnknownMethodError(f"unknown method {name!r}; {hint}")
 
 
-def _load_builtin() -> None:
+@functools.cache
+def _load() -> None:
+    """Import the built-in methods, and those that other packages offer.
+
+    Raises:
+        FoveateError: a package's entry point cannot be loaded.
+    """
     import foveate.methods  # noqa: F401  registers every built-in method
+
+    for point in entry_points(group="foveate.methods"):
+        try:
+            point.load()
+        except Exception as error:  # somebody else's code may raise anything
+            where = point.dist.name if point.dist else "an installed package"
+            raise FoveateError(
+                f"{where} offers the method {point.name!r} as {point.value!r}, which cannot be "
+                f"loaded ({type(error).__name__}: {error}); repair or uninstall it"
+            ) from error

@@ -49,6 +49,9 @@ class VisualTokens:
             patches; they are not among the V.
         place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         frames: frames of a video, one behind the other; 1 for an image.
+        number: which of the method's steps acts, 0-based.
+        quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
+            hand.
     """
 
     features: Callable[[], Tensor]
@@ -60,6 +63,8 @@ class VisualTokens:
     special: int = 0
     place: str = ""
     frames: int = 1
+    number: int = 0
+    quota: int = 0
 
     @property
     def x(self) -> Tensor:

@@ -18,11 +18,21 @@ ADAPTERS = {
     "divprune": "golden_divprune",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "feather": "golden_drops",
+    "fopru": "golden_patches",
+    "hiprune": "golden_patches",
+    "holitom-inner": "golden_drops",
+    "llava-prumerge": "golden_patches",
     "lrs-vqa": "golden_lrsvqa",
     "pyramiddrop": "golden_llm",
+    "sparsevlm": "golden_drops",
     "tome": "golden_vision",
+    "transprune": "golden_drops",
+    "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
 }
+# Where a folder holds the cases of two methods: folder and names of those of each.
+SOURCES = {"holitom": ("holitom", "outer_*"), "holitom-inner": ("holitom", "inner_*")}
 Check = Callable[[], None]
 
 
@@ -73,6 +83,12 @@ class Case:
             )
             for j, run in enumerate(self.facts["runs"])
         ]
+
+
+def cases_of(slug: str, root: Path) -> list[Case]:
+    """All cases of a method under a folder."""
+    folder, names = SOURCES.get(slug, (slug, "*"))
+    return [Case(slug, path, root) for path in sorted((root / folder).glob(f"{names}.safetensors"))]
 
 
 def _decoded(text: str) -> Any:

@@ -1,0 +1,179 @@
+"""Replay: what must come out when tokens are removed, worked out at full length.
+
+The reductions that methods made are written down while a session runs; the model is then run
+without a session, its layers one by one, nothing compacted and nothing cached: a removed token
+stays in its row, but nobody attends to it. One row with one image. Only layers of Llama and Qwen2
+kinds, and of CLIP for what happens inside the encoder.
+
+Shapes: `T` tokens of the row, `N` rows of the encoder, `V` visual tokens, `D` hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.method import Adaptive, Method
+from foveate.models import find_family
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+Log = list[tuple[Method, str, Reduction]]
+
+
+def logged(method: Method, log: Log) -> Method:
+    """The same method, which writes down what it does."""
+    kind: Any = type(method)
+
+    def note(tokens: VisualTokens, reduction: Reduction) -> Reduction:
+        log.append((method, tokens.place, reduction))
+        return reduction
+
+    def reduce(self: Any, tokens: VisualTokens, count: int) -> Reduction:
+        return note(tokens, kind.reduce(self, tokens, count))
+
+    def split(self: Any, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        return [(members, note(tokens, made)) for members, made in kind.split(self, tokens)]
+
+    changed = {"split": split} if isinstance(method, Adaptive) else {"reduce": reduce}
+    twin = copy.copy(method)
+    object.__setattr__(twin, "__class__", type(kind.__name__, (kind,), changed))
+    return twin
+
+
+class Row:
+    """One row at full length.
+
+    Args:
+        model: without a session.
+        inputs: a prompt with one image, and what follows it.
+    """
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        self.model, self.family = model, find_family(model)
+        self.ids = inputs["input_ids"][0]
+        self.columns = (self.ids == self.family.placeholder_ids["image"]).nonzero()[:, 0]
+        self.alive = torch.ones(len(self.ids), dtype=torch.bool)
+        self.shift = torch.zeros(len(self.ids), dtype=torch.long)
+        self.states: Tensor = torch.empty(0)
+        self.given: list[dict[str, Any]] = []
+        with _watched(self.family.layers, self), torch.no_grad():
+            self.family.base(**inputs, use_cache=False)
+
+    @torch.no_grad()
+    def run(self, log: Log, pixels: Tensor | None = None) -> Tensor:
+        """(T, D) what the text model returns, under the reductions of a log.
+
+        Args:
+            log: what the methods did to the prompt.
+            pixels: (1, 3, height, width) the image, where something happened in the encoder.
+        """
+        if inside := [entry for entry in log if entry[1].startswith("vision")]:
+            self._enter(*encode(self.model, pixels, inside), inside[0][0])
+        for entry in log:
+            if entry[1] == "pre_llm":
+                self._reduce(*entry)
+        for number, layer in enumerate(self.family.layers):
+            for entry in log:
+                if entry[1] == f"llm:{number}":
+                    self._reduce(*entry)
+            given = dict(self.given[number])
+            if self.shift.any():
+                positions = given["position_ids"] - self.shift
+                given["position_embeddings"] = self.family.rotary(self.states, positions, number)
+            order = torch.arange(len(self.ids))
+            seen = (order <= order[:, None]) & self.alive
+            lost = torch.finfo(self.states.dtype).min
+            given["attention_mask"] = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, lost)
+            self.states = layer(self.states, **given)
+        return self.family.text.norm(self.states)[0]
+
+    def _enter(self, index: Tensor, features: Tensor, method: Method) -> None:
+        """Begin with what the encoder has left: (K) positions and their (K, D) features."""
+        self._keep(self.columns[index], method)
+        self.states[0, self.columns] = features
+
+    def _reduce(self, method: Method, place: str, reduction: Reduction) -> None:
+        made = reduction.apply(self.states[:, self.columns])[0]
+        kept = self.columns[reduction.index[0]]
+        slots, order = kept.sort()
+        if not reduction.ordered or method.positions_on(self.family) == "original":
+            made = made[order]
+        self._keep(slots, method)
+        self.states[0, self.columns] = made
+
+    def _keep(self, kept: Tensor, method: Method) -> None:
+        gone = torch.zeros_like(self.shift)
+        gone[self.columns] = 1
+        gone[kept] = 0
+        self.alive &= gone == 0
+        self.columns = kept
+        if method.positions_on(self.family) == "renumbered":
+            self.shift = self.shift + gone.cumsum(0) - gone
+
+
+@contextmanager
+def _watched(layers: Sequence[Any], row: Row) -> Iterator[None]:
+    """While open, keep what enters the layers."""
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if not row.given:
+            row.states = args[0].clone()
+        row.given.append(dict(kwargs))
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]:
+    """(K) patches that are left of an image, ascending, and their (K, D) features.
+
+    The CLIP encoder at full length: survivors stand at the rows of a source, dropped rows are
+    hidden, and where a method wants it merged rows count as often as they have sources.
+    """
+    assert pixels is not None  # there is no encoding without
+    family = find_family(model)
+    encoder = family.encoder
+    assert encoder is not None
+    assert encoder.block is not None
+    caught: list[Tensor] = []
+    hook = encoder.layers[0].register_forward_pre_hook(lambda m, args: caught.append(args[0]))
+    family.base.get_image_features(pixels)
+    hook.remove()
+    states, special = caught[0].clone(), encoder.special
+    rows = torch.arange(special, states.shape[1])  # where the living stand
+    sizes = torch.ones(len(rows))
+    steps = {s.place: s for method, _, _ in log for s in method.steps(family)}
+
+    def reduce(number: int, inside: bool) -> None:
+        nonlocal rows, sizes
+        for _, place, made in log:
+            if place == f"vision:{number}" and steps[place].inside == inside:
+                values = made.apply(states[:, rows])
+                sizes = (made.matrix(len(rows))[0] > 0).float() @ sizes if made.merges else sizes
+                sizes = sizes if made.merges else sizes[made.index[0]]
+                rows = rows[made.index[0]]
+                states[:, rows] = values
+
+    for number, layer in enumerate(encoder.layers[: family.feature_layer + 1]):
+        reduce(number, inside=False)
+        bias = torch.full((states.shape[1],), torch.finfo(states.dtype).min)
+        bias[:special] = 0
+        weigh = any(s.proportional and s.layer <= number for s in steps.values())
+        bias[rows] = sizes.log() if weigh else 0.0
+        states = encoder.block.attend(layer, states, attention_mask=bias[None, None, None])
+        reduce(number, inside=True)
+        states = encoder.block.feed(layer, states)
+    order = rows.argsort()
+    features = family.base.multi_modal_projector(states[:, rows[order]])[0]
+    return rows[order] - special, features

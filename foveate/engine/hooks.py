@@ -34,8 +34,9 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.question import Question
+from foveate.engine.survivors import survivors
 from foveate.engine.turn import Prompt, Turn
-from foveate.engine.vision import VisionPart, survivors
+from foveate.engine.vision import VisionPart
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -292,10 +292,11 @@ class VisionPart(Part):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, of.total, of.grid, encoding.kept(n), frames=of.frames)
-            for n, (of, _) in enumerate(encoding.pictures)
+            ImageRecord(n, of.total, of.grid, kept, frames=of.frames)
+            for n, (of, kept) in enumerate(encoding.survivors())
         ]
-        rows = [(encoding.length, encoding.length)] * min(self._first, len(self.encoder.layers))
+        length = encoding.where.shape[-1] if images else 0
+        rows = [(length, length)] * min(self._first, len(self.encoder.layers))
         return Record(
             rows=len(images),
             prompt_tokens=[],
@@ -305,42 +306,3 @@ class VisionPart(Part):
             pixels=encoding.pixels,
             encoder_tokens=rows + encoding.rows,
         )
-
-
-def survivors(
-    family: Family,
-    modality: str,
-    passes: Sequence[Encoding],
-    lengths: Sequence[int],
-    arguments: Mapping[str, Any],
-) -> dict[str, Sequence[Tensor]]:
-    """Place -> (K) positions of each image's visual tokens alive behind it, ascending.
-
-    Args:
-        family: the model.
-        modality: `image` or `video`.
-        passes: passes through the encoder.
-        lengths: visual tokens that the language model is given of each image.
-        arguments: what the features were made from.
-
-    Raises:
-        UnsupportedModelError: they do not follow from the encoder's.
-    """
-    found: dict[str, list[Tensor]] = defaultdict(list)
-    for encoding in passes:
-        for number, (of, _) in enumerate(encoding.pictures):
-            for place, index in encoding.kept(number).items():
-                alive = torch.zeros(of.total, dtype=torch.bool, device=index.device)
-                found[place].append(alive.index_fill(0, index, True))
-    result: dict[str, Sequence[Tensor]] = {}
-    for place, pictures in found.items():
-        tokens = torch.cat(list(family.follow(modality, pictures, arguments)))
-        if len(tokens) != sum(lengths):
-            raise UnsupportedModelError(
-                f"the encoder of this {family.model_type} saw {len(pictures)} pictures of "
-                f"{len(tokens)} visual tokens, but the language model is given {sum(lengths)}, so "
-                "that what was removed inside the encoder cannot be followed; use a pre_llm or "
-                "llm method"
-            )
-        result[place] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
-    return result

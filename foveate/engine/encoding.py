@@ -17,12 +17,11 @@ from torch import Tensor
 
 from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
-from foveate.engine.rows import Point, Rows
+from foveate.engine.rows import Rows
 from foveate.engine.stack import Stack, stack
 from foveate.method import Need
 from foveate.models import Encoder, Family
 from foveate.models.rows import Picture, raster_rows, token_grid
-from foveate.reduction import take_rows
 from foveate.signals.cls_attention import class_row
 from foveate.tokens import VisualTokens
 
@@ -269,9 +268,7 @@ class Encoding:
         token's rows.
         """
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
-        whole = Point(tuple(None for _ in self.stacks))
-        tokens = take_rows(self.where.take(states, self.stacks.index(of), whole), of.index)
-        return tokens.unflatten(2, (-1, row.shape[1])).mean(2).transpose(1, 2)
+        return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
         """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor

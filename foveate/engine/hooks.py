@@ -44,6 +44,7 @@ from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals import SIGNALS
 from foveate.signals.encoder import EncoderSignals
+from foveate.signals.packed import PackedSignals
 from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
@@ -90,7 +91,12 @@ class Hooks:
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
-            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running, plan.above)
+            wanted = plan.encoder_signals
+            if family.encoder.packed is None:
+                self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
+            else:
+                side = family.side("image")
+                self.signals = PackedSignals(family.encoder, wanted, running, side)
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip

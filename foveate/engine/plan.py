@@ -312,7 +312,7 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             "has no class token that methods can read. "
             f"{works}{', '.join(working_methods(family))}."
         )
-    if encoder is None or (step.stage == "pre_llm" and not encoder.offers(need.name)):
+    if encoder is None or (encoder.packed is not None and not signal.packed):
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
             f"give. {works}{', '.join(working_methods(family))}."
@@ -320,7 +320,7 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
         own = need.layers == (step.layer,) and signal.inside
-        if not (own or (earlier and encoder.offers(need.name))):
+        if not (own or (earlier and encoder.packed is None)):
             raise LayerError(
                 f"{slug} acts at {step.place} and can have signals of that layer only "
                 f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
@@ -460,7 +460,9 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
             return True
         if tower is None or (signal.class_token and not tower.class_token):
             return False
-        return method.stage == "vision" or (reads and tower.offers(name))
+        if tower.packed is not None and not signal.packed:
+            return False
+        return method.stage == "vision" or reads
 
     def works(name: str) -> bool:
         method = get_method(name)

@@ -40,6 +40,9 @@ class Shortened(Protocol):
     def widen(self, row: Tensor) -> Tensor:
         """(B, C, V) of a signal of the tokens alive."""
 
+    def whole(self, states: Tensor) -> Tensor:
+        """Rows of now at full length."""
+
 
 class EncoderSignals:
     """Collects signals while an encoder runs.
@@ -120,12 +123,16 @@ class EncoderSignals:
     def _features(self, number: int, names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
-                states = output if isinstance(output, Tensor) else output[0]
-                patches = states.detach()[:, self.encoder.special :]
+                states = self._states(output)
                 for name in names:
-                    self._keep(name, number, patches.transpose(1, 2))
+                    self._keep(name, number, states)
 
         return hook
+
+    def _states(self, output: Any) -> Tensor:
+        """(B, C, V) of what a layer returns."""
+        states = output if isinstance(output, Tensor) else output[0]
+        return states.detach()[:, self.encoder.special :].transpose(1, 2)
 
     def _projection(self, number: int, part: str, parts: tuple[str, ...], names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -140,19 +147,18 @@ class EncoderSignals:
 
         return hook
 
-    def _rows(
-        self, names: list[str], query: Tensor, key: Tensor, value: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """(B, C, V) of each signal of a layer."""
+    def _rows(self, names: list[str], *parts: Tensor) -> dict[str, Tensor]:
+        """(B, C, V) of each signal of a layer, from queries, keys, and values if needed."""
+        query, key = parts[:2]
         special, heads = self.encoder.special, self.encoder.heads
         shortened = self._pass()
         bias = None if shortened is None else shortened.bias
         rows: dict[str, Tensor] = {}
         if "cls_attention" in names:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
-        if value is not None:
+        if "information_flow" in names:
             row = class_row(query, key, heads, special, bias)
-            rows["information_flow"] = information_flow(row, value, special)[:, None]
+            rows["information_flow"] = information_flow(row, parts[2], special)[:, None]
         if "joint_cls_attention" in names:
             rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
         if "encoder_keys" in names:

@@ -49,7 +49,9 @@ class VisualTokens:
             patches; they are not among the V.
         place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         frames: frames of a video, one behind the other; 1 for an image.
-        number: which of its method's steps this is, 0-based.
+        number: which of the method's steps acts, 0-based.
+        quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
+            hand.
         carried: (G, V) what the method's last step before wanted carried (`Reduction.carry`).
     """
 
@@ -63,6 +65,7 @@ class VisualTokens:
     place: str = ""
     frames: int = 1
     number: int = 0
+    quota: int = 0
     carried: Tensor | None = None
 
     @property

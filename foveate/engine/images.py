@@ -18,10 +18,11 @@ from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
+from foveate.tiles import Placed
 from foveate.tokens import Shape, VisualTokens
 
 Kept = Mapping[str, Tensor]
-Place = Callable[[], Tensor]  # boxes, see ImageRecord
+Place = Callable[[], Placed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,7 @@ class Group:
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
+        began: for each image, number of a method -> tokens it had where the method began.
         carried: number of a method -> (G, V) what it wants to be told again.
     """
 
@@ -51,6 +53,7 @@ class Group:
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
+    began: tuple[Mapping[int, int], ...] = ()
     carried: Mapping[int, Tensor] = field(default_factory=dict)
 
     def pick(self, members: Sequence[int]) -> Group:
@@ -67,6 +70,7 @@ class Group:
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
+            began=tuple(self.began[i] for i in members) if self.began else (),
             carried={number: values[chosen] for number, values in self.carried.items()},
         )
 
@@ -85,6 +89,23 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class Left:
+    """What the steps before the language model have left of an image.
+
+    Args:
+        count: tokens alive.
+        began: number of a method -> tokens it had where the method began.
+        index: (K) raster positions alive in the order of their columns; `None` for raster order.
+        carried: number of a method -> (K) what it wants to be told again.
+    """
+
+    count: int
+    began: Mapping[int, int]
+    index: Tensor | None = None
+    carried: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Images of one modality in a forward.
 
@@ -95,10 +116,8 @@ class Part:
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
-        order: for each image, (K) raster positions alive in the order of their columns; empty where
-            all are in raster order.
-        left: for each image, how many tokens are alive; empty where it is not known.
-        carried: for each image, number of a method -> (K) what it wants to be told again.
+        left: for each image, what the steps before the language model have left of it; empty where
+            it is not known.
     """
 
     visual: Tensor
@@ -106,9 +125,7 @@ class Part:
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
-    order: Sequence[Tensor] = ()
-    left: Sequence[int] = ()
-    carried: Sequence[Mapping[int, Tensor]] = ()
+    left: Sequence[Left] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +136,7 @@ class _Span:
     shape: Shape
     before: Kept
     place: Place | None
+    began: Mapping[int, int]
     carried: Mapping[int, Tensor]
 
 
@@ -183,7 +201,8 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             ),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
-            any(part.order for part in parts),
+            any(left.index is not None for part in parts for left in part.left),
+            tuple(spans[i].began for i in images),
             {
                 number: torch.stack([spans[i].carried[number] for i in images]).to(device)
                 for number in spans[images[0]].carried
@@ -206,11 +225,9 @@ def _spans(part: Part) -> list[_Span]:
     start = 0
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
-    orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
-    carried = part.carried or [{}] * len(part.shapes)
-    images = zip(part.shapes, before, places, orders, left, carried, strict=True)
-    for shape, kept, place, order, expected, carries in images:
+    lefts: Sequence[Left | None] = part.left or [None] * len(part.shapes)
+    images = zip(part.shapes, before, places, lefts, strict=True)
+    for shape, kept, place, left in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -222,14 +239,17 @@ def _spans(part: Part) -> list[_Span]:
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
         index = living.nonzero()[:, 0]
-        if expected is not None and len(index) != expected:
+        if left is not None and len(index) != left.count:
             raise InputError(
-                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                f"{left.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
                 "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
-        index = index if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, carries))
+        if left is not None and left.index is not None:
+            index = left.index.cpu()
+        began: Mapping[int, int] = {} if left is None else left.began
+        carried: Mapping[int, Tensor] = {} if left is None else left.carried
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, began, carried))
     return spans
 
 
@@ -296,16 +316,17 @@ def reduce_group(
     if not alive:
         return [(group, group, None)]
 
-    def tokens(part: Group) -> VisualTokens:
+    def tokens(part: Group, quota: int) -> VisualTokens:
         return VisualTokens(
             features=lambda: features(part),
             index=part.index,
             grid=part.shape.grid,
             rows=part.rows,
             signals=signals(part),
+            number=planned.number,
+            quota=quota,
             place=planned.step.place,
             frames=part.shape.frames,
-            number=planned.number,
             carried=part.carried.get(planned.method_number),
         )
 
@@ -317,21 +338,20 @@ def reduce_group(
             part = replace(part, carried={**part.carried, **own})
         if reduction.ordered and not planned.renumber:
             reduction = reduction.in_raster_order(alive)
-        if reduction.kept == alive and not reduction.merges and not reduction.ordered:
+        if reduction.kept == alive and not (reduction.merges or reduction.ordered):
             result.append((part, part, None))
-            return
-        result.append((part, part.reduced(reduction), reduction))
+        else:
+            result.append((part, part.reduced(reduction), reduction))
 
-    if isinstance(method, Adaptive):
-        for chosen, reduction in method.split(tokens(group)):
-            add(group.pick(chosen), reduction)
-        return result
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
-        if wanted == alive:
+        if isinstance(method, Adaptive):
+            for chosen, reduction in method.split(tokens(part, wanted)):
+                add(part.pick(chosen), reduction)
+        elif wanted == alive:
             result.append((part, part, None))
         elif wanted == 0:
             add(part, Reduction(part.index[:, :0]))
         else:
-            add(part, method.reduce(tokens(part), wanted))
+            add(part, method.reduce(tokens(part, wanted), wanted))
     return result

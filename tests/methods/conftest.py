@@ -17,6 +17,7 @@ class Facts:
     text_layers: int = 32
     vision_layers: int = 24
     feature_layer: int = 22
+    class_token: bool = True
 
 
 @pytest.fixture

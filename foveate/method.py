@@ -61,6 +61,10 @@ class ModelFacts(Protocol):
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees."""
 
+    @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
+
 
 @dataclass(frozen=True)
 class Need:
@@ -223,6 +227,12 @@ class Adaptive(Method):
         """
         if self.keep is not None:
             super().check_budget(steps)
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """As in `Method`, or all without a `keep`; `split` finds it as `tokens.quota`."""
+        if self.keep is None:
+            return alive
+        return super().count(alive, total, step, number, row)
 
     @abstractmethod
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:

@@ -24,7 +24,7 @@ class Reduction:
             `ordered`, and except inside an encoder, where the order means nothing to attention.
         weights: (G, K, V) the value of each survivor as a weighted sum of all tokens.
         slot: (G, V) the survivor that each token goes into, or -1 for a token that is dropped.
-        share: (G, V) weight of each token in its survivor; those of a survivor sum to one.
+        share: (G, V) weight of each token in its survivor; those of a mean sum to one.
         ordered: whether the order of survivors is meant: where they get consecutive positions, the
             language model reads them in this order.
         label: (G, K) a number for each survivor, which later steps of the same method are told.

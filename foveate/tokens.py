@@ -51,6 +51,9 @@ class VisualTokens:
         frames: frames of a video, one behind the other; 1 for an image.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
+        number: which of the method's steps acts, 0-based.
+        quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
+            hand.
     """
 
     features: Callable[[], Tensor]
@@ -63,6 +66,8 @@ class VisualTokens:
     place: str = ""
     frames: int = 1
     label: Tensor | None = None
+    number: int = 0
+    quota: int = 0
 
     @property
     def x(self) -> Tensor:

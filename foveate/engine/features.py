@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Group, group_features, reduce_group
+from foveate.engine.images import Group, Left, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.errors import InputError
@@ -34,22 +34,17 @@ class Encoded:
         shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
-        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
+        kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
-        order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
-            their rows; empty while that is raster order.
-        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
-        labels: for each image, number of a method -> (K) its labels, in the order of their rows.
+        left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
     shapes: Sequence[Shape]
     signals: Mapping[tuple[str, int], Sequence[Tensor]]
     pixels: Any = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    order: list[Tensor] = field(default_factory=list)
-    left: list[int] = field(default_factory=list)
-    labels: list[dict[int, Tensor]] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -150,13 +145,28 @@ class Asker:
     question: tuple[Question, Tensor] | None = None
 
     def signals(self, part: Group) -> dict[str, Tensor]:
-        """(G, Q, D) embeddings of the question of each image of a group, and their mask."""
+        """(G, Q, D) embeddings of the question of each image of a group, and masks of all of it and
+        of what comes before another image.
+        """
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
-        rows = torch.tensor(part.rows, device=embeds.device)
-        mask = question.mask(rows, torch.tensor(part.ends, device=embeds.device))
+        following = self._following()
+        nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
+        rows, ends, behind = (
+            torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
+        )
+        mask = question.mask(rows, ends)
         text = embeds[rows].masked_fill(~mask[..., None], 0.0)
-        return {"question_embeddings": text, "question_mask": mask}
+        paired = question.paired(rows, ends, behind)
+        return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
+
+    def _following(self) -> dict[tuple[int, int], int]:
+        """(row, end) of an image -> end of the next one in its row."""
+        places = sorted(zip(self.rows, self.ends, strict=True))
+        return {
+            (row, end): after if row == same else torch.iinfo(torch.int64).max
+            for (row, end), (same, after) in pairwise([*places, (-1, 0)])
+        }
 
 
 def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor], Tensor]) -> None:
@@ -184,12 +194,14 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
-    left = [len(index) for index, _, _ in survivors]
-    order = [index for index, _, _ in survivors] if ordered else []
-    labels = [label for _, _, label in survivors]
-    output.encoded = replace(encoded, order=order, left=left, labels=labels)
-    if sum(left) == sum(lengths) and not ordered:
+    began: list[dict[int, int]] = [{} for _ in source]
+    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    left = [
+        Left(len(index), begun, index if ordered else None, labels)
+        for (index, _, labels), begun in zip(survivors, began, strict=True)
+    ]
+    output.encoded = replace(encoded, left=left)
+    if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
     slots = [index.sort().values for index, _, _ in survivors]
@@ -211,11 +223,13 @@ def _reduce(
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
+    began: list[dict[int, int]],
 ) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
     """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
     in order; and whether that may differ from raster order.
 
-    The first sheet holds the features, which methods see; others (DeepStack) follow it.
+    The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
+    filled in, as in `Encoded`.
     """
     begin: dict[tuple[int, int], int] = {}
     alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
@@ -249,6 +263,8 @@ def _reduce(
                 kept = values(part)
                 after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
         alive = after
+    for (method, image), tokens in begin.items():
+        began[image][method] = tokens
     result = {
         image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
         for group, xs in alive

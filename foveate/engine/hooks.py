@@ -8,7 +8,6 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,12 +24,14 @@ from foveate.engine.encoding import Encoding
 from foveate.engine.features import Asker, Encoded
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import (
+    bound,
     check_later_images,
     check_positions,
     placeholders,
     real_positions,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.places import Places
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.question import Question
 from foveate.engine.turn import Prompt, Turn
@@ -120,12 +121,15 @@ class Hooks:
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
         self._check_encoding(modality)
+        arguments = bound(original, args, kwargs)
         local.encoding = True
         try:
             with ExitStack() as stack:
                 signals, vision = self.signals, self.vision
                 rows = {} if signals is None else stack.enter_context(signals.collect())
-                passes = [] if vision is None else stack.enter_context(vision.collect())
+                passes = []
+                if vision is not None:
+                    passes = stack.enter_context(vision.collect(modality, arguments))
                 output = original(*args, **kwargs)
             if signals is not None and len(rows) < signals.count:
                 raise self._unmapped(modality)
@@ -133,8 +137,6 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        names = inspect.signature(original).parameters
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._tag(modality, output, arguments, rows, passes)
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
@@ -156,8 +158,7 @@ class Hooks:
         if not local.visual:
             return None
         local.prompt = (ids, kwargs)
-        cache = kwargs.get("past_key_values")
-        check_positions(self.family, kwargs, 0 if cache is None else int(cache.get_seq_length()))
+        check_positions(self.family, kwargs)
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -257,13 +258,15 @@ class Hooks:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths = [shape.total for shape in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
-        if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
+        if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)  # tiles of all samples
+        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
             pixels = None
         signals = {
             (name, layer): self._per_token(modality, lengths, name, row, arguments)
             for (name, layer), row in rows.items()
         }
-        kept = survivors(passes, lengths)
+        kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         encoded = Encoded(shapes, signals, pixels, kept, placed)
         features.tag(output, encoded)
@@ -357,35 +360,19 @@ class Hooks:
             source = features.members(output, mask, self._expanded(mask.shape[0]))
             shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            place = functools.partial(self._place, modality, known.arguments, known.shapes)
-            places = [functools.partial(place, i) for i in source]
-            order, left = known.order, known.left if self.plan.marks else []
-            labels = known.labels
-            if len(left) != len(source):  # reduced before beams were made of it
-                order, left, labels = (
-                    [each[i] for i in source] if each else [] for each in (order, left, labels)
-                )
-            parts.append(Part(mask, shapes, dead, before, places, order, left, labels))
+            left = known.left if self.plan.marks else []
+            if left and len(left) != len(source):  # reduced before beams were made of it
+                left = [left[i] for i in source]
+            ids = None if self._local.prompt is None else self._local.prompt[0]
+            where = Places(self.family, modality, known, source, mask, ids)
+            places = [functools.partial(where.of, i) for i in range(len(source))]
+            parts.append(Part(mask, shapes, dead, before, places, left))
         return parts
-
-    def _place(
-        self, modality: str, arguments: Mapping[str, Any], shapes: Sequence[Shape], image: int
-    ) -> Tensor:
-        """Boxes of an image's tokens, worked out only when a record is read."""
-        arguments = {
-            name: value.cpu() if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
-        # In a later turn arguments are those of the whole conversation, so count from the last.
-        boxes = self.family.boxes(modality, image - len(shapes), shapes[image], arguments)
-        if len(boxes) != shapes[image].total:  # features from elsewhere, of something else
-            return torch.full((shapes[image].total, 4), torch.nan)
-        return boxes
 
     def _forget(self) -> None:
         local = self._local
-        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
-        local.prompt = None
+        local.inside, local.visual, local.prompt = False, None, None
+        local.encoded, local.turn = None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""

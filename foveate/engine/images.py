@@ -18,10 +18,11 @@ from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
+from foveate.tiles import Placed
 from foveate.tokens import Shape, VisualTokens
 
 Kept = Mapping[str, Tensor]
-Place = Callable[[], Tensor]  # boxes, see ImageRecord
+Place = Callable[[], Placed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class Group:
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
         labels: number of a method -> (G, V) what it has labelled each living token with.
+        began: for each image, number of a method -> tokens it had where the method began.
     """
 
     images: tuple[int, ...]
@@ -52,6 +54,7 @@ class Group:
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
     labels: Mapping[int, Tensor] = field(default_factory=dict)
+    began: tuple[Mapping[int, int], ...] = ()
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -68,6 +71,7 @@ class Group:
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
             labels={method: label[chosen] for method, label in self.labels.items()},
+            began=tuple(self.began[i] for i in members) if self.began else (),
         )
 
     def reduced(self, reduction: Reduction, method: int) -> Group:
@@ -88,6 +92,23 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
+class Left:
+    """What the steps before the language model have left of an image.
+
+    Args:
+        count: tokens alive.
+        began: number of a method -> tokens it had where the method began.
+        index: (K) raster positions alive in the order of their columns; `None` for raster order.
+        labels: number of a method -> (K) its labels, in the order of columns.
+    """
+
+    count: int
+    began: Mapping[int, int]
+    index: Tensor | None = None
+    labels: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """Images of one modality in a forward.
 
@@ -98,10 +119,8 @@ class Part:
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
-        order: for each image, (K) raster positions alive in the order of their columns; empty where
-            all are in raster order.
-        left: for each image, how many tokens are alive; empty where it is not known.
-        labels: for each image, number of a method -> (K) its labels, in the order of columns.
+        left: for each image, what the steps before the language model have left of it; empty where
+            it is not known.
     """
 
     visual: Tensor
@@ -109,9 +128,7 @@ class Part:
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
-    order: Sequence[Tensor] = ()
-    left: Sequence[int] = ()
-    labels: Sequence[Mapping[int, Tensor]] = ()
+    left: Sequence[Left] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +140,7 @@ class _Span:
     before: Kept
     place: Place | None
     labels: Mapping[int, Tensor]
+    began: Mapping[int, int]
 
 
 def group_features(
@@ -186,8 +204,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             ),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
-            any(part.order for part in parts),
+            any(left.index is not None for part in parts for left in part.left),
             {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
+            tuple(spans[i].began for i in images),
         )
         for (shape, _, numbers), images in alike.items()
     ]
@@ -206,11 +225,9 @@ def _spans(part: Part) -> list[_Span]:
     start = 0
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
-    orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
-    labels = part.labels or [{}] * len(part.shapes)
-    images = zip(part.shapes, before, places, orders, left, labels, strict=True)
-    for shape, kept, place, order, expected, label in images:
+    lefts: Sequence[Left | None] = part.left or [None] * len(part.shapes)
+    images = zip(part.shapes, before, places, lefts, strict=True)
+    for shape, kept, place, left in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -222,14 +239,16 @@ def _spans(part: Part) -> list[_Span]:
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
         index = living.nonzero()[:, 0]
-        if expected is not None and len(index) != expected:
+        if left is not None and len(index) != left.count:
             raise InputError(
-                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                f"{left.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
                 "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
-        index = index if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, label))
+        if left is not None and left.index is not None:
+            index = left.index.cpu()
+        labels, began = ({}, {}) if left is None else (left.labels, left.began)
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, labels, began))
     return spans
 
 
@@ -296,13 +315,15 @@ def reduce_group(
     if not alive:
         return [(group, group, None)]
 
-    def tokens(part: Group) -> VisualTokens:
+    def tokens(part: Group, quota: int) -> VisualTokens:
         return VisualTokens(
             features=lambda: features(part),
             index=part.index,
             grid=part.shape.grid,
             rows=part.rows,
             signals=signals(part),
+            number=planned.number,
+            quota=quota,
             place=planned.step.place,
             frames=part.shape.frames,
             label=part.labels.get(planned.method_number),
@@ -317,16 +338,15 @@ def reduce_group(
         whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
         result.append((part, after, None if whole else reduction))
 
-    if isinstance(method, Adaptive):
-        for chosen, reduction in method.split(tokens(group)):
-            add(group.pick(chosen), reduction)
-        return result
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
-        if wanted == alive:
+        if isinstance(method, Adaptive):
+            for chosen, reduction in method.split(tokens(part, wanted)):
+                add(part.pick(chosen), reduction)
+        elif wanted == alive:
             result.append((part, part, None))
         elif wanted == 0:
             add(part, Reduction(part.index[:, :0]))
         else:
-            add(part, method.reduce(tokens(part), wanted))
+            add(part, method.reduce(tokens(part, wanted), wanted))
     return result

@@ -26,6 +26,7 @@ _COLUMNS = {  # axis of the columns, of what is taken of all columns
     "text_attention": 2,
     "content_attention": 2,
     "question_attention": 3,
+    "question_closeness": 2,
     "llm_states": 1,
     "normed_states": 1,
     "llm_keys": 2,
@@ -116,6 +117,8 @@ class Looks:
                 return view.content_logits(self._last)[:, :, 0]
             case "question_attention":
                 return view.attention(self._asking, self._causal)
+            case "question_closeness":
+                return view.closeness(self._asking)
             case "llm_states":
                 return view.hidden
             case "llm_keys":

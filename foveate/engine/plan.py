@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from foveate.budget import PerRequest
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -165,10 +166,30 @@ def _check_stage(family: Family, method: Method, stage: str) -> None:
             f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
             f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
         )
-    if stage == "vision" and (family.encoder is None or family.encoder.block is None):
+    if stage == "vision":
+        check_mixing(family, [method], "image", {})
+        if family.encoder is None or family.encoder.block is None:
+            raise UnsupportedModelError(
+                f"{method.slug!r} acts inside the encoder, which is not supported on this "
+                f"{family.model_type!r}. Methods that work here: "
+                f"{', '.join(working_methods(family))}."
+            )
+
+
+def check_mixing(
+    family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse to act inside the encoder where patches do not belong to one visual token each.
+
+    Raises:
+        UnsupportedModelError: so it is for this modality, or for what is to be encoded.
+    """
+    if methods and (why := family.mixing(modality, arguments)):
+        names = ", ".join(dict.fromkeys(method.slug for method in methods))
         raise UnsupportedModelError(
-            f"{method.slug!r} acts inside the encoder, which is not supported on this "
-            f"{family.model_type!r}. Methods that work here: {', '.join(working_methods(family))}."
+            f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
+            f"this {family.model_type!r}: {why}. Methods that work here: "
+            f"{', '.join(working_methods(family, vision=False))}."
         )
 
 
@@ -320,16 +341,17 @@ def why_not(family: Family, name: str) -> str | None:
     return None
 
 
-def working_methods(family: Family, *, encoder: bool = True) -> list[str]:
+def working_methods(family: Family, *, encoder: bool = True, vision: bool = True) -> list[str]:
     """Registered methods that need no stage and no signal the model lacks.
 
     Args:
         family: the model.
         encoder: whether signals of the encoder may be read behind it.
+        vision: whether methods may act inside the encoder, if they can.
     """
     tower, reads = family.encoder, encoder
     stages = set(STAGES if family.text_layers else STAGES[:1])
-    if tower is None or tower.block is None:
+    if tower is None or tower.block is None or not vision:
         stages.discard("vision")
 
     def has(method: type[Method], name: str) -> bool:

@@ -85,7 +85,13 @@ class Turn:
             for image, before in zip(g.images, g.before, strict=True)
         }
         self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
-        self.begin_of: dict[tuple[int, int], int] = {}  # tokens where (method, image) began
+        # Tokens where (method, image) began; some do before the text model.
+        self.begin_of: dict[tuple[int, int], int] = {
+            (method, image): tokens
+            for group in self.groups
+            for image, began in zip(group.images, group.began, strict=True)
+            for method, tokens in began.items()
+        }
         self.looks = Looks(self)
         self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}

@@ -68,7 +68,8 @@ SIGNALS = {
     ),
     "encoder_features": Signal("(G, L, V, C): output states of encoder layers", "encoder"),
     "question_embeddings": Signal(
-        "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image",
+        "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image; "
+        "`paired_mask` is that of the text before the next image",
         "prompt",
         layered=False,
     ),
@@ -87,6 +88,11 @@ SIGNALS = {
         "the visual tokens",
         "decoder",
         attention=True,
+    ),
+    "question_closeness": Signal(
+        "(G, L, Q, V), and (G, Q) `question_mask`: how close the rotary positions of the text "
+        "behind the image are to those of the visual tokens, at most 1",
+        "decoder",
     ),
     "llm_states": Signal("(G, L, V, D): input states of decoder layers", "decoder"),
     "llm_keys": Signal("(G, L, Hkv, V, d): keys of decoder layers, rotated", "decoder"),

@@ -115,6 +115,24 @@ class LayerView:
         """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
         return self._logits(self.queries(columns, rotate=False), self._plain_keys, None)
 
+    @torch.no_grad()
+    def closeness(self, columns: Tensor) -> Tensor:
+        """(B, Q, P) float32 inner products, over the width, of a query and a key that are all ones
+        before they are rotated: 1 where positions are equal, and everywhere without rotation.
+
+        Args:
+            columns: (B, Q) columns of the queries.
+        """
+        batch, total = self.hidden.shape[:2]
+        width = self.attention_module.head_dim
+        ones = torch.ones(batch, 1, total, width, device=self.hidden.device)
+        if self._rotary is not None:
+            cos, sin = (part.float().expand(batch, -1, -1) for part in self._rotary)
+            ones = self._rotate(ones, ones, cos, sin)[1]
+        keys = ones[:, 0]
+        rows = torch.arange(batch, device=keys.device)[:, None]
+        return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width
+
     def _heads(self, x: Tensor, norm: str) -> Tensor:
         width = self.attention_module.head_dim
         module = getattr(self.attention_module, norm, None) or torch.nn.Identity()

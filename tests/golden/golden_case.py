@@ -23,10 +23,20 @@ ADAPTERS = {
     "fastvid": "golden_video",
     "holitom": "golden_video",
     "prunevid": "golden_video",
+    "fopru": "golden_patches",
+    "hiprune": "golden_patches",
+    "llava-prumerge": "golden_patches",
+    "feather": "golden_drops",
+    "holitom-inner": "golden_drops",
     "pyramiddrop": "golden_llm",
+    "sparsevlm": "golden_drops",
     "tome": "golden_vision",
+    "transprune": "golden_drops",
+    "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
 }
+# Where a folder holds the cases of two methods: folder and names of those of each.
+SOURCES = {"holitom": ("holitom", "outer_*"), "holitom-inner": ("holitom", "inner_*")}
 Check = Callable[[], None]
 
 
@@ -77,6 +87,12 @@ class Case:
             )
             for j, run in enumerate(self.facts["runs"])
         ]
+
+
+def cases_of(slug: str, root: Path) -> list[Case]:
+    """All cases of a method under a folder."""
+    folder, names = SOURCES.get(slug, (slug, "*"))
+    return [Case(slug, path, root) for path in sorted((root / folder).glob(f"{names}.safetensors"))]
 
 
 def _decoded(text: str) -> Any:

@@ -110,8 +110,8 @@ def contenders(run: Path) -> dict[str, tuple[Any, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="what foveate.large.train wrote")
-    parser.add_argument("--scenes", type=int, default=20)
-    parser.add_argument("--readings", type=int, default=6)
+    parser.add_argument("--scenes", type=int, default=30)
+    parser.add_argument("--readings", type=int, default=30)
     arguments = parser.parse_args()
     _, processor = tiny.load()
     made = scenes(arguments.scenes)

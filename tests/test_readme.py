@@ -9,6 +9,7 @@ import typer
 from PIL import Image
 
 import foveate
+from foveate import method as registry
 from foveate.cli import app
 
 README = Path(__file__).parent.parent / "README.md"
@@ -21,13 +22,23 @@ def blocks(language: str) -> list[str]:
 
 def test_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
     exec(compile(code, str(README), "exec"), {})
     printed = capsys.readouterr().out
     assert "?" in printed.splitlines()[0]
     assert "pyramiddrop" in printed
     assert Image.open(tmp_path / "kept.png").width > 1000
+
+
+def test_method_example_passes_its_checks(monkeypatch, capsys):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    _, code = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    exec(compile(code, str(README), "exec"), {"__name__": __name__})
+    printed = capsys.readouterr().out
+    assert "llava: oracle" in printed
+    assert "skipped" not in printed
 
 
 def commands() -> list[str]:

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
-from foveate.engine.rows import Rows
+from foveate.engine.rows import Point, Rows
 from foveate.engine.stack import Stack, stack
+from foveate.method import Need
 from foveate.models import Encoder, Family
 from foveate.models.rows import Picture, raster_rows, token_grid
+from foveate.reduction import take_rows
 from foveate.signals.cls_attention import class_row
 from foveate.tokens import VisualTokens
 
@@ -131,14 +133,14 @@ class Encoding:
         self,
         steps: list[PlannedStep],
         hidden: Tensor,
-        signals: Callable[[str, Stack], Tensor],
+        signals: Callable[[Need, Stack], Tensor],
     ) -> Tensor:
         """Run steps at one place.
 
         Args:
             steps: the steps.
             hidden: states there.
-            signals: a signal of a stack by name.
+            signals: a signal of a stack.
         """
         for planned in steps:
             for of in self.stacks:
@@ -149,7 +151,7 @@ class Encoding:
         return hidden
 
     def _step(
-        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[str, Stack], Tensor]
+        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, Stack], Tensor]
     ) -> Tensor:
         step = planned.step
         values = [self.where.take(hidden, number) for number in range(len(self.stacks))]
@@ -161,10 +163,11 @@ class Encoding:
                     index=of.index,
                     grid=of.grid,
                     rows=of.pictures,
-                    signals={need.name: signals(need.name, of) for need in step.needs},
+                    signals={need.name: signals(need, of) for need in step.needs},
                     merged=of.merged,
                     special=self.encoder.special,
                     place=step.place,
+                    step=step,
                     frames=of.frames,
                 )
                 reduction = planned.method.reduce(tokens, count)
@@ -225,13 +228,13 @@ class Encoding:
 
     # -- signals
 
-    def tapped(self, name: str, of: Stack) -> Tensor:
+    def tapped(self, need: Need, of: Stack) -> Tensor:
         """A signal of the layer that is running, from its own projections; a token's keys are the
         mean of its rows'.
         """
         assert self.taps is not None  # only asked for between the halves of a layer
         names = self.encoder.projections
-        if name == "encoder_keys":
+        if need.name == "encoder_keys":
             key = self.taps[names[-1]].detach()
             key = key if len(names) > 1 else key.chunk(3, -1)[1]
             key = _mean(self._of(key, of), of)
@@ -260,6 +263,15 @@ class Encoding:
         row = torch.nn.functional.pad(row, (0, 0, special, 0))
         tokens = self._of(row, of)
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
+
+    def at_tokens(self, row: Tensor, of: Stack) -> Tensor:
+        """(G, C, K) of a stack's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
+        token's rows.
+        """
+        states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
+        whole = Point(tuple(None for _ in self.stacks))
+        tokens = take_rows(self.where.take(states, self.stacks.index(of), whole), of.index)
+        return tokens.unflatten(2, (-1, row.shape[1])).mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
         """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Group, group_features, reduce_group
+from foveate.clip import ClipQuestions
+from foveate.engine.images import Group, Left, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.errors import InputError
@@ -36,9 +37,7 @@ class Encoded:
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
-        order: (K) raster positions alive of each image behind the pre_llm steps, in the order of
-            their rows; empty while that is raster order.
-        left: tokens of each image behind the pre_llm steps; empty while nothing was removed.
+        left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
     shapes: Sequence[Shape]
@@ -46,8 +45,7 @@ class Encoded:
     pixels: Any = None
     kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    order: list[Tensor] = field(default_factory=list)
-    left: list[int] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
 
     @property
     def lengths(self) -> list[int]:
@@ -139,6 +137,7 @@ class Asker:
         request: batch row to entry of a per-request budget.
         ends: logical column of each image's last token; empty where the prompt is not known.
         question: the text behind the images, and its (B, Q, D) embeddings.
+        clip: what is asked, as CLIP embeds it.
     """
 
     rows: Sequence[int]
@@ -146,15 +145,35 @@ class Asker:
     request: Callable[[int], int]
     ends: Sequence[int] = ()
     question: tuple[Question, Tensor] | None = None
+    clip: ClipQuestions | None = None
 
-    def signals(self, part: Group) -> dict[str, Tensor]:
-        """(G, Q, D) embeddings of the question of each image of a group, and their mask."""
+    def signals(self, name: str, part: Group) -> dict[str, Tensor]:
+        """A signal of the prompt for each image of a group, with masks of all the text there is and
+        of what comes before another image.
+        """
+        if name == "clip_questions":
+            assert self.clip is not None  # the session has checked it
+            text, mask = self.clip.of([self.request(row) for row in part.rows])
+            return {name: text, f"{name}_mask": mask}
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
-        rows = torch.tensor(part.rows, device=embeds.device)
-        mask = question.mask(rows, torch.tensor(part.ends, device=embeds.device))
+        following = self._following()
+        nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
+        rows, ends, behind = (
+            torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
+        )
+        mask = question.mask(rows, ends)
         text = embeds[rows].masked_fill(~mask[..., None], 0.0)
-        return {"question_embeddings": text, "question_mask": mask}
+        paired = question.paired(rows, ends, behind)
+        return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
+
+    def _following(self) -> dict[tuple[int, int], int]:
+        """(row, end) of an image -> end of the next one in its row."""
+        places = sorted(zip(self.rows, self.ends, strict=True))
+        return {
+            (row, end): after if row == same else torch.iinfo(torch.int64).max
+            for (row, end), (same, after) in pairwise([*places, (-1, 0)])
+        }
 
 
 def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor], Tensor]) -> None:
@@ -182,18 +201,21 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver)
-    left = [len(index) for index, _ in survivors]
-    order = [index for index, _ in survivors] if ordered else []
-    output.encoded = replace(encoded, order=order, left=left)
-    if sum(left) == sum(lengths):
+    began: list[dict[int, int]] = [{} for _ in source]
+    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    left = [
+        Left(len(index), begun, labels, index if ordered else None)
+        for (index, _, labels), begun in zip(survivors, began, strict=True)
+    ]
+    output.encoded = replace(encoded, left=left)
+    if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
-    slots = [index.sort().values for index, _ in survivors]
+    slots = [index.sort().values for index, _, _ in survivors]
     where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([values[number] for _, values in survivors])
+        values = torch.cat([values[number] for _, values, _ in survivors])
         blank = torch.full_like(rows_of_sheets[number], torch.nan)
         marked.append(_like(sheet, blank.index_copy(0, where, values)))
     output.pooler_output = marked[0]
@@ -208,11 +230,13 @@ def _reduce(
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
-) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
-    """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
-    and whether that may differ from raster order.
+    began: list[dict[int, int]],
+) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
+    """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
+    in order; and whether that may differ from raster order.
 
-    The first sheet holds the features, which methods see; others (DeepStack) follow it.
+    The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
+    filled in, as in `Encoded`.
     """
     begin: dict[tuple[int, int], int] = {}
     alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
@@ -234,7 +258,7 @@ def _reduce(
                 found: dict[str, Tensor] = {}
                 for need in needs:
                     if SIGNALS[need.name].source == "prompt":
-                        found |= asker.signals(part)
+                        found |= asker.signals(need.name, part)
                     else:
                         rows = _signal(need, encoded, asker.source, part)
                         found[need.name] = deliver(need.name, rows)
@@ -246,8 +270,10 @@ def _reduce(
                 kept = values(part)
                 after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
         alive = after
+    for (method, image), tokens in begin.items():
+        began[image][method] = tokens
     result = {
-        image: (group.index[i], [x[i] for x in xs])
+        image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
         for group, xs in alive
         for i, image in enumerate(group.images)
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from foveate.engine.plan import PlannedStep
 from foveate.errors import InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
+from foveate.tiles import Placed
 from foveate.tokens import Shape, VisualTokens
 
 Kept = Mapping[str, Tensor]
-Place = Callable[[], Tensor]  # boxes, see ImageRecord
+Place = Callable[[], Placed]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +40,8 @@ class Group:
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
+        began: for each image, number of a method -> tokens it had where the method began.
+        labels: number of a method -> (G, V) what it has labelled each living token with.
     """
 
     images: tuple[int, ...]
@@ -50,6 +53,8 @@ class Group:
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
+    began: tuple[Mapping[int, int], ...] = ()
+    labels: Mapping[int, Tensor] = field(default_factory=dict)
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -65,10 +70,15 @@ class Group:
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
+            began=tuple(self.began[i] for i in members) if self.began else (),
+            labels={method: label[chosen] for method, label in self.labels.items()},
         )
 
-    def reduced(self, reduction: Reduction) -> Group:
-        """The group after a reduction."""
+    def reduced(self, reduction: Reduction, method: int) -> Group:
+        """The group after a reduction by the method of a number."""
+        labels = {n: label.gather(1, reduction.index) for n, label in self.labels.items()}
+        if reduction.label is not None:
+            labels[method] = reduction.label
         columns = None if self.columns is None else self.columns.gather(1, reduction.index)
         if columns is not None and reduction.ordered:
             columns = columns.sort(dim=1).values
@@ -77,7 +87,25 @@ class Group:
             index=self.index.gather(1, reduction.index),
             columns=columns,
             ordered=self.ordered or reduction.ordered,
+            labels=labels,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What the steps before the language model have left of an image.
+
+    Args:
+        count: tokens alive.
+        began: number of a method -> tokens it had where the method began.
+        labels: number of a method -> (K) its labels, in the order of columns.
+        index: (K) raster positions alive in the order of their columns; `None` for raster order.
+    """
+
+    count: int
+    began: Mapping[int, int]
+    labels: Mapping[int, Tensor]
+    index: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +119,8 @@ class Part:
             text model.
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
-        order: for each image, (K) raster positions alive in the order of their columns; empty where
-            all are in raster order.
-        left: for each image, how many tokens are alive; empty where it is not known.
+        left: for each image, what the steps before the language model have left of it; empty where
+            it is not known.
     """
 
     visual: Tensor
@@ -101,8 +128,7 @@ class Part:
     dead: Tensor | None = None
     before: Sequence[Kept] = ()
     places: Sequence[Place | None] = ()
-    order: Sequence[Tensor] = ()
-    left: Sequence[int] = ()
+    left: Sequence[Left] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +139,8 @@ class _Span:
     shape: Shape
     before: Kept
     place: Place | None
+    began: Mapping[int, int]
+    labels: Mapping[int, Tensor]
 
 
 def group_features(
@@ -160,9 +188,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
         (span for part in parts for span in _spans(part)),
         key=lambda span: (span.row, int(span.columns[0])),
     )
-    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = defaultdict(list)
     for image, span in enumerate(spans):
-        alike[span.shape, len(span.index)].append(image)
+        alike[span.shape, len(span.index), frozenset(span.labels)].append(image)
     device = parts[0].visual.device if parts else None
     return [
         Group(
@@ -176,9 +204,11 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             ),
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
-            any(part.order for part in parts),
+            any(left.index is not None for part in parts for left in part.left),
+            tuple(spans[i].began for i in images),
+            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
         )
-        for (shape, _), images in alike.items()
+        for (shape, _, numbers), images in alike.items()
     ]
 
 
@@ -195,10 +225,9 @@ def _spans(part: Part) -> list[_Span]:
     start = 0
     before = part.before or [{}] * len(part.shapes)
     places = part.places or [None] * len(part.shapes)
-    orders: Sequence[Tensor | None] = part.order or [None] * len(part.shapes)
-    left: Sequence[int | None] = part.left or [None] * len(part.shapes)
-    images = zip(part.shapes, before, places, orders, left, strict=True)
-    for shape, kept, place, order, expected in images:
+    lefts: Sequence[Left | None] = part.left or [None] * len(part.shapes)
+    images = zip(part.shapes, before, places, lefts, strict=True)
+    for shape, kept, place, left in images:
         stop = start + shape.total
         at, living = where[start:stop], alive[start:stop]
         start = stop
@@ -210,14 +239,17 @@ def _spans(part: Part) -> list[_Span]:
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
         index = living.nonzero()[:, 0]
-        if expected is not None and len(index) != expected:
+        if left is not None and len(index) != left.count:
             raise InputError(
-                f"{expected - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+                f"{left.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
                 "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
-        index = index if order is None else order.cpu()
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place))
+        if left is None:
+            left = Left(len(index), {}, {})
+        elif left.index is not None:
+            index = left.index.cpu()
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, left.began, left.labels))
     return spans
 
 
@@ -284,15 +316,18 @@ def reduce_group(
     if not alive:
         return [(group, group, None)]
 
-    def tokens(part: Group) -> VisualTokens:
+    def tokens(part: Group, quota: int) -> VisualTokens:
         return VisualTokens(
             features=lambda: features(part),
             index=part.index,
             grid=part.shape.grid,
             rows=part.rows,
             signals=signals(part),
+            number=planned.number,
+            quota=quota,
             place=planned.step.place,
             frames=part.shape.frames,
+            label=part.labels.get(planned.method_number),
         )
 
     result: list[tuple[Group, Group, Reduction | None]] = []
@@ -300,18 +335,19 @@ def reduce_group(
     def add(part: Group, reduction: Reduction) -> None:
         if reduction.ordered and not planned.renumber:
             reduction = reduction.in_raster_order(alive)
-        result.append((part, part.reduced(reduction), reduction))
+        after = part.reduced(reduction, planned.method_number)
+        whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
+        result.append((part, after, None if whole else reduction))
 
-    if isinstance(method, Adaptive):
-        for chosen, reduction in method.split(tokens(group)):
-            add(group.pick(chosen), reduction)
-        return result
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
-        if wanted == alive:
+        if isinstance(method, Adaptive):
+            for chosen, reduction in method.split(tokens(part, wanted)):
+                add(part.pick(chosen), reduction)
+        elif wanted == alive:
             result.append((part, part, None))
         elif wanted == 0:
             add(part, Reduction(part.index[:, :0]))
         else:
-            add(part, method.reduce(tokens(part), wanted))
+            add(part, method.reduce(tokens(part, wanted), wanted))
     return result

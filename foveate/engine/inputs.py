@@ -129,17 +129,18 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))
 
 
-def check_positions(family: Family, kwargs: Mapping[str, Any], past: int) -> None:
+def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
     """Refuse a forward whose new images would get positions of text.
 
     Args:
         family: the model.
         kwargs: arguments of the base model, which sees new images.
-        past: logical length of what the cache holds.
 
     Raises:
         InputError: there is a cache and no positions, where they are no plain numbers.
     """
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
         but = "the model was called by itself, without position_ids"
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.budget import Keep, steps_in
-from foveate.errors import LayerError
-from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.budget import Keep
+from foveate.method import Positions, Scorer, register
+from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
 
 
@@ -28,7 +29,7 @@ from foveate.tokens import VisualTokens
     paper="Xing et al. 2024, arXiv:2410.17247",
 )
 @dataclass(frozen=True)
-class PyramidDrop(Scorer):
+class PyramidDrop(Scheduled, Scorer):
     """Rank visual tokens by the attention of the last prompt token, stage by stage.
 
     Args:
@@ -49,43 +50,7 @@ class PyramidDrop(Scorer):
     keep: Keep = (0.5, 0.25, 0.125)
     positions: Positions | None = None
     rounding = math.trunc
-
-    def __post_init__(self) -> None:
-        """Check budgets and layers.
-
-        Raises:
-            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
-            LayerError: `layers` is not ascending.
-        """
-        super().__post_init__()
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise LayerError(f"layers must be ascending and distinct, got {self.layers}")
-
-    @property
-    def step_count(self) -> int | None:
-        """One step per entry of `layers`; with `layers=None`, one per entry of `keep`."""
-        return None if self.layers is None else len(self.layers)
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """A drop before each of the layers, scored with that layer's own weights."""
-        layers = self.layers or self._equal_stages(model)
-        return tuple(Step("llm", layer, (Need("text_attention", (layer,)),)) for layer in layers)
-
-    def _equal_stages(self, model: ModelFacts) -> tuple[int, ...]:
-        """Stage boundaries, each moved to the nearest layer whose attention can rank tokens."""
-        drops = steps_in(self.keep)
-        legal = [i for i in model.attention_layers if i >= model.first_llm_layer]
-        chosen: list[int] = []
-        for i in range(drops):
-            even = model.text_layers * (i + 1) // (drops + 1)
-            free = [layer for layer in legal if layer not in chosen]
-            if not free:
-                raise LayerError(
-                    f"PyramidDrop has {drops} drops, but only {len(legal)} layers of this model "
-                    f"can rank tokens; give a keep with {len(legal)} entries at most"
-                )
-            chosen.append(min(free, key=lambda layer: abs(layer - even)))
-        return tuple(sorted(chosen))
+    published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention of the last prompt token, averaged over heads: (G, V)."""

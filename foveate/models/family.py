@@ -15,6 +15,7 @@ from foveate.boxes import cells_of
 from foveate.errors import UnsupportedModelError
 from foveate.models.block import Block
 from foveate.models.rows import Picture, raster_rows
+from foveate.tiles import Tiling
 from foveate.tokens import Shape
 
 FAMILIES: dict[str, type[Family]] = {}
@@ -96,8 +97,12 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    planar: ClassVar[bool] = True
+    """Whether the visual tokens of an image or a frame lie on one grid."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    thumbnail: ClassVar[int] = -1
+    """Which tile of a picture shows all of it, where each tile counts as an image."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -188,6 +193,15 @@ class Family:
         """
         return cells_of(shape)
 
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Which images of a row are tiles of one picture, in order; each is one by default.
+
+        Args:
+            ids: the row's token ids, if they are known.
+            spans: first column of each image, and the first behind it.
+        """
+        return [Tiling(1)] * len(spans)
+
     # -- the vision encoder
 
     @property
@@ -213,6 +227,11 @@ class Family:
     def vision_layers(self) -> int:
         """Number of encoder layers; 0 if methods cannot look inside."""
         return 0 if self.encoder is None else len(self.encoder.layers)
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
+        return self.encoder is not None and self.encoder.class_token
 
     @property
     def feature_layer(self) -> int:

@@ -199,6 +199,21 @@ def test_question_relevance_is_a_softmax_over_the_text(model, batch):
         assert bool((signal[~mask] == 0).all())
 
 
+def test_places_in_the_prompt_do_not_count_padding(model, batch):
+    spy = Spy(Step("llm", 3, (Need("prompt_positions"), Need("question_positions"))), keep=5)
+    with torch.no_grad(), foveate.use(model, [FastV(layer=2, keep=12), spy]) as run:
+        model.model(**batch)
+        kept = [image["llm:2"] for image in run.kept]
+    for row, number in ((1, 2), (3, 3)):
+        inputs, (columns,) = row_alone(batch, row)
+        ((_, places, tokens),) = [i for i in spy.of("prompt_positions") if i[0] == row]
+        assert places.tolist() == columns[kept[number]].tolist()
+        ((_, behind, _),) = [i for i in spy.of("question_positions") if i[0] == row]
+        mask = tokens.signal("question_mask")[list(tokens.rows).index(row)]
+        length = inputs["input_ids"].shape[1]
+        assert behind[mask].tolist() == list(range(int(columns[-1]) + 1, length))
+
+
 def test_transition_is_that_of_the_modules(model, batch):
     """Size of what attention and MLP add, times a softmax of its turn over the row."""
     spy = Spy(Step("llm", 3, (Need("transition", (0, 2)),)))
@@ -294,6 +309,19 @@ def test_question_embeddings_are_those_of_the_text_behind_the_image(model, batch
         mask = tokens.signal("question_mask")[number]
         check_close(tokens.signal("question_embeddings")[number][mask], table(text))
     assert tokens.signal("question_mask").sum(1).tolist() == [9, 5, 2, 9]
+
+
+def test_text_is_paired_with_the_image_before_it(model, batch):
+    """Of two images, the first one's text ends where the second one begins."""
+    spy = Spy(Step("pre_llm", needs=(Need("question_embeddings"),)))
+    with foveate.use(model, spy):
+        model(**batch)
+    lengths = [mask.sum().item() for _, mask, _ in spy.of("paired_mask")]
+    behind = [mask.sum().item() for _, mask, _ in spy.of("question_mask")]
+    assert lengths == [4, 5, 2, 9]
+    assert behind == [4 + 5, 5, 2, 9]
+    first = spy.of("paired_mask")[0][1].nonzero()[:, 0]
+    assert first.tolist() == [0, 1, 2, 3]
 
 
 @dataclass(frozen=True)

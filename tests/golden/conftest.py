@@ -7,7 +7,7 @@ adapter offers for it is a test of its own.
 from pathlib import Path
 
 import pytest
-from golden_case import Case, checks_of
+from golden_case import cases_of, checks_of
 
 from foveate.method import list_methods
 
@@ -33,11 +33,7 @@ def _checks(config: pytest.Config) -> list:
             raise pytest.UsageError(f"--golden-root {given} is not a folder")
         reason = "no folder shared/golden beside the repository; pass --golden-root DIR"
         return [pytest.param(None, id="no-cases", marks=pytest.mark.skip(reason=reason))]
-    cases = [
-        Case(slug, path, root)
-        for slug in list_methods()
-        for path in sorted((root / slug).glob("*.safetensors"))
-    ]
+    cases = [case for slug in list_methods() for case in cases_of(slug, root)]
     if not cases:
         raise pytest.UsageError(f"{root} has no case of a registered method: {list_methods()}")
     return [

@@ -15,13 +15,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "cdpruner": "golden_cdpruner",
+    "dart": "golden_dart",
     "divprune": "golden_divprune",
+    "dycoke": "golden_video",
+    "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fastvid": "golden_video",
+    "feather": "golden_drops",
+    "flowcut": "golden_flowcut",
+    "fopru": "golden_patches",
+    "hiprune": "golden_patches",
+    "holitom": "golden_video",
+    "holitom-inner": "golden_drops",
+    "llava-prumerge": "golden_patches",
+    "lrs-vqa": "golden_lrsvqa",
+    "prunevid": "golden_video",
     "pyramiddrop": "golden_llm",
+    "recoverable-compression": "golden_recoverable",
+    "sparsevlm": "golden_drops",
     "tome": "golden_vision",
+    "transprune": "golden_drops",
+    "vflowopt": "golden_vflowopt",
+    "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
+    "yopo": "golden_yopo",
 }
+# Where a folder holds the cases of two methods: folder and names of those of each.
+SOURCES = {"holitom": ("holitom", "outer_*"), "holitom-inner": ("holitom", "inner_*")}
 Check = Callable[[], None]
 
 
@@ -72,6 +94,12 @@ class Case:
             )
             for j, run in enumerate(self.facts["runs"])
         ]
+
+
+def cases_of(slug: str, root: Path) -> list[Case]:
+    """All cases of a method under a folder."""
+    folder, names = SOURCES.get(slug, (slug, "*"))
+    return [Case(slug, path, root) for path in sorted((root / folder).glob(f"{names}.safetensors"))]
 
 
 def _decoded(text: str) -> Any:

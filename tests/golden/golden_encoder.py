@@ -43,7 +43,7 @@ def _runs(case: Case) -> Iterator[tuple[str, Scorer, dict[str, Tensor]]]:
             yield str(run), FasterVLM(keep=kept), expected
 
 
-def _build(case: Case) -> LlavaForConditionalGeneration:
+def build(case: Case) -> LlavaForConditionalGeneration:
     """LLaVA with the recorded encoder, a projector that changes nothing, and a random Llama."""
     vision = CLIPVisionConfig(**case.facts["encoder_config"])
     text = LlamaConfig(
@@ -82,7 +82,7 @@ def _build(case: Case) -> LlavaForConditionalGeneration:
     return model
 
 
-def _inputs(case: Case, tokens: int) -> dict[str, Tensor]:
+def prompt(case: Case, tokens: int) -> dict[str, Tensor]:
     """One prompt in which a run of placeholders for each crop stands between text tokens."""
     pixels = case.arrays["pixel_values"]
     ids = [TEXT]
@@ -91,7 +91,7 @@ def _inputs(case: Case, tokens: int) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
 
 
-def _encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+def encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
     """(B, V, C) features, and the full attention maps of each layer, by the eager kernel."""
     tower = model.model.vision_tower
     kernel = tower.config._attn_implementation
@@ -104,8 +104,8 @@ def _encode(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tenso
 
 def _check_scores(case: Case) -> None:
     """The method alone, on attention maps that are computed in full."""
-    model = _build(case)
-    features, maps = _encode(model, case.arrays["pixel_values"])
+    model = build(case)
+    features, maps = encode(model, case.arrays["pixel_values"])
     images, total = features.shape[:2]
     for run, method, expected in _runs(case):
         (step,) = method.steps(find_family(model))
@@ -124,7 +124,7 @@ def _check_scores(case: Case) -> None:
             assert_same(mask, expected["kept_mask"], f"mask of {run}")
 
 
-def _run(
+def run_in_model(
     model: LlavaForConditionalGeneration, method: Method, inputs: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Kept patches (crops, K), and what decoder layer 0 is given: hidden states, (cos, sin)."""
@@ -145,13 +145,13 @@ def _run(
 
 def _check_model(case: Case) -> None:
     """The whole model: pixels in, kept patches and the sequence the language model reads out."""
-    model = _build(case)
-    features, _ = _encode(model, case.arrays["pixel_values"])
-    inputs = _inputs(case, features.shape[1])
+    model = build(case)
+    features, _ = encode(model, case.arrays["pixel_values"])
+    inputs = prompt(case, features.shape[1])
     language = model.model.language_model
     text = language.embed_tokens.weight[TEXT].detach()[None]
     for run, method, expected in _runs(case):
-        kept, hidden, rotary = _run(model, method, inputs)
+        kept, hidden, rotary = run_in_model(model, method, inputs)
         assert_same(kept, expected["kept"], f"kept of {run}")
         values = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
         recorded = expected[FEATURES[case.slug]]
@@ -166,13 +166,13 @@ def _check_model(case: Case) -> None:
 
 def _check_stitched(case: Case) -> None:
     """Tiled images: the order in which the release hands kept patches on."""
-    model = _build(case)
-    features, _ = _encode(model, case.arrays["pixel_values"])
+    model = build(case)
+    features, _ = encode(model, case.arrays["pixel_values"])
     crops, total = features.shape[:2]
     side = round(total**0.5)
-    inputs = _inputs(case, total)
+    inputs = prompt(case, total)
     for (grid, _), (run, method, expected) in zip(case.runs(), _runs(case), strict=True):
-        kept, _, _ = _run(model, method, inputs)
+        kept, _, _ = run_in_model(model, method, inputs)
         alive = torch.zeros(crops, total, dtype=torch.bool).scatter(1, kept, True)
         source = torch.arange(crops * total).view(crops, total)
         tiles = (grid["grid_h"], grid["grid_w"], side, side)

@@ -1,5 +1,7 @@
 """FastV and PyramidDrop: a recorded text model inside a LLaVA that is given image features."""
 
+from __future__ import annotations
+
 import json
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,9 +40,18 @@ NAMES: dict[str, dict[str, str]] = {
 def checks(case: Case) -> dict[str, Check]:
     if "labels" in case.names or case.facts.get("mode") == "training":
         return {"training": partial(pytest.skip, "training is not supported yet")}
-    replay = Replay(case)
-    offered = {  # a case stores the arrays that apply to it
-        "selection": ("kept", replay.check_selection),
+    return offered(Replay(case), "kept")
+
+
+def offered(replay: Replay, kept: str) -> dict[str, Check]:
+    """The checks of what a case has recorded.
+
+    Args:
+        replay: the case.
+        kept: the array without which selection cannot be checked.
+    """
+    checks = {  # a case stores the arrays that apply to it
+        "selection": (kept, replay.check_selection),
         "prefill": ("prefill_logits", replay.check_prefill),
         "positions": ("pos_in_layer0", replay.check_positions),
         "cache": ("kv_len_per_layer", replay.check_cache),
@@ -50,8 +61,59 @@ def checks(case: Case) -> dict[str, Check]:
             replay.check_decoding_without_cache,
         ),
     }
-    names = {NAMES[case.slug].get(name, name) for name in case.names}
-    return {check: run for check, (name, run) in offered.items() if name in names}
+    return {check: run for check, (name, run) in checks.items() if name in replay.arrays}
+
+
+def llava_around(
+    config: dict[str, Any], weights: dict[str, Tensor]
+) -> LlavaForConditionalGeneration:
+    """LLaVA around a text model. Its image token is one more row of the embedding table."""
+    vocabulary = config["vocab_size"]
+    text = AutoConfig.for_model(**config | {"vocab_size": vocabulary + 1})
+    assert text.rope_parameters["rope_theta"] == config["rope_theta"]
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=vocabulary,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    inner = {
+        name.removeprefix("model."): array
+        for name, array in weights.items()
+        if name.startswith("model.")
+    }
+    table = inner["embed_tokens.weight"]
+    inner["embed_tokens.weight"] = torch.cat((table, table.new_zeros(1, table.shape[1])))
+    model.model.language_model.load_state_dict(inner)
+    model.lm_head = torch.nn.Linear(table.shape[1], vocabulary, bias=False)
+    model.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
+    # The recordings know no stop token.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.requires_grad_(False)
+
+
+def replay(
+    model: LlavaForConditionalGeneration, before: Tensor, features: Tensor, after: Tensor
+) -> dict[str, Any]:
+    """Inputs of a prompt with one image between two runs of text."""
+    image = torch.full((len(features),), model.config.image_token_id)
+    ids = torch.cat((before, image, after))[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])},
+    }
 
 
 class Replay:
@@ -67,7 +129,7 @@ class Replay:
     @cached_property
     def arrays(self) -> dict[str, Tensor]:
         """The recorded arrays, by one name for both methods."""
-        names = NAMES[self.case.slug]
+        names = NAMES.get(self.case.slug, {})
         return {names.get(name, name): array for name, array in self.case.arrays.items()}
 
     # -- what is run -------------------------------------------------------------------------
@@ -82,6 +144,11 @@ class Replay:
             f"llm:{layer}": arrays[f"stage{stage}_kept"]
             for stage, layer in enumerate(facts["layer_list"])
         }
+
+    @property
+    def alive(self) -> Tensor:
+        """Columns of the image in which survivors stand at the end."""
+        return list(self.kept.values())[-1]
 
     @cached_property
     def scores(self) -> list[Tensor]:
@@ -124,53 +191,14 @@ class Replay:
 
     @cached_property
     def model(self) -> LlavaForConditionalGeneration:
-        """LLaVA around the text model. Its image token is one more row of the embedding table."""
-        config, weights = self.text
-        vocabulary = config["vocab_size"]
-        text = AutoConfig.for_model(**config | {"vocab_size": vocabulary + 1})
-        assert text.rope_parameters["rope_theta"] == config["rope_theta"]
-        vision = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        )
-        model = LlavaForConditionalGeneration(
-            LlavaConfig(
-                vision_config=vision,
-                text_config=text,
-                image_token_id=vocabulary,
-                tie_word_embeddings=False,
-            )
-        ).eval()
-        inner = {
-            name.removeprefix("model."): array
-            for name, array in weights.items()
-            if name.startswith("model.")
-        }
-        table = inner["embed_tokens.weight"]
-        inner["embed_tokens.weight"] = torch.cat((table, table.new_zeros(1, table.shape[1])))
-        model.model.language_model.load_state_dict(inner)
-        model.lm_head = torch.nn.Linear(table.shape[1], vocabulary, bias=False)
-        model.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
-        # The recordings know no stop token.
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        return model.requires_grad_(False)
+        """LLaVA around the text model."""
+        return llava_around(*self.text)
 
     def inputs(self) -> dict[str, Any]:
         arrays = self.case.arrays
         start, length = int(arrays["image_start"]), int(arrays["image_len"])
-        image = torch.full((length,), self.model.config.image_token_id)
-        ids = torch.cat((arrays["text_ids_before"], image, arrays["text_ids_after"]))[None]
         features = arrays["inputs_embeds"][0, start : start + length]
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])},
-        }
+        return replay(self.model, arrays["text_ids_before"], features, arrays["text_ids_after"])
 
     def generate(self, tokens: int, **options: Any) -> Any:
         return self.model.generate(
@@ -199,12 +227,12 @@ class Replay:
 
     def check_prefill(self) -> None:
         """Logits of all positions that are alive at the end."""
-        arrays = self.case.arrays
+        arrays = self.arrays
         start, length = int(arrays["image_start"]), int(arrays["image_len"])
         with foveate.use(self.model, self.method([])):
             logits = self.model(**self.inputs()).logits[0]
         assert len(logits) == arrays["inputs_embeds"].shape[1]
-        last = list(self.kept.values())[-1]
+        last = self.alive
         behind = torch.arange(start + length, len(logits))
         alive = torch.cat((torch.arange(start), start + last, behind))
         assert_close(logits[alive], arrays["prefill_logits"], LOGITS, "logits")
@@ -220,8 +248,8 @@ class Replay:
     def check_positions(self) -> None:
         """Positions that enter every layer, in the prompt and in each decoding step."""
         arrays = self.case.arrays
-        decoded = self.arrays["decode_pos"]
         layers = self.model.model.language_model.layers
+        decoded = self.arrays.get("decode_pos", torch.empty(0, len(layers)))
         seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
         with foveate.use(self.model, self.method([])):
             handles = [

@@ -1,0 +1,115 @@
+"""FEATHER: rank without positions, add a uniform grid, and cut once more, harder, later.
+
+Paper: Endo et al., "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model
+Acceleration", arXiv:2412.13180 (ICCV 2025). Reference code: markendo/FEATHER @ c2a09b2.
+Differs from the reference: any batch, several images, grids that are not square and grouped-query
+attention work; each image has its own budget; at least one token of an image survives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep, PerRequest, check_keep, steps_in
+from foveate.budget import count as budget_count
+from foveate.errors import FoveateError
+from foveate.method import Adaptive, Positions, Step, by_count, register
+from foveate.reduction import Reduction
+from foveate.schedule import Scheduled
+from foveate.tokens import VisualTokens
+
+
+@register(
+    "feather",
+    stage="llm",
+    needs=("content_attention",),
+    paper="Endo et al. 2024, arXiv:2412.13180",
+)
+@dataclass(frozen=True)
+class Feather(Scheduled, Adaptive):
+    """Rank visual tokens by the last prompt token's attention as it would be without rotary
+    positions, and add every `stride`-th token of every `stride`-th row at the first drop.
+
+    Args:
+        layers: decoder layers before which tokens are dropped, ascending, from 1; the layer before
+            each ranks. `None` scales the published (8, 16) of 32 layers to the model at hand.
+        keep: q = 1 - r of the release: the share that attention keeps at the first drop; the grid
+            comes on top. Later drops keep q² of what is left then, grid tokens treated as all
+            others. A schedule gives the share of the ORIGINAL count of each drop instead. Shares
+            are truncated.
+        stride: distance of grid tokens in rows and columns. `None` leaves the grid out, and every
+            drop keeps q of what is left: the release's FastV without rotary positions.
+        positions: `None` leaves survivors at their positions (`original`), as the reference does;
+            `renumbered` makes them consecutive.
+
+    Cost: one key projection of all tokens and one query row per drop; no attention map.
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep: Keep = 0.3
+    stride: int | None = 3
+    positions: Positions | None = None
+    published_positions = "original"
+    published_layers = (8, 16)
+    ranked_before = 1
+    rounding = math.trunc
+
+    def __post_init__(self) -> None:
+        """Check budgets, layers and stride.
+
+        Raises:
+            BudgetError: `keep` is out of range, or a schedule whose length differs from that of
+            `layers`.
+            LayerError: `layers` is not ascending, or begins before 1.
+            FoveateError: `stride` is not a positive number.
+        """
+        super().__post_init__()
+        if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
+            raise FoveateError(
+                f"stride must be a positive int, or None for no grid, got {self.stride!r} in "
+                "feather"
+            )
+
+    @property
+    def drop_count(self) -> int:
+        """The published number, unless `keep` is a schedule."""
+        entries = steps_in(self.keep)
+        return entries if entries > 1 else len(self.published_layers)
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep`; only a schedule has one entry for each of `layers`.
+
+        Raises:
+            BudgetError: `keep` is out of range or does not fit.
+        """
+        check_keep(self.keep, self.step_count if steps_in(self.keep) > 1 else None)
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """Tokens that attention keeps of one image."""
+        if steps_in(self.keep) > 1:
+            return super().count(alive, total, step, number, row)
+        share = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
+        if number and self.stride and isinstance(share, float):
+            share *= share
+        return budget_count(share, alive, step=0, row=0, rounding=type(self).rounding)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Attention of the last token without rotary positions, averaged over heads: (G, V)."""
+        return tokens.signal("content_attention")[:, 0].mean(1)
+
+    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        """Keep what attention ranks highest; at the first drop, the grid as well."""
+        scores = self.scores(tokens)
+        top = scores.topk(tokens.quota, dim=-1).indices
+        alive = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
+        if tokens.number == 0 and self.stride:
+            alive |= (tokens.coordinates % self.stride == 0).all(-1)
+        return [
+            (members, Reduction(alive[members].nonzero()[:, 1].view(-1, count)))
+            for count, members in by_count(alive.sum(1)).items()
+        ]

@@ -1,0 +1,124 @@
+"""FoPru: keep the tokens, or the rows of tokens, that stand out in the encoder's attention.
+
+Paper: Jiang et al., "FoPru: Focal Pruning for Efficient Large Vision-Language Models",
+arXiv:2411.14164. The authors published no code: the two strategies and the raster order are the
+abstract's; the significance (attention received or given, whichever varies more) and the count of
+rows follow a third party's implementation and are our reading.
+Beyond it: any batch, grids that are not square, and encoders without a class token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.errors import BudgetError, FoveateError, InputError
+from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@register(
+    "fopru",
+    stage="pre_llm",
+    needs=("received_attention", "given_attention"),
+    paper="Jiang et al. 2024, arXiv:2411.14164",
+)
+@dataclass(frozen=True)
+class FoPru(Method):
+    """Rank tokens by encoder attention among patches, one by one or row by row of the grid.
+
+    Args:
+        keep: what survives. With `rank`, a share of the tokens (rounded down) or their count. With
+            `row`, a share of the rows; a count of tokens keeps the whole rows that fit in it. One
+            token, or one row, always survives.
+        strategy: `rank` keeps the best tokens anywhere, `row` the best complete rows.
+        positions: `None` gives survivors consecutive positions (`renumbered`) where positions are
+            single numbers; `original` leaves them where they were.
+
+    Cost: the attention logits of one encoder layer, summed up in chunks.
+    """
+
+    keep: Keep = 0.25
+    strategy: Literal["rank", "row"] = "rank"
+    positions: Positions | None = None
+    rounding = math.floor
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            FoveateError: `strategy` is unknown.
+        """
+        super().__post_init__()
+        if self.strategy not in ("rank", "row"):
+            raise FoveateError(f"strategy must be 'rank' or 'row', got {self.strategy!r} in fopru")
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector, scored in the layer that the language model sees."""
+        names = ["received_attention", "given_attention"]
+        if model.class_token:
+            names.append("cls_attention")
+        layer = (model.feature_layer,)
+        return (Step("pre_llm", needs=tuple(Need(name, layer) for name in names)),)
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Keep the best tokens, or rows, of each image, in raster order.
+
+        Raises:
+            InputError: whole rows are wanted, but an earlier method has removed parts of them.
+            BudgetError: not even one row fits into the budget.
+        """
+        scores = self.scores(tokens)
+        if self.strategy == "rank":
+            return Reduction.top(scores, count)
+        height, width = tokens.grid
+        total = tokens.frames * height * width
+        if tokens.count < total:
+            raise InputError(
+                "fopru with strategy='row' keeps whole rows, but an earlier method has removed "
+                "tokens of them; let it act first, or use strategy='rank'"
+            )
+        if count < width:
+            raise BudgetError(
+                f"fopru with strategy='row' is to keep {count} tokens of an image whose rows have "
+                f"{width}; keep more, or use strategy='rank'"
+            )
+        sums = scores[:, :total].unflatten(1, (-1, width)).sum(-1)
+        rows = sums.topk(min(count // width, sums.shape[1]), dim=-1).indices
+        columns = torch.arange(width, device=rows.device)
+        return Reduction((rows.sort(dim=-1).values[..., None] * width + columns).flatten(1))
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Attention that each token receives from patches, or gives to them: (G, V).
+
+        Of each image it is the one with the larger variance over its tokens. Tokens that are no
+        patches have -inf.
+        """
+        received, given = (
+            tokens.signal(name)[:, 0].float() for name in ("received_attention", "given_attention")
+        )
+        patch = received.isfinite()
+        first = received.new_zeros(received.shape)
+        if "cls_attention" in tokens.signals:
+            first = tokens.signal("cls_attention")[:, 0].float().mean(1)
+        received, given, first = (s.where(patch, 0.0) for s in (received, given, first))
+        # What patches receive is what patches and the class token give, so that the number of
+        # queries, over which `received` is a mean, follows from the three sums.
+        total = (given + first).sum(-1, keepdim=True)
+        queries = total / received.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
+        received = received * queries - first
+        wider = _variance(received, patch) > _variance(given, patch)
+        return torch.where(wider, received, given).masked_fill(~patch, -torch.inf)
+
+
+def _variance(x: Tensor, where: Tensor) -> Tensor:
+    """(G, 1) variance of (G, V) values over some of them, up to a factor of each image's own."""
+    mean = x.sum(-1, keepdim=True) / where.sum(-1, keepdim=True).clamp(min=1)
+    return ((x - mean).square() * where).sum(-1, keepdim=True)

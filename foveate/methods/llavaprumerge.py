@@ -1,0 +1,175 @@
+"""LLaVA-PruMerge and PruMerge+: keep what the class token singles out, and fold the rest into it.
+
+Paper: Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal
+Models", arXiv:2403.15388 (ICCV 2025). Reference code: 42Shawn/LLaVA-PruMerge @ 097c041; where paper
+and code differ (layer, undivided heads, sums instead of averages, neighbours among all tokens), the
+code is followed.
+Differs from the reference: each image has a fence of its own (there: one over the batch); an image
+without outliers keeps its most attended patch (there: none, or an error); the spatial grid of
+PruMerge+ covers all patches (there: never the last one); fewer than 33 patches work; merging acts
+on what the projector made of the tokens, where the release merges what the projector is given; with
+a fixed ratio, patches of the grid that were chosen before are not taken twice (there: they are). An
+encoder whose last layer the language model sees is scored in that layer: our reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.budget import PerRequest, Share
+from foveate.budget import count as budget_count
+from foveate.errors import BudgetError, FoveateError
+from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@register(
+    "llava-prumerge",
+    stage="pre_llm",
+    needs=("joint_cls_attention", "encoder_keys"),
+    paper="Shang et al. 2024, arXiv:2403.15388",
+)
+@dataclass(frozen=True)
+class LLaVAPruMerge(Adaptive):
+    """Keep patches whose class-token attention is an outlier, as many as there are.
+
+    To each is added what its nearest neighbours hold, weighted by their attention; one token more
+    holds all that was dropped, weighted alike.
+
+    Args:
+        plus: add a regular grid of patches (PruMerge+), as the release does.
+        factor: an outlier lies this many interquartile ranges above the third quartile.
+        ratio: share of the patches, rounded down, that counts as outliers instead; their grid is
+            then as large (the release's `if_adaptive=False`).
+        neighbours: how many patches are added to each survivor.
+        keep: most tokens that survive, the additional one included; `None` for no limit. At least
+            2 as a count.
+        as_released: leave the last patch out of the grid.
+        positions: `None` gives survivors consecutive positions (`renumbered`) in the order in which
+            they were chosen, as the reference does, where positions are single numbers; `original`
+            leaves them where they were. The additional token stands where the most attended of the
+            dropped ones was.
+
+    Cost: one query row of attention, and one product of the survivors' keys with all keys.
+    """
+
+    plus: bool = True
+    factor: float = 1.5
+    ratio: float | None = None
+    neighbours: int = 32
+    keep: Share | None = None
+    as_released: bool = False
+    positions: Positions | None = None
+    rounding = round
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            FoveateError: `neighbours`, `factor` or `ratio` is.
+        """
+        super().__post_init__()
+        if type(self.neighbours) is not int or self.neighbours < 0 or not self.factor >= 0:
+            raise FoveateError(
+                "neighbours must be a number of tokens >= 0 and factor at least 0, got "
+                f"{self.neighbours!r} and {self.factor!r} in llava-prumerge"
+            )
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise FoveateError(f"ratio must be in (0, 1], got {self.ratio!r} in llava-prumerge")
+
+    def check_budget(self, steps: int | None) -> None:
+        """`keep` is one limit, with room for a patch and the additional token.
+
+        Raises:
+            BudgetError: it is not.
+        """
+        one = self.keep == 1 and type(self.keep) is int
+        if one or isinstance(self.keep, tuple | PerRequest):
+            raise BudgetError(
+                "llava-prumerge takes a share, a count of at least 2 or None as keep, got "
+                f"{self.keep!r}"
+            )
+        super().check_budget(steps)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector, scored where the seen features are projected next."""
+        layer = (min(model.feature_layer + 1, model.vision_layers - 1),)
+        names = ("joint_cls_attention", "encoder_keys")
+        return (Step("pre_llm", needs=tuple(Need(name, layer) for name in names)),)
+
+    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        """Keep outliers by falling attention, then the grid, then the additional token."""
+        attention = tokens.signal("joint_cls_attention")[:, 0].float()
+        order, chosen = self._choose(attention)
+        if self.keep is not None:
+            rounding = type(self).rounding
+            limit = budget_count(self.keep, tokens.count, step=0, row=0, rounding=rounding)
+            chosen = chosen.clamp(max=max(limit - 1, 1))
+        keys = tokens.signal("encoder_keys")[:, 0].float().transpose(1, 2).flatten(2)
+        keys = F.normalize(keys, dim=-1)
+        attention = attention.clamp(min=0)  # -inf marks newlines between tiles
+        return [
+            (members, self._merge(order[members], keys[members], attention[members], count))
+            for count, members in by_count(chosen).items()
+        ]
+
+    def _choose(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """(G, V) tokens with the chosen ones first, and (G) how many are chosen."""
+        total = attention.shape[1]
+        outliers = self._outliers(attention)
+        ranked = attention.argsort(dim=1, descending=True, stable=True)
+        rank = ranked.argsort(dim=1)
+        if not self.plus:
+            return ranked, outliers[:, 0]
+        place = torch.arange(total, device=rank.device).expand_as(rank)
+        if self.ratio is None:  # a third of the mean distance between outliers, as released
+            patches = attention.isfinite().sum(1, keepdim=True)
+            first, stride = 0, (patches // outliers // 3).clamp(min=1)
+        else:
+            first, stride = int(1 / self.ratio) // 2, torch.tensor(int(1 / self.ratio))
+        on_grid = (place >= first) & ((place - first) % stride.to(place.device) == 0)
+        on_grid &= place < total - self.as_released
+        top = rank < outliers
+        key = torch.where(on_grid, place + total, rank + 2 * total)
+        return torch.where(top, rank, key).argsort(dim=1), (top | on_grid).sum(1)
+
+    def _outliers(self, attention: Tensor) -> Tensor:
+        """(G, 1) how many of (G, V) scores are outliers, at least one; -inf does not count."""
+        patch = attention.isfinite()
+        if self.ratio is not None:
+            return (patch.sum(1, keepdim=True) * self.ratio).long().clamp(min=1)
+        quarters = attention.new_tensor([0.25, 0.75])
+        low, high = attention.masked_fill(~patch, torch.nan).nanquantile(quarters, dim=1)
+        fence = (high + self.factor * (high - low))[:, None]
+        return (attention > fence).sum(1, keepdim=True).clamp(min=1)
+
+    def _merge(self, order: Tensor, keys: Tensor, attention: Tensor, count: int) -> Reduction:
+        """Add neighbours to the first `count` tokens of an order, and the token for the dropped.
+
+        Args:
+            order: (G, V) chosen tokens, then the dropped ones by falling attention.
+            keys: (G, V, C) keys of unit length.
+            attention: (G, V) weights.
+            count: tokens chosen.
+        """
+        total = order.shape[1]
+        kept = order[:, :count]
+        rows = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[-1]))
+        likeness = (rows @ keys.mT).scatter(2, kept[..., None], -torch.inf)
+        nearest = likeness.topk(min(self.neighbours, total - 1), dim=-1).indices
+        every = attention[:, None].expand(-1, count, -1)
+        weights = torch.zeros_like(likeness).scatter(2, nearest, every.gather(2, nearest))
+        weights = weights.scatter(2, kept[..., None], 1.0)
+        if count == total:
+            return Reduction(kept, weights, ordered=True)
+        dropped = attention.scatter(1, kept, 0.0)
+        return Reduction(
+            order[:, : count + 1], torch.cat((weights, dropped[:, None]), 1), ordered=True
+        )

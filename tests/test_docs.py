@@ -1,0 +1,92 @@
+"""The pages on methods say what is so."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import foveate
+from foveate import method as registry
+from foveate.errors import FoveateError
+from foveate.signals import SIGNALS
+from foveate.testing import check_method
+
+ROOT = Path(__file__).parent.parent
+GUIDE = (ROOT / "docs" / "add-a-method.md").read_text(encoding="utf-8")
+
+
+def test_page_of_methods_is_up_to_date():
+    done = subprocess.run(
+        [sys.executable, "scripts/methods_page.py", "--check"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_guide_lists_every_signal_in_its_words():
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", GUIDE, flags=re.MULTILINE))
+    assert rows == {name: signal.what for name, signal in SIGNALS.items()}
+
+
+@pytest.fixture
+def guide_method(tmp_path, monkeypatch):
+    """The guide's method, in a file of its own; forgotten afterwards."""
+    (code,) = re.findall(
+        r"^```python\n(# my_method\.py\n.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "my_method.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    yield tmp_path / "my_method.py"
+    sys.modules.pop("my_method", None)
+
+
+def test_method_of_the_guide_passes_its_checks(guide_method):
+    cls = runpy.run_path(str(guide_method))["LargeFeatures"]
+    checks = check_method(cls)
+    assert not checks.skipped
+    assert "large-features" in foveate.list_methods()
+    assert foveate.get_method("large-features") is cls
+
+
+class Point:
+    """An entry point of an installed package."""
+
+    name, dist = "large-features", None
+
+    def __init__(self, value):
+        self.value = value
+
+    def load(self):
+        module, _, name = self.value.partition(":")
+        return getattr(__import__(module), name)
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Make a package offer something, and forget what was loaded."""
+
+    def offer(value):
+        monkeypatch.setattr(registry, "entry_points", lambda group: [Point(value)])
+        registry._load.cache_clear()
+
+    yield offer
+    registry._load.cache_clear()
+
+
+def test_methods_of_other_packages_are_found(guide_method, offered):
+    offered("my_method:LargeFeatures")
+    assert "large-features" in foveate.list_methods()
+
+
+def test_broken_method_of_another_package_is_named(offered):
+    offered("no_such_module:Method")
+    with pytest.raises(FoveateError, match=r"large-features.*no_such_module"):
+        foveate.list_methods()

@@ -14,6 +14,7 @@ from tests.conformance.test_pixels_grids import VIDEO
 from tests.conformance.test_pixels_grids import prompt as prompt_on_grids
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
+from tests.conformance.zoo.towers import pictures
 from tests.methods_for_tests import Average, EveryThird, Listed, Mix
 from tests.vision.test_session import snapshot
 from tests.vision.test_towers import CASES, TOLERANCE, TOWERS, member_pixels, rows, sheets, split
@@ -121,6 +122,26 @@ def test_windows_lose_what_lies_in_them():
     assert told[0][0] == told[2][0] == [0, 4, 12, 20]
     assert told[1][0] == [0, 20]
     assert all(len(rotary) == len(states) == 20 for _, rotary, states in told)
+
+
+@pytest.mark.parametrize("case", ["twice", "tome"])
+@pytest.mark.parametrize("name", PACKED)
+def test_pictures_of_one_size_in_a_sequence_keep_what_they_keep_alone(name, case):
+    """The first and the third of three pictures are reduced together."""
+    model, member = model_of(name), MEMBERS[name]()
+    if name in SEGMENTS:
+        grids = torch.tensor([(1, 8, 8), (1, 4, 12), (1, 8, 8)])
+        pixels = {"pixel_values": member.patches(grids, 0), "image_grid_thw": grids}
+    else:
+        sizes = torch.tensor([(16, 40), (32, 48), (16, 40)])
+        pixels = {"pixel_values": pictures(3, 3, 48, 48), "image_sizes": sizes}
+    with torch.no_grad(), foveate.use(model, CASES[case][0]):
+        together = encoder_of(model, "image", pixels)().pooler_output
+        for number, feature in enumerate(together):
+            one = member.take(pixels, number, number + 1)
+            (alone,) = encoder_of(model, "image", one)().pooler_output
+            torch.testing.assert_close(feature, alone, rtol=0, atol=TOLERANCE, equal_nan=True)
+    assert not torch.equal(together[0].isnan(), together[2].isnan()) or case == "twice"
 
 
 # -- videos

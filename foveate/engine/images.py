@@ -40,8 +40,8 @@ class Group:
         before: for each image, place inside the encoder -> (K) raster positions alive behind it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
-        labels: number of a method -> (G, V) what it has labelled each living token with.
         began: for each image, number of a method -> tokens it had where the method began.
+        labels: number of a method -> (G, V) what it has labelled each living token with.
     """
 
     images: tuple[int, ...]
@@ -53,8 +53,8 @@ class Group:
     before: tuple[Kept, ...] = ()
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
-    labels: Mapping[int, Tensor] = field(default_factory=dict)
     began: tuple[Mapping[int, int], ...] = ()
+    labels: Mapping[int, Tensor] = field(default_factory=dict)
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -70,8 +70,8 @@ class Group:
             columns=None if self.columns is None else self.columns[chosen],
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
-            labels={method: label[chosen] for method, label in self.labels.items()},
             began=tuple(self.began[i] for i in members) if self.began else (),
+            labels={method: label[chosen] for method, label in self.labels.items()},
         )
 
     def reduced(self, reduction: Reduction, method: int) -> Group:
@@ -98,14 +98,14 @@ class Left:
     Args:
         count: tokens alive.
         began: number of a method -> tokens it had where the method began.
-        index: (K) raster positions alive in the order of their columns; `None` for raster order.
         labels: number of a method -> (K) its labels, in the order of columns.
+        index: (K) raster positions alive in the order of their columns; `None` for raster order.
     """
 
     count: int
     began: Mapping[int, int]
+    labels: Mapping[int, Tensor]
     index: Tensor | None = None
-    labels: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +139,8 @@ class _Span:
     shape: Shape
     before: Kept
     place: Place | None
-    labels: Mapping[int, Tensor]
     began: Mapping[int, int]
+    labels: Mapping[int, Tensor]
 
 
 def group_features(
@@ -205,8 +205,8 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             tuple(spans[i].before for i in images),
             tuple(spans[i].place for i in images),
             any(left.index is not None for part in parts for left in part.left),
-            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
             tuple(spans[i].began for i in images),
+            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
         )
         for (shape, _, numbers), images in alike.items()
     ]
@@ -245,10 +245,11 @@ def _spans(part: Part) -> list[_Span]:
                 "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
-        if left is not None and left.index is not None:
+        if left is None:
+            left = Left(len(index), {}, {})
+        elif left.index is not None:
             index = left.index.cpu()
-        labels, began = ({}, {}) if left is None else (left.labels, left.began)
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, labels, began))
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, left.began, left.labels))
     return spans
 
 

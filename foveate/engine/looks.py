@@ -32,6 +32,7 @@ _COLUMNS = {  # axis of the columns, of what is taken of all columns
     "llm_keys": 2,
     "transition": 1,
 }
+_PLACES = ("prompt_positions", "question_positions")  # known without a look at a layer
 
 
 class Looks:
@@ -56,7 +57,7 @@ class Looks:
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
         """
-        due = {name for name in self._due(number) if name != "transition"}
+        due = self._due(number) - {"transition", *_PLACES}
         if "question_relevance" in due:
             due.remove("question_relevance")
             self._rate(hidden.detach())
@@ -85,6 +86,8 @@ class Looks:
                 signals["question_mask"] = self._mask(part)
             if need.name == "question_relevance":
                 signals[need.name] = torch.stack([self._relevance[i] for i in part.images])
+            elif need.name in _PLACES:
+                signals[need.name] = self._places(need.name, part)
             else:
                 taken = [self._at(need.name, number, part) for number in need.layers]
                 signals[need.name] = torch.stack(taken, 1)
@@ -233,6 +236,15 @@ class Looks:
     def _mask(self, part: Group) -> Tensor:
         rows = self.turn.row_index(part)[:, 0]
         return self.question.mask(rows, torch.tensor(part.ends, device=rows.device))
+
+    def _places(self, name: str, part: Group) -> Tensor:
+        """Places in the prompt of a group's tokens, or of the text behind them."""
+        rows = self.turn.row_index(part)
+        columns = part.columns if name == "prompt_positions" else self.question.columns[rows[:, 0]]
+        assert columns is not None
+        columns = columns + self.prompt.past
+        real = self.prompt.real
+        return columns if real is None else (real.long().cumsum(1) - 1)[rows, columns]
 
     def _at(self, name: str, number: int, part: Group) -> Tensor:
         """A signal of one layer, (G, ...) at the tokens alive of a group."""

@@ -21,8 +21,8 @@ class Facts:
     vision_layers: int = 24
     feature_layer: int = 22
     first_llm_layer: int = 0
-    attention_layers: tuple[int, ...] = tuple(range(32))
     class_token: bool = True
+    attention_layers: tuple[int, ...] = tuple(range(32))
 
 
 @pytest.fixture

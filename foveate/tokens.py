@@ -53,6 +53,8 @@ class VisualTokens:
         number: which of the method's steps acts, 0-based.
         quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
             hand.
+        label: (G, V) what an earlier step of the same method has labelled each token with; `None`
+            if it did not.
     """
 
     features: Callable[[], Tensor]
@@ -67,6 +69,7 @@ class VisualTokens:
     frames: int = 1
     number: int = 0
     quota: int = 0
+    label: Tensor | None = None
 
     @property
     def x(self) -> Tensor:

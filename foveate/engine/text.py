@@ -6,6 +6,7 @@ import functools
 
 from torch import nn
 
+from foveate.clip import ClipQuestions
 from foveate.engine.hooks import Hooks
 from foveate.engine.kernels import check_kernel
 from foveate.engine.part import Part
@@ -21,11 +22,18 @@ class TextPart(Hooks, Part):
         plan: what to do where.
         family: the model.
         vision: the part that shortens the stream inside the encoder, if one does.
+        clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
 
-    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        vision: VisionPart | None = None,
+        clip: ClipQuestions | None = None,
+    ) -> None:
         Part.__init__(self)
-        Hooks.__init__(self, plan, family, vision)
+        Hooks.__init__(self, plan, family, vision, clip)
 
     @property
     def root(self) -> nn.Module:
@@ -55,6 +63,8 @@ class TextPart(Hooks, Part):
         for modality in family.placeholder_ids:
             around = functools.partial(self.features, modality)
             self.wrap(family.base, f"get_{modality}_features", around)
+        for number in self.plan.work:
+            self.wrap(family.layers[number], "forward", functools.partial(self.run_layer, number))
         for number in self.plan.transition_layers:
             for name in ("self_attn", "mlp"):
                 module = family._child(family.layers[number], name)

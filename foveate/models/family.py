@@ -90,6 +90,8 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    planar: ClassVar[bool] = True
+    """Whether the visual tokens of an image or a frame lie on one grid."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     thumbnail: ClassVar[int] = -1

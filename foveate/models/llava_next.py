@@ -23,6 +23,7 @@ from foveate.tokens import Shape
 class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
+    planar = False
     placed_by = ("image_sizes", "batch_num_images")
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""

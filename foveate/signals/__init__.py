@@ -5,7 +5,8 @@ at layers have the layer axis second, in the order of `Need.layers`, and their V
 tokens alive at the step.
 
 Shapes: `G` images, `L` layers, `H` heads, `V` visual tokens, `Q` text tokens behind the image up to
-the end of the prompt, `D` hidden of the language model, `C` of the encoder, `d` of a head.
+the end of the prompt, `D` hidden of the language model, `C` of the encoder, `d` of a head,
+`M` segments of a question, `E` of the space that CLIP compares images and texts in.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ SIGNALS = {
         "encoder",
         newline=_NONE,
     ),
+    "global_attention": Signal(
+        "(G, L, V): attention that a patch receives from global patches, which receive more than "
+        "`Need.above` times the mean themselves; where there are none, from all",
+        "encoder",
+        newline=_NONE,
+    ),
     "given_attention": Signal(
         "(G, L, V): share of its attention that a patch gives to patches, mean over heads",
         "encoder",
@@ -73,6 +80,19 @@ SIGNALS = {
         "(G, L, H, V, d): keys of the patches, without rotary positions", "encoder", inside=True
     ),
     "encoder_features": Signal("(G, L, V, C): output states of encoder layers", "encoder"),
+    "clip_patches": Signal(
+        "(G, L, V, E): output states of encoder layers in CLIP's space, under CLIP's last norm",
+        "encoder",
+    ),
+    "clip_plain_patches": Signal(
+        "(G, L, V, E): output states of encoder layers in CLIP's space, without its last norm",
+        "encoder",
+    ),
+    "clip_questions": Signal(
+        "(G, M, E), and (G, M) `clip_questions_mask`: segments of the question in CLIP's space",
+        "prompt",
+        layered=False,
+    ),
     "question_embeddings": Signal(
         "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image; "
         "`paired_mask` is that of the text before the next image",
@@ -119,6 +139,16 @@ SIGNALS = {
     "question_relevance": Signal(
         "(G, Q), and (G, Q) `question_mask`: how much the image's input embeddings attend to each "
         "text token, mean over visual tokens",
+        "decoder",
+        layered=False,
+    ),
+    "prompt_positions": Signal(
+        "(G, V): place of each visual token in its prompt, padding not counted",
+        "decoder",
+        layered=False,
+    ),
+    "question_positions": Signal(
+        "(G, Q), and (G, Q) `question_mask`: place in the prompt of the text behind the image",
         "decoder",
         layered=False,
     ),

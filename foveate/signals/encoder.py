@@ -21,11 +21,13 @@ from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
 from foveate.signals.flow import information_flow
 
+FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
 ONE_PER_TOKEN = (
     "joint_cls_attention",
     "received_attention",
     "given_attention",
+    "global_attention",
     "information_flow",
 )
 
@@ -49,6 +51,7 @@ class EncoderSignals:
         encoder: the encoder.
         wanted: signal -> 0-based layers.
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
+        above: threshold of the signal `global_attention`.
     """
 
     def __init__(
@@ -56,8 +59,10 @@ class EncoderSignals:
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
+        above: float = 0.0,
     ) -> None:
         self.encoder = encoder
+        self.above = above
         self.wanted = wanted
         self._pass = running
         self._running = threading.local()
@@ -73,9 +78,9 @@ class EncoderSignals:
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             layer: Any = self.encoder.layers[number]
             names = [name for name, layers in self.wanted.items() if number in layers]
-            if "encoder_features" in names:
-                self._hook(layer, self._features(number))
-            if names != ["encoder_features"]:
+            if states := [name for name in names if name in FEATURES]:
+                self._hook(layer, self._features(number, states))
+            if len(states) < len(names):
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
                 if "information_flow" in names:
@@ -106,7 +111,7 @@ class EncoderSignals:
             return values[:, :, 0]
         if name == "encoder_keys":
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
-        return values.transpose(-1, -2) if name == "encoder_features" else values
+        return values.transpose(-1, -2) if name in FEATURES else values
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_hook(hook))
@@ -115,10 +120,11 @@ class EncoderSignals:
         shortened = self._pass()
         self._running.rows[name, number] = row if shortened is None else shortened.widen(row)
 
-    def _features(self, number: int) -> Any:
+    def _features(self, number: int, names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
-                self._keep("encoder_features", number, self._states(output))
+                for name in names:
+                    self._keep(name, number, self._states(output))
 
         return hook
 
@@ -160,6 +166,9 @@ class EncoderSignals:
             received, given = attention_sums(query, key, heads, special, bias)
             both = {"received_attention": received, "given_attention": given}
             rows |= {name: row[:, None] for name, row in both.items() if name in names}
+        if "global_attention" in names:
+            row = global_attention(query, key, heads, special, bias, above=self.above)
+            rows["global_attention"] = row[:, None]
         return rows
 
 
@@ -180,13 +189,53 @@ def attention_sums(
         (B, V) mean over all N queries of what each patch receives, and (B, V) the share of its
         attention that each patch gives to patches; float32.
     """
-    q = query.unflatten(-1, (heads, -1)).transpose(1, 2) / math.sqrt(query.shape[-1] // heads)
-    k = key.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-    received = torch.zeros(key.shape[:2], device=key.device)
-    given = []
-    for rows in q.split(CHUNK, dim=2):
-        logits = torch.matmul(rows, k).float()
-        weights = (logits if bias is None else logits + bias).softmax(-1).mean(1)
+    received, given = torch.zeros(key.shape[:2], device=key.device), []
+    for weights in _maps(query, key, heads, bias):
         received += weights.sum(1)
         given.append(weights[..., special:].sum(-1))
     return received[:, special:] / query.shape[1], torch.cat(given, 1)[:, special:]
+
+
+@torch.no_grad()
+def global_attention(
+    query: Tensor,
+    key: Tensor,
+    heads: int,
+    special: int = 1,
+    bias: Tensor | None = None,
+    above: float = 0.0,
+) -> Tensor:
+    """Attention that patches receive from global rows, averaged over these and over heads.
+
+    Source: VFlowOpt, arXiv:2508.05211.
+
+    Args:
+        query: (B, N, D) projected queries.
+        key: (B, N, D) projected keys.
+        heads: attention heads, H.
+        special: S, rows before the patches.
+        bias: (B, 1, 1, N) what the encoder adds to the scores.
+        above: a row is global if it receives more than so many times the mean; without any such
+            row all are.
+
+    Returns:
+        (B, V) float32.
+    """
+    received = sum(weights.sum(1) for weights in _maps(query, key, heads, bias))
+    assert isinstance(received, Tensor)  # there is at least one row
+    votes = received > above * received.mean(1, keepdim=True)
+    votes |= ~votes.any(1, keepdim=True)
+    share = (votes / votes.sum(1, keepdim=True)).float().split(CHUNK, dim=1)
+    maps = _maps(query, key, heads, bias)
+    given = sum(torch.bmm(s[:, None], w)[:, 0] for s, w in zip(share, maps, strict=True))
+    assert isinstance(given, Tensor)
+    return given[:, special:]
+
+
+def _maps(query: Tensor, key: Tensor, heads: int, bias: Tensor | None) -> Iterator[Tensor]:
+    """(B, n, N) float32 attention of a chunk of rows after another, mean over heads."""
+    q = query.unflatten(-1, (heads, -1)).transpose(1, 2) / math.sqrt(query.shape[-1] // heads)
+    k = key.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+    for rows in q.split(CHUNK, dim=2):
+        logits = torch.matmul(rows, k).float()
+        yield (logits if bias is None else logits + bias).softmax(-1).mean(1)

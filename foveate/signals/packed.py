@@ -36,7 +36,8 @@ class PackedSignals(EncoderSignals):
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
-        side: int = 1,
+        *,
+        side: int,
     ) -> None:
         super().__init__(encoder, wanted, running)
         self.side = side

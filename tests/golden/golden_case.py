@@ -15,21 +15,32 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "cdpruner": "golden_cdpruner",
+    "dart": "golden_dart",
     "divprune": "golden_divprune",
+    "dycoke": "golden_video",
+    "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fastvid": "golden_video",
+    "feather": "golden_drops",
     "flowcut": "golden_flowcut",
     "fopru": "golden_patches",
     "hiprune": "golden_patches",
-    "llava-prumerge": "golden_patches",
-    "feather": "golden_drops",
+    "holitom": "golden_video",
     "holitom-inner": "golden_drops",
+    "llava-prumerge": "golden_patches",
+    "lrs-vqa": "golden_lrsvqa",
+    "prunevid": "golden_video",
     "pyramiddrop": "golden_llm",
+    "recoverable-compression": "golden_recoverable",
     "sparsevlm": "golden_drops",
     "tome": "golden_vision",
     "transprune": "golden_drops",
+    "vflowopt": "golden_vflowopt",
     "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
+    "yopo": "golden_yopo",
 }
 # Where a folder holds the cases of two methods: folder and names of those of each.
 SOURCES = {"holitom": ("holitom", "outer_*"), "holitom-inner": ("holitom", "inner_*")}

@@ -23,13 +23,14 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from foveate import tiny
-from foveate.large import Reader, RegionFocus, open_picture
+from foveate.large import Reader, RegionFocus, levels, open_picture
 from foveate.large.train import KINDS, LAYERS, asked
 from foveate.methods import LRSVQA
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene
 
 SCALE, SIDE = 3, 1152
+PER_SCENE = 8
 LARGEST = 1e-3  # share of the picture that an object may fill
 FIRST_SEED = 5_000_000  # no training scene is drawn from it
 KEEPS = (0.05, 0.1, 0.25)
@@ -43,7 +44,7 @@ def scenes(count: int) -> list[tuple[Scene, list[Question]]]:
         filled = [float((scene.owner == i).mean()) for i in range(len(scene.objects))]
         small = {o.box for o, share in zip(scene.objects, filled, strict=True) if share < LARGEST}
         questions = [q for q in asked(scene) if len(q.boxes) == 1 and q.boxes[0] in small]
-        made.append((scene, questions))
+        made.append((scene, questions[:PER_SCENE]))
     return made
 
 
@@ -61,23 +62,17 @@ def level_one(reader: Reader, made: list[tuple[Scene, list[Question]]]) -> dict[
     embed = reader.model.get_input_embeddings()
     for scene, questions in made:
         picture = open_picture(scene.image)
-        pyramid = _pyramid(picture.size, reader.tile)
+        pyramid = levels(picture.size, reader.tile)
         thumbnail = reader.encode(picture, pyramid[0], [[0, 0]]).flatten(0, 2)
         tokens = reader.look(picture, pyramid[1], pyramid[1].tiles())
         for question in questions:
-            before, after = reader._text(f"<image> {question.text}")
+            before, after = reader.text(f"<image> {question.text}")
             head = torch.cat((embed(before), thumbnail))
-            scores = reader._rank(head, tokens, embed(after))
+            scores = reader.rank(head, tokens, embed(after))
             for keep in KEEPS:
                 kept = LRSVQA(keep=keep).chosen(scores, tokens.newline)
                 hits[keep].append(shown(tokens.take(kept).boxes(), question))
     return {str(keep): float(np.mean(found)) for keep, found in hits.items()}
-
-
-def _pyramid(size: tuple[int, int], tile: int) -> Any:
-    from foveate.large import levels
-
-    return levels(size, tile)
 
 
 @torch.no_grad()
@@ -115,8 +110,8 @@ def contenders(run: Path) -> dict[str, tuple[Any, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="what foveate.large.train wrote")
-    parser.add_argument("--scenes", type=int, default=24)
-    parser.add_argument("--readings", type=int, default=8)
+    parser.add_argument("--scenes", type=int, default=30)
+    parser.add_argument("--readings", type=int, default=30)
     arguments = parser.parse_args()
     _, processor = tiny.load()
     made = scenes(arguments.scenes)

@@ -19,7 +19,7 @@ from pathlib import Path
 from _bench import save
 
 SIDE, RED = 27_328, [225, 45, 45]
-KEEP = 0.02  # little, so that even with an untrained module the finest level is reached
+KEEP = 16  # a count, so that even with an untrained module the finest level is reached
 
 
 def paint(path: Path, side: int) -> None:
@@ -37,7 +37,7 @@ def paint(path: Path, side: int) -> None:
                      bigtiff=True)  # fmt: skip
 
 
-def read(path: Path, keep: float) -> dict[str, object]:
+def read(path: Path, keep: int) -> dict[str, object]:
     """Read a picture in this process and say what it took."""
     import torch
 
@@ -78,7 +78,7 @@ def peak_mib() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--side", type=int, default=SIDE)
-    parser.add_argument("--keep", type=float, default=KEEP)
+    parser.add_argument("--keep", type=int, default=KEEP)
     parser.add_argument("--read", type=Path, help="read this file, print what it took and stop")
     arguments = parser.parse_args()
     if arguments.read:

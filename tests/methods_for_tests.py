@@ -151,6 +151,6 @@ class Glance(Method, Focuser):
     def focus(self, attention, real, before):
         now = attention.mean(1)
         rank = now.double() if before is None else now.double() - before.seen.double()
-        order = rank.masked_fill(~real, -9.0).argsort(-1, descending=True)
+        order = rank.masked_fill(~real, -9.0).argsort(dim=-1, descending=True, stable=True)
         half = torch.arange(real.shape[1]) < real.sum(1, keepdim=True) // 2
         return Focus(now, torch.zeros_like(real).scatter(1, order, half))

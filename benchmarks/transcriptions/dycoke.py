@@ -28,3 +28,6 @@ def inputs(v, batch, generator):
 def method(k):
     """The method with the same share."""
     return DyCoke(k=k)
+
+
+CASES = {"dycoke": (lambda tensors, _: transcription(tensors, 0.7), inputs, lambda _: method(0.7))}

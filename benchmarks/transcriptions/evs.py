@@ -34,3 +34,6 @@ def method(keep):
 def _walk(batch, frames, cells, width, generator):
     steps = torch.randn(batch, frames, cells, width, generator=generator)
     return (steps * torch.linspace(1, 0.3, frames)[:, None, None]).cumsum(1)
+
+
+CASES = {"evs": (transcription, inputs, method)}

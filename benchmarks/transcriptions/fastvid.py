@@ -75,3 +75,8 @@ def inputs(v, batch, generator):
 def method(keep):
     """The method with the same share."""
     return FastVID(keep=keep)
+
+
+CASES = {
+    "fastvid": (lambda tensors, _: transcription(tensors, 0.25), inputs, lambda _: method(0.25))
+}

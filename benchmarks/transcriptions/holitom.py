@@ -86,3 +86,8 @@ def inputs(v, batch, generator):
 def method(keep):
     """The method with the same share."""
     return HoliTom(keep=keep)
+
+
+CASES = {
+    "holitom": (lambda tensors, _: transcription(tensors, 0.25), inputs, lambda _: method(0.25))
+}

@@ -101,3 +101,6 @@ def inputs(v, batch, generator):
 def method():
     """The method with its published settings."""
     return PruneVid()
+
+
+CASES = {"prunevid": (lambda tensors, _: transcription(tensors), inputs, lambda _: method())}

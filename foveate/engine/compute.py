@@ -132,7 +132,7 @@ def why_whole(family: Family, work: Work) -> str | None:
     if not family.planar:
         return "its visual tokens are tiles and newlines, which form no single grid"
     if kind not in LAYERS:
-        return f"{kind} is not one of {', '.join(sorted(LAYERS))}"
+        return "they are not made like those of Llama, Mistral, Qwen2 and Qwen3"
     windowed = kind == "MistralDecoderLayer" and config.sliding_window
     if windowed or work.layer not in family.attention_layers:
         return f"layer {work.layer} sees only a window of the sequence"

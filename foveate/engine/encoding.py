@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
-from foveate.engine.rows import Point, Rows
+from foveate.engine.rows import Rows
 from foveate.engine.stack import Stack, stack
 from foveate.method import Need
 from foveate.models import Encoder, Family

@@ -96,7 +96,7 @@ class Hooks:
                 self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
             else:
                 side = family.side("image")
-                self.signals = PackedSignals(family.encoder, wanted, running, side=side)
+                self.signals = PackedSignals(family.encoder, wanted, running, side)
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip

@@ -312,7 +312,7 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             "has no class token that methods can read. "
             f"{works}{', '.join(working_methods(family))}."
         )
-    if encoder is None:
+    if encoder is None or (encoder.packed is not None and not signal.packed):
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
             f"give. {works}{', '.join(working_methods(family))}."
@@ -459,6 +459,8 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
         if signal.source != "encoder":
             return True
         if tower is None or (signal.class_token and not tower.class_token):
+            return False
+        if tower.packed is not None and not signal.packed:
             return False
         return method.stage == "vision" or reads
 

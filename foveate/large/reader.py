@@ -135,7 +135,7 @@ class Reader:
         """
         source, method = open_picture(picture), self.method
         pyramid = levels(source.size, self.tile, method.shortest, method.measured)
-        before, after = self._text(prompt)
+        before, after = self.text(prompt)
         embed = self.model.get_input_embeddings()
         thumbnail = self.encode(source, pyramid[0], [[0, 0]]).flatten(0, 2)
         head = torch.cat((embed(before), thumbnail))
@@ -145,7 +145,7 @@ class Reader:
         tiles = finer[0].tiles() if finer else torch.empty(0, 2)
         for number, level in enumerate(finer):
             tokens = self.look(source, level, tiles)
-            scores = self._rank(head, tokens, tail)
+            scores = self.rank(head, tokens, tail)
             kept = method.chosen(scores, tokens.newline)
             rounds.append(Round(tokens, tiles, scores, kept))
             if number + 1 == len(finer):
@@ -163,7 +163,7 @@ class Reader:
             rounds = RELEASED_ROUNDS
         return pyramid[1:] if rounds is None else pyramid[1 : 1 + rounds]
 
-    def _text(self, prompt: str) -> tuple[Tensor, Tensor]:
+    def text(self, prompt: str) -> tuple[Tensor, Tensor]:
         """Token ids in front of the placeholder and behind it."""
         tokenized = self.processor.tokenizer(prompt, return_tensors="pt")
         ids = tokenized["input_ids"][0].to(self.model.device)
@@ -202,7 +202,7 @@ class Reader:
         every_row = self.method.as_released
         return lay_out(level, tiles, values, self._newline, grid, every_row)
 
-    def _rank(self, head: Tensor, tokens: Local, tail: Tensor) -> Tensor:
+    def rank(self, head: Tensor, tokens: Local, tail: Tensor) -> Tensor:
         """(N,) scores of the module for a level's tokens."""
         hidden = torch.cat((head, tokens.values, tail))[None]
         local = slice(len(head), len(head) + len(tokens.values))

@@ -95,7 +95,7 @@ class SparseVLM(Scheduled, Adaptive):
         Raises:
             BudgetError: `keep` is out of range, or its length differs from that of `layers`.
             LayerError: `layers` is not ascending, or begins before 1.
-            FoveateError: there is no such version, or a share is out of range.
+            FoveateError: there is no such version, or a share or `heads` is out of range.
         """
         if self.version not in PUBLISHED:
             raise FoveateError(f"version must be 1 or 2, got {self.version!r} in sparsevlm")
@@ -103,6 +103,8 @@ class SparseVLM(Scheduled, Adaptive):
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise FoveateError(f"{name} must be in [0, 1], got {share!r} in sparsevlm")
+        if self.heads is not None and self.heads < 1:
+            raise FoveateError(f"heads must be None or at least 1, got {self.heads} in sparsevlm")
         super().__post_init__()
 
     @property
@@ -124,13 +126,10 @@ class SparseVLM(Scheduled, Adaptive):
 
     def needs_of(self, layer: int) -> tuple[Need, ...]:
         """What a drop before a layer needs."""
-        scored = (
-            ("question_attention",)
-            if self.version == 1
-            else ("question_attention", "question_closeness")
-        )
-        before = tuple(Need(name, (layer - 1,)) for name in scored)
-        return (Need("question_relevance"), *before)
+        needs = [Need("question_relevance"), Need("question_attention", (layer - 1,))]
+        if self.version == 2:
+            needs.append(Need("question_closeness", (layer - 1,)))
+        return tuple(needs)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention from raters, averaged over heads and raters: (G, V)."""

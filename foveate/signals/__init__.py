@@ -29,6 +29,7 @@ class Signal:
         newline: what tokens have that are no patches, such as newlines between rows of tiles.
         inside: whether a step inside the encoder can have it of its own layer; of earlier layers
             a step before a layer can have all.
+        packed: whether it can be had where pictures lie in one sequence, behind one another.
     """
 
     what: str
@@ -38,6 +39,7 @@ class Signal:
     class_token: bool = False
     newline: float = 0.0
     inside: bool = False
+    packed: bool = True
 
 
 _NONE = float("-inf")
@@ -65,6 +67,7 @@ SIGNALS = {
         "`Need.above` times the mean themselves; where there are none, from all",
         "encoder",
         newline=_NONE,
+        packed=False,
     ),
     "given_attention": Signal(
         "(G, L, V): share of its attention that a patch gives to patches, mean over heads",
@@ -83,10 +86,12 @@ SIGNALS = {
     "clip_patches": Signal(
         "(G, L, V, E): output states of encoder layers in CLIP's space, under CLIP's last norm",
         "encoder",
+        packed=False,
     ),
     "clip_plain_patches": Signal(
         "(G, L, V, E): output states of encoder layers in CLIP's space, without its last norm",
         "encoder",
+        packed=False,
     ),
     "clip_questions": Signal(
         "(G, M, E), and (G, M) `clip_questions_mask`: segments of the question in CLIP's space",

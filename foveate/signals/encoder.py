@@ -123,8 +123,9 @@ class EncoderSignals:
     def _features(self, number: int, names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
+                states = self._states(output)
                 for name in names:
-                    self._keep(name, number, self._states(output))
+                    self._keep(name, number, states)
 
         return hook
 

@@ -36,8 +36,7 @@ class PackedSignals(EncoderSignals):
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
-        *,
-        side: int,
+        side: int = 1,
     ) -> None:
         super().__init__(encoder, wanted, running)
         self.side = side

@@ -75,13 +75,24 @@ def test_other_kernels_agree(flash_emulated, name):
 
 @pytest.mark.parametrize("name", ["alone", "behind-removal"])
 def test_beams_carry_what_they_saw(any_llava, name):
-    options = {"num_beams": 3, "max_new_tokens": 7, "do_sample": False}
+    """The score of the best beam is that of its tokens, each choosing after the one before it."""
+    method, fields = METHODS[name]
     inputs = prompts([[5, 7], [2, 9]])
-    with foveate.use(any_llava, METHODS[name][0]):
-        together = any_llava.generate(**inputs, **options)
-        for row in range(2):
-            alone = any_llava.generate(**row_of(inputs, row), **options)
-            assert together[row, -7:].tolist() == alone[0, -7:].tolist()
+    with foveate.use(any_llava, method):
+        out = any_llava.generate(
+            **inputs, num_beams=4, max_new_tokens=8, min_new_tokens=8, do_sample=False,
+            length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    assert out.beam_indices.diff(dim=1).any(), "no beam changed its place"
+    for row in range(2):
+        alone = row_of(inputs, row)
+        prompt = alone["input_ids"].shape[1]
+        ids = torch.cat((alone["input_ids"][0], out.sequences[row, inputs["input_ids"].shape[1] :]))
+        spec = oracle.Spec(**fields(1), glance=3)
+        want, _ = oracle.run(any_llava, ids, features_of(any_llava, alone), spec, prompt)
+        shares = want[prompt - 1 : -1].log_softmax(-1)
+        score = shares.gather(1, ids[prompt:, None]).sum()
+        torch.testing.assert_close(out.sequences_scores[row], score, rtol=0, atol=1e-3)
 
 
 def test_every_token_stays_in_the_cache(llava):

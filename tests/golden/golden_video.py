@@ -24,7 +24,7 @@ def checks(case: Case) -> dict[str, Check]:
     """The checks of a case, by its slug and the kind of recording."""
     offered = {
         "evs": {"retention_mask": _check_evs, "retained_count": _check_evs_counts},
-        "dycoke": {"kept_token_index": _check_ttm},
+        "dycoke": {"kept_token_index": _check_ttm, "selection_made": _check_decoding},
         "fastvid": {"segment_sizes": _check_fastvid_segments, "keep_index": _check_fastvid},
         "prunevid": {
             "window_sizes": _check_windows,
@@ -84,6 +84,25 @@ def _check_ttm(case: Case) -> None:
     reduction = _only(method, _video(x, params["frames"]))
     assert_same(reduction.index[0], arrays["kept_token_index"], "kept, in order")
     assert_same(reduction.apply(x[None])[0], arrays["output"], "values")
+
+
+def _check_decoding(case: Case) -> None:
+    """What each decoding step of the release attends to, on recorded attention."""
+    params, arrays = _params(case), case.arrays
+    start, length = params["image_token_start_index"], params["image_token_length"]
+    span = slice(start, start + length)
+    method = DyCoke(p=params["dycoke_p"], threshold=params["threshold"], as_released=True)
+    focus = None
+    for step in range(params["steps"]):
+        attention = arrays[f"attn{step}"]
+        focus = method.focus(attention[..., span], torch.ones(1, length, dtype=torch.bool), focus)
+        seen = torch.ones(attention.shape[-1], dtype=torch.bool)
+        seen[span] = focus.seen[0]
+        whole = torch.arange(len(seen))
+        made = bool(arrays["selection_made"][step])
+        assert_same(
+            seen.nonzero()[:, 0], arrays[f"kept{step}"] if made else whole, f"kept at step {step}"
+        )
 
 
 def _fastvid(case: Case) -> FastVID:

@@ -110,6 +110,19 @@ def test_coarse_windows_come_from_an_overview(tmp_path, monkeypatch):
     assert stored.window((0, 0, 4, 4), 16).shape == (4, 4, 3)
 
 
+def test_the_overview_comes_from_stored_reductions(tmp_path, monkeypatch):
+    pyvips = pytest.importorskip("pyvips")
+    path = tmp_path / "picture.tif"
+    pyvips.Image.new_from_array(np.array(noise())).tiffsave(
+        str(path), tile=True, tile_width=64, tile_height=64, pyramid=True
+    )
+    monkeypatch.setattr("foveate.large.picture._OVERVIEW", 350 * 550 // 20)
+    stored = Stored(path)
+    stored._stored[1] = None  # the whole picture is not looked at
+    assert stored._overview[0] == 8
+    assert stored.window((0, 0, 4, 4), 16).shape == (4, 4, 3)
+
+
 def test_modes_and_rotation():
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
     assert Held(grey).window((0, 0, 4, 3), 1).shape == (3, 4, 3)

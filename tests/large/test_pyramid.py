@@ -128,13 +128,13 @@ def test_boxes_are_shares_of_the_picture():
 
 
 def test_tokens_call_for_the_tiles_of_their_centres():
-    finer = Level((100, 180), 40)  # 3 x 5 tiles
+    finer = Level((65, 117), 40)  # 2 x 3 tiles, whose edges cut through tokens
     tiles = LEVEL.tiles()
     local = lay_out(LEVEL, tiles, grid_values(tiles), newline=torch.zeros(2))
     for row in range(5):
         for column in range(9):
             one = local.take(torch.where((local.cell == torch.tensor([row, column])).all(1))[0])
-            want = [[int((row + 0.5) * 20 // 40), int((column + 0.5) * 20 // 40)]]
+            want = [[int((row + 0.5) * 13 // 40), int((column + 0.5) * 13 // 40)]]
             assert tiles_below(one, finer).tolist() == want
     everything = tiles_below(local, finer)
     assert torch.equal(everything, finer.tiles())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.errors import FoveateError, InputError
+from foveate.errors import FoveateError, InputError, LayerError
 from foveate.methods.dycoke import DyCoke, references
 
 
@@ -54,6 +54,64 @@ def test_zero_tokens_are_like_nothing(make_videos, check_index):
     check_index(reduction.index, 6 + 3 * 3, 24)
 
 
-def test_shares_are_checked():
-    with pytest.raises(FoveateError, match="k must be in"):
-        DyCoke(k=1.2)
+def test_arguments_are_checked():
+    for fields in ({"k": 1.2}, {"p": -0.1}):
+        with pytest.raises(FoveateError, match="must be in"):
+            DyCoke(**fields)
+    with pytest.raises(LayerError, match="at least 1"):
+        DyCoke(layer=0)
+
+
+# -- decoding
+
+
+def naive(attentions, counts, p, threshold, as_released):
+    """What each step of one row sees, of (H, N) attention at each step."""
+    last, chosen, steps = None, None, []
+    for attention in attentions:
+        now = attention[:, :counts].mean(0)
+        alike = 0.0 if last is None else float(torch.cosine_similarity(now, last, dim=0))
+        if last is None or alike < threshold:
+            best = sorted(range(counts), key=lambda i: -float(now[i]))
+            chosen = set(best[: int(counts * (1 - p))])
+            steps.append(chosen)
+        else:
+            steps.append(set(range(counts)) if as_released else chosen)
+        last = now
+    return steps
+
+
+@pytest.mark.parametrize("as_released", [False, True])
+def test_steps_choose_as_a_naive_loop(as_released):
+    """Rows of unequal counts, with steps like the one before and others."""
+    counts, p = [20, 13, 0], 0.7
+    real = torch.arange(20) < torch.tensor(counts)[:, None]
+    base = torch.rand(3, 4, 20)
+    attentions = [base, base + 0.01, torch.rand(3, 4, 20) ** 4, base, base + 0.02]
+    attentions = [a.masked_fill(~real[:, None], 0.0) for a in attentions]
+    method, focus = DyCoke(p=p, as_released=as_released), None
+    seen = []
+    for attention in attentions:
+        focus = method.focus(attention, real, focus)
+        assert torch.equal(focus.attention, attention.mean(1))
+        assert not (focus.seen & ~real).any()
+        seen.append(focus.seen)
+    for row in range(2):
+        want = naive([a[row] for a in attentions], counts[row], p, 0.9, as_released)
+        assert [set(s[row].nonzero()[:, 0].tolist()) for s in seen] == want
+    assert any(s[0].all() or s[0].sum() == 20 for s in seen) == as_released
+
+
+def test_the_step_is_behind_a_layer_that_sees_everything(facts):
+    (drop, choose) = DyCoke().steps(facts())
+    assert (drop.place, choose.place) == ("pre_llm", "decode:3")
+    assert DyCoke().steps(facts(attention_layers=(5, 11)))[1].layer == 6
+    assert DyCoke(layer=9).steps(facts())[1].layer == 9
+    assert DyCoke(p=0.0).steps(facts()) == DyCoke(keep=1.0).steps(facts()) == (drop,)
+    with pytest.raises(LayerError, match=r"p=0\.0"):
+        DyCoke().steps(facts(attention_layers=(31,)))
+
+
+def test_images_are_not_watched():
+    assert not DyCoke().watches(1)
+    assert DyCoke().watches(8)

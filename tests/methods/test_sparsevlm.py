@@ -276,6 +276,8 @@ def test_rank_has_its_own_layer_and_no_budget():
 def test_wrong_arguments_are_refused():
     with pytest.raises(FoveateError, match="version"):
         SparseVLM(version=3)
+    with pytest.raises(FoveateError, match="heads"):
+        SparseVLM(version=2, heads=0)
     with pytest.raises(FoveateError, match="tau"):
         SparseVLM(tau=1.5)
     with pytest.raises(BudgetError, match="2 steps"):

@@ -87,9 +87,9 @@ class Places:
 
     def _grid(self, first: int, tiling: Tiling) -> tuple[int, int] | None:
         """(rows, columns) of a picture's tiles: what the prompt says, or else their pixels."""
-        if tiling.grid is not None or self.encoded.pixels is None:
+        pixels = self.encoded.pixels
+        if tiling.grid is not None or pixels is None or pixels.dim() != 4:  # padded with tiles
             return tiling.grid
         images = [self.source[first + n] for n in range(tiling.tiles)]
         thumbnail = images.pop(self.family.thumbnail)
-        pixels = self.encoded.pixels
         return match_grid(pixels[images], pixels[thumbnail])

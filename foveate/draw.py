@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foveate.boxes import passes, plain_grid
 from foveate.errors import InputError
-from foveate.record import ImageRecord, Record, place_name
+from foveate.record import ImageRecord, Record, alone, by_picture, joined, place_name
 
 Geometry = Literal["resize", "crop", "pad"]
 Box = tuple[float, float, float, float]
@@ -47,7 +47,7 @@ def show(
         record: what the engine wrote; `None` when no forward has run.
         images: the pictures, in the order in which they appear in the prompts of the batch. A
             video is one of them: the list of its frames, from which those that tokens stand for are
-            taken evenly. Where each tile of a picture counts as an image, pass the tiles.
+            taken evenly. Of pictures that were cut into tiles, all tiles can be passed instead.
         geometry: how the processor mapped pictures onto the token grid. `auto` finds out from the
             pixels that the encoder saw.
 
@@ -62,21 +62,26 @@ def show(
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
     shown = _distinct(record)
-    if len(pictures) != len(shown):
-        raise InputError(
-            f"the last forward had {len(shown)} images, but show got {len(pictures)}; "
-            "pass every picture of the batch, in order of appearance; a video is one list of "
-            "frames, and where each tile counts as an image, each tile is one"
-        )
-    strips = []
-    for number, (picture, seen) in enumerate(zip(pictures, shown, strict=True)):
+    groups = by_picture(shown)
+    if len(pictures) != len(groups):
+        if len(pictures) != len(shown):
+            cut = f", cut into {len(shown)} tiles" if len(groups) < len(shown) else ""
+            raise InputError(
+                f"the last forward had {len(groups)} images{cut}, but show got {len(pictures)}; "
+                "pass every picture of the batch, in order of appearance; a video is one list of "
+                "frames; of a picture that was cut, all tiles can be passed instead"
+            )
+        groups = [[alone(image)] for image in shown]
+    strips, number = [], 0
+    for picture, group in zip(pictures, groups, strict=True):
 
         def choose(frame: Image.Image, grid: tuple[int, int], number: int = number) -> str:
             if geometry != "auto":
                 return geometry
             return _choose(record.pixels, frame, number, len(shown), grid)
 
-        strips.append(_draw_image(picture, seen, choose))
+        strips.append(_draw_image(picture, joined(group), choose))
+        number += len(group)
     return strips
 
 

@@ -13,7 +13,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
@@ -74,10 +74,13 @@ class Need:
         name: a key of `foveate.signals.SIGNALS`.
         layers: 0-based layers at which it is taken (of the encoder or of the text model, as the
             signal says).
+        above: for `global_attention`, how many times the mean attention a patch must receive to be
+            global.
     """
 
     name: str
     layers: tuple[int, ...] = ()
+    above: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,12 @@ class Step:
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         proportional: for `vision`, let a merged token count as often as it has sources in all
             attention behind this step.
+        restore: for `llm`, the tokens that the method's step before this one took out come back
+            here; `Method.restore` says in which state.
+        stay: for `llm`, leave survivors at their positions, whatever the method does elsewhere.
+        decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
+            attend to what the method chooses (it is a `Focuser`) by the layer before.
+        forget: for `llm`, let the caches of the layers before forget what is removed.
     """
 
     stage: Stage
@@ -99,11 +108,46 @@ class Step:
     needs: tuple[Need, ...] = ()
     inside: bool = False
     proportional: bool = False
+    restore: bool = field(default=False, kw_only=True)
+    stay: bool = field(default=False, kw_only=True)
+    forget: bool = field(default=False, kw_only=True)
+    decode: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:
-        """Name of the place in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`."""
+        """Its name in reports: `vision:LAYER`, `pre_llm`, `llm:LAYER` or `decode:LAYER`."""
+        if self.decode:
+            return f"decode:{self.layer}"
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a decoder layer computes of visual tokens; none is removed.
+
+    Args:
+        layer: 0-based decoder layer.
+        window: odd side of the neighbourhood on the grid that a visual token attends to, later
+            tokens included; besides that it sees the text before it.
+        heads: which attention heads work on visual tokens; `None` for all. Others neither compute
+            them nor let text read them.
+        mlp_divisor: visual tokens pass the first 1 / `mlp_divisor` of the MLP's neurons.
+        seen: whether any head reads values of visual tokens.
+        renormalize: whether what a head does not read leaves its softmax; else its probability is
+            lost.
+    """
+
+    layer: int
+    window: int
+    heads: tuple[bool, ...] | None = None
+    mlp_divisor: float = 1.0
+    seen: bool = True
+    renormalize: bool = True
+
+    @property
+    def blind(self) -> bool:
+        """Whether some head does not read visual tokens."""
+        return not self.seen or (self.heads is not None and not all(self.heads))
 
 
 class Method(ABC):
@@ -168,6 +212,23 @@ class Method(ABC):
     @abstractmethod
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Reduce G images of V tokens to `count` tokens each."""
+
+    def restore(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
+        """States with which all tokens of G images go on where the parked ones come back.
+
+        Args:
+            tokens: all V of them, as they were when some were parked.
+            kept: (G, K) which of the V were not parked, ascending.
+            now: (G, K, D) states of those.
+
+        Returns:
+            (G, V, D). By default parked tokens come back as they went.
+        """
+        return tokens.x.scatter(1, kept[..., None].expand_as(now), now)
+
+    def work(self, model: ModelFacts) -> tuple[Work, ...]:
+        """What decoder layers compute of visual tokens, where that is less than everything."""
+        return ()
 
     def positions_on(self, model: ModelFacts) -> Positions:
         """What becomes of positions on a model: the field if it is given, else what is published.

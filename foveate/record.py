@@ -5,15 +5,19 @@ The engine writes it; reports and drawings read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate.boxes import cells_of
+from foveate.errors import InputError
+from foveate.tiles import Placed
 from foveate.tokens import Shape, frame_of
 
 
@@ -27,8 +31,8 @@ class ImageRecord:
         grid: (height, width) of its token grid, of one frame in a video.
         kept: for each place at which a step acted, in stream order, the (K,) raster positions
             alive after it.
-        place: finds out the boxes; without it, they are the cells of the grid. Called only when
-            they are read.
+        place: finds out where it is; without it, boxes are the cells of the grid. Called only when
+            that is read.
         frames: frames of a video that its tokens tell apart; 1 for an image.
     """
 
@@ -36,21 +40,32 @@ class ImageRecord:
     total: int
     grid: tuple[int, int]
     kept: dict[str, Tensor] = field(default_factory=dict)
-    place: Callable[[], Tensor] | None = field(default=None, repr=False)
+    place: Callable[[], Placed] | None = field(default=None, repr=False)
     frames: int = 1
 
-    @cached_property
+    @property
     def boxes(self) -> Tensor:
         """(V, 4) left, top, right and bottom edge of each visual token, in [0, 1].
 
         They are shares of what the processor showed the model: of the picture after it was cropped
-        or padded, if it was; of the tile, where each tile counts as an image; of the token's own
-        frame in a video. NaN where a token shows no pixels, such as newlines, and where features
-        were made outside the session and it is not known what of.
+        or padded, if it was; of the tile, where `whole` is false; of the token's own frame in a
+        video. NaN where a token shows no pixels, such as newlines, and where features were made
+        outside the session and it is not known what of.
         """
-        if self.place is not None:
-            return self.place()
-        return cells_of(Shape(self.total, self.grid, self.frames))
+        return self._placed.boxes
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Where each tile of a picture counts as an image, which of how many; else (0, 1)."""
+        return self._placed.tile
+
+    @property
+    def whole(self) -> bool:
+        """Whether boxes are shares of the whole picture.
+
+        False for a tile if neither the prompt nor the pixels say how tiles are arranged.
+        """
+        return self._placed.whole
 
     @property
     def frame(self) -> Tensor:
@@ -59,7 +74,13 @@ class ImageRecord:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: the boxes, not the model that knows them."""
-        return {**vars(self), "boxes": self.boxes, "place": None}
+        return {**vars(self), "_placed": self._placed, "place": None}
+
+    @cached_property
+    def _placed(self) -> Placed:
+        if self.place is not None:
+            return self.place()
+        return Placed(cells_of(Shape(self.total, self.grid, self.frames)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +97,8 @@ class Record:
             earlier turns count.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
-            saw, special tokens included; empty if nothing was done inside the encoder.
+            saw, special tokens included, or rows of all images where they lie in one sequence;
+            empty if nothing was done inside the encoder.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -98,3 +120,41 @@ def place_name(place: str) -> str:
     if stage == "vision" and layer:
         return f"in encoder layer {layer}"
     return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)
+
+
+def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
+    """Images in order of appearance, tiles of one picture together."""
+    pictures: list[list[ImageRecord]] = []
+    for image in images:
+        if image.tile[0] == 0:
+            pictures.append([])
+        pictures[-1].append(image)
+    return pictures
+
+
+def alone(image: ImageRecord) -> ImageRecord:
+    """A tile as a picture of its own."""
+    return image if image.tile[1] == 1 else dataclasses.replace(image, place=None)
+
+
+def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
+    """All tiles of a picture as one image, whose tokens form one row.
+
+    Raises:
+        InputError: it is not known how they are arranged.
+    """
+    first = tiles[0]
+    if len(tiles) == 1:
+        return first
+    if not all(tile.whole for tile in tiles):
+        raise InputError(
+            f"a picture was cut into {len(tiles)} tiles, and neither the prompt nor the pixels say "
+            "how they are arranged; pass the tiles, each as an image"
+        )
+    starts = [0, *accumulate(tile.total for tile in tiles)]
+    kept = {
+        place: torch.cat([t.kept[place] + start for t, start in zip(tiles, starts, strict=False)])
+        for place in first.kept
+    }
+    boxes = Placed(torch.cat([tile.boxes for tile in tiles]))
+    return ImageRecord(first.row, starts[-1], (1, starts[-1]), kept, lambda: boxes)

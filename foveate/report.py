@@ -116,7 +116,9 @@ class Report(dict[str, Any]):
         A token is a dict of `index`, its raster position; `box`, its left, top, right and bottom
         edge in [0, 1], or `None` if it shows no pixels; and in a video `frame`. Boxes are shares of
         what the processor showed the model: of the picture after it was cropped or padded, if it
-        was; of the tile, where each tile counts as an image; of the frame in a video.
+        was; of the frame in a video. Where each tile of a picture counts as an image, the image's
+        `tile` says which of how many it is, and `boxes_in` whether boxes are of the `picture`, or
+        of the `tile` because it is not known how tiles are arranged.
 
         In the report itself an image holds the indices in `kept`, and in `boxes` and `frame` those
         of all its tokens.
@@ -193,6 +195,8 @@ def _image(image: ImageRecord) -> dict[str, Any]:
         "kept": {place: kept.tolist() for place, kept in image.kept.items()},
         "boxes": boxes,
         "frame": image.frame.tolist() if image.frames > 1 else None,
+        "tile": list(image.tile),
+        "boxes_in": "picture" if image.whole else "tile",
     }
 
 

@@ -1,4 +1,4 @@
-"""Write `docs/methods.md` from the classes: `python scripts/methods_page.py [--check]`."""
+"""Write what docs say of methods and signals: `python scripts/methods_page.py [--check]`."""
 
 import dataclasses
 import inspect
@@ -11,7 +11,13 @@ import foveate
 from foveate.method import Method
 from foveate.signals import SIGNALS
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+DOCS = Path(__file__).parent.parent / "docs"
+TABLE = re.compile(r"(?<=\| signal \| taken \| \|\n\|---\|---\|---\|\n)(\|.*\n)*")
+TAKEN = {
+    "encoder": "at encoder layers",
+    "prompt": "before the language model",
+    "decoder": "at decoder layers",
+}
 STAGES = {
     "vision": "Inside the encoder",
     "pre_llm": "Before the language model",
@@ -94,13 +100,21 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def guide() -> str:
+    """The guide for authors, with the signals that there are."""
+    rows = [f"| `{n}` | {TAKEN[s.source]} | {s.what} |\n" for n, s in SIGNALS.items()]
+    text = (DOCS / "add-a-method.md").read_text(encoding="utf-8")
+    return TABLE.sub(lambda _: "".join(rows), text, count=1)
+
+
 def main() -> None:
-    """Write the page, or with `--check` fail if it is out of date."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit(f"{PAGE} is out of date: run python scripts/methods_page.py")
+    """Write the pages, or with `--check` fail if one is out of date."""
+    for name, text in (("methods.md", page()), ("add-a-method.md", guide())):
+        path = DOCS / name
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.exists() or path.read_text(encoding="utf-8") != text:
+            sys.exit(f"{path} is out of date: run python scripts/methods_page.py")
 
 
 if __name__ == "__main__":

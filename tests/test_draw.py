@@ -9,6 +9,7 @@ from foveate.boxes import cells
 from foveate.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
 from foveate.errors import InputError
 from foveate.record import ImageRecord, Record
+from foveate.tiles import Placed
 from tests.records import image, pyramid_record
 
 GRID = (4, 4)
@@ -178,7 +179,7 @@ def placed(boxes, kept, frames=1):
     """A record of one image whose tokens lie in these boxes."""
     total = len(boxes)
     grid, alive = (1, total // frames), {"llm:2": torch.tensor(kept)}
-    seen = ImageRecord(0, total, grid, alive, lambda: boxes, frames)
+    seen = ImageRecord(0, total, grid, alive, lambda: Placed(boxes), frames)
     return Record(1, [total], [seen], [[total]], [total])
 
 

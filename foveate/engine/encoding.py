@@ -1,22 +1,27 @@
 """Encoding: the state of one pass through a vision encoder; gone when it ends.
 
-All images of a pass have the same number of tokens and lose the same number of them, so the pass
-stays rectangular. Shapes: `B` images, `S` special tokens before the patches, `V` patches of an
-image, `K` of them alive, `N = S + K` rows, `D` hidden, `H` heads.
+Pictures of a pass are the rows of a batch, and then all have the same number of tokens and lose
+the same number of them; or they lie behind one another in one sequence, and each kind of them has
+counts of its own. Shapes: `G` pictures of a stack, `S` special rows before the patches, `V` visual
+tokens of a picture, `K` of them alive, `R` rows of a token, `D` hidden, `H` heads; `N` rows of one
+picture of a batch, or of the whole sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
-from foveate.errors import InputError
+from foveate.engine.rows import Rows
+from foveate.engine.stack import Stack, stack
+from foveate.method import Need
 from foveate.models import Encoder, Family
-from foveate.reduction import Reduction
+from foveate.models.rows import Picture, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
 from foveate.tokens import VisualTokens
 
@@ -27,190 +32,289 @@ class Encoding:
     Args:
         family: for the grid of an image.
         encoder: the encoder.
-        pixels: what it is fed.
+        arguments: what its tower was called with.
+        side: side of a visual token in patches.
     """
 
-    def __init__(self, family: Family, encoder: Encoder, pixels: Tensor | None) -> None:
+    def __init__(
+        self, family: Family, encoder: Encoder, arguments: Mapping[str, Any], side: int
+    ) -> None:
         self.family = family
         self.encoder = encoder
-        self.pixels = pixels
-        self.images = 0
-        self.total = 0
-        self.layout: Reduction | None = None  # from all patches to those alive
-        self.merged: Tensor | None = None  # (B, K) sizes, once a merge has happened
-        self.bias: Tensor | None = None  # (B, 1, 1, N) log sizes, for proportional attention
-        self.kept: dict[str, Tensor] = {}
+        self.arguments = arguments
+        self.side = side
+        self.where = Rows((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
-        self._raster = torch.empty(0)
+        self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False
-        self._begin: dict[int, int] = {}
-        self._history: list[tuple[int, Reduction]] = []  # (first hidden state it holds for, layout)
 
-    def see(self, states: Tensor) -> None:
-        """Learn the size of the images from (B, S + V, D) states."""
-        if not self.total:
-            self.images, self.total = states.shape[0], states.shape[1] - self.encoder.special
-            self._raster = torch.arange(self.total, device=states.device).expand(self.images, -1)
+    # -- what there is
+
+    def see(self, states: Tensor, mask: Tensor | None = None) -> None:
+        """Learn the pictures from (B, S + V R, D) or (N, D) states at full length.
+
+        Args:
+            states: the states.
+            mask: what hides padding from the encoder's attention.
+        """
+        if self.stacks:
+            return
+        pictures = self._pictures(*states.shape[:2])
+        stacks = stack(pictures, states.device)
+        self.where = Rows(stacks, states.shape[:-1], self.encoder.special, self.where.packed)
+        if mask is None or self.where.packed or (hidden := _hidden(mask)) is None:
+            return
+        visible = (~hidden).expand(len(pictures), -1).flatten().float()
+        stacks[0].visible = visible[stacks[0].rows]
+
+    def _pictures(self, images: int, length: int) -> list[Picture]:
+        """The pictures of a sequence, or `images` of `length` rows each."""
+        if self.encoder.packed is not None:
+            return self.encoder.packed(self.arguments, self.side)
+        special = self.encoder.special
+        grid = self._patches(length - special)
+        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
+        return [Picture(tokens, rows + n * length) for n in range(images)]
+
+    def _patches(self, count: int) -> tuple[int, int]:
+        """(height, width) of a picture's patches."""
+        patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.pixels
+        if pixels is not None and pixels.dim() == 4:
+            sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
+            height, width = (n // side for n, side in zip(pixels.shape[-2:], sides, strict=True))
+            if height * width == count:
+                return height, width
+        return self.family.grid(count)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """What the tower is fed."""
+        return self.arguments.get("pixel_values")
+
+    @property
+    def stacks(self) -> Sequence[Stack]:
+        """The pictures of the pass."""
+        return self.where.stacks
+
+    @property
+    def reduced(self) -> bool:
+        """Whether any token has been removed."""
+        return self.where.now.order is not None
+
+    def survivors(self) -> list[tuple[Stack, dict[str, Tensor]]]:
+        """For each picture of the pass, its stack, and place -> (K) raster positions alive behind
+        it, ascending.
+        """
+        found: dict[int, tuple[Stack, dict[str, Tensor]]] = {}
+        for of in self.stacks:
+            kept = {place: index.sort(-1).values for place, index in of.kept.items()}
+            for i, number in enumerate(of.pictures):
+                found[number] = of, {place: index[i] for place, index in kept.items()}
+        return [found[number] for number in sorted(found)]
 
     # -- steps
 
     def removes(self, steps: list[PlannedStep]) -> bool:
         """Whether any of some steps removes anything; if none does, they are noted as done."""
-        if any(self._count(planned) < self.alive for planned in steps):
+        if any(self._count(p, of) < of.alive for p in steps for of in self.stacks):
             return True
         for planned in steps:
             self._note(planned)
         return False
 
-    def _count(self, planned: PlannedStep) -> int:
-        """How many patches of each image survive a step."""
-        total = self._begin.get(planned.method_number, self.alive)
-        return planned.method.count(self.alive, total, planned.step, planned.number)
+    def _count(self, planned: PlannedStep, of: Stack) -> int:
+        """How many tokens of each picture of a stack survive a step."""
+        total = of.begin.get(planned.method_number, of.alive)
+        return planned.method.count(of.alive, total, planned.step, planned.number)
 
     def reduce(
-        self, steps: list[PlannedStep], hidden: Tensor, signals: Callable[[str], Tensor]
+        self,
+        steps: list[PlannedStep],
+        hidden: Tensor,
+        signals: Callable[[Need, Stack], Tensor],
     ) -> Tensor:
         """Run steps at one place.
 
         Args:
             steps: the steps.
-            hidden: (B, N, D) states there.
-            signals: a signal by name.
+            hidden: states there.
+            signals: a signal of a stack.
         """
         for planned in steps:
-            self._begin.setdefault(planned.method_number, self.alive)
-            count = self._count(planned)
-            if count < self.alive:
-                needed = {need.name: signals(need.name) for need in planned.step.needs}
-                hidden = self._step(planned, count, hidden, needed)
+            for of in self.stacks:
+                of.begin.setdefault(planned.method_number, of.alive)
+            if any(self._count(planned, of) < of.alive for of in self.stacks):
+                hidden = self._step(planned, hidden, signals)
             self._note(planned)
         return hidden
 
     def _step(
-        self, planned: PlannedStep, count: int, hidden: Tensor, signals: Mapping[str, Tensor]
+        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, Stack], Tensor]
     ) -> Tensor:
-        special, step = self.encoder.special, planned.step
-        tokens = VisualTokens(
-            features=lambda: hidden[:, special:],
-            index=self.index,
-            grid=self.grid,
-            rows=tuple(range(self.images)),
-            signals=signals,
-            merged=self.merged,
-            special=special,
-            place=step.place,
-        )
-        reduction = planned.method.reduce(tokens, count)
-        layout = self.layout
-        self.layout = reduction if layout is None else layout.then(reduction, self.total)
-        if self.merged is not None or reduction.merges:
-            self.merged = self.layout.sizes(self.total)
-        self._proportional |= step.proportional
-        if self._proportional and self.merged is not None:
-            log = torch.nn.functional.pad(self.merged.log(), (special, 0))
-            self.bias = log.to(hidden.dtype)[:, None, None]
+        step = planned.step
+        values = [self.where.take(hidden, number) for number in range(len(self.stacks))]
+        for number, of in enumerate(self.stacks):
+            x, count = values[number], self._count(planned, of)
+            if count < of.alive:
+                tokens = VisualTokens(
+                    features=lambda x=x, of=of: _mean(x, of),  # type: ignore[misc]
+                    index=of.index,
+                    grid=of.grid,
+                    rows=of.pictures,
+                    signals={need.name: signals(need, of) for need in step.needs},
+                    merged=of.merged,
+                    special=self.encoder.special,
+                    place=step.place,
+                    step=step,
+                    frames=of.frames,
+                )
+                reduction = planned.method.reduce(tokens, count)
+                of.reduce(reduction)
+                values[number] = reduction.apply(x)
         # The first hidden state is captured behind the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
-        self._history.append((first, self.layout))
-        return reduction.behind(special).apply(hidden)
+        hidden = self.where.put(hidden, values, first)
+        self._proportional |= step.proportional
+        self._weigh(hidden)
+        return hidden
 
     def _note(self, planned: PlannedStep) -> None:
-        self._begin.setdefault(planned.method_number, self.alive)
-        self.kept[planned.step.place] = self.index
+        for of in self.stacks:
+            of.begin.setdefault(planned.method_number, of.alive)
+            of.kept[planned.step.place] = of.index
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of each image's patches."""
-        patch = getattr(self.encoder.tower.config, "patch_size", None)
-        if isinstance(patch, int) and self.pixels is not None and self.pixels.dim() == 4:
-            height, width = (side // patch for side in self.pixels.shape[-2:])
-            if height * width == self.total:
-                return height, width
-        return self.family.grid(self.total)
+    # -- what layers are told
 
-    @property
-    def alive(self) -> int:
-        """Patches of each image that are alive."""
-        return self.total if self.layout is None else self.layout.kept
+    def _weigh(self, hidden: Tensor) -> None:
+        """Find out what the scores of each key get, and forget what layers were told."""
+        counts = self.counts(hidden, merged=self._proportional)
+        self.bias = None
+        if counts is not None:
+            bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
+            self.bias = bias.flatten() if self.where.packed else bias[:, None, None]
+        if self.where.packed and (order := self.where.now.order) is not None:
+            self._told = PackedRows(order, self.bias)
 
-    @property
-    def index(self) -> Tensor:
-        """(B, K) raster positions alive, in the order of the rows."""
-        return self._raster if self.layout is None else self.layout.index
+    def counts(self, hidden: Tensor, *, merged: bool) -> Tensor | None:
+        """(B, N) or (N) how many rows that others attend to each row stands for; `None` if all 1.
+
+        Args:
+            hidden: states of now.
+            merged: whether merged tokens count as often as they have sources, or once.
+        """
+        parts = [of.counts(of.layout, merged=merged) for of in self.stacks]
+        if all(part is None for part in parts):
+            return None
+        ones = hidden.new_ones(*hidden.shape[:-1], 1, dtype=torch.float32)
+        values = [
+            torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
+            for part, of in zip(parts, self.stacks, strict=True)
+        ]
+        return self.where.lay(ones, values)[..., 0]
+
+    def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer must be told, once tokens have been removed."""
+        if self.where.packed:
+            return self._told.translate(kwargs)
+        given = kwargs.get("attention_mask")
+        if not self.encoder.masks_layers:
+            return dict(kwargs)
+        mask = self.bias
+        if mask is not None and given is not None and given.dim() == 2:  # as flash kernels take it
+            mask = mask[:, 0, 0] > -1
+        return {**kwargs, "attention_mask": mask}
 
     # -- signals
 
-    def tapped(self, name: str) -> Tensor:
-        """A signal of the layer that is running, from its own projections."""
-        special, heads = self.encoder.special, self.encoder.heads
+    def tapped(self, need: Need, of: Stack) -> Tensor:
+        """A signal of the layer that is running, from its own projections; a token's keys are the
+        mean of its rows'.
+        """
         assert self.taps is not None  # only asked for between the halves of a layer
-        key = self.taps["k_proj"].detach()
-        if name == "encoder_keys":
-            return key[:, special:].unflatten(-1, (heads, -1)).transpose(1, 2)[:, None]
-        return class_row(self.taps["q_proj"].detach(), key, heads, special, self.bias)[:, None]
+        names = self.encoder.projections
+        if need.name == "encoder_keys":
+            key = self.taps[names[-1]].detach()
+            key = key if len(names) > 1 else key.chunk(3, -1)[1]
+            key = _mean(self._of(key, of), of)
+            return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
+        query, key = (self.taps[part].detach() for part in names)
+        return self._of_class(query, key, of)
 
     @torch.no_grad()
-    def ahead(self, layer: Any, hidden: Tensor) -> Tensor:
+    def ahead(self, layer: Any, hidden: Tensor, of: Stack) -> Tensor:
         """(B, 1, H, K) class-token attention of a layer that is about to run."""
-        block = self.encoder.block
+        block, attention = self.encoder.block, self.encoder.attention(layer)
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
-        attention = self.encoder.attention(layer)
         query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-        row = class_row(query, key, self.encoder.heads, self.encoder.special, self.bias)
-        return row[:, None]
+        if self.encoder.projections != ("q_proj", "k_proj"):  # norms behind them
+            query, key = (
+                getattr(attention, name)(part)
+                for name, part in zip(self.encoder.projections, (query, key), strict=True)
+            )
+        return self._of_class(query, key, of)
+
+    def _of_class(self, query: Tensor, key: Tensor, of: Stack) -> Tensor:
+        """(B, 1, H, K) attention of the class token to tokens: to all their rows."""
+        special = self.encoder.special
+        row = class_row(query, key, self.encoder.heads, special, self.bias).transpose(1, 2)
+        row = torch.nn.functional.pad(row, (0, 0, special, 0))
+        tokens = self._of(row, of)
+        return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
+
+    def at_tokens(self, row: Tensor, of: Stack) -> Tensor:
+        """(G, C, K) of a stack's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
+        token's rows.
+        """
+        states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
+        return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
-        """(B, H, V) of a signal (B, H, K): each patch has that of the survivor it went into."""
-        if self.layout is None:
+        """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor
+        that its token went into.
+        """
+        if not self.reduced:
             return row
-        return self.layout.recover(row.transpose(1, 2), self.total).transpose(1, 2)
+        special = self.encoder.special
+        states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
+        whole = self.where.whole(states, self.where.now, 0.0)
+        return whole[:, special:].transpose(1, 2)
+
+    def _of(self, states: Tensor, of: Stack) -> Tensor:
+        """(G, K, R D) of a stack's tokens, from states of now."""
+        return self.where.take(states, self.stacks.index(of))
 
     # -- the way out
 
-    def mask(self, given: Tensor | None) -> Tensor | None:
-        """The attention mask of a layer, once tokens have been removed.
-
-        Raises:
-            InputError: the encoder was given a mask that hides some tokens.
-        """
-        if given is not None and given is not self.bias and _hides(given):
-            raise InputError(
-                "images are padded (the encoder was given an attention mask), and tokens cannot "
-                "be removed inside the encoder then; pass images of equal size, without padding"
-            )
-        return self.bias
+    def whole(self, states: Tensor) -> Tensor:
+        """States of now at full length."""
+        return self.where.whole(states, self.where.now) if self.reduced else states
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""
-        if self.layout is None:
+        if not self.reduced:
             return output
-        output.last_hidden_state = self._recover(output.last_hidden_state, self.layout)
+        if self.encoder.returns_rows:
+            output.last_hidden_state = self.whole(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
-                self._recover(states, self._layout_at(number))
+                states
+                if states is None or (point := self.where.at(number)) is None
+                else self.where.whole(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
         return output
 
-    def _layout_at(self, number: int) -> Reduction | None:
-        layouts = [layout for first, layout in self._history if first <= number]
-        return layouts[-1] if layouts else None
 
-    def _recover(self, states: Tensor | None, layout: Reduction | None) -> Tensor | None:
-        """(B, S + V, D); rows of dropped tokens get the mean of what is left of the image, so that
-        a head which averages all rows sees that mean.
-        """
-        if states is None or layout is None:
-            return states
-        special = self.encoder.special
-        patches = states[:, special:]
-        share = layout.sizes(self.total)[..., None].to(patches.dtype)
-        mean = (patches * share).sum(1, keepdim=True) / share.sum(1, keepdim=True)
-        full = layout.recover(patches, self.total, mean)
-        return torch.cat((states[:, :special], full), 1)
+def _mean(x: Tensor, of: Stack) -> Tensor:
+    """(G, K, D) mean of each token's rows, from (G, K, R D)."""
+    cell = of.rows.shape[2]
+    return x if cell == 1 else x.unflatten(2, (cell, -1)).mean(2)
 
 
-def _hides(mask: Tensor) -> bool:
-    return not bool(mask.all()) if mask.dtype == torch.bool else bool(mask.ne(0).any())
+def _hidden(mask: Tensor) -> Tensor | None:
+    """(B or 1, N) rows that a mask hides from all others; `None` if it hides none."""
+    keys = mask if mask.dim() == 2 else mask[:, 0, 0]
+    hidden = keys < 0 if keys.is_floating_point() else keys == 0
+    return hidden if bool(hidden.any()) else None

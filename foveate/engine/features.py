@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Encoded:
         shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
-        kept: place inside the encoder -> (images, K) raster positions alive behind it, ascending.
+        kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
@@ -43,7 +43,7 @@ class Encoded:
     shapes: Sequence[Shape]
     signals: Mapping[tuple[str, int], Sequence[Tensor]]
     pixels: Any = None
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     left: list[Left] = field(default_factory=list)
 
@@ -148,17 +148,32 @@ class Asker:
     clip: ClipQuestions | None = None
 
     def signals(self, name: str, part: Group) -> dict[str, Tensor]:
-        """A signal of the prompt for each image of a group, and its mask."""
+        """A signal of the prompt for each image of a group, with masks of all the text there is and
+        of what comes before another image.
+        """
         if name == "clip_questions":
             assert self.clip is not None  # the session has checked it
             text, mask = self.clip.of([self.request(row) for row in part.rows])
             return {name: text, f"{name}_mask": mask}
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
-        rows = torch.tensor(part.rows, device=embeds.device)
-        mask = question.mask(rows, torch.tensor(part.ends, device=embeds.device))
+        following = self._following()
+        nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
+        rows, ends, behind = (
+            torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
+        )
+        mask = question.mask(rows, ends)
         text = embeds[rows].masked_fill(~mask[..., None], 0.0)
-        return {"question_embeddings": text, "question_mask": mask}
+        paired = question.paired(rows, ends, behind)
+        return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
+
+    def _following(self) -> dict[tuple[int, int], int]:
+        """(row, end) of an image -> end of the next one in its row."""
+        places = sorted(zip(self.rows, self.ends, strict=True))
+        return {
+            (row, end): after if row == same else torch.iinfo(torch.int64).max
+            for (row, end), (same, after) in pairwise([*places, (-1, 0)])
+        }
 
 
 def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor], Tensor]) -> None:
@@ -189,18 +204,18 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     began: list[dict[int, int]] = [{} for _ in source]
     survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
     left = [
-        Left(len(index), begun, index if ordered else None)
-        for (index, _), begun in zip(survivors, began, strict=True)
+        Left(len(index), begun, labels, index if ordered else None)
+        for (index, _, labels), begun in zip(survivors, began, strict=True)
     ]
     output.encoded = replace(encoded, left=left)
-    if sum(image.count for image in left) == sum(lengths):
+    if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
-    slots = [index.sort().values for index, _ in survivors]
+    slots = [index.sort().values for index, _, _ in survivors]
     where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([values[number] for _, values in survivors])
+        values = torch.cat([values[number] for _, values, _ in survivors])
         blank = torch.full_like(rows_of_sheets[number], torch.nan)
         marked.append(_like(sheet, blank.index_copy(0, where, values)))
     output.pooler_output = marked[0]
@@ -216,9 +231,9 @@ def _reduce(
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
     began: list[dict[int, int]],
-) -> tuple[list[tuple[Tensor, list[Tensor]]], bool]:
-    """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
-    and whether that may differ from raster order.
+) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
+    """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
+    in order; and whether that may differ from raster order.
 
     The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
     filled in, as in `Encoded`.
@@ -258,7 +273,7 @@ def _reduce(
     for (method, image), tokens in begin.items():
         began[image][method] = tokens
     result = {
-        image: (group.index[i], [x[i] for x in xs])
+        image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
         for group, xs in alive
         for i, image in enumerate(group.images)
     }

@@ -8,7 +8,6 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,25 +21,30 @@ from transformers.utils.generic import ModelOutput
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
+from foveate.engine.compute import run_layer
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Asker, Encoded
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import (
+    bound,
     check_later_images,
     check_positions,
     placeholders,
     real_positions,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.places import Places
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.question import Question
+from foveate.engine.survivors import survivors
 from foveate.engine.turn import Prompt, Turn
-from foveate.engine.vision import VisionPart, survivors
+from foveate.engine.vision import VisionPart
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals import SIGNALS
 from foveate.signals.encoder import EncoderSignals
+from foveate.signals.packed import PackedSignals
 from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
@@ -87,7 +91,12 @@ class Hooks:
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
-            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running)
+            wanted = plan.encoder_signals
+            if family.encoder.packed is None:
+                self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
+            else:
+                side = family.side("image")
+                self.signals = PackedSignals(family.encoder, wanted, running, side)
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip
@@ -139,12 +148,15 @@ class Hooks:
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
         self._check_encoding(modality)
+        arguments = bound(original, args, kwargs)
         local.encoding = True
         try:
             with ExitStack() as stack:
                 signals, vision = self.signals, self.vision
                 rows = {} if signals is None else stack.enter_context(signals.collect())
-                passes = [] if vision is None else stack.enter_context(vision.collect())
+                passes = []
+                if vision is not None:
+                    passes = stack.enter_context(vision.collect(modality, arguments))
                 output = original(*args, **kwargs)
             if signals is not None and len(rows) < signals.count:
                 raise self._unmapped(modality)
@@ -152,8 +164,6 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        names = inspect.signature(original).parameters
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._tag(modality, output, arguments, rows, passes)
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
@@ -175,8 +185,7 @@ class Hooks:
         if not local.visual:
             return None
         local.prompt = (ids, kwargs)
-        cache = kwargs.get("past_key_values")
-        check_positions(self.family, kwargs, 0 if cache is None else int(cache.get_seq_length()))
+        check_positions(self.family, kwargs)
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -210,6 +219,7 @@ class Hooks:
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
+        self._check_decoding(cache)
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
@@ -219,11 +229,13 @@ class Hooks:
             past=past,
             device=sequence.device,
             groups=groups,
-            real=real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
+            real=real_positions(kwargs.get("attention_mask"), past + length)
+            if groups or self.plan.focus
+            else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=_any(local.visual) if local.visual and groups and self.plan.looks else None,
+            visual=_any(local.visual) if local.visual and groups and self.plan.asks else None,
         )
         local.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
@@ -240,6 +252,18 @@ class Hooks:
         if hidden is args[0] and changed is kwargs:
             return None
         return (hidden, *args[1:]), changed
+
+    def run_layer(
+        self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around a decoder layer's forward: do less of it for visual tokens."""
+        turn, work = self._local.turn, self.plan.work[number]
+        split = None if turn is None else turn.splits.get(number)
+        if split is None or not (split.images or work.blind):
+            return original(hidden, *args, **kwargs)
+        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        layer, cache = self.family.layers[number], kwargs.get("past_key_values")
+        return run_layer(layer, work, split, hidden, rotary, mask, cache)
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
@@ -273,13 +297,15 @@ class Hooks:
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths = [shape.total for shape in shapes]
         pixels = arguments.get("pixel_values") if modality == "image" else None
-        if pixels is not None and len(pixels) != len(lengths):  # patches or tiles, not pictures
+        if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)  # tiles of all samples
+        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
             pixels = None
         signals = {
             (name, layer): self._per_token(modality, lengths, name, row, arguments)
             for (name, layer), row in rows.items()
         }
-        kept = survivors(passes, lengths)
+        kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         encoded = Encoded(shapes, signals, pixels, kept, placed)
         features.tag(output, encoded)
@@ -382,32 +408,19 @@ class Hooks:
             source = features.members(output, mask, self._expanded(mask.shape[0]))
             shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            place = functools.partial(self._place, modality, known.arguments, known.shapes)
-            places = [functools.partial(place, i) for i in source]
             left = known.left if self.plan.marks else []
             if left and len(left) != len(source):  # reduced before beams were made of it
                 left = [left[i] for i in source]
+            ids = None if self._local.prompt is None else self._local.prompt[0]
+            where = Places(self.family, modality, known, source, mask, ids)
+            places = [functools.partial(where.of, i) for i in range(len(source))]
             parts.append(Part(mask, shapes, dead, before, places, left))
         return parts
 
-    def _place(
-        self, modality: str, arguments: Mapping[str, Any], shapes: Sequence[Shape], image: int
-    ) -> Tensor:
-        """Boxes of an image's tokens, worked out only when a record is read."""
-        arguments = {
-            name: value.cpu() if isinstance(value, Tensor) else value
-            for name, value in arguments.items()
-        }
-        # In a later turn arguments are those of the whole conversation, so count from the last.
-        boxes = self.family.boxes(modality, image - len(shapes), shapes[image], arguments)
-        if len(boxes) != shapes[image].total:  # features from elsewhere, of something else
-            return torch.full((shapes[image].total, 4), torch.nan)
-        return boxes
-
     def _forget(self) -> None:
         local = self._local
-        local.inside, local.visual, local.encoded, local.turn = False, None, None, None
-        local.prompt = None
+        local.inside, local.visual, local.prompt = False, None, None
+        local.encoded, local.turn = None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -443,8 +456,19 @@ class Hooks:
             "encodes videos as images cannot be served with videos: run them without a session"
         )
 
+    def _check_decoding(self, cache: Cache | None) -> None:
+        """Refuse ways of generating in which a decoding step cannot choose."""
+        local, focus = self._local, self.plan.focus
+        if focus is None or local.requests is None or (cache is not None and not local.trailing):
+            return
+        raise InputError(
+            f"{focus.method.slug} chooses at each decoding step what it attends to in the cache, "
+            "which needs one token a step and a cache; use greedy search, sampling or beam search "
+            "with use_cache=True, or turn that step off"
+        )
+
     def _check_slice(self) -> None:
-        if self.plan.llm or self.plan.waits:
+        if self.plan.llm or self.plan.waits or self.plan.focus:
             names = ", ".join(m.slug for m in self.plan.methods)
             raise InputError(
                 f"chunked prefill cannot be used with {names}: each chunk would choose tokens by "

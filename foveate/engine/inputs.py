@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ LATER_IMAGES = (
     "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
     "past_key_values=cache); likewise with videos"
 )
+
+
+def bound(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, without defaults."""
+    return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
 
 
 def placeholders(
@@ -121,17 +129,18 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))
 
 
-def check_positions(family: Family, kwargs: Mapping[str, Any], past: int) -> None:
+def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
     """Refuse a forward whose new images would get positions of text.
 
     Args:
         family: the model.
         kwargs: arguments of the base model, which sees new images.
-        past: logical length of what the cache holds.
 
     Raises:
         InputError: there is a cache and no positions, where they are no plain numbers.
     """
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
         but = "the model was called by itself, without position_ids"
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))

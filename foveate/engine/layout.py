@@ -107,6 +107,7 @@ class Slots:
             never did.
         tail: trailing slots that are whole logical positions in every row, so that cropping them
             is exact.
+        visual: (B, S) which slots hold visual tokens; `None` where nobody asks.
     """
 
     index: Tensor
@@ -114,6 +115,7 @@ class Slots:
     ragged: bool
     renumbered: Tensor | None
     tail: int
+    visual: Tensor | None = None
     _last: list[tuple[Any, Slots]] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -122,8 +124,21 @@ class Slots:
         index = torch.arange(length, device=device).expand(batch, length)
         return cls(index, length, False, None, length)
 
-    def extend(self, layout: Layout, length: int, renumbered: Tensor | None) -> Slots:
-        """Append the columns of a forward of `length` logical positions."""
+    def extend(
+        self,
+        layout: Layout,
+        length: int,
+        renumbered: Tensor | None,
+        visual: Tensor | None = None,
+    ) -> Slots:
+        """Append the columns of a forward.
+
+        Args:
+            layout: the columns.
+            length: logical positions of the forward, T.
+            renumbered: (B, 1) positions that renumbering takes off each row there.
+            visual: (B, T) which positions are visual, where somebody asks.
+        """
 
         def make() -> Slots:
             new = layout.index + self.length
@@ -136,6 +151,7 @@ class Slots:
                 self.ragged or layout.ragged,
                 _sum(self.renumbered, renumbered),
                 self.tail + length if whole else _tail(new, self.length + length),
+                self._marks(layout, visual),
             )
 
         return self._derive(layout, make)
@@ -150,6 +166,7 @@ class Slots:
                 self.ragged,
                 None if self.renumbered is None else pick(self.renumbered),
                 self.tail,
+                None if self.visual is None else pick(self.visual),
             ),
         )
 
@@ -157,11 +174,33 @@ class Slots:
         """Keep the last `count` slots, as sliding-window layers do."""
         if count >= self.index.shape[1]:
             return self
-        index = self.index[:, self.index.shape[1] - count :]
+        first = self.index.shape[1] - count
         return self._derive(
             ("last", count),
-            lambda: Slots(index, self.length, self.ragged, self.renumbered, min(self.tail, count)),
+            lambda: Slots(
+                self.index[:, first:],
+                self.length,
+                self.ragged,
+                self.renumbered,
+                min(self.tail, count),
+                None if self.visual is None else self.visual[:, first:],
+            ),
         )
+
+    def without(self, gone: Tensor) -> tuple[Slots, Tensor]:
+        """Forget some logical positions, and all padding.
+
+        Args:
+            gone: (B, length) positions to forget.
+
+        Returns:
+            What is left, and the (B, S') slot of now that each slot left comes from.
+        """
+        alive = (self.index >= 0) & ~gone.gather(1, self.index.clamp(min=0))
+        now = Layout(self.index, self.ragged)
+        left, source = compact(now, alive, alive.sum(1).tolist())
+        tail = _tail(left.index, self.length)
+        return Slots(left.index, self.length, left.ragged, self.renumbered, tail), source
 
     def crop(self, count: int) -> Slots:
         """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
@@ -173,8 +212,19 @@ class Slots:
                 self.ragged,
                 self.renumbered,
                 self.tail - count,
+                None if self.visual is None else self.visual[:, : self.index.shape[1] - count],
             ),
         )
+
+    def _marks(self, layout: Layout, visual: Tensor | None) -> Tensor | None:
+        if visual is None and self.visual is None:
+            return None
+        before = torch.zeros_like(self.index, dtype=torch.bool)
+        before = before if self.visual is None else self.visual
+        new = torch.zeros_like(layout.index, dtype=torch.bool)
+        if visual is not None:
+            new = visual.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)
+        return torch.cat((before, new), dim=1)
 
     def _derive(self, key: object, make: Callable[[], Slots]) -> Slots:
         for last, value in self._last:

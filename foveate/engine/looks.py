@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.engine.cache import PrunedLayer
 from foveate.engine.images import Group, split_by_count
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
@@ -64,7 +63,7 @@ class Looks:
             self._rate(hidden.detach())
         if not due:
             return
-        view = self._view(number, layer, hidden, kwargs)
+        view = self.view(number, layer, hidden, kwargs)
         for name in due:
             self._taken[name, number] = self._look(name, view), self.turn.layout
 
@@ -137,13 +136,12 @@ class Looks:
                 return self._text_of(view.keys.transpose(1, 2)).transpose(1, 2)
         raise AssertionError(name)  # the plan knows all names
 
-    def _view(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> LayerView:
+    def view(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> LayerView:
+        """What a layer that is about to run attends with; arguments as in `take`."""
         turn, prompt = self.turn, self.prompt
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        before = turn.fresh
-        if isinstance(held, PrunedLayer) and held.slots is not None:
-            before = held.slots
+        before = turn.slots_of(cache, number)
         rotary = None
         if turn.family.rotates(number):
             rotary, _ = turn.positions(number, before, hidden, kwargs)

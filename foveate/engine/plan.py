@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from foveate.budget import PerRequest
+from foveate.engine.compute import why_whole
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Need, Step, get_method, list_methods
+from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
 
@@ -23,6 +25,7 @@ class PlannedStep:
         number: which of the method's steps it is.
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
+        parks: whether what it takes out comes back at the method's next step.
     """
 
     method: Method
@@ -30,6 +33,7 @@ class PlannedStep:
     number: int
     step: Step
     renumber: bool
+    parks: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class Plan:
         vision: steps inside the encoder, by layer.
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
+        work: decoder layer -> what it computes of visual tokens, where that is not everything.
+        focus: the step that acts on decoding, if there is one.
     """
 
     methods: tuple[Method, ...]
     vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
+    work: Mapping[int, Work] = field(default_factory=dict)
+    focus: PlannedStep | None = None
 
     @classmethod
     def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
@@ -66,8 +74,8 @@ class Plan:
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step, renumber)
-                for i, step in enumerate(of_method)
+                PlannedStep(method, method_number, i, step, renumber and not step.stay, parks)
+                for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
                 _check_stage(family, method, item.step.stage)
@@ -84,12 +92,26 @@ class Plan:
                     )
             steps += planned
         _check_signals(steps)
+        _check_parking(steps)
+        _check_thresholds(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
-            chosen = (s for s in steps if s.step.stage == stage)
+            chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
             return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
 
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"))
+        focus = [s for s in steps if s.step.decode]
+        if len(focus) > 1:
+            raise LayerError(
+                f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
+                "steps attend to; use one of them"
+            )
+        work = _work(family, methods)
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
+
+    @property
+    def asks(self) -> bool:
+        """Whether it matters inside the language model which positions are visual."""
+        return bool(self.looks or self.work)
 
     @property
     def marks(self) -> bool:
@@ -99,11 +121,20 @@ class Plan:
     @cached_property
     def encoder_signals(self) -> dict[str, tuple[int, ...]]:
         """Signal -> encoder layers at which a step behind the encoder needs it."""
-        found: dict[str, set[int]] = {}
-        for need in (need for planned in self.pre_llm for need in planned.step.needs):
-            if SIGNALS[need.name].source == "encoder":
-                found.setdefault(need.name, set()).update(need.layers)
-        return {name: tuple(sorted(layers)) for name, layers in found.items()}
+        return _encoder_layers(need for planned in self.pre_llm for need in planned.step.needs)
+
+    @cached_property
+    def earlier_signals(self) -> dict[str, tuple[int, ...]]:
+        """Signal -> encoder layers at which a step before a later layer needs it."""
+        return _encoder_layers(
+            need for s in self.vision for need in s.step.needs if need.layers != (s.step.layer,)
+        )
+
+    @property
+    def above(self) -> float:
+        """What patches must receive of the mean to be global, where a step asks of that."""
+        needs = (need for planned in self.pre_llm for need in planned.step.needs)
+        return next((need.above for need in needs if need.name == "global_attention"), 0.0)
 
     @cached_property
     def looks(self) -> dict[int, dict[str, list[PlannedStep]]]:
@@ -135,9 +166,10 @@ class Plan:
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
-        if self.marks:
+        if self.marks or any(s.step.forget for s in self.llm):
             return 0
-        return min({s.step.layer for s in self.llm} | set(self.looks), default=0)
+        focus = set() if self.focus is None else {self.focus.step.layer - 1}
+        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work, *focus}, default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -152,6 +184,15 @@ class Plan:
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
 
 
+def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
+    """Signal -> layers, of signals that encoder layers give."""
+    found: dict[str, set[int]] = {}
+    for need in needs:
+        if SIGNALS[need.name].source == "encoder":
+            found.setdefault(need.name, set()).update(need.layers)
+    return {name: tuple(sorted(layers)) for name, layers in found.items()}
+
+
 def _order(step: Step) -> tuple[int, int]:
     return STAGES.index(step.stage), step.layer
 
@@ -162,10 +203,30 @@ def _check_stage(family: Family, method: Method, stage: str) -> None:
             f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
             f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
         )
-    if stage == "vision" and (family.encoder is None or family.encoder.block is None):
+    if stage == "vision":
+        check_mixing(family, [method], "image", {})
+        if family.encoder is None or family.encoder.block is None:
+            raise UnsupportedModelError(
+                f"{method.slug!r} acts inside the encoder, which is not supported on this "
+                f"{family.model_type!r}. Methods that work here: "
+                f"{', '.join(working_methods(family))}."
+            )
+
+
+def check_mixing(
+    family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse to act inside the encoder where patches do not belong to one visual token each.
+
+    Raises:
+        UnsupportedModelError: so it is for this modality, or for what is to be encoded.
+    """
+    if methods and (why := family.mixing(modality, arguments)):
+        names = ", ".join(dict.fromkeys(method.slug for method in methods))
         raise UnsupportedModelError(
-            f"{method.slug!r} acts inside the encoder, which is not supported on this "
-            f"{family.model_type!r}. Methods that work here: {', '.join(working_methods(family))}."
+            f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
+            f"this {family.model_type!r}: {why}. Methods that work here: "
+            f"{', '.join(working_methods(family, vision=False))}."
         )
 
 
@@ -202,6 +263,14 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
             f"layers 0 to {family.text_layers - 1}"
         )
+    if step.decode:
+        if step.layer < 1 or step.layer - 1 not in family.attention_layers:
+            raise LayerError(
+                f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
+                "which must see the whole sequence; layers that do are "
+                f"{', '.join(map(str, family.attention_layers))}"
+            )
+        return
     if step.layer < family.first_llm_layer:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "
@@ -243,17 +312,19 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             "has no class token that methods can read. "
             f"{works}{', '.join(working_methods(family))}."
         )
-    if encoder is None or (step.stage == "pre_llm" and not encoder.offers(need.name)):
+    if encoder is None or (encoder.packed is not None and not signal.packed):
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
             f"give. {works}{', '.join(working_methods(family))}."
         )
     if step.stage == "vision":
-        if need.layers != (step.layer,) or not signal.inside:
+        earlier = not step.inside and all(i < step.layer for i in need.layers)
+        own = need.layers == (step.layer,) and signal.inside
+        if not (own or (earlier and encoder.packed is None)):
             raise LayerError(
                 f"{slug} acts at {step.place} and can have signals of that layer only "
-                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), but needs "
-                f"{need.name} of layers {need.layers}"
+                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
+                f"earlier ones, but needs {need.name} of layers {need.layers}"
             )
         if need.name == "encoder_keys" and not step.inside:
             raise LayerError(
@@ -286,6 +357,66 @@ def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
         )
 
 
+def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
+    """What decoder layers compute of visual tokens.
+
+    Raises:
+        UnsupportedModelError: the layers cannot be computed in parts.
+        LayerError: two methods want different things of a layer.
+    """
+    found: dict[int, Work] = {}
+    for method in methods:
+        for work in method.work(family):
+            if why := why_whole(family, work):
+                raise UnsupportedModelError(
+                    f"{method.slug!r} computes decoder layers of this {family.model_type} in "
+                    f"parts, but {why}. Methods that work here: "
+                    f"{', '.join(working_methods(family))}."
+                )
+            if work.layer in found:
+                raise LayerError(
+                    f"{method.slug} and another method both say what layer {work.layer} computes "
+                    "of visual tokens; use one of them"
+                )
+            found[work.layer] = work
+    return found
+
+
+def _parking(steps: Sequence[Step]) -> list[bool]:
+    """Whether what each step of a method takes out comes back at the next."""
+    return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
+
+
+def _check_parking(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps, and renumbering, while tokens are parked."""
+    llm = [s for s in steps if s.step.stage == "llm"]
+    for planned in (s for s in llm if s.parks):
+        back = next(s for s in llm if s.method is planned.method and s.number == planned.number + 1)
+        span = range(planned.step.layer, back.step.layer + 1)
+        between = [s for s in llm if s.method is not planned.method and s.step.layer in span]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
+                f"{planned.method.slug} brings back at {back.step.place} are parked; give it a "
+                f"layer before {span.start} or behind {span[-1]}"
+            )
+        if planned.renumber:
+            raise LayerError(
+                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
+                "use positions='original'"
+            )
+
+
+def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
+    """Refuse two steps that mean different things by global patches."""
+    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
+    if len({need.above for need in needs}) > 1:
+        raise LayerError(
+            "methods of one session ask for global_attention above different thresholds: "
+            f"{', '.join(str(need.above) for need in needs)}; give them the same"
+        )
+
+
 def _check_signals(steps: Sequence[PlannedStep]) -> None:
     """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
     first: dict[tuple[int, bool], PlannedStep] = {}
@@ -309,16 +440,18 @@ def why_not(family: Family, name: str) -> str | None:
     return None
 
 
-def working_methods(family: Family, *, encoder: bool = True) -> list[str]:
+def working_methods(family: Family, *, encoder: bool = True, vision: bool = True) -> list[str]:
     """Registered methods that need no stage and no signal the model lacks.
 
     Args:
         family: the model.
         encoder: whether signals of the encoder may be read behind it.
+        vision: whether methods may act inside the encoder, if they can.
     """
     tower, reads = family.encoder, encoder
+    layers = [Work(number, window=1) for number in range(family.text_layers)]
     stages = set(STAGES if family.text_layers else STAGES[:1])
-    if tower is None or tower.block is None:
+    if tower is None or tower.block is None or not vision:
         stages.discard("vision")
 
     def has(method: type[Method], name: str) -> bool:
@@ -327,10 +460,14 @@ def working_methods(family: Family, *, encoder: bool = True) -> list[str]:
             return True
         if tower is None or (signal.class_token and not tower.class_token):
             return False
-        return method.stage == "vision" or (reads and tower.offers(name))
+        if tower.packed is not None and not signal.packed:
+            return False
+        return method.stage == "vision" or reads
 
     def works(name: str) -> bool:
         method = get_method(name)
+        if method.work is not Method.work and any(why_whole(family, work) for work in layers):
+            return False
         return method.stage in stages and all(has(method, need) for need in method.needs)
 
     return [name for name in list_methods() if works(name)]

@@ -66,6 +66,16 @@ class Question:
         """
         return self.real[rows] & (self.columns[rows] > ends[:, None])
 
+    def paired(self, rows: Tensor, ends: Tensor, nexts: Tensor) -> Tensor:
+        """(G, Q) which tokens come before another image does.
+
+        Args:
+            rows: (G) rows of some images.
+            ends: (G) logical column of each one's last token.
+            nexts: (G) that of the next image's last token in the row, or any column behind it.
+        """
+        return self.mask(rows, ends) & (self.columns[rows] < nexts[:, None])
+
     @torch.no_grad()
     def embeddings(self, table: nn.Module, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
         """(B, Q, D) input embeddings.

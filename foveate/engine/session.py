@@ -152,8 +152,8 @@ class Session:
 
         Args:
             images: the images of the prompt, in order of appearance. A video is one of them: the
-                list of its frames. Where each tile of a picture counts as an image (InternVL,
-                Idefics3, Ovis2, Aya Vision), pass the tiles.
+                list of its frames. Of pictures that the processor cut into tiles, all tiles can be
+                passed instead.
             geometry: how the processor mapped a picture on the token grid: `resize`, `crop`,
             `pad`, or `auto`.
 

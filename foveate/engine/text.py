@@ -63,6 +63,8 @@ class TextPart(Hooks, Part):
         for modality in family.placeholder_ids:
             around = functools.partial(self.features, modality)
             self.wrap(family.base, f"get_{modality}_features", around)
+        for number in self.plan.work:
+            self.wrap(family.layers[number], "forward", functools.partial(self.run_layer, number))
         for number in self.plan.transition_layers:
             for name in ("self_attn", "mlp"):
                 module = family._child(family.layers[number], name)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
+from foveate.engine.compute import Images, Split
+from foveate.engine.focusing import Focusing
 from foveate.engine.images import Group, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -24,6 +26,7 @@ from foveate.engine.layout import (
     translate_mask,
 )
 from foveate.engine.looks import Looks
+from foveate.engine.parking import Parked
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
 
@@ -92,7 +95,10 @@ class Turn:
             for method, tokens in began.items()
         }
         self.looks = Looks(self)
-        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots]] = {}
+        self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
+        self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
+        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
+        self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
@@ -115,8 +121,11 @@ class Turn:
             hidden = self._reduce(number, layer, hidden, kwargs)
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)
+        if self.focusing is not None:
+            kwargs = self.focusing.enter(number, layer, hidden, kwargs)
         cache = kwargs.get("past_key_values")
-        if self.layout is self.full and not _is_pruned(cache, number):
+        in_parts = number in self.plan.work and bool(self.groups)
+        if self.layout is self.full and not in_parts and not _is_pruned(cache, number):
             return hidden, kwargs
         before, width = self.fresh, 0
         if cache is not None:
@@ -132,18 +141,21 @@ class Turn:
         key = (id(before), id(self.layout), *map(id, logical))
         if key not in self._views:
             self._views[key] = self._view(number, before, width, hidden, kwargs)
-        changes, after = self._views[key]
+        changes, after, split = self._views[key]
         if cache is not None:
             held.incoming = after
+        if split is not None and number in self.plan.work:
+            self.splits[number] = split
         return hidden, {**kwargs, **changes} if changes else kwargs
 
     def _view(
         self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Slots]:
-        """Keyword arguments that change for layers that share slots and layout, and their slots
-        afterwards.
+    ) -> tuple[dict[str, Any], Slots, Split | None]:
+        """Keyword arguments that change for layers that share slots and layout, their slots
+        afterwards, and which of them are visual.
         """
-        after = before.extend(self.layout, self.prompt.length, self._renumbered)
+        visual = self.prompt.visual if self.plan.work else None
+        after = before.extend(self.layout, self.prompt.length, self._renumbered, visual)
         mask = kwargs.get("attention_mask")
         rotary, position_ids = self.positions(number, before, hidden, kwargs)
         physical = {
@@ -154,7 +166,31 @@ class Turn:
             "position_ids": position_ids,
         }
         changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
-        return changes, after
+        return changes, after, self._split(after)
+
+    def _split(self, slots: Slots) -> Split | None:
+        """Visual and other columns, for layers that compute less of visual ones."""
+        if not self.plan.work or slots.visual is None:
+            return None
+        position, keys = self.layout.index + self.prompt.past, slots.index
+        position = position.masked_fill(self.layout.index < 0, -1)
+        if self.prompt.real is not None:
+            position, keys = (
+                x.masked_fill(~self.prompt.real.gather(1, x.clamp(min=0)), -1)
+                for x in (position, keys)
+            )
+        images = [
+            Images(
+                self.row_index(group),
+                self.columns_of(group, self.layout),
+                group.index if group.index.shape[1] < group.shape.total else None,
+                group.shape.frames,
+                group.shape.grid,
+            )
+            for group in self.groups
+            if group.index.shape[1]
+        ]
+        return Split.of(images, position, keys, slots.visual)
 
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
@@ -189,7 +225,7 @@ class Turn:
         lost = False
         for group in self.groups:
             if self.plan.pre_llm:
-                self._note(group, "pre_llm")
+                self.note(group, "pre_llm")
             gone = group.shape.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
@@ -222,8 +258,17 @@ class Turn:
         if number in self.plan.looks:
             self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
-            if planned.step.layer == number:
-                hidden = self._step(planned, hidden)
+            if planned.step.layer != number:
+                continue
+            if planned.step.restore:
+                hidden = self._parked.pop(planned.method_number).back(self, planned, hidden)
+                continue
+            if planned.parks:
+                self._parked[planned.method_number] = Parked.of(self, hidden)
+            before = self.layout
+            hidden = self._step(planned, hidden)
+            if planned.step.forget and self.layout is not before:
+                self._forget(number, kwargs.get("past_key_values"))
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -246,7 +291,7 @@ class Turn:
             )
             for part, after, reduction in parts:
                 groups.append(after)
-                self._note(after, planned.step.place)
+                self.note(after, planned.step.place)
                 if reduction is None:
                     continue
                 lost = True
@@ -286,6 +331,26 @@ class Turn:
         self.layout, source = compact(self.layout, living, self.tokens)
         return source
 
+    def _forget(self, number: int, cache: Any) -> None:
+        """Let the cache layers before a decoder layer forget what is not alive there."""
+        if cache is None:
+            return
+        prompt = self.prompt
+        gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
+        gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight
+        past = gone.new_zeros(prompt.batch, prompt.past)
+        if prompt.real is not None:
+            past = ~prompt.real[:, : prompt.past]
+        gone = torch.cat((past, gone[:, :-1]), 1)
+        full = Slots.full(prompt.batch, prompt.past + prompt.length, prompt.device)
+        left: dict[Slots, tuple[Slots, Tensor]] = {}  # layers that share slots go on sharing
+        for i in range(number):
+            held = pruned_layer(cache, i, full, 0)
+            assert held.slots is not None
+            if held.slots not in left:
+                left[held.slots] = held.slots.without(gone)
+            held.forget(*left[held.slots])
+
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
@@ -293,7 +358,8 @@ class Turn:
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
         return hidden
 
-    def _note(self, group: Group, place: str) -> None:
+    def note(self, group: Group, place: str) -> None:
+        """Write down which tokens of each image are alive behind a place."""
         for i, image in enumerate(group.images):
             kept = group.index[i]
             self.kept[image][place] = kept.sort().values if group.ordered else kept
@@ -306,6 +372,13 @@ class Turn:
         return torch.searchsorted(
             layout.index[self.row_index(part)[:, 0]].contiguous(), part.columns.contiguous()
         )
+
+    def slots_of(self, cache: Any, number: int) -> Slots:
+        """What a cache layer holds before this forward."""
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+        if isinstance(held, PrunedLayer) and held.slots is not None:
+            return held.slots
+        return self.fresh
 
     def row_index(self, part: Group) -> Tensor:
         """(G, 1) row of the batch of each image."""
@@ -323,7 +396,7 @@ class Turn:
             output: the text model's output.
             first_layer: first layer that the session touched.
         """
-        if self.layout is self.full:
+        if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output
         states = output.last_hidden_state
         output.last_hidden_state = self._expand(states, self.layout)

@@ -2,7 +2,8 @@
 
 Layers in which nothing is removed keep their own forward. A layer in which tokens are removed
 between attention and MLP is run in two halves; that needs an instance-level forward, because hooks
-do not reach in between.
+do not reach in between. So are layers whose attention takes no mask, once merged tokens count as
+often as they have sources.
 """
 
 from __future__ import annotations
@@ -10,19 +11,23 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.engine.encoding import Encoding
+from foveate.engine.inputs import bound
 from foveate.engine.part import Part
-from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.plan import Plan, PlannedStep, check_mixing
+from foveate.engine.stack import Stack
 from foveate.errors import UnsupportedModelError
+from foveate.method import Need
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
+from foveate.signals.encoder import EncoderSignals
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -33,8 +38,13 @@ class _Local(threading.local):
 
     encoding: Encoding | None = None
     collected: list[Encoding] | None = None  # finished passes, while somebody collects them
+    modality: str = "image"  # what they are of
     as_tuple: bool = False  # the caller wants a tuple
     record: Record | None = None
+
+    def __init__(self) -> None:
+        self.collecting = ExitStack()  # signals of the layers that have run
+        self.rows: dict[tuple[str, int], Tensor] = {}
 
 
 class VisionPart(Part):
@@ -48,6 +58,7 @@ class VisionPart(Part):
     def __init__(self, plan: Plan, family: Family) -> None:
         super().__init__()
         self.family = family
+        self.methods = [s.method for s in plan.vision]
         assert family.encoder is not None  # the plan has checked it
         self.encoder = family.encoder
         self._before: dict[int, list[PlannedStep]] = defaultdict(list)
@@ -56,6 +67,11 @@ class VisionPart(Part):
             steps = self._inside if planned.step.inside else self._before
             steps[planned.step.layer].append(planned)
         self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
+        self._unmasked = self._without_masks(plan)
+        earlier = plan.earlier_signals
+        self._signals = (
+            EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
+        )
         self._local = _Local()
         self._last: Record | None = None
 
@@ -80,14 +96,33 @@ class VisionPart(Part):
         return self._local.encoding
 
     @contextmanager
-    def collect(self) -> Iterator[list[Encoding]]:
-        """While open, fill a list with the passes that end, in this thread only."""
+    def collect(self, modality: str, arguments: Mapping[str, Any]) -> Iterator[list[Encoding]]:
+        """While open, fill a list with the passes that end, in this thread only.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what features are made from.
+
+        Raises:
+            UnsupportedModelError: the model mixes the patches of it.
+        """
+        check_mixing(self.family, self.methods, modality, arguments)
         passes: list[Encoding] = []
-        self._local.collected = passes
+        self._local.collected, self._local.modality = passes, modality
         try:
             yield passes
         finally:
-            self._local.collected = None
+            self._local.collected, self._local.modality = None, "image"
+
+    def _without_masks(self, plan: Plan) -> frozenset[int]:
+        """Layers that may get a bias and cannot take it as a mask."""
+        block = self.encoder.block
+        if block is None or block.output is None:
+            return frozenset()
+        biased = [s.step.layer for s in plan.vision if s.step.proportional]
+        return frozenset(
+            range(min(biased, default=len(self.encoder.layers)), len(self.encoder.layers))
+        )
 
     # -- attach
 
@@ -97,7 +132,7 @@ class VisionPart(Part):
         Raises:
             UnsupportedModelError: a layer that must be run in halves has a forward of its own.
         """
-        for number in self._inside:
+        for number in {*self._inside, *self._unmasked}:
             if "forward" in vars(self.encoder.layers[number]):
                 raise UnsupportedModelError(
                     f"encoder layer {number} has had its forward replaced (accelerate does so to "
@@ -113,12 +148,19 @@ class VisionPart(Part):
         for number in range(self._first, len(self.encoder.layers)):
             layer = self.encoder.layers[number]
             self.before(layer, functools.partial(self._enter_layer, number))
-            if steps := self._inside.get(number):
+            attention, steps = self.encoder.attention(layer), self._inside.get(number, [])
+            if not self.encoder.masks_layers:
+                self.before(attention, self._enter_attention)
+            if steps or number in self._unmasked:
                 self.wrap(layer, "forward", functools.partial(self._halves, layer, steps))
-                if any(planned.step.needs for planned in steps):
-                    for name in ("q_proj", "k_proj"):
-                        projection = getattr(self.encoder.attention(layer), name)
-                        self.behind(projection, functools.partial(self._tap, name))
+            if any(planned.step.needs for planned in steps):
+                for name in self.encoder.projections:
+                    self.behind(getattr(attention, name), functools.partial(self._tap, name))
+        for reader in self.encoder.readers:
+            self.before(reader, self._enter_reader)
+        if self._signals is not None:
+            self._signals.attach()
+            self._undo.append(self._signals.remove)
         if self._first < len(self.encoder.layers) and self.encoder.head is not None:
             self.before(self.encoder.head, self._enter_head)
             for module in self.encoder.head.modules():
@@ -128,13 +170,17 @@ class VisionPart(Part):
     # -- around the encoder
 
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        pixels = args[0] if args else kwargs.get("pixel_values")
-        self._local.encoding = Encoding(self.family, self.encoder, pixels)
+        arguments = bound(module.forward, args, kwargs)
+        side = self.family.side(self._local.modality)
+        self._local.encoding = Encoding(self.family, self.encoder, arguments, side)
+        if self._signals is not None:
+            self._local.rows = self._local.collecting.enter_context(self._signals.collect())
         self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
         return (args, {**kwargs, "return_dict": True}) if self._local.as_tuple else None
 
     def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         encoding, self._local.encoding = self._local.encoding, None
+        self._local.collecting.close()
         if encoding is None or output is None:  # it raised
             return None
         encoding.see(output.last_hidden_state)
@@ -152,18 +198,40 @@ class VisionPart(Part):
         if encoding is None:
             return None
         hidden = args[0]
-        encoding.see(hidden)
+        if len(args) > 1:  # the mask
+            kwargs = {**kwargs, "attention_mask": args[1]}
+        encoding.see(hidden, kwargs.get("attention_mask"))
         steps = self._before.get(number)
         if steps and encoding.removes(steps):
-            hidden = encoding.reduce(steps, hidden, lambda _: encoding.ahead(module, args[0]))
-        encoding.rows.append((hidden.shape[1], hidden.shape[1]))
-        if encoding.layout is None:
+            hidden = encoding.reduce(
+                steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
+            )
+        encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
+        return ((hidden,), encoding.told(kwargs)) if encoding.reduced else None
+
+    def _signal(
+        self, encoding: Encoding, number: int, layer: Any, hidden: Tensor, need: Need, of: Stack
+    ) -> Tensor:
+        """A signal before a layer: of earlier layers, or of the one that is about to run."""
+        if need.layers == (number,):
+            return encoding.ahead(layer, hidden, of)
+        assert self._signals is not None  # as planned
+        rows = [encoding.at_tokens(self._local.rows[need.name, i], of) for i in need.layers]
+        return self._signals.deliver(need.name, torch.stack(rows, 1))
+
+    def _enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before the attention of a layer that takes no mask: hand it one."""
+        encoding = self._local.encoding
+        if encoding is None or encoding.bias is None:
             return None
-        given = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        mask = encoding.mask(given)
-        if len(args) > 1:
-            return (hidden, mask, *args[2:]), kwargs
-        return (hidden,), {**kwargs, "attention_mask": mask}
+        return args, {**kwargs, "attention_mask": encoding.bias}
+
+    def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before a module that reads rows: hand it all of them."""
+        encoding = self._local.encoding
+        if encoding is None or not encoding.reduced:
+            return None
+        return (encoding.whole(args[0]), *args[1:]), kwargs
 
     def _halves(
         self,
@@ -171,20 +239,26 @@ class VisionPart(Part):
         steps: list[PlannedStep],
         original: Any,
         hidden: Tensor,
-        attention_mask: Tensor | None = None,
+        *masks: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
         """A layer's forward with steps between its attention and its MLP."""
         encoding, block = self._local.encoding, self.encoder.block
-        if encoding is None or not encoding.removes(steps):
-            return original(hidden, attention_mask, **kwargs)
         assert block is not None  # checked in the plan
-        encoding.mask(attention_mask)
+        if encoding is None:
+            return original(hidden, *masks, **kwargs)
+        bias = encoding.bias if block.output is not None else None
+        removes = encoding.removes(steps)
+        if bias is None and not removes:
+            return original(hidden, *masks, **kwargs)
+        if masks:
+            kwargs = {**kwargs, "attention_mask": masks[0]}
         encoding.taps = {}
-        hidden = block.attend(layer, hidden, attention_mask, **kwargs)
-        hidden = encoding.reduce(steps, hidden, encoding.tapped)
+        hidden = block.attend(layer, hidden, bias=bias, **kwargs)
+        if removes:
+            hidden = encoding.reduce(steps, hidden, encoding.tapped)
         encoding.taps = None
-        encoding.rows[-1] = (encoding.rows[-1][0], hidden.shape[1])
+        encoding.rows[-1] = (encoding.rows[-1][0], hidden.shape[-2])
         return block.feed(layer, hidden)
 
     def _tap(self, name: str, module: nn.Module, args: Args, output: Tensor) -> None:
@@ -195,32 +269,34 @@ class VisionPart(Part):
     # -- around a head that pools by attention
 
     def _enter_head(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        """Before the head: its mask of all tokens, which hides none, no longer fits."""
+        """Before the head: its mask of all tokens no longer fits; its attention gets another."""
         encoding = self._local.encoding
-        if encoding is None or encoding.layout is None:
+        if encoding is None or not encoding.reduced:
             return None
         return args[:1], {}
 
     def _enter_pooling(self, module: Any, args: Args, kwargs: Kwargs) -> Any:
-        """Before the head's attention: count a merged token as often as it has sources."""
+        """Before the head's attention: count a merged token as often as it has sources, and padding
+        not at all.
+        """
         encoding = self._local.encoding
-        if encoding is None or encoding.merged is None:
+        if encoding is None or not encoding.reduced:
             return None
-        log = encoding.merged.log().to(args[0].dtype)[:, None]
+        counts = encoding.counts(args[1], merged=True)
+        if counts is None:
+            return None
+        log = counts.log().to(args[1].dtype)[:, None]
         return args, {**kwargs, "attn_mask": log.repeat_interleave(module.num_heads, 0)}
 
     # -- what was done
 
     def _describe(self, encoding: Encoding) -> Record:
-        kept = survivors([encoding])
         images = [
-            ImageRecord(
-                i, encoding.total, encoding.grid, {place: at[i] for place, at in kept.items()}
-            )
-            for i in range(encoding.images)
+            ImageRecord(n, of.total, of.grid, kept, frames=of.frames)
+            for n, (of, kept) in enumerate(encoding.survivors())
         ]
-        full = encoding.total + self.encoder.special
-        rows = [(full, full)] * min(self._first, len(self.encoder.layers)) + encoding.rows
+        length = encoding.where.shape[-1] if images else 0
+        rows = [(length, length)] * min(self._first, len(self.encoder.layers))
         return Record(
             rows=len(images),
             prompt_tokens=[],
@@ -228,29 +304,5 @@ class VisionPart(Part):
             layer_tokens=[],
             cache_slots=[],
             pixels=encoding.pixels,
-            encoder_tokens=rows,
+            encoder_tokens=rows + encoding.rows,
         )
-
-
-def survivors(passes: list[Encoding], lengths: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Place -> (images, K) raster positions alive behind it, ascending.
-
-    Args:
-        passes: passes through the encoder, with the same places.
-        lengths: visual tokens that the language model is given of each image.
-
-    Raises:
-        UnsupportedModelError: they are not the encoder's patches, one for one.
-    """
-    seen = [encoding.total for encoding in passes for _ in range(encoding.images)]
-    if passes and lengths is not None and list(lengths) != seen:
-        raise UnsupportedModelError(
-            f"the encoder saw {len(seen)} images of {sorted(set(seen))} patches, but the language "
-            f"model is given {len(lengths)} of {sorted(set(lengths))} tokens, so that what was "
-            "removed inside the encoder cannot be followed; use a pre_llm or llm method"
-        )
-    places = passes[0].kept if passes else {}
-    return {
-        place: torch.cat([encoding.kept[place].sort(-1).values for encoding in passes])
-        for place in places
-    }

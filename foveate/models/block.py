@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.models.segments import attend_segments
+
 
 @dataclass(frozen=True)
 class Block:
@@ -18,12 +20,15 @@ class Block:
 
     Args:
         norm1: norm before the attention.
-        attention: attention with `q_proj` and `k_proj`; takes hidden states and an attention mask,
-            and returns a tuple.
+        attention: attention, which takes normed states and keyword arguments.
         norm2: norm before the MLP.
         mlp: the MLP.
-        scale1: what the attention's output passes on its way to the sum: layer scale, dropout.
+        scale1: what the attention's output passes on its way to the sum: layer scale (a module, or
+            a parameter to multiply with), dropout.
         scale2: the same for the MLP's output.
+        projections: modules of the attention that make queries and keys: one for each, or one for
+            queries, keys and values together.
+        output: module of the attention that mixes its heads.
     """
 
     norm1: str
@@ -32,24 +37,45 @@ class Block:
     mlp: str = "mlp"
     scale1: tuple[str, ...] = ()
     scale2: tuple[str, ...] = ()
+    projections: tuple[str, ...] = ("q_proj", "k_proj")
+    output: str | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
         """All names, to check a layer against."""
         names = (self.norm1, self.attention, self.norm2, self.mlp, *self.scale1, *self.scale2)
-        return (*names, f"{self.attention}.q_proj", f"{self.attention}.k_proj")
+        return (*names, *(f"{self.attention}.{name}" for name in self.projections))
 
-    def attend(self, layer: Any, hidden: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
-        """The first half of a layer: (B, N, D) states after the attention."""
+    def attend(
+        self, layer: Any, hidden: Tensor, *, bias: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """The first half of a layer: states after the attention.
+
+        Args:
+            layer: the layer.
+            hidden: (B, N, D) states, or (N, D) of pictures in segments.
+            bias: (N) what is added to the scores of each key, where the attention has segments and
+                takes no mask.
+            **kwargs: what the layer hands to its attention.
+        """
         normed = getattr(layer, self.norm1)(hidden)
-        mixed = getattr(layer, self.attention)(normed, attention_mask=mask, **kwargs)[0]
-        for name in self.scale1:
-            mixed = getattr(layer, name)(mixed)
-        return hidden + mixed
+        attention = getattr(layer, self.attention)
+        if bias is None:
+            mixed = attention(normed, **kwargs)
+            mixed = mixed if isinstance(mixed, Tensor) else mixed[0]
+        else:
+            assert self.output is not None
+            mixed = attend_segments(attention, self.projections, self.output, normed, bias, kwargs)
+        return hidden + _scaled(layer, self.scale1, mixed)
 
     def feed(self, layer: Any, hidden: Tensor) -> Tensor:
-        """The second half: (B, N, D) states after the MLP."""
+        """The second half: states after the MLP."""
         fed = getattr(layer, self.mlp)(getattr(layer, self.norm2)(hidden))
-        for name in self.scale2:
-            fed = getattr(layer, name)(fed)
-        return hidden + fed
+        return hidden + _scaled(layer, self.scale2, fed)
+
+
+def _scaled(layer: Any, names: tuple[str, ...], states: Tensor) -> Tensor:
+    for name in names:
+        scale = getattr(layer, name)
+        states = scale * states if isinstance(scale, Tensor) else scale(states)
+    return states

@@ -10,8 +10,6 @@ from foveate.models.towers import tower
 class DeepseekVL(Family):
     """`DeepseekVLForConditionalGeneration` and `DeepseekVLModel`."""
 
-    patches_are_tokens = True
-
     @property
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token."""

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from foveate.boxes import cells_of
 from foveate.errors import UnsupportedModelError
 from foveate.models.block import Block
+from foveate.models.rows import Picture, raster_rows
+from foveate.tiles import Tiling
 from foveate.tokens import Shape
 
 FAMILIES: dict[str, type[Family]] = {}
@@ -31,28 +33,31 @@ class Encoder:
         class_token: whether row 0 is a class token.
         projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
-        block: how a layer is made; needed to act inside the encoder, and only given where the
-            visual tokens are the patches, one for one.
+        block: how a layer is made; needed to act inside the encoder, and only given where each
+            patch belongs to one visual token.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
-        plain: whether a layer attends by the softmax of `projections` over all rows of a picture:
-            no rotary positions, no windows, no packing.
+        packed: where the rows of all pictures lie in one sequence, says from the tower's arguments
+            and `Family.side` which rows each picture has; `None` where each picture is a row of a
+            batch.
+        readers: modules within the tower that read rows behind layers, and need all of them.
+        returns_rows: whether what the tower returns are rows that no reader has read.
+        masks_layers: whether layers take an attention mask; else their attention does.
     """
 
     layers: Sequence[nn.Module]
     attention: Callable[[Any], Any]
     heads: int
     class_token: bool
-    projections: tuple[str, str] = ("q_proj", "k_proj")
+    projections: tuple[str, ...] = ("q_proj", "k_proj")
     tower: Any = None
     block: Block | None = None
     extra: int = 0
     head: Any = None
-    plain: bool = True
-
-    def offers(self, signal: str) -> bool:
-        """Whether a signal of the encoder can be had of its layers."""
-        return self.plain or signal == "encoder_features"
+    packed: Callable[[Mapping[str, Any], int], list[Picture]] | None = None
+    readers: tuple[Any, ...] = ()
+    returns_rows: bool = True
+    masks_layers: bool = True
 
     @property
     def special(self) -> int:
@@ -85,10 +90,12 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
-    patches_are_tokens: ClassVar[bool] = False
-    """Whether visual tokens are the encoder's patches, one for one, in images and videos."""
+    planar: ClassVar[bool] = True
+    """Whether the visual tokens of an image or a frame lie on one grid."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    thumbnail: ClassVar[int] = -1
+    """Which tile of a picture shows all of it, where each tile counts as an image."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -179,12 +186,35 @@ class Family:
         """
         return cells_of(shape)
 
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Which images of a row are tiles of one picture, in order; each is one by default.
+
+        Args:
+            ids: the row's token ids, if they are known.
+            spans: first column of each image, and the first behind it.
+        """
+        return [Tiling(1)] * len(spans)
+
     # -- the vision encoder
 
     @property
     def encoder(self) -> Encoder | None:
         """The vision encoder, or `None` if methods cannot look inside it."""
         return None
+
+    def side(self, modality: str) -> int:
+        """Side of a visual token in patches: the model merges cells of them behind the encoder."""
+        return 1
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Why patches do not belong to one visual token each, if so; methods cannot act inside the
+        encoder then.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what features are to be made from; empty if unknown.
+        """
+        return ""
 
     @property
     def vision_layers(self) -> int:
@@ -208,20 +238,37 @@ class Family:
         return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
 
     def per_token(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """(C, V) of what the encoder says of its patches, for the visual tokens of each image.
 
-        A token made of several patches gets their mean.
+        A token made of a cell of patches gets their mean.
 
         Args:
             modality: `image` or `video`.
             rows: (N, C, P) of the P patches of all N pictures, tiles or frames that went through
-                the encoder.
+                the encoder; where these lie in one sequence, (C, V) of each.
             arguments: what the features were made from.
             newline: what tokens get that are no patches.
         """
-        return list(rows)
+        side = self.side(modality)
+        if side == 1 or not isinstance(rows, Tensor):
+            return list(rows)
+        cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
+        return list(rows[..., cells].mean(-1))
+
+    def follow(
+        self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """(V) whether each visual token is alive; of each image, or of all behind one another.
+
+        Args:
+            modality: `image` or `video`.
+            alive: (C) whether the tokens of each picture, tile or frame that went through the
+                encoder are.
+            arguments: what the features were made from.
+        """
+        return alive
 
     def _child(self, parent: nn.Module, path: str) -> Any:
         child: Any = parent

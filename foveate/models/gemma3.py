@@ -5,16 +5,28 @@ Rows of an image see each other; that is in the masks, which the engine translat
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
-from foveate.models.family import Family, register_family
+from foveate.models.family import Encoder, Family, register_family
+from foveate.models.towers import tower
 
 
 @register_family("gemma3")
 class Gemma3(Family):
     """`Gemma3ForConditionalGeneration` and `Gemma3Model`."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_tower")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches whose mean becomes a token."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size // math.isqrt(self.config.mm_tokens_per_image)
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin) of the layer's kind of attention."""

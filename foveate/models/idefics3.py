@@ -1,12 +1,17 @@
-"""Idefics3 and SmolVLM: tiles of a SigLIP tower, pixel shuffle. Each tile counts as an image."""
+"""Idefics3 and SmolVLM: tiles of a SigLIP tower, pixel shuffle. Each tile counts as an image.
+
+The same token opens every tile, and closes a picture behind its last, the thumbnail; before it
+there is a line break at the end of a row of tiles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
+from foveate.tiles import Tiling, join
 from foveate.tokens import Shape
 
 
@@ -21,6 +26,10 @@ class Idefics3(Family):
         """The tower, which has no class token."""
         return tower(self, "vision_model")
 
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel shuffle puts into one token."""
+        return self.config.scale_factor
+
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each tile; the features of a sample's tiles come in one tensor."""
         pixels = arguments.get("pixel_values")
@@ -28,3 +37,18 @@ class Idefics3(Family):
         side = size // self.config.vision_config.patch_size // self.config.scale_factor
         tokens = sum(feature.shape[:-1].numel() for feature in pooled)
         return [Shape(side * side, (side, side))] * (tokens // (side * side))
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles are of one picture if one opens behind the other and nothing closes before."""
+        if ids is None:
+            return [Tiling(len(spans))]
+        behind = spans[-1][1]
+        opening = ids[behind] if behind < len(ids) else -1
+        pictures = []
+        for tiles in join(spans, lambda end, start: list(ids[end:start]).count(opening) == 1):
+            grid, count = None, len(tiles) - 1
+            ends = [n for n, (_, end) in enumerate(tiles[:-1], 1) if ids[end] != opening]
+            if ends and ends == list(range(ends[0], count + 1, ends[0])):
+                grid = (len(ends), ends[0])
+            pictures.append(Tiling(len(tiles), grid))
+        return pictures

@@ -15,8 +15,6 @@ from foveate.tokens import Shape
 class Llava(Family):
     """`LlavaForConditionalGeneration`, `VipLlavaForConditionalGeneration` and their base models."""
 
-    patches_are_tokens = True
-
     @property
     def encoder(self) -> Encoder | None:
         """The tower; its class token, if it has one, must not be a visual token."""
@@ -28,15 +26,11 @@ class Llava(Family):
             return replace(encoder, block=None)
         return encoder
 
-    @property
-    def cell(self) -> int:
-        """Side of a visual token in pixels, where images have any shape."""
-        return self.config.vision_config.patch_size
-
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each image; Pixtral's towers take images of any shape."""
         shapes, sizes = super().shapes(modality, pooled, arguments), arguments.get("image_sizes")
         if self.config.vision_config.model_type != "pixtral" or sizes is None:
             return shapes
-        grids = [(int(h) // self.cell, int(w) // self.cell) for h, w in sizes]
+        side = self.config.vision_config.patch_size * self.side("image")
+        grids = [(int(h) // side, int(w) // side) for h, w in sizes]
         return [Shape(shape.total, grid) for shape, grid in zip(shapes, grids, strict=True)]

@@ -23,7 +23,7 @@ from foveate.tokens import Shape
 class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
-    patches_are_tokens = False
+    planar = False
     placed_by = ("image_sizes", "batch_num_images")
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""
@@ -53,6 +53,39 @@ class AnyRes(Llava):
             return list(rows)
         line = torch.full(rows.shape[1:2], newline, device=rows.device, dtype=rows.dtype)
         return [image.T for image in self.packed(rows.transpose(1, 2), line, arguments)]
+
+    def follow(
+        self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """Which tokens of the packed tiles are alive; a newline is if a token of its line is."""
+        if modality == "video":
+            return alive
+        patches, sources = torch.cat(list(alive)), self._sources(arguments)
+        return [
+            _with_newlines(patches, source.to(patches.device), len(alive[0])) for source in sources
+        ]
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Packing may interpolate the tokens of an image to fewer."""
+        if modality == "video" or arguments.get("image_sizes") is None:
+            return ""
+        mixed = any(bool((source < -1).any()) for source in self._sources(arguments))
+        return "the tokens of an image of so many tiles are interpolated to fewer" if mixed else ""
+
+    def _sources(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+        """(V) patch of all tiles that each token of an image is: -1 for a newline, -2 for a mean of
+        several.
+        """
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        number = torch.arange(sum(self.tiles(arguments)) * patches, dtype=torch.double)
+        values = torch.stack((number, number**2), -1).view(-1, patches, 2)
+        images = self.packed(values, values.new_tensor((-1.0, 1.0)), arguments)
+        # The square of a mean is no mean of squares.
+        return [
+            torch.where(image[:, 0] ** 2 == image[:, 1], image[:, 0], -2.0).long()
+            for image in images
+        ]
 
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
@@ -136,6 +169,23 @@ class AnyRes(Llava):
         return torch.cat((thumbnail, boxes))
 
 
+def _with_newlines(alive: Tensor, source: Tensor, thumbnail: int) -> Tensor:
+    """(V) which tokens of a packed image are alive.
+
+    Args:
+        alive: (P) which patches of all tiles are.
+        source: (V) the patch of each token, or -1 for a newline.
+        thumbnail: patches of a thumbnail, which comes before the lines unless it is alone.
+    """
+    newline, tokens = source < 0, alive[source.clamp(min=0)] & (source >= 0)
+    line = newline.cumsum(0) - newline.long()
+    in_line = tokens.clone()
+    if len(source) > thumbnail + 1:
+        in_line[:thumbnail] = False
+    lives = torch.zeros_like(line).index_add(0, line, in_line.long()) > 0
+    return tokens | (newline & lives[line])
+
+
 def _widen(boxes: Tensor) -> Tensor:
     """(V, 4) boxes of packed tiles, as large as the distance between neighbours.
 
@@ -160,6 +210,16 @@ class LlavaNext(AnyRes):
     """`LlavaNextForConditionalGeneration`, the video variant, and their base models."""
 
     packing_option = "vision_feature_select_strategy"
+
+    def side(self, modality: str) -> int:
+        """Side of the cells that a video's frames are pooled by."""
+        return 1 if modality == "image" else self.config.spatial_pool_stride
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """A learned pooling of a video's frames is wider than a cell."""
+        if modality == "video" and self.config.spatial_pool_mode == "conv":
+            return "frames are pooled by a convolution"
+        return super().mixing(modality, arguments)
 
     def per_token(
         self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
@@ -186,6 +246,12 @@ class LlavaOnevision(AnyRes):
     """
 
     packing_option = "vision_aspect_ratio"
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """A video's frames are interpolated to half their size."""
+        if modality == "video":
+            return "frames are interpolated to fewer tokens"
+        return super().mixing(modality, arguments)
 
     @property
     def video_side(self) -> int:

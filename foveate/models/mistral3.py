@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from foveate.models.family import register_family
+from foveate.models.family import Encoder, register_family
 from foveate.models.llava import Llava
+from foveate.models.towers import tower
 
 
 @register_family("mistral3")
@@ -13,9 +14,11 @@ class Mistral3(Llava):
     The tokens that end rows in a prompt are text.
     """
 
-    patches_are_tokens = False
-
     @property
-    def cell(self) -> int:
-        """Side of a visual token in pixels."""
-        return super().cell * self.config.spatial_merge_size
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_tower")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches that the projector merges."""
+        return self.config.spatial_merge_size

@@ -19,6 +19,10 @@ class Molmo2(Family):
 
     placed_by = ("image_grids",)
 
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Visual tokens are pooled from patches, by their attention to them."""
+        return "visual tokens are pooled from patches by attention"
+
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin), scaled for long contexts in some layers only."""
         scaled = self.text.rope_types[layer] == "scaled"

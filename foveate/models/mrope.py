@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from foveate.errors import InputError
-from foveate.models.family import Family
+from foveate.models.family import Encoder, Family
+from foveate.models.towers import tower
 from foveate.tokens import Shape
 
 
@@ -17,6 +18,15 @@ class MRope(Family):
     """
 
     one_dimensional = False
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token; all pictures are in one sequence."""
+        return tower(self, "visual")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches that are merged into a token."""
+        return self.config.vision_config.spatial_merge_size
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, and grids in merged patches.

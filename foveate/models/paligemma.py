@@ -4,9 +4,15 @@ The prompt is a prefix whose tokens see each other; that is in the masks, which 
 translates.
 """
 
-from foveate.models.family import Family, register_family
+from foveate.models.family import Encoder, Family, register_family
+from foveate.models.towers import tower
 
 
 @register_family("paligemma")
 class PaliGemma(Family):
     """`PaliGemmaForConditionalGeneration` and `PaliGemmaModel`."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_tower")

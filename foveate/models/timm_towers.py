@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
 from foveate.models.family import Family, register_family
+from foveate.tiles import Tiling, join
 
 
 @register_family("perception_lm", "fast_vlm")
@@ -15,11 +18,13 @@ class TimmTower(Family):
     """`PerceptionLMForConditionalGeneration`, `FastVlmForConditionalGeneration`, and base models.
 
     Methods cannot look inside these towers. Videos of Perception LM, which the model
-    encodes as images, are refused.
+    encodes as images, are refused. Tiles of a picture follow its thumbnail without text.
 
     Raises:
         UnsupportedModelError: timm is not installed.
     """
+
+    thumbnail = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
         vision = model.config.vision_config.model_type
@@ -29,3 +34,11 @@ class TimmTower(Family):
                 "is not installed; install it with `pip install timm`"
             )
         super().__init__(model)
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Layers of timm's towers differ from one to the next, and some are convolutions."""
+        return "layers of towers from timm are of many kinds"
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles without a token in between are of one picture."""
+        return [Tiling(len(tiles)) for tiles in join(spans, lambda end, start: end == start)]

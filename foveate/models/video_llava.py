@@ -29,6 +29,10 @@ class VideoLlava(Family):
         strategy = self.config.vision_feature_select_strategy
         return tower(self, "image_tower") if strategy == "default" else None
 
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Class tokens of video frames are visual tokens, in a tower of their own."""
+        return "" if modality == "image" else "class tokens of video frames are visual tokens"
+
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each image, or of the frames of each video."""
         shapes = super().shapes(modality, pooled, arguments)

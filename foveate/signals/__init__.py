@@ -27,7 +27,9 @@ class Signal:
         attention: whether the layers must see the whole sequence.
         class_token: whether the encoder must have a class token.
         newline: what tokens have that are no patches, such as newlines between rows of tiles.
-        inside: whether a step inside the encoder can have it, of its own layer.
+        inside: whether a step inside the encoder can have it of its own layer; of earlier layers
+            a step before a layer can have all.
+        packed: whether it can be had where pictures lie in one sequence, behind one another.
     """
 
     what: str
@@ -37,6 +39,7 @@ class Signal:
     class_token: bool = False
     newline: float = 0.0
     inside: bool = False
+    packed: bool = True
 
 
 _NONE = float("-inf")
@@ -59,10 +62,22 @@ SIGNALS = {
         "encoder",
         newline=_NONE,
     ),
+    "global_attention": Signal(
+        "(G, L, V): attention that a patch receives from global patches, which receive more than "
+        "`Need.above` times the mean themselves; where there are none, from all",
+        "encoder",
+        newline=_NONE,
+        packed=False,
+    ),
     "given_attention": Signal(
         "(G, L, V): share of its attention that a patch gives to patches, mean over heads",
         "encoder",
         newline=_NONE,
+    ),
+    "information_flow": Signal(
+        "(G, L, V): how much a patch tells the class token, by attention and values (FlowCut)",
+        "encoder",
+        class_token=True,
     ),
     "encoder_keys": Signal(
         "(G, L, H, V, d): keys of the patches, without rotary positions", "encoder", inside=True
@@ -71,10 +86,12 @@ SIGNALS = {
     "clip_patches": Signal(
         "(G, L, V, E): output states of encoder layers in CLIP's space, under CLIP's last norm",
         "encoder",
+        packed=False,
     ),
     "clip_plain_patches": Signal(
         "(G, L, V, E): output states of encoder layers in CLIP's space, without its last norm",
         "encoder",
+        packed=False,
     ),
     "clip_questions": Signal(
         "(G, M, E), and (G, M) `clip_questions_mask`: segments of the question in CLIP's space",
@@ -82,7 +99,8 @@ SIGNALS = {
         layered=False,
     ),
     "question_embeddings": Signal(
-        "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image",
+        "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image; "
+        "`paired_mask` is that of the text before the next image",
         "prompt",
         layered=False,
     ),

@@ -68,7 +68,7 @@ class LayerView:
         if self._rotary is None:
             return k
         cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
-        return self._rotate(k[:, :1], k, cos, sin)[1]
+        return rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
 
     @torch.no_grad()
     def queries(self, columns: Tensor, rotate: bool = True) -> Tensor:
@@ -79,7 +79,7 @@ class LayerView:
         if self._rotary is None or not rotate:
             return q
         cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
-        return self._rotate(q, q, cos, sin)[0]
+        return rotary_function(self.attention_module)(q, q, cos, sin)[0]
 
     @torch.no_grad()
     def attention(self, columns: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -93,13 +93,22 @@ class LayerView:
             (B, H, Q, P) float32 probabilities of the P columns; with cached keys they do not sum to
             one.
         """
+        return self._attention(columns, visible)[1]
+
+    @torch.no_grad()
+    def attention_to_past(self, columns: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The same for the cached keys: (B, H, Q, S)."""
+        return self._attention(columns, visible)[0]
+
+    def _attention(self, columns: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
         q = self.queries(columns)
         logits = self._logits(q, self.keys, visible)
         if self.past is None:
-            return logits.softmax(-1)
+            return logits[..., :0], logits.softmax(-1)
         seen = None if self.past[1] is None else self.past[1][:, None]
         earlier = self._logits(q, self.past[0].to(q.dtype), seen)
-        return torch.cat((earlier, logits), dim=-1).softmax(-1)[..., earlier.shape[-1] :]
+        shares = torch.cat((earlier, logits), dim=-1).softmax(-1)
+        return shares[..., : earlier.shape[-1]], shares[..., earlier.shape[-1] :]
 
     @torch.no_grad()
     def content_logits(self, columns: Tensor) -> Tensor:
@@ -119,7 +128,7 @@ class LayerView:
         ones = torch.ones(batch, 1, total, width, device=self.hidden.device)
         if self._rotary is not None:
             cos, sin = (part.float().expand(batch, -1, -1) for part in self._rotary)
-            ones = self._rotate(ones, ones, cos, sin)[1]
+            ones = rotary_function(self.attention_module)(ones, ones, cos, sin)[1]
         keys = ones[:, 0]
         rows = torch.arange(batch, device=keys.device)[:, None]
         return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width
@@ -135,17 +144,6 @@ class LayerView:
             x = module(x)
         return x.transpose(1, 2)
 
-    @property
-    def _rotate(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        kind = type(self.attention_module)
-        function = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
-        if function is None:
-            raise UnsupportedModelError(
-                f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot "
-                "be scored"
-            )
-        return function
-
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape
         grouped = q.reshape(batch, k.shape[1], -1, width)  # query heads of one key head together
@@ -154,6 +152,22 @@ class LayerView:
             logits = (logits / cap).tanh() * cap
         logits = logits.float().view(batch, heads, queries, -1)
         return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
+
+
+def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What an attention module rotates its queries and keys with.
+
+    Raises:
+        UnsupportedModelError: its source file does not say.
+    """
+    kind = type(attention)
+    function = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+    if function is None:
+        raise UnsupportedModelError(
+            f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot be "
+            "computed"
+        )
+    return function
 
 
 @torch.no_grad()

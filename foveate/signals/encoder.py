@@ -19,9 +19,17 @@ from torch.utils.hooks import RemovableHandle
 
 from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
+from foveate.signals.flow import information_flow
 
 FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
+ONE_PER_TOKEN = (
+    "joint_cls_attention",
+    "received_attention",
+    "given_attention",
+    "global_attention",
+    "information_flow",
+)
 
 
 class Shortened(Protocol):
@@ -32,6 +40,9 @@ class Shortened(Protocol):
     def widen(self, row: Tensor) -> Tensor:
         """(B, C, V) of a signal of the tokens alive."""
 
+    def whole(self, states: Tensor) -> Tensor:
+        """Rows of now at full length."""
+
 
 class EncoderSignals:
     """Collects signals while an encoder runs.
@@ -40,6 +51,7 @@ class EncoderSignals:
         encoder: the encoder.
         wanted: signal -> 0-based layers.
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
+        above: threshold of the signal `global_attention`.
     """
 
     def __init__(
@@ -47,8 +59,10 @@ class EncoderSignals:
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
+        above: float = 0.0,
     ) -> None:
         self.encoder = encoder
+        self.above = above
         self.wanted = wanted
         self._pass = running
         self._running = threading.local()
@@ -68,8 +82,12 @@ class EncoderSignals:
                 self._hook(layer, self._features(number, states))
             if len(states) < len(names):
                 attention = self.encoder.attention(layer)
-                for part in self.encoder.projections:
-                    self._hook(getattr(attention, part), self._projection(number, part, names))
+                parts = self.encoder.projections
+                if "information_flow" in names:
+                    parts = (*parts, "v_proj")
+                for part in parts:
+                    hook = self._projection(number, part, parts, names)
+                    self._hook(getattr(attention, part), hook)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -89,7 +107,7 @@ class EncoderSignals:
 
     def deliver(self, name: str, values: Tensor) -> Tensor:
         """(G, L, C, V) as collected, in the shape that the signal has for methods."""
-        if name in ("joint_cls_attention", "received_attention", "given_attention"):
+        if name in ONE_PER_TOKEN:
             return values[:, :, 0]
         if name == "encoder_keys":
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
@@ -105,35 +123,42 @@ class EncoderSignals:
     def _features(self, number: int, names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
-                states = output if isinstance(output, Tensor) else output[0]
-                patches = states.detach()[:, self.encoder.special :]
+                states = self._states(output)
                 for name in names:
-                    self._keep(name, number, patches.transpose(1, 2))
+                    self._keep(name, number, states)
 
         return hook
 
-    def _projection(self, number: int, part: str, names: list[str]) -> Any:
+    def _states(self, output: Any) -> Tensor:
+        """(B, C, V) of what a layer returns."""
+        states = output if isinstance(output, Tensor) else output[0]
+        return states.detach()[:, self.encoder.special :].transpose(1, 2)
+
+    def _projection(self, number: int, part: str, parts: tuple[str, ...], names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if getattr(self._running, "rows", None) is None:
                 return
             pending = self._running.pending.setdefault(number, {})
             pending[part] = output.detach()
-            if len(pending) == 2:
+            if len(pending) == len(parts):
                 del self._running.pending[number]
-                query, key = (pending[p] for p in self.encoder.projections)
-                for name, row in self._rows(names, query, key).items():
+                for name, row in self._rows(names, *(pending[p] for p in parts)).items():
                     self._keep(name, number, row)
 
         return hook
 
-    def _rows(self, names: list[str], query: Tensor, key: Tensor) -> dict[str, Tensor]:
-        """(B, C, V) of each signal of a layer."""
+    def _rows(self, names: list[str], *parts: Tensor) -> dict[str, Tensor]:
+        """(B, C, V) of each signal of a layer, from queries, keys, and values if needed."""
+        query, key = parts[:2]
         special, heads = self.encoder.special, self.encoder.heads
         shortened = self._pass()
         bias = None if shortened is None else shortened.bias
         rows: dict[str, Tensor] = {}
         if "cls_attention" in names:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
+        if "information_flow" in names:
+            row = class_row(query, key, heads, special, bias)
+            rows["information_flow"] = information_flow(row, parts[2], special)[:, None]
         if "joint_cls_attention" in names:
             rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
         if "encoder_keys" in names:
@@ -142,6 +167,9 @@ class EncoderSignals:
             received, given = attention_sums(query, key, heads, special, bias)
             both = {"received_attention": received, "given_attention": given}
             rows |= {name: row[:, None] for name, row in both.items() if name in names}
+        if "global_attention" in names:
+            row = global_attention(query, key, heads, special, bias, above=self.above)
+            rows["global_attention"] = row[:, None]
         return rows
 
 
@@ -162,13 +190,53 @@ def attention_sums(
         (B, V) mean over all N queries of what each patch receives, and (B, V) the share of its
         attention that each patch gives to patches; float32.
     """
-    q = query.unflatten(-1, (heads, -1)).transpose(1, 2) / math.sqrt(query.shape[-1] // heads)
-    k = key.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-    received = torch.zeros(key.shape[:2], device=key.device)
-    given = []
-    for rows in q.split(CHUNK, dim=2):
-        logits = torch.matmul(rows, k).float()
-        weights = (logits if bias is None else logits + bias).softmax(-1).mean(1)
+    received, given = torch.zeros(key.shape[:2], device=key.device), []
+    for weights in _maps(query, key, heads, bias):
         received += weights.sum(1)
         given.append(weights[..., special:].sum(-1))
     return received[:, special:] / query.shape[1], torch.cat(given, 1)[:, special:]
+
+
+@torch.no_grad()
+def global_attention(
+    query: Tensor,
+    key: Tensor,
+    heads: int,
+    special: int = 1,
+    bias: Tensor | None = None,
+    above: float = 0.0,
+) -> Tensor:
+    """Attention that patches receive from global rows, averaged over these and over heads.
+
+    Source: VFlowOpt, arXiv:2508.05211.
+
+    Args:
+        query: (B, N, D) projected queries.
+        key: (B, N, D) projected keys.
+        heads: attention heads, H.
+        special: S, rows before the patches.
+        bias: (B, 1, 1, N) what the encoder adds to the scores.
+        above: a row is global if it receives more than so many times the mean; without any such
+            row all are.
+
+    Returns:
+        (B, V) float32.
+    """
+    received = sum(weights.sum(1) for weights in _maps(query, key, heads, bias))
+    assert isinstance(received, Tensor)  # there is at least one row
+    votes = received > above * received.mean(1, keepdim=True)
+    votes |= ~votes.any(1, keepdim=True)
+    share = (votes / votes.sum(1, keepdim=True)).float().split(CHUNK, dim=1)
+    maps = _maps(query, key, heads, bias)
+    given = sum(torch.bmm(s[:, None], w)[:, 0] for s, w in zip(share, maps, strict=True))
+    assert isinstance(given, Tensor)
+    return given[:, special:]
+
+
+def _maps(query: Tensor, key: Tensor, heads: int, bias: Tensor | None) -> Iterator[Tensor]:
+    """(B, n, N) float32 attention of a chunk of rows after another, mean over heads."""
+    q = query.unflatten(-1, (heads, -1)).transpose(1, 2) / math.sqrt(query.shape[-1] // heads)
+    k = key.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+    for rows in q.split(CHUNK, dim=2):
+        logits = torch.matmul(rows, k).float()
+        yield (logits if bias is None else logits + bias).softmax(-1).mean(1)

@@ -171,7 +171,7 @@ def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]
         bias[:special] = 0
         weigh = any(s.proportional and s.layer <= number for s in steps.values())
         bias[rows] = sizes.log() if weigh else 0.0
-        states = encoder.block.attend(layer, states, bias[None, None, None])
+        states = encoder.block.attend(layer, states, attention_mask=bias[None, None, None])
         reduce(number, inside=True)
         states = encoder.block.feed(layer, states)
     order = rows.argsort()

@@ -38,7 +38,8 @@ from tests.methods_for_tests import EveryThird
 
 # left, top, right and bottom edge of each picture's patch; none is its own transpose
 PATCHES = [(0.5, 0.25, 1, 0.5), (0, 0.75, 0.5, 1), (0.25, 0, 0.5, 0.5)]
-RESAMPLED = ("llava_next", "llava_next_video", "llava_onevision")  # edges of patches blur
+ONEVISION = ("llava_onevision", "llava_onevision-tiles")
+RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
 BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
     r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention)"
@@ -105,7 +106,7 @@ def on_grids(name, pictures):
 def tiled(name, pictures):
     """Thumbnails and tiles, as the family's processor cuts them."""
     kind = LlavaNextImageProcessorPil
-    if name == "llava_onevision":
+    if name in ONEVISION:
         kind = LlavaOnevisionImageProcessorPil
     square = {"height": SIDE, "width": SIDE}
     processor = kind(
@@ -133,7 +134,7 @@ def planted(name, patches):
         )
         assert torch.equal(grids, pixels["image_grid_thw"])
         return {"pixel_values": values}
-    if name in ("llava_next", "llava_next_video", "llava_onevision"):
+    if name in RESAMPLED:
         return tiled(name, [picture(*s, p) for s, p in zip(SIZES, patches, strict=True)])
     if name.startswith("molmo2"):
         number = [0, 1, 1, 2]  # the second image has a crop of all of it behind its overview

@@ -311,6 +311,19 @@ def test_question_embeddings_are_those_of_the_text_behind_the_image(model, batch
     assert tokens.signal("question_mask").sum(1).tolist() == [9, 5, 2, 9]
 
 
+def test_text_is_paired_with_the_image_before_it(model, batch):
+    """Of two images, the first one's text ends where the second one begins."""
+    spy = Spy(Step("pre_llm", needs=(Need("question_embeddings"),)))
+    with foveate.use(model, spy):
+        model(**batch)
+    lengths = [mask.sum().item() for _, mask, _ in spy.of("paired_mask")]
+    behind = [mask.sum().item() for _, mask, _ in spy.of("question_mask")]
+    assert lengths == [4, 5, 2, 9]
+    assert behind == [4 + 5, 5, 2, 9]
+    first = spy.of("paired_mask")[0][1].nonzero()[:, 0]
+    assert first.tolist() == [0, 1, 2, 3]
+
+
 @dataclass(frozen=True)
 class Brightest(Adaptive):
     """Keeps as many tokens as have a positive first feature, in falling order of it."""

@@ -64,6 +64,58 @@ def offered(replay: Replay, kept: str) -> dict[str, Check]:
     return {check: run for check, (name, run) in checks.items() if name in replay.arrays}
 
 
+def llava_around(
+    config: dict[str, Any], weights: dict[str, Tensor]
+) -> LlavaForConditionalGeneration:
+    """LLaVA around a text model. Its image token is one more row of the embedding table."""
+    vocabulary = config["vocab_size"]
+    text = AutoConfig.for_model(**config | {"vocab_size": vocabulary + 1})
+    assert text.rope_parameters["rope_theta"] == config["rope_theta"]
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=vocabulary,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    inner = {
+        name.removeprefix("model."): array
+        for name, array in weights.items()
+        if name.startswith("model.")
+    }
+    table = inner["embed_tokens.weight"]
+    inner["embed_tokens.weight"] = torch.cat((table, table.new_zeros(1, table.shape[1])))
+    model.model.language_model.load_state_dict(inner)
+    model.lm_head = torch.nn.Linear(table.shape[1], vocabulary, bias=False)
+    model.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
+    # The recordings know no stop token.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.requires_grad_(False)
+
+
+def replay(
+    model: LlavaForConditionalGeneration, before: Tensor, features: Tensor, after: Tensor
+) -> dict[str, Any]:
+    """Inputs of a prompt with one image between two runs of text."""
+    image = torch.full((len(features),), model.config.image_token_id)
+    ids = torch.cat((before, image, after))[None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])},
+    }
+
+
 class Replay:
     """A case, run again through foveate.
 
@@ -139,53 +191,14 @@ class Replay:
 
     @cached_property
     def model(self) -> LlavaForConditionalGeneration:
-        """LLaVA around the text model. Its image token is one more row of the embedding table."""
-        config, weights = self.text
-        vocabulary = config["vocab_size"]
-        text = AutoConfig.for_model(**config | {"vocab_size": vocabulary + 1})
-        assert text.rope_parameters["rope_theta"] == config["rope_theta"]
-        vision = CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-        )
-        model = LlavaForConditionalGeneration(
-            LlavaConfig(
-                vision_config=vision,
-                text_config=text,
-                image_token_id=vocabulary,
-                tie_word_embeddings=False,
-            )
-        ).eval()
-        inner = {
-            name.removeprefix("model."): array
-            for name, array in weights.items()
-            if name.startswith("model.")
-        }
-        table = inner["embed_tokens.weight"]
-        inner["embed_tokens.weight"] = torch.cat((table, table.new_zeros(1, table.shape[1])))
-        model.model.language_model.load_state_dict(inner)
-        model.lm_head = torch.nn.Linear(table.shape[1], vocabulary, bias=False)
-        model.lm_head.load_state_dict({"weight": weights["lm_head.weight"]})
-        # The recordings know no stop token.
-        model.generation_config.eos_token_id = None
-        model.generation_config.pad_token_id = 0
-        return model.requires_grad_(False)
+        """LLaVA around the text model."""
+        return llava_around(*self.text)
 
     def inputs(self) -> dict[str, Any]:
         arrays = self.case.arrays
         start, length = int(arrays["image_start"]), int(arrays["image_len"])
-        image = torch.full((length,), self.model.config.image_token_id)
-        ids = torch.cat((arrays["text_ids_before"], image, arrays["text_ids_after"]))[None]
         features = arrays["inputs_embeds"][0, start : start + length]
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])},
-        }
+        return replay(self.model, arrays["text_ids_before"], features, arrays["text_ids_after"])
 
     def generate(self, tokens: int, **options: Any) -> Any:
         return self.model.generate(

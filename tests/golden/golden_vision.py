@@ -222,15 +222,16 @@ def _check_layers(case: Case) -> None:
             for layer in encoder.layers
         ]
         last = run._parts[-1]
-        with last.collect() as passes:
+        with last.collect("image", {}) as passes:
             model(case.arrays["image"])
         for handle in handles:
             handle.remove()
     for i, output in enumerate(outputs):
         assert_close(output, case.arrays[f"block{i}_out"], MODEL, f"output of layer {i}")
     (encoding,) = passes
-    whole = encoding.layout.behind(encoder.special)
-    total = encoding.total + encoder.special
+    (images,) = encoding.stacks
+    whole = images.layout.behind(encoder.special)
+    total = images.total + encoder.special
     assert_same(whole.sizes(total)[..., None], case.arrays["size"], "sizes")
     slot, _ = whole._segments(total)
     source = F.one_hot(slot, whole.kept).transpose(1, 2).float()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.method import get_method
 from foveate.methods.catp import CATP, aligned_and_diverse, alignment, growing
 from foveate.methods.divprune import cosine_distance
@@ -49,7 +49,8 @@ def naive_growth(attention, states, last):
 def asked():
     return {
         "question_embeddings": torch.randn(2, 4, 8) * torch.tensor([1, 1, 1, 0])[:, None],
-        "question_mask": torch.tensor([[True, True, True, False], [True, True, False, False]]),
+        "question_mask": torch.tensor([[True, True, True, False], [False, True, True, False]]),
+        "paired_mask": torch.tensor([[True, True, False, False], [False, True, True, False]]),
     }
 
 
@@ -61,7 +62,7 @@ def test_first_choice_equals_a_naive_loop(balance, make_tokens, asked):
     order = aligned_and_diverse(cosine_distance(x), aligned, 9, balance)
     index = CATP(balance=balance).reduce(tokens, 9).index
     for i in range(2):
-        text = asked["question_embeddings"][i][asked["question_mask"][i]]
+        text = asked["question_embeddings"][i][asked["paired_mask"][i]]
         want = naive_choice(x[i], text, 9, balance)
         assert order[i].tolist() == want
         assert index[i].tolist() == sorted(want)
@@ -76,7 +77,7 @@ def test_growth_equals_a_naive_loop(make_tokens, asked):
     }
     tokens = replace(make_tokens(images=2, **signals), number=1)
     scores = growing(tokens)
-    for i, last in enumerate((2, 1)):
+    for i, last in enumerate((2, 2)):
         want = naive_growth(
             signals["text_attention"][i],
             signals["llm_states"][i, 0],
@@ -104,7 +105,7 @@ def test_attention_that_shrinks_counts_less(make_tokens):
 def test_nothing_to_go_by_is_no_nan(width, make_tokens):
     mask = torch.zeros(1, width, dtype=torch.bool)
     first = make_tokens(
-        x=torch.ones(1, 24, 8), question_embeddings=torch.zeros(1, width, 8), question_mask=mask
+        x=torch.ones(1, 24, 8), question_embeddings=torch.zeros(1, width, 8), paired_mask=mask
     )
     assert CATP().reduce(first, 5).index.tolist() == [[0, 1, 2, 3, 4]]
     later = make_tokens(
@@ -142,3 +143,7 @@ def test_wrong_arguments_are_refused():
         CATP(balance=1.5)
     with pytest.raises(BudgetError, match="2 steps"):
         CATP(layers=(3,))
+    with pytest.raises(LayerError, match="begin at 1"):
+        CATP(layers=(0,), keep=(0.5, 0.2))
+    with pytest.raises(LayerError, match="none before it sees"):
+        CATP(layers=(2,), keep=(0.5, 0.2)).steps(Text(6, windowed=(0, 1)))

@@ -86,6 +86,16 @@ def test_counts_differ_between_images(make_tokens):
     assert [(list(members), r.kept) for members, r in parts] == [([0], 4), ([1], 5), ([2], 6)]
 
 
+def test_the_fence_lies_above_the_third_quartile_by_the_spread(make_tokens):
+    """Quartiles of about 1.25 and 1.75 make a fence of about 2.5."""
+    signals = given(1, 24)
+    attention = torch.linspace(1, 2, 24)
+    attention[[3, 9, 14]] = torch.tensor([2.9, 3.0, 2.3])
+    signals["joint_cls_attention"] = attention[None, None]
+    ((_, reduction),) = LLaVAPruMerge(plus=False).split(make_tokens(**signals))
+    assert reduction.index[0, :-1].tolist() == [9, 3]
+
+
 def test_an_image_without_outliers_keeps_its_most_attended_patch(make_tokens):
     signals = given(1, 24)
     signals["joint_cls_attention"] = torch.linspace(0, 0.1, 24)[None, None]

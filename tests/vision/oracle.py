@@ -51,14 +51,16 @@ class Full:
         tower: the encoder.
         special: rows before the patches.
         states: (N, D) input of layer 0.
+        padding: (N) rows that nobody attends to.
     """
 
-    def __init__(self, tower, special: int, states: Tensor):
+    def __init__(self, tower, special: int, states: Tensor, padding: Tensor | None = None):
         self.tower, self.special = tower, special
         self.names = NAMES[tower.config.model_type]
         self.x = states
         self.total = len(states) - special
         self.alive = torch.ones(len(states), dtype=torch.bool)
+        self.real = self.alive.clone() if padding is None else ~padding
         self.groups = [[i] for i in range(len(states))]  # in the order of the encoder's rows
         self.stands = list(range(len(states)))  # row at which each group stands
         self.weigh = True
@@ -79,8 +81,9 @@ class Full:
         seen = self.alive.clone()
         if not self.weigh:  # one row for each group
             seen[:] = False
-            seen[[row for row in self.stands if self.alive[row]]] = True
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            for group in self.groups:
+                seen[[row for row in group if self.alive[row] and self.real[row]][:1]] = True
+        weights = scores.masked_fill(~(seen & self.real), -torch.inf).softmax(-1)
         mixed = (weights @ v).transpose(0, 1).reshape(len(normed), -1)
         return weights, k.transpose(0, 1), getattr(module, out)(mixed)
 
@@ -117,7 +120,7 @@ class Full:
 
     def filled(self):
         """The states, where dropped rows hold the mean of the patches that are left."""
-        patches = self.alive.clone()
+        patches = self.alive & self.real
         patches[: self.special] = False
         mean = self.x[patches].mean(0)
         return torch.where(self.alive[:, None], self.x, mean)
@@ -138,35 +141,10 @@ class Full:
     def merge(self, keys, step, number):
         """Merge the r most similar pairs of even and odd groups."""
         self.weigh = step.proportional
-        unit = keys / keys.norm(dim=-1, keepdim=True)
-        count = len(self.groups)
-        candidates = []
-        for a in range(0, count, 2):
-            if a < self.special:
-                continue
-            best = max(
-                (
-                    (float(unit[self.groups[a][0]] @ unit[self.groups[b][0]]), b)
-                    for b in range(1, count, 2)
-                    if b >= self.special
-                ),
-                default=None,
-            )
-            if best is not None:
-                candidates.append((best[0], a, best[1]))
-        candidates.sort(reverse=True)
-        r = min(step.r, (count - self.special) // 2)
-        into = {a: b for _, a, b in candidates[:r]}
-        rest = [a for a in range(self.special, count) if a % 2 == 0 and a not in into]
-        if not self.special:
-            rest = [a for _, a, _ in candidates[r:]] + [
-                a for a in rest if a not in {c[1] for c in candidates}
-            ]
-        order = [
-            *range(self.special),
-            *rest,
-            *(b for b in range(self.special, count) if b % 2 == 1),
-        ]
+        patches = torch.stack([keys[group[0]] for group in self.groups[self.special :]])
+        into, order = matched(patches, self.special, step.r)
+        into = {a + self.special: b + self.special for a, b in into.items()}
+        order = [*range(self.special), *(i + self.special for i in order)]
         members = {i: list(group) for i, group in enumerate(self.groups)}
         for a, b in into.items():
             members[b] += self.groups[a]
@@ -177,16 +155,45 @@ class Full:
         self.note(number)
 
 
+def matched(keys, special, r):
+    """Which tokens go into which, and the order of those that are left.
+
+    Args:
+        keys: (V, d) keys of the tokens, which are the even and odd ones of a row that begins with
+            `special` others.
+        special: how many.
+        r: pairs.
+    """
+    unit, count = keys / keys.norm(dim=-1, keepdim=True), len(keys)
+    sources = [i for i in range(count) if (i + special) % 2 == 0]
+    targets = [i for i in range(count) if (i + special) % 2 == 1]
+    candidates = []
+    for a in sources:
+        best = max(((float(unit[a] @ unit[b]), b) for b in targets), default=None)
+        if best is not None:
+            candidates.append((best[0], a, best[1]))
+    candidates.sort(reverse=True)
+    r = min(r, count // 2)
+    into = {a: b for _, a, b in candidates[:r]}
+    rest = [a for a in sources if a not in into]
+    if not special:
+        rest = [a for _, a, _ in candidates[r:]] + [
+            a for a in rest if a not in {c[1] for c in candidates}
+        ]
+    return into, [*rest, *targets]
+
+
 @torch.no_grad()
-def run(tower, special, embedded: Tensor, steps):
+def run(tower, special, embedded: Tensor, steps, padding: Tensor | None = None):
     """The oracle of each image.
 
     Args:
         embedded: (B, N, D) input of layer 0.
+        padding: (B, N) rows that nobody attends to.
     """
     results = []
-    for states in embedded:
-        full = Full(tower, special, states.clone())
+    for row, states in enumerate(embedded):
+        full = Full(tower, special, states.clone(), None if padding is None else padding[row])
         full.run(steps)
         results.append(full)
     return results

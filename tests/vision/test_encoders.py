@@ -226,6 +226,45 @@ def test_a_head_that_pools_by_attention_counts_sources(name, case):
                 assert (unweighted - want).abs().max() > 1e-4, "the test does not bite"
 
 
+def padded():
+    """Three images, of which the second has 5 x 6 patches and the third 4 x 6."""
+    inputs = images(name="siglip2")
+    for row, height in ((1, 5), (2, 4)):
+        inputs["pixel_attention_mask"][row, 6 * height :] = 0
+        inputs["spatial_shapes"][row] = torch.tensor([height, 6])
+    return inputs
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash"])
+@pytest.mark.parametrize(
+    "case", ["tome-unweighted", "tome-schedule", "before", "drop-before-merge"]
+)
+def test_padding_stays_hidden(case, attention, flash_emulated):
+    """Nobody attends to it, merged or not, and a head that pools by attention does not either."""
+    name = flash_emulated if attention == "flash" else attention
+    model, inputs = build(ENCODERS, "siglip2", name), padded()
+    padding = inputs["pixel_attention_mask"] == 0
+    method, steps, _ = CASES[case]
+    if attention == "flash" and any(getattr(step, "proportional", False) for step in steps):
+        with pytest.raises(UnsupportedModelError, match="proportional attention"):
+            foveate.use(model, method)
+        return
+    with torch.no_grad():
+        plain = model(**inputs, output_hidden_states=True)
+        with foveate.use(model, method) as run:
+            got = model(**inputs, output_hidden_states=True)
+        results = oracle.run(model, 0, plain.hidden_states[0], steps, padding)
+        for row, full in enumerate(results):
+            for number, states in enumerate(full.states[1:], 1):
+                assert distance(got.hidden_states[number][row], states) <= TOLERANCE
+            for place, kept in full.kept.items():
+                assert torch.equal(run.kept[row][place], kept)
+            seen = full.alive & full.real
+            want = model.head(model.post_layernorm(full.x[seen])[None])[0]
+            torch.testing.assert_close(got.pooler_output[row], want, rtol=0, atol=2e-5)
+    assert (got.pooler_output - plain.pooler_output).abs().max() > 1e-4, "the test does not bite"
+
+
 def test_a_dense_reduction_comes_back_to_full_length():
     model, inputs = build(ENCODERS, "vit"), images()
     with torch.no_grad(), foveate.use(model, Mix(layer=1, keep=9)) as run:

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import foveate
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import InputError
 from foveate.method import Scorer, Step
 from foveate.methods import ClsDrop, DivPrune, FasterVLM, FastV, PyramidDrop, ToMe
 from foveate.models import find_family
@@ -327,12 +327,3 @@ def read(model, full):
     layers = [layers] if isinstance(layers, int) else layers
     states = [full.states[layer][special:] for layer in layers]
     return base.multi_modal_projector(torch.cat(states, -1))
-
-
-@pytest.mark.parametrize(
-    "name", ["llava_next", "internvl", "mistral3", "video_llava", "qwen2_vl", "gemma3"]
-)
-def test_towers_whose_patches_are_no_tokens_are_refused(name):
-    model = MEMBERS[name]().build()
-    with pytest.raises(UnsupportedModelError, match="inside the encoder, which is not supported"):
-        foveate.use(model, ToMe())

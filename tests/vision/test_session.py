@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.errors import AttachError, BudgetError, InputError, LayerError, UnsupportedModelError
+from foveate.errors import AttachError, BudgetError, LayerError, UnsupportedModelError
 from foveate.methods import ClsDrop, FasterVLM, FastV, ToMe
 from tests.methods_for_tests import Listed
 from tests.vision.encoders import ENCODERS, HEADS, WIDE, build, images
@@ -155,14 +155,6 @@ def test_kernels_without_a_bias_are_refused_for_proportional_attention():
     with pytest.raises(UnsupportedModelError, match="proportional attention"):
         foveate.use(model, ToMe())
     foveate.use(model, ToMe(prop_attn=False))
-
-
-def test_padded_images_are_refused():
-    model, inputs = build(ENCODERS, "siglip2"), images(name="siglip2")
-    inputs["pixel_attention_mask"][1, 30:] = 0
-    inputs["spatial_shapes"][1] = torch.tensor([5, 6])
-    with torch.no_grad(), foveate.use(model, ToMe(r=5)), pytest.raises(InputError, match="padded"):
-        model(**inputs)
 
 
 def test_backbones_are_refused():

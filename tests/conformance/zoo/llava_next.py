@@ -91,6 +91,8 @@ class LlavaNextVideoFrames(LlavaNextVideo):
 
 class LlavaOnevision(Member):
     name = "llava_onevision"
+    aspect_ratio = "anyres_max_2"
+    what = "images of many tiles"
 
     def config(self):
         other = {"image": "video", "video": "image"}[self.modality]
@@ -100,16 +102,25 @@ class LlavaOnevision(Member):
         }
         return LlavaOnevisionConfig(
             vision_config=SIGLIP, text_config=Qwen2Config(**TEXT), **tokens,
-            image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_2",
+            image_grid_pinpoints=PINPOINTS, vision_aspect_ratio=self.aspect_ratio,
         )  # fmt: skip
 
     def pixels(self, images, seed=0):
         return LlavaNext.pixels(self, images, seed)
 
 
+class LlavaOnevisionTiles(LlavaOnevision):
+    """More tokens are allowed than any of the images has, so that none is interpolated."""
+
+    name = "llava_onevision-tiles"
+    aspect_ratio = "anyres_max_9"
+    what = "images"
+
+
 class LlavaOnevisionFrames(LlavaOnevision):
     name = "llava_onevision-video"
     modality = "video"
+    what = "videos"
     stacked = True
 
     def pixels(self, images, seed=0):

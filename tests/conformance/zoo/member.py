@@ -23,6 +23,7 @@ class Member:
     vocabulary: ClassVar[int] = 96
     image_id: ClassVar[int] = 90
     modality: ClassVar[str] = "image"  # what `image_id` stands for
+    what: ClassVar[str] = ""  # the same in words, where images differ
     others: tuple[int, ...] = ()  # placeholders of other modalities in a prompt
     kind: ClassVar[Any] = AutoModelForImageTextToText
     beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row

@@ -1,0 +1,159 @@
+"""Random models of every family, of one size, without their checkpoints: default configs, scaled.
+
+Features are handed in, so that the vision tower is never run; only the language model matters.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+HEADS = 4
+VOCABULARY, IMAGE = 1000, 999
+PATTERN = ("layer_types", "rope_scaling_layers", "mlp_layer_types")  # of so many layers
+VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "depth": 2, "num_heads": 2, "embed_dim": 32,
+    "image_size": 28, "patch_size": 14, "vocab_size": 40, "deepstack_visual_indexes": [0, 1],
+    "fullatt_block_indexes": [1], "num_position_embeddings": 16,
+}  # fmt: skip
+# Where a default tower is none that transformers itself can build, another stands in.
+CLIP = {**VISION, "model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}
+TOWERS = {"perception_lm": CLIP, "fast_vlm": CLIP}
+TILES = {"idefics3": 672, "smolvlm": 672}  # pixels of a tile of 576 tokens, where tiles are images
+STACKED = (  # features of all images in one tensor, not in a list
+    "aya_vision", "cohere2_vision", "deepseek_vl", "fast_vlm", "gemma3", "idefics3", "internvl",
+    "ovis2", "paligemma", "perception_lm", "smolvlm", "video_llava", "vipllava",
+)  # fmt: skip
+
+
+def text_sizes(hidden: int, layers: int) -> dict[str, Any]:
+    """Sizes of a text model, under all the names that families have for them."""
+    return {
+        "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2, "head_dim": hidden // HEADS,
+        "query_pre_attn_scalar": hidden // HEADS, "max_position_embeddings": 8192,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        # mixtures of experts
+        "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": hidden, "n_group": 1, "topk_group": 1,
+    }  # fmt: skip
+
+
+def random_model(model_type: str, hidden: int, layers: int) -> Any:
+    """A random model of a family, in float32.
+
+    Args:
+        model_type: the family.
+        hidden: channels of the language model.
+        layers: its layers.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from foveate.models import FAMILIES
+
+    torch.manual_seed(0)
+    default = AutoConfig.for_model(model_type)
+    kind, parts = type(default), {}
+    vision = {**VISION, "out_hidden_size": hidden}
+    whole = {
+        "hidden_size": hidden, "projection_dim": hidden, "vocab_size": VOCABULARY,
+        "image_token_id": IMAGE, "image_token_index": IMAGE, "image_patch_id": IMAGE,
+        "video_token_id": 998, "video_token_index": 998, "tie_word_embeddings": False,
+        "visual_indicator_token_ids": [990, 991, 992, 993, 994],
+    }  # fmt: skip
+    for name in default.sub_configs:
+        current = getattr(default, name, None)
+        if current is None:
+            continue
+        sizes = text_sizes(hidden, layers) if name == "text_config" else vision
+        if name == "adapter_config":
+            sizes = {**vision, "text_hidden_size": hidden, "vision_feature_layer": [-1]}
+        mrope = name == "text_config" and not FAMILIES[model_type].one_dimensional
+        parts[name] = _scaled(current, sizes, mrope)
+        if name == "vision_config" and model_type in TILES:
+            parts[name]["image_size"] = TILES[model_type]
+    if model_type in TOWERS:
+        parts["vision_config"] = TOWERS[model_type]
+    known = {**inspect.signature(kind).parameters, **default.to_dict()}
+    config = kind(**parts, **{n: v for n, v in whole.items() if n in known})
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def _scaled(config: Any, sizes: dict[str, Any], mrope: bool) -> dict[str, Any]:
+    """A config's values with the sizes that it knows, as many layers of each kind as fit."""
+    values = {**config.to_dict()}
+    values |= {n: v for n, v in sizes.items() if n in values}
+    if isinstance(getattr(config, "image_size", None), list | tuple):
+        values["image_size"] = [28, 28]
+    if isinstance(getattr(config, "patch_size", None), list | tuple):
+        values["patch_size"] = [14, 14]
+    for name in PATTERN:
+        if values.get(name):
+            count = values["num_hidden_layers"]
+            values[name] = (values[name] * count)[:count]
+    if mrope:
+        share = 0.5 if config.model_type.startswith("glm") else 1.0
+        total = int(values["hidden_size"] // HEADS * share) // 2
+        high = total * 3 // 8
+        values["rope_parameters"] = {
+            **(values.get("rope_parameters") or {}),
+            "partial_rotary_factor": share,
+            "mrope_section": [total - 2 * high, high, high],
+        }
+    return values
+
+
+@functools.cache
+def encoder_output() -> Any:
+    """What encoders return, with all that some families' have."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    @dataclass
+    class Output(BaseModelOutputWithPooling):
+        deepstack_features: Any = None
+        visual_indicator_features: Any = None
+
+    return Output
+
+
+def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
+    """A prompt of `visual` image tokens amid `text` text tokens, with random features."""
+    import torch
+
+    from foveate.models import find_family
+
+    family = find_family(model)
+    token = family.placeholder_ids["image"]
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 900, (text,), generator=generator)
+    half = text // 2
+    ids = torch.cat((ids[:half], torch.full((visual,), token), ids[half:]))[None]
+    hidden = model.config.get_text_config().hidden_size
+    features = torch.randn(1, visual, hidden, generator=generator) * 0.02
+    stacked = family.model_type in STACKED
+    output = encoder_output()(
+        pooler_output=features if stacked else list(features),
+        deepstack_features=[list(features)] * family.first_llm_layer,
+        visual_indicator_features=torch.randn(5, hidden, generator=generator) * 0.02,
+    )
+    inputs = {"input_ids": ids, "mm_encoder_outputs": {"image": output}, "logits_to_keep": 1}
+    names = inspect.signature(family.base.forward).parameters
+    visible = (ids == token).int()
+    if "mm_token_type_ids" in names:
+        inputs["mm_token_type_ids"] = visible
+    if "token_type_ids" in names:
+        inputs["token_type_ids"] = visible
+    if "image_grid_thw" in names:
+        side = math.isqrt(visual)
+        height, width = (side, side) if side * side == visual else (1, visual)
+        merge = model.config.vision_config.spatial_merge_size
+        inputs["image_grid_thw"] = torch.tensor([[1, height * merge, width * merge]])
+    return inputs

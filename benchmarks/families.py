@@ -1,0 +1,142 @@
+"""Every family: what a session costs that removes nothing, and what decoding costs that removes.
+
+    python benchmarks/families.py [--rounds 2] [--family llava qwen2_vl]
+
+Random models with 576 visual and 64 text tokens, batch 1; 256 channels x 8 layers for the prefill,
+and 64 x 24 for decoding, so narrow that Python, not arithmetic, fills the time. `prefill` and
+`decode` are times of a session that keeps everything over times without a session. `overhead_us` is
+what a session of PyramidDrop adds to a decoded token in each layer, beyond a model without a
+session whose prompt has as many tokens as PyramidDrop leaves in the average layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+from _bench import ratios, save, warm_heap
+
+warm_heap()
+
+import torch  # noqa: E402
+from _families import prompt, random_model  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+import foveate  # noqa: E402
+from foveate.methods import PyramidDrop  # noqa: E402
+from foveate.models import FAMILIES, find_family  # noqa: E402
+from foveate.models.plain import PlainEncoder  # noqa: E402
+
+VISUAL, TOKENS = 576, 40
+WIDE, DEEP = (256, 8), (64, 24)  # channels and layers, for the prefill and for decoding
+
+
+def family_names() -> list[str]:
+    """Model types of all vision-language families."""
+    return sorted(name for name, kind in FAMILIES.items() if not issubclass(kind, PlainEncoder))
+
+
+def pyramid(model: Any, *, keep_all: bool) -> PyramidDrop:
+    """PyramidDrop at legal layers, about a quarter and three quarters down."""
+    family = find_family(model)
+    legal = [i for i in family.attention_layers if i >= max(1, family.first_llm_layer)]
+    places = (family.text_layers // 4, family.text_layers * 3 // 4)
+    layers = tuple(dict.fromkeys(min(legal, key=lambda i: abs(i - at)) for at in places))
+    keep = (1.0,) * len(layers) if keep_all else (0.5, 0.125)[-len(layers) :]
+    return PyramidDrop(layers, keep)
+
+
+def seconds(model: Any, inputs: dict[str, Any], cache: DynamicCache) -> float:
+    """CPU seconds of a forward."""
+    start = time.process_time()
+    model(**inputs, past_key_values=cache)
+    return time.process_time() - start
+
+
+def in_turn(contenders: dict[str, Any], rounds: int, tokens: int) -> dict[str, list[float]]:
+    """CPU seconds of every forward, contenders alternating from forward to forward.
+
+    Args:
+        contenders: model and prompt of each.
+        rounds: prompts, after one that warms up.
+        tokens: tokens decoded behind each prompt, of which the times are; 0 for those of prompts.
+    """
+    runs: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        caches = {
+            name: DynamicCache(config=model.config.get_text_config())
+            for name, (model, _) in contenders.items()
+        }
+        for step in range(tokens + 1):
+            for name in list(contenders)[:: -1 if (number + step) % 2 else 1]:
+                model, inputs = contenders[name]
+                given = {"input_ids": torch.tensor([[7]])} if step else inputs
+                run = seconds(model, given, caches[name])
+                if number and bool(step) == bool(tokens):
+                    runs[name].append(run)
+    return runs
+
+
+def measure(name: str, rounds: int) -> dict[str, Any]:
+    """Ratios and overheads of a family; every contender has a model of its own."""
+    bare, attached = random_model(name, *WIDE), random_model(name, *WIDE)
+    inputs = prompt(bare, VISUAL)
+    with foveate.use(attached, pyramid(attached, keep_all=True)):
+        contenders = {"bare": (bare, inputs), "attached": (attached, inputs)}
+        prefill = in_turn(contenders, 4 * rounds, 0)
+    bare, attached, pruned = (random_model(name, *DEEP) for _ in range(3))
+    inputs, drop = prompt(bare, VISUAL), pyramid(pruned, keep_all=False)
+    with foveate.use(attached, pyramid(bare, keep_all=True)), foveate.use(pruned, drop) as run:
+        pruned(**inputs)
+        visual = round(
+            statistics.mean(layer["visual_tokens"][0] for layer in run.report()["layers"])
+        )
+        contenders = {
+            "bare": (bare, inputs),
+            "attached": (attached, inputs),
+            "native": (bare, prompt(bare, visual)),
+            "pruned": (pruned, inputs),
+        }
+        decode = in_turn(contenders, rounds, TOKENS)
+    scale = 1e6 / DEEP[1]
+    extra = [scale * (a - b) for a, b in zip(decode["pruned"], decode["native"], strict=True)]
+    low, median, high = statistics.quantiles(extra, n=4)
+    return {
+        "prefill": ratios(prefill["attached"], prefill["bare"]),
+        "decode": ratios(decode["attached"], decode["bare"]),
+        "overhead_us": {"median": median, "q25": low, "q75": high},
+        "plain_us": scale * statistics.median(decode["native"]),
+        "layers": list(drop.layers or ()),
+        "average visual tokens": visual,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--family", nargs="*")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    rows = {}
+    with torch.inference_mode():
+        for name in options.family or family_names():
+            rows[name] = row = measure(name, options.rounds)
+            print(
+                f"{name:18} keep all: prefill {row['prefill']['median']:.3f}, decode "
+                f"{row['decode']['median']:.3f}; pruned decode "
+                f"{row['overhead_us']['median']:+.1f} us on {row['plain_us']:.0f}",
+                flush=True,
+            )
+    if not options.family:
+        wide, deep = ("{} x {}".format(*size) for size in (WIDE, DEEP))
+        size = (
+            f"Random models, {wide} for the prefill and {deep} for decoding; {VISUAL} visual tokens"
+        )
+        save("families", {"model": size, "rounds": options.rounds, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Sequence: what layers are told about rows of pictures that lie behind one another.
+
+Boundaries of segments are counts of rows, rotary embeddings and block masks have one entry for each
+row. Once rows have been removed, all of them are translated by the rows that are left, once for all
+layers that are told the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# boundaries of segments -> the longest segment, as kernels with segments are told both
+BOUNDARIES = {
+    "cu_seqlens": "max_seqlen",
+    "cu_seq_lens_q": "max_length_q",
+    "cu_seq_lens_k": "max_length_k",
+}
+
+
+class PackedRows:
+    """The translation for the rows that are left.
+
+    Args:
+        order: (N) which of all rows each row of now is, ascending.
+        bias: (N) what the scores of each key get, for layers that take a mask.
+    """
+
+    def __init__(self, order: Tensor, bias: Tensor | None = None) -> None:
+        self._order = order
+        self._bias = bias
+        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # what was translated is kept alive
+
+    def translate(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a layer, for the rows that are left."""
+        changed = dict(kwargs)
+        if (rotary := kwargs.get("position_embeddings")) is not None:
+            changed["position_embeddings"] = tuple(self._once(part, self._rows) for part in rotary)
+        if (mask := kwargs.get("attention_mask")) is not None:
+            changed["attention_mask"] = self._once(mask, self._block)
+        for name, longest in BOUNDARIES.items():
+            if (bounds := kwargs.get(name)) is None:
+                continue
+            changed[name] = self._once(bounds, self._boundaries)
+            if kwargs.get(longest) is not None:
+                changed[longest] = int(changed[name].diff().max())
+        return changed
+
+    def _once(self, given: Tensor, translate: Callable[[Tensor], Tensor]) -> Tensor:
+        if id(given) not in self._done:
+            self._done[id(given)] = given, translate(given)
+        return self._done[id(given)][1]
+
+    def _rows(self, rotary: Tensor) -> Tensor:
+        return rotary.index_select(-2, self._order.to(rotary.device))
+
+    def _boundaries(self, bounds: Tensor) -> Tensor:
+        """How many rows are left before each boundary, without segments of which none is."""
+        left = torch.searchsorted(self._order, bounds.to(self._order))
+        return left.unique_consecutive().to(bounds)
+
+    def _block(self, mask: Tensor) -> Tensor:
+        """(1, 1, N, N) of a mask that keeps pictures apart."""
+        order = self._order.to(mask.device)
+        mask = mask.index_select(-2, order).index_select(-1, order)
+        if self._bias is None:
+            return mask
+        if mask.dtype == torch.bool:
+            return torch.where(mask, self._bias, torch.finfo(self._bias.dtype).min)
+        return (mask + self._bias).clamp(min=torch.finfo(mask.dtype).min)

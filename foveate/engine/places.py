@@ -1,0 +1,95 @@
+"""Places: where the images of a forward, and their tokens, lie in the pictures.
+
+Nothing is worked out before a record is read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.engine.features import Encoded
+from foveate.models import Family
+from foveate.tiles import Placed, Tiling, in_picture, match_grid
+
+
+class Places:
+    """Places of the images of one modality in a forward.
+
+    Args:
+        family: the model.
+        modality: `image` or `video`.
+        encoded: what is known of the encoder's images.
+        source: which image of the encoder each image of the forward is.
+        visual: (B, T) placeholders.
+        ids: (B, T) token ids, if they are known.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        modality: str,
+        encoded: Encoded,
+        source: Sequence[int],
+        visual: Tensor,
+        ids: Tensor | None,
+    ) -> None:
+        self.family, self.modality, self.encoded, self.source = family, modality, encoded, source
+        self.visual, self.ids = visual, ids
+
+    def of(self, image: int) -> Placed:
+        """Where an image of the forward is."""
+        boxes = self._boxes(self.source[image])
+        first, tiling = self._pictures[image]
+        tile, count = image - first, tiling.tiles
+        if count == 1:
+            return Placed(boxes)
+        thumbnail = self.family.thumbnail % count
+        if tile == thumbnail:
+            return Placed(boxes, (tile, count))
+        grid = self._grid(first, tiling)
+        if grid is None:
+            return Placed(boxes, (tile, count), False)
+        return Placed(in_picture(boxes, tile - (tile > thumbnail), grid), (tile, count))
+
+    def _boxes(self, image: int) -> Tensor:
+        """(V, 4) boxes of an image of the encoder."""
+        arguments = {
+            name: value.cpu() if isinstance(value, Tensor) else value
+            for name, value in self.encoded.arguments.items()
+        }
+        shape = self.encoded.shapes[image]
+        # In a later turn arguments are those of the whole conversation, so count from the last.
+        number = image - len(self.encoded.shapes)
+        boxes = self.family.boxes(self.modality, number, shape, arguments)
+        if len(boxes) != shape.total:  # features from elsewhere, of something else
+            return torch.full((shape.total, 4), torch.nan)
+        return boxes
+
+    @functools.cached_property
+    def _pictures(self) -> list[tuple[int, Tiling]]:
+        """For each image of the forward, the first image of its picture, and the picture."""
+        rows: dict[int, list[tuple[int, int]]] = {}
+        where, start = self.visual.nonzero().tolist(), 0
+        for image in self.source:
+            stop = start + self.encoded.shapes[image].total
+            rows.setdefault(where[start][0], []).append((where[start][1], where[stop - 1][1] + 1))
+            start = stop
+        pictures: list[tuple[int, Tiling]] = []
+        for row, spans in rows.items():
+            ids = None if self.ids is None else self.ids[row].tolist()
+            for tiling in self.family.pictures(ids, spans):
+                pictures += [(len(pictures), tiling)] * tiling.tiles
+        return pictures
+
+    def _grid(self, first: int, tiling: Tiling) -> tuple[int, int] | None:
+        """(rows, columns) of a picture's tiles: what the prompt says, or else their pixels."""
+        if tiling.grid is not None or self.encoded.pixels is None:
+            return tiling.grid
+        images = [self.source[first + n] for n in range(tiling.tiles)]
+        thumbnail = images.pop(self.family.thumbnail)
+        pixels = self.encoded.pixels
+        return match_grid(pixels[images], pixels[thumbnail])

@@ -1,0 +1,189 @@
+"""YOPO: keep all visual tokens, but compute less of them.
+
+Paper: Zhang et al., "Treat Visual Tokens as Text? But Your MLLM Only Needs Fewer Efforts to See",
+arXiv:2410.06169. Reference code: ZhangAIPI/YOPO_MLLM_Pruning @ f0783f4, `modeling_llama_prune.py`.
+Differs from the reference: the release computes everything and masks it, here the work is left out;
+any batch, several images and any grid work, also with a cache. The release zeroes probabilities
+after the softmax, so what is not read still takes its share, and keys of visual tokens behind the
+cut matter although their values are not read; that share cannot be had without computing them. The
+default takes such keys out of the softmax; `as_released=True` reproduces the release, and suits
+checkpoints that were trained with it. With several images, a visual token attends to neighbours in
+its own image only (our reading; the release takes one image).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import BudgetError, FoveateError, LayerError
+from foveate.method import Method, ModelFacts, Positions, Step, Work, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@register("yopo", stage="llm", paper="Zhang et al. 2024, arXiv:2410.06169")
+@dataclass(frozen=True)
+class YOPO(Method):
+    """Attend to spatial neighbours, in some heads, with part of the MLP, in the first layers.
+
+    Args:
+        window: w, odd side of the neighbourhood that a visual token attends to, besides the text
+            before it; neighbours behind it are seen too, as in the release.
+        layer: c, the decoder layer from which on visual tokens are not computed and not seen.
+            `None` is the published 20 of 40 layers: half of the model at hand. The number of layers
+            cuts nothing.
+        heads: for each decoder layer, which attention heads work on visual tokens; see
+            `head_mask`. `None` is all of them.
+        ffn_factor: f, visual tokens pass the first 1 / f of the MLP's neurons.
+        as_released: probabilities that a head does not read are lost, as in the release; visual
+            tokens are then computed in all layers.
+        keep: takes no value: all tokens are kept up to `layer`.
+        positions: takes `original` only.
+
+    Windows, heads and neurons that are left out still count in a report's FLOPs.
+
+    Cost: the slicing of the weights of pruned heads, a copy in each forward over a prompt.
+    """
+
+    window: int = 5
+    layer: int | None = None
+    heads: tuple[tuple[bool, ...], ...] | None = None
+    ffn_factor: float = 2.0
+    as_released: bool = False
+    keep: None = None
+    positions: Positions | None = None
+    published_positions = "original"
+    note = "what yopo leaves out within a layer is not taken off the FLOPs shown"
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            BudgetError: `keep` is given.
+            FoveateError: `window` is no odd number, or `ffn_factor` is below 1.
+        """
+        super().__post_init__()
+        if self.window < 1 or self.window % 2 == 0:
+            raise FoveateError(f"window must be odd and at least 1, got {self.window} in yopo")
+        if self.ffn_factor < 1:
+            raise FoveateError(f"ffn_factor must be at least 1, got {self.ffn_factor} in yopo")
+        if self.positions == "renumbered":
+            raise FoveateError("yopo leaves positions as they are; leave positions out")
+
+    def check_budget(self, steps: int | None) -> None:
+        """Refuse a `keep`.
+
+        Raises:
+            BudgetError: it was given.
+        """
+        if self.keep is not None:
+            raise BudgetError(
+                f"yopo keeps all visual tokens up to its layer, so it takes no keep; got "
+                f"{self.keep!r}. Set window, layer, heads and ffn_factor"
+            )
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """No visual token is left at the cut."""
+        return 0
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """The cut, if there is one."""
+        layer = self._cut(model)
+        return () if self.as_released or layer == model.text_layers else (Step("llm", layer),)
+
+    def work(self, model: ModelFacts) -> tuple[Work, ...]:
+        """Every layer up to the cut, or all of them as released.
+
+        Raises:
+            LayerError: `heads` does not have an entry for each layer.
+        """
+        if self.heads is not None and len(self.heads) != model.text_layers:
+            raise LayerError(
+                f"yopo has a head mask of {len(self.heads)} layers, but this {model.model_type} "
+                f"has {model.text_layers}; make one with foveate.methods.yopo.head_mask"
+            )
+        cut = self._cut(model)
+        return tuple(
+            Work(
+                layer,
+                self.window,
+                heads=None if self.heads is None else tuple(map(bool, self.heads[layer])),
+                mlp_divisor=self.ffn_factor,
+                seen=layer < cut,
+                renormalize=not self.as_released,
+            )
+            for layer in range(model.text_layers if self.as_released else cut)
+        )
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Nothing is left at the cut."""
+        return Reduction(tokens.index[:, :0])
+
+    def _cut(self, model: ModelFacts) -> int:
+        if self.layer is None:
+            return max(model.text_layers // 2, model.first_llm_layer)
+        if not 0 <= self.layer <= model.text_layers:
+            raise LayerError(
+                f"yopo cuts before decoder layer {self.layer}, but this {model.model_type} has "
+                f"layers 0 to {model.text_layers - 1}"
+            )
+        return self.layer
+
+
+@torch.no_grad()
+def head_mask(
+    model: Any,
+    samples: Iterable[Mapping[str, Tensor]],
+    threshold: float = 0.035,
+    share: float = 0.4,
+    always: int = 2,
+) -> tuple[tuple[bool, ...], ...]:
+    """Find the heads that look at the image, on calibration prompts.
+
+    In each sample a head votes to stay where the attention that text tokens behind the image pay to
+    visual tokens exceeds `threshold` times what they pay to text (which queries count is our
+    reading). It stays if more than `share` of the samples vote for it.
+
+    Args:
+        model: a vision-language model whose attention maps can be had with the eager kernel.
+        samples: model inputs, each with an image; prompts without padding, of any batch size.
+        threshold: least ratio of attention to visual tokens over attention to text; published for
+            40 layers: 0.035, 0.077 and 0.2, for more and more pruned heads.
+        share: of the votes that a head needs.
+        always: first layers in which all heads stay.
+
+    Returns:
+        For each decoder layer, whether each head stays: `YOPO(heads=...)`.
+
+    Raises:
+        FoveateError: there are no samples.
+    """
+    text = model.get_decoder()
+    kernel = text.config._attn_implementation
+    votes: list[Tensor] = []
+    text.set_attn_implementation("eager")
+    try:
+        for inputs in samples:
+            maps = model(**inputs, output_attentions=True).attentions
+            visual = inputs["input_ids"] == model.config.image_token_id
+            votes += [_ratios(maps, row, seen) > threshold for row, seen in enumerate(visual)]
+    finally:
+        text.set_attn_implementation(kernel)
+    if not votes:
+        raise FoveateError("head_mask needs at least one calibration prompt")
+    stays = torch.stack(votes).double().mean(0) > share
+    stays[:always] = True
+    return tuple(tuple(layer) for layer in stays.tolist())
+
+
+def _ratios(maps: tuple[Tensor, ...], row: int, visual: Tensor) -> Tensor:
+    """(L, H) attention to visual tokens over that to text, of the text behind the image."""
+    first = int(visual.nonzero()[-1]) + 1
+    rows = torch.stack([layer[row, :, first:].float() for layer in maps])
+    seen = rows[..., visual].sum((2, 3))
+    return seen / rows[..., ~visual].sum((2, 3))

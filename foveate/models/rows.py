@@ -1,0 +1,80 @@
+"""Rows: which rows of an encoder hold the patches of each visual token.
+
+A visual token is a patch, or a cell of `side` x `side` patches that the model merges behind the
+encoder. Shapes: `V` visual tokens of a picture, `R` rows of each: side squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """An image, tile, frame or video as the encoder sees it.
+
+    Args:
+        grid: (height, width) of its visual tokens, of one frame in a video.
+        rows: (V, R) rows of the encoder that hold each token, in raster order of the tokens.
+        frames: frames of a video, one behind the other.
+    """
+
+    grid: tuple[int, int]
+    rows: Tensor
+    frames: int = 1
+
+
+def token_grid(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) in visual tokens of a grid of patches.
+
+    Raises:
+        InputError: some patches belong to no token.
+    """
+    if height % side or width % side:
+        raise InputError(
+            f"an image of {height} x {width} patches does not divide into cells of {side} x "
+            f"{side}, so that tokens cannot be removed inside the encoder; resize images to "
+            "multiples of a cell, as the model's processor does"
+        )
+    return height // side, width // side
+
+
+def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
+    """(V, R) rows of the tokens of a picture whose patches come in raster order."""
+    rows, columns = token_grid(height, width, side)
+    patches = torch.arange(height * width).view(rows, side, columns, side)
+    return patches.transpose(1, 2).reshape(-1, side**2)
+
+
+def packed(
+    sizes: Iterable[tuple[int, int, int]], side: int, order: Tensor | None = None, *, raster: bool
+) -> list[Picture]:
+    """Pictures whose rows lie behind one another in one sequence.
+
+    Args:
+        sizes: (frames, height, width) of each in patches.
+        side: side of a token in patches.
+        order: (tokens) the token at each place, where the encoder reorders those of all pictures.
+        raster: whether patches come in raster order; else token by token.
+    """
+    place = None if order is None else order.argsort().cpu()
+    pictures, start = [], 0
+    for frames, height, width in sizes:
+        grid, count = token_grid(height, width, side), frames * height * width
+        rows = (
+            raster_rows(frames * height, width, side)
+            if raster
+            else torch.arange(count).view(-1, side**2)
+        )
+        rows = rows + start
+        if place is not None:
+            rows = place[rows // side**2] * side**2 + rows % side**2
+        pictures.append(Picture(grid, rows, frames))
+        start += count
+    return pictures

@@ -1,0 +1,139 @@
+"""Signals of encoders whose pictures lie in one sequence equal those of whole attention maps."""
+
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+import torch
+
+import foveate
+from foveate.budget import Keep
+from foveate.engine.inputs import bound
+from foveate.method import Need, Scorer, Step
+from foveate.models import find_family
+from foveate.signals.packed import segment_sums
+from tests.conformance.zoo.member import MEMBERS, fresh
+
+NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "paddleocr_vl", "mistral3")
+
+
+@dataclass(frozen=True)
+class Spy(Scorer):
+    """Keeps the first tokens, and notes what it is shown."""
+
+    keep: Keep = 0.5
+    positions: str | None = None
+    seen: list = field(default_factory=list)
+    slug, stage, needs, paper = "spy", "pre_llm", (), ""
+
+    def steps(self, model):
+        layers = tuple(range(model.vision_layers))
+        return (Step("pre_llm", needs=tuple(Need(name, layers) for name in NAMES)),)
+
+    def scores(self, tokens):
+        self.seen.append(tokens)
+        return -tokens.index.float()
+
+
+def two_dimensional(states):
+    return states[0] if states.dim() == 3 else states
+
+
+def whole_map(attention, hidden, told, lengths):
+    """(N, N) attention of a layer, mean over heads, from (N, D) normed states; and (N, D) keys."""
+    heads = attention.num_heads
+    if hasattr(attention, "qkv"):
+        query, key, _ = attention.qkv(hidden).chunk(3, -1)
+    else:
+        query, key = attention.q_proj(hidden), attention.k_proj(hidden)
+    q, k = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (query, key))
+    module = sys.modules[type(attention).__module__]
+    cos, sin = (two_dimensional(part) for part in told["position_embeddings"])
+    q = q * cos + module.rotate_half(q) * sin
+    k = k * cos + module.rotate_half(k) * sin
+    bounds = told["cu_seqlens"].diff().tolist() if "cu_seqlens" in told else lengths
+    segment = torch.repeat_interleave(torch.arange(len(bounds)), torch.tensor(bounds))
+    logits = q @ k.mT * attention.scaling
+    logits = logits.masked_fill(segment[:, None] != segment, -torch.inf)
+    return logits.softmax(-1).mean(0), key
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_signals_are_those_of_whole_maps(name):
+    member = MEMBERS[name]()
+    model = member.build()
+    encoder = find_family(model).encoder
+    entered, left, spy = {}, {}, Spy()
+
+    def enter(number):
+        return lambda module, args, kwargs: entered.update(
+            {number: (two_dimensional(args[0] if args else kwargs["hidden_states"]), kwargs)}
+        )
+
+    def leave(number):
+        return lambda module, args, output: left.update(
+            {number: two_dimensional(output if isinstance(output, torch.Tensor) else output[0])}
+        )
+
+    told = {}
+    handles = [
+        encoder.tower.register_forward_pre_hook(
+            lambda module, args, kwargs: told.update(bound(module.forward, args, kwargs)),
+            with_kwargs=True,
+        )
+    ]
+    for number, layer in enumerate(encoder.layers):
+        attention = encoder.attention(layer)
+        handles.append(attention.register_forward_pre_hook(enter(number), with_kwargs=True))
+        handles.append(layer.register_forward_hook(leave(number)))
+    with foveate.use(model, spy):
+        model.model.get_image_features(**fresh(member.pixels(3)), return_dict=True)
+    for handle in handles:
+        handle.remove()
+    pictures = encoder.packed(told, find_family(model).side("image"))
+    lengths = [picture.rows.numel() for picture in pictures]
+    assert sum(tokens.index.shape[0] for tokens in spy.seen) == 3
+    for tokens in spy.seen:
+        for i, image in enumerate(images_of(tokens, pictures)):
+            picture = pictures[image]
+            for number in range(len(encoder.layers)):
+                attention, key = whole_map(
+                    encoder.attention(encoder.layers[number]), *entered[number], lengths
+                )
+                received = attention.sum(0)[picture.rows].mean(1) / picture.rows.numel()
+                close(tokens.signal("received_attention")[i, number], received)
+                close(tokens.signal("given_attention")[i, number], torch.ones_like(received))
+                keys = tokens.signal("encoder_keys")[i, number].transpose(0, 1).flatten(1)
+                close(keys, key[picture.rows].mean(1))
+                states = tokens.signal("encoder_features")[i, number]
+                close(states, left[number][picture.rows].mean(1))
+
+
+def images_of(tokens, pictures):
+    """Numbers of the images of a group: those of its size, in order of appearance."""
+    total = tokens.index.shape[1]
+    return [n for n, p in enumerate(pictures) if len(p.rows) == total and p.grid == tokens.grid]
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 5, 12, 17], [0, 17], [0, 5, 10, 15, 17]])
+@pytest.mark.parametrize("biased", [False, True])
+def test_segments_do_not_see_each_other(bounds, biased):
+    query, key = torch.randn(17, 8), torch.randn(17, 8)
+    bias = torch.randn(17) if biased else None
+    sums = segment_sums(query, key, torch.tensor(bounds), 2, bias)
+    for start, end in pairwise(bounds):
+        for column in range(start, end):
+            total = 0.0
+            for head in (slice(0, 4), slice(4, 8)):
+                logits = query[start:end, head] @ key[start:end, head].T / 2
+                if bias is not None:
+                    logits = logits + bias[start:end]
+                total += float(logits.softmax(-1)[:, column - start].sum()) / 2
+            assert sums[column].item() == pytest.approx(total, rel=1e-4)

@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from foveate.budget import Keep, check_keep
+from foveate.budget import Keep, PerRequest, check_keep
 from foveate.diversity import cosine_distance, select_diverse
 from foveate.errors import FoveateError
 from foveate.method import Method, ModelFacts, Positions, Step, register
@@ -29,7 +29,8 @@ class ToDRE(Method):
     """Greedy diversity behind the encoder, then no visual tokens from a late decoder layer on.
 
     Args:
-        keep: what survives behind the encoder; shares are truncated.
+        keep: what survives behind the encoder; shares are truncated. 1.0 removes nothing, in the
+            late layer neither.
         rule: `max-sum` adds the token with the largest sum of distances to those picked (version 2
             of the paper; it likes outliers), `k-center` the one farthest from its nearest pick
             (version 1; it covers the image).
@@ -74,7 +75,10 @@ class ToDRE(Method):
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """`keep` behind the encoder, nothing in the late layer."""
-        return 0 if step.stage == "llm" else super().count(alive, total, step, number, row)
+        if step.stage == "pre_llm":
+            return super().count(alive, total, step, number, row)
+        keep = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
+        return alive if isinstance(keep, float) and keep == 1 else 0
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep the `count` most diverse tokens of each image, in raster order."""

@@ -28,13 +28,14 @@ def checks(case: Case) -> dict[str, Check]:
 
 
 def _clip(case: Case) -> ClipQuestions:
-    """The recorded projection and question; the release uses no norm."""
+    """The recorded projection and question, and a norm that the release does not use."""
     weight = case.arrays["visual_projection.weight"]
     projection = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     projection.load_state_dict({"weight": weight})
-    return ClipQuestions(
-        (case.arrays["text_feature"],), projection.requires_grad_(False), torch.nn.Identity()
-    )
+    norm = torch.nn.LayerNorm(weight.shape[1])
+    torch.nn.init.normal_(norm.weight)
+    text = (case.arrays["text_feature"],)
+    return ClipQuestions(text, projection.requires_grad_(False), norm)
 
 
 def _check_outliers(case: Case) -> None:

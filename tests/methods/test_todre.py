@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foveate.budget import per_request
 from foveate.errors import BudgetError, FoveateError
 from foveate.method import get_method
 from foveate.methods.todre import ToDRE
@@ -85,6 +86,16 @@ def test_places(fields, depth, first, places, facts):
     method.check_budget(len(steps))
     counts = [method.count(576, 576, step, number) for number, step in enumerate(steps)]
     assert counts == [57, 0][: len(steps)]
+
+
+def test_keeping_everything_keeps_it_to_the_end(facts):
+    for keep, expected in (
+        (1.0, [576, 576]), (0.5, [288, 0]), (1, [1, 0]), (600, [576, 0]),
+        (per_request([0.5, 1.0]), [576, 576]),
+    ):  # fmt: skip
+        method = ToDRE(keep=keep)
+        steps = enumerate(method.steps(facts()))
+        assert [method.count(576, 576, step, i, row=1) for i, step in steps] == expected
 
 
 def test_defaults_and_registration():

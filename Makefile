@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[calibrate]' hypothesis mypy pytest pytest-timeout pytest-xdist ruff
+		--editable '.[calibrate,large]' hypothesis mypy pytest pytest-timeout pytest-xdist ruff
 	@touch $@
 
 demo: .venv/.ready  ## ask the embedded model about a picture, with all visual tokens and with PyramidDrop

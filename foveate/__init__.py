@@ -2,12 +2,14 @@
 
 from foveate import methods
 from foveate.budget import per_request
+from foveate.clip import ClipText
 from foveate.engine.session import Session, apply, use
 from foveate.errors import FoveateError
 from foveate.method import Scorer, Step, get_method, list_methods, register
 from foveate.models import list_families
 
 __all__ = [
+    "ClipText",
     "FoveateError",
     "Scorer",
     "Session",

@@ -97,6 +97,10 @@ class Step:
             attention behind this step.
         restore: for `llm`, the tokens that the method's step before this one took out come back
             here; `Method.restore` says in which state.
+        stay: for `llm`, leave survivors at their positions, whatever the method does elsewhere.
+        decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
+            attend to what the method chooses (it is a `Focuser`) by the layer before.
+        forget: for `llm`, let the caches of the layers before forget what is removed.
     """
 
     stage: Stage
@@ -105,10 +109,15 @@ class Step:
     inside: bool = False
     proportional: bool = False
     restore: bool = field(default=False, kw_only=True)
+    stay: bool = field(default=False, kw_only=True)
+    forget: bool = field(default=False, kw_only=True)
+    decode: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:
-        """Name of the place in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`."""
+        """Its name in reports: `vision:LAYER`, `pre_llm`, `llm:LAYER` or `decode:LAYER`."""
+        if self.decode:
+            return f"decode:{self.layer}"
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
 
 

@@ -97,7 +97,8 @@ class Record:
             earlier turns count.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
-            saw, special tokens included; empty if nothing was done inside the encoder.
+            saw, special tokens included, or rows of all images where they lie in one sequence;
+            empty if nothing was done inside the encoder.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 

@@ -27,7 +27,7 @@ class Reduction:
         share: (G, V) weight of each token in its survivor; those of a mean sum to one.
         ordered: whether the order of survivors is meant: where they get consecutive positions, the
             language model reads them in this order.
-        carry: (G, V) what the method wants to be told again of each survivor at its next steps.
+        label: (G, K) a number for each survivor, which later steps of the same method are told.
     """
 
     index: Tensor
@@ -35,7 +35,7 @@ class Reduction:
     slot: Tensor | None = None
     share: Tensor | None = None
     ordered: bool = False
-    carry: Tensor | None = None
+    label: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:
@@ -75,14 +75,15 @@ class Reduction:
             tokens: V, which a gather does not know.
         """
         index, order = self.index.sort(dim=1)
+        label = None if self.label is None else self.label.gather(1, order)
         if self.weights is not None:
             rows = order[..., None].expand(-1, -1, tokens)
-            return Reduction(index, self.weights.gather(1, rows))
+            return Reduction(index, self.weights.gather(1, rows), label=label)
         if self.slot is None:
-            return Reduction(index)
+            return Reduction(index, label=label)
         place = order.argsort(dim=1).gather(1, self.slot.clamp(min=0))
         slot = torch.where(self.slot < 0, self.slot, place)
-        return Reduction(index, slot=slot, share=self.share)
+        return Reduction(index, slot=slot, share=self.share, label=label)
 
     def apply(self, x: Tensor) -> Tensor:
         """Map (G, V, D) to (G, K, D)."""

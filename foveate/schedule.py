@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from foveate.budget import steps_in
+from foveate.budget import Keep, check_keep, steps_in
+from foveate.budget import count as budget_count
 from foveate.errors import LayerError
 from foveate.method import Method, ModelFacts, Need, Step
 
@@ -69,23 +70,31 @@ class Scheduled(Method):
         return self.published_layers
 
     @property
+    def budget(self) -> Keep | None:
+        """What survives each drop: `keep`, unless the method says otherwise; `None` for all."""
+        return self.keep
+
+    @property
     def drop_count(self) -> int:
         """Drops that the method wants where `layers` are not given."""
-        assert self.keep is not None  # methods without a `keep` say how many
-        return steps_in(self.keep)
+        return 1 if self.budget is None else steps_in(self.budget)
 
     def check_budget(self, steps: int | None) -> None:
-        """Check `keep`, against `layers` where they are given.
+        """Check the budget, against `layers` where they are given.
 
         Raises:
-            BudgetError: `keep` is out of range or does not fit.
+            BudgetError: it is out of range or does not fit.
         """
-        super().check_budget(self.step_count)
+        if self.budget is not None:
+            check_keep(self.budget, self.step_count)
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """As in `Method`; the entry of `keep` is the step's."""
+        """As in `Method`; the entry of the budget is the step's."""
+        if self.budget is None:
+            return alive
         entry = step.entry if isinstance(step, Drop) else number
-        return super().count(alive, total, step, entry, row)
+        rounding = type(self).rounding
+        return min(budget_count(self.budget, total, step=entry, row=row, rounding=rounding), alive)
 
     def drops(self, model: ModelFacts) -> list[tuple[int, int]]:
         """(layer, entry of `keep`) of each drop, ascending.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,11 +48,13 @@ class VisualTokens:
         special: inside an encoder, the class, distillation and register tokens that precede the
             patches; they are not among the V.
         place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
+        step: the step inside an encoder, as the method made it.
         frames: frames of a video, one behind the other; 1 for an image.
         number: which of the method's steps acts, 0-based.
         quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
             hand.
-        carried: (G, V) what the method's last step before wanted carried (`Reduction.carry`).
+        label: (G, V) what an earlier step of the same method has labelled each token with; `None`
+            if it did not.
     """
 
     features: Callable[[], Tensor]
@@ -63,10 +65,11 @@ class VisualTokens:
     merged: Tensor | None = None
     special: int = 0
     place: str = ""
+    step: Any = None
     frames: int = 1
     number: int = 0
     quota: int = 0
-    carried: Tensor | None = None
+    label: Tensor | None = None
 
     @property
     def x(self) -> Tensor:

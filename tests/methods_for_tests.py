@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from foveate.budget import Keep
-from foveate.method import Method, Scorer, Step
+from foveate.focus import Focus, Focuser
+from foveate.method import Adaptive, Method, Need, Scorer, Step, by_count
 from foveate.reduction import Reduction
 
 
@@ -84,3 +85,72 @@ class Mix(Method):
         generator = torch.Generator().manual_seed(0)
         weights = torch.rand(images, count, length, generator=generator).softmax(-1)
         return Reduction(torch.arange(count).expand(images, -1), weights)
+
+
+@dataclass(frozen=True)
+class Forgetful(Scorer):
+    """Drop before a layer what the last token attends to least, from the caches before it too."""
+
+    layer: int = 3
+    keep: Keep = 0.25
+    positions: str = "original"
+    slug, stage, needs, paper = "forgetful", "llm", ("text_attention",), ""
+
+    def steps(self, model):
+        return (Step("llm", self.layer, (Need("text_attention", (self.layer,)),), forget=True),)
+
+    def scores(self, tokens):
+        return tokens.signal("text_attention")[:, 0].mean(1)
+
+
+@dataclass(frozen=True)
+class Labelling(Adaptive):
+    """Turn the tokens around and label them with their positions; later keep even labels."""
+
+    ordered: bool = True
+    keep: None = None
+    positions: str = "renumbered"
+    slug, stage, needs, paper = "labelling", "pre_llm", (), ""
+
+    def steps(self, model):
+        return (Step("pre_llm"), Step("llm", 2, stay=True))
+
+    @property
+    def step_count(self):
+        return 2
+
+    def split(self, tokens):
+        if tokens.place == "pre_llm":
+            index = torch.arange(tokens.count - 1, 2, -1).expand(len(tokens.index), -1)
+            index = index if self.ordered else index.flip(1)
+            whole = Reduction(index, ordered=self.ordered, label=tokens.index.gather(1, index))
+            return [(range(len(index)), whole)]
+        assert torch.equal(tokens.label, tokens.index)
+        even = tokens.label % 2 == 0
+        return [
+            (members, Reduction(even[members].nonzero()[:, 1].view(-1, count)))
+            for count, members in by_count(even.sum(1)).items()
+        ]
+
+
+@dataclass(frozen=True)
+class Glance(Method, Focuser):
+    """A new token sees the half that it attends to most of what the one before did not see."""
+
+    layer: int = 3
+    keep: Keep = 1.0
+    positions: str = "original"
+    slug, stage, needs, paper = "glance", "llm", (), ""
+
+    def steps(self, model):
+        return (Step("llm", self.layer, decode=True),)
+
+    def reduce(self, tokens, count):
+        raise AssertionError("a step on decoding removes nothing")
+
+    def focus(self, attention, real, before):
+        now = attention.mean(1)
+        rank = now.double() if before is None else now.double() - before.seen.double()
+        order = rank.masked_fill(~real, -9.0).argsort(dim=-1, descending=True, stable=True)
+        half = torch.arange(real.shape[1]) < real.sum(1, keepdim=True) // 2
+        return Focus(now, torch.zeros_like(real).scatter(1, order, half))

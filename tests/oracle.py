@@ -5,7 +5,7 @@ explicit softmax attention, no cache and no compaction. A removed token stays in
 from the layer where it was removed on nobody attends to it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +31,18 @@ class Drop:
 
 @dataclass
 class Spec:
-    """What is removed from a row: given indices at the input, then drops."""
+    """What is removed from a row: given indices at the input, then drops.
+
+    From the end of the prompt on, nobody sees what was removed in layers before `forget` either,
+    and from layer `glance` on each new token sees the half of the visual tokens that it attends to
+    most in the layer before, first of all those that the token before it did not see.
+    """
 
     kept: list[Tensor] | None = None
     renumber: bool = False
     drops: list[Drop] = field(default_factory=list)
+    forget: int = 0
+    glance: int = 0
 
 
 def rotate(x, cos, sin):
@@ -94,11 +101,17 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
         gone = (before & ~alive).long()
         return (gone.cumsum(0) - gone) if renumber else torch.zeros_like(shift)
 
+    forgotten = torch.zeros(length, length, dtype=torch.bool)
+    if spec.forget and columns:  # known only at the end
+        _, known = run(model, ids, features, replace(spec, forget=0), prompt)
+        left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
+        forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
     if spec.kept is not None:
         for image, chosen in enumerate(spec.kept):
             shift += remove(image, chosen, spec.renumber)
         history.append([i.clone() for i in index])
     weights = {}
+    unseen = torch.zeros(length, length, dtype=torch.bool)
     for number, layer in enumerate(text.layers):
         weights[number] = attend(layer, hidden, position - shift, alive)[0]
         for drop in spec.drops:
@@ -117,7 +130,15 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
                 moved += remove(image, chosen, drop.renumber)
             shift = shift + moved
             history.append([i.clone() for i in index])
-        probabilities, v = attend(layer, hidden, position - shift, alive)
+        if spec.glance and number == spec.glance and columns:
+            there, last = torch.cat(columns), set()
+            for query in range(prompt, length):
+                row = weights[number - 1].mean(0)[query, there].tolist()
+                order = sorted(range(len(there)), key=lambda i: (i in last, -row[i]))
+                last = set(order[: len(there) // 2])
+                unseen[query, there[[i for i in range(len(there)) if i not in last]]] = True
+        seen = alive & ~forgotten if number < spec.forget else alive & ~unseen
+        probabilities, v = attend(layer, hidden, position - shift, seen)
         mixed = (probabilities @ v).transpose(0, 1).reshape(length, -1)
         hidden = hidden + layer.self_attn.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))

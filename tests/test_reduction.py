@@ -153,3 +153,13 @@ def test_gradients_flow_to_what_is_left(form):
     reduction.recover(reduction.apply(x), 8).sum().backward()
     used = reduction.matrix(8).sum(1) > 0
     assert torch.equal(x.grad.abs().sum(-1) > 0, used)
+
+
+def test_labels_follow_their_survivors_into_raster_order():
+    index = torch.tensor([[4, 0, 2]])
+    label = torch.tensor([[7, 5, 6]])
+    slot = torch.tensor([[1, -1, 2, 0, 0]])
+    for more in ({}, {"slot": slot, "share": torch.ones(1, 5)}, {"weights": torch.rand(1, 3, 5)}):
+        ascending = Reduction(index, ordered=True, label=label, **more).in_raster_order(5)
+        assert ascending.index.tolist() == [[0, 2, 4]]
+        assert ascending.label.tolist() == [[5, 6, 7]]

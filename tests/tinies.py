@@ -2,6 +2,9 @@
 
 import torch
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -12,6 +15,7 @@ from transformers import (
 IMAGE = 120  # placeholder id
 PATCHES = 36
 LAYERS = 6
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def tiny_llava(text: str = "llama", attention: str = "sdpa", seed: int = 0, layers: int = LAYERS):
@@ -86,3 +90,27 @@ def row_of(inputs, row):
         start = sum(counts[:row])
         alone["pixel_values"] = inputs["pixel_values"][start : start + counts[row]]
     return alone
+
+
+def tiny_clip(width=32):
+    """A random CLIP, and a tokenizer that knows letters."""
+    vocab = {letter: i for i, letter in enumerate(LETTERS)}
+    vocab |= {f"{letter}</w>": 26 + i for i, letter in enumerate(LETTERS)}
+    vocab |= {"<|startoftext|>": 52, "<|endoftext|>": 53}
+    sizes = {
+        "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    text = {
+        **sizes, "hidden_size": 24, "vocab_size": 54, "max_position_embeddings": 12,
+        "bos_token_id": 52, "eos_token_id": 53, "pad_token_id": 53,
+    }  # fmt: skip
+    vision = {**sizes, "hidden_size": width, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(4)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+    model = CLIPModel(config).eval().requires_grad_(False)
+    for weight in (
+        model.vision_model.post_layernorm.weight,
+        model.vision_model.post_layernorm.bias,
+    ):
+        weight.data += torch.rand_like(weight)
+    return model, CLIPTokenizer(vocab=vocab, merges=[])

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import LongTensor, Tensor
 from transformers.cache_utils import (
     Cache,
@@ -19,6 +21,7 @@ from transformers.cache_utils import (
 
 from foveate.engine.layout import Slots
 from foveate.errors import CacheError
+from foveate.focus import Watched
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -27,6 +30,7 @@ class PrunedLayer(CacheLayerMixin):
     _layer_type = None  # keeps the subclass out of transformers' table of layer types
     slots: Slots | None
     incoming: Slots | None
+    watched: Watched | None = None  # what decoding steps choose from, in the layer where they do
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -97,11 +101,25 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty the layer."""
         super().reset()
-        self.slots = None
+        self.slots = self.watched = None
+
+    def forget(self, left: Slots, source: Tensor) -> None:
+        """Keep some slots only.
+
+        Args:
+            left: the slots left.
+            source: (B, S') slot of now that each comes from.
+        """
+        assert self.keys is not None
+        assert self.values is not None  # there is something to forget
+        self.keys, self.values = _slots(self.keys, source), _slots(self.values, source)
+        self.slots = left
 
     def _rows(self, key: object, pick: Any) -> None:
         if self.slots is not None:
             self.slots = self.slots.rows(key, pick)
+        if self.watched is not None:
+            self.watched = self.watched.rows(pick)
 
 
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
@@ -157,6 +175,24 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
         """Logical capacity."""
         return self.logical_max
 
+    def forget(self, left: Slots, source: Tensor) -> None:
+        """Keep some slots only, in smaller buffers."""
+        assert self.slots is not None
+        removed = self.slots.index.shape[1] - source.shape[1]
+        super().forget(left, source)
+        self.max_cache_len -= removed
+        assert self.keys is not None
+        assert self.values is not None  # as before
+        room = (0, 0, 0, self.max_cache_len - source.shape[1])
+        self.keys, self.values = F.pad(self.keys, room), F.pad(self.values, room)
+        self.cumulative_length -= removed
+
+
+def _slots(x: Tensor, source: Tensor) -> Tensor:
+    """(B, H, S', d) of (B, H, S, d) at (B, S') slots."""
+    rows = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.transpose(1, 2)[rows, source.to(x.device)].transpose(1, 2).contiguous()
+
 
 _PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicLayer: PrunedDynamicLayer,
@@ -211,7 +247,7 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
     kind = _PRUNED[type(layer)]
     pruned = kind.__new__(kind)
     pruned.__dict__.update(layer.__dict__)
-    pruned.slots, pruned.incoming = fresh, None
+    pruned.slots, pruned.incoming = pruned._held(fresh), None
     if isinstance(pruned, PrunedStaticLayer):
         pruned.logical_max = pruned.max_cache_len
         if not pruned.is_initialized:

@@ -9,22 +9,21 @@ picture of a batch, or of the whole sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
-from foveate.engine.sequence import Sequence
+from foveate.engine.rows import Rows
 from foveate.engine.stack import Stack, stack
+from foveate.method import Need
 from foveate.models import Encoder, Family
 from foveate.models.rows import Picture, raster_rows, token_grid
-from foveate.reduction import Reduction
 from foveate.signals.cls_attention import class_row
 from foveate.tokens import VisualTokens
-
-Layouts: TypeAlias = "tuple[Reduction | None, ...]"
 
 
 class Encoding:
@@ -44,15 +43,11 @@ class Encoding:
         self.encoder = encoder
         self.arguments = arguments
         self.side = side
-        self.stacks: list[Stack] = []
+        self.where = Rows((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
-        self._full = torch.Size()  # shape of the states, less their width
-        self._order: Tensor | None = None  # (rows) which of all rows each row of now is
-        self._sorted = torch.empty(0)
         self._proportional = False
-        self._history: list[tuple[int, Layouts, Tensor | None]] = []
 
     # -- what there is
 
@@ -65,19 +60,22 @@ class Encoding:
         """
         if self.stacks:
             return
-        self._full = states.shape[:-1]
-        if self.encoder.packed is not None:
-            self.stacks = stack(self.encoder.packed(self.arguments, self.side), states.device)
+        pictures = self._pictures(*states.shape[:2])
+        stacks = stack(pictures, states.device)
+        self.where = Rows(stacks, states.shape[:-1], self.encoder.special, self.where.packed)
+        if mask is None or self.where.packed or (hidden := _hidden(mask)) is None:
             return
-        special, (images, length) = self.encoder.special, states.shape[:2]
+        visible = (~hidden).expand(len(pictures), -1).flatten().float()
+        stacks[0].visible = visible[stacks[0].rows]
+
+    def _pictures(self, images: int, length: int) -> list[Picture]:
+        """The pictures of a sequence, or `images` of `length` rows each."""
+        if self.encoder.packed is not None:
+            return self.encoder.packed(self.arguments, self.side)
+        special = self.encoder.special
         grid = self._patches(length - special)
-        rows = special + raster_rows(*grid, self.side)
-        tokens = token_grid(*grid, self.side)
-        pictures = [Picture(tokens, rows + n * length) for n in range(images)]
-        self.stacks = stack(pictures, states.device)
-        if mask is not None and (hidden := _hidden(mask)) is not None:
-            visible = (~hidden).expand(images, -1).flatten().float()
-            self.stacks[0].visible = visible[self.stacks[0].rows]
+        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
+        return [Picture(tokens, rows + n * length) for n in range(images)]
 
     def _patches(self, count: int) -> tuple[int, int]:
         """(height, width) of a picture's patches."""
@@ -95,25 +93,25 @@ class Encoding:
         return self.arguments.get("pixel_values")
 
     @property
-    def length(self) -> int:
-        """Rows of a picture at full length, special ones included; of all where they are packed."""
-        return self._full[-1] if self._full else 0
+    def stacks(self) -> Sequence[Stack]:
+        """The pictures of the pass."""
+        return self.where.stacks
 
     @property
     def reduced(self) -> bool:
         """Whether any token has been removed."""
-        return self._order is not None
+        return self.where.now.order is not None
 
-    @property
-    def pictures(self) -> list[tuple[Stack, int]]:
-        """For each picture of the pass, its stack and its place there."""
-        members = {n: (of, i) for of in self.stacks for i, n in enumerate(of.pictures)}
-        return [members[n] for n in sorted(members)]
-
-    def kept(self, number: int) -> dict[str, Tensor]:
-        """Place -> (K) raster positions of a picture alive behind it, ascending."""
-        of, i = self.pictures[number]
-        return {place: index[i].sort().values for place, index in of.kept.items()}
+    def survivors(self) -> list[tuple[Stack, dict[str, Tensor]]]:
+        """For each picture of the pass, its stack, and place -> (K) raster positions alive behind
+        it, ascending.
+        """
+        found: dict[int, tuple[Stack, dict[str, Tensor]]] = {}
+        for of in self.stacks:
+            kept = {place: index.sort(-1).values for place, index in of.kept.items()}
+            for i, number in enumerate(of.pictures):
+                found[number] = of, {place: index[i] for place, index in kept.items()}
+        return [found[number] for number in sorted(found)]
 
     # -- steps
 
@@ -134,14 +132,14 @@ class Encoding:
         self,
         steps: list[PlannedStep],
         hidden: Tensor,
-        signals: Callable[[str, Stack], Tensor],
+        signals: Callable[[Need, Stack], Tensor],
     ) -> Tensor:
         """Run steps at one place.
 
         Args:
             steps: the steps.
             hidden: states there.
-            signals: a signal of a stack by name.
+            signals: a signal of a stack.
         """
         for planned in steps:
             for of in self.stacks:
@@ -152,34 +150,33 @@ class Encoding:
         return hidden
 
     def _step(
-        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[str, Stack], Tensor]
+        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, Stack], Tensor]
     ) -> Tensor:
-        step, values = planned.step, []
-        layouts, order = self._layouts, self._order
-        for of, layout in zip(self.stacks, layouts, strict=True):
-            x, count = self._take(hidden, of, layout, order), self._count(planned, of)
+        step = planned.step
+        values = [self.where.take(hidden, number) for number in range(len(self.stacks))]
+        for number, of in enumerate(self.stacks):
+            x, count = values[number], self._count(planned, of)
             if count < of.alive:
                 tokens = VisualTokens(
                     features=lambda x=x, of=of: _mean(x, of),  # type: ignore[misc]
                     index=of.index,
                     grid=of.grid,
                     rows=of.pictures,
-                    signals={need.name: signals(need.name, of) for need in step.needs},
+                    signals={need.name: signals(need, of) for need in step.needs},
                     merged=of.merged,
                     special=self.encoder.special,
                     place=step.place,
+                    step=step,
                     frames=of.frames,
                 )
                 reduction = planned.method.reduce(tokens, count)
                 of.reduce(reduction)
-                x = reduction.apply(x)
-            values.append(x)
-        hidden = self._put(hidden, values)
-        self._proportional |= step.proportional
-        self._weigh(hidden)
+                values[number] = reduction.apply(x)
         # The first hidden state is captured behind the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
-        self._history.append((first, self._layouts, self._order))
+        hidden = self.where.put(hidden, values, first)
+        self._proportional |= step.proportional
+        self._weigh(hidden)
         return hidden
 
     def _note(self, planned: PlannedStep) -> None:
@@ -187,45 +184,7 @@ class Encoding:
             of.begin.setdefault(planned.method_number, of.alive)
             of.kept[planned.step.place] = of.index
 
-    @property
-    def _layouts(self) -> Layouts:
-        return tuple(of.layout for of in self.stacks)
-
-    # -- rows and tokens
-
-    def _take(
-        self, states: Tensor, of: Stack, layout: Reduction | None, order: Tensor | None
-    ) -> Tensor:
-        """(G, K, R D) values of a stack's tokens, from states of the rows of some point."""
-        special, cell = self.encoder.special, of.rows.shape[2]
-        if self.encoder.packed is None and (order is not None or cell == 1):
-            return states[:, special:].unflatten(1, (-1, cell)).flatten(2)
-        rows = of.rows_at(layout)
-        if order is not None:
-            rows = torch.searchsorted(order, rows)
-        taken = states.reshape(-1, states.shape[-1]).index_select(0, rows.flatten())
-        return taken.view(*rows.shape[:2], -1)
-
-    def _put(self, hidden: Tensor, values: list[Tensor]) -> Tensor:
-        """States of the tokens alive, in the encoder's order, which is remembered."""
-        rows = [of.rows_at(of.layout).flatten(1) for of in self.stacks]
-        if self.encoder.packed is None:
-            images, length = self._full
-            start = torch.arange(images, device=hidden.device)[:, None] * length
-            first = start + torch.arange(self.encoder.special, device=hidden.device)
-            self._order = torch.cat((first, rows[0]), 1).flatten()
-        else:
-            self._order, self._sorted = torch.cat([row.flatten() for row in rows]).sort()
-        return self._lay(hidden, values)
-
-    def _lay(self, states: Tensor, values: list[Tensor]) -> Tensor:
-        """Rows of all stacks' tokens (G, K, R D) in the encoder's order, behind special rows."""
-        width = states.shape[-1]
-        if self.encoder.packed is None:
-            tokens = values[0].unflatten(2, (-1, width)).flatten(1, 2)
-            return torch.cat((states[:, : self.encoder.special], tokens), 1)
-        flat = torch.cat([value.reshape(-1, width) for value in values])
-        return flat.index_select(0, self._sorted).view(*states.shape[:-2], -1, width)
+    # -- what layers are told
 
     def _weigh(self, hidden: Tensor) -> None:
         """Find out what the scores of each key get, and forget what layers were told."""
@@ -233,10 +192,9 @@ class Encoding:
         self.bias = None
         if counts is not None:
             bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
-            self.bias = bias[:, None, None] if self.encoder.packed is None else bias.flatten()
-        if self.encoder.packed is not None:
-            assert self._order is not None
-            self._sequence = Sequence(self._order, self.bias)
+            self.bias = bias.flatten() if self.where.packed else bias[:, None, None]
+        if self.where.packed and (order := self.where.now.order) is not None:
+            self._told = PackedRows(order, self.bias)
 
     def counts(self, hidden: Tensor, *, merged: bool) -> Tensor | None:
         """(B, N) or (N) how many rows that others attend to each row stands for; `None` if all 1.
@@ -253,20 +211,32 @@ class Encoding:
             torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
             for part, of in zip(parts, self.stacks, strict=True)
         ]
-        return self._lay(ones, values)[..., 0]
+        return self.where.lay(ones, values)[..., 0]
+
+    def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer must be told, once tokens have been removed."""
+        if self.where.packed:
+            return self._told.translate(kwargs)
+        given = kwargs.get("attention_mask")
+        if not self.encoder.masks_layers:
+            return dict(kwargs)
+        mask = self.bias
+        if mask is not None and given is not None and given.dim() == 2:  # as flash kernels take it
+            mask = mask[:, 0, 0] > -1
+        return {**kwargs, "attention_mask": mask}
 
     # -- signals
 
-    def tapped(self, name: str, of: Stack) -> Tensor:
+    def tapped(self, need: Need, of: Stack) -> Tensor:
         """A signal of the layer that is running, from its own projections; a token's keys are the
         mean of its rows'.
         """
         assert self.taps is not None  # only asked for between the halves of a layer
         names = self.encoder.projections
-        if name == "encoder_keys":
+        if need.name == "encoder_keys":
             key = self.taps[names[-1]].detach()
             key = key if len(names) > 1 else key.chunk(3, -1)[1]
-            key = _mean(self._take(key, of, of.layout, self._order), of)
+            key = _mean(self._of(key, of), of)
             return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
         query, key = (self.taps[part].detach() for part in names)
         return self._of_class(query, key, of)
@@ -290,8 +260,15 @@ class Encoding:
         special = self.encoder.special
         row = class_row(query, key, self.encoder.heads, special, self.bias).transpose(1, 2)
         row = torch.nn.functional.pad(row, (0, 0, special, 0))
-        tokens = self._take(row, of, of.layout, self._order)
+        tokens = self._of(row, of)
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
+
+    def at_tokens(self, row: Tensor, of: Stack) -> Tensor:
+        """(G, C, K) of a stack's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
+        token's rows.
+        """
+        states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
+        return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
         """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor
@@ -301,26 +278,18 @@ class Encoding:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
-        whole = self._whole(states, self._layouts, self._order, 0.0)
+        whole = self.where.whole(states, self.where.now, 0.0)
         return whole[:, special:].transpose(1, 2)
+
+    def _of(self, states: Tensor, of: Stack) -> Tensor:
+        """(G, K, R D) of a stack's tokens, from states of now."""
+        return self.where.take(states, self.stacks.index(of))
 
     # -- the way out
 
-    def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer must be told, once tokens have been removed."""
-        if self.encoder.packed is not None:
-            return self._sequence.translate(kwargs)
-        given = kwargs.get("attention_mask")
-        if not self.encoder.masks_layers:
-            return dict(kwargs)
-        mask = self.bias
-        if mask is not None and given is not None and given.dim() == 2:  # as flash kernels take it
-            mask = mask[:, 0, 0] > -1
-        return {**kwargs, "attention_mask": mask}
-
     def whole(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        return self._whole(states, self._layouts, self._order) if self.reduced else states
+        return self.where.whole(states, self.where.now) if self.reduced else states
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""
@@ -330,31 +299,12 @@ class Encoding:
             output.last_hidden_state = self.whole(output.last_hidden_state)
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
-                self._at(number, states) for number, states in enumerate(output.hidden_states)
+                states
+                if states is None or (point := self.where.at(number)) is None
+                else self.where.whole(states, point)
+                for number, states in enumerate(output.hidden_states)
             )
         return output
-
-    def _at(self, number: int, states: Tensor | None) -> Tensor | None:
-        """A hidden state at full length."""
-        points = [point[1:] for point in self._history if point[0] <= number]
-        return states if states is None or not points else self._whole(states, *points[-1])
-
-    def _whole(
-        self, states: Tensor, layouts: Layouts, order: Tensor | None, missing: float | None = None
-    ) -> Tensor:
-        """States of some point at full length; see `Stack.recover` for dropped tokens."""
-        pairs = list(zip(self.stacks, layouts, strict=True))
-        parts = [of.recover(self._take(states, of, la, order), la, missing) for of, la in pairs]
-        special, width = self.encoder.special, states.shape[-1]
-        if self.encoder.packed is None and self.side == 1:
-            return torch.cat((states[:, :special], parts[0]), 1)
-        rows = torch.cat([of.rows.flatten() for of in self.stacks])
-        whole = states.new_zeros(self._full.numel(), width)
-        whole = whole.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
-        whole = whole.view(*self._full, width)
-        if special:
-            whole = torch.cat((states[:, :special], whole[:, special:]), 1)
-        return whole
 
 
 def _mean(x: Tensor, of: Stack) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.clip import ClipQuestions
 from foveate.engine.images import Group, Left, group_features, reduce_group
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
@@ -136,6 +137,7 @@ class Asker:
         request: batch row to entry of a per-request budget.
         ends: logical column of each image's last token; empty where the prompt is not known.
         question: the text behind the images, and its (B, Q, D) embeddings.
+        clip: what is asked, as CLIP embeds it.
     """
 
     rows: Sequence[int]
@@ -143,11 +145,16 @@ class Asker:
     request: Callable[[int], int]
     ends: Sequence[int] = ()
     question: tuple[Question, Tensor] | None = None
+    clip: ClipQuestions | None = None
 
-    def signals(self, part: Group) -> dict[str, Tensor]:
-        """(G, Q, D) embeddings of the question of each image of a group, and masks of all of it and
+    def signals(self, name: str, part: Group) -> dict[str, Tensor]:
+        """A signal of the prompt for each image of a group, with masks of all the text there is and
         of what comes before another image.
         """
+        if name == "clip_questions":
+            assert self.clip is not None  # the session has checked it
+            text, mask = self.clip.of([self.request(row) for row in part.rows])
+            return {name: text, f"{name}_mask": mask}
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
         following = self._following()
@@ -195,20 +202,20 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     began: list[dict[int, int]] = [{} for _ in source]
-    survivors, carried, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
     left = [
-        Left(len(index), begun, index if ordered else None, carries)
-        for (index, _), begun, carries in zip(survivors, began, carried, strict=True)
+        Left(len(index), begun, labels, index if ordered else None)
+        for (index, _, labels), begun in zip(survivors, began, strict=True)
     ]
     output.encoded = replace(encoded, left=left)
-    if sum(image.count for image in left) == sum(lengths):
+    if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
-    slots = [index.sort().values for index, _ in survivors]
+    slots = [index.sort().values for index, _, _ in survivors]
     where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([values[number] for _, values in survivors])
+        values = torch.cat([values[number] for _, values, _ in survivors])
         blank = torch.full_like(rows_of_sheets[number], torch.nan)
         marked.append(_like(sheet, blank.index_copy(0, where, values)))
     output.pooler_output = marked[0]
@@ -224,9 +231,9 @@ def _reduce(
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
     began: list[dict[int, int]],
-) -> tuple[list[tuple[Tensor, list[Tensor]]], list[dict[int, Tensor]], bool]:
-    """(K) positions of each image's survivors, and their (K, D) values on every sheet, in order;
-    what methods want carried; and whether the order may differ from raster order.
+) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
+    """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
+    in order; and whether that may differ from raster order.
 
     The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
     filled in, as in `Encoded`.
@@ -251,7 +258,7 @@ def _reduce(
                 found: dict[str, Tensor] = {}
                 for need in needs:
                     if SIGNALS[need.name].source == "prompt":
-                        found |= asker.signals(part)
+                        found |= asker.signals(need.name, part)
                     else:
                         rows = _signal(need, encoded, asker.source, part)
                         found[need.name] = deliver(need.name, rows)
@@ -266,17 +273,12 @@ def _reduce(
     for (method, image), tokens in begin.items():
         began[image][method] = tokens
     result = {
-        image: (group.index[i], [x[i] for x in xs])
+        image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
         for group, xs in alive
         for i, image in enumerate(group.images)
     }
-    carried = {
-        image: {number: values[i] for number, values in group.carried.items()}
-        for group, _ in alive
-        for i, image in enumerate(group.images)
-    }
-    ordered, every = any(group.ordered for group, _ in alive), range(len(sheets[0]))
-    return [result[i] for i in every], [carried[i] for i in every], ordered
+    ordered = any(group.ordered for group, _ in alive)
+    return [result[i] for i in range(len(sheets[0]))], ordered
 
 
 def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: Group) -> Tensor:

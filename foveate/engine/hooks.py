@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.compute import run_layer
@@ -35,13 +36,15 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.question import Question
+from foveate.engine.survivors import survivors
 from foveate.engine.turn import Prompt, Turn
-from foveate.engine.vision import VisionPart, survivors
+from foveate.engine.vision import VisionPart
 from foveate.errors import BudgetError, InputError, UnsupportedModelError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals import SIGNALS
 from foveate.signals.encoder import EncoderSignals
+from foveate.signals.packed import PackedSignals
 from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
@@ -61,6 +64,7 @@ class _Local(threading.local):
     trailing: int = 0  # drafted tokens behind the prompt
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
+    clip: ClipQuestions | None = None
 
 
 class Hooks:
@@ -70,9 +74,16 @@ class Hooks:
         plan: what to do where.
         family: the model.
         vision: the part that shortens the stream inside the encoder, if one does.
+        clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
 
-    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        vision: VisionPart | None = None,
+        clip: ClipQuestions | None = None,
+    ) -> None:
         self.plan = plan
         self.family = family
         self.vision = vision
@@ -80,14 +91,29 @@ class Hooks:
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
             running = (lambda: None) if vision is None else (lambda: vision.running)
-            self.signals = EncoderSignals(family.encoder, plan.encoder_signals, running, plan.above)
+            wanted = plan.encoder_signals
+            if family.encoder.packed is None:
+                self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
+            else:
+                side = family.side("image")
+                self.signals = PackedSignals(family.encoder, wanted, running, side)
         self._local = _Local()
         self._last: Record | None = None
+        self._clip = clip
 
     @property
     def record(self) -> Record | None:
         """The last forward over a prompt: this thread's, or else any thread's."""
         return self._local.record or self._last
+
+    @property
+    def clip(self) -> ClipQuestions | None:
+        """What is asked: what this thread was told, or else what the session began with."""
+        return self._local.clip or self._clip
+
+    @clip.setter
+    def clip(self, questions: ClipQuestions) -> None:
+        self._local.clip = questions
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `generate`: note its rows, and keep it from compiling the decoding step."""
@@ -193,6 +219,7 @@ class Hooks:
         past = 0 if cache is None else int(cache.get_seq_length())
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
+        self._check_decoding(cache)
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
@@ -202,7 +229,9 @@ class Hooks:
             past=past,
             device=sequence.device,
             groups=groups,
-            real=real_positions(kwargs.get("attention_mask"), past + length) if groups else None,
+            real=real_positions(kwargs.get("attention_mask"), past + length)
+            if groups or self.plan.focus
+            else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
@@ -309,17 +338,26 @@ class Hooks:
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
         visual = (self._local.visual or {}).get(modality)
-        deliver = (lambda _, x: x) if self.signals is None else self.signals.deliver
         if visual is None:  # `generate` encodes before it calls the model
             everything = range(len(output.encoded.lengths))
             asker = Asker([0] * len(everything), everything, lambda row: row)
-            features.mark(output, self.plan, asker, deliver)
+            features.mark(output, self.plan, asker, self._deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
         question = self._question(rows, ends) if self.plan.waits else None
-        asker = Asker(rows, source, self._request(visual.shape[0]), ends, question)
-        features.mark(output, self.plan, asker, deliver)
+        request = self._request(visual.shape[0])
+        asker = Asker(rows, source, request, ends, question, self.clip)
+        features.mark(output, self.plan, asker, self._deliver)
+
+    def _deliver(self, name: str, values: Tensor) -> Tensor:
+        """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
+        assert self.signals is not None
+        values = self.signals.deliver(name, values)
+        if not name.startswith("clip"):
+            return values
+        assert self.clip is not None  # the session has checked it
+        return self.clip.patches(values, normed=name == "clip_patches")
 
     def _question(self, rows: Sequence[int], ends: Sequence[int]) -> tuple[Question, Tensor]:
         """The text behind images, and its (B, Q, D) embeddings."""
@@ -395,6 +433,8 @@ class Hooks:
 
     def _check_requests(self, batch: int) -> None:
         rows = batch // self._expanded(batch)
+        if self.clip is not None:
+            self.clip.check(rows)
         for keep in self.plan.per_request:
             if len(keep.values) != rows:
                 raise BudgetError(
@@ -416,8 +456,19 @@ class Hooks:
             "encodes videos as images cannot be served with videos: run them without a session"
         )
 
+    def _check_decoding(self, cache: Cache | None) -> None:
+        """Refuse ways of generating in which a decoding step cannot choose."""
+        local, focus = self._local, self.plan.focus
+        if focus is None or local.requests is None or (cache is not None and not local.trailing):
+            return
+        raise InputError(
+            f"{focus.method.slug} chooses at each decoding step what it attends to in the cache, "
+            "which needs one token a step and a cache; use greedy search, sampling or beam search "
+            "with use_cache=True, or turn that step off"
+        )
+
     def _check_slice(self) -> None:
-        if self.plan.llm or self.plan.waits:
+        if self.plan.llm or self.plan.waits or self.plan.focus:
             names = ", ".join(m.slug for m in self.plan.methods)
             raise InputError(
                 f"chunked prefill cannot be used with {names}: each chunk would choose tokens by "

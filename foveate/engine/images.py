@@ -41,7 +41,7 @@ class Group:
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
         began: for each image, number of a method -> tokens it had where the method began.
-        carried: number of a method -> (G, V) what it wants to be told again.
+        labels: number of a method -> (G, V) what it has labelled each living token with.
     """
 
     images: tuple[int, ...]
@@ -54,7 +54,7 @@ class Group:
     places: tuple[Place | None, ...] = ()
     ordered: bool = False
     began: tuple[Mapping[int, int], ...] = ()
-    carried: Mapping[int, Tensor] = field(default_factory=dict)
+    labels: Mapping[int, Tensor] = field(default_factory=dict)
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -71,11 +71,14 @@ class Group:
             before=tuple(self.before[i] for i in members) if self.before else (),
             places=tuple(self.places[i] for i in members) if self.places else (),
             began=tuple(self.began[i] for i in members) if self.began else (),
-            carried={number: values[chosen] for number, values in self.carried.items()},
+            labels={method: label[chosen] for method, label in self.labels.items()},
         )
 
-    def reduced(self, reduction: Reduction) -> Group:
-        """The group after a reduction."""
+    def reduced(self, reduction: Reduction, method: int) -> Group:
+        """The group after a reduction by the method of a number."""
+        labels = {n: label.gather(1, reduction.index) for n, label in self.labels.items()}
+        if reduction.label is not None:
+            labels[method] = reduction.label
         columns = None if self.columns is None else self.columns.gather(1, reduction.index)
         if columns is not None and reduction.ordered:
             columns = columns.sort(dim=1).values
@@ -84,7 +87,7 @@ class Group:
             index=self.index.gather(1, reduction.index),
             columns=columns,
             ordered=self.ordered or reduction.ordered,
-            carried={n: values.gather(1, reduction.index) for n, values in self.carried.items()},
+            labels=labels,
         )
 
 
@@ -95,14 +98,14 @@ class Left:
     Args:
         count: tokens alive.
         began: number of a method -> tokens it had where the method began.
+        labels: number of a method -> (K) its labels, in the order of columns.
         index: (K) raster positions alive in the order of their columns; `None` for raster order.
-        carried: number of a method -> (K) what it wants to be told again.
     """
 
     count: int
     began: Mapping[int, int]
+    labels: Mapping[int, Tensor]
     index: Tensor | None = None
-    carried: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +140,7 @@ class _Span:
     before: Kept
     place: Place | None
     began: Mapping[int, int]
-    carried: Mapping[int, Tensor]
+    labels: Mapping[int, Tensor]
 
 
 def group_features(
@@ -185,9 +188,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
         (span for part in parts for span in _spans(part)),
         key=lambda span: (span.row, int(span.columns[0])),
     )
-    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = defaultdict(list)
     for image, span in enumerate(spans):
-        alike[span.shape, len(span.index)].append(image)
+        alike[span.shape, len(span.index), frozenset(span.labels)].append(image)
     device = parts[0].visual.device if parts else None
     return [
         Group(
@@ -203,12 +206,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             tuple(spans[i].place for i in images),
             any(left.index is not None for part in parts for left in part.left),
             tuple(spans[i].began for i in images),
-            {
-                number: torch.stack([spans[i].carried[number] for i in images]).to(device)
-                for number in spans[images[0]].carried
-            },
+            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
         )
-        for (shape, _), images in alike.items()
+        for (shape, _, numbers), images in alike.items()
     ]
 
 
@@ -245,11 +245,11 @@ def _spans(part: Part) -> list[_Span]:
                 "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
                 "overflow in float16?), or in what a method makes of merged tokens"
             )
-        if left is not None and left.index is not None:
+        if left is None:
+            left = Left(len(index), {}, {})
+        elif left.index is not None:
             index = left.index.cpu()
-        began: Mapping[int, int] = {} if left is None else left.began
-        carried: Mapping[int, Tensor] = {} if left is None else left.carried
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, began, carried))
+        spans.append(_Span(row, at[:, 1], index, shape, kept, place, left.began, left.labels))
     return spans
 
 
@@ -327,21 +327,17 @@ def reduce_group(
             quota=quota,
             place=planned.step.place,
             frames=part.shape.frames,
-            carried=part.carried.get(planned.method_number),
+            label=part.labels.get(planned.method_number),
         )
 
     result: list[tuple[Group, Group, Reduction | None]] = []
 
     def add(part: Group, reduction: Reduction) -> None:
-        if reduction.carry is not None:
-            own = {planned.method_number: reduction.carry}
-            part = replace(part, carried={**part.carried, **own})
         if reduction.ordered and not planned.renumber:
             reduction = reduction.in_raster_order(alive)
-        if reduction.kept == alive and not (reduction.merges or reduction.ordered):
-            result.append((part, part, None))
-        else:
-            result.append((part, part.reduced(reduction), reduction))
+        after = part.reduced(reduction, planned.method_number)
+        whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
+        result.append((part, after, None if whole else reduction))
 
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)

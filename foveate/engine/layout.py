@@ -187,6 +187,21 @@ class Slots:
             ),
         )
 
+    def without(self, gone: Tensor) -> tuple[Slots, Tensor]:
+        """Forget some logical positions, and all padding.
+
+        Args:
+            gone: (B, length) positions to forget.
+
+        Returns:
+            What is left, and the (B, S') slot of now that each slot left comes from.
+        """
+        alive = (self.index >= 0) & ~gone.gather(1, self.index.clamp(min=0))
+        now = Layout(self.index, self.ragged)
+        left, source = compact(now, alive, alive.sum(1).tolist())
+        tail = _tail(left.index, self.length)
+        return Slots(left.index, self.length, left.ragged, self.renumbered, tail), source
+
     def crop(self, count: int) -> Slots:
         """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
         return self._derive(

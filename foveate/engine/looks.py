@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.engine.cache import PrunedLayer
 from foveate.engine.images import Group, split_by_count
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
@@ -33,6 +32,7 @@ _COLUMNS = {  # axis of the columns, of what is taken of all columns
     "llm_keys": 2,
     "transition": 1,
 }
+_PLACES = ("prompt_positions", "question_positions")  # known without a look at a layer
 
 
 class Looks:
@@ -57,13 +57,13 @@ class Looks:
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
         """
-        due = {name for name in self._due(number) if name != "transition"}
+        due = self._due(number) - {"transition", *_PLACES}
         if "question_relevance" in due:
             due.remove("question_relevance")
             self._rate(hidden.detach())
         if not due:
             return
-        view = self._view(number, layer, hidden, kwargs)
+        view = self.view(number, layer, hidden, kwargs)
         for name in due:
             self._taken[name, number] = self._look(name, view), self.turn.layout
 
@@ -86,6 +86,8 @@ class Looks:
                 signals["question_mask"] = self._mask(part)
             if need.name == "question_relevance":
                 signals[need.name] = torch.stack([self._relevance[i] for i in part.images])
+            elif need.name in _PLACES:
+                signals[need.name] = self._places(need.name, part)
             else:
                 taken = [self._at(need.name, number, part) for number in need.layers]
                 signals[need.name] = torch.stack(taken, 1)
@@ -134,13 +136,12 @@ class Looks:
                 return self._text_of(view.keys.transpose(1, 2)).transpose(1, 2)
         raise AssertionError(name)  # the plan knows all names
 
-    def _view(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> LayerView:
+    def view(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> LayerView:
+        """What a layer that is about to run attends with; arguments as in `take`."""
         turn, prompt = self.turn, self.prompt
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        before = turn.fresh
-        if isinstance(held, PrunedLayer) and held.slots is not None:
-            before = held.slots
+        before = turn.slots_of(cache, number)
         rotary = None
         if turn.family.rotates(number):
             rotary, _ = turn.positions(number, before, hidden, kwargs)
@@ -235,6 +236,15 @@ class Looks:
     def _mask(self, part: Group) -> Tensor:
         rows = self.turn.row_index(part)[:, 0]
         return self.question.mask(rows, torch.tensor(part.ends, device=rows.device))
+
+    def _places(self, name: str, part: Group) -> Tensor:
+        """Places in the prompt of a group's tokens, or of the text behind them."""
+        rows = self.turn.row_index(part)
+        columns = part.columns if name == "prompt_positions" else self.question.columns[rows[:, 0]]
+        assert columns is not None
+        columns = columns + self.prompt.past
+        real = self.prompt.real
+        return columns if real is None else (real.long().cumsum(1) - 1)[rows, columns]
 
     def _at(self, name: str, number: int, part: Group) -> Tensor:
         """A signal of one layer, (G, ...) at the tokens alive of a group."""

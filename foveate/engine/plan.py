@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -46,6 +46,7 @@ class Plan:
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
         work: decoder layer -> what it computes of visual tokens, where that is not everything.
+        focus: the step that acts on decoding, if there is one.
     """
 
     methods: tuple[Method, ...]
@@ -53,6 +54,7 @@ class Plan:
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
     work: Mapping[int, Work] = field(default_factory=dict)
+    focus: PlannedStep | None = None
 
     @classmethod
     def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
@@ -72,7 +74,7 @@ class Plan:
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
             planned = [
-                PlannedStep(method, method_number, i, step, renumber, parks)
+                PlannedStep(method, method_number, i, step, renumber and not step.stay, parks)
                 for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
@@ -94,11 +96,17 @@ class Plan:
         _check_thresholds(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
-            chosen = (s for s in steps if s.step.stage == stage)
+            chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
             return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
 
+        focus = [s for s in steps if s.step.decode]
+        if len(focus) > 1:
+            raise LayerError(
+                f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
+                "steps attend to; use one of them"
+            )
         work = _work(family, methods)
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work)
+        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
 
     @property
     def asks(self) -> bool:
@@ -113,11 +121,14 @@ class Plan:
     @cached_property
     def encoder_signals(self) -> dict[str, tuple[int, ...]]:
         """Signal -> encoder layers at which a step behind the encoder needs it."""
-        found: dict[str, set[int]] = {}
-        for need in (need for planned in self.pre_llm for need in planned.step.needs):
-            if SIGNALS[need.name].source == "encoder":
-                found.setdefault(need.name, set()).update(need.layers)
-        return {name: tuple(sorted(layers)) for name, layers in found.items()}
+        return _encoder_layers(need for planned in self.pre_llm for need in planned.step.needs)
+
+    @cached_property
+    def earlier_signals(self) -> dict[str, tuple[int, ...]]:
+        """Signal -> encoder layers at which a step before a later layer needs it."""
+        return _encoder_layers(
+            need for s in self.vision for need in s.step.needs if need.layers != (s.step.layer,)
+        )
 
     @property
     def above(self) -> float:
@@ -147,11 +158,18 @@ class Plan:
         return bool(self.per_request) or any(SIGNALS[n.name].source == "prompt" for n in needs)
 
     @property
+    def asks_clip(self) -> tuple[str, ...]:
+        """Methods that compare patches with the question in CLIP's space."""
+        needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
+        return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
+
+    @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
-        if self.marks:
+        if self.marks or any(s.step.forget for s in self.llm):
             return 0
-        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work}, default=0)
+        focus = set() if self.focus is None else {self.focus.step.layer - 1}
+        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work, *focus}, default=0)
 
     @property
     def renumber_features(self) -> bool:
@@ -164,6 +182,15 @@ class Plan:
     def per_request(self) -> tuple[PerRequest, ...]:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
+
+
+def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
+    """Signal -> layers, of signals that encoder layers give."""
+    found: dict[str, set[int]] = {}
+    for need in needs:
+        if SIGNALS[need.name].source == "encoder":
+            found.setdefault(need.name, set()).update(need.layers)
+    return {name: tuple(sorted(layers)) for name, layers in found.items()}
 
 
 def _order(step: Step) -> tuple[int, int]:
@@ -236,6 +263,14 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
             f"layers 0 to {family.text_layers - 1}"
         )
+    if step.decode:
+        if step.layer < 1 or step.layer - 1 not in family.attention_layers:
+            raise LayerError(
+                f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
+                "which must see the whole sequence; layers that do are "
+                f"{', '.join(map(str, family.attention_layers))}"
+            )
+        return
     if step.layer < family.first_llm_layer:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "
@@ -277,17 +312,19 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             "has no class token that methods can read. "
             f"{works}{', '.join(working_methods(family))}."
         )
-    if encoder is None or (step.stage == "pre_llm" and not encoder.offers(need.name)):
+    if encoder is None or (encoder.packed is not None and not signal.packed):
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
             f"give. {works}{', '.join(working_methods(family))}."
         )
     if step.stage == "vision":
-        if need.layers != (step.layer,) or not signal.inside:
+        earlier = not step.inside and all(i < step.layer for i in need.layers)
+        own = need.layers == (step.layer,) and signal.inside
+        if not (own or (earlier and encoder.packed is None)):
             raise LayerError(
                 f"{slug} acts at {step.place} and can have signals of that layer only "
-                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), but needs "
-                f"{need.name} of layers {need.layers}"
+                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
+                f"earlier ones, but needs {need.name} of layers {need.layers}"
             )
         if need.name == "encoder_keys" and not step.inside:
             raise LayerError(
@@ -423,7 +460,9 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
             return True
         if tower is None or (signal.class_token and not tower.class_token):
             return False
-        return method.stage == "vision" or (reads and tower.offers(name))
+        if tower.packed is not None and not signal.packed:
+            return False
+        return method.stage == "vision" or reads
 
     def works(name: str) -> bool:
         method = get_method(name)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from foveate.clip import ClipQuestions
 from foveate.engine.plan import Plan
 from foveate.engine.text import TextPart
 from foveate.engine.vision import VisionPart
@@ -38,25 +39,48 @@ class Session:
     Args:
         model: a supported vision-language model or vision encoder, with or without its head.
         methods: one method, or several in stream order.
+        clip: what is asked, for methods with `relevance="clip"`.
 
     Raises:
         UnsupportedModelError: unknown family, or the model cannot serve what a method needs.
         LayerError: a layer lies outside the model, or methods are not in stream order.
         BudgetError: `keep` does not fit the method's steps.
+        InputError: `clip` is missing, or no method uses it.
     """
 
-    def __init__(self, model: PreTrainedModel, methods: Method | Sequence[Method]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        methods: Method | Sequence[Method],
+        clip: ClipQuestions | None = None,
+    ) -> None:
         self.family = find_family(model)
         self.plan = Plan.of(
             self.family, [methods] if isinstance(methods, Method) else list(methods)
         )
+        _check_clip(self.plan, clip)
         self._model = model
-        self._parts = _parts(self.plan, self.family)
+        self._parts = _parts(self.plan, self.family, clip)
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """The methods, in stream order."""
         return self.plan.methods
+
+    @property
+    def clip(self) -> ClipQuestions | None:
+        """What is asked of the images, for methods with `relevance="clip"`. Set it before each
+        prompt that asks something else; it holds for the thread that sets it.
+        """
+        last = self._parts[-1]
+        return last.clip if isinstance(last, TextPart) else None
+
+    @clip.setter
+    def clip(self, questions: ClipQuestions) -> None:
+        _check_clip(self.plan, questions)
+        last = self._parts[-1]
+        assert isinstance(last, TextPart)  # what asks CLIP acts before a language model
+        last.clip = questions
 
     # -- attach and remove
 
@@ -143,12 +167,20 @@ class Session:
         return show(self.record, [images] if not isinstance(images, Sequence) else images, geometry)
 
 
-def use(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
+def use(
+    model: PreTrainedModel,
+    method: MethodLike,
+    *,
+    clip: ClipQuestions | None = None,
+    **fields: Any,
+) -> Session:
     """Use methods on a model for the length of a `with` block.
 
     Args:
         model: a supported vision-language model or vision encoder.
         method: a method, a method's name, or a list of methods in stream order.
+        clip: what is asked of the images, for methods with `relevance="clip"`: what
+            `foveate.ClipText` makes of the questions.
         **fields: with a name, the method's hyper-parameters.
 
     Returns:
@@ -173,18 +205,40 @@ def use(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
             f"fields go with a method's name; got {', '.join(fields)} beside {method!r}, which "
             "has its own"
         )
-    return Session(model, method)
+    return Session(model, method, clip)
 
 
-def apply(model: PreTrainedModel, method: MethodLike, **fields: Any) -> Session:
+def apply(
+    model: PreTrainedModel,
+    method: MethodLike,
+    *,
+    clip: ClipQuestions | None = None,
+    **fields: Any,
+) -> Session:
     """Use methods on a model until `remove()` is called on the returned handle. Arguments as in
     `use`.
     """
-    return use(model, method, **fields).attach()
+    return use(model, method, clip=clip, **fields).attach()
 
 
-def _parts(plan: Plan, family: Family) -> list[TextPart | VisionPart]:
+def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:
+    if plan.asks_clip and clip is None:
+        raise InputError(
+            f"{', '.join(plan.asks_clip)} compares patches with the question in CLIP's space, and "
+            "needs the CLIP whose vision tower the model has: clip = foveate.ClipText."
+            "from_pretrained(...), then use(model, method, clip=clip(question)); or set "
+            "relevance='embeddings', which needs no other model"
+        )
+    if clip is not None and not plan.asks_clip:
+        names = ", ".join(method.slug for method in plan.methods)
+        raise InputError(
+            f"clip was given, but {names} does not ask it; leave it out, or set relevance='clip' "
+            "on a method that has this field"
+        )
+
+
+def _parts(plan: Plan, family: Family, clip: ClipQuestions | None) -> list[TextPart | VisionPart]:
     """What a plan touches, the language model last."""
     vision = VisionPart(plan, family) if plan.vision or not family.text_layers else None
-    text = TextPart(plan, family, vision) if family.text_layers else None
+    text = TextPart(plan, family, vision, clip) if family.text_layers else None
     return [part for part in (vision, text) if part is not None]

@@ -6,6 +6,7 @@ import functools
 
 from torch import nn
 
+from foveate.clip import ClipQuestions
 from foveate.engine.hooks import Hooks
 from foveate.engine.kernels import check_kernel
 from foveate.engine.part import Part
@@ -21,11 +22,18 @@ class TextPart(Hooks, Part):
         plan: what to do where.
         family: the model.
         vision: the part that shortens the stream inside the encoder, if one does.
+        clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
 
-    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        vision: VisionPart | None = None,
+        clip: ClipQuestions | None = None,
+    ) -> None:
         Part.__init__(self)
-        Hooks.__init__(self, plan, family, vision)
+        Hooks.__init__(self, plan, family, vision, clip)
 
     @property
     def root(self) -> nn.Module:

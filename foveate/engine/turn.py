@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
+from foveate.engine.focusing import Focusing
 from foveate.engine.images import Group, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -94,6 +95,7 @@ class Turn:
             for method, tokens in began.items()
         }
         self.looks = Looks(self)
+        self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
@@ -119,6 +121,8 @@ class Turn:
             hidden = self._reduce(number, layer, hidden, kwargs)
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)
+        if self.focusing is not None:
+            kwargs = self.focusing.enter(number, layer, hidden, kwargs)
         cache = kwargs.get("past_key_values")
         in_parts = number in self.plan.work and bool(self.groups)
         if self.layout is self.full and not in_parts and not _is_pruned(cache, number):
@@ -261,7 +265,10 @@ class Turn:
                 continue
             if planned.parks:
                 self._parked[planned.method_number] = Parked.of(self, hidden)
+            before = self.layout
             hidden = self._step(planned, hidden)
+            if planned.step.forget and self.layout is not before:
+                self._forget(number, kwargs.get("past_key_values"))
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -324,6 +331,26 @@ class Turn:
         self.layout, source = compact(self.layout, living, self.tokens)
         return source
 
+    def _forget(self, number: int, cache: Any) -> None:
+        """Let the cache layers before a decoder layer forget what is not alive there."""
+        if cache is None:
+            return
+        prompt = self.prompt
+        gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
+        gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight
+        past = gone.new_zeros(prompt.batch, prompt.past)
+        if prompt.real is not None:
+            past = ~prompt.real[:, : prompt.past]
+        gone = torch.cat((past, gone[:, :-1]), 1)
+        full = Slots.full(prompt.batch, prompt.past + prompt.length, prompt.device)
+        left: dict[Slots, tuple[Slots, Tensor]] = {}  # layers that share slots go on sharing
+        for i in range(number):
+            held = pruned_layer(cache, i, full, 0)
+            assert held.slots is not None
+            if held.slots not in left:
+                left[held.slots] = held.slots.without(gone)
+            held.forget(*left[held.slots])
+
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
@@ -345,6 +372,13 @@ class Turn:
         return torch.searchsorted(
             layout.index[self.row_index(part)[:, 0]].contiguous(), part.columns.contiguous()
         )
+
+    def slots_of(self, cache: Any, number: int) -> Slots:
+        """What a cache layer holds before this forward."""
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+        if isinstance(held, PrunedLayer) and held.slots is not None:
+            return held.slots
+        return self.fresh
 
     def row_index(self, part: Group) -> Tensor:
         """(G, 1) row of the batch of each image."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ from foveate.engine.encoding import Encoding
 from foveate.engine.inputs import bound
 from foveate.engine.part import Part
 from foveate.engine.plan import Plan, PlannedStep, check_mixing
+from foveate.engine.stack import Stack
 from foveate.errors import UnsupportedModelError
+from foveate.method import Need
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
+from foveate.signals.encoder import EncoderSignals
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -38,6 +41,10 @@ class _Local(threading.local):
     modality: str = "image"  # what they are of
     as_tuple: bool = False  # the caller wants a tuple
     record: Record | None = None
+
+    def __init__(self) -> None:
+        self.collecting = ExitStack()  # signals of the layers that have run
+        self.rows: dict[tuple[str, int], Tensor] = {}
 
 
 class VisionPart(Part):
@@ -61,6 +68,10 @@ class VisionPart(Part):
             steps[planned.step.layer].append(planned)
         self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
         self._unmasked = self._without_masks(plan)
+        earlier = plan.earlier_signals
+        self._signals = (
+            EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
+        )
         self._local = _Local()
         self._last: Record | None = None
 
@@ -147,6 +158,9 @@ class VisionPart(Part):
                     self.behind(getattr(attention, name), functools.partial(self._tap, name))
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
+        if self._signals is not None:
+            self._signals.attach()
+            self._undo.append(self._signals.remove)
         if self._first < len(self.encoder.layers) and self.encoder.head is not None:
             self.before(self.encoder.head, self._enter_head)
             for module in self.encoder.head.modules():
@@ -159,11 +173,14 @@ class VisionPart(Part):
         arguments = bound(module.forward, args, kwargs)
         side = self.family.side(self._local.modality)
         self._local.encoding = Encoding(self.family, self.encoder, arguments, side)
+        if self._signals is not None:
+            self._local.rows = self._local.collecting.enter_context(self._signals.collect())
         self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
         return (args, {**kwargs, "return_dict": True}) if self._local.as_tuple else None
 
     def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
         encoding, self._local.encoding = self._local.encoding, None
+        self._local.collecting.close()
         if encoding is None or output is None:  # it raised
             return None
         encoding.see(output.last_hidden_state)
@@ -187,10 +204,20 @@ class VisionPart(Part):
         steps = self._before.get(number)
         if steps and encoding.removes(steps):
             hidden = encoding.reduce(
-                steps, hidden, lambda _, of: encoding.ahead(module, args[0], of)
+                steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         return ((hidden,), encoding.told(kwargs)) if encoding.reduced else None
+
+    def _signal(
+        self, encoding: Encoding, number: int, layer: Any, hidden: Tensor, need: Need, of: Stack
+    ) -> Tensor:
+        """A signal before a layer: of earlier layers, or of the one that is about to run."""
+        if need.layers == (number,):
+            return encoding.ahead(layer, hidden, of)
+        assert self._signals is not None  # as planned
+        rows = [encoding.at_tokens(self._local.rows[need.name, i], of) for i in need.layers]
+        return self._signals.deliver(need.name, torch.stack(rows, 1))
 
     def _enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the attention of a layer that takes no mask: hand it one."""
@@ -265,10 +292,11 @@ class VisionPart(Part):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, of.total, of.grid, encoding.kept(n), frames=of.frames)
-            for n, (of, _) in enumerate(encoding.pictures)
+            ImageRecord(n, of.total, of.grid, kept, frames=of.frames)
+            for n, (of, kept) in enumerate(encoding.survivors())
         ]
-        rows = [(encoding.length, encoding.length)] * min(self._first, len(self.encoder.layers))
+        length = encoding.where.shape[-1] if images else 0
+        rows = [(length, length)] * min(self._first, len(self.encoder.layers))
         return Record(
             rows=len(images),
             prompt_tokens=[],
@@ -278,42 +306,3 @@ class VisionPart(Part):
             pixels=encoding.pixels,
             encoder_tokens=rows + encoding.rows,
         )
-
-
-def survivors(
-    family: Family,
-    modality: str,
-    passes: Sequence[Encoding],
-    lengths: Sequence[int],
-    arguments: Mapping[str, Any],
-) -> dict[str, Sequence[Tensor]]:
-    """Place -> (K) positions of each image's visual tokens alive behind it, ascending.
-
-    Args:
-        family: the model.
-        modality: `image` or `video`.
-        passes: passes through the encoder.
-        lengths: visual tokens that the language model is given of each image.
-        arguments: what the features were made from.
-
-    Raises:
-        UnsupportedModelError: they do not follow from the encoder's.
-    """
-    found: dict[str, list[Tensor]] = defaultdict(list)
-    for encoding in passes:
-        for number, (of, _) in enumerate(encoding.pictures):
-            for place, index in encoding.kept(number).items():
-                alive = torch.zeros(of.total, dtype=torch.bool, device=index.device)
-                found[place].append(alive.index_fill(0, index, True))
-    result: dict[str, Sequence[Tensor]] = {}
-    for place, pictures in found.items():
-        tokens = torch.cat(list(family.follow(modality, pictures, arguments)))
-        if len(tokens) != sum(lengths):
-            raise UnsupportedModelError(
-                f"the encoder of this {family.model_type} saw {len(pictures)} pictures of "
-                f"{len(tokens)} visual tokens, but the language model is given {sum(lengths)}, so "
-                "that what was removed inside the encoder cannot be followed; use a pre_llm or "
-                "llm method"
-            )
-        result[place] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
-    return result

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.budget import Keep, steps_in
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, LayerError
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.methods.divprune import cosine_distance
 from foveate.reduction import Reduction
@@ -39,9 +39,9 @@ class CATP(Scheduled, Method):
     end turns to.
 
     Args:
-        layers: decoder layers before which tokens are dropped, ascending. `None` scales (6, 8, 10)
-            of 32 layers to the model at hand; where a layer sees only a window of the sequence,
-            the nearest one that sees all takes its place.
+        layers: decoder layers before which tokens are dropped, ascending, from 1. `None` scales
+            (6, 8, 10) of 32 layers to the model at hand; where a layer sees only a window of the
+            sequence, the nearest one that sees all takes its place.
         keep: what survives the choice behind the projector, and then each drop, as a share of the
             ORIGINAL count of each image, or a count. A single entry does without drops in layers.
         balance: weight of alignment against diversity in the first choice, in [0, 1].
@@ -57,6 +57,7 @@ class CATP(Scheduled, Method):
     balance: float = 0.5
     positions: Positions | None = None
     published_layers = (6, 8, 10)
+    first_drop = 1
     rounding = round
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class CATP(Scheduled, Method):
 
         Raises:
             BudgetError: `keep` is out of range, or has not one entry more than `layers`.
-            LayerError: `layers` is not ascending.
+            LayerError: `layers` is not ascending, or begins before 1.
             FoveateError: `balance` is out of range.
         """
         super().__post_init__()
@@ -86,7 +87,11 @@ class CATP(Scheduled, Method):
         return [i for i in model.attention_layers[1:] if i >= model.first_llm_layer]
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """The choice behind the projector, and a drop before each of the layers."""
+        """The choice behind the projector, and a drop before each of the layers.
+
+        Raises:
+            LayerError: a layer has none before it to compare with.
+        """
         drops = [
             Drop("llm", layer, self._compared(layer, model), entry=entry + 1)
             for layer, entry in self.drops(model)
@@ -103,7 +108,13 @@ class CATP(Scheduled, Method):
         return Reduction(order.sort(dim=-1).values)
 
     def _compared(self, layer: int, model: ModelFacts) -> tuple[Need, ...]:
-        earlier = max((i for i in model.attention_layers if i < layer), default=layer)
+        earlier = max((i for i in model.attention_layers if i < layer), default=None)
+        if earlier is None:
+            raise LayerError(
+                f"catp compares the attention of layer {layer} with that of an earlier one, but "
+                "none before it sees the whole sequence; those that do are "
+                f"{model.attention_layers}"
+            )
         states = Need("llm_states", (layer,)), Need("question_states", (layer,))
         return (Need("text_attention", (earlier, layer)), *states)
 

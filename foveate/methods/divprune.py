@@ -12,10 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from foveate.budget import Keep
+from foveate.diversity import cosine_distance, select_diverse
 from foveate.method import Method, ModelFacts, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -46,46 +44,3 @@ class DivPrune(Method):
         """Keep the `count` most diverse tokens of each image, in raster order."""
         order = select_diverse(cosine_distance(tokens.x), count)
         return Reduction(order.sort(dim=-1).values)
-
-
-def cosine_distance(x: Tensor) -> Tensor:
-    """Cosine distance of all pairs of tokens, in float32 or better.
-
-    Args:
-        x: (G, V, D) token values.
-
-    Returns:
-        (G, V, V) one minus the cosine; tokens of zero length have distance 1 to all.
-    """
-    x = x.detach()
-    x = x if x.dtype == torch.float64 else x.float()
-    norm = x.norm(dim=-1, keepdim=True)
-    unit = x / norm.masked_fill(norm == 0, 1)
-    cosine = unit @ unit.mT
-    return torch.sub(cosine.new_ones(()), cosine, out=cosine)
-
-
-def select_diverse(distance: Tensor, count: int) -> Tensor:
-    """Greedy max-min selection.
-
-    The first pick is the token whose nearest other token is farthest away; every further pick is
-    the token farthest from the picked set. The lower index wins ties.
-
-    Args:
-        distance: (G, V, V) pairwise distances. Its diagonal is overwritten.
-        count: tokens to pick, K, from 1 to V.
-
-    Returns:
-        (G, K) token positions in the order of their selection.
-    """
-    images = torch.arange(len(distance), device=distance.device)
-    # A token's distance to itself is its smallest, so the second smallest is its nearest neighbour.
-    near = distance.topk(min(2, distance.shape[-1]), dim=1, largest=False).values[:, -1]
-    picks = [near.argmax(dim=-1)]
-    # With this diagonal the running minimum of a picked token can never win again.
-    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    nearest = distance[images, picks[0]]
-    for _ in range(count - 1):
-        picks.append(nearest.argmax(dim=-1))
-        torch.minimum(nearest, distance[images, picks[-1]], out=nearest)
-    return torch.stack(picks, dim=-1)

@@ -5,11 +5,12 @@ Inference", arXiv:2410.04417 (ICML 2025). Reference code: Gumpest/SparseVLMs @ 2
 its main branch, version 2 (SparseVLM+) of its branch v2.0, the rank rule of its branch video.
 Differs from the reference: any batch, several images, grouped-query attention and padding work;
 only the rows of text are computed, not whole attention maps; clustering is without random noise, so
-that equal densities go to the token that ranks higher; an image with no more tokens than its budget
-stays as it is (there: its last token moves); budgets are shares of an image's tokens, which give
-the published counts at 576 (there: the same counts for all). Version 2 divides attention by what
-rotary positions alone would make of it, which can come near zero or below it: here that divisor has
-a floor of `FLOOR` times its largest value, unless `as_released`.
+that equal densities go to the token that ranks higher; budgets are shares of an image's tokens,
+which give the published counts at 576 (there: the same counts for all).
+Unless `as_released`: where recycling would bring back all that was dropped, an image stays as it is
+(there, every drop takes one token at least, and that token moves to the end); and what version 2
+divides attention by, which far from the image comes near zero or below it, has a floor of `FLOOR`
+times its largest value.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, check_keep, steps_in
-from foveate.budget import count as budget_count
+from foveate.budget import Keep
 from foveate.clustering import dpc_knn
 from foveate.errors import FoveateError
-from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.method import Adaptive, ModelFacts, Need, Positions, by_count, register
 from foveate.reduction import Reduction, take_rows
-from foveate.schedule import Drop, Scheduled
+from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
 
 FLOOR = 0.05
@@ -65,7 +65,8 @@ class SparseVLM(Scheduled, Adaptive):
         tau: share of dropped tokens that is recycled, the best first.
         theta: clusters per recycled token. Each becomes one token, the mean of its members.
         heads: heads that version 2 listens to; `None` is the published 14 of 32.
-        as_released: divide by the rotary product as it is, also where it is negative.
+        as_released: drop one token at least, whatever the budget; in version 2, divide by the
+            rotary product as it is, also where it is negative.
         positions: `None` is what the version does: 1 gives survivors consecutive positions
             (`renumbered`), kept tokens first and recycled ones behind them; 2 leaves them
             (`original`).
@@ -94,7 +95,7 @@ class SparseVLM(Scheduled, Adaptive):
         Raises:
             BudgetError: `keep` is out of range, or its length differs from that of `layers`.
             LayerError: `layers` is not ascending, or begins before 1.
-            FoveateError: there is no such version, or a share is out of range.
+            FoveateError: there is no such version, or a share or `heads` is out of range.
         """
         if self.version not in PUBLISHED:
             raise FoveateError(f"version must be 1 or 2, got {self.version!r} in sparsevlm")
@@ -102,6 +103,8 @@ class SparseVLM(Scheduled, Adaptive):
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise FoveateError(f"{name} must be in [0, 1], got {share!r} in sparsevlm")
+        if self.heads is not None and self.heads < 1:
+            raise FoveateError(f"heads must be None or at least 1, got {self.heads} in sparsevlm")
         super().__post_init__()
 
     @property
@@ -116,20 +119,6 @@ class SparseVLM(Scheduled, Adaptive):
             return self.keep
         return tuple(count / 576 for count in PUBLISHED[self.version][192])
 
-    @property
-    def drop_count(self) -> int:
-        """One drop for each entry of the budget."""
-        return 1 if self.budget is None else steps_in(self.budget)
-
-    def check_budget(self, steps: int | None) -> None:
-        """Check the budget, given or published, against `layers` where they are given.
-
-        Raises:
-            BudgetError: it is out of range or does not fit.
-        """
-        if self.budget is not None:
-            check_keep(self.budget, self.step_count)
-
     def positions_on(self, model: ModelFacts) -> Positions:
         """As in `Method`; version 2 leaves positions unless told otherwise."""
         wanted = super().positions_on(model)
@@ -137,21 +126,10 @@ class SparseVLM(Scheduled, Adaptive):
 
     def needs_of(self, layer: int) -> tuple[Need, ...]:
         """What a drop before a layer needs."""
-        scored = (
-            ("question_attention",)
-            if self.version == 1
-            else ("question_attention", "question_closeness")
-        )
-        before = tuple(Need(name, (layer - 1,)) for name in scored)
-        return (Need("question_relevance"), *before)
-
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """Tokens of one image that are kept; recycled ones come on top."""
-        if self.budget is None:
-            return alive
-        entry = step.entry if isinstance(step, Drop) else number
-        wanted = budget_count(self.budget, total, step=entry, row=row, rounding=type(self).rounding)
-        return min(wanted, alive)
+        needs = [Need("question_relevance"), Need("question_attention", (layer - 1,))]
+        if self.version == 2:
+            needs.append(Need("question_closeness", (layer - 1,)))
+        return tuple(needs)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention from raters, averaged over heads and raters: (G, V)."""
@@ -171,11 +149,12 @@ class SparseVLM(Scheduled, Adaptive):
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep the best rated tokens, and in version 1 recycle some of the others."""
         scores = self.scores(tokens)
-        counts = torch.full(scores.shape[:1], tokens.quota)
+        most = max(min(tokens.quota, tokens.count - self.as_released), 1)
+        counts = torch.full(scores.shape[:1], most)
         if self.rank is not None:
             spare = tokens.count - torch.linalg.matrix_rank(self.attention(tokens))
             wanted = tokens.count - (self.rank * spare).long()
-            counts = wanted.clamp(min=1, max=tokens.quota)
+            counts = wanted.clamp(min=1, max=most)
         parts = []
         for count, members in by_count(counts).items():
             chosen = members if len(members) < len(scores) else slice(None)
@@ -211,7 +190,7 @@ class SparseVLM(Scheduled, Adaptive):
         index = order[:, :count].sort(dim=-1).values
         taken = int(self.tau * (total - count)) + 1
         clusters = int(self.theta * taken) + 1
-        if count + clusters >= total:
+        if count + clusters >= total and not (self.as_released and count < total):
             return Reduction(torch.arange(total, device=scores.device).expand_as(scores))
         spent = order[:, count : count + taken]
         centers, joined = dpc_knn(take_rows(x, spent), clusters, clusters)

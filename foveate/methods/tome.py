@@ -111,7 +111,13 @@ class ToMe(Method):
         schedule = self.schedule(model.vision_layers)[:read]
         return tuple(
             Merge(
-                "vision", i, (Need("encoder_keys", (i,)),), True, self.prop_attn, r, (i + 1, read)
+                "vision",
+                i,
+                (Need("encoder_keys", (i,)),),
+                inside=True,
+                proportional=self.prop_attn,
+                r=r,
+                part=(i + 1, read),
             )
             for i, r in enumerate(schedule)
             if r or self.keep is not None

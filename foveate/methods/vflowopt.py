@@ -126,7 +126,7 @@ class VFlowOpt(Adaptive):
         """Recycle behind the projector; drop by the same scores in the language model."""
         if tokens.number == 0:
             return self._recycle(tokens)
-        scores = tokens.carried
+        scores = tokens.label
         assert scores is not None  # the first step has left them
         shares = self._shares
         gone = round(tokens.count * (1 - shares[tokens.number] / shares[tokens.number - 1]))
@@ -143,7 +143,8 @@ class VFlowOpt(Adaptive):
         for count, members in by_count(stays.sum(1)).items():
             chosen = torch.tensor(members, device=into.device)
             reduction = merged(into[chosen], mass[chosen], count)
-            parts.append((tuple(members), replace(reduction, carry=scores[chosen])))
+            label = scores[chosen].gather(1, reduction.index)
+            parts.append((tuple(members), replace(reduction, label=label)))
         return parts
 
 

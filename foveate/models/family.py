@@ -59,13 +59,6 @@ class Encoder:
     returns_rows: bool = True
     masks_layers: bool = True
 
-    def offers(self, signal: str) -> bool:
-        """Whether a signal of the encoder can be had of its layers, behind it.
-
-        It cannot where images lie in one sequence: layers rotate positions and see windows.
-        """
-        return self.packed is None
-
     @property
     def special(self) -> int:
         """Rows before the patches."""
@@ -245,7 +238,7 @@ class Family:
         return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
 
     def per_token(
-        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """(C, V) of what the encoder says of its patches, for the visual tokens of each image.
 
@@ -254,12 +247,12 @@ class Family:
         Args:
             modality: `image` or `video`.
             rows: (N, C, P) of the P patches of all N pictures, tiles or frames that went through
-                the encoder.
+                the encoder; where these lie in one sequence, (C, V) of each.
             arguments: what the features were made from.
             newline: what tokens get that are no patches.
         """
         side = self.side(modality)
-        if side == 1:
+        if side == 1 or not isinstance(rows, Tensor):
             return list(rows)
         cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
         return list(rows[..., cells].mean(-1))

@@ -5,7 +5,8 @@ at layers have the layer axis second, in the order of `Need.layers`, and their V
 tokens alive at the step.
 
 Shapes: `G` images, `L` layers, `H` heads, `V` visual tokens, `Q` text tokens behind the image up to
-the end of the prompt, `D` hidden of the language model, `C` of the encoder, `d` of a head.
+the end of the prompt, `D` hidden of the language model, `C` of the encoder, `d` of a head,
+`M` segments of a question, `E` of the space that CLIP compares images and texts in.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Signal:
         attention: whether the layers must see the whole sequence.
         class_token: whether the encoder must have a class token.
         newline: what tokens have that are no patches, such as newlines between rows of tiles.
-        inside: whether a step inside the encoder can have it, of its own layer.
+        inside: whether a step inside the encoder can have it of its own layer; of earlier layers
+            a step before a layer can have all.
+        packed: whether it can be had where pictures lie in one sequence, behind one another.
     """
 
     what: str
@@ -36,6 +39,7 @@ class Signal:
     class_token: bool = False
     newline: float = 0.0
     inside: bool = False
+    packed: bool = True
 
 
 _NONE = float("-inf")
@@ -63,16 +67,37 @@ SIGNALS = {
         "`Need.above` times the mean themselves; where there are none, from all",
         "encoder",
         newline=_NONE,
+        packed=False,
     ),
     "given_attention": Signal(
         "(G, L, V): share of its attention that a patch gives to patches, mean over heads",
         "encoder",
         newline=_NONE,
     ),
+    "information_flow": Signal(
+        "(G, L, V): how much a patch tells the class token, by attention and values (FlowCut)",
+        "encoder",
+        class_token=True,
+    ),
     "encoder_keys": Signal(
         "(G, L, H, V, d): keys of the patches, without rotary positions", "encoder", inside=True
     ),
     "encoder_features": Signal("(G, L, V, C): output states of encoder layers", "encoder"),
+    "clip_patches": Signal(
+        "(G, L, V, E): output states of encoder layers in CLIP's space, under CLIP's last norm",
+        "encoder",
+        packed=False,
+    ),
+    "clip_plain_patches": Signal(
+        "(G, L, V, E): output states of encoder layers in CLIP's space, without its last norm",
+        "encoder",
+        packed=False,
+    ),
+    "clip_questions": Signal(
+        "(G, M, E), and (G, M) `clip_questions_mask`: segments of the question in CLIP's space",
+        "prompt",
+        layered=False,
+    ),
     "question_embeddings": Signal(
         "(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image; "
         "`paired_mask` is that of the text before the next image",
@@ -119,6 +144,16 @@ SIGNALS = {
     "question_relevance": Signal(
         "(G, Q), and (G, Q) `question_mask`: how much the image's input embeddings attend to each "
         "text token, mean over visual tokens",
+        "decoder",
+        layered=False,
+    ),
+    "prompt_positions": Signal(
+        "(G, V): place of each visual token in its prompt, padding not counted",
+        "decoder",
+        layered=False,
+    ),
+    "question_positions": Signal(
+        "(G, Q), and (G, Q) `question_mask`: place in the prompt of the text behind the image",
         "decoder",
         layered=False,
     ),

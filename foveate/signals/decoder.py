@@ -93,13 +93,22 @@ class LayerView:
             (B, H, Q, P) float32 probabilities of the P columns; with cached keys they do not sum to
             one.
         """
+        return self._attention(columns, visible)[1]
+
+    @torch.no_grad()
+    def attention_to_past(self, columns: Tensor, visible: Tensor | None = None) -> Tensor:
+        """The same for the cached keys: (B, H, Q, S)."""
+        return self._attention(columns, visible)[0]
+
+    def _attention(self, columns: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
         q = self.queries(columns)
         logits = self._logits(q, self.keys, visible)
         if self.past is None:
-            return logits.softmax(-1)
+            return logits[..., :0], logits.softmax(-1)
         seen = None if self.past[1] is None else self.past[1][:, None]
         earlier = self._logits(q, self.past[0].to(q.dtype), seen)
-        return torch.cat((earlier, logits), dim=-1).softmax(-1)[..., earlier.shape[-1] :]
+        shares = torch.cat((earlier, logits), dim=-1).softmax(-1)
+        return shares[..., : earlier.shape[-1]], shares[..., earlier.shape[-1] :]
 
     @torch.no_grad()
     def content_logits(self, columns: Tensor) -> Tensor:

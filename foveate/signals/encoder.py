@@ -19,8 +19,17 @@ from torch.utils.hooks import RemovableHandle
 
 from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
+from foveate.signals.flow import information_flow
 
+FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
+ONE_PER_TOKEN = (
+    "joint_cls_attention",
+    "received_attention",
+    "given_attention",
+    "global_attention",
+    "information_flow",
+)
 
 
 class Shortened(Protocol):
@@ -30,6 +39,9 @@ class Shortened(Protocol):
 
     def widen(self, row: Tensor) -> Tensor:
         """(B, C, V) of a signal of the tokens alive."""
+
+    def whole(self, states: Tensor) -> Tensor:
+        """Rows of now at full length."""
 
 
 class EncoderSignals:
@@ -66,12 +78,16 @@ class EncoderSignals:
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             layer: Any = self.encoder.layers[number]
             names = [name for name, layers in self.wanted.items() if number in layers]
-            if "encoder_features" in names:
-                self._hook(layer, self._features(number))
-            if names != ["encoder_features"]:
+            if states := [name for name in names if name in FEATURES]:
+                self._hook(layer, self._features(number, states))
+            if len(states) < len(names):
                 attention = self.encoder.attention(layer)
-                for part in self.encoder.projections:
-                    self._hook(getattr(attention, part), self._projection(number, part, names))
+                parts = self.encoder.projections
+                if "information_flow" in names:
+                    parts = (*parts, "v_proj")
+                for part in parts:
+                    hook = self._projection(number, part, parts, names)
+                    self._hook(getattr(attention, part), hook)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -91,11 +107,11 @@ class EncoderSignals:
 
     def deliver(self, name: str, values: Tensor) -> Tensor:
         """(G, L, C, V) as collected, in the shape that the signal has for methods."""
-        if name.removesuffix("_attention") in ("joint_cls", "received", "global", "given"):
+        if name in ONE_PER_TOKEN:
             return values[:, :, 0]
         if name == "encoder_keys":
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
-        return values.transpose(-1, -2) if name == "encoder_features" else values
+        return values.transpose(-1, -2) if name in FEATURES else values
 
     def _hook(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_hook(hook))
@@ -104,37 +120,45 @@ class EncoderSignals:
         shortened = self._pass()
         self._running.rows[name, number] = row if shortened is None else shortened.widen(row)
 
-    def _features(self, number: int) -> Any:
+    def _features(self, number: int, names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
-                states = output if isinstance(output, Tensor) else output[0]
-                patches = states.detach()[:, self.encoder.special :]
-                self._keep("encoder_features", number, patches.transpose(1, 2))
+                states = self._states(output)
+                for name in names:
+                    self._keep(name, number, states)
 
         return hook
 
-    def _projection(self, number: int, part: str, names: list[str]) -> Any:
+    def _states(self, output: Any) -> Tensor:
+        """(B, C, V) of what a layer returns."""
+        states = output if isinstance(output, Tensor) else output[0]
+        return states.detach()[:, self.encoder.special :].transpose(1, 2)
+
+    def _projection(self, number: int, part: str, parts: tuple[str, ...], names: list[str]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if getattr(self._running, "rows", None) is None:
                 return
             pending = self._running.pending.setdefault(number, {})
             pending[part] = output.detach()
-            if len(pending) == 2:
+            if len(pending) == len(parts):
                 del self._running.pending[number]
-                query, key = (pending[p] for p in self.encoder.projections)
-                for name, row in self._rows(names, query, key).items():
+                for name, row in self._rows(names, *(pending[p] for p in parts)).items():
                     self._keep(name, number, row)
 
         return hook
 
-    def _rows(self, names: list[str], query: Tensor, key: Tensor) -> dict[str, Tensor]:
-        """(B, C, V) of each signal of a layer."""
+    def _rows(self, names: list[str], *parts: Tensor) -> dict[str, Tensor]:
+        """(B, C, V) of each signal of a layer, from queries, keys, and values if needed."""
+        query, key = parts[:2]
         special, heads = self.encoder.special, self.encoder.heads
         shortened = self._pass()
         bias = None if shortened is None else shortened.bias
         rows: dict[str, Tensor] = {}
         if "cls_attention" in names:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
+        if "information_flow" in names:
+            row = class_row(query, key, heads, special, bias)
+            rows["information_flow"] = information_flow(row, parts[2], special)[:, None]
         if "joint_cls_attention" in names:
             rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
         if "encoder_keys" in names:

@@ -50,9 +50,15 @@ class _Facts:
     """What a scene shows, indexed the ways the questions need it."""
 
     def __init__(
-        self, objects: tuple[SceneObject, ...], size: int, rng: Random, per_kind: int
+        self,
+        objects: tuple[SceneObject, ...],
+        size: int,
+        rng: Random,
+        per_kind: int,
+        scale: int = 1,
     ) -> None:
         self.objects, self.size, self.rng, self.per_kind = objects, size, rng, per_kind
+        self.scale = scale
         self.kinds = Counter(o.kind for o in objects)
         self.colours = Counter(o.colour for o in objects)
         self.pairs = Counter((o.colour, o.kind) for o in objects)
@@ -65,7 +71,11 @@ class _Facts:
 
 
 def ask(
-    objects: tuple[SceneObject, ...], size: int, rng: Random, per_kind: int = PER_KIND
+    objects: tuple[SceneObject, ...],
+    size: int,
+    rng: Random,
+    per_kind: int = PER_KIND,
+    scale: int = 1,
 ) -> tuple[Question, ...]:
     """Ask a few questions of every kind.
 
@@ -74,11 +84,12 @@ def ask(
         size: edge of the canvas in pixels.
         rng: source of every choice.
         per_kind: most questions of one kind.
+        scale: how many times larger the scene is drawn than usual.
 
     Returns:
         The questions, grouped by kind. A kind is missing where nothing can be asked clearly.
     """
-    facts = _Facts(objects, size, rng, per_kind)
+    facts = _Facts(objects, size, rng, per_kind, scale)
     asked: list[Question] = []
     for maker in KINDS_OF_QUESTION.values():
         found = list(dict.fromkeys(maker(facts)))
@@ -110,7 +121,7 @@ def _place(facts: _Facts, o: SceneObject, margin: float) -> set[str]:
     """Every place the object's centre is in, or within `margin` pixels of."""
     cells = []
     for value in o.centre:
-        reach = (value - margin, value + margin)
+        reach = (value - margin * facts.scale, value + margin * facts.scale)
         cells.append({min(2, max(0, int(3 * v // facts.size))) for v in reach})
     return {PLACES[3 * row + column] for column in cells[0] for row in cells[1]}
 
@@ -173,16 +184,17 @@ def _count(facts: _Facts) -> Iterator[Question]:
 def _neighbour(facts: _Facts, anchor: SceneObject, way: tuple[int, int]) -> SceneObject | None:
     """The nearest object straight in a direction, if no other comes close to being it."""
     dx, dy = way
+    near, lead, band = (width * facts.scale for width in (_NEAR, _LEAD, _BAND))
     ahead = []
     for o in facts.objects:
         x, y = o.centre[0] - anchor.centre[0], o.centre[1] - anchor.centre[1]
         along, across = x * dx + y * dy, abs(x * dy + y * dx)
-        if o is not anchor and across <= _NEAR and along > -_LEAD:
+        if o is not anchor and across <= near and along > -lead:
             ahead.append((along, across, o))
     ahead.sort(key=lambda item: item[0])
-    if not ahead or ahead[0][0] < _LEAD or ahead[0][1] > _BAND:
+    if not ahead or ahead[0][0] < lead or ahead[0][1] > band:
         return None
-    clear = len(ahead) == 1 or ahead[1][0] - ahead[0][0] >= _LEAD
+    clear = len(ahead) == 1 or ahead[1][0] - ahead[0][0] >= lead
     return ahead[0][2] if clear else None
 
 
@@ -213,7 +225,7 @@ def _compare(facts: _Facts) -> Iterator[Question]:
         phrase = facts.rng.choice(list(RELATIONS))
         dx, dy = RELATIONS[phrase]
         ahead = (a.centre[0] - b.centre[0]) * dx + (a.centre[1] - b.centre[1]) * dy
-        if abs(ahead) < 2 * _LEAD:
+        if abs(ahead) < 2 * _LEAD * facts.scale:
             continue
         text = f"is the {a.colour} {a.kind} {phrase} the {b.colour} {b.kind} ?"
         yield Question(text, "yes" if ahead > 0 else "no", "compare", (a.box, b.box))

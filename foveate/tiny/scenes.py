@@ -68,6 +68,7 @@ def draw_scene(
     size: int = 128,
     background: Literal["texture"] | Image.Image = "texture",
     per_kind: int = PER_KIND,
+    scale: int = 1,
 ) -> Scene:
     """Draw a scene; the same arguments always give the same scene.
 
@@ -77,6 +78,7 @@ def draw_scene(
         size: edge of the square canvas in pixels.
         background: `"texture"`, or a photo, of which a random square is cut, dimmed and used.
         per_kind: most questions of one kind.
+        scale: how many times larger than usual objects are, and the distances between them.
 
     Returns:
         The picture, its objects and its questions.
@@ -96,12 +98,12 @@ def draw_scene(
     owner = np.full((size, size), -1, np.int8)
     placed: list[SceneObject] = []
     for kind, colour, font in _cast(rng, rng.randint(low, high)):
-        mask = object_mask(kind, font)
-        corner = _find_room(rng, mask.size, placed, size)
+        mask = object_mask(kind, font * scale)
+        corner = _find_room(rng, mask.size, placed, size, scale)
         if corner is not None:
             placed.append(_paint(canvas, owner, len(placed), kind, colour, mask, corner, rng))
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB")
-    return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind), owner)
+    return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind, scale), owner)
 
 
 def _cast(rng: Random, count: int) -> list[tuple[str, str, int]]:
@@ -121,30 +123,31 @@ def _cast(rng: Random, count: int) -> list[tuple[str, str, int]]:
 
 
 def _find_room(
-    rng: Random, extent: tuple[int, int], placed: list[SceneObject], size: int
+    rng: Random, extent: tuple[int, int], placed: list[SceneObject], size: int, scale: int
 ) -> tuple[int, int] | None:
     """Find a free corner; half of the time try beside an earlier object, to allow relations."""
     width, height = extent
+    gap = _GAP * scale
     for _ in range(_TRIES):
         if placed and rng.random() < 0.5:
             dx, dy = rng.choice(list(RELATIONS.values()))
             x, y = rng.choice(placed).centre
-            reach, slip = rng.randint(18, 36), rng.randint(-4, 4)
+            reach, slip = scale * rng.randint(18, 36), scale * rng.randint(-4, 4)
             left = round(x + dx * reach + dy * slip - width / 2)
             top = round(y + dy * reach + dx * slip - height / 2)
         else:
-            left = rng.randint(_GAP, size - _GAP - width)
-            top = rng.randint(_GAP, size - _GAP - height)
+            left = rng.randint(gap, size - gap - width)
+            top = rng.randint(gap, size - gap - height)
         box = (left, top, left + width, top + height)
-        inside = min(left, top) >= _GAP and max(box) <= size - _GAP
-        if inside and not any(_touch(box, other.box) for other in placed):
+        inside = min(left, top) >= gap and max(box) <= size - gap
+        if inside and not any(_touch(box, other.box, gap) for other in placed):
             return left, top
     return None
 
 
-def _touch(a: Box, b: Box) -> bool:
-    apart_x = a[2] + _GAP <= b[0] or b[2] + _GAP <= a[0]
-    apart_y = a[3] + _GAP <= b[1] or b[3] + _GAP <= a[1]
+def _touch(a: Box, b: Box, gap: int) -> bool:
+    apart_x = a[2] + gap <= b[0] or b[2] + gap <= a[0]
+    apart_y = a[3] + gap <= b[1] or b[3] + gap <= a[1]
     return not (apart_x or apart_y)
 
 

@@ -5,6 +5,7 @@ what the text model adds between layers (DeepStack). The oracle then runs the la
 row, no cache, no compaction; removed tokens stay in place, but nobody attends to them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,11 @@ def run(
     index = [torch.arange(len(column)) for column in columns]
     alive, shift = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
     history: list[list[Tensor]] = []
+    forgotten = torch.zeros(length, length, dtype=torch.bool)
+    if spec.forget and columns:  # known only at the end
+        _, known = run(member, model, inputs, replace(spec, forget=0), prompt, counts)
+        left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
+        forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
 
     def remove(image: int, chosen: Tensor, renumber: bool) -> None:
         nonlocal shift
@@ -89,7 +95,8 @@ def run(
         """Output of a layer, and its attention probabilities (H, T, T)."""
         kwargs = dict(recorded.kwargs[number])
         mask = kwargs["attention_mask"].clone()
-        kwargs["attention_mask"] = mask.masked_fill(~alive, torch.finfo(mask.dtype).min)
+        seen = alive & ~forgotten if number < spec.forget else alive
+        kwargs["attention_mask"] = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
         if shift.any():
             positions = kwargs["position_ids"] - shift
             kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)

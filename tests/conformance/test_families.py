@@ -11,7 +11,7 @@ from foveate.models import find_family
 from tests.conformance import oracle
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.methods_for_tests import EveryThird
+from tests.methods_for_tests import EveryThird, Forgetful
 from tests.oracle import Drop, Spec
 
 TOLERANCE = 5e-5
@@ -46,6 +46,10 @@ def case(name, kind, images):
         return PyramidDrop((first,), half, "renumbered"), Spec(drops=drops)
     if kind == "fastv":
         return FastV(early + 1, few), Spec(drops=[Drop(early + 1, early, [few] * images)])
+    if kind == "forgetful":
+        return Forgetful(second, few), Spec(
+            drops=[Drop(second, second, [few] * images)], forget=second
+        )
     if kind == "pre_llm":
         return EveryThird(six), Spec(kept=third)
     if kind == "pre_llm-renumbered":
@@ -55,7 +59,15 @@ def case(name, kind, images):
     return methods, Spec(kept=third, drops=drops)
 
 
-KINDS = ("pyramiddrop", "renumbered", "fastv", "pre_llm", "pre_llm-renumbered", "composed")
+KINDS = (
+    "pyramiddrop",
+    "renumbered",
+    "fastv",
+    "forgetful",
+    "pre_llm",
+    "pre_llm-renumbered",
+    "composed",
+)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -78,6 +78,20 @@ def test_recycled_tokens_come_last_where_positions_are_consecutive(llava, positi
         ]
 
 
+def test_a_step_may_reorder_without_removing(llava):
+    """The released SparseVLM moves its last token even if the budget allows all."""
+    inputs = prompts(ROWS)
+    plain = llava(**inputs).logits
+    method = SparseVLM(layers=(2,), keep=1.0, as_released=True)
+    with foveate.use(llava, method) as run:
+        out = llava.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+        moved = llava(**inputs).logits
+    assert counts(run) == [{"llm:2": PATCHES}] * 3
+    assert out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1] + 2
+    assert moved.isfinite().all()
+    assert not torch.equal(moved[:, -1], plain[:, -1])
+
+
 def test_shares_are_of_where_the_method_began(llava):
     """Behind another method, and across the border of the language model."""
     inputs = prompts(ROWS)

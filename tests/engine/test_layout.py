@@ -119,3 +119,22 @@ def test_layers_that_share_slots_go_on_sharing():
     reordered = slots.rows(order, lambda x: x[order])
     assert slots.rows(order, lambda x: x[order]) is reordered
     assert slots.rows(order.clone(), lambda x: x[order]) is not reordered
+
+
+@given(cuts(), cuts(), st.integers(0, 3))
+def test_slots_forget_positions(alive, kept, past):
+    """What is left is in order and padded on the left, also where slots were ragged before."""
+    layout, _ = cut(alive)
+    batch, length = alive.shape
+    slots = Slots.full(batch, past, torch.device("cpu")).extend(layout, length, None)
+    gone = torch.zeros(batch, past + length, dtype=torch.bool)
+    gone[: len(kept), past : past + kept.shape[1]] = ~kept[:batch, :length]
+    left, source = slots.without(gone)
+    for row, index in enumerate(left.index.tolist()):
+        want = [i for i in slots.index[row].tolist() if i >= 0 and not gone[row, i]]
+        assert index == [-1] * (len(index) - len(want)) + want
+        assert slots.index[row, source[row]].tolist()[len(index) - len(want) :] == want
+    assert left.ragged == bool((left.index < 0).any())
+    assert left.length == slots.length
+    end = left.index[:, left.index.shape[1] - left.tail :]
+    assert (end == torch.arange(slots.length - left.tail, slots.length)).all()

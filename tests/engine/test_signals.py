@@ -199,6 +199,21 @@ def test_question_relevance_is_a_softmax_over_the_text(model, batch):
         assert bool((signal[~mask] == 0).all())
 
 
+def test_places_in_the_prompt_do_not_count_padding(model, batch):
+    spy = Spy(Step("llm", 3, (Need("prompt_positions"), Need("question_positions"))), keep=5)
+    with torch.no_grad(), foveate.use(model, [FastV(layer=2, keep=12), spy]) as run:
+        model.model(**batch)
+        kept = [image["llm:2"] for image in run.kept]
+    for row, number in ((1, 2), (3, 3)):
+        inputs, (columns,) = row_alone(batch, row)
+        ((_, places, tokens),) = [i for i in spy.of("prompt_positions") if i[0] == row]
+        assert places.tolist() == columns[kept[number]].tolist()
+        ((_, behind, _),) = [i for i in spy.of("question_positions") if i[0] == row]
+        mask = tokens.signal("question_mask")[list(tokens.rows).index(row)]
+        length = inputs["input_ids"].shape[1]
+        assert behind[mask].tolist() == list(range(int(columns[-1]) + 1, length))
+
+
 def test_transition_is_that_of_the_modules(model, batch):
     """Size of what attention and MLP add, times a softmax of its turn over the row."""
     spy = Spy(Step("llm", 3, (Need("transition", (0, 2)),)))

@@ -6,7 +6,8 @@ import torch
 from golden_case import Case, Check, assert_close, assert_same
 
 from foveate.budget import count
-from foveate.methods.divprune import DivPrune, cosine_distance, select_diverse
+from foveate.diversity import cosine_distance, select_diverse
+from foveate.methods.divprune import DivPrune
 from foveate.tokens import VisualTokens
 
 

@@ -4,15 +4,20 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from golden_case import Case, Check, assert_same
-from torch import Tensor
+from golden_case import Case, Check, assert_close, assert_same
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+import foveate
+from foveate.method import Method, Need, Step
 from foveate.methods.hiprune import HiPrune
+from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
 
 def checks(case: Case) -> dict[str, Check]:
-    return {"selection": partial(_check_selection, case)}
+    found = {"selection": _check_selection, "scores": _check_scores, "model": _check_model}
+    return {name: partial(check, case) for name, check in found.items()}
 
 
 def _runs(case: Case) -> Iterator[tuple[str, HiPrune, dict[str, Tensor]]]:
@@ -41,3 +46,88 @@ def _check_selection(case: Case) -> None:
         )
         kept = method.reduce(tokens, round(method.keep * total)).index
         assert_same(kept[0], expected["kept"], f"kept of {name}")
+
+
+def _build(case: Case) -> Qwen2_5_VLForConditionalGeneration:
+    """Qwen2.5-VL with the recorded encoder and a random text model."""
+    vision = case.facts["vision_config"]
+    text = {
+        "vocab_size": 64, "hidden_size": vision["out_hidden_size"], "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]
+        },
+    }  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=int(case.facts["image_token_id"]),
+        video_token_id=61,
+        vision_start_token_id=58,
+        vision_end_token_id=59,
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    weights = {
+        name.removeprefix("visual."): array
+        for name, array in case.arrays.items()
+        if name.startswith("visual.")
+    }
+    model.model.visual.load_state_dict(weights)
+    return model
+
+
+def _inputs(case: Case) -> dict[str, Tensor]:
+    ids = case.arrays["input_ids"]
+    inputs = {name: case.arrays[name] for name in ("pixel_values", "image_grid_thw", "input_ids")}
+    image = ids == int(case.facts["image_token_id"])
+    return {**inputs, "mm_token_type_ids": image.int(), "attention_mask": torch.ones_like(ids)}
+
+
+class _Spy(Method):
+    """Notes the attention that tokens receive in every block, and keeps one of them."""
+
+    slug, stage, needs, paper = "spy", "pre_llm", (), ""
+    keep, positions = 1, None
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks, self.seen = blocks, torch.empty(0)
+
+    def steps(self, model: object) -> tuple[Step, ...]:
+        need = Need("received_attention", tuple(range(self.blocks)))
+        return (Step("pre_llm", needs=(need,)),)
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        self.seen = tokens.signal("received_attention")
+        return Reduction(tokens.index[:, :count])
+
+
+def _check_scores(case: Case) -> None:
+    """Attention received in every block, full or windowed, through the encoder as it runs."""
+    model, scores = _build(case), case.arrays["merged_token_scores_per_block"]
+    ((_, height, width),) = case.arrays["image_grid_thw"].tolist()
+    spy = _Spy(len(scores))
+    with foveate.use(model, spy), torch.no_grad():
+        model(**_inputs(case))
+    assert_close(spy.seen[0] * height * width, scores, 1e-4, "scores")
+
+
+def _check_model(case: Case) -> None:
+    """Pixels in; tokens kept, and where the language model sees them."""
+    model = _build(case)
+    language = model.model.language_model
+    seen: dict = {}
+
+    def look(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen["hidden"], seen["rotary"] = args[0], kwargs["position_embeddings"]
+
+    for name, method, expected in _runs(case):
+        with foveate.use(model, method) as session, torch.no_grad():
+            handle = language.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+            model(**_inputs(case))
+            handle.remove()
+        (places,) = session.kept
+        assert_same(places["pre_llm"], expected["kept"], f"kept of {name}")
+        rotary = language.rotary_emb(seen["hidden"], expected["position_ids"])
+        for got, want in zip(seen["rotary"], rotary, strict=True):
+            assert_close(got, want, 1e-5, f"positions of {name}")

@@ -61,7 +61,7 @@ class _Given(VFlowOpt):
 
     def _recycle(self, tokens: Any) -> list[tuple[tuple[int, ...], Reduction]]:
         everything = Reduction(torch.arange(tokens.count)[None])
-        return [((0,), replace(everything, carry=type(self).scores[None]))]
+        return [((0,), replace(everything, label=type(self).scores[None]))]
 
 
 def _session(case: Case, model: Any) -> Any:

@@ -1,7 +1,10 @@
 """Visual tokens made by hand: what a method is shown, without a model."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +20,9 @@ class Facts:
     text_layers: int = 32
     vision_layers: int = 24
     feature_layer: int = 22
+    first_llm_layer: int = 0
     class_token: bool = True
+    attention_layers: tuple[int, ...] = tuple(range(32))
 
 
 @pytest.fixture
@@ -47,6 +52,41 @@ def make_tokens() -> Callable[..., VisualTokens]:
         )
 
     return make
+
+
+@pytest.fixture
+def make_videos() -> Callable[..., VisualTokens]:
+    """Videos of (G, T, P, D) tokens, with `behind` more tokens behind the last frame."""
+
+    def make(x: Tensor, behind: int = 0, **signals: Tensor) -> VisualTokens:
+        videos, frames, cells, width = x.shape
+        rest = torch.randn(videos, behind, width)
+        features = torch.cat((x.flatten(1, 2), rest), 1)
+        return VisualTokens(
+            features=lambda: features,
+            index=torch.arange(features.shape[1]).expand(videos, -1),
+            grid=(1, cells),
+            rows=tuple(range(videos)),
+            signals=signals,
+            frames=frames,
+            place="pre_llm",
+        )
+
+    return make
+
+
+@pytest.fixture
+def transcribed() -> Callable[[str], ModuleType]:
+    """The plain transcription of a method that its speed is measured against."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).parents[2] / "benchmarks" / "transcriptions" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture

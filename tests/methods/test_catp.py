@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.method import get_method
 from foveate.methods.catp import CATP, aligned_and_diverse, alignment, growing
 from foveate.methods.divprune import cosine_distance
@@ -143,3 +143,7 @@ def test_wrong_arguments_are_refused():
         CATP(balance=1.5)
     with pytest.raises(BudgetError, match="2 steps"):
         CATP(layers=(3,))
+    with pytest.raises(LayerError, match="begin at 1"):
+        CATP(layers=(0,), keep=(0.5, 0.2))
+    with pytest.raises(LayerError, match="none before it sees"):
+        CATP(layers=(2,), keep=(0.5, 0.2)).steps(Text(6, windowed=(0, 1)))

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.budget import count
+from foveate.diversity import cosine_distance, select_diverse
 from foveate.errors import BudgetError, FoveateError
 from foveate.method import get_method
-from foveate.methods.divprune import DivPrune, cosine_distance, select_diverse
+from foveate.methods.divprune import DivPrune
 
 
 def naive_distance(x):

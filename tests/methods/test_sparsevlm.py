@@ -190,6 +190,20 @@ def test_a_budget_that_saves_nothing_changes_nothing(quota, make_tokens, signals
     assert not reduction.ordered
 
 
+def test_the_release_drops_one_token_at_least(make_tokens, signals):
+    """And recycles it: the last in rank moves behind the others."""
+    x = torch.randn(2, 24, 6)
+    tokens = replace(make_tokens(images=2, x=x, **signals), quota=24)
+    method = SparseVLM(as_released=True)
+    reduction, scores = only(method.split(tokens)), method.scores(tokens)
+    assert reduction.index[:, -1].tolist() == scores.argmin(1).tolist()
+    assert (reduction.index[:, :-1].diff() > 0).all()
+    torch.testing.assert_close(reduction.apply(x)[0], x[0][reduction.index[0]])
+    tokens = make_tokens(images=2, question_closeness=torch.ones(2, 1, 5, 24), **signals)
+    tokens = replace(tokens, quota=24)
+    assert only(SparseVLM(version=2, as_released=True).split(tokens)).kept == 23
+
+
 @pytest.mark.parametrize("quota", [24, 23])
 def test_version_2_puts_nothing_back(quota, make_tokens, signals):
     tokens = make_tokens(images=2, question_closeness=torch.ones(2, 1, 5, 24), **signals)
@@ -262,6 +276,8 @@ def test_rank_has_its_own_layer_and_no_budget():
 def test_wrong_arguments_are_refused():
     with pytest.raises(FoveateError, match="version"):
         SparseVLM(version=3)
+    with pytest.raises(FoveateError, match="heads"):
+        SparseVLM(version=2, heads=0)
     with pytest.raises(FoveateError, match="tau"):
         SparseVLM(tau=1.5)
     with pytest.raises(BudgetError, match="2 steps"):

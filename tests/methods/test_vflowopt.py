@@ -116,7 +116,7 @@ def test_three_steps_by_one_score(any_llava):
 
     class Watched(VFlowOpt):
         def split(self, tokens):
-            scores = tokens.carried
+            scores = tokens.label
             if tokens.number == 0:
                 scores = tokens.signal("global_attention")[:, 0]
             seen.append(

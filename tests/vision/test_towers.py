@@ -200,6 +200,31 @@ def test_from_pixels_to_states_equals_both_oracles(name, case):
     assert bite > 0.02, "the test does not bite"
 
 
+def test_a_newline_lives_with_its_line():
+    """Not with the thumbnail before the first line, unless that is alone."""
+    family, member = find_family(model_of("llava_next")), MEMBERS["llava_next"]()
+    arguments = member.take(member.pixels(3), 2, 3)
+    alive = torch.zeros(3, 16, dtype=torch.bool)
+    alive[0] = True
+    (tokens,) = family.follow("image", list(alive), arguments)
+    assert tokens[:16].all()
+    assert not tokens[16:].any()
+    alive[1, 9] = True  # in the second line: unpadding cuts off the first row of patches
+    (tokens,) = family.follow("image", list(alive), arguments)
+    lines = tokens[16:].view(6, 5)
+    assert lines[1].sum() == 2
+    assert lines[1, -1]
+    assert lines.sum() == 2
+
+    family, member = find_family(model_of("llava_onevision-tiles")), MEMBERS["llava_onevision"]()
+    arguments = member.take(member.pixels(3), 0, 2) | {"batch_num_images": torch.tensor([2])}
+    alive = torch.zeros(2, 16, dtype=torch.bool)
+    alive[1, 3] = True
+    first, second = family.follow("image", list(alive), arguments)
+    assert not first.any()
+    assert second.nonzero()[:, 0].tolist() == [3, 16]
+
+
 # -- refusals
 
 

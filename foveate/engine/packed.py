@@ -21,7 +21,7 @@ BOUNDARIES = {
 }
 
 
-class Sequence:
+class PackedRows:
     """The translation for the rows that are left.
 
     Args:

@@ -1,0 +1,168 @@
+"""How long choosing takes, beside a plain transcription of each method's equations.
+
+A transcription works on one image at a time, as published code does; a method on all at once.
+Signals and features are random, at the widths of a 7B model. Both run in turns in one process; what
+they choose is compared. `python benchmarks/selection.py [METHOD...]`
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import _bench
+
+if __name__ == "__main__":
+    _bench.warm_heap()
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from foveate.measure import flops
+from foveate.method import Adaptive, Method
+from foveate.tokens import VisualTokens
+
+SIZES = ((576, 1), (576, 16), (2880, 1), (2880, 16))
+SEVEN_B = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+TEXT = 64
+Case = tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]], Callable[..., Method]]
+
+
+def cases() -> dict[str, Case]:
+    """Name -> transcription, inputs and method of every file of transcriptions."""
+    found: dict[str, Case] = {}
+    for path in sorted((Path(__file__).parent / "transcriptions").glob("[a-z]*.py")):
+        found |= importlib.import_module(f"transcriptions.{path.stem}").CASES
+    return found
+
+
+def shown(method: Method, tensors: dict[str, Tensor], keep: int) -> VisualTokens:
+    """What the method is shown of the inputs."""
+    x = tensors.get("x")
+    frames = x.shape[1] if x is not None and x.dim() == 4 else 1
+    signals = {
+        n: t.flatten(1)[:, None] if frames > 1 else t for n, t in tensors.items() if n != "x"
+    }
+    total = _total(tensors)
+    cells = total // frames
+    side = math.isqrt(cells)
+    batch = next(iter(tensors.values())).shape[0]
+    flat = None if x is None else x.reshape(batch, total, -1)
+    return VisualTokens(
+        features=lambda: flat,  # type: ignore[arg-type,return-value]
+        index=torch.arange(total).expand(batch, -1),
+        grid=(side, side) if side * side == cells else (1, cells),
+        rows=tuple(range(batch)),
+        signals=signals,
+        place="pre_llm" if method.stage == "pre_llm" else "llm:3",
+        frames=frames,
+        quota=keep,
+    )
+
+
+def _total(tensors: dict[str, Tensor]) -> int:
+    """Visual tokens of an image: `x` has them on one axis or, by frames, on two."""
+    if "x" in tensors:
+        return tensors["x"].shape[1:-1].numel()
+    name, signal = next((n, t) for n, t in tensors.items() if not n.startswith("question"))
+    return signal.shape[-2 if name.endswith(("keys", "states")) else -1]
+
+
+def reduce(method: Method, tokens: VisualTokens, keep: int) -> list[tuple[int, Any]]:
+    """(image, its reduction) of all images."""
+    if isinstance(method, Adaptive):
+        parts = method.split(tokens)
+    else:
+        parts = [(range(len(tokens.index)), method.reduce(tokens, keep))]
+    return [(image, (made, i)) for members, made in parts for i, image in enumerate(members)]
+
+
+def agree(method: Method, tensors: dict[str, Tensor], keep: int, plain: list[Tensor]) -> bool:
+    """Whether method and transcription choose, or make, the same tokens of every image."""
+    tokens = shown(method, tensors, keep)
+    for image, (made, i) in reduce(method, tokens, keep):
+        want = plain[image]
+        if want.dtype == torch.long:
+            same = want.tolist() == made.index[i].sort().values.tolist()
+        else:
+            members = made.matrix(tokens.count)[i] @ tokens.x[image]
+            want = want.to(members)
+            same = members.shape == want.shape and torch.allclose(
+                members.sort(0).values, want.sort(0).values, rtol=1e-3, atol=1e-3
+            )
+        if not same:
+            return False
+    return True
+
+
+def alone(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Each image's tensors."""
+    count = next(iter(tensors.values())).shape[0]
+    return [{name: tensor[i] for name, tensor in tensors.items()} for i in range(count)]
+
+
+def measure(case: Case, visual: int, batch: int) -> dict[str, Any]:
+    """Times, their ratio, whether results agree, and the FLOPs of a choice."""
+    transcription, inputs, make = case
+    tensors = inputs(visual, batch, torch.Generator().manual_seed(0))
+    keep = _total(tensors) // 4
+    method, images = make(keep), alone(tensors)
+
+    def ours() -> object:
+        return reduce(method, shown(method, tensors, keep), keep)
+
+    start = time.process_time()
+    plain = [transcription(image, keep) for image in images]
+    rounds = 9 if time.process_time() - start < 1 else 3
+    same = agree(method, tensors, keep, plain)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    times = _bench.turns(
+        {"ours": ours, "plain": lambda: [transcription(image, keep) for image in images]},
+        rounds,
+    )
+    total = sum(flops.prefill_flops(SEVEN_B, [visual + TEXT] * 32)) * batch
+    return {
+        "visual": visual,
+        "batch": batch,
+        "rounds": rounds,
+        "ours_ms": 1e3 * statistics.median(times["ours"]),
+        "plain_ms": 1e3 * statistics.median(times["plain"]),
+        "faster": _bench.ratios(times["plain"], times["ours"]),
+        "agree": same,
+        "share_of_7b_prefill": counter.get_total_flops() / total,
+    }
+
+
+def main() -> None:
+    """Measure all methods, or those named, and save the result."""
+    torch.set_grad_enabled(False)
+    known = cases()
+    names = sys.argv[1:] or list(known)
+    result: dict[str, Any] = {}
+    for name in names:
+        result[name] = [measure(known[name], *size) for size in SIZES]
+        for row in result[name]:
+            print(
+                f"{name:28} {row['visual']:5} x {row['batch']:2}: {row['ours_ms']:9.2f} ms, "
+                f"{row['faster']['median']:7.2f}x, {'same' if row['agree'] else 'DIFFERENT'}, "
+                f"{100 * row['share_of_7b_prefill']:.3f} % of the prefill's FLOPs",
+                flush=True,
+            )
+    if names == list(known):
+        _bench.save("selection", {"keep": 0.25, "text": TEXT, "methods": result})
+
+
+if __name__ == "__main__":
+    main()

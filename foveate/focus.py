@@ -1,0 +1,72 @@
+"""Focus: which visual tokens a decoding step attends to, chosen anew at every step.
+
+Nothing is removed: what one step does not look at, the next one may.
+
+Shapes: `B` rows, `N` visual tokens of a row, padded over the batch, `H` heads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Focus:
+    """What one decoding step looked at.
+
+    Args:
+        attention: (B, N) attention of the new token to the visual tokens; 0 for padding.
+        seen: (B, N) visual tokens that the layers behind attend to.
+    """
+
+    attention: Tensor
+    seen: Tensor
+
+
+class Focuser(ABC):
+    """A method with a step that acts on decoding (`Step(..., decode=True)`)."""
+
+    def watches(self, frames: int) -> bool:
+        """Whether it acts on an image (1 frame) or a video of so many frames."""
+        return True
+
+    @abstractmethod
+    def focus(self, attention: Tensor, real: Tensor, before: Focus | None) -> Focus:
+        """Choose what the layers behind attend to.
+
+        Args:
+            attention: (B, H, N) attention of the new token to the visual tokens in the layer before
+                the step, of a softmax over all it sees; 0 for padding.
+            real: (B, N) which of them are no padding.
+            before: what the last decoding step chose; `None` at the first one behind a prompt with
+                an image.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """Visual tokens that decoding steps choose from; it lives in a cache layer.
+
+    Args:
+        columns: (B, N) their logical positions; -1 is padding.
+        focus: the last choice.
+    """
+
+    columns: Tensor
+    focus: Focus | None = None
+
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> Watched:
+        """Reorder, repeat or select rows."""
+        focus = self.focus
+        if focus is not None:
+            focus = Focus(pick(focus.attention), pick(focus.seen))
+        return Watched(pick(self.columns), focus)
+
+    def join(self, columns: Tensor) -> Watched:
+        """Watch more tokens; the next choice starts afresh."""
+        return Watched(torch.cat((self.columns, columns), 1))

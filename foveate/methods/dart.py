@@ -1,0 +1,175 @@
+"""DART: keep the visual tokens that repeat a few pivot tokens least.
+
+Paper: Wen et al., "Stop Looking for Important Tokens in Multimodal Language Models: Duplication
+Matters More", arXiv:2502.11494. Reference code: ZichenWen1/DART @ 5a19452, read from a public fork.
+Differs from the reference: any batch, several images, padding and grouped-query attention work;
+exactly `keep` tokens survive, where the release rounds down to whole quotas and then adds the image
+pivots; pivots choose in the order of their strength, image before text, where the release visits
+them in the order of a hash table of their positions, which changes with the length of the text in
+front; the tokens that a short question or a small budget leaves to choose from may be fewer than
+the published pivots and quotas ask for. `as_released=True` goes back to the release's count and
+order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.diversity import unit
+from foveate.errors import FoveateError, LayerError
+from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.reduction import Reduction, take_rows
+from foveate.tokens import VisualTokens
+
+PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32
+
+
+@register(
+    "dart",
+    stage="llm",
+    needs=("llm_keys", "question_keys", "normed_states", "question_normed_states"),
+    paper="Wen et al. 2025, arXiv:2502.11494",
+)
+@dataclass(frozen=True)
+class DART(Method):
+    """Keep pivots, and for each pivot the visual tokens that are least similar to it.
+
+    Pivots are the visual tokens, and the text tokens behind the image, whose keys have the largest
+    L1 norm. Every pivot in turn takes its share of the visual tokens that are left, those with the
+    lowest cosine to it under the language model's final norm.
+
+    Args:
+        layer: K of the paper: tokens are dropped before this layer, keys are those of the layer
+            before it. `None` is the published 2 of 32 layers, scaled to the model at hand.
+        keep: what survives, image pivots included; shares are truncated (paper: one minus its
+            reduction ratio of 0.667, 0.778 or 0.889).
+        image_pivots: pivots among the visual tokens, at least 1.
+        text_pivots: pivots among the text tokens behind the image.
+        positions: `None` leaves survivors at their positions (`original`), as the reference does;
+            `renumbered` makes them consecutive.
+        as_released: count and visit pivots as the release does; see the module.
+
+    Cost: one key projection of all tokens, one product of the pivots with the V visual tokens; no
+    attention map.
+    """
+
+    layer: int | None = None
+    keep: Keep = 0.222
+    image_pivots: int = 4
+    text_pivots: int = 4
+    positions: Positions | None = None
+    as_released: bool = False
+    published_positions = "original"
+
+    def __post_init__(self) -> None:
+        """Check budget, layer and pivots.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            LayerError: `layer` is below 1.
+            FoveateError: there is no image pivot, or a negative number of text pivots.
+        """
+        super().__post_init__()
+        if self.layer is not None and self.layer < 1:
+            raise LayerError(
+                f"dart reads the keys of layer - 1, so layer must be at least 1, got {self.layer}"
+            )
+        if self.image_pivots < 1 or self.text_pivots < 0:
+            raise FoveateError(
+                "dart needs at least one of image_pivots and no negative text_pivots, got "
+                f"{self.image_pivots} and {self.text_pivots}"
+            )
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One drop before `layer`."""
+        layer = self.layer
+        if layer is None:
+            scaled = round(model.text_layers * PUBLISHED_LAYER / PUBLISHED_DEPTH)
+            layer = max(scaled, 1, model.first_llm_layer)
+        needs = [
+            Need("llm_keys", (layer - 1,)),
+            Need("question_keys", (layer - 1,)),
+            Need("normed_states", (layer,)),
+            Need("question_normed_states", (layer,)),
+        ]
+        if self.as_released:
+            needs += [Need("prompt_positions"), Need("question_positions")]
+        return (Step("llm", layer, tuple(needs)),)
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """`keep`; as released, the image pivots and a whole quota for each of all pivots."""
+        budget = super().count(alive, total, step, number, row)
+        if not self.as_released:
+            return budget
+        pivots = self.image_pivots + self.text_pivots
+        return min(self.image_pivots + budget // pivots * pivots, alive)
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Keep `count` tokens of each image, in raster order."""
+        own = min(self.image_pivots, count)
+        strength = _strength(tokens.signal("llm_keys"))
+        pivots = strength.topk(own, dim=-1).indices
+        asked, asks = self._text_pivots(tokens)
+        x = unit(tokens.signal("normed_states")[:, 0])
+        text = unit(take_rows(tokens.signal("question_normed_states")[:, 0], asked))
+        similarity = torch.cat((take_rows(x, pivots), text.to(x)), 1) @ x.mT
+        real = torch.cat((torch.ones_like(pivots, dtype=torch.bool), asks), 1)
+        if self.as_released:
+            order = _hash_order(tokens, pivots, asked, real)
+            similarity, real = take_rows(similarity, order), real.gather(1, order)
+        taken = torch.zeros_like(tokens.index, dtype=torch.bool).scatter(1, pivots, True)
+        _take_unlike(taken, similarity, _shares(count - own, real), -(-(count - own) // own))
+        index = taken.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        return Reduction(index[:, :count])
+
+    def _text_pivots(self, tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        """(G, P) which of the text tokens are pivots, and which of those are no padding."""
+        mask = tokens.signal("question_mask")
+        strength = _strength(tokens.signal("question_keys")).masked_fill(~mask, -torch.inf)
+        index = strength.topk(min(self.text_pivots, mask.shape[1]), dim=-1).indices
+        return index, mask.gather(1, index)
+
+
+def _strength(keys: Tensor) -> Tensor:
+    """(G, N) L1 norm over heads and channels, of (G, 1, H, N, d)."""
+    return keys[:, 0].float().abs().sum((1, 3))
+
+
+def _shares(picks: int, real: Tensor) -> Tensor:
+    """(G, P) how many of the picks each pivot makes: equally many, the first ones one more."""
+    pivots = real.sum(1, keepdim=True)
+    nth = real.cumsum(1) - 1
+    return torch.where(real, picks // pivots + (nth < picks % pivots), 0)
+
+
+def _take_unlike(taken: Tensor, similarity: Tensor, quota: Tensor, most: int) -> None:
+    """Let every pivot in turn take the tokens least similar to it that nobody has taken.
+
+    Args:
+        taken: (G, V) tokens that are taken, updated.
+        similarity: (G, P, V) of pivots to tokens.
+        quota: (G, P) how many each takes; together no more than are left.
+        most: a bound of all quotas.
+    """
+    nth = torch.arange(min(most, taken.shape[1]), device=taken.device)
+    for pivot in range(quota.shape[1] if most else 0):
+        alike = similarity[:, pivot].masked_fill(taken, torch.inf)
+        least = alike.topk(len(nth), dim=-1, largest=False).indices
+        chosen = nth < quota[:, pivot, None]
+        taken |= torch.zeros_like(taken).scatter(1, least, chosen)
+
+
+def _hash_order(tokens: VisualTokens, pivots: Tensor, asked: Tensor, real: Tensor) -> Tensor:
+    """(G, P) the order in which Python iterates over a set of the pivots' places in the prompt."""
+    image = tokens.signal("prompt_positions").gather(1, pivots)
+    places = torch.cat((image, tokens.signal("question_positions").gather(1, asked)), 1)
+    orders = []
+    for row, mask in zip(places.tolist(), real.tolist(), strict=True):
+        there = {place for place, here in zip(row, mask, strict=True) if here}
+        visited = [row.index(place) for place in there]
+        orders.append(visited + [i for i, here in enumerate(mask) if not here])
+    return torch.tensor(orders, device=pivots.device)

@@ -1,0 +1,80 @@
+"""EVS: keep the tokens of a video that changed most since the frame before.
+
+Paper: "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference"
+(NVIDIA), arXiv:2510.14624, in the form in which it is served: cosine of token embeddings and an
+exact budget, where the paper (by a secondary account; unverified) cuts the difference of pixels at
+a percentile. Reference code: vllm-project/vllm, multimodal/evs.py @ 926c71f, whose notice is
+restrictive: written from a description of the algorithm, nothing is taken.
+Differs from the reference: any batch works; similarities are taken in float32 at least; on models
+with positions in time, height and width the text behind a video stays where the model puts it
+(there: it continues after the grid's width, where it can run into the video's positions); tokens
+behind the last frame, such as a newline, stay and are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep
+from foveate.method import ModelFacts, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+from foveate.video import Parts, VideoMethod, by_frame, exact, similarity
+
+
+@register("evs", stage="pre_llm", paper="NVIDIA 2025, arXiv:2510.14624")
+@dataclass(frozen=True)
+class EVS(VideoMethod):
+    """Rank tokens by how little they resemble the token at their place in the frame before.
+
+    The first frame always stays whole, so that a video keeps at least one frame's tokens. A frame
+    behind it keeps as many as changed, which may be none. Images pass untouched.
+
+    Args:
+        keep: what survives of a video, its first frame included: a share, 1 - q of the release
+            (whose one published rate is q = 0.7), or a count. Shares are truncated, as there.
+        positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
+            does, where positions are single numbers; `original` leaves them where they were.
+
+    Cost: one cosine for each token, O(V·D), and one sort.
+    """
+
+    keep: Keep = 0.3
+    positions: Positions | None = None
+    rounding = math.trunc
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector; it needs nothing but the features."""
+        return (Step("pre_llm"),)
+
+    def reduce_videos(self, tokens: VisualTokens) -> Parts:
+        """Keep what changed most."""
+        x = exact(by_frame(tokens.x, tokens))
+        total, frame = x.shape[1] * x.shape[2], x.shape[2]
+        order = change(x).flatten(1).argsort(dim=-1, descending=True, stable=True)
+        counts: dict[int, list[int]] = defaultdict(list)
+        for number, row in enumerate(tokens.rows):
+            wanted = self.count(total, total, Step("pre_llm"), 0, row)
+            counts[max(wanted, frame)].append(number)
+        return [
+            (tuple(members), Reduction(order[members, :count].sort(-1).values))
+            for count, members in counts.items()
+        ]
+
+
+def change(x: Tensor) -> Tensor:
+    """One minus the cosine to the token at the same place one frame before.
+
+    Args:
+        x: (G, T, P, D) tokens by frame.
+
+    Returns:
+        (G, T, P); infinite in the first frame.
+    """
+    first = torch.full_like(x[:, :1, :, 0], torch.inf)
+    return torch.cat((first, 1 - similarity(x[:, 1:], x[:, :-1])), 1)

@@ -1,0 +1,186 @@
+"""FastVID: in segments of like frames, keep what is attended to and peaks that stand for the rest.
+
+Paper: Shen et al., "FastVID: Dynamic Density Pruning for Fast Video Large Language Models",
+arXiv:2503.11187 (NeurIPS 2025; identifier unverified). Reference code: LunarShen/FastVID @ a40a109,
+its LLaVA-OneVision form.
+Differs from the reference: frames are compared by the mean of their tokens (as its Qwen2.5-VL form
+does; there: a pooling head that Hugging Face's checkpoints leave out) and salient tokens are those
+that receive most attention in the encoder's last layer (there: that head's attention, or in the
+Qwen2.5-VL form the attention of a frame's mean query); any batch works; density ties go to the
+lower index (there: to noise of 1e-6); a video shorter than `segments` frames is cut into single
+frames (there: an error); an anchor never gets more tokens than its frame has (there: an error).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Share
+from foveate.clustering import peaks, squared_distances
+from foveate.errors import BudgetError, FoveateError
+from foveate.method import ModelFacts, Need, Positions, Step, register
+from foveate.reduction import Reduction, take_rows
+from foveate.tokens import VisualTokens
+from foveate.video import (
+    Parts,
+    VideoMethod,
+    by_frame,
+    check_shares,
+    everything,
+    exact,
+    similarity,
+    together,
+    unit,
+)
+
+NEIGHBOURS = 4
+"""Tokens that make up a density, a token itself among them; fixed in the release."""
+
+
+@register(
+    "fastvid",
+    stage="pre_llm",
+    needs=("received_attention",),
+    paper="Shen et al. 2025, arXiv:2503.11187",
+)
+@dataclass(frozen=True)
+class FastVID(VideoMethod):
+    """Keep salient tokens of every frame, and merge the rest of a segment into density peaks.
+
+    Every `p`-th frame of a segment, from its last, is an anchor. The tokens at its density peaks
+    survive, and all tokens of the segment that are not salient go into the most similar one, at
+    each anchor anew. Images pass untouched.
+
+    Args:
+        keep: share of each frame's tokens, or tokens of the whole video; 1.0 leaves a video as it
+            is. Parts of a budget are rounded down, so that somewhat fewer may survive.
+        segments: least number of segments (c).
+        tau: cosine of neighbouring frames below which a segment ends.
+        d: share of the budget that goes to density peaks.
+        p: distance of the anchors of a segment, in frames.
+        beta: least weight of a peak in what it becomes.
+        positions: `None` leaves survivors at their positions (`original`), as the reference does;
+            `renumbered` makes them consecutive.
+
+    Cost: all pairs of tokens in anchor frames, and tokens of a segment with its peaks; a dense
+    map of K x V numbers.
+    """
+
+    keep: Share = 0.1
+    segments: int = 8
+    tau: float = 0.9
+    d: float = 0.4
+    p: int = 4
+    beta: float = 0.6
+    positions: Positions | None = None
+    published_positions = "original"
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            FoveateError: another field is.
+        """
+        super().__post_init__()
+        if not isinstance(self.keep, float | int):
+            raise BudgetError(f"keep must be one share or count, got {self.keep!r} in fastvid")
+        check_shares(self.slug, d=self.d, beta=self.beta)
+        if self.segments < 1 or self.p < 1:
+            raise FoveateError(f"segments and p must be 1 or more, got {self.segments}, {self.p}")
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector, ranked by the encoder's last attention."""
+        return (Step("pre_llm", needs=(Need("received_attention", (model.feature_layer,)),)),)
+
+    def reduce_videos(self, tokens: VisualTokens) -> Parts:
+        """Reduce each video by itself, as their segments differ."""
+        x = exact(by_frame(tokens.x, tokens))
+        attention = by_frame(tokens.signal("received_attention")[:, 0], tokens)
+        frames, cells = x.shape[1:3]
+        share = self.keep
+        budget = max(int(cells * share) if isinstance(share, float) else share // frames, 1)
+        if budget >= cells:
+            return everything(tokens)
+        return together(
+            [
+                self.reduce_video(video, ranks, video.mean(1), budget)
+                for video, ranks in zip(x, attention, strict=True)
+            ]
+        )
+
+    def reduce_video(self, x: Tensor, attention: Tensor, frame: Tensor, budget: int) -> Reduction:
+        """Reduce one video.
+
+        Args:
+            x: (T, P, D) tokens by frame.
+            attention: (T, P) how salient each is.
+            frame: (T, d) what stands for each frame when segments are cut.
+            budget: tokens of a frame, R.
+        """
+        total, salient = attention.numel(), budget - int(budget * self.d)
+        place = torch.arange(total, device=x.device).view_as(attention)
+        order = attention.argsort(dim=-1, descending=True, stable=True)
+        kept = place.gather(1, order[:, :salient]).flatten()
+        rest = order[:, salient:].sort(-1).values
+        x, place = take_rows(x, rest), place.gather(1, rest)  # (T, N, D) and (T, N)
+        rank = peaks(squared_distances(x), NEIGHBOURS)
+        index, weights = [kept], [_at(kept, x.new_ones(len(kept)), total)]
+        for first, last in segments_of(frame, self.segments, self.tau):
+            members, anchors = slice(first, last + 1), list(range(last, first - 1, -self.p))
+            count = (budget - salient) * (last + 1 - first) // len(anchors)
+            if not count:
+                continue
+            top = rank[anchors].topk(min(count, x.shape[1]), dim=-1).indices
+            target = place[anchors].gather(1, top).flatten()
+            own, shares = self._shares(take_rows(x[anchors], top), x[members].flatten(0, 1))
+            rows = _at(target, own, total)
+            rows[:, place[members].flatten()] += shares
+            index.append(target)
+            weights.append(rows)
+        positions, ascending = torch.cat(index).sort()
+        return Reduction(positions[None], torch.cat(weights)[ascending][None])
+
+    def _shares(self, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens count in the targets that they go into, one of each anchor.
+
+        Args:
+            target: (A, C, D) targets of A anchors.
+            x: (M, D) tokens, the targets among them.
+
+        Returns:
+            (A * C) weight of each target itself, and (A * C, M) of the tokens that go into it; the
+            target is one of them, and counts twice.
+        """
+        best = (unit(target) @ unit(x).T).argmax(1, keepdim=True)  # (A, 1, M)
+        joined = best == torch.arange(target.shape[1], device=x.device)[:, None]
+        count = joined.sum(-1, keepdim=True)
+        own = (1 / (count + 1)).clamp(min=self.beta)
+        shares = joined * ((1 - own) / count.clamp(min=1))
+        return own.flatten().to(x), shares.flatten(0, 1).to(x)
+
+
+def _at(index: Tensor, values: Tensor, total: int) -> Tensor:
+    """(N, total) rows of zeros but for one value at (N) positions."""
+    return values.new_zeros(len(index), total).scatter(1, index[:, None], values[:, None])
+
+
+def segments_of(frame: Tensor, segments: int, tau: float) -> list[tuple[int, int]]:
+    """Cut a video where neighbouring frames differ.
+
+    Args:
+        frame: (T, d) what stands for each frame.
+        segments: least number of segments; at most one for each frame.
+        tau: cosine below which there is a cut anyway.
+
+    Returns:
+        First and last frame of each segment.
+    """
+    alike = similarity(frame[1:], frame[:-1])
+    cut = alike < tau
+    cut[alike.topk(min(segments - 1, len(alike)), largest=False).indices] = True
+    last = [*cut.nonzero()[:, 0].tolist(), len(alike)]
+    return list(zip([0, *(t + 1 for t in last[:-1])], last, strict=True))

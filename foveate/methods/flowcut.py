@@ -1,0 +1,152 @@
+"""FlowCut: drop patches bit by bit while the encoder runs, by how information flows.
+
+Paper: Tong et al., "FlowCut: Rethinking Redundancy via Information Flow for Efficient
+Vision-Language Models", arXiv:2505.19536 (NeurIPS 2025). Reference code: TungChintao/FlowCut @
+a2ecd24, the path for CLIP; where it and the paper differ (the semantic cue), the code is followed.
+Differs from the reference: any depth of encoder and any attention kernel work; entropy is taken in
+float32 and of 0 log 0 as 0 (there: NaN, which ends the run). The second cut inside the language
+model, which the release makes for LLaVA-NeXT and Qwen2-VL, and its path for encoders without a
+class token are not here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.budget import Keep, PerRequest
+from foveate.budget import count as budget_count
+from foveate.errors import BudgetError, LayerError
+from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class Cut(Step):
+    """A step of FlowCut.
+
+    Args:
+        remaining: encoder layers from here to the end of pruning.
+    """
+
+    remaining: int = 0
+
+
+@register(
+    "flowcut",
+    stage="vision",
+    needs=("information_flow", "cls_attention"),
+    paper="Tong et al. 2025, arXiv:2505.19536",
+)
+@dataclass(frozen=True)
+class FlowCut(Method):
+    """Drop patches before every second encoder layer, more where attention is concentrated.
+
+    Scores are smoothed over all layers so far. Just before the layer that the language model sees,
+    what is left above the budget goes. Images that are encoded together lose the same number at
+    each step, that of the image which loses most, as in the reference.
+
+    Args:
+        keep: what survives the last drop, a share or a count (the release's `target_num`).
+        every: drop before every such layer, counted back from the last drop.
+        momentum: weight of the scores so far against those of the newest layer, in [0, 1).
+        positions: of the survivors in a language model; `None` makes them consecutive
+            (`renumbered`), as the reference does, where positions are single numbers; `original`
+            leaves them.
+
+    Cost: in each layer before the last drop one row of attention and one of value products.
+    """
+
+    keep: Keep = 128
+    every: int = 2
+    momentum: float = 0.5
+    positions: Positions | None = None
+    adaptive = True  # before the last drop, attention decides how many go
+    note = "images that are encoded together share one schedule"
+    rounding = math.floor
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            LayerError: `every` or `momentum` is.
+        """
+        super().__post_init__()
+        if type(self.every) is not int or self.every < 1 or not 0 <= self.momentum < 1:
+            raise LayerError(
+                "every must be a number of layers >= 1 and momentum in [0, 1), got "
+                f"{self.every!r} and {self.momentum!r} in flowcut"
+            )
+
+    def check_budget(self, steps: int | None) -> None:
+        """`keep` speaks about the end of all steps, so it is one share or count.
+
+        Raises:
+            BudgetError: it is out of range, or a schedule.
+        """
+        if isinstance(self.keep, tuple | PerRequest):
+            raise BudgetError(f"flowcut takes one share or count as keep, got {self.keep!r}")
+        super().check_budget(1)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """Drops before layers at regular distances from the one that the language model sees.
+
+        Raises:
+            LayerError: there is no layer before that one.
+        """
+        last = model.feature_layer
+        if last < 1:
+            raise LayerError(
+                "flowcut drops tokens between encoder layers, but the language model sees the "
+                f"output of layer {last} of {model.vision_layers}"
+            )
+        return tuple(
+            Cut(
+                "vision",
+                layer,
+                (
+                    Need("information_flow", tuple(range(layer))),
+                    Need("cls_attention", (layer - 1,)),
+                ),
+                remaining=last - layer,
+            )
+            for layer in range(1, last + 1)
+            if (last - layer) % self.every == 0
+        )
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """What survives at least: the budget."""
+        rounding = type(self).rounding
+        return min(budget_count(self.keep, total, step=0, row=row, rounding=rounding), alive)
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Drop the patches that told least, down to `count` at the last step."""
+        assert isinstance(tokens.step, Cut)
+        if tokens.step.remaining:
+            attention = tokens.signal("cls_attention")[:, 0].float().mean(1)
+            spare = (tokens.count - count) / math.sqrt(tokens.step.remaining)
+            count = max(tokens.count - round(spare * concentration(attention)), count)
+        return Reduction.top(self.scores(tokens), count)
+
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Information flow of all layers so far, smoothed with `momentum`: (G, V)."""
+        flow = tokens.signal("information_flow")
+        weights = self.momentum ** torch.arange(flow.shape[1] - 1, -1, -1, device=flow.device)
+        weights[1:] *= 1 - self.momentum
+        return torch.einsum("l,glv->gv", weights.to(flow.dtype), flow)
+
+
+def concentration(attention: Tensor) -> float:
+    """1 - (entropy of attention / that of even attention) squared, the largest of G images.
+
+    Args:
+        attention: (G, V) attention of the class token; only its shares count.
+    """
+    shares = attention / attention.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
+    entropy = torch.special.entr(shares).sum(-1) / math.log(attention.shape[-1])
+    return float((1 - entropy.square()).max())

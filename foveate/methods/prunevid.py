@@ -1,0 +1,251 @@
+"""PruneVid: average what stands still in a scene, cluster the rest, then ask the question.
+
+Paper: Huang et al., "PruneVid: Visual Token Pruning for Efficient Video Large Language Models",
+arXiv:2412.16117 (ACL 2025). Reference code: Visual-AI/PruneVid @ b12600c, whose licence is
+non-commercial (CC BY-NC-SA): written from the equations, nothing is taken.
+Differs from the reference: any batch works; a scene of one frame has no static tokens (there: a
+division by zero decides); density ties go to the lower index (there: to noise of 1e-6); a video has
+one scene at least (there: one of fewer than 1 / frame_ratio frames is an error); where positions
+stay, an average of static tokens stands in the first frame of its scene (there: unspecified).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from foveate.clustering import dpc_knn
+from foveate.errors import FoveateError, LayerError
+from foveate.method import ModelFacts, Need, Positions, Step, by_count, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+from foveate.video import (
+    Parts,
+    Survivors,
+    VideoMethod,
+    by_frame,
+    check_shares,
+    check_switch,
+    everything,
+    exact,
+    together,
+    unit,
+)
+
+
+@register(
+    "prunevid",
+    stage="pre_llm",
+    needs=("question_attention",),
+    paper="Huang et al. 2025, arXiv:2412.16117",
+)
+@dataclass(frozen=True)
+class PruneVid(VideoMethod):
+    """Merge the tokens of a video scene by scene, then keep those that the question attends to.
+
+    Before the language model, frames are clustered into scenes. Where a place of the grid hardly
+    changes over a scene its tokens are averaged, and both these static tokens and the dynamic ones
+    of each frame are clustered and averaged. Inside, the static tokens of a scene and the dynamic
+    ones of a frame are cut to a share each, in the caches of all layers. Images pass untouched.
+
+    Args:
+        tau: mean cosine over the frames of a scene above which a place is static.
+        frame_ratio: clusters of frames, as a share of the frames.
+        cluster_ratio: what clustering leaves of static tokens, or of a frame's dynamic ones; at
+            most 2k tokens stay as they are.
+        alpha: share kept inside the language model, truncated; 1.0 does without that step.
+        layer: decoder layer before which it happens; the attention is that of the layer before.
+            `None` scales the release's choice, 11 of 32 layers, to layers that can rank tokens.
+        k: neighbours that make up a density.
+        keep: `None`, as what is alike decides; 1.0 removes nothing.
+        positions: `None` gives merged tokens consecutive positions (`renumbered`), scene by scene,
+            as the reference does, where positions are single numbers; `original` puts them where
+            their cluster's center is. The later cut leaves positions as they are.
+
+    Cost: cosines of a scene's frames, O(V·D), O(P²·D) for each frame, and the question's rows of
+    attention in one layer.
+    """
+
+    tau: float = 0.8
+    frame_ratio: float = 0.25
+    cluster_ratio: float = 0.5
+    alpha: float = 0.4
+    layer: int | None = None
+    k: int = 7
+    keep: float | None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            FoveateError: a share is out of range, or `k` is below 1.
+            LayerError: `layer` is below 1.
+        """
+        super().__post_init__()
+        check_shares(
+            self.slug,
+            frame_ratio=self.frame_ratio,
+            cluster_ratio=self.cluster_ratio,
+            alpha=self.alpha,
+        )
+        if self.k < 1:
+            raise FoveateError(f"k must be 1 or more, got {self.k} in prunevid")
+        if self.layer is not None and self.layer < 1:
+            raise LayerError(
+                f"prunevid ranks tokens in layer - 1, so layer must be at least 1, got {self.layer}"
+            )
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check that no budget is given.
+
+        Raises:
+            BudgetError: `keep` is neither `None` nor 1.0.
+        """
+        check_switch(self.slug, self.keep)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """Merging, which needs nothing but the features, and the cut inside the language model."""
+        merge = Step("pre_llm")
+        if self.alpha == 1 or self.keep == 1.0:
+            return (merge,)
+        layer = self._published(model) if self.layer is None else self.layer
+        asked = Need("question_attention", (layer - 1,))
+        return (merge, Step("llm", layer, (asked,), stay=True, forget=True))
+
+    def _published(self, model: ModelFacts) -> int:
+        """The layer behind the one that can rank tokens and is nearest to the release's."""
+        first, last = max(model.first_llm_layer, 1), model.text_layers - 1
+        legal = [i + 1 for i in model.attention_layers if first <= i + 1 <= last]
+        if not legal:
+            raise LayerError(
+                "prunevid finds no layer of this model whose attention can rank tokens for a cut "
+                "behind it; use alpha=1.0, which does without"
+            )
+        return min(legal, key=lambda layer: abs(layer - model.text_layers * 11 / 32))
+
+    def split(self, tokens: VisualTokens) -> Parts:
+        """Merge before the language model, and cut inside."""
+        if tokens.place == "pre_llm":
+            return super().split(tokens)
+        if tokens.label is None:  # an image
+            return everything(tokens)
+        scores = tokens.signal("question_attention").amax((1, 2, 3))
+        kept = highest(scores, tokens.label, self.alpha)
+        return [
+            (tuple(members), Reduction(kept[members].nonzero()[:, 1].view(-1, count)))
+            for count, members in by_count(kept.sum(1)).items()
+        ]
+
+    def reduce_videos(self, tokens: VisualTokens) -> Parts:
+        """Reduce each video by itself, as their scenes differ."""
+        return together([self.reduce_video(video) for video in exact(by_frame(tokens.x, tokens))])
+
+    def reduce_video(self, x: Tensor) -> Reduction:
+        """Reduce one video of (T, P, D) tokens by frame."""
+        total, frames = x[..., 0].numel(), len(x)
+        scenes = max(int(frames * self.frame_ratio), 1)
+        _, labels = dpc_knn(x.mean(1)[None], scenes, self.k)
+        survivors = Survivors(total, x.device)
+        place = torch.arange(total, device=x.device).view(x.shape[:2])
+        start = 0
+        for length in windows(labels[0].tolist()):
+            window = slice(start, start + length)
+            static = likeness_over_time(x[window]) > self.tau
+            still = x[window][:, static]
+            self._cluster(survivors, still.mean(0, keepdim=True), place[window][:, static])
+            self._cluster(survivors, x[window][:, ~static], place[window][:, ~static])
+            start += length
+        return survivors.reduction()
+
+    def _cluster(self, survivors: Survivors, x: Tensor, place: Tensor) -> None:
+        """Merge (B, N, D) points within each of B groups.
+
+        Args:
+            survivors: where they go.
+            x: the points.
+            place: (W, N) tokens of W frames that make up the points: one frame for each group, or
+                all of them for a single group.
+        """
+        groups, points = x.shape[:2]
+        if not points:
+            return
+        center = torch.arange(points, device=x.device).expand(groups, -1)
+        joined = center
+        if points > 2 * self.k:
+            center, joined = dpc_knn(x, max(int(points * self.cluster_ratio), 1), self.k)
+        joined = joined + torch.arange(groups, device=x.device)[:, None] * center.shape[1]
+        index = place[:groups].gather(1, center)
+        survivors.average(
+            index.flatten(), place.flatten(), joined.expand_as(place).flatten(), groups
+        )
+
+
+def highest(scores: Tensor, label: Tensor, share: float) -> Tensor:
+    """Mark the highest scores of each set of tokens.
+
+    Args:
+        scores: (G, V).
+        label: (G, V) the set that each token is in; those labelled -1 all stay.
+        share: what is kept of a set, truncated.
+
+    Returns:
+        (G, V) bool.
+    """
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(1, label.gather(1, order).argsort(dim=-1, stable=True))
+    sets = label.gather(1, order)  # ascending, the highest scores of a set first
+    first = torch.searchsorted(sets, sets)
+    size = torch.searchsorted(sets, sets, right=True) - first
+    rank = torch.arange(sets.shape[1], device=sets.device) - first
+    kept = (rank < (size.double() * share).long()) | (sets < 0)
+    return torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def likeness_over_time(x: Tensor) -> Tensor:
+    """Mean cosine of all pairs of frames at each place.
+
+    Args:
+        x: (W, P, D) tokens of a window.
+
+    Returns:
+        (P); minus infinity for a window of one frame, which has no pairs.
+    """
+    frames = len(x)
+    if frames == 1:
+        return x.new_full(x.shape[1:2], -torch.inf)
+    x = unit(x)
+    pairs = x.sum(0).square().sum(-1) - x.square().sum((0, 2))
+    return pairs / (frames * (frames - 1))
+
+
+def windows(labels: Sequence[int]) -> list[int]:
+    """Lengths of the windows into which cluster labels of frames cut a video.
+
+    Each label keeps its longest run, all of them if several are equally long, unless that is a
+    single frame. From left to right, the stretches between join the longer of their neighbours,
+    the left one if both are equally long.
+
+    Args:
+        labels: cluster of each frame.
+    """
+    runs = [(label, len(list(run))) for label, run in groupby(labels)]
+    longest = {label: max(n for other, n in runs if other == label) for label in set(labels)}
+    named = [label if 1 < n == longest[label] else None for label, n in runs for _ in range(n)]
+    stretches = [(label, len(list(run))) for label, run in groupby(named)]
+    result: list[tuple[int | None, int]] = []
+    for (label, length), (following, ahead) in zip(
+        stretches, [*stretches[1:], (None, 0)], strict=True
+    ):
+        before, behind = result[-1] if result else (None, 0)
+        if label is None:
+            label = before if behind >= ahead else following
+        if result and label == before:
+            result[-1] = label, behind + length
+        else:
+            result.append((label, length))
+    return [length for _, length in result]

@@ -1,0 +1,85 @@
+"""ToDRE: keep a small, diverse part of the visual tokens, and none of them in late layers.
+
+Paper: "ToDRE", arXiv:2505.18757; version 1 (k-center) and version 2 (max-sum). There is no public
+code: written from the abstracts and public summaries.
+Our reading, where those say nothing: distances are cosine distances of the projected tokens; the
+first pick is the token whose distances to all others have the largest sum (or the first in raster
+order); survivors keep the order of the image. Of stage 2 only the late layer is public, not how an
+image's own layer is found from attention: here it is one layer for all images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from foveate.budget import Keep, check_keep
+from foveate.diversity import cosine_distance, select_diverse
+from foveate.errors import FoveateError
+from foveate.method import Method, ModelFacts, Positions, Step, register
+from foveate.reduction import Reduction
+from foveate.tokens import VisualTokens
+
+
+@register("todre", stage="pre_llm", paper="ToDRE 2025, arXiv:2505.18757")
+@dataclass(frozen=True)
+class ToDRE(Method):
+    """Greedy diversity behind the encoder, then no visual tokens from a late decoder layer on.
+
+    Args:
+        keep: what survives behind the encoder; shares are truncated.
+        rule: `max-sum` adds the token with the largest sum of distances to those picked (version 2
+            of the paper; it likes outliers), `k-center` the one farthest from its nearest pick
+            (version 1; it covers the image).
+        seed: first pick: `outlying`, the token with the largest sum of distances to all others, or
+            `first`, the first in raster order.
+        drop_layer: decoder layer before which all visual tokens are removed. `None` is three
+            quarters of the model's depth; -1 keeps them to the end.
+        positions: `None` gives survivors consecutive positions (`renumbered`) where positions are
+            single numbers; `original` leaves them where they were.
+
+    Cost: one V x V product of the token features, O(V²·D), and O(K·V) comparisons.
+    """
+
+    keep: Keep = 0.1
+    rule: Literal["max-sum", "k-center"] = "max-sum"
+    seed: Literal["outlying", "first"] = "outlying"
+    drop_layer: int | None = None
+    positions: Positions | None = None
+
+    def __post_init__(self) -> None:
+        """Check budget, rule and seed.
+
+        Raises:
+            BudgetError: `keep` is out of range.
+            FoveateError: `rule` or `seed` is not known.
+        """
+        super().__post_init__()
+        for name, known in (("rule", ("max-sum", "k-center")), ("seed", ("outlying", "first"))):
+            if (given := getattr(self, name)) not in known:
+                raise FoveateError(f"{name} must be one of {known}, got {given!r} in todre")
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep`, which speaks of the first step only."""
+        check_keep(self.keep, 1)
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """A choice after the projector, and the removal of all that is left."""
+        layer = self.drop_layer
+        if layer is None:
+            layer = max(3 * model.text_layers // 4, 1, model.first_llm_layer)
+        return (Step("pre_llm"), *([] if layer == -1 else [Step("llm", layer)]))
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """`keep` behind the encoder, nothing in the late layer."""
+        return 0 if step.stage == "llm" else super().count(alive, total, step, number, row)
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Keep the `count` most diverse tokens of each image, in raster order."""
+        distance = cosine_distance(tokens.x)
+        first = distance.sum(-1) if self.seed == "outlying" else -tokens.index
+        gather = torch.add if self.rule == "max-sum" else torch.minimum
+        order = select_diverse(distance, count, first, gather)
+        return Reduction(order.sort(dim=-1).values)

@@ -1,0 +1,153 @@
+"""Signals of vision encoders whose pictures lie in one sequence: rotary positions, windows, cells.
+
+A token made of a cell of patches gets the mean of its rows. Shapes: `N` rows of all pictures, `H`
+heads, `d` of a head, `V` visual tokens of a picture, `C` channels of a signal.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import UnsupportedModelError
+from foveate.models import Encoder
+from foveate.models.rows import Picture
+from foveate.signals.encoder import EncoderSignals, Shortened, attention_sums
+
+ROWS = 2**14  # rows whose attention is summed up together
+
+
+class PackedSignals(EncoderSignals):
+    """Collects signals while an encoder of packed pictures runs: (C, V) of each picture.
+
+    Args:
+        encoder: the encoder.
+        wanted: signal -> 0-based layers.
+        running: gives the pass that this thread is in, where tokens are removed inside the encoder.
+        side: side of a visual token in patches.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        wanted: Mapping[str, tuple[int, ...]],
+        running: Callable[[], Shortened | None] = lambda: None,
+        side: int = 1,
+    ) -> None:
+        super().__init__(encoder, wanted, running)
+        self.side = side
+
+    def attach(self) -> None:
+        """Hook the tower and the attention of layers, beside what is hooked in others."""
+        enter = self.encoder.tower.register_forward_pre_hook(self._see, with_kwargs=True)
+        self._handles.append(enter)
+        for number in sorted({i for layers in self.wanted.values() for i in layers}):
+            attention: Any = self.encoder.attention(self.encoder.layers[number])
+            hook = self._note(number)
+            self._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
+        super().attach()
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert self.encoder.packed is not None
+        names = inspect.signature(module.forward).parameters
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        self._running.pictures = self.encoder.packed(arguments, self.side)
+
+    def _note(self, number: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if getattr(self._running, "rows", None) is not None:
+                self._running.told = kwargs
+
+        return hook
+
+    def _keep(self, name: str, number: int, row: Tensor) -> None:
+        """Note (N, C) values as (C, V) of each picture."""
+        shortened = self._pass()
+        whole = row if shortened is None else shortened.whole(row)
+        found = []
+        for picture in self._running.pictures:
+            values = whole[picture.rows.to(whole.device)].mean(1).T
+            if name == "received_attention":  # a sum over queries until here
+                values = values / (picture.rows.numel() // picture.frames)
+            found.append(values)
+        self._running.rows[name, number] = found
+
+    def _states(self, output: Any) -> Tensor:
+        states = output if isinstance(output, Tensor) else output[0]
+        return _flat(states.detach())
+
+    def _rows(self, names: list[str], *parts: Tensor) -> dict[str, Tensor]:
+        """(N, C) of each signal of a layer."""
+        query, key = (_flat(p) for p in (parts if len(parts) > 1 else parts[0].chunk(3, -1)[:2]))
+        rows: dict[str, Tensor] = {}
+        if "encoder_keys" in names:
+            rows["encoder_keys"] = key
+        if "given_attention" in names:  # there are only patches
+            rows["given_attention"] = torch.ones(len(key), 1, device=key.device)
+        if "received_attention" in names:
+            told, shortened = self._running.told, self._pass()
+            query, key = (self._rotated(part, told) for part in (query, key))
+            bias = None if shortened is None else shortened.bias
+            bounds = self._bounds(told, key)
+            rows["received_attention"] = segment_sums(query, key, bounds, self.encoder.heads, bias)[
+                :, None
+            ]
+        return rows
+
+    def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
+        """(N, H d) with rotary positions."""
+        cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
+        heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
+        first, second = heads.chunk(2, -1)
+        rotated = heads * cos + torch.cat((-second, first), -1) * sin
+        return rotated.to(x.dtype).flatten(1)
+
+    def _bounds(self, told: Mapping[str, Any], key: Tensor) -> Tensor:
+        """(S + 1) where segments that see each other begin and end."""
+        if "cu_seqlens" in told:
+            return told["cu_seqlens"].long()
+        pictures: Sequence[Picture] = self._running.pictures
+        lengths = torch.tensor([0, *(picture.rows.numel() for picture in pictures)])
+        if int(lengths.sum()) != len(key):
+            raise UnsupportedModelError(
+                "received_attention cannot be told where tokens were removed inside this encoder, "
+                "which has a mask for its images; use one of the two methods alone"
+            )
+        return lengths.cumsum(0).to(key.device)
+
+
+@torch.no_grad()
+def segment_sums(
+    query: Tensor, key: Tensor, bounds: Tensor, heads: int, bias: Tensor | None = None
+) -> Tensor:
+    """Attention that rows receive within segments: head mean, summed over queries.
+
+    Args:
+        query: (N, H d) queries, rotated.
+        key: (N, H d) keys, rotated.
+        bounds: (S + 1) where segments begin and end.
+        heads: H.
+        bias: (N) what the encoder adds to the scores of each key.
+
+    Returns:
+        (N) float32.
+    """
+    sums = torch.zeros(len(key), device=key.device)
+    starts, lengths = bounds[:-1], bounds.diff()
+    for length in lengths.unique().tolist():
+        alike = starts[lengths == length].split(max(ROWS // max(length, 1), 1))
+        for begin in alike if length else ():
+            rows = begin[:, None] + torch.arange(length, device=key.device)
+            added = None if bias is None else bias[rows][:, None, None]
+            received, _ = attention_sums(query[rows], key[rows], heads, 0, added)
+            sums[rows.flatten()] = received.flatten() * length
+    return sums
+
+
+def _flat(states: Tensor) -> Tensor:
+    """(N, D) of states that may have a batch of one."""
+    return states.squeeze(0) if states.dim() == 3 else states

@@ -218,7 +218,7 @@ def test_a_search_goes_on_where_it_stopped(llava, optuna, tmp_path):
     samples = [prompts([[5, 7], [3, 4]], seed=seed) for seed in range(2)]
     file = tmp_path / "search.log"
     options = {"startup": 4, "storage": file, "progress": False}
-    calibrate(llava, samples, 0.4, trials=5, **options)
+    calibrate(llava, samples, 0.4, trials=2, **options)
     best = calibrate(llava, samples, 0.4, trials=12, **options)
     journal = optuna.storages.journal
     storage = optuna.storages.JournalStorage(journal.JournalFileBackend(str(file)))

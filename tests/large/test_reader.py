@@ -1,5 +1,6 @@
 """Reading pictures from coarse to fine: which tiles are encoded, and what the model gets."""
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -163,6 +164,32 @@ def test_sessions_work_on_what_was_read(small, picture):
         model.generate(**reading.inputs, max_new_tokens=2)
     (image,) = run.kept
     assert [len(index) for index in image.values()] == [67]
+
+
+class Endless:
+    """A picture of 27,328 pixels a side that is nowhere: grey, with what was asked of it."""
+
+    size = (27_328, 27_328)
+
+    def __init__(self):
+        self.asked = []
+
+    def window(self, box, reduce):
+        left, top, right, bottom = box
+        assert 0 <= left < right <= -(-27_328 // reduce)
+        assert 0 <= top < bottom <= -(-27_328 // reduce)
+        self.asked.append((right - left) * (bottom - top))
+        return np.full((bottom - top, right - left, 3), 90, np.uint8)
+
+
+def test_no_window_is_much_larger_than_a_tile(small):
+    """So memory does not grow with the picture: twice a tile's side, and a margin."""
+    model, processor = small
+    picture = Endless()
+    reading = Reader(model, processor, method=LRSVQA(keep=2)).read(picture, PROMPT)
+    assert len(reading.rounds) == len(reading.levels) - 1 == 8
+    assert len(picture.asked) == reading.tiles < 30
+    assert max(picture.asked) <= (2 * 128 + 8) ** 2
 
 
 class _Processor:

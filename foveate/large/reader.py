@@ -150,7 +150,7 @@ class Reader:
             rounds.append(Round(tokens, tiles, scores, kept))
             if number + 1 == len(finer):
                 break
-            tiles = self._called(tokens.take(kept), finer[number + 1])
+            tiles = self._called(tokens, kept, finer[number + 1])
             if len(tiles) > method.tiles and not method.as_released:
                 break
         local = [r.tokens.values[r.kept] for r in rounds[-1:]]
@@ -214,11 +214,11 @@ class Reader:
             positions = torch.cat((torch.arange(len(head)), shifted))[None].to(hidden.device)
         return self.focus.scores(hidden, local, positions)[0].cpu()
 
-    def _called(self, kept: Local, finer: Level) -> Tensor:
-        """Tiles of the next level that tokens call for."""
+    def _called(self, tokens: Local, kept: Tensor, finer: Level) -> Tensor:
+        """Tiles of the next level that survivors call for."""
         if self.method.as_released:
-            return tiles_below_as_released(kept.cell, kept.wide, finer.blocks)
-        return tiles_below(kept, finer)
+            return tiles_below_as_released(tokens.cell[kept], tokens.wide, finer.blocks)
+        return tiles_below(tokens.take(kept), finer)
 
     def _inputs(self, before: Tensor, visual: list[Tensor], after: Tensor) -> dict[str, Any]:
         features = torch.cat(visual)

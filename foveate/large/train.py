@@ -215,7 +215,7 @@ def _scene(seed: int) -> tuple[Scene, list[Question]]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the model and the module.")],
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 150,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 130,
     seed: Annotated[int, typer.Option(help="Seed of scenes and choices.")] = 0,
 ) -> None:
     """Train the module and adapt the tiny model; about two CPU seconds a step."""

@@ -17,6 +17,7 @@ def test_memory():
     assert f"{took['side']:,} pixels" in PAGE
     assert f"{took['pixels_mib']:,} MiB" in PAGE
     assert f"grew by {grown} MiB" in PAGE
+    assert grown <= 128, "the stated bound"
     assert f"{took['seconds']:.0f} s" in PAGE
     assert took["rounds"][-1]["size"] == took["levels"][-1], "the finest level is reached"
     tiles = 1 + sum(r["tiles"] for r in took["rounds"])
@@ -31,6 +32,7 @@ def test_training():
         found = " | ".join(f"{share:.1%}" for share in told["found"].values())
         right = f"{told['reading']['right']:.0%}"
         tiles = f"{told['reading']['tiles']:.0f}"
-        assert f"| {name} | {found} | {right} | {tiles} |" in PAGE
+        read = f"{told['reading']['found']:.0%}"
+        assert f"| {name} | {found} | {read} | {right} | {tiles} |" in PAGE
     untrained, _, trained = (told["found"]["0.1"] for told in result["modules"].values())
     assert trained > untrained + 0.2

@@ -227,6 +227,30 @@ def test_families_that_read_tiles(name):
     assert model.generate(**reading.inputs, max_new_tokens=2, do_sample=False).shape[1] > 2
 
 
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_the_release_on_a_family_with_newlines(threshold):
+    """All newlines of the whole grid are there; with `keep` all stay, and call for last tiles."""
+    model, member = model_of("llava_next"), MEMBERS["llava_next"]()
+    side = model.config.vision_config.image_size
+    image = tiny.draw_scene(1, size=128).image.resize((side * 8, side * 6))
+    method = LRSVQA(keep=3, threshold=threshold, as_released=True)
+    reading = Reader(model, _Processor(member.image_id), method=method).read(image, "a <image> c")
+    first, second = reading.rounds
+    for round_ in (first, second):
+        ends = torch.where(round_.tokens.newline)[0]
+        assert len(ends) == round_.tokens.grid[0]
+        if threshold is None:
+            assert torch.isin(ends, round_.kept).all()
+    rows, columns = second.tokens.level.blocks
+    wide = first.tokens.grid[1] + 1
+    want = {
+        (int(row) * rows // first.tokens.grid[0], int(column) * columns // wide)
+        for row, column in first.tokens.cell[first.kept]
+    }
+    assert {tuple(tile) for tile in second.tiles.tolist()} == want
+    assert threshold is not None or {(row, columns - 1) for row in range(rows)} <= want
+
+
 def test_tile_features_are_the_models_own():
     """Each tile's features equal those that the model packs, found by value."""
     model, member = model_of("llava_next"), MEMBERS["llava_next"]()

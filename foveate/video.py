@@ -36,7 +36,7 @@ class VideoMethod(Adaptive):
         Raises:
             InputError: tokens are missing from the frames.
         """
-        if tokens.frames == 1 or self.keep == 1.0:
+        if tokens.frames == 1 or (isinstance(self.keep, float) and self.keep == 1.0):
             return everything(tokens)
         cells = tokens.frames * prod(tokens.grid)
         if tokens.count < cells or bool((tokens.index[:, -1] != tokens.count - 1).any()):

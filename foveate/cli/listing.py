@@ -34,7 +34,7 @@ def method_table(model: Any = None) -> Table:
         table.add_column(heading, overflow="fold", no_wrap=heading == "method")
     for cls in methods_in_stream_order():
         last = escape(cls.paper or "baseline") if model is None else verdict(model, cls)
-        needs = ", ".join(cls.needs) or "-"
+        needs = "\n".join(cls.needs) or "-"
         table.add_row(f"[bold]{cls.slug}[/]", cls.stage, needs, last)
     return table
 

@@ -79,7 +79,7 @@ def read_field(cls: type[Method], name: str, text: str) -> Any:
     if name not in known:
         raise InputError(f"{cls.slug} has no field {name!r}; its fields: {signature(cls)}")
     if name == "keep":
-        optional = type(None) in typing.get_args(hints[name])
+        optional = type(None) in (hints[name], *typing.get_args(hints[name]))
         return None if optional and text.lower() == "none" else parse_keep(text)
     try:
         return _coerce(text, hints[name])

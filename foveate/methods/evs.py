@@ -8,13 +8,12 @@ restrictive: written from a description of the algorithm, nothing is taken.
 Differs from the reference: any batch works; similarities are taken in float32 at least; on models
 with positions in time, height and width the text behind a video stays where the model puts it
 (there: it continues after the grid's width, where it can run into the video's positions); tokens
-behind the last frame, such as a newline, stay and are not counted.
+behind the last frame, such as a newline, stay and count.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -55,16 +54,11 @@ class EVS(VideoMethod):
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Keep what changed most."""
         x = exact(by_frame(tokens.x, tokens))
-        total, frame = x.shape[1] * x.shape[2], x.shape[2]
+        videos, frames, cells = x.shape[:3]
+        behind = tokens.count - frames * cells
+        count = max(tokens.quota - behind, cells)
         order = change(x).flatten(1).argsort(dim=-1, descending=True, stable=True)
-        counts: dict[int, list[int]] = defaultdict(list)
-        for number, row in enumerate(tokens.rows):
-            wanted = self.count(total, total, Step("pre_llm"), 0, row)
-            counts[max(wanted, frame)].append(number)
-        return [
-            (tuple(members), Reduction(order[members, :count].sort(-1).values))
-            for count, members in counts.items()
-        ]
+        return [(tuple(range(videos)), Reduction(order[:, :count].sort(-1).values))]
 
 
 def change(x: Tensor) -> Tensor:

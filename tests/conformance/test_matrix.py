@@ -31,8 +31,9 @@ defaults do on yours.
 
 def page(entries):
     """The matrix as Markdown."""
-    matrix = Matrix.of(entries, [cls.slug for cls in methods_in_stream_order()])
-    names = [f"`{name}`" for column in matrix.columns for name in column]
+    order = [cls.slug for cls in methods_in_stream_order()]
+    matrix = Matrix.of(entries, order, together=True)
+    names = ["<br>".join(f"`{name}`" for name in column) for column in matrix.columns]
     lines = [f"| `model_type` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for model_type, marks in matrix.rows.items():
         texts = [" ".join(["✓"] * works + [str(note)] * bool(note)) for works, note in marks]

@@ -56,7 +56,7 @@ def make_tokens() -> Callable[..., VisualTokens]:
 
 @pytest.fixture
 def make_videos() -> Callable[..., VisualTokens]:
-    """Videos of (G, T, P, D) tokens, with `behind` more tokens behind the last frame."""
+    """Videos of (G, T, P, D) tokens, with `behind` more behind the last frame; half may stay."""
 
     def make(x: Tensor, behind: int = 0, **signals: Tensor) -> VisualTokens:
         videos, frames, cells, width = x.shape
@@ -70,6 +70,7 @@ def make_videos() -> Callable[..., VisualTokens]:
             signals=signals,
             frames=frames,
             place="pre_llm",
+            quota=frames * cells // 2 + behind,
         )
 
     return make

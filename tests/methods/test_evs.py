@@ -1,17 +1,21 @@
 """EVS: change over time, the first frame, budgets."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from foveate.budget import per_request
 from foveate.errors import BudgetError
+from foveate.method import Step
 from foveate.methods.evs import EVS, change
 
 
 def kept(method, tokens):
     """Positions of each video's survivors."""
-    found = {i: r.index[n].tolist() for part, r in method.split(tokens) for n, i in enumerate(part)}
-    return [found[i] for i in range(len(found))]
+    total = tokens.count
+    quota = method.count(total, total, Step("pre_llm"), 0)
+    ((_, reduction),) = method.split(replace(tokens, quota=quota))
+    return reduction.index.tolist()
 
 
 @pytest.mark.parametrize("keep", [9, 20, 31, 54])
@@ -50,9 +54,10 @@ def test_low_precision_is_compared_in_full(make_videos):
     assert kept(EVS(keep=60), make_videos(x)) == kept(EVS(keep=60), make_videos(x.float()))
 
 
-def test_each_request_has_its_own_budget(make_videos):
-    got = kept(EVS(keep=per_request([0.5, 1.0, 20])), make_videos(torch.randn(3, 6, 9, 8)))
-    assert [len(positions) for positions in got] == [27, 54, 20]
+def test_a_newline_counts(make_videos):
+    (positions,) = kept(EVS(keep=0.5), make_videos(torch.randn(1, 6, 9, 8), behind=2))
+    assert len(positions) == 28
+    assert positions[-2:] == [54, 55]
 
 
 def test_keep_is_checked():

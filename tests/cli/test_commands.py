@@ -188,7 +188,7 @@ def test_list_names_every_method():
     assert result.exit_code == 0
     rows: dict[str, list[str]] = {}  # method -> words of its row, which may fold
     for line in result.stdout.splitlines():
-        name = line[:1].strip() or line[1:2].strip() and line.split()[0]
+        name = line[:1].strip() or (line[1:2].strip() and line.split()[0])
         words = rows.setdefault(name, []) if name else next(reversed(rows.values()), [])
         words += line.split()
     for name in foveate.list_methods():

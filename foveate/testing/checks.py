@@ -167,6 +167,10 @@ def check_oracle(methods: Sequence[Method], model: Any) -> None:
             return_dict_in_generate=True,
         )  # fmt: skip
         kept = run.kept[0]
+    if any(step.restore for method in methods for step in method.steps(run.family)):
+        raise _SkipError("the oracle knows no tokens that come back")
+    if any(method.work(run.family) for method in methods):
+        raise _SkipError("the oracle computes layers in whole")
     if not log:
         raise _SkipError("it removed nothing")
     if any(len(index) == 0 for index in kept.values()):

@@ -13,7 +13,7 @@ from foveate.errors import FoveateError
 from foveate.method import Need, Scorer, Step
 from foveate.reduction import Reduction
 from foveate.testing import check_method, models
-from foveate.testing.checks import check_oracle
+from foveate.testing.checks import _SkipError, check_oracle
 
 
 @pytest.mark.parametrize("name", foveate.list_methods())
@@ -129,8 +129,11 @@ PAIRS = random.Random(0).sample(
 def test_composed_methods_equal_the_oracle(first, second):
     model = models.llava()
     pair = [foveate.get_method(name)() for name in (first, second)]
-    with torch.no_grad():
-        check_oracle(pair, model)
+    try:
+        with torch.no_grad():
+            check_oracle(pair, model)
+    except _SkipError as reason:  # a test of its own covers what the oracle does not know
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS[:4])

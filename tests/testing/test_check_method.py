@@ -13,7 +13,7 @@ from foveate.errors import FoveateError
 from foveate.method import Need, Scorer, Step
 from foveate.reduction import Reduction
 from foveate.testing import check_method, models
-from foveate.testing.checks import _SkipError, check_oracle
+from foveate.testing.checks import check_oracle
 
 ALONE = {"flowcut"}  # pictures of one pass share a schedule, as its reports say
 

@@ -16,14 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.utils.generic import ModelOutput
 
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.compute import run_layer
-from foveate.engine.encoding import Encoding
-from foveate.engine.features import Asker, Encoded
+from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import (
     bound,
@@ -34,17 +32,14 @@ from foveate.engine.inputs import (
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
-from foveate.engine.plan import Plan, working_methods
+from foveate.engine.plan import Plan
 from foveate.engine.question import Question
-from foveate.engine.survivors import survivors
+from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
-from foveate.errors import BudgetError, InputError, UnsupportedModelError
+from foveate.errors import BudgetError, InputError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
-from foveate.signals import SIGNALS
-from foveate.signals.encoder import EncoderSignals
-from foveate.signals.packed import PackedSignals
 from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
@@ -87,16 +82,7 @@ class Hooks:
         self.plan = plan
         self.family = family
         self.vision = vision
-        self.signals: EncoderSignals | None = None
-        if plan.encoder_signals:
-            assert family.encoder is not None  # the plan has checked it
-            running = (lambda: None) if vision is None else (lambda: vision.running)
-            wanted = plan.encoder_signals
-            if family.encoder.packed is None:
-                self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
-            else:
-                side = family.side("image")
-                self.signals = PackedSignals(family.encoder, wanted, running, side)
+        self.tags = Tags(plan, family, vision)
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip
@@ -152,19 +138,19 @@ class Hooks:
         local.encoding = True
         try:
             with ExitStack() as stack:
-                signals, vision = self.signals, self.vision
+                signals, vision = self.tags.signals, self.vision
                 rows = {} if signals is None else stack.enter_context(signals.collect())
                 passes = []
                 if vision is not None:
                     passes = stack.enter_context(vision.collect(modality, arguments))
                 output = original(*args, **kwargs)
             if signals is not None and len(rows) < signals.count:
-                raise self._unmapped(modality)
+                raise self.tags.unmapped(modality)
         finally:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        self._tag(modality, output, arguments, rows, passes)
+        self.tags.tag(modality, output, arguments, rows, passes)
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
@@ -199,7 +185,7 @@ class Hooks:
             if features.is_slice(given[modality]):
                 self._check_slice()
             elif not features.is_tagged(given[modality]):
-                given[modality], changed = self._adopt(modality, given[modality], kwargs), True
+                given[modality], changed = self.tags.adopt(modality, given[modality], kwargs), True
             if not features.is_slice(given[modality]):
                 self._mark(modality, given[modality])
             local.encoded[modality] = given[modality]
@@ -286,55 +272,6 @@ class Hooks:
             self._keep_record(Record(turn.prompt.batch, turn.tokens, [], [], [], notes=[note]))
         return turn.leave(output, self.plan.first_layer)
 
-    def _tag(
-        self,
-        modality: str,
-        output: Any,
-        arguments: Kwargs,
-        rows: dict[tuple[str, int], Tensor],
-        passes: list[Encoding],
-    ) -> None:
-        shapes = self.family.shapes(modality, output.pooler_output, arguments)
-        lengths = [shape.total for shape in shapes]
-        pixels = arguments.get("pixel_values") if modality == "image" else None
-        if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
-            pixels = pixels.flatten(0, 1)  # tiles of all samples
-        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
-            pixels = None
-        signals = {
-            (name, layer): self._per_token(modality, lengths, name, row, arguments)
-            for (name, layer), row in rows.items()
-        }
-        kept = survivors(self.family, modality, passes, lengths, arguments)
-        placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(shapes, signals, pixels, kept, placed)
-        features.tag(output, encoded)
-
-    def _per_token(
-        self, modality: str, lengths: Sequence[int], name: str, rows: Tensor, arguments: Kwargs
-    ) -> Sequence[Tensor]:
-        """(C, V) of each image; refuse what would rank the wrong tokens."""
-        images = self.family.per_token(modality, rows, arguments, SIGNALS[name].newline)
-        if [row.shape[-1] for row in images] != list(lengths):
-            raise self._unmapped(modality)
-        return images
-
-    def _unmapped(self, modality: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
-            f"cannot be told for the {modality} tokens of this {self.family.model_type}; methods "
-            f"that work here: {', '.join(working_methods(self.family, encoder=False))}"
-        )
-
-    @property
-    def _readers(self) -> str:
-        """Methods that read signals of the encoder."""
-        signals = self.plan.encoder_signals
-        found = (
-            s.method.slug for s in self.plan.pre_llm for n in s.step.needs if n.name in signals
-        )
-        return ", ".join(dict.fromkeys(found))
-
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
         visual = (self._local.visual or {}).get(modality)
@@ -352,8 +289,8 @@ class Hooks:
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
         """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
-        assert self.signals is not None
-        values = self.signals.deliver(name, values)
+        assert self.tags.signals is not None
+        values = self.tags.signals.deliver(name, values)
         if not name.startswith("clip"):
             return values
         assert self.clip is not None  # the session has checked it
@@ -372,25 +309,6 @@ class Hooks:
         question = Question.of(visual, real, local.trailing, rows, ends)
         table = self.family.base.get_input_embeddings()
         return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
-
-    def _adopt(self, modality: str, encoded: ModelOutput, arguments: Kwargs) -> ModelOutput:
-        """Tag features that were made outside the session, in a copy."""
-        if self.plan.vision:
-            names = ", ".join(dict.fromkeys(s.method.slug for s in self.plan.vision))
-            raise InputError(
-                f"{names} acts inside the encoder, but the image features in mm_encoder_outputs "
-                "were made outside the session; pass pixel_values, or call get_image_features "
-                "within the session"
-            )
-        if self.plan.encoder_signals:
-            raise InputError(
-                f"{self._readers} needs {', '.join(self.plan.encoder_signals)} of the encoder, but "
-                "the image features in mm_encoder_outputs were made outside the session; pass "
-                "pixel_values, or call get_image_features within the session"
-            )
-        copy = type(encoded)(**encoded)
-        self._tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
-        return copy
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor

@@ -69,6 +69,6 @@ class TextPart(Hooks, Part):
             for name in ("self_attn", "mlp"):
                 module = family._child(family.layers[number], name)
                 self.watch(module, functools.partial(self.leave_module, number))
-        if self.signals is not None:
-            self.signals.attach()
-            self._undo.append(self.signals.remove)
+        if self.tags.signals is not None:
+            self.tags.signals.attach()
+            self._undo.append(self.tags.signals.remove)

@@ -1,0 +1,139 @@
+"""Tags: what is known of an encoder's output besides its features, when it is made.
+
+Shapes: `V` visual tokens of an image, `C` channels of a signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.utils.generic import ModelOutput
+
+from foveate.engine import features
+from foveate.engine.encoding import Encoding
+from foveate.engine.features import Encoded
+from foveate.engine.plan import Plan, working_methods
+from foveate.engine.survivors import survivors
+from foveate.engine.vision import VisionPart
+from foveate.errors import InputError, UnsupportedModelError
+from foveate.models import Family
+from foveate.signals import SIGNALS
+from foveate.signals.encoder import EncoderSignals
+from foveate.signals.packed import PackedSignals
+
+
+class Tags:
+    """Tags encoder output with its signals, survivors and places.
+
+    Args:
+        plan: what to do where.
+        family: the model.
+        vision: the part that shortens the stream inside the encoder, if one does.
+    """
+
+    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None) -> None:
+        self.plan, self.family = plan, family
+        self.signals: EncoderSignals | None = None
+        if plan.encoder_signals:
+            assert family.encoder is not None  # the plan has checked it
+            running = (lambda: None) if vision is None else (lambda: vision.running)
+            wanted = plan.encoder_signals
+            if family.encoder.packed is None:
+                self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
+            else:
+                side = family.side("image")
+                self.signals = PackedSignals(family.encoder, wanted, running, side)
+
+    def tag(
+        self,
+        modality: str,
+        output: Any,
+        arguments: Mapping[str, Any],
+        rows: dict[tuple[str, int], Tensor],
+        passes: list[Encoding],
+    ) -> None:
+        """Make encoder output carry what is known of its images.
+
+        Args:
+            modality: `image` or `video`.
+            output: the output.
+            arguments: what it was made from.
+            rows: (signal, layer) -> what was collected of it.
+            passes: passes through an encoder in which tokens were removed.
+
+        Raises:
+            UnsupportedModelError: signals or survivors cannot be told for its tokens.
+        """
+        shapes = self.family.shapes(modality, output.pooler_output, arguments)
+        lengths = [shape.total for shape in shapes]
+        pixels = arguments.get("pixel_values") if modality == "image" else None
+        if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)  # tiles of all samples
+        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
+            pixels = None
+        signals = {
+            (name, layer): self._per_token(modality, lengths, name, row, arguments)
+            for (name, layer), row in rows.items()
+        }
+        kept = survivors(self.family, modality, passes, lengths, arguments)
+        placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
+        encoded = Encoded(shapes, signals, pixels, kept, placed)
+        features.tag(output, encoded)
+
+    def _per_token(
+        self,
+        modality: str,
+        lengths: Sequence[int],
+        name: str,
+        rows: Tensor,
+        arguments: Mapping[str, Any],
+    ) -> Sequence[Tensor]:
+        """(C, V) of each image; refuse what would rank the wrong tokens."""
+        images = self.family.per_token(modality, rows, arguments, SIGNALS[name].newline)
+        if [row.shape[-1] for row in images] != list(lengths):
+            raise self.unmapped(modality)
+        return images
+
+    def unmapped(self, modality: str) -> UnsupportedModelError:
+        """That signals of the encoder cannot be told for tokens of a modality."""
+        return UnsupportedModelError(
+            f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
+            f"cannot be told for the {modality} tokens of this {self.family.model_type}; methods "
+            f"that work here: {', '.join(working_methods(self.family, encoder=False))}"
+        )
+
+    @property
+    def _readers(self) -> str:
+        """Methods that read signals of the encoder."""
+        signals = self.plan.encoder_signals
+        found = (
+            s.method.slug for s in self.plan.pre_llm for n in s.step.needs if n.name in signals
+        )
+        return ", ".join(dict.fromkeys(found))
+
+    def adopt(
+        self, modality: str, encoded: ModelOutput, arguments: Mapping[str, Any]
+    ) -> ModelOutput:
+        """Tag features that were made outside the session, in a copy.
+
+        Raises:
+            InputError: methods need what only the encoder knows.
+        """
+        if self.plan.vision:
+            names = ", ".join(dict.fromkeys(s.method.slug for s in self.plan.vision))
+            raise InputError(
+                f"{names} acts inside the encoder, but the image features in mm_encoder_outputs "
+                "were made outside the session; pass pixel_values, or call get_image_features "
+                "within the session"
+            )
+        if self.plan.encoder_signals:
+            raise InputError(
+                f"{self._readers} needs {', '.join(self.plan.encoder_signals)} of the encoder, but "
+                "the image features in mm_encoder_outputs were made outside the session; pass "
+                "pixel_values, or call get_image_features within the session"
+            )
+        copy = type(encoded)(**encoded)
+        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
+        return copy

@@ -142,7 +142,10 @@ def list_(
     """
     console = stdout()
     if families:
-        table, notes = listing.family_table("✓" if console.encoding.startswith("utf") else "yes")
+        tick = "✓" if console.encoding.startswith("utf") else "yes"
+        table, letters, notes = listing.family_table(tick)
+        for letter, names in letters.items():
+            console.print(f"[bold cyan]{letter}[/] {', '.join(names)}", soft_wrap=True)
         console.print(table)
         for number, note in enumerate(notes, 1):
             console.print(f"[yellow]{number}[/] {escape(note)}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 from rich import box
@@ -50,25 +51,28 @@ def verdict(model: Any, cls: type[Method]) -> str:
     return "[green]yes[/]"
 
 
-def family_table(tick: str = "yes") -> tuple[Table, list[str]]:
-    """Which method works on which family, and the notes that the numbers in it stand for.
+def family_table(tick: str = "yes") -> tuple[Table, dict[str, tuple[str, ...]], list[str]]:
+    """Which method works on which family; what the letters above columns stand for, methods that
+    work alike; and the notes that the numbers stand for.
 
     Args:
         tick: what stands for a method that works.
     """
     order = [cls.slug for cls in methods_in_stream_order()]
     matrix = Matrix.of(support(), order, together=True)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+    style: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1)}
+    table = Table(**style, pad_edge=False, header_style="bold cyan")
     table.add_column("family", no_wrap=True)
-    for names in matrix.columns:
-        table.add_column("\n".join(names), no_wrap=True)
+    letters = dict(zip(string.ascii_uppercase, matrix.columns, strict=False))
+    for letter in letters:
+        table.add_column(letter, no_wrap=True)
     for model_type, marks in matrix.rows.items():
         cells = [
             " ".join([f"[green]{tick}[/]"] * works + [f"[yellow]{note}[/]"] * bool(note))
             for works, note in marks
         ]
         table.add_row(f"[bold]{model_type}[/]", *cells)
-    return table, matrix.notes
+    return table, letters, matrix.notes
 
 
 def describe_model(model: Any) -> str:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from foveate.engine.plan import why_not
 from foveate.method import get_method, list_methods
 from foveate.models import find_family
+from foveate.signals import SIGNALS
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
@@ -53,8 +54,13 @@ def test_layers_are_found(model_type):
 def test_methods_plan_or_say_why_not(model_type, method):
     family = family_of(model_type)
     cls, reason = get_method(method), why_not(family, method)
-    if "cls_attention" in cls.needs and not SIZES[model_type][3]:
+    signals = [SIGNALS[need] for need in cls.needs]
+    if any(signal.class_token for signal in signals) and not SIZES[model_type][3]:
         assert "no class token" in reason
+    elif family.encoder.packed is not None and not all(signal.packed for signal in signals):
+        assert "cannot give" in reason
+    elif method == "yopo" and reason is not None:
+        assert "not made like those of Llama" in reason or not family.planar
     elif reason is not None:
         assert "DeepStack" in reason
         assert family.first_llm_layer > 0

@@ -9,6 +9,7 @@ import torch
 from golden_case import Case, Check, assert_close, assert_same
 from torch import Tensor
 
+from foveate.method import Step
 from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
 from foveate.methods.fastvid import FastVID, segments_of
@@ -45,11 +46,17 @@ def _params(case: Case) -> dict[str, Any]:
     return json.loads(params) if isinstance(params, str) else params
 
 
-def _video(x: Tensor, frames: int, **signals: Tensor) -> VisualTokens:
-    """One video of (V, D) tokens."""
+def _video(x: Tensor, frames: int, quota: int = 0, **signals: Tensor) -> VisualTokens:
+    """One video of (V, D) tokens, of which so many may stay."""
     index = torch.arange(len(x))[None]
     grid = (1, len(x) // frames)
-    return VisualTokens(lambda: x[None], index, grid, (0,), signals, place="pre_llm", frames=frames)
+    return VisualTokens(
+        lambda: x[None], index, grid, (0,), signals, place="pre_llm", frames=frames, quota=quota
+    )
+
+
+def _quota(method: Any, total: int) -> int:
+    return method.count(total, total, Step("pre_llm"), 0)
 
 
 def _only(method: Any, tokens: VisualTokens) -> Reduction:
@@ -59,7 +66,8 @@ def _only(method: Any, tokens: VisualTokens) -> Reduction:
 
 def _check_evs(case: Case) -> None:
     params, arrays = _params(case), case.arrays
-    reduction = _only(EVS(keep=1 - params["q"]), _video(arrays["video_embeds"], params["T"]))
+    method, x = EVS(keep=1 - params["q"]), arrays["video_embeds"]
+    reduction = _only(method, _video(x, params["T"], _quota(method, len(x))))
     assert_same(reduction.index[0], arrays["retention_mask"].nonzero()[:, 0], "kept")
     assert reduction.kept == int(arrays["retained_count"])
     frames = torch.bincount(
@@ -72,9 +80,10 @@ def _check_evs_counts(case: Case) -> None:
     """A table of budgets beside the cases."""
     for row in json.loads(case.path.with_name("counts.json").read_text()):
         frames, cells = row["num_frames"], row["tokens_per_frame"]
-        tokens = _video(torch.randn(frames * cells, 4), frames)
         if frames > 1:  # one frame is an image
-            assert _only(EVS(keep=1 - row["q"]), tokens).kept == row["retained"], row
+            method, x = EVS(keep=1 - row["q"]), torch.randn(frames * cells, 4)
+            tokens = _video(x, frames, _quota(method, len(x)))
+            assert _only(method, tokens).kept == row["retained"], row
 
 
 def _check_ttm(case: Case) -> None:

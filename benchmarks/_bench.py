@@ -93,7 +93,7 @@ def turns(
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Median and quartiles of the round-by-round ratios."""
     values = sorted(a / b for a, b in zip(numerator, denominator, strict=True))
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median": statistics.median(values), "q25": low, "q75": high}
 
 

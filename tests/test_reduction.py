@@ -1,5 +1,7 @@
 """Laws of reductions, in each of their three storage forms."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -163,3 +165,24 @@ def test_labels_follow_their_survivors_into_raster_order():
         ascending = Reduction(index, ordered=True, label=label, **more).in_raster_order(5)
         assert ascending.index.tolist() == [[0, 2, 4]]
         assert ascending.label.tolist() == [[5, 6, 7]]
+
+
+@pytest.mark.parametrize("form", ["gather", "mean", "dense"])
+def test_raster_order_changes_the_order_and_nothing_else(form):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.stack([torch.randperm(9, generator=generator)[:4] for _ in range(3)])
+    label = torch.rand(3, 4, generator=generator)
+    if form == "mean":
+        slot = torch.randint(-1, 4, (3, 9), generator=generator)
+        slot = slot.scatter(1, index, torch.arange(4).expand(3, -1))
+        made = Reduction.mean(index, slot)
+    else:
+        dense = torch.rand(3, 4, 9, generator=generator)
+        made = Reduction(index, dense if form == "dense" else None)
+    made = replace(made, ordered=True, label=label)
+    raster, order = made.in_raster_order(9), index.argsort(1)
+    assert torch.equal(raster.index, index.sort(1).values)
+    assert torch.equal(raster.label, label.gather(1, order))
+    want = made.matrix(9).gather(1, order[..., None].expand(-1, -1, 9))
+    assert torch.equal(raster.matrix(9), want)
+    assert not raster.ordered

@@ -200,14 +200,15 @@ class Turn:
         renumbered = self._shift is not None or before.renumbered is not None
         if self.layout is self.full and not renumbered:
             return rotary, position_ids
-        columns = self.layout.index.clamp(min=0)
-        positions = None if position_ids is None else take_positions(position_ids, columns)
+        positions = position_ids
+        if self.layout is not self.full:
+            columns = self.layout.index.clamp(min=0)
+            positions = None if position_ids is None else take_positions(position_ids, columns)
         if renumbered:
-            assert (
-                positions is not None
-            )  # every supported text model hands position_ids to its layers
+            # Every supported text model hands position_ids to its layers.
+            assert positions is not None
             if self._shift is not None:
-                positions = positions - self._shift.gather(1, columns)
+                positions = positions - self._shift.gather(1, self.layout.index.clamp(min=0))
             if before.renumbered is not None:
                 positions = positions - before.renumbered
             rotary = self.family.rotary(hidden, positions, number)

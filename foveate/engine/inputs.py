@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -113,6 +115,12 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     seen = torch.isin(ids, torch.tensor(list(tokens.values()), device=ids.device))
     if not bool(seen[:, past:].any()):
         return
+    if Version(transformers.__version__) < Version("5.23"):
+        raise InputError(
+            f"a new image of {family.model_type} behind a cache was not seen to be placed rightly "
+            f"with transformers {transformers.__version__}; use 5.23 or newer, or run the whole "
+            "conversation anew"
+        )
     grids = [kwargs[name] for m in tokens if kwargs.get(name := f"{m}_grid_thw") is not None]
     merge = family.config.vision_config.spatial_merge_size
     said = sum(int(grid.prod(1).sum()) for grid in grids) // merge**2

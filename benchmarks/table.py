@@ -140,8 +140,7 @@ def families() -> str:
         "are times of a session that removes nothing over times without a session. Then what a "
         "session of PyramidDrop adds per layer and generated token, in microseconds, beyond a "
         "prompt that has as many tokens to begin with, and what a layer takes there. Models for "
-        "decoding are so narrow that Python fills the time. The machine's cores were overloaded "
-        "with other work in this run, which stretches all microseconds. "
+        "decoding are so narrow that Python fills the time. "
         f"{about(result)}",
         table(head, rows),
     ])  # fmt: skip

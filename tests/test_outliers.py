@@ -69,11 +69,3 @@ def test_numbers_that_take_no_part_change_nothing(taking_part):
 def test_constants_have_no_outliers():
     assert not local_outliers(torch.full((2, 30), 0.25), 20).any()
     assert not local_outliers(torch.zeros(1, 1), 20).any()
-
-
-def test_equals_scikit_learn():
-    neighbors = pytest.importorskip("sklearn.neighbors", reason="scikit-learn is not installed")
-    for kind in ("normal", "attention", "heavy"):
-        values = sample(kind, 200, 7).float()
-        found = neighbors.LocalOutlierFactor(n_neighbors=20).fit_predict(values[:, None].numpy())
-        assert local_outliers(values[None], 20)[0].tolist() == (found == -1).tolist()

@@ -4,6 +4,7 @@ import builtins
 
 import numpy as np
 import pytest
+import pyvips
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -74,7 +75,6 @@ def test_smooth_tiles_average_what_they_cover():
 
 @pytest.mark.parametrize("kind", ["png", "tiled", "pages", "subifds"])
 def test_files_read_by_windows_equal_pictures_in_memory(tmp_path, kind):
-    pyvips = pytest.importorskip("pyvips")
     image = noise()
     path = tmp_path / f"picture.{'png' if kind == 'png' else 'tif'}"
     if kind == "png":
@@ -95,7 +95,6 @@ def test_files_read_by_windows_equal_pictures_in_memory(tmp_path, kind):
 
 def test_coarse_windows_come_from_an_overview(tmp_path, monkeypatch):
     """A large file is gone through once for all coarse levels."""
-    pytest.importorskip("pyvips")
     image = noise()
     image.save(tmp_path / "picture.png")
     held = Held(image)
@@ -111,7 +110,6 @@ def test_coarse_windows_come_from_an_overview(tmp_path, monkeypatch):
 
 
 def test_the_overview_comes_from_stored_reductions(tmp_path, monkeypatch):
-    pyvips = pytest.importorskip("pyvips")
     path = tmp_path / "picture.tif"
     pyvips.Image.new_from_array(np.array(noise())).tiffsave(
         str(path), tile=True, tile_width=64, tile_height=64, pyramid=True
@@ -132,7 +130,6 @@ def test_modes_and_rotation():
 
 
 def test_alpha_and_sixteen_bits(tmp_path):
-    pyvips = pytest.importorskip("pyvips")
     Image.new("RGBA", (20, 10), (255, 0, 0, 255)).save(tmp_path / "a.png")
     assert Stored(tmp_path / "a.png").window((0, 0, 20, 10), 1)[0, 0].tolist() == [255, 0, 0]
     deep = (pyvips.Image.black(20, 10) + 65535).cast("ushort").copy(interpretation="grey16")
@@ -144,7 +141,6 @@ def test_what_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="there is no picture"):
         open_picture(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("no picture")
-    pytest.importorskip("pyvips")
     with pytest.raises(InputError, match="cannot read"):
         open_picture(tmp_path / "text.png")
 

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import optuna
 import pytest
 import torch
 
@@ -208,12 +209,7 @@ def test_errors(llava):
 # -- the search
 
 
-@pytest.fixture
-def optuna():
-    return pytest.importorskip("optuna", reason="the extra `calibrate` is not installed")
-
-
-def test_a_search_goes_on_where_it_stopped(llava, optuna, tmp_path):
+def test_a_search_goes_on_where_it_stopped(llava, tmp_path):
     """And its best is at least as good as every trial, the budget being met exactly."""
     samples = [prompts([[5, 7], [3, 4]], seed=seed) for seed in range(2)]
     file = tmp_path / "search.log"
@@ -245,7 +241,7 @@ def test_a_search_goes_on_where_it_stopped(llava, optuna, tmp_path):
     assert "generate" not in vars(llava)
 
 
-def test_a_search_needs_prompts_and_a_budget(llava, optuna):
+def test_a_search_needs_prompts_and_a_budget(llava):
     with pytest.raises(InputError, match="at least one prompt"):
         calibrate(llava, [])
     with pytest.raises(BudgetError, match="average must be in"):

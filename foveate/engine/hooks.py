@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from foveate.clip import ClipQuestions
 from foveate.engine import features
-from foveate.engine.cache import check_cache, slots_held
+from foveate.engine.cache import PrunedLayer, check_cache, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -209,6 +209,8 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
+        elif past and length == 1 and self._idle(cache):
+            return None  # without a turn, layers are left alone
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -384,6 +386,12 @@ class Hooks:
             "which needs one token a step and a cache; use greedy search, sampling or beam search "
             "with use_cache=True, or turn that step off"
         )
+
+    def _idle(self, cache: Cache | None) -> bool:
+        """Whether a decoding step has nothing to do in any layer."""
+        if cache is None or self.plan.focus is not None or self.plan.work:
+            return False
+        return not any(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.waits or self.plan.focus:

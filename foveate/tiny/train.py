@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from foveate.tiny import losses
@@ -209,9 +209,14 @@ class Trainer:
                 seen = losses.look(self.average, batch)
                 logits, _ = losses.answer_logits(self.average, seen, batch)
             total += losses.tally(logits, batch)
-        shares = (total[0] / total[1].clamp(min=1)).tolist()
-        overall = (total[0].sum() / total[1].sum()).item()
-        return {"all": overall, **dict(zip(GROUPS, shares, strict=True))}
+        return shares(total)
+
+
+def shares(total: Tensor) -> dict[str, float]:
+    """Accuracy over all, and for every group that was asked about, of `losses.tally`'s counts."""
+    overall = (total[0].sum() / total[1].sum()).item()
+    asked = {g: (r / n).item() for g, r, n in zip(GROUPS, *total, strict=True) if n}
+    return {"all": overall, **asked}
 
 
 def export(model: LlavaForConditionalGeneration, folder: Path) -> None:

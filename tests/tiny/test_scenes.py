@@ -81,14 +81,14 @@ def test_nothing_is_drawn_outside_the_boxes(monkeypatch: pytest.MonkeyPatch) -> 
     from foveate.tiny import scenes as module
 
     bare: list[np.ndarray] = []
-    texture = module._texture
+    texture = module.texture
 
     def spy(size: int, noise: np.random.Generator) -> np.ndarray:
         canvas = texture(size, noise)
         bare.append(canvas.copy())
         return canvas
 
-    monkeypatch.setattr(module, "_texture", spy)
+    monkeypatch.setattr(module, "texture", spy)
     scene = draw_scene(11)
     before = bare[0].clip(0, 255).astype(np.uint8)
     changed = (np.asarray(scene.image) != before).any(-1)

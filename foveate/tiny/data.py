@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -58,6 +59,18 @@ class Packing:
 
 SINGLE = Packing(slots=24, length=11, turns=1)
 MULTI = Packing(slots=9, length=36, turns=4)
+
+
+class Labelled(Protocol):
+    """What losses need of a batch: see `Batch`."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, S, C)."""
+
+    @property
+    def groups(self) -> Tensor:
+        """(B, S, C)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,9 @@ def make_batch(
     for seed in seeds:
         rng = Random(seed + 1)
         on_photo = bool(photos) and rng.random() < photo_share
-        background = rng.choice(photos) if on_photo else "texture"
+        background: Literal["texture"] | Image.Image = "texture"
+        if on_photo:
+            background = rng.choice(photos)
         size, mix = (rng.choice(_SIZES), rng.choice(_MIXES)) if varied else (SIZE, MIX)
         scene = draw_scene(seed, background=background, per_kind=_PER_KIND, size=size, mix=mix)
         if size != SIZE:

@@ -45,24 +45,32 @@ _SCENES = Phase(
 _CHECK_SEED = 5_000_000
 
 
-def adopt(model: LlavaForConditionalGeneration, start: Path) -> None:
+def vocabulary_of(start: Path) -> tuple[str, ...]:
+    """The words of a trained model's folder, in the order of their ids."""
+    known = AutoTokenizer.from_pretrained(start).get_vocab()
+    return tuple(sorted(known, key=known.__getitem__))
+
+
+def adopt(
+    model: LlavaForConditionalGeneration, start: Path, vocabulary: tuple[str, ...] = VOCABULARY
+) -> None:
     """Copy a trained model's weights; words that it did not know start as random rows.
 
     Args:
         model: what is to be trained; its vocabulary must begin with the trained model's.
         start: folder of the trained model.
+        vocabulary: the words of the model that is to be trained.
 
     Raises:
         ValueError: if the vocabularies do not agree.
     """
-    known = AutoTokenizer.from_pretrained(start).get_vocab()
-    words = sorted(known, key=known.__getitem__)
-    if tuple(words) != VOCABULARY[: len(words)]:
+    words = vocabulary_of(start)
+    if words != vocabulary[: len(words)]:
         raise ValueError(f"the vocabulary of {start} is not the beginning of the present one")
-    old = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    old: Any = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     weights = old.state_dict()
     rows = old.get_input_embeddings().weight.detach()
-    fresh = torch.randn(len(VOCABULARY) - len(rows), rows.shape[1]) * rows.std()
+    fresh = torch.randn(len(vocabulary) - len(rows), rows.shape[1]) * rows.std()
     for name, tensor in weights.items():
         if tensor.shape == rows.shape:
             weights[name] = torch.cat([tensor, fresh])

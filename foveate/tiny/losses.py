@@ -10,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from foveate.tiny import packed
 from foveate.tiny.build import EOS, PATCH, SIZE
-from foveate.tiny.data import GROUPS, IGNORE, WORD_ID, Batch, normalise
+from foveate.tiny.data import GROUPS, IGNORE, WORD_ID, Batch, Labelled, normalise
 from foveate.tiny.words import COLOURS, KINDS, PLACES, SHAPES, WORDS
 
 _SIDE = SIZE // PATCH
@@ -204,7 +204,7 @@ def answer_logits(
     return packed.read(model, visual, index + 1, batch.words, start, skip)
 
 
-def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+def answer_loss(logits: Tensor, batch: Labelled) -> Tensor:
     """Cross entropy of the answers, and with a small weight of the end after them."""
     labels = batch.labels.flatten()
     asked = labels != IGNORE
@@ -214,7 +214,7 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
-def tally(logits: Tensor, batch: Batch) -> Tensor:
+def tally(logits: Tensor, batch: Labelled) -> Tensor:
     """Count right answers and questions of every group: (2, groups)."""
     groups, labels = batch.groups.flatten(), batch.labels.flatten()
     asked = groups >= 0

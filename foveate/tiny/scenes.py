@@ -111,9 +111,7 @@ def draw_scene(
     return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind, scale), owner)
 
 
-def _cast(
-    rng: Random, count: int, mix: tuple[int, int, int, int]
-) -> list[tuple[str, str, int]]:
+def _cast(rng: Random, count: int, mix: tuple[int, int, int, int]) -> list[tuple[str, str, int]]:
     """Choose kind, colour and size of every object; sometimes one colour dominates."""
     colours = list(COLOURS)
     chosen = [rng.choice(colours) for _ in range(count)]
@@ -158,6 +156,7 @@ def find_room(
 
 
 def touch(a: Box, b: Box, gap: int) -> bool:
+    """Whether two boxes come closer to each other than `gap` pixels in both directions."""
     apart_x = a[2] + gap <= b[0] or b[2] + gap <= a[0]
     apart_y = a[3] + gap <= b[1] or b[3] + gap <= a[1]
     return not (apart_x or apart_y)

@@ -6,7 +6,8 @@ All samples of a batch have one layout: pictures, behind each but the last the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Listed
+from collections.abc import Callable
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from random import Random
 
@@ -109,7 +110,9 @@ def make_sequences(lesson: Lesson, seeds: Listed[int]) -> SequenceBatch:
         pixels = np.stack([np.array(picture) for picture in sample.pictures])
         ink = np.stack([_ink(owner) for owner in sample.owners])
         rows.append((pixels, ink, *_pack(sample, lesson, Random(seed))))
-    return SequenceBatch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+    return SequenceBatch(
+        *(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+    )
 
 
 def _ink(owner: np.ndarray) -> np.ndarray:

@@ -7,13 +7,14 @@ are drawn like the scenes, from the same objects.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 
 import numpy as np
 from PIL import Image
 
-from foveate.tiny.questions import Question
 from foveate.tiny.scenes import (
     MIX,
     Box,
@@ -79,6 +80,8 @@ class Cue:
     colours: tuple[str | None, ...]
     corners: tuple[tuple[int, int], ...]
 
+
+_Ask = Callable[[list[Cue], list[list[tuple[int, Box]]]], list[SequenceQuestion]]
 
 def draw_album(
     seed: int,
@@ -171,7 +174,8 @@ def draw_events(
     rng = Random(f"events {seed}")
     count = rng.randint(*objects)
     kinds = _kinds(rng, count)
-    cues, taken = [], []
+    cues: list[Cue] = []
+    taken: list[SceneObject] = []
     for kind in kinds:
         font = draw_font(rng, kind in SHAPES)
         event = rng.choice(EVENTS)
@@ -236,7 +240,9 @@ def draw_order(
             continue
         colour = rng.choice(list(COLOURS))
         shown = tuple(colour if frame in (None, n) else None for n in range(frames))
-        cues.append(Cue(kind, font, "stays" if frame is None else "passes", shown, (corner,) * frames))
+        cues.append(
+            Cue(kind, font, "stays" if frame is None else "passes", shown, (corner,) * frames)
+        )
     return _film(seed, cues, frames, size, scale, _ordering)
 
 
@@ -247,7 +253,7 @@ def _ordering(cues: list[Cue], boxes: list[list[tuple[int, Box]]]) -> list[Seque
         SequenceQuestion(f"what shape comes {end} ?", kind, "ends", (sight,))
         for (kind, sight), end in ends
     ]
-    for (kind, sight), (later, then) in zip(line, line[1:], strict=False):
+    for (kind, sight), (later, then) in pairwise(line):
         both = (sight, then)
         asked.append(SequenceQuestion(f"what shape comes after the {kind} ?", later, "next", both))
         asked.append(SequenceQuestion(f"what shape comes before the {later} ?", kind, "next", both))
@@ -277,18 +283,19 @@ def draw_rule(
     rng = Random(f"rule {seed}")
     rule, *others = rng.sample(SHAPES, len(SHAPES))
     films = []
-    for n in range(pictures):
+    for _ in range(pictures):
         count = rng.randint(*objects)
         cast = [rule, *rng.sample(others, count - 1)]
         colours = rng.sample(list(COLOURS), count)
-        cues, taken = [], []
+        cues: list[Cue] = []
+    taken: list[SceneObject] = []
         for kind, colour in zip(cast, colours, strict=True):
             font = draw_font(rng, True)
             corner = _reserve(rng, kind, font, taken, size, scale)
             if corner is not None:
                 cues.append(Cue(kind, font, "stays", (colour,), (corner,)))
         rng.shuffle(cues)
-        films.append(_film(rng.getrandbits(60), cues, 1, size, scale, lambda *_: []))
+        films.append(_film(rng.getrandbits(60), cues, 1, size, scale, None))
     questions = []
     for n, film in enumerate(films):
         it = next(o for o in film.objects[0] if o.kind == rule)
@@ -321,8 +328,10 @@ def _reserve(
     return corner
 
 
-def _film(seed, cues, frames, size, scale, ask) -> Sequence:
-    """Paint the frames on one background, each with its own grain of the ink."""
+def _film(
+    seed: int, cues: list[Cue], frames: int, size: int, scale: int, ask: _Ask | None
+) -> Sequence:
+    """Paint the frames on one background; an object keeps its ink in all of them."""
     noise = np.random.default_rng(seed % 2**63)
     background = texture(size, noise)
     pictures, shown, owners = [], [], []
@@ -342,4 +351,4 @@ def _film(seed, cues, frames, size, scale, ask) -> Sequence:
         pictures.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB"))
         shown.append(tuple(there))
         owners.append(owner)
-    return Sequence(tuple(pictures), tuple(shown), tuple(ask(cues, boxes)), tuple(owners))
+    return Sequence(tuple(pictures), tuple(shown), tuple(ask(cues, boxes) if ask else ()), tuple(owners))

@@ -34,6 +34,7 @@ from foveate.tiny.data import (
     photo_paths,
     stream,
 )
+from foveate.tiny.words import VOCABULARY
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
@@ -219,17 +220,20 @@ def shares(total: Tensor) -> dict[str, float]:
     return {"all": overall, **asked}
 
 
-def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def export(
+    model: LlavaForConditionalGeneration, folder: Path, vocabulary: tuple[str, ...] = VOCABULARY
+) -> None:
     """Write an fp16 model folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
 
     Args:
         model: the model; its own weights stay as they are.
         folder: created if missing.
+        vocabulary: its words.
     """
     half = build_model(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    build_processor(vocabulary).save_pretrained(folder)
 
 
 def _optimizers(

@@ -113,6 +113,14 @@ class Plan:
         """Whether it matters inside the language model which positions are visual."""
         return bool(self.looks or self.work)
 
+    @cached_property
+    def asks_text(self) -> tuple[str, ...]:
+        """Methods whose choice depends on what the prompt asks."""
+        steps = (
+            (s.method.slug, need.name) for s in (*self.pre_llm, *self.llm) for need in s.step.needs
+        )
+        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
+
     @property
     def marks(self) -> bool:
         """Whether image features may come with removed rows marked."""

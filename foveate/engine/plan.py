@@ -191,6 +191,26 @@ class Plan:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
 
+    def check_training(self) -> None:
+        """Refuse to train with methods that would do nothing, or not what they say.
+
+        Raises:
+            UnsupportedModelError: a method acts on decoding alone.
+            BudgetError: a budget is given for each row of a batch.
+        """
+        if self.per_request:
+            raise BudgetError(
+                "per_request gives a keep for each row of a batch, but in training rows come in "
+                "batches of any size and order; give one keep for all"
+            )
+        acting = {s.method_number for s in (*self.vision, *self.pre_llm, *self.llm)}
+        for number, method in enumerate(self.methods):
+            if number not in acting and not self.work:
+                raise UnsupportedModelError(
+                    f"{method.slug} acts on the tokens that are generated, and training generates "
+                    "none; train without it, and attach it for inference"
+                )
+
 
 def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
     """Signal -> layers, of signals that encoder layers give."""

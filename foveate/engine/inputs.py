@@ -128,9 +128,9 @@ def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         labels: (B, T) of each token, -100 where there is none.
         kwargs: what the model is called with.
     """
-    if kwargs.get("shift_labels") is not None or not isinstance(
-        kwargs.get("logits_to_keep", 0), int
-    ):
+    chosen = kwargs.get("logits_to_keep", 0)
+    fused = kwargs.get("fused_lm_head")  # TRL's, which makes no logits at all
+    if fused or kwargs.get("shift_labels") is not None or not isinstance(chosen, int) or chosen:
         return dict(kwargs)  # the caller has chosen
     following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     kept = following != IGNORED

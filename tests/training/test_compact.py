@@ -74,3 +74,76 @@ def test_loss_and_gradients_are_those_of_short_sequences(kind, model, rows, side
     assert [[k.tolist() for k in image.values()] for image in session_of(model).kept] == [
         [k.tolist() for k in image] for image in chosen
     ]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("head", ["all", "labels"])
+def test_checkpointing_and_the_short_head_change_nothing(kind, model, head, reentrant):
+    inputs, talks = batch(kind, "turns", "left")
+    want = expected(kind, model, inputs, talks)
+    foveate.prepare(model, METHOD, head=head)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss = model(**called(inputs), use_cache=False).loss
+    leaves = kind.leaves(model, inputs)
+    loss.backward()  # reentrant checkpoints serve no other way
+    grads = {n: torch.zeros_like(x) if x.grad is None else x.grad for n, x in leaves.items()}
+    compare((loss, grads), want)
+
+
+@pytest.mark.parametrize("head", ["all", "labels"])
+def test_the_sum_is_divided_by_the_items_of_all_batches(kind, model, head):
+    inputs, talks = batch(kind, "images", "left")
+    want = expected(kind, model, inputs, talks, items=37)
+    foveate.prepare(model, METHOD, head=head)
+    loss = model(**called(inputs), num_items_in_batch=torch.tensor(37)).loss
+    compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
+
+
+def test_the_short_head_makes_logits_at_labels_alone(kind, model):
+    inputs, _ = batch(kind, "text", "right")
+    foveate.prepare(model, METHOD, head="labels")
+    out = model(**called(inputs))
+    assert len(out.logits) == int((inputs["labels"][:, 1:] != -100).sum())
+    model.eval()
+    assert model(**called(inputs)).logits.shape[:2] == inputs["input_ids"].shape
+
+
+def test_under_autocast_the_loss_is_near_that_of_short_sequences(kind, model):
+    inputs, talks = batch(kind, "turns", "left")
+    foveate.prepare(model, METHOD)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**called(inputs)).loss
+    kept = [[k.tolist() for k in image.values()] for image in session_of(model).kept]
+    grads = gradients(loss, kind.leaves(model, inputs))
+    session_of(model).remove()
+    want, other, chosen = expected(kind, model, inputs, talks)
+    same = kept == [[k.tolist() for k in i] for row in chosen for i in zip(*row, strict=True)]
+    assert abs(loss.item() - want.item()) < (0.02 if same else 0.2)
+    assert all(bool(gradient.isfinite().all()) for gradient in grads.values())
+    flat, wanted = (torch.cat([g.flatten() for g in x.values()]) for x in (grads, other))
+    assert torch.cosine_similarity(flat, wanted, dim=0) > (0.99 if same else 0.9)
+
+
+def pack(kind, model, inputs, talks):
+    """All conversations behind one another in one row, told apart by their positions."""
+    ids = torch.cat([ids for ids, _ in talks])[None]
+    packed = {"input_ids": ids, "labels": torch.cat([labels for _, labels in talks])[None]}
+    orders = [torch.arange(len(ids))[None] for ids, _ in talks]
+    packed["position_ids"] = torch.cat(orders, -1)
+    names = ("pixel_values", "mm_encoder_outputs", "image_grid_thw")
+    packed |= {name: inputs[name] for name in names if name in inputs}
+    if not kind.renumber:
+        grids = torch.cat([kind.positions(model, ids) for ids, _ in talks], -1)
+        packed["position_ids"] = torch.cat((packed["position_ids"][None], grids))
+        packed["mm_token_type_ids"] = (ids == kind.image).int()
+    return packed
+
+
+@pytest.mark.parametrize("rows", ["turns", "images", "text", "bare"])
+def test_packed_samples_get_what_they_get_alone(kind, model, rows):
+    inputs, talks = batch(kind, rows, "right")
+    want = expected(kind, model, inputs, talks)
+    foveate.prepare(model, METHOD)
+    loss = model(**called(pack(kind, model, inputs, talks)), use_cache=False).loss
+    compare((loss, gradients(loss, kind.leaves(model, inputs))), want)

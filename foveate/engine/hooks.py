@@ -38,6 +38,7 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
+from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
@@ -59,6 +60,7 @@ class _Local(threading.local):
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
+    replayed: Turn | None = None  # of a layer that is recomputed for its gradients
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
@@ -89,6 +91,7 @@ class Hooks:
         self.family = family
         self.vision = vision
         self.tags = Tags(plan, family, vision)
+        self.replays = Replays()
         self.labelled_logits = False  # whether logits are made for labels alone, in training
         self._local = _Local()
         self._last: Record | None = None
@@ -254,6 +257,10 @@ class Hooks:
         """Before a decoder layer: hand it what is alive."""
         turn = self._local.turn
         if turn is None:
+            turn = self._local.replayed = self.replays.find(number, kwargs)
+        elif module is not self.family.layers[number] and turn.groups:  # something is around it
+            self.replays.keep(number, turn, kwargs)
+        if turn is None:
             return None
         hidden, changed = turn.enter(number, module, args[0], kwargs)
         if hidden is args[0] and changed is kwargs:
@@ -264,7 +271,7 @@ class Hooks:
         self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Around a decoder layer's forward: do less of it for visual tokens."""
-        turn, work = self._local.turn, self.plan.work[number]
+        turn, work = self._local.turn or self._local.replayed, self.plan.work[number]
         split = None if turn is None else turn.splits.get(number)
         if split is None or not (split.images or work.blind):
             return original(hidden, *args, **kwargs)
@@ -361,7 +368,7 @@ class Hooks:
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn, local.sample = None, None, None
+        local.encoded, local.turn, local.replayed, local.sample = None, None, None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""

@@ -147,3 +147,25 @@ def test_packed_samples_get_what_they_get_alone(kind, model, rows):
     foveate.prepare(model, METHOD)
     loss = model(**called(pack(kind, model, inputs, talks)), use_cache=False).loss
     compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, after):
+    """As FSDP's activation checkpointing wraps them, around their hooks."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    inputs, talks = batch(kind, "turns", "left")
+    want = expected(kind, model, inputs, talks)
+    leaves = list(kind.leaves(model, inputs).values())
+    layers = model.model.language_model.layers
+    if not after:
+        foveate.prepare(model, METHOD)
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer)
+    if after:
+        foveate.prepare(model, METHOD)
+    replays = session_of(model)._parts[-1].replays
+    loss = model(**called(inputs), use_cache=False).loss
+    assert len(replays) == (0 if after else 1)
+    compare((loss, gradients(loss, dict(zip(want[1], leaves, strict=True)))), want)
+    assert not len(replays)  # nothing is kept behind the backward pass

@@ -33,6 +33,7 @@ from foveate.engine.inputs import (
     only_labelled,
     placeholders,
     real_positions,
+    supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
@@ -189,7 +190,11 @@ class Hooks:
         local.prompt = (ids, kwargs)
         local.sample = samples(kwargs)
         check_positions(self.family, kwargs)
-        if local.supervised is None and local.requests is None and self.plan.asks_text:
+        if local.supervised is not None:
+            real = self._real(local.supervised.shape[1])
+            visual = _any(local.visual)
+            local.supervised = supervised_text(module, local.supervised, visual, real)
+        elif local.requests is None and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
@@ -312,7 +317,8 @@ class Hooks:
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
         question = self._question(rows, ends) if self.plan.waits else None
         request = self._request(visual.shape[0])
-        asker = Asker(rows, source, request, ends, question, self.clip)
+        labelled = self._local.supervised is not None
+        asker = Asker(rows, source, request, ends, question, self.clip, labelled)
         features.mark(output, self.plan, asker, self._deliver)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
@@ -330,15 +336,20 @@ class Hooks:
         assert local.visual is not None
         assert local.prompt is not None  # as in every forward over a prompt
         ids, arguments = local.prompt
-        visual, mask = _any(local.visual), arguments.get("attention_mask")
-        length = visual.shape[1]
-        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
-        real = None if real is None else real[:, -length:]
+        visual = _any(local.visual)
+        real = self._real(visual.shape[1])
         if local.supervised is not None:
             real = ~local.supervised if real is None else real & ~local.supervised
         question = Question.of(visual, real, local.trailing, rows, ends, local.sample)
         table = self.family.base.get_input_embeddings()
         return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
+
+    def _real(self, length: int) -> Tensor | None:
+        """(B, T) positions of the forward that are no padding, or `None` for all."""
+        assert self._local.prompt is not None  # as in every forward over a prompt
+        mask = self._local.prompt[1].get("attention_mask")
+        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
+        return None if real is None else real[:, -length:]
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor

@@ -121,6 +121,37 @@ def check_labels(model: nn.Module, slugs: Sequence[str]) -> None:
         )
 
 
+def supervised_text(
+    model: nn.Module, supervised: Tensor, visual: Tensor, real: Tensor | None
+) -> Tensor:
+    """(B, T) which text is supervised.
+
+    Args:
+        model: the base model.
+        supervised: (B, T) positions with a label.
+        visual: (B, T) placeholders.
+        real: (B, T) positions that are no padding; `None` for all.
+
+    Raises:
+        InputError: the model trains, and labels stand where nothing predicts them once tokens are
+            removed.
+    """
+    if not (model.training and torch.is_grad_enabled()):
+        return supervised & ~visual
+    if bool((supervised & visual).any()):
+        raise InputError(
+            "the labels supervise visual tokens, which no model is to predict; set "
+            "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
+            "(with TRL, assistant_only_loss=True or prompt-completion data)"
+        )
+    if real is not None and bool((supervised[:, 1:] & ~real[:, :-1]).any()):
+        raise InputError(
+            "the first token behind left padding is supervised, but only padding is there to "
+            "predict it; set its label to -100, or pad on the right"
+        )
+    return supervised
+
+
 def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments with which a model makes logits only where there is a label, at the same loss.
 

@@ -5,7 +5,7 @@ Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,6 @@ from foveate.engine.looks import Looks
 from foveate.engine.parking import Parked
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
-from foveate.reduction import Reduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,12 +291,16 @@ class Turn:
         )
         groups: list[Group] = []
         lost = False
-        for group, asked in self._asked(planned):
-            parts: list[tuple[Group, Group, Reduction | None]] = [(group, group, None)]
-            if asked:
-                parts = reduce_group(
-                    planned, group, self.begin_of, self.prompt.request, features, signals
-                )
+        for group in self.groups:
+            parts = reduce_group(
+                planned,
+                group,
+                self.begin_of,
+                self.prompt.request,
+                features,
+                signals,
+                self.looks.unasked(planned.step.needs, group),
+            )
             for part, after, reduction in parts:
                 groups.append(after)
                 self.note(after, planned.step.place)
@@ -317,15 +320,6 @@ class Turn:
         if not lost:
             return hidden
         return self._take(hidden, self._compact(gone, planned.renumber))
-
-    def _asked(self, planned: PlannedStep) -> Iterator[tuple[Group, bool]]:
-        """Groups, and whether a step acts on them: whether anything is asked that it needs."""
-        for group in self.groups:
-            unasked = self.looks.unasked(planned.step.needs, group)
-            for asked in (True, False):
-                members = [i for i in range(len(group.images)) if (i in unasked) != asked]
-                if members:
-                    yield group.pick(members), asked
 
     def _compact(self, gone: Tensor, renumber: bool) -> Tensor:
         """Drop (B, T) logical positions, and all padding.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 
@@ -55,6 +55,8 @@ class VisualTokens:
             hand.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
+        learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
+            do not learn.
     """
 
     features: Callable[[], Tensor]
@@ -70,6 +72,7 @@ class VisualTokens:
     number: int = 0
     quota: int = 0
     label: Tensor | None = None
+    learned: nn.Module | None = None
 
     @property
     def x(self) -> Tensor:

@@ -168,6 +168,7 @@ class Encoding:
                     place=step.place,
                     step=step,
                     frames=of.frames,
+                    learned=planned.learned,
                 )
                 reduction = planned.method.reduce(tokens, count)
                 of.reduce(reduction)

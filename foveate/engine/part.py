@@ -39,6 +39,10 @@ class Part(ABC):
         while self._undo:
             self._undo.pop()()
 
+    def undo(self, last: Callable[[], object]) -> None:
+        """Call something when the part is taken off."""
+        self._undo.append(last)
+
     @property
     def taken(self) -> bool:
         """Whether the root carries a part, of this session or another."""

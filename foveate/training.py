@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.engine.part import Part
+from foveate.engine.part import part_of
 from foveate.engine.session import LEARNED, MethodLike, Session, use
 from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
 from foveate.saving import FILE, WEIGHTS, Head, Saved
@@ -57,7 +57,7 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
         raise FoveateError(f"head must be 'all' or 'labels', got {head!r}")
     inner = bare(model)
     session = use(inner, method, **fields)
-    session.check_training()
+    session.make_trainable()
     if head == "labels":
         session.label_logits()
     session.attach()
@@ -133,8 +133,8 @@ def session_of(model: nn.Module) -> Session:
     """
     for module in bare(model).modules():
         for hook in module._forward_pre_hooks.values():
-            part = getattr(getattr(hook, "func", hook), "__self__", None)
-            if isinstance(part, Part) and isinstance(part.session, Session):
+            part = part_of(hook)
+            if part is not None and isinstance(part.session, Session):
                 return part.session
     raise AttachError(
         f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"

@@ -90,14 +90,16 @@ class Session:
 
     # -- training
 
-    def check_training(self) -> None:
-        """Refuse methods that have nothing to do in training.
+    def make_trainable(self) -> None:
+        """Get ready to be attached for training: what is compiled then runs hooks as they are.
 
         Raises:
-            UnsupportedModelError: so it is.
+            UnsupportedModelError: a method has nothing to do in training.
             BudgetError: a budget is given for each request.
         """
         self.plan.check_training()
+        for part in self._parts:
+            part.uncompiled = True
 
     @property
     def labelled_logits(self) -> bool:

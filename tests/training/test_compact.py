@@ -7,6 +7,7 @@ import foveate
 from foveate.errors import InputError
 from foveate.methods import PyramidDrop
 from foveate.training import session_of
+from tests.tinies import tiny_llava
 from tests.training.batches import ROWS, batch, called, kinds, samples
 from tests.training.oracle import Schedule, loss_of
 
@@ -214,3 +215,22 @@ def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, aft
     assert len(replays) == (0 if after else 1)
     compare((loss, gradients(loss, dict(zip(want[1], leaves, strict=True)))), want)
     assert not len(replays)  # nothing is kept behind the backward pass
+
+
+@pytest.mark.parametrize("how", ["layers", "model"])
+def test_compiled_models_train_alike(how):
+    kind = kinds()[0]
+    inputs, talks = batch(kind, "turns", "left")
+    model = tiny_llava(layers=2).train()
+    want = expected(kind, model, inputs, talks)
+    foveate.prepare(model, PyramidDrop(layers=LAYERS[:1], keep=KEEP[0]))
+    torch._dynamo.reset()
+    compiled = model.model.language_model.layers if how == "layers" else [model]
+    for module in compiled:
+        module.compile(backend="eager", dynamic=True)
+    loss = model(**called(inputs), use_cache=False).loss
+    compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 50
+    if how == "layers":
+        assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()

@@ -150,6 +150,19 @@ def test_packed_samples_get_what_they_get_alone(kind, model, rows):
     compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
 
 
+def test_packed_samples_count_their_positions_from_zero():
+    kind = kinds()[0]
+    model, seen = kind.build().train(), []
+    inputs, talks = batch(kind, "turns", "right")
+    foveate.prepare(model, METHOD)
+    model.model.language_model.layers[-1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"][0]), with_kwargs=True
+    )
+    model(**called(pack(kind, model, inputs, talks)), use_cache=False)
+    gone = kind.patches - int(kind.patches * KEEP[-1])
+    assert seen[0].tolist() == [i for ids, _ in talks for i in range(len(ids) - gone)]
+
+
 def unpacking_flash(module, query, key, value, mask, scaling=None, position_ids=None, **kwargs):
     """Flash attention's convention in plain torch: in one row, a position 0 begins a sample."""
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
@@ -212,7 +225,9 @@ def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, aft
     replays = session_of(model)._parts[-1].replays
     loss = model(**called(inputs), use_cache=False).loss
     assert len(replays) == (0 if after else 1)
-    compare((loss, gradients(loss, dict(zip(want[1], leaves, strict=True)))), want)
+    named = dict(zip(want[1], leaves, strict=True))
+    torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    compare((loss, gradients(loss, named)), want)  # the second time too
     assert not len(replays)  # nothing is kept behind the backward pass
 
 

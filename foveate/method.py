@@ -101,6 +101,8 @@ class Step:
         decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
             attend to what the method chooses (it is a `Focuser`) by the layer before.
         forget: for `llm`, let the caches of the layers before forget what is removed.
+        ragged: for `vision`, images that are encoded together may be left different numbers of
+            tokens (`Reduction.real`), which the method's last step makes equal.
     """
 
     stage: Stage
@@ -112,6 +114,7 @@ class Step:
     stay: bool = field(default=False, kw_only=True)
     forget: bool = field(default=False, kw_only=True)
     decode: bool = field(default=False, kw_only=True)
+    ragged: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:

@@ -28,6 +28,8 @@ class Reduction:
         ordered: whether the order of survivors is meant: where they get consecutive positions, the
             language model reads them in this order.
         label: (G, K) a number for each survivor, which later steps of the same method are told.
+        real: inside an encoder, (G, K) which survivors are any; others fill up the rows of images that
+            have fewer, and nobody attends to them. `None` for all.
     """
 
     index: Tensor
@@ -36,6 +38,7 @@ class Reduction:
     share: Tensor | None = None
     ordered: bool = False
     label: Tensor | None = None
+    real: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:
@@ -119,9 +122,9 @@ class Reduction:
         index = self.index.gather(1, after.index)
         if self.weights is not None or after.weights is not None:
             weights = torch.matmul(after.matrix(self.kept), self.matrix(tokens))
-            return Reduction(index, weights)
+            return Reduction(index, weights, real=after.real)
         if self.slot is None and after.slot is None:
-            return Reduction(index)
+            return Reduction(index, real=after.real)
         slot, share = self._segments(tokens)
         later_slot, later_share = after._segments(self.kept)
         target = slot.clamp(min=0)
@@ -130,6 +133,7 @@ class Reduction:
             index,
             slot=later_slot.gather(1, target).masked_fill(gone, -1),
             share=share * later_share.gather(1, target).masked_fill(gone, 0.0),
+            real=after.real,
         )
 
     def sizes(self, tokens: int) -> Tensor:
@@ -184,10 +188,14 @@ class Reduction:
     def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
         """(G, V) slot and share, of a gather too."""
         if self.slot is not None and self.share is not None:
-            return self.slot, self.share
-        order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
-        slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
-        return slot, (slot >= 0).float()
+            slot, share = self.slot, self.share
+        else:
+            order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
+            slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
+            share = (slot >= 0).float()
+        if self.real is None:
+            return slot, share
+        return slot.masked_fill(~self.real.gather(1, slot.clamp(min=0)), -1), share
 
     def _spread(self) -> Tensor:
         """(G, V, K) share of each token that went into each survivor; zero rows for dropped

@@ -28,8 +28,8 @@ class Reduction:
         ordered: whether the order of survivors is meant: where they get consecutive positions, the
             language model reads them in this order.
         label: (G, K) a number for each survivor, which later steps of the same method are told.
-        real: inside an encoder, (G, K) which survivors are any; others fill up the rows of images that
-            have fewer, and nobody attends to them. `None` for all.
+        real: inside an encoder, (G, K) which survivors are any; others fill up the rows of images
+            that have fewer, and nobody attends to them. `None` for all.
     """
 
     index: Tensor

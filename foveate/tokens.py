@@ -55,8 +55,8 @@ class VisualTokens:
             hand.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
-        real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same method
-            has left images different numbers of them; `None` for all.
+        real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same
+            method has left images different numbers of them; `None` for all.
     """
 
     features: Callable[[], Tensor]

@@ -1,10 +1,11 @@
 """Encoding: the state of one pass through a vision encoder; gone when it ends.
 
-Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose the
-same number of them or are filled up with tokens that nobody attends to; or they lie behind one
-another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a stack, `S` special rows before the patches, `V` visual
-tokens of a picture, `K` of them alive, `R` rows of a token, `D` hidden, `H` heads; `N` rows of one
-picture of a batch, or of the whole sequence.
+Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose
+the same number of them or are filled up with tokens that nobody attends to; or they lie behind one
+another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a
+stack, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
+rows of a token, `D` hidden, `H` heads; `N` rows of one picture of a batch, or of the whole
+sequence.
 """
 
 from __future__ import annotations

@@ -149,6 +149,19 @@ class Reduction:
         counts = (self.slot >= 0).float()
         return counts.new_zeros(self.index.shape).scatter_add(1, self.slot.clamp(min=0), counts)
 
+    def altered(self, tokens: int) -> Tensor:
+        """(G, K) which survivors are not just the token at whose position they stand.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            own = self.weights.gather(2, self.index[..., None])[..., 0]
+            return (own != 1) | (self.weights.abs().sum(-1) != own.abs())
+        if self.share is None:
+            return torch.zeros_like(self.index, dtype=torch.bool)
+        return (self.share.gather(1, self.index) != 1) | (self.sizes(tokens) != 1)
+
     def recover(self, y: Tensor, tokens: int, missing: Tensor | float = 0.0) -> Tensor:
         """Back to V rows: every token gets the value of the survivor that it went into.
 

@@ -199,3 +199,13 @@ def test_what_fills_up_is_recovered_as_if_it_were_dropped():
     merged = Reduction.mean(torch.tensor([[0, 3], [0, 3]]), torch.tensor([[0, 0, 0, 1, 1, 1]] * 2))
     after = merged.then(Reduction(torch.tensor([[0, 1], [0, 1]]), real=real), 6)
     assert after.recover(torch.ones(2, 2, 1), 6)[..., 0].tolist() == [[1] * 6, [1] * 3 + [0] * 3]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_altered_survivors_are_those_that_are_not_just_a_token(form):
+    reduction = make(form, images=3, tokens=9, kept=4, seed=5, drops=2)
+    x = torch.randn(3, 9, 5)
+    differ = (reduction.apply(x) - Reduction(reduction.index).apply(x)).abs().amax(-1) > 1e-6
+    assert reduction.altered(9).tolist() == differ.tolist()
+    assert bool(differ.any()) == (form != "gather")
+    assert form == "dense" or not bool(differ.all())

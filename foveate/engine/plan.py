@@ -164,6 +164,12 @@ class Plan:
         needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
         return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
 
+    @cached_property
+    def before_projector(self) -> tuple[str, ...]:
+        """Methods that merge what the projector is given."""
+        names = (s.method.slug for s in self.pre_llm if s.step.before_projector)
+        return tuple(dict.fromkeys(names))
+
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""

@@ -57,6 +57,7 @@ class _Local(threading.local):
 
     inside: bool = False  # within the base model's forward
     encoding: bool = False  # within get_image_features or get_video_features
+    given: Tensor | None = None  # what the projector was given there
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
@@ -152,7 +153,7 @@ class Hooks:
             return original(*args, **kwargs)
         self._check_encoding(modality)
         arguments = bound(original, args, kwargs)
-        local.encoding = True
+        local.encoding, local.given = True, None
         try:
             with ExitStack() as stack:
                 signals, vision = self.tags.signals, self.vision
@@ -167,13 +168,19 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        self.tags.tag(modality, output, arguments, rows, passes)
+        self.tags.tag(modality, output, arguments, rows, passes, local.given)
+        local.given = None
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
         local.awaited = not local.inside and local.requests is not None
         return output
+
+    def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Before the projector: keep what it is given, for methods that merge that."""
+        if self._local.encoding:
+            self._local.given = args[0]
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the base model: find placeholders, and reduce features encoded before."""
@@ -469,7 +476,8 @@ class Hooks:
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
-            notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
+            notes=["chunked prefill: kept tokens are not reported"] * sliced
+            + self.tags.notes(encoded),
         )
 
     def _keep_record(self, record: Record) -> None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from foveate.clip import ClipQuestions
 from foveate.engine import features
-from foveate.engine.cache import PrunedLayer, check_cache, slots_held
+from foveate.engine.cache import check_cache, is_pruned, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -31,6 +31,8 @@ from foveate.engine.inputs import (
     real_positions,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.layout import Layout
+from foveate.engine.onward import Onward
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
@@ -55,6 +57,7 @@ class _Local(threading.local):
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
+    onward: Onward | None = None  # instead of a turn, where nothing can be removed
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
@@ -209,8 +212,12 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif past and length == 1 and self._idle(cache):
-            return None  # without a turn, layers are left alone
+        elif past and self.plan.focus is None and not self.plan.work:
+            if is_pruned(cache):
+                layout = Layout.full(batch, length, sequence.device)
+                flash = takes_2d_masks(self.family.text.config._attn_implementation)
+                local.onward = Onward(self.family, cache, layout, flash)
+            return None
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -233,9 +240,11 @@ class Hooks:
 
     def enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a decoder layer: hand it what is alive."""
-        turn = self._local.turn
-        if turn is None:
-            return None
+        local = self._local
+        if (turn := local.turn) is None:
+            onward = local.onward
+            changed = None if onward is None else onward.enter(number, args[0], kwargs)
+            return None if changed is None else (args, changed)
         hidden, changed = turn.enter(number, module, args[0], kwargs)
         if hidden is args[0] and changed is kwargs:
             return None
@@ -264,7 +273,7 @@ class Hooks:
 
     def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
-        turn, self._local.turn = self._local.turn, None
+        turn, self._local.turn, self._local.onward = self._local.turn, None, None
         if turn is None:
             return None
         if turn.prompt.groups:
@@ -340,7 +349,7 @@ class Hooks:
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn = None, None
+        local.encoded, local.turn, local.onward = None, None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -386,12 +395,6 @@ class Hooks:
             "which needs one token a step and a cache; use greedy search, sampling or beam search "
             "with use_cache=True, or turn that step off"
         )
-
-    def _idle(self, cache: Cache | None) -> bool:
-        """Whether a decoding step has nothing to do in any layer."""
-        if cache is None or self.plan.focus is not None or self.plan.work:
-            return False
-        return not any(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.waits or self.plan.focus:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import PrunedLayer, check_cache, slots_held
+from foveate.engine.cache import check_cache, is_pruned, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -36,6 +36,8 @@ from foveate.engine.inputs import (
     supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.layout import Layout
+from foveate.engine.onward import Onward
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
@@ -63,6 +65,7 @@ class _Local(threading.local):
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
     replayed: Turn | None = None  # of a layer that is recomputed for its gradients
+    onward: Onward | None = None  # instead of a turn, where nothing can be removed
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
@@ -241,8 +244,12 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif past and length == 1 and self._idle(cache):
-            return None  # without a turn, layers are left alone
+        elif past and self.plan.focus is None and not self.plan.work:
+            if is_pruned(cache):
+                layout = Layout.full(batch, length, sequence.device)
+                flash = takes_2d_masks(self.family.text.config._attn_implementation)
+                local.onward = Onward(self.family, cache, layout, flash)
+            return None
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -267,9 +274,12 @@ class Hooks:
 
     def enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a decoder layer: hand it what is alive."""
-        turn = self._local.turn
+        local, turn = self._local, self._local.turn
+        if turn is None and local.onward is not None:
+            changed = local.onward.enter(number, args[0], kwargs)
+            return None if changed is None else (args, changed)
         if turn is None:
-            turn = self._local.replayed = self.replays.find(number, kwargs)
+            turn = local.replayed = self.replays.find(number, kwargs)
         elif module is not self.family.layers[number] and turn.groups:  # something is around it
             self.replays.keep(number, turn, kwargs)
         if turn is None:
@@ -302,7 +312,7 @@ class Hooks:
 
     def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
-        turn, self._local.turn = self._local.turn, None
+        turn, self._local.turn, self._local.onward = self._local.turn, None, None
         if turn is None:
             return None
         if turn.prompt.groups:
@@ -386,7 +396,8 @@ class Hooks:
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn, local.replayed, local.sample = None, None, None, None
+        local.encoded, local.turn, local.onward = None, None, None
+        local.replayed, local.sample = None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -432,12 +443,6 @@ class Hooks:
             "which needs one token a step and a cache; use greedy search, sampling or beam search "
             "with use_cache=True, or turn that step off"
         )
-
-    def _idle(self, cache: Cache | None) -> bool:
-        """Whether a decoding step has nothing to do in any layer."""
-        if cache is None or self.plan.focus is not None or self.plan.work:
-            return False
-        return not any(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.waits or self.plan.focus:

@@ -135,6 +135,13 @@ class Family:
         """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
         return self.text.rotary_emb(hidden, position_ids=position_ids)
 
+    @property
+    def rotary_by_length(self) -> bool:
+        """Whether the frequencies of rotary embeddings depend on the largest position."""
+        kinds = getattr(self.text.rotary_emb, "rope_type", "default")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
         return True

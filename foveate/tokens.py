@@ -57,6 +57,8 @@ class VisualTokens:
             if it did not.
         learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
             do not learn.
+        real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same
+            method has left images different numbers of them; `None` for all.
     """
 
     features: Callable[[], Tensor]
@@ -73,6 +75,7 @@ class VisualTokens:
     quota: int = 0
     label: Tensor | None = None
     learned: nn.Module | None = None
+    real: Tensor | None = None
 
     @property
     def x(self) -> Tensor:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import PrunedLayer, check_cache, slots_held
+from foveate.engine.cache import check_cache, is_pruned, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -36,6 +36,8 @@ from foveate.engine.inputs import (
     supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.layout import Layout
+from foveate.engine.onward import Onward
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
@@ -57,11 +59,13 @@ class _Local(threading.local):
 
     inside: bool = False  # within the base model's forward
     encoding: bool = False  # within get_image_features or get_video_features
+    given: Tensor | None = None  # what the projector was given there
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
     replayed: Turn | None = None  # of a layer that is recomputed for its gradients
+    onward: Onward | None = None  # instead of a turn, where nothing can be removed
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
@@ -152,7 +156,7 @@ class Hooks:
             return original(*args, **kwargs)
         self._check_encoding(modality)
         arguments = bound(original, args, kwargs)
-        local.encoding = True
+        local.encoding, local.given = True, None
         try:
             with ExitStack() as stack:
                 signals, vision = self.tags.signals, self.vision
@@ -167,13 +171,19 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        self.tags.tag(modality, output, arguments, rows, passes)
+        self.tags.tag(modality, output, arguments, rows, passes, local.given)
+        local.given = None
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
         local.awaited = not local.inside and local.requests is not None
         return output
+
+    def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Before the projector: keep what it is given, for methods that merge that."""
+        if self._local.encoding:
+            self._local.given = args[0]
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the base model: find placeholders, and reduce features encoded before."""
@@ -234,8 +244,12 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif past and length == 1 and self._idle(cache):
-            return None  # without a turn, layers are left alone
+        elif past and self.plan.focus is None and not self.plan.work:
+            if cache is not None and is_pruned(cache):
+                layout = Layout.full(batch, length, sequence.device)
+                flash = takes_2d_masks(self.family.text.config._attn_implementation)
+                local.onward = Onward(self.family, cache, layout, flash)
+            return None
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -260,9 +274,12 @@ class Hooks:
 
     def enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a decoder layer: hand it what is alive."""
-        turn = self._local.turn
+        local, turn = self._local, self._local.turn
+        if turn is None and local.onward is not None:
+            changed = local.onward.enter(number, args[0], kwargs)
+            return None if changed is None else (args, changed)
         if turn is None:
-            turn = self._local.replayed = self.replays.find(number, kwargs)
+            turn = local.replayed = self.replays.find(number, kwargs)
         elif module is not self.family.layers[number] and turn.groups:  # something is around it
             self.replays.keep(number, turn, kwargs)
         if turn is None:
@@ -295,7 +312,7 @@ class Hooks:
 
     def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
-        turn, self._local.turn = self._local.turn, None
+        turn, self._local.turn, self._local.onward = self._local.turn, None, None
         if turn is None:
             return None
         if turn.prompt.groups:
@@ -379,7 +396,8 @@ class Hooks:
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn, local.replayed, local.sample = None, None, None, None
+        local.encoded, local.turn, local.onward = None, None, None
+        local.replayed, local.sample = None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -426,12 +444,6 @@ class Hooks:
             "with use_cache=True, or turn that step off"
         )
 
-    def _idle(self, cache: Cache | None) -> bool:
-        """Whether a decoding step has nothing to do in any layer."""
-        if cache is None or self.plan.focus is not None or self.plan.work:
-            return False
-        return not any(isinstance(layer, PrunedLayer) for layer in cache.layers)
-
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.waits or self.plan.focus:
             names = ", ".join(m.slug for m in self.plan.methods)
@@ -469,7 +481,8 @@ class Hooks:
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
-            notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
+            notes=["chunked prefill: kept tokens are not reported"] * sliced
+            + self.tags.notes(encoded),
         )
 
     def _keep_record(self, record: Record) -> None:

@@ -53,10 +53,10 @@ def placeholders(
     Raises:
         InputError: embeddings alone, which do not say which rows are visual tokens.
     """
+    if ids is not None and ids.shape[1] == 1 and not given:
+        return {}
     tokens = family.placeholder_ids
     if ids is not None:
-        if ids.shape[1] == 1 and not given:
-            return {}
         masks = {modality: ids == token for modality, token in tokens.items()}
     else:
         embeds = kwargs.get("inputs_embeds")

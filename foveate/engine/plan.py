@@ -100,6 +100,7 @@ class Plan:
             steps += planned
         _check_signals(steps)
         _check_parking(steps)
+        _check_ragged(steps)
         _check_thresholds(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
@@ -183,6 +184,12 @@ class Plan:
         """Methods that compare patches with the question in CLIP's space."""
         needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
         return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
+
+    @cached_property
+    def before_projector(self) -> tuple[str, ...]:
+        """Methods that merge what the projector is given."""
+        names = (s.method.slug for s in self.pre_llm if s.step.before_projector)
+        return tuple(dict.fromkeys(names))
 
     @property
     def first_layer(self) -> int:
@@ -282,6 +289,12 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
         )
     assert family.encoder is not None  # as checked before
     kernel = family.encoder.tower.config._attn_implementation or "eager"
+    if planned.step.ragged and kernel not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{method.slug} leaves images that are encoded together different numbers of tokens, "
+            f"which needs a mask that {kernel!r} attention does not take; set the encoder's "
+            "attention to 'sdpa', or give as_released=True"
+        )
     if planned.step.proportional and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"proportional attention of {method.slug} adds a bias to the scores, which "
@@ -445,6 +458,25 @@ def _check_parking(steps: Sequence[PlannedStep]) -> None:
             raise LayerError(
                 f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
                 "use positions='original'"
+            )
+
+
+def _check_ragged(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps in the encoder while images have different numbers of tokens."""
+    vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
+    for planned in (s for s, _ in vision if s.step.ragged):
+        own = [place for s, place in vision if s.method_number == planned.method_number]
+        between = [
+            s
+            for s, place in vision
+            if s.method_number != planned.method_number and own[0] <= place <= own[-1]
+        ]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where "
+                f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
+                f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
+                "as_released=True"
             )
 
 

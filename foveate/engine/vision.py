@@ -121,7 +121,7 @@ class VisionPart(Part):
         block = self.encoder.block
         if block is None or block.output is None:
             return frozenset()
-        biased = [s.step.layer for s in plan.vision if s.step.proportional]
+        biased = [s.step.layer for s in plan.vision if s.step.proportional or s.step.ragged]
         return frozenset(
             range(min(biased, default=len(self.encoder.layers)), len(self.encoder.layers))
         )

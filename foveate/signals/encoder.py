@@ -162,7 +162,7 @@ class EncoderSignals:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
         if "information_flow" in names:
             row = class_row(query, key, heads, special, bias)
-            rows["information_flow"] = information_flow(row, parts[2], special)[:, None]
+            rows["information_flow"] = information_flow(row, parts[2], special, bias)[:, None]
         if "joint_cls_attention" in names:
             rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
         if "encoder_keys" in names:

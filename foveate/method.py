@@ -1,8 +1,7 @@
 """Method and Step: what a paper becomes, and the registry of methods.
 
 A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts
-and decides which visual tokens survive there; slicing states, masks, positions and the KV cache is
-the engine's work.
+and decides which visual tokens survive there; slicing is the engine's work.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.budget import Keep, check_keep
 from foveate.budget import count as budget_count
@@ -235,6 +234,10 @@ class Method(ABC):
     def work(self, model: ModelFacts) -> tuple[Work, ...]:
         """What decoder layers compute of visual tokens, where that is less than everything."""
         return ()
+
+    def learned(self, model: ModelFacts) -> nn.Module | None:
+        """New parameters of a method that learns. `prepare` makes them part of the model."""
+        return None
 
     def positions_on(self, model: ModelFacts) -> Positions:
         """What becomes of positions on a model: the field if it is given, else what is published.

@@ -2,7 +2,7 @@
 
 The file holds `format` (a number that grows when older versions of foveate could not read it),
 `foveate` (the version that wrote it), `methods` (what `Method.to_dict` says, in stream order) and
-`head` (see `foveate.prepare`).
+`head` (see `foveate.prepare`). What methods have learned is in foveate.safetensors.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from foveate.budget import PerRequest
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method, get_method
 
 FILE = "foveate.json"
+WEIGHTS = "foveate.safetensors"
 FORMAT = 1
 Head = Literal["all", "labels"]
 
@@ -36,11 +41,15 @@ class Saved:
     methods: tuple[Method, ...]
     head: Head = "all"
 
-    def write(self, folder: str | Path) -> Path:
+    def write(self, folder: str | Path, learned: Mapping[str, Tensor] | None = None) -> Path:
         """Write the file into a folder, which is made if need be.
 
+        Args:
+            folder: where to.
+            learned: weights of methods that learn, which go into a file of their own.
+
         Returns:
-            Its path.
+            The path of foveate.json.
 
         Raises:
             InputError: a method is not registered, so that nobody could load it.
@@ -56,7 +65,24 @@ class Saved:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        if learned:
+            weights = {name: value.contiguous() for name, value in learned.items()}
+            save_file(weights, path.with_name(WEIGHTS))
         return path
+
+    def read_weights(self, path: str | Path | None, learned: nn.Module) -> None:
+        """Read the weights of methods that learn into their modules.
+
+        Raises:
+            InputError: there are none, or they do not fit.
+        """
+        names = ", ".join(method.slug for method in self.methods)
+        if path is None:
+            raise InputError(f"{names} learns, but there is no {WEIGHTS} beside {FILE}")
+        try:
+            learned.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path} does not hold the weights of {names}: {error}") from None
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:

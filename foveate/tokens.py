@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 
@@ -57,6 +57,8 @@ class VisualTokens:
             if it did not.
         real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same
             method has left images different numbers of them; `None` for all.
+        learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
+            do not learn.
     """
 
     features: Callable[[], Tensor]
@@ -73,6 +75,7 @@ class VisualTokens:
     quota: int = 0
     label: Tensor | None = None
     real: Tensor | None = None
+    learned: nn.Module | None = None
 
     @property
     def x(self) -> Tensor:

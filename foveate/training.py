@@ -12,17 +12,17 @@ methods that ask. Choices carry no gradient; what survives does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.engine.part import Part
-from foveate.engine.session import MethodLike, Session, use
+from foveate.engine.part import part_of
+from foveate.engine.session import LEARNED, MethodLike, Session, use
 from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
-from foveate.saving import FILE, Head, Saved
+from foveate.saving import FILE, WEIGHTS, Head, Saved
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,11 +57,12 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
         raise FoveateError(f"head must be 'all' or 'labels', got {head!r}")
     inner = bare(model)
     session = use(inner, method, **fields)
-    session.check_training()
+    session.make_trainable()
     if head == "labels":
         session.label_logits()
     session.attach()
-    session.around_saving(model, _with_file(session))
+    session.own_learned()
+    session.around_saving(model, _with_files(session))
     return model
 
 
@@ -80,9 +81,7 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None, **options:
         AttachError: the model was not prepared.
         InputError: a method is not registered.
     """
-    session = session_of(model)
-    _saved(session).write(folder)
-    _saver(model).save_pretrained(folder, **options)
+    _with_files(session_of(model))(_saver(model).save_pretrained, folder, **options)
     if processor is not None:
         processor.save_pretrained(folder)
 
@@ -112,7 +111,7 @@ def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
     saved = Saved.read(path)
     adapters = _find(folder, "adapter_config.json", options)
     if adapters is None:
-        return prepare(_from_pretrained(folder, options), list(saved.methods), head=saved.head)
+        return _restore(_from_pretrained(folder, options), saved, folder, options)
     try:
         from peft import PeftConfig, PeftModel
     except ImportError:
@@ -120,7 +119,7 @@ def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     inner: Any = _from_pretrained(base, options)
     model = PeftModel.from_pretrained(inner, str(folder), is_trainable=trainable)
-    return prepare(model, list(saved.methods), head=saved.head)
+    return _restore(model, saved, folder, options)
 
 
 def session_of(model: nn.Module) -> Session:
@@ -134,8 +133,8 @@ def session_of(model: nn.Module) -> Session:
     """
     for module in bare(model).modules():
         for hook in module._forward_pre_hooks.values():
-            part = getattr(getattr(hook, "func", hook), "__self__", None)
-            if isinstance(part, Part) and isinstance(part.session, Session):
+            part = part_of(hook)
+            if part is not None and isinstance(part.session, Session):
                 return part.session
     raise AttachError(
         f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"
@@ -169,19 +168,35 @@ def _saver(model: nn.Module) -> Any:
     return found
 
 
-def _saved(session: Session) -> Saved:
-    return Saved(session.methods, "labels" if session.labelled_logits else "all")
-
-
-def _with_file(session: Session) -> Callable[..., Any]:
-    """`save_pretrained`, with foveate.json."""
+def _with_files(session: Session) -> Callable[..., Any]:
+    """`save_pretrained`, with what foveate writes beside it."""
+    saved = Saved(session.methods, "labels" if session.labelled_logits else "all")
 
     def around(original: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("is_main_process", True):
-            _saved(session).write(save_directory)
+            saved.write(save_directory, _learned(session, kwargs.get("state_dict")))
         return original(save_directory, *args, **kwargs)
 
     return around
+
+
+def _learned(session: Session, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What methods have learned: of a model's state where that was gathered, or as it is."""
+    if state is not None:
+        prefix = f"{LEARNED}."
+        found = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if found:
+            return found
+    return session.learned.state_dict()
+
+
+def _restore(model: M, saved: Saved, folder: str | Path, options: dict[str, Any]) -> M:
+    """Prepare a model with what was saved of its methods."""
+    prepare(model, list(saved.methods), head=saved.head)
+    learned = session_of(model).learned
+    if len(learned):
+        saved.read_weights(_find(folder, WEIGHTS, options), learned)
+    return model
 
 
 def _find(folder: str | Path, name: str, options: dict[str, Any]) -> str | None:

@@ -170,6 +170,7 @@ class Encoding:
                     step=step,
                     frames=of.frames,
                     real=of.real,
+                    learned=planned.learned,
                 )
                 reduction = planned.method.reduce(tokens, count)
                 of.reduce(reduction)

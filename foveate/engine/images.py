@@ -330,6 +330,7 @@ def reduce_group(
             place=planned.step.place,
             frames=part.shape.frames,
             label=part.labels.get(planned.method_number),
+            learned=planned.learned,
         )
 
     result: list[tuple[Group, Group, Reduction | None]] = []

@@ -18,6 +18,7 @@ from foveate.engine.asking import Asked, starts
 from foveate.engine.images import Group, split_by_count
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
+from foveate.errors import InputError
 from foveate.method import Need
 from foveate.signals import SIGNALS
 from foveate.signals.decoder import LayerView, transition
@@ -75,6 +76,11 @@ class Looks:
         """Note what a module of a layer made of its input, both (B, P, D)."""
         if "transition" not in self._due(number):
             return
+        if self.prompt.sample is not None:
+            raise InputError(
+                "how much layers change a token is told among all tokens of a row, so packed "
+                "samples would see each other; leave packing off, or use another method"
+            )
         real = self._prompted
         if real is None:
             real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)

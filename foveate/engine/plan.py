@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from foveate.budget import PerRequest
 from foveate.engine.compute import why_whole
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -26,6 +28,7 @@ class PlannedStep:
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
         parks: whether what it takes out comes back at the method's next step.
+        learned: parameters of the method, if it learns.
     """
 
     method: Method
@@ -34,6 +37,7 @@ class PlannedStep:
     step: Step
     renumber: bool
     parks: bool = False
+    learned: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ class Plan:
             of_method = method.steps(family)
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
+            learned = method.learned(family)
             planned = [
-                PlannedStep(method, method_number, i, step, renumber and not step.stay, parks)
+                PlannedStep(
+                    method, method_number, i, step, renumber and not step.stay, parks, learned
+                )
                 for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
@@ -108,6 +115,12 @@ class Plan:
             )
         work = _work(family, methods)
         return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
+
+    @cached_property
+    def learned(self) -> nn.ModuleDict:
+        """Number of a method -> its parameters, of methods that learn."""
+        steps = (*self.vision, *self.pre_llm, *self.llm)
+        return nn.ModuleDict({str(s.method_number): s.learned for s in steps if s.learned})
 
     @property
     def asks(self) -> bool:

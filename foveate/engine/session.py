@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from foveate.report import Report
 
+LEARNED = "foveate"  # the name of what methods learn, among a model's modules
 MethodLike = Method | str | Sequence[Method]
 
 
@@ -89,14 +90,16 @@ class Session:
 
     # -- training
 
-    def check_training(self) -> None:
-        """Refuse methods that have nothing to do in training.
+    def make_trainable(self) -> None:
+        """Get ready to be attached for training: what is compiled then runs hooks as they are.
 
         Raises:
-            UnsupportedModelError: so it is.
+            UnsupportedModelError: a method has nothing to do in training.
             BudgetError: a budget is given for each request.
         """
         self.plan.check_training()
+        for part in self._parts:
+            part.uncompiled = True
 
     @property
     def labelled_logits(self) -> bool:
@@ -123,6 +126,22 @@ class Session:
                 "use head='all'"
             )
         last.labelled_logits = True
+
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """Number of a method -> its parameters, of methods that learn."""
+        return self.plan.learned
+
+    def own_learned(self) -> None:
+        """Make what methods learn a part of the attached model, as its module `foveate`.
+
+        It is trained, moved and saved with the model. `remove()` takes it off again.
+        """
+        if not len(self.learned):
+            return
+        self._model.add_module(LEARNED, self.learned.to(self._model.device))
+        self.learned.train(self._model.training)
+        self._parts[-1].undo(lambda: delattr(self._model, LEARNED))
 
     def around_saving(self, module: nn.Module, around: Callable[..., Any]) -> None:
         """Call `around(save_pretrained, ...)` in place of a module's `save_pretrained`, as long as

@@ -220,7 +220,14 @@ class Turn:
         else:
             rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
-        return rotary, None if self.prompt.flash else positions
+        return rotary, self._packed() if self.prompt.flash else positions
+
+    def _packed(self) -> Tensor | None:
+        """(B, P) places of the columns in packed samples, for kernels that tell these apart so."""
+        if self.prompt.sample is None:
+            return None
+        sample = self.prompt.sample.gather(1, self.layout.index.clamp(min=0))
+        return torch.arange(sample.shape[1], device=sample.device) - starts(sample)
 
     def begin(self, embeds: Tensor) -> None:
         """Drop what was removed from the image features.

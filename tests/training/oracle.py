@@ -88,11 +88,41 @@ def logits_of(text, head, sample: Sample, schedule: Schedule):
                     positions = torch.arange(len(labels)).expand_as(positions)
                 rotary = text.rotary_emb(hidden[None], position_ids=positions)
             kept.append([place[torch.isin(place, image)] - image[0] for image in sample.images])
-        probabilities, v = attend(layer, hidden, rotary)
-        mixed = (probabilities @ v).transpose(0, 1).reshape(len(hidden), -1)
-        hidden = hidden + layer.self_attn.o_proj(mixed)
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        hidden = block(layer, hidden, rotary)
     return head(text.norm(hidden)), labels, kept
+
+
+def block(layer, hidden, rotary):
+    """A decoder layer, for (T, D)."""
+    probabilities, v = attend(layer, hidden, rotary)
+    mixed = (probabilities @ v).transpose(0, 1).reshape(len(hidden), -1)
+    hidden = hidden + layer.self_attn.o_proj(mixed)
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+def given_loss_of(text, head, samples: list[Sample], kept: list[list[dict[int, Tensor]]]):
+    """The loss of a batch in which somebody else has chosen; survivors stay at their positions.
+
+    Args:
+        kept: for each image of each sample, layer -> raster indices that are left before it.
+    """
+    total, predicted = 0.0, 0
+    for sample, images in zip(samples, kept, strict=True):
+        hidden, labels, positions = sample.embeds, sample.labels, sample.positions
+        place = torch.arange(len(labels))
+        for number, layer in enumerate(text.layers):
+            stays = torch.ones(len(labels), dtype=torch.bool)
+            for columns, chosen in zip(sample.images, images, strict=True):
+                if number in chosen:
+                    gone = columns[~torch.isin(columns - columns[0], chosen[number])]
+                    stays &= ~torch.isin(place, gone)
+            hidden, labels, place = hidden[stays], labels[stays], place[stays]
+            positions = positions[..., stays]
+            hidden = block(layer, hidden, text.rotary_emb(hidden[None], position_ids=positions))
+        logits = head(text.norm(hidden))
+        total = total + F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+        predicted += int((labels[1:] != -100).sum())
+    return total / predicted
 
 
 def loss_of(text, head, samples: list[Sample], schedule: Schedule, items: int | None = None):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.errors import InputError
 from foveate.methods import PyramidDrop
 from foveate.training import session_of
 from tests.training.batches import ROWS, batch, called, kinds, samples
@@ -149,6 +150,50 @@ def test_packed_samples_get_what_they_get_alone(kind, model, rows):
     compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
 
 
+def unpacking_flash(module, query, key, value, mask, scaling=None, position_ids=None, **kwargs):
+    """Flash attention's convention in plain torch: in one row, a position 0 begins a sample."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    allowed = torch.ones(length, length, dtype=torch.bool)
+    if getattr(module, "is_causal", True):
+        assert mask is None
+        sample = (position_ids == 0).cumsum(1)[0]
+        assert bool(((position_ids.diff() == 1) | (position_ids[:, 1:] == 0)).all())
+        allowed = allowed.tril() & (sample[:, None] == sample)
+    scores = (query @ key.transpose(2, 3)) * scaling
+    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+def test_packed_samples_stay_apart_in_flash_kernels():
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+    kind = kinds()[0]
+    inputs, talks = batch(kind, "turns", "right")
+    want = expected(kind, kind.build().train(), inputs, talks)
+    name = "emulated_2d"
+    AttentionInterface.register(name, unpacking_flash)
+    AttentionMaskInterface.register(name, flash_attention_mask)
+    try:
+        model = kind.build().train()
+        model.set_attn_implementation(name)
+        foveate.prepare(model, METHOD)
+        loss = model(**called(pack(kind, model, inputs, talks)), use_cache=False).loss
+        compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
+    finally:
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
+
+
+def test_samples_packed_by_lengths_alone_are_refused(kind, model):
+    inputs, talks = batch(kind, "turns", "right")
+    packed = called(pack(kind, model, inputs, talks))
+    foveate.prepare(model, METHOD)
+    with pytest.raises(InputError, match="cu_seq_lens_q tells the attention kernel"):
+        model(**packed, cu_seq_lens_q=torch.tensor([0, 70, 120]), use_cache=False)
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, after):
     """As FSDP's activation checkpointing wraps them, around their hooks."""
@@ -169,3 +214,22 @@ def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, aft
     assert len(replays) == (0 if after else 1)
     compare((loss, gradients(loss, dict(zip(want[1], leaves, strict=True)))), want)
     assert not len(replays)  # nothing is kept behind the backward pass
+
+
+@pytest.mark.parametrize("how", ["layers", "model"])
+def test_compiled_models_train_alike(how):
+    kind = kinds()[1]
+    inputs, talks = batch(kind, "turns", "left")
+    model = kind.build().train()
+    want = expected(kind, model, inputs, talks)
+    foveate.prepare(model, METHOD)
+    torch._dynamo.reset()
+    compiled = model.model.language_model.layers if how == "layers" else [model]
+    for module in compiled:
+        module.compile(backend="eager", dynamic=True)
+    loss = model(**called(inputs), use_cache=False).loss
+    compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 50
+    if how == "layers":
+        assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()

@@ -189,6 +189,24 @@ def test_adapters_train_whether_put_on_before_or_after(first):
     compare((loss, got), (want[0], {n.removeprefix(""): g for n, g in renamed(want[1], got)}))
 
 
+@pytest.mark.parametrize("name", ["fastervlm", "cls-drop"])
+def test_adapters_in_the_encoder_take_part_in_its_signals(name):
+    pytest.importorskip("peft")
+    inputs = called(batch(KIND, "images")[0])
+    kept = []
+    for first in ("prepare", "peft", "neither"):
+        model = KIND.build()
+        if first == "prepare":
+            model = adapted(foveate.prepare(model, name, keep=0.25))
+        elif first == "peft":
+            model = foveate.prepare(adapted(model), name, keep=0.25)
+        else:
+            foveate.prepare(model, name, keep=0.25)
+        model(**inputs)
+        kept.append([[k.tolist() for k in image.values()] for image in session_of(model).kept])
+    assert kept[0] == kept[1] != kept[2]
+
+
 def renamed(want, got):
     """Gradients of the bare model under the names that PEFT's wrapper gives."""
     for name in got:

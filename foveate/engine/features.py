@@ -144,6 +144,7 @@ class Asker:
         ends: logical column of each image's last token; empty where the prompt is not known.
         question: the text behind the images, and its (B, Q, D) embeddings.
         clip: what is asked, as CLIP embeds it.
+        labelled: whether labels say what is asked; images of which nothing is are then left alone.
     """
 
     rows: Sequence[int]
@@ -152,6 +153,17 @@ class Asker:
     ends: Sequence[int] = ()
     question: tuple[Question, Tensor] | None = None
     clip: ClipQuestions | None = None
+    labelled: bool = False
+
+    def unasked(self, needs: Sequence[Need], group: Group) -> set[int]:
+        """Members of a group about which nothing is asked that a step needs to know."""
+        if not self.labelled or all(need.name != "question_embeddings" for need in needs):
+            return set()
+        assert self.question is not None  # reduction waits until the prompt is known
+        question = self.question[0]
+        where = (torch.tensor(x, device=question.real.device) for x in (group.rows, group.ends))
+        asked = question.mask(*where).any(1).tolist()
+        return {i for i, asks in enumerate(asked) if not asks}
 
     def signals(self, name: str, part: Group) -> dict[str, Tensor]:
         """A signal of the prompt for each image of a group, with masks of all the text there is and
@@ -273,8 +285,9 @@ def _reduce(
                         found[need.name] = deliver(need.name, rows)
                 return found
 
+            unasked = asker.unasked(planned.step.needs, group)
             for part, reduced, reduction in reduce_group(
-                planned, group, begin, asker.request, first, signals
+                planned, group, begin, asker.request, first, signals, unasked
             ):
                 made = values(part)
                 if reduction is not None:

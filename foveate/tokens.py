@@ -106,7 +106,7 @@ class VisualTokens:
         Tokens left over behind the last frame are in rows below its grid.
         """
         height, width = self.grid
-        cell = self.index - self.frame * (height * width)
+        cell = self.index if self.frames == 1 else self.index - self.frame * (height * width)
         return torch.stack((cell // width, cell % width), dim=-1)
 
     def signal(self, name: str) -> Tensor:
@@ -131,4 +131,6 @@ def frame_of(index: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
         grid: (height, width) of a frame.
         frames: frames of the video; tokens behind the last belong to it.
     """
+    if frames == 1:
+        return torch.zeros_like(index)
     return (index // (grid[0] * grid[1])).clamp(max=frames - 1)

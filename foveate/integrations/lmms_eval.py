@@ -217,11 +217,12 @@ class FoveateSimple(_Foveate):
             results.append(self._rounds(user_turn(visual(document), context), settings, more))
         return results
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """(loss, greedy) of requests (context, continuation, pictures of a document, document...).
 
         The loss is the mean negative log-likelihood of a token, of which lmms-eval takes the
-        smallest. A request without a document asks for the continuation alone.
+        smallest. A request without a document asks for the continuation alone. Pairs are wrapped,
+        because lmms-eval 0.7.3 makes a text of every result that it does not know.
         """
         results = []
         for request in requests:
@@ -232,7 +233,8 @@ class FoveateSimple(_Foveate):
                 document = self._document(task, split, number)
                 visuals = visual(document)
                 target = target if isinstance(target, str) else target(document)
-            results.append(self.chat.loss(user_turn(visuals, context), str(target)))
+            pair = self.chat.loss(user_turn(visuals, context), str(target))
+            results.append(GenerationResult(text=pair))
         return results
 
 

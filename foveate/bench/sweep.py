@@ -20,8 +20,8 @@ from foveate.models import find_family
 Prompts = Callable[[int, int], Mapping[str, Any]]
 """Model inputs for (visual tokens of a row, rows)."""
 RULE = (
-    "slower: three quarters of the rounds were slower than with all tokens; perhaps slower: the "
-    "median round was"
+    "red, `slower`: behind all tokens in three quarters of the rounds or more; yellow, "
+    "`perhaps_slower`: in half of them"
 )
 
 

@@ -101,6 +101,10 @@ class Step:
         decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
             attend to what the method chooses (it is a `Focuser`) by the layer before.
         forget: for `llm`, let the caches of the layers before forget what is removed.
+        before_projector: for `pre_llm`, merge what the projector is given and project that, on
+            models whose projector makes one token of each row; on others, merge behind it.
+        ragged: for `vision`, images that are encoded together may be left different numbers of
+            tokens (`Reduction.real`), which the method's last step makes equal.
     """
 
     stage: Stage
@@ -112,6 +116,8 @@ class Step:
     stay: bool = field(default=False, kw_only=True)
     forget: bool = field(default=False, kw_only=True)
     decode: bool = field(default=False, kw_only=True)
+    before_projector: bool = field(default=False, kw_only=True)
+    ragged: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:

@@ -55,6 +55,8 @@ class VisualTokens:
             hand.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
+        real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same
+            method has left images different numbers of them; `None` for all.
     """
 
     features: Callable[[], Tensor]
@@ -70,6 +72,7 @@ class VisualTokens:
     number: int = 0
     quota: int = 0
     label: Tensor | None = None
+    real: Tensor | None = None
 
     @property
     def x(self) -> Tensor:

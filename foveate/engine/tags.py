@@ -6,6 +6,7 @@ Shapes: `V` visual tokens of an image, `C` channels of a signal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +54,7 @@ class Tags:
         arguments: Mapping[str, Any],
         rows: dict[tuple[str, int], Tensor],
         passes: list[Encoding],
+        given: Tensor | None = None,
     ) -> None:
         """Make encoder output carry what is known of its images.
 
@@ -62,6 +64,7 @@ class Tags:
             arguments: what it was made from.
             rows: (signal, layer) -> what was collected of it.
             passes: passes through an encoder in which tokens were removed.
+            given: what the projector was given, if methods merge that.
 
         Raises:
             UnsupportedModelError: signals or survivors cannot be told for its tokens.
@@ -80,6 +83,11 @@ class Tags:
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         encoded = Encoded(shapes, signals, pixels, kept, placed)
+        projector = self.family.projector(modality)
+        if projector is not None and given is not None:
+            unprojected = self.family.unprojected(modality, given, lengths, arguments)
+            mixes = any(bool(image.isnan().any()) for image in unprojected)
+            encoded = replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
         features.tag(output, encoded)
 
     def _per_token(
@@ -95,6 +103,16 @@ class Tags:
         if [row.shape[-1] for row in images] != list(lengths):
             raise self.unmapped(modality)
         return images
+
+    def notes(self, outputs: Mapping[str, Any]) -> list[str]:
+        """What a record says of how the tokens of encoder output, by modality, were merged."""
+        names = ", ".join(self.plan.before_projector)
+        return [
+            f"{names} merged {modality} tokens behind the projector where this "
+            f"{self.family.model_type} makes or mixes several of them together"
+            for modality, output in outputs.items()
+            if names and not features.is_slice(output) and output.encoded.mixes
+        ]
 
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.engine.asking import starts
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
 from foveate.engine.focusing import Focusing
@@ -47,6 +48,8 @@ class Prompt:
         request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
+        supervised: (B, T) positions with a label; `None` without labels.
+        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
     """
 
     batch: int
@@ -59,6 +62,8 @@ class Prompt:
     request: Callable[[int], int]
     flash: bool
     visual: Tensor | None = None
+    supervised: Tensor | None = None
+    sample: Tensor | None = None
 
 
 class Turn:
@@ -288,7 +293,13 @@ class Turn:
         lost = False
         for group in self.groups:
             parts = reduce_group(
-                planned, group, self.begin_of, self.prompt.request, features, signals
+                planned,
+                group,
+                self.begin_of,
+                self.prompt.request,
+                features,
+                signals,
+                self.looks.unasked(planned.step.needs, group),
             )
             for part, after, reduction in parts:
                 groups.append(after)
@@ -320,6 +331,8 @@ class Turn:
             count = gone.long()
             behind = count.cumsum(1)
             shift, total = behind - count, behind[:, -1:]
+            if self.prompt.sample is not None:  # each sample has positions of its own
+                shift = shift - shift.gather(1, starts(self.prompt.sample))
             self._shift = shift if self._shift is None else self._shift + shift
             self._renumbered = total if self._renumbered is None else self._renumbered + total
         alive = ~gone

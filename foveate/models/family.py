@@ -257,6 +257,31 @@ class Family:
         cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
         return list(rows[..., cells].mean(-1))
 
+    def projector(self, modality: str) -> Any:
+        """The module that makes one visual token of each row it is given; `None` if there is none,
+        because tokens are made of several rows or mixed afterwards.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
+    def unprojected(
+        self, modality: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """(V, C) what the projector is given for the visual tokens of each image.
+
+        Tokens that it does not make, such as newlines, get zeros; all of an image whose tokens are
+        mixed behind it get NaN.
+
+        Args:
+            modality: `image` or `video`.
+            rows: (..., C) what it is given.
+            lengths: visual tokens of each image.
+            arguments: what the features were made from.
+        """
+        return rows.reshape(-1, rows.shape[-1]).split(list(lengths))
+
     def follow(
         self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """Speed by batch size and prompt length: TTFT, prefill, decoding, peak memory, cache bytes.
 
-    python benchmarks/speed.py            # the published set on one CPU core, about 13 minutes
+    python benchmarks/speed.py            # the published set on one CPU core, about 15 minutes
     python benchmarks/speed.py --gpu      # 4B and 7B sizes in bfloat16, batch 1 to 32; needs CUDA
     python benchmarks/speed.py --fresh    # forget what was measured before
 
@@ -27,9 +27,10 @@ ON_CPU = {
         CPU,
         model="random:llama-256x8",
         methods="pyramiddrop,fastv,dart,sparsevlm,divprune,cdpruner,visionzip,tome",
+        new_tokens=4,
     ),
     "speed_long": replace(CPU, model="random:llama-256x8", tokens="2880", batch="1,2"),
-    "speed_wide": replace(CPU, model="random:llama-768x16", batch="1"),
+    "speed_wide": replace(CPU, model="random:llama-768x16", methods=f"{FOUR},uniform", batch="1"),
 }
 ON_GPU = {
     "speed_gpu_qwen3_vl_4b": replace(

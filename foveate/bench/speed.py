@@ -99,7 +99,7 @@ class Bench:
     def watching(self) -> Iterator[None]:
         """Note when image features are made, before a session sees them."""
         base = find_family(self.model).base
-        original = base.get_image_features
+        original, before = base.get_image_features, vars(base).get("get_image_features")
 
         @functools.wraps(original)
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -112,6 +112,8 @@ class Bench:
             yield
         finally:
             del base.get_image_features
+            if before is not None:
+                base.get_image_features = before
 
     def prompt(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """One prefill: the cache, and the next token of each row, (B, 1)."""

@@ -87,6 +87,14 @@ def test_nothing_is_left_on_the_model(bench, made):
     assert gc.get_freeze_count() == frozen
 
 
+def test_a_session_that_was_there_stays(bench, made):
+    with foveate.use(bench.model, "random", keep=0.25) as session:
+        with pytest.raises(FoveateError, match="already carries"):
+            measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), repeats=1)
+        bench.model(**made(36, 1))
+        assert [len(kept["pre_llm"]) for kept in session.kept] == [9]
+
+
 def test_a_cache_that_is_not_as_reported_is_an_error(bench, made, monkeypatch):
     monkeypatch.setattr("foveate.report.flops.kv_bytes", lambda *_: 12)
     with pytest.raises(FoveateError, match=r"fastv: the cache holds .* says 12"):

@@ -114,6 +114,30 @@ def test_phases_are_the_times_between_marks():
     assert watch.phases_ms() == {"vision": 0.0, "prefill": 1000.0, "decode": 0.0}
 
 
+def test_on_cuda_events_are_timed(monkeypatch):
+    class Event:
+        now = iter([10.0, 12.0, 17.0, 18.0])
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(Event.now)
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    synchronised = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronised.append)
+    watch = Stopwatch(torch.device("cuda"), cpu_time=False)
+    for name in ("start", "vision", "prefill", "decode"):
+        watch.mark(name)
+    assert synchronised == []
+    assert watch.phases_ms() == {"vision": 2.0, "prefill": 5.0, "decode": 1.0}
+    assert synchronised == [torch.device("cuda")]
+
+
 def test_a_slow_method_is_found_and_listed(bench, made, monkeypatch):
     """Runs are replaced by known times: fastv takes longer to decode, random is at the edge."""
     entrants = contenders(bench.model, METHODS)

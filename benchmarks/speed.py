@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from foveate.cli.bench_speed import SpeedJob, bench_speed
+from foveate.errors import FoveateError
 
 RESULTS = Path(__file__).parent / "results"
 SCHEDULE = "pyramiddrop.keep=0.5,0.25,0.125"
@@ -61,8 +62,11 @@ def main() -> None:
         for name in jobs:
             (RESULTS / f"{name}.json").unlink(missing_ok=True)
         sys.orig_argv.remove("--fresh")  # the process starts anew, with a warm heap
-    for name, job in jobs.items():
-        bench_speed(replace(job, json_path=RESULTS / f"{name}.json"))
+    try:
+        for name, job in jobs.items():
+            bench_speed(replace(job, json_path=RESULTS / f"{name}.json"))
+    except FoveateError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

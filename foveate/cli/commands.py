@@ -9,9 +9,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from foveate.cli import bench_speed, listing
 from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
-from foveate.cli import listing
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import check_writable, load_image, load_skeleton
 from foveate.cli.options import make_method
@@ -185,6 +185,9 @@ def demo(
     chosen: Method = make_method(method, keep)
     check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
+
+
+app.command("bench-speed", help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class Reduction:
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:
         """Keep the `count` highest of (G, V) scores, in their original order."""
-        index = scores.topk(count, dim=-1).indices
+        index = scores.topk(count, dim=-1, sorted=False).indices
         return cls(index.sort(dim=-1).values)
 
     @classmethod

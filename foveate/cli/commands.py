@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `demo`."""
+"""The commands: `run`, `list`, `calibrate`, `demo`."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from foveate.cli import bench_speed, listing
+from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
-from foveate.cli import listing
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import load_image, load_skeleton
+from foveate.cli.inputs import check_writable, load_image, load_skeleton
 from foveate.cli.options import make_method
 from foveate.cli.run import Job, execute
 from foveate.errors import FoveateError, InputError
@@ -66,7 +66,8 @@ def run(
         typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
     ],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
+        str,
+        typer.Option("--method", "-m", help="A name that `foveate list` shows, or a JSON file."),
     ],
     keep: Annotated[
         str | None,
@@ -98,8 +99,8 @@ def run(
         )
     *paths, question = inputs
     pictures = [load_image(path) for path in paths]
-    _check_writable(show, picture=True)
-    _check_writable(json_path)
+    check_writable(show, picture=True)
+    check_writable(json_path)
     outcome = execute(
         Job(
             model=model,
@@ -164,6 +165,9 @@ def list_(
     console.print(listing.method_table(skeleton))
 
 
+app.command("calibrate", help=calibration.HELP)(calibration.calibrate)
+
+
 @app.command("demo")
 def demo(
     seed: Annotated[int, typer.Option(help="Which scene to draw.")] = demonstration.SEED,
@@ -179,20 +183,11 @@ def demo(
       foveate demo --seed 7 --method fastv --keep 0.25
     """
     chosen: Method = make_method(method, keep)
-    _check_writable(out, picture=True)
+    check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
 
 
-def _check_writable(path: Path | None, *, picture: bool = False) -> None:
-    """Refuse before the work, and not after it."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"cannot save {path}: it is a folder")
-    if picture and path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
+app.command("bench-speed", help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 
 
 def main() -> None:

@@ -169,8 +169,8 @@ class Encoding:
                     place=step.place,
                     step=step,
                     frames=of.frames,
-                    learned=planned.learned,
                     real=of.real,
+                    learned=planned.learned,
                 )
                 reduction = planned.method.reduce(tokens, count)
                 of.reduce(reduction)

@@ -34,10 +34,13 @@ _COLUMNS = {  # axis of the columns, of what is taken of all columns
     "llm_states": 1,
     "normed_states": 1,
     "llm_keys": 2,
+    "llm_values": 2,
+    "value_attention": 3,
     "transition": 1,
 }
 _PLACES = ("prompt_positions", "question_positions")  # known without a look at a layer
-_ASKED = ("text_attention", "content_attention")  # of tokens that ask
+_ALONE = ("content_attention", "value_attention")  # softmax over the image's tokens alone
+_ASKED = ("text_attention", *_ALONE)  # of tokens that ask
 
 
 class Looks:
@@ -135,6 +138,10 @@ class Looks:
                 return view.hidden
             case "llm_keys":
                 return view.keys
+            case "llm_values":
+                return view.values
+            case "value_attention":
+                return view.value_logits(self._last)
             case "normed_states":
                 return self._norm(view.hidden)
             case "question_states":
@@ -321,7 +328,7 @@ class Looks:
         columns = self.turn.columns_of(part, layout).to(taken.device)
         values = taken.movedim(_COLUMNS[name], 1)[rows, columns].movedim(1, _COLUMNS[name])
         if name in _ASKED:
-            return self._mean(values.softmax(-1) if name == "content_attention" else values, part)
+            return self._mean(values.softmax(-1) if name in _ALONE else values, part)
         if name == "question_attention":
             mask = self._mask(part).to(taken.device)[:, None, :, None]
             return values.masked_fill(~mask, 0.0)

@@ -5,9 +5,9 @@ Vision-Language Models", arXiv:2505.19536 (NeurIPS 2025). Reference code: TungCh
 a2ecd24, the path for CLIP; where it and the paper differ (the semantic cue), the code is followed.
 Differs from the reference: any depth of encoder and any attention kernel work; entropy is taken in
 float32 and of 0 log 0 as 0 (there: NaN, which ends the run); each image has a schedule of its own
-(there: images that are encoded together share one). The second cut inside the language model, which
-the release makes for LLaVA-NeXT and Qwen2-VL, and its path for encoders without a class token are
-not here.
+(there: images that are encoded together share one). The second cut, inside the language model,
+which the release makes for LLaVA-NeXT and Qwen2-VL, is the method `flowcut-inner`. The release's
+path for encoders without a class token is not here.
 """
 
 from __future__ import annotations

@@ -134,6 +134,13 @@ SIGNALS = {
     ),
     "llm_states": Signal("(G, L, V, D): input states of decoder layers", "decoder"),
     "llm_keys": Signal("(G, L, Hkv, V, d): keys of decoder layers, rotated", "decoder"),
+    "llm_values": Signal("(G, L, Hkv, V, d): values of decoder layers", "decoder"),
+    "value_attention": Signal(
+        "(G, L, Hkv, V): softmax, over the image's tokens alone, of the products of the last "
+        "prompt token's values with theirs",
+        "decoder",
+        asks=True,
+    ),
     "normed_states": Signal(
         "(G, L, V, D): input states of decoder layers under the language model's final norm",
         "decoder",

@@ -141,7 +141,7 @@ def pack(kind, model, inputs, talks):
     return packed
 
 
-@pytest.mark.parametrize("rows", ["turns", "images", "text", "bare"])
+@pytest.mark.parametrize("rows", ["turns", "images", "text", "bare", "silent first"])
 def test_packed_samples_get_what_they_get_alone(kind, model, rows):
     inputs, talks = batch(kind, rows, "right")
     want = expected(kind, model, inputs, talks)

@@ -37,6 +37,7 @@ class Encoded:
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
+        fed: what the features were made from, with shapes of floating-point tensors only.
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
@@ -46,6 +47,7 @@ class Encoded:
     kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     left: list[Left] = field(default_factory=list)
+    fed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:

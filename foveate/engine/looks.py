@@ -185,6 +185,12 @@ class Looks:
             asked = (prompt.real[:, prompt.past :] * order).amax(1, keepdim=True)
         return asked - prompt.trailing
 
+    @property
+    def asked(self) -> int:
+        """Text tokens behind images that were looked at, in the longest row; 0 if none were."""
+        question = vars(self).get("question")
+        return 0 if question is None else question.columns.shape[1]
+
     @cached_property
     def question(self) -> Question:
         """The text behind the images."""

@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 from foveate.engine import features
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
+from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.vision import VisionPart
@@ -53,6 +54,7 @@ class Tags:
         arguments: Mapping[str, Any],
         rows: dict[tuple[str, int], Tensor],
         passes: list[Encoding],
+        made_outside: bool = False,
     ) -> None:
         """Make encoder output carry what is known of its images.
 
@@ -62,6 +64,7 @@ class Tags:
             arguments: what it was made from.
             rows: (signal, layer) -> what was collected of it.
             passes: passes through an encoder in which tokens were removed.
+            made_outside: whether features were handed in.
 
         Raises:
             UnsupportedModelError: signals or survivors cannot be told for its tokens.
@@ -79,7 +82,8 @@ class Tags:
         }
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(shapes, signals, pixels, kept, placed)
+        fed = {} if made_outside else of_shapes(self.family.fed(arguments))
+        encoded = Encoded(shapes, signals, pixels, kept, placed, fed=fed)
         features.tag(output, encoded)
 
     def _per_token(
@@ -135,5 +139,5 @@ class Tags:
                 "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
-        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
+        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [], True)
         return copy

@@ -52,14 +52,13 @@ def methods_of(name, kind):
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", PIXELS)
 def test_accounts_equal_what_torch_counts(name, images, kind):
-    member = MEMBERS[name]()
-    model = member.build("eager")
+    member, methods = MEMBERS[name](), methods_of(name, kind)
+    model = member.build("eager")  # last: members share configs, and with them the attention
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the counter misses grouped products
     family = find_family(model)
     if kind == "vision" and (family.encoder is None or family.encoder.block is None):
         pytest.skip("methods cannot act inside this encoder")
-    methods = methods_of(name, kind)
     inputs, _ = batch_of(member, model, (images,))
     session = foveate.use(model, methods)
     try:

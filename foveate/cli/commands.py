@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `calibrate`, `demo`."""
+"""The commands: `run`, `list`, `flops`, `calibrate`, `demo`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from foveate.cli import bench_speed, listing
 from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
+from foveate.cli import flops as counting
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import check_writable, load_image, load_skeleton
 from foveate.cli.options import make_method
@@ -166,6 +167,9 @@ def list_(
 
 
 app.command("calibrate", help=calibration.HELP)(calibration.calibrate)
+
+
+app.command("flops", help=counting.HELP)(counting.flops)
 
 
 @app.command("demo")

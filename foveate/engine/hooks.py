@@ -481,6 +481,13 @@ class Hooks:
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
+            encoder_bounds=[] if self.vision is None else self.vision.bounds,
+            encoded={
+                modality: output.encoded.fed
+                for modality, output in ({} if sliced else encoded).items()
+                if output.encoded.fed
+            },
+            question_tokens=turn.looks.question_tokens,
             notes=["chunked prefill: kept tokens are not reported"] * sliced
             + self.tags.notes(encoded),
         )

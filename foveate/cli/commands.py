@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `demo`."""
+"""The commands: `run`, `list`, `demo`, `train`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from foveate.cli import demo as demonstration
 from foveate.cli import listing
+from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import load_image, load_skeleton
 from foveate.cli.options import make_method
@@ -181,6 +182,22 @@ def demo(
     chosen: Method = make_method(method, keep)
     _check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
+
+
+@app.command("train", help=training.HELP)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file.")] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a YAML file to begin with.")
+    ] = False,
+) -> None:
+    """Train a model with a method."""
+    if example:
+        print(training.EXAMPLE, end="")
+    elif config is None:
+        raise InputError("train needs a YAML file; `foveate train --example` prints one")
+    else:
+        training.run(config, stdout())
 
 
 def _check_writable(path: Path | None, *, picture: bool = False) -> None:

@@ -19,14 +19,18 @@ from transformers.cache_utils import Cache
 
 from foveate.clip import ClipQuestions
 from foveate.engine import features
+from foveate.engine.asking import IGNORED, samples
 from foveate.engine.cache import PrunedLayer, check_cache, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import (
     bound,
+    check_labels,
     check_later_images,
     check_positions,
+    labels_of,
+    only_labelled,
     placeholders,
     real_positions,
 )
@@ -34,6 +38,7 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
+from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
@@ -55,8 +60,11 @@ class _Local(threading.local):
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
+    replayed: Turn | None = None  # of a layer that is recomputed for its gradients
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
+    supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
+    sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
     clip: ClipQuestions | None = None
@@ -83,6 +91,8 @@ class Hooks:
         self.family = family
         self.vision = vision
         self.tags = Tags(plan, family, vision)
+        self.replays = Replays()
+        self.labelled_logits = False  # whether logits are made for labels alone, in training
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip
@@ -113,8 +123,9 @@ class Hooks:
         finally:
             self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
 
-    def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Before the model with its head: see how many tokens behind the prompt are drafts.
+    def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before the model with its head: see what is supervised, and how many tokens behind the
+        prompt are drafts.
 
         In assisted decoding the first forward holds drafts already, and logits are kept for each
         of them.
@@ -122,6 +133,11 @@ class Hooks:
         keep = kwargs.get("logits_to_keep", 0)
         drafting = self._local.requests is not None and isinstance(keep, int)
         self._local.trailing = max(keep - 1, 0) if drafting else 0
+        labels = labels_of(module, args, kwargs)
+        self._local.supervised = None if labels is None else labels != IGNORED
+        if not self.labelled_logits or labels is None or not module.training:
+            return None
+        return args, only_labelled(labels, kwargs)
 
     def features(
         self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -171,7 +187,10 @@ class Hooks:
         if not local.visual:
             return None
         local.prompt = (ids, kwargs)
+        local.sample = samples(kwargs)
         check_positions(self.family, kwargs)
+        if local.supervised is None and local.requests is None and self.plan.asks_text:
+            check_labels(module, self.plan.asks_text)
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -194,6 +213,7 @@ class Hooks:
     def leave_model(self, module: nn.Module, args: Args, output: Any) -> None:
         """After the base model, also when it raised: forget the forward."""
         self._forget()
+        self._local.supervised = None
 
     def enter_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the text model: begin the turn."""
@@ -224,6 +244,8 @@ class Hooks:
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
             visual=_any(local.visual) if local.visual and groups and self.plan.asks else None,
+            supervised=local.supervised if groups else None,
+            sample=local.sample if groups else None,
         )
         local.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
@@ -235,6 +257,10 @@ class Hooks:
         """Before a decoder layer: hand it what is alive."""
         turn = self._local.turn
         if turn is None:
+            turn = self._local.replayed = self.replays.find(number, kwargs)
+        elif module is not self.family.layers[number] and turn.groups:  # something is around it
+            self.replays.keep(number, turn, kwargs)
+        if turn is None:
             return None
         hidden, changed = turn.enter(number, module, args[0], kwargs)
         if hidden is args[0] and changed is kwargs:
@@ -245,7 +271,7 @@ class Hooks:
         self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Around a decoder layer's forward: do less of it for visual tokens."""
-        turn, work = self._local.turn, self.plan.work[number]
+        turn, work = self._local.turn or self._local.replayed, self.plan.work[number]
         split = None if turn is None else turn.splits.get(number)
         if split is None or not (split.images or work.blind):
             return original(hidden, *args, **kwargs)
@@ -308,7 +334,9 @@ class Hooks:
         length = visual.shape[1]
         real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
         real = None if real is None else real[:, -length:]
-        question = Question.of(visual, real, local.trailing, rows, ends)
+        if local.supervised is not None:
+            real = ~local.supervised if real is None else real & ~local.supervised
+        question = Question.of(visual, real, local.trailing, rows, ends, local.sample)
         table = self.family.base.get_input_embeddings()
         return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
 
@@ -340,7 +368,7 @@ class Hooks:
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn = None, None
+        local.encoded, local.turn, local.replayed, local.sample = None, None, None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""

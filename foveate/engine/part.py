@@ -15,6 +15,7 @@ class Part(ABC):
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self.session: object = None  # the session that it is a part of
 
     @property
     @abstractmethod

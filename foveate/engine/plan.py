@@ -113,6 +113,14 @@ class Plan:
         """Whether it matters inside the language model which positions are visual."""
         return bool(self.looks or self.work)
 
+    @cached_property
+    def asks_text(self) -> tuple[str, ...]:
+        """Methods whose choice depends on what the prompt asks."""
+        steps = (
+            (s.method.slug, need.name) for s in (*self.pre_llm, *self.llm) for need in s.step.needs
+        )
+        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
+
     @property
     def marks(self) -> bool:
         """Whether image features may come with removed rows marked."""
@@ -182,6 +190,26 @@ class Plan:
     def per_request(self) -> tuple[PerRequest, ...]:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
+
+    def check_training(self) -> None:
+        """Refuse to train with methods that would do nothing, or not what they say.
+
+        Raises:
+            UnsupportedModelError: a method acts on decoding alone.
+            BudgetError: a budget is given for each row of a batch.
+        """
+        if self.per_request:
+            raise BudgetError(
+                "per_request gives a keep for each row of a batch, but in training rows come in "
+                "batches of any size and order; give one keep for all"
+            )
+        acting = {s.method_number for s in (*self.vision, *self.pre_llm, *self.llm)}
+        for number, method in enumerate(self.methods):
+            if number not in acting and not self.work:
+                raise UnsupportedModelError(
+                    f"{method.slug} acts on the tokens that are generated, and training generates "
+                    "none; train without it, and attach it for inference"
+                )
 
 
 def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:

@@ -5,13 +5,14 @@ Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.engine.asking import starts
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
 from foveate.engine.focusing import Focusing
@@ -29,6 +30,7 @@ from foveate.engine.looks import Looks
 from foveate.engine.parking import Parked
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.models import Family
+from foveate.reduction import Reduction
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class Prompt:
         request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
+        supervised: (B, T) positions with a label; `None` without labels.
+        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
     """
 
     batch: int
@@ -59,6 +63,8 @@ class Prompt:
     request: Callable[[int], int]
     flash: bool
     visual: Tensor | None = None
+    supervised: Tensor | None = None
+    sample: Tensor | None = None
 
 
 class Turn:
@@ -286,10 +292,12 @@ class Turn:
         )
         groups: list[Group] = []
         lost = False
-        for group in self.groups:
-            parts = reduce_group(
-                planned, group, self.begin_of, self.prompt.request, features, signals
-            )
+        for group, asked in self._asked(planned):
+            parts: list[tuple[Group, Group, Reduction | None]] = [(group, group, None)]
+            if asked:
+                parts = reduce_group(
+                    planned, group, self.begin_of, self.prompt.request, features, signals
+                )
             for part, after, reduction in parts:
                 groups.append(after)
                 self.note(after, planned.step.place)
@@ -310,6 +318,15 @@ class Turn:
             return hidden
         return self._take(hidden, self._compact(gone, planned.renumber))
 
+    def _asked(self, planned: PlannedStep) -> Iterator[tuple[Group, bool]]:
+        """Groups, and whether a step acts on them: whether anything is asked that it needs."""
+        for group in self.groups:
+            unasked = self.looks.unasked(planned.step.needs, group)
+            for asked in (True, False):
+                members = [i for i in range(len(group.images)) if (i in unasked) != asked]
+                if members:
+                    yield group.pick(members), asked
+
     def _compact(self, gone: Tensor, renumber: bool) -> Tensor:
         """Drop (B, T) logical positions, and all padding.
 
@@ -320,6 +337,8 @@ class Turn:
             count = gone.long()
             behind = count.cumsum(1)
             shift, total = behind - count, behind[:, -1:]
+            if self.prompt.sample is not None:  # each sample has positions of its own
+                shift = shift - shift.gather(1, starts(self.prompt.sample))
             self._shift = shift if self._shift is None else self._shift + shift
             self._renumbered = total if self._renumbered is None else self._renumbered + total
         alive = ~gone

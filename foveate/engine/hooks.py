@@ -244,7 +244,7 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif past and self.plan.focus is None and not self.plan.work:
+        elif cache is not None and past and self.plan.focus is None and not self.plan.work:
             if is_pruned(cache):
                 layout = Layout.full(batch, length, sequence.device)
                 flash = takes_2d_masks(self.family.text.config._attn_implementation)

@@ -345,6 +345,13 @@ def test_command_measures_the_packaged_model(in_this_process, tmp_path):
     assert result["machine"]["torch"] == torch.__version__
 
 
+def test_a_result_that_cannot_be_saved_is_refused_first(in_this_process, tmp_path):
+    line = f"bench-speed --model nowhere --json {tmp_path}/none/out.json"
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 2
+    assert "there is no folder" in done.output
+
+
 @pytest.mark.parametrize(
     ("names", "keep", "settings", "error"),
     [

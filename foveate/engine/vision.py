@@ -313,6 +313,6 @@ class VisionPart(Part):
             cache_slots=[],
             pixels=encoding.pixels,
             encoder_tokens=rows + encoding.rows,
-            encoder_bounds=[None] * len(rows) + encoding.bounds,
+            encoder_bounds=[*(None for _ in rows), *encoding.bounds],
             encoded={"image": of_shapes(encoding.arguments)},
         )

@@ -120,7 +120,7 @@ def attention_flops(shape: TextShape, pairs: int) -> int:
 
 
 def mlp_flops(shape: TextShape, tokens: int) -> int:
-    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert to choose from."""
+    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert rated."""
     return 2 * tokens * shape.hidden * (3 * shape.mlp + shape.router)
 
 

@@ -109,7 +109,7 @@ def _inside(
             f"what {plan.vision[0].method.slug} does inside the encoder of {family.model_type!r} "
             "depends on the pictures; run it and ask for the report instead"
         )
-    pictures, full = traced.rows
+    full = traced.rows[1]
     left = begin = full - encoder.special
     rows = []
     for layer in range(len(encoder.layers)):

@@ -204,9 +204,7 @@ class _Run:
                 del layer.forward
         of_layers = tuple(self.layers.get(number, 0) for number in range(len(layers)))
         projector = self.total - self.embedding - sum(of_layers)
-        return Traced(
-            self.embedding, of_layers, projector, shapes, self.rows, *_matrices(encoder)
-        )
+        return Traced(self.embedding, of_layers, projector, shapes, self.rows, *_matrices(encoder))
 
     def _encode(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Shape, ...]:
         if not self.family.text_layers:

@@ -50,7 +50,7 @@ class Row:
     def cells(self) -> list[str]:
         unit = f" {self.unit}"
         if self.ours is None:
-            return [self.method, self.what, f"{self.published}{unit}", "–", "–", self.why]
+            return [self.method, self.what, f"{self.published}{unit}", "-", "-", self.why]
         off = f"{self.ours - self.published:+.{self.digits}f}"
         ours = f"{self.ours:.{self.digits}f}{unit}"
         return [self.method, self.what, f"{self.published}{unit}", ours, off, self.why]

@@ -34,7 +34,7 @@ CONVENTIONS = {
     convention.name: convention
     for convention in (
         Convention("foveate", "a multiply-add is 2; attention as far as it is causal"),
-        Convention("dense", "a multiply-add is 2; attention in full, as torch counts", causal=False),
+        Convention("dense", "a multiply-add is 2; attention in full, as torch", causal=False),
         Convention(
             "macs", "a multiply-add is 1; attention in full", multiply_add=1, causal=False
         ),

@@ -19,7 +19,7 @@ from foveate.measure import flops
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import Convention
-from foveate.measure.forecast import fed, planned
+from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method
 from foveate.models import find_family

@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `flops`, `demo`."""
+"""The commands: `run`, `list`, `flops`, `calibrate`, `train`, `demo`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from foveate.cli import bench_speed, listing
+from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
 from foveate.cli import flops as counting
-from foveate.cli import listing
+from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import load_image, load_skeleton
+from foveate.cli.inputs import check_writable, load_image, load_skeleton
 from foveate.cli.options import make_method
 from foveate.cli.run import Job, execute
 from foveate.errors import FoveateError, InputError
-from foveate.measure.conventions import get_convention
 from foveate.method import Method
 from foveate.models import unsupported_families
 
@@ -68,7 +68,8 @@ def run(
         typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
     ],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
+        str,
+        typer.Option("--method", "-m", help="A name that `foveate list` shows, or a JSON file."),
     ],
     keep: Annotated[
         str | None,
@@ -100,8 +101,8 @@ def run(
         )
     *paths, question = inputs
     pictures = [load_image(path) for path in paths]
-    _check_writable(show, picture=True)
-    _check_writable(json_path)
+    check_writable(show, picture=True)
+    check_writable(json_path)
     outcome = execute(
         Job(
             model=model,
@@ -166,63 +167,10 @@ def list_(
     console.print(listing.method_table(skeleton))
 
 
-FLOPS_HELP = """Count what a method saves on a model, from its config alone; nothing is run.
-
-MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
-so that these need no network. FLOPs are split into vision tower, projector, selection and language
-model; a multiply-add is 2 and causal attention is what the mask lets through, unless another
-convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the formulas of papers,
-[bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
-
-[bold]Examples[/]
-
-  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop
-
-  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop --convention pyramiddrop
-
-  foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
-"""  # noqa: E501
+app.command("calibrate", help=calibration.HELP)(calibration.calibrate)
 
 
-@app.command("flops", help=FLOPS_HELP)
-def flops(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
-    ],
-    keep: Annotated[str | None, typer.Option(help="As in `foveate run`.")] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
-    image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
-    convention: Annotated[
-        str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
-    ] = "foveate",
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Show one decoding step behind the prompt too.")
-    ] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
-) -> None:
-    """Count what a method saves."""
-    _check_writable(json_path)
-    question = counting.Question(
-        model=model,
-        method=make_method(method, keep, setting or ()),
-        convention=get_convention(convention),
-        images=images,
-        size=counting.parse_size(image_size),
-        text_tokens=text_tokens,
-        decode=decode,
-    )
-    with progress() as steps:
-        steps.say(f"counting on {model}")
-        answer = counting.count(question)
-    answer.show(stdout())
-    if json_path is not None:
-        counting.save(answer, json_path)
+app.command("flops", help=counting.HELP)(counting.flops)
 
 
 @app.command("demo")
@@ -240,20 +188,27 @@ def demo(
       foveate demo --seed 7 --method fastv --keep 0.25
     """
     chosen: Method = make_method(method, keep)
-    _check_writable(out, picture=True)
+    check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
 
 
-def _check_writable(path: Path | None, *, picture: bool = False) -> None:
-    """Refuse before the work, and not after it."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"cannot save {path}: it is a folder")
-    if picture and path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
+app.command("bench-speed", help=bench_speed.HELP, hidden=True)(bench_speed.speed)
+
+
+@app.command("train", help=training.HELP)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file.")] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a YAML file to begin with.")
+    ] = False,
+) -> None:
+    """Train a model with a method."""
+    if example:
+        print(training.EXAMPLE, end="")
+    elif config is None:
+        raise InputError("train needs a YAML file; `foveate train --example` prints one")
+    else:
+        training.run(config, stdout())
 
 
 def main() -> None:

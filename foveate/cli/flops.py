@@ -5,26 +5,46 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.inputs import load_image_processor, load_skeleton
+from foveate.cli.console import progress, stdout
+from foveate.cli.inputs import check_writable, load_image_processor, load_skeleton
+from foveate.cli.options import make_method
 from foveate.engine.plan import Plan
 from foveate.errors import InputError
-from foveate.measure import flops
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
-from foveate.measure.conventions import Convention
+from foveate.measure.conventions import Convention, get_convention
+from foveate.measure.flops import TextShape
 from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method
 from foveate.models import find_family
 from foveate.record import Record
 from foveate.report import layer_ranges
+
+HELP = """Count what a method saves on a model, from its config alone; nothing is run.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
+so that these need no network. FLOPs are split into vision tower, projector, selection and language
+model; a multiply-add is 2 and causal attention is what the mask lets through, unless another
+convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the formulas of papers,
+[bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
+
+[bold]Examples[/]
+
+  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop
+
+  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop --convention pyramiddrop
+
+  foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
+"""  # noqa: E501
 
 HALF = 2  # bytes of a value in the cache, in float16 and bfloat16
 
@@ -141,7 +161,7 @@ def count(question: Question) -> Answer:
     full = whole(record)
     before = account(full, family, (), question.convention)
     after = account(record, family, [question.method], question.convention)
-    shape = flops.TextShape.of(family.config)
+    shape = TextShape.of(family.config)
     slot = 2 * shape.kv_heads * shape.head_dim * HALF
     stored = slot * sum(full.cache_slots), slot * sum(record.cache_slots)
     return Answer(question, record, before, after, stored, tuple(_notes(question)))
@@ -195,3 +215,43 @@ def _plain(counted: Account) -> dict[str, Any]:
 
 def _table(heading: str) -> Table:
     return Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+
+
+def flops(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
+    ],
+    keep: Annotated[str | None, typer.Option(help="As in `foveate run`.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
+    image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
+    convention: Annotated[
+        str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
+    ] = "foveate",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Show one decoding step behind the prompt too.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
+) -> None:
+    """Count what a method saves."""
+    check_writable(json_path)
+    question = Question(
+        model=model,
+        method=make_method(method, keep, setting or ()),
+        convention=get_convention(convention),
+        images=images,
+        size=parse_size(image_size),
+        text_tokens=text_tokens,
+        decode=decode,
+    )
+    with progress() as steps:
+        steps.say(f"counting on {model}")
+        answer = count(question)
+    answer.show(stdout())
+    if json_path is not None:
+        save(answer, json_path)

@@ -31,10 +31,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
     Raises:
         FoveateError: it cannot be loaded; the message says why and what to do.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    where = _device(device)
-    kind: Any = getattr(torch, dtype, "auto")
+    where = check_device(device)
+    kind: Any = read_dtype(dtype) or "auto"
     if dtype == "auto" and where.type == "cpu":
         kind = torch.float32
     model: Any
@@ -107,6 +105,22 @@ def load_image(path: str | Path) -> Image.Image:
         raise InputError(f"cannot read {path} as an image: {error}") from None
 
 
+def check_writable(path: Path | None, *, picture: bool = False) -> None:
+    """Refuse before the work, and not after it.
+
+    Raises:
+        InputError: a file cannot be saved at the path.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"cannot save {path}: it is a folder")
+    if picture and path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
+
+
 def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:
     """Model inputs for one question about some pictures, on the model's device.
 
@@ -152,7 +166,23 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _device(name: str) -> torch.device:
+def read_dtype(name: str) -> torch.dtype | None:
+    """The type that one of `DTYPES` names; `None` for `auto`.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: torch knows no such device, or it is not there.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -29,6 +29,7 @@ from foveate.method import Need
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals.encoder import EncoderSignals
+from foveate.signals.taps import Taps
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -73,6 +74,7 @@ class VisionPart(Part):
         self._signals = (
             EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
         )
+        self._taps = Taps()
         self._local = _Local()
         self._last: Record | None = None
 
@@ -125,7 +127,7 @@ class VisionPart(Part):
         block = self.encoder.block
         if block is None or block.output is None:
             return frozenset()
-        biased = [s.step.layer for s in plan.vision if s.step.proportional]
+        biased = [s.step.layer for s in plan.vision if s.step.proportional or s.step.ragged]
         return frozenset(
             range(min(biased, default=len(self.encoder.layers)), len(self.encoder.layers))
         )
@@ -161,7 +163,8 @@ class VisionPart(Part):
                 self.wrap(layer, "forward", functools.partial(self._halves, layer, steps))
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
-                    self.behind(getattr(attention, name), functools.partial(self._tap, name))
+                    self._taps.add(attention, name, functools.partial(self._tap, name))
+        self._undo.append(self._taps.remove)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
         if self._signals is not None:
@@ -176,6 +179,7 @@ class VisionPart(Part):
     # -- around the encoder
 
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        self._taps.refresh()
         arguments = bound(module.forward, args, kwargs)
         side = self.family.side(self._local.modality)
         self._local.encoding = Encoding(self.family, self.encoder, arguments, side)

@@ -33,11 +33,9 @@ class Convention:
 CONVENTIONS = {
     convention.name: convention
     for convention in (
-        Convention("foveate", "a multiply-add is 2; attention as far as it is causal"),
-        Convention("dense", "a multiply-add is 2; attention in full, as torch", causal=False),
-        Convention(
-            "macs", "a multiply-add is 1; attention in full", multiply_add=1, causal=False
-        ),
+        Convention("foveate", "a multiply-add is 2; causal attention as the mask lets it"),
+        Convention("dense", "a multiply-add is 2; all attention, as torch counts", causal=False),
+        Convention("macs", "a multiply-add is 1; attention in full", multiply_add=1, causal=False),
         Convention(
             "pyramiddrop",
             "4nd^2 + 2n^2d + 3ndm for each decoder layer, visual tokens only (also SparseVLM)",
@@ -50,7 +48,7 @@ CONVENTIONS = {
             mlp=2,
         ),
     )
-}  # fmt: skip
+}
 
 
 def get_convention(name: str) -> Convention:

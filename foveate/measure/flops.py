@@ -120,7 +120,7 @@ def attention_flops(shape: TextShape, pairs: int) -> int:
 
 
 def mlp_flops(shape: TextShape, tokens: int) -> int:
-    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert rated."""
+    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert in choice."""
     return 2 * tokens * shape.hidden * (3 * shape.mlp + shape.router)
 
 

@@ -109,7 +109,7 @@ def _inside(
             f"what {plan.vision[0].method.slug} does inside the encoder of {family.model_type!r} "
             "depends on the pictures; run it and ask for the report instead"
         )
-    full = traced.rows[1]
+    _, full = traced.rows
     left = begin = full - encoder.special
     rows = []
     for layer in range(len(encoder.layers)):

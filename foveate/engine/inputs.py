@@ -37,14 +37,16 @@ def of_shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What features are made from, to count work by: floating-point tensors without their data."""
     said = {"return_dict"} | {name for name in arguments if name.startswith("output_")}
     return {
-        name: torch.empty_like(value, device="meta") if _has_floats(value) else value
+        name: _shape(value)
         for name, value in arguments.items()
         if name not in said and isinstance(value, Tensor | int | float | str | list | tuple)
     }
 
 
-def _has_floats(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.empty_like(value, device="meta")
+    return value
 
 
 def placeholders(

@@ -49,6 +49,16 @@ def compare(got, want):
     assert worst <= GRADIENTS * scale
 
 
+def kept_of(model):
+    """For each image, indices that are left at each place."""
+    return [[k.tolist() for k in image.values()] for image in session_of(model).kept]
+
+
+def chosen_of(want):
+    """The same, as the oracle has chosen."""
+    return [[k.tolist() for k in image] for row in want[2] for image in zip(*row, strict=True)]
+
+
 @pytest.fixture(params=kinds(), ids=lambda kind: kind.name)
 def kind(request):
     return request.param
@@ -71,10 +81,7 @@ def test_loss_and_gradients_are_those_of_short_sequences(kind, model, rows, side
     loss = model(**called(inputs)).loss
     compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
     assert abs(plain - float(loss.detach())) > 1e-4  # something was dropped
-    chosen = [image for row in want[2] for image in zip(*row, strict=True)]
-    assert [[k.tolist() for k in image.values()] for image in session_of(model).kept] == [
-        [k.tolist() for k in image] for image in chosen
-    ]
+    assert kept_of(model) == chosen_of(want)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -115,11 +122,11 @@ def test_under_autocast_the_loss_is_near_that_of_short_sequences(kind, model):
     foveate.prepare(model, METHOD)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(**called(inputs)).loss
-    kept = [[k.tolist() for k in image.values()] for image in session_of(model).kept]
+    kept = kept_of(model)
     grads = gradients(loss, kind.leaves(model, inputs))
     session_of(model).remove()
-    want, other, chosen = expected(kind, model, inputs, talks)
-    same = kept == [[k.tolist() for k in i] for row in chosen for i in zip(*row, strict=True)]
+    want, other, _ = oracle = expected(kind, model, inputs, talks)
+    same = kept == chosen_of(oracle)
     assert abs(loss.item() - want.item()) < (0.02 if same else 0.2)
     assert all(bool(gradient.isfinite().all()) for gradient in grads.values())
     flat, wanted = (torch.cat([g.flatten() for g in x.values()]) for x in (grads, other))
@@ -141,13 +148,27 @@ def pack(kind, model, inputs, talks):
     return packed
 
 
-@pytest.mark.parametrize("rows", ["turns", "images", "text", "bare"])
+@pytest.mark.parametrize("rows", ["turns", "images", "text", "bare", "silent first"])
 def test_packed_samples_get_what_they_get_alone(kind, model, rows):
     inputs, talks = batch(kind, rows, "right")
     want = expected(kind, model, inputs, talks)
     foveate.prepare(model, METHOD)
     loss = model(**called(pack(kind, model, inputs, talks)), use_cache=False).loss
     compare((loss, gradients(loss, kind.leaves(model, inputs))), want)
+    assert kept_of(model) == chosen_of(want)
+
+
+def test_packed_samples_count_their_positions_from_zero():
+    kind = kinds()[0]
+    model, seen = kind.build().train(), []
+    inputs, talks = batch(kind, "turns", "right")
+    foveate.prepare(model, METHOD)
+    model.model.language_model.layers[-1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"][0]), with_kwargs=True
+    )
+    model(**called(pack(kind, model, inputs, talks)), use_cache=False)
+    gone = kind.patches - int(kind.patches * KEEP[-1])
+    assert seen[0].tolist() == [i for ids, _ in talks for i in range(len(ids) - gone)]
 
 
 def unpacking_flash(module, query, key, value, mask, scaling=None, position_ids=None, **kwargs):
@@ -212,7 +233,9 @@ def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, aft
     replays = session_of(model)._parts[-1].replays
     loss = model(**called(inputs), use_cache=False).loss
     assert len(replays) == (0 if after else 1)
-    compare((loss, gradients(loss, dict(zip(want[1], leaves, strict=True)))), want)
+    named = dict(zip(want[1], leaves, strict=True))
+    torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    compare((loss, gradients(loss, named)), want)  # the second time too
     assert not len(replays)  # nothing is kept behind the backward pass
 
 

@@ -252,7 +252,8 @@ def warm_up(seed: int, folder: Path, steps: int, size: int = 12, rate: float = 2
             spent = round(time.process_time() - begun)
             print(
                 f"warm {seed} step {step} {asked} QA {spent} s vision {loss.item():.3f} "
-                f"answer {answer.item():.3f} right {right / total:.3f}", flush=True,
+                f"answer {answer.item():.3f} right {right / total:.3f}",
+                flush=True,
             )
     saved = {
         "model": model.state_dict(),

@@ -1,9 +1,9 @@
-"""Does training with fewer tokens reach the accuracy of training with all? From scratch, three seeds.
+"""Does training with fewer tokens reach the accuracy of training with all?
 
 `python benchmarks/convergence.py train --seed 0 --arm full` (or `pyramiddrop`) trains one arm
-through the stock Trainer and goes on where it stopped; `evaluate` asks held-out questions; `collect`
-writes `results/convergence.json`. Both arms of a seed share the vision tower, the initial weights,
-the data and their order.
+through the stock Trainer, goes on where it stopped, and asks held-out questions; `collect` writes
+`results/convergence.json`. All arms share the vision tower and the first steps of the language
+model; both arms of a seed share the data and their order.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _bench import machine, save, warm_heap
+from _bench import save, warm_heap
 
 ARMS = ("full", "pyramiddrop")
 HELD_OUT = 3 * 10**6

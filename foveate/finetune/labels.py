@@ -66,7 +66,9 @@ def render(processor: Any, example: Example) -> Rendered:
     return _close(processor, text, spans)
 
 
-def label_ids(tokenizer: Any, rendered: Rendered, ids: Sequence[int], example: Example) -> list[int]:
+def label_ids(
+    tokenizer: Any, rendered: Rendered, ids: Sequence[int], example: Example
+) -> list[int]:
     """Labels of a row.
 
     Args:
@@ -148,7 +150,9 @@ def _close(processor: Any, text: str, spans: list[tuple[int, int]]) -> Rendered:
     """Stretch every answer over the special token that ends its turn."""
     tokenizer = processor.tokenizer
     special = {token for token in tokenizer.all_special_tokens if token}
-    special |= {str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special}
+    special |= {
+        str(t) for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if t.special
+    }
     ends = re.compile(r"\s*(" + "|".join(map(re.escape, sorted(special, key=len)[::-1])) + ")")
     closed = []
     for begin, end in spans:

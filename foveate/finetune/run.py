@@ -77,7 +77,7 @@ def make_trainer(recipe: Recipe, model: Any, processor: Any) -> Trainer:
     return ResumingTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,  # type: ignore[arg-type]  # any sequence serves
+        train_dataset=data,
         data_collator=Collator(processor),
     )
 

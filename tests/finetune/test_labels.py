@@ -32,7 +32,13 @@ class Chat:
         tokens = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
         tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokens.decoder = decoders.ByteLevel()
-        marks = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+        marks = [
+            "<|im_start|>",
+            "<|im_end|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|image_pad|>",
+        ]
         self.tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=tokens, eos_token="<|im_end|>", additional_special_tokens=marks
         )
@@ -100,7 +106,9 @@ def test_an_answer_that_is_also_asked_is_found_where_it_is_given():
 
 def test_a_template_without_end_marks_gets_one_at_the_end():
     chat = Chat("{% for m in messages %}{{ m.role }}: {{ m.content[-1].text }} {% endfor %}")
-    example = talk(say("user", "a?"), say("assistant", "b"), say("user", "c"), say("assistant", "d"))
+    example = talk(
+        say("user", "a?"), say("assistant", "b"), say("user", "c"), say("assistant", "d")
+    )
     assert chat.learned(example)[0] == "bd<|im_end|>"
 
 
@@ -119,7 +127,9 @@ def test_a_template_that_trims_answers_is_followed():
     ],
 )
 def test_templates_that_hide_answers_are_refused(template, reason):
-    example = talk(say("user", "a?"), say("assistant", "b"), say("user", "c"), say("assistant", "d"))
+    example = talk(
+        say("user", "a?"), say("assistant", "b"), say("user", "c"), say("assistant", "d")
+    )
     with pytest.raises(InputError, match=reason):
         render(Chat(template), example)
 

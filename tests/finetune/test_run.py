@@ -1,4 +1,4 @@
-"""A run of `foveate train`: it learns, goes on after a kill as if nothing had been, and is saved."""
+"""A run of `foveate train`: it learns, goes on after a kill, and its outcome loads."""
 
 import json
 import os
@@ -48,11 +48,15 @@ def uninterrupted(whole, recipe_file):
 def test_the_outcome_loads_with_and_without_foveate(uninterrupted, model_folder):
     plain, ours = weights(uninterrupted), foveate.load(uninterrupted)
     torch.testing.assert_close(ours.state_dict(), plain)
-    changed = [name for name, value in weights(model_folder).items() if (value != plain[name]).any()]
+    changed = [
+        name for name, value in weights(model_folder).items() if (value != plain[name]).any()
+    ]
     assert any("language_model" in name for name in changed)
     assert any("vision_tower" in name for name in changed)
     assert AutoProcessor.from_pretrained(uninterrupted).chat_template
-    assert json.loads((uninterrupted / "recipe.json").read_text())["method"]["method"] == "pyramiddrop"
+    assert (
+        json.loads((uninterrupted / "recipe.json").read_text())["method"]["method"] == "pyramiddrop"
+    )
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(uninterrupted, recipe_file, tmp_path):
@@ -131,5 +135,5 @@ def test_freezing_what_is_not_there_or_all_is_refused(parts, reason, model_folde
 
 
 def test_arguments_that_the_trainer_refuses_are_its_words(recipe_file):
-    with pytest.raises(InputError, match="trainer: .*save_strategy|trainer: "):
+    with pytest.raises(InputError, match=r"trainer: .*sometimes"):
         train(recipe_file(trainer={"save_strategy": "sometimes"}))

@@ -255,8 +255,51 @@ def warm_up(seed: int, folder: Path, steps: int, size: int = 12, rate: float = 2
                 f"answer {answer.item():.3f} right {right / total:.3f}",
                 flush=True,
             )
-        if step % 50 == 49:
-            torch.save({"model": model.state_dict()}, folder / f"warm-{step + 1}.pt")
-    saved = {"model": model.state_dict(), "seconds": time.process_time() - begun}
+    saved = {
+        "model": model.state_dict(),
+        "seconds": time.process_time() - begun,
+        "questions": asked,
+        "right": right / total,
+    }
     torch.save(saved, folder / "warm.tmp")
     (folder / "warm.tmp").replace(folder / "warm.pt")
+
+
+@torch.no_grad()
+def answer_alone(model: Any, first: int, count: int, batch: int = 16) -> dict[str, list[int]]:
+    """Ask held-out questions one by one, as a user would; right and asked by kind, and in all.
+
+    Args:
+        model: the model, with or without a method on it.
+        first: seed of the first scene; three questions are asked about each.
+        count: how many questions.
+        batch: questions per forward pass, padded on the left.
+    """
+    was = model.training
+    model.eval()
+    items = []
+    for seed in range(first, first + count // 3):
+        scene = scene_of(seed)
+        items += [(scene, question) for question in questions_of(scene, Random(seed), 3)]
+    counts: dict[str, list[int]] = {}
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        rows = [conversation([question])[0][:-2] for _, question in part]
+        width = max(map(len, rows))
+        ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
+        pixels = torch.from_numpy(np.stack([np.array(scene.image) for scene, _ in part]))
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(
+                input_ids=ids,
+                attention_mask=(ids != PAD).long(),
+                pixel_values=normalise(pixels),
+                logits_to_keep=1,
+            ).logits
+        said = logits[:, -1].argmax(-1).tolist()
+        for (_, question), word in zip(part, said, strict=True):
+            for kind in (question.kind, "all"):
+                pair = counts.setdefault(kind, [0, 0])
+                pair[0] += word == WORD_ID[question.answer]
+                pair[1] += 1
+    model.train(was)
+    return counts

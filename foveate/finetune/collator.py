@@ -46,8 +46,8 @@ class Collator:
         """
         rendered = [render(self.processor, example) for example in examples]
         pictures = [example.pictures() for example in examples]
-        bos = getattr(self.processor.tokenizer, "bos_token", None)
-        begun = bool(bos) and rendered[0].text.startswith(bos)
+        bos: str = getattr(self.processor.tokenizer, "bos_token", None) or ""
+        begun = bos != "" and rendered[0].text.startswith(bos)
         try:
             batch = dict(
                 self.processor(

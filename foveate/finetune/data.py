@@ -118,15 +118,15 @@ class Scenes(Sequence[Example]):
     """
 
     def __init__(self, count: int, turns: int = 4, seed: int = 0) -> None:
-        self.count, self.turns, self.seed = count, turns, seed
+        self._count, self.turns, self.seed = count, turns, seed
 
     def __len__(self) -> int:
-        return self.count
+        return self._count
 
     def __getitem__(self, index: Any) -> Any:
         from foveate.tiny import draw_scene
 
-        if not 0 <= index < self.count:
+        if not 0 <= index < self._count:
             raise IndexError(index)
         seed = _TRAIN_SEEDS + self.seed * 10**9 + index
         scene = draw_scene(seed)
@@ -198,8 +198,9 @@ def _message(entry: Any, where: str) -> tuple[Message, list[str]]:
     role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
     if role not in _ROLES:
         raise InputError(f"{where}: the role must be one of {', '.join(_ROLES)}, got {role!r}")
+    inline: list[str] = []
     if isinstance(content, str):
-        parts, inline = list(_split(content)), []
+        parts = list(_split(content))
     elif isinstance(content, list):
         parts, inline = _parts(content, where)
     else:

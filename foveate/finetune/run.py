@@ -64,7 +64,7 @@ def make_trainer(recipe: Recipe, model: Any, processor: Any) -> Trainer:
         FoveateError: as in `finetune`.
     """
     arguments = _arguments(recipe)
-    from transformers import Trainer
+    from foveate.finetune.resume import ResumingTrainer
 
     data = recipe.data.load()
     with arguments.main_process_first(local=False, desc="checking the output folder"):
@@ -74,10 +74,10 @@ def make_trainer(recipe: Recipe, model: Any, processor: Any) -> Trainer:
         model = _adapt(model, recipe.lora)
     if recipe.method is not None:
         model = foveate.prepare(model, recipe.method)
-    return Trainer(
+    return ResumingTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,  # type: ignore[arg-type]  # any sequence serves
+        train_dataset=data,
         data_collator=Collator(processor),
     )
 

@@ -102,7 +102,7 @@ def test_missing_and_empty_files_are_refused(tmp_path):
 
 def test_a_picture_that_cannot_be_read_names_the_line(read, tmp_path):
     (tmp_path / "bad.png").write_text("no picture")
-    with pytest.raises(InputError, match="line 1: cannot read .*bad.png"):
+    with pytest.raises(InputError, match=r"line 1: cannot read .*bad\.png"):
         read(chat(images=["bad.png"]))[0].pictures()
 
 

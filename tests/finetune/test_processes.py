@@ -28,11 +28,12 @@ SHARDED = {
 
 
 def train(path, processes=1):
-    """Run `foveate train`; returns the output folder's losses."""
+    """Run `foveate train`, in one process or under torchrun."""
+    root = str(Path(foveate.__path__[0]).parent)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), "-m", "foveate", "train", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(foveate.__path__[0]).parent)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

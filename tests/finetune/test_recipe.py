@@ -77,7 +77,7 @@ def test_what_is_missing_is_named(missing):
 
 
 def test_files_are_named(tmp_path):
-    with pytest.raises(InputError, match="no such recipe: .*--example"):
+    with pytest.raises(InputError, match=r"no such recipe: .*--example"):
         read_recipe(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1")
     with pytest.raises(InputError, match=r"bad\.yaml is not YAML"):

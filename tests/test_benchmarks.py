@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,26 @@ def table():
 def test_the_page_is_made_from_the_results(table):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert page == table.page(), "run python benchmarks/table.py"
+
+
+def test_the_published_figures_are_those_of_the_script():
+    published = _script("published")
+    page = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8")
+    found = page.split(published.BEGIN)[1].split(published.END)[0]
+    assert found == published.table(), "run python benchmarks/published.py --write"
+    stages = {row.what: row for row in published.pyramiddrop()}
+    for number, flops in ((3, 2.13), (4, 1.78), (5, 1.38)):
+        row = stages[f"LLaVA-1.5-7B, {number} stages"]
+        assert abs(row.ours - flops) < 0.02
+    assert all(row.why for row in published.rows())
+
+
+def _script(name):
+    """A script of `benchmarks/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_family_was_measured():

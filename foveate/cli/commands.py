@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `calibrate`, `demo`."""
+"""The commands: `run`, `list`, `flops`, `calibrate`, `train`, `demo`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 from foveate.cli import bench_speed, listing
 from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
+from foveate.cli import flops as counting
+from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import check_writable, load_image, load_skeleton
 from foveate.cli.options import make_method
@@ -168,6 +170,9 @@ def list_(
 app.command("calibrate", help=calibration.HELP)(calibration.calibrate)
 
 
+app.command("flops", help=counting.HELP)(counting.flops)
+
+
 @app.command("demo")
 def demo(
     seed: Annotated[int, typer.Option(help="Which scene to draw.")] = demonstration.SEED,
@@ -188,6 +193,22 @@ def demo(
 
 
 app.command("bench-speed", help=bench_speed.HELP, hidden=True)(bench_speed.speed)
+
+
+@app.command("train", help=training.HELP)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file.")] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a YAML file to begin with.")
+    ] = False,
+) -> None:
+    """Train a model with a method."""
+    if example:
+        print(training.EXAMPLE, end="")
+    elif config is None:
+        raise InputError("train needs a YAML file; `foveate train --example` prints one")
+    else:
+        training.run(config, stdout())
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.measure.checkpoints import checkpoints
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,11 +52,14 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
 
 
 def load_skeleton(name: str) -> Any:
-    """The model without its weights, on the meta device; only its config is read.
+    """The model without its weights, on the meta device; only its config is read, and of
+    well-known checkpoints not even that.
 
     Raises:
         FoveateError: there is no such config, or it is not a vision-language model's.
     """
+    if name in checkpoints() and not Path(name).is_dir():
+        return checkpoints()[name].skeleton()
     with _loading(name):
         if name == "tiny":
             from foveate import tiny
@@ -64,6 +68,24 @@ def load_skeleton(name: str) -> Any:
         config = AutoConfig.from_pretrained(_check_name(name))
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
+
+
+def load_image_processor(name: str) -> Any:
+    """The image processor of a model; that of well-known checkpoints needs no download.
+
+    Raises:
+        FoveateError: there is none.
+    """
+    if name in checkpoints() and not Path(name).is_dir():
+        return checkpoints()[name].image_processor()
+    with _loading(name):
+        from transformers import AutoImageProcessor
+
+        if name == "tiny":
+            from foveate import tiny
+
+            name = str(tiny.PATH)
+        return AutoImageProcessor.from_pretrained(_check_name(name))
 
 
 def load_image(path: str | Path) -> Image.Image:

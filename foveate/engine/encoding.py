@@ -46,6 +46,7 @@ class Encoding:
         self.side = side
         self.where = Rows((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
+        self.bounds: list[Tensor | None] = []  # of each layer's segments
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False

@@ -40,6 +40,7 @@ class Encoded:
         projector: what makes tokens one by one, if methods merge before it.
         unprojected: (V, C) what it is given for each image.
         mixes: whether tokens of some image are made, or mixed afterwards, several at a time.
+        fed: what the features were made from, with shapes of floating-point tensors only.
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
@@ -52,6 +53,7 @@ class Encoded:
     projector: Any = None
     unprojected: Sequence[Tensor] = ()
     mixes: bool = True
+    fed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:

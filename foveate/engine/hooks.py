@@ -244,8 +244,8 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif past and self.plan.focus is None and not self.plan.work:
-            if cache is not None and is_pruned(cache):
+        elif cache is not None and past and self.plan.focus is None and not self.plan.work:
+            if is_pruned(cache):
                 layout = Layout.full(batch, length, sequence.device)
                 flash = takes_2d_masks(self.family.text.config._attn_implementation)
                 local.onward = Onward(self.family, cache, layout, flash)
@@ -481,6 +481,13 @@ class Hooks:
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
+            encoder_bounds=[] if self.vision is None else self.vision.bounds,
+            encoded={
+                modality: output.encoded.fed
+                for modality, output in ({} if sliced else encoded).items()
+                if output.encoded.fed
+            },
+            question_tokens=turn.looks.question_tokens,
             notes=["chunked prefill: kept tokens are not reported"] * sliced
             + self.tags.notes(encoded),
         )

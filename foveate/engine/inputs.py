@@ -33,6 +33,22 @@ def bound(
     return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
 
 
+def of_shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What features are made from, to count work by: floating-point tensors without their data."""
+    said = {"return_dict"} | {name for name in arguments if name.startswith("output_")}
+    return {
+        name: _shape(value)
+        for name, value in arguments.items()
+        if name not in said and isinstance(value, Tensor | int | float | str | list | tuple)
+    }
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return torch.empty_like(value, device="meta")
+    return value
+
+
 def placeholders(
     family: Family,
     ids: Tensor | None,

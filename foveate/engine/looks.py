@@ -200,6 +200,12 @@ class Looks:
         asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
         return replace(asked, columns=asked.columns.to(prompt.device))
 
+    @property
+    def question_tokens(self) -> int:
+        """Text tokens behind images that were looked at, in the longest row; 0 if none were."""
+        question = vars(self).get("question")
+        return 0 if question is None else question.columns.shape[1]
+
     @cached_property
     def question(self) -> Question:
         """The text behind the images, as far as it is not supervised."""

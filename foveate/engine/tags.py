@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 from foveate.engine import features
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
+from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.vision import VisionPart
@@ -55,6 +56,7 @@ class Tags:
         rows: dict[tuple[str, int], Tensor],
         passes: list[Encoding],
         given: Tensor | None = None,
+        made_outside: bool = False,
     ) -> None:
         """Make encoder output carry what is known of its images.
 
@@ -65,6 +67,7 @@ class Tags:
             rows: (signal, layer) -> what was collected of it.
             passes: passes through an encoder in which tokens were removed.
             given: what the projector was given, if methods merge that.
+            made_outside: whether features were handed in.
 
         Raises:
             UnsupportedModelError: signals or survivors cannot be told for its tokens.
@@ -82,7 +85,8 @@ class Tags:
         }
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(shapes, signals, pixels, kept, placed)
+        fed = {} if made_outside else of_shapes(self.family.fed(arguments))
+        encoded = Encoded(shapes, signals, pixels, kept, placed, fed=fed)
         projector = self.family.projector(modality)
         if projector is not None and given is not None:
             unprojected = self.family.unprojected(modality, given, lengths, arguments)
@@ -153,5 +157,5 @@ class Tags:
                 "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
-        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
+        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [], made_outside=True)
         return copy

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.engine.encoding import Encoding
-from foveate.engine.inputs import bound
+from foveate.engine.inputs import bound, of_shapes
+from foveate.engine.packed import boundaries
 from foveate.engine.part import Part
 from foveate.engine.plan import Plan, PlannedStep, check_mixing
 from foveate.engine.stack import Stack
@@ -91,6 +92,11 @@ class VisionPart(Part):
     def tokens(self) -> list[tuple[int, int]]:
         """Rows that each layer of the last pass saw."""
         return [] if self.record is None else self.record.encoder_tokens
+
+    @property
+    def bounds(self) -> list[Tensor | None]:
+        """Boundaries of the segments of each layer of the last pass."""
+        return [] if self.record is None else self.record.encoder_bounds
 
     @property
     def running(self) -> Encoding | None:
@@ -211,7 +217,9 @@ class VisionPart(Part):
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
-        return ((hidden,), encoding.told(kwargs)) if encoding.reduced else None
+        told = encoding.told(kwargs) if encoding.reduced else kwargs
+        encoding.bounds.append(boundaries(told))
+        return ((hidden,), told) if encoding.reduced else None
 
     def _signal(
         self, encoding: Encoding, number: int, layer: Any, hidden: Tensor, need: Need, of: Stack
@@ -309,4 +317,6 @@ class VisionPart(Part):
             cache_slots=[],
             pixels=encoding.pixels,
             encoder_tokens=rows + encoding.rows,
+            encoder_bounds=[*(None for _ in rows), *encoding.bounds],
+            encoded={"image": of_shapes(encoding.arguments)},
         )

@@ -175,6 +175,14 @@ class Family:
         side = math.isqrt(count)
         return (side, side) if side * side == count else (1, count)
 
+    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What features are made from, without what the model leaves out, such as padding tiles.
+
+        Args:
+            arguments: what features are to be made from.
+        """
+        return dict(arguments)
+
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:

@@ -70,7 +70,10 @@ def test_the_prefill_prediction_is_of_the_language_model(bench, made):
     full = flops.prefill_flops(config, [[PATCHES + 7]] * LAYERS)
     half = flops.prefill_flops(config, [[PATCHES // 2 + 7]] * LAYERS)
     assert rows["random"]["predicted"]["prefill"] == pytest.approx(full / half)
-    tower = flops.vision_flops(config) + flops.projector_flops(config, PATCHES)
+    with torch.inference_mode(), foveate.use(bench.model, "random", keep=0.5) as session:
+        bench.model(**made(36, 1))
+    tower = session.report()["flops"]["vision"]
+    assert tower > 0
     assert rows["random"]["predicted"]["ttft"] == pytest.approx((full + tower) / (half + tower))
 
 
@@ -343,6 +346,13 @@ def test_command_measures_the_packaged_model(in_this_process, tmp_path):
     assert methods[1]["keep"] == [0.5, 0.25, 0.125]
     assert result["settings"]["attention"] == "sdpa"
     assert result["machine"]["torch"] == torch.__version__
+
+
+def test_a_result_that_cannot_be_saved_is_refused_first(in_this_process, tmp_path):
+    line = f"bench-speed --model nowhere --json {tmp_path}/none/out.json"
+    done = CliRunner().invoke(app, line.split())
+    assert done.exit_code == 2
+    assert "there is no folder" in done.output
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import multiprocessing
 import os
@@ -46,11 +45,9 @@ class Progress:
 
 def find_task(name: str, data: str | None = None) -> Task:
     """The task of a name, reading data sets from a folder where it needs one."""
-    from foveate.bench.tasks import get_task  # type: ignore[import-not-found,unused-ignore]
+    from foveate.bench.tasks import get_task
 
-    if data is not None and "data" in inspect.signature(get_task).parameters:
-        return get_task(name, data=data)
-    return get_task(name)
+    return get_task(name, data=data)
 
 
 def execute(

@@ -136,8 +136,7 @@ class Prompter:
     def decode(self, tokens: Any) -> list[str]:
         """(B, T) generated tokens as text."""
         return [
-            text.strip()
-            for text in self.processor.batch_decode(tokens, skip_special_tokens=True)
+            text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)
         ]
 
     def _messages(self, prompt: Prompt) -> list[Message]:
@@ -176,9 +175,7 @@ class Prompter:
             media["videos"] = [film for row in films for film in row]
         if not media:
             tokenizer.padding_side = "left"
-            return tokenizer(
-                texts, padding=True, return_tensors="pt", add_special_tokens=False
-            )
+            return tokenizer(texts, padding=True, return_tensors="pt", add_special_tokens=False)
         special = not (laid_out and bos and texts[0].startswith(bos)) and not laid_out
         return self.processor(
             text=texts, padding=True, padding_side="left", return_tensors="pt",

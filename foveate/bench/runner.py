@@ -76,7 +76,9 @@ class Runner:
             method = self.method(cell)
         except FoveateError:
             method = None
-        return key(cell, self.settings, self.fingerprint, method and method.to_dict())
+        return key(
+            cell, self.settings, self.fingerprint, None if method is None else method.to_dict()
+        )
 
     def run(self, cell: Cell) -> Outcome:
         """Run a cell. What a method cannot do is an outcome, not an error."""

@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `demo`."""
+"""The commands: `run`, `list`, `demo`, `bench`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from foveate.cli import bench as benchmark
 from foveate.cli import demo as demonstration
 from foveate.cli import listing
 from foveate.cli.console import progress, stderr, stdout
@@ -181,6 +182,9 @@ def demo(
     chosen: Method = make_method(method, keep)
     _check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
+
+
+app.command("bench", help=benchmark.HELP)(benchmark.bench)
 
 
 def _check_writable(path: Path | None, *, picture: bool = False) -> None:

@@ -18,7 +18,10 @@ class SceneTask:
         offset = {"train": 2**41, "test": 10**6, "hidden": 10**7}[split]
         scene = tiny.draw_scene(offset + seed)
         kinds = ("color", "where")[: self.turns]
-        asked = [next((q for q in scene.questions if q.kind == kind), scene.questions[0]) for kind in kinds]
+        asked = [
+            next((q for q in scene.questions if q.kind == kind), scene.questions[0])
+            for kind in kinds
+        ]
         turns = tuple(
             Turn(q.text, q.answer, (0,) if n == 0 else (), tuple(Evidence(b) for b in q.boxes))
             for n, q in enumerate(asked)

@@ -125,9 +125,9 @@ def _number_row(line: Line) -> str:
     pair = line.paired
     change = f"{100 * pair.difference:+.1f} ± {100 * pair.half_width:.1f}"
     tip = f"{pair.lost} lost, {pair.won} won, p = {pair.p:.2g}"
-    nats = "–" if line.kl is None else f"{line.kl:.3f}"
+    nats = "-" if line.kl is None else f"{line.kl:.3f}"
     values = [
-        f"{percent(line.accuracy)} ({percent(low)}–{percent(high)})",
+        f"{percent(line.accuracy)} ({percent(low)} to {percent(high)})",
         "" if line.config[0] == ALL else f'<span title="{tip}">{change}</span>',
         percent(line.agreement), nats, percent(line.recall), percent(line.hit),
         percent(line.tokens), percent(line.flops), percent(line.kv_bytes), percent(line.ttft),
@@ -165,7 +165,7 @@ def _task_cell(summary: Summary, config: tuple[str, float | None], task: Any) ->
     row = summary.by_cell.get((*config, task.name))
     if row is None or row["status"] != "done":
         why = "not run" if row is None else row["error"]
-        return f'<td class="mute" title="{escape(why)}">–</td>'
+        return f'<td class="mute" title="{escape(why)}">-</td>'
     line = summary.line(config, [task.name])
     kind = "mute" if not task.telling else "bad" if line.accuracy <= task.accuracy - 0.1 else ""
     tip = f"95 %: {percent(line.interval[0])} to {percent(line.interval[1])}"
@@ -198,7 +198,7 @@ def _shots(shots: Sequence[Shot]) -> str:
         alt = f"Tokens that {shot['method']} kept for: {shot['question']}"
         figures.append(
             f'<figure><img src="{shot["image"]}" alt="{escape(alt)}"><figcaption>'
-            f"<b>{escape(shot['method'])}</b>: “{escape(shot['question'])}” – "
+            f"<b>{escape(shot['method'])}</b>: “{escape(shot['question'])}”: "
             f"<b>{escape(shot['said'])}</b> ({escape(mark)})</figcaption></figure>"
         )
     return f'<div class="shots">{"".join(figures)}</div>' if figures else "<p>None were drawn.</p>"

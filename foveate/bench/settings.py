@@ -21,6 +21,7 @@ from foveate.bench.sample import Split
 from foveate.method import list_methods
 
 _MEASURES = ("engine", "methods", "models", "signals", "measure", "tiny", "bench/tasks")
+_FILES = ("judge", "levels", "outcome", "prompt", "recall", "runner")  # of bench
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ def versions() -> dict[str, str]:
     for part in _MEASURES:
         for path in sorted((root / part).rglob("*.py")):
             digest.update(path.read_bytes())
+    for name in _FILES:
+        digest.update((root / "bench" / f"{name}.py").read_bytes())
     try:
         own = version("foveate")
     except PackageNotFoundError:

@@ -19,7 +19,7 @@ def label(line: Line) -> str:
 
 def percent(share: float | None) -> str:
     """A share as `12.3`, or a dash."""
-    return "–" if share is None else f"{100 * share:.1f}"
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def pareto(lines: Sequence[Line], front: Sequence[Line], whole: Line, stage: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ class SceneTask:
     turns: int = 1
     summary: str = "drawn scenes"
 
-    def sample(self, seed, *, split="test", difficulty=0.5, clutter=0.5):
+    def sample(self, seed: int, *, split="test", difficulty=0.5, clutter=0.5) -> Sample:
         offset = {"train": 2**41, "test": 10**6, "hidden": 10**7}[split]
         scene = tiny.draw_scene(offset + seed)
         kinds = ("color", "where")[: self.turns]

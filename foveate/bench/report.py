@@ -57,7 +57,7 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         model=escape(facts.model),
         headline=escape(_headline(summary, facts, whole)),
         plot_note=_plot_note(summary),
-        key="".join(f'<span><i style="background:var(--{k})"></i>{v}</span>' for k, v in STAGES.items()),
+        key="".join(_key(kind, words) for kind, words in STAGES.items()),
         options="".join(f"<option>{escape(name)}</option>" for name in names),
         pareto=pareto(lines, front, whole, summary.stages) if lines else "",
         numbers_note="Over the tasks that tell something. In brackets 95 % intervals; "
@@ -88,14 +88,18 @@ def _headline(summary: Summary, facts: Facts, whole: Line) -> str:
     )
 
 
+def _key(kind: str, words: str) -> str:
+    return f'<span><i style="background:var(--{kind})"></i>{words}</span>'
+
+
 def _plot_note(summary: Summary) -> str:
     silent = [task.name for task in summary.tasks if not task.telling]
     out = (
         f" Left out, because the whole model cannot do them: {', '.join(silent)}." if silent else ""
     )
     return (
-        "Each dot is a method at a budget; lines join the budgets of a method. The bold line is the "
-        f"front: nothing is both cheaper and better.{escape(out)}"
+        "Each dot is a method at a budget; lines join the budgets of a method. The bold line is "
+        f"the front: nothing is both cheaper and better.{escape(out)}"
     )
 
 
@@ -188,7 +192,10 @@ def _maps(summary: Summary, keep: float | None) -> str:
         return ""
     title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
     opened = " open" if keep == min(summary.keeps, default=None) else ""
-    return f'<details{opened}><summary><b>{title}</b></summary><div class="maps">{"".join(figures)}</div></details>'
+    return (
+        f"<details{opened}><summary><b>{title}</b></summary>"
+        f'<div class="maps">{"".join(figures)}</div></details>'
+    )
 
 
 def _shots(shots: Sequence[Shot]) -> str:
@@ -246,8 +253,8 @@ def _made(summary: Summary) -> str:
     return (
         f"<p>{escape(versions)}. {escape(row['machine'])}. Weights {escape(row['fingerprint'])}. "
         f"{seconds / 60:.1f} minutes of cells, the last finished {escape(row['finished'])}. "
-        f"{row['samples']} samples of each task from seed {row['seed']}, split {escape(row['split'])}."
-        f"</p><ul>{listed}</ul>"
+        f"{row['samples']} samples of each task from seed {row['seed']}, "
+        f"split {escape(row['split'])}.</p><ul>{listed}</ul>"
     )
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from foveate.budget import PerRequest
 from foveate.engine.compute import why_whole
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -26,6 +28,7 @@ class PlannedStep:
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
         parks: whether what it takes out comes back at the method's next step.
+        learned: parameters of the method, if it learns.
     """
 
     method: Method
@@ -34,6 +37,7 @@ class PlannedStep:
     step: Step
     renumber: bool
     parks: bool = False
+    learned: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ class Plan:
             of_method = method.steps(family)
             method.check_budget(len(of_method))
             renumber = method.positions_on(family) == "renumbered"
+            learned = method.learned(family)
             planned = [
-                PlannedStep(method, method_number, i, step, renumber and not step.stay, parks)
+                PlannedStep(
+                    method, method_number, i, step, renumber and not step.stay, parks, learned
+                )
                 for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
             ]
             for item in planned:
@@ -93,6 +100,7 @@ class Plan:
             steps += planned
         _check_signals(steps)
         _check_parking(steps)
+        _check_ragged(steps)
         _check_thresholds(steps)
 
         def at(stage: str) -> tuple[PlannedStep, ...]:
@@ -108,10 +116,24 @@ class Plan:
         work = _work(family, methods)
         return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
 
+    @cached_property
+    def learned(self) -> nn.ModuleDict:
+        """Number of a method -> its parameters, of methods that learn."""
+        steps = (*self.vision, *self.pre_llm, *self.llm)
+        return nn.ModuleDict({str(s.method_number): s.learned for s in steps if s.learned})
+
     @property
     def asks(self) -> bool:
         """Whether it matters inside the language model which positions are visual."""
         return bool(self.looks or self.work)
+
+    @cached_property
+    def asks_text(self) -> tuple[str, ...]:
+        """Methods whose choice depends on what the prompt asks."""
+        steps = (
+            (s.method.slug, need.name) for s in (*self.pre_llm, *self.llm) for need in s.step.needs
+        )
+        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
 
     @property
     def marks(self) -> bool:
@@ -163,6 +185,12 @@ class Plan:
         needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
         return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
 
+    @cached_property
+    def before_projector(self) -> tuple[str, ...]:
+        """Methods that merge what the projector is given."""
+        names = (s.method.slug for s in self.pre_llm if s.step.before_projector)
+        return tuple(dict.fromkeys(names))
+
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
@@ -182,6 +210,26 @@ class Plan:
     def per_request(self) -> tuple[PerRequest, ...]:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
+
+    def check_training(self) -> None:
+        """Refuse to train with methods that would do nothing, or not what they say.
+
+        Raises:
+            UnsupportedModelError: a method acts on decoding alone.
+            BudgetError: a budget is given for each row of a batch.
+        """
+        if self.per_request:
+            raise BudgetError(
+                "per_request gives a keep for each row of a batch, but in training rows come in "
+                "batches of any size and order; give one keep for all"
+            )
+        acting = {s.method_number for s in (*self.vision, *self.pre_llm, *self.llm)}
+        for number, method in enumerate(self.methods):
+            if number not in acting and not self.work:
+                raise UnsupportedModelError(
+                    f"{method.slug} acts on the tokens that are generated, and training generates "
+                    "none; train without it, and attach it for inference"
+                )
 
 
 def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
@@ -241,6 +289,12 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
         )
     assert family.encoder is not None  # as checked before
     kernel = family.encoder.tower.config._attn_implementation or "eager"
+    if planned.step.ragged and kernel not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{method.slug} leaves images that are encoded together different numbers of tokens, "
+            f"which needs a mask that {kernel!r} attention does not take; set the encoder's "
+            "attention to 'sdpa', or give as_released=True"
+        )
     if planned.step.proportional and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"proportional attention of {method.slug} adds a bias to the scores, which "
@@ -404,6 +458,25 @@ def _check_parking(steps: Sequence[PlannedStep]) -> None:
             raise LayerError(
                 f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
                 "use positions='original'"
+            )
+
+
+def _check_ragged(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps in the encoder while images have different numbers of tokens."""
+    vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
+    for planned in (s for s, _ in vision if s.step.ragged):
+        own = [place for s, place in vision if s.method_number == planned.method_number]
+        between = [
+            s
+            for s, place in vision
+            if s.method_number != planned.method_number and own[0] <= place <= own[-1]
+        ]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where "
+                f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
+                f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
+                "as_released=True"
             )
 
 

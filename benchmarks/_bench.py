@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-HEAP = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-}
+from foveate.measure import machine as machine_
+from foveate.measure.timing import Spread, one_round
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def warm_heap() -> None:
-    """Start anew with an allocator that keeps freed memory.
-
-    On a CPU, torch hands freed memory back to the system, and the page faults that follow change
-    ratios by several points.
-    """
-    if any(os.environ.get(name) != value for name, value in HEAP.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **HEAP})
+    """Start anew with one thread and an allocator that keeps freed memory."""
+    machine_.warm_heap(threads=1)
 
 
 def random_llava(hidden: int, layers: int, heads: int, mlp: int) -> Any:
@@ -77,53 +64,37 @@ def turns(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
     """Process CPU seconds of each contender, one run each in every round."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(warmup + rounds):
-        order = list(contenders) if number % 2 == 0 else list(contenders)[::-1]
-        for name in order:
+
+    def clocked(run: Callable[[], object]) -> Callable[[], float]:
+        def clock() -> float:
             gc.collect()
             start = time.process_time()
-            contenders[name]()
+            run()
+            return time.process_time() - start
+
+        return clock
+
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    timed = {name: clocked(run) for name, run in contenders.items()}
+    for number in range(warmup + rounds):
+        for name, seconds in one_round(timed, number):
             if number >= warmup:
-                times[name].append(time.process_time() - start)
+                times[name].append(seconds)
         print(f"round {number + 1} of {warmup + rounds}", file=sys.stderr)
     return times
 
 
 def ratios(numerator: list[float], denominator: list[float]) -> dict[str, float]:
     """Median and quartiles of the round-by-round ratios."""
-    values = sorted(a / b for a, b in zip(numerator, denominator, strict=True))
-    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median": statistics.median(values), "q25": low, "q75": high}
+    return Spread.of_ratios(numerator, denominator).to_dict()
 
 
 def machine() -> dict[str, str]:
     """What the numbers were measured on and with."""
-    import torch
-    import transformers
-
-    import foveate
-
-    version = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if "model name" in x
-        ]
-        cpu = names[0] if names else cpu
     return {
-        "cpu": f"{cpu}, {os.cpu_count()} cores shared, 1 thread used",
-        "device": "cpu",
+        **machine_.describe_machine(),
         "dtype": "float32",
         "attention": "sdpa",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "foveate": getattr(foveate, "__version__", version),
-        "commit": version,
         "time": "process CPU seconds, contenders in turn, heap kept warm",
     }
 

@@ -12,8 +12,12 @@ session whose prompt has as many tokens as PyramidDrop leaves in the average lay
 from __future__ import annotations
 
 import argparse
+import gc
+import random
 import statistics
 import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 from _bench import ratios, save, warm_heap
@@ -26,6 +30,7 @@ from transformers import DynamicCache  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import foveate  # noqa: E402
+from foveate.engine.session import Session  # noqa: E402
 from foveate.methods import PyramidDrop  # noqa: E402
 from foveate.models import FAMILIES, find_family  # noqa: E402
 from foveate.models.plain import PlainEncoder  # noqa: E402
@@ -49,66 +54,78 @@ def pyramid(model: Any, *, keep_all: bool) -> PyramidDrop:
     return PyramidDrop(layers, keep)
 
 
-def seconds(model: Any, inputs: dict[str, Any], cache: DynamicCache) -> float:
-    """CPU seconds of a forward."""
-    start = time.process_time()
-    model(**inputs, past_key_values=cache)
-    return time.process_time() - start
+@dataclass
+class Contender:
+    """A prompt, and the session that it is run in, if any."""
+
+    inputs: dict[str, Any]
+    session: Session | None = None
+    cache: DynamicCache | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def forward(self, model: Any, inputs: dict[str, Any]) -> float:
+        """CPU seconds of a forward; attaching is not counted."""
+        with self.session or nullcontext():
+            start = time.process_time()
+            model(**inputs, past_key_values=self.cache)
+            return time.process_time() - start
 
 
-def in_turn(contenders: dict[str, Any], rounds: int, tokens: int) -> dict[str, list[float]]:
-    """CPU seconds of every forward, contenders alternating from forward to forward.
+def in_turn(model: Any, contenders: dict[str, Contender], rounds: int, tokens: int) -> None:
+    """Run forwards, contenders in an order drawn anew for every forward.
+
+    They share the model, so that its weights are as near in memory for one as for another.
 
     Args:
-        contenders: model and prompt of each.
+        model: the model.
+        contenders: who runs; times are added to theirs.
         rounds: prompts, after one that warms up.
         tokens: tokens decoded behind each prompt, of which the times are; 0 for those of prompts.
     """
-    runs: dict[str, list[float]] = {name: [] for name in contenders}
+    draw = random.Random(0)
+    gc.collect()
+    gc.disable()  # or a collection would be counted to whom it happens to hit
     for number in range(rounds + 1):
-        caches = {
-            name: DynamicCache(config=model.config.get_text_config())
-            for name, (model, _) in contenders.items()
-        }
+        for contender in contenders.values():
+            contender.cache = DynamicCache(config=model.config.get_text_config())
         for step in range(tokens + 1):
-            for name in list(contenders)[:: -1 if (number + step) % 2 else 1]:
-                model, inputs = contenders[name]
-                given = {"input_ids": torch.tensor([[7]])} if step else inputs
-                run = seconds(model, given, caches[name])
+            for contender in draw.sample(list(contenders.values()), len(contenders)):
+                given = {"input_ids": torch.tensor([[7]])} if step else contender.inputs
+                run = contender.forward(model, given)
                 if number and bool(step) == bool(tokens):
-                    runs[name].append(run)
-    return runs
+                    contender.seconds.append(run)
+    gc.enable()
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Ratios and overheads of a family; every contender has a model of its own."""
-    bare, attached = random_model(name, *WIDE), random_model(name, *WIDE)
-    inputs = prompt(bare, VISUAL)
-    with foveate.use(attached, pyramid(attached, keep_all=True)):
-        contenders = {"bare": (bare, inputs), "attached": (attached, inputs)}
-        prefill = in_turn(contenders, 4 * rounds, 0)
-    bare, attached, pruned = (random_model(name, *DEEP) for _ in range(3))
-    inputs, drop = prompt(bare, VISUAL), pyramid(pruned, keep_all=False)
-    with foveate.use(attached, pyramid(bare, keep_all=True)), foveate.use(pruned, drop) as run:
-        pruned(**inputs)
-        visual = round(
-            statistics.mean(layer["visual_tokens"][0] for layer in run.report()["layers"])
-        )
-        contenders = {
-            "bare": (bare, inputs),
-            "attached": (attached, inputs),
-            "native": (bare, prompt(bare, visual)),
-            "pruned": (pruned, inputs),
-        }
-        decode = in_turn(contenders, rounds, TOKENS)
+    """Ratios and overheads of a family."""
+    model = random_model(name, *WIDE)
+    inputs = prompt(model, VISUAL)
+    all_kept = foveate.use(model, pyramid(model, keep_all=True))
+    prefill = {"bare": Contender(inputs), "attached": Contender(inputs, all_kept)}
+    in_turn(model, prefill, 4 * rounds, 0)
+
+    model = random_model(name, *DEEP)
+    inputs, drop = prompt(model, VISUAL), pyramid(model, keep_all=False)
+    with foveate.use(model, drop) as run:
+        model(**inputs)
+        layers = run.report()["layers"]
+    visual = round(statistics.mean(layer["visual_tokens"][0] for layer in layers))
+    decode = {
+        "bare": Contender(inputs),
+        "attached": Contender(inputs, foveate.use(model, pyramid(model, keep_all=True))),
+        "native": Contender(prompt(model, visual)),
+        "pruned": Contender(inputs, foveate.use(model, drop)),
+    }
+    in_turn(model, decode, rounds, TOKENS)
     scale = 1e6 / DEEP[1]
-    extra = [scale * (a - b) for a, b in zip(decode["pruned"], decode["native"], strict=True)]
-    low, median, high = statistics.quantiles(extra, n=4)
+    pairs = zip(decode["pruned"].seconds, decode["native"].seconds, strict=True)
+    low, median, high = statistics.quantiles([scale * (a - b) for a, b in pairs], n=4)
     return {
-        "prefill": ratios(prefill["attached"], prefill["bare"]),
-        "decode": ratios(decode["attached"], decode["bare"]),
+        "prefill": ratios(prefill["attached"].seconds, prefill["bare"].seconds),
+        "decode": ratios(decode["attached"].seconds, decode["bare"].seconds),
         "overhead_us": {"median": median, "q25": low, "q75": high},
-        "plain_us": scale * statistics.median(decode["native"]),
+        "plain_us": scale * statistics.median(decode["native"].seconds),
         "layers": list(drop.layers or ()),
         "average visual tokens": visual,
     }

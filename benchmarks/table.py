@@ -8,8 +8,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from speed import ON_CPU, ON_GPU
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -19,7 +23,6 @@ Every table comes from a script in `benchmarks/` and its result file in `benchma
 names the machine and the versions. The machine was shared and noisy: read ratios, which compare
 contenders that took turns in one run, and treat them as good to a few per cent. Predictions are
 FLOP ratios (multiply-add = 2, causal attention counted exactly, the methods' scores included).
-Nothing here was measured on a GPU.
 """
 
 
@@ -170,9 +173,83 @@ def selection() -> str:
     ])  # fmt: skip
 
 
+def speed() -> str:
+    """Speed by batch size, on a CPU and on a GPU."""
+    parts = [
+        "## By batch size",
+        "`foveate bench --speed`: TTFT is vision tower, choosing, prefill, head; prefill is that "
+        "without the tower; the share of FLOPs is the prefill's speed-up over the one that FLOPs "
+        "predict. Speed-ups over all tokens, round by round, with quartiles; in the row of all "
+        "tokens, what they are of. Bold is slower than with all tokens in three rounds of four.",
+    ]
+    for name, job in {**ON_CPU, **ON_GPU}.items():
+        path = RESULTS / f"{name}.json"
+        heading = f"### {job.model.removeprefix('random:')}, {job.tokens} visual tokens"
+        if path.exists():
+            parts += [heading, *_speed_part(json.loads(path.read_text()))]
+        else:
+            device = "GPU" if name in ON_GPU else "CPU"
+            parts += [
+                f"{heading}, {device}",
+                f"**not measured**: {job.methods} at batch {job.batch} on random weights of this "
+                f"size ({'bfloat16' if name in ON_GPU else 'float32'}); "
+                f"`python benchmarks/speed.py{' --gpu' if name in ON_GPU else ''}` does it.",
+            ]
+    return "\n\n".join(parts)
+
+
+def _speed_part(result: dict[str, Any]) -> list[str]:
+    machine, settings = result["machine"], result["settings"]
+    rows: list[list[str]] = []
+    cut = []
+    for cell in result["cells"]:
+        size = f"{cell.get('visual_tokens', cell['tokens']):,} x {cell['batch']}"
+        if "error" in cell:
+            rows.append([size, cell["error"], *[""] * 7])
+            continue
+        cut += [f"{size}: {cell['cut']}."] if "cut" in cell else []
+        rows += [[size, name, *_speed_cells(row)] for name, row in cell["rows"].items()]
+    answer = f"with {settings['new_tokens'] + 1} tokens"
+    head = ["tokens x batch", "", "TTFT", "prefill", "of FLOPs", "decode", answer, "peak", "KV"]
+    slower = [
+        f"{name} at {cell['visual_tokens']:,} x {cell['batch']} ({', '.join(row['slower'])})"
+        for cell in result["cells"]
+        for name, row in cell.get("rows", {}).items()
+        if row.get("slower")
+    ]
+    where = machine.get("gpu", machine["cpu"])
+    return [
+        f"Random weights, {settings['text']} text tokens, {settings['repeats']} rounds. {where}; "
+        f"{settings['dtype']}, {settings['attention']}, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}; {settings['time']}; heap {settings['heap']}. Peak memory: "
+        f"{settings['memory']}.",
+        table(head, rows),
+        *cut,
+        f"Slower than with all tokens: {'; '.join(slower) or 'none'}.",
+    ]
+
+
+def _speed_cells(row: dict[str, Any]) -> list[str]:
+    mib = [f"{row[key] / 2**20:,.0f} MiB" for key in ("peak_bytes", "kv_bytes")]
+    if "speed_up" not in row:
+        rate = [f"{row[k]['median']:,.0f}/s" for k in ("decode_tokens_per_s", "tokens_per_s")]
+        times = [f"{row[k]['median']:,.0f} ms" for k in ("ttft_ms", "prefill_ms")]
+        return [*times, "", *rate, *mib]
+    speed = {
+        key: _bold(f"{v['median']:.2f}x ({v['q25']:.2f} to {v['q75']:.2f})", key in row["slower"])
+        for key, v in row["speed_up"].items()
+    }
+    share = f"{row['prefill_of_predicted']:.2f}"
+    return [speed["ttft"], speed["prefill"], share, speed["decode"], speed["throughput"], *mib]
+
+
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
+
+
 def page() -> str:
     """The whole page."""
-    parts = [prefill(), decode(), families(), scoring(), selection(), tome()]
+    parts = [prefill(), speed(), decode(), families(), scoring(), selection(), tome()]
     return "\n\n".join([INTRO.strip(), *parts]) + "\n"
 
 

@@ -18,7 +18,6 @@ import torch  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 import foveate  # noqa: E402
-from foveate.measure import flops  # noqa: E402
 from foveate.methods import ToMe  # noqa: E402
 
 
@@ -47,17 +46,18 @@ def measure(rs: list[int], batch: int, rounds: int) -> dict:
         return run
 
     with torch.inference_mode():
-        rows = {}
+        rows, flops_ratio = {}, {}
         for name, method in methods.items():
             with foveate.use(model, method) as session:
                 model(pixels)
             rows[name] = session.record.encoder_tokens
+            flops_ratio[name] = session.report()["flops"]["ratio"]
         contenders = {"all tokens": plain} | {n: merged(m) for n, m in methods.items()}
         times = turns(contenders, rounds)
     result = {}
     for name in methods:
         speedup = ratios(times["all tokens"], times[name])
-        predicted = flops.vision_flops(model.config) / flops.vision_flops(model.config, rows[name])
+        predicted = 1 / flops_ratio[name]
         result[name] = {
             "rows left": rows[name][-1][1],
             "speed-up": speedup,

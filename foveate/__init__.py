@@ -7,6 +7,7 @@ from foveate.engine.session import Session, apply, use
 from foveate.errors import FoveateError
 from foveate.method import Scorer, Step, get_method, list_methods, register
 from foveate.models import list_families
+from foveate.training import load, prepare, save
 
 __all__ = [
     "ClipText",
@@ -18,8 +19,11 @@ __all__ = [
     "get_method",
     "list_families",
     "list_methods",
+    "load",
     "methods",
     "per_request",
+    "prepare",
     "register",
+    "save",
     "use",
 ]

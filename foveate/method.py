@@ -1,8 +1,7 @@
 """Method and Step: what a paper becomes, and the registry of methods.
 
 A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts
-and decides which visual tokens survive there; slicing states, masks, positions and the KV cache is
-the engine's work.
+and decides which visual tokens survive there; slicing is the engine's work.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.budget import Keep, check_keep
 from foveate.budget import count as budget_count
@@ -101,6 +100,10 @@ class Step:
         decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
             attend to what the method chooses (it is a `Focuser`) by the layer before.
         forget: for `llm`, let the caches of the layers before forget what is removed.
+        before_projector: for `pre_llm`, merge what the projector is given and project that, on
+            models whose projector makes one token of each row; on others, merge behind it.
+        ragged: for `vision`, images that are encoded together may be left different numbers of
+            tokens (`Reduction.real`), which the method's last step makes equal.
     """
 
     stage: Stage
@@ -112,6 +115,8 @@ class Step:
     stay: bool = field(default=False, kw_only=True)
     forget: bool = field(default=False, kw_only=True)
     decode: bool = field(default=False, kw_only=True)
+    before_projector: bool = field(default=False, kw_only=True)
+    ragged: bool = field(default=False, kw_only=True)
 
     @property
     def place(self) -> str:
@@ -229,6 +234,10 @@ class Method(ABC):
     def work(self, model: ModelFacts) -> tuple[Work, ...]:
         """What decoder layers compute of visual tokens, where that is less than everything."""
         return ()
+
+    def learned(self, model: ModelFacts) -> nn.Module | None:
+        """New parameters of a method that learns. `prepare` makes them part of the model."""
+        return None
 
     def positions_on(self, model: ModelFacts) -> Positions:
         """What becomes of positions on a model: the field if it is given, else what is published.

@@ -6,7 +6,7 @@ The engine writes it; reports and drawings read it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -99,6 +99,12 @@ class Record:
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
             saw, special tokens included, or rows of all images where they lie in one sequence;
             empty if nothing was done inside the encoder.
+        encoder_bounds: for each encoder layer, boundaries of the segments within which its rows
+            attend, or `None`; empty as `encoder_tokens`.
+        encoded: modality -> what its features were made from in this forward, with the shapes of
+            floating-point tensors only; empty where features were handed in.
+        question_tokens: text tokens behind the images of a row, padding included; 0 where no
+            method looked at them.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -109,6 +115,9 @@ class Record:
     cache_slots: list[int]
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
+    encoder_bounds: list[Tensor | None] = field(default_factory=list)
+    encoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    question_tokens: int = 0
     notes: list[str] = field(default_factory=list)
 
 

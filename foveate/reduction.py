@@ -28,6 +28,8 @@ class Reduction:
         ordered: whether the order of survivors is meant: where they get consecutive positions, the
             language model reads them in this order.
         label: (G, K) a number for each survivor, which later steps of the same method are told.
+        real: inside an encoder, (G, K) which survivors are any; others fill up the rows of images
+            that have fewer, and nobody attends to them. `None` for all.
     """
 
     index: Tensor
@@ -36,11 +38,12 @@ class Reduction:
     share: Tensor | None = None
     ordered: bool = False
     label: Tensor | None = None
+    real: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Reduction:
         """Keep the `count` highest of (G, V) scores, in their original order."""
-        index = scores.topk(count, dim=-1).indices
+        index = scores.topk(count, dim=-1, sorted=False).indices
         return cls(index.sort(dim=-1).values)
 
     @classmethod
@@ -119,9 +122,9 @@ class Reduction:
         index = self.index.gather(1, after.index)
         if self.weights is not None or after.weights is not None:
             weights = torch.matmul(after.matrix(self.kept), self.matrix(tokens))
-            return Reduction(index, weights)
+            return Reduction(index, weights, real=after.real)
         if self.slot is None and after.slot is None:
-            return Reduction(index)
+            return Reduction(index, real=after.real)
         slot, share = self._segments(tokens)
         later_slot, later_share = after._segments(self.kept)
         target = slot.clamp(min=0)
@@ -130,6 +133,7 @@ class Reduction:
             index,
             slot=later_slot.gather(1, target).masked_fill(gone, -1),
             share=share * later_share.gather(1, target).masked_fill(gone, 0.0),
+            real=after.real,
         )
 
     def sizes(self, tokens: int) -> Tensor:
@@ -144,6 +148,19 @@ class Reduction:
             return torch.ones(self.index.shape, device=self.index.device)
         counts = (self.slot >= 0).float()
         return counts.new_zeros(self.index.shape).scatter_add(1, self.slot.clamp(min=0), counts)
+
+    def altered(self, tokens: int) -> Tensor:
+        """(G, K) which survivors are not just the token at whose position they stand.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            own = self.weights.gather(2, self.index[..., None])[..., 0]
+            return (own != 1) | (self.weights.abs().sum(-1) != own.abs())
+        if self.share is None:
+            return torch.zeros_like(self.index, dtype=torch.bool)
+        return (self.share.gather(1, self.index) != 1) | (self.sizes(tokens) != 1)
 
     def recover(self, y: Tensor, tokens: int, missing: Tensor | float = 0.0) -> Tensor:
         """Back to V rows: every token gets the value of the survivor that it went into.
@@ -184,10 +201,14 @@ class Reduction:
     def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
         """(G, V) slot and share, of a gather too."""
         if self.slot is not None and self.share is not None:
-            return self.slot, self.share
-        order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
-        slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
-        return slot, (slot >= 0).float()
+            slot, share = self.slot, self.share
+        else:
+            order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
+            slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
+            share = (slot >= 0).float()
+        if self.real is None:
+            return slot, share
+        return slot.masked_fill(~self.real.gather(1, slot.clamp(min=0)), -1), share
 
     def _spread(self) -> Tensor:
         """(G, V, K) share of each token that went into each survivor; zero rows for dropped

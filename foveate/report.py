@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.measure import flops
+from foveate.measure.account import account, visual_tokens, whole
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
 from foveate.record import ImageRecord, Record, place_name
@@ -50,9 +51,11 @@ class Report(dict[str, Any]):
     frames, tokens, tokens after each place, and what `kept` shows), `layers` (tokens and visual
     tokens of each row in each decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and
     `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `flops` also shows apart what
-    it includes: `vision` (tower and projector with all tokens; `None` where they are not counted,
-    which a note says), `vision_after` (as they were) and `selection` (the attention that methods
-    asked for; a method's own arithmetic is not counted). Of an encoder without a language model,
+    it includes: `vision` (tower and projector with all tokens; `None` where features were handed
+    in, which a note says), `vision_after` (as they were) and `selection` (the signals that methods
+    asked for; a method's own arithmetic is not counted). `tower`, `projector`, `prefill` (the
+    language model), `layers` (each decoder layer) and `decode` (one new token of each row, which
+    is not in the sum) hold `before` and `after`. Of an encoder without a language model,
     `rows` counts images, and `prompt_tokens` and `layers` are empty.
     """
 
@@ -72,7 +75,7 @@ class Report(dict[str, Any]):
         if not record.layer_tokens:  # nothing acted, so every layer saw the whole prompt
             whole = [list(record.prompt_tokens)] * family.text_layers
             record = dataclasses.replace(record, layer_tokens=whole)
-        visual = _visual_tokens(record) if family.text_layers else []
+        visual = visual_tokens(record) if family.text_layers else []
         report.update(
             dtype=str(dtype).removeprefix("torch."),
             rows=record.rows,
@@ -88,8 +91,8 @@ class Report(dict[str, Any]):
         )
         if report["flops"]["vision"] is None:
             report["notes"].append(
-                f"FLOPs are of the language model: the tower and projector of {family.model_type} "
-                "are not counted"
+                "FLOPs are of the language model: tower and projector are not counted, because "
+                "image features were handed in"
             )
         return report
 
@@ -206,75 +209,23 @@ def _token(image: Mapping[str, Any], index: int) -> dict[str, Any]:
     return token if image["frame"] is None else {**token, "frame": image["frame"][index]}
 
 
-def _visual_tokens(record: Record) -> list[list[int]]:
-    """Visual tokens in each layer and row: what the layer saw, less the row's text tokens."""
-    text = list(record.prompt_tokens)
-    for image in record.images:
-        text[image.row] -= image.total
-    return [[t - x for t, x in zip(row, text, strict=True)] for row in record.layer_tokens]
-
-
 def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[str, Any]:
     """FLOPs of the prefill with all tokens and as it was, vision included."""
-    config = family.config
-    layers = len(record.layer_tokens)
-    vision = _vision_flops(record, family)
-    shortened = _vision_flops(record, family, record.encoder_tokens)
-    selection = _selection_flops(record, family, methods)
-    before, after = vision or 0, (shortened or 0) + selection
-    if family.text_layers:
-        before += flops.prefill_flops(config, [record.prompt_tokens] * layers)
-        after += flops.prefill_flops(config, record.layer_tokens)
+    before, after = account(whole(record), family), account(record, family, methods)
+    total = before.total
     return {
-        "before": before,
-        "after": after,
-        "ratio": after / before if before else 1.0,
-        "vision": vision,
-        "vision_after": shortened,
-        "selection": selection,
+        "before": total,
+        "after": after.total,
+        "ratio": after.total / total if total else 1.0,
+        "vision": before.vision,
+        "vision_after": after.vision,
+        "selection": after.selection,
+        "tower": {"before": before.tower, "after": after.tower},
+        "projector": {"before": before.projector, "after": after.projector},
+        "prefill": {"before": before.prefill, "after": after.prefill},
+        "layers": {"before": list(before.layers), "after": list(after.layers)},
+        "decode": {"before": before.decode, "after": after.decode},
     }
-
-
-def _vision_flops(
-    record: Record, family: _Family, rows: Sequence[tuple[int, int]] = ()
-) -> int | None:
-    """Tower and projector on the pictures that were encoded; beams share one.
-
-    Args:
-        record: the forward.
-        family: the model's family.
-        rows: rows of each encoder layer's attention and MLP; without it, all.
-    """
-    if not record.images:
-        return 0
-    if family.text_layers and family.model_type not in flops.VISION_COUNTED:
-        return None
-    encoded = len(record.images) if record.pixels is None else len(record.pixels)
-    tokens = sum(image.total for image in record.images) * encoded // len(record.images)
-    tower = encoded * flops.vision_flops(family.config, rows)
-    return tower + (flops.projector_flops(family.config, tokens) if family.text_layers else 0)
-
-
-def _selection_flops(record: Record, family: _Family, methods: Sequence[Method]) -> int:
-    """Cost of the attention rows that the steps asked for; other signals are not counted."""
-    total = 0
-    for step in (step for method in methods for step in method.steps(family)):
-        if not any(step.place in image.kept for image in record.images):
-            continue
-        before = step.layer - 1 if step.stage == "llm" else -1
-        tokens = record.layer_tokens[before] if before >= 0 else record.prompt_tokens
-        rows = {image.row for image in record.images}
-        for need in step.needs:
-            if need.name == "text_attention":
-                per_layer = sum(flops.text_attention_flops(family.config, tokens[r]) for r in rows)
-            elif need.name == "cls_attention" and step.stage == "vision":
-                per_layer = len(record.images) * flops.cls_scores_flops(family.config)
-            elif need.name == "cls_attention":
-                per_layer = len(record.images) * flops.cls_attention_flops(family.config)
-            else:
-                continue
-            total += per_layer * max(len(need.layers), 1)
-    return total
 
 
 def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]:

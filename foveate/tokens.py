@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 
@@ -55,6 +55,10 @@ class VisualTokens:
             hand.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
+        real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same
+            method has left images different numbers of them; `None` for all.
+        learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
+            do not learn.
     """
 
     features: Callable[[], Tensor]
@@ -70,6 +74,8 @@ class VisualTokens:
     number: int = 0
     quota: int = 0
     label: Tensor | None = None
+    real: Tensor | None = None
+    learned: nn.Module | None = None
 
     @property
     def x(self) -> Tensor:
@@ -100,7 +106,7 @@ class VisualTokens:
         Tokens left over behind the last frame are in rows below its grid.
         """
         height, width = self.grid
-        cell = self.index - self.frame * (height * width)
+        cell = self.index if self.frames == 1 else self.index - self.frame * (height * width)
         return torch.stack((cell // width, cell % width), dim=-1)
 
     def signal(self, name: str) -> Tensor:
@@ -125,4 +131,6 @@ def frame_of(index: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
         grid: (height, width) of a frame.
         frames: frames of the video; tokens behind the last belong to it.
     """
+    if frames == 1:
+        return torch.zeros_like(index)
     return (index // (grid[0] * grid[1])).clamp(max=frames - 1)

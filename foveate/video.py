@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import BudgetError, FoveateError, InputError
-from foveate.method import Adaptive
+from foveate.method import Adaptive, ModelFacts, Need, Step
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -29,6 +29,11 @@ class VideoMethod(Adaptive):
 
     Images pass untouched, and so do tokens behind the last frame of a video, such as a newline.
     """
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector; what it needs is of the layer that the model sees."""
+        layer = (model.feature_layer,)
+        return (Step("pre_llm", needs=tuple(Need(name, layer) for name in self.needs)),)
 
     def split(self, tokens: VisualTokens) -> Parts:
         """Reduce videos; members of the group and their reduction, parts of equal counts.

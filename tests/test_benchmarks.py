@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+
+import pytest
 
 from foveate.models import FAMILIES
 from foveate.models.plain import PlainEncoder
@@ -10,15 +13,79 @@ from foveate.models.plain import PlainEncoder
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_page_is_made_from_the_results():
+@pytest.fixture(scope="module")
+def table():
+    """The script that writes the page."""
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_made_from_the_results(table):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert page == table.page(), "run python benchmarks/table.py"
+
+
+def test_the_published_figures_are_those_of_the_script():
+    published = _script("published")
+    page = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8")
+    found = page.split(published.BEGIN)[1].split(published.END)[0]
+    assert found == published.table(), "run python benchmarks/published.py --write"
+    stages = {row.what: row for row in published.pyramiddrop()}
+    for number, flops in ((3, 2.13), (4, 1.78), (5, 1.38)):
+        row = stages[f"LLaVA-1.5-7B, {number} stages"]
+        assert abs(row.ours - flops) < 0.02
+    assert all(row.why for row in published.rows())
+
+
+def _script(name):
+    """A script of `benchmarks/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_family_was_measured():
     result = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())
     towers = {n for n, kind in FAMILIES.items() if issubclass(kind, PlainEncoder)}
     assert set(result["rows"]) >= set(FAMILIES) - towers
+
+
+SPREAD = {"median": 2.0, "q25": 1.9, "q75": 2.1}
+SLOW = {"median": 0.9, "q25": 0.8, "q75": 0.95}
+SIZES = {"peak_bytes": 3 << 20, "kv_bytes": 1 << 20}
+RATES = {"ttft_ms": SPREAD, "prefill_ms": SPREAD, "decode_tokens_per_s": SPREAD}
+
+
+def speed_result():
+    """What the benchmark of speed writes: a cell with a loss, and one that did not fit."""
+    method = {
+        **RATES, **SIZES, "speed_up": dict.fromkeys(("ttft", "prefill", "throughput"), SPREAD)
+        | {"decode": SLOW}, "prefill_of_predicted": 0.97, "slower": ["decode"],
+    }  # fmt: skip
+    rows = {"all tokens": {**RATES, **SIZES, "tokens_per_s": SPREAD}, "fastv": method}
+    cell = {"tokens": 576, "visual_tokens": 576, "batch": 2, "rows": rows, "cut": "3 of 20 repeats"}
+    names = ("text", "repeats", "new_tokens", "dtype", "attention", "time", "heap", "memory")
+    return {
+        "machine": {"cpu": "a processor", "torch": "2", "transformers": "5"},
+        "settings": {**dict.fromkeys(names, "x"), "new_tokens": 4},
+        "cells": [cell, {"tokens": 576, "batch": 32, "error": "out of memory"}],
+    }
+
+
+def test_losses_of_speed_are_bold_and_listed(table):
+    text = "\n".join(table._speed_part(speed_result()))
+    assert "| 576 x 2 | fastv | 2.00x (1.90 to 2.10) |" in text
+    assert "**0.90x (0.80 to 0.95)**" in text
+    assert "Slower than with all tokens: fastv at 576 x 2 (decode)." in text
+    assert "| 576 x 32 | out of memory |" in text
+    assert "576 x 2: 3 of 20 repeats." in text
+
+
+def test_what_was_not_measured_says_so(table, monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    text = table.speed()
+    assert text.count("**not measured**") == len(table.ON_CPU) + len(table.ON_GPU)
+    assert "qwen3-vl-4b, 1920 visual tokens, GPU" in text

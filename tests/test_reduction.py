@@ -186,3 +186,26 @@ def test_raster_order_changes_the_order_and_nothing_else(form):
     want = made.matrix(9).gather(1, order[..., None].expand(-1, -1, 9))
     assert torch.equal(raster.matrix(9), want)
     assert not raster.ordered
+
+
+def test_what_fills_up_is_recovered_as_if_it_were_dropped():
+    x, real = torch.randn(2, 6, 3), torch.tensor([[True, True], [True, False]])
+    filled = Reduction(torch.tensor([[1, 4], [0, 5]]), real=real)
+    apart = [Reduction(torch.tensor([[1, 4]])), Reduction(torch.tensor([[0]]))]
+    whole = filled.recover(filled.apply(x), 6)
+    for image, alone in enumerate(apart):
+        of = x[image : image + 1]
+        assert torch.equal(whole[image], alone.recover(alone.apply(of), 6)[0])
+    merged = Reduction.mean(torch.tensor([[0, 3], [0, 3]]), torch.tensor([[0, 0, 0, 1, 1, 1]] * 2))
+    after = merged.then(Reduction(torch.tensor([[0, 1], [0, 1]]), real=real), 6)
+    assert after.recover(torch.ones(2, 2, 1), 6)[..., 0].tolist() == [[1] * 6, [1] * 3 + [0] * 3]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_altered_survivors_are_those_that_are_not_just_a_token(form):
+    reduction = make(form, images=3, tokens=9, kept=4, seed=5, drops=2)
+    x = torch.randn(3, 9, 5)
+    differ = (reduction.apply(x) - Reduction(reduction.index).apply(x)).abs().amax(-1) > 1e-6
+    assert reduction.altered(9).tolist() == differ.tolist()
+    assert bool(differ.any()) == (form != "gather")
+    assert form == "dense" or not bool(differ.all())

@@ -60,7 +60,9 @@ def test_kept_tokens_are_listed_with_their_boxes(report):
 def test_tokens_of_a_video_have_a_frame_and_newlines_no_box():
     """Two frames of two tokens and a newline."""
     video = ImageRecord(0, 5, (1, 2), {"pre_llm": torch.tensor([1, 2, 4])}, frames=2)
-    report = Report.of(Record(1, [9], [video], [[7]], [7]), FakeFamily(), [PyramidDrop()], F32)
+    report = Report.of(
+        Record(1, [9], [video], [[7]] * 4, [7] * 4), FakeFamily(), [PyramidDrop()], F32
+    )
     assert report.kept[0]["pre_llm"] == [
         {"index": 1, "box": [0.5, 0.0, 1.0, 1.0], "frame": 0},
         {"index": 2, "box": [0.0, 0.0, 0.5, 1.0], "frame": 1},
@@ -72,21 +74,19 @@ def test_tokens_of_a_video_have_a_frame_and_newlines_no_box():
 
 
 def test_flops_are_the_parts_added_up(report):
-    vision = 2 * (flops.vision_flops(CONFIG) + flops.projector_flops(CONFIG, 16))
     selection = sum(flops.text_attention_flops(CONFIG, n) for n in (25, 21, 17, 13, 13, 9))
     work = report["flops"]
-    assert work["vision"] == vision
+    assert work["vision"] is None
+    assert "not counted" in report["notes"][-1]
     assert work["selection"] == selection
-    assert work["before"] == vision + flops.prefill_flops(CONFIG, [[25, 21]] * 4)
+    assert work["before"] == flops.prefill_flops(CONFIG, [[25, 21]] * 4)
     now = flops.prefill_flops(CONFIG, pyramid_record().layer_tokens)
-    assert work["after"] == vision + selection + now
+    assert work["after"] == selection + now
     assert work["ratio"] == work["after"] / work["before"]
-
-
-def test_beams_share_what_the_encoder_did():
-    record = dataclasses.replace(pyramid_record(), pixels=torch.zeros(1, 3, 32, 32))
-    alone = flops.vision_flops(CONFIG) + flops.projector_flops(CONFIG, 16)
-    assert Report.of(record, FakeFamily(), [PyramidDrop()], F32)["flops"]["vision"] == alone
+    assert work["prefill"] == {"before": work["before"], "after": now}
+    assert sum(work["layers"]["after"]) == now - flops.head_flops(flops.TextShape.of(CONFIG), 2)
+    one = 2 * flops.decode_flops(CONFIG, [26, 18, 14, 12])
+    assert work["decode"]["after"] == one
 
 
 def test_kv_bytes_are_slots_times_width(report):

@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `demo`."""
+"""The commands: `run`, `list`, `flops`, `bench`, `calibrate`, `train`, `demo`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,34 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from PIL import Image
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from foveate.cli import bench as benchmark
+from foveate.cli import bench_speed, listing
+from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
-from foveate.cli import listing
+from foveate.cli import flops as counting
+from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import load_image, load_skeleton
+from foveate.cli.inputs import check_writable, load_image, load_skeleton
 from foveate.cli.options import make_method
 from foveate.cli.run import Job, execute
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method
 from foveate.models import unsupported_families
 
+SPEED = "bench --speed"
+
 
 class _Group(TyperGroup):
     """Commands whose foreseeable errors are one red line and exit code 2."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`bench --speed` has options of its own, so it is a command of its own."""
+        if args[0] == "bench" and "--speed" in args:
+            args = [SPEED, *(a for a in args[1:] if a != "--speed")]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -66,7 +77,8 @@ def run(
         typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
     ],
     method: Annotated[
-        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
+        str,
+        typer.Option("--method", "-m", help="A name that `foveate list` shows, or a JSON file."),
     ],
     keep: Annotated[
         str | None,
@@ -98,8 +110,8 @@ def run(
         )
     *paths, question = inputs
     pictures = [load_image(path) for path in paths]
-    _check_writable(show, picture=True)
-    _check_writable(json_path)
+    check_writable(show, picture=True)
+    check_writable(json_path)
     outcome = execute(
         Job(
             model=model,
@@ -164,6 +176,12 @@ def list_(
     console.print(listing.method_table(skeleton))
 
 
+app.command("calibrate", help=calibration.HELP)(calibration.calibrate)
+
+
+app.command("flops", help=counting.HELP)(counting.flops)
+
+
 @app.command("demo")
 def demo(
     seed: Annotated[int, typer.Option(help="Which scene to draw.")] = demonstration.SEED,
@@ -179,20 +197,28 @@ def demo(
       foveate demo --seed 7 --method fastv --keep 0.25
     """
     chosen: Method = make_method(method, keep)
-    _check_writable(out, picture=True)
+    check_writable(out, picture=True)
     demonstration.demo(seed, chosen, out, repeats)
 
 
-def _check_writable(path: Path | None, *, picture: bool = False) -> None:
-    """Refuse before the work, and not after it."""
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"cannot save {path}: it is a folder")
-    if picture and path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
+app.command("bench", help=benchmark.HELP)(benchmark.bench)
+app.command(SPEED, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
+
+
+@app.command("train", help=training.HELP)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file.")] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Print a YAML file to begin with.")
+    ] = False,
+) -> None:
+    """Train a model with a method."""
+    if example:
+        print(training.EXAMPLE, end="")
+    elif config is None:
+        raise InputError("train needs a YAML file; `foveate train --example` prints one")
+    else:
+        training.run(config, stdout())
 
 
 def main() -> None:

@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, Task, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+)
 from rich.text import Text
 
 
@@ -27,6 +35,16 @@ class _Count(MofNCompleteColumn):
         return Text() if task.total is None else super().render(task)
 
 
+class _Left(ProgressColumn):
+    """Time that is left if the rest goes as what is done went."""
+
+    def render(self, task: Task) -> Text:
+        if not task.total or not task.completed or task.elapsed is None:
+            return Text()
+        left = round(task.elapsed * (task.total / task.completed - 1))
+        return Text(f"{left // 60}:{left % 60:02} left", style="cyan")
+
+
 class Steps:
     """One line of progress; silent when stderr is not a terminal."""
 
@@ -38,20 +56,28 @@ class Steps:
         """Begin something; `total` steps make a bar, `None` only spins."""
         self._progress.reset(self._task, total=total, description=what)
 
-    def tick(self) -> None:
-        """One step of it is done."""
-        self._progress.advance(self._task)
+    def tick(self, steps: float = 1) -> None:
+        """One step of it is done, or several."""
+        self._progress.advance(self._task, steps)
+
+    def name(self, what: str) -> None:
+        """Say what is being done, without beginning anew."""
+        self._progress.update(self._task, description=what)
 
 
 @contextmanager
-def progress() -> Iterator[Steps]:
-    """Show progress while something runs."""
+def progress(*, time_left: bool = False) -> Iterator[Steps]:
+    """Show progress while something runs.
+
+    Args:
+        time_left: show how long it will take, instead of how many steps are done.
+    """
     console = stderr()
     with Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
-        _Count(),
+        _Left() if time_left else _Count(),
         console=console,
         transient=True,
         disable=not console.is_terminal,

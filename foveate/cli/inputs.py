@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.measure.checkpoints import checkpoints
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -30,10 +31,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
     Raises:
         FoveateError: it cannot be loaded; the message says why and what to do.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    where = _device(device)
-    kind: Any = getattr(torch, dtype, "auto")
+    where = check_device(device)
+    kind: Any = read_dtype(dtype) or "auto"
     if dtype == "auto" and where.type == "cpu":
         kind = torch.float32
     model: Any
@@ -53,11 +52,14 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
 
 
 def load_skeleton(name: str) -> Any:
-    """The model without its weights, on the meta device; only its config is read.
+    """The model without its weights, on the meta device; only its config is read, and of
+    well-known checkpoints not even that.
 
     Raises:
         FoveateError: there is no such config, or it is not a vision-language model's.
     """
+    if name in checkpoints() and not Path(name).is_dir():
+        return checkpoints()[name].skeleton()
     with _loading(name):
         if name == "tiny":
             from foveate import tiny
@@ -66,6 +68,24 @@ def load_skeleton(name: str) -> Any:
         config = AutoConfig.from_pretrained(_check_name(name))
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
+
+
+def load_image_processor(name: str) -> Any:
+    """The image processor of a model; that of well-known checkpoints needs no download.
+
+    Raises:
+        FoveateError: there is none.
+    """
+    if name in checkpoints() and not Path(name).is_dir():
+        return checkpoints()[name].image_processor()
+    with _loading(name):
+        from transformers import AutoImageProcessor
+
+        if name == "tiny":
+            from foveate import tiny
+
+            name = str(tiny.PATH)
+        return AutoImageProcessor.from_pretrained(_check_name(name))
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -83,6 +103,22 @@ def load_image(path: str | Path) -> Image.Image:
         raise InputError(f"{path} is a folder, not an image file") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read {path} as an image: {error}") from None
+
+
+def check_writable(path: Path | None, *, picture: bool = False) -> None:
+    """Refuse before the work, and not after it.
+
+    Raises:
+        InputError: a file cannot be saved at the path.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise InputError(f"cannot save {path}: it is a folder")
+    if picture and path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
 
 
 def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:
@@ -130,7 +166,23 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _device(name: str) -> torch.device:
+def read_dtype(name: str) -> torch.dtype | None:
+    """The type that one of `DTYPES` names; `None` for `auto`.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        InputError: torch knows no such device, or it is not there.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:

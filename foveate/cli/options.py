@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from foveate.budget import Keep
 from foveate.errors import BudgetError, InputError
 from foveate.method import Method, get_method
+from foveate.saving import from_dict
 
 
 def parse_keep(text: str) -> Keep:
@@ -38,21 +41,29 @@ def make_method(name: str, keep: str | None = None, settings: Iterable[str] = ()
     """Build a method from command-line text.
 
     Args:
-        name: its registry name.
+        name: its registry name, or a `.json` file that holds what `Method.to_dict` says.
         keep: what `parse_keep` reads; `None` leaves the method's default.
         settings: `field=value` pairs, read by the type of the field.
 
     Raises:
         FoveateError: the name, a field or a value is not known; the message lists what is.
     """
-    cls = get_method(name)
+    saved = _read_method(Path(name)) if name.endswith(".json") else None
+    cls = get_method(name) if saved is None else type(saved)
     fields: dict[str, Any] = {} if keep is None else {"keep": parse_keep(keep)}
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:
             raise InputError(f"--set takes field=value, got {setting!r}")
         fields[field.strip()] = read_field(cls, field.strip(), text.strip())
-    return cls(**fields)
+    return cls(**fields) if saved is None else dataclasses.replace(saved, **fields)  # type: ignore[type-var]
+
+
+def _read_method(path: Path) -> Method:
+    try:
+        return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a method: {error}") from None
 
 
 def signature(cls: type[Method]) -> str:

@@ -178,7 +178,7 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
     def forget(self, left: Slots, source: Tensor) -> None:
         """Keep some slots only, in smaller buffers."""
         assert self.slots is not None
-        removed = self.slots.index.shape[1] - source.shape[1]
+        removed = self.slots.count - source.shape[1]
         super().forget(left, source)
         self.max_cache_len -= removed
         assert self.keys is not None
@@ -256,10 +256,15 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
     return pruned
 
 
+def is_pruned(cache: Cache) -> bool:
+    """Whether any layer of a cache is pruned."""
+    return any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+
+
 def slots_held(layer: Any) -> int:
     """Physical slots of a cache layer, pruned or not."""
     if isinstance(layer, PrunedLayer) and layer.slots is not None:
-        return layer.slots.index.shape[1]
+        return layer.slots.count
     window = getattr(layer, "sliding_window", None)
     held = int(layer.get_seq_length())
     return held if window is None else min(held, window - 1)

@@ -1,10 +1,11 @@
 """Encoding: the state of one pass through a vision encoder; gone when it ends.
 
-Pictures of a pass are the rows of a batch, and then all have the same number of tokens and lose
-the same number of them; or they lie behind one another in one sequence, and each kind of them has
-counts of its own. Shapes: `G` pictures of a stack, `S` special rows before the patches, `V` visual
-tokens of a picture, `K` of them alive, `R` rows of a token, `D` hidden, `H` heads; `N` rows of one
-picture of a batch, or of the whole sequence.
+Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose
+the same number of them or are filled up with tokens that nobody attends to; or they lie behind one
+another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a
+stack, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
+rows of a token, `D` hidden, `H` heads; `N` rows of one picture of a batch, or of the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Encoding:
         self.side = side
         self.where = Rows((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
+        self.bounds: list[Tensor | None] = []  # of each layer's segments
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False
@@ -110,7 +112,7 @@ class Encoding:
         for of in self.stacks:
             kept = {place: index.sort(-1).values for place, index in of.kept.items()}
             for i, number in enumerate(of.pictures):
-                found[number] = of, {place: index[i] for place, index in kept.items()}
+                found[number] = of, {p: index[i][index[i] >= 0] for p, index in kept.items()}
         return [found[number] for number in sorted(found)]
 
     # -- steps
@@ -168,6 +170,8 @@ class Encoding:
                     place=step.place,
                     step=step,
                     frames=of.frames,
+                    real=of.real,
+                    learned=planned.learned,
                 )
                 reduction = planned.method.reduce(tokens, count)
                 of.reduce(reduction)
@@ -182,7 +186,10 @@ class Encoding:
     def _note(self, planned: PlannedStep) -> None:
         for of in self.stacks:
             of.begin.setdefault(planned.method_number, of.alive)
-            of.kept[planned.step.place] = of.index
+            real = of.real
+            of.kept[planned.step.place] = (
+                of.index if real is None else of.index.masked_fill(~real, -1)
+            )
 
     # -- what layers are told
 

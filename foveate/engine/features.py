@@ -18,11 +18,11 @@ from torch import Tensor
 
 from foveate.clip import ClipQuestions
 from foveate.engine.images import Group, Left, group_features, reduce_group
-from foveate.engine.plan import Plan
+from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.question import Question
-from foveate.errors import InputError
+from foveate.errors import InputError, LayerError
 from foveate.method import Need
-from foveate.reduction import take_rows
+from foveate.reduction import Reduction, take_rows
 from foveate.signals import SIGNALS
 from foveate.tokens import Shape
 
@@ -37,6 +37,10 @@ class Encoded:
         pixels: what the encoder was fed.
         kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
+        projector: what makes tokens one by one, if methods merge before it.
+        unprojected: (V, C) what it is given for each image.
+        mixes: whether tokens of some image are made, or mixed afterwards, several at a time.
+        fed: what the features were made from, with shapes of floating-point tensors only.
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
@@ -46,6 +50,10 @@ class Encoded:
     kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     left: list[Left] = field(default_factory=list)
+    projector: Any = None
+    unprojected: Sequence[Tensor] = ()
+    mixes: bool = True
+    fed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lengths(self) -> list[int]:
@@ -138,6 +146,7 @@ class Asker:
         ends: logical column of each image's last token; empty where the prompt is not known.
         question: the text behind the images, and its (B, Q, D) embeddings.
         clip: what is asked, as CLIP embeds it.
+        labelled: whether labels say what is asked; images of which nothing is are then left alone.
     """
 
     rows: Sequence[int]
@@ -146,6 +155,17 @@ class Asker:
     ends: Sequence[int] = ()
     question: tuple[Question, Tensor] | None = None
     clip: ClipQuestions | None = None
+    labelled: bool = False
+
+    def unasked(self, needs: Sequence[Need], group: Group) -> set[int]:
+        """Members of a group about which nothing is asked that a step needs to know."""
+        if not self.labelled or all(need.name != "question_embeddings" for need in needs):
+            return set()
+        assert self.question is not None  # reduction waits until the prompt is known
+        question = self.question[0]
+        where = (torch.tensor(x, device=question.real.device) for x in (group.rows, group.ends))
+        asked = question.mask(*where).any(1).tolist()
+        return {i for i, asks in enumerate(asked) if not asks}
 
     def signals(self, name: str, part: Group) -> dict[str, Tensor]:
         """A signal of the prompt for each image of a group, with masks of all the text there is and
@@ -197,7 +217,9 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     lengths = [shape.total for shape in shapes]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
     rows_of_sheets = [_rows(sheet) for sheet in sheets]
-    images = [sheet.split(lengths) for sheet in rows_of_sheets]
+    images: list[Sequence[Tensor]] = [sheet.split(lengths) for sheet in rows_of_sheets]
+    if encoded.projector is not None:
+        images.append([encoded.unprojected[i] for i in source])
     device = rows_of_sheets[0].device
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
@@ -207,7 +229,7 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
         Left(len(index), begun, labels, index if ordered else None)
         for (index, _, labels), begun in zip(survivors, began, strict=True)
     ]
-    output.encoded = replace(encoded, left=left)
+    output.encoded = replace(encoded, left=left, unprojected=())
     if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
@@ -235,8 +257,9 @@ def _reduce(
     """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
     in order; and whether that may differ from raster order.
 
-    The first sheet holds the features, which methods see; others (DeepStack) follow it. `began` is
-    filled in, as in `Encoded`.
+    The first sheet holds the features, which methods see; others (DeepStack) follow it, and what
+    the projector was given is the last if methods merge that. `began` is filled in, as in
+    `Encoded`.
     """
     begin: dict[tuple[int, int], int] = {}
     alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
@@ -264,11 +287,14 @@ def _reduce(
                         found[need.name] = deliver(need.name, rows)
                 return found
 
+            unasked = asker.unasked(planned.step.needs, group)
             for part, reduced, reduction in reduce_group(
-                planned, group, begin, asker.request, first, signals
+                planned, group, begin, asker.request, first, signals, unasked
             ):
-                kept = values(part)
-                after.append((reduced, [reduction.apply(x) for x in kept] if reduction else kept))
+                made = values(part)
+                if reduction is not None:
+                    made = _apply(planned, reduction, made, encoded.projector)
+                after.append((reduced, made))
         alive = after
     for (method, image), tokens in begin.items():
         began[image][method] = tokens
@@ -279,6 +305,39 @@ def _reduce(
     }
     ordered = any(group.ordered for group, _ in alive)
     return [result[i] for i in range(len(sheets[0]))], ordered
+
+
+def _apply(
+    planned: PlannedStep, reduction: Reduction, sheets: Sequence[Tensor], projector: Any
+) -> list[Tensor]:
+    """(G, K, D) survivors on every sheet, from (G, V, D).
+
+    Args:
+        planned: the step.
+        reduction: what it made.
+        sheets: the features first; with a projector, what that was given last, which is NaN where
+            it cannot be told and has no columns once something has been merged behind it.
+        projector: as in `Encoded`.
+
+    Raises:
+        LayerError: the step merges before the projector what was merged behind it.
+    """
+    made = [reduction.apply(x) for x in sheets]
+    if projector is None or not reduction.merges:
+        return made
+    if not planned.step.before_projector:
+        made[-1] = made[-1][..., :0]
+        return made
+    if not made[-1].shape[-1]:
+        raise LayerError(
+            f"{planned.method.slug} merges what the projector is given, but a method before it has "
+            f"merged tokens behind the projector; put {planned.method.slug} first"
+        )
+    known = ~made[-1].isnan().any(-1, keepdim=True)
+    altered = reduction.altered(sheets[0].shape[1])[..., None] & known
+    projected = projector(made[-1].masked_fill(~known, 0.0))
+    made[0] = torch.where(altered, projected.to(made[0]), made[0])
+    return made
 
 
 def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: Group) -> Tensor:

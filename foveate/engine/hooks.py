@@ -19,21 +19,29 @@ from transformers.cache_utils import Cache
 
 from foveate.clip import ClipQuestions
 from foveate.engine import features
-from foveate.engine.cache import PrunedLayer, check_cache, slots_held
+from foveate.engine.asking import IGNORED, samples
+from foveate.engine.cache import check_cache, is_pruned, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
 from foveate.engine.inputs import (
     bound,
+    check_labels,
     check_later_images,
     check_positions,
+    labels_of,
+    only_labelled,
     placeholders,
     real_positions,
+    supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.layout import Layout
+from foveate.engine.onward import Onward
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
+from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
@@ -51,12 +59,17 @@ class _Local(threading.local):
 
     inside: bool = False  # within the base model's forward
     encoding: bool = False  # within get_image_features or get_video_features
+    given: Tensor | None = None  # what the projector was given there
     visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
+    replayed: Turn | None = None  # of a layer that is recomputed for its gradients
+    onward: Onward | None = None  # instead of a turn, where nothing can be removed
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
+    supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
+    sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
     record: Record | None = None
     clip: ClipQuestions | None = None
@@ -83,6 +96,8 @@ class Hooks:
         self.family = family
         self.vision = vision
         self.tags = Tags(plan, family, vision)
+        self.replays = Replays()
+        self.labelled_logits = False  # whether logits are made for labels alone, in training
         self._local = _Local()
         self._last: Record | None = None
         self._clip = clip
@@ -113,8 +128,9 @@ class Hooks:
         finally:
             self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
 
-    def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Before the model with its head: see how many tokens behind the prompt are drafts.
+    def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before the model with its head: see what is supervised, and how many tokens behind the
+        prompt are drafts.
 
         In assisted decoding the first forward holds drafts already, and logits are kept for each
         of them.
@@ -122,6 +138,11 @@ class Hooks:
         keep = kwargs.get("logits_to_keep", 0)
         drafting = self._local.requests is not None and isinstance(keep, int)
         self._local.trailing = max(keep - 1, 0) if drafting else 0
+        labels = labels_of(module, args, kwargs)
+        self._local.supervised = None if labels is None else labels != IGNORED
+        if not self.labelled_logits or labels is None or not module.training:
+            return None
+        return args, only_labelled(labels, kwargs)
 
     def features(
         self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
@@ -135,7 +156,7 @@ class Hooks:
             return original(*args, **kwargs)
         self._check_encoding(modality)
         arguments = bound(original, args, kwargs)
-        local.encoding = True
+        local.encoding, local.given = True, None
         try:
             with ExitStack() as stack:
                 signals, vision = self.tags.signals, self.vision
@@ -150,13 +171,19 @@ class Hooks:
             local.encoding = False
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        self.tags.tag(modality, output, arguments, rows, passes)
+        self.tags.tag(modality, output, arguments, rows, passes, local.given)
+        local.given = None
         if local.inside or not self.plan.waits:
             self._mark(modality, output)
         if local.inside and local.encoded is not None:
             local.encoded[modality] = output
         local.awaited = not local.inside and local.requests is not None
         return output
+
+    def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Before the projector: keep what it is given, for methods that merge that."""
+        if self._local.encoding:
+            self._local.given = args[0]
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the base model: find placeholders, and reduce features encoded before."""
@@ -171,7 +198,14 @@ class Hooks:
         if not local.visual:
             return None
         local.prompt = (ids, kwargs)
+        local.sample = samples(kwargs)
         check_positions(self.family, kwargs)
+        if local.supervised is not None:
+            real = self._real(local.supervised.shape[1])
+            visual = _any(local.visual)
+            local.supervised = supervised_text(module, local.supervised, visual, real)
+        elif local.requests is None and self.plan.asks_text:
+            check_labels(module, self.plan.asks_text)
         self._check_requests(next(iter(local.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -194,6 +228,7 @@ class Hooks:
     def leave_model(self, module: nn.Module, args: Args, output: Any) -> None:
         """After the base model, also when it raised: forget the forward."""
         self._forget()
+        self._local.supervised = None
 
     def enter_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the text model: begin the turn."""
@@ -209,8 +244,12 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif past and length == 1 and self._idle(cache):
-            return None  # without a turn, layers are left alone
+        elif cache is not None and past and self.plan.focus is None and not self.plan.work:
+            if is_pruned(cache):
+                layout = Layout.full(batch, length, sequence.device)
+                flash = takes_2d_masks(self.family.text.config._attn_implementation)
+                local.onward = Onward(self.family, cache, layout, flash)
+            return None
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -224,6 +263,8 @@ class Hooks:
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
             visual=_any(local.visual) if local.visual and groups and self.plan.asks else None,
+            supervised=local.supervised if groups else None,
+            sample=local.sample if groups else None,
         )
         local.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
@@ -233,7 +274,14 @@ class Hooks:
 
     def enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a decoder layer: hand it what is alive."""
-        turn = self._local.turn
+        local, turn = self._local, self._local.turn
+        if turn is None and local.onward is not None:
+            changed = local.onward.enter(number, args[0], kwargs)
+            return None if changed is None else (args, changed)
+        if turn is None:
+            turn = local.replayed = self.replays.find(number, kwargs)
+        elif module is not self.family.layers[number] and turn.groups:  # something is around it
+            self.replays.keep(number, turn, kwargs)
         if turn is None:
             return None
         hidden, changed = turn.enter(number, module, args[0], kwargs)
@@ -245,7 +293,7 @@ class Hooks:
         self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Around a decoder layer's forward: do less of it for visual tokens."""
-        turn, work = self._local.turn, self.plan.work[number]
+        turn, work = self._local.turn or self._local.replayed, self.plan.work[number]
         split = None if turn is None else turn.splits.get(number)
         if split is None or not (split.images or work.blind):
             return original(hidden, *args, **kwargs)
@@ -264,7 +312,7 @@ class Hooks:
 
     def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
-        turn, self._local.turn = self._local.turn, None
+        turn, self._local.turn, self._local.onward = self._local.turn, None, None
         if turn is None:
             return None
         if turn.prompt.groups:
@@ -286,7 +334,8 @@ class Hooks:
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
         question = self._question(rows, ends) if self.plan.waits else None
         request = self._request(visual.shape[0])
-        asker = Asker(rows, source, request, ends, question, self.clip)
+        labelled = self._local.supervised is not None
+        asker = Asker(rows, source, request, ends, question, self.clip, labelled)
         features.mark(output, self.plan, asker, self._deliver)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
@@ -304,13 +353,20 @@ class Hooks:
         assert local.visual is not None
         assert local.prompt is not None  # as in every forward over a prompt
         ids, arguments = local.prompt
-        visual, mask = _any(local.visual), arguments.get("attention_mask")
-        length = visual.shape[1]
-        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
-        real = None if real is None else real[:, -length:]
-        question = Question.of(visual, real, local.trailing, rows, ends)
+        visual = _any(local.visual)
+        real = self._real(visual.shape[1])
+        if local.supervised is not None:
+            real = ~local.supervised if real is None else real & ~local.supervised
+        question = Question.of(visual, real, local.trailing, rows, ends, local.sample)
         table = self.family.base.get_input_embeddings()
         return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
+
+    def _real(self, length: int) -> Tensor | None:
+        """(B, T) positions of the forward that are no padding, or `None` for all."""
+        assert self._local.prompt is not None  # as in every forward over a prompt
+        mask = self._local.prompt[1].get("attention_mask")
+        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
+        return None if real is None else real[:, -length:]
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
@@ -340,7 +396,8 @@ class Hooks:
     def _forget(self) -> None:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn = None, None
+        local.encoded, local.turn, local.onward = None, None, None
+        local.replayed, local.sample = None, None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -387,12 +444,6 @@ class Hooks:
             "with use_cache=True, or turn that step off"
         )
 
-    def _idle(self, cache: Cache | None) -> bool:
-        """Whether a decoding step has nothing to do in any layer."""
-        if cache is None or self.plan.focus is not None or self.plan.work:
-            return False
-        return not any(isinstance(layer, PrunedLayer) for layer in cache.layers)
-
     def _check_slice(self) -> None:
         if self.plan.llm or self.plan.waits or self.plan.focus:
             names = ", ".join(m.slug for m in self.plan.methods)
@@ -430,7 +481,15 @@ class Hooks:
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
-            notes=["chunked prefill: kept tokens are not reported"] if sliced else [],
+            encoder_bounds=[] if self.vision is None else self.vision.bounds,
+            encoded={
+                modality: output.encoded.fed
+                for modality, output in ({} if sliced else encoded).items()
+                if output.encoded.fed
+            },
+            question_tokens=turn.looks.question_tokens,
+            notes=["chunked prefill: kept tokens are not reported"] * sliced
+            + self.tags.notes(encoded),
         )
 
     def _keep_record(self, record: Record) -> None:

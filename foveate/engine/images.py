@@ -8,7 +8,7 @@ Shapes: `G` images of a group, `V` tokens of each, `B` batch, `T` logical length
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -294,6 +294,7 @@ def reduce_group(
     request: Callable[[int], int],
     features: Callable[[Group], Tensor],
     signals: Callable[[Group], Mapping[str, Tensor]],
+    unasked: Collection[int] = (),
 ) -> list[tuple[Group, Group, Reduction | None]]:
     """Let a method reduce a group at one step.
 
@@ -304,6 +305,7 @@ def reduce_group(
         request: batch row to entry of a per-request budget.
         features: (G, V, D) of a group.
         signals: declared signals of a group.
+        unasked: members that are left alone.
 
     Returns:
         (group before, group after, reduction) for each part with equal counts; `None` where
@@ -328,9 +330,16 @@ def reduce_group(
             place=planned.step.place,
             frames=part.shape.frames,
             label=part.labels.get(planned.method_number),
+            learned=planned.learned,
         )
 
     result: list[tuple[Group, Group, Reduction | None]] = []
+    if unasked:
+        alone = group.pick(sorted(unasked))
+        result.append((alone, alone, None))
+        if alone is group:
+            return result
+        group = group.pick([i for i in range(len(group.images)) if i not in unasked])
 
     def add(part: Group, reduction: Reduction) -> None:
         if reduction.ordered and not planned.renumber:

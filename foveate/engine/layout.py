@@ -9,6 +9,7 @@ slots.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,11 +97,13 @@ def expansion(layout: Layout, length: int) -> Tensor:
 class Slots:
     """Which logical position each cache slot holds. Layers that were cut alike share one `Slots`.
 
-    Every change gives a new value; the last one is remembered, so that layers which share a value
-    and change alike (a beam reorder, a new token) go on sharing.
+    The last slots hold the last logical positions, which need no table: so a new token changes two
+    numbers. Every change gives a new value; the last one is remembered, so that layers which share
+    a value and change alike (a beam reorder, a new token) go on sharing.
 
     Args:
-        index: (B, S) logical position in the whole sequence of each slot; -1 is padding.
+        head: (B, S - tail) logical position in the whole sequence of each slot before the tail; -1
+            is padding.
         length: logical length of the sequence.
         ragged: whether any slot is padding.
         renumbered: (B, 1) positions that renumbering has taken off each row so far; `None` if it
@@ -110,7 +113,7 @@ class Slots:
         visual: (B, S) which slots hold visual tokens; `None` where nobody asks.
     """
 
-    index: Tensor
+    head: Tensor
     length: int
     ragged: bool
     renumbered: Tensor | None
@@ -121,8 +124,19 @@ class Slots:
     @classmethod
     def full(cls, batch: int, length: int, device: torch.device) -> Slots:
         """The slots of a cache layer from which nothing was removed."""
-        index = torch.arange(length, device=device).expand(batch, length)
-        return cls(index, length, False, None, length)
+        head = torch.empty(batch, 0, dtype=torch.long, device=device)
+        return cls(head, length, False, None, length)
+
+    @property
+    def count(self) -> int:
+        """Slots of a row, S."""
+        return self.head.shape[1] + self.tail
+
+    @functools.cached_property
+    def index(self) -> Tensor:
+        """(B, S) logical position of each slot; -1 is padding."""
+        tail = torch.arange(self.length - self.tail, self.length, device=self.head.device)
+        return torch.cat((self.head, tail.expand(self.head.shape[0], -1)), dim=1)
 
     def extend(
         self,
@@ -141,18 +155,17 @@ class Slots:
         """
 
         def make() -> Slots:
-            new = layout.index + self.length
-            if layout.ragged:
-                new = new.masked_fill(layout.index < 0, -1)
-            whole = layout.index.shape[1] == length
-            return Slots(
-                torch.cat((self.index, new), dim=1) if self.index.shape[1] else new,
-                self.length + length,
-                self.ragged or layout.ragged,
-                _sum(self.renumbered, renumbered),
-                self.tail + length if whole else _tail(new, self.length + length),
-                self._marks(layout, visual),
-            )
+            total = self.length + length
+            head, tail = self.head, self.tail + length
+            if layout.ragged or layout.index.shape[1] < length:
+                new = layout.index + self.length
+                if layout.ragged:
+                    new = new.masked_fill(layout.index < 0, -1)
+                tail = _tail(new, total)
+                head = torch.cat((self.index, new[:, : new.shape[1] - tail]), dim=1)
+            ragged = self.ragged or layout.ragged
+            shift = _sum(self.renumbered, renumbered)
+            return Slots(head, total, ragged, shift, tail, self._marks(layout, visual))
 
         return self._derive(layout, make)
 
@@ -161,7 +174,7 @@ class Slots:
         return self._derive(
             key,
             lambda: Slots(
-                pick(self.index),
+                pick(self.head),
                 self.length,
                 self.ragged,
                 None if self.renumbered is None else pick(self.renumbered),
@@ -172,18 +185,18 @@ class Slots:
 
     def last(self, count: int) -> Slots:
         """Keep the last `count` slots, as sliding-window layers do."""
-        if count >= self.index.shape[1]:
+        gone = self.count - count
+        if gone <= 0:
             return self
-        first = self.index.shape[1] - count
         return self._derive(
             ("last", count),
             lambda: Slots(
-                self.index[:, first:],
+                self.head[:, gone:],
                 self.length,
                 self.ragged,
                 self.renumbered,
                 min(self.tail, count),
-                None if self.visual is None else self.visual[:, first:],
+                None if self.visual is None else self.visual[:, gone:],
             ),
         )
 
@@ -200,19 +213,20 @@ class Slots:
         now = Layout(self.index, self.ragged)
         left, source = compact(now, alive, alive.sum(1).tolist())
         tail = _tail(left.index, self.length)
-        return Slots(left.index, self.length, left.ragged, self.renumbered, tail), source
+        head = left.index[:, : left.index.shape[1] - tail]
+        return Slots(head, self.length, left.ragged, self.renumbered, tail), source
 
     def crop(self, count: int) -> Slots:
         """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
         return self._derive(
             ("crop", count),
             lambda: Slots(
-                self.index[:, : self.index.shape[1] - count],
+                self.head,
                 self.length - count,
                 self.ragged,
                 self.renumbered,
                 self.tail - count,
-                None if self.visual is None else self.visual[:, : self.index.shape[1] - count],
+                None if self.visual is None else self.visual[:, : self.count - count],
             ),
         )
 
@@ -266,14 +280,13 @@ def translate_mask(
         columns attend everywhere, so that they stay finite; nothing attends to them.
     """
     batch, queries = layout.index.shape
-    keys = slots.index
-    unfilled = width > keys.shape[1]
-    if unfilled:
-        keys = torch.nn.functional.pad(keys, (0, width - keys.shape[1]), value=-1)
-    real = keys >= 0
+    unfilled = max(width - slots.count, 0)
+    if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
+        return None
+    keys = torch.nn.functional.pad(slots.index, (0, unfilled), value=-1)
     if mask is None:
-        needed = slots.ragged or layout.ragged or (unfilled and queries == 1)
-        return _causal(layout, slots, keys, length, two_d=two_d) if needed else None
+        return _causal(layout, slots, keys, length, two_d=two_d)
+    real = keys >= 0
     # Masks of sliding windows begin later than at position 0.
     offset = max(slots.length - mask.shape[-1], 0)
     real = keys >= offset if offset else real

@@ -7,32 +7,40 @@ Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of eac
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from foveate.engine.asking import Asked, starts
 from foveate.engine.images import Group, split_by_count
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
+from foveate.errors import InputError
 from foveate.method import Need
+from foveate.signals import SIGNALS
 from foveate.signals.decoder import LayerView, transition
 
 if TYPE_CHECKING:
     from foveate.engine.turn import Turn
 
 _COLUMNS = {  # axis of the columns, of what is taken of all columns
-    "text_attention": 2,
-    "content_attention": 2,
+    "text_attention": 3,
+    "content_attention": 3,
     "question_attention": 3,
     "question_closeness": 2,
     "llm_states": 1,
     "normed_states": 1,
     "llm_keys": 2,
+    "llm_values": 2,
+    "value_attention": 3,
     "transition": 1,
 }
 _PLACES = ("prompt_positions", "question_positions")  # known without a look at a layer
+_ALONE = ("content_attention", "value_attention")  # softmax over the image's tokens alone
+_ASKED = ("text_attention", *_ALONE)  # of tokens that ask
 
 
 class Looks:
@@ -71,7 +79,12 @@ class Looks:
         """Note what a module of a layer made of its input, both (B, P, D)."""
         if "transition" not in self._due(number):
             return
-        real = self._visible
+        if self.prompt.sample is not None:
+            raise InputError(
+                "how much layers change a token is told among all tokens of a row, so packed "
+                "samples would see each other; leave packing off, or use another method"
+            )
+        real = self._prompted
         if real is None:
             real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
         before, _ = self._taken.get(("transition", number), (0, None))
@@ -114,18 +127,21 @@ class Looks:
     def _look(self, name: str, view: LayerView) -> Tensor:
         match name:
             case "text_attention":
-                visible = None if self._visible is None else self._visible[:, None]
-                return view.attention(self._last, visible)[:, :, 0]
+                return view.attention(self._last, self._visible)
             case "content_attention":
-                return view.content_logits(self._last)[:, :, 0]
+                return view.content_logits(self._last)
             case "question_attention":
-                return view.attention(self._asking, self._causal)
+                return view.attention(self._asking, self._seen_by(self.question.columns))
             case "question_closeness":
                 return view.closeness(self._asking)
             case "llm_states":
                 return view.hidden
             case "llm_keys":
                 return view.keys
+            case "llm_values":
+                return view.values
+            case "value_attention":
+                return view.value_logits(self._last)
             case "normed_states":
                 return self._norm(view.hidden)
             case "question_states":
@@ -176,29 +192,56 @@ class Looks:
     # -- columns
 
     @cached_property
-    def _asked(self) -> Tensor:
-        """(B, 1) logical column of the prompt's last token."""
-        prompt = self.prompt
-        asked = torch.full((prompt.batch, 1), prompt.length - 1, device=prompt.device)
-        if prompt.real is not None:
-            order = torch.arange(prompt.length, device=prompt.device)
-            asked = (prompt.real[:, prompt.past :] * order).amax(1, keepdim=True)
-        return asked - prompt.trailing
+    def asked(self) -> Asked:
+        """The tokens that ask."""
+        prompt, real = self.prompt, self._real
+        if prompt.supervised is not None:
+            return Asked.before_spans(prompt.supervised, real, prompt.sample)
+        asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
+        return replace(asked, columns=asked.columns.to(prompt.device))
+
+    @property
+    def question_tokens(self) -> int:
+        """Text tokens behind images that were looked at, in the longest row; 0 if none were."""
+        question = vars(self).get("question")
+        return 0 if question is None else question.columns.shape[1]
 
     @cached_property
     def question(self) -> Question:
-        """The text behind the images."""
-        prompt = self.prompt
+        """The text behind the images, as far as it is not supervised."""
+        prompt, real = self.prompt, self._real
         assert prompt.visual is not None  # there are images, or nobody would ask
-        real = None if prompt.real is None else prompt.real[:, prompt.past :]
+        if prompt.supervised is not None:
+            real = ~prompt.supervised if real is None else real & ~prompt.supervised
         rows = [row for group in prompt.groups for row in group.rows]
         ends = [end for group in prompt.groups for end in group.ends]
-        return Question.of(prompt.visual, real, prompt.trailing, rows, ends)
+        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample)
+
+    def unasked(self, needs: tuple[Need, ...], group: Group) -> set[int]:
+        """Members of a group about which nothing is asked that a step needs to know.
+
+        So it is with images behind which nothing is supervised; such a step leaves them alone.
+        """
+        names = {need.name for need in needs if SIGNALS[need.name].asks} - {"transition"}
+        if self.prompt.supervised is None or not names:
+            return set()
+        asks = torch.ones(len(group.images), dtype=torch.bool, device=self.prompt.device)
+        if names & {*_ASKED}:
+            asks &= self.asked.of(*self._where(group)).any(1)
+        if names - {*_ASKED}:
+            asks &= self._mask(group).any(1)
+        return {i for i, asked in enumerate(asks.tolist()) if not asked}
+
+    @property
+    def _real(self) -> Tensor | None:
+        """(B, T) positions of this forward that are no padding, or `None` for all."""
+        real = self.prompt.real
+        return None if real is None else real[:, self.prompt.past :]
 
     @property
     def _last(self) -> Tensor:
-        """(B, 1) physical column of the prompt's last token."""
-        return self._physical(self._asked)
+        """(B, Q) physical columns of the tokens that ask."""
+        return self._physical(self.asked.columns)
 
     @property
     def _asking(self) -> Tensor:
@@ -206,25 +249,46 @@ class Looks:
         return self._physical(self.question.columns)
 
     def _physical(self, columns: Tensor) -> Tensor:
+        """Columns that stand for logical ones: the nearest alive at or before each."""
         index = self.turn.layout.index.contiguous()
-        return torch.searchsorted(index, columns.contiguous()).clamp(max=index.shape[1] - 1)
+        found = torch.searchsorted(index, columns.contiguous(), right=True) - 1
+        return found.clamp(min=0)
+
+    @property
+    def _alive(self) -> Tensor | None:
+        """(B, P) columns that are no padding, or `None` for all."""
+        real, layout = self._real, self.turn.layout
+        if real is None:
+            return layout.index >= 0 if layout.ragged else None
+        return real.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)
+
+    def _seen_by(self, columns: Tensor) -> Tensor:
+        """(B, Q, P) physical columns that tokens in (B, Q) logical ones see."""
+        index, sample = self.turn.layout.index, self.prompt.sample
+        seen = index[:, None] <= columns[..., None]
+        if self._alive is not None:
+            seen = seen & self._alive[:, None]
+        if sample is not None:
+            own = sample.gather(1, index.clamp(min=0))
+            seen = seen & (own[:, None] == sample.gather(1, columns)[..., None])
+        return seen
 
     @property
     def _visible(self) -> Tensor | None:
-        """(B, P) columns that the prompt's last token sees, or `None` for all."""
-        prompt, layout = self.prompt, self.turn.layout
-        if prompt.real is None and not prompt.trailing and not layout.ragged:
+        """(B, Q, P) columns that the tokens that ask see, or `None` for all."""
+        prompt = self.prompt
+        if prompt.supervised is None and not prompt.trailing and self._alive is None:
             return None
-        visible = (layout.index <= self._asked) & (layout.index >= 0)
-        if prompt.real is not None:
-            visible &= prompt.real[:, prompt.past :].gather(1, layout.index.clamp(min=0))
-        return visible
+        return self._seen_by(self.asked.columns)
 
     @property
-    def _causal(self) -> Tensor:
-        """(B, Q, P) columns that each token of the question sees."""
-        causal = self.turn.layout.index[:, None] <= self.question.columns[..., None]
-        return causal if self._visible is None else causal & self._visible[:, None]
+    def _prompted(self) -> Tensor | None:
+        """(B, P) columns of the prompt: neither drafted nor supervised; `None` for all."""
+        prompt, index = self.prompt, self.turn.layout.index
+        if prompt.supervised is None:
+            return None if self._visible is None else self._visible[:, 0]
+        told = ~prompt.supervised.gather(1, index.clamp(min=0))
+        return told if self._alive is None else told & self._alive
 
     def _text_of(self, states: Tensor) -> Tensor:
         """(B, Q, ...) of (B, P, ...) at the question."""
@@ -233,15 +297,28 @@ class Looks:
 
     # -- handing out
 
-    def _mask(self, part: Group) -> Tensor:
+    def _where(self, part: Group) -> tuple[Tensor, Tensor]:
+        """(G) rows of a group's images, and (G) columns at which they end."""
         rows = self.turn.row_index(part)[:, 0]
-        return self.question.mask(rows, torch.tensor(part.ends, device=rows.device))
+        return rows, torch.tensor(part.ends, device=rows.device)
+
+    def _mask(self, part: Group) -> Tensor:
+        return self.question.mask(*self._where(part))
+
+    def _mean(self, values: Tensor, part: Group) -> Tensor:
+        """(G, H, V) of (G, H, Q, V): mean over the tokens that ask about each image."""
+        if self.prompt.supervised is None:
+            return values[:, :, 0]
+        asks = self.asked.of(*self._where(part)).to(values.device)[:, None, :, None]
+        return values.masked_fill(~asks, 0.0).sum(2) / asks.sum(2).clamp(min=1)
 
     def _places(self, name: str, part: Group) -> Tensor:
         """Places in the prompt of a group's tokens, or of the text behind them."""
         rows = self.turn.row_index(part)
         columns = part.columns if name == "prompt_positions" else self.question.columns[rows[:, 0]]
         assert columns is not None
+        if self.prompt.sample is not None:
+            return columns - starts(self.prompt.sample)[rows, columns]
         columns = columns + self.prompt.past
         real = self.prompt.real
         return columns if real is None else (real.long().cumsum(1) - 1)[rows, columns]
@@ -256,8 +333,8 @@ class Looks:
             return taken[rows[:, 0]].masked_fill(~mask[..., None], 0.0)
         columns = self.turn.columns_of(part, layout).to(taken.device)
         values = taken.movedim(_COLUMNS[name], 1)[rows, columns].movedim(1, _COLUMNS[name])
-        if name == "content_attention":
-            return values.softmax(-1)
+        if name in _ASKED:
+            return self._mean(values.softmax(-1) if name in _ALONE else values, part)
         if name == "question_attention":
             mask = self._mask(part).to(taken.device)[:, None, :, None]
             return values.masked_fill(~mask, 0.0)

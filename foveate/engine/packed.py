@@ -21,6 +21,11 @@ BOUNDARIES = {
 }
 
 
+def boundaries(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Boundaries of segments that a layer is told, if it is."""
+    return next((kwargs[name] for name in BOUNDARIES if kwargs.get(name) is not None), None)
+
+
 class PackedRows:
     """The translation for the rows that are left.
 

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -15,6 +16,8 @@ class Part(ABC):
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
+        self.session: object = None  # the session that it is a part of
+        self.uncompiled = False  # whether torch.compile is kept from tracing hooks
 
     @property
     @abstractmethod
@@ -38,25 +41,36 @@ class Part(ABC):
         while self._undo:
             self._undo.pop()()
 
+    def undo(self, last: Callable[[], object]) -> None:
+        """Call something when the part is taken off."""
+        self._undo.append(last)
+
     @property
     def taken(self) -> bool:
         """Whether the root carries a part, of this session or another."""
         hooks = self.root._forward_pre_hooks.values()
-        return any(isinstance(getattr(hook, "__self__", None), Part) for hook in hooks)
+        return any(part_of(hook) is not None for hook in hooks)
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before a module's forward."""
+        hook = self._hidden(hook)
         self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def behind(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
         """Call `hook(module, args, output)` after a module's forward; `always` also if it
         raised.
         """
+        hook = self._hidden(hook)
         self._undo.append(module.register_forward_hook(hook, always_call=always).remove)
 
     def watch(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs, output)` after a module's forward."""
+        hook = self._hidden(hook)
         self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+
+    def _hidden(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """A hook that torch.compile does not trace, where that is wanted: hooks keep state."""
+        return torch.compiler.disable(hook) if self.uncompiled else hook
 
     def wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Call `around(original, ...)` in place of a method of a module."""
@@ -67,7 +81,17 @@ class Part(ABC):
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return around(original, *args, **kwargs)
 
+        if self.uncompiled:  # the original may be compiled
+            around = torch.compiler.disable(around, recursive=False)
+            wrapper = torch.compiler.disable(wrapper, recursive=False)
         setattr(module, name, wrapper)
         self._undo.append(
             lambda: delattr(module, name) if before is None else setattr(module, name, before)
         )
+
+
+def part_of(hook: Any) -> Part | None:
+    """The part that a hook belongs to, if it is of one."""
+    hook = getattr(hook, "_torchdynamo_orig_callable", hook)
+    owner = getattr(getattr(hook, "func", hook), "__self__", None)
+    return owner if isinstance(owner, Part) else None

@@ -1,17 +1,16 @@
-"""Plan: which step of which method acts where on a model, checked before anything is attached."""
+"""Plan: which step of which method acts where on a model; `planning.make_plan` makes it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+
+from torch import nn
 
 from foveate.budget import PerRequest
-from foveate.engine.compute import why_whole
-from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
-from foveate.models import Family
+from foveate.errors import BudgetError, UnsupportedModelError
+from foveate.method import Method, Need, Step, Work
 from foveate.signals import SIGNALS
 
 
@@ -26,6 +25,7 @@ class PlannedStep:
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
         parks: whether what it takes out comes back at the method's next step.
+        learned: parameters of the method, if it learns.
     """
 
     method: Method
@@ -34,6 +34,7 @@ class PlannedStep:
     step: Step
     renumber: bool
     parks: bool = False
+    learned: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -56,62 +57,24 @@ class Plan:
     work: Mapping[int, Work] = field(default_factory=dict)
     focus: PlannedStep | None = None
 
-    @classmethod
-    def of(cls, family: Family, methods: Sequence[Method]) -> Plan:
-        """Plan methods on a model.
-
-        Raises:
-            LayerError: a layer lies outside the model, or the methods are not in stream order.
-            UnsupportedModelError: the model cannot serve what a method needs; the message lists
-            methods that work.
-            BudgetError: a schedule does not have one entry for each step.
-        """
-        steps: list[PlannedStep] = []
-        for method_number, method in enumerate(methods):
-            # Before its steps: where a stage is missing, a method may find nothing to do there.
-            _check_stage(family, method, method.stage)
-            of_method = method.steps(family)
-            method.check_budget(len(of_method))
-            renumber = method.positions_on(family) == "renumbered"
-            planned = [
-                PlannedStep(method, method_number, i, step, renumber and not step.stay, parks)
-                for i, (step, parks) in enumerate(zip(of_method, _parking(of_method), strict=True))
-            ]
-            for item in planned:
-                _check_stage(family, method, item.step.stage)
-                _check_encoder(family, item)
-                _check_layers(family, item)
-                _check_needs(family, item)
-            if steps and planned:
-                previous = next(s for s in reversed(steps) if s.number == 0)
-                if _order(planned[0].step) < _order(previous.step):
-                    raise LayerError(
-                        f"{method.slug} begins at {planned[0].step.place}, before "
-                        f"{previous.method.slug} at "
-                        f"{previous.step.place}; list methods in stream order"
-                    )
-            steps += planned
-        _check_signals(steps)
-        _check_parking(steps)
-        _check_thresholds(steps)
-
-        def at(stage: str) -> tuple[PlannedStep, ...]:
-            chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
-            return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
-
-        focus = [s for s in steps if s.step.decode]
-        if len(focus) > 1:
-            raise LayerError(
-                f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
-                "steps attend to; use one of them"
-            )
-        work = _work(family, methods)
-        return cls(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
+    @cached_property
+    def learned(self) -> nn.ModuleDict:
+        """Number of a method -> its parameters, of methods that learn."""
+        steps = (*self.vision, *self.pre_llm, *self.llm)
+        return nn.ModuleDict({str(s.method_number): s.learned for s in steps if s.learned})
 
     @property
     def asks(self) -> bool:
         """Whether it matters inside the language model which positions are visual."""
         return bool(self.looks or self.work)
+
+    @cached_property
+    def asks_text(self) -> tuple[str, ...]:
+        """Methods whose choice depends on what the prompt asks."""
+        steps = (
+            (s.method.slug, need.name) for s in (*self.pre_llm, *self.llm) for need in s.step.needs
+        )
+        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
 
     @property
     def marks(self) -> bool:
@@ -163,6 +126,12 @@ class Plan:
         needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
         return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
 
+    @cached_property
+    def before_projector(self) -> tuple[str, ...]:
+        """Methods that merge what the projector is given."""
+        names = (s.method.slug for s in self.pre_llm if s.step.before_projector)
+        return tuple(dict.fromkeys(names))
+
     @property
     def first_layer(self) -> int:
         """First decoder layer that the session touches."""
@@ -183,6 +152,26 @@ class Plan:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
 
+    def check_training(self) -> None:
+        """Refuse to train with methods that would do nothing, or not what they say.
+
+        Raises:
+            UnsupportedModelError: a method acts on decoding alone.
+            BudgetError: a budget is given for each row of a batch.
+        """
+        if self.per_request:
+            raise BudgetError(
+                "per_request gives a keep for each row of a batch, but in training rows come in "
+                "batches of any size and order; give one keep for all"
+            )
+        acting = {s.method_number for s in (*self.vision, *self.pre_llm, *self.llm)}
+        for number, method in enumerate(self.methods):
+            if number not in acting and not self.work:
+                raise UnsupportedModelError(
+                    f"{method.slug} acts on the tokens that are generated, and training generates "
+                    "none; train without it, and attach it for inference"
+                )
+
 
 def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
     """Signal -> layers, of signals that encoder layers give."""
@@ -191,283 +180,3 @@ def _encoder_layers(needs: Iterable[Need]) -> dict[str, tuple[int, ...]]:
         if SIGNALS[need.name].source == "encoder":
             found.setdefault(need.name, set()).update(need.layers)
     return {name: tuple(sorted(layers)) for name, layers in found.items()}
-
-
-def _order(step: Step) -> tuple[int, int]:
-    return STAGES.index(step.stage), step.layer
-
-
-def _check_stage(family: Family, method: Method, stage: str) -> None:
-    if stage != "vision" and not family.text_layers:
-        raise UnsupportedModelError(
-            f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
-            f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
-        )
-    if stage == "vision":
-        check_mixing(family, [method], "image", {})
-        if family.encoder is None or family.encoder.block is None:
-            raise UnsupportedModelError(
-                f"{method.slug!r} acts inside the encoder, which is not supported on this "
-                f"{family.model_type!r}. Methods that work here: "
-                f"{', '.join(working_methods(family))}."
-            )
-
-
-def check_mixing(
-    family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
-) -> None:
-    """Refuse to act inside the encoder where patches do not belong to one visual token each.
-
-    Raises:
-        UnsupportedModelError: so it is for this modality, or for what is to be encoded.
-    """
-    if methods and (why := family.mixing(modality, arguments)):
-        names = ", ".join(dict.fromkeys(method.slug for method in methods))
-        raise UnsupportedModelError(
-            f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
-            f"this {family.model_type!r}: {why}. Methods that work here: "
-            f"{', '.join(working_methods(family, vision=False))}."
-        )
-
-
-def _check_encoder(family: Family, planned: PlannedStep) -> None:
-    method = planned.method
-    if planned.step.stage != "vision":
-        return
-    if isinstance(method.keep, PerRequest):
-        raise BudgetError(
-            f"{method.slug} acts inside the encoder, where all images are reduced together; "
-            "give one keep for all instead of per_request"
-        )
-    assert family.encoder is not None  # as checked before
-    kernel = family.encoder.tower.config._attn_implementation or "eager"
-    if planned.step.proportional and kernel not in ("sdpa", "eager"):
-        raise UnsupportedModelError(
-            f"proportional attention of {method.slug} adds a bias to the scores, which "
-            f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
-            "proportional attention off"
-        )
-
-
-def _check_layers(family: Family, planned: PlannedStep) -> None:
-    step, slug = planned.step, planned.method.slug
-    if step.stage == "vision" and not 0 <= step.layer <= family.feature_layer:
-        raise LayerError(
-            f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
-            f"{family.model_type} sees layers 0 to {family.feature_layer}"
-        )
-    if step.stage != "llm":
-        return
-    if not 0 <= step.layer < family.text_layers:
-        raise LayerError(
-            f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
-            f"layers 0 to {family.text_layers - 1}"
-        )
-    if step.decode:
-        if step.layer < 1 or step.layer - 1 not in family.attention_layers:
-            raise LayerError(
-                f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
-                "which must see the whole sequence; layers that do are "
-                f"{', '.join(map(str, family.attention_layers))}"
-            )
-        return
-    if step.layer < family.first_llm_layer:
-        raise LayerError(
-            f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "
-            f"features to the visual tokens after its first {family.first_llm_layer} layers "
-            f"(DeepStack); the first layer before which tokens may be removed is "
-            f"{family.first_llm_layer}"
-        )
-
-
-def _check_needs(family: Family, planned: PlannedStep) -> None:
-    for need in planned.step.needs:
-        if need.name not in SIGNALS:
-            raise FoveateError(
-                f"{planned.method.slug} needs an unknown signal {need.name!r}; known: "
-                f"{', '.join(SIGNALS)}"
-            )
-        signal = SIGNALS[need.name]
-        stages = {"encoder": ("vision", "pre_llm"), "prompt": ("pre_llm",), "decoder": ("llm",)}
-        if planned.step.stage not in stages[signal.source]:
-            raise LayerError(
-                f"{planned.method.slug} needs {need.name} at {planned.step.place}, but only "
-                f"{' and '.join(stages[signal.source])} steps can have it"
-            )
-        if signal.layered and not need.layers:
-            raise LayerError(f"{planned.method.slug} needs {need.name}, but names no layer")
-        if signal.source == "encoder":
-            _check_encoder_signal(family, planned, need)
-        elif signal.source == "decoder":
-            _check_decoder_signal(family, planned, need)
-
-
-def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
-    slug, step, signal = planned.method.slug, planned.step, SIGNALS[need.name]
-    encoder = family.encoder
-    works = "Methods that work here: "
-    if signal.class_token and (encoder is None or not encoder.class_token):
-        raise UnsupportedModelError(
-            f"{slug!r} needs class-token attention, but the encoder of this {family.model_type} "
-            "has no class token that methods can read. "
-            f"{works}{', '.join(working_methods(family))}."
-        )
-    if encoder is None or (encoder.packed is not None and not signal.packed):
-        raise UnsupportedModelError(
-            f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
-            f"give. {works}{', '.join(working_methods(family))}."
-        )
-    if step.stage == "vision":
-        earlier = not step.inside and all(i < step.layer for i in need.layers)
-        own = need.layers == (step.layer,) and signal.inside
-        if not (own or (earlier and encoder.packed is None)):
-            raise LayerError(
-                f"{slug} acts at {step.place} and can have signals of that layer only "
-                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
-                f"earlier ones, but needs {need.name} of layers {need.layers}"
-            )
-        if need.name == "encoder_keys" and not step.inside:
-            raise LayerError(
-                f"{slug} needs {need.name}, which only a step inside an encoder layer has; it "
-                f"acts at {step.place}"
-            )
-    if any(not 0 <= i < family.vision_layers for i in need.layers):
-        raise LayerError(
-            f"{slug} needs encoder layers {need.layers}, but this encoder has layers 0 to "
-            f"{family.vision_layers - 1}"
-        )
-
-
-def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
-    slug, step = planned.method.slug, planned.step
-    # What a layer does to a token is known behind it; all else, before it.
-    last = step.layer - (need.name == "transition")
-    outside = [i for i in need.layers if not 0 <= i <= last]
-    if outside:
-        raise LayerError(
-            f"{slug} acts at {step.place} and needs {need.name} of layer {outside[0]}, but there "
-            f"it is known of layers 0 to {last}"
-        )
-    windowed = [i for i in need.layers if i not in family.attention_layers]
-    if SIGNALS[need.name].attention and windowed:
-        legal = ", ".join(map(str, family.attention_layers))
-        raise LayerError(
-            f"{slug} ranks tokens by the attention of layer {windowed[0]}, which sees only a "
-            f"window of the sequence; layers that see all of it are {legal}"
-        )
-
-
-def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
-    """What decoder layers compute of visual tokens.
-
-    Raises:
-        UnsupportedModelError: the layers cannot be computed in parts.
-        LayerError: two methods want different things of a layer.
-    """
-    found: dict[int, Work] = {}
-    for method in methods:
-        for work in method.work(family):
-            if why := why_whole(family, work):
-                raise UnsupportedModelError(
-                    f"{method.slug!r} computes decoder layers of this {family.model_type} in "
-                    f"parts, but {why}. Methods that work here: "
-                    f"{', '.join(working_methods(family))}."
-                )
-            if work.layer in found:
-                raise LayerError(
-                    f"{method.slug} and another method both say what layer {work.layer} computes "
-                    "of visual tokens; use one of them"
-                )
-            found[work.layer] = work
-    return found
-
-
-def _parking(steps: Sequence[Step]) -> list[bool]:
-    """Whether what each step of a method takes out comes back at the next."""
-    return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
-
-
-def _check_parking(steps: Sequence[PlannedStep]) -> None:
-    """Refuse other steps, and renumbering, while tokens are parked."""
-    llm = [s for s in steps if s.step.stage == "llm"]
-    for planned in (s for s in llm if s.parks):
-        back = next(s for s in llm if s.method is planned.method and s.number == planned.number + 1)
-        span = range(planned.step.layer, back.step.layer + 1)
-        between = [s for s in llm if s.method is not planned.method and s.step.layer in span]
-        if between:
-            raise LayerError(
-                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
-                f"{planned.method.slug} brings back at {back.step.place} are parked; give it a "
-                f"layer before {span.start} or behind {span[-1]}"
-            )
-        if planned.renumber:
-            raise LayerError(
-                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
-                "use positions='original'"
-            )
-
-
-def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
-    """Refuse two steps that mean different things by global patches."""
-    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
-    if len({need.above for need in needs}) > 1:
-        raise LayerError(
-            "methods of one session ask for global_attention above different thresholds: "
-            f"{', '.join(str(need.above) for need in needs)}; give them the same"
-        )
-
-
-def _check_signals(steps: Sequence[PlannedStep]) -> None:
-    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
-    first: dict[tuple[int, bool], PlannedStep] = {}
-    for planned in (s for s in steps if s.step.stage == "vision"):
-        place = planned.step.layer, planned.step.inside
-        if place in first and planned.step.needs:
-            raise LayerError(
-                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
-                f"{planned.step.place}, so that signals for the second would be out of date; give "
-                "them different layers"
-            )
-        first.setdefault(place, planned)
-
-
-def why_not(family: Family, name: str) -> str | None:
-    """Why a method with default settings does not work on a model, or `None` if it does."""
-    try:
-        Plan.of(family, [get_method(name)()])
-    except FoveateError as error:
-        return str(error)
-    return None
-
-
-def working_methods(family: Family, *, encoder: bool = True, vision: bool = True) -> list[str]:
-    """Registered methods that need no stage and no signal the model lacks.
-
-    Args:
-        family: the model.
-        encoder: whether signals of the encoder may be read behind it.
-        vision: whether methods may act inside the encoder, if they can.
-    """
-    tower, reads = family.encoder, encoder
-    layers = [Work(number, window=1) for number in range(family.text_layers)]
-    stages = set(STAGES if family.text_layers else STAGES[:1])
-    if tower is None or tower.block is None or not vision:
-        stages.discard("vision")
-
-    def has(method: type[Method], name: str) -> bool:
-        signal = SIGNALS[name]
-        if signal.source != "encoder":
-            return True
-        if tower is None or (signal.class_token and not tower.class_token):
-            return False
-        if tower.packed is not None and not signal.packed:
-            return False
-        return method.stage == "vision" or reads
-
-    def works(name: str) -> bool:
-        method = get_method(name)
-        if method.work is not Method.work and any(why_whole(family, work) for work in layers):
-            return False
-        return method.stage in stages and all(has(method, need) for need in method.needs)
-
-    return [name for name in list_methods() if works(name)]

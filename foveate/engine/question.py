@@ -19,10 +19,12 @@ class Question:
     Args:
         columns: (B, Q) logical columns, ascending; padding repeats some column.
         real: (B, Q) which of them are no padding.
+        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
     """
 
     columns: Tensor
     real: Tensor
+    sample: Tensor | None = None
 
     @classmethod
     def of(
@@ -32,15 +34,17 @@ class Question:
         trailing: int,
         rows: Sequence[int],
         ends: Sequence[int],
+        sample: Tensor | None = None,
     ) -> Question:
         """The question of a forward.
 
         Args:
             visual: (B, T) placeholders of all images.
-            real: (B, T) positions that are no padding; `None` for all.
+            real: (B, T) positions that can ask: no padding, not supervised; `None` for all.
             trailing: drafted tokens behind the prompt.
             rows: row of each image.
             ends: logical column of each image's last token.
+            sample: as in the class.
         """
         batch, length = visual.shape
         order = torch.arange(length, device=visual.device)
@@ -55,7 +59,7 @@ class Question:
             behind &= order <= last - trailing
         width = int(behind.sum(1).max())
         columns = (~behind).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-        return cls(columns, behind.gather(1, columns))
+        return cls(columns, behind.gather(1, columns), sample)
 
     def mask(self, rows: Tensor, ends: Tensor) -> Tensor:
         """(G, Q) which tokens are the question of each of some images.
@@ -64,7 +68,12 @@ class Question:
             rows: (G) their rows.
             ends: (G) logical column of each one's last token.
         """
-        return self.real[rows] & (self.columns[rows] > ends[:, None])
+        columns = self.columns[rows]
+        mask = self.real[rows] & (columns > ends[:, None])
+        if self.sample is not None:
+            sample = self.sample[rows]
+            mask &= sample.gather(1, columns) == sample.gather(1, ends[:, None])
+        return mask
 
     def paired(self, rows: Tensor, ends: Tensor, nexts: Tensor) -> Tensor:
         """(G, Q) which tokens come before another image does.

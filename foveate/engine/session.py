@@ -9,18 +9,22 @@ a few instance attributes (`get_image_features` of the base model, `generate` of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.clip import ClipQuestions
 from foveate.engine.plan import Plan
+from foveate.engine.planning import make_plan
 from foveate.engine.text import TextPart
 from foveate.engine.vision import VisionPart
-from foveate.errors import AttachError, FoveateError, InputError
+from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
 from foveate.method import Method, get_method
 from foveate.models import Family, find_family
 from foveate.record import Record
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
     from foveate.report import Report
 
+LEARNED = "foveate"  # the name of what methods learn, among a model's modules
 MethodLike = Method | str | Sequence[Method]
 
 
@@ -55,12 +60,14 @@ class Session:
         clip: ClipQuestions | None = None,
     ) -> None:
         self.family = find_family(model)
-        self.plan = Plan.of(
+        self.plan = make_plan(
             self.family, [methods] if isinstance(methods, Method) else list(methods)
         )
         _check_clip(self.plan, clip)
         self._model = model
         self._parts = _parts(self.plan, self.family, clip)
+        for part in self._parts:
+            part.session = self
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -81,6 +88,67 @@ class Session:
         last = self._parts[-1]
         assert isinstance(last, TextPart)  # what asks CLIP acts before a language model
         last.clip = questions
+
+    # -- training
+
+    def make_trainable(self) -> None:
+        """Get ready to be attached for training: what is compiled then runs hooks as they are.
+
+        Raises:
+            UnsupportedModelError: a method has nothing to do in training.
+            BudgetError: a budget is given for each request.
+        """
+        self.plan.check_training()
+        for part in self._parts:
+            part.uncompiled = True
+
+    @property
+    def labelled_logits(self) -> bool:
+        """Whether in training logits are made only where there are labels."""
+        last = self._parts[-1]
+        return isinstance(last, TextPart) and last.labelled_logits
+
+    def label_logits(self) -> None:
+        """Make logits in training only where there are labels.
+
+        Raises:
+            UnsupportedModelError: the model cannot.
+        """
+        last = self._parts[-1]
+        forward = inspect.signature(self._model.forward).parameters
+        if not isinstance(last, TextPart) or not {"labels", "logits_to_keep"} <= set(forward):
+            raise UnsupportedModelError(
+                f"head='labels' needs a model that makes logits of some tokens alone, which "
+                f"{type(self._model).__name__} does not; use head='all'"
+            )
+        if Version(transformers.__version__) < Version("5.23"):
+            raise UnsupportedModelError(
+                f"head='labels' needs transformers 5.23 or newer, got {transformers.__version__}; "
+                "use head='all'"
+            )
+        last.labelled_logits = True
+
+    @property
+    def learned(self) -> nn.ModuleDict:
+        """Number of a method -> its parameters, of methods that learn."""
+        return self.plan.learned
+
+    def own_learned(self) -> None:
+        """Make what methods learn a part of the attached model, as its module `foveate`.
+
+        It is trained, moved and saved with the model. `remove()` takes it off again.
+        """
+        if not len(self.learned):
+            return
+        self._model.add_module(LEARNED, self.learned.to(self._model.device))
+        self.learned.train(self._model.training)
+        self._parts[-1].undo(lambda: delattr(self._model, LEARNED))
+
+    def around_saving(self, module: nn.Module, around: Callable[..., Any]) -> None:
+        """Call `around(save_pretrained, ...)` in place of a module's `save_pretrained`, as long as
+        the session is attached.
+        """
+        self._parts[-1].wrap(module, "save_pretrained", around)
 
     # -- attach and remove
 

@@ -35,7 +35,7 @@ class Stack:
         visible: (G, V, R) 1 for rows that others attend to, 0 for padding; `None` for all.
         frames: frames of each, one behind the other.
         begin: method -> tokens of a picture where the method began.
-        kept: place -> (G, K) raster positions alive behind it.
+        kept: place -> (G, K) raster positions alive behind it; -1 fills up pictures with fewer.
     """
 
     pictures: tuple[int, ...]
@@ -66,6 +66,11 @@ class Stack:
         everything = torch.arange(self.total, device=self.rows.device)
         return everything.expand(len(self.pictures), -1)
 
+    @property
+    def real(self) -> Tensor | None:
+        """(G, K) which of the tokens alive are any; others fill up. `None` for all."""
+        return None if self.layout is None else self.layout.real
+
     def rows_at(self, layout: Reduction | None) -> Tensor:
         """(G, K, R) rows of the tokens that a layout leaves."""
         if layout is None:
@@ -91,6 +96,9 @@ class Stack:
         if layout is None:
             return seen
         seen = None if seen is None else layout.apply(seen)
+        if layout.real is not None:
+            real = layout.real.float()[..., None].expand(-1, -1, self.rows.shape[2])
+            seen = real if seen is None else seen * real
         if not merged:
             return None if seen is None else seen.gt(0).to(seen)
         if self.merged is None:

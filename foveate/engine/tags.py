@@ -6,6 +6,7 @@ Shapes: `V` visual tokens of an image, `C` channels of a signal.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,9 @@ from transformers.utils.generic import ModelOutput
 from foveate.engine import features
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
-from foveate.engine.plan import Plan, working_methods
+from foveate.engine.inputs import of_shapes
+from foveate.engine.plan import Plan
+from foveate.engine.planning import working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.vision import VisionPart
 from foveate.errors import InputError, UnsupportedModelError
@@ -53,6 +56,8 @@ class Tags:
         arguments: Mapping[str, Any],
         rows: dict[tuple[str, int], Tensor],
         passes: list[Encoding],
+        given: Tensor | None = None,
+        made_outside: bool = False,
     ) -> None:
         """Make encoder output carry what is known of its images.
 
@@ -62,6 +67,8 @@ class Tags:
             arguments: what it was made from.
             rows: (signal, layer) -> what was collected of it.
             passes: passes through an encoder in which tokens were removed.
+            given: what the projector was given, if methods merge that.
+            made_outside: whether features were handed in.
 
         Raises:
             UnsupportedModelError: signals or survivors cannot be told for its tokens.
@@ -79,7 +86,13 @@ class Tags:
         }
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        encoded = Encoded(shapes, signals, pixels, kept, placed)
+        fed = {} if made_outside else of_shapes(self.family.fed(arguments))
+        encoded = Encoded(shapes, signals, pixels, kept, placed, fed=fed)
+        projector = self.family.projector(modality)
+        if projector is not None and given is not None:
+            unprojected = self.family.unprojected(modality, given, lengths, arguments)
+            mixes = any(bool(image.isnan().any()) for image in unprojected)
+            encoded = replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
         features.tag(output, encoded)
 
     def _per_token(
@@ -95,6 +108,16 @@ class Tags:
         if [row.shape[-1] for row in images] != list(lengths):
             raise self.unmapped(modality)
         return images
+
+    def notes(self, outputs: Mapping[str, Any]) -> list[str]:
+        """What a record says of how the tokens of encoder output, by modality, were merged."""
+        names = ", ".join(self.plan.before_projector)
+        return [
+            f"{names} merged {modality} tokens behind the projector where this "
+            f"{self.family.model_type} makes or mixes several of them together"
+            for modality, output in outputs.items()
+            if names and not features.is_slice(output) and output.encoded.mixes
+        ]
 
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""
@@ -135,5 +158,5 @@ class Tags:
                 "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
-        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [])
+        self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [], made_outside=True)
         return copy

@@ -63,6 +63,9 @@ class TextPart(Hooks, Part):
         for modality in family.placeholder_ids:
             around = functools.partial(self.features, modality)
             self.wrap(family.base, f"get_{modality}_features", around)
+            projector = family.projector(modality) if self.plan.before_projector else None
+            if projector is not None:
+                self.before(projector, self.enter_projector)
         for number in self.plan.work:
             self.wrap(family.layers[number], "forward", functools.partial(self.run_layer, number))
         for number in self.plan.transition_layers:

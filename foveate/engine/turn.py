@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.engine.asking import starts
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
 from foveate.engine.focusing import Focusing
@@ -47,6 +48,8 @@ class Prompt:
         request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
+        supervised: (B, T) positions with a label; `None` without labels.
+        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
     """
 
     batch: int
@@ -59,6 +62,8 @@ class Prompt:
     request: Callable[[int], int]
     flash: bool
     visual: Tensor | None = None
+    supervised: Tensor | None = None
+    sample: Tensor | None = None
 
 
 class Turn:
@@ -215,7 +220,14 @@ class Turn:
         else:
             rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
-        return rotary, None if self.prompt.flash else positions
+        return rotary, self._packed() if self.prompt.flash else positions
+
+    def _packed(self) -> Tensor | None:
+        """(B, P) places of the columns in packed samples, for kernels that tell these apart so."""
+        if self.prompt.sample is None:
+            return None
+        sample = self.prompt.sample.gather(1, self.layout.index.clamp(min=0))
+        return torch.arange(sample.shape[1], device=sample.device) - starts(sample)
 
     def begin(self, embeds: Tensor) -> None:
         """Drop what was removed from the image features.
@@ -288,7 +300,13 @@ class Turn:
         lost = False
         for group in self.groups:
             parts = reduce_group(
-                planned, group, self.begin_of, self.prompt.request, features, signals
+                planned,
+                group,
+                self.begin_of,
+                self.prompt.request,
+                features,
+                signals,
+                self.looks.unasked(planned.step.needs, group),
             )
             for part, after, reduction in parts:
                 groups.append(after)
@@ -320,6 +338,8 @@ class Turn:
             count = gone.long()
             behind = count.cumsum(1)
             shift, total = behind - count, behind[:, -1:]
+            if self.prompt.sample is not None:  # each sample has positions of its own
+                shift = shift - shift.gather(1, starts(self.prompt.sample))
             self._shift = shift if self._shift is None else self._shift + shift
             self._renumbered = total if self._renumbered is None else self._renumbered + total
         alive = ~gone

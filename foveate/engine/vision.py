@@ -19,15 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from foveate.engine.encoding import Encoding
-from foveate.engine.inputs import bound
+from foveate.engine.inputs import bound, of_shapes
+from foveate.engine.packed import boundaries
 from foveate.engine.part import Part
-from foveate.engine.plan import Plan, PlannedStep, check_mixing
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.planning import check_mixing
 from foveate.engine.stack import Stack
 from foveate.errors import UnsupportedModelError
 from foveate.method import Need
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals.encoder import EncoderSignals
+from foveate.signals.taps import Taps
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -72,6 +75,7 @@ class VisionPart(Part):
         self._signals = (
             EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
         )
+        self._taps = Taps()
         self._local = _Local()
         self._last: Record | None = None
 
@@ -89,6 +93,11 @@ class VisionPart(Part):
     def tokens(self) -> list[tuple[int, int]]:
         """Rows that each layer of the last pass saw."""
         return [] if self.record is None else self.record.encoder_tokens
+
+    @property
+    def bounds(self) -> list[Tensor | None]:
+        """Boundaries of the segments of each layer of the last pass."""
+        return [] if self.record is None else self.record.encoder_bounds
 
     @property
     def running(self) -> Encoding | None:
@@ -119,7 +128,7 @@ class VisionPart(Part):
         block = self.encoder.block
         if block is None or block.output is None:
             return frozenset()
-        biased = [s.step.layer for s in plan.vision if s.step.proportional]
+        biased = [s.step.layer for s in plan.vision if s.step.proportional or s.step.ragged]
         return frozenset(
             range(min(biased, default=len(self.encoder.layers)), len(self.encoder.layers))
         )
@@ -155,7 +164,8 @@ class VisionPart(Part):
                 self.wrap(layer, "forward", functools.partial(self._halves, layer, steps))
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
-                    self.behind(getattr(attention, name), functools.partial(self._tap, name))
+                    self._taps.add(attention, name, functools.partial(self._tap, name))
+        self._undo.append(self._taps.remove)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
         if self._signals is not None:
@@ -170,6 +180,7 @@ class VisionPart(Part):
     # -- around the encoder
 
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        self._taps.refresh()
         arguments = bound(module.forward, args, kwargs)
         side = self.family.side(self._local.modality)
         self._local.encoding = Encoding(self.family, self.encoder, arguments, side)
@@ -207,7 +218,9 @@ class VisionPart(Part):
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
-        return ((hidden,), encoding.told(kwargs)) if encoding.reduced else None
+        told = encoding.told(kwargs) if encoding.reduced else kwargs
+        encoding.bounds.append(boundaries(told))
+        return ((hidden,), told) if encoding.reduced else None
 
     def _signal(
         self, encoding: Encoding, number: int, layer: Any, hidden: Tensor, need: Need, of: Stack
@@ -305,4 +318,6 @@ class VisionPart(Part):
             cache_slots=[],
             pixels=encoding.pixels,
             encoder_tokens=rows + encoding.rows,
+            encoder_bounds=[*(None for _ in rows), *encoding.bounds],
+            encoded={"image": of_shapes(encoding.arguments)},
         )

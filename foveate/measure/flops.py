@@ -18,7 +18,20 @@ import torch
 
 @dataclass(frozen=True)
 class TextShape:
-    """The sizes of a decoder like Llama or Qwen2: three MLP matrices, grouped key-value heads."""
+    """The sizes of a decoder layer like Llama's or Qwen2's: three MLP matrices, grouped key-value
+    heads.
+
+    Args:
+        layers: L, of the whole decoder.
+        hidden: D.
+        heads: h.
+        kv_heads: g.
+        head_dim: d.
+        mlp: M, the neurons that a token passes: of a mixture, those of its experts.
+        vocabulary: tokens of the language-model head.
+        router: experts that a token is rated for; 0 without a mixture.
+        window: keys that a query sees at most, itself included; `None` for all.
+    """
 
     layers: int
     hidden: int
@@ -27,49 +40,72 @@ class TextShape:
     head_dim: int
     mlp: int
     vocabulary: int
+    router: int = 0
+    window: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> TextShape:
-        """Read the sizes from a text config, or from the `text_config` of a multimodal one."""
+    def of(cls, config: Any, layer: int = 0) -> TextShape:
+        """Read the sizes from a text config, or from the `text_config` of a multimodal one.
+
+        Args:
+            config: the config.
+            layer: the decoder layer; they may differ in MLP and window.
+        """
         text = getattr(config, "text_config", config)
         heads = text.num_attention_heads
+        mlp, router = _mlp(text, layer)
+        kinds = getattr(text, "layer_types", None) or []
+        windowed = layer < len(kinds) and kinds[layer] == "sliding_attention"
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            mlp=_text_mlp_width(text),
+            mlp=mlp,
             vocabulary=text.vocab_size,
+            router=router,
+            window=text.sliding_window if windowed else None,
         )
 
+    @classmethod
+    def all(cls, config: Any) -> tuple[TextShape, ...]:
+        """The sizes of every layer."""
+        text = getattr(config, "text_config", config)
+        return tuple(cls.of(text, layer) for layer in range(text.num_hidden_layers))
 
-def _text_mlp_width(text: Any) -> int:
-    """Width of the MLP that a token passes, on average over the layers; routers are left out."""
+
+def _mlp(text: Any, layer: int) -> tuple[int, int]:
+    """Neurons of the MLP that a token passes in a layer, and experts that it is rated for."""
     active = getattr(text, "num_experts_per_tok", None)
-    if not active:
-        return text.intermediate_size
-    dense = {*(getattr(text, "mlp_only_layers", None) or ())}
-    dense.update(range(getattr(text, "first_k_dense_replace", 0)))
-    every = getattr(text, "decoder_sparse_step", 1)
-    layers = range(text.num_hidden_layers)
-    sparse = sum(i not in dense and (i + 1) % every == 0 for i in layers)
-    total = sparse * (active + getattr(text, "n_shared_experts", 0)) * text.moe_intermediate_size
-    return (total + (len(layers) - sparse) * text.intermediate_size) // len(layers)
+    dense = layer in (getattr(text, "mlp_only_layers", None) or ())
+    dense |= layer < getattr(text, "first_k_dense_replace", 0)
+    dense |= (layer + 1) % getattr(text, "decoder_sparse_step", 1) != 0
+    if not active or dense:
+        return text.intermediate_size, 0
+    names = ("n_routed_experts", "num_experts", "num_local_experts")
+    experts = next(n for name in names if (n := getattr(text, name, None)))
+    return (active + getattr(text, "n_shared_experts", 0)) * text.moe_intermediate_size, experts
 
 
-def visible_keys(tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
+def visible_keys(
+    tokens: int, keys: int | None = None, *, causal: bool = True, window: int | None = None
+) -> int:
     """Query-key pairs of one row: sum over the `T` queries of the keys each may see.
 
     Args:
         tokens: T, the last T of the keys are the queries' own.
         keys: S, keys in all; `None` means T, a prompt without a past.
         causal: whether a query sees only keys up to itself: T (S - T) + T (T + 1) / 2, else T S.
+        window: keys that a query sees at most, if it is causal.
     """
     total = tokens if keys is None else keys
     if not causal:
         return tokens * total
-    return tokens * (total - tokens) + tokens * (tokens + 1) // 2
+    if window is None or total <= window:
+        return tokens * (total - tokens) + tokens * (tokens + 1) // 2
+    short = max(min(window - (total - tokens), tokens), 0)  # queries that see all before them
+    return visible_keys(short, total - tokens + short) + (tokens - short) * window
 
 
 def projection_flops(shape: TextShape, tokens: int) -> int:
@@ -84,15 +120,15 @@ def attention_flops(shape: TextShape, pairs: int) -> int:
 
 
 def mlp_flops(shape: TextShape, tokens: int) -> int:
-    """Gate, up and down matrices of one layer: 6 T D M."""
-    return 6 * tokens * shape.hidden * shape.mlp
+    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert in choice."""
+    return 2 * tokens * shape.hidden * (3 * shape.mlp + shape.router)
 
 
 def layer_flops(
     shape: TextShape, tokens: int, keys: int | None = None, *, causal: bool = True
 ) -> int:
     """One decoder layer on T tokens of one row."""
-    pairs = visible_keys(tokens, keys, causal=causal)
+    pairs = visible_keys(tokens, keys, causal=causal, window=shape.window)
     return (
         projection_flops(shape, tokens) + attention_flops(shape, pairs) + mlp_flops(shape, tokens)
     )
@@ -114,9 +150,13 @@ def prefill_flops(
         causal: count visible query-key pairs only (what the arithmetic needs); `False` counts all T
             x T (what dense kernels do).
     """
-    shape = TextShape.of(config)
-    body = sum(layer_flops(shape, t, causal=causal) for row in layer_tokens for t in row)
-    return body + head_flops(shape, len(layer_tokens[0]) if layer_tokens else 0)
+    shapes = TextShape.all(config)
+    body = sum(
+        layer_flops(shape, t, causal=causal)
+        for shape, row in zip(shapes, layer_tokens, strict=True)
+        for t in row
+    )
+    return body + head_flops(shapes[0], len(layer_tokens[0]))
 
 
 def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
@@ -126,8 +166,9 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
         config: text config, or a multimodal one.
         slots_per_layer: keys that the token sees in each layer, itself included.
     """
-    shape = TextShape.of(config)
-    return sum(layer_flops(shape, 1, keys) for keys in slots_per_layer) + head_flops(shape)
+    shapes = TextShape.all(config)
+    layers = zip(shapes, slots_per_layer, strict=True)
+    return sum(layer_flops(shape, 1, keys) for shape, keys in layers) + head_flops(shapes[0])
 
 
 def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
@@ -143,67 +184,6 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
     return 2 * batch * shape.kv_heads * shape.head_dim * sum(slots_per_layer) * dtype.itemsize
 
 
-VISION_COUNTED = frozenset({"llava"})
-"""Types of vision-language models whose tower and projector the functions below describe."""
-
-
-def vision_flops(config: Any, rows: Sequence[tuple[int, int]] = ()) -> int:
-    """A ViT-like encoder on one image, without what pools its rows.
-
-    All layers count: transformers runs those behind the feature layer too.
-
-    Patch embedding 2 P (3 p^2) D, then in each layer, for the P patches and the special tokens,
-    four D x D projections, dense attention, and a two-matrix MLP (three matrices with SwiGLU).
-
-    Args:
-        config: of the encoder, or of a model around it.
-        rows: for each layer, rows that its attention and its MLP see; without it, all in all.
-    """
-    vision = getattr(config, "vision_config", config)
-    patches = patch_count(vision)
-    hidden = vision.hidden_size
-    full = patches + special_tokens(vision)
-    embedding = 2 * patches * vision.num_channels * vision.patch_size**2 * hidden
-    total = embedding
-    for attention, mlp in rows or [(full, full)] * vision.num_hidden_layers:
-        total += 8 * attention * hidden**2 + 4 * hidden * attention**2
-        total += 2 * mlp * hidden * _mlp_width(vision)
-    return total
-
-
-def patch_count(vision: Any) -> int:
-    """P, patches of an image of the encoder's own size."""
-    if hasattr(vision, "num_patches"):
-        return vision.num_patches
-    return (vision.image_size // vision.patch_size) ** 2
-
-
-def special_tokens(vision: Any) -> int:
-    """Class, distillation and register tokens, by the encoder's config type."""
-    counts = {"clip_vision_model": 1, "vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1}
-    return counts.get(vision.model_type, 0) + getattr(vision, "num_register_tokens", 0)
-
-
-def _mlp_width(vision: Any) -> int:
-    """Widths of an encoder MLP's matrices, summed."""
-    if not hasattr(vision, "mlp_ratio"):
-        return 2 * vision.intermediate_size
-    width = int(vision.hidden_size * vision.mlp_ratio)
-    if getattr(vision, "use_swiglu_ffn", False):
-        return 3 * ((int(width * 2 / 3) + 7) // 8 * 8)
-    return 2 * width
-
-
-def projector_flops(config: Any, tokens: int) -> int:
-    """LLaVA's projector on V visual tokens of one image: 2 V (F Dv D + D^2), F feature layers."""
-    feature_layers = config.vision_feature_layer
-    inputs = config.vision_config.hidden_size * (
-        1 if isinstance(feature_layers, int) else len(feature_layers)
-    )
-    hidden = config.text_config.hidden_size
-    return 2 * tokens * (inputs * hidden + hidden**2)
-
-
 def text_attention_flops(config: Any, tokens: int) -> int:
     """The signal `text_attention` for one row: keys of all tokens, one query, one row of scores.
 
@@ -213,16 +193,3 @@ def text_attention_flops(config: Any, tokens: int) -> int:
     queries = shape.heads * shape.head_dim
     keys = 2 * tokens * shape.hidden * shape.kv_heads * shape.head_dim
     return keys + 2 * shape.hidden * queries + 2 * queries * tokens
-
-
-def cls_scores_flops(config: Any) -> int:
-    """The same where the layer's own queries and keys are at hand: one row, 2 D (P + 1)."""
-    vision = getattr(config, "vision_config", config)
-    return 2 * vision.hidden_size * (patch_count(vision) + 1)
-
-
-def cls_attention_flops(config: Any) -> int:
-    """The signal `cls_attention` of one image and layer: one query row, 2 D^2 + 2 D (P + 1)."""
-    vision = getattr(config, "vision_config", config)
-    tokens = patch_count(vision) + 1
-    return 2 * vision.hidden_size**2 + 2 * vision.hidden_size * tokens

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,52 @@ class Timing:
         return f"{self.median_ms:.1f} ms ({low:.1f} to {high:.1f})"
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements.
+
+    Args:
+        median: the middle.
+        q25: a quarter of the measurements is lower.
+        q75: a quarter is higher.
+    """
+
+    median: float
+    q25: float
+    q75: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        median = statistics.median(values)
+        if len(values) < 2:
+            return cls(median, median, median)
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    @classmethod
+    def of_ratios(cls, numerators: Sequence[float], denominators: Sequence[float]) -> Spread:
+        """The spread of the round-by-round ratios of two contenders."""
+        return cls.of([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+    def to_dict(self) -> dict[str, float]:
+        """The three numbers as JSON values."""
+        return {"median": self.median, "q25": self.q25, "q75": self.q75}
+
+
+def one_round(contenders: Mapping[str, Callable[[], T]], number: int) -> Iterator[tuple[str, T]]:
+    """Run each contender once, and hand out what it returns.
+
+    Args:
+        contenders: by name, what is run.
+        number: of the round; every other one goes backwards, so that none always follows another's
+            cache and heap.
+    """
+    names = list(contenders)
+    for name in names if number % 2 == 0 else reversed(names):
+        yield name, contenders[name]()
+
+
 def interleave(
     fn: Callable[[], object],
     settings: Mapping[str, Callable[[], AbstractContextManager[object]]],
@@ -74,18 +123,22 @@ def interleave(
     Returns:
         One `Timing` for each setting.
     """
+
+    def timed(setting: Callable[[], AbstractContextManager[object]]) -> Callable[[], float]:
+        def run() -> float:
+            with setting():
+                return _clock(fn, torch.device(device))
+
+        return run
+
     runs: dict[str, list[float]] = {name: [] for name in settings}
-    names = list(settings)
-    for round_ in range(warmup + repeats):
-        # Alternate who goes first, so that none always follows the other's cache and heap.
-        for name in names if round_ % 2 == 0 else reversed(names):
-            with settings[name]():
-                elapsed = _clock(fn, torch.device(device))
-            if round_ >= warmup:
-                runs[name].append(elapsed)
+    contenders = {name: timed(setting) for name, setting in settings.items()}
+    for number in range(warmup + repeats):
+        for name, elapsed in one_round(contenders, number):
+            runs[name].append(elapsed)
             if tick is not None:
                 tick()
-    return {name: Timing(tuple(times)) for name, times in runs.items()}
+    return {name: Timing(tuple(times[warmup:])) for name, times in runs.items()}
 
 
 def _clock(fn: Callable[[], object], device: torch.device) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
-from foveate.diversity import unit
+from foveate.diversity import unit, with_lengths
 from foveate.errors import FoveateError, LayerError
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction, take_rows
@@ -114,9 +114,10 @@ class DART(Method):
         strength = _strength(tokens.signal("llm_keys"))
         pivots = strength.topk(own, dim=-1).indices
         asked, asks = self._text_pivots(tokens)
-        x = unit(tokens.signal("normed_states")[:, 0])
-        text = unit(take_rows(tokens.signal("question_normed_states")[:, 0], asked))
-        similarity = torch.cat((take_rows(x, pivots), text.to(x)), 1) @ x.mT
+        x, lengths = with_lengths(tokens.signal("normed_states")[:, 0])
+        text = take_rows(tokens.signal("question_normed_states")[:, 0], asked)
+        both = unit(torch.cat((take_rows(x, pivots), text.to(x)), 1))
+        similarity = (both @ x.mT) / lengths.mT
         real = torch.cat((torch.ones_like(pivots, dtype=torch.bool), asks), 1)
         if self.as_released:
             order = _hash_order(tokens, pivots, asked, real)

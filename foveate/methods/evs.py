@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
-from foveate.method import ModelFacts, Positions, Step, register
+from foveate.method import Positions, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 from foveate.video import Parts, VideoMethod, by_frame, exact, similarity
@@ -46,10 +46,6 @@ class EVS(VideoMethod):
     keep: Keep = 0.3
     positions: Positions | None = None
     rounding = math.trunc
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector; it needs nothing but the features."""
-        return (Step("pre_llm"),)
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Keep what changed most."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.budget import Share
 from foveate.clustering import peaks, squared_distances
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import ModelFacts, Need, Positions, Step, register
+from foveate.method import Positions, register
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -91,10 +91,6 @@ class FastVID(VideoMethod):
         check_shares(self.slug, d=self.d, beta=self.beta)
         if self.segments < 1 or self.p < 1:
             raise FoveateError(f"segments and p must be 1 or more, got {self.segments}, {self.p}")
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, ranked by the encoder's last attention."""
-        return (Step("pre_llm", needs=(Need("received_attention", (model.feature_layer,)),)),)
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Reduce each video by itself, as their segments differ."""

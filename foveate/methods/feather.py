@@ -105,11 +105,12 @@ class Feather(Scheduled, Adaptive):
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep what attention ranks highest; at the first drop, the grid as well."""
         scores = self.scores(tokens)
-        top = scores.topk(tokens.quota, dim=-1).indices
+        top = scores.topk(tokens.quota, dim=-1, sorted=False).indices
         alive = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
         if tokens.number == 0 and self.stride:
             alive |= (tokens.coordinates % self.stride == 0).all(-1)
-        return [
-            (members, Reduction(alive[members].nonzero()[:, 1].view(-1, count)))
-            for count, members in by_count(alive.sum(1)).items()
-        ]
+        parts = []
+        for count, members in by_count(alive.sum(1)).items():
+            of = alive if len(members) == len(alive) else alive[members]
+            parts.append((members, Reduction(of.nonzero()[:, 1].view(-1, count))))
+        return parts

@@ -4,9 +4,10 @@ Paper: Tong et al., "FlowCut: Rethinking Redundancy via Information Flow for Eff
 Vision-Language Models", arXiv:2505.19536 (NeurIPS 2025). Reference code: TungChintao/FlowCut @
 a2ecd24, the path for CLIP; where it and the paper differ (the semantic cue), the code is followed.
 Differs from the reference: any depth of encoder and any attention kernel work; entropy is taken in
-float32 and of 0 log 0 as 0 (there: NaN, which ends the run). The second cut inside the language
-model, which the release makes for LLaVA-NeXT and Qwen2-VL, and its path for encoders without a
-class token are not here.
+float32 and of 0 log 0 as 0 (there: NaN, which ends the run); each image has a schedule of its own
+(there: images that are encoded together share one). The second cut, inside the language model,
+which the release makes for LLaVA-NeXT and Qwen2-VL, is the method `flowcut-inner`. The release's
+path for encoders without a class token is not here.
 """
 
 from __future__ import annotations
@@ -47,13 +48,14 @@ class FlowCut(Method):
     """Drop patches before every second encoder layer, more where attention is concentrated.
 
     Scores are smoothed over all layers so far. Just before the layer that the language model sees,
-    what is left above the budget goes. Images that are encoded together lose the same number at
-    each step, that of the image which loses most, as in the reference.
+    what is left above the budget goes.
 
     Args:
         keep: what survives the last drop, a share or a count (the release's `target_num`).
         every: drop before every such layer, counted back from the last drop.
         momentum: weight of the scores so far against those of the newest layer, in [0, 1).
+        as_released: let images that are encoded together lose the same number at each step, that of
+            the image which loses most, so that what an image keeps depends on the others.
         positions: of the survivors in a language model; `None` makes them consecutive
             (`renumbered`), as the reference does, where positions are single numbers; `original`
             leaves them.
@@ -64,9 +66,9 @@ class FlowCut(Method):
     keep: Keep = 128
     every: int = 2
     momentum: float = 0.5
+    as_released: bool = False
     positions: Positions | None = None
     adaptive = True  # before the last drop, attention decides how many go
-    note = "images that are encoded together share one schedule"
     rounding = math.floor
 
     def __post_init__(self) -> None:
@@ -114,6 +116,7 @@ class FlowCut(Method):
                     Need("cls_attention", (layer - 1,)),
                 ),
                 remaining=last - layer,
+                ragged=not self.as_released and layer < last,
             )
             for layer in range(1, last + 1)
             if (last - layer) % self.every == 0
@@ -127,11 +130,29 @@ class FlowCut(Method):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Drop the patches that told least, down to `count` at the last step."""
         assert isinstance(tokens.step, Cut)
-        if tokens.step.remaining:
-            attention = tokens.signal("cls_attention")[:, 0].float().mean(1)
-            spare = (tokens.count - count) / math.sqrt(tokens.step.remaining)
-            count = max(tokens.count - round(spare * concentration(attention)), count)
-        return Reduction.top(self.scores(tokens), count)
+        scores = self.scores(tokens)
+        if tokens.real is not None:
+            scores = scores.masked_fill(~tokens.real, -torch.inf)
+        if not tokens.step.remaining:
+            return Reduction.top(scores, count)
+        left = self._left(tokens, count)
+        most, least = int(left.max()), int(left.min())
+        if self.as_released or most == least:
+            return Reduction.top(scores, least)
+        ranked = scores.topk(most, dim=-1).indices
+        index, order = ranked.sort(dim=-1)
+        return Reduction(index, real=order < left[:, None])
+
+    def _left(self, tokens: VisualTokens, count: int) -> Tensor:
+        """(G) tokens left of each image, at least `count`."""
+        assert isinstance(tokens.step, Cut)
+        attention = tokens.signal("cls_attention")[:, 0].float().mean(1)
+        alive = torch.full_like(attention[:, 0], tokens.count)
+        if tokens.real is not None:
+            alive = tokens.real.sum(1).float()
+        spare = (alive - count) / math.sqrt(tokens.step.remaining)
+        gone = torch.round(spare * concentration(attention, alive))
+        return (alive - gone).long().clamp(min=count)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Information flow of all layers so far, smoothed with `momentum`: (G, V)."""
@@ -141,12 +162,13 @@ class FlowCut(Method):
         return torch.einsum("l,glv->gv", weights.to(flow.dtype), flow)
 
 
-def concentration(attention: Tensor) -> float:
-    """1 - (entropy of attention / that of even attention) squared, the largest of G images.
+def concentration(attention: Tensor, alive: Tensor) -> Tensor:
+    """(G) 1 - (entropy of attention / that of even attention) squared.
 
     Args:
         attention: (G, V) attention of the class token; only its shares count.
+        alive: (G) how many of the V tokens there are; the others get none.
     """
     shares = attention / attention.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
-    entropy = torch.special.entr(shares).sum(-1) / math.log(attention.shape[-1])
-    return float((1 - entropy.square()).max())
+    entropy = torch.special.entr(shares).sum(-1) / alive.clamp(min=2).log()
+    return 1 - entropy.square()

@@ -101,24 +101,18 @@ class FoPru(Method):
         Of each image it is the one with the larger variance over its tokens. Tokens that are no
         patches have -inf.
         """
-        received, given = (
-            tokens.signal(name)[:, 0].float() for name in ("received_attention", "given_attention")
-        )
-        patch = received.isfinite()
-        first = received.new_zeros(received.shape)
+        seen = tokens.signal("received_attention")[:, 0].float()
+        received = seen.clamp(min=0)
+        given = tokens.signal("given_attention")[:, 0].float().clamp(min=0)
+        first = torch.zeros_like(given)
         if "cls_attention" in tokens.signals:
-            first = tokens.signal("cls_attention")[:, 0].float().mean(1)
-        received, given, first = (s.where(patch, 0.0) for s in (received, given, first))
+            first = tokens.signal("cls_attention")[:, 0].float().mean(1).clamp(min=0)
         # What patches receive is what patches and the class token give, so that the number of
         # queries, over which `received` is a mean, follows from the three sums.
         total = (given + first).sum(-1, keepdim=True)
         queries = total / received.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
         received = received * queries - first
-        wider = _variance(received, patch) > _variance(given, patch)
-        return torch.where(wider, received, given).masked_fill(~patch, -torch.inf)
-
-
-def _variance(x: Tensor, where: Tensor) -> Tensor:
-    """(G, 1) variance of (G, V) values over some of them, up to a factor of each image's own."""
-    mean = x.sum(-1, keepdim=True) / where.sum(-1, keepdim=True).clamp(min=1)
-    return ((x - mean).square() * where).sum(-1, keepdim=True)
+        # Both now have the same sum, so that the larger sum of squares has the larger variance.
+        squares = ((received - given) * (received + given)).sum(-1, keepdim=True)
+        scores = torch.where(squares > 0, received, given)
+        return scores.masked_fill(seen == -torch.inf, -torch.inf)

@@ -100,29 +100,25 @@ class HiPrune(Method):
         anchors = objects.topk(round(count * self.alpha / 5), dim=-1).indices
         if self.as_released == "qwen":
             return Reduction(_released_union(_flat_neighbours(tokens, anchors), deep, count))
-        if self.as_released == "llava":
-            near = _flat_neighbours(tokens, anchors)
-        else:
-            near = _neighbours(tokens, anchors)
+        neighbours = _flat_neighbours if self.as_released == "llava" else _neighbours
         # Received attention is at most 1, so these three kinds of tokens rank one after another.
-        ranks = (deep + 2 * near).scatter_add(1, anchors, torch.full_like(deep, 2))
+        ranks = torch.add(deep, neighbours(tokens, anchors), alpha=2).scatter_(1, anchors, 4)
         return Reduction.top(ranks, count)
 
 
 def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
     """(G, V) whether a token is one of the (G, A) anchors or next to one in its frame's grid."""
     height, width = tokens.grid
-    total = tokens.frames * height * width
-    place = tokens.index.clamp(max=total)  # where the last one is outside of all frames
-    marks = torch.zeros(len(anchors), total + 1, dtype=torch.bool, device=anchors.device)
-    marks.scatter_(1, place.gather(1, anchors), True)
-    grid = marks[:, :total].unflatten(1, (-1, height, width))
-    near = grid.clone()
-    near[..., 1:, :] |= grid[..., :-1, :]
-    near[..., :-1, :] |= grid[..., 1:, :]
-    near[..., 1:] |= grid[..., :-1]
-    near[..., :-1] |= grid[..., 1:]
-    return torch.cat((near.flatten(1), marks[:, total:]), 1).gather(1, place)
+    cells, line = height * width, width + 1
+    # Places in grids with an empty column beside each and an empty row between them; one place
+    # behind the last grid is for all tokens that are in none.
+    place = tokens.index.clamp(max=tokens.frames * cells)
+    place = torch.add(place + place // width, place // cells, alpha=line)
+    offsets = torch.tensor([line, line - 1, line + 1, 0, 2 * line], device=place.device)
+    near = (place.gather(1, anchors)[..., None] + offsets).flatten(1)
+    room = (tokens.frames * (height + 1) + 3) * line
+    marks = torch.zeros(len(near), room, dtype=torch.bool, device=place.device)
+    return marks.scatter_(1, near, True)[:, line:].gather(1, place)
 
 
 def _flat_neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foveate.clustering import dpc_knn
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import ModelFacts, Need, Positions, Step, register
+from foveate.method import Positions, register
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -87,10 +87,6 @@ class HoliTom(VideoMethod):
         check_shares(self.slug, beta=self.beta, d=self.d)
         if self.k < 1 or self.window < 1:
             raise FoveateError(f"k and window must be 1 or more, got {self.k} and {self.window}")
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, ranked by the encoder's last attention."""
-        return (Step("pre_llm", needs=(Need("received_attention", (model.feature_layer,)),)),)
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Reduce each video by itself, as their segments differ."""

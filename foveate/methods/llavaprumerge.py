@@ -6,10 +6,11 @@ and code differ (layer, undivided heads, sums instead of averages, neighbours am
 code is followed.
 Differs from the reference: each image has a fence of its own (there: one over the batch); an image
 without outliers keeps its most attended patch (there: none, or an error); the spatial grid of
-PruMerge+ covers all patches (there: never the last one); fewer than 33 patches work; merging acts
-on what the projector made of the tokens, where the release merges what the projector is given; with
-a fixed ratio, patches of the grid that were chosen before are not taken twice (there: they are). An
-encoder whose last layer the language model sees is scored in that layer: our reading.
+PruMerge+ covers all patches (there: never the last one); fewer than 33 patches work; with a fixed
+ratio, patches of the grid that were chosen before are not taken twice (there: they are). Like the
+release it merges what the projector is given, where that makes one token of each row; where it
+mixes rows, which the release does not serve, tokens are merged behind it. An encoder whose last
+layer the language model sees is scored in that layer: our reading.
 """
 
 from __future__ import annotations
@@ -99,10 +100,11 @@ class LLaVAPruMerge(Adaptive):
         super().check_budget(steps)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, scored where the seen features are projected next."""
+        """One reduction around the projector, scored where the seen features are projected next."""
         layer = (min(model.feature_layer + 1, model.vision_layers - 1),)
         names = ("joint_cls_attention", "encoder_keys")
-        return (Step("pre_llm", needs=tuple(Need(name, layer) for name in names)),)
+        needs = tuple(Need(name, layer) for name in names)
+        return (Step("pre_llm", needs=needs, before_projector=True),)
 
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep outliers by falling attention, then the grid, then the additional token."""
@@ -114,7 +116,6 @@ class LLaVAPruMerge(Adaptive):
             chosen = chosen.clamp(max=max(limit - 1, 1))
         keys = tokens.signal("encoder_keys")[:, 0].float().transpose(1, 2).flatten(2)
         keys = F.normalize(keys, dim=-1)
-        attention = attention.clamp(min=0)  # -inf marks newlines between tiles
         return [
             (members, self._merge(order[members], keys[members], attention[members], count))
             for count, members in by_count(chosen).items()
@@ -156,7 +157,8 @@ class LLaVAPruMerge(Adaptive):
         Args:
             order: (G, V) chosen tokens, then the dropped ones by falling attention.
             keys: (G, V, C) keys of unit length.
-            attention: (G, V) weights.
+            attention: (G, V) weights; -inf marks newlines between tiles, which are merged into
+                nothing and get nothing.
             count: tokens chosen.
         """
         total = order.shape[1]
@@ -164,12 +166,13 @@ class LLaVAPruMerge(Adaptive):
         rows = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[-1]))
         likeness = (rows @ keys.mT).scatter(2, kept[..., None], -torch.inf)
         nearest = likeness.topk(min(self.neighbours, total - 1), dim=-1).indices
-        every = attention[:, None].expand(-1, count, -1)
+        every = attention.clamp(min=0)[:, None].expand(-1, count, -1)
+        every = every * (attention.gather(1, kept) >= 0)[..., None]
         weights = torch.zeros_like(likeness).scatter(2, nearest, every.gather(2, nearest))
         weights = weights.scatter(2, kept[..., None], 1.0)
         if count == total:
             return Reduction(kept, weights, ordered=True)
-        dropped = attention.scatter(1, kept, 0.0)
+        dropped = attention.clamp(min=0).scatter(1, kept, 0.0)
         return Reduction(
             order[:, : count + 1], torch.cat((weights, dropped[:, None]), 1), ordered=True
         )

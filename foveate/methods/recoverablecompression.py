@@ -8,8 +8,9 @@ Differs from the reference: any batch and several images work; at least one toke
 survives; few tokens make few neighbours and small clusters, where the release fails; counts are
 exact integers, where a product of rounded shares can fall one short; clusters compare their own
 keys, and there are as many centres as outliers among the remaining tokens, where the release looks
-keys up at wrong places and takes that share of the feature width (`as_released=True` does both);
-tokens are merged behind the projector, where the release merges before it.
+keys up at wrong places and takes that share of the feature width (`as_released=True` does both).
+Like the release it merges what the projector is given, where that makes one token of each row;
+where it mixes rows, which the release does not serve, tokens are merged behind it.
 By default the text is the one behind the image, in the language model's own embedding space: our
 reading of how the method carries over to models without a text tower. `relevance="clip"` is the
 release's, with CLIP's own rule for the text embedding, where the release reads the last position of
@@ -86,11 +87,11 @@ class RecoverableCompression(Adaptive):
                 )
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, by signals of the last encoder layer."""
+        """One reduction around the projector, by signals of the last encoder layer."""
         last = (model.vision_layers - 1,)
         text = relevance_needs(self.relevance, Need("clip_plain_patches", last))
         needs = (Need("joint_cls_attention", last), Need("encoder_keys", last), *text)
-        return (Step("pre_llm", needs=needs),)
+        return (Step("pre_llm", needs=needs, before_projector=True),)
 
     def split(self, tokens: VisualTokens) -> list[tuple[list[int], Reduction]]:
         """Reduce each image to a number of tokens of its own."""

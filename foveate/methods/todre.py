@@ -36,8 +36,9 @@ class ToDRE(Method):
             (version 1; it covers the image).
         seed: first pick: `outlying`, the token with the largest sum of distances to all others, or
             `first`, the first in raster order.
-        drop_layer: decoder layer before which all visual tokens are removed. `None` is three
-            quarters of the model's depth; -1 keeps them to the end.
+        drop_layer: decoder layer before which all visual tokens are removed, the same for all
+            images. `None` is three quarters of the model's depth, which is our reading: the paper
+            finds a layer for each image, by a rule that is not published. -1 keeps them to the end.
         positions: `None` gives survivors consecutive positions (`renumbered`) where positions are
             single numbers; `original` leaves them where they were.
 

@@ -4,11 +4,12 @@ Paper: Yang et al., "VisionZip: Longer is Better but Not Necessary in Vision Lan
 arXiv:2412.04467 (CVPR 2025). Reference code: dvlab-research/VisionZip @ 3151f6d.
 Differs from the reference: what is sent on are visual tokens of the model, so that the class
 token's own feature, which the release puts first and counts among the dominant ones, is not, and
-one more patch takes its place; merging acts on what the projector made of the tokens, where the
-release merges what the projector is given; the tiles of an image share one budget; any depth of
-encoder works. Attention received from all tokens replaces the class token's where there is none:
-that is the paper's rule, the release has no such path. That the published counts (54 + 10 of 64,
-and in proportion) hold for any budget is our reading.
+one more patch takes its place; the tiles of an image share one budget; any depth of encoder works.
+Like the release it merges what the projector is given, where that makes one token of each row;
+where it mixes rows, which the release does not serve, tokens are merged behind it. Attention
+received from all tokens replaces the class token's where there is none: that is the paper's rule,
+the release has no such path. That the published counts (54 + 10 of 64, and in proportion) hold for
+any budget is our reading.
 """
 
 from __future__ import annotations
@@ -69,10 +70,11 @@ class VisionZip(Method):
             )
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, scored in the layer that the language model sees."""
+        """One reduction around the projector, scored in the layer that the language model sees."""
         ranking = "cls_attention" if model.class_token else "received_attention"
         layer = (model.feature_layer,)
-        return (Step("pre_llm", needs=(Need(ranking, layer), Need("encoder_keys", layer))),)
+        needs = (Need(ranking, layer), Need("encoder_keys", layer))
+        return (Step("pre_llm", needs=needs, before_projector=True),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Class-token attention summed over heads, or attention received: (G, V)."""

@@ -45,7 +45,7 @@ class YOPO(Method):
         keep: takes no value: all tokens are kept up to `layer`.
         positions: takes `original` only.
 
-    Windows, heads and neurons that are left out still count in a report's FLOPs.
+    Windows, heads and neurons that are left out do not count in a report's FLOPs.
 
     Cost: the slicing of the weights of pruned heads, a copy in each forward over a prompt.
     """
@@ -58,7 +58,7 @@ class YOPO(Method):
     keep: None = None
     positions: Positions | None = None
     published_positions = "original"
-    note = "what yopo leaves out within a layer is not taken off the FLOPs shown"
+    note = "FLOPs shown leave out windows, heads and neurons; masked keys of a tile are not counted"
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
 
@@ -14,3 +16,7 @@ class DeepseekVL(Family):
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token."""
         return tower(self, "vision_model")
+
+    def projector(self, modality: str) -> Any:
+        """An MLP, one row at a time."""
+        return self.base.aligner

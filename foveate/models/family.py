@@ -135,6 +135,13 @@ class Family:
         """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
         return self.text.rotary_emb(hidden, position_ids=position_ids)
 
+    @property
+    def rotary_by_length(self) -> bool:
+        """Whether the frequencies of rotary embeddings depend on the largest position."""
+        kinds = getattr(self.text.rotary_emb, "rope_type", "default")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
         return True
@@ -167,6 +174,14 @@ class Family:
         """(height, width) of `count` tokens: a square, or else one row."""
         side = math.isqrt(count)
         return (side, side) if side * side == count else (1, count)
+
+    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What features are made from, without what the model leaves out, such as padding tiles.
+
+        Args:
+            arguments: what features are to be made from.
+        """
+        return dict(arguments)
 
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
@@ -256,6 +271,31 @@ class Family:
             return list(rows)
         cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
         return list(rows[..., cells].mean(-1))
+
+    def projector(self, modality: str) -> Any:
+        """The module that makes one visual token of each row it is given; `None` if there is none,
+        because tokens are made of several rows or mixed afterwards.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
+    def unprojected(
+        self, modality: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """(V, C) what the projector is given for the visual tokens of each image.
+
+        Tokens that it does not make, such as newlines, get zeros; all of an image whose tokens are
+        mixed behind it get NaN.
+
+        Args:
+            modality: `image` or `video`.
+            rows: (..., C) what it is given.
+            lengths: visual tokens of each image.
+            arguments: what the features were made from.
+        """
+        return rows.reshape(-1, rows.shape[-1]).split(list(lengths))
 
     def follow(
         self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]

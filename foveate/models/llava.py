@@ -26,6 +26,10 @@ class Llava(Family):
             return replace(encoder, block=None)
         return encoder
 
+    def projector(self, modality: str) -> Any:
+        """An MLP, one row at a time."""
+        return self.base.multi_modal_projector
+
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each image; Pixtral's towers take images of any shape."""
         shapes, sizes = super().shapes(modality, pooled, arguments), arguments.get("image_sizes")

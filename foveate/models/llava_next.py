@@ -54,6 +54,19 @@ class AnyRes(Llava):
         line = torch.full(rows.shape[1:2], newline, device=rows.device, dtype=rows.dtype)
         return [image.T for image in self.packed(rows.transpose(1, 2), line, arguments)]
 
+    def unprojected(
+        self, modality: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """Rows of an image's tiles, packed as the model packs their features."""
+        if modality == "video":
+            return super().unprojected(modality, rows, lengths, arguments)
+        images = self.packed(rows, rows.new_zeros(rows.shape[-1]), arguments)
+        mixed = [bool((source < -1).any()) for source in self._sources(arguments)]
+        return [
+            torch.full_like(image, torch.nan) if mixes else image
+            for image, mixes in zip(images, mixed, strict=True)
+        ]
+
     def follow(
         self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:
@@ -246,6 +259,10 @@ class LlavaOnevision(AnyRes):
     """
 
     packing_option = "vision_aspect_ratio"
+
+    def projector(self, modality: str) -> Any:
+        """None for videos, whose tokens are interpolated behind it."""
+        return None if modality == "video" else super().projector(modality)
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """A video's frames are interpolated to half their size."""

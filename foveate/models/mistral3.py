@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from foveate.models.family import Encoder, register_family
 from foveate.models.llava import Llava
 from foveate.models.towers import tower
@@ -18,6 +20,10 @@ class Mistral3(Llava):
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token."""
         return tower(self, "vision_tower")
+
+    def projector(self, modality: str) -> Any:
+        """None: the projector merges cells of patches."""
+        return None
 
     def side(self, modality: str) -> int:
         """Side of the cells of patches that the projector merges."""

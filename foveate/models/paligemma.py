@@ -4,6 +4,8 @@ The prompt is a prefix whose tokens see each other; that is in the masks, which 
 translates.
 """
 
+from typing import Any
+
 from foveate.models.family import Encoder, Family, register_family
 from foveate.models.towers import tower
 
@@ -16,3 +18,7 @@ class PaliGemma(Family):
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token."""
         return tower(self, "vision_tower")
+
+    def projector(self, modality: str) -> Any:
+        """A linear map, one row at a time."""
+        return self.base.multi_modal_projector

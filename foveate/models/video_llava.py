@@ -29,6 +29,10 @@ class VideoLlava(Family):
         strategy = self.config.vision_feature_select_strategy
         return tower(self, "image_tower") if strategy == "default" else None
 
+    def projector(self, modality: str) -> Any:
+        """An MLP, one row at a time."""
+        return self.base.multi_modal_projector
+
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Class tokens of video frames are visual tokens, in a tower of their own."""
         return "" if modality == "image" else "class tokens of video frames are visual tokens"

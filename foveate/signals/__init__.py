@@ -29,6 +29,7 @@ class Signal:
         newline: what tokens have that are no patches, such as newlines between rows of tiles.
         inside: whether a step inside the encoder can have it of its own layer; of earlier layers
             a step before a layer can have all.
+        asks: whether it depends on what the prompt asks.
         packed: whether it can be had where pictures lie in one sequence, behind one another.
     """
 
@@ -40,6 +41,7 @@ class Signal:
     newline: float = 0.0
     inside: bool = False
     packed: bool = True
+    asks: bool = False
 
 
 _NONE = float("-inf")
@@ -103,30 +105,42 @@ SIGNALS = {
         "`paired_mask` is that of the text before the next image",
         "prompt",
         layered=False,
+        asks=True,
     ),
     "text_attention": Signal(
         "(G, L, H, V): attention of the last prompt token to the visual tokens",
         "decoder",
         attention=True,
+        asks=True,
     ),
     "content_attention": Signal(
         "(G, L, H, V): the same without rotary positions, over the image's tokens alone",
         "decoder",
         attention=True,
+        asks=True,
     ),
     "question_attention": Signal(
         "(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text behind the image to "
         "the visual tokens",
         "decoder",
         attention=True,
+        asks=True,
     ),
     "question_closeness": Signal(
         "(G, L, Q, V), and (G, Q) `question_mask`: how close the rotary positions of the text "
         "behind the image are to those of the visual tokens, at most 1",
         "decoder",
+        asks=True,
     ),
     "llm_states": Signal("(G, L, V, D): input states of decoder layers", "decoder"),
     "llm_keys": Signal("(G, L, Hkv, V, d): keys of decoder layers, rotated", "decoder"),
+    "llm_values": Signal("(G, L, Hkv, V, d): values of decoder layers", "decoder"),
+    "value_attention": Signal(
+        "(G, L, Hkv, V): softmax, over the image's tokens alone, of the products of the last "
+        "prompt token's values with theirs",
+        "decoder",
+        asks=True,
+    ),
     "normed_states": Signal(
         "(G, L, V, D): input states of decoder layers under the language model's final norm",
         "decoder",
@@ -134,18 +148,24 @@ SIGNALS = {
     "question_states": Signal(
         "(G, L, Q, D), and (G, Q) `question_mask`: input states of the text behind the image",
         "decoder",
+        asks=True,
     ),
     "question_keys": Signal(
-        "(G, L, Hkv, Q, d), and (G, Q) `question_mask`: its keys, rotated", "decoder"
+        "(G, L, Hkv, Q, d), and (G, Q) `question_mask`: its keys, rotated",
+        "decoder",
+        asks=True,
     ),
     "question_normed_states": Signal(
-        "(G, L, Q, D), and (G, Q) `question_mask`: its states under the final norm", "decoder"
+        "(G, L, Q, D), and (G, Q) `question_mask`: its states under the final norm",
+        "decoder",
+        asks=True,
     ),
     "question_relevance": Signal(
         "(G, Q), and (G, Q) `question_mask`: how much the image's input embeddings attend to each "
         "text token, mean over visual tokens",
         "decoder",
         layered=False,
+        asks=True,
     ),
     "prompt_positions": Signal(
         "(G, V): place of each visual token in its prompt, padding not counted",
@@ -156,9 +176,11 @@ SIGNALS = {
         "(G, Q), and (G, Q) `question_mask`: place in the prompt of the text behind the image",
         "decoder",
         layered=False,
+        asks=True,
     ),
     "transition": Signal(
         "(G, L, V): how much attention and MLP of a decoder layer change a token (TransPrune)",
         "decoder",
+        asks=True,
     ),
 }

@@ -70,6 +70,22 @@ class LayerView:
         cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
         return rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
 
+    @cached_property
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """(B, Hkv, P, d) values."""
+        return self._heads(self.attention_module.v_proj(self._normed), "v_norm")
+
+    @torch.no_grad()
+    def value_logits(self, columns: Tensor) -> Tensor:
+        """(B, Hkv, Q, P) float32 products of the values of (B, Q) columns with all, scaled as those
+        of queries and keys are by their width.
+        """
+        v = self.values
+        rows = torch.arange(v.shape[0], device=v.device)[:, None]
+        asking = v.transpose(1, 2)[rows, columns.to(v.device)].transpose(1, 2)
+        return torch.matmul(asking, v.mT).float() / v.shape[-1] ** 0.5
+
     @torch.no_grad()
     def queries(self, columns: Tensor, rotate: bool = True) -> Tensor:
         """(B, H, Q, d) queries of (B, Q) columns."""

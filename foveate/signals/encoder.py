@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
 from foveate.signals.flow import information_flow
+from foveate.signals.taps import Taps
 
 FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
@@ -67,6 +68,7 @@ class EncoderSignals:
         self._pass = running
         self._running = threading.local()
         self._handles: list[RemovableHandle] = []
+        self._taps = Taps()
 
     @property
     def count(self) -> int:
@@ -87,17 +89,19 @@ class EncoderSignals:
                     parts = (*parts, "v_proj")
                 for part in parts:
                     hook = self._projection(number, part, parts, names)
-                    self._hook(getattr(attention, part), hook)
+                    self._taps.add(attention, part, hook)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._taps.remove()
 
     @contextmanager
     def collect(self) -> Iterator[dict[tuple[str, int], Tensor]]:
         """While open, fill a dict of (signal, layer) -> (pictures, C, V), in this thread only."""
+        self._taps.refresh()
         rows: dict[tuple[str, int], Tensor] = {}
         self._running.rows, self._running.pending = rows, {}
         try:
@@ -158,7 +162,7 @@ class EncoderSignals:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
         if "information_flow" in names:
             row = class_row(query, key, heads, special, bias)
-            rows["information_flow"] = information_flow(row, parts[2], special)[:, None]
+            rows["information_flow"] = information_flow(row, parts[2], special, bias)[:, None]
         if "joint_cls_attention" in names:
             rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
         if "encoder_keys" in names:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +62,13 @@ class Row:
         self.shift = torch.zeros(len(self.ids), dtype=torch.long)
         self.states: Tensor = torch.empty(0)
         self.given: list[dict[str, Any]] = []
-        with _watched(self.family.layers, self), torch.no_grad():
+        self.unprojected: list[Tensor] = []
+        projector = self.family.projector("image")
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(_watched(self.family.layers, self))
+            if projector is not None:
+                keep = lambda module, args: self.unprojected.append(args[0])  # noqa: E731
+                stack.callback(projector.register_forward_pre_hook(keep).remove)
             self.family.base(**inputs, use_cache=False)
 
     @torch.no_grad()
@@ -93,13 +99,20 @@ class Row:
             self.states = layer(self.states, **given)
         return self.family.text.norm(self.states)[0]
 
-    def _enter(self, index: Tensor, features: Tensor, method: Method) -> None:
-        """Begin with what the encoder has left: (K) positions and their (K, D) features."""
+    def _enter(self, index: Tensor, rows: Tensor, method: Method) -> None:
+        """Begin with what the encoder has left: (K) positions and their (1, K, C) rows."""
         self._keep(self.columns[index], method)
-        self.states[0, self.columns] = features
+        self.unprojected = [rows]
+        self.states[0, self.columns] = self.family.base.multi_modal_projector(rows)[0]
 
     def _reduce(self, method: Method, place: str, reduction: Reduction) -> None:
         made = reduction.apply(self.states[:, self.columns])[0]
+        if self.unprojected:
+            rows = self.unprojected[0]
+            self.unprojected = [reduction.apply(rows.reshape(1, -1, rows.shape[-1]))]
+            if any(s.place == place and s.before_projector for s in method.steps(self.family)):
+                altered = reduction.altered(len(self.columns))[0]
+                made[altered] = self.family.projector("image")(self.unprojected[0])[0][altered]
         kept = self.columns[reduction.index[0]]
         slots, order = kept.sort()
         if not reduction.ordered or method.positions_on(self.family) == "original":
@@ -136,7 +149,7 @@ def _watched(layers: Sequence[Any], row: Row) -> Iterator[None]:
 
 @torch.no_grad()
 def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]:
-    """(K) patches that are left of an image, ascending, and their (K, D) features.
+    """(K) patches that are left of an image, ascending, and (1, K, C) what the projector is given.
 
     The CLIP encoder at full length: survivors stand at the rows of a source, dropped rows are
     hidden, and where a method wants it merged rows count as often as they have sources.
@@ -175,5 +188,4 @@ def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]
         reduce(number, inside=True)
         states = encoder.block.feed(layer, states)
     order = rows.argsort()
-    features = family.base.multi_modal_projector(states[:, rows[order]])[0]
-    return rows[order] - special, features
+    return rows[order] - special, states[:, rows[order]]

@@ -149,22 +149,24 @@ def build_config(
     )
 
 
-def build_model(config: LlavaConfig | None = None) -> LlavaForConditionalGeneration:
+def build_model(
+    config: LlavaConfig | None = None, *, idle: int = EARLY
+) -> LlavaForConditionalGeneration:
     """Create an untrained model with the initial weights that the training relies on.
 
     Args:
         config: what to build; `build_config()` when left out.
+        idle: how many layers at the bottom of the language model do nothing until they are trained.
 
     Returns:
-        The model in fp32, in training mode. Seed torch first for a reproducible one. The first
-        `EARLY` layers of its language model do nothing until they are trained.
+        The model in fp32, in training mode. Seed torch first for a reproducible one.
     """
     model: Any = LlavaForConditionalGeneration(config or build_config())
     _init_words(model.get_input_embeddings().weight)
     _init_positions(model.model.vision_tower.embeddings.position_embedding.weight)
     for layer in model.model.language_model.layers:
         _init_mimetic(layer.self_attn)
-    for layer in model.model.language_model.layers[:EARLY]:
+    for layer in model.model.language_model.layers[:idle]:
         nn.init.zeros_(layer.self_attn.o_proj.weight)
         nn.init.zeros_(layer.mlp.down_proj.weight)
     model.generation_config = GenerationConfig(

@@ -20,6 +20,8 @@ DECODER = (
     "question_attention",
     "llm_states",
     "llm_keys",
+    "llm_values",
+    "value_attention",
     "normed_states",
     "question_states",
     "question_keys",
@@ -127,6 +129,13 @@ def expected(model, batch, name, layers):
                     values.append(maps[i][:, text][:, :, columns])
                 elif name == "content_attention":
                     values.append(content(model, i, states[i], columns))
+                elif "value" in name:
+                    made = values_of(model, i, states[i])
+                    alike = (made[:, columns] @ made[:, -1, :, None])[..., 0] / made.shape[
+                        -1
+                    ] ** 0.5
+                    found = made[:, columns] if name == "llm_values" else alike.softmax(-1)
+                    values.append(found)
                 elif name.endswith("keys"):
                     values.append(keys[i][:, at])
                 elif "normed" in name:
@@ -135,6 +144,13 @@ def expected(model, batch, name, layers):
                     values.append(states[i][at])
             result.append((row, len(text), torch.stack(values)))
     return result
+
+
+def values_of(model, number, states):
+    """(Hkv, T, d) values of a layer."""
+    layer = model.model.language_model.layers[number]
+    made = layer.self_attn.v_proj(layer.input_layernorm(states))
+    return made.unflatten(-1, (-1, layer.self_attn.head_dim)).transpose(0, 1)
 
 
 def content(model, number, states, columns):

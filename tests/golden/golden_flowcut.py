@@ -27,7 +27,10 @@ def _check_model(case: Case) -> None:
         seen["hidden"] = args[0][0]
 
     for run, expected in case.runs():
-        with foveate.use(model, FlowCut(keep=run["target_num"])) as session, torch.no_grad():
+        with (
+            foveate.use(model, FlowCut(keep=run["target_num"], as_released=True)) as session,
+            torch.no_grad(),
+        ):
             handle = language.layers[0].register_forward_pre_hook(look, with_kwargs=True)
             model(**inputs)
             handle.remove()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytest
+import golden_training
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 from safetensors.torch import load_file
@@ -39,7 +39,7 @@ NAMES: dict[str, dict[str, str]] = {
 
 def checks(case: Case) -> dict[str, Check]:
     if "labels" in case.names or case.facts.get("mode") == "training":
-        return {"training": partial(pytest.skip, "training is not supported yet")}
+        return golden_training.checks(case)
     return offered(Replay(case), "kept")
 
 
@@ -62,6 +62,17 @@ def offered(replay: Replay, kept: str) -> dict[str, Check]:
         ),
     }
     return {check: run for check, (name, run) in checks.items() if name in replay.arrays}
+
+
+def model_of(case: Case, rows: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of a recorded text model: the one whose embedding table has some rows."""
+    shared = Path(__file__).parents[3] / "shared" / "golden"
+    for folder in [*sorted(case.root.glob("_*")), *sorted(shared.glob("_*"))]:
+        weights = load_file(folder / "model.safetensors")
+        table = weights["model.embed_tokens.weight"]
+        if table.shape[1] == rows.shape[1] and (rows[:, None] == table).all(-1).any(1).all():
+            return json.loads((folder / "config.json").read_text()), weights
+    raise AssertionError(f"no model beside the cases has the embeddings of {case.path}")
 
 
 def llava_around(
@@ -175,19 +186,11 @@ class Replay:
 
     @cached_property
     def text(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Config and weights of the recorded text model: the one whose embeddings the case uses."""
+        """Config and weights of the recorded text model."""
         arrays = self.case.arrays
         start, length = int(arrays["image_start"]), int(arrays["image_len"])
         prompt = arrays["inputs_embeds"][0]
-        rows = torch.cat((prompt[:start], prompt[start + length :]))
-        ids = torch.cat((arrays["text_ids_before"], arrays["text_ids_after"]))
-        shared = Path(__file__).parents[3] / "shared" / "golden"
-        for folder in [*sorted(self.case.root.glob("_*")), *sorted(shared.glob("_*"))]:
-            weights = load_file(folder / "model.safetensors")
-            table = weights["model.embed_tokens.weight"]
-            if table.shape[1] == rows.shape[1] and torch.equal(table[ids], rows):
-                return json.loads((folder / "config.json").read_text()), weights
-        raise AssertionError(f"no model beside the cases has the embeddings of {self.case.path}")
+        return model_of(self.case, torch.cat((prompt[:start], prompt[start + length :])))
 
     @cached_property
     def model(self) -> LlavaForConditionalGeneration:

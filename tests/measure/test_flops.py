@@ -14,6 +14,8 @@ from transformers import (
 )
 
 from foveate.measure import flops
+from foveate.measure.trace import trace
+from foveate.models import find_family
 
 SIZES = {
     "hidden_size": 48,
@@ -86,9 +88,11 @@ def test_vision_and_projector_equal_counted(layers):
         attn_implementation="eager",
     )
     model = LlavaForConditionalGeneration(config).eval()
-    got = counted(lambda: model.model.get_image_features(torch.rand(2, 3, 32, 32)))
-    conv_and_layers = 2 * (flops.vision_flops(config) + flops.projector_flops(config, 16))
-    assert got == conv_and_layers
+    pixels = torch.rand(2, 3, 32, 32)
+    got = counted(lambda: model.model.get_image_features(pixels))
+    traced = trace(find_family(model), "image", {"pixel_values": pixels})
+    assert got == traced.tower + traced.projector
+    assert traced.embedding == 2 * 2 * 16 * 3 * 8**2 * 24
 
 
 def test_causal_pairs_are_the_lower_triangle():
@@ -132,11 +136,7 @@ def test_text_attention_is_key_projection_plus_one_query():
     assert counted(score) == flops.text_attention_flops(config, 13)
 
 
-def test_cls_attention_is_one_query_row():
-    weight, x = torch.rand(24, 24), torch.rand(1, 24)
-
-    def score():
-        query = (x @ weight).view(2, 1, 12)
-        return query @ torch.rand(2, 12, 17)
-
-    assert counted(score) == flops.cls_attention_flops(CLIP)
+def test_windows_hide_what_lies_before_them():
+    for tokens, keys, window in [(7, 7, 3), (5, 9, 4), (4, 4, 9), (1, 8, 3)]:
+        mask = torch.ones(tokens, keys).tril(keys - tokens).triu(keys - tokens - window + 1)
+        assert flops.visible_keys(tokens, keys, window=window) == int(mask.sum())

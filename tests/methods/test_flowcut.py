@@ -5,11 +5,15 @@ import math
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
+import foveate
 from foveate.errors import BudgetError, LayerError
 from foveate.method import get_method
+from foveate.methods.clsdrop import ClsDrop
 from foveate.methods.flowcut import FlowCut, concentration
 from foveate.signals.flow import information_flow
+from tests.tinies import prompts, row_of, tiny_llava
 
 
 def flow_by_hand(attention, value, heads):
@@ -79,8 +83,8 @@ def test_scores_are_a_running_mean(make_tokens):
 
 def at(make_tokens, remaining, attention, flow):
     step = dataclasses.replace(steps_of(FlowCut())[0], remaining=remaining)
-    images = len(flow)
-    tokens = make_tokens(images=images, cls_attention=attention, information_flow=flow)
+    signals = {"cls_attention": attention, "information_flow": flow}
+    tokens = make_tokens(grid=(1, flow.shape[-1]), images=len(flow), **signals)
     return dataclasses.replace(tokens, step=step)
 
 
@@ -112,22 +116,93 @@ def test_even_attention_removes_nothing_and_a_single_peak_most(make_tokens):
     assert FlowCut().reduce(at(make_tokens, 2, peak, flow), 8).kept == 24 - round(16 / 2**0.5)
 
 
-def test_images_of_a_pass_lose_as_many_as_the_one_that_loses_most(make_tokens):
+def two_schedules():
+    """Signals of two images that lose different numbers of tokens."""
     attention, flow = torch.rand(2, 1, 3, 24) ** 2, torch.rand(2, 5, 24)
     attention[1] = attention[1] ** 6
+    return attention, flow
+
+
+def test_an_image_keeps_what_it_keeps_alone(make_tokens):
+    attention, flow = two_schedules()
     alone = [
-        FlowCut().reduce(at(make_tokens, 4, attention[i : i + 1], flow[i : i + 1]), 8).kept
+        FlowCut().reduce(at(make_tokens, 4, attention[i : i + 1], flow[i : i + 1]), 8).index[0]
+        for i in range(2)
+    ]
+    assert len(alone[0]) != len(alone[1])
+    made = FlowCut().reduce(at(make_tokens, 4, attention, flow), 8)
+    assert made.kept == max(len(index) for index in alone)
+    for index, real, want in zip(made.index, made.real, alone, strict=True):
+        assert index[real].tolist() == want.tolist()
+
+
+def test_what_fills_up_an_image_counts_for_nothing(make_tokens):
+    """The next step sees only the image's own tokens."""
+    attention, flow = torch.rand(1, 1, 3, 24), torch.rand(1, 5, 24)
+    real = torch.rand(1, 24) < 0.7
+    few = FlowCut().reduce(at(make_tokens, 4, attention[..., real[0]], flow[..., real[0]]), 8)
+    hidden = at(make_tokens, 4, attention.masked_fill(~real[:, None, None], 0), flow + 9 * ~real)
+    made = FlowCut().reduce(dataclasses.replace(hidden, real=real), 8)
+    assert made.index[0].tolist() == real[0].nonzero()[few.index[0], 0].tolist()
+
+
+def test_as_released_images_lose_as_many_as_the_one_that_loses_most(make_tokens):
+    attention, flow = two_schedules()
+    method = FlowCut(as_released=True)
+    alone = [
+        method.reduce(at(make_tokens, 4, attention[i : i + 1], flow[i : i + 1]), 8).kept
         for i in range(2)
     ]
     assert alone[0] != alone[1]
-    assert FlowCut().reduce(at(make_tokens, 4, attention, flow), 8).kept == min(alone)
+    made = method.reduce(at(make_tokens, 4, attention, flow), 8)
+    assert made.kept == min(alone)
+    assert made.real is None
+
+
+def llava():
+    """A random LLaVA with an encoder deep enough for several drops."""
+    config = tiny_llava().config
+    config.vision_config.num_hidden_layers = 8
+    torch.manual_seed(3)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("method", [FlowCut(keep=6), FlowCut(keep=1, every=1)], ids=str)
+def test_in_a_model_an_image_keeps_what_it_keeps_alone(method):
+    """Features and what is left at each layer; the same inputs share a schedule as released."""
+    model, inputs = llava(), prompts([[5, 7]] * 4)
+    inputs["pixel_values"][3] *= 0.01
+
+    def run(method, inputs):
+        with foveate.use(model, method) as session, torch.no_grad():
+            return model(**inputs).logits, session.kept
+
+    logits, kept = run(method, inputs)
+    alone = [run(method, row_of(inputs, row)) for row in range(4)]
+    counts = [tuple(len(index) for index in image.values()) for image in kept]
+    assert len(set(counts)) > 1, "all have the same schedule, so nothing is tested"
+    for row, (want, (image,)) in enumerate(alone):
+        assert {p: i.tolist() for p, i in kept[row].items()} == {
+            p: i.tolist() for p, i in image.items()
+        }
+        torch.testing.assert_close(logits[row], want[0], rtol=1e-4, atol=1e-5)
+    shared = dataclasses.replace(method, as_released=True)
+    together = [tuple(map(len, image.values())) for image in run(shared, inputs)[1]]
+    assert set(together) == {together[0]}
+
+
+def test_nothing_else_acts_in_the_encoder_while_images_differ():
+    model = llava()
+    with pytest.raises(LayerError, match=r"cls-drop acts at vision:3.*as_released=True"):
+        foveate.use(model, [FlowCut(keep=9), ClsDrop(layers=(3,), keep=0.5)])
+    foveate.use(model, [FlowCut(keep=9, as_released=True), ClsDrop(layers=(3,), keep=0.5)])
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30])
 def test_attention_that_underflows_is_no_nan(value):
     attention = torch.full((1, 6), value)
     attention[0, 0] = 0.5 if value else 0.0
-    assert math.isfinite(concentration(attention))
+    assert concentration(attention, torch.tensor([6.0])).isfinite().all()
 
 
 def test_budget_is_of_the_end():

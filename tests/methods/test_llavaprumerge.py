@@ -215,3 +215,16 @@ def test_wrong_arguments_are_refused():
         LLaVAPruMerge(ratio=0.0)
     with pytest.raises(FoveateError, match="factor"):
         LLaVAPruMerge(factor=-1.0)
+
+
+def test_newlines_are_merged_into_nothing_and_get_nothing(make_tokens):
+    signals = given(1, 24)
+    newlines = torch.zeros(24, dtype=torch.bool)
+    newlines[::2] = True
+    signals["joint_cls_attention"][..., newlines] = -torch.inf
+    ((_, made),) = LLaVAPruMerge(neighbours=20).split(make_tokens(**signals))
+    at_newlines = newlines[made.index[0, :-1]]
+    assert at_newlines.any(), "no newline is on the grid, so nothing is tested"
+    assert torch.equal(made.altered(24)[0, :-1], ~at_newlines)
+    own = torch.nn.functional.one_hot(made.index[0], 24)
+    assert not made.weights[0].masked_fill(own.bool(), 0)[:, newlines].any()

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.measure import flops
+from foveate.measure.account import account
 from foveate.methods import ClsDrop, PyramidDrop, ToMe
 from foveate.models import find_family
 from tests.methods_for_tests import Listed
@@ -27,16 +27,9 @@ def counted(fn):
 @pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2-registers", "clip"])
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):
     model, inputs = build(ENCODERS, name, "eager"), images(2)
-    if name in ("vit", "deit"):
-        model.pooler = None
-    rows = ()
-    if method is None:
+    with foveate.use(model, method or Listed(keep=1.0)) as run:
         count = counted(lambda: model(**inputs))
-    else:
-        with foveate.use(model, method) as run:
-            count = counted(lambda: model(**inputs))
-        rows = run.record.encoder_tokens
-    assert 2 * flops.vision_flops(model.config, rows) == count
+    assert account(run.record, run.family, run.methods).total == count
 
 
 def test_an_encoder_alone_is_reported():
@@ -49,8 +42,7 @@ def test_an_encoder_alone_is_reported():
     assert [image["tokens"] for image in report["images"]] == [36] * 3
     assert list(report["images"][0]["after"].values()) == [31, 26, 21, 16]
     work = report["flops"]
-    assert work["before"] == 3 * flops.vision_flops(model.config)
-    assert work["after"] == 3 * flops.vision_flops(model.config, run.record.encoder_tokens)
+    assert work["before"] == work["tower"]["before"] > work["after"] == work["tower"]["after"]
     assert "in encoder layers 0 to 3" in " ".join(str(report).split())
 
 
@@ -65,11 +57,10 @@ def test_a_shorter_tower_is_reported_beside_the_language_model(llava):
     with foveate.use(llava, [ToMe(r=6), PyramidDrop()]) as run:
         llava(**prompts([[5, 7], [2, 3, 9]]))
     work = run.report()["flops"]
-    config = llava.config
-    projector = flops.projector_flops(config, 36 * 3)
-    assert work["vision"] == 3 * flops.vision_flops(config) + projector
-    shortened = flops.vision_flops(config, run.record.encoder_tokens)
-    assert work["vision_after"] == 3 * shortened + projector < work["vision"]
+    assert work["vision"] == sum(work[part]["before"] for part in ("tower", "projector"))
+    assert work["vision_after"] == sum(work[part]["after"] for part in ("tower", "projector"))
+    assert work["tower"]["after"] < work["tower"]["before"]
+    assert work["projector"]["after"] == work["projector"]["before"] > 0
 
 
 def test_what_is_left_is_drawn():

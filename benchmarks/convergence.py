@@ -1,0 +1,199 @@
+"""Does training with fewer tokens reach the accuracy of training with all?
+
+`python benchmarks/convergence.py train --seed 0 --arm full` (or `pyramiddrop`) trains one arm
+through the stock Trainer, goes on where it stopped, and asks held-out questions; `collect` writes
+`results/convergence.json`. All arms share the vision tower and the first steps of the language
+model; both arms of a seed share the data and their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from _bench import save, warm_heap
+
+ARMS = ("full", "pyramiddrop")
+HELD_OUT = 3 * 10**6
+CURVE_STEPS, CURVE_QUESTIONS = 50, 240
+RATE = 2e-3
+
+
+def method() -> Any:
+    """PyramidDrop as published: half of the tokens go at each quarter of the depth."""
+    from foveate.methods import PyramidDrop
+
+    return PyramidDrop()
+
+
+def start(out: Path, vision_steps: int, warm_steps: int) -> None:
+    """Make what all arms start from, unless it is there."""
+    import torch
+    from _convergence import train_vision, warm_up
+
+    torch.set_num_threads(1)
+    train_vision(0, out / "start", vision_steps)
+    warm_up(0, out / "start", warm_steps)
+
+
+def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
+    """Train one arm through the stock Trainer, or what is left of it."""
+    import torch
+    from _convergence import Conversations, MuonAdam, build, collate
+    from transformers import Trainer, TrainingArguments
+
+    import foveate
+    from foveate.finetune.run import last_checkpoint
+    from foveate.tiny.data import TRAIN_SEEDS
+
+    folder = out / f"{arm}-{seed}"
+    if (folder / "model.pt").exists():
+        return
+    model = build(0)
+    model.load_state_dict(torch.load(out / "start" / "warm.pt")["model"])
+    model.set_attn_implementation("eager")  # faster than SDPA on a CPU
+    model.model.vision_tower.requires_grad_(False)
+    if arm != "full":
+        model = foveate.prepare(model, method())
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=batch,
+            num_train_epochs=1,
+            learning_rate=RATE,
+            lr_scheduler_type="linear",
+            warmup_steps=10,
+            max_grad_norm=2.0,
+            bf16=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            save_steps=50,
+            save_total_limit=1,
+            logging_steps=10,
+            report_to=[],
+            seed=seed,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Conversations(TRAIN_SEEDS + (1 + seed) * 10**9, images),
+        data_collator=collate,
+        optimizers=(MuonAdam(model, RATE), None),
+        callbacks=[_curve(folder)],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    torch.save(model.state_dict(), folder / "model.pt")
+
+
+def _curve(folder: Path) -> Any:
+    """A callback that notes CPU seconds and held-out accuracy; asking is not timed."""
+    from _convergence import answer_alone
+    from transformers import TrainerCallback
+
+    class Curve(TrainerCallback):
+        def __init__(self) -> None:
+            self.points: list[dict[str, float]] = []
+            self.mark = 0.0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            path = folder / "curve.json"
+            if state.global_step and path.exists():
+                points = json.loads(path.read_text())
+                self.points = [p for p in points if p["step"] <= state.global_step]
+            else:
+                self.note(0, 0.0, rest["model"])
+            self.mark = time.process_time()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+            if state.global_step % CURVE_STEPS == 0 or state.global_step == state.max_steps:
+                spent = time.process_time() - self.mark
+                self.note(state.global_step, self.points[-1]["seconds"] + spent, rest["model"])
+                self.mark = time.process_time()
+
+        def note(self, step: int, seconds: float, model: Any) -> None:
+            right, asked = answer_alone(model, HELD_OUT - 10**5, CURVE_QUESTIONS)["all"]
+            self.points.append(
+                {"step": step, "seconds": round(seconds, 1), "accuracy": right / asked}
+            )
+            print(folder.name, self.points[-1], flush=True)
+            (folder / "curve.json").write_text(json.dumps(self.points))
+
+    return Curve()
+
+
+def evaluate(seed: int, arm: str, out: Path, questions: int) -> None:
+    """Ask an arm held-out questions with all tokens and with the method."""
+    import torch
+    from _convergence import answer_alone, build
+
+    import foveate
+
+    path = out / f"{arm}-{seed}" / "answers.json"
+    if path.exists():
+        return
+    model = build(0).eval()
+    model.load_state_dict(torch.load(out / f"{arm}-{seed}" / "model.pt"))
+    model.set_attn_implementation("eager")
+    counts = {"all tokens": answer_alone(model, HELD_OUT, questions)}
+    with foveate.use(model, method()):
+        counts["pruned"] = answer_alone(model, HELD_OUT, questions)
+    path.write_text(json.dumps(counts))
+    print(arm, seed, {mode: c["all"] for mode, c in counts.items()}, flush=True)
+
+
+def collect(out: Path, images: int, batch: int) -> None:
+    """Write the result file from the arms that are done."""
+    import torch
+
+    first = torch.load(out / "start" / "vision.pt"), torch.load(out / "start" / "warm.pt")
+    arms = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "curve": json.loads((out / f"{arm}-{seed}" / "curve.json").read_text()),
+            "answers": json.loads((out / f"{arm}-{seed}" / "answers.json").read_text()),
+        }
+        for arm in ARMS
+        for seed in range(20)
+        if (out / f"{arm}-{seed}" / "answers.json").exists()
+    ]
+    shared = {
+        "vision seconds": round(first[0]["seconds"]),
+        "first questions seconds": round(first[1]["seconds"]),
+        "first questions": first[1]["questions"],
+    }
+    setting = {"images per arm": images, "images per step": batch, "rate": RATE}
+    save("convergence", {"start": shared, "setting": setting, "arms": arms})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("start", "train", "evaluate", "collect"))
+    parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arm", choices=ARMS, default="full")
+    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--questions", type=int, default=1200)
+    given = parser.parse_args()
+    if given.what == "start":
+        start(given.out, vision_steps=800, warm_steps=450)
+    elif given.what == "train":
+        start(given.out, vision_steps=800, warm_steps=450)
+        train(given.seed, given.arm, given.out, given.images, given.batch)
+        evaluate(given.seed, given.arm, given.out, given.questions)
+    elif given.what == "evaluate":
+        evaluate(given.seed, given.arm, given.out, given.questions)
+    else:
+        collect(given.out, given.images, given.batch)
+
+
+if __name__ == "__main__":
+    warm_heap()
+    main()

@@ -1,0 +1,246 @@
+"""Re-derive the efficiency figures that papers publish, from configs and schedules alone.
+
+python benchmarks/published.py            # print the table
+python benchmarks/published.py --write    # put it into docs/numbers.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from foveate.measure.account import paper_layer
+from foveate.measure.checkpoints import checkpoints
+from foveate.measure.conventions import CONVENTIONS
+from foveate.measure.flops import TextShape
+from foveate.methods import AdaToken3D, ToMe, TransPrune, VFlowOpt
+
+PAGE = Path(__file__).parents[1] / "docs" / "numbers.md"
+BEGIN, END = "<!-- published: begin -->\n", "<!-- published: end -->\n"
+NAMES = {c.name: c for c in checkpoints().values()}
+TWO, THREE = CONVENTIONS["fastv"], CONVENTIONS["pyramiddrop"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published figure.
+
+    Args:
+        method: whose.
+        what: model, setting and unit.
+        published: as printed.
+        ours: what follows from the configuration; `None` where nothing does.
+        why: how it was derived, or why it differs or cannot be.
+        unit: behind both numbers.
+        digits: behind the point.
+    """
+
+    method: str
+    what: str
+    published: float
+    ours: float | None
+    why: str
+    unit: str = "%"
+    digits: int = 1
+
+    @property
+    def cells(self) -> list[str]:
+        unit = f" {self.unit}"
+        if self.ours is None:
+            return [self.method, self.what, f"{self.published}{unit}", "-", "-", self.why]
+        off = f"{self.ours - self.published:+.{self.digits}f}"
+        ours = f"{self.ours:.{self.digits}f}{unit}"
+        return [self.method, self.what, f"{self.published}{unit}", ours, off, self.why]
+
+
+def shape_of(name: str) -> TextShape:
+    config = NAMES[name].config["text_config"]
+    heads = config["num_attention_heads"]
+    return TextShape(
+        config["num_hidden_layers"], config["hidden_size"], heads,
+        config.get("num_key_value_heads", heads), config["hidden_size"] // heads,
+        config["intermediate_size"], config["vocab_size"],
+    )  # fmt: skip
+
+
+def paper(name: str, tokens: Sequence[float], convention=THREE) -> float:
+    """FLOPs of decoder layers that see so many tokens each, as papers count them."""
+    return sum(paper_layer(shape_of(name), int(n), convention) for n in tokens)
+
+
+def staged(total: int, layers: int, drops: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """Tokens of each layer."""
+    seen, left = [], total
+    after = dict(zip(drops, shares, strict=True))
+    for layer in range(layers):
+        left = int(total * after[layer]) if layer in after else left
+        seen.append(left)
+    return seen
+
+
+def less(name: str, total: int, tokens: Sequence[int], convention=THREE, text: int = 0) -> float:
+    """Percent of FLOPs saved."""
+    whole = paper(name, [total + text] * len(tokens), convention)
+    return 100 * (1 - paper(name, [n + text for n in tokens], convention) / whole)
+
+
+def vit(hidden: int, rows: Sequence[tuple[int, int]], patch: int = 16) -> float:
+    """Multiply-adds of a ViT, embedding and head of 1,000 classes included."""
+    total = 196 * 3 * patch**2 * hidden + 1000 * hidden
+    for attention, mlp in rows:
+        total += 4 * attention * hidden**2 + 2 * attention**2 * hidden + 8 * mlp * hidden**2
+    return total
+
+
+def merging(removed: int, layers: int = 12, full: int = 197) -> list[tuple[int, int]]:
+    """Rows of attention and MLP where each layer removes as many in between."""
+    return [(full - removed * i, full - removed * (i + 1)) for i in range(layers)]
+
+
+def pyramiddrop() -> list[Row]:
+    name, rows = "LLaVA-1.5-7B", []
+    vanilla = paper(name, [576] * 32) / 1e12
+    rows.append(Row("PyramidDrop", f"{name}, all tokens", 3.82, vanilla, "3ndm", "TFLOPs", 2))
+    for stages, published in ((3, 2.13), (4, 1.78), (5, 1.38)):
+        drops = [32 // stages * i for i in range(1, stages)]
+        seen = staged(576, 32, drops, [0.5**i for i in range(1, stages)])
+        ours, where = paper(name, seen) / 1e12, ", ".join(map(str, drops))
+        what = f"{name}, {stages} stages"
+        rows.append(Row("PyramidDrop", what, published, ours, f"drops before {where}", "TFLOPs", 2))
+    seen = staged(2880, 32, (8, 16, 24), (0.5, 0.25, 0.125))
+    ours = less("LLaVA-NeXT-7B", 2880, seen)
+    return [*rows, Row("PyramidDrop", "LLaVA-NeXT-7B, saved", 55, ours, "2,880 visual tokens")]
+
+
+def encoders() -> list[Row]:
+    def saved(hidden: int, removed: int) -> float:
+        return 100 * (1 - vit(hidden, merging(removed)) / vit(hidden, merging(0)))
+
+    rows = [(197 - a, 197 - b) for a, b in _tome(13)]
+    return [
+        Row("ToMe", "DeiT-S, all tokens, multiply-adds", 4.6, vit(384, merging(0)) / 1e9,
+            "class token, 12 layers", "G"),
+        Row("ToMe", "DeiT-S, r = 13, multiply-adds", 2.7, vit(384, rows) / 1e9,
+            "merges between attention and MLP", "G"),
+        Row("GTP-ViT", "DeiT-S, saved", 26, saved(384, 8),
+            "8 tokens a layer; the abstract names no setting"),
+        Row("GTP-ViT", "DeiT-B, saved", 26, saved(768, 8), "the same"),
+        Row("Zero-TPrune", "DeiT-S, saved", 34.7, None,
+            "layers and rates behind the figure are not public"),
+    ]  # fmt: skip
+
+
+def _tome(r: int) -> list[tuple[int, int]]:
+    """Tokens that are gone before the attention and the MLP of each layer of a ViT."""
+    schedule = ToMe(r=r).schedule(12)
+    gone = [sum(schedule[:i]) for i in range(13)]
+    return [(gone[i], gone[i + 1]) for i in range(12)]
+
+
+def decoders() -> list[Row]:
+    half = staged(576, 40, (2,), (0.5,))
+    fastv = staged(576, 32, (3,), (0.5,))
+    trans = TransPrune()
+    seen = staged(576, 32, trans.published_layers, trans.keep)
+    layers = (4, 8, 12, 16, 18, 20, 22, 24, 26, 28)
+    shares = (0.9, 0.8, 0.75, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4, 0.25)
+    ada = AdaToken3D(layers=layers, keep=shares)
+    steps = staged(576, 32, ada.layers, ada.keep)
+    return [
+        Row("FastV", "LLaVA-1.5-13B, K = 2, R = 50 %, saved", 45,
+            less("LLaVA-1.5-13B", 576, half, TWO, text=64),
+            "64 text tokens; visual tokens alone save "
+            f"{less('LLaVA-1.5-13B', 576, half, TWO):.1f} %"),
+        Row("FastV", "LLaVA-1.5-7B, K = 3, R = 50 %, left", 57,
+            100 - less("LLaVA-1.5-7B", 576, fastv, TWO, text=35),
+            "35 text tokens, as the release assumes"),
+        Row("TransPrune", "LLaVA-1.5-7B, saved, at least", 50, less("LLaVA-1.5-7B", 576, seen),
+            "drops before 7, 9, 12; the paper says more than half"),
+        Row("AdaToken-3D", "LLaVA-3D-7B, saved", 63, less("LLaVA-1.5-7B", 576, steps),
+            "the released schedule; it cannot give the figure, whose setting is not public"),
+        Row("LVLM_CSP", "7B, saved", 65, None,
+            "block boundaries and counts are not public"),
+        *yopo(),
+    ]  # fmt: skip
+
+
+def yopo() -> list[Row]:
+    """Visual tokens only: windows of 5 x 5, some heads, half the MLP, half the layers."""
+    shape, rows = shape_of("LLaVA-1.5-13B"), []
+    width = shape.hidden
+    full = 2 * 576 * (4 * width**2 + 3 * width * shape.mlp) + 4 * width * 576**2
+    for heads in (20, 30):
+        part = heads / shape.heads
+        neurons = shape.mlp / 2
+        linear = 2 * 576 * (4 * width**2 * part + 3 * width * neurons)
+        layer = linear + 4 * width * part * 576 * 5**2
+        saved = 100 * (1 - 20 * layer / (40 * full))
+        why = f"20 of 40 layers, {heads} of 40 heads, half the MLP: the released script's plan"
+        rows.append(Row("YOPO", f"LLaVA-1.5-13B, {heads} heads, saved", 88, saved, why))
+    return rows
+
+
+def videos() -> list[Row]:
+    name, total = "LLaVA-OneVision-7B", 32 * 196
+    holitom = staged(total, 28, (0, 18), (0.1, 0.05))
+    fastvid = [int(total * 0.097)] * 28
+    shares = (0.1166, 0.1166, 0.1166 * 0.6011)
+    flow = VFlowOpt(keep=shares)
+    seen = staged(2916, 28, (0, 9, 18), flow.keep)
+    return [
+        Row("HoliTom", f"{name}, 32 frames, left", 6.9, 100 - less(name, total, holitom),
+            "a tenth, half of it from layer 18"),
+        Row("FastVID", f"{name}, 32 frames, left", 8.3, 100 - less(name, total, fastvid),
+            "9.7 % of the tokens"),
+        Row("VFlowOpt", f"{name}, 10 %, KV bytes saved", 89,
+            100 * (1 - sum(n + 40 for n in seen) / (28 * (2916 + 40))),
+            "2,916 visual and 40 text tokens; visual tokens alone save 90 %"),
+        Row("PruneVid", "PLLaVA-7B, 16.2 % kept, left", 23, None,
+            "how many tokens stay depends on the videos"),
+    ]  # fmt: skip
+
+
+def selections() -> list[Row]:
+    name = "LLaVA-1.5-7B"
+    return [
+        Row("HiPrune", f"{name}, 192 tokens, saved", 58.7, less(name, 576, [192] * 32, text=70),
+            f"70 text tokens; visual tokens alone save {less(name, 576, [192] * 32):.1f} %"),
+        Row("DivPrune", f"{name}, 9.8 % kept, left", 15.6,
+            100 - less(name, 576, [56] * 32, TWO, text=40), "2ndm, 40 text tokens"),
+    ]  # fmt: skip
+
+
+def rows() -> list[Row]:
+    """All published figures."""
+    return [*pyramiddrop(), *encoders(), *decoders(), *videos(), *selections()]
+
+
+def table() -> str:
+    """The table as Markdown."""
+    lines = [
+        "| method | what | published | ours | difference | how, or why not |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    lines += ["| " + " | ".join(row.cells) + " |" for row in rows()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/numbers.md")
+    if parser.parse_args().write:
+        page = PAGE.read_text(encoding="utf-8")
+        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+        PAGE.write_text(
+            re.sub(pattern, lambda _: BEGIN + table() + END, page, flags=re.DOTALL),
+            encoding="utf-8",
+        )
+    else:
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,329 @@
+"""Speed of methods: cells of prompt length x batch size, in each of which all methods take turns.
+
+A run is one prompt and some decoding steps, as plain forward calls of the model:
+
+    pictures -> vision tower, projector | choosing, prefill, head | decoding steps
+                      vision                   prefill                 decode
+    |------------------- TTFT -------------------|
+
+What a session reads inside the tower (attention of the class token, merging) counts as vision. All
+contenders run in every round, in alternating order, and speed-ups are taken round by round.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import foveate
+from foveate.errors import FoveateError
+from foveate.measure.memory import peak_memory
+from foveate.measure.timing import Spread, one_round
+from foveate.method import Method
+from foveate.models import find_family
+
+ALL = "all tokens"
+FEWEST = 3
+"""Rounds that a cell gets even where the time is up."""
+PHASES = ("vision", "prefill", "decode")
+
+
+class Stopwatch:
+    """Times of the phases of one run.
+
+    Args:
+        device: on CUDA, events on the stream are timed, which does not stop it; elsewhere a clock.
+        cpu_time: count CPU seconds of the process instead of wall-clock time, which one thread on
+            a shared machine is better judged by.
+    """
+
+    def __init__(self, device: torch.device, *, cpu_time: bool) -> None:
+        self._device = device
+        self._clock = time.process_time if cpu_time else time.perf_counter
+        self._marks: dict[str, Any] = {}
+
+    def mark(self, name: str) -> None:
+        """Note the end of a phase; `start` is where the first begins."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks[name] = event
+        else:
+            self._marks[name] = self._clock()
+
+    def phases_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase; one that did not happen took none."""
+        marks = dict(self._marks)
+        self._marks.clear()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        times, before = {}, marks["start"]
+        for name in PHASES:
+            now = marks.get(name, before)
+            times[name] = (
+                before.elapsed_time(now)
+                if self._device.type == "cuda" and now is not before
+                else (0.0 if now is before else (now - before) * 1e3)
+            )
+            before = now
+        return times
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A model and how it is timed.
+
+    Args:
+        model: a supported vision-language model.
+        new_tokens: decoding steps behind each prompt.
+        cpu_time: see `Stopwatch`.
+    """
+
+    model: Any
+    new_tokens: int
+    cpu_time: bool
+    watch: Stopwatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        watch = Stopwatch(self.model.device, cpu_time=self.cpu_time)
+        object.__setattr__(self, "watch", watch)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note when image features are made, before a session sees them."""
+        base = find_family(self.model).base
+        original, before = base.get_image_features, vars(base).get("get_image_features")
+
+        @functools.wraps(original)
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self.watch.mark("vision")
+            return output
+
+        base.get_image_features = noted
+        try:
+            yield
+        finally:
+            del base.get_image_features
+            if before is not None:
+                base.get_image_features = before
+
+    def prompt(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """One prefill: the cache, and the next token of each row, (B, 1)."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        self.watch.mark("start")
+        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(-1)
+        self.watch.mark("prefill")
+        return cache, token
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, float]:
+        """One prompt and its answer; milliseconds of each phase, and of `ttft` and `total`."""
+        cache, token = self.prompt(inputs)
+        for _ in range(self.new_tokens):
+            output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        self.watch.mark("decode")
+        times = self.watch.phases_ms()
+        times["ttft"] = times["vision"] + times["prefill"]
+        return {**times, "total": times["ttft"] + times["decode"]}
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """What a run happens within.
+
+    Args:
+        setting: makes the context; nothing for all tokens.
+        method: the method, or `None`.
+    """
+
+    setting: Callable[[], AbstractContextManager[Any]]
+    method: Method | None = None
+
+
+def contenders(model: Any, methods: Sequence[Method]) -> dict[str, Contender]:
+    """All tokens first, then each method by its name.
+
+    Raises:
+        FoveateError: a method does not work on the model.
+    """
+    found = {ALL: Contender(nullcontext)}
+    for method in methods:
+        foveate.use(model, method)  # raises where it cannot work
+        found[method.slug] = Contender(functools.partial(foveate.use, model, method), method)
+    return found
+
+
+def measure_cell(
+    bench: Bench,
+    inputs: Mapping[str, Any],
+    entrants: Mapping[str, Contender],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    seconds: float | None = None,
+    tick: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """All contenders on one batch of prompts.
+
+    Args:
+        bench: the model.
+        inputs: of the batch.
+        entrants: from `contenders`.
+        repeats: timed rounds.
+        warmup: untimed rounds before them, on top of one run in which costs are noted.
+        seconds: do not begin another round after so long, if `FEWEST` are done.
+        tick: called after every run, also of rounds that were given up at once.
+
+    Returns:
+        JSON values: `repeats`, and `rows` by contender.
+
+    Raises:
+        FoveateError: the cache holds another number of bytes than the report says.
+    """
+    began = time.monotonic()
+    tick = tick or (lambda: None)
+    with torch.inference_mode(), bench.watching():
+        facts = {}
+        for name, entrant in entrants.items():
+            facts[name] = _costs(bench, inputs, entrant)
+            tick()
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in entrants}
+        runners = _runners(bench, inputs, entrants)
+        with _short_collections():
+            for number in range(warmup + repeats):
+                late = seconds is not None and time.monotonic() - began > seconds
+                if late and number >= warmup + FEWEST:
+                    break
+                for name, times in one_round(runners, number):
+                    runs[name].append(times)
+                    tick()
+    timed = {name: of[warmup:] for name, of in runs.items()}
+    batch = inputs["input_ids"].shape[0]
+    rows = {name: _row(bench, timed, name, facts, batch) for name in entrants}
+    return {"repeats": len(timed[ALL]), "rows": rows}
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Spare the garbage collector what lives now; it is run before every timed run."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _runners(
+    bench: Bench, inputs: Mapping[str, Any], entrants: Mapping[str, Contender]
+) -> dict[str, Callable[[], dict[str, float]]]:
+    def runner(entrant: Contender) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            with entrant.setting():
+                gc.collect()
+                return bench.run(inputs)
+
+        return run
+
+    return {name: runner(entrant) for name, entrant in entrants.items()}
+
+
+def _costs(bench: Bench, inputs: Mapping[str, Any], entrant: Contender) -> dict[str, Any]:
+    """What one prompt costs, by count: peak memory, cache bytes, the session's report."""
+    held = {}
+
+    def prompt() -> None:
+        held["cache"], _ = bench.prompt(inputs)
+
+    with entrant.setting() as session:
+        peak = peak_memory(prompt, bench.model.device)
+    bench.watch.phases_ms()
+    cache = sum(
+        part.numel() * part.element_size()
+        for layer in held["cache"].layers
+        for part in (layer.keys, layer.values)
+    )
+    costs = {"peak_bytes": peak, "kv_bytes": cache}
+    if session is not None:
+        report = session.report()
+        if report["kv_bytes"]["after"] != cache:
+            raise FoveateError(
+                f"{report['methods'][0]['method']}: the cache holds {cache} bytes, but the report "
+                f"says {report['kv_bytes']['after']}; this is a defect of foveate, please report it"
+            )
+        costs["report"] = report
+    return costs
+
+
+SPEED_UPS = {"ttft": "ttft", "prefill": "prefill", "decode": "decode", "throughput": "total"}
+"""What is compared, and which time it is the inverse of."""
+
+
+def _row(
+    bench: Bench,
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    name: str,
+    facts: Mapping[str, Mapping[str, Any]],
+    batch: int,
+) -> dict[str, Any]:
+    """What one contender's runs say."""
+
+    def times(of: str, phase: str) -> list[float]:
+        return [run[phase] for run in runs[of]]
+
+    steps = bench.new_tokens
+    rates = {"decode_tokens_per_s": ("decode", steps), "tokens_per_s": ("total", steps + 1)}
+    row: dict[str, Any] = {
+        f"{phase}_ms": Spread.of(times(name, phase)).to_dict()
+        for phase in ("ttft", "vision", "prefill")
+    }
+    for key, (phase, tokens) in rates.items():
+        if tokens:
+            per_s = [batch * tokens / ms * 1e3 for ms in times(name, phase)]
+            row[key] = Spread.of(per_s).to_dict()
+    row |= {key: facts[name][key] for key in ("peak_bytes", "kv_bytes")}
+    if name == ALL:
+        return row
+    speed = {
+        key: Spread.of_ratios(times(ALL, phase), times(name, phase))
+        for key, phase in SPEED_UPS.items()
+        if steps or phase != "decode"
+    }
+    report = facts[name]["report"]
+    predicted = _predicted(report["flops"])
+    return row | {
+        "method": report["methods"][0],
+        "visual_tokens": _mean_visual(report),
+        "speed_up": {key: value.to_dict() for key, value in speed.items()},
+        "predicted": predicted,
+        "prefill_of_predicted": speed["prefill"].median / predicted["prefill"],
+        "slower": [key for key, value in speed.items() if value.q75 < 1.0],
+        "perhaps_slower": [k for k, v in speed.items() if v.median < 1.0 <= v.q75],
+        "notes": report["notes"],
+    }
+
+
+def _predicted(work: Mapping[str, Any]) -> dict[str, float]:
+    """Speed-ups if time were FLOPs: of the prefill, and of the TTFT where the tower is counted."""
+    vision, after = work["vision"] or 0, work["vision_after"] or 0
+    found = {"prefill": (work["before"] - vision) / (work["after"] - after)}
+    if work["vision"] is not None:
+        found["ttft"] = work["before"] / work["after"]
+    return found
+
+
+def _mean_visual(report: Mapping[str, Any]) -> float:
+    """Visual tokens of a row, averaged over rows and decoder layers."""
+    seen = [n for layer in report["layers"] for n in layer["visual_tokens"]]
+    return sum(seen) / len(seen)

@@ -1,0 +1,257 @@
+"""`foveate flops`: what a method saves on a model, from its config alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from foveate.cli.console import progress, stdout
+from foveate.cli.inputs import check_writable, load_image_processor, load_skeleton
+from foveate.cli.options import make_method
+from foveate.engine.planning import make_plan
+from foveate.errors import InputError
+from foveate.measure.account import Account, account, visual_tokens, whole
+from foveate.measure.checkpoints import checkpoints
+from foveate.measure.conventions import Convention, get_convention
+from foveate.measure.flops import TextShape
+from foveate.measure.planned import fed, planned
+from foveate.measure.units import human_bytes, human_flops
+from foveate.method import Method
+from foveate.models import find_family
+from foveate.record import Record
+from foveate.report import layer_ranges
+
+HELP = """Count what a method saves on a model, from its config alone; nothing is run.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
+so that these need no network. FLOPs are split into vision tower, projector, selection and language
+model; a multiply-add is 2 and causal attention is what the mask lets through, unless another
+convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the formulas of papers,
+[bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
+
+[bold]Examples[/]
+
+  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop
+
+  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop --convention pyramiddrop
+
+  foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
+"""  # noqa: E501
+
+HALF = 2  # bytes of a value in the cache, in float16 and bfloat16
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be counted.
+
+    Args:
+        model: hub id, local folder or `tiny`; facts of well-known checkpoints are bundled.
+        method: what removes tokens.
+        convention: what counts.
+        images: pictures in the prompt.
+        size: width and height of each.
+        text_tokens: of the prompt.
+        decode: whether to show one decoding step too.
+    """
+
+    model: str
+    method: Method
+    convention: Convention
+    images: int = 1
+    size: tuple[int, int] = (672, 672)
+    text_tokens: int = 64
+    decode: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """FLOPs, cache bytes and tokens with all tokens and with a method."""
+
+    question: Question
+    record: Record
+    before: Account
+    after: Account
+    kv_bytes: tuple[int, int]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON values; FLOPs and bytes are whole numbers."""
+        asked, record = self.question, self.record
+        return {
+            "model": asked.model,
+            "method": asked.method.to_dict(),
+            "convention": asked.convention.name,
+            "images": asked.images,
+            "size": list(asked.size),
+            "prompt_tokens": record.prompt_tokens[0],
+            "image_tokens": [image.total for image in record.images],
+            "visual_tokens": [row[0] for row in visual_tokens(record)],
+            "flops": {"before": _plain(self.before), "after": _plain(self.after)},
+            "kv_bytes": {"before": self.kv_bytes[0], "after": self.kv_bytes[1]},
+            "notes": list(self.notes),
+        }
+
+    def show(self, console: Console) -> None:
+        """Print the tables."""
+        asked, convention = self.question, self.question.convention
+        console.print(f"[bold]{escape(asked.model)}[/] with [bold]{asked.method.slug}[/]")
+        console.print(f"[dim]{convention.name}: {escape(convention.what)}[/]", soft_wrap=True)
+        console.print(self._layers())
+        console.print(self._costs())
+        for note in self.notes:
+            console.print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
+
+    def _layers(self) -> Table:
+        table = _table("decoder layers")
+        table.add_column("visual tokens", justify="right")
+        table.add_column("of all", justify="right")
+        table.add_column("each layer", justify="right")
+        total = sum(image.total for image in self.record.images)
+        seen = [row[0] for row in visual_tokens(self.record)]
+        each = list(zip(seen, self.after.layers, strict=True))
+        for name, first in layer_ranges(each):
+            share = f"{seen[first] / total:.1%}"
+            table.add_row(name, str(seen[first]), share, human_flops(each[first][1]))
+        return table
+
+    def _costs(self) -> Table:
+        table = _table("")
+        for heading in ("all tokens", "now", "now / all"):
+            table.add_column(heading, justify="right")
+        before, after = self.before, self.after
+        rows = [
+            ("vision tower", before.tower, after.tower),
+            ("projector", before.projector, after.projector),
+            ("selection", 0, after.selection),
+            ("language model, prompt", before.prefill, after.prefill),
+            ("all of it", before.total, after.total),
+        ]
+        if self.question.decode:
+            rows.append(("one decoding step", before.decode, after.decode))
+        for name, old, new in rows:
+            if old is not None and new is not None:
+                share = f"{new / old:.1%}" if old else ""
+                table.add_row(name, human_flops(old), human_flops(new), share)
+        old, new = self.kv_bytes
+        table.add_row("KV cache, 16 bit", human_bytes(old), human_bytes(new), f"{new / old:.1%}")
+        return table
+
+
+def count(question: Question) -> Answer:
+    """Count, from a config alone.
+
+    Raises:
+        FoveateError: the model is not known or not supported, or the method does not work on it.
+    """
+    family = find_family(load_skeleton(question.model))
+    processor = load_image_processor(question.model)
+    plan = make_plan(family, [question.method])
+    record = planned(
+        family, plan, fed(processor, question.images, question.size), question.text_tokens
+    )
+    full = whole(record)
+    before = account(full, family, (), question.convention)
+    after = account(record, family, [question.method], question.convention)
+    shape = TextShape.of(family.config)
+    slot = 2 * shape.kv_heads * shape.head_dim * HALF
+    stored = slot * sum(full.cache_slots), slot * sum(record.cache_slots)
+    return Answer(question, record, before, after, stored, tuple(_notes(question)))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read `WIDTHxHEIGHT`.
+
+    Raises:
+        InputError: it is something else.
+    """
+    width, x, height = text.lower().partition("x")
+    if not (x and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise InputError(f"--image-size takes WIDTHxHEIGHT such as 672x336, got {text!r}")
+    return int(width), int(height)
+
+
+def save(answer: Answer, path: Path) -> None:
+    """Write everything as JSON."""
+    path.write_text(json.dumps(answer.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def _notes(question: Question) -> list[str]:
+    notes = []
+    if question.model in checkpoints():
+        notes.append("counted from bundled facts of the config; nothing was downloaded")
+    if question.method.adaptive:
+        keep = question.method.keep
+        found = "without a keep, so all tokens are counted" if keep is None else f"keep={keep}"
+        notes.append(
+            f"{question.method.slug} decides by the tokens how many survive; counted is "
+            f"{found}. Run it and ask for the report to know"
+        )
+    if question.method.note:
+        notes.append(f"{question.method.slug}: {question.method.note}")
+    return notes
+
+
+def _plain(counted: Account) -> dict[str, Any]:
+    return {
+        "total": counted.total,
+        "tower": counted.tower,
+        "projector": counted.projector,
+        "selection": counted.selection,
+        "prefill": counted.prefill,
+        "head": counted.head,
+        "layers": list(counted.layers),
+        "decode": counted.decode,
+    }
+
+
+def _table(heading: str) -> Table:
+    return Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
+
+
+def flops(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
+    ],
+    keep: Annotated[str | None, typer.Option(help="As in `foveate run`.")] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
+    image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
+    convention: Annotated[
+        str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
+    ] = "foveate",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Show one decoding step behind the prompt too.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
+) -> None:
+    """Count what a method saves."""
+    check_writable(json_path)
+    question = Question(
+        model=model,
+        method=make_method(method, keep, setting or ()),
+        convention=get_convention(convention),
+        images=images,
+        size=parse_size(image_size),
+        text_tokens=text_tokens,
+        decode=decode,
+    )
+    with progress() as steps:
+        steps.say(f"counting on {model}")
+        answer = count(question)
+    answer.show(stdout())
+    if json_path is not None:
+        save(answer, json_path)

@@ -1,0 +1,220 @@
+"""A YAML file as a recipe: every key is checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from foveate.cli.options import read_field, signature
+from foveate.errors import FoveateError, InputError
+from foveate.finetune.recipe import DTYPES, Data, Recipe
+from foveate.method import Method, get_method
+
+EXAMPLE = """\
+model: tiny            # tiny, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
+out: runs/pyramiddrop  # checkpoints while it runs, the model and foveate.json when it is done
+
+data:
+  scenes: 64           # drawn scenes; for your own data instead: file: train.jsonl
+  turns: 4             # questions about one scene
+
+method:                # leave out to train with all visual tokens
+  name: pyramiddrop    # a name that `foveate list` shows
+  keep: [0.5, 0.25, 0.125]
+
+freeze: [vision_tower] # parameters whose name holds one of these are not trained
+
+# lora:                # train adapters instead (needs peft); keys of peft.LoraConfig
+#   r: 16
+#   target_modules: [q_proj, k_proj, v_proj, o_proj]
+
+trainer:               # any argument of transformers.TrainingArguments
+  per_device_train_batch_size: 4
+  num_train_epochs: 1
+  learning_rate: 1.0e-4
+  logging_steps: 4
+  save_steps: 8
+"""
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: a YAML file as `EXAMPLE` shows; paths in it are relative to its folder.
+
+    Raises:
+        FoveateError: it cannot be read, or a key or a value is wrong; the message names the key
+            and what it could be.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"no such recipe: {path}; `foveate train --example > {path}` writes one"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return parse_recipe(loaded, path.parent)
+    except FoveateError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
+    """Check a loaded YAML document.
+
+    Args:
+        loaded: what YAML made of it.
+        folder: what its paths are relative to.
+
+    Raises:
+        FoveateError: as in `read_recipe`.
+    """
+    fields = _section(loaded, "the recipe", [field.name for field in dataclasses.fields(Recipe)])
+    for name in ("model", "out", "data"):
+        if name not in fields:
+            raise InputError(f"{name!r} is missing; `foveate train --example` shows a whole recipe")
+    model = _text(fields["model"], "model")
+    return Recipe(
+        model=str(folder / model) if (folder / model).is_dir() else model,
+        out=folder / _text(fields["out"], "out"),
+        data=_data(fields["data"], folder),
+        method=_method(fields.get("method")),
+        freeze=_names(fields.get("freeze"), "freeze"),
+        lora=_lora(fields.get("lora")),
+        dtype=_choice(fields.get("dtype", "auto"), "dtype", DTYPES),
+        trainer=_trainer(fields.get("trainer")),
+    )
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """What a mistyped key may have meant, else all there are."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"known keys: {', '.join(known)}" if len(known) < 20 else "no key is like it"
+
+
+def _section(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
+    """A mapping with known keys only; nothing is an empty one."""
+    known = list(known)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} must be a mapping of keys to values, got {value!r}")
+    for name in value:
+        if name not in known:
+            raise InputError(f"unknown key {name!r} in {where}; {near(name, known)}")
+    return dict(value)
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{name} must be a text, got {value!r}")
+    return value
+
+
+def _choice(value: Any, name: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _count(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be a positive whole number, got {value!r}")
+    return value
+
+
+def _names(value: Any, name: str) -> tuple[str, ...]:
+    values = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
+        raise InputError(f"{name} must be a list of parts of parameter names, got {value!r}")
+    return tuple(values)
+
+
+def _data(value: Any, folder: Path) -> Data:
+    given = _section(value, "data", ("file", "scenes", "turns", "seed"))
+    if ("file" in given) == ("scenes" in given):
+        raise InputError("data needs either `file`, a jsonl file, or `scenes`, how many to draw")
+    if "file" in given:
+        extra = sorted(given.keys() - {"file"})
+        if extra:
+            raise InputError(f"data.{extra[0]} goes with `scenes`, not with `file`")
+        return Data(file=folder / _text(given["file"], "data.file"))
+    seed = given.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise InputError(f"data.seed must be a whole number from 0, got {seed!r}")
+    return Data(
+        scenes=_count(given["scenes"], "data.scenes"),
+        turns=_count(given.get("turns", 4), "data.turns"),
+        seed=seed,
+    )
+
+
+def _method(value: Any) -> Method | None:
+    """A method by name, or by name and fields."""
+    if value is None:
+        return None
+    given = {"name": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+        raise InputError(f"method must be a name, or a mapping with the key `name`, got {value!r}")
+    cls = get_method(given["name"])
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    fields: dict[str, Any] = {}
+    for name, entry in given.items():
+        if name == "name":
+            continue
+        if name not in known:
+            raise InputError(
+                f"unknown key {name!r} in method; {near(name, known)} ({cls.slug}: "
+                f"{signature(cls)})"
+            )
+        fields[name] = read_field(cls, name, _spell(entry))
+    return cls(**fields)
+
+
+def _spell(value: Any) -> str:
+    """A YAML value as the command line would have it."""
+    if isinstance(value, list):
+        return ",".join(map(_spell, value)) + ("," if len(value) == 1 else "")
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _lora(value: Any) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise InputError("a recipe with `lora` needs peft: `pip install peft`") from None
+    given = _section(value, "lora", [field.name for field in dataclasses.fields(LoraConfig)])
+    try:
+        LoraConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lora: {error}") from None
+    return given
+
+
+def _trainer(value: Any) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    given = _section(value, "trainer", known)
+    for name, instead in (
+        ("output_dir", "the key `out` says where"),
+        ("resume_from_checkpoint", "a run goes on from its last checkpoint by itself"),
+        ("remove_unused_columns", "it must stay off, or the collator gets nothing"),
+    ):
+        if name in given:
+            raise InputError(f"trainer.{name} cannot be set: {instead}")
+    return given

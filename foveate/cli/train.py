@@ -1,0 +1,87 @@
+"""`foveate train`: a recipe, a model, the stock Trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from foveate.cli.console import progress
+from foveate.cli.inputs import load_model
+from foveate.cli.recipe import EXAMPLE, read_recipe
+from foveate.finetune.recipe import Recipe
+from foveate.finetune.run import finetune, last_checkpoint
+
+HELP = (
+    """Train a model on conversations about pictures, with a method that removes visual tokens.
+
+CONFIG is a YAML file. [bold]foveate train --example > config.yaml[/] writes the one below, which
+trains the model that comes with foveate on drawn scenes, offline, in about a minute. A run that
+was interrupted goes on from its last checkpoint when the same command is given again.
+
+[bold]Example[/]
+
+\b
+"""
+    + EXAMPLE.replace("[", r"\[")
+    + """
+[bold]Data[/]
+
+A jsonl file: one conversation per line, with messages (role, content) or LLaVA's conversations
+(from, value), and images, paths relative to the file.
+
+\b
+{"images": \\["cat.jpg"], "messages": \\[{"role": "user", "content": "<image>\\\\nWhat is this?"},
+  {"role": "assistant", "content": "A cat."}]}
+
+[bold]Several processes[/]
+
+  torchrun --nproc-per-node 2 -m foveate train config.yaml
+
+  accelerate launch --use_fsdp --fsdp_version 2 -m foveate train config.yaml
+"""
+)
+
+
+def run(path: Path, console: Console) -> None:
+    """Train as a YAML file says.
+
+    Args:
+        path: the file.
+        console: for what is said at the end.
+
+    Raises:
+        FoveateError: see `read_recipe` and `finetune`.
+    """
+    recipe = read_recipe(path)
+    first = int(os.environ.get("RANK", "0")) == 0
+    with progress() as steps:
+        steps.say(f"loading {recipe.model}")
+        model, processor = load_model(recipe.model, "cpu", _dtype(recipe))
+    last = last_checkpoint(recipe.out)
+    if first and last is not None:
+        console.print(f"going on from {escape(str(last))}", soft_wrap=True)
+    trainer = finetune(recipe, model.train(), processor)
+    if first:
+        console.print(_summary(recipe, trainer), soft_wrap=True)
+
+
+def _dtype(recipe: Recipe) -> str:
+    """float32 on a CPU; elsewhere bfloat16, unless told otherwise."""
+    if recipe.dtype != "auto":
+        return recipe.dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def _summary(recipe: Recipe, trainer: Any) -> str:
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    told = f", loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+    return (
+        f"[bold]{trainer.state.global_step} steps[/]{told}; saved in {escape(str(recipe.out))}\n"
+        f"[dim]open it with foveate.load({str(recipe.out)!r})"
+        f"{' (or transformers)' if recipe.method else ' or transformers'}[/]"
+    )

@@ -1,0 +1,187 @@
+"""A model that answers batches of conversations, with a method that removes visual tokens.
+
+What evaluation harnesses need, without any of them: `foveate.integrations.lmms_eval` is made of it.
+Messages are those of chat templates: a role, and parts of type `text`, `image` (a picture or a
+file) or `video` (a file).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import foveate
+from foveate.errors import InputError
+from foveate.method import Method
+from foveate.models import find_family
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample")
+"""Generation settings that are passed on."""
+
+
+class ChatModel:
+    """A model, its processor and a method.
+
+    Args:
+        model: a supported vision-language model.
+        processor: its processor.
+        method: what removes visual tokens; `None` for all of them.
+        frames: frames that are taken from a video.
+
+    Raises:
+        FoveateError: the method does not work on the model.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, method: Method | None = None, frames: int = 32
+    ) -> None:
+        self.model, self.processor, self.method, self.frames = model, processor, method, frames
+        self._tokenizer = processor.tokenizer
+        self._tokenizer.padding_side = "left"  # answers begin in the same column
+        self._placeholders = find_family(model).placeholder_ids
+        self.session()
+
+    def session(self) -> AbstractContextManager[Any]:
+        """What to run the model within."""
+        return nullcontext() if self.method is None else foveate.use(self.model, self.method)
+
+    @torch.inference_mode()
+    def answer(self, batch: Sequence[Conversation], **settings: Any) -> list[tuple[str, int]]:
+        """Answers, and how many tokens each has.
+
+        Args:
+            batch: conversations that end with the user's turn.
+            **settings: those of `GENERATION`, greedy without them, and `until`: strings at which an
+                answer ends; others do not concern the model.
+        """
+        results: list[tuple[str, int]] = [("", 0)] * len(batch)
+        for members in _alike(batch):
+            inputs = self.encode([batch[i] for i in members])
+            with self.session():
+                out = self.model.generate(**inputs, **_generation(settings))
+            new = out[:, inputs["input_ids"].shape[1] :]
+            texts = self.processor.batch_decode(new, skip_special_tokens=True)
+            for i, text, tokens in zip(members, texts, self._lengths(new), strict=True):
+                results[i] = _until(text, settings.get("until")), tokens
+        return results
+
+    @torch.inference_mode()
+    def loss(self, conversation: Conversation, continuation: str) -> tuple[float, bool]:
+        """Mean negative log-likelihood of a continuation's tokens, and whether greedy decoding
+        gives them.
+
+        The continuation follows the prompt token by token, without the template's end of a turn.
+
+        Raises:
+            InputError: the continuation has no tokens.
+        """
+        inputs = self.encode([conversation])
+        encoded = self._tokenizer(continuation, add_special_tokens=False, return_tensors="pt")
+        target = encoded["input_ids"].to(self.model.device)
+        if not target.shape[1]:
+            raise InputError(f"a continuation needs at least one token, got {continuation!r}")
+        with self.session():  # the prompt alone decides what goes, as it does before an answer
+            out = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            parts, cache = [out.logits[0]], out.past_key_values
+            if target.shape[1] > 1:
+                out = self.model(input_ids=target[:, :-1], past_key_values=cache, use_cache=True)
+                parts.append(out.logits[0])
+        logits = torch.cat(parts)
+        loss = torch.nn.functional.cross_entropy(logits.float(), target[0])
+        return float(loss), bool((logits.argmax(-1) == target[0]).all())
+
+    def encode(self, batch: Sequence[Conversation]) -> dict[str, Any]:
+        """Inputs of conversations, padded on the left, on the model's device."""
+        media = [kind for one in batch for kind, _ in _media(one)]
+        for kind in set(media) - set(self._placeholders):
+            raise InputError(f"{self.model.config.model_type} takes no {kind} in a prompt")
+        if getattr(self.processor, "chat_template", None):
+            frames = {"num_frames": self.frames} if "video" in media else {}
+            encoded = self.processor.apply_chat_template(
+                [list(one) for one in batch],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, **frames},
+            )
+        else:
+            encoded = self._plain(batch)
+        return dict(encoded.to(self.model.device, self.model.dtype))
+
+    def _plain(self, batch: Sequence[Conversation]) -> Any:
+        """Without a chat template: an image placeholder per picture, each on its line, and the
+        text.
+        """
+        from transformers.image_utils import load_image
+
+        token = getattr(self.processor, "image_token", "<image>")
+        found = [_media(one) for one in batch]
+        if any(kind != "image" for row in found for kind, _ in row):
+            raise InputError(
+                "this processor has no chat template; only pictures can be asked about"
+            )
+        pictures = [load_image(value) for row in found for _, value in row]
+        texts = [
+            f"{token}\n" * len(row) + _text(one) for row, one in zip(found, batch, strict=True)
+        ]
+        given = {"images": pictures} if pictures else {}
+        return self.processor(text=texts, padding=True, return_tensors="pt", **given)
+
+    def _lengths(self, new: Tensor) -> list[int]:
+        """Tokens of each answer up to its end."""
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
+        after = torch.isin(new, ends.to(new.device)).cumsum(1)
+        return (after == 0).sum(1).tolist()
+
+
+def _alike(batch: Sequence[Conversation]) -> list[list[int]]:
+    """Members with the same kinds of media; processors cannot mix them in one batch."""
+    groups: dict[frozenset[str], list[int]] = {}
+    for number, one in enumerate(batch):
+        groups.setdefault(frozenset(kind for kind, _ in _media(one)), []).append(number)
+    return list(groups.values())
+
+
+def _media(conversation: Conversation) -> list[tuple[str, Any]]:
+    """(kind, value) of the pictures and videos of a conversation, in order."""
+    parts = (p for m in conversation if not isinstance(m["content"], str) for p in m["content"])
+    return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
+
+
+def _text(conversation: Conversation) -> str:
+    lines = []
+    for message in conversation:
+        content = message["content"]
+        parts = content if not isinstance(content, str) else [{"type": "text", "text": content}]
+        lines += [part["text"] for part in parts if part["type"] == "text"]
+    return "\n".join(lines)
+
+
+def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`: greedy where no temperature or sampling is asked for."""
+    given = {n: settings[n] for n in GENERATION if settings.get(n) is not None}
+    given.setdefault("max_new_tokens", 1024)
+    warm = given.get("temperature", 0) > 0
+    given["do_sample"] = bool(given.get("do_sample", warm))
+    if not (given["do_sample"] and warm):
+        given.pop("temperature", None)
+    if not given["do_sample"]:
+        for name in ("top_p", "top_k"):
+            given.pop(name, None)
+    return given
+
+
+def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    """Text up to the first of some strings."""
+    for stop in [stops] if isinstance(stops, str) else stops or ():
+        if stop:
+            text = text.split(stop)[0]
+    return text

@@ -1,0 +1,230 @@
+"""Account: the FLOPs of a forward, split into what did them.
+
+It is made from a record, of a forward that ran or of one that is only planned, and from a config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from foveate.measure import flops
+from foveate.measure.conventions import CONVENTIONS, Convention
+from foveate.measure.flops import TextShape
+from foveate.measure.selection import decoder_flops, encoder_flops
+from foveate.measure.trace import Traced, trace
+from foveate.method import Method, ModelFacts, Step, Work
+from foveate.record import Record
+
+FOVEATE = CONVENTIONS["foveate"]
+
+
+class Counted(ModelFacts, Protocol):
+    """What an account asks of a model family."""
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """FLOPs of one forward over a prompt, and of one decoding step behind it.
+
+    Args:
+        tower: the vision tower; `None` where features were handed in.
+        projector: what is between the tower and the language model, mergers included; of an
+            encoder alone, what pools its rows.
+        selection: signals that methods asked for.
+        layers: each decoder layer.
+        head: the language-model head at one position of each row.
+        decode: one new token of each row, head included.
+    """
+
+    tower: int | None
+    projector: int | None
+    selection: int
+    layers: tuple[int, ...]
+    head: int
+    decode: int
+
+    @property
+    def vision(self) -> int | None:
+        """Tower and projector."""
+        return None if self.tower is None else self.tower + (self.projector or 0)
+
+    @property
+    def prefill(self) -> int:
+        """The language model on the prompt."""
+        return sum(self.layers) + self.head
+
+    @property
+    def total(self) -> int:
+        """All but the decoding step."""
+        return (self.vision or 0) + self.selection + self.prefill
+
+
+def account(
+    record: Record,
+    family: Counted,
+    methods: Sequence[Method] = (),
+    convention: Convention = FOVEATE,
+) -> Account:
+    """The FLOPs of a forward, as it was.
+
+    Args:
+        record: the forward; see `whole` for the same with all tokens.
+        family: the model.
+        methods: those that ran.
+        convention: what counts.
+    """
+    shapes = TextShape.all(family.config) if family.text_layers else ()
+    layers = _layers(record, family, methods, shapes, convention)
+    if convention.visual_only:
+        return Account(None, None, 0, layers, 0, 0)
+    steps = _steps(record, family, methods)
+    traced = encoder(record, family)
+    selection = decoder_flops(record, shapes, steps) if shapes else 0
+    if traced:
+        selection += encoder_flops(record, traced[-1], steps)
+    slots = record.cache_slots or [max(tokens) for tokens in record.layer_tokens]
+    found = Account(
+        tower=_tower(record, traced) if traced or not record.images else None,
+        projector=sum(t.projector for t in traced) if traced or not record.images else None,
+        selection=selection,
+        layers=layers,
+        head=flops.head_flops(shapes[0], record.rows) if shapes else 0,
+        decode=record.rows * flops.decode_flops(family.config, [n + 1 for n in slots])
+        if shapes
+        else 0,
+    )
+    return found if convention.multiply_add == 2 else _halved(found)
+
+
+def whole(record: Record) -> Record:
+    """The same forward if nothing had been removed."""
+    slots = record.cache_slots
+    full = max(record.prompt_tokens, default=0)
+    return replace(
+        record,
+        layer_tokens=[list(record.prompt_tokens)] * len(record.layer_tokens),
+        cache_slots=[
+            count + full - max(tokens)
+            for count, tokens in zip(slots, record.layer_tokens, strict=bool(slots))
+        ],
+        encoder_tokens=[],
+        encoder_bounds=[],
+    )
+
+
+def encoder(record: Record, family: Any) -> list[Traced]:
+    """What the encoder does with all tokens, one entry for each modality; empty where features were
+    handed in.
+    """
+    return [trace(family, modality, fed) for modality, fed in record.encoded.items()]
+
+
+def _tower(record: Record, traced: Sequence[Traced]) -> int:
+    total = sum(t.tower for t in traced)
+    if traced and record.encoder_tokens:
+        last, bounds = traced[-1], record.encoder_bounds
+        for number, rows in enumerate(record.encoder_tokens):
+            total += last.shortened(number, rows, bounds[number]) - last.layers[number]
+    return total
+
+
+def _steps(record: Record, family: Counted, methods: Sequence[Method]) -> list[Step]:
+    """Steps that have acted."""
+    places = {place for image in record.images for place in image.kept}
+    steps = [step for method in methods for step in method.steps(family)]
+    return [step for step in steps if step.place in places]
+
+
+def _halved(counted: Account) -> Account:
+    def half(value: Any) -> Any:
+        return None if value is None else value // 2
+
+    return Account(
+        half(counted.tower), half(counted.projector), half(counted.selection),
+        tuple(half(n) for n in counted.layers), half(counted.head), half(counted.decode),
+    )  # fmt: skip
+
+
+# -- decoder layers
+
+
+def visual_tokens(record: Record) -> list[list[int]]:
+    """Visual tokens in each layer and row: what the layer saw, less the row's text tokens."""
+    text = list(record.prompt_tokens)
+    for image in record.images:
+        text[image.row] -= image.total
+    return [[t - x for t, x in zip(row, text, strict=True)] for row in record.layer_tokens]
+
+
+def _layers(
+    record: Record,
+    family: Counted,
+    methods: Sequence[Method],
+    shapes: Sequence[TextShape],
+    convention: Convention,
+) -> tuple[int, ...]:
+    if not shapes:
+        return ()
+    if convention.visual_only:
+        rows = zip(shapes, visual_tokens(record), strict=True)
+        return tuple(sum(paper_layer(shape, n, convention) for n in row) for shape, row in rows)
+    work = {w.layer: w for method in methods for w in method.work(family)}
+    found = []
+    for number, (shape, tokens) in enumerate(zip(shapes, record.layer_tokens, strict=True)):
+        if number in work:
+            found.append(_parts(record, shape, tokens, work[number]))
+        else:
+            causal = convention.causal
+            found.append(sum(flops.layer_flops(shape, t, causal=causal) for t in tokens))
+    return tuple(found)
+
+
+def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
+    """4 n d^2 + 2 n^2 d + 2 or 3 n d m, as papers count a decoder layer."""
+    width = shape.hidden
+    mlp = convention.mlp * tokens * width * shape.mlp
+    return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
+
+
+def _parts(record: Record, shape: TextShape, tokens: Sequence[int], work: Work) -> int:
+    """A decoder layer that computes less of visual tokens: what the engine computes of it.
+
+    Text before an image is seen by the image and text behind it sees the image, so each pair of a
+    text and a visual token counts once.
+    """
+    active = shape.heads if work.heads is None else sum(work.heads)
+    given = work.heads or (True,) * shape.heads
+    group = shape.heads // shape.kv_heads
+    groups = len({n // group for n, on in enumerate(given) if on})
+    keys = groups if work.renormalize else shape.kv_heads
+    values = groups if work.seen else 0
+    projected = 2 * shape.hidden * shape.head_dim * (2 * active + keys + values)
+    neurons = int(shape.mlp / work.mlp_divisor)
+    total = 0
+    for row, count in enumerate(tokens):
+        images = [image for image in record.images if image.row == row]
+        text = record.prompt_tokens[row] - sum(image.total for image in images)
+        visual = count - text
+        total += flops.projection_flops(shape, text) + flops.mlp_flops(shape, text)
+        total += visual * (projected + 6 * shape.hidden * neurons)
+        near = sum(_neighbours(*i.grid, work.window) * i.frames for i in images)
+        pairs = shape.heads * flops.visible_keys(text)
+        pairs += active * (text * visual + min(near, visual**2))
+        total += 4 * shape.head_dim * pairs
+    return total
+
+
+def _neighbours(height: int, width: int, window: int) -> int:
+    """Pairs of cells of a grid that lie in each other's window."""
+    reach = window // 2
+
+    def along(side: int) -> int:
+        return sum(min(i + reach, side - 1) - max(i - reach, 0) + 1 for i in range(side))
+
+    return along(height) * along(width)

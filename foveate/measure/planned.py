@@ -1,0 +1,125 @@
+"""What a method would do on a model, without running it: a record made from counts alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from foveate.engine.inputs import of_shapes
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.errors import UnsupportedModelError
+from foveate.measure.trace import trace
+from foveate.models import Family
+from foveate.record import ImageRecord, Record
+
+
+def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What an image processor makes of blank pictures, with shapes of floating-point tensors only.
+
+    Args:
+        processor: the image processor.
+        images: how many pictures.
+        size: width and height of each.
+    """
+    blank = Image.new("RGB", size, (127, 127, 127))
+    inputs = processor(images=[blank] * images, return_tensors="pt")
+    names = ("num_", "rows", "cols")  # for the prompt
+    return of_shapes({n: v for n, v in inputs.items() if not n.startswith(names)})
+
+
+def planned(
+    family: Family, plan: Plan, arguments: Mapping[str, Any], text_tokens: int = 64
+) -> Record:
+    """The record of one prompt, as it would be if every step left what it promises.
+
+    Args:
+        family: the model, whose weights are not looked at.
+        plan: methods on it. Of an adaptive method, `keep` decides; without one, all tokens stay.
+        arguments: what image features are made from, as `fed` gives them.
+        text_tokens: of the prompt; all count as behind the images.
+
+    Raises:
+        UnsupportedModelError: a step acts inside an encoder in which pictures differ in size.
+    """
+    traced = trace(family, "image", arguments)
+    shapes = traced.shapes
+    if not shapes:
+        raise UnsupportedModelError(
+            f"{family.model_type!r} is an encoder alone, for which no prompt can be planned"
+        )
+    kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]
+    alive = [shape.total for shape in shapes]
+    rows, alive = _inside(family, plan, traced, kept, alive)
+    begin: dict[tuple[int, int], int] = {}
+
+    def act(step: PlannedStep) -> None:
+        for image, shape in enumerate(shapes):
+            total = begin.setdefault((step.method_number, image), alive[image])
+            if step.step.restore:
+                alive[image] = parked[step.method_number][image]
+            else:
+                alive[image] = step.method.count(alive[image], total, step.step, step.number)
+            kept[image][step.step.place] = torch.arange(min(alive[image], shape.total))
+
+    parked: dict[int, list[int]] = {}
+    for step in plan.pre_llm:
+        act(step)
+    layer_tokens = []
+    for layer in range(family.text_layers):
+        for step in (s for s in plan.llm if s.step.layer == layer):
+            if step.parks:
+                parked[step.method_number] = list(alive)
+            act(step)
+        layer_tokens.append([text_tokens + sum(alive)])
+    images = [ImageRecord(0, s.total, s.grid, k) for s, k in zip(shapes, kept, strict=True)]
+    return Record(
+        rows=1,
+        prompt_tokens=[text_tokens + sum(shape.total for shape in shapes)],
+        images=images,
+        layer_tokens=layer_tokens,
+        cache_slots=_held(plan, layer_tokens),
+        encoder_tokens=rows,
+        encoder_bounds=[None] * len(rows),
+        encoded={"image": arguments},
+        question_tokens=text_tokens,
+    )
+
+
+def _held(plan: Plan, layer_tokens: Sequence[Sequence[int]]) -> list[int]:
+    """Slots that caches hold: what layers saw, less what they are made to forget."""
+    slots = [tokens[0] for tokens in layer_tokens]
+    for step in (s.step for s in plan.llm if s.step.forget):
+        slots[: step.layer] = [slots[step.layer]] * step.layer
+    return slots
+
+
+def _inside(
+    family: Family, plan: Plan, traced: Any, kept: list[dict[str, Any]], alive: list[int]
+) -> tuple[list[tuple[int, int]], list[int]]:
+    """Rows that each encoder layer sees, and tokens alive behind the encoder."""
+    if not plan.vision:
+        return [], alive
+    encoder = family.encoder
+    assert encoder is not None  # the plan has checked it
+    if encoder.packed is not None or len(set(alive)) > 1:
+        raise UnsupportedModelError(
+            f"what {plan.vision[0].method.slug} does inside the encoder of {family.model_type!r} "
+            "depends on the pictures; run it and ask for the report instead"
+        )
+    _, full = traced.rows
+    left = begin = full - encoder.special
+    rows = []
+    for layer in range(len(encoder.layers)):
+        seen = [full if left == begin else left + encoder.special] * 2
+        for step in (s for s in plan.vision if s.step.layer == layer):
+            left = step.method.count(left, begin, step.step, step.number)
+            seen[1 if step.step.inside else 0 :] = [left + encoder.special] * (
+                1 if step.step.inside else 2
+            )
+            for image, total in zip(kept, alive, strict=True):
+                image[step.step.place] = torch.arange(total * left // begin)
+        rows.append((seen[0], seen[1]))
+    return rows, [total * left // begin for total in alive]

@@ -1,0 +1,314 @@
+"""Tower and projector, counted by running them on shapes alone.
+
+The model's own code runs once on the meta device: floating-point tensors have shapes and no data,
+integers (grids, sizes, boundaries of windows) are real, and torch's counter sees every matrix
+product. So no family needs a formula, and windows, mergers, packing and tiles are exact. Layers
+that get the same shapes are run once.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from foveate.models import Family, find_family
+from foveate.tokens import Shape
+
+Frozen: TypeAlias = tuple[tuple[str, Any], ...]
+_VALUES = 4096  # larger integer tensors are masks of pixels, on which no count depends
+_INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
+_TOWERS = ("vision_tower", "vision_model", "visual")
+
+
+@dataclass(frozen=True)
+class Traced:
+    """FLOPs of one call of an encoder, a multiply-add counted as 2, attention without a mask.
+
+    Args:
+        embedding: what comes before the encoder's first layer.
+        layers: each of the encoder's layers; empty for towers that methods cannot look into.
+        projector: all behind the last layer, and what reads layers: mergers, projector, heads. Of
+            a tower that methods cannot look into, what is behind the tower.
+        shapes: visual tokens of each image; empty for an encoder alone.
+        rows: pictures, and rows of each, that the first layer is given; one picture where all lie
+            in one sequence.
+        weights: of a layer's matrices, those of the attention and all others.
+        width: of the encoder's rows.
+    """
+
+    embedding: int
+    layers: tuple[int, ...]
+    projector: int
+    shapes: tuple[Shape, ...] = ()
+    rows: tuple[int, int] = (0, 0)
+    weights: tuple[int, int] = (0, 0)
+    width: int = 0
+
+    @property
+    def tower(self) -> int:
+        """Embedding and layers."""
+        return self.embedding + sum(self.layers)
+
+    def shortened(self, number: int, rows: tuple[int, int], bounds: Tensor | None) -> int:
+        """FLOPs of a layer within which tokens were removed, or before.
+
+        Args:
+            number: the layer.
+            rows: rows that its attention and its MLP see, of each picture.
+            bounds: boundaries of the segments within which rows attend; `None` for all in all.
+        """
+        pictures, full = self.rows
+        if rows == (full, full):
+            return self.layers[number]
+        attention, mlp = rows
+        pairs = attention**2 if bounds is None else int((bounds.diff().long() ** 2).sum())
+        linear = 2 * (self.weights[0] * attention + self.weights[1] * mlp)
+        return pictures * (linear + 4 * self.width * pairs)
+
+
+def trace(family: Family, modality: str, arguments: Mapping[str, Any]) -> Traced:
+    """Count what a model's encoder does with some input; equal input is counted once.
+
+    Args:
+        family: the model, whose weights are not looked at.
+        modality: `image` or `video`; anything for an encoder alone.
+        arguments: what `get_image_features` or the encoder is called with. Of floating-point
+            tensors only the shape matters.
+    """
+    return _trace(_Recipe.of(family), modality, freeze(arguments))
+
+
+def skeleton(family: Family) -> Family:
+    """The same model without weights, on the meta device."""
+    return _build(_Recipe.of(family)).family
+
+
+def freeze(arguments: Mapping[str, Any]) -> Frozen:
+    """Arguments as a hashable value: shapes of tensors, values of small integer tensors."""
+    return tuple((name, _frozen(value)) for name, value in sorted(arguments.items()))
+
+
+def _frozen(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return _Value(value)
+    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+    if value.is_floating_point() or value.is_meta or value.numel() > _VALUES:
+        return shape, dtype, None
+    return shape, dtype, tuple(value.flatten().tolist())
+
+
+@dataclass(frozen=True)
+class _Value:
+    """Something that is no tensor, compared by how it is written."""
+
+    value: Any = field(compare=False, repr=False)
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", repr(self.value))
+
+
+def _thaw(value: Any) -> Any:
+    if isinstance(value, _Value):
+        given = value.value
+        sizes = isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple)
+        return torch.tensor(given) if sizes else given
+    shape, name, values = value
+    dtype = getattr(torch, name)
+    if values is not None:
+        return torch.tensor(values, dtype=dtype).view(shape)
+    return torch.ones(shape, dtype=dtype, device="meta" if dtype.is_floating_point else "cpu")
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What a model is made from, compared by the config's text."""
+
+    kind: type
+    text: str
+    config: Any = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, family: Family) -> _Recipe:
+        return cls(type(family.model), family.config.to_json_string(), family.config)
+
+
+@dataclass(frozen=True)
+class _Skeleton:
+    family: Family
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@functools.lru_cache(maxsize=8)
+def _build(recipe: _Recipe) -> _Skeleton:
+    kind: Any = recipe.kind
+    config = copy.deepcopy(recipe.config)
+    with Shapes(), torch.device("meta"):
+        model = kind._from_config(config, attn_implementation="eager")
+    return _Skeleton(find_family(model.eval()))
+
+
+@functools.lru_cache(maxsize=256)
+def _trace(recipe: _Recipe, modality: str, frozen: Frozen) -> Traced:
+    built = _build(recipe)
+    arguments = {name: _thaw(value) for name, value in frozen}
+    with built.lock:
+        return _Run(built.family).trace(modality, arguments)
+
+
+class _Run:
+    """One call of an encoder, counted."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.counter = FlopCounterMode(display=False)
+        self.again = 0  # FLOPs of layers that were not run anew
+        self.layers: dict[int, int] = {}
+        self.embedding = 0
+        self._entered: int | None = None  # what was counted when the tower was entered
+        self.rows = 0, 0
+        self._seen: dict[Any, tuple[Any, int]] = {}
+
+    @property
+    def total(self) -> int:
+        """Counted so far."""
+        return self.counter.get_total_flops() + self.again
+
+    def trace(self, modality: str, arguments: Mapping[str, Any]) -> Traced:
+        """Run the encoder; the model is as it was afterwards."""
+        family, encoder = self.family, self.family.encoder
+        layers = [] if encoder is None else list(encoder.layers)
+        handles = []
+        for tower in {*_towers(family, modality), *([] if encoder is None else [encoder.tower])}:
+            handles.append(tower.register_forward_pre_hook(self._enter))
+            handles.append(tower.register_forward_hook(self._leave))
+        for number, layer in enumerate(layers):
+            layer.forward = functools.partial(self._layer, number, layer, layer.forward)
+        try:
+            with torch.no_grad(), self.counter, Shapes():
+                shapes = self._encode(modality, arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in layers:
+                del layer.forward
+        of_layers = tuple(self.layers.get(number, 0) for number in range(len(layers)))
+        projector = self.total - self.embedding - sum(of_layers)
+        return Traced(self.embedding, of_layers, projector, shapes, self.rows, *_matrices(encoder))
+
+    def _encode(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Shape, ...]:
+        if not self.family.text_layers:
+            self.family.base(**arguments)
+            return ()
+        encode = getattr(self.family.base, f"get_{modality}_features")
+        output = encode(**arguments, return_dict=True)
+        return tuple(self.family.shapes(modality, output.pooler_output, arguments))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if self._entered is None:
+            self._entered = self.total
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._entered is not None:  # no layer has run that is known
+            self.embedding += self.total - self._entered
+            self._entered = None
+
+    def _layer(
+        self, number: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._entered is not None:
+            self.embedding += self.total - self._entered
+            self._entered = None
+        if number == 0:
+            self.rows = args[0].shape[:-1].numel() // args[0].shape[-2], args[0].shape[-2]
+        weights = tuple(p.shape for p in layer.parameters())
+        leaves, spec = tree_flatten((args, kwargs))
+        key = weights, str(spec), tuple(_frozen(leaf) for leaf in leaves)
+        if key in self._seen:
+            output, flops = self._seen[key]
+            self.again += flops
+        else:
+            before = self.total
+            output = forward(*args, **kwargs)
+            flops = self.total - before
+            self._seen[key] = output, flops
+        self.layers[number] = self.layers.get(number, 0) + flops
+        return output
+
+
+def _matrices(encoder: Any) -> tuple[tuple[int, int], int]:
+    """Weights in the matrices of a layer, of its attention and others, and the width of rows."""
+    if encoder is None or encoder.block is None:
+        return (0, 0), 0
+    layer = encoder.layers[0]
+
+    def weights(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+    attention = weights(encoder.attention(layer))
+    width = getattr(layer, encoder.block.norm1).weight.shape[0]
+    return (attention, weights(layer) - attention), width
+
+
+def _towers(family: Family, modality: str) -> list[Any]:
+    """Towers of a model, as it names them."""
+    names = (*_TOWERS, f"{modality}_tower") if family.text_layers else ()
+    return [tower for name in names if (tower := getattr(family.base, name, None)) is not None]
+
+
+class Shapes(TorchDispatchMode):
+    """Run code on shapes: floating-point tensors stay on the meta device, integers are real.
+
+    What is compared with floats that have no data is taken to be different, so that no picture
+    counts as padding.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Dispatch an operator: all to the meta device, or, of integers only, none."""
+        kwargs = dict(kwargs or {})
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in tree_flatten(args)[0]):
+            if func._schema.name in _INDEXING:
+                args = (args[0], _by_number(args[1]), *args[2:])
+            leaves, spec = tree_flatten((args, kwargs))
+            args, kwargs = tree_unflatten([_meta(leaf) for leaf in leaves], spec)
+            result = func(*args, **kwargs)
+            if isinstance(result, Tensor) and result.dtype == torch.bool:
+                made = torch.zeros if func._schema.name == "aten::eq" else torch.ones
+                return made(result.shape, dtype=torch.bool, device="cpu")
+            return result
+        if kwargs.get("device") is not None and _whole(func, args, kwargs.get("dtype")):
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+def _meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
+
+
+def _by_number(index: Any) -> list[Any]:
+    """Indices in which masks have become numbers, since shapes depend on them."""
+    found: list[Any] = []
+    for part in index:
+        real = part is not None and part.dtype == torch.bool and not part.is_meta
+        found += part.nonzero(as_tuple=True) if real else [part]
+    return found
+
+
+def _whole(func: Any, args: Any, dtype: torch.dtype | None) -> bool:
+    """Whether what an operator makes has integers or booleans."""
+    if dtype is not None:
+        return not dtype.is_floating_point
+    if func._schema.name == "aten::_to_copy":
+        return not args[0].is_floating_point()
+    numbers = [arg for arg in args if not isinstance(arg, list | tuple)]
+    return func._schema.name == "aten::arange" and all(isinstance(n, int) for n in numbers)

@@ -1,0 +1,182 @@
+"""foveate.json: the methods of a model, beside its checkpoint.
+
+The file holds `format` (a number that grows when older versions of foveate could not read it),
+`foveate` (the version that wrote it), `methods` (what `Method.to_dict` says, in stream order) and
+`head` (see `foveate.prepare`). What methods have learned is in foveate.safetensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveate.budget import PerRequest
+from foveate.errors import FoveateError, InputError
+from foveate.method import Method, get_method
+
+FILE = "foveate.json"
+WEIGHTS = "foveate.safetensors"
+FORMAT = 1
+Head = Literal["all", "labels"]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What is written about a prepared model.
+
+    Args:
+        methods: its methods, in stream order.
+        head: of which tokens logits are made in training.
+    """
+
+    methods: tuple[Method, ...]
+    head: Head = "all"
+
+    def write(self, folder: str | Path, learned: Mapping[str, Tensor] | None = None) -> Path:
+        """Write the file into a folder, which is made if need be.
+
+        Args:
+            folder: where to.
+            learned: weights of methods that learn, which go into a file of their own.
+
+        Returns:
+            The path of foveate.json.
+
+        Raises:
+            InputError: a method is not registered, so that nobody could load it.
+        """
+        for method in self.methods:
+            check_registered(method)
+        data = {
+            "format": FORMAT,
+            "foveate": _version(),
+            "methods": [method.to_dict() for method in self.methods],
+            "head": self.head,
+        }
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        if learned:
+            weights = {name: value.contiguous() for name, value in learned.items()}
+            save_file(weights, path.with_name(WEIGHTS))
+        return path
+
+    def read_weights(self, path: str | Path | None, learned: nn.Module) -> None:
+        """Read the weights of methods that learn into their modules.
+
+        Raises:
+            InputError: there are none, or they do not fit.
+        """
+        names = ", ".join(method.slug for method in self.methods)
+        if path is None:
+            raise InputError(f"{names} learns, but there is no {WEIGHTS} beside {FILE}")
+        try:
+            learned.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{path} does not hold the weights of {names}: {error}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Saved:
+        """Read a file.
+
+        Raises:
+            InputError: it is no such file, damaged, or written by a newer foveate.
+            UnknownMethodError: a method is not known here.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON: {error}") from None
+        if not isinstance(data, dict) or type(data.get("format")) is not int:
+            raise InputError(f"{path} is not a file that foveate.save has written: no `format`")
+        if data["format"] > FORMAT:
+            raise InputError(
+                f"{path} has format {data['format']}, written by foveate "
+                f"{data.get('foveate', 'of a later version')}; this foveate {_version()} reads "
+                f"formats up to {FORMAT}, so upgrade it"
+            )
+        methods, head = data.get("methods"), data.get("head", "all")
+        if not isinstance(methods, list) or not methods:
+            raise InputError(f"{path} names no `methods`; save the model anew")
+        if head not in get_args(Head):
+            raise InputError(f"{path}: head must be 'all' or 'labels', got {head!r}")
+        try:
+            return cls(tuple(from_dict(method) for method in methods), head)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def from_dict(data: Mapping[str, Any]) -> Method:
+    """The method that `Method.to_dict` has described.
+
+    Args:
+        data: `method`, its name, and hyper-parameters; those left out have their defaults.
+
+    Raises:
+        InputError: no name, or fields that the method does not have.
+        UnknownMethodError: no such method.
+        FoveateError: a value is refused by the method.
+
+    Example:
+        >>> from_dict({"method": "fastv", "layer": 3})
+        FastV(layer=3, keep=0.5, positions=None)
+    """
+    if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
+        raise InputError(f"a method is a mapping with its name under `method`, got {data!r}")
+    kind = get_method(data["method"])
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    values = {name: _value(value) for name, value in data.items() if name != "method"}
+    if unknown := [name for name in values if name not in names]:
+        raise InputError(
+            f"{kind.slug} has no field {', '.join(map(repr, unknown))}; it has {', '.join(names)}. "
+            "Another version of foveate may have written this"
+        )
+    try:
+        return kind(**values)
+    except FoveateError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{kind.slug} cannot be made of {dict(data)}: {error}") from None
+
+
+def check_registered(method: Method) -> None:
+    """Refuse a method that cannot be found by its name.
+
+    Raises:
+        InputError: so it is.
+    """
+    slug = getattr(method, "slug", None)
+    try:
+        known = slug is not None and get_method(slug) is type(method)
+    except FoveateError:
+        known = False
+    if not known:
+        raise InputError(
+            f"{type(method).__name__} is not registered, so a saved model could not find it; put "
+            "@foveate.register(name, stage=...) on the class"
+        )
+
+
+def _value(value: Any) -> Any:
+    """A hyper-parameter as methods have it: tuples, and budgets of their own for requests."""
+    if isinstance(value, Mapping) and list(value) == ["values"]:
+        return PerRequest(tuple(_value(v) for v in value["values"]))
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_value(v) for v in value)
+    return value
+
+
+def _version() -> str:
+    try:
+        return version("foveate")
+    except PackageNotFoundError:  # run from a folder
+        return "unknown"

@@ -1,0 +1,112 @@
+"""Write docs/training-curves.svg and the table of docs/training.md from the result file.
+
+python benchmarks/convergence_figure.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "convergence.json"
+PAGE, FIGURE = ROOT / "docs" / "training.md", ROOT / "docs" / "training-curves.svg"
+BEGIN, END = "<!-- table: benchmarks/convergence_figure.py -->", "<!-- end of table -->"
+COLOURS = {"full": "#555555", "pyramiddrop": "#0072b2"}
+NAMES = {"full": "all tokens", "pyramiddrop": "PyramidDrop"}
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 340, 56, 44, 16, 16
+
+
+def accuracy(arm: dict[str, Any], mode: str) -> float:
+    """Share of right answers in per cent."""
+    right, asked = arm["answers"][mode]["all"]
+    return 100 * right / asked
+
+
+def table(result: dict[str, Any]) -> str:
+    """One row per seed, and their mean."""
+    arms = {(a["arm"], a["seed"]): a for a in result["arms"]}
+    seeds = sorted({s for _, s in arms if all((arm, s) in arms for arm in NAMES)})
+    columns = (
+        ("full", "all tokens"), ("full", "pruned"),
+        ("pyramiddrop", "pruned"), ("pyramiddrop", "all tokens"),
+    )  # fmt: skip
+    head = [
+        "seed", "all tokens / all tokens", "all tokens / pruned", "PyramidDrop / pruned",
+        "PyramidDrop / all tokens", "CPU s, all tokens", "CPU s, PyramidDrop",
+    ]  # fmt: skip
+    rows = [
+        [accuracy(arms[arm, seed], mode) for arm, mode in columns]
+        + [arms[arm, seed]["curve"][-1]["seconds"] for arm in NAMES]
+        for seed in seeds
+    ]
+    lines = [[str(seed), *map("{:.1f}".format, row)] for seed, row in zip(seeds, rows, strict=True)]
+    lines.append(["**mean**", *(f"**{mean(column):.1f}**" for column in zip(*rows, strict=True))])
+    parts = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in parts)
+
+
+def figure(result: dict[str, Any]) -> str:
+    """Held-out accuracy over CPU seconds, one line per arm and seed, as an SVG."""
+    arms = result["arms"]
+    longest = max(a["curve"][-1]["seconds"] for a in arms)
+    values = [p["accuracy"] for a in arms for p in a["curve"]]
+    low, high = int(20 * min(values)) / 20, -(int(-20 * max(values)) - 1) / 20
+
+    def x(seconds: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * seconds / longest
+
+    def y(value: float) -> float:
+        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - low) / (high - low)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+    ]
+    for step in range(round((high - low) * 20) + 1):
+        value = low + step / 20
+        out.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
+        out.append(
+            f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.0%}</text>'
+        )
+    for seconds in range(0, int(longest) + 1, 60):
+        out.append(
+            f'<text x="{x(seconds):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f"{seconds}</text>"
+        )
+    for arm in arms:
+        points = " ".join(f"{x(p['seconds']):.1f},{y(p['accuracy']):.1f}" for p in arm["curve"])
+        colour = COLOURS[arm["arm"]]
+        out.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
+        )
+    for number, (arm, name) in enumerate(NAMES.items()):
+        place = HEIGHT - BOTTOM - 40 + 18 * number
+        out.append(
+            f'<path d="M{WIDTH - 190} {place}h24" stroke="{COLOURS[arm]}" stroke-width="1.8"/>'
+            f'<text x="{WIDTH - 158}" y="{place + 4}">trained with {name}</text>'
+        )
+    out.append(
+        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+        "CPU seconds of training after the shared start</text></svg>"
+    )
+    return "\n".join(out) + "\n"
+
+
+def page(text: str, result: dict[str, Any]) -> str:
+    """The page with its table brought up to date."""
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    result = json.loads(RESULT.read_text())
+    FIGURE.write_text(figure(result))
+    PAGE.write_text(page(PAGE.read_text(), result))
+
+
+if __name__ == "__main__":
+    main()

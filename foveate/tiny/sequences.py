@@ -83,6 +83,7 @@ class Cue:
 
 _Ask = Callable[[list[Cue], list[list[tuple[int, Box]]]], list[SequenceQuestion]]
 
+
 def draw_album(
     seed: int,
     pictures: int,
@@ -288,7 +289,7 @@ def draw_rule(
         cast = [rule, *rng.sample(others, count - 1)]
         colours = rng.sample(list(COLOURS), count)
         cues: list[Cue] = []
-    taken: list[SceneObject] = []
+        taken: list[SceneObject] = []
         for kind, colour in zip(cast, colours, strict=True):
             font = draw_font(rng, True)
             corner = _reserve(rng, kind, font, taken, size, scale)
@@ -351,4 +352,5 @@ def _film(
         pictures.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB"))
         shown.append(tuple(there))
         owners.append(owner)
-    return Sequence(tuple(pictures), tuple(shown), tuple(ask(cues, boxes) if ask else ()), tuple(owners))
+    questions = tuple(ask(cues, boxes)) if ask else ()
+    return Sequence(tuple(pictures), tuple(shown), questions, tuple(owners))

@@ -20,13 +20,14 @@ from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from foveate.bench import data as files
 from foveate.tiny import PATH, packed
-from foveate.tiny.build import PAD, SIZE, build_config, build_model, build_tokenizer
+from foveate.tiny.build import EOS, PAD, SIZE, build_config, build_model, build_tokenizer
 from foveate.tiny.data import normalise
 from foveate.tiny.finetune import adopt, vocabulary_of
 from foveate.tiny.train import export
 
 _IMAGES, _SLOTS, _LENGTH = 16, 12, 14
 _RATE = 1e-3
+_END = 0.1  # weight of the end behind the answer
 
 
 def vocabulary(start: Path, rows: tuple[files.Row, ...]) -> tuple[str, ...]:
@@ -58,16 +59,20 @@ def batch(
 
 
 def answer_loss(model: LlavaForConditionalGeneration, parts: tuple[Tensor, ...]) -> Tensor:
-    """Cross entropy of the answers of one batch."""
+    """Cross entropy of the answers of one batch, and of the end behind each."""
     pixels, words, places = parts
     states, _ = packed.see(model.model.vision_tower, normalise(pixels))
     visual = packed.project(model, states)
     positions = torch.arange(1, 1 + visual.shape[1]).expand(len(visual), -1)
     logits, _ = packed.read(model, visual, positions, words, 1 + visual.shape[1])
     logits = logits.unflatten(1, words.shape[1:])
-    before = (places - 1)[..., None, None].expand(-1, -1, 1, logits.shape[-1])
-    asked = logits.gather(2, before)[:, :, 0].flatten(0, 1)
-    return F.cross_entropy(asked.float(), words.gather(2, places[..., None]).flatten())
+    answers = words.gather(2, places[..., None]).flatten()
+    said, then = (
+        logits.gather(2, at[..., None, None].expand(-1, -1, 1, logits.shape[-1])).flatten(0, 2)
+        for at in (places - 1, places)
+    )
+    end = torch.full_like(answers, EOS)
+    return F.cross_entropy(said.float(), answers) + _END * F.cross_entropy(then.float(), end)
 
 
 def finetune(folder: Path, out: Path, start: Path, steps: int, seed: int) -> None:

@@ -31,3 +31,7 @@ class CacheError(FoveateError):
 
 class InputError(FoveateError, ValueError):
     """The inputs of a forward pass cannot be served as asked."""
+
+
+class BenchError(FoveateError, ValueError):
+    """A benchmark has no such task or split, or its data set cannot be read."""

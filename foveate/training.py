@@ -7,7 +7,8 @@ What differs from inference is what is asked. The labels that reach the model sa
 where a method ranks by the last token of the prompt, in training it ranks by the token before each
 supervised span behind the image, averaged over spans; what a method calls the question is the text
 behind the image that is not supervised. Images behind which nothing is supervised are left alone by
-methods that ask. Choices carry no gradient; what survives does.
+methods that ask. Choices carry no gradient; what survives does. Random choices are the same at each
+step, as in inference.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("line", commands())
 def test_command_examples_parse(line):
     """Names, options and argument counts are right; nothing is run."""
-    _, name, *arguments = shlex.split(line)
-    command = typer.main.get_command(app).commands[name]
+    group = typer.main.get_command(app)
+    name, command, arguments = group.resolve_command(typer.Context(group), shlex.split(line)[1:])
     given = command.make_context(name, list(arguments)).params
     if name == "run":
         fields = foveate.get_method(given["method"]).__dataclass_fields__

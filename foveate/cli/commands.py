@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `flops`, `calibrate`, `train`, `demo`."""
+"""The commands: `run`, `list`, `flops`, `bench`, `calibrate`, `train`, `demo`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from foveate.cli import bench as benchmark
 from foveate.cli import bench_speed, listing
 from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
@@ -22,9 +23,17 @@ from foveate.errors import FoveateError, InputError
 from foveate.method import Method
 from foveate.models import unsupported_families
 
+SPEED = "bench --speed"
+
 
 class _Group(TyperGroup):
     """Commands whose foreseeable errors are one red line and exit code 2."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """`bench --speed` has options of its own, so it is a command of its own."""
+        if args[0] == "bench" and "--speed" in args:
+            args = [SPEED, *(a for a in args[1:] if a != "--speed")]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -192,7 +201,8 @@ def demo(
     demonstration.demo(seed, chosen, out, repeats)
 
 
-app.command("bench-speed", help=bench_speed.HELP, hidden=True)(bench_speed.speed)
+app.command("bench", help=benchmark.HELP)(benchmark.bench)
+app.command(SPEED, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 
 
 @app.command("train", help=training.HELP)

@@ -16,7 +16,7 @@ from rich.table import Table
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import check_writable, load_image_processor, load_skeleton
 from foveate.cli.options import make_method
-from foveate.engine.plan import Plan
+from foveate.engine.planning import make_plan
 from foveate.errors import InputError
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
@@ -154,7 +154,7 @@ def count(question: Question) -> Answer:
     """
     family = find_family(load_skeleton(question.model))
     processor = load_image_processor(question.model)
-    plan = Plan.of(family, [question.method])
+    plan = make_plan(family, [question.method])
     record = planned(
         family, plan, fed(processor, question.images, question.size), question.text_tokens
     )

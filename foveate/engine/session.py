@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from foveate.clip import ClipQuestions
 from foveate.engine.plan import Plan
+from foveate.engine.planning import make_plan
 from foveate.engine.text import TextPart
 from foveate.engine.vision import VisionPart
 from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
@@ -59,7 +60,7 @@ class Session:
         clip: ClipQuestions | None = None,
     ) -> None:
         self.family = find_family(model)
-        self.plan = Plan.of(
+        self.plan = make_plan(
             self.family, [methods] if isinstance(methods, Method) else list(methods)
         )
         _check_clip(self.plan, clip)

@@ -16,7 +16,8 @@ from foveate.engine import features
 from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
 from foveate.engine.inputs import of_shapes
-from foveate.engine.plan import Plan, working_methods
+from foveate.engine.plan import Plan
+from foveate.engine.planning import working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.vision import VisionPart
 from foveate.errors import InputError, UnsupportedModelError

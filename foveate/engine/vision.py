@@ -22,7 +22,8 @@ from foveate.engine.encoding import Encoding
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.packed import boundaries
 from foveate.engine.part import Part
-from foveate.engine.plan import Plan, PlannedStep, check_mixing
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.planning import check_mixing
 from foveate.engine.stack import Stack
 from foveate.errors import UnsupportedModelError
 from foveate.method import Need

@@ -1,8 +1,8 @@
 """PyramidDrop: drop part of the visual tokens at the end of each stage of the language model.
 
 Paper: Xing et al., "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual
-Redundancy Reduction", arXiv:2410.17247, section 3. Reference code: Cooperx521/PyramidDrop @ 6444f30
-(inference path).
+Redundancy Reduction", arXiv:2410.17247, section 3. Reference code: Cooperx521/PyramidDrop @
+6444f30, for inference and for training.
 Differs from the reference: any batch, several images, grouped-query attention and padding work
 (there they do not); each image has its own budget; at least one token of an image survives; no
 truncation to the tokenizer's length.
@@ -53,5 +53,5 @@ class PyramidDrop(Scheduled, Scorer):
     published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """Attention of the last prompt token, averaged over heads: (G, V)."""
+        """Attention of the tokens that ask, averaged over heads: (G, V)."""
         return tokens.signal("text_attention")[:, 0].mean(1)

@@ -42,13 +42,16 @@ CHAT_TEMPLATE = (
 """Images of a turn first, then its text; an assistant's turn ends with `<eos>`."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: tuple[str, ...] = VOCABULARY) -> PreTrainedTokenizerFast:
     """Build the word tokenizer: lower case, "?" apart, other punctuation ignored.
+
+    Args:
+        vocabulary: every token, the special ones first; a position is a token id.
 
     Returns:
         A tokenizer that pads on the left. Unknown words become `<unk>`.
     """
-    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, "<unk>"))
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, "<unk>"))
     words.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
@@ -76,7 +79,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(vocabulary: tuple[str, ...] = VOCABULARY) -> LlavaProcessor:
     """Build the processor; images of any size and mode are resized to 128 x 128 RGB."""
     edge = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessorPil(
@@ -89,7 +92,7 @@ def build_processor() -> LlavaProcessor:
     )
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(vocabulary),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
@@ -98,13 +101,16 @@ def build_processor() -> LlavaProcessor:
     )
 
 
-def build_config(layers: int = 12, hidden: int = 160, vision: int = 128) -> LlavaConfig:
+def build_config(
+    layers: int = 12, hidden: int = 160, vision: int = 128, words: int = len(VOCABULARY)
+) -> LlavaConfig:
     """Describe the model.
 
     Args:
         layers: layers of the language model.
         hidden: its width, a multiple of 8.
         vision: width of the vision tower, a multiple of 16.
+        words: size of the vocabulary.
 
     Returns:
         A LLaVA configuration: 256 visual tokens per image, taken from the vision tower's last
@@ -122,7 +128,7 @@ def build_config(layers: int = 12, hidden: int = 160, vision: int = 128) -> Llav
             hidden_act="gelu_pytorch_tanh",
         ),
         text_config=LlamaConfig(
-            vocab_size=len(VOCABULARY),
+            vocab_size=words,
             hidden_size=hidden,
             intermediate_size=2 * hidden + hidden // 2 + hidden // 5,
             num_hidden_layers=layers,

@@ -4,9 +4,10 @@ Training scenes are drawn from seeds above `TRAIN_SEEDS`; every seed below is he
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -16,20 +17,23 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from foveate.tiny.build import EOS, MEAN, PAD, PATCH, SIZE, STD
 from foveate.tiny.questions import KINDS_OF_QUESTION, Question
-from foveate.tiny.scenes import Scene, draw_scene
-from foveate.tiny.words import COLOURS, KINDS, SHAPES, VOCABULARY
+from foveate.tiny.scenes import MIX, Scene, draw_scene
+from foveate.tiny.sequences import SEQUENCE_KINDS
+from foveate.tiny.words import COLOURS, KINDS, SHAPES, VOCABULARY, WORDS
 
 TRAIN_SEEDS = 2**40
 HELD_OUT_PHOTOS = 10
 IGNORE = -100
 WORD_ID = {word: index for index, word in enumerate(VOCABULARY)}
-GROUPS = tuple(KINDS_OF_QUESTION)
+GROUPS = (*KINDS_OF_QUESTION, *SEQUENCE_KINDS)
 HARD = ("exists", "count", "relation-color", "relation-object", "compare")
 HARDEST = ("count", "relation-color", "relation-object")
 
 _SIDE = SIZE // PATCH
 _LEAST_INK = 6  # pixels of an object from which on a patch counts as showing it
 _PER_KIND = 6  # questions of one kind in a training scene
+_SIZES = (SIZE, SIZE, SIZE, 96, 160, 192, 224)  # of varied scenes, before they are shrunk
+_MIXES = (MIX, (30, 10, 20, 40))
 _COLOUR_ID = {name: index for index, name in enumerate(COLOURS)}
 _KIND_ID = {name: index for index, name in enumerate(KINDS)}
 
@@ -57,6 +61,18 @@ SINGLE = Packing(slots=24, length=11, turns=1)
 MULTI = Packing(slots=9, length=36, turns=4)
 
 
+class Labelled(Protocol):
+    """What losses need of a batch: see `Batch`."""
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, S, C)."""
+
+    @property
+    def groups(self) -> Tensor:
+        """(B, S, C)."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """One batch; `B` images, `V` patches, `S` slots of `C` tokens.
@@ -69,7 +85,7 @@ class Batch:
         ink: (B, V) object pixels per patch.
         kinds: (B, V) index into `KINDS`; -1 for background, `IGNORE` where it is unclear.
         colours: (B, V) index of the colour, `IGNORE` off objects.
-        present: (B, 27) colours, shapes, digits-or-numbers by leading digit, on the picture.
+        present: (B, 27) colours, shapes, numbers by leading digit, words, on the picture.
     """
 
     pixels: Tensor
@@ -113,7 +129,11 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def make_batch(
-    seeds: range, packing: Packing, photos: list[Image.Image], photo_share: float
+    seeds: range,
+    packing: Packing,
+    photos: list[Image.Image],
+    photo_share: float,
+    varied: bool = False,
 ) -> Batch:
     """Draw scenes and pack their questions.
 
@@ -122,6 +142,7 @@ def make_batch(
         packing: layout of the questions.
         photos: backgrounds to choose from; may be empty.
         photo_share: share of scenes on a photo.
+        varied: show words too, and draw some scenes larger and shrink them.
 
     Returns:
         The batch.
@@ -130,12 +151,22 @@ def make_batch(
     for seed in seeds:
         rng = Random(seed + 1)
         on_photo = bool(photos) and rng.random() < photo_share
+        background: Literal["texture"] | Image.Image = "texture"
         if on_photo:
-            scene = draw_scene(seed, background=rng.choice(photos), per_kind=_PER_KIND)
-        else:
-            scene = draw_scene(seed, per_kind=_PER_KIND)
+            background = rng.choice(photos)
+        size, mix = (rng.choice(_SIZES), rng.choice(_MIXES)) if varied else (SIZE, MIX)
+        scene = draw_scene(seed, background=background, per_kind=_PER_KIND, size=size, mix=mix)
+        if size != SIZE:
+            scene = _shrink(scene)
         rows.append((np.array(scene.image), *_pack(scene, packing, rng), *_patches(scene)))
     return Batch(*(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True)))
+
+
+def _shrink(scene: Scene) -> Scene:
+    """The scene as the image processor resizes it; boxes stay those of the large one."""
+    image = scene.image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    at = (np.arange(SIZE) * len(scene.owner) + len(scene.owner) // 2) // SIZE
+    return replace(scene, image=image, owner=scene.owner[at][:, at])
 
 
 def _pack(scene: Scene, packing: Packing, rng: Random) -> tuple[np.ndarray, ...]:
@@ -188,7 +219,10 @@ def _patches(scene: Scene) -> tuple[np.ndarray, ...]:
     present = np.zeros(27, np.float32)
     present[colour_of] = 1
     for o in scene.objects:
-        label = SHAPES.index(o.kind) if o.kind in SHAPES else len(SHAPES) + int(o.kind[0])
+        if o.kind in WORDS:
+            label = len(SHAPES) + 10
+        else:
+            label = SHAPES.index(o.kind) if o.kind in SHAPES else len(SHAPES) + int(o.kind[0])
         present[len(COLOURS) + label] = 1
     return ink.sum(1), kinds, colours, present
 

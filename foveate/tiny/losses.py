@@ -10,8 +10,8 @@ from transformers import LlavaForConditionalGeneration
 
 from foveate.tiny import packed
 from foveate.tiny.build import EOS, PATCH, SIZE
-from foveate.tiny.data import GROUPS, IGNORE, WORD_ID, Batch, normalise
-from foveate.tiny.words import COLOURS, KINDS, PLACES, SHAPES
+from foveate.tiny.data import GROUPS, IGNORE, WORD_ID, Batch, Labelled, normalise
+from foveate.tiny.words import COLOURS, KINDS, PLACES, SHAPES, WORDS
 
 _SIDE = SIZE // PATCH
 _SHARPNESS = 14.0  # cosine similarities are multiplied by this before the softmax
@@ -28,9 +28,10 @@ class Probes(nn.Module):
 
     def __init__(self, width: int, present: int = 27) -> None:
         super().__init__()
-        self.kind = nn.Linear(width, 2 + len(SHAPES))
+        self.kind = nn.Linear(width, 3 + len(SHAPES))
         self.tens = nn.Linear(width, 11)
         self.units = nn.Linear(width, 10)
+        self.word = nn.Linear(width, len(WORDS))
         self.colour = nn.Linear(width, len(COLOURS))
         self.row = nn.Linear(width, _SIDE)
         self.column = nn.Linear(width, _SIDE)
@@ -58,14 +59,20 @@ def look(model: LlavaForConditionalGeneration, batch: Batch) -> Seen:
     return Seen(packed.project(model, states), states, summary)
 
 
-def _digits(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tens (10 where there are none) and units of every kind; shapes are ignored."""
-    tens, units = [], []
+def _labels(device: torch.device) -> tuple[Tensor, ...]:
+    """Labels of every kind, (KINDS,) each: group, tens, units, word.
+
+    Groups are background (0), the shapes, numbers, words. Numbers below ten have tens of 10. What
+    a kind does not have is ignored.
+    """
+    rows = []
     for kind in KINDS:
-        number = kind not in SHAPES
-        tens.append(int(kind[0]) if number and len(kind) == 2 else 10 if number else IGNORE)
-        units.append(int(kind[-1]) if number else IGNORE)
-    return torch.tensor(tens, device=device), torch.tensor(units, device=device)
+        number, word = kind.isdecimal(), kind in WORDS
+        group = 2 + len(SHAPES) if word else 1 + (len(SHAPES) if number else SHAPES.index(kind))
+        tens = IGNORE if not number else int(kind[0]) if len(kind) == 2 else 10
+        units = int(kind[-1]) if number else IGNORE
+        rows.append((group, tens, units, WORDS.index(kind) if word else IGNORE))
+    return torch.tensor(rows, device=device).unbind(1)
 
 
 def vision_loss(
@@ -85,12 +92,13 @@ def vision_loss(
     kinds, colours = batch.kinds.flatten(), batch.colours.flatten()
     states = seen.states[:, 1:].flatten(0, 1)
     on = colours != IGNORE
-    coarse = torch.where(kinds < 0, kinds + 1, kinds.clamp(max=len(SHAPES)) + 1)
+    groups, tens, units, words = _labels(kinds.device)
+    coarse = torch.where(kinds < 0, 0, groups[kinds.clamp(min=0)])
     coarse = torch.where(kinds == IGNORE, IGNORE, coarse)
     shown, kind, colour = states[on], kinds[on], colours[on]
     kind_logits, colour_logits = probes.kind(states), probes.colour(shown)
     tens_logits, units_logits = probes.tens(shown), probes.units(shown)
-    tens, units = _digits(kinds.device)
+    word_logits = probes.word(shown)
     cell = torch.arange(_SIDE, device=kinds.device).repeat_interleave(_SIDE)
     rows = cell.repeat(len(seen.states))
     columns = cell.view(_SIDE, _SIDE).T.flatten().repeat(len(seen.states))
@@ -99,20 +107,29 @@ def vision_loss(
         0.5 * F.cross_entropy(kind_logits[on].float(), coarse[on]),
         0.5 * F.cross_entropy(tens_logits.float(), tens[kind], ignore_index=IGNORE),
         0.5 * F.cross_entropy(units_logits.float(), units[kind], ignore_index=IGNORE),
+        0.5 * _known(word_logits, words[kind]),
         0.5 * F.cross_entropy(colour_logits.float(), colour),
         0.3 * F.cross_entropy(probes.row(states).float(), rows),
         0.3 * F.cross_entropy(probes.column(states).float(), columns),
         F.binary_cross_entropy_with_logits(probes.present(seen.summary).float(), batch.present),
         _word_loss(model, seen.visual.flatten(0, 1), kinds, colours, rows, columns),
     ]
-    number = kind >= len(SHAPES)
+    number, word = tens[kind] != IGNORE, words[kind] != IGNORE
     tens_right, units_right = _right(tens_logits, tens[kind]), _right(units_logits, units[kind])
     stats = {
         "patch_kind": _right(kind_logits[on], coarse[on]).mean().item(),
         "patch_number": (tens_right * units_right)[number].mean().item(),
         "patch_colour": _right(colour_logits, colour).mean().item(),
     }
+    if word.any():
+        stats["patch_word"] = _right(word_logits, words[kind])[word].mean().item()
     return torch.stack(terms).sum(), stats
+
+
+def _known(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy where there is a label; zero, not nan, where there is none at all."""
+    total = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp(min=1)
 
 
 def _right(logits: Tensor, target: Tensor) -> Tensor:
@@ -187,7 +204,7 @@ def answer_logits(
     return packed.read(model, visual, index + 1, batch.words, start, skip)
 
 
-def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+def answer_loss(logits: Tensor, batch: Labelled) -> Tensor:
     """Cross entropy of the answers, and with a small weight of the end after them."""
     labels = batch.labels.flatten()
     asked = labels != IGNORE
@@ -197,7 +214,7 @@ def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
     return (losses * weights).sum() / weights.sum()
 
 
-def tally(logits: Tensor, batch: Batch) -> Tensor:
+def tally(logits: Tensor, batch: Labelled) -> Tensor:
     """Count right answers and questions of every group: (2, groups)."""
     groups, labels = batch.groups.flatten(), batch.labels.flatten()
     asked = groups >= 0

@@ -13,7 +13,7 @@ from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING
 
-from foveate.tiny.words import COLOURS, KINDS, PLACES, RELATIONS, SHAPES
+from foveate.tiny.words import COLOURS, KINDS, PLACES, RELATIONS, SHAPES, WORDS
 
 if TYPE_CHECKING:
     from foveate.tiny.scenes import Box, SceneObject
@@ -111,10 +111,17 @@ def _shape(facts: _Facts) -> Iterator[Question]:
 
 
 def _number(facts: _Facts) -> Iterator[Question]:
-    written = Counter(o.colour for o in facts.objects if o.kind not in SHAPES)
+    written = Counter(o.colour for o in facts.objects if o.kind.isdecimal())
     for o in facts.objects:
-        if written[o.colour] == 1 and o.kind not in SHAPES:
+        if written[o.colour] == 1 and o.kind.isdecimal():
             yield Question(f"what number is {o.colour} ?", o.kind, "number", (o.box,))
+
+
+def _word(facts: _Facts) -> Iterator[Question]:
+    written = Counter(o.colour for o in facts.objects if o.kind in WORDS)
+    for o in facts.objects:
+        if written[o.colour] == 1 and o.kind in WORDS:
+            yield Question(f"what word is {o.colour} ?", o.kind, "word", (o.box,))
 
 
 def _place(facts: _Facts, o: SceneObject, margin: float) -> set[str]:
@@ -243,8 +250,9 @@ KINDS_OF_QUESTION: dict[str, Callable[[_Facts], Iterator[Question]]] = {
     "relation-color": _relation_color,
     "relation-object": _relation_object,
     "compare": _compare,
+    "word": _word,
 }
-"""Makers of questions by kind."""
+"""Makers of questions by kind. New ones come last: they leave the choices of the others alone."""
 
 ANSWERS = frozenset({"yes", "no", *COLOURS, *KINDS, *PLACES})
 """Every word that can be an answer; counts are among the digits."""

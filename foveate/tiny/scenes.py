@@ -13,12 +13,15 @@ from PIL import Image
 
 from foveate.tiny.questions import PER_KIND, Question, ask
 from foveate.tiny.shapes import object_mask
-from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES
+from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES, WORDS
 
 Box = tuple[int, int, int, int]
 
-_GAP = 4  # free pixels between any two objects, and around the canvas
+GAP = 4  # free pixels between any two objects, and around the canvas
 _TRIES = 40  # attempts to find room for one object
+
+MIX = (50, 15, 35, 0)
+"""How often objects are shapes, digits, two-digit numbers and words, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class SceneObject:
     """One drawn object.
 
     Args:
-        kind: a shape name, a digit or a two-digit number (`foveate.tiny.words.KINDS`).
+        kind: a shape name, a number or a written word (`foveate.tiny.words.KINDS`).
         colour: a colour name.
         box: left, top, right, bottom in pixels; right and bottom are exclusive.
     """
@@ -69,6 +72,7 @@ def draw_scene(
     background: Literal["texture"] | Image.Image = "texture",
     per_kind: int = PER_KIND,
     scale: int = 1,
+    mix: tuple[int, int, int, int] = MIX,
 ) -> Scene:
     """Draw a scene; the same arguments always give the same scene.
 
@@ -79,6 +83,7 @@ def draw_scene(
         background: `"texture"`, or a photo, of which a random square is cut, dimmed and used.
         per_kind: most questions of one kind.
         scale: how many times larger than usual objects are, and the distances between them.
+        mix: how often objects are shapes, digits, two-digit numbers and words.
 
     Returns:
         The picture, its objects and its questions.
@@ -94,19 +99,19 @@ def draw_scene(
     if isinstance(background, Image.Image):
         canvas = _photo(background, size, rng, noise)
     else:
-        canvas = _texture(size, noise)
+        canvas = texture(size, noise)
     owner = np.full((size, size), -1, np.int8)
     placed: list[SceneObject] = []
-    for kind, colour, font in _cast(rng, rng.randint(low, high)):
+    for kind, colour, font in _cast(rng, rng.randint(low, high), mix):
         mask = object_mask(kind, font * scale)
-        corner = _find_room(rng, mask.size, placed, size, scale)
+        corner = find_room(rng, mask.size, placed, size, scale)
         if corner is not None:
-            placed.append(_paint(canvas, owner, len(placed), kind, colour, mask, corner, rng))
+            placed.append(paint(canvas, owner, len(placed), kind, colour, mask, corner, rng))
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB")
     return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind, scale), owner)
 
 
-def _cast(rng: Random, count: int) -> list[tuple[str, str, int]]:
+def _cast(rng: Random, count: int, mix: tuple[int, int, int, int]) -> list[tuple[str, str, int]]:
     """Choose kind, colour and size of every object; sometimes one colour dominates."""
     colours = list(COLOURS)
     chosen = [rng.choice(colours) for _ in range(count)]
@@ -116,18 +121,23 @@ def _cast(rng: Random, count: int) -> list[tuple[str, str, int]]:
             chosen[i] = favourite
     cast = []
     for colour in chosen:
-        group = rng.choices((SHAPES, DIGITS, NUMBERS), (50, 15, 35))[0]
-        font = rng.randint(11, 16) if group is SHAPES else rng.randint(16, 20)
+        group = rng.choices((SHAPES, DIGITS, NUMBERS, WORDS), mix)[0]
+        font = draw_font(rng, group is SHAPES)
         cast.append((rng.choice(group), colour, font))
     return cast
 
 
-def _find_room(
+def draw_font(rng: Random, shape: bool) -> int:
+    """Choose a size for `object_mask`, in pixels: of a shape, or of something written."""
+    return rng.randint(11, 16) if shape else rng.randint(16, 20)
+
+
+def find_room(
     rng: Random, extent: tuple[int, int], placed: list[SceneObject], size: int, scale: int
 ) -> tuple[int, int] | None:
     """Find a free corner; half of the time try beside an earlier object, to allow relations."""
     width, height = extent
-    gap = _GAP * scale
+    gap = GAP * scale
     for _ in range(_TRIES):
         if placed and rng.random() < 0.5:
             dx, dy = rng.choice(list(RELATIONS.values()))
@@ -140,18 +150,19 @@ def _find_room(
             top = rng.randint(gap, size - gap - height)
         box = (left, top, left + width, top + height)
         inside = min(left, top) >= gap and max(box) <= size - gap
-        if inside and not any(_touch(box, other.box, gap) for other in placed):
+        if inside and not any(touch(box, other.box, gap) for other in placed):
             return left, top
     return None
 
 
-def _touch(a: Box, b: Box, gap: int) -> bool:
+def touch(a: Box, b: Box, gap: int) -> bool:
+    """Whether two boxes come closer to each other than `gap` pixels in both directions."""
     apart_x = a[2] + gap <= b[0] or b[2] + gap <= a[0]
     apart_y = a[3] + gap <= b[1] or b[3] + gap <= a[1]
     return not (apart_x or apart_y)
 
 
-def _paint(
+def paint(
     canvas: np.ndarray,
     owner: np.ndarray,
     index: int,
@@ -173,7 +184,7 @@ def _paint(
     return SceneObject(kind, colour, (left + x0, top + y0, left + x1, top + y1))
 
 
-def _texture(size: int, noise: np.random.Generator) -> np.ndarray:
+def texture(size: int, noise: np.random.Generator) -> np.ndarray:
     """Smooth random colours plus grain, dark enough for every object colour to stand out."""
     cells = int(noise.integers(2, 8))
     base = noise.uniform(10, 70)

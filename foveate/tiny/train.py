@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from foveate.tiny import losses
@@ -34,6 +34,7 @@ from foveate.tiny.data import (
     photo_paths,
     stream,
 )
+from foveate.tiny.words import VOCABULARY
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
@@ -209,22 +210,30 @@ class Trainer:
                 seen = losses.look(self.average, batch)
                 logits, _ = losses.answer_logits(self.average, seen, batch)
             total += losses.tally(logits, batch)
-        shares = (total[0] / total[1].clamp(min=1)).tolist()
-        overall = (total[0].sum() / total[1].sum()).item()
-        return {"all": overall, **dict(zip(GROUPS, shares, strict=True))}
+        return shares(total)
 
 
-def export(model: LlavaForConditionalGeneration, folder: Path) -> None:
+def shares(total: Tensor) -> dict[str, float]:
+    """Accuracy over all, and for every group that was asked about, of `losses.tally`'s counts."""
+    overall = (total[0].sum() / total[1].sum()).item()
+    asked = {g: (r / n).item() for g, r, n in zip(GROUPS, *total, strict=True) if n}
+    return {"all": overall, **asked}
+
+
+def export(
+    model: LlavaForConditionalGeneration, folder: Path, vocabulary: tuple[str, ...] = VOCABULARY
+) -> None:
     """Write an fp16 model folder that `AutoModelForImageTextToText` and `AutoProcessor` load.
 
     Args:
         model: the model; its own weights stay as they are.
         folder: created if missing.
+        vocabulary: its words.
     """
     half = build_model(model.config)
     half.load_state_dict(model.state_dict())
     half.half().save_pretrained(folder)
-    build_processor().save_pretrained(folder)
+    build_processor(vocabulary).save_pretrained(folder)
 
 
 def _optimizers(

@@ -15,8 +15,12 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring", "diamond", "heart")
 DIGITS = tuple(str(n) for n in range(10))
 NUMBERS = tuple(str(n) for n in range(10, 100))
-KINDS = SHAPES + DIGITS + NUMBERS
-"""Every kind of object: eight shapes, ten digits, ninety two-digit numbers."""
+WORDS = (
+    *("cat", "dog", "sun", "key", "cup", "hat", "bus", "box", "fox", "owl", "bee", "egg"),
+    *("ice", "jam", "map", "pen", "pig", "tea", "toy", "van", "web", "zip", "ant", "mud"),
+)
+KINDS = SHAPES + DIGITS + NUMBERS + WORDS
+"""Every kind of object: eight shapes, ten digits, ninety two-digit numbers, 24 written words."""
 
 PLACES = (
     *("top-left", "top", "top-right"),
@@ -33,11 +37,25 @@ RELATIONS = {
 }
 """Relation phrases and the direction in which they look, as (dx, dy) with y pointing down."""
 
+ORDINALS = ("first", "second", "third", "fourth")
+"""Names of the pictures of a conversation, in order."""
+
+EVENTS = ("stays", "appears", "disappears", "moves", "changes")
+"""What can happen to an object in a video; what changes is its colour."""
+
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 FUNCTION_WORDS = (
     *("?", "what", "color", "shape", "number", "object", "objects", "is", "are", "there", "the"),
     *("a", "an", "at", "of", "where", "how", "many", "above", "below"),
 )
 
-VOCABULARY = (*SPECIALS, *FUNCTION_WORDS, "yes", "no", *COLOURS, *PLACES, *KINDS)
-"""Every token of the tiny model; a word's position is its token id."""
+LATER_WORDS = (
+    *("word", "it", "in", "image", "images", "which", "shows", "happens", "to", "comes"),
+    *("last", "before", "after"),
+)
+
+VOCABULARY = (
+    *(*SPECIALS, *FUNCTION_WORDS, "yes", "no", *COLOURS, *PLACES, *SHAPES, *DIGITS, *NUMBERS),
+    *(*WORDS, *ORDINALS, *EVENTS, *LATER_WORDS),
+)
+"""Every token of the tiny model; a word's position is its token id, and new words come last."""

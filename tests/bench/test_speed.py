@@ -333,7 +333,7 @@ def in_this_process(monkeypatch):
 def test_command_measures_the_packaged_model(in_this_process, tmp_path):
     path = tmp_path / "out.json"
     line = (
-        "bench-speed --model tiny --methods fastv,pyramiddrop --keep 0.25 --set "
+        "bench --speed --model tiny --methods fastv,pyramiddrop --keep 0.25 --set "
         "pyramiddrop.keep=0.5,0.25,0.125 --set fastv.layer=3 --tokens 256 --batch 1 --repeats 2 "
         f"--new-tokens 1 --threads 1 --json {path}"
     )
@@ -349,7 +349,7 @@ def test_command_measures_the_packaged_model(in_this_process, tmp_path):
 
 
 def test_a_result_that_cannot_be_saved_is_refused_first(in_this_process, tmp_path):
-    line = f"bench-speed --model nowhere --json {tmp_path}/none/out.json"
+    line = f"bench --speed --model nowhere --json {tmp_path}/none/out.json"
     done = CliRunner().invoke(app, line.split())
     assert done.exit_code == 2
     assert "there is no folder" in done.output

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from foveate.engine.plan import why_not
+from foveate.engine.planning import why_not
 from foveate.method import get_method, list_methods
 from foveate.models import find_family
 from foveate.signals import SIGNALS

@@ -1,0 +1,121 @@
+"""Compact results of `foveate bench`, and docs/results.md of them.
+
+foveate bench --model tiny --methods all --tasks all --data DATA --out OUT
+python benchmarks/quality.py OUT/results.parquet   # writes results/quality.json and the page
+python benchmarks/quality.py                       # the page only
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from foveate.bench.levels import ALL
+from foveate.bench.store import Store
+from foveate.bench.summary import Line
+from foveate.bench.svg import halves, percent
+from foveate.cli.bench import summarise
+
+RESULT = Path(__file__).parent / "results" / "quality.json"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+INTRO = """# What methods keep, and what they lose
+
+Made by `benchmarks/quality.py` from `benchmarks/results/quality.json`. Each method answers the same
+questions as the model with all its tokens. `keep` is what survives a method's cut; methods that cut
+several times have their published schedule bent until the mean over the layers behind the first
+cut is `keep` (FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it). So compare at equal
+FLOPs, too.
+
+- *right*: share of right answers over tasks that tell something (the whole model is at least ten
+  points above the commonest answer), with its 95 % interval (Wilson).
+- *change*: against all tokens on the same questions, with its 95 % interval.
+- *KL*: of the first word's distribution, from the whole model's, in nats.
+- *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
+  behind the first cut. A merged token counts where it stands, so merging methods and `downsample`
+  score low here although what they merged is not lost.
+- *upper, lower*: share of tokens alive in the upper and the lower half of the picture.
+
+The tiny model was trained to align visual tokens with words and its class token with objects, which
+favours methods that read those; its first layers hardly look at the picture, which punishes
+methods that rank there. Nothing here says which method is best on a large model.
+"""
+
+
+def compact(path: str) -> dict[str, Any]:
+    """What the page needs of a results file: the cells of its latest settings."""
+    rows = Store(path).rows
+    latest = rows[-1]
+    same = [r for r in rows if r["command"] == latest["command"]]
+    summary = summarise(same)
+    lines = []
+    for config in summary.configs:
+        found = summary.survival(config)
+        lines.append({**_line(summary.line(config)), "halves": found and halves(*found)})
+    tasks = [vars(task) for task in summary.tasks]
+    cells = [{k: r[k] for k in ("method", "keep", "task", "n", "right")} for r in summary.done]
+    troubles = [[m, status, why, len(where)] for m, status, why, where in summary.troubles()]
+    facts = {k: latest[k] for k in ("command", "versions", "machine", "finished", "fingerprint")}
+    return {**facts, "lines": lines, "tasks": tasks, "cells": cells, "troubles": troubles}
+
+
+def _line(line: Line) -> dict[str, Any]:
+    fields = {k: v for k, v in vars(line).items() if k not in ("config", "paired")}
+    pair = line.paired
+    return {
+        "method": line.config[0], "keep": line.config[1], **fields,
+        "change": pair.difference, "half_width": pair.half_width,
+    }  # fmt: skip
+
+
+def page(result: dict[str, Any]) -> str:
+    """The page as Markdown."""
+    parts = [INTRO, f"`{result['command']}`; {result['machine']}.\n"]
+    keeps = sorted({x["keep"] for x in result["lines"] if x["keep"]}, reverse=True)
+    for keep in [*keeps, None]:
+        mine = [x for x in result["lines"] if x["keep"] == keep or x["method"] == ALL]
+        mine.sort(key=lambda x: (x["method"] != ALL, -x["accuracy"]))
+        parts += [f"## {'own budgets' if keep is None else f'keep = {keep:g}'}\n", _lines(mine)]
+    head = ["task", "questions", "all tokens", "commonest answer", "tells something"]
+    rows = [
+        [t["name"], str(t["n"]), percent(t["accuracy"]), percent(t["majority"]),
+         "yes" if t["telling"] else "no"]
+        for t in result["tasks"]
+    ]  # fmt: skip
+    parts += ["## Tasks\n", table(head, rows), "## What was refused or failed\n"]
+    parts.append(table(["method", "status", "reason", "cells"], [
+        [str(x).replace("|", "/") for x in row] for row in result["troubles"]
+    ]))  # fmt: skip
+    return "\n".join(parts)
+
+
+def _lines(lines: list[dict[str, Any]]) -> str:
+    head = ["method", "right", "change", "agreement", "KL", "recall", "tokens", "FLOPs", "TTFT",
+            "upper", "lower"]  # fmt: skip
+    rows = []
+    for x in lines:
+        low, high = x["interval"]
+        upper, lower = x["halves"] or (None, None)
+        rows.append([
+            "all tokens" if x["method"] == ALL else f"`{x['method']}`",
+            f"{percent(x['accuracy'])} ({percent(low)} to {percent(high)})",
+            f"{100 * x['change']:+.1f} ± {100 * x['half_width']:.1f}",
+            percent(x["agreement"]), "-" if x["kl"] is None else f"{x['kl']:.3f}",
+            percent(x["recall"]), percent(x["tokens"]), percent(x["flops"]), percent(x["ttft"]),
+            percent(upper), percent(lower),
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        RESULT.write_text(json.dumps(compact(sys.argv[1]), indent=1) + "\n")
+    PAGE.write_text(page(json.loads(RESULT.read_text())))
+    print(f"wrote {PAGE}")

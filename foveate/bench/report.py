@@ -1,0 +1,261 @@
+"""One HTML file that shows a run: no other file and no network is needed to read it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+from foveate.bench.levels import ALL, BASELINES
+from foveate.bench.summary import MARGIN, Line, Summary
+from foveate.bench.svg import halves, heat_map, pareto, percent
+
+STAGES = {"baseline": "baseline", "vision": "in the encoder", "pre_llm": "before the LLM",
+          "llm": "between LLM layers"}  # fmt: skip
+Shot = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a report says about the run itself.
+
+    Args:
+        model: its name.
+        command: that made it.
+        planned: cells that were asked for.
+    """
+
+    model: str
+    command: str
+    planned: int
+
+
+def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()) -> None:
+    """Write the report.
+
+    Args:
+        path: of the HTML file.
+        summary: of the finished cells.
+        facts: about the run.
+        shots: example pictures, see `foveate.bench.examples`.
+    """
+    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    whole = summary.line((ALL, None))
+    lines = [summary.line(config) for config in summary.configs if config[0] != ALL]
+    lines = [line for line in lines if line.n]
+    front = summary.front([line for line in lines if line.flops is not None])
+    names = sorted({line.config[0] for line in lines})
+    text = page.substitute(
+        model=escape(facts.model),
+        headline=escape(_headline(summary, facts, whole)),
+        plot_note=_plot_note(summary),
+        key="".join(_key(kind, words) for kind, words in STAGES.items()),
+        options="".join(f"<option>{escape(name)}</option>" for name in names),
+        pareto=pareto(lines, front, whole, summary.stages) if lines else "",
+        numbers_note="Over the tasks that tell something. In brackets 95 % intervals; "
+        "“against all tokens” pairs answers to the same questions. Recall, hit, agreement and "
+        "KL are explained in docs/results.md.",
+        numbers=_numbers(summary, lines, whole),
+        tasks_note=f"Right answers in %. Greyed tasks tell nothing: the whole model is not "
+        f"{MARGIN:.0%} above the commonest answer. Red: at least 10 points below all tokens.",
+        tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
+        maps_note="How long tokens live at each place of the grid, averaged over pictures and over "
+        "the decoder layers behind a method's first cut: pale is dropped, full colour is twice the "
+        "mean or more. Bars are rows; the dashed line is the method's mean.",
+        maps="".join(_maps(summary, keep) for keep in [*summary.keeps, None]),
+        shots=_shots(shots),
+        troubles=_troubles(summary),
+        command=escape(facts.command),
+        made=_made(summary),
+    )  # fmt: skip
+    path.write_text(text, encoding="utf-8")
+
+
+def _headline(summary: Summary, facts: Facts, whole: Line) -> str:
+    rest = facts.planned - len(summary.rows)
+    left = f"; {rest} of {facts.planned} cells have not been run yet" if rest > 0 else ""
+    return (
+        f"{len(summary.rows)} cells, {len(summary.tasks)} tasks; with all its visual tokens the "
+        f"model is right on {percent(whole.accuracy)} % of {whole.n} questions{left}."
+    )
+
+
+def _key(kind: str, words: str) -> str:
+    return f'<span><i style="background:var(--{kind})"></i>{words}</span>'
+
+
+def _plot_note(summary: Summary) -> str:
+    silent = [task.name for task in summary.tasks if not task.telling]
+    out = (
+        f" Left out, because the whole model cannot do them: {', '.join(silent)}." if silent else ""
+    )
+    return (
+        "Each dot is a method at a budget; lines join the budgets of a method. The bold line is "
+        f"the front: nothing is both cheaper and better.{escape(out)}"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    return (
+        f'<div class="wide" tabindex="0"><table><thead><tr>{cells}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _numbers(summary: Summary, lines: Sequence[Line], whole: Line) -> str:
+    head = ["method", "right, %", "against all tokens", "agreement, %", "KL, nats", "recall, %",
+            "hit, %", "tokens, %", "FLOPs, %", "KV cache, %", "TTFT, %", "n"]  # fmt: skip
+    parts = []
+    for keep in [*summary.keeps, None]:
+        mine = sorted((x for x in lines if x.config[1] == keep), key=lambda x: -x.accuracy)
+        if mine:
+            title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
+            rows = [_number_row(line) for line in [whole, *mine]]
+            parts.append(f"<h3>{title}</h3>{_table(head, rows)}")
+    return "".join(parts)
+
+
+def _number_row(line: Line) -> str:
+    low, high = line.interval
+    pair = line.paired
+    change = f"{100 * pair.difference:+.1f} ± {100 * pair.half_width:.1f}"
+    tip = f"{pair.lost} lost, {pair.won} won, p = {pair.p:.2g}"
+    nats = "-" if line.kl is None else f"{line.kl:.3f}"
+    values = [
+        f"{percent(line.accuracy)} ({percent(low)} to {percent(high)})",
+        "" if line.config[0] == ALL else f'<span title="{tip}">{change}</span>',
+        percent(line.agreement), nats, percent(line.recall), percent(line.hit),
+        percent(line.tokens), percent(line.flops), percent(line.kv_bytes), percent(line.ttft),
+        str(line.n),
+    ]  # fmt: skip
+    kind = ' class="base"' if line.config[0] in (ALL, *BASELINES) else ""
+    name = "all tokens" if line.config[0] == ALL else escape(line.config[0])
+    return f"<tr{kind}><td>{name}</td>{''.join(f'<td>{v}</td>' for v in values)}</tr>"
+
+
+def _by_task(summary: Summary, keep: float | None) -> str:
+    configs = [c for c in summary.configs if c[1] == keep and c[0] != ALL]
+    if not configs:
+        return ""
+    configs.sort(key=lambda c: -summary.line(c).accuracy)
+    head = ["method", *(escape(t.name) for t in summary.tasks)]
+    mute = ["" if t.telling else ' class="mute"' for t in summary.tasks]
+    rows = []
+    facts = {
+        "all tokens": [percent(t.accuracy) for t in summary.tasks],
+        "commonest answer": [percent(t.majority) for t in summary.tasks],
+        "questions": [str(t.n) for t in summary.tasks],
+    }
+    for name, values in facts.items():
+        cells = "".join(f"<td{m}>{v}</td>" for m, v in zip(mute, values, strict=True))
+        rows.append(f'<tr class="base"><td>{name}</td>{cells}</tr>')
+    for config in configs:
+        cells = "".join(_task_cell(summary, config, t) for t in summary.tasks)
+        rows.append(f"<tr><td>{escape(config[0])}</td>{cells}</tr>")
+    title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
+    return f"<h3>{title}</h3>{_table(head, rows)}"
+
+
+def _task_cell(summary: Summary, config: tuple[str, float | None], task: Any) -> str:
+    row = summary.by_cell.get((*config, task.name))
+    if row is None or row["status"] != "done":
+        why = "not run" if row is None else row["error"]
+        return f'<td class="mute" title="{escape(why)}">-</td>'
+    line = summary.line(config, [task.name])
+    kind = "mute" if not task.telling else "bad" if line.accuracy <= task.accuracy - 0.1 else ""
+    tip = f"95 %: {percent(line.interval[0])} to {percent(line.interval[1])}"
+    return f'<td class="{kind}" title="{tip}">{percent(line.accuracy)}</td>'
+
+
+def _maps(summary: Summary, keep: float | None) -> str:
+    figures = []
+    for config in sorted(c for c in summary.configs if c[1] == keep and c[0] != ALL):
+        found = summary.survival(config)
+        if found is None:
+            continue
+        upper, lower = halves(*found)
+        caption = f"upper half {percent(upper)} %, lower {percent(lower)} %"
+        figures.append(
+            f"<figure>{heat_map(*found)}<figcaption><b>{escape(config[0])}</b><br>{caption}"
+            "</figcaption></figure>"
+        )
+    if not figures:
+        return ""
+    title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
+    opened = " open" if keep == min(summary.keeps, default=None) else ""
+    return (
+        f"<details{opened}><summary><b>{title}</b></summary>"
+        f'<div class="maps">{"".join(figures)}</div></details>'
+    )
+
+
+def _shots(shots: Sequence[Shot]) -> str:
+    figures = []
+    for shot in shots:
+        mark = "right" if shot["right"] else f"wrong, {shot['answer']} is right"
+        alt = f"Tokens that {shot['method']} kept for: {shot['question']}"
+        figures.append(
+            f'<figure><img src="{shot["image"]}" alt="{escape(alt)}"><figcaption>'
+            f"<b>{escape(shot['method'])}</b>: “{escape(shot['question'])}”: "
+            f"<b>{escape(shot['said'])}</b> ({escape(mark)})</figcaption></figure>"
+        )
+    return f'<div class="shots">{"".join(figures)}</div>' if figures else "<p>None were drawn.</p>"
+
+
+def picture(image: Image.Image, width: int = 900) -> str:
+    """An image as a data URI."""
+    small = image.convert("RGB")
+    if small.width > width:
+        small = small.resize((width, round(small.height * width / small.width)))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _troubles(summary: Summary) -> str:
+    rows = [
+        f"<tr><td>{escape(method)}</td><td>{status}</td><td>{len(cells)}</td>"
+        f'<td class="wrap">{escape(reason)}</td></tr>'
+        for method, status, reason, cells in summary.troubles()
+    ]
+    found = _table(["method", "", "cells", "reason"], rows) if rows else "<p>Everything ran.</p>"
+    slow = sorted(summary.done, key=lambda row: -row["seconds"])[:8]
+    rows = [
+        f"<tr><td>{escape(_config_name(row))}</td>"
+        f"<td>{escape(row['task'])}</td><td>{row['seconds']:.1f}</td></tr>"
+        for row in slow
+    ]
+    return f"{found}<h3>Slowest cells</h3>{_table(['method', 'task', 'seconds'], rows)}"
+
+
+def _config_name(row: dict[str, Any]) -> str:
+    keep = row["keep"]
+    return row["method"] if keep is None else f"{row['method']} {keep:g}"
+
+
+def _made(summary: Summary) -> str:
+    if not summary.rows:
+        return ""
+    row = summary.rows[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in json.loads(row["versions"]).items())
+    seconds = sum(r["seconds"] for r in summary.rows)
+    notes = sorted({note for r in summary.done for note in r["notes"]})
+    listed = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return (
+        f"<p>{escape(versions)}. {escape(row['machine'])}. Weights {escape(row['fingerprint'])}. "
+        f"{seconds / 60:.1f} minutes of cells, the last finished {escape(row['finished'])}. "
+        f"{row['samples']} samples of each task from seed {row['seed']}, "
+        f"split {escape(row['split'])}.</p><ul>{listed}</ul>"
+    )
+
+
+__all__ = ["Facts", "picture", "write"]

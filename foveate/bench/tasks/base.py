@@ -1,0 +1,84 @@
+"""What the tasks share: seeds that splits do not share, knobs, and the baseline of guessing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+
+from foveate.bench.sample import SPLITS, Evidence, Sample, Split
+from foveate.errors import BenchError
+from foveate.tiny.scenes import Box
+from foveate.tiny.sequences import SequenceQuestion
+
+_FIRST = {"test": 2**38, "hidden": 2**39, "train": 2**41}  # the tiny VLM trains from 2**40 on
+_WIDTH = 2**38
+_ATTEMPTS = 400
+
+
+def check(split: Split, difficulty: float, clutter: float) -> None:
+    """Refuse what no task can draw.
+
+    Raises:
+        BenchError: an unknown split, or a knob outside 0 to 1.
+    """
+    if split not in SPLITS:
+        raise BenchError(f"unknown split {split!r}; there are {', '.join(SPLITS)}")
+    for name, value in (("difficulty", difficulty), ("clutter", clutter)):
+        if not 0 <= value <= 1:
+            raise BenchError(f"{name} must be between 0 and 1, got {value}")
+
+
+def draws(task: str, split: Split, seed: int) -> Iterator[int]:
+    """Seeds of pictures to try for a sample, until one shows what is to be asked about.
+
+    Every split has a range of its own.
+
+    Raises:
+        BenchError: when the pictures run out.
+    """
+    for attempt in range(_ATTEMPTS):
+        digest = sha256(f"{task} {split} {seed} {attempt}".encode()).digest()
+        yield _FIRST[split] + int.from_bytes(digest[:8], "big") % _WIDTH
+    raise BenchError(
+        f"task {task!r} found nothing to ask about in {_ATTEMPTS} pictures for seed {seed}; "
+        "lower its difficulty, or change its clutter"
+    )
+
+
+def evidence(question: SequenceQuestion, *, video: bool = False) -> tuple[Evidence, ...]:
+    """Evidence of a question about several pictures, which are frames of one where `video`."""
+    return tuple(Evidence(box, 0 if video else n, n if video else 0) for n, box in question.sights)
+
+
+def apart(a: Box, b: Box, gap: float) -> bool:
+    """Whether two boxes are at least `gap` pixels apart in x or in y."""
+    across = max(a[0] - b[2], b[0] - a[2])
+    down = max(a[1] - b[3], b[1] - a[3])
+    return max(across, down) >= gap
+
+
+def majority(samples: Iterable[Sample]) -> float:
+    """Share of questions that are answered by always giving the commonest answer.
+
+    Questions with the same choices count as one group with a commonest answer of its own, because
+    the question tells which choices there are.
+
+    Args:
+        samples: of one task or of several; given turns are left out.
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        BenchError: if nothing is asked.
+    """
+    groups: dict[frozenset[str], Counter[str]] = {}
+    for sample in samples:
+        for turn in sample.turns:
+            if not turn.given:
+                groups.setdefault(frozenset(turn.choices), Counter())[turn.answer] += 1
+    asked = sum(counts.total() for counts in groups.values())
+    if not asked:
+        raise BenchError("no question is asked in these samples")
+    return sum(max(counts.values()) for counts in groups.values()) / asked

@@ -1,0 +1,223 @@
+"""`foveate bench`: how well methods keep what matters, measured on tasks with known evidence."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from foveate.bench import campaign
+from foveate.bench.levels import ALL
+from foveate.bench.runner import Runner
+from foveate.bench.sample import Split
+from foveate.bench.settings import Cell, Settings, chosen_methods
+from foveate.bench.store import Row, Store
+from foveate.bench.summary import Summary
+from foveate.cli.console import stderr, stdout
+from foveate.cli.inputs import load_model
+from foveate.errors import BudgetError, InputError
+from foveate.method import get_method, list_methods
+
+HINT = "Answer with one word or number."
+RESULTS, REPORT = "results.parquet", "report.html"
+
+HELP = """Measure what methods cost in accuracy and save in work, on tasks whose evidence is known.
+
+Results go to OUT/results.parquet, one row for each cell (a method at a budget on a task), and to
+OUT/report.html, which needs no network. The same command goes on where it was interrupted; what is
+finished is not run again. Baselines (random, uniform, downsample) are always in.
+
+[bold]Examples[/]
+
+  foveate bench --model tiny --methods all --keep 0.5,0.25,0.125 --tasks all
+
+  foveate bench --model tiny --methods fastv,divprune --keep 0.25 --tasks counting,words --samples
+  200
+
+  foveate bench --model llava-hf/llava-1.5-7b-hf --methods fastv --keep 0.25 --tasks coco --data DIR
+  --device cuda --minutes 30
+
+  foveate bench --speed --model random:llama-768x16 --methods pyramiddrop,fastv --keep 0.25
+"""
+
+
+def bench(
+    quality: Annotated[
+        bool,
+        typer.Option("--quality/--speed", help="For the other: `foveate bench --speed --help`."),
+    ] = True,
+    model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")] = "tiny",
+    methods: Annotated[str, typer.Option(help="`all`, or names: `fastv,divprune`.")] = "all",
+    keep: Annotated[str, typer.Option(help="Shares that survive.")] = "0.5,0.25,0.125",
+    tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
+    split: Annotated[str, typer.Option(help="train, test or hidden.")] = "test",
+    difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
+    clutter: Annotated[float, typer.Option(min=0, max=1, help="0 is bare.")] = 0.5,
+    data: Annotated[Path | None, typer.Option(help="Folder of data sets, for coco, nlvr.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
+    batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no cell after so many; run again to go on.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; two for small models on a CPU.")
+    ] = None,
+    hint: Annotated[
+        str | None, typer.Option(help=f"Put behind questions; but for tiny: {HINT!r}")
+    ] = None,
+    timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
+) -> None:
+    """Measure methods on tasks with known evidence."""
+    settings = Settings(
+        model=model, methods=chosen_methods(methods), keeps=_keeps(keep), tasks=_tasks(tasks, data),
+        samples=samples, seed=seed, split=_split(split), difficulty=difficulty, clutter=clutter,
+        data=None if data is None else str(data), batch=batch, device=device, dtype=dtype,
+        hint=("" if model == "tiny" else HINT) if hint is None else hint,
+    )  # fmt: skip
+    if out.exists() and not out.is_dir():
+        raise InputError(f"cannot write to {out}: it is a file; --out takes a folder")
+    store = Store(out / RESULTS)
+    command = "foveate " + shlex.join(sys.argv[1:])
+    loaded, processor = load_model(model, device, dtype)
+    runner = Runner(
+        loaded, processor, settings, lambda name: campaign.find_task(name, settings.data)
+    )
+    if workers is None:
+        small = device == "cpu" and loaded.num_parameters() < campaign.SMALL
+        workers = min(2, os.cpu_count() or 1) if small else 1
+    with store.writing(), _bar() as progress:
+        keys = campaign.execute(
+            settings, runner, store, load=load_model, workers=workers, minutes=minutes,
+            command=command, progress=progress,
+        )  # fmt: skip
+        summary = summarise(store.get(keys))
+        if timing:
+            _time(runner, store, summary)
+            summary = summarise(store.get(keys))
+        _finish(out, runner, summary, settings, command, len(keys))
+
+
+def summarise(rows: list[Row]) -> Summary:
+    """Rows with the stages of the methods."""
+    return Summary(rows, {name: get_method(name).stage for name in list_methods()})
+
+
+def _time(runner: Runner, store: Store, summary: Summary) -> None:
+    """Add times to first token to one cell of each method and budget that lacks them."""
+    from foveate.bench.examples import time_first_tokens
+
+    timed = {(r["method"], r["keep"]) for r in summary.done if r.get("ttft_ms")}
+    wanted = [c for c in summary.configs if c not in timed and c[0] != ALL]
+    if not wanted or not summary.tasks:
+        return
+    task = summary.tasks[0].name
+    wanted = [c for c in wanted if summary.by_cell.get((*c, task), {}).get("status") == "done"]
+    for config, (mine, whole) in time_first_tokens(runner, task, wanted).items():
+        row = summary.by_cell[(*config, task)]
+        store.add({**row, "ttft_ms": mine, "ttft_all_ms": whole})
+
+
+def _finish(
+    out: Path, runner: Runner, summary: Summary, settings: Settings, command: str, planned: int
+) -> None:
+    """Draw examples, write the report, and say what came out."""
+    from foveate.bench.examples import draw
+    from foveate.bench.report import Facts, write
+
+    middle = sorted(settings.keeps)[len(settings.keeps) // 2]
+    shots = draw(runner, summary, middle) if summary.tasks else []
+    write(out / REPORT, summary, Facts(settings.model, command, planned), shots)
+    console = stdout()
+    left = planned - len(summary.rows)
+    if left:
+        console.print(f"[yellow]{left} of {planned} cells are left; the same command goes on[/]")
+    bad = sum(row["status"] == "failed" for row in summary.rows)
+    refused = sum(row["status"] == "refused" for row in summary.rows)
+    console.print(
+        f"{len(summary.done)} cells done, {refused} refused, {bad} failed; see "
+        f"[bold]{escape(str(out / REPORT))}[/] and {escape(str(out / RESULTS))}",
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _bar() -> Iterator[campaign.Progress]:
+    """A bar with the time that is left; one line for every tenth where there is no terminal."""
+    console = stderr()
+    columns: list[Any] = [
+        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    ]  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("cells", total=None)
+        counts = {"all": 0, "done": 0}
+
+        def begin(total: int, finished: int) -> None:
+            counts.update(all=total, done=finished)
+            bar.reset(task, total=total, completed=finished)
+            if finished:
+                console.print(f"{finished} of {total} cells were finished before")
+
+        def done(cell: Cell, row: Row) -> None:
+            counts["done"] += 1
+            bar.update(task, advance=1, description=str(cell)[:44].ljust(44))
+            tenth = max(counts["all"] // 10, 1)
+            if not console.is_terminal and counts["done"] % tenth == 0:
+                console.print(f"{counts['done']} of {counts['all']} cells")
+            if row["status"] == "failed":
+                console.print(f"[red]{escape(str(cell))} failed:[/] {escape(row['error'])}")
+
+        yield campaign.Progress(begin, done)
+
+
+def _keeps(text: str) -> tuple[float, ...]:
+    try:
+        keeps = tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        keeps = ()
+    if not keeps or not all(0 < keep <= 1 for keep in keeps):
+        raise BudgetError(f"--keep takes shares in (0, 1] like 0.5,0.25, got {text!r}")
+    return keeps
+
+
+def _split(text: str) -> Split:
+    if text not in get_args(Split):
+        raise InputError(f"--split must be one of {', '.join(get_args(Split))}, got {text!r}")
+    return text  # type: ignore[return-value]
+
+
+def _tasks(text: str, data: Path | None) -> tuple[str, ...]:
+    """Names of tasks; each is looked up before anything runs."""
+    from foveate.bench.tasks import TASKS
+
+    if text == "all":
+        return tuple(TASKS)
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in TASKS]
+    if unknown or not names:
+        raise InputError(
+            f"unknown task {', '.join(map(repr, unknown)) or repr(text)}; known: {', '.join(TASKS)}"
+        )
+    return names
+
+
+__all__ = ["HELP", "bench", "summarise"]

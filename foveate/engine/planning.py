@@ -1,0 +1,383 @@
+"""Planning: steps of methods on a model, checked before anything is attached."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from foveate.budget import PerRequest
+from foveate.engine.compute import why_whole
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
+from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
+from foveate.models import Family
+from foveate.signals import SIGNALS
+
+
+def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
+    """Plan methods on a model.
+
+    Raises:
+        LayerError: a layer lies outside the model, or the methods are not in stream order.
+        UnsupportedModelError: the model cannot serve what a method needs; the message lists
+            methods that work.
+        BudgetError: a schedule does not have one entry for each step.
+    """
+    steps: list[PlannedStep] = []
+    for number, method in enumerate(methods):
+        planned = _steps(family, number, method)
+        if steps and planned:
+            _check_order(steps, planned[0])
+        steps += planned
+    _check_signals(steps)
+    _check_parking(steps)
+    _check_ragged(steps)
+    _check_thresholds(steps)
+
+    def at(stage: str) -> tuple[PlannedStep, ...]:
+        chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
+        return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
+
+    focus = [s for s in steps if s.step.decode]
+    if len(focus) > 1:
+        raise LayerError(
+            f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
+            "steps attend to; use one of them"
+        )
+    work = _work(family, methods)
+    return Plan(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
+
+
+def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
+    """The steps of one method, each checked by itself."""
+    # Before its steps: where a stage is missing, a method may find nothing to do there.
+    _check_stage(family, method, method.stage)
+    steps = method.steps(family)
+    method.check_budget(len(steps))
+    renumber = method.positions_on(family) == "renumbered"
+    learned = method.learned(family)
+    planned = [
+        PlannedStep(method, number, i, step, renumber and not step.stay, parks, learned)
+        for i, (step, parks) in enumerate(zip(steps, _parking(steps), strict=True))
+    ]
+    for item in planned:
+        _check_stage(family, method, item.step.stage)
+        _check_encoder(family, item)
+        _check_layers(family, item)
+        _check_needs(family, item)
+    return planned
+
+
+def _check_order(steps: Sequence[PlannedStep], first: PlannedStep) -> None:
+    """Refuse a method that begins before the one that precedes it in the list does."""
+    previous = next(s for s in reversed(steps) if s.number == 0)
+    if _order(first.step) < _order(previous.step):
+        raise LayerError(
+            f"{first.method.slug} begins at {first.step.place}, before {previous.method.slug} at "
+            f"{previous.step.place}; list methods in stream order"
+        )
+
+
+def _order(step: Step) -> tuple[int, int]:
+    return STAGES.index(step.stage), step.layer
+
+
+def _check_stage(family: Family, method: Method, stage: str) -> None:
+    if stage != "vision" and not family.text_layers:
+        raise UnsupportedModelError(
+            f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
+            f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
+        )
+    if stage == "vision":
+        check_mixing(family, [method], "image", {})
+        if family.encoder is None or family.encoder.block is None:
+            raise UnsupportedModelError(
+                f"{method.slug!r} acts inside the encoder, which is not supported on this "
+                f"{family.model_type!r}. Methods that work here: "
+                f"{', '.join(working_methods(family))}."
+            )
+
+
+def check_mixing(
+    family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse to act inside the encoder where patches do not belong to one visual token each.
+
+    Raises:
+        UnsupportedModelError: so it is for this modality, or for what is to be encoded.
+    """
+    if methods and (why := family.mixing(modality, arguments)):
+        names = ", ".join(dict.fromkeys(method.slug for method in methods))
+        raise UnsupportedModelError(
+            f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
+            f"this {family.model_type!r}: {why}. Methods that work here: "
+            f"{', '.join(working_methods(family, vision=False))}."
+        )
+
+
+def _check_encoder(family: Family, planned: PlannedStep) -> None:
+    method = planned.method
+    if planned.step.stage != "vision":
+        return
+    if isinstance(method.keep, PerRequest):
+        raise BudgetError(
+            f"{method.slug} acts inside the encoder, where all images are reduced together; "
+            "give one keep for all instead of per_request"
+        )
+    assert family.encoder is not None  # as checked before
+    kernel = family.encoder.tower.config._attn_implementation or "eager"
+    if planned.step.ragged and kernel not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"{method.slug} leaves images that are encoded together different numbers of tokens, "
+            f"which needs a mask that {kernel!r} attention does not take; set the encoder's "
+            "attention to 'sdpa', or give as_released=True"
+        )
+    if planned.step.proportional and kernel not in ("sdpa", "eager"):
+        raise UnsupportedModelError(
+            f"proportional attention of {method.slug} adds a bias to the scores, which "
+            f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
+            "proportional attention off"
+        )
+
+
+def _check_layers(family: Family, planned: PlannedStep) -> None:
+    step, slug = planned.step, planned.method.slug
+    if step.stage == "vision" and not 0 <= step.layer <= family.feature_layer:
+        raise LayerError(
+            f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
+            f"{family.model_type} sees layers 0 to {family.feature_layer}"
+        )
+    if step.stage != "llm":
+        return
+    if not 0 <= step.layer < family.text_layers:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
+            f"layers 0 to {family.text_layers - 1}"
+        )
+    if step.decode:
+        if step.layer < 1 or step.layer - 1 not in family.attention_layers:
+            raise LayerError(
+                f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
+                "which must see the whole sequence; layers that do are "
+                f"{', '.join(map(str, family.attention_layers))}"
+            )
+        return
+    if step.layer < family.first_llm_layer:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but {family.model_type} adds encoder "
+            f"features to the visual tokens after its first {family.first_llm_layer} layers "
+            f"(DeepStack); the first layer before which tokens may be removed is "
+            f"{family.first_llm_layer}"
+        )
+
+
+def _check_needs(family: Family, planned: PlannedStep) -> None:
+    for need in planned.step.needs:
+        if need.name not in SIGNALS:
+            raise FoveateError(
+                f"{planned.method.slug} needs an unknown signal {need.name!r}; known: "
+                f"{', '.join(SIGNALS)}"
+            )
+        signal = SIGNALS[need.name]
+        stages = {"encoder": ("vision", "pre_llm"), "prompt": ("pre_llm",), "decoder": ("llm",)}
+        if planned.step.stage not in stages[signal.source]:
+            raise LayerError(
+                f"{planned.method.slug} needs {need.name} at {planned.step.place}, but only "
+                f"{' and '.join(stages[signal.source])} steps can have it"
+            )
+        if signal.layered and not need.layers:
+            raise LayerError(f"{planned.method.slug} needs {need.name}, but names no layer")
+        if signal.source == "encoder":
+            _check_encoder_signal(family, planned, need)
+        elif signal.source == "decoder":
+            _check_decoder_signal(family, planned, need)
+
+
+def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+    slug, step, signal = planned.method.slug, planned.step, SIGNALS[need.name]
+    encoder = family.encoder
+    works = "Methods that work here: "
+    if signal.class_token and (encoder is None or not encoder.class_token):
+        raise UnsupportedModelError(
+            f"{slug!r} needs class-token attention, but the encoder of this {family.model_type} "
+            "has no class token that methods can read. "
+            f"{works}{', '.join(working_methods(family))}."
+        )
+    if encoder is None or (encoder.packed is not None and not signal.packed):
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
+            f"give. {works}{', '.join(working_methods(family))}."
+        )
+    if step.stage == "vision":
+        earlier = not step.inside and all(i < step.layer for i in need.layers)
+        own = need.layers == (step.layer,) and signal.inside
+        if not (own or (earlier and encoder.packed is None)):
+            raise LayerError(
+                f"{slug} acts at {step.place} and can have signals of that layer only "
+                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
+                f"earlier ones, but needs {need.name} of layers {need.layers}"
+            )
+        if need.name == "encoder_keys" and not step.inside:
+            raise LayerError(
+                f"{slug} needs {need.name}, which only a step inside an encoder layer has; it "
+                f"acts at {step.place}"
+            )
+    if any(not 0 <= i < family.vision_layers for i in need.layers):
+        raise LayerError(
+            f"{slug} needs encoder layers {need.layers}, but this encoder has layers 0 to "
+            f"{family.vision_layers - 1}"
+        )
+
+
+def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+    slug, step = planned.method.slug, planned.step
+    # What a layer does to a token is known behind it; all else, before it.
+    last = step.layer - (need.name == "transition")
+    outside = [i for i in need.layers if not 0 <= i <= last]
+    if outside:
+        raise LayerError(
+            f"{slug} acts at {step.place} and needs {need.name} of layer {outside[0]}, but there "
+            f"it is known of layers 0 to {last}"
+        )
+    windowed = [i for i in need.layers if i not in family.attention_layers]
+    if SIGNALS[need.name].attention and windowed:
+        legal = ", ".join(map(str, family.attention_layers))
+        raise LayerError(
+            f"{slug} ranks tokens by the attention of layer {windowed[0]}, which sees only a "
+            f"window of the sequence; layers that see all of it are {legal}"
+        )
+
+
+def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
+    """What decoder layers compute of visual tokens.
+
+    Raises:
+        UnsupportedModelError: the layers cannot be computed in parts.
+        LayerError: two methods want different things of a layer.
+    """
+    found: dict[int, Work] = {}
+    for method in methods:
+        for work in method.work(family):
+            if why := why_whole(family, work):
+                raise UnsupportedModelError(
+                    f"{method.slug!r} computes decoder layers of this {family.model_type} in "
+                    f"parts, but {why}. Methods that work here: "
+                    f"{', '.join(working_methods(family))}."
+                )
+            if work.layer in found:
+                raise LayerError(
+                    f"{method.slug} and another method both say what layer {work.layer} computes "
+                    "of visual tokens; use one of them"
+                )
+            found[work.layer] = work
+    return found
+
+
+def _parking(steps: Sequence[Step]) -> list[bool]:
+    """Whether what each step of a method takes out comes back at the next."""
+    return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
+
+
+def _check_parking(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps, and renumbering, while tokens are parked."""
+    llm = [s for s in steps if s.step.stage == "llm"]
+    for planned in (s for s in llm if s.parks):
+        back = next(s for s in llm if s.method is planned.method and s.number == planned.number + 1)
+        span = range(planned.step.layer, back.step.layer + 1)
+        between = [s for s in llm if s.method is not planned.method and s.step.layer in span]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
+                f"{planned.method.slug} brings back at {back.step.place} are parked; give it a "
+                f"layer before {span.start} or behind {span[-1]}"
+            )
+        if planned.renumber:
+            raise LayerError(
+                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
+                "use positions='original'"
+            )
+
+
+def _check_ragged(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps in the encoder while images have different numbers of tokens."""
+    vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
+    for planned in (s for s, _ in vision if s.step.ragged):
+        own = [place for s, place in vision if s.method_number == planned.method_number]
+        between = [
+            s
+            for s, place in vision
+            if s.method_number != planned.method_number and own[0] <= place <= own[-1]
+        ]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where "
+                f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
+                f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
+                "as_released=True"
+            )
+
+
+def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
+    """Refuse two steps that mean different things by global patches."""
+    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
+    if len({need.above for need in needs}) > 1:
+        raise LayerError(
+            "methods of one session ask for global_attention above different thresholds: "
+            f"{', '.join(str(need.above) for need in needs)}; give them the same"
+        )
+
+
+def _check_signals(steps: Sequence[PlannedStep]) -> None:
+    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
+    first: dict[tuple[int, bool], PlannedStep] = {}
+    for planned in (s for s in steps if s.step.stage == "vision"):
+        place = planned.step.layer, planned.step.inside
+        if place in first and planned.step.needs:
+            raise LayerError(
+                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
+                f"{planned.step.place}, so that signals for the second would be out of date; give "
+                "them different layers"
+            )
+        first.setdefault(place, planned)
+
+
+def why_not(family: Family, name: str) -> str | None:
+    """Why a method with default settings does not work on a model, or `None` if it does."""
+    try:
+        make_plan(family, [get_method(name)()])
+    except FoveateError as error:
+        return str(error)
+    return None
+
+
+def working_methods(family: Family, *, encoder: bool = True, vision: bool = True) -> list[str]:
+    """Registered methods that need no stage and no signal the model lacks.
+
+    Args:
+        family: the model.
+        encoder: whether signals of the encoder may be read behind it.
+        vision: whether methods may act inside the encoder, if they can.
+    """
+    tower, reads = family.encoder, encoder
+    layers = [Work(number, window=1) for number in range(family.text_layers)]
+    stages = set(STAGES if family.text_layers else STAGES[:1])
+    if tower is None or tower.block is None or not vision:
+        stages.discard("vision")
+
+    def has(method: type[Method], name: str) -> bool:
+        signal = SIGNALS[name]
+        if signal.source != "encoder":
+            return True
+        if tower is None or (signal.class_token and not tower.class_token):
+            return False
+        if tower.packed is not None and not signal.packed:
+            return False
+        return method.stage == "vision" or reads
+
+    def works(name: str) -> bool:
+        method = get_method(name)
+        if method.work is not Method.work and any(why_whole(family, work) for work in layers):
+            return False
+        return method.stage in stages and all(has(method, need) for need in method.needs)
+
+    return [name for name in list_methods() if works(name)]

@@ -1,0 +1,356 @@
+"""Several pictures in one conversation: albums, short videos, and examples that set a rule.
+
+Each comes with questions whose answers lie in particular pictures, at known boxes. The pictures
+are drawn like the scenes, from the same objects.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from random import Random
+
+import numpy as np
+from PIL import Image
+
+from foveate.tiny.scenes import (
+    MIX,
+    Box,
+    Scene,
+    SceneObject,
+    draw_font,
+    draw_scene,
+    find_room,
+    paint,
+    texture,
+)
+from foveate.tiny.shapes import object_mask
+from foveate.tiny.words import COLOURS, DIGITS, EVENTS, NUMBERS, ORDINALS, SHAPES, WORDS
+
+SEQUENCE_KINDS = ("in-image", "search", "which", "event", "which-event", "ends", "next", "rule")
+"""Groups of questions about several pictures."""
+
+_ABOUT_ONE = ("color", "shape", "number", "word", "where", "exists", "count")
+
+
+@dataclass(frozen=True)
+class SequenceQuestion:
+    """A question about several pictures.
+
+    Args:
+        text: what is asked.
+        answer: one word.
+        kind: one of `SEQUENCE_KINDS`.
+        sights: which picture, and which box of pixels in it, for every piece of evidence.
+    """
+
+    text: str
+    answer: str
+    kind: str
+    sights: tuple[tuple[int, Box], ...]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Pictures in order, with questions about them.
+
+    Args:
+        pictures: RGB pictures of equal size.
+        objects: what each of them shows.
+        questions: with unambiguous answers.
+        owners: for every picture a (height, width) array: which of its objects a pixel shows, or
+            -1 for background.
+    """
+
+    pictures: tuple[Image.Image, ...] = field(repr=False)
+    objects: tuple[tuple[SceneObject, ...], ...] = field(repr=False)
+    questions: tuple[SequenceQuestion, ...] = field(repr=False)
+    owners: tuple[np.ndarray, ...] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Cue:
+    """An object of a video before it is painted: frame by frame its box, or None while hidden."""
+
+    kind: str
+    font: int
+    event: str
+    colours: tuple[str | None, ...]
+    corners: tuple[tuple[int, int], ...]
+
+
+_Ask = Callable[[list[Cue], list[list[tuple[int, Box]]]], list[SequenceQuestion]]
+
+
+def draw_album(
+    seed: int,
+    pictures: int,
+    *,
+    objects: tuple[int, int] = (3, 6),
+    size: int = 128,
+    scale: int = 1,
+    mix: tuple[int, int, int, int] = MIX,
+    per_kind: int = 4,
+) -> Sequence:
+    """Draw separate scenes, and ask about one of them by its number, or where something is.
+
+    Args:
+        seed: any integer.
+        pictures: how many, up to four.
+        objects: fewest and most objects in a picture.
+        size: edge of the square pictures in pixels.
+        scale: how many times larger than usual objects are.
+        mix: how often objects are shapes, digits, two-digit numbers and words.
+        per_kind: most questions of one kind about one picture.
+    """
+    rng = Random(f"album {seed}")
+    scenes = [
+        draw_scene(
+            rng.getrandbits(60), objects=objects, size=size, scale=scale, mix=mix, per_kind=per_kind
+        )
+        for _ in range(pictures)
+    ]
+    questions = [
+        SequenceQuestion(
+            f"in the {ORDINALS[n]} image {question.text}",
+            question.answer,
+            "in-image",
+            tuple((n, box) for box in question.boxes),
+        )
+        for n, scene in enumerate(scenes)
+        for question in scene.questions
+        if question.kind in _ABOUT_ONE
+    ]
+    questions += _search(scenes) + _which(scenes)
+    return Sequence(
+        tuple(scene.image for scene in scenes),
+        tuple(scene.objects for scene in scenes),
+        tuple(questions),
+        tuple(scene.owner for scene in scenes),
+    )
+
+
+def _search(scenes: list[Scene]) -> list[SequenceQuestion]:
+    """Colours of objects whose kind occurs once in all pictures."""
+    kinds = Counter(o.kind for scene in scenes for o in scene.objects)
+    return [
+        SequenceQuestion(f"what color is the {o.kind} ?", o.colour, "search", ((n, o.box),))
+        for n, scene in enumerate(scenes)
+        for o in scene.objects
+        if kinds[o.kind] == 1
+    ]
+
+
+def _which(scenes: list[Scene]) -> list[SequenceQuestion]:
+    pairs = Counter((o.colour, o.kind) for scene in scenes for o in scene.objects)
+    asked = []
+    for n, scene in enumerate(scenes):
+        for o in scene.objects:
+            if pairs[o.colour, o.kind] == 1:
+                article = "an" if o.colour == "orange" else "a"
+                text = f"which image shows {article} {o.colour} {o.kind} ?"
+                asked.append(SequenceQuestion(text, ORDINALS[n], "which", ((n, o.box),)))
+    return asked
+
+
+def draw_events(
+    seed: int,
+    frames: int = 3,
+    *,
+    objects: tuple[int, int] = (3, 6),
+    size: int = 128,
+    scale: int = 1,
+) -> Sequence:
+    """Draw a video in which something may happen to every object, and ask what.
+
+    Args:
+        seed: any integer.
+        frames: how many, two or more.
+        objects: fewest and most objects.
+        size: edge of the square frames in pixels.
+        scale: how many times larger than usual objects are.
+    """
+    rng = Random(f"events {seed}")
+    count = rng.randint(*objects)
+    kinds = _kinds(rng, count)
+    cues: list[Cue] = []
+    taken: list[SceneObject] = []
+    for kind in kinds:
+        font = draw_font(rng, kind in SHAPES)
+        event = rng.choice(EVENTS)
+        when, before, after = rng.randint(1, frames - 1), *rng.sample(list(COLOURS), 2)
+        here = _reserve(rng, kind, font, taken, size, scale)
+        there = _reserve(rng, kind, font, taken, size, scale) if event == "moves" else here
+        if here is None or there is None:
+            continue
+        early = None if event == "appears" else before
+        late = {"disappears": None, "changes": after}.get(event, before)
+        cues.append(
+            Cue(
+                kind,
+                font,
+                event,
+                (early,) * when + (late,) * (frames - when),
+                (here,) * when + (there,) * (frames - when),
+            )
+        )
+    return _film(seed, cues, frames, size, scale, _happenings)
+
+
+def _happenings(cues: list[Cue], boxes: list[list[tuple[int, Box]]]) -> list[SequenceQuestion]:
+    events = Counter(cue.event for cue in cues)
+    asked = []
+    for cue, seen in zip(cues, boxes, strict=True):
+        sights = tuple(seen)
+        text = f"what happens to the {cue.kind} ?"
+        asked.append(SequenceQuestion(text, cue.event, "event", sights))
+        if events[cue.event] == 1 and cue.event != "stays":
+            text = f"what {cue.event} ?"
+            asked.append(SequenceQuestion(text, cue.kind, "which-event", sights))
+    return asked
+
+
+def draw_order(
+    seed: int,
+    frames: int = 3,
+    *,
+    objects: tuple[int, int] = (0, 4),
+    size: int = 128,
+    scale: int = 1,
+) -> Sequence:
+    """Draw a video with another shape in every frame, and ask for their order.
+
+    Args:
+        seed: any integer.
+        frames: how many, up to eight.
+        objects: fewest and most numbers that are there all the time.
+        size: edge of the square frames in pixels.
+        scale: how many times larger than usual objects are.
+    """
+    rng = Random(f"order {seed}")
+    cues: list[Cue] = []
+    taken: list[SceneObject] = []
+    still = [(rng.choice(DIGITS + NUMBERS), None) for _ in range(rng.randint(*objects))]
+    passing = list(zip(rng.sample(SHAPES, frames), range(frames), strict=True))
+    for kind, frame in (*passing, *still):
+        font = draw_font(rng, kind in SHAPES)
+        corner = _reserve(rng, kind, font, taken, size, scale)
+        if corner is None:
+            continue
+        colour = rng.choice(list(COLOURS))
+        shown = tuple(colour if frame in (None, n) else None for n in range(frames))
+        cues.append(
+            Cue(kind, font, "stays" if frame is None else "passes", shown, (corner,) * frames)
+        )
+    return _film(seed, cues, frames, size, scale, _ordering)
+
+
+def _ordering(cues: list[Cue], boxes: list[list[tuple[int, Box]]]) -> list[SequenceQuestion]:
+    line = [(cue.kind, seen[0]) for cue, seen in zip(cues, boxes, strict=True) if len(seen) == 1]
+    ends = ((line[0], "first"), (line[-1], "last"))
+    asked = [
+        SequenceQuestion(f"what shape comes {end} ?", kind, "ends", (sight,))
+        for (kind, sight), end in ends
+    ]
+    for (kind, sight), (later, then) in pairwise(line):
+        both = (sight, then)
+        asked.append(SequenceQuestion(f"what shape comes after the {kind} ?", later, "next", both))
+        asked.append(SequenceQuestion(f"what shape comes before the {later} ?", kind, "next", both))
+    return asked
+
+
+def draw_rule(
+    seed: int,
+    pictures: int = 2,
+    *,
+    objects: tuple[int, int] = (2, 4),
+    size: int = 128,
+    scale: int = 1,
+) -> Sequence:
+    """Draw pictures that all show one kind of shape; "it" is that kind, which nobody names.
+
+    Every question asks for its colour in one picture, in order: all but the last are examples. In
+    each picture the answer's colour occurs once, so that an answered example tells the kind.
+
+    Args:
+        seed: any integer.
+        pictures: how many, two or more.
+        objects: fewest and most objects in a picture.
+        size: edge of the square pictures in pixels.
+        scale: how many times larger than usual objects are.
+    """
+    rng = Random(f"rule {seed}")
+    rule, *others = rng.sample(SHAPES, len(SHAPES))
+    films = []
+    for _ in range(pictures):
+        count = rng.randint(*objects)
+        cast = [rule, *rng.sample(others, count - 1)]
+        colours = rng.sample(list(COLOURS), count)
+        cues: list[Cue] = []
+        taken: list[SceneObject] = []
+        for kind, colour in zip(cast, colours, strict=True):
+            font = draw_font(rng, True)
+            corner = _reserve(rng, kind, font, taken, size, scale)
+            if corner is not None:
+                cues.append(Cue(kind, font, "stays", (colour,), (corner,)))
+        rng.shuffle(cues)
+        films.append(_film(rng.getrandbits(60), cues, 1, size, scale, None))
+    questions = []
+    for n, film in enumerate(films):
+        it = next(o for o in film.objects[0] if o.kind == rule)
+        questions.append(SequenceQuestion("what color is it ?", it.colour, "rule", ((n, it.box),)))
+    return Sequence(
+        tuple(film.pictures[0] for film in films),
+        tuple(film.objects[0] for film in films),
+        tuple(questions),
+        tuple(film.owners[0] for film in films),
+    )
+
+
+def _kinds(rng: Random, count: int) -> list[str]:
+    """Distinct kinds of objects, as often shapes as written."""
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[rng.choice(rng.choices((SHAPES, DIGITS, NUMBERS, WORDS), (55, 15, 15, 15))[0])] = None
+    return list(found)
+
+
+def _reserve(
+    rng: Random, kind: str, font: int, taken: list[SceneObject], size: int, scale: int
+) -> tuple[int, int] | None:
+    """Find a corner that stays free in all frames, and mark its place as taken."""
+    extent = object_mask(kind, font * scale).size
+    corner = find_room(rng, extent, taken, size, scale)
+    if corner is not None:
+        left, top = corner
+        taken.append(SceneObject(kind, "", (left, top, left + extent[0], top + extent[1])))
+    return corner
+
+
+def _film(
+    seed: int, cues: list[Cue], frames: int, size: int, scale: int, ask: _Ask | None
+) -> Sequence:
+    """Paint the frames on one background; an object keeps its ink in all of them."""
+    noise = np.random.default_rng(seed % 2**63)
+    background = texture(size, noise)
+    pictures, shown, owners = [], [], []
+    boxes: list[list[tuple[int, Box]]] = [[] for _ in cues]
+    for frame in range(frames):
+        canvas, owner = background.copy(), np.full((size, size), -1, np.int8)
+        there: list[SceneObject] = []
+        for index, cue in enumerate(cues):
+            colour = cue.colours[frame]
+            if colour is not None:
+                mask = object_mask(cue.kind, cue.font * scale)
+                rng = Random(f"ink {seed} {index}")
+                corner = cue.corners[frame]
+                o = paint(canvas, owner, len(there), cue.kind, colour, mask, corner, rng)
+                there.append(o)
+                boxes[index].append((frame, o.box))
+        pictures.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB"))
+        shown.append(tuple(there))
+        owners.append(owner)
+    questions = tuple(ask(cues, boxes)) if ask else ()
+    return Sequence(tuple(pictures), tuple(shown), questions, tuple(owners))

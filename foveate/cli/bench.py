@@ -65,7 +65,7 @@ def bench(
     methods: Annotated[str, typer.Option(help="`all`, or names: `fastv,divprune`.")] = "all",
     keep: Annotated[str, typer.Option(help="Shares that survive.")] = "0.5,0.25,0.125",
     tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     split: Annotated[str, typer.Option(help="train, test or hidden.")] = "test",
     difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,

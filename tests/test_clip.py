@@ -73,5 +73,10 @@ def test_it_loads_from_a_folder(clip, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = ClipText.from_pretrained(str(tmp_path))
-    assert torch.equal(loaded("a cat").embeddings[0], ClipText(*clip)("a cat").embeddings[0])
+    given = dict(model.text_model.named_parameters())
+    for name, weight in loaded.text_model.named_parameters():
+        assert torch.equal(weight, given[name])
+    # Rounding of products differs with where weights lie in memory, on some processors.
+    said, meant = loaded("a cat").embeddings[0], ClipText(*clip)("a cat").embeddings[0]
+    torch.testing.assert_close(said, meant, rtol=0, atol=1e-6)
     assert not any(p.requires_grad for p in loaded.text_model.parameters())

@@ -19,8 +19,6 @@ from foveate.bench.svg import halves
 from foveate.cli.bench import summarise
 from tests.bench.tasks_for_tests import TASKS
 
-pytest.importorskip("pyarrow")
-
 
 def make(loaded, **fields):
     known = {"methods": ("fastv", "evs"), "keeps": (0.25,), "tasks": ("color", "two-turns")}

@@ -10,8 +10,6 @@ import pytest
 from foveate.bench.store import Store
 from foveate.errors import InputError
 
-pytest.importorskip("pyarrow")
-
 WRITER = """
 import sys, time
 from foveate.bench.store import Store

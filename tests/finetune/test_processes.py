@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText
 
 import foveate
 
-pytest.importorskip("accelerate", reason="training needs foveate[train]")
 if not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 

@@ -9,9 +9,6 @@ from foveate.cli.recipe import EXAMPLE, parse_recipe, read_recipe
 from foveate.errors import FoveateError, InputError
 from foveate.methods import FastV, PyramidDrop
 
-pytest.importorskip("accelerate", reason="training needs foveate[train]")
-pytest.importorskip("peft", reason="adapters need peft")
-
 GOOD = {"model": "tiny", "out": "runs", "data": {"scenes": 4}}
 
 

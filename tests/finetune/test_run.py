@@ -20,8 +20,6 @@ from foveate.cli.recipe import read_recipe
 from foveate.errors import InputError
 from foveate.finetune.run import finetune, freeze, last_checkpoint
 
-pytest.importorskip("accelerate", reason="training needs foveate[train]")
-
 
 def train(path):
     recipe = read_recipe(path)

@@ -42,6 +42,25 @@ favours methods that read those; its first layers hardly look at the picture, wh
 methods that rank there. Nothing here says which method is best on a large model.
 """
 
+LESSONS = """## What they teach
+
+Read with the intervals: 160 questions carry these figures; differences of a few points are noise.
+
+- At half of the tokens most methods lose little; what tells them apart is a quarter and less. Both
+  baselines that look at nothing, `random` and `downsample`, are then far below.
+- Recall of evidence is not accuracy. Methods that rank by the class token keep more than 90 % of
+  the evidence at a quarter, and answer no better than `divprune`, which keeps less than half of it
+  but some of everything; `tome` and `pyramiddrop` have merged or read what is gone.
+- `fastv` ranks before this model looks at pictures, and keeps twice as much of the lower half of a
+  picture as of the upper: the bias that FEATHER describes. `feather` costs as many FLOPs and loses
+  a third as much.
+- `dart` and `lvlm-csp` fail here: what they keep says little in layers that do not look at the
+  picture yet.
+- Tasks marked *no* tell nothing of methods, because this model cannot do them: it was trained on
+  one picture at a time, on numbers and not on words, and on drawn scenes. That includes the real
+  data (NLVR, easy-VQA, COCO), for which only recall means something.
+"""
+
 
 def compact(path: str) -> dict[str, Any]:
     """What the page needs of a results file: the cells of its latest settings."""
@@ -83,7 +102,7 @@ def page(result: dict[str, Any]) -> str:
          "yes" if t["telling"] else "no"]
         for t in result["tasks"]
     ]  # fmt: skip
-    parts += ["## Tasks\n", table(head, rows), "## What was refused or failed\n"]
+    parts += [LESSONS, "## Tasks\n", table(head, rows), "## What was refused or failed\n"]
     parts.append(table(["method", "status", "reason", "cells"], [
         [str(x).replace("|", "/") for x in row] for row in result["troubles"]
     ]))  # fmt: skip

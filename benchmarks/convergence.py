@@ -22,6 +22,7 @@ from _bench import machine, save, warm_heap
 ARMS = ("full", "pyramiddrop", "steep")
 HELD_OUT = 3 * 10**6
 CURVE_STEPS, CURVE_QUESTIONS = 50, 240
+VISION_STEPS = 800
 RATE = 2e-3
 
 
@@ -37,31 +38,22 @@ def method(arm: str) -> Any:
     return PyramidDrop()
 
 
-def start(out: Path, vision_steps: int, warm_steps: int) -> None:
-    """Make what all arms start from, unless it is there."""
-    import torch
-    from _convergence import train_vision, warm_up
-
-    torch.set_num_threads(1)
-    train_vision(0, out / "start", vision_steps)
-    warm_up(0, out / "start", warm_steps)
-
-
 def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
     """Train one arm through the stock Trainer, or what is left of it."""
     import torch
-    from _convergence import Conversations, MuonAdam, build, collate
+    from _convergence import MuonAdam, Packed, collate, start, train_vision
     from transformers import Trainer, TrainingArguments
 
     import foveate
     from foveate.finetune.run import last_checkpoint
     from foveate.tiny.data import TRAIN_SEEDS
 
+    torch.set_num_threads(1)
     folder = out / f"{arm}-{seed}"
     if (folder / "model.pt").exists():
         return
-    model = build(0)
-    model.load_state_dict(torch.load(out / "start" / "warm.pt")["model"])
+    train_vision(0, out / "start", VISION_STEPS)
+    model = start(seed, torch.load(out / "start" / "vision.pt")["model"])
     model.set_attn_implementation("eager")  # faster than SDPA on a CPU
     model.model.vision_tower.requires_grad_(False)
     if arm != "full":
@@ -75,7 +67,7 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
             num_train_epochs=1,
             learning_rate=RATE,
             lr_scheduler_type="linear",
-            warmup_steps=10,
+            warmup_steps=40,
             max_grad_norm=2.0,
             bf16=True,
             use_cpu=True,
@@ -85,10 +77,11 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
             logging_steps=10,
             report_to=[],
             seed=seed,
+            train_sampling_strategy="sequential",  # easy scenes come first
             remove_unused_columns=False,
             disable_tqdm=True,
         ),
-        train_dataset=Conversations(TRAIN_SEEDS + (1 + seed) * 10**9, images),
+        train_dataset=Packed(TRAIN_SEEDS + (1 + seed) * 10**9, images),
         data_collator=collate,
         optimizers=(MuonAdam(model, RATE), None),
         callbacks=[_curve(folder)],
@@ -187,18 +180,15 @@ def collect(out: Path, images: int, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("start", "train", "evaluate", "collect"))
+    parser.add_argument("what", choices=("train", "evaluate", "collect"))
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", choices=ARMS, default="full")
-    parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=9600)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--questions", type=int, default=1200)
     given = parser.parse_args()
-    if given.what == "start":
-        start(given.out, vision_steps=800, warm_steps=450)
-    elif given.what == "train":
-        start(given.out, vision_steps=800, warm_steps=450)
+    if given.what == "train":
         train(given.seed, given.arm, given.out, given.images, given.batch)
         evaluate(given.seed, given.arm, given.out, given.questions)
     elif given.what == "evaluate":

@@ -256,11 +256,6 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
     return pruned
 
 
-def is_pruned(cache: Cache) -> bool:
-    """Whether any layer of a cache is pruned."""
-    return any(isinstance(layer, PrunedLayer) for layer in cache.layers)
-
-
 def slots_held(layer: Any) -> int:
     """Physical slots of a cache layer, pruned or not."""
     if isinstance(layer, PrunedLayer) and layer.slots is not None:

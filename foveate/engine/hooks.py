@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import check_cache, is_pruned, slots_held
+from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -36,7 +36,6 @@ from foveate.engine.inputs import (
     supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.layout import Layout
 from foveate.engine.onward import Onward
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
@@ -245,10 +244,7 @@ class Hooks:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
         elif cache is not None and past and self.plan.focus is None and not self.plan.work:
-            if is_pruned(cache):
-                layout = Layout.full(batch, length, sequence.device)
-                flash = takes_2d_masks(self.family.text.config._attn_implementation)
-                local.onward = Onward(self.family, cache, layout, flash)
+            local.onward = Onward.behind(self.family, cache, sequence)
             return None
         prompt = Prompt(
             batch=batch,
@@ -272,22 +268,38 @@ class Hooks:
         local.turn.begin(sequence)
         return args, local.turn.deepstack(kwargs)
 
-    def enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        """Before a decoder layer: hand it what is alive."""
+    def layer(
+        self,
+        number: int,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        hidden: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """In place of a decoder layer's forward: hand it what is alive.
+
+        Args:
+            number: the decoder layer.
+            module: its module.
+            before: its forward, if that is not its class's; classes change under FSDP2.
+            hidden: (B, T, D) its input.
+            *args: its further arguments.
+            **kwargs: its keyword arguments, in logical terms.
+        """
         local, turn = self._local, self._local.turn
         if turn is None and local.onward is not None:
-            changed = local.onward.enter(number, args[0], kwargs)
-            return None if changed is None else (args, changed)
-        if turn is None:
-            turn = local.replayed = self.replays.find(number, kwargs)
-        elif module is not self.family.layers[number] and turn.groups:  # something is around it
-            self.replays.keep(number, turn, kwargs)
-        if turn is None:
-            return None
-        hidden, changed = turn.enter(number, module, args[0], kwargs)
-        if hidden is args[0] and changed is kwargs:
-            return None
-        return (hidden, *args[1:]), changed
+            kwargs = local.onward.enter(number, hidden, kwargs)
+        else:
+            if turn is None:
+                turn = local.replayed = self.replays.find(number, kwargs)
+            elif module is not self.family.layers[number] and turn.groups:  # something is around it
+                self.replays.keep(number, turn, kwargs)
+            if turn is not None:
+                hidden, kwargs = turn.enter(number, module, hidden, kwargs)
+        if before is not None:
+            return before(hidden, *args, **kwargs)
+        return type(module).forward(module, hidden, *args, **kwargs)
 
     def run_layer(
         self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any

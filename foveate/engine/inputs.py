@@ -103,9 +103,10 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
         mask = mask["full_attention"]
     if mask is None:
         return None
-    if mask.dim() == 4:  # built beforehand, for static caches: the last query sees all that is real
-        mask = mask[:, 0, -1]
+    if mask.dim() == 4:  # built beforehand, for static caches or for blocks: some query sees it
+        mask = mask[:, 0]
         mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        mask = mask.any(1)
     real = mask[:, :total].bool()
     return None if bool(real.all()) else real
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -169,6 +170,22 @@ class Slots:
 
         return self._derive(layout, make)
 
+    def grow(self, key: object, length: int) -> Slots:
+        """Append logical positions without visual tokens, all of which have columns; `key` names
+        the forward for layers that share slots.
+        """
+        return self._derive(
+            key,
+            lambda: Slots(
+                self.head,
+                self.length + length,
+                self.ragged,
+                self.renumbered,
+                self.tail + length,
+                None if self.visual is None else F.pad(self.visual, (0, length)),
+            ),
+        )
+
     def rows(self, key: object, pick: Callable[[Tensor], Tensor]) -> Slots:
         """Reorder, repeat or select rows; `key` names the operation for layers that share slots."""
         return self._derive(
@@ -283,7 +300,7 @@ def translate_mask(
     unfilled = max(width - slots.count, 0)
     if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
         return None
-    keys = torch.nn.functional.pad(slots.index, (0, unfilled), value=-1)
+    keys = F.pad(slots.index, (0, unfilled), value=-1)
     if mask is None:
         return _causal(layout, slots, keys, length, two_d=two_d)
     real = keys >= 0

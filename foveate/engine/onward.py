@@ -7,6 +7,7 @@ Shapes: `B` batch, `T` tokens of the forward.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from foveate.engine.cache import PrunedStaticLayer
+from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout, Slots, translate_mask
 from foveate.models import Family
 
@@ -24,19 +26,28 @@ class Onward:
     Args:
         family: the model's family.
         cache: the cache.
-        layout: the (B, T) columns of the forward, all of which are there.
-        flash: whether the attention kernel takes 2-D masks.
+        sequence: (B, T, ...) what the text model is given; all of its columns are there.
     """
 
-    def __init__(self, family: Family, cache: Cache, layout: Layout, flash: bool) -> None:
-        self.family, self.layout, self.flash = family, layout, flash
+    def __init__(self, family: Family, cache: Cache, sequence: Tensor) -> None:
+        self.family = family
+        self._batch, self._length = sequence.shape[:2]
+        self._device = sequence.device
+        self._layers = cache.layers
         # Per layer, the slots that it holds before the forward, if it is pruned.
         self._before: list[Slots | None] = [getattr(held, "slots", None) for held in cache.layers]
-        self._layers = cache.layers
         self._views: dict[tuple[int, ...], tuple[Slots, dict[str, Any]]] = {}
+        self._shifted: dict[tuple[int, ...], Tensor] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
+        self._forward = object()  # names the forward to slots that layers share
 
-    def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    @classmethod
+    def behind(cls, family: Family, cache: Cache, sequence: Tensor) -> Onward | None:
+        """A forward behind a cache, or `None` where no layer of that is pruned."""
+        onward = cls(family, cache, sequence)
+        return onward if any(onward._before) else None
+
+    def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Tell a layer's cache what it is about to hold.
 
         Args:
@@ -45,55 +56,71 @@ class Onward:
             kwargs: its keyword arguments, in logical terms.
 
         Returns:
-            The keyword arguments in physical terms, or `None` where nothing changes.
+            The keyword arguments in physical terms.
         """
         before = self._before[number]
         if before is None:
-            return None
+            return kwargs
         # The mask and the rotary embedding differ between kinds of layers in some models.
         key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
         if key not in self._views:
             self._views[key] = self._view(number, before, hidden, kwargs)
         held: Any = self._layers[number]
         held.incoming, changes = self._views[key]
-        return {**kwargs, **changes} if changes else None
+        return {**kwargs, **changes} if changes else kwargs
 
     def _view(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Slots, dict[str, Any]]:
         """Slots behind the forward of layers that share those before, and what they are told."""
-        length = self.layout.index.shape[1]
-        after = before.extend(self.layout, length, None)
-        held, mask = self._layers[number], kwargs.get("attention_mask")
-        width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
-        physical = translate_mask(mask, self.layout, after, length, two_d=self.flash, width=width)
-        changes: dict[str, Any] = {} if physical is mask else {"attention_mask": physical}
+        after = before.grow(self._forward, self._length)
+        changes: dict[str, Any] = {}
+        mask = kwargs.get("attention_mask")
+        static = isinstance(self._layers[number], PrunedStaticLayer)
+        if mask is not None or after.ragged or static:
+            changes = {"attention_mask": self._mask(number, mask, after)}
         if before.renumbered is not None:
             changes |= self._renumbered(number, before.renumbered, hidden, kwargs)
         return after, changes
+
+    def _mask(self, number: int, mask: Tensor | None, after: Slots) -> Tensor | None:
+        held = self._layers[number]
+        width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
+        layout = Layout.full(self._batch, self._length, self._device)
+        return translate_mask(mask, layout, after, self._length, two_d=self._flash, width=width)
+
+    @property
+    def _flash(self) -> bool:
+        return takes_2d_masks(self.family.text.config._attn_implementation)
 
     def _renumbered(
         self, number: int, shift: Tensor, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """Position ids less a (B, 1) shift, and their rotary embedding."""
         given = id(kwargs["position_embeddings"])
-        logical = kwargs["position_ids"]  # which text models with plain positions hand to layers
         if (given, id(shift)) not in self._rotary:
-            shifts = [shift] if self.family.rotary_by_length else self._shifts()
-            positions = torch.cat([logical - each for each in shifts])
-            rotary = self.family.rotary(hidden, positions, number)
-            parts = zip(*(part.chunk(len(shifts)) for part in rotary), strict=True)
-            self._rotary |= {
-                (given, id(each)): part for each, part in zip(shifts, parts, strict=True)
-            }
-        # Flash kernels read gaps in the position ids of a single row as packed sequences.
-        return {
-            "position_embeddings": self._rotary[given, id(shift)],
-            "position_ids": None if self.flash else logical - shift,
-        }
+            shifts = [shift] if self.family.rotary_by_length else self._shifts
+            # Text models with plain positions hand them on to their layers.
+            positions = self._positions(kwargs["position_ids"], shifts)
+            parts = (
+                part.chunk(len(shifts)) for part in self.family.rotary(hidden, positions, number)
+            )
+            for each, rotary in zip(shifts, zip(*parts, strict=True), strict=True):
+                self._rotary[given, id(each)] = rotary
+        # What position ids are left to tell is for flash kernels, which read gaps in those of a
+        # single row as packed sequences.
+        return {"position_embeddings": self._rotary[given, id(shift)], "position_ids": None}
 
+    @functools.cached_property
     def _shifts(self) -> list[Tensor]:
         """What renumbering has taken off each row, (B, 1), in all layers."""
         all_slots = [slots for slots in self._before if slots is not None]
         shifts = {id(slots.renumbered): slots.renumbered for slots in all_slots}
         return [shift for shift in shifts.values() if shift is not None]
+
+    def _positions(self, logical: Tensor, shifts: list[Tensor]) -> Tensor:
+        """(shifts x B, T) position ids, less each of the shifts."""
+        key = id(logical), *map(id, shifts)
+        if key not in self._shifted:
+            self._shifted[key] = (logical - torch.stack(shifts)).flatten(0, 1)
+        return self._shifted[key]

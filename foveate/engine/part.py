@@ -68,6 +68,25 @@ class Part(ABC):
         hook = self._hidden(hook)
         self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
 
+    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Call `forward(module, before, ...)` in place of a module's forward.
+
+        `before` is a forward that the module has of its own, else `None`. A hook before each of
+        many modules would take longer than small modules themselves.
+        """
+        before = vars(module).get("forward")
+        replaced = functools.partial(self._hidden(forward), module, before)
+        functools.update_wrapper(replaced, module.forward)
+        self._put(module, "forward", replaced)
+
+    def _put(self, module: nn.Module, name: str, value: Callable[..., Any]) -> None:
+        """Give a module an attribute of its own, until the part is taken off."""
+        before = vars(module).get(name)
+        setattr(module, name, value)
+        self._undo.append(
+            lambda: delattr(module, name) if before is None else setattr(module, name, before)
+        )
+
     def _hidden(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """A hook that torch.compile does not trace, where that is wanted: hooks keep state."""
         return torch.compiler.disable(hook) if self.uncompiled else hook
@@ -75,7 +94,6 @@ class Part(ABC):
     def wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Call `around(original, ...)` in place of a method of a module."""
         original = getattr(module, name)
-        before = vars(module).get(name)
 
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -84,10 +102,7 @@ class Part(ABC):
         if self.uncompiled:  # the original may be compiled
             around = torch.compiler.disable(around, recursive=False)
             wrapper = torch.compiler.disable(wrapper, recursive=False)
-        setattr(module, name, wrapper)
-        self._undo.append(
-            lambda: delattr(module, name) if before is None else setattr(module, name, before)
-        )
+        self._put(module, name, wrapper)
 
 
 def part_of(hook: Any) -> Part | None:

@@ -55,8 +55,6 @@ class TextPart(Hooks, Part):
         self.behind(family.base, self.leave_model, always=True)
         self.before(family.text, self.enter_text)
         self.behind(family.text, self.leave_text)
-        for number in range(self.plan.first_layer, family.text_layers):
-            self.before(family.layers[number], functools.partial(self.enter_layer, number))
         if family.model is not family.base:
             self.before(family.model, self.enter_top)
             self.wrap(family.model, "generate", self.generate)
@@ -68,6 +66,8 @@ class TextPart(Hooks, Part):
                 self.before(projector, self.enter_projector)
         for number in self.plan.work:
             self.wrap(family.layers[number], "forward", functools.partial(self.run_layer, number))
+        for number in range(self.plan.first_layer, family.text_layers):
+            self.replace_forward(family.layers[number], functools.partial(self.layer, number))
         for number in self.plan.transition_layers:
             for name in ("self_attn", "mlp"):
                 module = family._child(family.layers[number], name)

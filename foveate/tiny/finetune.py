@@ -83,10 +83,12 @@ class Tuner(Trainer):
     Args:
         settings: what to do; the budget is in steps.
         start: folder of the trained model.
+        turns: how often a step is on what.
     """
 
-    def __init__(self, settings: Settings, start: Path) -> None:
+    def __init__(self, settings: Settings, start: Path, turns: dict[str, int] = TURNS) -> None:
         super().__init__(settings)
+        self.turns = turns
         self.photos = load_photos(photo_paths(settings.photos, held_out=False))
         if self.step == 0:
             adopt(self.model, start)
@@ -113,7 +115,7 @@ class Tuner(Trainer):
         """Take one step, on what its number says; returns what it was on, and what to log."""
         rng = Random(f"{self.settings.seed} {self.step}")
         torch.manual_seed(rng.getrandbits(31))
-        sort = rng.choices(list(TURNS), list(TURNS.values()))[0]
+        sort = rng.choices(list(self.turns), list(self.turns.values()))[0]
         first = TRAIN_SEEDS + rng.getrandbits(39) * 1024
         self._set_rates()
         if sort == "scenes":
@@ -168,14 +170,15 @@ class Tuner(Trainer):
         return shares(total)
 
 
-def finetune(settings: Settings, start: Path) -> None:
+def finetune(settings: Settings, start: Path, turns: dict[str, int] = TURNS) -> None:
     """Run the schedule, or what is left of it.
 
     Args:
         settings: what to do; `steps` must be given.
         start: folder of the trained model.
+        turns: how often a step is on what.
     """
-    tuner = Tuner(settings, start)
+    tuner = Tuner(settings, start, turns)
     settings.out.mkdir(parents=True, exist_ok=True)
     saved = tuner.seconds
     with (settings.out / "log.jsonl").open("a") as log:
@@ -202,10 +205,17 @@ def main(
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG backgrounds.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1400,
     seed: Annotated[int, typer.Option(help="Seed of scenes and new words.")] = 0,
+    turns: Annotated[
+        str, typer.Option(help="How often a step is on what, as scenes=42,album=28.")
+    ] = ",".join(f"{sort}={share}" for sort, share in TURNS.items()),
 ) -> None:
     """Fine-tune the tiny VLM; run it again to go on after an interruption."""
     torch.set_num_threads(1)
-    finetune(Settings(out, photos, 0.0, steps, seed, batch=8), start)
+    shares_of = dict(part.split("=") for part in turns.split(","))
+    if unknown := shares_of.keys() - TURNS.keys():
+        raise typer.BadParameter(f"--turns knows {', '.join(TURNS)}, not {', '.join(unknown)}")
+    mix = {sort: int(share) for sort, share in shares_of.items()}
+    finetune(Settings(out, photos, 0.0, steps, seed, batch=8), start, mix)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_recycled_tokens_come_last_where_positions_are_consecutive(llava, positi
     def look(name):
         return lambda module, args, kwargs: states.update({name: args[0][0]})
 
-    layer = llava.model.language_model.layers[2]
+    layer = llava.model.language_model.layers[2].input_layernorm
     handles = [layer.register_forward_pre_hook(look("plain"), with_kwargs=True)]
     llava(**inputs)
     handles.pop().remove()

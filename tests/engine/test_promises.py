@@ -237,9 +237,8 @@ def test_merging_inside_the_language_model_averages_states(llava):
         pruned = llava(**inputs, output_hidden_states=True).hidden_states
     plain = llava(**inputs, output_hidden_states=True).hidden_states
     seen = []
-    handle = llava.model.language_model.layers[2].register_forward_hook(
-        lambda module, args, out: seen.append(args[0])
-    )
+    norm = llava.model.language_model.layers[2].input_layernorm
+    handle = norm.register_forward_hook(lambda module, args, out: seen.append(args[0]))
     with foveate.use(llava, Average(layer=2, keep=9)):
         llava(**inputs)
     handle.remove()

@@ -163,7 +163,7 @@ def test_packed_samples_count_their_positions_from_zero():
     model, seen = kind.build().train(), []
     inputs, talks = batch(kind, "turns", "right")
     foveate.prepare(model, METHOD)
-    model.model.language_model.layers[-1].register_forward_pre_hook(
+    model.model.language_model.layers[-1].self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"][0]), with_kwargs=True
     )
     model(**called(pack(kind, model, inputs, talks)), use_cache=False)

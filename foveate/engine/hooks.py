@@ -33,6 +33,7 @@ from foveate.engine.inputs import (
     only_labelled,
     placeholders,
     real_positions,
+    seen_positions,
     supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
@@ -255,6 +256,7 @@ class Hooks:
             real=real_positions(kwargs.get("attention_mask"), past + length)
             if groups or self.plan.focus
             else None,
+            sees=seen_positions(kwargs.get("attention_mask"), past, length) if groups else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),

@@ -99,16 +99,38 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
         mask: what the text model was given: 2-D, 4-D, a dict of those by kind of layer, or `None`.
         total: logical length, cached positions included.
     """
-    if isinstance(mask, dict):
+    sees = _square(mask)
+    if sees is not None:
+        mask = sees.any(1)
+    elif isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
         return None
-    if mask.dim() == 4:  # built beforehand, for static caches or for blocks: some query sees it
-        mask = mask[:, 0]
-        mask = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        mask = mask.any(1)
     real = mask[:, :total].bool()
     return None if bool(real.all()) else real
+
+
+def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
+    """(B or 1, T, T) which positions of a forward each of its positions sees, or `None` where it
+    is those before it: masks that are built beforehand may hold blocks or prefixes.
+
+    Args:
+        mask: as in `real_positions`.
+        past: cached positions.
+        length: T.
+    """
+    sees = _square(mask)
+    return None if sees is None else sees[:, :, past : past + length]
+
+
+def _square(mask: Any) -> Tensor | None:
+    """(B or 1, T, K) bool of a mask that says what each position sees."""
+    if isinstance(mask, dict):
+        mask = mask["full_attention"]
+    if mask is None or mask.dim() != 4:
+        return None
+    mask = mask[:, 0]
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def labels_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

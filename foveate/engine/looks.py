@@ -265,7 +265,12 @@ class Looks:
     def _seen_by(self, columns: Tensor) -> Tensor:
         """(B, Q, P) physical columns that tokens in (B, Q) logical ones see."""
         index, sample = self.turn.layout.index, self.prompt.sample
-        seen = index[:, None] <= columns[..., None]
+        if self.prompt.sees is None:
+            seen = index[:, None] <= columns[..., None]
+        else:
+            sees = self.prompt.sees.expand(len(index), -1, -1)
+            sees = sees[torch.arange(len(index), device=sees.device)[:, None], columns]
+            seen = sees.gather(2, index.clamp(min=0)[:, None].expand(-1, columns.shape[1], -1))
         if self._alive is not None:
             seen = seen & self._alive[:, None]
         if sample is not None:
@@ -277,7 +282,8 @@ class Looks:
     def _visible(self) -> Tensor | None:
         """(B, Q, P) columns that the tokens that ask see, or `None` for all."""
         prompt = self.prompt
-        if prompt.supervised is None and not prompt.trailing and self._alive is None:
+        plain = prompt.supervised is None and not prompt.trailing and prompt.sees is None
+        if plain and self._alive is None:
             return None
         return self._seen_by(self.asked.columns)
 

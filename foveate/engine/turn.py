@@ -47,6 +47,7 @@ class Prompt:
         trailing: drafted tokens behind the prompt, in assisted decoding.
         request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
+        sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
         supervised: (B, T) positions with a label; `None` without labels.
         sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
@@ -61,6 +62,7 @@ class Prompt:
     trailing: int
     request: Callable[[int], int]
     flash: bool
+    sees: Tensor | None = None
     visual: Tensor | None = None
     supervised: Tensor | None = None
     sample: Tensor | None = None

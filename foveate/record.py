@@ -95,6 +95,8 @@ class Record:
         layer_tokens: for each decoder layer, real tokens of each row that it saw: [layers][rows].
         cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included;
             earlier turns count.
+        forgot: the decoder layer before which caches of earlier layers were made to forget what
+            is removed there, the last if there are several; 0 for none.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
             saw, special tokens included, or rows of all images where they lie in one sequence;
@@ -113,6 +115,7 @@ class Record:
     images: list[ImageRecord]
     layer_tokens: list[list[int]]
     cache_slots: list[int]
+    forgot: int = 0
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
     encoder_bounds: list[Tensor | None] = field(default_factory=list)

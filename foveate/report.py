@@ -232,24 +232,9 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
     """Bytes of the cache afterwards, and what it would hold had this forward removed nothing."""
     if not record.cache_slots:
         return {"before": 0, "after": 0, "ratio": 1.0}
-    full = max(record.prompt_tokens, default=0)
-    slots = record.cache_slots
-    windows = _windows(config, len(slots))
-    unpruned = [
-        int(min(count + full - max(tokens), window)) if count else 0
-        for count, tokens, window in zip(slots, record.layer_tokens, windows, strict=bool(slots))
-    ]
-    after = flops.kv_bytes(config, slots, record.rows, dtype)
-    before = flops.kv_bytes(config, unpruned, record.rows, dtype)
+    after = flops.kv_bytes(config, record.cache_slots, record.rows, dtype)
+    before = flops.kv_bytes(config, whole(record).cache_slots, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
-
-
-def _windows(config: Any, layers: int) -> list[float]:
-    """Slots that the cache of each layer keeps at most."""
-    text = getattr(config, "text_config", config)
-    kinds = getattr(text, "layer_types", None) or []
-    held = [text.sliding_window - 1 if kind == "sliding_attention" else math.inf for kind in kinds]
-    return (held or [math.inf] * layers)[:layers]
 
 
 def describe(method: Mapping[str, Any]) -> str:

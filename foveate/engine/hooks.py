@@ -493,6 +493,7 @@ class Hooks:
             images=images,
             layer_tokens=before + turn.layer_tokens,
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
+            forgot=turn.forgot,
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
             encoder_bounds=[] if self.vision is None else self.vision.bounds,

@@ -86,6 +86,7 @@ class Turn:
         self.layout = self.full
         self.layer_layouts: list[Layout] = []
         self.layer_tokens: list[list[int]] = []
+        self.forgot = 0  # the last layer before which caches forgot
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
         self.kept: dict[int, dict[str, Tensor]] = {
@@ -358,6 +359,7 @@ class Turn:
         """Let the cache layers before a decoder layer forget what is not alive there."""
         if cache is None:
             return
+        self.forgot = number
         prompt = self.prompt
         gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
         gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight

@@ -103,16 +103,22 @@ def account(
 
 
 def whole(record: Record) -> Record:
-    """The same forward if nothing had been removed."""
-    slots = record.cache_slots
+    """The same forward if nothing had been removed; where layers have windows, `cache_slots` are
+    those without.
+    """
     full = max(record.prompt_tokens, default=0)
+    held = record.layer_tokens
+    if record.forgot:  # what was given to the caches before, and is still there
+        held = [held[record.forgot]] * record.forgot + held[record.forgot :]
+    slots = record.cache_slots
     return replace(
         record,
         layer_tokens=[list(record.prompt_tokens)] * len(record.layer_tokens),
         cache_slots=[
-            count + full - max(tokens)
-            for count, tokens in zip(slots, record.layer_tokens, strict=bool(slots))
+            count + full - max(tokens) if count else 0
+            for count, tokens in zip(slots, held, strict=bool(slots))
         ],
+        forgot=0,
         encoder_tokens=[],
         encoder_bounds=[],
     )

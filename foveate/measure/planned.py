@@ -11,6 +11,7 @@ from PIL import Image
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import UnsupportedModelError
+from foveate.measure.flops import TextShape
 from foveate.measure.trace import trace
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
@@ -80,7 +81,8 @@ def planned(
         prompt_tokens=[text_tokens + sum(shape.total for shape in shapes)],
         images=images,
         layer_tokens=layer_tokens,
-        cache_slots=_held(plan, layer_tokens),
+        cache_slots=_held(family, plan, layer_tokens),
+        forgot=max((s.step.layer for s in plan.llm if s.step.forget), default=0),
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
@@ -88,12 +90,16 @@ def planned(
     )
 
 
-def _held(plan: Plan, layer_tokens: Sequence[Sequence[int]]) -> list[int]:
-    """Slots that caches hold: what layers saw, less what they are made to forget."""
+def _held(family: Family, plan: Plan, layer_tokens: Sequence[Sequence[int]]) -> list[int]:
+    """Slots that caches hold: what layers saw, less what they are made to forget, within windows.
+
+    Which tokens of a window are forgotten depends on the tokens; counted is the most that may stay.
+    """
     slots = [tokens[0] for tokens in layer_tokens]
     for step in (s.step for s in plan.llm if s.step.forget):
         slots[: step.layer] = [slots[step.layer]] * step.layer
-    return slots
+    shapes = TextShape.all(family.config)
+    return [shape.held(count) for shape, count in zip(shapes, slots, strict=True)]
 
 
 def _inside(

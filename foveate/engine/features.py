@@ -41,6 +41,7 @@ class Encoded:
         unprojected: (V, C) what it is given for each image.
         mixes: whether tokens of some image are made, or mixed afterwards, several at a time.
         fed: what the features were made from, with shapes of floating-point tensors only.
+        projected: rows that the projector was given once more, because they were merged.
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
@@ -53,6 +54,7 @@ class Encoded:
     projector: Any = None
     unprojected: Sequence[Tensor] = ()
     mixes: bool = True
+    projected: int = 0
     fed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -224,12 +226,16 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     alive = encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
     began: list[dict[int, int]] = [{} for _ in source]
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
+    rows: list[int] = []
+    again = (
+        encoded if encoded.projector is None else replace(encoded, projector=_noting(encoded, rows))
+    )
+    survivors, ordered = _reduce(plan, images, groups, again, asker, deliver, began)
     left = [
         Left(len(index), begun, labels, index if ordered else None)
         for (index, _, labels), begun in zip(survivors, began, strict=True)
     ]
-    output.encoded = replace(encoded, left=left, unprojected=())
+    output.encoded = replace(encoded, left=left, unprojected=(), projected=sum(rows))
     if sum(image.count for image in left) == sum(lengths) and not ordered:
         return
     starts = [0, *accumulate(lengths[:-1])]
@@ -243,6 +249,17 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     output.pooler_output = marked[0]
     if len(marked) > 1:
         output.deepstack_features = marked[1:]
+
+
+def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor]:
+    """The projector, which notes how many rows it is given."""
+
+    def project(x: Tensor) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        projected: Tensor = encoded.projector(x)
+        return projected
+
+    return project
 
 
 def _reduce(

@@ -502,7 +502,13 @@ class Hooks:
                 for modality, output in ({} if sliced else encoded).items()
                 if output.encoded.fed
             },
+            projected={
+                modality: output.encoded.projected
+                for modality, output in ({} if sliced else encoded).items()
+                if output.encoded.projected
+            },
             question_tokens=turn.looks.question_tokens,
+            common_tokens=turn.common_tokens,
             notes=["chunked prefill: kept tokens are not reported"] * sliced
             + self.tags.notes(encoded),
         )

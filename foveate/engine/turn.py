@@ -200,6 +200,12 @@ class Turn:
         ]
         return Split.of(images, position, keys, slots.visual)
 
+    @property
+    def common_tokens(self) -> int:
+        """Text tokens that images look at where layers compute less of visual tokens."""
+        split = next(iter(self.splits.values()), None)
+        return split.text_keys[0].shape[1] if split is not None and split.images else 0
+
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[Any, Tensor | None]:

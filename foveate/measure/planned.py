@@ -64,8 +64,11 @@ def planned(
             else:
                 alive[image] = step.method.count(alive[image], total, step.step, step.number)
             kept[image][step.step.place] = torch.arange(min(alive[image], shape.total))
+        if step.step.before_projector and family.projector("image") is not None:
+            projected["image"] = projected.get("image", 0) + sum(alive)
 
     parked: dict[int, list[int]] = {}
+    projected: dict[str, int] = {}
     for step in plan.pre_llm:
         act(step)
     layer_tokens = []
@@ -86,6 +89,7 @@ def planned(
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
+        projected=projected,
         question_tokens=text_tokens,
     )
 

@@ -270,6 +270,21 @@ class Hooks:
         local.turn.begin(sequence)
         return args, local.turn.deepstack(kwargs)
 
+    def rotate(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        hidden: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+    ) -> Any:
+        """In place of the forward of rotary embeddings: make those of renumbered layers too."""
+        embed = functools.partial(before or functools.partial(type(module).forward, module), hidden)
+        onward = self._local.onward
+        if onward is None:
+            return embed(position_ids, *args)
+        return onward.rotate(lambda positions: embed(positions, *args), position_ids)
+
     def layer(
         self,
         number: int,

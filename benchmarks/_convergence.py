@@ -35,8 +35,8 @@ from foveate.tiny.words import DIGITS, NUMBERS
 LAYERS = 8
 VISUAL = 256
 KINDS = ("color", "shape", "where", "place-color", "place-object", "exists", "count")
-OBJECTS, FEW = (6, 12), (2, 4)
-EASY = 0.4
+OBJECTS, FEW = (3, 6), (1, 3)
+EASY = 0.3
 TURNS = 16
 ROPE = 1e6
 WRITTEN = {*DIGITS, *NUMBERS}

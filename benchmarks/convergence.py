@@ -184,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", choices=ARMS, default="full")
-    parser.add_argument("--images", type=int, default=9600)
+    parser.add_argument("--images", type=int, default=7200)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--questions", type=int, default=1200)
     given = parser.parse_args()

@@ -6,7 +6,6 @@ Shapes: `B` images, `T` tokens, `V` = 256 visual tokens.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,12 +18,10 @@ from transformers import LlavaForConditionalGeneration
 from foveate.tiny import losses
 from foveate.tiny.build import BOS, EOS, IMAGE, PAD, build_config, build_model
 from foveate.tiny.data import (
-    GROUPS,
     IGNORE,
     SINGLE,
     TRAIN_SEEDS,
     WORD_ID,
-    Batch,
     make_batch,
     normalise,
 )

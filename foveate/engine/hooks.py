@@ -45,7 +45,7 @@ from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
-from foveate.errors import BudgetError, InputError
+from foveate.errors import AttachError, BudgetError, InputError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.tokens import Shape
@@ -187,6 +187,12 @@ class Hooks:
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the base model: find placeholders, and reduce features encoded before."""
+        if module is not self.family.base:
+            raise AttachError(
+                f"this {type(module).__name__} is a copy of the one that methods were attached to "
+                "(torch.nn.DataParallel makes such copies): run one process per device instead, as "
+                "with torchrun, and attach methods in each"
+            )
         self._forget()
         local = self._local
         ids = args[0] if args else kwargs.get("input_ids")

@@ -170,6 +170,7 @@ class Session:
         for part in self._parts:
             part.check()
         for part in self._parts:
+            part.mark()
             part.attach()
         return self
 

@@ -2,8 +2,8 @@
 
 `python benchmarks/convergence.py train --seed 0 --arm full` (or `pyramiddrop`) trains one arm
 through the stock Trainer, goes on where it stopped, and asks held-out questions; `collect` writes
-`results/convergence.json`. All arms share the vision tower and the first steps of the language
-model; both arms of a seed share the data and their order.
+`results/convergence.json`. All arms share the vision tower; those of a seed share the untrained
+language model, its first steps, and the data and their order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from _bench import machine, save, warm_heap
 ARMS = ("full", "pyramiddrop", "steep")
 HELD_OUT = 3 * 10**6
 CURVE_STEPS, CURVE_QUESTIONS = 50, 240
-VISION_STEPS = 800
+VISION_STEPS, WARM_STEPS = 800, 450
 RATE = 2e-3
 
 
@@ -38,22 +38,31 @@ def method(arm: str) -> Any:
     return PyramidDrop()
 
 
+def start(seed: int, out: Path) -> None:
+    """Make what the arms of a seed start from, unless it is there."""
+    import torch
+    from _convergence import train_vision, warm_up
+
+    torch.set_num_threads(1)
+    train_vision(0, out / "start", VISION_STEPS)
+    warm_up(seed, out / "start", WARM_STEPS)
+
+
 def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
     """Train one arm through the stock Trainer, or what is left of it."""
     import torch
-    from _convergence import MuonAdam, Packed, collate, start, train_vision
+    from _convergence import Conversations, MuonAdam, build, collate
     from transformers import Trainer, TrainingArguments
 
     import foveate
     from foveate.finetune.run import last_checkpoint
     from foveate.tiny.data import TRAIN_SEEDS
 
-    torch.set_num_threads(1)
     folder = out / f"{arm}-{seed}"
     if (folder / "model.pt").exists():
         return
-    train_vision(0, out / "start", VISION_STEPS)
-    model = start(seed, torch.load(out / "start" / "vision.pt")["model"])
+    model = build(0)
+    model.load_state_dict(torch.load(out / "start" / f"warm-{seed}.pt")["model"])
     model.set_attn_implementation("eager")  # faster than SDPA on a CPU
     model.model.vision_tower.requires_grad_(False)
     if arm != "full":
@@ -67,7 +76,7 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
             num_train_epochs=1,
             learning_rate=RATE,
             lr_scheduler_type="linear",
-            warmup_steps=40,
+            warmup_steps=10,
             max_grad_norm=2.0,
             bf16=True,
             use_cpu=True,
@@ -77,11 +86,10 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
             logging_steps=10,
             report_to=[],
             seed=seed,
-            train_sampling_strategy="sequential",  # easy scenes come first
             remove_unused_columns=False,
             disable_tqdm=True,
         ),
-        train_dataset=Packed(TRAIN_SEEDS + (1 + seed) * 10**9, images),
+        train_dataset=Conversations(TRAIN_SEEDS + (1 + seed) * 10**9, images),
         data_collator=collate,
         optimizers=(MuonAdam(model, RATE), None),
         callbacks=[_curve(folder)],
@@ -180,15 +188,18 @@ def collect(out: Path, images: int, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("train", "evaluate", "collect"))
+    parser.add_argument("what", choices=("start", "train", "evaluate", "collect"))
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", choices=ARMS, default="full")
-    parser.add_argument("--images", type=int, default=7200)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--questions", type=int, default=1200)
     given = parser.parse_args()
-    if given.what == "train":
+    if given.what == "start":
+        start(given.seed, given.out)
+    elif given.what == "train":
+        start(given.seed, given.out)
         train(given.seed, given.arm, given.out, given.images, given.batch)
         evaluate(given.seed, given.arm, given.out, given.questions)
     elif given.what == "evaluate":

@@ -45,7 +45,7 @@ from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
-from foveate.errors import BudgetError, InputError
+from foveate.errors import AttachError, BudgetError, InputError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.tokens import Shape
@@ -187,6 +187,12 @@ class Hooks:
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the base model: find placeholders, and reduce features encoded before."""
+        if module is not self.family.base:
+            raise AttachError(
+                f"this {type(module).__name__} is a copy of the one that methods were attached to "
+                "(torch.nn.DataParallel makes such copies): run one process per device instead, as "
+                "with torchrun, and attach methods in each"
+            )
         self._forget()
         local = self._local
         ids = args[0] if args else kwargs.get("input_ids")
@@ -269,6 +275,21 @@ class Hooks:
             return None
         local.turn.begin(sequence)
         return args, local.turn.deepstack(kwargs)
+
+    def rotate(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        hidden: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+    ) -> Any:
+        """In place of the forward of rotary embeddings: make those of renumbered layers too."""
+        embed = functools.partial(before or functools.partial(type(module).forward, module), hidden)
+        onward = self._local.onward
+        if onward is None:
+            return embed(position_ids, *args)
+        return onward.rotate(lambda positions: embed(positions, *args), position_ids)
 
     def layer(
         self,

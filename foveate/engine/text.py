@@ -66,6 +66,8 @@ class TextPart(Hooks, Part):
                 self.before(projector, self.enter_projector)
         for number in self.plan.work:
             self.wrap(family.layers[number], "forward", functools.partial(self.run_layer, number))
+        if family.one_dimensional:
+            self.replace_forward(family.text.rotary_emb, self.rotate)
         for number in range(self.plan.first_layer, family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(self.layer, number))
         for number in self.plan.transition_layers:

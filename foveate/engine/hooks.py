@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
+from foveate.engine.blind import run_step
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
@@ -64,7 +65,6 @@ class _Local(threading.local):
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
-    replayed: Turn | None = None  # of a layer that is recomputed for its gradients
     onward: Onward | None = None  # instead of a turn, where nothing can be removed
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
@@ -244,7 +244,12 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif cache is not None and past and self.plan.focus is None and not self.plan.work:
+        elif (
+            cache is not None
+            and past
+            and self.plan.focus is None
+            and (length == 1 or not self.plan.blind)
+        ):
             local.onward = Onward.behind(self.family, cache, sequence)
             return None
         prompt = Prompt(
@@ -290,30 +295,27 @@ class Hooks:
             **kwargs: its keyword arguments, in logical terms.
         """
         local, turn = self._local, self._local.turn
+        work = self.plan.work.get(number)
         if turn is None and local.onward is not None:
             kwargs = local.onward.enter(number, hidden, kwargs)
+            unread = work and local.onward.unread(number, work, hidden, kwargs)
+            if work and unread:
+                rotary, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
+                return run_step(module, work, *unread, hidden, rotary, cache)
         else:
             if turn is None:
-                turn = local.replayed = self.replays.find(number, kwargs)
+                turn = self.replays.find(number, kwargs)
             elif module is not self.family.layers[number] and turn.groups:  # something is around it
                 self.replays.keep(number, turn, kwargs)
             if turn is not None:
                 hidden, kwargs = turn.enter(number, module, hidden, kwargs)
+                if work and number in turn.splits:
+                    rotary, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
+                    mask, split = kwargs.get("attention_mask"), turn.splits[number]
+                    return run_layer(module, work, split, hidden, rotary, mask, cache)
         if before is not None:
             return before(hidden, *args, **kwargs)
         return type(module).forward(module, hidden, *args, **kwargs)
-
-    def run_layer(
-        self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Around a decoder layer's forward: do less of it for visual tokens."""
-        turn, work = self._local.turn or self._local.replayed, self.plan.work[number]
-        split = None if turn is None else turn.splits.get(number)
-        if split is None or not (split.images or work.blind):
-            return original(hidden, *args, **kwargs)
-        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
-        layer, cache = self.family.layers[number], kwargs.get("past_key_values")
-        return run_layer(layer, work, split, hidden, rotary, mask, cache)
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
@@ -411,7 +413,7 @@ class Hooks:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
         local.encoded, local.turn, local.onward = None, None, None
-        local.replayed, local.sample = None, None
+        local.sample = None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""

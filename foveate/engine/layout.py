@@ -111,7 +111,8 @@ class Slots:
             never did.
         tail: trailing slots that are whole logical positions in every row, so that cropping them
             is exact.
-        visual: (B, S) which slots hold visual tokens; `None` where nobody asks.
+        visual: (B, at most S) which slots hold visual tokens, those behind it hold none; `None`
+            where nobody asks. The same tensor as long as text alone is appended.
     """
 
     head: Tensor
@@ -138,6 +139,13 @@ class Slots:
         """(B, S) logical position of each slot; -1 is padding."""
         tail = torch.arange(self.length - self.tail, self.length, device=self.head.device)
         return torch.cat((self.head, tail.expand(self.head.shape[0], -1)), dim=1)
+
+    @property
+    def all_visual(self) -> Tensor | None:
+        """(B, S) `visual`, for all slots."""
+        if self.visual is None:
+            return None
+        return F.pad(self.visual, (0, self.count - self.visual.shape[1]))
 
     def extend(
         self,
@@ -182,7 +190,7 @@ class Slots:
                 self.ragged,
                 self.renumbered,
                 self.tail + length,
-                None if self.visual is None else F.pad(self.visual, (0, length)),
+                self.visual,
             ),
         )
 
@@ -250,8 +258,9 @@ class Slots:
     def _marks(self, layout: Layout, visual: Tensor | None) -> Tensor | None:
         if visual is None and self.visual is None:
             return None
-        before = torch.zeros_like(self.index, dtype=torch.bool)
-        before = before if self.visual is None else self.visual
+        before = self.all_visual
+        if before is None:
+            before = torch.zeros_like(self.index, dtype=torch.bool)
         new = torch.zeros_like(layout.index, dtype=torch.bool)
         if visual is not None:
             new = visual.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)

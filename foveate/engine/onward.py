@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.engine.blind import Unread, additive
 from foveate.engine.cache import PrunedStaticLayer
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout, Slots, translate_mask
+from foveate.method import Work
 from foveate.models import Family
 
 
@@ -39,6 +41,7 @@ class Onward:
         self._views: dict[tuple[int, ...], tuple[Slots, dict[str, Any]]] = {}
         self._shifted: dict[tuple[int, ...], Tensor] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
+        self._added: dict[int, Tensor | None] = {}
         self._forward = object()  # names the forward to slots that layers share
 
     @classmethod
@@ -68,6 +71,36 @@ class Onward:
         held: Any = self._layers[number]
         held.incoming, changes = self._views[key]
         return {**kwargs, **changes} if changes else kwargs
+
+    def unread(
+        self, number: int, work: Work, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """What blind heads of a layer do not read, where one token of each row does not.
+
+        Args:
+            number: the decoder layer, which has been entered.
+            work: what it does for visual tokens.
+            hidden: (B, 1, D) its input.
+            kwargs: its keyword arguments, in physical terms.
+
+        Returns:
+            (B, Hkv, R, S), and (B or 1, 1, 1, S) what all heads add to scores; `None` where the
+            layer itself does right.
+        """
+        held: Any = self._layers[number]
+        after = held.incoming
+        if self._before[number] is None or after.visual is None:
+            return None
+        mask = kwargs.get("attention_mask")
+        slots = after.count if mask is None else mask.shape[-1]
+        if held.unread is None or not held.unread.serves(after.visual, slots):
+            attention = self.family.layers[number].self_attn
+            held.unread = Unread.of(attention, work, after.visual, slots, hidden.dtype)
+        if held.unread.mask is None:
+            return None
+        if id(mask) not in self._added:
+            self._added[id(mask)] = additive(mask, hidden.dtype)
+        return held.unread.mask[..., :slots], self._added[id(mask)]
 
     def _view(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]

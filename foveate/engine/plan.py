@@ -76,6 +76,11 @@ class Plan:
         )
         return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
 
+    @cached_property
+    def blind(self) -> bool:
+        """Whether text does not see all visual tokens in some layer where these are."""
+        return any(work.blind for work in self.work.values())
+
     @property
     def marks(self) -> bool:
         """Whether image features may come with removed rows marked."""

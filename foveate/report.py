@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.measure import flops
-from foveate.measure.account import account, visual_tokens, whole
+from foveate.measure.account import account, visual_tokens, whole, windows
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
 from foveate.record import ImageRecord, Record, place_name
@@ -211,7 +211,7 @@ def _token(image: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[str, Any]:
     """FLOPs of the prefill with all tokens and as it was, vision included."""
-    before, after = account(whole(record), family), account(record, family, methods)
+    before, after = account(whole(record, family.config), family), account(record, family, methods)
     total = before.total
     return {
         "before": total,
@@ -232,24 +232,12 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
     """Bytes of the cache afterwards, and what it would hold had this forward removed nothing."""
     if not record.cache_slots:
         return {"before": 0, "after": 0, "ratio": 1.0}
-    full = max(record.prompt_tokens, default=0)
-    slots = record.cache_slots
-    windows = _windows(config, len(slots))
-    unpruned = [
-        int(min(count + full - max(tokens), window)) if count else 0
-        for count, tokens, window in zip(slots, record.layer_tokens, windows, strict=bool(slots))
-    ]
-    after = flops.kv_bytes(config, slots, record.rows, dtype)
+    after = flops.kv_bytes(config, record.cache_slots, record.rows, dtype)
+    unpruned = whole(record, config).cache_slots
+    most = windows(config, len(unpruned))
+    unpruned = [int(min(pair)) for pair in zip(unpruned, most, strict=True)]
     before = flops.kv_bytes(config, unpruned, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
-
-
-def _windows(config: Any, layers: int) -> list[float]:
-    """Slots that the cache of each layer keeps at most."""
-    text = getattr(config, "text_config", config)
-    kinds = getattr(text, "layer_types", None) or []
-    held = [text.sliding_window - 1 if kind == "sliding_attention" else math.inf for kind in kinds]
-    return (held or [math.inf] * layers)[:layers]
 
 
 def describe(method: Mapping[str, Any]) -> str:

@@ -158,7 +158,7 @@ def count(question: Question) -> Answer:
     record = planned(
         family, plan, fed(processor, question.images, question.size), question.text_tokens
     )
-    full = whole(record)
+    full = whole(record, family.config)
     before = account(full, family, (), question.convention)
     after = account(record, family, [question.method], question.convention)
     shape = TextShape.of(family.config)

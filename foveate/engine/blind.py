@@ -80,8 +80,7 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def run_step(
     layer: Any,
     work: Work,
-    unread: Tensor,
-    mask: Tensor | None,
+    masks: tuple[Tensor, Tensor | None],
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],
     cache: Any,
@@ -91,8 +90,8 @@ def run_step(
     Args:
         layer: its module.
         work: what it does for visual tokens.
-        unread: (B, Hkv, R, S) mask of what heads do not read, of `Unread`.
-        mask: (B or 1, 1, 1, S) what is added to scores for other reasons.
+        masks: (B, Hkv, R, S) of what heads do not read, see `Unread`; and (B or 1, 1, 1, S) what
+            is added to the scores of all heads.
         hidden: (B, 1, D) its input.
         rotary: cos and sin of the token.
         cache: the key-value cache.
@@ -100,7 +99,7 @@ def run_step(
     Returns:
         (B, 1, D) its output.
     """
-    module, batch = layer.self_attn, len(hidden)
+    module, batch, (unread, mask) = layer.self_attn, len(hidden), masks
     x = layer.input_layernorm(hidden)
     q, k, v = (
         project(x).view(batch, 1, -1, module.head_dim)

@@ -20,7 +20,6 @@ from transformers.cache_utils import Cache
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.blind import run_step
 from foveate.engine.cache import check_cache, slots_held
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
@@ -295,13 +294,12 @@ class Hooks:
             **kwargs: its keyword arguments, in logical terms.
         """
         local, turn = self._local, self._local.turn
-        work = self.plan.work.get(number)
         if turn is None and local.onward is not None:
             kwargs = local.onward.enter(number, hidden, kwargs)
-            unread = work and local.onward.unread(number, work, hidden, kwargs)
-            if work and unread:
-                rotary, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
-                return run_step(module, work, *unread, hidden, rotary, cache)
+            if (work := self.plan.blind.get(number)) is not None:
+                output = local.onward.run(number, module, work, hidden, kwargs)
+                if output is not None:
+                    return output
         else:
             if turn is None:
                 turn = self.replays.find(number, kwargs)
@@ -309,9 +307,10 @@ class Hooks:
                 self.replays.keep(number, turn, kwargs)
             if turn is not None:
                 hidden, kwargs = turn.enter(number, module, hidden, kwargs)
-                if work and number in turn.splits:
-                    rotary, cache = kwargs["position_embeddings"], kwargs.get("past_key_values")
-                    mask, split = kwargs.get("attention_mask"), turn.splits[number]
+                if number in turn.splits:
+                    work, split = self.plan.work[number], turn.splits[number]
+                    rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+                    cache = kwargs.get("past_key_values")
                     return run_layer(module, work, split, hidden, rotary, mask, cache)
         if before is not None:
             return before(hidden, *args, **kwargs)

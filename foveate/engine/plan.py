@@ -77,9 +77,12 @@ class Plan:
         return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
 
     @cached_property
-    def blind(self) -> bool:
-        """Whether text does not see all visual tokens in some layer where these are."""
-        return any(work.blind for work in self.work.values())
+    def blind(self) -> dict[int, Work]:
+        """Of `work`, layers in which some heads read visual tokens, or what they weigh, and others
+        do not.
+        """
+        layers = self.work.items()
+        return {number: work for number, work in layers if work.blind and not work.unread}
 
     @property
     def marks(self) -> bool:

@@ -5,6 +5,7 @@ It is made from a record, of a forward that ran or of one that is only planned, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -102,20 +103,31 @@ def account(
     return found if convention.multiply_add == 2 else _halved(found)
 
 
-def whole(record: Record) -> Record:
-    """The same forward if nothing had been removed."""
+def whole(record: Record, config: Any) -> Record:
+    """The same forward if it had removed nothing, of a model with this config."""
     slots = record.cache_slots
     full = max(record.prompt_tokens, default=0)
     return replace(
         record,
         layer_tokens=[list(record.prompt_tokens)] * len(record.layer_tokens),
         cache_slots=[
-            count + full - max(tokens)
-            for count, tokens in zip(slots, record.layer_tokens, strict=bool(slots))
+            # A layer may have been made to forget what it has seen.
+            int(max(count + full - max(tokens), min(full, window))) if count else 0
+            for count, tokens, window in zip(
+                slots, record.layer_tokens, windows(config, len(slots)), strict=bool(slots)
+            )
         ],
         encoder_tokens=[],
         encoder_bounds=[],
     )
+
+
+def windows(config: Any, layers: int) -> list[float]:
+    """Slots that the cache of each layer keeps at most."""
+    text = getattr(config, "text_config", config)
+    kinds = getattr(text, "layer_types", None) or []
+    held = [text.sliding_window - 1 if kind == "sliding_attention" else math.inf for kind in kinds]
+    return (held or [math.inf] * layers)[:layers]
 
 
 def encoder(record: Record, family: Any) -> list[Traced]:

@@ -80,7 +80,7 @@ def planned(
         prompt_tokens=[text_tokens + sum(shape.total for shape in shapes)],
         images=images,
         layer_tokens=layer_tokens,
-        cache_slots=_held(plan, layer_tokens),
+        cache_slots=_held(plan, layer_tokens, text_tokens),
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
@@ -88,11 +88,14 @@ def planned(
     )
 
 
-def _held(plan: Plan, layer_tokens: Sequence[Sequence[int]]) -> list[int]:
-    """Slots that caches hold: what layers saw, less what they are made to forget."""
+def _held(plan: Plan, layer_tokens: Sequence[Sequence[int]], text_tokens: int) -> list[int]:
+    """Slots that caches hold: what layers saw, less what is forgotten or read by nobody."""
     slots = [tokens[0] for tokens in layer_tokens]
     for step in (s.step for s in plan.llm if s.step.forget):
         slots[: step.layer] = [slots[step.layer]] * step.layer
+    for layer, work in plan.work.items():
+        if work.unread:
+            slots[layer] = text_tokens
     return slots
 
 

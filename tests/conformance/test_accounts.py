@@ -70,4 +70,4 @@ def test_accounts_equal_what_torch_counts(name, kind):
     assert want.tower is not None
     assert want.total == got
     plain = counted(model, inputs)
-    assert account(whole(session.record), family, (), DENSE).total == plain
+    assert account(whole(session.record, family.config), family, (), DENSE).total == plain

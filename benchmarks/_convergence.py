@@ -1,4 +1,4 @@
-"""The pieces of the convergence study: packed questions, a vision tower, an optimizer, a test.
+"""The pieces of the convergence study: conversations, a vision tower, an optimizer, a test.
 
 Shapes: `B` images, `T` tokens, `V` = 256 visual tokens.
 """
@@ -35,9 +35,9 @@ from foveate.tiny.words import DIGITS, NUMBERS
 LAYERS = 8
 VISUAL = 256
 KINDS = ("color", "shape", "where", "place-color", "place-object", "exists", "count")
-OBJECTS, FEW = (6, 12), (2, 4)
-EASY = 0.4
+OBJECTS = (6, 12)
 TURNS = 16
+SLOT = 11
 ROPE = 1e6
 WRITTEN = {*DIGITS, *NUMBERS}
 
@@ -50,9 +50,9 @@ def build(seed: int) -> LlavaForConditionalGeneration:
     return build_model(config, idle=0)
 
 
-def scene_of(seed: int, objects: tuple[int, int] = OBJECTS) -> Scene:
+def scene_of(seed: int) -> Scene:
     """The scene of a seed; seeds below `TRAIN_SEEDS` are held out."""
-    return draw_scene(seed, objects=objects, per_kind=4)
+    return draw_scene(seed, objects=OBJECTS, per_kind=4)
 
 
 def questions_of(scene: Scene, rng: Random, most: int) -> list[Question]:
@@ -78,15 +78,20 @@ def questions_of(scene: Scene, rng: Random, most: int) -> list[Question]:
     return chosen
 
 
-def prompt(question: Question) -> list[int]:
-    """Ids of a question behind the picture."""
-    return [WORD_ID[word] for word in question.text.split()]
+def conversation(questions: list[Question]) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation of several turns; answers and their end are supervised."""
+    ids = [BOS] + [IMAGE] * VISUAL
+    labels = [IGNORE] * len(ids)
+    for question in questions:
+        asked = [WORD_ID[word] for word in question.text.split()]
+        said = [WORD_ID[question.answer], EOS]
+        ids += asked + said
+        labels += [IGNORE] * len(asked) + said
+    return ids, labels
 
 
-class Packed(torch.utils.data.Dataset):
-    """Scenes with up to `TURNS` single questions, drawn when asked for.
-
-    The first `EASY` of the scenes hold few objects.
+class Conversations(torch.utils.data.Dataset):
+    """Scenes with conversations of up to `TURNS` turns, drawn when asked for.
 
     Args:
         first: seed of the first scene.
@@ -100,46 +105,25 @@ class Packed(torch.utils.data.Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        easy = index < EASY * self.count
-        scene = scene_of(self.first + index, FEW if easy else OBJECTS)
-        return {
-            "questions": questions_of(scene, Random(scene.seed + 1), TURNS),
-            "pixels": np.array(scene.image),
-        }
+        scene = scene_of(self.first + index)
+        questions = questions_of(scene, Random(scene.seed + 1), TURNS)
+        ids, labels = conversation(questions)
+        return {"input_ids": ids, "labels": labels, "pixels": np.array(scene.image)}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """One row per picture: its questions stand behind one another, and none sees another.
+    """Pad on the right to the longest row."""
+    width = max(len(row["input_ids"]) for row in rows)
 
-    Every question begins at the position behind the picture. Answers and their ends are supervised.
-    """
-    prefix = [BOS] + [IMAGE] * VISUAL
-    built = []
-    for row in rows:
-        ids, labels, places = list(prefix), [IGNORE] * len(prefix), list(range(len(prefix)))
-        slots = [0] * len(prefix)
-        for number, question in enumerate(row["questions"]):
-            asked, said = prompt(question), [WORD_ID[question.answer], EOS]
-            ids += asked + said
-            labels += [IGNORE] * len(asked) + said
-            places += range(len(prefix), len(prefix) + len(asked) + 2)
-            slots += [number + 1] * (len(asked) + 2)
-        built.append((ids, labels, places, slots))
-    width = max(len(row[0]) for row in built)
+    def padded(name: str, fill: int) -> Tensor:
+        return torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in rows])
 
-    def padded(column: int, fill: int) -> Tensor:
-        return torch.tensor([row[column] + [fill] * (width - len(row[column])) for row in built])
-
-    slots = padded(3, -1)
-    alike = slots[:, None] == slots[:, :, None]
-    sees = (alike | (slots == 0)[:, None]) & torch.ones(width, width, dtype=torch.bool).tril()
-    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    ids = padded("input_ids", PAD)
     pixels = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
     return {
-        "input_ids": padded(0, PAD),
-        "labels": padded(1, IGNORE),
-        "position_ids": padded(2, 0),
-        "attention_mask": mask[:, None],
+        "input_ids": ids,
+        "attention_mask": (ids != PAD).long(),
+        "labels": padded("labels", IGNORE),
         "pixel_values": normalise(pixels),
     }
 
@@ -220,7 +204,25 @@ def train_vision(seed: int, folder: Path, steps: int, size: int = 12, rate: floa
     (folder / "vision.tmp").replace(folder / "vision.pt")
 
 
-def start(seed: int, trained: dict[str, Tensor]) -> LlavaForConditionalGeneration:
+def warm_batch(seeds: range) -> Batch:
+    """Single questions of the study's kinds in slots of their own, with what every patch shows."""
+    plain = make_batch(seeds, SINGLE, [], 0.0)
+    words = torch.full((len(seeds), TURNS, SLOT), PAD)
+    labels = torch.full((len(seeds), TURNS, SLOT), IGNORE)
+    groups = torch.full((len(seeds), TURNS, SLOT), -1)
+    for row, seed in enumerate(seeds):
+        scene = draw_scene(seed, per_kind=6)
+        for slot, question in enumerate(questions_of(scene, Random(seed + 2), TURNS)):
+            ids = [WORD_ID[word] for word in question.text.split()]
+            answer = WORD_ID[question.answer]
+            end = len(ids)
+            words[row, slot, : end + 1] = torch.tensor([*ids, answer])
+            labels[row, slot, end - 1 : end + 1] = torch.tensor([answer, EOS])
+            groups[row, slot, end - 1] = GROUPS.index(question.kind)
+    return replace(plain, words=words, labels=labels, groups=groups)
+
+
+def untrained(seed: int, trained: dict[str, Tensor]) -> LlavaForConditionalGeneration:
     """A model that sees, with an untrained language model of its own.
 
     Args:
@@ -231,6 +233,49 @@ def start(seed: int, trained: dict[str, Tensor]) -> LlavaForConditionalGeneratio
     seeing = {k: v for k, v in trained.items() if "language_model.layers" not in k}
     model.load_state_dict({**model.state_dict(), **seeing})
     return model
+
+
+def warm_up(seed: int, folder: Path, steps: int, size: int = 12, rate: float = 2e-3) -> None:
+    """Single questions over 112 tokens, until the language model begins to look at pictures."""
+    path = folder / f"warm-{seed}.pt"
+    if path.exists():
+        return
+    model = untrained(seed, torch.load(folder / "vision.pt")["model"])
+    probes = losses.Probes(model.config.vision_config.hidden_size)
+    optimizer = MuonAdam(model, rate, probes.parameters())
+    begun = time.process_time()
+    asked = 0
+    for step in range(steps):
+        first = TRAIN_SEEDS * 5 + seed * 10**9 + step * size
+        batch = warm_batch(range(first, first + size))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / 40, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = losses.look(model, batch)
+            loss, _ = losses.vision_loss(model, probes, seen, batch)
+            logits, _ = losses.answer_logits(model, seen, batch, keep=112)
+            answer = losses.answer_loss(logits, batch)
+        (0.15 * loss + answer).backward()
+        torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 2)
+        optimizer.step()
+        optimizer.zero_grad()
+        right, total = losses.tally(logits.detach(), batch).sum(1).tolist()
+        asked += total
+        if step % 10 == 0:
+            spent = round(time.process_time() - begun)
+            print(
+                f"warm {seed} step {step} {asked} QA {spent} s vision {loss.item():.3f} "
+                f"answer {answer.item():.3f} right {right / total:.3f}",
+                flush=True,
+            )
+    saved = {
+        "model": model.state_dict(),
+        "seconds": time.process_time() - begun,
+        "questions": asked,
+        "right": right / total,
+    }
+    torch.save(saved, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 @torch.no_grad()
@@ -252,7 +297,7 @@ def answer_alone(model: Any, first: int, count: int, batch: int = 16) -> dict[st
     counts: dict[str, list[int]] = {}
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
-        rows = [[BOS] + [IMAGE] * VISUAL + prompt(question) for _, question in part]
+        rows = [conversation([question])[0][:-2] for _, question in part]
         width = max(map(len, rows))
         ids = torch.tensor([[PAD] * (width - len(row)) + row for row in rows])
         pixels = torch.from_numpy(np.stack([np.array(scene.image) for scene, _ in part]))

@@ -2,8 +2,8 @@
 
 `python benchmarks/convergence.py train --seed 0 --arm full` (or `pyramiddrop`) trains one arm
 through the stock Trainer, goes on where it stopped, and asks held-out questions; `collect` writes
-`results/convergence.json`. All arms share the vision tower and the first steps of the language
-model; both arms of a seed share the data and their order.
+`results/convergence.json`. All arms share the vision tower; those of a seed share the untrained
+language model, its first steps, and the data and their order.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from _bench import machine, save, warm_heap
 ARMS = ("full", "pyramiddrop", "steep")
 HELD_OUT = 3 * 10**6
 CURVE_STEPS, CURVE_QUESTIONS = 50, 240
-VISION_STEPS = 800
+VISION_STEPS, WARM_STEPS = 800, 450
 RATE = 2e-3
+TASKS = ("attribute", "existence", "counting", "position")  # of FoveaBench, which arms are taught
+SHARE = 7 / 24  # what PyramidDrop's schedule as published keeps behind its first cut, on average
 
 
 def method(arm: str) -> Any:
@@ -38,22 +40,31 @@ def method(arm: str) -> Any:
     return PyramidDrop()
 
 
+def start(seed: int, out: Path) -> None:
+    """Make what the arms of a seed start from, unless it is there."""
+    import torch
+    from _convergence import train_vision, warm_up
+
+    torch.set_num_threads(1)
+    train_vision(0, out / "start", VISION_STEPS)
+    warm_up(seed, out / "start", WARM_STEPS)
+
+
 def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
     """Train one arm through the stock Trainer, or what is left of it."""
     import torch
-    from _convergence import MuonAdam, Packed, collate, start, train_vision
+    from _convergence import Conversations, MuonAdam, build, collate
     from transformers import Trainer, TrainingArguments
 
     import foveate
     from foveate.finetune.run import last_checkpoint
     from foveate.tiny.data import TRAIN_SEEDS
 
-    torch.set_num_threads(1)
     folder = out / f"{arm}-{seed}"
     if (folder / "model.pt").exists():
         return
-    train_vision(0, out / "start", VISION_STEPS)
-    model = start(seed, torch.load(out / "start" / "vision.pt")["model"])
+    model = build(0)
+    model.load_state_dict(torch.load(out / "start" / f"warm-{seed}.pt")["model"])
     model.set_attn_implementation("eager")  # faster than SDPA on a CPU
     model.model.vision_tower.requires_grad_(False)
     if arm != "full":
@@ -67,7 +78,7 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
             num_train_epochs=1,
             learning_rate=RATE,
             lr_scheduler_type="linear",
-            warmup_steps=40,
+            warmup_steps=10,
             max_grad_norm=2.0,
             bf16=True,
             use_cpu=True,
@@ -77,11 +88,10 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
             logging_steps=10,
             report_to=[],
             seed=seed,
-            train_sampling_strategy="sequential",  # easy scenes come first
             remove_unused_columns=False,
             disable_tqdm=True,
         ),
-        train_dataset=Packed(TRAIN_SEEDS + (1 + seed) * 10**9, images),
+        train_dataset=Conversations(TRAIN_SEEDS + (1 + seed) * 10**9, images),
         data_collator=collate,
         optimizers=(MuonAdam(model, RATE), None),
         callbacks=[_curve(folder)],
@@ -147,26 +157,62 @@ def evaluate(seed: int, arm: str, out: Path, questions: int) -> None:
     print(arm, seed, {mode: c["all"] for mode, c in counts.items()}, flush=True)
 
 
+def score(seed: int, arm: str, out: Path, samples: int) -> None:
+    """FoveaBench's accuracy of an arm, on the tasks whose questions it was taught."""
+    import torch
+    from _convergence import build
+
+    from foveate.bench.levels import ALL
+    from foveate.bench.runner import Runner
+    from foveate.bench.settings import Cell, Settings
+    from foveate.bench.tasks import get_task
+    from foveate.tiny.build import build_processor
+
+    path = out / f"{arm}-{seed}" / "foveabench.json"
+    if path.exists():
+        return
+    model = build(0).eval()
+    model.load_state_dict(torch.load(out / f"{arm}-{seed}" / "model.pt"))
+    settings = Settings("study", ("pyramiddrop",), (SHARE,), TASKS, samples=samples, clutter=0.25)
+    runner = Runner(model, build_processor(), settings, get_task)
+    counts: dict[str, dict[str, list[int]]] = {"all tokens": {}, "pruned": {}}
+    for task in TASKS:
+        for mode, cell in (
+            ("all tokens", Cell(ALL, None, task)),
+            ("pruned", Cell("pyramiddrop", SHARE, task)),
+        ):
+            outcome = runner.run(cell)
+            if outcome.status != "done":
+                raise RuntimeError(f"{cell}: {outcome.error}")
+            answers = outcome.answers
+            counts[mode][task] = [sum(a.right for a in answers), len(answers)]
+    path.write_text(json.dumps(counts))
+    print(arm, seed, counts, flush=True)
+
+
 def collect(out: Path, images: int, batch: int) -> None:
     """Write the result file from the arms that are done."""
     import torch
 
-    first = torch.load(out / "start" / "vision.pt"), torch.load(out / "start" / "warm.pt")
+    folders = [(arm, seed, out / f"{arm}-{seed}") for arm in ARMS for seed in range(20)]
     arms = [
         {
             "arm": arm,
             "seed": seed,
-            "curve": json.loads((out / f"{arm}-{seed}" / "curve.json").read_text()),
-            "answers": json.loads((out / f"{arm}-{seed}" / "answers.json").read_text()),
+            "curve": json.loads((folder / "curve.json").read_text()),
+            "answers": json.loads((folder / "answers.json").read_text()),
+            "foveabench": json.loads((folder / "foveabench.json").read_text()),
         }
-        for arm in ARMS
-        for seed in range(20)
-        if (out / f"{arm}-{seed}" / "answers.json").exists()
+        for arm, seed, folder in folders
+        if (folder / "foveabench.json").exists()
     ]
+    vision = torch.load(out / "start" / "vision.pt")
+    first = [torch.load(out / "start" / f"warm-{seed}.pt") for seed in {a["seed"] for a in arms}]
     shared = {
-        "vision seconds": round(first[0]["seconds"]),
-        "first questions seconds": round(first[1]["seconds"]),
-        "first questions": first[1]["questions"],
+        "vision seconds": round(vision["seconds"]),
+        "first questions seconds": [round(warm["seconds"]) for warm in first],
+        "first questions": [warm["questions"] for warm in first],
+        "right at their end": [round(warm["right"], 3) for warm in first],
     }
     setting = {"images per arm": images, "images per step": batch, "rate": RATE}
     on = {
@@ -180,20 +226,23 @@ def collect(out: Path, images: int, batch: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("train", "evaluate", "collect"))
+    parser.add_argument("what", choices=("start", "train", "evaluate", "collect"))
     parser.add_argument("--out", type=Path, default=Path("runs/convergence"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--arm", choices=ARMS, default="full")
-    parser.add_argument("--images", type=int, default=9600)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--questions", type=int, default=1200)
+    parser.add_argument("--samples", type=int, default=240, help="of each task of FoveaBench")
     given = parser.parse_args()
+    if given.what in ("start", "train"):
+        start(given.seed, given.out)
     if given.what == "train":
         train(given.seed, given.arm, given.out, given.images, given.batch)
+    if given.what in ("train", "evaluate"):
         evaluate(given.seed, given.arm, given.out, given.questions)
-    elif given.what == "evaluate":
-        evaluate(given.seed, given.arm, given.out, given.questions)
-    else:
+        score(given.seed, given.arm, given.out, given.samples)
+    if given.what == "collect":
         collect(given.out, given.images, given.batch)
 
 

@@ -34,6 +34,8 @@ class Row:
         published: as printed.
         ours: what follows from the configuration; `None` where nothing does.
         why: how it was derived, or why it differs or cannot be.
+        chosen: the assumption of ours that was chosen with the published figure in view, and what
+            others would give; empty where there is none.
         unit: behind both numbers.
         digits: behind the point.
     """
@@ -43,17 +45,19 @@ class Row:
     published: float
     ours: float | None
     why: str
+    chosen: str = ""
     unit: str = "%"
     digits: int = 1
 
     @property
     def cells(self) -> list[str]:
         unit = f" {self.unit}"
+        why = "; ".join([self.why, *([f"**chosen**: {self.chosen}"] if self.chosen else [])])
         if self.ours is None:
-            return [self.method, self.what, f"{self.published}{unit}", "-", "-", self.why]
+            return [self.method, self.what, f"{self.published}{unit}", "-", "-", why]
         off = f"{self.ours - self.published:+.{self.digits}f}"
         ours = f"{self.ours:.{self.digits}f}{unit}"
-        return [self.method, self.what, f"{self.published}{unit}", ours, off, self.why]
+        return [self.method, self.what, f"{self.published}{unit}", ours, off, why]
 
 
 def shape_of(name: str) -> TextShape:
@@ -103,31 +107,57 @@ def merging(removed: int, layers: int = 12, full: int = 197) -> list[tuple[int, 
 def pyramiddrop() -> list[Row]:
     name, rows = "LLaVA-1.5-7B", []
     vanilla = paper(name, [576] * 32) / 1e12
-    rows.append(Row("PyramidDrop", f"{name}, all tokens", 3.82, vanilla, "3ndm", "TFLOPs", 2))
+    rows.append(Row("PyramidDrop", f"{name}, all tokens", 3.82, vanilla, "3ndm", "", "TFLOPs", 2))
+
+    def with_drops(drops: Sequence[int]) -> float:
+        shares = [0.5 ** (i + 1) for i in range(len(drops))]
+        return paper(name, staged(576, 32, drops, shares)) / 1e12
+
     for stages, published in ((3, 2.13), (4, 1.78), (5, 1.38)):
-        drops = [32 // stages * i for i in range(1, stages)]
-        seen = staged(576, 32, drops, [0.5**i for i in range(1, stages)])
-        ours, where = paper(name, seen) / 1e12, ", ".join(map(str, drops))
+        drops, nearest = (
+            [int(step * i + half) for i in range(1, stages)]
+            for step, half in ((32 // stages, 0.0), (32 / stages, 0.5))
+        )
+        why, chosen = f"drops before {', '.join(map(str, drops))}", ""
+        if drops == nearest:
+            why += ", as released"
+        else:
+            chosen = (
+                f"stages are even in the paper, their layers are not public; {_listed(nearest)} "
+                f"are nearer to even and give {with_drops(nearest):.2f}"
+            )
         what = f"{name}, {stages} stages"
-        rows.append(Row("PyramidDrop", what, published, ours, f"drops before {where}", "TFLOPs", 2))
+        rows.append(
+            Row("PyramidDrop", what, published, with_drops(drops), why, chosen, "TFLOPs", 2)
+        )
     seen = staged(2880, 32, (8, 16, 24), (0.5, 0.25, 0.125))
     ours = less("LLaVA-NeXT-7B", 2880, seen)
     return [*rows, Row("PyramidDrop", "LLaVA-NeXT-7B, saved", 55, ours, "2,880 visual tokens")]
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, layers[:-1]))} and {layers[-1]}"
 
 
 def encoders() -> list[Row]:
     def saved(hidden: int, removed: int) -> float:
         return 100 * (1 - vit(hidden, merging(removed)) / vit(hidden, merging(0)))
 
-    rows = [(197 - a, 197 - b) for a, b in _tome(13)]
+    def others(hidden: int) -> str:
+        given = " and ".join(f"{saved(hidden, n):.1f}" for n in (7, 9))
+        return f"8 tokens a layer, the abstract names no setting; 7 and 9 give {given} %"
+
+    def tome(r: int) -> float:
+        return vit(384, [(197 - a, 197 - b) for a, b in _tome(r)]) / 1e9
+
     return [
         Row("ToMe", "DeiT-S, all tokens, multiply-adds", 4.6, vit(384, merging(0)) / 1e9,
-            "class token, 12 layers", "G"),
-        Row("ToMe", "DeiT-S, r = 13, multiply-adds", 2.7, vit(384, rows) / 1e9,
-            "merges between attention and MLP", "G"),
-        Row("GTP-ViT", "DeiT-S, saved", 26, saved(384, 8),
-            "8 tokens a layer; the abstract names no setting"),
-        Row("GTP-ViT", "DeiT-B, saved", 26, saved(768, 8), "the same"),
+            "class token, 12 layers; printed by DeiT's authors", "", "G"),
+        Row("ToMe", "DeiT-S, r = 13, multiply-adds", 2.7, tome(13),
+            "merges between attention and MLP; as listings of the paper's results have it, whose "
+            f"3.4 and 2.3 for r = 8 and 16 are {tome(8):.1f} and {tome(16):.1f} here", "", "G"),
+        Row("GTP-ViT", "DeiT-S, saved", 26, saved(384, 8), "class token, 12 layers", others(384)),
+        Row("GTP-ViT", "DeiT-B, saved", 26, saved(768, 8), "the same", others(768)),
         Row("Zero-TPrune", "DeiT-S, saved", 34.7, None,
             "layers and rates behind the figure are not public"),
     ]  # fmt: skip
@@ -151,7 +181,7 @@ def decoders() -> list[Row]:
     steps = staged(576, 32, ada.layers, ada.keep)
     return [
         Row("FastV", "LLaVA-1.5-13B, K = 2, R = 50 %, saved", 45,
-            less("LLaVA-1.5-13B", 576, half, TWO, text=64),
+            less("LLaVA-1.5-13B", 576, half, TWO, text=64), "2ndm",
             "64 text tokens; visual tokens alone save "
             f"{less('LLaVA-1.5-13B', 576, half, TWO):.1f} %"),
         Row("FastV", "LLaVA-1.5-7B, K = 3, R = 50 %, left", 57,
@@ -197,7 +227,7 @@ def videos() -> list[Row]:
             "9.7 % of the tokens"),
         Row("VFlowOpt", f"{name}, 10 %, KV bytes saved", 89,
             100 * (1 - sum(n + 40 for n in seen) / (28 * (2916 + 40))),
-            "2,916 visual and 40 text tokens; visual tokens alone save 90 %"),
+            "2,916 visual tokens", "40 text tokens; visual tokens alone save 90 %"),
         Row("PruneVid", "PLLaVA-7B, 16.2 % kept, left", 23, None,
             "how many tokens stay depends on the videos"),
     ]  # fmt: skip
@@ -207,9 +237,12 @@ def selections() -> list[Row]:
     name = "LLaVA-1.5-7B"
     return [
         Row("HiPrune", f"{name}, 192 tokens, saved", 58.7, less(name, 576, [192] * 32, text=70),
+            "3ndm",
             f"70 text tokens; visual tokens alone save {less(name, 576, [192] * 32):.1f} %"),
         Row("DivPrune", f"{name}, 9.8 % kept, left", 15.6,
-            100 - less(name, 576, [56] * 32, TWO, text=40), "2ndm, 40 text tokens"),
+            100 - less(name, 576, [56] * 32, TWO, text=40), "2ndm",
+            "40 text tokens; visual tokens alone leave "
+            f"{100 - less(name, 576, [56] * 32, TWO):.1f} %"),
     ]  # fmt: skip
 
 

@@ -54,6 +54,15 @@ class ImageRecord:
         """
         return self._placed.boxes
 
+    def alive(self, layer: int) -> int:
+        """Tokens of it that a decoder layer sees; -1 for those that enter the language model."""
+        left = self.total
+        for place, kept in self.kept.items():
+            stage, _, number = place.partition(":")
+            if stage != "llm" or int(number) <= layer:
+                left = len(kept)
+        return left
+
     @property
     def tile(self) -> tuple[int, int]:
         """Where each tile of a picture counts as an image, which of how many; else (0, 1)."""
@@ -95,6 +104,9 @@ class Record:
         layer_tokens: for each decoder layer, real tokens of each row that it saw: [layers][rows].
         cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included;
             earlier turns count.
+        unread: decoder layers whose caches hold text alone.
+        forgot: the decoder layer before which caches of earlier layers were made to forget what
+            is removed there, the last if there are several; 0 for none.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
             saw, special tokens included, or rows of all images where they lie in one sequence;
@@ -103,8 +115,12 @@ class Record:
             attend, or `None`; empty as `encoder_tokens`.
         encoded: modality -> what its features were made from in this forward, with the shapes of
             floating-point tensors only; empty where features were handed in.
+        projected: modality -> rows that the projector was given once more, because a method had
+            merged them.
         question_tokens: text tokens behind the images of a row, padding included; 0 where no
             method looked at them.
+        common_tokens: text tokens before the last image of a row, padding included, that images
+            look at where layers compute less of them; 0 where all layers compute all.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -113,11 +129,15 @@ class Record:
     images: list[ImageRecord]
     layer_tokens: list[list[int]]
     cache_slots: list[int]
+    forgot: int = 0
+    unread: tuple[int, ...] = ()
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
     encoder_bounds: list[Tensor | None] = field(default_factory=list)
     encoded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    projected: Mapping[str, int] = field(default_factory=dict)
     question_tokens: int = 0
+    common_tokens: int = 0
     notes: list[str] = field(default_factory=list)
 
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.measure import flops
-from foveate.measure.account import account, visual_tokens, whole, windows
+from foveate.measure.account import account, visual_tokens, whole
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
 from foveate.record import ImageRecord, Record, place_name
@@ -211,7 +211,7 @@ def _token(image: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[str, Any]:
     """FLOPs of the prefill with all tokens and as it was, vision included."""
-    before, after = account(whole(record, family.config), family), account(record, family, methods)
+    before, after = account(whole(record), family), account(record, family, methods)
     total = before.total
     return {
         "before": total,
@@ -233,10 +233,7 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
     if not record.cache_slots:
         return {"before": 0, "after": 0, "ratio": 1.0}
     after = flops.kv_bytes(config, record.cache_slots, record.rows, dtype)
-    unpruned = whole(record, config).cache_slots
-    most = windows(config, len(unpruned))
-    unpruned = [int(min(pair)) for pair in zip(unpruned, most, strict=True)]
-    before = flops.kv_bytes(config, unpruned, record.rows, dtype)
+    before = flops.kv_bytes(config, whole(record).cache_slots, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
 
 

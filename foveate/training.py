@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.engine.part import part_of
+from foveate.engine.part import MARK
 from foveate.engine.session import LEARNED, MethodLike, Session, use
 from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
 from foveate.saving import FILE, WEIGHTS, Head, Saved
@@ -133,10 +133,9 @@ def session_of(model: nn.Module) -> Session:
         AttachError: there is none.
     """
     for module in bare(model).modules():
-        for hook in module._forward_pre_hooks.values():
-            part = part_of(hook)
-            if part is not None and isinstance(part.session, Session):
-                return part.session
+        part = vars(module).get(MARK)
+        if part is not None:
+            return part.session
     raise AttachError(
         f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"
     )

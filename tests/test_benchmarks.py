@@ -39,6 +39,21 @@ def test_the_published_figures_are_those_of_the_script():
     assert all(row.why for row in published.rows())
 
 
+def test_what_was_chosen_with_a_figure_in_view_says_so():
+    """And what something else would give; so do lengths of texts that nobody published."""
+    published = _script("published")
+    chosen = {(row.method, row.what.rpartition(", ")[2]) for row in published.rows() if row.chosen}
+    assert {("PyramidDrop", "3 stages"), ("PyramidDrop", "5 stages")} <= chosen
+    assert ("PyramidDrop", "4 stages") not in chosen
+    assert {row.what for row in published.rows() if row.method == "GTP-ViT" and row.chosen} == {
+        "DeiT-S, saved", "DeiT-B, saved",
+    }  # fmt: skip
+    for row in published.rows():
+        assert bool(row.chosen) == ("**chosen**" in row.cells[-1])
+        assert not row.chosen or "give" in row.chosen or "alone" in row.chosen
+        assert "text tokens" not in row.why or "release" in row.why
+
+
 def _script(name):
     """A script of `benchmarks/` as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")

@@ -93,16 +93,34 @@ def bench(
         data=None if data is None else str(data), batch=batch, device=device, dtype=dtype,
         hint=("" if model == "tiny" else HINT) if hint is None else hint,
     )  # fmt: skip
+    measure(settings, out, workers=workers, minutes=minutes, timing=timing)
+
+
+def measure(
+    settings: Settings, out: Path, *, workers: int | None, minutes: float | None, timing: bool
+) -> None:
+    """Run what is not finished of a benchmark, and write its report.
+
+    Args:
+        settings: what is asked.
+        out: folder of results and report.
+        workers: processes; `None` for two where a small model runs on a CPU.
+        minutes: no cell is begun after so many.
+        timing: whether to time the first token too.
+
+    Raises:
+        FoveateError: `out` is a file, or the model cannot be loaded.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"cannot write to {out}: it is a file; --out takes a folder")
     store = Store(out / RESULTS)
     command = "foveate " + shlex.join(sys.argv[1:])
-    loaded, processor = load_model(model, device, dtype)
+    model, processor = load_model(settings.model, settings.device, settings.dtype)
     runner = Runner(
-        loaded, processor, settings, lambda name: campaign.find_task(name, settings.data)
+        model, processor, settings, lambda name: campaign.find_task(name, settings.data)
     )
     if workers is None:
-        small = device == "cpu" and loaded.num_parameters() < campaign.SMALL
+        small = settings.device == "cpu" and model.num_parameters() < campaign.SMALL
         workers = min(2, os.cpu_count() or 1) if small else 1
     with store.writing(), _bar() as progress:
         keys = campaign.execute(

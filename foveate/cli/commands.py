@@ -14,11 +14,11 @@ from foveate.cli import bench_speed, listing
 from foveate.cli import calibrate as calibration
 from foveate.cli import demo as demonstration
 from foveate.cli import flops as counting
+from foveate.cli import run as running
 from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import check_writable, load_image, load_skeleton
+from foveate.cli.inputs import check_writable, load_skeleton
 from foveate.cli.options import make_method
-from foveate.cli.run import Job, execute
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method
 from foveate.models import unsupported_families
@@ -52,86 +52,7 @@ app = typer.Typer(
     help="Faster vision-language models: remove the visual tokens they do not need.",
 )
 
-RUN_HELP = """Ask a model about pictures, with a method that removes visual tokens.
-
-MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Any
-number of pictures, then the question.
-
-[bold]Examples[/]
-
-  foveate run tiny scene.png "what color is the star ?" --method pyramiddrop --compare
-
-  foveate run llava-hf/llava-1.5-7b-hf cat.jpg "What is this?" --method fastv --keep 0.25 --show
-  kept.png
-
-  foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
-  out.json
-"""
-
-
-@app.command("run", help=RUN_HELP)
-def run(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
-    ],
-    method: Annotated[
-        str,
-        typer.Option("--method", "-m", help="A name that `foveate list` shows, or a JSON file."),
-    ],
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`."),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
-    ] = None,
-    with_all: Annotated[
-        bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
-    ] = False,
-    show: Annotated[
-        Path | None, typer.Option(help="Save a picture of the kept tokens here.")
-    ] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Save answers and report here.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-) -> None:
-    """Ask a model about pictures."""
-    chosen = make_method(method, keep, setting or ())
-    if len(inputs) < 2:
-        raise InputError(
-            f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
-        )
-    *paths, question = inputs
-    pictures = [load_image(path) for path in paths]
-    check_writable(show, picture=True)
-    check_writable(json_path)
-    outcome = execute(
-        Job(
-            model=model,
-            pictures=pictures,
-            question=question,
-            method=chosen,
-            max_new_tokens=max_new_tokens,
-            repeats=repeats if with_all else 0,
-            device=device,
-            dtype=dtype,
-        )
-    )
-    console = stdout()
-    outcome.show(console)
-    if show is not None:
-        outcome.save_drawing(show)
-        console.print(f"kept tokens drawn in {escape(str(show))}", soft_wrap=True)
-    if json_path is not None:
-        outcome.save_json(json_path)
-        console.print(f"report saved in {escape(str(json_path))}", soft_wrap=True)
+app.command("run", help=running.HELP)(running.run)
 
 
 @app.command("list")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -21,7 +22,7 @@ from foveate.errors import InputError
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import Convention, get_convention
-from foveate.measure.flops import TextShape
+from foveate.measure.flops import kv_bytes
 from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method
@@ -46,7 +47,7 @@ convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the f
   foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
 """  # noqa: E501
 
-HALF = 2  # bytes of a value in the cache, in float16 and bfloat16
+HALF = torch.float16  # what the cache holds
 
 
 @dataclass(frozen=True)
@@ -158,13 +159,11 @@ def count(question: Question) -> Answer:
     record = planned(
         family, plan, fed(processor, question.images, question.size), question.text_tokens
     )
-    full = whole(record, family.config)
+    full = whole(record)
     before = account(full, family, (), question.convention)
     after = account(record, family, [question.method], question.convention)
-    shape = TextShape.of(family.config)
-    slot = 2 * shape.kv_heads * shape.head_dim * HALF
-    stored = slot * sum(full.cache_slots), slot * sum(record.cache_slots)
-    return Answer(question, record, before, after, stored, tuple(_notes(question)))
+    stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]
+    return Answer(question, record, before, after, (stored[0], stored[1]), tuple(_notes(question)))
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -5,18 +5,85 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 import foveate
 from foveate.cli.compare import ALL, WARMUP, Comparison, comparison_table, time_first_token
-from foveate.cli.console import progress
-from foveate.cli.inputs import answer, encode, load_model
+from foveate.cli.console import progress, stdout
+from foveate.cli.inputs import answer, check_writable, encode, load_image, load_model
+from foveate.cli.options import make_method
 from foveate.draw import stack
+from foveate.errors import InputError
 from foveate.method import Method
 from foveate.report import Report
+
+HELP = """Ask a model about pictures, with a method that removes visual tokens.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Any
+number of pictures, then the question.
+
+[bold]Examples[/]
+
+  foveate run tiny scene.png "what color is the star ?" --method pyramiddrop --compare
+
+  foveate run llava-hf/llava-1.5-7b-hf cat.jpg "What is this?" --method fastv --keep 0.25 --show
+  kept.png
+
+  foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
+  out.json
+"""
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
+    ],
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", help="A name that `foveate list` shows, or a JSON file."),
+    ],
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
+    ] = None,
+    with_all: Annotated[
+        bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
+    ] = False,
+    show: Annotated[
+        Path | None, typer.Option(help="Save a picture of the kept tokens here.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Save answers and report here.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Ask a model about pictures."""
+    chosen = make_method(method, keep, setting or ())
+    if len(inputs) < 2:
+        raise InputError(
+            f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
+        )
+    *paths, question = inputs
+    pictures = [load_image(path) for path in paths]
+    check_writable(show, picture=True)
+    check_writable(json_path)
+    rounds = repeats if with_all else 0
+    job = Job(model, pictures, question, chosen, max_new_tokens, rounds, device, dtype)
+    execute(job).deliver(stdout(), show, json_path)
 
 
 @dataclass(frozen=True)
@@ -53,6 +120,16 @@ class Outcome:
     report: Report
     session: foveate.Session
     comparison: Comparison | None
+
+    def deliver(self, console: Console, drawing: Path | None, data: Path | None) -> None:
+        """Print it, and save the kept tokens' drawing and the report where they are wanted."""
+        self.show(console)
+        if drawing is not None:
+            self.save_drawing(drawing)
+            console.print(f"kept tokens drawn in {escape(str(drawing))}", soft_wrap=True)
+        if data is not None:
+            self.save_json(data)
+            console.print(f"report saved in {escape(str(data))}", soft_wrap=True)
 
     def show(self, console: Console) -> None:
         """Print question, answers and costs."""

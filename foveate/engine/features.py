@@ -8,6 +8,7 @@ forgets to fails loudly.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
@@ -41,6 +42,7 @@ class Encoded:
         unprojected: (V, C) what it is given for each image.
         mixes: whether tokens of some image are made, or mixed afterwards, several at a time.
         fed: what the features were made from, with shapes of floating-point tensors only.
+        projected: rows that the projector was given once more, because they were merged.
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
 
@@ -53,6 +55,7 @@ class Encoded:
     projector: Any = None
     unprojected: Sequence[Tensor] = ()
     mixes: bool = True
+    projected: int = 0
     fed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -220,101 +223,138 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     images: list[Sequence[Tensor]] = [sheet.split(lengths) for sheet in rows_of_sheets]
     if encoded.projector is not None:
         images.append([encoded.unprojected[i] for i in source])
-    device = rows_of_sheets[0].device
-    alive = encoded.alive(source)
+    device, alive = rows_of_sheets[0].device, encoded.alive(source)
     groups = group_features(shapes, asker.rows, asker.ends, device, alive)
-    began: list[dict[int, int]] = [{} for _ in source]
-    survivors, ordered = _reduce(plan, images, groups, encoded, asker, deliver, began)
-    left = [
-        Left(len(index), begun, labels, index if ordered else None)
-        for (index, _, labels), begun in zip(survivors, began, strict=True)
+    living = [_Living(group, [_of_group(sheet, group) for sheet in images]) for group in groups]
+    begin: dict[tuple[int, int], int] = {}
+    projected: list[int] = []
+    again = replace(encoded, projector=_noting(encoded, projected))
+    for planned in plan.pre_llm:
+        living = [
+            after
+            for before in living
+            for after in _step(planned, before, begin, again, asker, deliver)
+        ]
+    left = _left([after.group for after in living], begin)
+    output.encoded = replace(encoded, left=left, unprojected=(), projected=sum(projected))
+    ordered = any(image.index is not None for image in left)
+    if ordered or sum(image.count for image in left) < sum(lengths):
+        marked = _marked(rows_of_sheets, living, lengths)
+        output.pooler_output, *planes = map(_like, sheets, marked)
+        if planes:
+            output.deepstack_features = planes
+
+
+@dataclass(frozen=True, eq=False)
+class _Living:
+    """The living tokens of a group of images.
+
+    Args:
+        group: the images.
+        sheets: (G, V, D) their values on each sheet: the features first, which methods see; then
+            DeepStack planes; what the projector was given is last, if methods merge that.
+    """
+
+    group: Group
+    sheets: list[Tensor]
+
+    def pick(self, part: Group) -> list[Tensor]:
+        """(G, V, D) values of some of the images, on each sheet."""
+        if len(part.images) == len(self.group.images):
+            return self.sheets
+        place = {image: i for i, image in enumerate(self.group.images)}
+        members = [place[image] for image in part.images]
+        return [x[members] for x in self.sheets]
+
+
+def _left(groups: Sequence[Group], begin: Mapping[tuple[int, int], int]) -> list[Left]:
+    """What is left of each image, in order of appearance; `begin` as in `reduce_group`."""
+    ordered = any(group.ordered for group in groups)
+    began: dict[int, dict[int, int]] = defaultdict(dict)
+    for (method, image), tokens in begin.items():
+        began[image][method] = tokens
+    left = {
+        image: Left(
+            count=group.index.shape[1],
+            began=began[image],
+            labels={method: label[i] for method, label in group.labels.items()},
+            index=group.index[i] if ordered else None,
+        )
+        for group in groups
+        for i, image in enumerate(group.images)
+    }
+    return [left[image] for image in sorted(left)]
+
+
+def _marked(
+    sheets: Sequence[Tensor], living: Sequence[_Living], lengths: Sequence[int]
+) -> list[Tensor]:
+    """Sheets (N, D) of all images that hold the living tokens, and else NaN."""
+    starts = torch.tensor([0, *accumulate(lengths)], device=sheets[0].device)
+    rows = [
+        each.group.index.sort().values + starts[list(each.group.images), None] for each in living
     ]
-    output.encoded = replace(encoded, left=left, unprojected=())
-    if sum(image.count for image in left) == sum(lengths) and not ordered:
-        return
-    starts = [0, *accumulate(lengths[:-1])]
-    slots = [index.sort().values for index, _, _ in survivors]
-    where = torch.cat([slot + start for slot, start in zip(slots, starts, strict=True)])
+    where = torch.cat([row.flatten() for row in rows])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([values[number] for _, values, _ in survivors])
-        blank = torch.full_like(rows_of_sheets[number], torch.nan)
-        marked.append(_like(sheet, blank.index_copy(0, where, values)))
-    output.pooler_output = marked[0]
-    if len(marked) > 1:
-        output.deepstack_features = marked[1:]
+        values = torch.cat([each.sheets[number].flatten(0, 1) for each in living])
+        marked.append(torch.full_like(sheet, torch.nan).index_copy(0, where, values))
+    return marked
 
 
-def _reduce(
-    plan: Plan,
-    sheets: Sequence[Sequence[Tensor]],
-    groups: list[Group],
+def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | None:
+    """The projector, if methods merge before it, which notes how many rows it is given."""
+    projector = encoded.projector
+    if projector is None:
+        return None
+
+    def project(x: Tensor) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        projected: Tensor = projector(x)
+        return projected
+
+    return project
+
+
+def _step(
+    planned: PlannedStep,
+    living: _Living,
+    begin: dict[tuple[int, int], int],
     encoded: Encoded,
     asker: Asker,
     deliver: Callable[[str, Tensor], Tensor],
-    began: list[dict[int, int]],
-) -> tuple[list[tuple[Tensor, list[Tensor], dict[int, Tensor]]], bool]:
-    """(K) positions of each image's survivors, their (K, D) values on every sheet and their labels,
-    in order; and whether that may differ from raster order.
+) -> list[_Living]:
+    """What one step leaves of a group; `begin` is filled in, as in `reduce_group`."""
+    needs = planned.step.needs
 
-    The first sheet holds the features, which methods see; others (DeepStack) follow it, and what
-    the projector was given is the last if methods merge that. `began` is filled in, as in
-    `Encoded`.
-    """
-    begin: dict[tuple[int, int], int] = {}
-    alive = [(group, [_of_group(sheet, group) for sheet in sheets]) for group in groups]
-    for planned in plan.pre_llm:
-        after = []
-        for group, xs in alive:
-            place = {image: i for i, image in enumerate(group.images)}
+    def features(part: Group) -> Tensor:
+        return living.pick(part)[0]
 
-            def values(part: Group, xs: Any = xs, place: dict[int, int] = place) -> list[Tensor]:
-                if len(part.images) == len(place):
-                    return xs
-                members = [place[image] for image in part.images]
-                return [x[members] for x in xs]
+    def signals(part: Group) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for need in needs:
+            if SIGNALS[need.name].source == "prompt":
+                found |= asker.signals(need.name, part)
+            else:
+                found[need.name] = deliver(need.name, _signal(need, encoded, asker.source, part))
+        return found
 
-            def first(part: Group, values: Any = values) -> Tensor:
-                return values(part)[0]
-
-            def signals(part: Group, needs: Any = planned.step.needs) -> dict[str, Tensor]:
-                found: dict[str, Tensor] = {}
-                for need in needs:
-                    if SIGNALS[need.name].source == "prompt":
-                        found |= asker.signals(need.name, part)
-                    else:
-                        rows = _signal(need, encoded, asker.source, part)
-                        found[need.name] = deliver(need.name, rows)
-                return found
-
-            unasked = asker.unasked(planned.step.needs, group)
-            for part, reduced, reduction in reduce_group(
-                planned, group, begin, asker.request, first, signals, unasked
-            ):
-                made = values(part)
-                if reduction is not None:
-                    made = _apply(planned, reduction, made, encoded.projector)
-                after.append((reduced, made))
-        alive = after
-    for (method, image), tokens in begin.items():
-        began[image][method] = tokens
-    result = {
-        image: (group.index[i], [x[i] for x in xs], {n: x[i] for n, x in group.labels.items()})
-        for group, xs in alive
-        for i, image in enumerate(group.images)
-    }
-    ordered = any(group.ordered for group, _ in alive)
-    return [result[i] for i in range(len(sheets[0]))], ordered
+    unasked = asker.unasked(needs, living.group)
+    parts = reduce_group(planned, living.group, begin, asker.request, features, signals, unasked)
+    return [
+        _Living(after, _apply(planned, reduction, living.pick(part), encoded.projector))
+        for part, after, reduction in parts
+    ]
 
 
 def _apply(
-    planned: PlannedStep, reduction: Reduction, sheets: Sequence[Tensor], projector: Any
+    planned: PlannedStep, reduction: Reduction | None, sheets: list[Tensor], projector: Any
 ) -> list[Tensor]:
     """(G, K, D) survivors on every sheet, from (G, V, D).
 
     Args:
         planned: the step.
-        reduction: what it made.
+        reduction: what it made; `None` if nothing is removed.
         sheets: the features first; with a projector, what that was given last, which is NaN where
             it cannot be told and has no columns once something has been merged behind it.
         projector: as in `Encoded`.
@@ -322,6 +362,8 @@ def _apply(
     Raises:
         LayerError: the step merges before the projector what was merged behind it.
     """
+    if reduction is None:
+        return sheets
     made = [reduction.apply(x) for x in sheets]
     if projector is None or not reduction.merges:
         return made

@@ -45,7 +45,7 @@ from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
-from foveate.errors import BudgetError, InputError
+from foveate.errors import AttachError, BudgetError, InputError
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.tokens import Shape
@@ -186,6 +186,12 @@ class Hooks:
 
     def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the base model: find placeholders, and reduce features encoded before."""
+        if module is not self.family.base:
+            raise AttachError(
+                f"this {type(module).__name__} is a copy of the one that methods were attached to "
+                "(torch.nn.DataParallel makes such copies): run one process per device instead, as "
+                "with torchrun, and attach methods in each"
+            )
         self._forget()
         local = self._local
         ids = args[0] if args else kwargs.get("input_ids")
@@ -273,6 +279,21 @@ class Hooks:
             return None
         local.turn.begin(sequence)
         return args, local.turn.deepstack(kwargs)
+
+    def rotate(
+        self,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        hidden: Tensor,
+        position_ids: Tensor,
+        *args: Any,
+    ) -> Any:
+        """In place of the forward of rotary embeddings: make those of renumbered layers too."""
+        embed = functools.partial(before or functools.partial(type(module).forward, module), hidden)
+        onward = self._local.onward
+        if onward is None:
+            return embed(position_ids, *args)
+        return onward.rotate(lambda positions: embed(positions, *args), position_ids)
 
     def layer(
         self,
@@ -494,6 +515,8 @@ class Hooks:
             images=images,
             layer_tokens=before + turn.layer_tokens,
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
+            forgot=turn.forgot,
+            unread=self.plan.unread,
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
             encoder_bounds=[] if self.vision is None else self.vision.bounds,
@@ -502,7 +525,13 @@ class Hooks:
                 for modality, output in ({} if sliced else encoded).items()
                 if output.encoded.fed
             },
+            projected={
+                modality: output.encoded.projected
+                for modality, output in ({} if sliced else encoded).items()
+                if output.encoded.projected
+            },
             question_tokens=turn.looks.question_tokens,
+            common_tokens=turn.common_tokens,
             notes=["chunked prefill: kept tokens are not reported"] * sliced
             + self.tags.notes(encoded),
         )

@@ -8,7 +8,7 @@ Shapes: `G` images of a group, `V` tokens of each, `B` batch, `T` logical length
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -314,49 +314,74 @@ def reduce_group(
     alive = group.index.shape[1]
     for image in group.images:
         begin.setdefault((planned.method_number, image), alive)
-    method = planned.method
     if not alive:
         return [(group, group, None)]
 
-    def tokens(part: Group, quota: int) -> VisualTokens:
-        return VisualTokens(
-            features=lambda: features(part),
-            index=part.index,
-            grid=part.shape.grid,
-            rows=part.rows,
-            signals=signals(part),
-            number=planned.number,
-            quota=quota,
-            place=planned.step.place,
-            frames=part.shape.frames,
-            label=part.labels.get(planned.method_number),
-            learned=planned.learned,
-        )
+    def show(part: Group, quota: int) -> VisualTokens:
+        return _shown(planned, part, quota, features, signals)
 
-    result: list[tuple[Group, Group, Reduction | None]] = []
-    if unasked:
-        alone = group.pick(sorted(unasked))
-        result.append((alone, alone, None))
-        if alone is group:
-            return result
-        group = group.pick([i for i in range(len(group.images)) if i not in unasked])
+    asked = [i for i in range(len(group.images)) if i not in unasked]
+    result = [_settled(planned, group.pick(sorted(unasked)), None)] if unasked else []
+    if asked:
+        decisions = _decisions(planned, group.pick(asked), begin, request, show)
+        result += [_settled(planned, part, reduction) for part, reduction in decisions]
+    return result
 
-    def add(part: Group, reduction: Reduction) -> None:
-        if reduction.ordered and not planned.renumber:
-            reduction = reduction.in_raster_order(alive)
-        after = part.reduced(reduction, planned.method_number)
-        whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
-        result.append((part, after, None if whole else reduction))
 
+def _shown(
+    planned: PlannedStep,
+    group: Group,
+    quota: int,
+    features: Callable[[Group], Tensor],
+    signals: Callable[[Group], Mapping[str, Tensor]],
+) -> VisualTokens:
+    """What a method sees of a group."""
+    return VisualTokens(
+        features=lambda: features(group),
+        index=group.index,
+        grid=group.shape.grid,
+        rows=group.rows,
+        signals=signals(group),
+        number=planned.number,
+        quota=quota,
+        place=planned.step.place,
+        frames=group.shape.frames,
+        label=group.labels.get(planned.method_number),
+        learned=planned.learned,
+    )
+
+
+def _decisions(
+    planned: PlannedStep,
+    group: Group,
+    begin: Mapping[tuple[int, int], int],
+    request: Callable[[int], int],
+    show: Callable[[Group, int], VisualTokens],
+) -> Iterator[tuple[Group, Reduction | None]]:
+    """What a method makes of each part of a group; `None` where all tokens stay, unseen."""
+    method = planned.method
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
         if isinstance(method, Adaptive):
-            for chosen, reduction in method.split(tokens(part, wanted)):
-                add(part.pick(chosen), reduction)
-        elif wanted == alive:
-            result.append((part, part, None))
+            for chosen, reduction in method.split(show(part, wanted)):
+                yield part.pick(chosen), reduction
+        elif wanted == part.index.shape[1]:
+            yield part, None
         elif wanted == 0:
-            add(part, Reduction(part.index[:, :0]))
+            yield part, Reduction(part.index[:, :0])
         else:
-            add(part, method.reduce(tokens(part, wanted), wanted))
-    return result
+            yield part, method.reduce(show(part, wanted), wanted)
+
+
+def _settled(
+    planned: PlannedStep, group: Group, reduction: Reduction | None
+) -> tuple[Group, Group, Reduction | None]:
+    """A group before and after a decision, in raster order if positions stay."""
+    if reduction is None:
+        return group, group, None
+    alive = group.index.shape[1]
+    if reduction.ordered and not planned.renumber:
+        reduction = reduction.in_raster_order(alive)
+    after = group.reduced(reduction, planned.method_number)
+    whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
+    return group, after, None if whole else reduction

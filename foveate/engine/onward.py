@@ -8,6 +8,7 @@ Shapes: `B` batch, `T` tokens of the forward.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,23 +127,35 @@ class Onward:
     def _flash(self) -> bool:
         return takes_2d_masks(self.family.text.config._attn_implementation)
 
+    def rotate(self, embed: Callable[[Tensor], Any], positions: Tensor) -> Any:
+        """Rotary embeddings of a forward, with which those of renumbered layers are made at once.
+
+        Args:
+            embed: makes (cos, sin) of positions.
+            positions: (B or 1, T) those of the forward.
+        """
+        if not self._shifts or self.family.rotary_by_length or positions.dim() != 2:
+            return embed(positions)
+        shifted = self._positions(positions, self._shifts)
+        sizes = [len(positions)] + [len(shifted) // len(self._shifts)] * len(self._shifts)
+        parts = (part.split(sizes) for part in embed(torch.cat((positions, shifted))))
+        given, *others = zip(*parts, strict=True)
+        for shift, rotary in zip(self._shifts, others, strict=True):
+            self._rotary[id(given), id(shift)] = rotary
+        return given
+
     def _renumbered(
         self, number: int, shift: Tensor, hidden: Tensor, kwargs: dict[str, Any]
     ) -> dict[str, Any]:
-        """Position ids less a (B, 1) shift, and their rotary embedding."""
-        given = id(kwargs["position_embeddings"])
-        if (given, id(shift)) not in self._rotary:
-            shifts = [shift] if self.family.rotary_by_length else self._shifts
+        """Rotary embeddings of position ids less a (B, 1) shift."""
+        key = id(kwargs["position_embeddings"]), id(shift)
+        if key not in self._rotary:
             # Text models with plain positions hand them on to their layers.
-            positions = self._positions(kwargs["position_ids"], shifts)
-            parts = (
-                part.chunk(len(shifts)) for part in self.family.rotary(hidden, positions, number)
-            )
-            for each, rotary in zip(shifts, zip(*parts, strict=True), strict=True):
-                self._rotary[given, id(each)] = rotary
+            positions = self._positions(kwargs["position_ids"], [shift])
+            self._rotary[key] = self.family.rotary(hidden, positions, number)
         # What position ids are left to tell is for flash kernels, which read gaps in those of a
         # single row as packed sequences.
-        return {"position_embeddings": self._rotary[given, id(shift)], "position_ids": None}
+        return {"position_embeddings": self._rotary[key], "position_ids": None}
 
     @functools.cached_property
     def _shifts(self) -> list[Tensor]:
@@ -155,5 +168,6 @@ class Onward:
         """(shifts x B, T) position ids, less each of the shifts."""
         key = id(logical), *map(id, shifts)
         if key not in self._shifted:
-            self._shifted[key] = (logical - torch.stack(shifts)).flatten(0, 1)
+            shift = torch.stack(shifts) if len(shifts) > 1 else shifts[0][None]
+            self._shifted[key] = (logical - shift).flatten(0, 1)
         return self._shifted[key]

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.errors import AttachError
+
+MARK = "_foveate_part"  # the attribute of a root that holds the part on it
+
 
 class Part(ABC):
     """One part of a session: what it touches on one part of the model, and how to undo it."""
@@ -48,8 +52,23 @@ class Part(ABC):
     @property
     def taken(self) -> bool:
         """Whether the root carries a part, of this session or another."""
-        hooks = self.root._forward_pre_hooks.values()
-        return any(part_of(hook) is not None for hook in hooks)
+        return MARK in vars(self.root)
+
+    def mark(self) -> None:
+        """Put the part on its root, as long as it is attached."""
+        self._put(self.root, MARK, self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Not supported: a copy of the model would run with what is known of the original.
+
+        Raises:
+            AttachError: always.
+        """
+        raise AttachError(
+            f"a {type(self.root).__name__} that carries a foveate session cannot be copied or "
+            "pickled; leave the session or call `remove()` on it first (session_of(model).remove() "
+            "after `prepare`), then attach methods to each copy"
+        )
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before a module's forward."""
@@ -79,7 +98,7 @@ class Part(ABC):
         functools.update_wrapper(replaced, module.forward)
         self._put(module, "forward", replaced)
 
-    def _put(self, module: nn.Module, name: str, value: Callable[..., Any]) -> None:
+    def _put(self, module: nn.Module, name: str, value: object) -> None:
         """Give a module an attribute of its own, until the part is taken off."""
         before = vars(module).get(name)
         setattr(module, name, value)
@@ -103,10 +122,3 @@ class Part(ABC):
             around = torch.compiler.disable(around, recursive=False)
             wrapper = torch.compiler.disable(wrapper, recursive=False)
         self._put(module, name, wrapper)
-
-
-def part_of(hook: Any) -> Part | None:
-    """The part that a hook belongs to, if it is of one."""
-    hook = getattr(hook, "_torchdynamo_orig_callable", hook)
-    owner = getattr(getattr(hook, "func", hook), "__self__", None)
-    return owner if isinstance(owner, Part) else None

@@ -84,6 +84,11 @@ class Plan:
         layers = self.work.items()
         return {number: work for number, work in layers if work.blind and not work.unread}
 
+    @cached_property
+    def unread(self) -> tuple[int, ...]:
+        """Decoder layers whose caches hold text alone, as no head reads visual tokens there."""
+        return tuple(number for number, work in self.work.items() if work.unread)
+
     @property
     def marks(self) -> bool:
         """Whether image features may come with removed rows marked."""

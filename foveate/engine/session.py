@@ -3,7 +3,8 @@
 `use` attaches for a block, `apply` until `remove()`. A session has a part for each part of the
 model that it touches: the text model, the vision encoder, or both. Everything is done by hooks and
 a few instance attributes (`get_image_features` of the base model, `generate` of the model,
-`forward` of encoder layers within which tokens are removed); nothing else on the model is touched.
+`forward` of decoder layers, of the rotary embedding, and of encoder layers within which tokens are
+removed); nothing else on the model is touched.
 """
 
 from __future__ import annotations
@@ -169,6 +170,7 @@ class Session:
         for part in self._parts:
             part.check()
         for part in self._parts:
+            part.mark()
             part.attach()
         return self
 

@@ -64,6 +64,8 @@ class TextPart(Hooks, Part):
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.enter_projector)
+        if family.one_dimensional:
+            self.replace_forward(family.text.rotary_emb, self.rotate)
         for number in range(self.plan.first_layer, family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(self.layer, number))
         for number in self.plan.transition_layers:

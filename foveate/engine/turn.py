@@ -86,6 +86,7 @@ class Turn:
         self.layout = self.full
         self.layer_layouts: list[Layout] = []
         self.layer_tokens: list[list[int]] = []
+        self.forgot = 0  # the last layer before which caches forgot
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
         self.kept: dict[int, dict[str, Tensor]] = {
@@ -200,6 +201,12 @@ class Turn:
             if group.index.shape[1]
         ]
         return Split.of(images, position, keys, visual)
+
+    @property
+    def common_tokens(self) -> int:
+        """Text tokens that images look at where layers compute less of visual tokens."""
+        split = next(iter(self.splits.values()), None)
+        return split.text_keys[0].shape[1] if split is not None and split.images else 0
 
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
@@ -360,6 +367,7 @@ class Turn:
         """Let the cache layers before a decoder layer forget what is not alive there."""
         if cache is None:
             return
+        self.forgot = number
         prompt = self.prompt
         gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
         gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight

@@ -60,6 +60,16 @@ class Grid:
         rows, columns = self.tile
         return -(-self.height // rows), -(-self.width // columns)
 
+    def pairs(self, common: int = 0) -> int:
+        """Query-key pairs that are computed, those that a mask hides included.
+
+        Args:
+            common: keys that every token sees besides.
+        """
+        (rows, columns), (up, left), (down, across) = self.tile, self.halo, self.tiles
+        keys = (rows + 2 * up) * (columns + 2 * left) + common
+        return self.frames * down * across * rows * columns * keys
+
     def cut(self, x: Tensor, halo: tuple[int, int] = (0, 0), fill: float = 0.0) -> Tensor:
         """(A, cells, c) as (A frames n, q, c), or (A frames n, k, c) with a halo."""
         x = x.unflatten(1, (self.frames, self.height, self.width)).flatten(0, 1)

@@ -5,17 +5,17 @@ It is made from a record, of a forward that ran or of one that is only planned, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from foveate.engine.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.flops import TextShape
 from foveate.measure.selection import decoder_flops, encoder_flops
 from foveate.measure.trace import Traced, trace
-from foveate.method import Method, ModelFacts, Step, Work
+from foveate.method import Method, ModelFacts, Work
 from foveate.record import Record
 
 FOVEATE = CONVENTIONS["foveate"]
@@ -84,7 +84,7 @@ def account(
     layers = _layers(record, family, methods, shapes, convention)
     if convention.visual_only:
         return Account(None, None, 0, layers, 0, 0)
-    steps = _steps(record, family, methods)
+    steps = [(method, step) for method in methods for step in method.steps(family)]
     traced = encoder(record, family)
     selection = decoder_flops(record, shapes, steps) if shapes else 0
     if traced:
@@ -92,7 +92,7 @@ def account(
     slots = record.cache_slots or [max(tokens) for tokens in record.layer_tokens]
     found = Account(
         tower=_tower(record, traced) if traced or not record.images else None,
-        projector=sum(t.projector for t in traced) if traced or not record.images else None,
+        projector=_projector(record, family, traced) if traced or not record.images else None,
         selection=selection,
         layers=layers,
         head=flops.head_flops(shapes[0], record.rows) if shapes else 0,
@@ -103,31 +103,32 @@ def account(
     return found if convention.multiply_add == 2 else _halved(found)
 
 
-def whole(record: Record, config: Any) -> Record:
-    """The same forward if it had removed nothing, of a model with this config."""
-    slots = record.cache_slots
+def whole(record: Record) -> Record:
+    """The same forward if nothing had been removed; where layers have windows, `cache_slots` are
+    those without.
+    """
     full = max(record.prompt_tokens, default=0)
+    held = record.layer_tokens
+    if record.forgot:  # what was given to the caches before, and is still there
+        held = [held[record.forgot]] * record.forgot + held[record.forgot :]
+    text = list(record.prompt_tokens)
+    for image in record.images:
+        text[image.row] -= image.total
+    held = [text if n in record.unread else tokens for n, tokens in enumerate(held)]
+    slots = record.cache_slots
     return replace(
         record,
         layer_tokens=[list(record.prompt_tokens)] * len(record.layer_tokens),
         cache_slots=[
-            # A layer may have been made to forget what it has seen.
-            int(max(count + full - max(tokens), min(full, window))) if count else 0
-            for count, tokens, window in zip(
-                slots, record.layer_tokens, windows(config, len(slots)), strict=bool(slots)
-            )
+            count + full - max(tokens) if count else 0
+            for count, tokens in zip(slots, held, strict=bool(slots))
         ],
+        forgot=0,
+        unread=(),
         encoder_tokens=[],
         encoder_bounds=[],
+        projected={},
     )
-
-
-def windows(config: Any, layers: int) -> list[float]:
-    """Slots that the cache of each layer keeps at most."""
-    text = getattr(config, "text_config", config)
-    kinds = getattr(text, "layer_types", None) or []
-    held = [text.sliding_window - 1 if kind == "sliding_attention" else math.inf for kind in kinds]
-    return (held or [math.inf] * layers)[:layers]
 
 
 def encoder(record: Record, family: Any) -> list[Traced]:
@@ -146,11 +147,12 @@ def _tower(record: Record, traced: Sequence[Traced]) -> int:
     return total
 
 
-def _steps(record: Record, family: Counted, methods: Sequence[Method]) -> list[Step]:
-    """Steps that have acted."""
-    places = {place for image in record.images for place in image.kept}
-    steps = [step for method in methods for step in method.steps(family)]
-    return [step for step in steps if step.place in places]
+def _projector(record: Record, family: Any, traced: Sequence[Traced]) -> int:
+    total = sum(t.projector for t in traced)
+    for modality, rows in record.projected.items():
+        matrices = (p.numel() for p in family.projector(modality).parameters() if p.dim() == 2)
+        total += 2 * rows * sum(matrices)
+    return total
 
 
 def _halved(counted: Account) -> Account:
@@ -190,7 +192,7 @@ def _layers(
     found = []
     for number, (shape, tokens) in enumerate(zip(shapes, record.layer_tokens, strict=True)):
         if number in work:
-            found.append(_parts(record, shape, tokens, work[number]))
+            found.append(_parts(record, shape, tokens, work[number], convention.causal))
         else:
             causal = convention.causal
             found.append(sum(flops.layer_flops(shape, t, causal=causal) for t in tokens))
@@ -204,11 +206,14 @@ def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 
-def _parts(record: Record, shape: TextShape, tokens: Sequence[int], work: Work) -> int:
+def _parts(
+    record: Record, shape: TextShape, tokens: Sequence[int], work: Work, causal: bool
+) -> int:
     """A decoder layer that computes less of visual tokens: what the engine computes of it.
 
     Text before an image is seen by the image and text behind it sees the image, so each pair of a
-    text and a visual token counts once.
+    text and a visual token counts once. If all attention counts, text sees all in every head, and
+    tiles of an image all around them and all text before the last image.
     """
     active = shape.heads if work.heads is None else sum(work.heads)
     given = work.heads or (True,) * shape.heads
@@ -225,9 +230,15 @@ def _parts(record: Record, shape: TextShape, tokens: Sequence[int], work: Work) 
         visual = count - text
         total += flops.projection_flops(shape, text) + flops.mlp_flops(shape, text)
         total += visual * (projected + 6 * shape.hidden * neurons)
-        near = sum(_neighbours(*i.grid, work.window) * i.frames for i in images)
-        pairs = shape.heads * flops.visible_keys(text)
-        pairs += active * (text * visual + min(near, visual**2))
+        if causal:
+            near = sum(_neighbours(*i.grid, work.window) * i.frames for i in images)
+            pairs = shape.heads * flops.visible_keys(text)
+            pairs += active * (text * visual + min(near, visual**2))
+        else:
+            seen = [image for image in images if image.alive(work.layer)]
+            grids = [Grid(image.frames, *image.grid, work.window) for image in seen]
+            pairs = shape.heads * text * count
+            pairs += active * sum(grid.pairs(record.common_tokens) for grid in grids)
         total += 4 * shape.head_dim * pairs
     return total
 

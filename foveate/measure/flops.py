@@ -54,8 +54,9 @@ class TextShape:
         text = getattr(config, "text_config", config)
         heads = text.num_attention_heads
         mlp, router = _mlp(text, layer)
-        kinds = getattr(text, "layer_types", None) or []
-        windowed = layer < len(kinds) and kinds[layer] == "sliding_attention"
+        window = getattr(text, "sliding_window", None)
+        kinds = getattr(text, "layer_types", None)  # without it, a window is that of all layers
+        windowed = kinds[layer] == "sliding_attention" if kinds else window is not None
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -65,7 +66,7 @@ class TextShape:
             mlp=mlp,
             vocabulary=text.vocab_size,
             router=router,
-            window=text.sliding_window if windowed else None,
+            window=window if windowed else None,
         )
 
     @classmethod
@@ -73,6 +74,12 @@ class TextShape:
         """The sizes of every layer."""
         text = getattr(config, "text_config", config)
         return tuple(cls.of(text, layer) for layer in range(text.num_hidden_layers))
+
+    def held(self, tokens: int) -> int:
+        """Slots that the layer's cache keeps of so many tokens: all, or one less than the window,
+        to which the next query adds itself.
+        """
+        return tokens if self.window is None else min(tokens, self.window - 1)
 
 
 def _mlp(text: Any, layer: int) -> tuple[int, int]:
@@ -176,12 +183,14 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
 
     Args:
         config: text config, or a multimodal one.
-        slots_per_layer: cache slots of each layer, padding included.
+        slots_per_layer: tokens that each layer was given, padding included; a layer with a window
+            holds the last of them only.
         batch: B, rows.
         dtype: what the cache holds.
     """
-    shape = TextShape.of(config)
-    return 2 * batch * shape.kv_heads * shape.head_dim * sum(slots_per_layer) * dtype.itemsize
+    layers = zip(TextShape.all(config), slots_per_layer, strict=True)
+    values = sum(2 * s.kv_heads * s.head_dim * s.held(slots) for s, slots in layers)
+    return batch * values * dtype.itemsize
 
 
 def text_attention_flops(config: Any, tokens: int) -> int:

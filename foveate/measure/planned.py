@@ -11,6 +11,7 @@ from PIL import Image
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import UnsupportedModelError
+from foveate.measure.flops import TextShape
 from foveate.measure.trace import trace
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
@@ -63,8 +64,11 @@ def planned(
             else:
                 alive[image] = step.method.count(alive[image], total, step.step, step.number)
             kept[image][step.step.place] = torch.arange(min(alive[image], shape.total))
+        if step.step.before_projector and family.projector("image") is not None:
+            projected["image"] = projected.get("image", 0) + sum(alive)
 
     parked: dict[int, list[int]] = {}
+    projected: dict[str, int] = {}
     for step in plan.pre_llm:
         act(step)
     layer_tokens = []
@@ -80,23 +84,31 @@ def planned(
         prompt_tokens=[text_tokens + sum(shape.total for shape in shapes)],
         images=images,
         layer_tokens=layer_tokens,
-        cache_slots=_held(plan, layer_tokens, text_tokens),
+        cache_slots=_held(family, plan, layer_tokens, text_tokens),
+        unread=plan.unread,
+        forgot=max((s.step.layer for s in plan.llm if s.step.forget), default=0),
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
+        projected=projected,
         question_tokens=text_tokens,
     )
 
 
-def _held(plan: Plan, layer_tokens: Sequence[Sequence[int]], text_tokens: int) -> list[int]:
-    """Slots that caches hold: what layers saw, less what is forgotten or read by nobody."""
+def _held(
+    family: Family, plan: Plan, layer_tokens: Sequence[Sequence[int]], text_tokens: int
+) -> list[int]:
+    """Slots that caches hold: what layers saw, less what they forget, within windows.
+
+    Which tokens of a window are forgotten depends on the tokens; counted is the most that may stay.
+    """
     slots = [tokens[0] for tokens in layer_tokens]
     for step in (s.step for s in plan.llm if s.step.forget):
         slots[: step.layer] = [slots[step.layer]] * step.layer
-    for layer, work in plan.work.items():
-        if work.unread:
-            slots[layer] = text_tokens
-    return slots
+    for layer in plan.unread:
+        slots[layer] = text_tokens
+    shapes = TextShape.all(family.config)
+    return [shape.held(count) for shape, count in zip(shapes, slots, strict=True)]
 
 
 def _inside(

@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.engine.inputs import bound
+from foveate.engine.packed import boundaries
 from foveate.models import Family, find_family
 from foveate.tokens import Shape
 
@@ -42,6 +44,8 @@ class Traced:
         shapes: visual tokens of each image; empty for an encoder alone.
         rows: pictures, and rows of each, that the first layer is given; one picture where all lie
             in one sequence.
+        pairs: of each layer, pairs of rows of a picture that may see each other: all of it, or of
+            its segments.
         weights: of a layer's matrices, those of the attention and all others.
         width: of the encoder's rows.
     """
@@ -51,6 +55,7 @@ class Traced:
     projector: int
     shapes: tuple[Shape, ...] = ()
     rows: tuple[int, int] = (0, 0)
+    pairs: tuple[int, ...] = ()
     weights: tuple[int, int] = (0, 0)
     width: int = 0
 
@@ -177,6 +182,8 @@ class _Run:
         self.embedding = 0
         self._entered: int | None = None  # what was counted when the tower was entered
         self.rows = 0, 0
+        self.pairs: dict[int, int] = {}
+        self._pictures: list[int] = []  # rows of each picture, where all lie in one sequence
         self._seen: dict[Any, tuple[Any, int]] = {}
 
     @property
@@ -192,6 +199,9 @@ class _Run:
         for tower in {*_towers(family, modality), *([] if encoder is None else [encoder.tower])}:
             handles.append(tower.register_forward_pre_hook(self._enter))
             handles.append(tower.register_forward_hook(self._leave))
+        if encoder is not None and encoder.packed is not None:
+            look = functools.partial(self._look, encoder.packed, family.side(modality))
+            handles.append(encoder.tower.register_forward_pre_hook(look, with_kwargs=True))
         for number, layer in enumerate(layers):
             layer.forward = functools.partial(self._layer, number, layer, layer.forward)
         try:
@@ -202,9 +212,15 @@ class _Run:
                 handle.remove()
             for layer in layers:
                 del layer.forward
-        of_layers = tuple(self.layers.get(number, 0) for number in range(len(layers)))
+        of_layers, pairs = (
+            tuple(noted.get(number, 0) for number in range(len(layers)))
+            for noted in (self.layers, self.pairs)
+        )
         projector = self.total - self.embedding - sum(of_layers)
-        return Traced(self.embedding, of_layers, projector, shapes, self.rows, *_matrices(encoder))
+        weights, width = _matrices(encoder)
+        return Traced(
+            self.embedding, of_layers, projector, shapes, self.rows, pairs, weights, width
+        )
 
     def _encode(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Shape, ...]:
         if not self.family.text_layers:
@@ -223,6 +239,10 @@ class _Run:
             self.embedding += self.total - self._entered
             self._entered = None
 
+    def _look(self, packed: Any, side: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        pictures = packed(bound(module.forward, args, kwargs), side)
+        self._pictures = [picture.rows.numel() for picture in pictures]
+
     def _layer(
         self, number: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -231,6 +251,11 @@ class _Run:
             self._entered = None
         if number == 0:
             self.rows = args[0].shape[:-1].numel() // args[0].shape[-2], args[0].shape[-2]
+        bounds = boundaries(kwargs)
+        lengths = self._pictures or [args[0].shape[-2]]
+        if bounds is not None:
+            lengths = bounds.diff().tolist()
+        self.pairs[number] = sum(length**2 for length in lengths)
         weights = tuple(p.shape for p in layer.parameters())
         leaves, spec = tree_flatten((args, kwargs))
         key = weights, str(spec), tuple(_frozen(leaf) for leaf in leaves)

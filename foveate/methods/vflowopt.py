@@ -168,6 +168,36 @@ def second_ratio(
     return min(1.0, left / (depth - second) / (keep * ratio))
 
 
+@dataclass(frozen=True)
+class SearchSpace:
+    """Strategies with which a decoder layer sees a given share of the visual tokens on average.
+
+    rho is in [1, 1.5] times that share, q1 in [0.533, 1], the threshold in [0, 50] and the cell in
+    [3, 24], the published ranges for a quarter; q2 follows from the share.
+
+    Args:
+        average: the share, in (0, 1).
+        layers: decoder layers before which tokens are dropped.
+        depth: number of decoder layers.
+    """
+
+    average: float
+    layers: tuple[int, int]
+    depth: int
+
+    def propose(self, trial: Any) -> VFlowOpt | None:
+        """The strategy of an Optuna trial; `None` if the first two numbers use up the budget."""
+        keep = trial.suggest_float("keep", self.average, min(1.5 * self.average, 1.0))
+        ratio = trial.suggest_float("ratio", 0.533, 1.0)
+        threshold = trial.suggest_float("threshold", 0.0, 50.0)
+        cell = trial.suggest_float("cell", 3.0, 24.0)
+        last = second_ratio(self.average, keep, ratio, self.layers, self.depth)
+        if last <= 0:
+            return None
+        shares = (keep, keep * ratio, keep * ratio * last)
+        return VFlowOpt(keep=shares, threshold=threshold, cell=cell)
+
+
 def calibrate(
     model: Any,
     samples: Iterable[Mapping[str, Any]],
@@ -182,10 +212,8 @@ def calibrate(
     """Find the strategy that changes a model's answers least at a given cost.
 
     Each trial runs the prompts once; what counts is the cosine similarity of the last prompt
-    token's final state with and without pruning. Searched are rho in [1, 1.5] times the average, q1
-    in [0.533, 1], the threshold in [0, 50] and the cell in [3, 24], the published ranges for a
-    quarter; q2 follows from the average. Optuna's TPE sampler takes the place of the reference's
-    Gaussian process.
+    token's final state with and without pruning. `SearchSpace` says what is searched. Optuna's TPE
+    sampler takes the place of the reference's Gaussian process.
 
     Args:
         model: a supported vision-language model with an encoder that methods can look into.
@@ -211,22 +239,10 @@ def calibrate(
     if not 0 < average < 1:
         raise BudgetError(f"average must be in (0, 1), got {average}")
     family = find_family(model)
-    first, second = VFlowOpt()._published_layers(family)
-
-    def propose(trial: Any) -> VFlowOpt | None:
-        keep = trial.suggest_float("keep", average, min(1.5 * average, 1.0))
-        ratio = trial.suggest_float("ratio", 0.533, 1.0)
-        threshold = trial.suggest_float("threshold", 0.0, 50.0)
-        cell = trial.suggest_float("cell", 3.0, 24.0)
-        last = second_ratio(average, keep, ratio, (first, second), family.text_layers)
-        if last <= 0:
-            return None
-        shares = (keep, keep * ratio, keep * ratio * last)
-        return VFlowOpt(keep=shares, threshold=threshold, cell=cell)
-
+    space = SearchSpace(average, VFlowOpt()._published_layers(family), family.text_layers)
     settings = {"model": family.model_type, "layers": family.text_layers, "average": average}
     best = search(
-        model, samples, propose, trials=trials, startup=startup, seed=seed, storage=storage,
+        model, samples, space.propose, trials=trials, startup=startup, seed=seed, storage=storage,
         settings=settings, progress=progress,
     )  # fmt: skip
     assert isinstance(best, VFlowOpt)

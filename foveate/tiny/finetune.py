@@ -36,6 +36,8 @@ from foveate.tiny.words import VOCABULARY
 TURNS = {"scenes": 42, "album": 28, "events": 12, "order": 9, "rule": 9}
 """How often a step is on what."""
 
+_MIX = ",".join(f"{sort}={share}" for sort, share in TURNS.items())
+
 _WHOLE_FROM = 0.7  # share of the run from which on all visual tokens are shown
 _SAVE_EVERY_S = 150.0
 _OFTEN = (*HARDEST, "word")
@@ -199,6 +201,21 @@ def _write(log: Any, tuner: Tuner, sort: str, stats: dict[str, float]) -> None:
     log.flush()
 
 
+def mix_of(turns: str) -> dict[str, int]:
+    """What `--turns` says, as in "scenes=60,album=22".
+
+    Raises:
+        typer.BadParameter: it is of another form, or names what is not taught.
+    """
+    try:
+        mix = {sort: int(share) for sort, share in (part.split("=") for part in turns.split(","))}
+    except ValueError:
+        raise typer.BadParameter(f"--turns is of the form {_MIX}, got {turns}") from None
+    if unknown := mix.keys() - TURNS.keys():
+        raise typer.BadParameter(f"--turns knows {', '.join(TURNS)}, not {', '.join(unknown)}")
+    return mix
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
     start: Annotated[Path, typer.Option(help="Folder of the trained model.")] = PATH,
@@ -207,15 +224,11 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of scenes and new words.")] = 0,
     turns: Annotated[
         str, typer.Option(help="How often a step is on what, as scenes=42,album=28.")
-    ] = ",".join(f"{sort}={share}" for sort, share in TURNS.items()),
+    ] = _MIX,
 ) -> None:
     """Fine-tune the tiny VLM; run it again to go on after an interruption."""
     torch.set_num_threads(1)
-    shares_of = dict(part.split("=") for part in turns.split(","))
-    if unknown := shares_of.keys() - TURNS.keys():
-        raise typer.BadParameter(f"--turns knows {', '.join(TURNS)}, not {', '.join(unknown)}")
-    mix = {sort: int(share) for sort, share in shares_of.items()}
-    finetune(Settings(out, photos, 0.0, steps, seed, batch=8), start, mix)
+    finetune(Settings(out, photos, 0.0, steps, seed, batch=8), start, mix_of(turns))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,17 @@ def test_what_cannot_be_read_is_said():
     assert done.exit_code == 2
 
 
+def test_caches_of_layers_with_windows_hold_no_more(tmp_path):
+    """Five of six layers of Gemma 3 see 1,024 tokens of eight images and some text."""
+    found = numbers(tmp_path, "google/gemma-3-4b-it", "-m", "pyramiddrop", "--images", "8")
+    assert found["visual_tokens"][0] == 8 * 256
+    slot, held = 2 * 4 * 256 * 2, 0
+    for layer, visual in enumerate(found["visual_tokens"]):
+        held += visual + 64 if layer % 6 == 5 else min(visual + 64, 1023)
+    assert found["kv_bytes"]["after"] == slot * held
+    assert found["kv_bytes"]["before"] == slot * (5 * (8 * 256 + 64) + 29 * 1023)
+
+
 @pytest.mark.parametrize("name", [n for n, c in checkpoints().items() if c.model_type != "vit"])
 def test_every_bundled_checkpoint_is_counted(tmp_path, name):
     found = numbers(tmp_path, name, "-m", "pyramiddrop", "--image-size", "448x336")

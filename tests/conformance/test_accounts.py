@@ -5,15 +5,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.engine.planning import make_plan
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
+from foveate.measure.flops import TextShape, kv_bytes
+from foveate.measure.planned import planned
 from foveate.methods import FastV, PyramidDrop
 from foveate.models import find_family
 from tests.conformance.batches import batch_of
-from tests.conformance.test_families import layers_of
+from tests.conformance.test_families import layers_of, model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.methods_for_tests import EveryThird, Listed
+from tests.methods_for_tests import EveryThird, Forgetful, Listed
 
 DENSE = CONVENTIONS["dense"]
 PIXELS = sorted(name for name, member in MEMBERS.items() if member().pixels(1) is not None)
@@ -43,9 +46,35 @@ def methods_of(name, kind):
         return [PyramidDrop((first, second), (0.5, 0.25), "original")]
     if kind == "fastv":
         return [FastV(early + 1, 0.25)]
+    if kind == "forgetful":
+        return [Forgetful(second, 0.25)]
     if kind == "pre_llm":
         return [EveryThird(0.3), PyramidDrop((second,), 2, "original")]
     return [Listed(layer=1), EveryThird(0.5)]
+
+
+@pytest.mark.parametrize("kind", ["pyramiddrop", "forgetful", "pre_llm"])
+@pytest.mark.parametrize("name", [n for n in PIXELS if MEMBERS[n].modality == "image"])
+def test_planned_cache_bytes_equal_the_cache(name, kind):
+    """Also where the prompt is longer than the windows of layers."""
+    member, model = MEMBERS[name](), model_of(name)
+    inputs, _ = batch_of(member, model, (1,))
+    family, methods = find_family(model), methods_of(name, kind)
+    fed = member.batch(member.pixels(1), [1])
+    text = int((inputs["input_ids"] != member.image_id).sum())
+    record = planned(family, make_plan(family, methods), fed, text)
+    with torch.no_grad():
+        plain = model(**fresh(inputs), use_cache=True).past_key_values
+        with foveate.use(model, methods):
+            pruned = model(**fresh(inputs), use_cache=True).past_key_values
+    windows = any(shape.window for shape in TextShape.all(family.config))
+    for want, cache in ((whole(record), plain), (record, pruned)):
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        counted = kv_bytes(family.config, want.cache_slots, 1, torch.float32)
+        if windows and want.forgot:  # what of a window is forgotten depends on the tokens
+            assert counted >= held
+        else:
+            assert counted == held
 
 
 @pytest.mark.parametrize("kind", ["nothing", "pyramiddrop", "fastv", "pre_llm", "vision"])
@@ -70,4 +99,4 @@ def test_accounts_equal_what_torch_counts(name, kind):
     assert want.tower is not None
     assert want.total == got
     plain = counted(model, inputs)
-    assert account(whole(session.record, family.config), family, (), DENSE).total == plain
+    assert account(whole(session.record), family, (), DENSE).total == plain

@@ -15,7 +15,7 @@ def cached_bytes(cache):
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-@pytest.mark.parametrize("kind", ["pyramiddrop", "pre_llm"])
+@pytest.mark.parametrize("kind", ["pyramiddrop", "forgetful", "pre_llm"])
 @pytest.mark.parametrize("name", sorted(MEMBERS))
 def test_cache_bytes_equal_the_cache(name, kind):
     member, model = MEMBERS[name](), model_of(name)

@@ -136,3 +136,15 @@ def test_a_layer_whose_class_changes_later_runs_the_new_forward():
         assert torch.equal(model(**inputs).logits, want)
     assert ran == [layer]
     assert "forward" not in vars(layer)
+
+
+def test_a_decoding_step_makes_its_rotary_embeddings_once(llava, monkeypatch):
+    kind, made = type(llava.model.language_model.rotary_emb), []
+    plain = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kw: made.append(1) or plain(*args, **kw))
+    cache = DynamicCache(config=llava.config.text_config)
+    with torch.no_grad(), foveate.use(llava, METHOD):
+        llava(**prompts([(3, 6)]), past_key_values=cache)
+        made.clear()
+        llava(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    assert len(made) == 1

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from transformers import DynamicCache
 
 import foveate
+from foveate.errors import AttachError
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, CASES, TOLERANCE, features_of
@@ -304,3 +305,26 @@ def test_decoding_one_token_at_a_time_equals_one_forward(llava, name):
             got.append(torch.cat(steps, 1))
     torch.testing.assert_close(got[1], got[0], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(got[2], got[0], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("how", ["apply", "prepare"])
+def test_a_model_with_a_session_cannot_be_copied(how):
+    """A copy would be served with what is known of the original: its words, its norms."""
+    model, method = tiny_llava(), PyramidDrop()
+    handle = foveate.apply(model, method) if how == "apply" else None
+    if handle is None:
+        handle = foveate.training.session_of(foveate.prepare(model, method))
+    with pytest.raises(AttachError, match="remove"):
+        copy.deepcopy(model)
+    handle.remove()
+    twin = copy.deepcopy(model)
+    with foveate.use(twin, method):
+        assert twin(**prompts([[5, 7]])).logits.isfinite().all()
+
+
+def test_replicas_of_a_model_are_refused(llava):
+    """As `torch.nn.DataParallel` makes them: modules of their own, with the hooks of the first."""
+    with foveate.use(llava, PyramidDrop()):
+        replica = llava.model._replicate_for_data_parallel()
+        with pytest.raises(AttachError, match="one process per device"):
+            replica(**prompts([[5, 7]]))

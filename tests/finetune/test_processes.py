@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -70,3 +71,20 @@ def test_two_processes_learn_what_one_learns(sharded, alone, recipe_file, tmp_pa
     again = foveate.load(two)
     torch.testing.assert_close(again.state_dict(), got)
     assert json.loads((two / "foveate.json").read_text())["methods"][0]["method"] == "pyramiddrop"
+
+
+def test_a_sharded_run_goes_on_where_it_was_cut_off(recipe_file, tmp_path):
+    """What is left of a run after a checkpoint ends with the weights of the whole run."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    trainer = {**TWO, **SHARDED, "save_steps": 2}
+    train(recipe_file("whole.yaml", out=str(whole), trainer=trainer), processes=2)
+    cut.mkdir()
+    shutil.copytree(whole / "checkpoint-2", cut / "checkpoint-2")
+    written = (cut / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns
+    shutil.copy(whole / "recipe.json", cut)
+    train(recipe_file("cut.yaml", out=str(cut), trainer=trainer), processes=2)
+    assert (cut / "checkpoint-2" / "trainer_state.json").stat().st_mtime_ns == written
+    torch.testing.assert_close(losses(cut), losses(whole), rtol=0, atol=1e-6)
+    got, want = weights(cut), weights(whole)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-6, msg=name)

@@ -9,6 +9,8 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -120,6 +122,18 @@ def test_kv_bytes_equal_the_cache(name, dtype):
         t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
     )
     assert flops.kv_bytes(config, [9, 9, 9], batch=2, dtype=dtype) == real
+
+
+@pytest.mark.parametrize("tokens", [4, 5, 6, 9])
+def test_kv_bytes_of_windows_equal_the_cache(tokens):
+    """A layer with a window of five keeps four slots; without layer types all layers have it."""
+    config = MistralConfig(**SIZES, num_key_value_heads=2, sliding_window=5)
+    model = MistralForCausalLM(config).eval()
+    with torch.no_grad():
+        cache = model(torch.ones(2, tokens, dtype=torch.long)).past_key_values
+    real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert flops.kv_bytes(config, [tokens] * 3, batch=2, dtype=torch.float32) == real
+    assert [layer.keys.shape[2] for layer in cache.layers] == [min(tokens, 4)] * 3
 
 
 def test_text_attention_is_key_projection_plus_one_query():

@@ -60,7 +60,7 @@ def test_every_block_asks(attention):
     """With two that ask, the order of the blocks does not matter."""
     one, kept = train(attention, QUESTIONS, {0, 1})
     two, again = train(attention, QUESTIONS[::-1], {0, 1})
-    alone, first = train(attention, QUESTIONS, {0})
+    _, first = train(attention, QUESTIONS, {0})
     assert all(torch.equal(again[place], kept[place]) for place in kept)
     assert any(not torch.equal(first[place], kept[place]) for place in kept)
     torch.testing.assert_close(one.loss, two.loss, rtol=1e-6, atol=0)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
+from random import Random
 
-from foveate.bench.sample import SPLITS, Evidence, Sample, Split
+from PIL.Image import Image
+
+from foveate.bench.sample import SPLITS, Evidence, Sample, Split, Turn
 from foveate.errors import BenchError
 from foveate.tiny.scenes import Box
 from foveate.tiny.sequences import SequenceQuestion
@@ -14,6 +19,42 @@ from foveate.tiny.sequences import SequenceQuestion
 _FIRST = {"test": 2**38, "hidden": 2**39, "train": 2**41}  # the tiny VLM trains from 2**40 on
 _WIDTH = 2**38
 _ATTEMPTS = 400
+
+Shown = tuple[tuple[Image | Sequence[Image], ...], tuple[Turn, ...]]
+Look = Callable[[int], Shown | None]
+
+
+@dataclass(frozen=True)
+class DrawnTask(ABC):
+    """A task that chooses what to ask, then draws until that can be asked.
+
+    Answers are chosen first, so that none is common.
+
+    Args:
+        name: the task's name.
+        summary: what it tests.
+    """
+
+    name: str
+    summary: str
+
+    def sample(
+        self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
+    ) -> Sample:
+        """Draw a sample; `look` says what the knobs do."""
+        check(split, difficulty, clutter)
+        look = self.look(Random(f"{self.name} {split} {seed}"), difficulty, clutter)
+        shown = next(filter(None, map(look, draws(self.name, split, seed))))
+        return Sample(self.name, seed, *shown)
+
+    @abstractmethod
+    def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
+        """Choose what to ask.
+
+        Returns:
+            What draws the pictures of a seed, and asks about them; `None` where they do not show
+            what is to be asked about.
+        """
 
 
 def check(split: Split, difficulty: float, clutter: float) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import Generic, TypeVar
+
+from PIL.Image import Image
 
 from foveate.bench import data as files
 from foveate.bench.sample import Evidence, Sample, Split, Turn
@@ -16,11 +21,8 @@ _NLVR = {"train": "dev", "test": "test", "hidden": "hidden"}
 _PART = {"train": 0, "test": 1, "hidden": 2}
 _LARGE = 0.1  # share of a photo that a category's largest box covers at least, at difficulty 0
 
-
-def _folder(task: str, data: Path | None) -> Path:
-    if data is None:
-        raise BenchError(f"task {task!r} reads a data set; name its folder as data")
-    return data
+T = TypeVar("T")
+Asked = tuple[Image, Turn]
 
 
 @lru_cache(maxsize=16)
@@ -30,104 +32,111 @@ def _order(task: str, split: Split, count: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class NlvrTask:
-    """Cornell NLVR v1.0: is a sentence true of three boxes? Its dev part serves as train.
+class DataTask(ABC, Generic[T]):
+    """A task that asks about the items of a data set in random order, each once in a round.
 
     Args:
-        data: folder with `nlvr/`.
         name: the task's name.
         summary: what it tests.
+        data: folder that holds the data set's own folder.
     """
 
+    name: str
+    summary: str
     data: Path | None = None
-    name: str = "nlvr"
-    summary: str = "NLVR v1.0: is a human-written sentence true of a drawn picture?"
 
     def sample(
         self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
     ) -> Sample:
-        """Take an example. The knobs change nothing; every object is evidence."""
+        """Take an item; `ask` says what difficulty does, and clutter changes nothing."""
         check(split, difficulty, clutter)
-        folder, part = _folder(self.name, self.data), _NLVR[split]
-        rows = files.nlvr(folder, part)
-        row = rows[_order(self.name, split, len(rows))[seed % len(rows)]]
-        picture = files.packed_image(folder, "nlvr", part, row.image)
-        seen = tuple(Evidence(box) for box in row.boxes)
-        asked = Turn(row.question, row.answer, (0,), seen, ("true", "false"))
+        items = self.items(split)
+        item = items[_order(self.name, split, len(items))[seed % len(items)]]
+        rng = Random(f"{self.name} {split} {seed}")
+        picture, asked = self.ask(item, split, rng, difficulty)
         return Sample(self.name, seed, (picture,), (asked,))
 
+    @property
+    def folder(self) -> Path:
+        """`data`.
 
-@dataclass(frozen=True)
-class EasyTask:
-    """easy-VQA: template questions about one shape. It has no hidden part.
+        Raises:
+            BenchError: it was not named.
+        """
+        if self.data is None:
+            raise BenchError(f"task {self.name!r} reads a data set; name its folder as data")
+        return self.data
 
-    Args:
-        data: folder with `easy-vqa/`.
-        name: the task's name.
-        summary: what it tests.
-    """
+    @abstractmethod
+    def items(self, split: Split) -> Sequence[T]:
+        """What there is to ask about."""
 
-    data: Path | None = None
-    name: str = "easy-vqa"
-    summary: str = "easy-VQA: colour, shape or presence of the one shape of a picture"
+    @abstractmethod
+    def ask(self, item: T, split: Split, rng: Random, difficulty: float) -> Asked:
+        """The picture of an item, and a question about it."""
 
-    def sample(
-        self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
-    ) -> Sample:
-        """Take a question. The knobs change nothing; the shape is the evidence."""
-        check(split, difficulty, clutter)
+
+class NlvrTask(DataTask[files.Row]):
+    """Cornell NLVR v1.0, in `nlvr/`: is a sentence true of three boxes? Its dev part is train."""
+
+    def items(self, split: Split) -> Sequence[files.Row]:
+        """Every example."""
+        return files.nlvr(self.folder, _NLVR[split])
+
+    def ask(self, item: files.Row, split: Split, rng: Random, difficulty: float) -> Asked:
+        """Difficulty changes nothing; every object is evidence."""
+        picture = files.packed_image(self.folder, "nlvr", _NLVR[split], item.image)
+        seen = tuple(Evidence(box) for box in item.boxes)
+        return picture, Turn(item.question, item.answer, (0,), seen, ("true", "false"))
+
+
+class EasyTask(DataTask[files.Row]):
+    """easy-VQA, in `easy-vqa/`: template questions about one shape. It has no hidden part."""
+
+    def items(self, split: Split) -> Sequence[files.Row]:
+        """Every question.
+
+        Raises:
+            BenchError: the split is hidden.
+        """
         if split == "hidden":
             raise BenchError("task 'easy-vqa' has no hidden split; there are train and test")
-        folder = _folder(self.name, self.data)
-        rows = files.easy_vqa(folder, split)
-        row = rows[_order(self.name, split, len(rows))[seed % len(rows)]]
-        picture = files.packed_image(folder, "easy-vqa", split, row.image)
-        choices = ("yes", "no") if row.answer in ("yes", "no") else ()
+        return files.easy_vqa(self.folder, split)
+
+    def ask(self, item: files.Row, split: Split, rng: Random, difficulty: float) -> Asked:
+        """Difficulty changes nothing; the shape is the evidence."""
+        picture = files.packed_image(self.folder, "easy-vqa", split, item.image)
+        choices = ("yes", "no") if item.answer in ("yes", "no") else ()
         seen = (Evidence(files.shape_box(picture)),)
-        asked = Turn(row.question, row.answer, (0,), seen, choices)
-        return Sample(self.name, seed, (picture,), (asked,))
+        return picture, Turn(item.question, item.answer, (0,), seen, choices)
 
 
-@dataclass(frozen=True)
-class CocoTask:
-    """Photographs with boxes: is a category there? Every third photo belongs to a split.
+class CocoTask(DataTask[files.Photo]):
+    """Photographs with boxes, in `coco-cc/`: is a category there? A split has every third photo."""
 
-    Args:
-        data: folder with `coco-cc/`.
-        name: the task's name.
-        summary: what it tests.
-    """
+    def items(self, split: Split) -> Sequence[files.Photo]:
+        """The photographs of a split that show things.
 
-    data: Path | None = None
-    name: str = "coco"
-    summary: str = "is there a thing of a category on a photograph?"
-
-    def sample(
-        self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
-    ) -> Sample:
-        """Ask about a category.
-
-        At low difficulty only categories with a large box are asked about, if the photo has one;
-        clutter changes nothing.
+        Raises:
+            BenchError: there are none.
         """
-        check(split, difficulty, clutter)
-        folder = _folder(self.name, self.data)
-        everything = files.coco(folder)
-        photos = [photo for photo in everything[_PART[split] :: 3] if photo.things]
+        photos = [photo for photo in files.coco(self.folder)[_PART[split] :: 3] if photo.things]
         if not photos:
-            raise BenchError(f"{folder} has no photographs with things for the {split} split")
-        photo = photos[_order(self.name, split, len(photos))[seed % len(photos)]]
-        rng = Random(f"{self.name} {split} {seed}")
-        there = sorted({category for category, _ in photo.things})
-        absent = sorted({c for other in everything for c, _ in other.things} - set(there))
+            raise BenchError(f"{self.folder} has no photographs with things for the {split} split")
+        return photos
+
+    def ask(self, item: files.Photo, split: Split, rng: Random, difficulty: float) -> Asked:
+        """At low difficulty only categories with a large box are asked about, if there is one."""
+        there = sorted({category for category, _ in item.things})
+        known = {category for photo in files.coco(self.folder) for category, _ in photo.things}
+        absent = sorted(known - set(there))
         answer = rng.choice(("yes", "no")) if absent else "yes"
-        pool = _large(photo, there, _LARGE * (1 - difficulty) ** 2) if answer == "yes" else absent
+        pool = _large(item, there, _LARGE * (1 - difficulty) ** 2) if answer == "yes" else absent
         category = rng.choice(pool)
         article = "an" if category[0] in "aeiou" else "a"
-        seen = tuple(Evidence(box) for name, box in photo.things if name == category)
-        question = f"is there {article} {category} ?"
-        asked = Turn(question, answer, (0,), seen, ("yes", "no"))
-        return Sample(self.name, seed, (files.photo(folder, photo.file),), (asked,))
+        seen = tuple(Evidence(box) for name, box in item.things if name == category)
+        asked = Turn(f"is there {article} {category} ?", answer, (0,), seen, ("yes", "no"))
+        return files.photo(self.folder, item.file), asked
 
 
 def _large(photo: files.Photo, categories: list[str], least: float) -> list[str]:
@@ -137,4 +146,8 @@ def _large(photo: files.Photo, categories: list[str], least: float) -> list[str]
     return [category for category in categories if category in large] or categories
 
 
-REAL_TASKS = (NlvrTask(), EasyTask(), CocoTask())
+REAL_TASKS = (
+    NlvrTask("nlvr", "NLVR v1.0: is a human-written sentence true of a drawn picture?"),
+    EasyTask("easy-vqa", "easy-VQA: colour, shape or presence of the one shape of a picture"),
+    CocoTask("coco", "is there a thing of a category on a photograph?"),
+)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from foveate.bench.sample import Evidence, Sample, Split, Turn
-from foveate.bench.tasks.base import apart, check, draws
+from foveate.bench.sample import Evidence, Turn
+from foveate.bench.tasks.base import DrawnTask, Look, Shown, apart
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import MIX, Scene, draw_scene
 from foveate.tiny.words import COLOURS, KINDS, PLACES, SHAPES, WORDS
@@ -36,12 +37,10 @@ def turn(question: Question, pictures: tuple[int, ...] = ()) -> Turn:
 
 
 @dataclass(frozen=True)
-class SceneTask:
-    """One question about one picture; the answer is chosen first, so that none is common.
+class SceneTask(DrawnTask):
+    """One question about one picture.
 
     Args:
-        name: the task's name.
-        summary: what it tests.
         kinds: kinds of questions, each asked equally often.
         mix: how often objects are shapes, digits, two-digit numbers and words.
         few: whether there are about half as many objects.
@@ -51,8 +50,6 @@ class SceneTask:
             their size.
     """
 
-    name: str
-    summary: str
     kinds: tuple[str, ...]
     mix: tuple[int, int, int, int] = MIX
     few: bool = False
@@ -60,37 +57,42 @@ class SceneTask:
     base: int = 96
     growth: int = 64
 
-    def sample(
-        self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
-    ) -> Sample:
-        """Draw a sample.
-
-        Difficulty makes the picture larger around objects of the same size, and counts higher;
+    def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
+        """Difficulty makes the picture larger around objects of the same size, and counts higher;
         clutter sets the number of objects, 6 to 14 at one half.
         """
-        check(split, difficulty, clutter)
-        rng = Random(f"{self.name} {split} {seed}")
-        kind = rng.choice(self.kinds)
-        answer = _wanted(kind, rng, difficulty)
-        for attempt in draws(self.name, split, seed):
-            scene = self.draw(attempt, difficulty, clutter)
-            found = [q for q in scene.questions if q.kind == kind and answer in (None, q.answer)]
-            if found:
-                asked = turn(rng.choice(found), (0,))
-                return Sample(self.name, seed, (scene.image,), (asked,))
-        raise AssertionError("draws() ends with an error of its own")
+        return _one_question(self.kinds, rng, difficulty, self.drawer(difficulty, clutter))
 
-    def draw(self, seed: int, difficulty: float, clutter: float) -> Scene:
-        """Draw a picture as the knobs say."""
+    def drawer(self, difficulty: float, clutter: float) -> Callable[[int], Scene]:
+        """What draws the picture of a seed as the knobs say."""
         share = 0.5 if self.few else 1.0
-        low, high = (2 + 8 * clutter) * share, (6 + 16 * clutter) * share
-        return draw_scene(
+        return lambda seed: draw_scene(
             seed,
-            objects=(round(low), round(high)),
+            objects=_objects(clutter, share),
             size=self.scale * round(self.base + self.growth * difficulty),
             scale=self.scale,
             mix=self.mix,
         )
+
+
+def _objects(clutter: float, share: float = 1.0) -> tuple[int, int]:
+    """Fewest and most objects of a picture."""
+    return round((2 + 8 * clutter) * share), round((6 + 16 * clutter) * share)
+
+
+def _one_question(
+    kinds: tuple[str, ...], rng: Random, difficulty: float, draw: Callable[[int], Scene]
+) -> Look:
+    """Ask one question of a kind about the picture of a seed."""
+    kind = rng.choice(kinds)
+    answer = _wanted(kind, rng, difficulty)
+
+    def look(seed: int) -> Shown | None:
+        scene = draw(seed)
+        found = [q for q in scene.questions if q.kind == kind and answer in (None, q.answer)]
+        return ((scene.image,), (turn(rng.choice(found), (0,)),)) if found else None
+
+    return look
 
 
 def _wanted(kind: str, rng: Random, difficulty: float) -> str | None:
@@ -103,73 +105,48 @@ def _wanted(kind: str, rng: Random, difficulty: float) -> str | None:
 
 
 @dataclass(frozen=True)
-class LargeTask:
+class LargeTask(DrawnTask):
     """One question about a picture of many pixels, for models that see its parts.
 
     Args:
-        name: the task's name.
-        summary: what it tests.
         edge: of the picture, in pixels.
     """
 
-    name: str = "large-image"
-    summary: str = "colour, place or number of an object in a picture of 1,024 x 1,024 pixels"
     edge: int = 1024
 
-    def sample(
-        self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
-    ) -> Sample:
-        """Draw a sample; difficulty shrinks the objects to a quarter, clutter adds more."""
-        check(split, difficulty, clutter)
-        rng = Random(f"{self.name} {split} {seed}")
-        kind = rng.choice(("color", "where", "number"))
-        answer = _wanted(kind, rng, difficulty)
+    def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
+        """Difficulty shrinks the objects to a quarter, clutter adds more."""
         scale = max(1, round(self.edge / 128 * (1 - 0.75 * difficulty)))
-        for attempt in draws(self.name, split, seed):
-            objects = (round(2 + 8 * clutter), round(6 + 16 * clutter))
-            scene = draw_scene(attempt, objects=objects, size=self.edge, scale=scale)
-            found = [q for q in scene.questions if q.kind == kind and answer in (None, q.answer)]
-            if found:
-                asked = turn(rng.choice(found), (0,))
-                return Sample(self.name, seed, (scene.image,), (asked,))
-        raise AssertionError("draws() ends with an error of its own")
+
+        def draw(seed: int) -> Scene:
+            return draw_scene(seed, objects=_objects(clutter), size=self.edge, scale=scale)
+
+        return _one_question(("color", "where", "number"), rng, difficulty, draw)
 
 
-@dataclass(frozen=True)
-class TurnsTask:
-    """Two questions in turn about one picture, the second about what the first did not ask for.
+class TurnsTask(SceneTask):
+    """Two questions in turn about one picture, the second about what the first did not ask for."""
 
-    Args:
-        name: the task's name.
-        summary: what it tests.
-        scale: how many times larger everything is drawn.
-    """
-
-    name: str = "multi-turn"
-    summary: str = "two turns; the second asks about an object far from the first's"
-    scale: int = 1
-
-    def sample(
-        self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
-    ) -> Sample:
-        """Draw a sample; the knobs are those of the tasks with one question."""
-        check(split, difficulty, clutter)
-        rng = Random(f"{self.name} {split} {seed}")
-        kinds = [rng.choice(("color", "shape", "where")) for _ in range(2)]
+    def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
+        """The knobs are those of the tasks with one question."""
+        kinds = [rng.choice(self.kinds) for _ in range(2)]
         answers = [_wanted(kind, rng, difficulty) for kind in kinds]
-        drawer = SceneTask(self.name, self.summary, tuple(kinds), scale=self.scale)
-        for attempt in draws(self.name, split, seed):
-            scene = drawer.draw(attempt, difficulty, clutter)
+        draw = self.drawer(difficulty, clutter)
+
+        def look(seed: int) -> Shown | None:
+            scene = draw(seed)
             first, second = (
                 [q for q in scene.questions if (q.kind, q.answer) == wanted]
                 for wanted in zip(kinds, answers, strict=True)
             )
             gap = scene.image.width / 8
             pairs = [(a, b) for a in first for b in second if apart(a.boxes[0], b.boxes[0], gap)]
-            if pairs:
-                a, b = rng.choice(pairs)
-                return Sample(self.name, seed, (scene.image,), (turn(a, (0,)), turn(b)))
-        raise AssertionError("draws() ends with an error of its own")
+            if not pairs:
+                return None
+            a, b = rng.choice(pairs)
+            return (scene.image,), (turn(a, (0,)), turn(b))
+
+        return look
 
 
 SCENE_TASKS = (
@@ -189,6 +166,12 @@ SCENE_TASKS = (
         base=128,
         growth=192,
     ),
-    LargeTask(),
-    TurnsTask(),
+    LargeTask(
+        "large-image", "colour, place or number of an object in a picture of 1,024 x 1,024 pixels"
+    ),
+    TurnsTask(
+        "multi-turn",
+        "two turns; the second asks about an object far from the first's",
+        ("color", "shape", "where"),
+    ),
 )

@@ -1,0 +1,142 @@
+"""Steps: where a method acts on a model, what it needs there, and what layers need not compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Stage = Literal["vision", "pre_llm", "llm"]
+Positions = Literal["original", "renumbered"]
+STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
+
+
+class ModelFacts(Protocol):
+    """The numbers of a model that a method may plan with."""
+
+    @property
+    def text_layers(self) -> int:
+        """Number of decoder layers of the text model."""
+
+    @property
+    def vision_layers(self) -> int:
+        """Number of layers of the vision encoder."""
+
+    @property
+    def model_type(self) -> str:
+        """The config's model type."""
+
+    @property
+    def one_dimensional(self) -> bool:
+        """Whether positions are single numbers, so that survivors can be renumbered."""
+
+    @property
+    def first_llm_layer(self) -> int:
+        """First decoder layer before which tokens may be removed."""
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
+
+    @property
+    def feature_layer(self) -> int:
+        """0-based encoder layer whose output the language model sees."""
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """A signal that a step asks the engine for.
+
+    Args:
+        name: a key of `foveate.signals.SIGNALS`.
+        layers: 0-based layers at which it is taken (of the encoder or of the text model, as the
+            signal says).
+        above: for `global_attention`, how many times the mean attention a patch must receive to be
+            global.
+    """
+
+    name: str
+    layers: tuple[int, ...] = ()
+    above: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One reduction at one place.
+
+    Args:
+        stage: `vision` (inside the encoder), `pre_llm` (after the projector) or `llm` (between
+            decoder layers).
+        layer: for `vision` and `llm`, the 0-based layer before which the step acts.
+        needs: signals handed to the method there.
+        inside: for `vision`, act within the layer instead, between its attention and its MLP.
+        proportional: for `vision`, let a merged token count as often as it has sources in all
+            attention behind this step.
+        restore: for `llm`, the tokens that the method's step before this one took out come back
+            here; `Method.restore` says in which state.
+        stay: for `llm`, leave survivors at their positions, whatever the method does elsewhere.
+        decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
+            attend to what the method chooses (it is a `Focuser`) by the layer before.
+        forget: for `llm`, let the caches of the layers before forget what is removed.
+        before_projector: for `pre_llm`, merge what the projector is given and project that, on
+            models whose projector makes one token of each row; on others, merge behind it.
+        ragged: for `vision`, images that are encoded together may be left different numbers of
+            tokens (`Reduction.real`), which the method's last step makes equal.
+    """
+
+    stage: Stage
+    layer: int = 0
+    needs: tuple[Need, ...] = ()
+    inside: bool = False
+    proportional: bool = False
+    restore: bool = field(default=False, kw_only=True)
+    stay: bool = field(default=False, kw_only=True)
+    forget: bool = field(default=False, kw_only=True)
+    decode: bool = field(default=False, kw_only=True)
+    before_projector: bool = field(default=False, kw_only=True)
+    ragged: bool = field(default=False, kw_only=True)
+
+    @property
+    def place(self) -> str:
+        """Its name in reports: `vision:LAYER`, `pre_llm`, `llm:LAYER` or `decode:LAYER`."""
+        if self.decode:
+            return f"decode:{self.layer}"
+        return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a decoder layer computes of visual tokens; none is removed.
+
+    Args:
+        layer: 0-based decoder layer.
+        window: odd side of the neighbourhood on the grid that a visual token attends to, later
+            tokens included; besides that it sees the text before it.
+        heads: which attention heads work on visual tokens; `None` for all. Others neither compute
+            them nor let text read them.
+        mlp_divisor: visual tokens pass the first 1 / `mlp_divisor` of the MLP's neurons.
+        seen: whether any head reads values of visual tokens.
+        renormalize: whether what a head does not read leaves its softmax; else its probability is
+            lost.
+    """
+
+    layer: int
+    window: int
+    heads: tuple[bool, ...] | None = None
+    mlp_divisor: float = 1.0
+    seen: bool = True
+    renormalize: bool = True
+
+    @property
+    def blind(self) -> bool:
+        """Whether some head does not read visual tokens."""
+        return not self.seen or (self.heads is not None and not all(self.heads))
+
+    @property
+    def unread(self) -> bool:
+        """Whether no head has anything to do with visual tokens of earlier forwards."""
+        nobody = not self.seen or (self.heads is not None and not any(self.heads))
+        return nobody and self.renormalize

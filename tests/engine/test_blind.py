@@ -92,6 +92,20 @@ def test_beams_that_change_places_take_along_what_they_do_not_read(any_llava):
     assert torch.equal(got, want)
 
 
+@torch.no_grad()
+def test_rows_that_change_places_take_along_what_they_do_not_read(llava):
+    inputs, order = prompts(ROWS["ragged"]), torch.tensor([2, 0, 1])
+    steps = []
+    with foveate.use(llava, METHODS["some-heads"]):
+        for places in (torch.arange(3), order):
+            _, cache = one_by_one(llava, inputs, TOKENS)
+            cache.batch_select_indices(places)
+            mask = seen_by(inputs, TOKENS.shape[1] + 1)[places]
+            token = TOKENS[places, :1]
+            steps.append(llava(input_ids=token, attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(steps[1], steps[0][order], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 @torch.no_grad()
 def test_layers_that_nobody_reads_hold_text_alone(any_llava, rows):

@@ -134,3 +134,9 @@ class Work:
     def blind(self) -> bool:
         """Whether some head does not read visual tokens."""
         return not self.seen or (self.heads is not None and not all(self.heads))
+
+    @property
+    def unread(self) -> bool:
+        """Whether no head has anything to do with visual tokens of earlier forwards."""
+        nobody = not self.seen or (self.heads is not None and not any(self.heads))
+        return nobody and self.renormalize

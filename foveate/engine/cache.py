@@ -6,7 +6,7 @@ Everything outside the text model (mask builders, `generate`) goes on reasoning 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from foveate.engine.layout import Slots
 from foveate.errors import CacheError
 from foveate.focus import Watched
 
+if TYPE_CHECKING:
+    from foveate.engine.blind import Unread
+
 
 class PrunedLayer(CacheLayerMixin):
     """Mixin over a cache layer class. `incoming` is set by the session before each update."""
@@ -31,6 +34,7 @@ class PrunedLayer(CacheLayerMixin):
     slots: Slots | None
     incoming: Slots | None
     watched: Watched | None = None  # what decoding steps choose from, in the layer where they do
+    unread: Unread | None = None  # what heads do not read, in layers where some are blind
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

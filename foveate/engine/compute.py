@@ -95,13 +95,18 @@ class Split:
         return cls(images, text, fresh, position, keys, visual)
 
     @cached_property
+    def text_slots(self) -> Tensor:
+        """(B, S) slots of text."""
+        return ~self.visual & (self.keys >= 0)
+
+    @cached_property
     def text_keys(self) -> tuple[Tensor, Tensor]:
         """(B, K) slots of text up to the last image, and (B, K) their positions, -1 for none."""
         last = torch.full_like(self.keys[:, :1], -1)
         for part in self.images:
             end = self.position[part.rows, part.columns].amax(1)
             last = last.scatter_reduce(0, part.rows, end[:, None], "amax")
-        slots, fresh = _packed(~self.visual & (self.keys >= 0) & (self.keys < last))
+        slots, fresh = _packed(self.text_slots & (self.keys < last))
         return slots, self.keys.gather(1, slots).masked_fill(~fresh, -1)
 
 
@@ -256,6 +261,9 @@ class _Attention:
                 seen = self._images(part, q, k, v).transpose(1, 2)
                 columns = part.rows[..., None], part.columns[..., None], heads
                 out = out.index_put(columns, seen)
+        if cache is not None and self.work.unread and self.split.images:
+            held = cache.layers[module.layer_idx]
+            held.forget(*held.slots.keep(self.split.text_slots))
         return self._output(out.flatten(2))
 
     # -- projections: visual tokens pass those heads only that need them

@@ -64,7 +64,6 @@ class _Local(threading.local):
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
     encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
     turn: Turn | None = None
-    replayed: Turn | None = None  # of a layer that is recomputed for its gradients
     onward: Onward | None = None  # instead of a turn, where nothing can be removed
     requests: int | None = None  # rows that `generate` was called with, while it runs
     trailing: int = 0  # drafted tokens behind the prompt
@@ -250,7 +249,12 @@ class Hooks:
         if local.visual and local.encoded:
             check_cache(cache)
             groups = locate(self._parts(local.visual, local.encoded, sequence))
-        elif cache is not None and past and self.plan.focus is None and not self.plan.work:
+        elif (
+            cache is not None
+            and past
+            and self.plan.focus is None
+            and (length == 1 or not self.plan.blind)
+        ):
             local.onward = Onward.behind(self.family, cache, sequence)
             return None
         prompt = Prompt(
@@ -313,28 +317,25 @@ class Hooks:
         local, turn = self._local, self._local.turn
         if turn is None and local.onward is not None:
             kwargs = local.onward.enter(number, hidden, kwargs)
+            if (work := self.plan.blind.get(number)) is not None:
+                output = local.onward.run(number, module, work, hidden, kwargs)
+                if output is not None:
+                    return output
         else:
             if turn is None:
-                turn = local.replayed = self.replays.find(number, kwargs)
+                turn = self.replays.find(number, kwargs)
             elif module is not self.family.layers[number] and turn.groups:  # something is around it
                 self.replays.keep(number, turn, kwargs)
             if turn is not None:
                 hidden, kwargs = turn.enter(number, module, hidden, kwargs)
+                if number in turn.splits:
+                    work, split = self.plan.work[number], turn.splits[number]
+                    rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+                    cache = kwargs.get("past_key_values")
+                    return run_layer(module, work, split, hidden, rotary, mask, cache)
         if before is not None:
             return before(hidden, *args, **kwargs)
         return type(module).forward(module, hidden, *args, **kwargs)
-
-    def run_layer(
-        self, number: int, original: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Around a decoder layer's forward: do less of it for visual tokens."""
-        turn, work = self._local.turn or self._local.replayed, self.plan.work[number]
-        split = None if turn is None else turn.splits.get(number)
-        if split is None or not (split.images or work.blind):
-            return original(hidden, *args, **kwargs)
-        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
-        layer, cache = self.family.layers[number], kwargs.get("past_key_values")
-        return run_layer(layer, work, split, hidden, rotary, mask, cache)
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
@@ -432,7 +433,7 @@ class Hooks:
         local = self._local
         local.inside, local.visual, local.prompt = False, None, None
         local.encoded, local.turn, local.onward = None, None, None
-        local.replayed, local.sample = None, None
+        local.sample = None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -515,6 +516,7 @@ class Hooks:
             layer_tokens=before + turn.layer_tokens,
             cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
             forgot=turn.forgot,
+            unread=self.plan.unread,
             pixels=None if sliced or image is None else image.encoded.pixels,
             encoder_tokens=[] if self.vision is None else self.vision.tokens,
             encoder_bounds=[] if self.vision is None else self.vision.bounds,

@@ -12,11 +12,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +113,8 @@ class Slots:
             never did.
         tail: trailing slots that are whole logical positions in every row, so that cropping them
             is exact.
-        visual: (B, S) which slots hold visual tokens; `None` where nobody asks.
+        visual: (B, at most S) which slots hold visual tokens, those behind it hold none; `None`
+            where nobody asks. The same tensor as long as text alone is appended.
     """
 
     head: Tensor
@@ -120,7 +123,7 @@ class Slots:
     renumbered: Tensor | None
     tail: int
     visual: Tensor | None = None
-    _last: list[tuple[Any, Slots]] = field(default_factory=list, repr=False)
+    _last: list[tuple[Any, Any]] = field(default_factory=list, repr=False)
 
     @classmethod
     def full(cls, batch: int, length: int, device: torch.device) -> Slots:
@@ -138,6 +141,13 @@ class Slots:
         """(B, S) logical position of each slot; -1 is padding."""
         tail = torch.arange(self.length - self.tail, self.length, device=self.head.device)
         return torch.cat((self.head, tail.expand(self.head.shape[0], -1)), dim=1)
+
+    @property
+    def all_visual(self) -> Tensor | None:
+        """(B, S) `visual`, for all slots."""
+        if self.visual is None:
+            return None
+        return F.pad(self.visual, (0, self.count - self.visual.shape[1]))
 
     def extend(
         self,
@@ -182,7 +192,7 @@ class Slots:
                 self.ragged,
                 self.renumbered,
                 self.tail + length,
-                None if self.visual is None else F.pad(self.visual, (0, length)),
+                self.visual,
             ),
         )
 
@@ -226,12 +236,21 @@ class Slots:
         Returns:
             What is left, and the (B, S') slot of now that each slot left comes from.
         """
-        alive = (self.index >= 0) & ~gone.gather(1, self.index.clamp(min=0))
-        now = Layout(self.index, self.ragged)
-        left, source = compact(now, alive, alive.sum(1).tolist())
-        tail = _tail(left.index, self.length)
-        head = left.index[:, : left.index.shape[1] - tail]
-        return Slots(head, self.length, left.ragged, self.renumbered, tail), source
+        return self.keep((self.index >= 0) & ~gone.gather(1, self.index.clamp(min=0)))
+
+    def keep(self, alive: Tensor) -> tuple[Slots, Tensor]:
+        """Keep (B, S) slots, none of them padding. Returns the same as `without`."""
+
+        def make() -> tuple[Slots, Tensor]:
+            left, source = compact(Layout(self.index, self.ragged), alive, alive.sum(1).tolist())
+            tail = _tail(left.index, self.length)
+            head = left.index[:, : left.index.shape[1] - tail]
+            visual = self.all_visual
+            if visual is not None:
+                visual = visual.gather(1, source) & (left.index >= 0)
+            return Slots(head, self.length, left.ragged, self.renumbered, tail, visual), source
+
+        return self._derive(alive, make)
 
     def crop(self, count: int) -> Slots:
         """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
@@ -250,14 +269,15 @@ class Slots:
     def _marks(self, layout: Layout, visual: Tensor | None) -> Tensor | None:
         if visual is None and self.visual is None:
             return None
-        before = torch.zeros_like(self.index, dtype=torch.bool)
-        before = before if self.visual is None else self.visual
+        before = self.all_visual
+        if before is None:
+            before = torch.zeros_like(self.index, dtype=torch.bool)
         new = torch.zeros_like(layout.index, dtype=torch.bool)
         if visual is not None:
             new = visual.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)
         return torch.cat((before, new), dim=1)
 
-    def _derive(self, key: object, make: Callable[[], Slots]) -> Slots:
+    def _derive(self, key: object, make: Callable[[], T]) -> T:
         for last, value in self._last:
             if last is key or (isinstance(key, tuple) and isinstance(last, tuple) and last == key):
                 return value

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.engine.blind import Unread, additive, run_step
 from foveate.engine.cache import PrunedStaticLayer
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout, Slots, translate_mask
+from foveate.method import Work
 from foveate.models import Family
 
 
@@ -40,6 +42,7 @@ class Onward:
         self._views: dict[tuple[int, ...], tuple[Slots, dict[str, Any]]] = {}
         self._shifted: dict[tuple[int, ...], Tensor] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
+        self._added: dict[int, Tensor | None] = {}
         self._forward = object()  # names the forward to slots that layers share
 
     @classmethod
@@ -69,6 +72,36 @@ class Onward:
         held: Any = self._layers[number]
         held.incoming, changes = self._views[key]
         return {**kwargs, **changes} if changes else kwargs
+
+    def run(
+        self, number: int, layer: Any, work: Work, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Run a layer for one token of each row, if heads of it read less than the layer would.
+
+        Args:
+            number: the decoder layer, which has been entered.
+            layer: its module.
+            work: what it does for visual tokens.
+            hidden: (B, 1, D) its input.
+            kwargs: its keyword arguments, in physical terms.
+
+        Returns:
+            (B, 1, D) its output; `None` where the layer itself does right.
+        """
+        held: Any = self._layers[number]
+        if self._before[number] is None or held.incoming.visual is None:
+            return None
+        mask, visual = kwargs.get("attention_mask"), held.incoming.visual
+        slots = held.incoming.count if mask is None else mask.shape[-1]
+        if held.unread is None or not held.unread.serves(visual, slots):
+            held.unread = Unread.of(layer.self_attn, work, visual, slots, hidden.dtype)
+        if held.unread.mask is None:
+            return None
+        if id(mask) not in self._added:
+            self._added[id(mask)] = additive(mask, hidden.dtype)
+        masks = held.unread.mask[..., :slots], self._added[id(mask)]
+        rotary, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
+        return run_step(layer, work, masks, hidden, rotary, cache)
 
     def _view(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]

@@ -76,6 +76,19 @@ class Plan:
         )
         return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
 
+    @cached_property
+    def blind(self) -> dict[int, Work]:
+        """Of `work`, layers in which some heads read visual tokens, or what they weigh, and others
+        do not.
+        """
+        layers = self.work.items()
+        return {number: work for number, work in layers if work.blind and not work.unread}
+
+    @cached_property
+    def unread(self) -> tuple[int, ...]:
+        """Decoder layers whose caches hold text alone, as no head reads visual tokens there."""
+        return tuple(number for number, work in self.work.items() if work.unread)
+
     @property
     def marks(self) -> bool:
         """Whether image features may come with removed rows marked."""

@@ -64,8 +64,6 @@ class TextPart(Hooks, Part):
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.enter_projector)
-        for number in self.plan.work:
-            self.wrap(family.layers[number], "forward", functools.partial(self.run_layer, number))
         if family.one_dimensional:
             self.replace_forward(family.text.rotary_emb, self.rotate)
         for number in range(self.plan.first_layer, family.text_layers):

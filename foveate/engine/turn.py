@@ -152,7 +152,8 @@ class Turn:
         changes, after, split = self._views[key]
         if cache is not None:
             held.incoming = after
-        if split is not None and number in self.plan.work:
+        work = self.plan.work.get(number)
+        if split is not None and work is not None and (split.images or work.blind):
             self.splits[number] = split
         return hidden, {**kwargs, **changes} if changes else kwargs
 
@@ -178,7 +179,8 @@ class Turn:
 
     def _split(self, slots: Slots) -> Split | None:
         """Visual and other columns, for layers that compute less of visual ones."""
-        if not self.plan.work or slots.visual is None:
+        visual = slots.all_visual
+        if not self.plan.work or visual is None:
             return None
         position, keys = self.layout.index + self.prompt.past, slots.index
         position = position.masked_fill(self.layout.index < 0, -1)
@@ -198,7 +200,7 @@ class Turn:
             for group in self.groups
             if group.index.shape[1]
         ]
-        return Split.of(images, position, keys, slots.visual)
+        return Split.of(images, position, keys, visual)
 
     @property
     def common_tokens(self) -> int:

@@ -111,6 +111,10 @@ def whole(record: Record) -> Record:
     held = record.layer_tokens
     if record.forgot:  # what was given to the caches before, and is still there
         held = [held[record.forgot]] * record.forgot + held[record.forgot :]
+    text = list(record.prompt_tokens)
+    for image in record.images:
+        text[image.row] -= image.total
+    held = [text if n in record.unread else tokens for n, tokens in enumerate(held)]
     slots = record.cache_slots
     return replace(
         record,
@@ -120,6 +124,7 @@ def whole(record: Record) -> Record:
             for count, tokens in zip(slots, held, strict=bool(slots))
         ],
         forgot=0,
+        unread=(),
         encoder_tokens=[],
         encoder_bounds=[],
         projected={},

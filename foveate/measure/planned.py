@@ -84,7 +84,8 @@ def planned(
         prompt_tokens=[text_tokens + sum(shape.total for shape in shapes)],
         images=images,
         layer_tokens=layer_tokens,
-        cache_slots=_held(family, plan, layer_tokens),
+        cache_slots=_held(family, plan, layer_tokens, text_tokens),
+        unread=plan.unread,
         forgot=max((s.step.layer for s in plan.llm if s.step.forget), default=0),
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
@@ -94,14 +95,18 @@ def planned(
     )
 
 
-def _held(family: Family, plan: Plan, layer_tokens: Sequence[Sequence[int]]) -> list[int]:
-    """Slots that caches hold: what layers saw, less what they are made to forget, within windows.
+def _held(
+    family: Family, plan: Plan, layer_tokens: Sequence[Sequence[int]], text_tokens: int
+) -> list[int]:
+    """Slots that caches hold: what layers saw, less what they forget, within windows.
 
     Which tokens of a window are forgotten depends on the tokens; counted is the most that may stay.
     """
     slots = [tokens[0] for tokens in layer_tokens]
     for step in (s.step for s in plan.llm if s.step.forget):
         slots[: step.layer] = [slots[step.layer]] * step.layer
+    for layer in plan.unread:
+        slots[layer] = text_tokens
     shapes = TextShape.all(family.config)
     return [shape.held(count) for shape, count in zip(shapes, slots, strict=True)]
 

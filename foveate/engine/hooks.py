@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import check_cache, slots_held
+from foveate.engine.cache import check_cache
 from foveate.engine.compute import run_layer
 from foveate.engine.features import Asker
 from foveate.engine.images import Group, Part, locate, rows_of
@@ -41,13 +41,14 @@ from foveate.engine.onward import Onward
 from foveate.engine.places import Places
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
+from foveate.engine.recording import describe
 from foveate.engine.replay import Replays
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
 from foveate.errors import AttachError, BudgetError, InputError
 from foveate.models import Family
-from foveate.record import ImageRecord, Record
+from foveate.record import Record
 from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
@@ -351,11 +352,9 @@ class Hooks:
         turn, self._local.turn, self._local.onward = self._local.turn, None, None
         if turn is None:
             return None
-        if turn.prompt.groups:
-            self._keep_record(self._describe(turn, output.past_key_values))
-        elif turn.prompt.length > 1 and not turn.prompt.past:
-            note = "no image in the prompt: it passed through untouched"
-            self._keep_record(Record(turn.prompt.batch, turn.tokens, [], [], [], notes=[note]))
+        record = describe(turn, output, self._local.encoded or {}, self.vision, self.tags)
+        if record is not None:
+            self._local.record = self._last = record
         return turn.leave(output, self.plan.first_layer)
 
     def _mark(self, modality: str, output: Any) -> None:
@@ -489,55 +488,6 @@ class Hooks:
                 "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
                 "one keep for all"
             )
-
-    def _describe(self, turn: Turn, cache: Cache | None) -> Record:
-        encoded = self._local.encoded or {}
-        sliced = any(features.is_slice(output) for output in encoded.values())
-        members = {
-            image: (group, n) for group in turn.groups for n, image in enumerate(group.images)
-        }
-        images = [
-            ImageRecord(
-                row=group.rows[n],
-                total=group.shape.total,
-                grid=group.shape.grid,
-                kept=turn.kept[image],
-                place=group.places[n],
-                frames=group.shape.frames,
-            )
-            for image, (group, n) in ([] if sliced else sorted(members.items()))
-        ]
-        before = [turn.prompt_tokens] * self.plan.first_layer
-        image = encoded.get("image")
-        return Record(
-            rows=turn.prompt.batch,
-            prompt_tokens=turn.prompt_tokens,
-            images=images,
-            layer_tokens=before + turn.layer_tokens,
-            cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
-            forgot=turn.forgot,
-            unread=self.plan.unread,
-            pixels=None if sliced or image is None else image.encoded.pixels,
-            encoder_tokens=[] if self.vision is None else self.vision.tokens,
-            encoder_bounds=[] if self.vision is None else self.vision.bounds,
-            encoded={
-                modality: output.encoded.fed
-                for modality, output in ({} if sliced else encoded).items()
-                if output.encoded.fed
-            },
-            projected={
-                modality: output.encoded.projected
-                for modality, output in ({} if sliced else encoded).items()
-                if output.encoded.projected
-            },
-            question_tokens=turn.looks.question_tokens,
-            common_tokens=turn.common_tokens,
-            notes=["chunked prefill: kept tokens are not reported"] * sliced
-            + self.tags.notes(encoded),
-        )
-
-    def _keep_record(self, record: Record) -> None:
-        self._local.record = self._last = record
 
 
 def _any(masks: Mapping[str, Tensor]) -> Tensor:

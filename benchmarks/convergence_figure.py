@@ -21,23 +21,35 @@ WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 340, 56, 44, 16, 16
 
 
 def accuracy(arm: dict[str, Any], mode: str) -> float:
-    """Share of right answers in per cent."""
+    """Share of right answers to the study's own questions in per cent."""
     right, asked = arm["answers"][mode]["all"]
     return 100 * right / asked
 
 
+def score(arm: dict[str, Any], mode: str) -> float:
+    """FoveaBench's accuracy in per cent, over the tasks whose questions were taught."""
+    right, asked = map(sum, zip(*arm["foveabench"][mode].values(), strict=True))
+    return 100 * right / asked
+
+
+def entry(values: list[float]) -> str:
+    """Their mean, and each of them."""
+    each = ", ".join(f"{value:.1f}" for value in values)
+    return f"{mean(values):.1f} ({each})" if values else "-"
+
+
 def table(result: dict[str, Any]) -> str:
-    """What each arm answers in each mode: mean over seeds, the seeds, CPU seconds."""
-    lines = [["trained with", "answered with", "mean", "by seed", "CPU s"]]
+    """What each arm answers in each mode: mean over seeds (the seeds), CPU seconds."""
+    lines = [["trained with", "answered with", "FoveaBench", "own questions", "CPU s"]]
     lines.append(["---", "---", "---:", "---:", "---:"])
     for arm, name in NAMES.items():
         rows = [a for a in result["arms"] if a["arm"] == arm]
         for mode, label in MODES.items():
-            found = [accuracy(row, mode) for row in rows if mode in row["answers"]]
-            if found:
+            own = [accuracy(row, mode) for row in rows if mode in row["answers"]]
+            scores = [score(row, mode) for row in rows if mode in row["foveabench"]]
+            if own:
                 spent = mean(row["curve"][-1]["seconds"] for row in rows)
-                each = ", ".join(f"{value:.1f}" for value in found)
-                lines.append([name, label, f"{mean(found):.1f}", each, f"{spent:.0f}"])
+                lines.append([name, label, entry(scores), entry(own), f"{spent:.0f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -32,6 +32,7 @@ ON_CPU = {
     ),
     "speed_long": replace(CPU, model="random:llama-256x8", tokens="2880", batch="1,2"),
     "speed_wide": replace(CPU, model="random:llama-768x16", methods=f"{FOUR},uniform", batch="1"),
+    "speed_wide_long": replace(CPU, model="random:llama-768x16", tokens="2880", batch="1"),
 }
 ON_GPU = {
     "speed_gpu_qwen3_vl_4b": replace(

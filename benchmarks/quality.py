@@ -71,7 +71,7 @@ Read with the intervals: 160 questions carry these figures; differences of a few
 REAL = """## Real questions: easy-VQA
 
 The drawn questions above are our own. easy-VQA has 5,000 pictures of one coloured shape and 48,248
-questions, by its author; always saying the commonest answer of the test part is right for
+questions, by its author; always saying the commonest answer is right for
 {majority} %. The tiny model after 160 steps on the train part
 (`python -m foveate.bench.finetune`) is right for {whole} % of {n} questions of the test part, so
 this task tells something. One large object, and mostly questions about all of it: nearly

@@ -111,10 +111,11 @@ def whole(record: Record) -> Record:
     held = record.layer_tokens
     if record.forgot:  # what was given to the caches before, and is still there
         held = [held[record.forgot]] * record.forgot + held[record.forgot :]
-    text = list(record.prompt_tokens)
-    for image in record.images:
-        text[image.row] -= image.total
-    held = [text if n in record.unread else tokens for n, tokens in enumerate(held)]
+    if record.unread:  # caches of text alone
+        text = list(record.prompt_tokens)
+        for image in record.images:
+            text[image.row] -= image.total
+        held = [text if n in record.unread else tokens for n, tokens in enumerate(held)]
     slots = record.cache_slots
     return replace(
         record,

@@ -126,3 +126,28 @@ def assert_close(got: Tensor, expected: Tensor, atol: float, what: str) -> None:
 def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
     """Compare indices exactly."""
     assert got.tolist() == expected.tolist(), what
+
+
+class Watch:
+    """Calls `look(module, (hidden,), kwargs)` with what a decoder layer works on, once cut.
+
+    The layer's own hooks see what the model hands it; its norm and its attention see what is left.
+    """
+
+    def __init__(self, layer: torch.nn.Module, look: Callable[..., object]) -> None:
+        self.look, self.hidden = look, None
+        self.handles = [
+            layer.input_layernorm.register_forward_pre_hook(self._norm),
+            layer.self_attn.register_forward_pre_hook(self._attend, with_kwargs=True),
+        ]
+
+    def _norm(self, module: torch.nn.Module, args: tuple) -> None:
+        self.hidden = args[0]
+
+    def _attend(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        self.look(module, (self.hidden,), kwargs)
+
+    def remove(self) -> None:
+        """Watch no more."""
+        for handle in self.handles:
+            handle.remove()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from golden_llm import SCORES, Replay, offered
 from torch import Tensor
 
@@ -189,7 +189,7 @@ class HoliTomReplay(Drops):
 
         layer = self.model.model.language_model.layers[self.layers[0]]
         with foveate.use(self.model, self.method([])):
-            handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+            handle = Watch(layer, look)
             self.model(**self.inputs())
             handle.remove()
         assert_close(got["states"], self.arrays["hidden_after_merge"], STATES, "states")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
@@ -134,9 +134,7 @@ def run_in_model(
         seen["hidden"], seen["rotary"] = args[0][0], kwargs["position_embeddings"]
 
     with foveate.use(model, method) as run, torch.no_grad():
-        handle = model.model.language_model.layers[0].register_forward_pre_hook(
-            look, with_kwargs=True
-        )
+        handle = Watch(model.model.language_model.layers[0], look)
         model(**inputs)
         handle.remove()
     assert all(list(places) == ["pre_llm"] for places in run.kept)

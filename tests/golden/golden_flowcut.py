@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from golden_encoder import TEXT, build, prompt
 
 import foveate
@@ -31,7 +31,7 @@ def _check_model(case: Case) -> None:
             foveate.use(model, FlowCut(keep=run["target_num"], as_released=True)) as session,
             torch.no_grad(),
         ):
-            handle = language.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+            handle = Watch(language.layers[0], look)
             model(**inputs)
             handle.remove()
         record = session.record

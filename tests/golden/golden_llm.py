@@ -9,7 +9,7 @@ from typing import Any
 
 import golden_training
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -256,11 +256,11 @@ class Replay:
         seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
         with foveate.use(self.model, self.method([])):
             handles = [
-                layer.register_forward_pre_hook(
+                Watch(
+                    layer,
                     lambda module, args, kwargs, into=into: into.append(
                         kwargs["position_embeddings"]
                     ),
-                    with_kwargs=True,
                 )
                 for layer, into in zip(layers, seen, strict=True)
             ]

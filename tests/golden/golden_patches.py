@@ -6,7 +6,7 @@ from functools import partial
 
 import golden_qwen
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from golden_encoder import IMAGE, TEXT, build, prompt
 from torch import Tensor, nn
 
@@ -191,7 +191,7 @@ def _check_model(case: Case) -> None:
 
     for run in _runs(case, eager.features):
         with foveate.use(model, run.method) as session, torch.no_grad():
-            handle = language.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+            handle = Watch(language.layers[0], look)
             model(**inputs)
             handle.remove()
         for image, places in enumerate(session.kept):

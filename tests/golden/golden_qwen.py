@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -123,7 +123,7 @@ def _check_model(case: Case) -> None:
 
     for name, method, expected in _runs(case):
         with foveate.use(model, method) as session, torch.no_grad():
-            handle = language.layers[0].register_forward_pre_hook(look, with_kwargs=True)
+            handle = Watch(language.layers[0], look)
             model(**_inputs(case))
             handle.remove()
         (places,) = session.kept

@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from golden_case import Case, Check, assert_close, assert_same
+from golden_case import Case, Check, Watch, assert_close, assert_same
 from golden_encoder import IMAGE, TEXT, build
 from torch import Tensor
 
@@ -111,9 +111,9 @@ def _check_model(case: Case) -> None:
     ids = torch.tensor([[TEXT, *[IMAGE] * total, TEXT]])
     language, seen = model.model.language_model, {}
     with foveate.use(model, METHOD, clip=_clip(case)), torch.no_grad():
-        handle = language.layers[0].register_forward_pre_hook(
+        handle = Watch(
+            language.layers[0],
             lambda module, args, kwargs: seen.update(hidden=args[0][0], **kwargs),
-            with_kwargs=True,
         )
         model(input_ids=ids, pixel_values=case.arrays["pixel_values"])
         handle.remove()

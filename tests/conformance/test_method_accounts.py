@@ -17,6 +17,7 @@ from foveate.models import find_family
 from foveate.reduction import Reduction
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
+from tests.conformance.test_accounts import rotary_flops
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 
@@ -72,18 +73,14 @@ def run(model, inputs, methods):
 
     The kernel that layers in parts ask for is taken apart into products, which the counter sees.
     """
-    angles, handles = [], []
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        for module in model.modules():
-            if "Rotary" in type(module).__name__:
-                before = lambda *_: angles.append(-counter.get_total_flops())  # noqa: E731
-                behind = lambda *_: angles.append(counter.get_total_flops())  # noqa: E731
-                handles.append(module.register_forward_pre_hook(before))
-                handles.append(module.register_forward_hook(behind))
-        with apart(counter, methods) as spent:
-            cache = model(**fresh(inputs), logits_to_keep=1, use_cache=True).past_key_values
-    for handle in handles:
-        handle.remove()
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+        rotary_flops(model, counter) as angles,
+        apart(counter, methods) as spent,
+    ):
+        cache = model(**fresh(inputs), logits_to_keep=1, use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return counter.get_total_flops() - sum(angles) - sum(spent), held
 

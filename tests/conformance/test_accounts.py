@@ -1,7 +1,5 @@
 """Accounts of every family equal what torch counts, tower and projector included."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,37 +22,11 @@ DENSE = CONVENTIONS["dense"]
 PIXELS = sorted(name for name, member in MEMBERS.items() if member().pixels(1) is not None)
 
 
-@contextmanager
-def rotary_flops(model, counter):
-    """What rotary angles cost within the block, entry by exit, which accounts leave out."""
-    spent, handles = [], []
-
-    def before(*_):
-        spent.append(-counter.get_total_flops())
-
-    def behind(*_):
-        spent.append(counter.get_total_flops())
-
-    for module in model.modules():
-        if "Rotary" in type(module).__name__:
-            handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(behind))
-    try:
-        yield spent
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def counted(model, inputs):
-    """FLOPs of all matrix products but those of rotary angles."""
-    with (
-        torch.no_grad(),
-        FlopCounterMode(display=False) as counter,
-        rotary_flops(model, counter) as angles,
-    ):
+    """FLOPs of all matrix products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**fresh(inputs), logits_to_keep=1)
-    return counter.get_total_flops() - sum(angles)
+    return counter.get_total_flops()
 
 
 def methods_of(name, kind):

@@ -17,7 +17,6 @@ from foveate.models import find_family
 from foveate.reduction import Reduction
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
-from tests.conformance.test_accounts import rotary_flops
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 
@@ -69,7 +68,7 @@ def apart(counter, methods):
 
 
 def run(model, inputs, methods):
-    """FLOPs of a prompt but for rotary angles and what is computed apart, and bytes of its cache.
+    """FLOPs of a prompt but for what is computed apart, and bytes of its cache.
 
     The kernel that layers in parts ask for is taken apart into products, which the counter sees.
     """
@@ -77,12 +76,11 @@ def run(model, inputs, methods):
         torch.no_grad(),
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
-        rotary_flops(model, counter) as angles,
         apart(counter, methods) as spent,
     ):
         cache = model(**fresh(inputs), logits_to_keep=1, use_cache=True).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    return counter.get_total_flops() - sum(angles) - sum(spent), held
+    return counter.get_total_flops() - sum(spent), held
 
 
 def errors(model, inputs, methods, plain):

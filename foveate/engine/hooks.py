@@ -8,7 +8,6 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -43,36 +42,17 @@ from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.engine.recording import describe
 from foveate.engine.replay import Replays
+from foveate.engine.state import Forward, Local
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Prompt, Turn
 from foveate.engine.vision import VisionPart
-from foveate.errors import AttachError, BudgetError, InputError
+from foveate.errors import BudgetError, InputError
 from foveate.models import Family
 from foveate.record import Record
 from foveate.tokens import Shape
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-
-class _Local(threading.local):
-    """What one thread is doing with the model."""
-
-    inside: bool = False  # within the base model's forward
-    encoding: bool = False  # within get_image_features or get_video_features
-    given: Tensor | None = None  # what the projector was given there
-    visual: dict[str, Tensor] | None = None  # modality -> (B, T) placeholders of that forward
-    prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments of that forward
-    encoded: dict[str, Any] | None = None  # modality -> its features, a tagged ModelOutput
-    turn: Turn | None = None
-    onward: Onward | None = None  # instead of a turn, where nothing can be removed
-    requests: int | None = None  # rows that `generate` was called with, while it runs
-    trailing: int = 0  # drafted tokens behind the prompt
-    supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
-    sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
-    awaited: bool = False  # `generate` has encoded images that no forward was given yet
-    record: Record | None = None
-    clip: ClipQuestions | None = None
 
 
 class Hooks:
@@ -98,7 +78,7 @@ class Hooks:
         self.tags = Tags(plan, family, vision)
         self.replays = Replays()
         self.labelled_logits = False  # whether logits are made for labels alone, in training
-        self._local = _Local()
+        self._local = Local()
         self._last: Record | None = None
         self._clip = clip
 
@@ -173,11 +153,11 @@ class Hooks:
             return output
         self.tags.tag(modality, output, arguments, rows, passes, local.given)
         local.given = None
-        if local.inside or not self.plan.waits:
+        if local.now.inside or not self.plan.waits:
             self._mark(modality, output)
-        if local.inside and local.encoded is not None:
-            local.encoded[modality] = output
-        local.awaited = not local.inside and local.requests is not None
+        if local.now.inside:
+            local.now.encoded[modality] = output
+        local.awaited = not local.now.inside and local.requests is not None
         return output
 
     def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
@@ -185,60 +165,66 @@ class Hooks:
         if self._local.encoding:
             self._local.given = args[0]
 
-    def enter_model(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    def base(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the base model's forward: all that is known of it is forgotten behind it."""
+        try:
+            kwargs = self.enter_base(module, args, kwargs)
+            return forward_of(module, before)(*args, **kwargs)
+        finally:
+            self._local.now, self._local.supervised = Forward(), None
+
+    def enter_base(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         """Before the base model: find placeholders, and reduce features encoded before."""
-        if module is not self.family.base:
-            raise AttachError(
-                f"this {type(module).__name__} is a copy of the one that methods were attached to "
-                "(torch.nn.DataParallel makes such copies): run one process per device instead, as "
-                "with torchrun, and attach methods in each"
-            )
-        self._forget()
         local = self._local
+        local.now = now = Forward()
         ids = args[0] if args else kwargs.get("input_ids")
         given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
-        local.inside, local.encoded = True, {}
+        now.inside = True
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
-        local.visual = placeholders(self.family, ids, kwargs, given)
-        if not local.visual:
-            return None
-        local.prompt = (ids, kwargs)
-        local.sample = samples(kwargs)
+        now.visual = placeholders(self.family, ids, kwargs, given)
+        if not now.visual:
+            return kwargs
+        now.prompt = (ids, kwargs)
+        now.sample = samples(kwargs)
         check_positions(self.family, kwargs)
         if local.supervised is not None:
             real = self._real(local.supervised.shape[1])
-            visual = _any(local.visual)
+            visual = _any(now.visual)
             local.supervised = supervised_text(module, local.supervised, visual, real)
         elif local.requests is None and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
-        self._check_requests(next(iter(local.visual.values())).shape[0])
+        self._check_requests(next(iter(now.visual.values())).shape[0])
         if not given:
             if local.awaited:
                 raise InputError(
                     "the images that generate has encoded did not reach the model: chunked prefill "
                     "of the installed transformers loses them; use prefill_chunk_size=None"
                 )
-            return None
+            return kwargs
         local.awaited = changed = False
-        for modality in [m for m in given if m in local.visual]:
+        for modality in [m for m in given if m in now.visual]:
             if features.is_slice(given[modality]):
                 self._check_slice()
             elif not features.is_tagged(given[modality]):
                 given[modality], changed = self.tags.adopt(modality, given[modality], kwargs), True
             if not features.is_slice(given[modality]):
                 self._mark(modality, given[modality])
-            local.encoded[modality] = given[modality]
-        return (args, {**kwargs, "mm_encoder_outputs": given}) if changed else None
+            now.encoded[modality] = given[modality]
+        return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
 
-    def leave_model(self, module: nn.Module, args: Args, output: Any) -> None:
-        """After the base model, also when it raised: forget the forward."""
-        self._forget()
-        self._local.supervised = None
+    def text(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the text model's forward: a turn, or one forward onward."""
+        args, kwargs = self.enter_text(args, kwargs)
+        return self.leave_text(forward_of(module, before)(*args, **kwargs))
 
-    def enter_text(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Before the text model: begin the turn."""
-        local = self._local
+        local, now = self._local, self._local.now
         sequence = kwargs.get("inputs_embeds")
         if sequence is None:
             sequence = args[0] if args else kwargs["input_ids"]
@@ -247,17 +233,17 @@ class Hooks:
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
         self._check_decoding(cache)
-        if local.visual and local.encoded:
+        if now.visual and now.encoded:
             check_cache(cache)
-            groups = locate(self._parts(local.visual, local.encoded, sequence))
+            groups = locate(self._parts(now.visual, now.encoded, sequence))
         elif (
             cache is not None
             and past
             and self.plan.focus is None
             and (length == 1 or not self.plan.blind)
         ):
-            local.onward = Onward.behind(self.family, cache, sequence)
-            return None
+            now.onward = Onward.behind(self.family, cache, sequence)
+            return args, kwargs
         prompt = Prompt(
             batch=batch,
             length=length,
@@ -271,15 +257,15 @@ class Hooks:
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=_any(local.visual) if local.visual and groups and self.plan.asks else None,
+            visual=_any(now.visual) if groups and self.plan.asks else None,
             supervised=local.supervised if groups else None,
-            sample=local.sample if groups else None,
+            sample=now.sample if groups else None,
         )
-        local.turn = Turn(self.plan, self.family, prompt)
+        now.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
-            return None
-        local.turn.begin(sequence)
-        return args, local.turn.deepstack(kwargs)
+            return args, kwargs
+        now.turn.begin(sequence)
+        return args, now.turn.deepstack(kwargs)
 
     def rotate(
         self,
@@ -290,8 +276,8 @@ class Hooks:
         *args: Any,
     ) -> Any:
         """In place of the forward of rotary embeddings: make those of renumbered layers too."""
-        embed = functools.partial(before or functools.partial(type(module).forward, module), hidden)
-        onward = self._local.onward
+        embed = functools.partial(forward_of(module, before), hidden)
+        onward = self._local.now.onward
         if onward is None:
             return embed(position_ids, *args)
         return onward.rotate(lambda positions: embed(positions, *args), position_ids)
@@ -315,51 +301,61 @@ class Hooks:
             *args: its further arguments.
             **kwargs: its keyword arguments, in logical terms.
         """
-        local, turn = self._local, self._local.turn
-        if turn is None and local.onward is not None:
-            kwargs = local.onward.enter(number, hidden, kwargs)
-            if (work := self.plan.blind.get(number)) is not None:
-                output = local.onward.run(number, module, work, hidden, kwargs)
-                if output is not None:
-                    return output
+        onward = self._local.now.onward
+        if onward is not None:
+            onward.enter(number, hidden, kwargs)
+            work = self.plan.blind.get(number)
+            output = None if work is None else onward.run(number, module, work, hidden, kwargs)
         else:
-            if turn is None:
-                turn = self.replays.find(number, kwargs)
-            elif module is not self.family.layers[number] and turn.groups:  # something is around it
-                self.replays.keep(number, turn, kwargs)
-            if turn is not None:
-                hidden, kwargs = turn.enter(number, module, hidden, kwargs)
-                if number in turn.splits:
-                    work, split = self.plan.work[number], turn.splits[number]
-                    rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
-                    cache = kwargs.get("past_key_values")
-                    return run_layer(module, work, split, hidden, rotary, mask, cache)
+            output, hidden, kwargs = self.enter_layer(number, module, hidden, kwargs)
+        if output is not None:
+            return output
         if before is not None:
             return before(hidden, *args, **kwargs)
         return type(module).forward(module, hidden, *args, **kwargs)
+
+    def enter_layer(
+        self, number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor | None, Tensor, Kwargs]:
+        """Before a layer of a turn: its output, if it is known already, and what it is handed."""
+        turn = self._local.now.turn
+        if turn is None:
+            turn = self.replays.find(number, kwargs)
+        elif module is not self.family.layers[number] and turn.groups:  # something is around it
+            self.replays.keep(number, turn, kwargs)
+        if turn is None:
+            return None, hidden, kwargs
+        hidden, kwargs = turn.enter(number, module, hidden, kwargs)
+        if number not in turn.splits:
+            return None, hidden, kwargs
+        work, split = self.plan.work[number], turn.splits[number]
+        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
+        return run_layer(module, work, split, hidden, rotary, mask, cache), hidden, kwargs
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
     ) -> None:
         """After the attention or the MLP of a decoder layer: see what it makes of its input."""
-        turn = self._local.turn
+        turn = self._local.now.turn
         if turn is not None and turn.groups:
             given = args[0] if args else kwargs["hidden_states"]
             turn.looks.changed(number, given, output[0] if isinstance(output, tuple) else output)
 
-    def leave_text(self, module: nn.Module, args: Args, output: Any) -> Any:
+    def leave_text(self, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
-        turn, self._local.turn, self._local.onward = self._local.turn, None, None
+        now = self._local.now
+        turn, now.turn, now.onward = now.turn, None, None
         if turn is None:
-            return None
-        record = describe(turn, output, self._local.encoded or {}, self.vision, self.tags)
+            return output
+        record = describe(turn, output, now.encoded, self.vision, self.tags)
         if record is not None:
             self._local.record = self._last = record
         return turn.leave(output, self.plan.first_layer)
 
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
-        visual = (self._local.visual or {}).get(modality)
+        visual = self._local.now.visual.get(modality)
         if visual is None:  # `generate` encodes before it calls the model
             everything = range(len(output.encoded.lengths))
             asker = Asker([0] * len(everything), everything, lambda row: row)
@@ -384,22 +380,21 @@ class Hooks:
 
     def _question(self, rows: Sequence[int], ends: Sequence[int]) -> tuple[Question, Tensor]:
         """The text behind images, and its (B, Q, D) embeddings."""
-        local = self._local
-        assert local.visual is not None
-        assert local.prompt is not None  # as in every forward over a prompt
-        ids, arguments = local.prompt
-        visual = _any(local.visual)
+        local, now = self._local, self._local.now
+        assert now.prompt is not None  # as in every forward over a prompt
+        ids, arguments = now.prompt
+        visual = _any(now.visual)
         real = self._real(visual.shape[1])
         if local.supervised is not None:
             real = ~local.supervised if real is None else real & ~local.supervised
-        question = Question.of(visual, real, local.trailing, rows, ends, local.sample)
+        question = Question.of(visual, real, local.trailing, rows, ends, now.sample)
         table = self.family.base.get_input_embeddings()
         return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
 
     def _real(self, length: int) -> Tensor | None:
         """(B, T) positions of the forward that are no padding, or `None` for all."""
-        assert self._local.prompt is not None  # as in every forward over a prompt
-        mask = self._local.prompt[1].get("attention_mask")
+        assert self._local.now.prompt is not None  # as in every forward over a prompt
+        mask = self._local.now.prompt[1].get("attention_mask")
         real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
         return None if real is None else real[:, -length:]
 
@@ -422,17 +417,11 @@ class Hooks:
             left = known.left if self.plan.marks else []
             if left and len(left) != len(source):  # reduced before beams were made of it
                 left = [left[i] for i in source]
-            ids = None if self._local.prompt is None else self._local.prompt[0]
+            ids = None if self._local.now.prompt is None else self._local.now.prompt[0]
             where = Places(self.family, modality, known, source, mask, ids)
             places = [functools.partial(where.of, i) for i in range(len(source))]
             parts.append(Part(mask, shapes, dead, before, places, left))
         return parts
-
-    def _forget(self) -> None:
-        local = self._local
-        local.inside, local.visual, local.prompt = False, None, None
-        local.encoded, local.turn, local.onward = None, None, None
-        local.sample = None
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -457,10 +446,8 @@ class Hooks:
 
     def _check_encoding(self, modality: str) -> None:
         """Refuse features whose place in the prompt is not known."""
-        local = self._local
-        if not local.inside or (
-            modality in (local.visual or {}) and modality not in (local.encoded or {})
-        ):
+        now = self._local.now
+        if not now.inside or (modality in now.visual and modality not in now.encoded):
             return
         raise InputError(
             f"{self.family.model_type} encodes {modality}s for which the prompt has no {modality} "
@@ -488,6 +475,13 @@ class Hooks:
                 "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
                 "one keep for all"
             )
+
+
+def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The forward that a module had before it was replaced: its own, or its class's, which is
+    looked up at each call because classes change under FSDP2.
+    """
+    return before or functools.partial(type(module).forward, module)
 
 
 def _any(masks: Mapping[str, Tensor]) -> Tensor:

@@ -7,7 +7,6 @@ Shapes: `B` batch, `T` tokens of the forward.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,6 @@ class Onward:
         # Per layer, the slots that it holds before the forward, if it is pruned.
         self._before: list[Slots | None] = [getattr(held, "slots", None) for held in cache.layers]
         self._views: dict[tuple[int, ...], tuple[Slots, dict[str, Any]]] = {}
-        self._shifted: dict[tuple[int, ...], Tensor] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
         self._added: dict[int, Tensor | None] = {}
         self._forward = object()  # names the forward to slots that layers share
@@ -51,27 +49,25 @@ class Onward:
         onward = cls(family, cache, sequence)
         return onward if any(onward._before) else None
 
-    def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Tell a layer's cache what it is about to hold.
+    def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Tell a layer's cache what it is about to hold, and the layer what it is about to see.
 
         Args:
             number: the decoder layer.
             hidden: (B, T, D) its input.
-            kwargs: its keyword arguments, in logical terms.
-
-        Returns:
-            The keyword arguments in physical terms.
+            kwargs: its keyword arguments in logical terms; afterwards in physical ones.
         """
         before = self._before[number]
         if before is None:
-            return kwargs
+            return
         # The mask and the rotary embedding differ between kinds of layers in some models.
         key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
-        if key not in self._views:
-            self._views[key] = self._view(number, before, hidden, kwargs)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._view(number, before, hidden, kwargs)
         held: Any = self._layers[number]
-        held.incoming, changes = self._views[key]
-        return {**kwargs, **changes} if changes else kwargs
+        held.incoming, changes = view
+        kwargs.update(changes)
 
     def run(
         self, number: int, layer: Any, work: Work, hidden: Tensor, kwargs: dict[str, Any]
@@ -134,13 +130,14 @@ class Onward:
             embed: makes (cos, sin) of positions.
             positions: (B or 1, T) those of the forward.
         """
-        if not self._shifts or self.family.rotary_by_length or positions.dim() != 2:
+        shifts = self._shifts
+        if not shifts or self.family.rotary_by_length or positions.dim() != 2:
             return embed(positions)
-        shifted = self._positions(positions, self._shifts)
-        sizes = [len(positions)] + [len(shifted) // len(self._shifts)] * len(self._shifts)
-        parts = (part.split(sizes) for part in embed(torch.cat((positions, shifted))))
-        given, *others = zip(*parts, strict=True)
-        for shift, rotary in zip(self._shifts, others, strict=True):
+        rows = [positions, *(positions - shift for shift in shifts)]
+        sizes = [len(row) for row in rows]
+        cos, sin = embed(torch.cat(rows))
+        given, *others = zip(cos.split(sizes), sin.split(sizes), strict=True)
+        for shift, rotary in zip(shifts, others, strict=True):
             self._rotary[id(given), id(shift)] = rotary
         return given
 
@@ -151,23 +148,16 @@ class Onward:
         key = id(kwargs["position_embeddings"]), id(shift)
         if key not in self._rotary:
             # Text models with plain positions hand them on to their layers.
-            positions = self._positions(kwargs["position_ids"], [shift])
+            positions = kwargs["position_ids"] - shift
             self._rotary[key] = self.family.rotary(hidden, positions, number)
         # What position ids are left to tell is for flash kernels, which read gaps in those of a
         # single row as packed sequences.
         return {"position_embeddings": self._rotary[key], "position_ids": None}
 
-    @functools.cached_property
+    @property
     def _shifts(self) -> list[Tensor]:
         """What renumbering has taken off each row, (B, 1), in all layers."""
-        all_slots = [slots for slots in self._before if slots is not None]
-        shifts = {id(slots.renumbered): slots.renumbered for slots in all_slots}
-        return [shift for shift in shifts.values() if shift is not None]
-
-    def _positions(self, logical: Tensor, shifts: list[Tensor]) -> Tensor:
-        """(shifts x B, T) position ids, less each of the shifts."""
-        key = id(logical), *map(id, shifts)
-        if key not in self._shifted:
-            shift = torch.stack(shifts) if len(shifts) > 1 else shifts[0][None]
-            self._shifted[key] = (logical - shift).flatten(0, 1)
-        return self._shifted[key]
+        shifts = [None if slots is None else slots.renumbered for slots in self._before]
+        return [
+            shift for shift in {id(shift): shift for shift in shifts}.values() if shift is not None
+        ]

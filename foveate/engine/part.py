@@ -57,6 +57,7 @@ class Part(ABC):
     def mark(self) -> None:
         """Put the part on its root, as long as it is attached."""
         self._put(self.root, MARK, self)
+        self._put(self.root, "_replicate_for_data_parallel", self._refuse_replicas)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not supported: a copy of the model would run with what is known of the original.
@@ -68,6 +69,13 @@ class Part(ABC):
             f"a {type(self.root).__name__} that carries a foveate session cannot be copied or "
             "pickled; leave the session or call `remove()` on it first (session_of(model).remove() "
             "after `prepare`), then attach methods to each copy"
+        )
+
+    def _refuse_replicas(self) -> nn.Module:
+        raise AttachError(
+            f"a {type(self.root).__name__} that carries a foveate session cannot be replicated by "
+            "torch.nn.DataParallel: run one process per device instead, as with torchrun, and "
+            "attach methods in each"
         )
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -91,14 +99,20 @@ class Part(ABC):
         """Call `forward(module, before, ...)` in place of a module's forward.
 
         `before` is a forward that the module has of its own, else `None`. A hook before each of
-        many modules would take longer than small modules themselves.
+        many modules would take longer than small modules themselves. What `forward` calls is
+        compiled where it itself is not.
         """
         before = vars(module).get("forward")
-        replaced = functools.partial(self._hidden(forward), module, before)
+        replaced = functools.partial(self._hidden(forward, recursive=False), module, before)
         functools.update_wrapper(replaced, module.forward)
         self._put(module, "forward", replaced)
 
-    def _put(self, module: nn.Module, name: str, value: object) -> None:
+    def hide(self, name: str) -> None:
+        """Keep torch.compile from tracing one of the part's own methods, where that is wanted."""
+        if self.uncompiled:
+            self._put(self, name, self._hidden(getattr(self, name)))
+
+    def _put(self, module: object, name: str, value: object) -> None:
         """Give a module an attribute of its own, until the part is taken off."""
         before = vars(module).get(name)
         setattr(module, name, value)
@@ -106,9 +120,13 @@ class Part(ABC):
             lambda: delattr(module, name) if before is None else setattr(module, name, before)
         )
 
-    def _hidden(self, hook: Callable[..., Any]) -> Callable[..., Any]:
-        """A hook that torch.compile does not trace, where that is wanted: hooks keep state."""
-        return torch.compiler.disable(hook) if self.uncompiled else hook
+    def _hidden(self, hook: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
+        """A hook that torch.compile does not trace, where that is wanted: hooks keep state. Nor
+        what it calls, if `recursive`.
+        """
+        if not self.uncompiled:
+            return hook
+        return torch.compiler.disable(hook, recursive=recursive)
 
     def wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
         """Call `around(original, ...)` in place of a method of a module."""
@@ -118,7 +136,5 @@ class Part(ABC):
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return around(original, *args, **kwargs)
 
-        if self.uncompiled:  # the original may be compiled
-            around = torch.compiler.disable(around, recursive=False)
-            wrapper = torch.compiler.disable(wrapper, recursive=False)
-        self._put(module, name, wrapper)
+        around = self._hidden(around, recursive=False)  # the original may be compiled
+        self._put(module, name, self._hidden(wrapper, recursive=False))

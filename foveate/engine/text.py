@@ -51,10 +51,10 @@ class TextPart(Hooks, Part):
     def attach(self) -> None:
         """Install the hooks, and wrap `generate` and what makes image and video features."""
         family = self.family
-        self.before(family.base, self.enter_model)
-        self.behind(family.base, self.leave_model, always=True)
-        self.before(family.text, self.enter_text)
-        self.behind(family.text, self.leave_text)
+        for name in ("enter_base", "enter_text", "leave_text", "enter_layer"):
+            self.hide(name)
+        self.replace_forward(family.base, self.base)
+        self.replace_forward(family.text, self.text)
         if family.model is not family.base:
             self.before(family.model, self.enter_top)
             self.wrap(family.model, "generate", self.generate)

@@ -323,8 +323,11 @@ def test_a_model_with_a_session_cannot_be_copied(how):
 
 
 def test_replicas_of_a_model_are_refused(llava):
-    """As `torch.nn.DataParallel` makes them: modules of their own, with the hooks of the first."""
-    with foveate.use(llava, PyramidDrop()):
-        replica = llava.model._replicate_for_data_parallel()
-        with pytest.raises(AttachError, match="one process per device"):
-            replica(**prompts([[5, 7]]))
+    """They would be modules of their own that run the forward of the first."""
+    text = llava.model.language_model
+    with (
+        foveate.use(llava, PyramidDrop()),
+        pytest.raises(AttachError, match="one process per device"),
+    ):
+        text._replicate_for_data_parallel()  # as `torch.nn.DataParallel` does for every module
+    assert text._replicate_for_data_parallel() is not None

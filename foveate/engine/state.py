@@ -1,0 +1,44 @@
+"""What a session knows while the model runs: of each thread, and of the forward that it is in."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from foveate.clip import ClipQuestions
+    from foveate.engine.onward import Onward
+    from foveate.engine.turn import Turn
+    from foveate.record import Record
+
+
+class Forward:
+    """One forward of the base model. Made anew for each, and for the time between them."""
+
+    inside: bool = False  # within the base model's forward
+    prompt: tuple[Tensor | None, dict[str, Any]] | None = None  # ids and arguments
+    sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
+    turn: Turn | None = None
+    onward: Onward | None = None  # instead of a turn, where nothing can be removed
+
+    def __init__(self) -> None:
+        self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders
+        self.encoded: dict[str, Any] = {}  # modality -> its features, a tagged ModelOutput
+
+
+class Local(threading.local):
+    """What one thread is doing with the model."""
+
+    encoding: bool = False  # within get_image_features or get_video_features
+    given: Tensor | None = None  # what the projector was given there
+    requests: int | None = None  # rows that `generate` was called with, while it runs
+    trailing: int = 0  # drafted tokens behind the prompt
+    supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
+    awaited: bool = False  # `generate` has encoded images that no forward was given yet
+    record: Record | None = None
+    clip: ClipQuestions | None = None
+
+    def __init__(self) -> None:
+        self.now = Forward()

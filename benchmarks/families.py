@@ -1,18 +1,22 @@
 """Every family: what a session costs that removes nothing, and what decoding costs that removes.
 
-    python benchmarks/families.py [--rounds 2] [--family llava qwen2_vl]
+    python benchmarks/families.py [--runs 3] [--rounds 3] [--family llava qwen2_vl]
 
 Random models with 576 visual and 64 text tokens, batch 1; 256 channels x 8 layers for the prefill,
 and 64 x 24 for decoding, so narrow that Python, not arithmetic, fills the time. `prefill` and
 `decode` are times of a session that keeps everything over times without a session. `overhead_us` is
-what a session of PyramidDrop adds to a decoded token in each layer, beyond a model without a
-session whose prompt has as many tokens as PyramidDrop leaves in the average layer.
+what a session of PyramidDrop adds to a decoded token in each layer, beyond the same model without a
+session, each of whose cache layers holds as many slots as PyramidDrop leaves there.
+
+Where objects happen to lie in memory moves such small times by a few microseconds for as long as a
+process lives. So each family is measured in several processes, and their times are taken together.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import multiprocessing
 import random
 import statistics
 import time
@@ -57,10 +61,11 @@ def pyramid(model: Any, *, keep_all: bool) -> PyramidDrop:
 
 @dataclass
 class Contender:
-    """A prompt, and the session that it is run in, if any."""
+    """A prompt, the session that it is run in, if any, and slots cut off each cache layer."""
 
     inputs: dict[str, Any]
     session: Session | None = None
+    cut: list[int] = field(default_factory=list)
     cache: DynamicCache | None = None
     seconds: list[float] = field(default_factory=list)
 
@@ -73,6 +78,12 @@ class Contender:
                 model(**inputs, past_key_values=self.cache)
                 seconds.append(time.process_time() - start)
         return seconds
+
+    def shorten(self) -> None:
+        """Cut slots off the cache, behind the prompt."""
+        for layer, count in zip(self.cache.layers if self.cut else [], self.cut, strict=True):
+            layer.keys = layer.keys[:, :, count:].contiguous()
+            layer.values = layer.values[:, :, count:].contiguous()
 
 
 def in_turn(model: Any, contenders: dict[str, Contender], rounds: int, tokens: int) -> None:
@@ -98,13 +109,17 @@ def in_turn(model: Any, contenders: dict[str, Contender], rounds: int, tokens: i
             for contender in draw.sample(list(contenders.values()), len(contenders)):
                 given = [token] * (1 + BLOCK) if block else [contender.inputs]
                 seconds = contender.forwards(model, given)
+                if not block:
+                    contender.shorten()
                 if number and bool(block) == bool(tokens):
                     contender.seconds += seconds[1:] if block else seconds
     gc.enable()
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    """Ratios and overheads of a family."""
+@torch.inference_mode()
+def measure(name: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in a family, prompt by prompt and token by token."""
+    logging.set_verbosity_error()
     model = random_model(name, *WIDE)
     inputs = prompt(model, VISUAL)
     all_kept = foveate.use(model, pyramid(model, keep_all=True))
@@ -116,49 +131,68 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     with foveate.use(model, drop) as run:
         model(**inputs)
         layers = run.report()["layers"]
-    visual = round(statistics.mean(layer["visual_tokens"][0] for layer in layers))
+    cut = [VISUAL - layer["visual_tokens"][0] for layer in layers]
     decode = {
         "bare": Contender(inputs),
         "attached": Contender(inputs, foveate.use(model, pyramid(model, keep_all=True))),
-        "native": Contender(prompt(model, visual)),
+        "shortened": Contender(inputs, cut=cut),
         "pruned": Contender(inputs, foveate.use(model, drop)),
     }
     in_turn(model, decode, rounds, TOKENS)
-    scale = 1e6 / DEEP[1]
-    pairs = zip(decode["pruned"].seconds, decode["native"].seconds, strict=True)
-    low, median, high = statistics.quantiles([scale * (a - b) for a, b in pairs], n=4)
     return {
-        "prefill": ratios(prefill["attached"].seconds, prefill["bare"].seconds),
-        "decode": ratios(decode["attached"].seconds, decode["bare"].seconds),
-        "overhead_us": {"median": median, "q25": low, "q75": high},
-        "plain_us": scale * statistics.median(decode["native"].seconds),
-        "layers": list(drop.layers or ()),
-        "average visual tokens": visual,
+        **{f"prefill {n}": c.seconds for n, c in prefill.items()},
+        **{f"decode {n}": c.seconds for n, c in decode.items()},
+    }
+
+
+def in_processes(name: str, runs: int, rounds: int) -> list[dict[str, list[float]]]:
+    """What `measure` gives in so many processes, one after another."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        return pool.starmap(measure, [(name, rounds)] * runs, chunksize=1)
+
+
+def summary(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
+    """Ratios and overheads of a family."""
+    seconds = {name: [s for run in runs for s in run[name]] for name in runs[0]}
+    scale = 1e6 / DEEP[1]
+
+    def overheads(times: dict[str, list[float]]) -> list[float]:
+        pairs = zip(times["decode pruned"], times["decode shortened"], strict=True)
+        return [scale * (a - b) for a, b in pairs]
+
+    low, median, high = statistics.quantiles(overheads(seconds), n=4)
+    each = sorted(statistics.median(overheads(run)) for run in runs)
+    return {
+        "prefill": ratios(seconds["prefill attached"], seconds["prefill bare"]),
+        "decode": ratios(seconds["decode attached"], seconds["decode bare"]),
+        "overhead_us": {"median": median, "q25": low, "q75": high, "runs": each},
+        "plain_us": scale * statistics.median(seconds["decode shortened"]),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3, help="processes for each family")
+    parser.add_argument("--rounds", type=int, default=3, help="prompts in each process")
     parser.add_argument("--family", nargs="*")
     options = parser.parse_args()
-    logging.set_verbosity_error()
     rows = {}
-    with torch.inference_mode():
-        for name in options.family or family_names():
-            rows[name] = row = measure(name, options.rounds)
-            print(
-                f"{name:18} keep all: prefill {row['prefill']['median']:.3f}, decode "
-                f"{row['decode']['median']:.3f}; pruned decode "
-                f"{row['overhead_us']['median']:+.1f} us on {row['plain_us']:.0f}",
-                flush=True,
-            )
+    for name in options.family or family_names():
+        rows[name] = row = summary(in_processes(name, options.runs, options.rounds))
+        extra = row["overhead_us"]
+        print(
+            f"{name:18} keep all: prefill {row['prefill']['median']:.3f}, decode "
+            f"{row['decode']['median']:.3f}; pruned decode {extra['median']:+.1f} us "
+            f"({extra['runs'][0]:+.1f} to {extra['runs'][-1]:+.1f}) on {row['plain_us']:.0f}",
+            flush=True,
+        )
     if not options.family:
         wide, deep = ("{} x {}".format(*size) for size in (WIDE, DEEP))
         size = (
             f"Random models, {wide} for the prefill and {deep} for decoding; {VISUAL} visual tokens"
         )
-        save("families", {"model": size, "rounds": options.rounds, "rows": rows})
+        effort = {"runs": options.runs, "rounds": options.rounds}
+        save("families", {"model": size, **effort, "rows": rows})
 
 
 if __name__ == "__main__":

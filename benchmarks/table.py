@@ -134,16 +134,19 @@ def families() -> str:
         extra = row["overhead_us"]
         rows.append([
             f"`{name}`", *kept, f"{extra['median']:.0f} ({extra['q25']:.0f} to {extra['q75']:.0f})",
-            f"{row['plain_us']:.0f}",
+            f"{extra['runs'][0]:.0f} to {extra['runs'][-1]:.0f}", f"{row['plain_us']:.0f}",
         ])  # fmt: skip
-    head = ["", "prefill, keep all", "decode, keep all", "pruned decode, us", "without a session"]
+    head = [
+        "", "prefill, keep all", "decode, keep all", "pruned decode, us", "in each process",
+        "without a session",
+    ]  # fmt: skip
     return "\n\n".join([
         "## Every family",
         f"{result['model']}, batch 1, features handed in, medians and quartiles. The first columns "
         "are times of a session that removes nothing over times without a session. Then what a "
         "session of PyramidDrop adds per layer and generated token, in microseconds, beyond a "
-        "prompt that has as many tokens to begin with, and what a layer takes there. Models for "
-        "decoding are so narrow that Python fills the time. "
+        "model without one whose cache layers are cut as short, and what a layer takes there. "
+        "Models for decoding are so narrow that Python fills the time. "
         f"{about(result)}",
         table(head, rows),
     ])  # fmt: skip

@@ -220,7 +220,12 @@ class Hooks:
     ) -> Any:
         """In place of the text model's forward: a turn, or one forward onward."""
         args, kwargs = self.enter_text(args, kwargs)
-        return self.leave_text(forward_of(module, before)(*args, **kwargs))
+        try:
+            return self.leave_text(forward_of(module, before)(*args, **kwargs))
+        except BaseException:
+            if self._local.now.onward is not None:
+                self._local.now.onward.cancel()
+            raise
 
     def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Before the text model: begin the turn."""
@@ -301,12 +306,12 @@ class Hooks:
             *args: its further arguments.
             **kwargs: its keyword arguments, in logical terms.
         """
-        onward = self._local.now.onward
-        if onward is not None:
-            onward.enter(number, hidden, kwargs)
-            work = self.plan.blind.get(number)
-            output = None if work is None else onward.run(number, module, work, hidden, kwargs)
-        else:
+        now, output = self._local.now, None
+        if now.onward is not None:
+            now.onward.enter(number, hidden, kwargs)
+            if (work := self.plan.blind.get(number)) is not None:
+                output = now.onward.run(number, module, work, hidden, kwargs)
+        elif now.turn is not None or self.replays.any:
             output, hidden, kwargs = self.enter_layer(number, module, hidden, kwargs)
         if output is not None:
             return output

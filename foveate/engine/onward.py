@@ -28,29 +28,51 @@ class Onward:
     Args:
         family: the model's family.
         cache: the cache.
+        before: per layer, the slots that it holds before the forward, if it is pruned.
         sequence: (B, T, ...) what the text model is given; all of its columns are there.
     """
 
-    def __init__(self, family: Family, cache: Cache, sequence: Tensor) -> None:
+    def __init__(
+        self, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+    ) -> None:
         self.family = family
         self._batch, self._length = sequence.shape[:2]
         self._device = sequence.device
-        self._layers = cache.layers
-        # Per layer, the slots that it holds before the forward, if it is pruned.
-        self._before: list[Slots | None] = [getattr(held, "slots", None) for held in cache.layers]
-        self._views: dict[tuple[int, ...], tuple[Slots, dict[str, Any]]] = {}
+        self._layers: list[Any] = cache.layers
+        self._before = before
+        self._after: dict[int, Slots] = {}  # id of slots before the forward -> those behind it
+        self._views: dict[tuple[int, ...], dict[str, Any]] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
         self._added: dict[int, Tensor | None] = {}
-        self._forward = object()  # names the forward to slots that layers share
 
     @classmethod
     def behind(cls, family: Family, cache: Cache, sequence: Tensor) -> Onward | None:
         """A forward behind a cache, or `None` where no layer of that is pruned."""
-        onward = cls(family, cache, sequence)
-        return onward if any(onward._before) else None
+        before: list[Slots | None] = [getattr(held, "slots", None) for held in cache.layers]
+        if not any(before):
+            return None
+        onward = cls(family, cache, before, sequence)
+        onward._announce()
+        return onward
+
+    def _announce(self) -> None:
+        """Tell pruned layers of the cache what they are about to hold."""
+        key = object()  # names the forward to slots that layers share
+        for held, before in zip(self._layers, self._before, strict=True):
+            if before is not None:
+                after = self._after.get(id(before))
+                if after is None:
+                    after = self._after[id(before)] = before.grow(key, self._length)
+                held.incoming = after
+
+    def cancel(self) -> None:
+        """Take back what was announced, where the forward has failed."""
+        for held, before in zip(self._layers, self._before, strict=True):
+            if before is not None:
+                held.incoming = None
 
     def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Tell a layer's cache what it is about to hold, and the layer what it is about to see.
+        """Tell a layer what it is about to see.
 
         Args:
             number: the decoder layer.
@@ -62,11 +84,9 @@ class Onward:
             return
         # The mask and the rotary embedding differ between kinds of layers in some models.
         key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
-        view = self._views.get(key)
-        if view is None:
-            view = self._views[key] = self._view(number, before, hidden, kwargs)
-        held: Any = self._layers[number]
-        held.incoming, changes = view
+        changes = self._views.get(key)
+        if changes is None:
+            changes = self._views[key] = self._view(number, before, hidden, kwargs)
         kwargs.update(changes)
 
     def run(
@@ -101,9 +121,9 @@ class Onward:
 
     def _view(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Slots, dict[str, Any]]:
-        """Slots behind the forward of layers that share those before, and what they are told."""
-        after = before.grow(self._forward, self._length)
+    ) -> dict[str, Any]:
+        """What layers are told that share slots."""
+        after = self._after[id(before)]
         changes: dict[str, Any] = {}
         mask = kwargs.get("attention_mask")
         static = isinstance(self._layers[number], PrunedStaticLayer)
@@ -111,7 +131,7 @@ class Onward:
             changes = {"attention_mask": self._mask(number, mask, after)}
         if before.renumbered is not None:
             changes |= self._renumbered(number, before.renumbered, hidden, kwargs)
-        return after, changes
+        return changes
 
     def _mask(self, number: int, mask: Tensor | None, after: Slots) -> Tensor | None:
         held = self._layers[number]
@@ -157,7 +177,5 @@ class Onward:
     @property
     def _shifts(self) -> list[Tensor]:
         """What renumbering has taken off each row, (B, 1), in all layers."""
-        shifts = [None if slots is None else slots.renumbered for slots in self._before]
-        return [
-            shift for shift in {id(shift): shift for shift in shifts}.values() if shift is not None
-        ]
+        shifts = (slots.renumbered for slots in self._after.values())
+        return list({id(shift): shift for shift in shifts if shift is not None}.values())

@@ -44,10 +44,13 @@ class Replays:
             number: the decoder layer.
             kwargs: what the layer is called with.
         """
-        if not self._states.data:  # cheaper than its length: this is asked in every layer
-            return None
         kept = self._states.get(kwargs["position_embeddings"][0], {}).get(number)
         return None if kept is None else _copy(kept)
+
+    @property
+    def any(self) -> bool:
+        """Whether any forward may be recomputed."""
+        return bool(self._states.data)  # cheaper than its length: this is asked in every layer
 
     def __len__(self) -> int:
         """Forwards that may be recomputed."""

@@ -228,6 +228,25 @@ def test_a_pruned_cache_is_refused_outside_its_session(llava):
         llava(input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
+def test_a_failed_step_leaves_a_pruned_cache_refused(llava):
+    """What the step announced to the cache is taken back: else the next one would pass."""
+    inputs, token = prompts([[5, 7]]), torch.tensor([[9]])
+    cache = DynamicCache(config=llava.config.text_config)
+    last = llava.model.language_model.layers[-1].mlp
+    with foveate.use(llava, FastV()):
+        llava(**inputs, past_key_values=cache)
+        failing = last.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llava(input_ids=token, past_key_values=cache)
+        failing.remove()
+        failing = llava.model.language_model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            llava(input_ids=token, past_key_values=cache)
+        failing.remove()
+    with pytest.raises(foveate.FoveateError, match="only the session that pruned them"):
+        llava(input_ids=token, past_key_values=cache)
+
+
 def test_cache_batch_operations_keep_slots_in_step(llava):
     """Repeat, select and reorder rows of a pruned cache, then decode."""
     inputs = prompts(BATCHES["ragged"])

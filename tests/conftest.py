@@ -96,6 +96,8 @@ def _no_leftovers(request):
     for name in ("llava", "any_llava"):
         if name in request.fixturenames:
             model = request.getfixturevalue(name)
-            hooked = [n for n, m in model.named_modules() if m._forward_pre_hooks]
+            hooked = [
+                n for n, m in model.named_modules() if m._forward_pre_hooks or "forward" in vars(m)
+            ]
             assert not hooked, f"hooks left on {hooked}"
             assert "generate" not in vars(model)

@@ -66,6 +66,8 @@ def attend(layer, hidden, position, alive):
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
+    if getattr(config, "sliding_window", None) is not None:
+        causal = causal.triu(1 - config.sliding_window)
     itself = torch.eye(length, dtype=torch.bool)  # removed rows stay finite
     scores = (q @ k.transpose(1, 2)) / width**0.5
     return scores.masked_fill(~(causal & alive | itself), -torch.inf).softmax(-1), v

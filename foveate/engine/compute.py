@@ -138,8 +138,7 @@ def why_whole(family: Family, work: Work) -> str | None:
         return "its visual tokens are tiles and newlines, which form no single grid"
     if kind not in LAYERS:
         return "they are not made like those of Llama, Mistral, Qwen2 and Qwen3"
-    windowed = kind == "MistralDecoderLayer" and config.sliding_window
-    if windowed or work.layer not in family.attention_layers:
+    if family.window is not None or work.layer not in family.attention_layers:
         return f"layer {work.layer} sees only a window of the sequence"
     if hasattr(layer, "_hf_hook"):
         return "accelerate moves the data of its layers; load it onto one device"

@@ -131,6 +131,13 @@ class Family:
             i for i, kind in enumerate(types[: self.text_layers]) if kind == "full_attention"
         )
 
+    @property
+    def window(self) -> int | None:
+        """Positions that a token sees at most, itself included, where that is so in all layers."""
+        config = self.text.config
+        kinds = getattr(config, "layer_types", None)
+        return None if kinds else getattr(config, "sliding_window", None)
+
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
         return self.text.rotary_emb(hidden, position_ids=position_ids)

@@ -81,23 +81,27 @@ BATCHES = {
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(("method", "spec"), CASES.values(), ids=CASES)
 def test_generation_equals_the_oracle(any_llava, method, spec, rows):
+    check_generation(any_llava, method, spec, rows)
+
+
+def check_generation(model, method, spec, rows):
     """Prefill and eight decoding steps of a left-padded batch, row by row."""
     inputs = prompts(rows)
-    unpruned = any_llava(**inputs).logits
-    with foveate.use(any_llava, method) as run:
-        out = any_llava.generate(
+    unpruned = model(**inputs).logits
+    with foveate.use(model, method) as run:
+        out = model.generate(
             **inputs, max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False,
             output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        prefill = any_llava(**inputs).logits
+        prefill = model(**inputs).logits
     kept = iter(run.kept)
     worst = bite = 0.0
     for row, pieces in enumerate(rows):
         alone = row_of(inputs, row)
-        features = features_of(any_llava, alone)
+        features = features_of(model, alone)
         prompt = alone["input_ids"].shape[1]
         ids = torch.cat((alone["input_ids"][0], out.sequences[row, inputs["input_ids"].shape[1] :]))
-        want, history = oracle.run(any_llava, ids, features, spec(len(pieces) - 1), prompt)
+        want, history = oracle.run(model, ids, features, spec(len(pieces) - 1), prompt)
         steps = torch.stack(out.logits, dim=1)[row]
         worst = max(worst, (want[prompt - 1 : -1] - steps).abs().max().item())
         text = alone["input_ids"][0] != IMAGE

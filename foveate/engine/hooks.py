@@ -223,8 +223,10 @@ class Hooks:
         try:
             return self.leave_text(forward_of(module, before)(*args, **kwargs))
         except BaseException:
-            if self._local.now.onward is not None:
-                self._local.now.onward.cancel()
+            now = self._local.now
+            if now.onward is not None:
+                now.onward.cancel()
+            now.turn = now.onward = None
             raise
 
     def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

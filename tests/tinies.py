@@ -1,5 +1,7 @@
 """Tiny random LLaVA models and prompts for them."""
 
+from functools import partial
+
 import torch
 from transformers import (
     CLIPConfig,
@@ -9,6 +11,7 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MistralConfig,
     Qwen2Config,
 )
 
@@ -18,12 +21,20 @@ LAYERS = 6
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def tiny_llava(text: str = "llama", attention: str = "sdpa", seed: int = 0, layers: int = LAYERS):
-    """A random LLaVA with peaked attention: 36 visual tokens of a 48 x 48 image."""
+def tiny_llava(
+    text: str = "llama",
+    attention: str = "sdpa",
+    seed: int = 0,
+    layers: int = LAYERS,
+    window: int | None = None,
+):
+    """A random LLaVA with peaked attention: 36 visual tokens of a 48 x 48 image. With `mistral`,
+    every layer sees a window.
+    """
     torch.manual_seed(seed)
     kv_heads = 4 if text == "llama" else 2
-    kind = Qwen2Config if text == "qwen2" else LlamaConfig
-    text_config = kind(
+    kind = {"qwen2": Qwen2Config, "mistral": partial(MistralConfig, sliding_window=window)}
+    text_config = kind.get(text, LlamaConfig)(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=kv_heads, max_position_embeddings=512,
         initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,

@@ -84,12 +84,14 @@ class Focusing:
             return
         columns = held.watched.columns
         real = columns >= 0
-        slots = turn.slots_of(cache, number).index
         token = torch.zeros_like(columns[:, :1])
-        attention = turn.looks.view(number, layer, hidden, kwargs).attention_to_past(token)[:, :, 0]
-        at = torch.searchsorted(slots.contiguous(), columns).clamp(max=slots.shape[1] - 1)
+        view, past = turn.looks.view(number, layer, hidden, kwargs)
+        attention = view.attention_to_past(token, turn.looks.seen_before(token, past))[:, :, 0]
+        slots = past.index.contiguous()
+        at = torch.searchsorted(slots, columns).clamp(max=slots.shape[1] - 1)
         attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))
-        attention = attention.masked_fill(~real[:, None], 0.0)
+        there = slots.gather(1, at) == columns  # not so where a window has left them behind
+        attention = attention.masked_fill(~(real & there)[:, None], 0.0)
         focus = self.method.focus(attention, real, held.watched.focus)
         held.watched = replace(held.watched, focus=focus)
         unseen = torch.zeros(

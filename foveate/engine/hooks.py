@@ -260,11 +260,7 @@ class Hooks:
             real=real_positions(kwargs.get("attention_mask"), past + length)
             if groups or self.plan.focus
             else None,
-            sees=seen_positions(
-                kwargs.get("attention_mask"), past, length, self.family.window, sequence.device
-            )
-            if groups
-            else None,
+            sees=seen_positions(kwargs.get("attention_mask"), past, length) if groups else None,
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),

@@ -110,9 +110,7 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
     return None if bool(real.all()) else real
 
 
-def seen_positions(
-    mask: Any, past: int, length: int, window: int | None, device: torch.device
-) -> Tensor | None:
+def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
     """(B or 1, T, T) which positions of a forward each of its positions sees, or `None` where it
     is those before it: masks that are built beforehand may hold blocks or prefixes.
 
@@ -120,15 +118,9 @@ def seen_positions(
         mask: as in `real_positions`.
         past: cached positions.
         length: T.
-        window: positions that each one sees at most, itself included; `None` for all.
-        device: where to make what a window leaves, if that is less.
     """
     sees = _square(mask)
-    sees = None if sees is None else sees[:, :, past : past + length]
-    if window is None or length <= window:
-        return sees
-    near = torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
-    return near[None] if sees is None else sees & near
+    return None if sees is None else sees[:, :, past : past + length]
 
 
 def _square(mask: Any) -> Tensor | None:

@@ -71,9 +71,9 @@ class Looks:
             self._rate(hidden.detach())
         if not due:
             return
-        view = self.view(number, layer, hidden, kwargs)
+        view, past = self.view(number, layer, hidden, kwargs)
         for name in due:
-            self._taken[name, number] = self._look(name, view), self.turn.layout
+            self._taken[name, number] = self._look(name, view, past), self.turn.layout
 
     def changed(self, number: int, given: Tensor, made: Tensor) -> None:
         """Note what a module of a layer made of its input, both (B, P, D)."""
@@ -124,14 +124,17 @@ class Looks:
             for count in split_by_count(planned, group, self.turn.begin_of, self.prompt.request)
         )
 
-    def _look(self, name: str, view: LayerView) -> Tensor:
+    def _look(self, name: str, view: LayerView, past: Slots) -> Tensor:
         match name:
             case "text_attention":
-                return view.attention(self._last, self._visible)
+                cached = self.seen_before(self.asked.columns, past)
+                return view.attention(self._last, self._visible, cached)
             case "content_attention":
                 return view.content_logits(self._last)
             case "question_attention":
-                return view.attention(self._asking, self._seen_by(self.question.columns))
+                asking = self.question.columns
+                cached = self.seen_before(asking, past)
+                return view.attention(self._asking, self._seen_by(asking), cached)
             case "question_closeness":
                 return view.closeness(self._asking)
             case "llm_states":
@@ -152,8 +155,12 @@ class Looks:
                 return self._text_of(view.keys.transpose(1, 2)).transpose(1, 2)
         raise AssertionError(name)  # the plan knows all names
 
-    def view(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> LayerView:
-        """What a layer that is about to run attends with; arguments as in `take`."""
+    def view(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[LayerView, Slots]:
+        """What a layer that is about to run attends with, and the slots of the keys that it has
+        cached; arguments as in `take`.
+        """
         turn, prompt = self.turn, self.prompt
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
@@ -163,16 +170,30 @@ class Looks:
             rotary, _ = turn.positions(number, before, hidden, kwargs)
         past = None
         if held is not None and prompt.past:
-            past = held.keys[:, :, : before.index.shape[1]], self._visible_past(before)
-        return LayerView(layer, hidden, rotary, past)
+            before = before.last(held.keys.shape[2])  # all that a layer with a window holds
+            past = held.keys[:, :, : before.count]
+        return LayerView(layer, hidden, rotary, past), before
 
-    def _visible_past(self, before: Slots) -> Tensor | None:
-        if self.prompt.real is None and not before.ragged:
+    def seen_before(self, columns: Tensor, past: Slots) -> Tensor | None:
+        """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see, or `None` for
+        all.
+        """
+        real = self.prompt.real
+        if real is None and not past.ragged and self._window is None:
             return None
-        visible = before.index >= 0
-        if self.prompt.real is not None:
-            visible = visible & self.prompt.real.gather(1, before.index.clamp(min=0))
-        return visible
+        seen = (past.index >= 0)[:, None]
+        if real is not None:
+            seen = seen & real.gather(1, past.index.clamp(min=0))[:, None]
+        if self._window is not None:
+            asking = columns[..., None] + self.prompt.past
+            seen = seen & (past.index[:, None] > asking - self._window)
+        return seen
+
+    @property
+    def _window(self) -> int | None:
+        """Positions that a token sees at most, where there are more."""
+        window, total = self.turn.family.window, self.prompt.past + self.prompt.length
+        return window if window is not None and window < total else None
 
     @torch.no_grad()
     def _norm(self, states: Tensor) -> Tensor:
@@ -264,6 +285,13 @@ class Looks:
 
     def _seen_by(self, columns: Tensor) -> Tensor:
         """(B, Q, P) physical columns that tokens in (B, Q) logical ones see."""
+        seen = self._known_to(columns)
+        if self._window is None:
+            return seen
+        return seen & (self.turn.layout.index[:, None] > columns[..., None] - self._window)
+
+    def _known_to(self, columns: Tensor) -> Tensor:
+        """The same, whether or not they lie within a window."""
         index, sample = self.turn.layout.index, self.prompt.sample
         if self.prompt.sees is None:
             seen = index[:, None] <= columns[..., None]
@@ -281,18 +309,23 @@ class Looks:
     @property
     def _visible(self) -> Tensor | None:
         """(B, Q, P) columns that the tokens that ask see, or `None` for all."""
-        prompt = self.prompt
-        plain = prompt.supervised is None and not prompt.trailing and prompt.sees is None
-        if plain and self._alive is None:
+        if self._plain and self._window is None:
             return None
         return self._seen_by(self.asked.columns)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the tokens that ask are the last of their rows, and these are all there is."""
+        prompt = self.prompt
+        plain = prompt.supervised is None and not prompt.trailing and prompt.sees is None
+        return plain and self._alive is None
 
     @property
     def _prompted(self) -> Tensor | None:
         """(B, P) columns of the prompt: neither drafted nor supervised; `None` for all."""
         prompt, index = self.prompt, self.turn.layout.index
         if prompt.supervised is None:
-            return None if self._visible is None else self._visible[:, 0]
+            return None if self._plain else self._known_to(self.asked.columns)[:, 0]
         told = ~prompt.supervised.gather(1, index.clamp(min=0))
         return told if self._alive is None else told & self._alive
 

@@ -26,7 +26,7 @@ class LayerView:
         layer: the layer.
         hidden: (B, P, D) its input.
         rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
-        past: cached keys (B, Hkv, S, d), already rotated, and which of them queries may see (B, S).
+        past: cached keys (B, Hkv, S, d), already rotated.
 
     Raises:
         UnsupportedModelError: the layer's weights are offloaded.
@@ -37,7 +37,7 @@ class LayerView:
         layer: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor | None] | None = None,
+        past: Tensor | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
         self.attention_module = layer.self_attn
@@ -98,31 +98,35 @@ class LayerView:
         return rotary_function(self.attention_module)(q, q, cos, sin)[0]
 
     @torch.no_grad()
-    def attention(self, columns: Tensor, visible: Tensor | None = None) -> Tensor:
+    def attention(
+        self, columns: Tensor, visible: Tensor | None = None, cached: Tensor | None = None
+    ) -> Tensor:
         """Softmax attention of some queries over the cached keys and the columns of this forward.
 
         Args:
             columns: (B, Q) columns of the queries.
             visible: (B, Q or 1, P) columns that they may see, or `None` for all.
+            cached: (B, Q or 1, S) the same for the cached keys.
 
         Returns:
             (B, H, Q, P) float32 probabilities of the P columns; with cached keys they do not sum to
             one.
         """
-        return self._attention(columns, visible)[1]
+        return self._attention(columns, visible, cached)[1]
 
     @torch.no_grad()
-    def attention_to_past(self, columns: Tensor, visible: Tensor | None = None) -> Tensor:
-        """The same for the cached keys: (B, H, Q, S)."""
-        return self._attention(columns, visible)[0]
+    def attention_to_past(self, columns: Tensor, cached: Tensor | None = None) -> Tensor:
+        """The same for the cached keys, where all columns may be seen: (B, H, Q, S)."""
+        return self._attention(columns, None, cached)[0]
 
-    def _attention(self, columns: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _attention(
+        self, columns: Tensor, visible: Tensor | None, cached: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         q = self.queries(columns)
         logits = self._logits(q, self.keys, visible)
         if self.past is None:
             return logits[..., :0], logits.softmax(-1)
-        seen = None if self.past[1] is None else self.past[1][:, None]
-        earlier = self._logits(q, self.past[0].to(q.dtype), seen)
+        earlier = self._logits(q, self.past.to(q.dtype), cached)
         shares = torch.cat((earlier, logits), dim=-1).softmax(-1)
         return shares[..., : earlier.shape[-1]], shares[..., earlier.shape[-1] :]
 

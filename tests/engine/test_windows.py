@@ -1,48 +1,72 @@
 """Text models of which every layer sees a window (Mistral): ranking beyond it."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
-from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
+from transformers import DynamicCache
 
 import foveate
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, check_generation, drops
-from tests.tinies import IMAGE, PATCHES, prompts
-
-WINDOW = 24  # of prompts with 36 visual tokens
+from tests.tinies import IMAGE, PATCHES, prompts, tiny_llava
 
 
-def windowed(attention: str):
-    torch.manual_seed(0)
-    text = MistralConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=6,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.15, pad_token_id=0,
-        sliding_window=WINDOW,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-        image_size=48, patch_size=8, initializer_factor=6.0,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-2,
-    )  # fmt: skip
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+@dataclass(frozen=True)
+class Noting(FastV):
+    """FastV that notes its scores."""
+
+    noted: ClassVar[list] = []
+
+    def scores(self, tokens):
+        self.noted.append(super().scores(tokens))
+        return self.noted[-1]
+
+
+def noted(model, inputs, cached=0):
+    """What the last tokens pay to each visual token in layer 1, (B, V), by foveate."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    cache = DynamicCache(config=model.config.text_config)
+    Noting.noted.clear()
+    with foveate.use(model, Noting(layer=2, keep=9)):
+        if cached:
+            before = {"input_ids": ids[:, :cached], "attention_mask": mask[:, :cached]}
+            model(**before, past_key_values=cache)
+        model(**inputs | {"input_ids": ids[:, cached:]}, past_key_values=cache)
+    (scores,) = Noting.noted
+    return scores
+
+
+def paid(inputs, window):
+    """The same by maps of the whole sequence."""
+    model = tiny_llava("mistral", "eager", window=window)
+    maps = model(**inputs, output_attentions=True).attentions[1]
+    rows = len(inputs["input_ids"])
+    places = (inputs["input_ids"] == IMAGE).nonzero()[:, 1].view(rows, PATCHES)
+    return maps.mean(1)[:, -1].gather(1, places)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("rows", [[(5, 7)], [(5, 7), (2, 4)]])
 def test_tokens_outside_the_window_get_no_attention(attention, rows):
     inputs = prompts(rows)
-    maps = windowed("eager")(**inputs, output_attentions=True).attentions
-    places = (inputs["input_ids"] == IMAGE).nonzero()[:, 1].view(len(rows), PATCHES)
-    want = maps[1].mean(1)[:, -1].gather(1, places)
-    assert (want[0] == 0).sum() > 10  # the window cuts the picture
-    assert (want[0] > 0).sum() > 10
-    with foveate.use(windowed(attention), FastV(layer=2, keep=9)) as run:
-        run._model(**inputs)
-        kept = [image["llm:2"] for image in run.kept]
-    assert [k.tolist() for k in kept] == [sorted(row.topk(9).indices.tolist()) for row in want]
+    want = paid(inputs, 24)
+    assert (want == 0).any(1).all()  # it cuts the pictures
+    got = noted(tiny_llava("mistral", attention, window=24), inputs)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[(60, 3)], [(60, 3), (59, 7)]])
+@pytest.mark.parametrize("window", [48, 60, 80, 98])
+def test_a_later_turn_looks_back_into_the_cache_as_far_as_the_window(rows, window):
+    """The cache holds as much of the first turn as a window, or all of it."""
+    inputs = prompts(rows)
+    want = paid(inputs, window)
+    assert (want > 0).all()
+    got = noted(tiny_llava("mistral", window=window), inputs, cached=58)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
@@ -51,7 +75,9 @@ def test_generation_equals_the_oracle(positions, rows):
     """A window is one of positions in the prompt, whatever was removed in between."""
     method = PyramidDrop(layers=(2, 4), keep=(8, 4), positions=positions)
     renumber = positions == "renumbered"
-    model = windowed("sdpa")
     check_generation(
-        model, method, lambda n: oracle.Spec(drops=drops((8, 4), (2, 4), (2, 4), n, renumber)), rows
+        tiny_llava("mistral", window=24),
+        method,
+        lambda n: oracle.Spec(drops=drops((8, 4), (2, 4), (2, 4), n, renumber)),
+        rows,
     )

@@ -8,23 +8,19 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from foveate.clip import ClipQuestions
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
 from foveate.engine.cache import check_cache
 from foveate.engine.compute import run_layer
-from foveate.engine.features import Asker
-from foveate.engine.images import Group, Part, locate, rows_of
+from foveate.engine.feature_hooks import FeatureHooks, anywhere
+from foveate.engine.images import Group, Part, locate
 from foveate.engine.inputs import (
-    bound,
     check_labels,
     check_later_images,
     check_positions,
@@ -37,64 +33,17 @@ from foveate.engine.inputs import (
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.onward import Onward
+from foveate.engine.part import forward_of
 from foveate.engine.places import Places
-from foveate.engine.plan import Plan
-from foveate.engine.question import Question
 from foveate.engine.recording import describe
-from foveate.engine.replay import Replays
-from foveate.engine.state import Forward, Local
-from foveate.engine.tags import Tags
+from foveate.engine.state import Args, Forward, Kwargs
 from foveate.engine.turn import Prompt, Turn
-from foveate.engine.vision import VisionPart
-from foveate.errors import BudgetError, InputError
-from foveate.models import Family
-from foveate.record import Record
+from foveate.errors import InputError
 from foveate.tokens import Shape
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
-
-class Hooks:
-    """The hooks of one session.
-
-    Args:
-        plan: what to do where.
-        family: the model.
-        vision: the part that shortens the stream inside the encoder, if one does.
-        clip: what is asked, as CLIP embeds it, if a method wants to know.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        family: Family,
-        vision: VisionPart | None = None,
-        clip: ClipQuestions | None = None,
-    ) -> None:
-        self.plan = plan
-        self.family = family
-        self.vision = vision
-        self.tags = Tags(plan, family, vision)
-        self.replays = Replays()
-        self.labelled_logits = False  # whether logits are made for labels alone, in training
-        self._local = Local()
-        self._last: Record | None = None
-        self._clip = clip
-
-    @property
-    def record(self) -> Record | None:
-        """The last forward over a prompt: this thread's, or else any thread's."""
-        return self._local.record or self._last
-
-    @property
-    def clip(self) -> ClipQuestions | None:
-        """What is asked: what this thread was told, or else what the session began with."""
-        return self._local.clip or self._clip
-
-    @clip.setter
-    def clip(self, questions: ClipQuestions) -> None:
-        self._local.clip = questions
+class Hooks(FeatureHooks):
+    """The hooks of one session. Arguments as in `FeatureHooks`."""
 
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `generate`: note its rows, and keep it from compiling the decoding step."""
@@ -124,47 +73,6 @@ class Hooks:
             return None
         return args, only_labelled(labels, kwargs)
 
-    def features(
-        self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """Around `get_image_features` and `get_video_features`.
-
-        Signals are collected, and tokens removed as soon as all is known that budgets need.
-        """
-        local = self._local
-        if local.encoding:  # a model that encodes videos as images
-            return original(*args, **kwargs)
-        self._check_encoding(modality)
-        arguments = bound(original, args, kwargs)
-        local.encoding, local.given = True, None
-        try:
-            with ExitStack() as stack:
-                signals, vision = self.tags.signals, self.vision
-                rows = {} if signals is None else stack.enter_context(signals.collect())
-                passes = []
-                if vision is not None:
-                    passes = stack.enter_context(vision.collect(modality, arguments))
-                output = original(*args, **kwargs)
-            if signals is not None and len(rows) < signals.count:
-                raise self.tags.unmapped(modality)
-        finally:
-            local.encoding = False
-        if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
-            return output
-        self.tags.tag(modality, output, arguments, rows, passes, local.given)
-        local.given = None
-        if local.now.inside or not self.plan.waits:
-            self._mark(modality, output)
-        if local.now.inside:
-            local.now.encoded[modality] = output
-        local.awaited = not local.now.inside and local.requests is not None
-        return output
-
-    def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Before the projector: keep what it is given, for methods that merge that."""
-        if self._local.encoding:
-            self._local.given = args[0]
-
     def base(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -192,7 +100,7 @@ class Hooks:
         check_positions(self.family, kwargs)
         if local.supervised is not None:
             real = self._real(local.supervised.shape[1])
-            visual = _any(now.visual)
+            visual = anywhere(now.visual)
             local.supervised = supervised_text(module, local.supervised, visual, real)
         elif local.requests is None and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
@@ -264,7 +172,7 @@ class Hooks:
             trailing=0 if past else local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=_any(now.visual) if groups and self.plan.asks else None,
+            visual=anywhere(now.visual) if groups and self.plan.asks else None,
             supervised=local.supervised if groups else None,
             sample=now.sample if groups else None,
         )
@@ -360,51 +268,6 @@ class Hooks:
             self._local.record = self._last = record
         return turn.leave(output, self.plan.first_layer)
 
-    def _mark(self, modality: str, output: Any) -> None:
-        """Run the pre_llm steps on encoder output, and mark what is gone, once."""
-        visual = self._local.now.visual.get(modality)
-        if visual is None:  # `generate` encodes before it calls the model
-            everything = range(len(output.encoded.lengths))
-            asker = Asker([0] * len(everything), everything, lambda row: row)
-            features.mark(output, self.plan, asker, self._deliver)
-            return
-        source = features.members(output, visual, self._expanded(visual.shape[0]))
-        rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
-        question = self._question(rows, ends) if self.plan.waits else None
-        request = self._request(visual.shape[0])
-        labelled = self._local.supervised is not None
-        asker = Asker(rows, source, request, ends, question, self.clip, labelled)
-        features.mark(output, self.plan, asker, self._deliver)
-
-    def _deliver(self, name: str, values: Tensor) -> Tensor:
-        """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
-        assert self.tags.signals is not None
-        values = self.tags.signals.deliver(name, values)
-        if not name.startswith("clip"):
-            return values
-        assert self.clip is not None  # the session has checked it
-        return self.clip.patches(values, normed=name == "clip_patches")
-
-    def _question(self, rows: Sequence[int], ends: Sequence[int]) -> tuple[Question, Tensor]:
-        """The text behind images, and its (B, Q, D) embeddings."""
-        local, now = self._local, self._local.now
-        assert now.prompt is not None  # as in every forward over a prompt
-        ids, arguments = now.prompt
-        visual = _any(now.visual)
-        real = self._real(visual.shape[1])
-        if local.supervised is not None:
-            real = ~local.supervised if real is None else real & ~local.supervised
-        question = Question.of(visual, real, local.trailing, rows, ends, now.sample)
-        table = self.family.base.get_input_embeddings()
-        return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
-
-    def _real(self, length: int) -> Tensor | None:
-        """(B, T) positions of the forward that are no padding, or `None` for all."""
-        assert self._local.now.prompt is not None  # as in every forward over a prompt
-        mask = self._local.now.prompt[1].get("attention_mask")
-        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
-        return None if real is None else real[:, -length:]
-
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
     ) -> list[Part]:
@@ -430,38 +293,6 @@ class Hooks:
             parts.append(Part(mask, shapes, dead, before, places, left))
         return parts
 
-    def _expanded(self, batch: int) -> int:
-        """Rows per request: more than one under beam search or several returned sequences."""
-        requests = self._local.requests
-        return batch // requests if requests and batch % requests == 0 else 1
-
-    def _request(self, batch: int) -> Callable[[int], int]:
-        expanded = self._expanded(batch)
-        return lambda row: row // expanded
-
-    def _check_requests(self, batch: int) -> None:
-        rows = batch // self._expanded(batch)
-        if self.clip is not None:
-            self.clip.check(rows)
-        for keep in self.plan.per_request:
-            if len(keep.values) != rows:
-                raise BudgetError(
-                    f"per_request has {len(keep.values)} entries, but the batch has {rows} rows; "
-                    "give one for each row, "
-                    "also for rows without an image"
-                )
-
-    def _check_encoding(self, modality: str) -> None:
-        """Refuse features whose place in the prompt is not known."""
-        now = self._local.now
-        if not now.inside or (modality in now.visual and modality not in now.encoded):
-            return
-        raise InputError(
-            f"{self.family.model_type} encodes {modality}s for which the prompt has no {modality} "
-            f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
-            "encodes videos as images cannot be served with videos: run them without a session"
-        )
-
     def _check_decoding(self, cache: Cache | None) -> None:
         """Refuse ways of generating in which a decoding step cannot choose."""
         local, focus = self._local, self.plan.focus
@@ -482,15 +313,3 @@ class Hooks:
                 "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
                 "one keep for all"
             )
-
-
-def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The forward that a module had before it was replaced: its own, or its class's, which is
-    looked up at each call because classes change under FSDP2.
-    """
-    return before or functools.partial(type(module).forward, module)
-
-
-def _any(masks: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) where some modality has a placeholder."""
-    return functools.reduce(torch.logical_or, masks.values())

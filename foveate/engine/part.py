@@ -138,3 +138,10 @@ class Part(ABC):
 
         around = self._hidden(around, recursive=False)  # the original may be compiled
         self._put(module, name, self._hidden(wrapper, recursive=False))
+
+
+def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The forward that a module had before it was replaced: its own, or its class's, which is
+    looked up at each call because classes change under FSDP2.
+    """
+    return before or functools.partial(type(module).forward, module)

@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from foveate.engine.turn import Turn
     from foveate.record import Record
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
 
 class Forward:
     """One forward of the base model. Made anew for each, and for the time between them."""
 
     inside: bool = False  # within the base model's forward
-    prompt: tuple[Tensor | None, dict[str, Any]] | None = None  # ids and arguments
+    prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments
     sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
     turn: Turn | None = None
     onward: Onward | None = None  # instead of a turn, where nothing can be removed

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from foveate.models.family import window_of
+
 
 @dataclass(frozen=True)
 class TextShape:
@@ -54,9 +56,6 @@ class TextShape:
         text = getattr(config, "text_config", config)
         heads = text.num_attention_heads
         mlp, router = _mlp(text, layer)
-        window = getattr(text, "sliding_window", None)
-        kinds = getattr(text, "layer_types", None)  # without it, a window is that of all layers
-        windowed = kinds[layer] == "sliding_attention" if kinds else window is not None
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
@@ -66,7 +65,7 @@ class TextShape:
             mlp=mlp,
             vocabulary=text.vocab_size,
             router=router,
-            window=window if windowed else None,
+            window=window_of(text, layer),
         )
 
     @classmethod

@@ -15,6 +15,7 @@ from foveate.measure.flops import TextShape
 from foveate.measure.trace import trace
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
+from foveate.tokens import Shape
 
 
 def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -51,34 +52,16 @@ def planned(
         raise UnsupportedModelError(
             f"{family.model_type!r} is an encoder alone, for which no prompt can be planned"
         )
-    kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]
-    alive = [shape.total for shape in shapes]
-    rows, alive = _inside(family, plan, traced, kept, alive)
-    begin: dict[tuple[int, int], int] = {}
-
-    def act(step: PlannedStep) -> None:
-        for image, shape in enumerate(shapes):
-            total = begin.setdefault((step.method_number, image), alive[image])
-            if step.step.restore:
-                alive[image] = parked[step.method_number][image]
-            else:
-                alive[image] = step.method.count(alive[image], total, step.step, step.number)
-            kept[image][step.step.place] = torch.arange(min(alive[image], shape.total))
-        if step.step.before_projector and family.projector("image") is not None:
-            projected["image"] = projected.get("image", 0) + sum(alive)
-
-    parked: dict[int, list[int]] = {}
-    projected: dict[str, int] = {}
+    stream = _Stream(family, shapes)
+    rows, stream.alive = _inside(family, plan, traced, stream.kept, stream.alive)
     for step in plan.pre_llm:
-        act(step)
+        stream.act(step)
     layer_tokens = []
     for layer in range(family.text_layers):
         for step in (s for s in plan.llm if s.step.layer == layer):
-            if step.parks:
-                parked[step.method_number] = list(alive)
-            act(step)
-        layer_tokens.append([text_tokens + sum(alive)])
-    images = [ImageRecord(0, s.total, s.grid, k) for s, k in zip(shapes, kept, strict=True)]
+            stream.act(step)
+        layer_tokens.append([text_tokens + sum(stream.alive)])
+    images = [ImageRecord(0, s.total, s.grid, k) for s, k in zip(shapes, stream.kept, strict=True)]
     return Record(
         rows=1,
         prompt_tokens=[text_tokens + sum(shape.total for shape in shapes)],
@@ -90,9 +73,38 @@ def planned(
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
-        projected=projected,
+        projected=stream.projected,
         question_tokens=text_tokens,
     )
+
+
+class _Stream:
+    """The tokens of images on their way through a model."""
+
+    def __init__(self, family: Family, shapes: Sequence[Shape]) -> None:
+        self.family, self.shapes = family, shapes
+        self.alive = [shape.total for shape in shapes]  # of each image
+        self.kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]  # place -> (K,) positions
+        self.projected: dict[str, int] = {}  # modality -> rows that are projected once more
+        self._begin: dict[tuple[int, int], int] = {}  # (method, image) -> tokens that it found
+        self._parked: dict[int, list[int]] = {}  # method -> tokens of each image that come back
+
+    def act(self, step: PlannedStep) -> None:
+        """Leave of each image what a step promises."""
+        number = step.method_number
+        if step.parks:
+            self._parked[number] = list(self.alive)
+        for image, shape in enumerate(self.shapes):
+            found = self.alive[image]
+            total = self._begin.setdefault((number, image), found)
+            if step.step.restore:
+                left = self._parked[number][image]
+            else:
+                left = step.method.count(found, total, step.step, step.number)
+            self.alive[image] = left
+            self.kept[image][step.step.place] = torch.arange(min(left, shape.total))
+        if step.step.before_projector and self.family.projector("image") is not None:
+            self.projected["image"] = self.projected.get("image", 0) + sum(self.alive)
 
 
 def _held(

@@ -76,6 +76,18 @@ def register_family(*model_types: str) -> Callable[[F], F]:
     return add
 
 
+def window_of(text: Any, layer: int) -> int | None:
+    """Positions that a token sees at most in a decoder layer, itself included; `None` for all.
+
+    Args:
+        text: the text model's config; without kinds of layers, its window is that of all.
+        layer: the decoder layer.
+    """
+    kinds = getattr(text, "layer_types", None)
+    windowed = not kinds or kinds[layer] == "sliding_attention"
+    return getattr(text, "sliding_window", None) if windowed else None
+
+
 class Family:
     """Base of all families: a multimodal `base` model around a `text` model with `layers`.
 
@@ -135,8 +147,7 @@ class Family:
     def window(self) -> int | None:
         """Positions that a token sees at most, itself included, where that is so in all layers."""
         config = self.text.config
-        kinds = getattr(config, "layer_types", None)
-        return None if kinds else getattr(config, "sliding_window", None)
+        return None if getattr(config, "layer_types", None) else window_of(config, 0)
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin) of a decoder layer for (B, T) positions."""

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from foveate.engine.part import MARK
 from foveate.engine.session import LEARNED, MethodLike, Session, use
-from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
+from foveate.errors import AttachError, FoveateError, InputError
+from foveate.models import unwrap
 from foveate.saving import FILE, WEIGHTS, Head, Saved
 
 M = TypeVar("M", bound=nn.Module)
@@ -56,14 +57,17 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
     """
     if head not in get_args(Head):
         raise FoveateError(f"head must be 'all' or 'labels', got {head!r}")
-    inner = bare(model)
-    session = use(inner, method, **fields)
-    session.make_trainable()
+    session = use(unwrap(model), method, **fields)
+    session.check_training()
     if head == "labels":
         session.label_logits()
     session.attach()
-    session.own_learned()
-    session.around_saving(model, _with_files(session))
+    try:
+        session.own_learned()
+        session.around_saving(model, _with_files(session))
+    except BaseException:
+        session.remove()
+        raise
     return model
 
 
@@ -132,32 +136,13 @@ def session_of(model: nn.Module) -> Session:
     Raises:
         AttachError: there is none.
     """
-    for module in bare(model).modules():
+    for module in unwrap(model).modules():
         part = vars(module).get(MARK)
         if part is not None:
             return part.session
     raise AttachError(
         f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"
     )
-
-
-def bare(model: nn.Module) -> PreTrainedModel:
-    """The model within wrappers (PEFT, DDP, torch.compile).
-
-    Raises:
-        UnsupportedModelError: there is none.
-    """
-    found: Any = model
-    while not isinstance(found, PreTrainedModel):
-        if hasattr(found, "get_base_model"):
-            found = found.get_base_model()
-        else:
-            found = getattr(found, "_orig_mod", getattr(found, "module", None))
-        if found is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is no model of transformers, nor one of PEFT around it"
-            )
-    return found
 
 
 def _saver(model: nn.Module) -> Any:

@@ -27,6 +27,7 @@ def tiny_llava(
     seed: int = 0,
     layers: int = LAYERS,
     window: int | None = None,
+    vision_layers: int = 4,
 ):
     """A random LLaVA with peaked attention: 36 visual tokens of a 48 x 48 image. With `mistral`,
     every layer sees a window.
@@ -40,7 +41,7 @@ def tiny_llava(
         initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     vision_config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=vision_layers, num_attention_heads=4,
         image_size=48, patch_size=8, initializer_factor=6.0,
     )  # fmt: skip
     config = LlavaConfig(

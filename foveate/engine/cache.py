@@ -6,6 +6,7 @@ Everything outside the text model (mask builders, `generate`) goes on reasoning 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +21,10 @@ from transformers.cache_utils import (
 )
 
 from foveate.engine.layout import Slots
+from foveate.engine.part import untraced
 from foveate.errors import CacheError
 from foveate.focus import Watched
+from foveate.step import Work
 
 if TYPE_CHECKING:
     from foveate.engine.blind import Unread
@@ -35,7 +38,9 @@ class PrunedLayer(CacheLayerMixin):
     incoming: Slots | None
     watched: Watched | None = None  # what decoding steps choose from, in the layer where they do
     unread: Unread | None = None  # what heads do not read, in layers where some are blind
+    work: Work | None = None  # what was computed of visual tokens, where that is not everything
 
+    @untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -141,6 +146,7 @@ class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
         """The window of logical positions, as the unpruned layer reports it."""
         return DynamicSlidingWindowLayer.get_mask_sizes(self, query_length)
 
+    @untraced
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -227,6 +233,37 @@ def check_cache(cache: Cache | None) -> None:
                 f"a KV cache with {kind.__name__} layers cannot be pruned; "
                 "use cache_implementation='dynamic' or 'static'"
             )
+
+
+def slots_before(cache: Cache | None, past: int, work: Mapping[int, Work]) -> list[Slots | None]:
+    """What each layer of a cache holds before a forward, if it is pruned.
+
+    Args:
+        cache: the cache.
+        past: its logical length, as its first layer tells it.
+        work: decoder layer -> what the session computes of visual tokens there.
+
+    Raises:
+        CacheError: a forward has died half way through the cache, or another session computed less
+            of its visual tokens than this one would read.
+    """
+    found: list[Slots | None] = []
+    for number, layer in enumerate(cache.layers if cache is not None else ()):
+        slots = getattr(layer, "slots", None)
+        found.append(slots)
+        if slots is None:
+            continue
+        if slots.length != past:
+            raise CacheError(
+                f"the layers of this KV cache disagree on its length ({past} and {slots.length}): "
+                "a forward outside the foveate session died on it; start with a new cache"
+            )
+        if slots.visual is not None and getattr(layer, "work", None) != work.get(number):
+            raise CacheError(
+                "this KV cache holds visual tokens of which another foveate session computed only "
+                "a part; go on in a session with the same method, or start with a new cache"
+            )
+    return found
 
 
 def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> PrunedLayer:

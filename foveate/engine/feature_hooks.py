@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from foveate.clip import ClipQuestions
 from foveate.engine import features
+from foveate.engine.encoding import Encoding
 from foveate.engine.features import Asker
 from foveate.engine.images import rows_of
 from foveate.engine.inputs import (
     bound,
     real_positions,
 )
+from foveate.engine.part import is_compiled, untraced
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.engine.replay import Replays
@@ -41,6 +43,9 @@ class FeatureHooks:
         vision: the part that shortens the stream inside the encoder, if one does.
         clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
+
+    look_after: Callable[[], None]  # this and the next are the part's
+    compiled: bool
 
     def __init__(
         self,
@@ -73,6 +78,7 @@ class FeatureHooks:
     def clip(self, questions: ClipQuestions) -> None:
         self._local.clip = questions
 
+    @untraced
     def features(
         self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -83,21 +89,51 @@ class FeatureHooks:
         local = self._local
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
+        stack = ExitStack()
+        self.compiled |= is_compiled()
+        try:
+            arguments, rows, passes = self._collect(stack, modality, original, args, kwargs)
+            output = original(*args, **kwargs)
+        finally:
+            self._local.encoding = False
+            stack.close()
+        return self._encoded(modality, output, arguments, rows, passes)
+
+    @torch.compiler.disable
+    def _collect(
+        self,
+        stack: ExitStack,
+        modality: str,
+        original: Callable[..., Any],
+        args: Args,
+        kwargs: Kwargs,
+    ) -> tuple[Kwargs, dict[tuple[str, int], Tensor], list[Encoding]]:
+        """Before features are made: the arguments by name, and what fills with signals and with
+        passes of the encoder as long as the stack is open.
+        """
+        self.look_after()
         self._check_encoding(modality)
         arguments = bound(original, args, kwargs)
+        local, signals, vision = self._local, self.tags.signals, self.vision
         local.encoding, local.given = True, None
-        try:
-            with ExitStack() as stack:
-                signals, vision = self.tags.signals, self.vision
-                rows = {} if signals is None else stack.enter_context(signals.collect())
-                passes = []
-                if vision is not None:
-                    passes = stack.enter_context(vision.collect(modality, arguments))
-                output = original(*args, **kwargs)
-            if signals is not None and len(rows) < signals.count:
-                raise self.tags.unmapped(modality)
-        finally:
-            local.encoding = False
+        rows = {} if signals is None else stack.enter_context(signals.collect())
+        if vision is None:
+            return arguments, rows, []
+        return arguments, rows, stack.enter_context(vision.collect(modality, arguments))
+
+    @torch.compiler.disable
+    def _encoded(
+        self,
+        modality: str,
+        output: Any,
+        arguments: dict[str, Any],
+        rows: dict[tuple[str, int], Tensor],
+        passes: list[Encoding],
+    ) -> Any:
+        """After features were made: tag them, and remove tokens if budgets can be known."""
+        local, signals = self._local, self.tags.signals
+        if signals is not None and len(rows) < signals.count:
+            raise self.tags.unmapped(modality)
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
         self.tags.tag(modality, output, arguments, rows, passes, local.given)

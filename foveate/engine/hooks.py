@@ -8,15 +8,17 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import check_cache
+from foveate.engine.cache import check_cache, slots_before
 from foveate.engine.compute import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.images import Group, Part, locate
@@ -33,37 +35,57 @@ from foveate.engine.inputs import (
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.onward import Onward
-from foveate.engine.part import forward_of
+from foveate.engine.part import forward_of, is_compiled, untraced
 from foveate.engine.places import Places
 from foveate.engine.recording import describe
+from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Forward, Kwargs
 from foveate.engine.turn import Prompt, Turn
-from foveate.errors import InputError
+from foveate.errors import AttachError, InputError
 from foveate.tokens import Shape
+
+ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
 
 
 class Hooks(FeatureHooks):
     """The hooks of one session. Arguments as in `FeatureHooks`."""
 
+    @untraced
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Around `generate`: note its rows, and keep it from compiling the decoding step."""
+        """Around `generate`: note its rows, and keep it from compiling the decoding step. A stream
+        ends if it fails, or its reader would wait for ever.
+        """
         names = ("inputs", "input_ids", "inputs_embeds")
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
-        check_later_images(self.family, inputs, kwargs)
-        self._local.requests = None if inputs is None else inputs.shape[0]
+        rope = getattr(self.family.base, ROPE, None)
         try:
+            self.look_after()
+            check_later_images(self.family, inputs, kwargs)
+            self._local.requests = None if inputs is None else inputs.shape[0]
             return original(*args, **kwargs)
+        except BaseException:
+            self._reset_rope(rope)
+            end_stream(kwargs)
+            raise
         finally:
             self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
 
-    def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+    def _reset_rope(self, before: Tensor | None) -> None:
+        """After a call that has raised: where the cache goes on, on M-RoPE models."""
+        if hasattr(self.family.base, ROPE):
+            setattr(self.family.base, ROPE, before)
+
+    def enter_top(
+        self, module: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
         """Before the model with its head: see what is supervised, and how many tokens behind the
         prompt are drafts.
 
         In assisted decoding the first forward holds drafts already, and logits are kept for each
         of them.
         """
+        self.look_after()
         keep = kwargs.get("logits_to_keep", 0)
         drafting = self._local.requests is not None and isinstance(keep, int)
         self._local.trailing = max(keep - 1, 0) if drafting else 0
@@ -73,16 +95,23 @@ class Hooks(FeatureHooks):
             return None
         return args, only_labelled(labels, kwargs)
 
+    @untraced
     def base(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """In place of the base model's forward: all that is known of it is forgotten behind it."""
+        rope = getattr(module, ROPE, None)
+        self.compiled |= is_compiled()
         try:
             kwargs = self.enter_base(module, args, kwargs)
             return forward_of(module, before)(*args, **kwargs)
+        except BaseException:
+            self._reset_rope(rope)
+            raise
         finally:
             self._local.now, self._local.supervised = Forward(), None
 
+    @torch.compiler.disable
     def enter_base(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         """Before the base model: find placeholders, and reduce features encoded before."""
         local = self._local
@@ -123,20 +152,27 @@ class Hooks(FeatureHooks):
             now.encoded[modality] = given[modality]
         return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
 
+    @untraced
     def text(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
         """In place of the text model's forward: a turn, or one forward onward."""
-        args, kwargs = self.enter_text(args, kwargs)
         try:
+            args, kwargs = self.enter_text(args, kwargs)
             return self.leave_text(forward_of(module, before)(*args, **kwargs))
         except BaseException:
-            now = self._local.now
-            if now.onward is not None:
-                now.onward.cancel()
-            now.turn = now.onward = None
+            self.die()
             raise
 
+    @torch.compiler.disable
+    def die(self) -> None:
+        """After a text model that has raised: leave the cache as it was."""
+        now = self._local.now
+        if now.rollback is not None:
+            now.rollback.restore()
+        now.turn = now.onward = now.rollback = None
+
+    @torch.compiler.disable
     def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Before the text model: begin the turn."""
         local, now = self._local, self._local.now
@@ -148,6 +184,10 @@ class Hooks(FeatureHooks):
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
         self._check_decoding(cache)
+        before = slots_before(cache, past, self.plan.work)
+        if cache is not None and (now.visual or any(before)):
+            forgets = any(planned.step.forget for planned in self.plan.llm)
+            now.rollback = Rollback(cache, past, rewritten=forgets and bool(now.visual))
         if now.visual and now.encoded:
             check_cache(cache)
             groups = locate(self._parts(now.visual, now.encoded, sequence))
@@ -157,7 +197,7 @@ class Hooks(FeatureHooks):
             and self.plan.focus is None
             and (length == 1 or not self.plan.blind)
         ):
-            now.onward = Onward.behind(self.family, cache, sequence)
+            now.onward = Onward.behind(self.family, cache, before, sequence)
             return args, kwargs
         prompt = Prompt(
             batch=batch,
@@ -182,6 +222,7 @@ class Hooks(FeatureHooks):
         now.turn.begin(sequence)
         return args, now.turn.deepstack(kwargs)
 
+    @untraced
     def rotate(
         self,
         module: nn.Module,
@@ -197,6 +238,7 @@ class Hooks(FeatureHooks):
             return embed(position_ids, *args)
         return onward.rotate(lambda positions: embed(positions, *args), position_ids)
 
+    @untraced
     def layer(
         self,
         number: int,
@@ -216,24 +258,26 @@ class Hooks(FeatureHooks):
             *args: its further arguments.
             **kwargs: its keyword arguments, in logical terms.
         """
-        now, output = self._local.now, None
-        if now.onward is not None:
-            now.onward.enter(number, hidden, kwargs)
-            if (work := self.plan.blind.get(number)) is not None:
-                output = now.onward.run(number, module, work, hidden, kwargs)
-        elif now.turn is not None or self.replays.any:
+        now = self._local.now
+        if now.onward is not None or now.turn is not None or self.replays.any:
             output, hidden, kwargs = self.enter_layer(number, module, hidden, kwargs)
-        if output is not None:
-            return output
+            if output is not None:
+                return output
         if before is not None:
             return before(hidden, *args, **kwargs)
         return type(module).forward(module, hidden, *args, **kwargs)
 
+    @torch.compiler.disable
     def enter_layer(
         self, number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor | None, Tensor, Kwargs]:
-        """Before a layer of a turn: its output, if it is known already, and what it is handed."""
-        turn = self._local.now.turn
+        """Before a layer: its output, if it is known already, and what it is handed."""
+        turn, onward = self._local.now.turn, self._local.now.onward
+        if onward is not None:
+            onward.enter(number, hidden, kwargs)
+            if (blind := self.plan.blind.get(number)) is None:
+                return None, hidden, kwargs
+            return onward.run(number, module, blind, hidden, kwargs), hidden, kwargs
         if turn is None:
             turn = self.replays.find(number, kwargs)
         elif module is not self.family.layers[number] and turn.groups:  # something is around it
@@ -257,16 +301,20 @@ class Hooks(FeatureHooks):
             given = args[0] if args else kwargs["hidden_states"]
             turn.looks.changed(number, given, output[0] if isinstance(output, tuple) else output)
 
+    @torch.compiler.disable
     def leave_text(self, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
         now = self._local.now
-        turn, now.turn, now.onward = now.turn, None, None
+        turn = now.turn
         if turn is None:
+            now.onward = now.rollback = None
             return output
         record = describe(turn, output, now.encoded, self.vision, self.tags)
         if record is not None:
             self._local.record = self._last = record
-        return turn.leave(output, self.plan.first_layer)
+        output = turn.leave(output)
+        now.turn = now.rollback = None
+        return output
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
@@ -313,3 +361,24 @@ class Hooks(FeatureHooks):
                 "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
                 "one keep for all"
             )
+
+
+def end_stream(kwargs: Mapping[str, Any]) -> None:
+    """Let whoever reads the stream of a `generate` that fails go on."""
+    streamer = kwargs.get("streamer")
+    if streamer is not None:
+        with suppress(Exception):  # the error that matters is on its way
+            streamer.end()
+
+
+def refuse_late(*args: Any, **kwargs: Any) -> None:
+    """Refuse a `generate` that was taken from the model within a session and begins after it.
+
+    Raises:
+        AttachError: always.
+    """
+    end_stream(kwargs)
+    raise AttachError(
+        "this `generate` was taken from the model within a foveate session that has been left "
+        "since; begin within the block (join threads there), or take `model.generate` anew"
+    )

@@ -46,9 +46,10 @@ class Onward:
         self._added: dict[int, Tensor | None] = {}
 
     @classmethod
-    def behind(cls, family: Family, cache: Cache, sequence: Tensor) -> Onward | None:
+    def behind(
+        cls, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+    ) -> Onward | None:
         """A forward behind a cache, or `None` where no layer of that is pruned."""
-        before: list[Slots | None] = [getattr(held, "slots", None) for held in cache.layers]
         if not any(before):
             return None
         onward = cls(family, cache, before, sequence)
@@ -64,12 +65,6 @@ class Onward:
                 if after is None:
                     after = self._after[id(before)] = before.grow(key, self._length)
                 held.incoming = after
-
-    def cancel(self) -> None:
-        """Take back what was announced, where the forward has failed."""
-        for held, before in zip(self._layers, self._before, strict=True):
-            if before is not None:
-                held.incoming = None
 
     def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Tell a layer what it is about to see.

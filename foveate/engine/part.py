@@ -1,27 +1,77 @@
-"""Part: something that a session attaches to a model, and that takes itself off again."""
+"""Part: what a session puts on a model, and how it takes that off again.
+
+Everything goes on a module as an attribute of its own: a `forward`, or another method. Hooks of
+torch would be lost on code that was compiled before, and cost more. Others put their own things on
+the same modules, before and within a session (accelerate, profilers), and take them off when they
+like. So what a part has put on acts only while the part is attached, and is looked after till then.
+"""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
+from torch._dynamo.decorators import skip
 
+from foveate.engine.gate import Gate
 from foveate.errors import AttachError
 
+_callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 MARK = "_foveate_part"  # the attribute of a root that holds the part on it
+F = TypeVar("F", bound=Callable[..., Any])
+WITHIN = "_old_forward"  # where accelerate's hooks keep the forward that they call
+
+
+class _Life:
+    """Whether what a part has put on still acts; each time it is attached has its own."""
+
+    on = True
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A forward in place of a module's.
+
+    Args:
+        module: the module.
+        name: the attribute that was set.
+        before: the value of that attribute, if the module had one of its own.
+        forward: what it was set to.
+    """
+
+    module: nn.Module
+    name: str
+    before: Callable[..., Any] | None
+    forward: Callable[..., Any]
+
+
+@dataclass
+class _Tap:
+    parent: nn.Module
+    name: str
+    hook: Callable[..., Any]
+    module: nn.Module
 
 
 class Part(ABC):
     """One part of a session: what it touches on one part of the model, and how to undo it."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
         self.session: object = None  # the session that it is a part of
-        self.uncompiled = False  # whether torch.compile is kept from tracing hooks
+        self.gate = Gate()  # the session's
+        self.entries: list[Callable[..., Any]] = []  # methods that threads are started with
+        self.compiled = False  # whether compiled code has come by
+        self._life = _Life()
+        self._undo: list[Callable[[], object]] = []
+        self._placed: list[_Placed] = []
+        self._taps: list[_Tap] = []
 
     @property
     @abstractmethod
@@ -40,24 +90,34 @@ class Part(ABC):
     def attach(self) -> None:
         """Install everything."""
 
+    # -- life
+
+    def claim(self) -> bool:
+        """Put the part on its root, as long as it is attached. Returns whether the root was
+        free.
+        """
+        if vars(self.root).setdefault(MARK, self) is not self:
+            return False
+        self._life = _Life()
+        self.undo(lambda: vars(self.root).pop(MARK, None))
+        self.put(self.root, "_replicate_for_data_parallel", self._refuse_replicas)
+        return True
+
     def remove(self) -> None:
         """Take everything off; the model is as it was. Removing twice does no harm."""
+        self._life.on = False
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()  # again if this is interrupted
+            self._undo.pop()
+        if self.compiled:  # it is full of this session's graph breaks, and would be used further on
+            torch.compiler.reset()
+            self.compiled = False
+        for things in (self._placed, self._taps, self.entries):
+            things.clear()
 
     def undo(self, last: Callable[[], object]) -> None:
-        """Call something when the part is taken off."""
+        """Call something when the part is taken off; more than once if that is interrupted."""
         self._undo.append(last)
-
-    @property
-    def taken(self) -> bool:
-        """Whether the root carries a part, of this session or another."""
-        return MARK in vars(self.root)
-
-    def mark(self) -> None:
-        """Put the part on its root, as long as it is attached."""
-        self._put(self.root, MARK, self)
-        self._put(self.root, "_replicate_for_data_parallel", self._refuse_replicas)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Not supported: a copy of the model would run with what is known of the original.
@@ -65,6 +125,9 @@ class Part(ABC):
         Raises:
             AttachError: always.
         """
+        return self._refuse_copies()
+
+    def _refuse_copies(self) -> Any:
         raise AttachError(
             f"a {type(self.root).__name__} that carries a foveate session cannot be copied or "
             "pickled; leave the session or call `remove()` on it first (session_of(model).remove() "
@@ -78,66 +141,183 @@ class Part(ABC):
             "attach methods in each"
         )
 
-    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call `hook(module, args, kwargs)` before a module's forward."""
-        hook = self._hidden(hook)
-        self._undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    def uncopied(self, module: nn.Module) -> None:
+        """Refuse copies of a module that share its parts, as `copy.copy` makes them."""
+        self.put(module, "__getstate__", self._refuse_copies)
 
-    def behind(self, module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
-        """Call `hook(module, args, output)` after a module's forward; `always` also if it
-        raised.
-        """
-        hook = self._hidden(hook)
-        self._undo.append(module.register_forward_hook(hook, always_call=always).remove)
+    # -- putting things on
 
-    def watch(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call `hook(module, args, kwargs, output)` after a module's forward."""
-        hook = self._hidden(hook)
-        self._undo.append(module.register_forward_hook(hook, with_kwargs=True).remove)
+    def put(self, module: object, name: str, value: object) -> None:
+        """Give a module an attribute of its own, until the part is taken off."""
+        mine = vars(module)
+        had, before = name in mine, mine.get(name)
 
-    def replace_forward(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        def back() -> None:
+            if mine.get(name) is value:
+                _set(mine, name, before if had else None)
+
+        self.undo(back)
+        mine[name] = value
+
+    def replace_forward(
+        self, module: nn.Module, forward: Callable[..., Any], *, outer: bool = False
+    ) -> None:
         """Call `forward(module, before, ...)` in place of a module's forward.
 
-        `before` is a forward that the module has of its own, else `None`. A hook before each of
-        many modules would take longer than small modules themselves. What `forward` calls is
-        compiled where it itself is not.
+        `before` is a forward that the module has of its own, else `None`. What `forward` calls is
+        compiled where the model is; it itself is not.
+
+        Args:
+            module: the module.
+            forward: what to call.
+            outer: whether a thread may come into the model there.
         """
-        before = vars(module).get("forward")
-        replaced = functools.partial(self._hidden(forward, recursive=False), module, before)
-        functools.update_wrapper(replaced, module.forward)
-        self._put(module, "forward", replaced)
-
-    def hide(self, name: str) -> None:
-        """Keep torch.compile from tracing one of the part's own methods, where that is wanted."""
-        if self.uncompiled:
-            self._put(self, name, self._hidden(getattr(self, name)))
-
-    def _put(self, module: object, name: str, value: object) -> None:
-        """Give a module an attribute of its own, until the part is taken off."""
+        name = WITHIN if "_hf_hook" in vars(module) and WITHIN in vars(module) else "forward"
         before = vars(module).get(name)
-        setattr(module, name, value)
-        self._undo.append(
-            lambda: delattr(module, name) if before is None else setattr(module, name, before)
-        )
+        life, gate = self._life, self.gate if outer else None
 
-    def _hidden(self, hook: Callable[..., Any], recursive: bool = True) -> Callable[..., Any]:
-        """A hook that torch.compile does not trace, where that is wanted: hooks keep state. Nor
-        what it calls, if `recursive`.
+        def replaced(*args: Any, **kwargs: Any) -> Any:
+            if gate is not None:
+                with gate:
+                    if life.on:
+                        return forward(module, before, *args, **kwargs)
+            elif life.on:
+                return forward(module, before, *args, **kwargs)
+            return forward_of(module, before)(*args, **kwargs)
+
+        functools.update_wrapper(untraced(replaced), before or module.forward)
+        placed = _Placed(module, name, before, replaced)
+        self._placed.append(placed)
+        self.undo(functools.partial(_take_off, placed))
+        vars(module)[name] = replaced
+
+    def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs)` before a module's forward, whoever replaces that
+        forward; it may return others. Code that was compiled before sees no hook, but it sees that
+        the forward is another.
         """
-        if not self.uncompiled:
-            return hook
-        return torch.compiler.disable(hook, recursive=recursive)
+        self.replace_forward(module, _same)
+        handle = module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True)
+        self.undo(handle.remove)
 
-    def wrap(self, module: nn.Module, name: str, around: Callable[..., Any]) -> None:
-        """Call `around(original, ...)` in place of a method of a module."""
-        original = getattr(module, name)
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs)` before a module's forward; it may return others."""
+        hook = torch.compiler.disable(hook)
 
+        @untraced
+        def forward(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            return forward_of(module, own)(*args, **kwargs)
+
+        self.replace_forward(module, forward)
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs, output)` after a module's forward."""
+        hook = torch.compiler.disable(hook)
+
+        @untraced
+        def forward(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward_of(module, own)(*args, **kwargs)
+            hook(module, args, kwargs, output)
+            return output
+
+        self.replace_forward(module, forward)
+
+    def tap(self, parent: nn.Module, name: str, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs, output)` after the forward of whatever child of a module
+        has a name.
+        """
+        module = getattr(parent, name)
+        self._taps.append(_Tap(parent, name, hook, module))
+        self.after(module, hook)
+
+    def wrap(
+        self,
+        module: nn.Module,
+        name: str,
+        around: Callable[..., Any],
+        *,
+        outer: bool = False,
+        late: Callable[..., Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Call `around(original, ...)` in place of a method of a module.
+
+        Args:
+            module: the module.
+            name: the method.
+            around: what to call; it is not compiled, what it calls is.
+            outer: whether a thread may come into the model there.
+            late: called instead if somebody has kept the method and calls it when it is off again.
+
+        Returns:
+            What the module has in place of the method.
+        """
+        original, life = getattr(module, name), self._life
+        gate = self.gate if outer else None
+        kept = False  # whether it can be called after it was taken off only if somebody kept it
+
+        def leave() -> None:
+            nonlocal kept
+            kept = kept or vars(module).get(name) is wrapper
+
+        @untraced
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
+            if gate is not None:
+                with gate:
+                    if life.on:
+                        return around(original, *args, **kwargs)
+            elif life.on:
+                return around(original, *args, **kwargs)
+            if late is not None and kept:
+                late(*args, **kwargs)
+            return original(*args, **kwargs)
 
-        around = self._hidden(around, recursive=False)  # the original may be compiled
-        self._put(module, name, self._hidden(wrapper, recursive=False))
+        self.put(module, name, wrapper)
+        self.undo(leave)
+        return wrapper
+
+    # -- looking after them
+
+    def look_after(self) -> None:
+        """Put back what others have taken off when they took off something of their own, and
+        follow children that were replaced, as adapters do: these give more than the inner layer.
+        """
+        for placed in self._placed:
+            if vars(placed.module).get(placed.name) is not placed.forward:
+                _put_back(placed)
+        for tap in self._taps:
+            module = getattr(tap.parent, tap.name)
+            if module is not tap.module:
+                for placed in [p for p in self._placed if p.module is tap.module]:
+                    _take_off(placed)
+                    self._placed.remove(placed)
+                tap.module = module
+                self.after(module, tap.hook)
+
+
+def untraced(function: F) -> F:
+    """Keep torch.compile from tracing a function, which keeps state, but not what it calls."""
+    return skip(function)  # type: ignore[return-value]
+
+
+@untraced
+def _same(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
+    return forward_of(module, before)(*args, **kwargs)
+
+
+def is_compiled() -> bool:
+    """Whether torch.compile would trace what is called now: what calls this was reached by code
+    that it has compiled.
+    """
+    return _callback() not in (None, False)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody other than accelerate has given a module a forward of its own."""
+    mine = vars(module)
+    own = mine.get(WITHIN if "_hf_hook" in mine and WITHIN in mine else "forward")
+    return own is not None and own != _own(module)
 
 
 def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -145,3 +325,39 @@ def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable
     looked up at each call because classes change under FSDP2.
     """
     return before or functools.partial(type(module).forward, module)
+
+
+def _set(attributes: dict[str, Any], name: str, value: object) -> None:
+    if value is None:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
+
+
+def _take_off(placed: _Placed) -> None:
+    """Put a module's forward back wherever it was kept. One that others have wrapped stays within,
+    and does nothing any more.
+    """
+    mine = vars(placed.module)
+    for name in [name for name, value in mine.items() if value is placed.forward]:
+        kept = name == placed.name == "forward" or placed.before is not None
+        _set(mine, name, placed.before if kept else _own(placed.module))
+
+
+def _put_back(placed: _Placed) -> None:
+    """Put a forward on again if it is known that nothing leads to it any more."""
+    mine = vars(placed.module)
+    if any(value is placed.forward for value in mine.values()):
+        return  # accelerate has put its own around it
+    now = mine.get("forward")
+    within: Any = now
+    while within is not None and within is not placed.forward:
+        within = getattr(within, "__wrapped__", None)
+    plain = now is None or now is placed.before or now == _own(placed.module)
+    if within is None and plain:
+        mine["forward"] = placed.forward
+
+
+def _own(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module's class, as others keep it."""
+    return MethodType(type(module).forward, module)

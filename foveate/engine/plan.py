@@ -146,14 +146,6 @@ class Plan:
         return tuple(dict.fromkeys(names))
 
     @property
-    def first_layer(self) -> int:
-        """First decoder layer that the session touches."""
-        if self.marks or any(s.step.forget for s in self.llm):
-            return 0
-        focus = set() if self.focus is None else {self.focus.step.layer - 1}
-        return min({s.step.layer for s in self.llm} | {*self.looks, *self.work, *focus}, default=0)
-
-    @property
     def renumber_features(self) -> bool:
         """Whether survivors of the steps before the language model get consecutive positions: if
         all methods there want it.

@@ -34,12 +34,11 @@ def describe(
     sliced = any(features.is_slice(of) for of in encoded.values())
     cache = output.past_key_values
     known = {} if sliced else {modality: of.encoded for modality, of in encoded.items()}
-    before = [turn.prompt_tokens] * turn.plan.first_layer
     return Record(
         rows=prompt.batch,
         prompt_tokens=turn.prompt_tokens,
         images=[] if sliced else _images(turn),
-        layer_tokens=before + turn.layer_tokens,
+        layer_tokens=turn.layer_tokens,
         cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
         forgot=turn.forgot,
         unread=turn.plan.unread,

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.clip import ClipQuestions
+from foveate.engine.gate import Gate, wait_for_others
+from foveate.engine.part import Part
 from foveate.engine.plan import Plan
 from foveate.engine.planning import make_plan
 from foveate.engine.text import TextPart
 from foveate.engine.vision import VisionPart
 from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
 from foveate.method import Method, get_method
-from foveate.models import Family, find_family
+from foveate.models import Family, find_family, unwrap
 from foveate.record import Record
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ class Session:
         methods: Method | Sequence[Method],
         clip: ClipQuestions | None = None,
     ) -> None:
+        model = unwrap(model)
         self.family = find_family(model)
         self.plan = make_plan(
             self.family, [methods] if isinstance(methods, Method) else list(methods)
@@ -67,8 +70,9 @@ class Session:
         _check_clip(self.plan, clip)
         self._model = model
         self._parts = _parts(self.plan, self.family, clip)
+        self._gate = Gate()
         for part in self._parts:
-            part.session = self
+            part.session, part.gate = self, self._gate
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -92,16 +96,14 @@ class Session:
 
     # -- training
 
-    def make_trainable(self) -> None:
-        """Get ready to be attached for training: what is compiled then runs hooks as they are.
+    def check_training(self) -> None:
+        """Refuse what cannot be attached for training.
 
         Raises:
             UnsupportedModelError: a method has nothing to do in training.
             BudgetError: a budget is given for each request.
         """
         self.plan.check_training()
-        for part in self._parts:
-            part.uncompiled = True
 
     @property
     def labelled_logits(self) -> bool:
@@ -141,9 +143,10 @@ class Session:
         """
         if not len(self.learned):
             return
+        modules = self._model._modules
+        self._parts[-1].undo(lambda: modules.pop(LEARNED, None))
         self._model.add_module(LEARNED, self.learned.to(self._model.device))
         self.learned.train(self._model.training)
-        self._parts[-1].undo(lambda: delattr(self._model, LEARNED))
 
     def around_saving(self, module: nn.Module, around: Callable[..., Any]) -> None:
         """Call `around(save_pretrained, ...)` in place of a module's `save_pretrained`, as long as
@@ -154,30 +157,54 @@ class Session:
     # -- attach and remove
 
     def attach(self) -> Session:
-        """Install the hooks.
+        """Put everything on, or nothing: whatever is raised, the model is as it was.
+
+        Waits while another thread is inside the model.
 
         Raises:
-            AttachError: the model already carries a session.
+            AttachError: the model already carries a session, or this is called within its forward.
             UnsupportedModelError: the attention kernel is not supported.
         """
-        if any(part.taken for part in self._parts):
-            raise AttachError(
-                f"this {type(self._model).__name__} already carries a foveate session; remove it "
-                "first "
-                "(leave its `with` block, or call `remove()` on its handle), or pass both "
-                "methods as a list"
-            )
-        for part in self._parts:
-            part.check()
-        for part in self._parts:
-            part.mark()
-            part.attach()
+        claimed: list[TextPart | VisionPart] = []
+        try:
+            for part in self._parts:
+                if not part.claim():
+                    raise AttachError(self._taken)
+                claimed.append(part)
+            for part in claimed:
+                part.check()
+            family = self.family
+            wait_for_others([family.model, *(part.root for part in claimed)])
+            self._gate.open()
+            for part in self._parts:
+                part.attach()
+        except BaseException:
+            self._take_off(claimed)
+            raise
         return self
 
     def remove(self) -> None:
-        """Take every hook off; the model is as it was. Removing twice does no harm."""
-        for part in reversed(self._parts):
+        """Take everything off; the model is as it was. Removing twice does no harm.
+
+        Waits for threads that are inside the model, and lets none in meanwhile.
+
+        Raises:
+            AttachError: this is called within a forward of the model.
+        """
+        entries = [entry for part in self._parts for entry in part.entries]
+        self._gate.close(entries, lambda: self._take_off(self._parts))
+
+    def _take_off(self, parts: Sequence[Part]) -> None:
+        for part in reversed(parts):
             part.remove()
+
+    @property
+    def _taken(self) -> str:
+        return (
+            f"this {type(self._model).__name__} already carries a foveate session; remove it first "
+            "(leave its `with` block, or call `remove()` on its handle), or pass both methods as a "
+            "list"
+        )
 
     def __enter__(self) -> Session:
         """Attach."""

@@ -10,6 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foveate.clip import ClipQuestions
     from foveate.engine.onward import Onward
+    from foveate.engine.rollback import Rollback
     from foveate.engine.turn import Turn
     from foveate.record import Record
 
@@ -25,6 +26,7 @@ class Forward:
     sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
     turn: Turn | None = None
     onward: Onward | None = None  # instead of a turn, where nothing can be removed
+    rollback: Rollback | None = None  # what the cache is brought back to if it dies
 
     def __init__(self) -> None:
         self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders

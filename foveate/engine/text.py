@@ -7,7 +7,7 @@ import functools
 from torch import nn
 
 from foveate.clip import ClipQuestions
-from foveate.engine.hooks import Hooks
+from foveate.engine.hooks import Hooks, refuse_late
 from foveate.engine.kernels import check_kernel
 from foveate.engine.part import Part
 from foveate.engine.plan import Plan
@@ -51,27 +51,29 @@ class TextPart(Hooks, Part):
     def attach(self) -> None:
         """Install the hooks, and wrap `generate` and what makes image and video features."""
         family = self.family
-        for name in ("enter_base", "enter_text", "leave_text", "enter_layer"):
-            self.hide(name)
-        self.replace_forward(family.base, self.base)
-        self.replace_forward(family.text, self.text)
+        for module in (family.model, family.base, family.text):
+            self.uncopied(module)
+        self.replace_forward(family.base, self.base, outer=True)
+        self.replace_forward(family.text, self.text, outer=True)
         if family.model is not family.base:
-            self.before(family.model, self.enter_top)
-            self.wrap(family.model, "generate", self.generate)
+            self.hook(family.model, self.enter_top)
+            wrapped = self.wrap(
+                family.model, "generate", self.generate, outer=True, late=refuse_late
+            )
+            self.entries.append(wrapped)
         for modality in family.placeholder_ids:
             around = functools.partial(self.features, modality)
-            self.wrap(family.base, f"get_{modality}_features", around)
+            self.wrap(family.base, f"get_{modality}_features", around, outer=True)
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.enter_projector)
         if family.one_dimensional:
             self.replace_forward(family.text.rotary_emb, self.rotate)
-        for number in range(self.plan.first_layer, family.text_layers):
+        for number in range(family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(self.layer, number))
         for number in self.plan.transition_layers:
             for name in ("self_attn", "mlp"):
                 module = family._child(family.layers[number], name)
-                self.watch(module, functools.partial(self.leave_module, number))
+                self.after(module, functools.partial(self.leave_module, number))
         if self.tags.signals is not None:
-            self.tags.signals.attach()
-            self._undo.append(self.tags.signals.remove)
+            self.tags.signals.attach(self)

@@ -150,9 +150,11 @@ class Turn:
         if key not in self._views:
             self._views[key] = self._view(number, before, width, hidden, kwargs)
         changes, after, split = self._views[key]
+        work = self.plan.work.get(number)
         if cache is not None:
             held.incoming = after
-        work = self.plan.work.get(number)
+            if self.groups:
+                held.work = work
         if split is not None and work is not None and (split.images or work.blind):
             self.splits[number] = split
         return hidden, {**kwargs, **changes} if changes else kwargs
@@ -422,20 +424,18 @@ class Turn:
             return [self.prompt.length] * self.prompt.batch
         return self.prompt.real[:, self.prompt.past :].sum(1).tolist()
 
-    def leave(self, output: Any, first_layer: int) -> Any:
+    def leave(self, output: Any) -> Any:
         """Bring hidden states back to logical length, in place.
 
         Args:
             output: the text model's output.
-            first_layer: first layer that the session touched.
         """
         if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output
         states = output.last_hidden_state
         output.last_hidden_state = self._expand(states, self.layout)
         if output.get("hidden_states") is not None:
-            layouts = [self.full] * first_layer + self.layer_layouts
-            inner = output.hidden_states[1:-1]
+            layouts, inner = self.layer_layouts, output.hidden_states[1:-1]
             output.hidden_states = (
                 self._expand(output.hidden_states[0], layouts[0]),
                 *(self._expand(h, layout) for h, layout in zip(inner, layouts, strict=False)),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foveate.engine.encoding import Encoding
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.packed import boundaries
-from foveate.engine.part import Part
+from foveate.engine.part import Part, forward_of, has_own_forward, is_compiled, untraced
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
 from foveate.engine.stack import Stack
@@ -30,7 +30,6 @@ from foveate.method import Need
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.signals.encoder import EncoderSignals
-from foveate.signals.taps import Taps
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -75,7 +74,6 @@ class VisionPart(Part):
         self._signals = (
             EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
         )
-        self._taps = Taps()
         self._local = _Local()
         self._last: Record | None = None
 
@@ -136,41 +134,39 @@ class VisionPart(Part):
     # -- attach
 
     def check(self) -> None:
-        """Refuse layers that another library runs in its own way.
+        """Refuse layers that another library runs in its own way; accelerate does not, it only
+        moves what they are given.
 
         Raises:
             UnsupportedModelError: a layer that must be run in halves has a forward of its own.
         """
         for number in {*self._inside, *self._unmasked}:
-            if "forward" in vars(self.encoder.layers[number]):
+            if has_own_forward(self.encoder.layers[number]):
                 raise UnsupportedModelError(
-                    f"encoder layer {number} has had its forward replaced (accelerate does so to "
-                    "spread a model over devices), but tokens can be removed within a layer only "
-                    "if it runs as it is; load the encoder onto one device, or remove tokens "
-                    "before a layer or behind the encoder"
+                    f"encoder layer {number} has had its forward replaced, but tokens can be "
+                    "removed within a layer only if it runs as it is; take off what has replaced "
+                    "it, or remove tokens before a layer or after the encoder"
                 )
 
     def attach(self) -> None:
-        """Install the hooks, and the forwards of layers that are run in halves."""
-        self.before(self.root, self._enter)
-        self.behind(self.root, self._leave, always=True)
+        """Install what acts around the encoder and its layers, and within those run in halves."""
+        self.uncopied(self.root)
+        self.replace_forward(self.root, self._tower, outer=True)
         for number in range(self._first, len(self.encoder.layers)):
             layer = self.encoder.layers[number]
-            self.before(layer, functools.partial(self._enter_layer, number))
             attention, steps = self.encoder.attention(layer), self._inside.get(number, [])
             if not self.encoder.masks_layers:
                 self.before(attention, self._enter_attention)
             if steps or number in self._unmasked:
-                self.wrap(layer, "forward", functools.partial(self._halves, layer, steps))
+                self.replace_forward(layer, functools.partial(self._halves, steps))
+            self.hook(layer, functools.partial(self._enter_layer, number))
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
-                    self._taps.add(attention, name, functools.partial(self._tap, name))
-        self._undo.append(self._taps.remove)
+                    self.tap(attention, name, functools.partial(self._tap, name))
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
         if self._signals is not None:
-            self._signals.attach()
-            self._undo.append(self._signals.remove)
+            self._signals.attach(self)
         if self._first < len(self.encoder.layers) and self.encoder.head is not None:
             self.before(self.encoder.head, self._enter_head)
             for module in self.encoder.head.modules():
@@ -179,17 +175,33 @@ class VisionPart(Part):
 
     # -- around the encoder
 
-    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        self._taps.refresh()
-        arguments = bound(module.forward, args, kwargs)
+    @untraced
+    def _tower(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the encoder's forward: one pass."""
+        output = None
+        self.compiled |= is_compiled()
+        kwargs = self._enter(module, args, kwargs)
+        try:
+            output = forward_of(module, before)(*args, **kwargs)
+        finally:
+            output = self._leave(output)
+        return output
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
+        self.look_after()
+        arguments = bound(type(module).forward.__get__(module), args, kwargs)
         side = self.family.side(self._local.modality)
         self._local.encoding = Encoding(self.family, self.encoder, arguments, side)
         if self._signals is not None:
             self._local.rows = self._local.collecting.enter_context(self._signals.collect())
         self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
-        return (args, {**kwargs, "return_dict": True}) if self._local.as_tuple else None
+        return {**kwargs, "return_dict": True} if self._local.as_tuple else kwargs
 
-    def _leave(self, module: nn.Module, args: Args, output: Any) -> Any:
+    @torch.compiler.disable
+    def _leave(self, output: Any) -> Any:
         encoding, self._local.encoding = self._local.encoding, None
         self._local.collecting.close()
         if encoding is None or output is None:  # it raised
@@ -246,11 +258,12 @@ class VisionPart(Part):
             return None
         return (encoding.whole(args[0]), *args[1:]), kwargs
 
+    @untraced
     def _halves(
         self,
-        layer: nn.Module,
         steps: list[PlannedStep],
-        original: Any,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
         hidden: Tensor,
         *masks: Tensor | None,
         **kwargs: Any,
@@ -258,23 +271,35 @@ class VisionPart(Part):
         """A layer's forward with steps between its attention and its MLP."""
         encoding, block = self._local.encoding, self.encoder.block
         assert block is not None  # checked in the plan
-        if encoding is None:
-            return original(hidden, *masks, **kwargs)
-        bias = encoding.bias if block.output is not None else None
-        removes = encoding.removes(steps)
-        if bias is None and not removes:
-            return original(hidden, *masks, **kwargs)
+        bias, removes = (None, False) if encoding is None else self._due(encoding, steps)
+        if encoding is None or (bias is None and not removes):
+            return forward_of(module, before)(hidden, *masks, **kwargs)
         if masks:
             kwargs = {**kwargs, "attention_mask": masks[0]}
         encoding.taps = {}
-        hidden = block.attend(layer, hidden, bias=bias, **kwargs)
-        if removes:
+        hidden = block.attend(module, hidden, bias=bias, **kwargs)
+        hidden = self._between(encoding, steps if removes else [], hidden)
+        return block.feed(module, hidden)
+
+    @torch.compiler.disable
+    def _due(self, encoding: Encoding, steps: list[PlannedStep]) -> tuple[Tensor | None, bool]:
+        """What a layer's scores get besides a mask, and whether steps within it remove anything."""
+        assert self.encoder.block is not None  # checked in the plan
+        bias = encoding.bias if self.encoder.block.output is not None else None
+        return bias, encoding.removes(steps)
+
+    @torch.compiler.disable
+    def _between(self, encoding: Encoding, steps: list[PlannedStep], hidden: Tensor) -> Tensor:
+        """Between a layer's attention and its MLP."""
+        if steps:
             hidden = encoding.reduce(steps, hidden, encoding.tapped)
         encoding.taps = None
         encoding.rows[-1] = (encoding.rows[-1][0], hidden.shape[-2])
-        return block.feed(layer, hidden)
+        return hidden
 
-    def _tap(self, name: str, module: nn.Module, args: Args, output: Tensor) -> None:
+    def _tap(
+        self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
+    ) -> None:
         encoding = self._local.encoding
         if encoding is not None and encoding.taps is not None:
             encoding.taps[name] = output

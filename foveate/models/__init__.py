@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
@@ -31,7 +33,12 @@ def find_family(model: PreTrainedModel) -> Family:
         UnsupportedModelError: no family is known for the model's config type, it is one that is
             refused, or its layout is not the expected one.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is no model of transformers, nor one that PEFT, torch.compile "
+            "or DDP has wrapped"
+        )
+    model_type = model.config.model_type
     if model_type not in FAMILIES:
         reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
         raise UnsupportedModelError(
@@ -41,4 +48,18 @@ def find_family(model: PreTrainedModel) -> Family:
     return FAMILIES[model_type](model)
 
 
-__all__ = ["Encoder", "Family", "find_family", "list_families", "unsupported_families"]
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The model within wrappers: PEFT's, `torch.compile`'s, DDP's. Other modules as they are."""
+    found: Any = model
+    while not isinstance(found, PreTrainedModel):
+        if hasattr(found, "get_base_model"):
+            inner = found.get_base_model()
+        else:
+            inner = getattr(found, "_orig_mod", getattr(found, "module", None))
+        if not isinstance(inner, nn.Module):
+            return model  # type: ignore[return-value]
+        found = inner
+    return found
+
+
+__all__ = ["Encoder", "Family", "find_family", "list_families", "unsupported_families", "unwrap"]

@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from foveate.models import Encoder
 from foveate.signals.cls_attention import class_row
 from foveate.signals.flow import information_flow
-from foveate.signals.taps import Taps
 
 FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
 CHUNK = 256  # query rows whose attention is held at once
@@ -45,6 +43,19 @@ class Shortened(Protocol):
         """Rows of now at full length."""
 
 
+class Attaching(Protocol):
+    """What hooks are put on with, and taken off again."""
+
+    def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs)` before a module's forward."""
+
+    def after(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        """Call `hook(module, args, kwargs, output)` after a module's forward."""
+
+    def tap(self, parent: nn.Module, name: str, hook: Callable[..., Any]) -> None:
+        """The same for whatever child of a module has a name."""
+
+
 class EncoderSignals:
     """Collects signals while an encoder runs.
 
@@ -67,21 +78,19 @@ class EncoderSignals:
         self.wanted = wanted
         self._pass = running
         self._running = threading.local()
-        self._handles: list[RemovableHandle] = []
-        self._taps = Taps()
 
     @property
     def count(self) -> int:
         """Signals of all layers together."""
         return sum(len(layers) for layers in self.wanted.values())
 
-    def attach(self) -> None:
+    def attach(self, on: Attaching) -> None:
         """Hook the projections of the layers, or the layers themselves."""
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             layer: Any = self.encoder.layers[number]
             names = [name for name, layers in self.wanted.items() if number in layers]
             if states := [name for name in names if name in FEATURES]:
-                self._hook(layer, self._features(number, states))
+                on.after(layer, self._features(number, states))
             if len(states) < len(names):
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
@@ -89,19 +98,11 @@ class EncoderSignals:
                     parts = (*parts, "v_proj")
                 for part in parts:
                     hook = self._projection(number, part, parts, names)
-                    self._taps.add(attention, part, hook)
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._taps.remove()
+                    on.tap(attention, part, hook)
 
     @contextmanager
     def collect(self) -> Iterator[dict[tuple[str, int], Tensor]]:
         """While open, fill a dict of (signal, layer) -> (pictures, C, V), in this thread only."""
-        self._taps.refresh()
         rows: dict[tuple[str, int], Tensor] = {}
         self._running.rows, self._running.pending = rows, {}
         try:
@@ -117,15 +118,12 @@ class EncoderSignals:
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
         return values.transpose(-1, -2) if name in FEATURES else values
 
-    def _hook(self, module: nn.Module, hook: Any) -> None:
-        self._handles.append(module.register_forward_hook(hook))
-
     def _keep(self, name: str, number: int, row: Tensor) -> None:
         shortened = self._pass()
         self._running.rows[name, number] = row if shortened is None else shortened.widen(row)
 
     def _features(self, number: int, names: list[str]) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
                 states = self._states(output)
                 for name in names:
@@ -139,7 +137,7 @@ class EncoderSignals:
         return states.detach()[:, self.encoder.special :].transpose(1, 2)
 
     def _projection(self, number: int, part: str, parts: tuple[str, ...], names: list[str]) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if getattr(self._running, "rows", None) is None:
                 return
             pending = self._running.pending.setdefault(number, {})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from foveate.errors import UnsupportedModelError
 from foveate.models import Encoder
 from foveate.models.rows import Picture
-from foveate.signals.encoder import EncoderSignals, Shortened, attention_sums
+from foveate.signals.encoder import Attaching, EncoderSignals, Shortened, attention_sums
 
 ROWS = 2**14  # rows whose attention is summed up together
 
@@ -41,19 +41,17 @@ class PackedSignals(EncoderSignals):
         super().__init__(encoder, wanted, running)
         self.side = side
 
-    def attach(self) -> None:
+    def attach(self, on: Attaching) -> None:
         """Hook the tower and the attention of layers, beside what is hooked in others."""
-        enter = self.encoder.tower.register_forward_pre_hook(self._see, with_kwargs=True)
-        self._handles.append(enter)
+        on.before(self.encoder.tower, self._see)
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             attention: Any = self.encoder.attention(self.encoder.layers[number])
-            hook = self._note(number)
-            self._handles.append(attention.register_forward_pre_hook(hook, with_kwargs=True))
-        super().attach()
+            on.before(attention, self._note(number))
+        super().attach(on)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.encoder.packed is not None
-        names = inspect.signature(module.forward).parameters
+        names = inspect.signature(type(module).forward.__get__(module)).parameters
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._running.pictures = self.encoder.packed(arguments, self.side)
 

@@ -1,6 +1,7 @@
 """A session in an encoder: what it refuses, and that it leaves nothing behind."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -183,7 +184,7 @@ def test_layers_in_which_nothing_is_removed_keep_their_own_forward(monkeypatch):
 
 def test_layers_with_a_forward_of_their_own_are_refused():
     model = build(ENCODERS, "vit")
-    model.layers[2].forward = model.layers[2].forward
+    model.layers[2].forward = functools.partial(model.layers[2].forward)
     with pytest.raises(UnsupportedModelError, match="encoder layer 2 has had its forward replaced"):
         foveate.apply(model, ToMe())
     assert not model._forward_pre_hooks

@@ -1,0 +1,164 @@
+"""Gate: which threads are inside a model, so that a session comes and goes between their calls."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from foveate.errors import AttachError
+
+PATIENCE = 5.0  # seconds after which a thread that waits says for whom
+GRACE = 0.1  # seconds that a thread started within the session has to reach the model
+POLL = 0.001
+
+
+class Gate:
+    """Counts the threads inside an attached model. One that leaves the session waits for them.
+
+    A thread passes the gate on its outermost call and is inside until that call returns. While the
+    gate closes, threads that are inside go on and others wait before it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside: dict[int, int] = {}  # thread -> its calls that have not returned
+        self._closing = False
+        self._seen: WeakSet[threading.Thread] = WeakSet()  # threads that were ever inside
+        self._before: set[threading.Thread] = set()  # threads that ran before the session began
+
+    def open(self) -> None:
+        """Begin: nobody is inside."""
+        self._closing, self._before = False, set(threading.enumerate())
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        if me in self._inside:  # only this thread changes its own entry
+            self._inside[me] += 1
+            return
+        with self._changed:
+            while self._closing:
+                self._changed.wait()
+            self._inside[me] = 1
+        self._seen.add(threading.current_thread())
+
+    def __exit__(self, *error: object) -> None:
+        me = threading.get_ident()
+        if self._inside[me] > 1:
+            self._inside[me] -= 1
+            return
+        with self._changed:
+            del self._inside[me]
+            self._changed.notify_all()
+
+    def close(self, entries: Collection[Callable[..., Any]], undo: Callable[[], None]) -> None:
+        """Wait until no other thread is inside, and call `undo` while none can come in.
+
+        Args:
+            entries: what threads call to come in; a thread that was started to call one of them is
+                waited for, though it may not have begun.
+            undo: takes the session off.
+
+        Raises:
+            AttachError: this thread is inside itself.
+        """
+        if threading.get_ident() in self._inside:
+            raise AttachError(
+                "a foveate session cannot be removed within a forward of its model; leave the "
+                "block, or call `remove()`, after the forward has returned"
+            )
+        self._await_started(entries)
+        try:
+            with self._changed:
+                self._closing = True
+                while self._inside:
+                    if not self._changed.wait(PATIENCE) and self._inside:
+                        _warn(map(_name, self._inside), "to leave the model")
+                undo()
+        finally:
+            with self._changed:
+                self._closing = False
+                self._changed.notify_all()
+
+    def _await_started(self, entries: Collection[Callable[..., Any]]) -> None:
+        """Let threads that were started within the session, and may be about to use the model,
+        reach it: one that calls it directly for certain, others if they do so soon.
+        """
+        deadline = time.monotonic() + GRACE
+        for thread in threading.enumerate():
+            if thread in self._before or thread is threading.current_thread():
+                continue
+            certain = _target(thread) in entries
+            while thread.is_alive() and thread not in self._seen:
+                if not certain and time.monotonic() > deadline:
+                    break
+                time.sleep(POLL)
+
+
+def wait_for_others(roots: Collection[nn.Module]) -> None:
+    """Wait until no other thread is inside some modules, which carry no session yet.
+
+    Raises:
+        AttachError: this thread is inside itself.
+    """
+    named = {id(root) for root in roots}
+    me, began, told = threading.get_ident(), time.monotonic(), False
+    while busy := [ident for ident, f in sys._current_frames().items() if _is_inside(f, named)]:
+        if me in busy:
+            raise AttachError(
+                "a foveate session cannot be attached within a forward of its model; attach it "
+                "before the model is called"
+            )
+        if not told and time.monotonic() - began > PATIENCE:
+            told = True
+            _warn(map(_name, busy), "to leave the model before a session is attached")
+        time.sleep(POLL)
+
+
+def _is_inside(frame: FrameType | None, roots: Collection[int]) -> bool:
+    """Whether a stack holds a call of some modules."""
+    codes = _calls()
+    while frame is not None:
+        if frame.f_code in codes and id(frame.f_locals.get("self")) in roots:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@functools.cache
+def _calls() -> frozenset[Any]:
+    """The code that runs whenever a module is called, or a model generates."""
+    import inspect
+
+    from transformers import GenerationMixin
+
+    generate = inspect.unwrap(GenerationMixin.generate)
+    return frozenset((nn.Module._wrapped_call_impl.__code__, generate.__code__))
+
+
+def _target(thread: threading.Thread) -> Any:
+    """What a thread was started to call, as long as it has not returned."""
+    target = getattr(thread, "_target", None)
+    while isinstance(target, functools.partial):
+        target = target.func
+    return target
+
+
+def _name(ident: int) -> str:
+    return next((t.name for t in threading.enumerate() if t.ident == ident), str(ident))
+
+
+def _warn(names: Any, what: str) -> None:
+    warnings.warn(
+        f"foveate waits for {', '.join(names)} {what}; a thread that streams should be read, and "
+        "joined, before the session is left",
+        stacklevel=4,
+    )

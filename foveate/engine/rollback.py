@@ -1,0 +1,62 @@
+"""Rollback: a forward that dies leaves the key-value cache as it found it.
+
+Layers of a cache are extended one by one, so a forward that is interrupted (out of memory, Ctrl-C)
+would leave layers of unequal length, and nobody outside could tell.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+Attributes = dict[str, Any]
+
+
+class Rollback:
+    """What a cache holds before a forward.
+
+    Keys and values that only grow are not held on to, as that would double the memory of the cache
+    as long as the forward runs: what was appended is cut off again.
+
+    Args:
+        cache: the cache.
+        past: its logical length.
+        rewritten: whether the forward may let layers forget what they hold.
+    """
+
+    def __init__(self, cache: Cache, past: int, *, rewritten: bool = False) -> None:
+        self._cache = cache
+        self._layers = [(layer, *_held(layer, past, rewritten)) for layer in cache.layers]
+
+    def restore(self) -> None:
+        """Bring the cache back to it."""
+        self._cache.layers[:] = [layer for layer, _, _ in self._layers]
+        for layer, attributes, slots in self._layers:
+            grown = {name: vars(layer).get(name) for name in ("keys", "values")}
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            if slots is None:
+                continue
+            if isinstance(layer, StaticLayer):  # what is written after the length is never seen
+                layer.cumulative_length.fill_(slots)
+                continue
+            for name, states in grown.items():
+                assert isinstance(states, Tensor)  # as it was before the forward
+                vars(layer)[name] = states[:, :, :slots]
+
+
+def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | None]:
+    """Attributes of a cache layer, and its slots where what is appended to them can be cut off:
+    keys and values are left out then, unless they are written in place.
+    """
+    attributes = dict(vars(layer))
+    if isinstance(layer, StaticLayer):
+        slots = attributes.get("slots")
+        return attributes, past if slots is None else slots.count
+    grows = isinstance(layer, DynamicLayer) and not layer.is_sliding
+    if rewritten or not grows or attributes["keys"] is None:
+        return attributes, None
+    del attributes["values"]
+    return attributes, attributes.pop("keys").shape[2]

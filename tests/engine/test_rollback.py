@@ -1,0 +1,151 @@
+"""A forward that dies leaves the cache as it found it; so going on is right."""
+
+import copy
+
+import pytest
+import torch
+
+import foveate
+from foveate.methods import DivPrune, DyCoke, FastV, LVLMCSP, PruneVid, PyramidDrop
+from foveate.testing import models
+from tests.tinies import LAYERS, prompts, tiny_llava
+
+SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+METHODS = [FastV(layer=2, keep=0.3), PyramidDrop(layers=(2, 4)), DivPrune(keep=0.3)]
+INPUTS = prompts([(3, 5), (2, 7)])
+
+
+class Killed(BaseException):
+    """Ctrl-C, or memory that has run out."""
+
+
+def killed(layer, call):
+    """Run a call that dies in the MLP of a layer, behind its attention and its cache."""
+
+    def die(*_):
+        raise Killed
+
+    hook = layer.mlp.register_forward_pre_hook(die)
+    try:
+        with pytest.raises(Killed):
+            call()
+    finally:
+        hook.remove()
+
+
+def state(cache):
+    """What a cache holds."""
+    return [
+        (type(layer), layer.get_seq_length(), None if layer.keys is None else layer.keys.shape[2])
+        for layer in cache.layers
+    ]
+
+
+@torch.no_grad()
+def go_on(model, cache, past, tokens=4):
+    """Logits of new tokens behind a cache."""
+    batch = len(INPUTS["input_ids"])
+    ids = torch.arange(20, 20 + tokens).expand(batch, -1)
+    mask = torch.cat((INPUTS["attention_mask"], torch.ones(batch, past, dtype=torch.long)), 1)
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("number", range(LAYERS))
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_going_on_after_a_forward_that_died_is_right(llava, method, number, tokens):
+    with foveate.use(llava, method), torch.no_grad():
+        cache = llava(**INPUTS, use_cache=True).past_key_values
+        want = go_on(llava, copy.deepcopy(cache), tokens, tokens)
+        before = state(cache)
+        layer = llava.model.language_model.layers[number]
+        killed(layer, lambda: go_on(llava, cache, tokens, tokens))
+        assert state(cache) == before
+        got = go_on(llava, cache, tokens, tokens)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 2, LAYERS - 1])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_prompt_whose_forward_died_can_be_run_again(llava, method, kind, number):
+    """On the same cache, which is as empty as before."""
+    from transformers import DynamicCache, StaticCache
+
+    def empty():
+        if kind == "dynamic":
+            return DynamicCache(config=llava.config.text_config)
+        return StaticCache(config=llava.config.text_config, max_cache_len=96)
+
+    with foveate.use(llava, method), torch.no_grad():
+        first = llava(**INPUTS, past_key_values=empty())
+        want = first.logits, go_on(llava, first.past_key_values, 4)
+        cache = empty()
+        layer = llava.model.language_model.layers[number]
+        killed(layer, lambda: llava(**INPUTS, past_key_values=cache))
+        assert cache.get_seq_length() == 0
+        got = llava(**INPUTS, past_key_values=cache).logits, go_on(llava, cache, 4)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_static_cache_goes_on_after_a_decoding_step_that_died(llava, number):
+    from transformers import StaticCache
+
+    with foveate.use(llava, METHODS[0]), torch.no_grad():
+        cache = StaticCache(config=llava.config.text_config, max_cache_len=96)
+        llava(**INPUTS, past_key_values=cache)
+        want = go_on(llava, copy.deepcopy(cache), 1, 1)
+        layer = llava.model.language_model.layers[number]
+        killed(layer, lambda: go_on(llava, cache, 1, 1))
+        torch.testing.assert_close(go_on(llava, cache, 1, 1), want, rtol=0, atol=1e-5)
+
+
+def test_a_cache_with_windows_goes_on_after_a_step_that_died():
+    model = tiny_llava("mistral", window=24)
+    with foveate.use(model, DivPrune(keep=0.3)), torch.no_grad():
+        cache = model(**INPUTS, use_cache=True).past_key_values
+        want = go_on(model, copy.deepcopy(cache), 4)
+        killed(model.model.language_model.layers[3], lambda: go_on(model, cache, 4))
+        torch.testing.assert_close(go_on(model, cache, 4), want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 5, 11])
+@pytest.mark.parametrize(
+    "method", [FastV(keep=0.3), DivPrune(keep=0.3), DyCoke(), LVLMCSP(), PruneVid()], ids=str
+)
+@pytest.mark.parametrize("family", ["llava", "mrope"])
+def test_a_second_turn_that_died_is_generated_anew(family, method, number):
+    """Of every kind of step, on one-dimensional and on M-RoPE positions."""
+    model = getattr(models, family)()
+    inputs = models.prompts(model, [(4, 6)])
+    with foveate.use(model, method):
+        said = model.generate(**inputs, **SETTINGS, return_dict_in_generate=True)
+        cache = said.past_key_values
+        ids = torch.cat((said.sequences, torch.tensor([[20, 21, 22]])), 1)
+
+        def turn(cache):
+            more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if "mm_token_type_ids" in inputs:
+                types = inputs["mm_token_type_ids"]
+                zeros = torch.zeros(1, ids.shape[1] - types.shape[1], dtype=types.dtype)
+                more["mm_token_type_ids"] = torch.cat((types, zeros), 1)
+            return model.generate(**more, past_key_values=cache, **SETTINGS)
+
+        want = turn(copy.deepcopy(cache))
+        killed(model.model.language_model.layers[number], lambda: turn(cache))
+        assert torch.equal(turn(cache), want)
+
+
+def test_a_forward_that_died_outside_its_session_is_told_within():
+    """The bare model extends the layers that were not pruned, before it comes to one that was."""
+    model = tiny_llava()
+    with foveate.use(model, METHODS[0]), torch.no_grad():
+        cache = model(**INPUTS, use_cache=True).past_key_values
+    with pytest.raises(foveate.errors.CacheError, match="only the session"):
+        go_on(model, cache, 4)
+    with (
+        foveate.use(model, METHODS[0]),
+        pytest.raises(foveate.errors.CacheError, match="disagree on its length"),
+    ):
+        go_on(model, cache, 4)

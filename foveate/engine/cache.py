@@ -204,7 +204,7 @@ def _slots(x: Tensor, source: Tensor) -> Tensor:
     return x.transpose(1, 2)[rows, source.to(x.device)].transpose(1, 2).contiguous()
 
 
-_PRUNED: dict[type, type[PrunedLayer]] = {
+PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicLayer: PrunedDynamicLayer,
     DynamicSlidingWindowLayer: PrunedSlidingLayer,
     StaticLayer: PrunedStaticLayer,
@@ -228,7 +228,7 @@ def check_cache(cache: Cache | None) -> None:
     if cache.layer_class_to_replicate is not None:
         layers.add(cache.layer_class_to_replicate)
     for kind in layers:
-        if kind not in _PRUNED and not issubclass(kind, PrunedLayer):
+        if kind not in PRUNED and not issubclass(kind, PrunedLayer):
             raise CacheError(
                 f"a KV cache with {kind.__name__} layers cannot be pruned; "
                 "use cache_implementation='dynamic' or 'static'"
@@ -285,7 +285,7 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
         if layer.slots is None:
             layer.slots = fresh
         return layer
-    kind = _PRUNED[type(layer)]
+    kind = PRUNED[type(layer)]
     pruned = kind.__new__(kind)
     pruned.__dict__.update(layer.__dict__)
     pruned.slots, pruned.incoming = pruned._held(fresh), None

@@ -185,9 +185,8 @@ class Hooks(FeatureHooks):
         groups: list[Group] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
-        if cache is not None and (now.visual or any(before)):
-            forgets = any(planned.step.forget for planned in self.plan.llm)
-            now.rollback = Rollback(cache, past, rewritten=forgets and bool(now.visual))
+        forgets = bool(now.visual) and any(planned.step.forget for planned in self.plan.llm)
+        now.rollback = Rollback.of(cache, past, rewritten=forgets)
         if now.visual and now.encoded:
             check_cache(cache)
             groups = locate(self._parts(now.visual, now.encoded, sequence))

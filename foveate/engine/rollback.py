@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
+
+from foveate.engine.cache import PRUNED
 
 Attributes = dict[str, Any]
+KINDS = {*PRUNED, *PRUNED.values()}
 
 
 class Rollback:
@@ -29,6 +32,15 @@ class Rollback:
     def __init__(self, cache: Cache, past: int, *, rewritten: bool = False) -> None:
         self._cache = cache
         self._layers = [(layer, *_held(layer, past, rewritten)) for layer in cache.layers]
+
+    @classmethod
+    def of(cls, cache: Cache | None, past: int, *, rewritten: bool = False) -> Rollback | None:
+        """What a cache holds; `None` without one, or where a layer is of a kind that is never
+        pruned. Arguments as above.
+        """
+        if cache is None or not {type(layer) for layer in cache.layers} <= KINDS:
+            return None
+        return cls(cache, past, rewritten=rewritten)
 
     def restore(self) -> None:
         """Bring the cache back to it."""
@@ -55,8 +67,7 @@ def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | Non
     if isinstance(layer, StaticLayer):
         slots = attributes.get("slots")
         return attributes, past if slots is None else slots.count
-    grows = isinstance(layer, DynamicLayer) and not layer.is_sliding
-    if rewritten or not grows or attributes["keys"] is None:
+    if rewritten or layer.is_sliding or attributes["keys"] is None:
         return attributes, None
     del attributes["values"]
     return attributes, attributes.pop("keys").shape[2]

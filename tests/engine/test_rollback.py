@@ -6,12 +6,16 @@ import pytest
 import torch
 
 import foveate
-from foveate.methods import DivPrune, DyCoke, FastV, LVLMCSP, PruneVid, PyramidDrop
+from foveate.methods import LVLMCSP, DivPrune, DyCoke, FastV, PruneVid, PyramidDrop
 from foveate.testing import models
 from tests.tinies import LAYERS, prompts, tiny_llava
 
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-METHODS = [FastV(layer=2, keep=0.3), PyramidDrop(layers=(2, 4)), DivPrune(keep=0.3)]
+METHODS = [
+    FastV(layer=2, keep=0.3),
+    PyramidDrop(layers=(2, 4), keep=(0.5, 0.25)),
+    DivPrune(keep=0.3),
+]
 INPUTS = prompts([(3, 5), (2, 7)])
 
 

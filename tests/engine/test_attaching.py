@@ -1,0 +1,370 @@
+"""Attaching: whole or not at all, beside what others put on the model, and between its calls."""
+
+import copy
+import functools
+import threading
+import time
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from torch import nn
+
+import foveate
+from foveate.engine.gate import Gate
+from foveate.engine.text import TextPart
+from foveate.engine.vision import VisionPart
+from foveate.errors import AttachError, FoveateError, UnsupportedModelError
+from foveate.methods import DivPrune, FastV, ToMe, VisionZip
+from tests.tinies import prompts, tiny_llava
+
+INPUTS = prompts([(3, 5)])
+METHODS = {
+    "llm": FastV(layer=2, keep=0.3), "pre_llm": DivPrune(keep=0.3),
+    "signals": VisionZip(keep=0.3), "vision": ToMe(keep=0.5),
+}  # fmt: skip
+SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+
+
+@pytest.fixture
+def model():
+    return tiny_llava(layers=4)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**INPUTS).logits
+
+
+def pruned(method):
+    with foveate.use(twin := tiny_llava(layers=4), method):
+        return logits(twin)
+
+
+def outside(model):
+    """What of modules a session might touch."""
+    return {
+        name: (dict(vars(m)), list(m._forward_pre_hooks), list(m._forward_hooks), type(m))
+        for name, m in model.named_modules()
+    }
+
+
+# -- whole or not at all
+
+
+@pytest.mark.parametrize("stage", METHODS)
+def test_whatever_is_raised_while_attaching_leaves_the_model_as_it_was(model, stage, monkeypatch):
+    """An interrupt at each thing that is put on."""
+    bare, before = logits(model), outside(model)
+    placed = TextPart.replace_forward
+    left = 0
+
+    def counted(self, *args, **kwargs):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        placed(self, *args, **kwargs)
+
+    for part in (TextPart, VisionPart):
+        monkeypatch.setattr(part, "replace_forward", counted)
+    for number in range(200):
+        left = number
+        try:
+            session = foveate.apply(model, METHODS[stage])
+        except KeyboardInterrupt:
+            assert outside(model) == before
+        else:
+            session.remove()
+            break
+    monkeypatch.undo()
+    assert number > 5
+    assert outside(model) == before
+    assert torch.equal(logits(model), bare)
+    with foveate.use(model, METHODS[stage]):
+        assert torch.equal(logits(model), pruned(METHODS[stage]))
+
+
+def test_a_missing_module_leaves_the_model_as_it_was(model):
+    before = outside(model)
+    projector = model.model.vision_tower.encoder.layers[2].self_attn.q_proj
+    del model.model.vision_tower.encoder.layers[2].self_attn.q_proj
+    with pytest.raises(AttributeError):
+        foveate.apply(model, METHODS["signals"])
+    model.model.vision_tower.encoder.layers[2].self_attn.q_proj = projector
+    assert {k: v[1:] for k, v in outside(model).items()} == {k: v[1:] for k, v in before.items()}
+    with foveate.use(model, METHODS["signals"]):
+        logits(model)
+
+
+def test_an_interrupted_removal_can_be_done_again(model):
+    before, session = outside(model), foveate.apply(model, METHODS["llm"])
+    undo = session._parts[-1]._undo
+
+    def interrupt():
+        undo.remove(interrupt)
+        raise KeyboardInterrupt
+
+    undo.insert(len(undo) // 2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.remove()
+    session.remove()
+    assert outside(model) == before
+
+
+@pytest.mark.parametrize("of", [lambda m: m, lambda m: m.model, lambda m: m.model.language_model])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_copies_of_an_attached_model_are_refused(model, copied, of):
+    with foveate.use(model, METHODS["llm"]), pytest.raises(AttachError, match="cannot be copied"):
+        copied(of(model))
+    copied(of(model))
+
+
+# -- what others put on
+
+
+def accelerated(model):
+    """accelerate's hooks on every module."""
+    for module in model.modules():
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    return lambda: remove_hook_from_module(model, recurse=True)
+
+
+def profiled(model):
+    """Forwards that count calls, and are put back from what was there before."""
+    calls, undo = [], []
+    for module in [
+        model,
+        model.model,
+        model.model.language_model,
+        *model.model.language_model.layers,
+    ]:
+        had, before = "forward" in vars(module), module.forward
+
+        def wrapped(*args, before=before, **kwargs):
+            calls.append(1)
+            return before(*args, **kwargs)
+
+        module.forward = wrapped
+        back = functools.partial(setattr, module, "forward", before)
+        undo.append(back if had else functools.partial(delattr, module, "forward"))
+    profiled.calls = calls
+    return lambda: [back() for back in undo]
+
+
+def hooked(model):
+    handles = [m.register_forward_hook(lambda *_: None) for m in model.modules()]
+    return lambda: [handle.remove() for handle in handles]
+
+
+@pytest.mark.parametrize("theirs", [accelerated, profiled, hooked])
+@pytest.mark.parametrize("stage", METHODS)
+@pytest.mark.parametrize("on", ["before", "within"])
+@pytest.mark.parametrize("off", ["within", "after", "in the next"])
+def test_what_others_put_on_and_take_off_leaves_sessions_right(model, theirs, stage, on, off):
+    if theirs is profiled and (stage, on) == ("vision", "before") and off == "never":
+        pytest.skip()
+    bare, want, other = logits(model), pruned(METHODS[stage]), METHODS["llm"]
+    take_off = theirs(model) if on == "before" else None
+    with foveate.use(model, METHODS[stage]):
+        torch.testing.assert_close(logits(model), want)
+        take_off = take_off or theirs(model)
+        torch.testing.assert_close(logits(model), want)
+        if off == "within":
+            take_off()
+            torch.testing.assert_close(logits(model), want)
+    torch.testing.assert_close(logits(model), bare)
+    if off == "after":
+        take_off()
+        torch.testing.assert_close(logits(model), bare)
+    with foveate.use(model, other):
+        if off == "in the next":
+            torch.testing.assert_close(logits(model), pruned(other))
+            take_off()
+        torch.testing.assert_close(logits(model), pruned(other))
+    torch.testing.assert_close(logits(model), bare)
+    two = prompts([(3, 5), (2, 4)])
+    assert torch.equal(model(**two).logits, tiny_llava(layers=4)(**two).logits)
+
+
+def test_their_hooks_still_work_after_the_session(model):
+    with foveate.use(model, METHODS["llm"]):
+        profiled(model)
+    profiled.calls.clear()
+    logits(model)
+    assert len(profiled.calls) == 3 + 4
+
+
+@pytest.mark.parametrize("stage", METHODS)
+def test_weights_that_accelerate_offloads_are_scored_with(model, stage):
+    want = pruned(METHODS[stage])
+    cpu_offload(model, execution_device="cpu")
+    assert model.model.language_model.layers[2].self_attn.k_proj.weight.is_meta
+    with foveate.use(model, METHODS[stage]):
+        torch.testing.assert_close(logits(model), want)
+
+
+# -- wrappers
+
+
+def test_a_peft_model_is_taken_as_it_is(model):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("other", config)
+    for name in ("default", "other"):
+        wrapped.set_adapter(name)
+        with foveate.use(wrapped, METHODS["llm"]) as run:
+            adapted = wrapped.generate(**INPUTS, **SETTINGS)
+            got = logits(wrapped)
+        assert run.report().data["images"]
+        with foveate.use(wrapped.get_base_model(), METHODS["llm"]):
+            torch.testing.assert_close(logits(wrapped), got)
+        assert adapted.shape[1] == INPUTS["input_ids"].shape[1] + 3
+    merged = wrapped.merge_and_unload()
+    with foveate.use(merged, METHODS["llm"]):
+        torch.testing.assert_close(logits(merged), got, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_model_is_refused_by_name():
+    with pytest.raises(UnsupportedModelError, match="Linear is no model of transformers"):
+        foveate.use(nn.Linear(2, 2), "fastv")
+
+
+# -- threads
+
+
+class Stream:
+    """What `generate` hands tokens to, one by one, when the reader allows."""
+
+    def __init__(self):
+        self.allowed, self.begun, self.ended = threading.Event(), threading.Event(), False
+        self.got = []
+
+    def put(self, value):
+        self.begun.set()
+        self.allowed.wait(600)
+        self.got.append(value)
+
+    def end(self):
+        self.ended = True
+
+
+def streaming(model, stream):
+    thread = threading.Thread(
+        target=model.generate, kwargs={**INPUTS, **SETTINGS, "streamer": stream}
+    )
+    thread.start()
+    return thread
+
+
+def answer(model):
+    return model.generate(**INPUTS, **SETTINGS)[0, INPUTS["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("stage", METHODS)
+def test_leaving_waits_for_a_thread_that_generates(model, stage):
+    with foveate.use(model, METHODS[stage]):
+        want = answer(model)
+    stream = Stream()
+    with foveate.use(model, METHODS[stage]):
+        thread = streaming(model, stream)
+        stream.begun.wait(600)
+        threading.Timer(0.05, stream.allowed.set).start()
+    assert stream.ended
+    thread.join()
+    assert [int(t) for t in torch.cat([v.flatten() for v in stream.got[1:]])] == want
+
+
+def test_leaving_waits_for_a_thread_that_has_not_begun(model):
+    with foveate.use(model, METHODS["llm"]):
+        want = answer(model)
+    for _ in range(5):
+        stream = Stream()
+        stream.allowed.set()
+        with foveate.use(model, METHODS["llm"]):
+            thread = streaming(model, stream)
+        thread.join()
+        assert [int(t) for t in torch.cat([v.flatten() for v in stream.got[1:]])] == want
+
+
+def test_a_generate_of_a_session_that_was_left_ends_its_stream_with_an_error(model):
+    stream = Stream()
+    with foveate.use(model, METHODS["llm"]):
+        kept = model.generate
+    with pytest.raises(AttachError, match="has been left"):
+        kept(**INPUTS, streamer=stream)
+    assert stream.ended
+
+
+def test_a_generate_that_fails_ends_its_stream(model):
+    stream = Stream()
+    with foveate.use(model, METHODS["llm"]), pytest.raises(FoveateError):
+        model.generate(**INPUTS, prefill_chunk_size=4, streamer=stream)
+    assert stream.ended
+
+
+def test_sessions_come_and_go_between_the_calls_of_another_thread(model):
+    """Each answer of the other thread is one with, or one without a session."""
+    bare = logits(model)
+    sound = [bare, *(pruned(METHODS[stage]) for stage in ("llm", "pre_llm", "vision"))]
+    got, stop = [], threading.Event()
+
+    def calls():
+        while not stop.is_set():
+            got.append(logits(model))
+
+    thread = threading.Thread(target=calls)
+    thread.start()
+    try:
+        for _ in range(6):
+            for stage in ("llm", "pre_llm", "vision"):
+                handle = foveate.apply(model, METHODS[stage])
+                time.sleep(0.01)
+                handle.remove()
+    finally:
+        stop.set()
+        thread.join()
+    assert len(got) > 3
+    for value in got:
+        assert any(torch.allclose(value, other, atol=1e-5) for other in sound)
+
+
+def test_attaching_or_removing_within_a_forward_is_refused(model):
+    def within(act):
+        hook = model.model.language_model.layers[1].register_forward_pre_hook(lambda *_: act())
+        try:
+            logits(model)
+        finally:
+            hook.remove()
+
+    bare = logits(model)
+    with pytest.raises(AttachError, match="within a forward"):
+        within(lambda: foveate.apply(model, METHODS["llm"]))
+    assert torch.equal(logits(model), bare)
+    with foveate.use(model, METHODS["llm"]) as run:
+        with pytest.raises(AttachError, match="within a forward"):
+            within(run.remove)
+        torch.testing.assert_close(logits(model), pruned(METHODS["llm"]))
+
+
+def test_whom_one_waits_for_is_told(monkeypatch):
+    gate, inside, leave = Gate(), threading.Event(), threading.Event()
+    monkeypatch.setattr("foveate.engine.gate.PATIENCE", 0.02)
+
+    def visit():
+        with gate:
+            inside.set()
+            leave.wait(600)
+
+    gate.open()
+    thread = threading.Thread(target=visit, name="the-reader")
+    thread.start()
+    inside.wait(600)
+    threading.Timer(0.2, leave.set).start()
+    with pytest.warns(UserWarning, match="waits for the-reader"):
+        gate.close([], lambda: None)
+    thread.join()

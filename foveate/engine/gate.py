@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+from transformers import GenerationMixin
 
 from foveate.errors import AttachError
 
@@ -35,20 +38,32 @@ class Gate:
         self._seen: WeakSet[threading.Thread] = WeakSet()  # threads that were ever inside
         self._before: set[threading.Thread] = set()  # threads that ran before the session began
 
-    def open(self) -> None:
-        """Begin: nobody is inside."""
-        self._closing, self._before = False, set(threading.enumerate())
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """While open, put things on: nobody comes in before all of them are there."""
+        self._before, self._closing = set(threading.enumerate()), True
+        try:
+            yield
+        finally:
+            self._open()
 
-    def __enter__(self) -> None:
+    def _open(self) -> None:
+        with self._changed:
+            self._closing = False
+            self._changed.notify_all()
+
+    def __enter__(self) -> bool:
+        """Come in. Returns whether this is the thread's outermost call."""
         me = threading.get_ident()
         if me in self._inside:  # only this thread changes its own entry
             self._inside[me] += 1
-            return
+            return False
         with self._changed:
             while self._closing:
                 self._changed.wait()
             self._inside[me] = 1
         self._seen.add(threading.current_thread())
+        return True
 
     def __exit__(self, *error: object) -> None:
         me = threading.get_ident()
@@ -84,9 +99,7 @@ class Gate:
                         _warn(map(_name, self._inside), "to leave the model")
                 undo()
         finally:
-            with self._changed:
-                self._closing = False
-                self._changed.notify_all()
+            self._open()
 
     def _await_started(self, entries: Collection[Callable[..., Any]]) -> None:
         """Let threads that were started within the session, and may be about to use the model,
@@ -103,45 +116,27 @@ class Gate:
                 time.sleep(POLL)
 
 
-def wait_for_others(roots: Collection[nn.Module]) -> None:
-    """Wait until no other thread is inside some modules, which carry no session yet.
+def is_within(module: nn.Module | None) -> bool:
+    """Whether this thread is inside a call of a module."""
+    calls = nn.Module._wrapped_call_impl.__code__
+    return module is not None and _on_stack(module, calls)
 
-    Raises:
-        AttachError: this thread is inside itself.
+
+def is_generating(model: nn.Module) -> bool:
+    """Whether this thread is inside a model's `generate`."""
+    return _on_stack(model, inspect.unwrap(GenerationMixin.generate).__code__)
+
+
+def _on_stack(module: nn.Module, code: Any) -> bool:
+    """Whether a method of a module is running in this thread; of others, stacks are not safe to
+    read.
     """
-    named = {id(root) for root in roots}
-    me, began, told = threading.get_ident(), time.monotonic(), False
-    while busy := [ident for ident, f in sys._current_frames().items() if _is_inside(f, named)]:
-        if me in busy:
-            raise AttachError(
-                "a foveate session cannot be attached within a forward of its model; attach it "
-                "before the model is called"
-            )
-        if not told and time.monotonic() - began > PATIENCE:
-            told = True
-            _warn(map(_name, busy), "to leave the model before a session is attached")
-        time.sleep(POLL)
-
-
-def _is_inside(frame: FrameType | None, roots: Collection[int]) -> bool:
-    """Whether a stack holds a call of some modules."""
-    codes = _calls()
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code in codes and id(frame.f_locals.get("self")) in roots:
+        if frame.f_code is code and frame.f_locals.get("self") is module:
             return True
         frame = frame.f_back
     return False
-
-
-@functools.cache
-def _calls() -> frozenset[Any]:
-    """The code that runs whenever a module is called, or a model generates."""
-    import inspect
-
-    from transformers import GenerationMixin
-
-    generate = inspect.unwrap(GenerationMixin.generate)
-    return frozenset((nn.Module._wrapped_call_impl.__code__, generate.__code__))
 
 
 def _target(thread: threading.Thread) -> Any:

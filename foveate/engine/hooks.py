@@ -21,6 +21,7 @@ from foveate.engine.asking import IGNORED, samples
 from foveate.engine.cache import check_cache, slots_before
 from foveate.engine.compute import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
+from foveate.engine.gate import is_generating
 from foveate.engine.images import Group, Part, locate
 from foveate.engine.inputs import (
     check_labels,
@@ -121,6 +122,9 @@ class Hooks(FeatureHooks):
         now.inside = True
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
+        untagged = [output for output in given.values() if not features.is_tagged(output)]
+        if untagged and local.requests is None and is_generating(self.family.model):
+            return kwargs  # it has begun before the session
         now.visual = placeholders(self.family, ids, kwargs, given)
         if not now.visual:
             return kwargs

@@ -20,12 +20,13 @@ from torch import nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo.decorators import skip
 
-from foveate.engine.gate import Gate
+from foveate.engine.gate import Gate, is_within
 from foveate.errors import AttachError
 
 _callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
 MARK = "_foveate_part"  # the attribute of a root that holds the part on it
 F = TypeVar("F", bound=Callable[..., Any])
+PLACED = "_foveate_placed"  # what a forward that was put on knows of itself
 WITHIN = "_old_forward"  # where accelerate's hooks keep the forward that they call
 
 
@@ -35,7 +36,7 @@ class _Life:
     on = True
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Placed:
     """A forward in place of a module's.
 
@@ -44,12 +45,14 @@ class _Placed:
         name: the attribute that was set.
         before: the value of that attribute, if the module had one of its own.
         forward: what it was set to.
+        life: whether that still acts.
     """
 
     module: nn.Module
     name: str
     before: Callable[..., Any] | None
     forward: Callable[..., Any]
+    life: _Life
 
 
 @dataclass
@@ -160,7 +163,12 @@ class Part(ABC):
         mine[name] = value
 
     def replace_forward(
-        self, module: nn.Module, forward: Callable[..., Any], *, outer: bool = False
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        *,
+        outer: bool = False,
+        below: nn.Module | None = None,
     ) -> None:
         """Call `forward(module, before, ...)` in place of a module's forward.
 
@@ -171,22 +179,24 @@ class Part(ABC):
             module: the module.
             forward: what to call.
             outer: whether a thread may come into the model there.
+            below: a module that calls this one; if a thread comes from there, its call has begun
+                before the part was attached, and goes on without.
         """
         name = WITHIN if "_hf_hook" in vars(module) and WITHIN in vars(module) else "forward"
-        before = vars(module).get(name)
         life, gate = self._life, self.gate if outer else None
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
             if gate is not None:
-                with gate:
-                    if life.on:
-                        return forward(module, before, *args, **kwargs)
+                with gate as outermost:
+                    if life.on and not (outermost and is_within(below)):
+                        return forward(module, placed.before, *args, **kwargs)
             elif life.on:
-                return forward(module, before, *args, **kwargs)
-            return forward_of(module, before)(*args, **kwargs)
+                return forward(module, placed.before, *args, **kwargs)
+            return forward_of(module, placed.before)(*args, **kwargs)
 
-        functools.update_wrapper(untraced(replaced), before or module.forward)
-        placed = _Placed(module, name, before, replaced)
+        placed = _Placed(module, name, vars(module).get(name), replaced, life)
+        functools.update_wrapper(untraced(replaced), placed.before or module.forward)
+        vars(replaced)[PLACED] = placed
         self._placed.append(placed)
         self.undo(functools.partial(_take_off, placed))
         vars(module)[name] = replaced
@@ -238,6 +248,7 @@ class Part(ABC):
         around: Callable[..., Any],
         *,
         outer: bool = False,
+        below: nn.Module | None = None,
         late: Callable[..., Any] | None = None,
     ) -> Callable[..., Any]:
         """Call `around(original, ...)` in place of a method of a module.
@@ -247,6 +258,7 @@ class Part(ABC):
             name: the method.
             around: what to call; it is not compiled, what it calls is.
             outer: whether a thread may come into the model there.
+            below: as in `replace_forward`.
             late: called instead if somebody has kept the method and calls it when it is off again.
 
         Returns:
@@ -264,8 +276,8 @@ class Part(ABC):
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             if gate is not None:
-                with gate:
-                    if life.on:
+                with gate as outermost:
+                    if life.on and not (outermost and is_within(below)):
                         return around(original, *args, **kwargs)
             elif life.on:
                 return around(original, *args, **kwargs)
@@ -353,8 +365,10 @@ def _put_back(placed: _Placed) -> None:
     within: Any = now
     while within is not None and within is not placed.forward:
         within = getattr(within, "__wrapped__", None)
-    plain = now is None or now is placed.before or now == _own(placed.module)
-    if within is None and plain:
+    earlier = getattr(now, PLACED, None)
+    bare = now is None or now == _own(placed.module) or (earlier and not earlier.life.on)
+    if within is None and (bare or now is placed.before):
+        placed.before = None if now == _own(placed.module) else now
         mine["forward"] = placed.forward
 
 

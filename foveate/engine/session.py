@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.clip import ClipQuestions
-from foveate.engine.gate import Gate, wait_for_others
+from foveate.engine.gate import Gate, is_within
 from foveate.engine.part import Part
 from foveate.engine.plan import Plan
 from foveate.engine.planning import make_plan
@@ -159,12 +159,17 @@ class Session:
     def attach(self) -> Session:
         """Put everything on, or nothing: whatever is raised, the model is as it was.
 
-        Waits while another thread is inside the model.
+        What other threads are doing within the model goes on as it began.
 
         Raises:
             AttachError: the model already carries a session, or this is called within its forward.
             UnsupportedModelError: the attention kernel is not supported.
         """
+        if any(map(is_within, (self.family.model, self.family.base, self._parts[0].root))):
+            raise AttachError(
+                "a foveate session cannot be attached within a forward of its model; attach it "
+                "before the model is called"
+            )
         claimed: list[TextPart | VisionPart] = []
         try:
             for part in self._parts:
@@ -173,11 +178,9 @@ class Session:
                 claimed.append(part)
             for part in claimed:
                 part.check()
-            family = self.family
-            wait_for_others([family.model, *(part.root for part in claimed)])
-            self._gate.open()
-            for part in self._parts:
-                part.attach()
+            with self._gate.opening():
+                for part in claimed:
+                    part.attach()
         except BaseException:
             self._take_off(claimed)
             raise

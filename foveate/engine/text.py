@@ -54,7 +54,7 @@ class TextPart(Hooks, Part):
         for module in (family.model, family.base, family.text):
             self.uncopied(module)
         self.replace_forward(family.base, self.base, outer=True)
-        self.replace_forward(family.text, self.text, outer=True)
+        self.replace_forward(family.text, self.text, outer=True, below=family.base)
         if family.model is not family.base:
             self.hook(family.model, self.enter_top)
             wrapped = self.wrap(
@@ -63,7 +63,8 @@ class TextPart(Hooks, Part):
             self.entries.append(wrapped)
         for modality in family.placeholder_ids:
             around = functools.partial(self.features, modality)
-            self.wrap(family.base, f"get_{modality}_features", around, outer=True)
+            name = f"get_{modality}_features"
+            self.wrap(family.base, name, around, outer=True, below=family.base)
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.enter_projector)

@@ -151,7 +151,8 @@ class VisionPart(Part):
     def attach(self) -> None:
         """Install what acts around the encoder and its layers, and within those run in halves."""
         self.uncopied(self.root)
-        self.replace_forward(self.root, self._tower, outer=True)
+        below = self.family.base if self.family.text_layers else None
+        self.replace_forward(self.root, self._tower, outer=True, below=below)
         for number in range(self._first, len(self.encoder.layers)):
             layer = self.encoder.layers[number]
             attention, steps = self.encoder.attention(layer), self._inside.get(number, [])

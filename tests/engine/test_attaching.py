@@ -220,7 +220,7 @@ def test_a_peft_model_is_taken_as_it_is(model):
         with foveate.use(wrapped, METHODS["llm"]) as run:
             adapted = wrapped.generate(**INPUTS, **SETTINGS)
             got = logits(wrapped)
-        assert run.report().data["images"]
+        assert run.report()["images"]
         with foveate.use(wrapped.get_base_model(), METHODS["llm"]):
             torch.testing.assert_close(logits(wrapped), got)
         assert adapted.shape[1] == INPUTS["input_ids"].shape[1] + 3
@@ -302,6 +302,7 @@ def test_a_generate_of_a_session_that_was_left_ends_its_stream_with_an_error(mod
 
 def test_a_generate_that_fails_ends_its_stream(model):
     stream = Stream()
+    stream.allowed.set()
     with foveate.use(model, METHODS["llm"]), pytest.raises(FoveateError):
         model.generate(**INPUTS, prefill_chunk_size=4, streamer=stream)
     assert stream.ended
@@ -360,7 +361,6 @@ def test_whom_one_waits_for_is_told(monkeypatch):
             inside.set()
             leave.wait(600)
 
-    gate.open()
     thread = threading.Thread(target=visit, name="the-reader")
     thread.start()
     inside.wait(600)

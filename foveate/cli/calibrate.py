@@ -11,7 +11,7 @@ from PIL import Image
 from rich.markup import escape
 
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import check_writable, encode, load_image, load_model
+from foveate.cli.inputs import MAX_PIXELS, check_writable, encode, load_image, load_model
 from foveate.errors import InputError
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.methods.vflowopt import calibrate as search
@@ -47,12 +47,13 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where the method goes, as JSON.")] = Path(
         "vflowopt.json"
     ),
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Search VFlowOpt's numbers."""
     check_writable(out)
-    asked = read_prompts(prompts)
+    asked = read_prompts(prompts, max_pixels)
     trials_file = out.with_suffix(".trials")
     console = stdout()
     with progress() as steps:
@@ -71,11 +72,12 @@ def calibrate(
     console.print(f"or with {_options(found)}", soft_wrap=True)
 
 
-def read_prompts(path: Path) -> list[tuple[list[Image.Image], str]]:
+def read_prompts(path: Path, max_pixels: int | None = None) -> list[tuple[list[Image.Image], str]]:
     """Pictures and question of each line of a file.
 
     Args:
         path: lines of JSON objects with `question` and `image` or `images`, relative to its folder.
+        max_pixels: most pixels of an image, see `foveate.images.load_image`.
 
     Raises:
         InputError: the file or a picture cannot be read, or a line is no such object.
@@ -89,7 +91,7 @@ def read_prompts(path: Path) -> list[tuple[list[Image.Image], str]]:
         if not line.strip():
             continue
         names, question = _prompt(line, f"{path}:{number}")
-        found.append(([load_image(path.parent / name) for name in names], question))
+        found.append(([load_image(path.parent / name, max_pixels) for name in names], question))
     if not found:
         raise InputError(f"{path} holds no prompt; write one JSON object a line")
     return found

@@ -15,7 +15,14 @@ from rich.markup import escape
 import foveate
 from foveate.cli.compare import ALL, WARMUP, Comparison, comparison_table, time_first_token
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import answer, check_writable, encode, load_image, load_model
+from foveate.cli.inputs import (
+    MAX_PIXELS,
+    answer,
+    check_writable,
+    encode,
+    load_image,
+    load_model,
+)
 from foveate.cli.options import make_method
 from foveate.draw import stack
 from foveate.errors import InputError
@@ -66,6 +73,7 @@ def run(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")
     ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -78,7 +86,7 @@ def run(
             f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
         )
     *paths, question = inputs
-    pictures = [load_image(path) for path in paths]
+    pictures = [load_image(path, max_pixels) for path in paths]
     check_writable(show, picture=True)
     check_writable(json_path)
     rounds = repeats if with_all else 0

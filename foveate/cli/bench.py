@@ -32,6 +32,7 @@ from foveate.cli.console import stderr, stdout
 from foveate.cli.inputs import MAX_PIXELS, load_model
 from foveate.errors import BudgetError, InputError
 from foveate.method import get_method, list_methods
+from foveate.writing import check_file, check_folder
 
 HINT = "Answer with one word or number."
 RESULTS, REPORT = "results.parquet", "report.html"
@@ -110,10 +111,12 @@ def measure(
         timing: whether to time the first token too.
 
     Raises:
-        FoveateError: `out` is a file, or the model cannot be loaded.
+        FoveateError: `out` cannot be written to, or the model cannot be loaded.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"cannot write to {out}: it is a file; --out takes a folder")
+    check_folder(out)
+    if out.is_dir():
+        for name in (RESULTS, REPORT):
+            check_file(out / name)
     store = Store(out / RESULTS)
     command = "foveate " + shlex.join(sys.argv[1:])
     model, processor = load_model(settings.model, settings.device, settings.dtype)

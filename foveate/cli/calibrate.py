@@ -11,10 +11,11 @@ from PIL import Image
 from rich.markup import escape
 
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import MAX_PIXELS, check_writable, encode, load_image, load_model
+from foveate.cli.inputs import MAX_PIXELS, encode, load_image, load_model
 from foveate.errors import InputError
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.methods.vflowopt import calibrate as search
+from foveate.writing import check_file, write_json
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 
@@ -52,9 +53,12 @@ def calibrate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Search VFlowOpt's numbers."""
-    check_writable(out)
+    trials_file = out.with_suffix(".trials") if out.name else out
+    if out == trials_file:
+        raise InputError(f"--out cannot be {out}: the file of that name holds the trials")
+    check_file(out)
+    check_file(trials_file)
     asked = read_prompts(prompts, max_pixels)
-    trials_file = out.with_suffix(".trials")
     console = stdout()
     with progress() as steps:
         steps.say(f"loading {model}")
@@ -66,7 +70,7 @@ def calibrate(
         loaded, samples, average, trials=trials, startup=startup, seed=seed,
         storage=trials_file, progress=stderr().is_terminal,
     )  # fmt: skip
-    out.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(out, found.to_dict())
     console.print(f"best of {trials} trials: {escape(repr(found))}", soft_wrap=True)
     console.print(f"saved in {escape(str(out))}; use it with --method {escape(str(out))},")
     console.print(f"or with {_options(found)}", soft_wrap=True)

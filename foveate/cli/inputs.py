@@ -108,22 +108,6 @@ def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
     return image
 
 
-def check_writable(path: Path | None, *, picture: bool = False) -> None:
-    """Refuse before the work, and not after it.
-
-    Raises:
-        InputError: a file cannot be saved at the path.
-    """
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"cannot save {path}: it is a folder")
-    if picture and path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
-
-
 def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:
     """Model inputs for one question about some pictures, on the model's device.
 

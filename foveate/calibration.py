@@ -6,7 +6,9 @@ the final states of the last prompt token, which calibration prompts need no ans
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import foveate
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method
 from foveate.models import find_family
+from foveate.writing import explained
 
 Sample = Mapping[str, Any]
 Propose = Callable[[Any], Method | None]
@@ -49,7 +52,8 @@ def search(
         progress: whether to show a bar.
 
     Raises:
-        InputError: there are no samples, or the storage holds a search with other settings.
+        InputError: there are no samples, or the storage holds a search with other settings, or a
+            trial cannot be written to it; those before it are kept.
         FoveateError: Optuna is not installed, or no trial had a method.
     """
     try:
@@ -62,8 +66,10 @@ def search(
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = _study(optuna, storage, dict(settings))
-        best = _best(optuna, study, model, prompts, propose, trials, startup, seed, progress)
+        journal = None if storage is None else _journal(optuna, Path(storage))
+        with _told(journal):
+            study = _study(optuna, journal, storage, dict(settings))
+            best = _best(optuna, study, model, prompts, propose, trials, startup, seed, progress)
     finally:
         optuna.logging.set_verbosity(verbosity)
     chosen = propose(optuna.trial.FixedTrial(best))
@@ -114,16 +120,53 @@ def agreement(whole: Iterable[Tensor], pruned: Iterable[Tensor]) -> float:
     return float(torch.nn.functional.cosine_similarity(*both, dim=-1).mean())
 
 
-def _study(optuna: Any, storage: str | Path | None, settings: dict[str, Any]) -> Any:
+def _journal(optuna: Any, path: Path) -> Any:
+    """Optuna's file of trials, of which every line is whole: one on which a search was killed, or
+    that did not fit on the disk, is taken back, so that a search can go on.
+    """
+
+    class Whole(optuna.storages.journal.JournalFileBackend):
+        fault: InputError | None = None
+
+        def append_logs(self, logs: list[dict[str, Any]]) -> None:
+            try:
+                with explained(path):
+                    super().append_logs(logs)
+            except InputError as error:
+                _cut(path)
+                self.fault = error
+                raise
+
+    with explained(path):
+        if path.is_file():
+            _cut(path)
+        return Whole(str(path))
+
+
+def _cut(path: Path) -> None:
+    """Take back what follows the last whole line."""
+    data = path.read_bytes()
+    os.truncate(path, data.rfind(b"\n") + 1)
+
+
+@contextmanager
+def _told(journal: Any) -> Iterator[None]:
+    """Optuna fails in other ways once a trial could not be written; say why it was not."""
+    try:
+        yield
+    except Exception:
+        if journal is not None and journal.fault is not None:
+            raise journal.fault from None
+        raise
+
+
+def _study(optuna: Any, journal: Any, storage: str | Path | None, settings: dict[str, Any]) -> Any:
     """A new study, or the one in a file.
 
     Raises:
         InputError: the file's study has other settings.
     """
-    place = None
-    if storage is not None:
-        journal = optuna.storages.journal
-        place = optuna.storages.JournalStorage(journal.JournalFileBackend(str(storage)))
+    place = None if journal is None else optuna.storages.JournalStorage(journal)
     study = optuna.create_study(
         storage=place, study_name="foveate", direction="maximize", load_if_exists=True
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foveate.boxes import passes, plain_grid
 from foveate.errors import InputError
+from foveate.images import to_rgb
 from foveate.record import ImageRecord, Record, alone, by_picture, joined, place_name
 
 Geometry = Literal["resize", "crop", "pad"]
@@ -178,7 +179,7 @@ def draw_boxes(
     finest = boxes[layers[-1]]
     height = max(PANEL, round(10 / float((finest[:, 3] - finest[:, 1]).median())))
     width = min(max(round(image.width * height / image.height), height // 4), 4 * height)
-    canvas = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    canvas = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     edges = boxes.nan_to_num() * torch.tensor([width, height, width, height])
     corners = edges.round().int().tolist()
     panels, captions = [canvas], [("the picture", f"{len(boxes)} tokens")]
@@ -200,7 +201,7 @@ def place_grid(image: Image.Image, geometry: str, aspect: float = 1.0) -> tuple[
     Raises:
         InputError: the geometry is none of the three.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     width, height = image.size
     if geometry == "resize":
         return image, (0, 0, width, height)

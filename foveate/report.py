@@ -27,6 +27,7 @@ from foveate.measure.account import account, visual_tokens, whole
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
 from foveate.record import ImageRecord, Record, place_name
+from foveate.writing import write_text
 
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers, in JSON with line breaks
 _WIDE = 4  # rows of a batch that the table shows apart; beyond that it shows their range
@@ -132,10 +133,14 @@ class Report(dict[str, Any]):
         ]
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text, also written to `path` if given."""
+        """The report as JSON text, also written to `path` if given.
+
+        Raises:
+            InputError: it cannot be written; an earlier file is as it was.
+        """
         text = _NUMBERS.sub(lambda list_: " ".join(list_[0].split()), json.dumps(self, indent=2))
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            write_text(path, text + "\n")
         return text
 
     def __rich__(self) -> RenderableType:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from foveate.budget import PerRequest
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method, get_method
+from foveate.writing import check_folder, replacing, write_json
 
 FILE = "foveate.json"
 WEIGHTS = "foveate.safetensors"
@@ -52,7 +53,8 @@ class Saved:
             The path of foveate.json.
 
         Raises:
-            InputError: a method is not registered, so that nobody could load it.
+            InputError: a method is not registered, so that nobody could load it, or the folder
+                cannot be written to.
         """
         for method in self.methods:
             check_registered(method)
@@ -63,11 +65,13 @@ class Saved:
             "head": self.head,
         }
         path = Path(folder) / FILE
+        check_folder(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_json(path, data)
         if learned:
             weights = {name: value.contiguous() for name, value in learned.items()}
-            save_file(weights, path.with_name(WEIGHTS))
+            with replacing(path.with_name(WEIGHTS)) as part:
+                save_file(weights, part)
         return path
 
     def read_weights(self, path: str | Path | None, learned: nn.Module) -> None:

@@ -25,6 +25,7 @@ from foveate.engine.session import LEARNED, MethodLike, Session, use
 from foveate.errors import AttachError, FoveateError, InputError
 from foveate.models import unwrap
 from foveate.saving import FILE, WEIGHTS, Head, Saved
+from foveate.writing import filling
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -84,11 +85,16 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None, **options:
 
     Raises:
         AttachError: the model was not prepared.
-        InputError: a method is not registered.
+        InputError: a method is not registered, or the files cannot be written; the folder is then
+            as it was.
     """
-    _with_files(session_of(model))(_saver(model).save_pretrained, folder, **options)
-    if processor is not None:
-        processor.save_pretrained(folder)
+    around = _with_files(session_of(model))
+    if options.get("push_to_hub"):
+        options.setdefault("repo_id", Path(folder).name)
+    with filling(folder) as stage:
+        around(_saver(model).save_pretrained, stage, **options)
+        if processor is not None:
+            processor.save_pretrained(stage)
 
 
 def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:

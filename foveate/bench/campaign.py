@@ -43,11 +43,11 @@ class Progress:
     done: Callable[[Cell, Row], None]
 
 
-def find_task(name: str, data: str | None = None) -> Task:
+def find_task(name: str, data: str | None = None, max_pixels: int | None = None) -> Task:
     """The task of a name, reading data sets from a folder where it needs one."""
     from foveate.bench.tasks import get_task
 
-    return get_task(name, data=data)
+    return get_task(name, data=data, max_pixels=max_pixels)
 
 
 def execute(
@@ -135,7 +135,12 @@ def _start(settings: Settings, load: Load, parent: int) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_watch, args=(parent,), daemon=True).start()
     model, processor = load(settings.model, settings.device, settings.dtype)
-    _runner = Runner(model, processor, settings, lambda name: find_task(name, settings.data))
+    _runner = Runner(
+        model,
+        processor,
+        settings,
+        lambda name: find_task(name, settings.data, settings.max_pixels),
+    )
 
 
 def _watch(parent: int) -> None:

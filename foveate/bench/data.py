@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveate.errors import BenchError
+from foveate.errors import BenchError, InputError
+from foveate.images import load_image
 from foveate.tiny.scenes import Box
 
 _BOX_STEP = 150  # pixels from one box of an NLVR picture to the next
@@ -135,18 +136,25 @@ def _corners(left: int, top: int, width: int, height: int) -> Box:
     return left, top, left + width, top + height
 
 
-def photo(folder: Path, file: str) -> Image.Image:
+def photo(folder: Path, file: str, max_pixels: int | None = None) -> Image.Image:
     """Open one photograph as RGB.
 
+    Args:
+        folder: the data folder.
+        file: the photograph's name.
+        max_pixels: see `foveate.images.load_image`.
+
     Raises:
-        BenchError: it is missing or damaged.
+        BenchError: it is missing, damaged or too large.
     """
     path = folder / "coco-cc" / "images" / file
-    with _explained(path):
-        return Image.open(path).convert("RGB")
+    with _explained(path), path.open("rb") as opened:
+        return load_image(opened, max_pixels=max_pixels, option="--max-pixels", name=str(path))
 
 
-def packed_image(folder: Path, name: str, part: str, image: str) -> Image.Image:
+def packed_image(
+    folder: Path, name: str, part: str, image: str, max_pixels: int | None = None
+) -> Image.Image:
     """Open one picture of a data set whose pictures are in a zip file, as RGB.
 
     Args:
@@ -154,13 +162,17 @@ def packed_image(folder: Path, name: str, part: str, image: str) -> Image.Image:
         name: "nlvr" or "easy-vqa".
         part: which zip file.
         image: name inside it.
+        max_pixels: see `foveate.images.load_image`.
 
     Raises:
-        BenchError: it is missing or damaged.
+        BenchError: it is missing, damaged or too large.
     """
     path = folder / name / f"{part}-images.zip"
     with _explained(path), zipfile.ZipFile(path) as archive:
-        return Image.open(io.BytesIO(archive.read(image))).convert("RGB")
+        return load_image(
+            io.BytesIO(archive.read(image)),
+            max_pixels=max_pixels, option="--max-pixels", name=f"{path}/{image}",
+        )  # fmt: skip
 
 
 def shape_box(picture: Image.Image) -> Box:
@@ -179,6 +191,8 @@ def _explained(path: Path) -> Iterator[None]:
     """Turn what goes wrong while a file is read into an error that names it."""
     try:
         yield
+    except InputError as error:  # an image's: it says all
+        raise BenchError(str(error)) from error
     except FileNotFoundError as error:
         raise BenchError(f"{path} is missing; name a folder that holds it as data") from error
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile, OSError) as error:

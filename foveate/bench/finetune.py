@@ -24,6 +24,7 @@ from foveate.tiny.build import EOS, PAD, SIZE, build_config, build_model, build_
 from foveate.tiny.data import normalise
 from foveate.tiny.finetune import adopt, vocabulary_of
 from foveate.tiny.train import export
+from foveate.writing import check_folder
 
 _IMAGES, _SLOTS, _LENGTH = 16, 12, 14
 _RATE = 1e-3
@@ -88,6 +89,7 @@ def finetune(folder: Path, out: Path, start: Path, steps: int, seed: int) -> Non
     Raises:
         BenchError: the data set is missing or damaged.
     """
+    check_folder(out)
     rows = files.easy_vqa(folder, "train")
     words = vocabulary(start, rows)
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from PIL import Image
 from foveate.bench.levels import ALL, BASELINES
 from foveate.bench.summary import MARGIN, Line, Summary
 from foveate.bench.svg import halves, heat_map, pareto, percent
+from foveate.writing import write_text
 
 STAGES = {"baseline": "baseline", "vision": "in the encoder", "pre_llm": "before the LLM",
           "llm": "between LLM layers"}  # fmt: skip
@@ -76,7 +77,7 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         command=escape(facts.command),
         made=_made(summary),
     )  # fmt: skip
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def _headline(summary: Summary, facts: Facts, whole: Line) -> str:

@@ -44,6 +44,7 @@ class Settings:
         dtype: of its weights, or `auto`.
         max_new_tokens: longest answer.
         hint: put behind every question.
+        max_pixels: most pixels of a picture in a data set.
     """
 
     model: str
@@ -61,11 +62,12 @@ class Settings:
     dtype: str = "auto"
     max_new_tokens: int = 8
     hint: str = ""
+    max_pixels: int | None = None
 
     def asks(self) -> dict[str, Any]:
         """What decides about a cell's numbers, besides method, budget and task."""
         fields = asdict(self)
-        for name in ("methods", "keeps", "tasks", "model", "data"):
+        for name in ("methods", "keeps", "tasks", "model", "data", "max_pixels"):
             del fields[name]
         return fields
 
@@ -124,6 +126,7 @@ def versions() -> dict[str, str]:
     for part in _MEASURES:
         for path in sorted((root / part).rglob("*.py")):
             digest.update(path.read_bytes())
+    digest.update((root / "images.py").read_bytes())
     for name in _FILES:
         digest.update((root / "bench" / f"{name}.py").read_bytes())
     try:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, InputError
+from foveate.writing import explained, replacing
 
 Row = dict[str, Any]
 
@@ -88,12 +89,22 @@ class Store:
         return [self._rows[key] for key in keys if key in self._rows]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Remember a finished cell; it is on the disk when this returns."""
+        """Remember a finished cell; it is on the disk when this returns.
+
+        Raises:
+            InputError: the disk is full; cells that were finished before are kept.
+        """
+        line = (json.dumps(row) + "\n").encode()
+        with explained(self.journal), self.journal.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file.fileno())
+            except OSError:  # a full disk: what fitted is no line
+                file.truncate(end)
+                raise
         self._rows[row["key"]] = dict(row)
-        with self.journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def fold(self) -> None:
         """Put what the journal holds into the Parquet file."""
@@ -101,9 +112,8 @@ class Store:
             return
         pa, parquet = _arrow()
         table = pa.Table.from_pylist(self.rows, schema=_schema(pa))
-        part = self.path.with_suffix(".part")
-        parquet.write_table(table, part, compression="zstd", row_group_size=64)
-        part.replace(self.path)
+        with replacing(self.path) as part:
+            parquet.write_table(table, part, compression="zstd", row_group_size=64)
         self.journal.unlink()
 
     @contextmanager
@@ -111,10 +121,12 @@ class Store:
         """Keep other runs out, and fold at the end, whatever happens.
 
         Raises:
-            InputError: another run writes to the file.
+            InputError: another run writes to the file, or none can.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:
+        with explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            opened = self.path.with_suffix(".lock").open("w")
+        with opened as lock:
             _take(lock, self.path)
             try:
                 yield self
@@ -160,7 +172,7 @@ class Store:
                     "is run again"
                 ) from None
         if lines[-1]:
-            self.journal.write_bytes(data[: len(data) - len(lines[-1])])
+            os.truncate(self.journal, len(data) - len(lines[-1]))
         return rows
 
 

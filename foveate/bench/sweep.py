@@ -16,6 +16,7 @@ from foveate.errors import InputError
 from foveate.measure.machine import describe_machine, heap_is_warm
 from foveate.measure.memory import how_peaks_are_measured
 from foveate.models import find_family
+from foveate.writing import write_json
 
 Prompts = Callable[[int, int], Mapping[str, Any]]
 """Model inputs for (visual tokens of a row, rows)."""
@@ -107,7 +108,7 @@ def run_sweep(
         result["cells"].append(cell)
         result["cells"].sort(key=lambda cell: (cell["tokens"], cell["batch"]))
         if path is not None:
-            _write(path, result)
+            write_json(path, result, indent=1)
     return result
 
 
@@ -178,7 +179,7 @@ def _head(sweep: Sweep, bench: Bench, entrants: Mapping[str, Contender]) -> dict
 
 def _begin(head: dict[str, Any], path: Path | None) -> dict[str, Any]:
     """What a file holds already, or a new result."""
-    if path is None or not path.exists():
+    if path is None or not path.is_file():
         return {**head, "cells": []}
     try:
         old = json.loads(path.read_text(encoding="utf-8"))
@@ -197,13 +198,6 @@ def _begin(head: dict[str, Any], path: Path | None) -> dict[str, Any]:
                 "added to it; name another file, or delete it"
             )
     return {**head, "cells": [cell for cell in cells if "error" not in cell]}
-
-
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def losses(result: Mapping[str, Any]) -> list[str]:

@@ -29,9 +29,10 @@ from foveate.bench.settings import Cell, Settings, chosen_methods
 from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
 from foveate.cli.console import stderr, stdout
-from foveate.cli.inputs import load_model
+from foveate.cli.inputs import MAX_PIXELS, load_model
 from foveate.errors import BudgetError, InputError
 from foveate.method import get_method, list_methods
+from foveate.writing import check_file, check_folder
 
 HINT = "Answer with one word or number."
 RESULTS, REPORT = "results.parquet", "report.html"
@@ -71,6 +72,7 @@ def bench(
     difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
     clutter: Annotated[float, typer.Option(min=0, max=1, help="0 is bare.")] = 0.5,
     data: Annotated[Path | None, typer.Option(help="Folder of data sets, for coco, nlvr.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
     out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
     batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -91,7 +93,7 @@ def bench(
         model=model, methods=chosen_methods(methods), keeps=_keeps(keep), tasks=_tasks(tasks, data),
         samples=samples, seed=seed, split=_split(split), difficulty=difficulty, clutter=clutter,
         data=None if data is None else str(data), batch=batch, device=device, dtype=dtype,
-        hint=("" if model == "tiny" else HINT) if hint is None else hint,
+        hint=("" if model == "tiny" else HINT) if hint is None else hint, max_pixels=max_pixels,
     )  # fmt: skip
     measure(settings, out, workers=workers, minutes=minutes, timing=timing)
 
@@ -109,16 +111,19 @@ def measure(
         timing: whether to time the first token too.
 
     Raises:
-        FoveateError: `out` is a file, or the model cannot be loaded.
+        FoveateError: `out` cannot be written to, or the model cannot be loaded.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"cannot write to {out}: it is a file; --out takes a folder")
+    check_folder(out)
+    if out.is_dir():
+        for name in (RESULTS, REPORT):
+            check_file(out / name)
     store = Store(out / RESULTS)
     command = "foveate " + shlex.join(sys.argv[1:])
     model, processor = load_model(settings.model, settings.device, settings.dtype)
     runner = Runner(
-        model, processor, settings, lambda name: campaign.find_task(name, settings.data)
-    )
+        model, processor, settings,
+        lambda name: campaign.find_task(name, settings.data, settings.max_pixels),
+    )  # fmt: skip
     if workers is None:
         small = settings.device == "cpu" and model.num_parameters() < campaign.SMALL
         workers = min(2, os.cpu_count() or 1) if small else 1

@@ -26,12 +26,13 @@ from foveate.bench.workload import (
     repeat_rows,
 )
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import check_device, check_writable, encode, load_model, read_dtype
+from foveate.cli.inputs import check_device, encode, load_model, read_dtype
 from foveate.cli.options import make_method
 from foveate.errors import InputError
 from foveate.measure.machine import warm_heap
 from foveate.method import Method
 from foveate.models import find_family
+from foveate.writing import check_file
 
 RANDOM = "random:"
 QUESTION = "Describe everything that you see in the picture."
@@ -97,7 +98,7 @@ def bench_speed(job: SpeedJob) -> dict[str, Any]:
         FoveateError: something in the job cannot be served.
     """
     methods = read_methods(job.methods, job.keep, job.settings)
-    check_writable(job.json_path)
+    check_file(job.json_path)
     sweep = Sweep(
         model=job.model,
         tokens=_numbers("--tokens", job.tokens),

@@ -11,10 +11,11 @@ from PIL import Image
 from rich.markup import escape
 
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import check_writable, encode, load_image, load_model
+from foveate.cli.inputs import MAX_PIXELS, encode, load_image, load_model
 from foveate.errors import InputError
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.methods.vflowopt import calibrate as search
+from foveate.writing import check_file, write_json
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 
@@ -47,13 +48,17 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where the method goes, as JSON.")] = Path(
         "vflowopt.json"
     ),
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Search VFlowOpt's numbers."""
-    check_writable(out)
-    asked = read_prompts(prompts)
-    trials_file = out.with_suffix(".trials")
+    trials_file = out.with_suffix(".trials") if out.name else out
+    if out == trials_file:
+        raise InputError(f"--out cannot be {out}: the file of that name holds the trials")
+    check_file(out)
+    check_file(trials_file)
+    asked = read_prompts(prompts, max_pixels)
     console = stdout()
     with progress() as steps:
         steps.say(f"loading {model}")
@@ -65,17 +70,18 @@ def calibrate(
         loaded, samples, average, trials=trials, startup=startup, seed=seed,
         storage=trials_file, progress=stderr().is_terminal,
     )  # fmt: skip
-    out.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(out, found.to_dict())
     console.print(f"best of {trials} trials: {escape(repr(found))}", soft_wrap=True)
     console.print(f"saved in {escape(str(out))}; use it with --method {escape(str(out))},")
     console.print(f"or with {_options(found)}", soft_wrap=True)
 
 
-def read_prompts(path: Path) -> list[tuple[list[Image.Image], str]]:
+def read_prompts(path: Path, max_pixels: int | None = None) -> list[tuple[list[Image.Image], str]]:
     """Pictures and question of each line of a file.
 
     Args:
         path: lines of JSON objects with `question` and `image` or `images`, relative to its folder.
+        max_pixels: most pixels of an image, see `foveate.images.load_image`.
 
     Raises:
         InputError: the file or a picture cannot be read, or a line is no such object.
@@ -89,7 +95,7 @@ def read_prompts(path: Path) -> list[tuple[list[Image.Image], str]]:
         if not line.strip():
             continue
         names, question = _prompt(line, f"{path}:{number}")
-        found.append(([load_image(path.parent / name) for name in names], question))
+        found.append(([load_image(path.parent / name, max_pixels) for name in names], question))
     if not found:
         raise InputError(f"{path} holds no prompt; write one JSON object a line")
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +19,12 @@ from foveate.cli import flops as counting
 from foveate.cli import run as running
 from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import check_writable, load_skeleton
+from foveate.cli.inputs import load_skeleton
 from foveate.cli.options import make_method
 from foveate.errors import FoveateError, InputError
 from foveate.method import Method
 from foveate.models import unsupported_families
+from foveate.writing import check_file, is_full
 
 SPEED = "bench --speed"
 
@@ -39,8 +42,14 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except FoveateError as error:
-            stderr().print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", soft_wrap=True)
-            raise typer.Exit(2) from None
+            reason = str(error)
+        except OSError as error:  # what is printed goes to a full disk too
+            if not is_full(error):
+                raise
+            reason = f"cannot go on: {error.strerror}"
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        stderr().print(f"[bold red]error:[/] [red]{escape(reason)}[/]", soft_wrap=True)
+        raise typer.Exit(2)
 
 
 app = typer.Typer(
@@ -118,7 +127,7 @@ def demo(
       foveate demo --seed 7 --method fastv --keep 0.25
     """
     chosen: Method = make_method(method, keep)
-    check_writable(out, picture=True)
+    check_file(out, image=True)
     demonstration.demo(seed, chosen, out, repeats)
 
 

@@ -20,6 +20,7 @@ from foveate.draw import stack
 from foveate.measure.timing import Timing
 from foveate.method import Method
 from foveate.report import Report, describe
+from foveate.writing import write_image
 
 if TYPE_CHECKING:
     from foveate.tiny import Question
@@ -72,7 +73,7 @@ def demo(seed: int, method: Method, out: Path, repeats: int) -> None:
     console.print(ttft_remark(ttft, asked[0].report), style="dim")
     drawn = asked[:DRAWN]
     headings = [f"{a.question.text}  {a.pruned}" for a in drawn]
-    stack([a.drawing for a in drawn], headings).save(out)
+    write_image(out, stack([a.drawing for a in drawn], headings))
     console.print(
         f"\nkept tokens of each stage drawn in [bold]{escape(str(out))}[/]", soft_wrap=True
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import check_writable, load_image_processor, load_skeleton
+from foveate.cli.inputs import load_image_processor, load_skeleton
 from foveate.cli.options import make_method
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
@@ -29,6 +28,7 @@ from foveate.method import Method
 from foveate.models import find_family
 from foveate.record import Record
 from foveate.report import layer_ranges
+from foveate.writing import check_file, write_json
 
 HELP = """Count what a method saves on a model, from its config alone; nothing is run.
 
@@ -180,7 +180,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def save(answer: Answer, path: Path) -> None:
     """Write everything as JSON."""
-    path.write_text(json.dumps(answer.to_dict(), indent=2) + "\n", encoding="utf-8")
+    write_json(path, answer.to_dict())
 
 
 def _notes(question: Question) -> list[str]:
@@ -238,7 +238,7 @@ def flops(
     json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
 ) -> None:
     """Count what a method saves."""
-    check_writable(json_path)
+    check_file(json_path)
     question = Question(
         model=model,
         method=make_method(method, keep, setting or ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+from rich.markup import escape
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils import logging
 
+from foveate.cli.console import stderr
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.images import load_image as open_image
+from foveate.images import shorten
 from foveate.measure.checkpoints import checkpoints
 
+MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -88,37 +94,18 @@ def load_image_processor(name: str) -> Any:
         return AutoImageProcessor.from_pretrained(_check_name(name))
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Open a picture, upright and in RGB.
+def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
+    """Open an image as `foveate.images` does; what it warns of is a note on stderr.
 
     Raises:
-        InputError: there is no such file, or it is no picture.
+        InputError: there is no such file, it is no image, or it has more pixels than `max_pixels`.
     """
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise InputError(f"no such image file: {path}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, not an image file") from None
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read {path} as an image: {error}") from None
-
-
-def check_writable(path: Path | None, *, picture: bool = False) -> None:
-    """Refuse before the work, and not after it.
-
-    Raises:
-        InputError: a file cannot be saved at the path.
-    """
-    if path is None:
-        return
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"cannot save {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise InputError(f"cannot save {path}: it is a folder")
-    if picture and path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"cannot save {path}: a picture's name ends in .png or .jpg, for example")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        image = open_image(path, max_pixels=max_pixels, option="--max-pixels")
+    for note in dict.fromkeys(shorten(warning.message, 300) for warning in said):
+        stderr().print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
+    return image
 
 
 def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:

@@ -143,14 +143,20 @@ def _names(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _data(value: Any, folder: Path) -> Data:
-    given = _section(value, "data", ("file", "scenes", "turns", "seed"))
+    given = _section(value, "data", ("file", "scenes", "turns", "seed", "max_pixels"))
     if ("file" in given) == ("scenes" in given):
         raise InputError("data needs either `file`, a jsonl file, or `scenes`, how many to draw")
     if "file" in given:
-        extra = sorted(given.keys() - {"file"})
+        extra = sorted(given.keys() - {"file", "max_pixels"})
         if extra:
             raise InputError(f"data.{extra[0]} goes with `scenes`, not with `file`")
-        return Data(file=folder / _text(given["file"], "data.file"))
+        most = given.get("max_pixels")
+        return Data(
+            file=folder / _text(given["file"], "data.file"),
+            max_pixels=None if most is None else _count(most, "data.max_pixels"),
+        )
+    if "max_pixels" in given:
+        raise InputError("data.max_pixels goes with `file`, not with `scenes`")
     seed = given.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise InputError(f"data.seed must be a whole number from 0, got {seed!r}")

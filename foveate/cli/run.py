@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,12 +14,19 @@ from rich.markup import escape
 import foveate
 from foveate.cli.compare import ALL, WARMUP, Comparison, comparison_table, time_first_token
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import answer, check_writable, encode, load_image, load_model
+from foveate.cli.inputs import (
+    MAX_PIXELS,
+    answer,
+    encode,
+    load_image,
+    load_model,
+)
 from foveate.cli.options import make_method
 from foveate.draw import stack
 from foveate.errors import InputError
 from foveate.method import Method
 from foveate.report import Report
+from foveate.writing import check_file, write_image, write_json
 
 HELP = """Ask a model about pictures, with a method that removes visual tokens.
 
@@ -66,6 +72,7 @@ def run(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")
     ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -78,9 +85,11 @@ def run(
             f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
         )
     *paths, question = inputs
-    pictures = [load_image(path) for path in paths]
-    check_writable(show, picture=True)
-    check_writable(json_path)
+    check_file(show, image=True)
+    check_file(json_path)
+    if show is not None and json_path is not None and show.resolve() == json_path.resolve():
+        raise InputError(f"--show and --json are both {show}; one would replace the other")
+    pictures = [load_image(path, max_pixels) for path in paths]
     rounds = repeats if with_all else 0
     job = Job(model, pictures, question, chosen, max_new_tokens, rounds, device, dtype)
     execute(job).deliver(stdout(), show, json_path)
@@ -144,14 +153,14 @@ class Outcome:
 
     def save_drawing(self, path: Path) -> None:
         """Draw what was kept of every picture."""
-        stack(self.session.show(self.job.pictures)).save(path)
+        write_image(path, stack(self.session.show(self.job.pictures)))
 
     def save_json(self, path: Path) -> None:
         """Write the report with question, answer and comparison beside it."""
         data = {"question": self.job.question, "answer": self.answer, **self.report}
         if self.comparison is not None:
             data["comparison"] = self.comparison.to_dict()
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_json(path, data)
 
 
 def execute(job: Job) -> Outcome:

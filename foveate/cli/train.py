@@ -15,6 +15,7 @@ from foveate.cli.inputs import load_model
 from foveate.cli.recipe import EXAMPLE, read_recipe
 from foveate.finetune.recipe import Recipe
 from foveate.finetune.run import finetune, last_checkpoint
+from foveate.writing import check_folder
 
 HELP = (
     """Train a model on conversations about pictures, with a method that removes visual tokens.
@@ -58,6 +59,7 @@ def run(path: Path, console: Console) -> None:
         FoveateError: see `read_recipe` and `finetune`.
     """
     recipe = read_recipe(path)
+    check_folder(recipe.out)
     first = int(os.environ.get("RANK", "0")) == 0
     with progress() as steps:
         steps.say(f"loading {recipe.model}")

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from foveate.errors import InputError
+from foveate.images import as_rgb, load_image
 
 PLACEHOLDER = "<image>"
 _ROLES = {
@@ -64,15 +65,29 @@ class Example:
         images: its pictures, or where they lie, in the order of the image parts.
         messages: at least one of them is the assistant's.
         where: what to call it in an error.
+        max_pixels: most pixels of a picture, see `foveate.images.load_image`.
     """
 
     images: tuple[Path | Image.Image, ...]
     messages: tuple[Message, ...]
     where: str = "example"
+    max_pixels: int | None = None
 
     def pictures(self) -> list[Image.Image]:
-        """Open its pictures, upright and in RGB."""
-        return [_open(image, self.where) for image in self.images]
+        """Open its pictures, upright and in RGB, as `foveate.images` does.
+
+        Raises:
+            InputError: one cannot be read, or has too many pixels.
+        """
+        return [self._open(image) for image in self.images]
+
+    def _open(self, image: Path | Image.Image) -> Image.Image:
+        try:
+            if isinstance(image, Image.Image):
+                return as_rgb(image)
+            return load_image(image, max_pixels=self.max_pixels, option="data.max_pixels")
+        except InputError as error:
+            raise InputError(f"{self.where}: {error}") from None
 
 
 class Conversations(Sequence[Example]):
@@ -80,13 +95,14 @@ class Conversations(Sequence[Example]):
 
     Args:
         path: the file.
+        max_pixels: most pixels of a picture, see `foveate.images.load_image`.
 
     Raises:
         InputError: the file or a picture is missing, or a line is not as it must be; the message
             names the line.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_pixels: int | None = None) -> None:
         try:
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -94,7 +110,7 @@ class Conversations(Sequence[Example]):
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"cannot read {path} as a jsonl file: {error}") from None
         self._examples = [
-            _read(line, path, f"{path} line {number}")
+            replace(_read(line, path, f"{path} line {number}"), max_pixels=max_pixels)
             for number, line in enumerate(text.splitlines(), 1)
             if line.strip()
         ]
@@ -139,16 +155,6 @@ class Scenes(Sequence[Example]):
                 Message("assistant", ({"type": "text", "text": question.answer},)),
             ]
         return Example((scene.image,), tuple(messages), f"scene {seed}")
-
-
-def _open(image: Path | Image.Image, where: str) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    try:
-        with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"{where}: cannot read {image} as an image: {error}") from None
 
 
 def _read(line: str, path: Path, where: str) -> Example:

@@ -22,12 +22,14 @@ class Data:
         scenes: how many scenes to draw, where there is no file.
         turns: most questions about one scene.
         seed: data of another seed shows other scenes.
+        max_pixels: most pixels of a picture of the file; None for Pillow's limit.
     """
 
     file: Path | None = None
     scenes: int = 0
     turns: int = 4
     seed: int = 0
+    max_pixels: int | None = None
 
     def load(self) -> Sequence[Example]:
         """Read the file, or prepare to draw.
@@ -36,7 +38,7 @@ class Data:
             InputError: the file, a line or a picture is not as it must be.
         """
         if self.file is not None:
-            return Conversations(self.file)
+            return Conversations(self.file, self.max_pixels)
         return Scenes(self.scenes, self.turns, self.seed)
 
 

@@ -13,6 +13,7 @@ import foveate
 from foveate.errors import FoveateError, InputError
 from foveate.finetune.collator import Collator
 from foveate.finetune.recipe import Recipe
+from foveate.writing import check_folder, explained, filling, write_json
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -40,15 +41,21 @@ def finetune(recipe: Recipe, model: Any, processor: Any) -> Trainer:
 
     Raises:
         FoveateError: accelerate or peft is missing, an argument of the Trainer does not fit, data
-            is not as it must be, or `out` holds a run of another recipe.
+            is not as it must be, `out` holds a run of another recipe or cannot be written to, or
+            the disk is full; what `out` holds is then as it was, but for an unfinished checkpoint,
+            from which no run goes on.
     """
     trainer = make_trainer(recipe, model, processor)
     last = last_checkpoint(recipe.out)
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
-    trainer.save_model(str(recipe.out))
-    if trainer.is_world_process_zero():
-        processor.save_pretrained(recipe.out)
-    trainer.save_state()
+    with explained(recipe.out, only_full=True):
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+    with filling(recipe.out) as stage:
+        trainer.save_model(str(stage), _internal_call=True)
+        if trainer.is_world_process_zero():
+            processor.save_pretrained(stage)
+            trainer.state.save_to_json(str(stage / "trainer_state.json"))
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
     return trainer
 
 
@@ -147,6 +154,7 @@ def _arguments(recipe: Recipe) -> Any:
 
 def _claim(recipe: Recipe, write: bool) -> None:
     """Write the recipe beside its checkpoints, or compare with the one that is there."""
+    check_folder(recipe.out)
     path = recipe.out / RECIPE
     now = recipe.to_dict()
     if last_checkpoint(recipe.out) is not None and path.is_file():
@@ -160,7 +168,7 @@ def _claim(recipe: Recipe, write: bool) -> None:
             )
     if write:
         recipe.out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        write_json(path, now)
 
 
 def _plain(value: Any) -> Any:

@@ -7,15 +7,20 @@ file) or `video` (a file).
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import foveate
 from foveate.errors import InputError
+from foveate.images import as_rgb, load_image, shorten
 from foveate.method import Method
 from foveate.models import find_family
 
@@ -23,6 +28,7 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample")
 """Generation settings that are passed on."""
+_BASE64 = 64  # letters from which on a text that is no file may be a picture itself
 
 
 class ChatModel:
@@ -33,14 +39,21 @@ class ChatModel:
         processor: its processor.
         method: what removes visual tokens; `None` for all of them.
         frames: frames that are taken from a video.
+        max_pixels: most pixels of a file's picture, see `foveate.images.load_image`.
 
     Raises:
         FoveateError: the method does not work on the model.
     """
 
     def __init__(
-        self, model: Any, processor: Any, method: Method | None = None, frames: int = 32
+        self,
+        model: Any,
+        processor: Any,
+        method: Method | None = None,
+        frames: int = 32,
+        max_pixels: int | None = None,
     ) -> None:
+        self.max_pixels = max_pixels
         self.model, self.processor, self.method, self.frames = model, processor, method, frames
         self._tokenizer = processor.tokenizer
         self._tokenizer.padding_side = "left"  # answers begin in the same column
@@ -97,10 +110,15 @@ class ChatModel:
         return float(loss), bool((logits.argmax(-1) == target[0]).all())
 
     def encode(self, batch: Sequence[Conversation]) -> dict[str, Any]:
-        """Inputs of conversations, padded on the left, on the model's device."""
+        """Inputs of conversations, padded on the left, on the model's device.
+
+        Raises:
+            InputError: a picture cannot be read, or the model takes no such medium.
+        """
         media = [kind for one in batch for kind, _ in _media(one)]
         for kind in set(media) - set(self._placeholders):
             raise InputError(f"{self.model.config.model_type} takes no {kind} in a prompt")
+        batch = [[self._with_pictures(message) for message in one] for one in batch]
         if getattr(self.processor, "chat_template", None):
             frames = {"num_frames": self.frames} if "video" in media else {}
             encoded = self.processor.apply_chat_template(
@@ -119,20 +137,30 @@ class ChatModel:
         """Without a chat template: an image placeholder per picture, each on its line, and the
         text.
         """
-        from transformers.image_utils import load_image
-
         token = getattr(self.processor, "image_token", "<image>")
         found = [_media(one) for one in batch]
         if any(kind != "image" for row in found for kind, _ in row):
             raise InputError(
                 "this processor has no chat template; only pictures can be asked about"
             )
-        pictures = [load_image(value) for row in found for _, value in row]
+        pictures = [value for row in found for _, value in row]
         texts = [
             f"{token}\n" * len(row) + _text(one) for row, one in zip(found, batch, strict=True)
         ]
         given = {"images": pictures} if pictures else {}
         return self.processor(text=texts, padding=True, return_tensors="pt", **given)
+
+    def _with_pictures(self, message: Message) -> Message:
+        """The message with its picture files opened, as all of foveate opens them."""
+        if isinstance(message["content"], str):
+            return message
+        parts = [
+            {**part, "image": _open(part["image"], self.max_pixels)}
+            if part["type"] == "image"
+            else part
+            for part in message["content"]
+        ]
+        return {**message, "content": parts}
 
     def _lengths(self, new: Tensor) -> list[int]:
         """Tokens of each answer up to its end."""
@@ -140,6 +168,41 @@ class ChatModel:
         ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
         after = torch.isin(new, ends.to(new.device)).cumsum(1)
         return (after == 0).sum(1).tolist()
+
+
+def _open(value: Any, max_pixels: int | None) -> Any:
+    """A picture of a message: a file, an address, base64 text or an image; arrays stay."""
+    if isinstance(value, Image.Image):
+        return as_rgb(value)
+    if isinstance(value, Path):
+        return load_image(value, max_pixels=max_pixels)
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image as download
+
+        try:
+            return download(value)
+        except Exception as error:  # of the network, or of the file behind the address
+            raise InputError(
+                f"cannot read {shorten(value)} as an image: {shorten(error)}"
+            ) from error
+    inline = value.startswith("data:image/")
+    if not inline and (len(value) < _BASE64 or _is_file(value)):
+        return load_image(value, max_pixels=max_pixels)
+    text = value.partition(",")[2] if inline else value
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise InputError(f"no such image file, and no base64 text: {shorten(value)}") from None
+    return load_image(io.BytesIO(data), max_pixels=max_pixels, name="a base64 image")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # a name too long
+        return False
 
 
 def _alike(batch: Sequence[Conversation]) -> list[list[int]]:

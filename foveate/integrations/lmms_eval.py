@@ -81,6 +81,7 @@ class _Foveate(lmms):
         batch_size: requests that are answered together.
         max_num_frames: frames of a video.
         max_batch_size: not used; batches have one size.
+        max_pixels: most pixels of a file's picture, see `foveate.images.load_image`.
         **fields: hyper-parameters of the method.
     """
 
@@ -94,6 +95,7 @@ class _Foveate(lmms):
         batch_size: int | str = 1,
         max_num_frames: int = 32,
         max_batch_size: int | None = None,
+        max_pixels: int | None = None,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class _Foveate(lmms):
         chosen = method_of(method, keep, fields)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load_model(pretrained, where, dtype)
-        self.chat = ChatModel(model, processor, chosen, max_num_frames)
+        self.chat = ChatModel(model, processor, chosen, max_num_frames, max_pixels)
         self.batch_size = int(batch_size)
 
     def clean(self) -> None:

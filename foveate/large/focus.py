@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.models import Family, find_family
+from foveate.writing import check_folder, replacing, write_json
 
 PUBLISHED = (1, 5, 11, 14)
 """Layers of a 32-layer language model that the published module starts from."""
@@ -114,10 +115,12 @@ class RegionFocus(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write weights and what they were copied from; the folder is created if missing."""
         folder = Path(folder)
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.contiguous() for name, tensor in self.layers.state_dict().items()}
-        save_file(weights, folder / "focus.safetensors")
-        (folder / "focus.json").write_text(json.dumps({"layers": self.sources}) + "\n")
+        with replacing(folder / "focus.safetensors") as part:
+            save_file(weights, part)
+        write_json(folder / "focus.json", {"layers": self.sources})
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel) -> RegionFocus:

@@ -7,14 +7,19 @@ pyramid's levels from them.
 from __future__ import annotations
 
 import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from foveate.errors import FoveateError, InputError
+from foveate.images import as_rgb, load_image, shorten, value_range
 from foveate.large.pyramid import Level, Size
 
 Box = tuple[int, int, int, int]
@@ -45,11 +50,11 @@ class Held:
     """A picture in memory.
 
     Args:
-        image: any mode; a rotation that a camera noted is applied.
+        image: any mode; `foveate.images` says how it becomes RGB.
     """
 
     def __init__(self, image: Image.Image) -> None:
-        self._image = ImageOps.exif_transpose(image).convert("RGB")
+        self._image = as_rgb(image)
 
     @property
     def size(self) -> Size:
@@ -71,19 +76,33 @@ class Stored:
     Tiled TIFF is read tile by tile, with its stored reductions if it has some; what a format cannot
     give by windows libvips unpacks once into a temporary file.
 
+    Colours are those of `foveate.images`, but for CMYK, which libvips converts with a profile.
+    Where the range of values decides (floats, whole numbers of neither 8 nor 16 bits), the file is
+    read once more to know it.
+
     Args:
         path: any file that libvips reads.
 
     Raises:
         FoveateError: pyvips is not installed.
-        InputError: libvips cannot read the file.
+        InputError: libvips cannot read the file, now or when a window of it is read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._vips = _pyvips()
         self._path = str(path)
-        self._image = self._open()
-        self._stored = {1: self._image, **self._reductions()}
+        self._range: tuple[float, float] | None = None
+        with self._explained():
+            self._image = self._open()
+            reductions = self._reductions()
+        self._stored = {1: self._image, **reductions}
+        pages = self._image.get("n-pages") if self._image.get_typeof("n-pages") else 1
+        if pages > 1 and not reductions:
+            warnings.warn(
+                f"{shorten(path)} holds several images (an animation, or pages); only the first is "
+                "used",
+                stacklevel=2,
+            )
 
     @property
     def size(self) -> Size:
@@ -102,7 +121,8 @@ class Stored:
         part = image.crop(left, top, width, height)
         if reduce > factor:
             part = part.shrink(reduce // factor, reduce // factor, ceil=True)
-        pixels = part.numpy()
+        with self._explained():
+            pixels = part.numpy()
         # Stored reductions may lack the last row and column, where the sides are odd.
         lacking = box[3] - box[1] - len(pixels), box[2] - box[0] - pixels.shape[1]
         edges = [(0, max(0, lack)) for lack in lacking]
@@ -116,16 +136,51 @@ class Stored:
             factor *= 2
         nearest = max(f for f in self._stored if f <= factor)
         image, rest = self._stored[nearest], factor // nearest
-        return factor, (image.shrink(rest, rest, ceil=True) if rest > 1 else image).copy_memory()
+        with self._explained():
+            small = image.shrink(rest, rest, ceil=True) if rest > 1 else image
+            return factor, small.copy_memory()
 
     def _open(self, **options: int) -> Any:
+        image = self._vips.Image.new_from_file(
+            self._path, access="random", fail_on="error", **options
+        ).autorot()
+        if image.format == "uchar" or (image.format == "ushort" and image.bands > 1):
+            image = image.colourspace("srgb")  # of 16 bits it takes the high byte
+            if image.hasalpha() and image.bands == 4:
+                image = image.flatten(background=[255])
+            return image.extract_band(0, n=3).cast("uchar")
+        image = image.extract_band(0, n=3 if image.bands > 2 else 1)
+        low, high = self._span(image)
+        if image.format in ("float", "double"):
+            image = (image == image).ifthenelse(image, low)  # NaN
+        image = ((image - low) * 255 / ((high - low) or 1)).rint().cast("uchar")
+        return image if image.bands == 3 else image.bandjoin([image, image])
+
+    def _span(self, image: Any) -> tuple[float, float]:
+        """What becomes black and what white; reductions have what the picture itself has."""
+        if self._range is None and image.format == "ushort":
+            self._range = 0.0, 65535.0
+        elif self._range is None:
+            rows = max(1, _BAND // image.width)
+            ends = []
+            for top in range(0, image.height, rows):
+                values = image.crop(0, top, image.width, min(rows, image.height - top)).numpy()
+                finite = values[np.isfinite(values)]
+                ends += [float(finite.min()), float(finite.max())] if finite.size else []
+            if not ends:
+                raise InputError(f"{shorten(self._path)} has no finite value, so it shows nothing")
+            self._range = value_range(image.format in ("float", "double"), min(ends), max(ends))
+        return self._range
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What libvips says of a damaged file, in one line; it may notice at any window."""
         try:
-            image = self._vips.Image.new_from_file(self._path, access="random", **options)
+            yield
         except self._vips.Error as error:
-            raise InputError(f"libvips cannot read {self._path}: {error}") from None
-        image = image.autorot().colourspace("srgb")
-        image = image.flatten() if image.hasalpha() else image
-        return image.extract_band(0, n=3).cast("uchar")
+            raise InputError(
+                f"libvips cannot read {shorten(self._path)} as a picture: {shorten(error)}"
+            ) from None
 
     def _reductions(self) -> dict[int, Any]:
         """Factor -> the picture's stored reductions by powers of two."""
@@ -142,12 +197,16 @@ class Stored:
         return found
 
 
-def open_picture(source: str | Path | Image.Image | Picture) -> Picture:
+def open_picture(
+    source: str | Path | Image.Image | Picture, max_pixels: int | None = None
+) -> Picture:
     """A picture by windows.
 
     Args:
         source: a file, read through libvips if pyvips is installed and else by Pillow; an image in
             memory; or a picture already.
+        max_pixels: most pixels of a file that Pillow reads, see `foveate.images.load_image`; a file
+            that is read by windows may have any number of them.
 
     Raises:
         InputError: the file is not there, cannot be read, or is too large to be held in memory.
@@ -156,21 +215,15 @@ def open_picture(source: str | Path | Image.Image | Picture) -> Picture:
         return Held(source)
     if not isinstance(source, str | Path):
         return source
-    if not Path(source).is_file():
-        raise InputError(f"there is no picture {source}")
+    if "\0" in str(source) or not os.path.isfile(source):
+        raise InputError(f"there is no picture {shorten(source)}")
     try:
         return Stored(source)
     except FoveateError as error:
         if isinstance(error, InputError):
             raise
-    try:
-        with Image.open(source) as image:
-            return Held(image)
-    except Image.DecompressionBombError:
-        raise InputError(
-            f"{source} is too large to be held in memory; pip install 'foveate[large]' reads it "
-            "by windows"
-        ) from None
+    option = "pip install 'foveate[large]' reads it by windows, and open_picture's max_pixels"
+    return Held(load_image(source, max_pixels=max_pixels, option=option))
 
 
 def read_tile(

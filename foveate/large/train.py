@@ -29,6 +29,7 @@ from foveate.tiny.build import BOS, EARLY, EOS, PAD
 from foveate.tiny.data import TRAIN_SEEDS, WORD_ID
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene
+from foveate.writing import check_folder, filling
 
 KINDS = ("color", "shape", "number", "where", "place-color", "place-object", "exists")
 """Questions whose evidence is one object."""
@@ -174,6 +175,7 @@ def train(out: Path, steps: int, seed: int, batch: int = 2, rate: float = 3e-3) 
     """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(f"needs torch.optim.Muon (torch 2.9+), found {torch.__version__}")
+    check_folder(out)
     torch.manual_seed(seed)
     model, processor = tiny.load()
     focus = RegionFocus.of(model, LAYERS).requires_grad_(True)
@@ -203,8 +205,9 @@ def train(out: Path, steps: int, seed: int, batch: int = 2, rate: float = 3e-3) 
             log.write(json.dumps({**told, "cpu_s": round(time.process_time() - begun, 1)}) + "\n")
             log.flush()
     focus.save(out / "focus")
-    model.save_pretrained(out / "model")
-    processor.save_pretrained(out / "model")
+    with filling(out / "model") as stage:
+        model.save_pretrained(stage)
+        processor.save_pretrained(stage)
 
 
 def _scene(seed: int) -> tuple[Scene, list[Question]]:

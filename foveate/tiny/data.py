@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from foveate.images import load_image
 from foveate.tiny.build import EOS, MEAN, PAD, PATCH, SIZE, STD
 from foveate.tiny.questions import KINDS_OF_QUESTION, Question
 from foveate.tiny.scenes import MIX, Scene, draw_scene
@@ -116,10 +117,9 @@ def load_photos(paths: list[Path]) -> list[Image.Image]:
     """Open photos and shrink them to 256 pixels on the short side."""
     photos = []
     for path in paths:
-        with Image.open(path) as photo:
-            scale = 256 / min(photo.size)
-            extent = (round(photo.width * scale), round(photo.height * scale))
-            photos.append(photo.convert("RGB").resize(extent))
+        photo = load_image(path)
+        scale = 256 / min(photo.size)
+        photos.append(photo.resize((round(photo.width * scale), round(photo.height * scale))))
     return photos
 
 

@@ -32,6 +32,7 @@ from foveate.tiny.data import (
 from foveate.tiny.sequence_data import LESSONS, answer_sequences, make_sequences
 from foveate.tiny.train import Phase, Settings, Trainer, shares
 from foveate.tiny.words import VOCABULARY
+from foveate.writing import check_folder
 
 TURNS = {"scenes": 42, "album": 28, "events": 12, "order": 9, "rule": 9}
 """How often a step is on what."""
@@ -180,6 +181,7 @@ def finetune(settings: Settings, start: Path, turns: dict[str, int] = TURNS) -> 
         start: folder of the trained model.
         turns: how often a step is on what.
     """
+    check_folder(settings.out)
     tuner = Tuner(settings, start, turns)
     settings.out.mkdir(parents=True, exist_ok=True)
     saved = tuner.seconds

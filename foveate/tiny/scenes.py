@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from foveate.images import to_rgb
 from foveate.tiny.questions import PER_KIND, Question, ask
 from foveate.tiny.shapes import object_mask
 from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES, WORDS
@@ -200,7 +201,7 @@ def _photo(photo: Image.Image, size: int, rng: Random, noise: np.random.Generato
     """Cut a random square out of a photo, sometimes mirrored, and dim it."""
     edge = round(min(photo.size) * rng.uniform(0.5, 1.0))
     left, top = rng.randint(0, photo.width - edge), rng.randint(0, photo.height - edge)
-    cut = photo.convert("RGB").resize((size, size), box=(left, top, left + edge, top + edge))
+    cut = to_rgb(photo).resize((size, size), box=(left, top, left + edge, top + edge))
     pixels = np.asarray(cut, np.float32)
     if rng.random() < 0.5:
         pixels = pixels[:, ::-1]

@@ -35,6 +35,7 @@ from foveate.tiny.data import (
     stream,
 )
 from foveate.tiny.words import VOCABULARY
+from foveate.writing import check_folder, filling, replacing
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
@@ -147,8 +148,8 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         saved: dict[str, Any] = {n: part.state_dict() for n, part in self._parts().items()}
         saved["counts"] = (self.step, self.images, self.questions, self.seconds)
-        torch.save(saved, out / "checkpoint.tmp")
-        (out / "checkpoint.tmp").replace(out / "checkpoint.pt")
+        with replacing(out / "checkpoint.pt") as part:
+            torch.save(saved, part)
         export(self.average, out / "model")
 
     def done(self) -> float:
@@ -232,8 +233,9 @@ def export(
     """
     half = build_model(model.config)
     half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(folder)
-    build_processor(vocabulary).save_pretrained(folder)
+    with filling(folder) as stage:
+        half.half().save_pretrained(stage)
+        build_processor(vocabulary).save_pretrained(stage)
 
 
 def _optimizers(
@@ -271,6 +273,7 @@ def train(settings: Settings) -> None:
     Args:
         settings: what to do.
     """
+    check_folder(settings.out)
     trainer = Trainer(settings)
     settings.out.mkdir(parents=True, exist_ok=True)
     saved = trainer.seconds

@@ -9,6 +9,7 @@ from foveate.cli.options import make_method
 from foveate.errors import FoveateError, InputError
 from foveate.methods.vflowopt import VFlowOpt, calibrate
 from tests.cli.test_commands import call
+from tests.disks import fill, mounted
 
 
 @pytest.fixture
@@ -85,3 +86,21 @@ def test_a_saved_method_can_be_changed_and_must_be_one(tmp_path):
             make_method(str(path))
     with pytest.raises(InputError, match="cannot be read as a method"):
         make_method(str(tmp_path / "none.json"))
+
+
+def test_a_full_disk_and_a_kill_leave_a_search_that_goes_on(prompts, tmp_path):
+    with mounted(tmp_path / "disk", 64) as disk:
+        out = disk / "s.json"
+        line = ("calibrate", "tiny", str(prompts), "--startup", "1", "--average", "0.4")
+        fill(disk, 4)
+        full = call(*line, "--trials", "30", "--out", str(out))
+        assert full.exit_code == 2, full.exception
+        (said,) = [x for x in full.stderr.splitlines() if x.startswith("error")]
+        assert said == f"error: cannot save {disk}/s.trials: No space left on device"
+        assert not out.exists()
+        (disk / "filler").unlink()
+        with (disk / "s.trials").open("ab") as file:
+            file.write(b'{"op_code": 4, "wor')  # a kill in the middle of a line
+        again = call(*line, "--trials", "2", "--out", str(out))
+        assert again.exit_code == 0, again.exception
+        assert make_method(str(out)).slug == "vflowopt"

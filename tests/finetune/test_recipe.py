@@ -48,6 +48,8 @@ def test_methods_are_read_by_the_types_of_their_fields():
         ({"data": {"file": "a", "turns": 1}}, "data.turns goes with `scenes`"),
         ({"data": {"scenes": 0}}, "data.scenes must be a positive whole number, got 0"),
         ({"data": {"scenes": 1, "seed": -1}}, "data.seed must be"),
+        ({"data": {"file": "a", "max_pixels": 0}}, "data.max_pixels must be a positive whole"),
+        ({"data": {"scenes": 1, "max_pixels": 9}}, "data.max_pixels goes with `file`"),
         ({"data": [1]}, "data must be a mapping"),
         ({"method": "pyramidrop"}, "pyramiddrop"),
         ({"method": {"keep": 0.5}}, "method must be a name, or a mapping with the key `name`"),
@@ -86,8 +88,11 @@ def test_files_are_named(tmp_path):
 
 def test_paths_are_relative_to_the_recipe(tmp_path):
     (tmp_path / "weights").mkdir()
-    (tmp_path / "r.yaml").write_text("model: weights\nout: o\ndata: {file: d.jsonl}\n")
+    (tmp_path / "r.yaml").write_text(
+        "model: weights\nout: o\ndata: {file: d.jsonl, max_pixels: 9}\n"
+    )
     recipe = read_recipe(tmp_path / "r.yaml")
     assert recipe.model == str(tmp_path / "weights")
     assert recipe.out == tmp_path / "o"
     assert recipe.data.file == tmp_path / "d.jsonl"
+    assert recipe.data.max_pixels == 9

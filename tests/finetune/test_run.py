@@ -19,6 +19,7 @@ from foveate.cli.inputs import load_model
 from foveate.cli.recipe import read_recipe
 from foveate.errors import InputError
 from foveate.finetune.run import finetune, freeze, last_checkpoint
+from tests.disks import fill, mounted
 
 
 def train(path):
@@ -91,6 +92,33 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_full_disk_leaves_the_outcome_of_an_earlier_run(recipe_file, tmp_path):
+    with mounted(tmp_path / "disk", 4096) as disk:
+        recipe = recipe_file(out=str(disk / "out"), trainer={"max_steps": 1})
+        out, _ = train(recipe)
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        fill(disk, 40)
+        said = CliRunner().invoke(app, ["train", str(recipe)])
+        assert said.exit_code == 2, said.exception
+        assert said.stderr.strip().splitlines()[-1].startswith("error: cannot save")
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+        foveate.load(out)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint_is_one_line_and_a_run_goes_on(recipe_file, tmp_path):
+    with mounted(tmp_path / "disk", 4096) as disk:
+        fill(disk, 40)
+        recipe = recipe_file(out=str(disk / "out"), trainer={"max_steps": 1})
+        said = CliRunner().invoke(app, ["train", str(recipe)])
+        assert said.exit_code == 2, said.exception
+        assert said.stderr.strip().splitlines()[-1].startswith("error: cannot save")
+        assert last_checkpoint(disk / "out") is None
+        (disk / "filler").unlink()
+        out, trainer = train(recipe)
+        assert trainer.state.global_step == 1
+        foveate.load(out)
 
 
 def test_a_folder_of_another_run_is_refused(uninterrupted, recipe_file):

@@ -20,13 +20,20 @@ TASKS: dict[str, Task] = {task.name: task for task in (*SCENE_TASKS, *SEQUENCE_T
 """Every task. Those of data sets need a folder, which `get_task` gives them."""
 
 
-def get_task(name: str, *, data: Path | str | None = None, scale: int | None = None) -> Task:
+def get_task(
+    name: str,
+    *,
+    data: Path | str | None = None,
+    scale: int | None = None,
+    max_pixels: int | None = None,
+) -> Task:
     """Find a task.
 
     Args:
         name: its name.
         data: folder of the data sets; only tasks that read one use it.
         scale: how many times larger than 128 pixels drawn pictures are; ignored elsewhere.
+        max_pixels: most pixels of a picture in a data set; ignored elsewhere.
 
     Returns:
         The task.
@@ -40,5 +47,9 @@ def get_task(name: str, *, data: Path | str | None = None, scale: int | None = N
         raise BenchError(f"unknown task {name!r}; {hint}")
     task: Any = TASKS[name]
     known = {field.name for field in fields(task)}
-    given: dict[str, Any] = {"data": Path(data) if data is not None else None, "scale": scale}
+    given: dict[str, Any] = {
+        "data": Path(data) if data is not None else None,
+        "scale": scale,
+        "max_pixels": max_pixels,
+    }
     return replace(task, **{k: v for k, v in given.items() if k in known and v is not None})

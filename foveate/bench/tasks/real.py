@@ -39,11 +39,13 @@ class DataTask(ABC, Generic[T]):
         name: the task's name.
         summary: what it tests.
         data: folder that holds the data set's own folder.
+        max_pixels: most pixels of a picture, see `foveate.images.load_image`.
     """
 
     name: str
     summary: str
     data: Path | None = None
+    max_pixels: int | None = None
 
     def sample(
         self, seed: int, *, split: Split = "test", difficulty: float = 0.5, clutter: float = 0.5
@@ -85,7 +87,7 @@ class NlvrTask(DataTask[files.Row]):
 
     def ask(self, item: files.Row, split: Split, rng: Random, difficulty: float) -> Asked:
         """Difficulty changes nothing; every object is evidence."""
-        picture = files.packed_image(self.folder, "nlvr", _NLVR[split], item.image)
+        picture = files.packed_image(self.folder, "nlvr", _NLVR[split], item.image, self.max_pixels)
         seen = tuple(Evidence(box) for box in item.boxes)
         return picture, Turn(item.question, item.answer, (0,), seen, ("true", "false"))
 
@@ -105,7 +107,7 @@ class EasyTask(DataTask[files.Row]):
 
     def ask(self, item: files.Row, split: Split, rng: Random, difficulty: float) -> Asked:
         """Difficulty changes nothing; the shape is the evidence."""
-        picture = files.packed_image(self.folder, "easy-vqa", split, item.image)
+        picture = files.packed_image(self.folder, "easy-vqa", split, item.image, self.max_pixels)
         choices = ("yes", "no") if item.answer in ("yes", "no") else ()
         seen = (Evidence(files.shape_box(picture)),)
         return picture, Turn(item.question, item.answer, (0,), seen, choices)
@@ -136,7 +138,7 @@ class CocoTask(DataTask[files.Photo]):
         article = "an" if category[0] in "aeiou" else "a"
         seen = tuple(Evidence(box) for name, box in item.things if name == category)
         asked = Turn(f"is there {article} {category} ?", answer, (0,), seen, ("yes", "no"))
-        return files.photo(self.folder, item.file), asked
+        return files.photo(self.folder, item.file, self.max_pixels), asked
 
 
 def _large(photo: files.Photo, categories: list[str], least: float) -> list[str]:

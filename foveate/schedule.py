@@ -13,6 +13,7 @@ from foveate.budget import Keep, check_keep, steps_in
 from foveate.budget import count as budget_count
 from foveate.errors import LayerError
 from foveate.method import Method, ModelFacts, Need, Step
+from foveate.quoting import quoted
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,23 @@ class Scheduled(Method):
     first_drop: ClassVar[int] = 0  # the first layer before which the method can drop
     layers: tuple[int, ...] | None
 
-    def __post_init__(self) -> None:
-        """Check budgets and layers.
+    def check_fields(self) -> None:
+        """As in `Method`; layers ascend.
 
         Raises:
-            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
             LayerError: `layers` is not ascending, or begins too early.
+            FoveateError: another field does not fit its annotation.
         """
-        if self.layers is not None:
-            object.__setattr__(self, "layers", tuple(self.layers))
-            if list(self.layers) != sorted(set(self.layers)) or not self.layers:
-                raise LayerError(f"layers must be ascending and distinct, got {self.layers}")
-            if self.layers[0] < self._first:
-                raise LayerError(
-                    f"{self.slug} ranks tokens by what a layer before the drop does, so layers "
-                    f"must begin at {self._first} or later, got {self.layers}"
-                )
-        super().__post_init__()
+        super().check_fields()
+        if self.layers is None:
+            return
+        if list(self.layers) != sorted(set(self.layers)) or not self.layers:
+            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
+        if self.layers[0] < self._first:
+            raise LayerError(
+                f"{self.slug} ranks tokens by what a layer before the drop does, so layers "
+                f"must begin at {self._first} or later, got {quoted(self.layers)}"
+            )
 
     @property
     def step_count(self) -> int | None:

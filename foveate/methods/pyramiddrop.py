@@ -17,6 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from foveate.budget import Keep
+from foveate.fields import Natural
 from foveate.method import Positions, Scorer, register
 from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
@@ -46,7 +47,7 @@ class PyramidDrop(Scheduled, Scorer):
     Cost: one key projection of all tokens and one query row per drop; no attention map.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.5, 0.25, 0.125)
     positions: Positions | None = None
     rounding = math.trunc

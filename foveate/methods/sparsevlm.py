@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.clustering import dpc_knn
-from foveate.errors import FoveateError
+from foveate.fields import Natural, Positive, UnitFloat
 from foveate.method import Adaptive, ModelFacts, Need, Positions, by_count, register
 from foveate.reduction import Reduction, take_rows
 from foveate.schedule import Scheduled
@@ -76,36 +77,18 @@ class SparseVLM(Scheduled, Adaptive):
     decomposition.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep | None = None
-    version: int = 1
-    rank: float | None = None
-    tau: float = 0.3
-    theta: float = 0.1
-    heads: int | None = None
+    version: Literal[1, 2] = 1
+    rank: UnitFloat | None = None
+    tau: UnitFloat = 0.3
+    theta: UnitFloat = 0.1
+    heads: Positive | None = None
     as_released: bool = False
     positions: Positions | None = None
     published_layers = (3, 7, 16)
     ranked_before = 1
     rounding = round
-
-    def __post_init__(self) -> None:
-        """Check budgets, layers and the version.
-
-        Raises:
-            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
-            LayerError: `layers` is not ascending, or begins before 1.
-            FoveateError: there is no such version, or a share or `heads` is out of range.
-        """
-        if self.version not in PUBLISHED:
-            raise FoveateError(f"version must be 1 or 2, got {self.version!r} in sparsevlm")
-        shares = {"tau": self.tau, "theta": self.theta, "rank": self.rank or 0.0}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise FoveateError(f"{name} must be in [0, 1], got {share!r} in sparsevlm")
-        if self.heads is not None and self.heads < 1:
-            raise FoveateError(f"heads must be None or at least 1, got {self.heads} in sparsevlm")
-        super().__post_init__()
 
     @property
     def default_layers(self) -> tuple[int, ...]:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.errors import LayerError
+from foveate.fields import Natural
 from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.quoting import quoted
 from foveate.schedule import Drop, Scheduled
 from foveate.tokens import VisualTokens
 
@@ -51,9 +53,9 @@ class TransPrune(Scheduled, Scorer):
     image; per accumulated layer, two norms and one inner product of every token's input and output.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.875, 0.625, 0.125)
-    accumulate: tuple[int, ...] | None = None
+    accumulate: tuple[Natural, ...] | None = None
     positions: Positions | None = None
     rounding = math.trunc
     published_layers = (7, 9, 12)
@@ -72,7 +74,7 @@ class TransPrune(Scheduled, Scorer):
         if list(summed) != sorted(set(summed)) or not summed or summed[0] >= drops[0][0]:
             raise LayerError(
                 f"accumulate must be ascending and begin before the first drop, which is before "
-                f"layer {drops[0][0]}, got {summed} in transprune"
+                f"layer {drops[0][0]}, got {quoted(summed)} in transprune"
             )
         return tuple(
             Drop("llm", layer, self._needs(layer, summed), entry=entry) for layer, entry in drops

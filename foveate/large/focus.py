@@ -25,6 +25,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.models import Family, find_family
+from foveate.quoting import shown
+from foveate.saving import read_json
 
 PUBLISHED = (1, 5, 11, 14)
 """Layers of a 32-layer language model that the published module starts from."""
@@ -129,7 +131,10 @@ class RegionFocus(nn.Module):
         folder = Path(folder)
         if not (folder / "focus.json").exists():
             raise FoveateError(f"{folder} holds no Region Focus Module (no focus.json)")
-        sources = json.loads((folder / "focus.json").read_text())["layers"]
+        data = read_json(folder / "focus.json")
+        sources = data.get("layers") if isinstance(data, dict) else None
+        if not isinstance(sources, list) or not all(type(layer) is int for layer in sources):
+            raise FoveateError(f"{shown(folder / 'focus.json')} names no `layers`")
         focus = cls.of(model, sources)
         try:
             focus.layers.load_state_dict(load_file(folder / "focus.safetensors"))

@@ -71,6 +71,11 @@ class CATP(Scheduled, Method):
         """Entries of `keep` behind the first."""
         return steps_in(self.keep) - 1
 
+    @property
+    def published_shares(self) -> tuple[float, ...] | None:
+        """None that one number could bend: it is what the first choice leaves, for all layers."""
+        return None
+
     def legal(self, model: ModelFacts) -> list[int]:
         """Layers whose attention can be compared with that of an earlier layer."""
         return [i for i in model.attention_layers[1:] if i >= model.first_llm_layer]

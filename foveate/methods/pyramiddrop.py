@@ -39,7 +39,7 @@ class PyramidDrop(Scheduled, Scorer):
             layer sees only a window of the sequence, the nearest one that sees all takes its place.
         keep: what survives each drop, as a share of the ORIGINAL count of each image (paper:
             lambda = 0.5 to the power of the stage), or a count. Shares are truncated, as in the
-            reference.
+            reference. One number is the mean over the layers from the first drop on.
         positions: `None` gives survivors consecutive positions (`renumbered`) after every drop, as
             the reference does, where positions are single numbers; `original` leaves them where
             they were.

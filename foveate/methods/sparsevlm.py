@@ -55,8 +55,9 @@ class SparseVLM(Scheduled, Adaptive):
             each ranks. `None` scales the published (3, 7, 16) of 32 layers to the model at hand,
             or (2,) where `rank` is given.
         keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count;
-            recycled tokens come on top. `None` is the published setting of 192 tokens on average,
-            or no limit where `rank` is given; `PUBLISHED` has the others.
+            recycled tokens come on top. One number is the mean over the layers from the first drop
+            on. `None` is the published setting of 192 tokens on average, or no limit where `rank`
+            is given; `PUBLISHED` has the others.
         version: 1 recycles dropped tokens and renumbers positions; 2 (SparseVLM+) corrects for
             rotary positions, listens to the heads that look at the image most, does not recycle
             and leaves positions.
@@ -100,6 +101,13 @@ class SparseVLM(Scheduled, Adaptive):
         """`keep`, or what is published."""
         if self.keep is not None or self.rank is not None:
             return self.keep
+        return self.published_shares
+
+    @property
+    def published_shares(self) -> tuple[float, ...] | None:
+        """What is published; where `rank` decides, `keep` is a limit and no mean."""
+        if self.rank is not None:
+            return None
         return tuple(count / 576 for count in PUBLISHED[self.version][192])
 
     def positions_on(self, model: ModelFacts) -> Positions:

@@ -41,7 +41,8 @@ class TransPrune(Scheduled, Scorer):
             published (7, 9, 12) of 32 layers to the model at hand; where a layer sees only a
             window of the sequence, the nearest one that sees all takes its place.
         keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count.
-            Shares are truncated, as in the reference.
+            Shares are truncated, as in the reference. One number is the mean over the layers from
+            the first drop on.
         accumulate: decoder layers whose transitions add up, 0-based, ascending (the release counts
             from 1); a drop sums those before it. `None` takes all from the layer before the first
             drop to that before the last, as published.
@@ -76,8 +77,10 @@ class TransPrune(Scheduled, Scorer):
                 f"accumulate must be ascending and begin before the first drop, which is before "
                 f"layer {drops[0][0]}, got {quoted(summed)} in transprune"
             )
+        curve = self.curve(model, drops)
         return tuple(
-            Drop("llm", layer, self._needs(layer, summed), entry=entry) for layer, entry in drops
+            Drop("llm", layer, self._needs(layer, summed), entry=entry, curve=curve)
+            for layer, entry in drops
         )
 
     def scores(self, tokens: VisualTokens) -> Tensor:

@@ -199,7 +199,7 @@ def _fit_number(value: Any, hint: type) -> Any:
 
 
 def spell(hint: Any) -> str:
-    """An annotation in words: `a whole number at least 1 or None`."""
+    """An annotation in words: `an int at least 1 or None`."""
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         last = [m for m in members if m in (None, types.NoneType)]
@@ -216,7 +216,7 @@ def spell(hint: Any) -> str:
     if hint in (None, types.NoneType):
         return "None"
     known: dict[Any, str] = {
-        int: "a whole number",
+        int: "an int",
         float: "a finite number",
         bool: "true or false",
         str: "a text",

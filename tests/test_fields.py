@@ -199,8 +199,8 @@ def test_ranges_say_what_they_hold():
     inside = Range(0, 1, above=True, below=True)
     assert [value in inside for value in (0, 0.5, 1)] == [False, True, False]
     assert str(inside) == "in (0, 1)"
-    assert spell(Own | None) == "a whole number at least 1 or None"
-    assert spell(Keep).startswith("a finite number or a whole number")
+    assert spell(Own | None) == "an int at least 1 or None"
+    assert spell(Keep).startswith("a finite number or an int")
 
 
 @pytest.mark.parametrize("value", BAD, ids=lambda value: type(value).__name__)

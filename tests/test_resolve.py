@@ -74,7 +74,7 @@ def test_a_list_of_names_runs(llava):
         ({"name": "fastv"}, "name under `method`"),
         ({"method": 3}, "name under `method`"),
         ({"method": "fastv", "layr": 2}, "fastv has no field 'layr'"),
-        ({"method": "fastv", "layer": {}}, "layer must be a whole number"),
+        ({"method": "fastv", "layer": {}}, "layer must be an int"),
         ({"method": "pyramiddrop", "keep": {"values": 3}}, "per_request takes a list"),
         (["x" * 5000], "unknown method"),
         ("fastw", "did you mean fastv"),

@@ -15,6 +15,20 @@ from foveate.method import STAGES, Method
 from foveate.quoting import quoted, shown
 from foveate.resolve import methods_of
 
+METHOD = (
+    "A name that `foveate list` shows, or a JSON file. Given several times, methods act together, "
+    "in the order of the stream."
+)
+KEEP = (
+    "Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`. Of a method that drops "
+    "several times, one number is the mean over the layers after its first drop; without it, the "
+    "published schedule holds. With several methods: one for each, in their order."
+)
+SETTING = (
+    "A hyper-parameter, `field=value`, or `method.field=value` of one of several methods; may be "
+    "repeated."
+)
+
 
 def parse_keep(text: str) -> Keep:
     """Read a `keep`: `0.25` is a share, `64` a count per image, `0.5,0.25,0.125` a schedule.

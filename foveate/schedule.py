@@ -110,7 +110,9 @@ class Scheduled(Method):
         """Whether the budget is a mean over layers, and not what survives a drop."""
         budget, shares = self.budget, self.published_shares
         values = budget.values if isinstance(budget, PerRequest) else (budget,)
-        if shares is None or not all(isinstance(value, float | int) for value in values):
+        if shares is None or not isinstance(values, tuple):
+            return False
+        if not all(isinstance(value, float | int) for value in values):
             return False
         return self.step_count in (None, len(shares))
 

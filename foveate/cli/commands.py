@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
@@ -34,10 +33,19 @@ class _Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given = self.make_parser(ctx).parse_args(list(args))[2]
         for option in self.params:
-            once = isinstance(option, click.Option) and not option.multiple and not option.is_flag
-            if once and given.count(option) > 1:
-                raise click.UsageError(f"{option.opts[0]} is given twice; give it once", ctx)
-        return super().parse_args(ctx, args)
+            once = getattr(option, "multiple", None) is False
+            if once and not getattr(option, "is_flag", False) and given.count(option) > 1:
+                raise InputError(f"{option.opts[0]} is given twice; give it once")
+        rest = super().parse_args(ctx, args)
+        names = ctx.params.get("method")
+        if isinstance(names, list | tuple) and len(names) == 1:
+            (ctx.params["method"],) = names  # one method is its name
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        if isinstance(name := ctx.params.get("method"), str):
+            ctx.params["method"] = [name]
+        return super().invoke(ctx)
 
 
 class _Group(TyperGroup):
@@ -55,10 +63,12 @@ class _Group(TyperGroup):
         except FoveateError as error:
             stderr().print(f"[bold red]error:[/] [red]{escape(str(error))}[/]", soft_wrap=True)
             raise typer.Exit(2) from None
-        except click.UsageError as error:
-            if len(error.format_message()) <= LONGEST:
+        except Exception as error:
+            told = getattr(error, "format_message", str)()  # of a wrong option
+            if len(told) <= LONGEST:
                 raise
-            raise click.UsageError(shown(error.format_message(), LONGEST), error.ctx) from None
+            stderr().print(f"[bold red]error:[/] [red]{escape(shown(told, LONGEST))}[/]")
+            raise typer.Exit(2) from None
 
 
 app = typer.Typer(

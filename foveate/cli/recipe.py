@@ -28,7 +28,7 @@ data:
   turns: 4             # questions about one scene
 
 method:                # leave out to train with all visual tokens
-  name: pyramiddrop    # a name that `foveate list` shows
+  name: pyramiddrop    # a name that `foveate list` shows; several: a list of such mappings
   keep: [0.5, 0.25, 0.125]
 
 freeze: [vision_tower] # parameters whose name holds one of these are not trained

@@ -31,8 +31,9 @@ INTRO = """# What methods keep, and what they lose
 Made by `benchmarks/quality.py` from `benchmarks/results/quality.json`. Each method answers the same
 questions as the model with all its tokens. `keep` is what survives a method's cut; methods that cut
 several times have their published schedule bent until the mean over the layers behind the first
-cut is `keep` (FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it). So compare at equal
-FLOPs, too.
+cut is `keep` (FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it; so do CATP and VFlowOpt
+now, whose schedules were bent too when these numbers were measured). So compare at equal FLOPs,
+too.
 
 - *right*: share of right answers over tasks that tell something (the whole model is at least ten
   points above the commonest answer), with its 95 % interval (Wilson).

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from numbers import Integral, Real
+from typing import Any, TypeAlias
 
 from foveate.errors import BudgetError
+from foveate.quoting import quoted
 
 Share: TypeAlias = float | int
 Schedule: TypeAlias = Share | tuple[Share, ...]
@@ -42,7 +44,7 @@ def per_request(values: Sequence[Schedule]) -> PerRequest:
         >>> per_request([0.5, 64])
         PerRequest(values=(0.5, 64))
     """
-    keep = PerRequest(tuple(values))
+    keep = plain_keep(PerRequest(values))  # type: ignore[arg-type]
     check_keep(keep)
     return keep
 
@@ -52,6 +54,18 @@ def steps_in(keep: Keep) -> int:
     if isinstance(keep, PerRequest):
         return steps_in(keep.values[0])
     return len(keep) if isinstance(keep, tuple) else 1
+
+
+def plain_keep(keep: Any) -> Any:
+    """A `keep` with numpy's numbers as Python's and lists as tuples; other things as they are."""
+    if isinstance(keep, PerRequest) and isinstance(keep.values, list | tuple):
+        values = tuple(plain_keep(value) for value in keep.values)
+        return keep if keep.values is values else PerRequest(values)
+    if isinstance(keep, list | tuple):
+        return tuple(plain_keep(share) if isinstance(share, Real) else share for share in keep)
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        return keep
+    return int(keep) if isinstance(keep, Integral) else float(keep)
 
 
 def check_keep(keep: Keep, steps: int | None = None) -> None:
@@ -65,12 +79,7 @@ def check_keep(keep: Keep, steps: int | None = None) -> None:
         BudgetError: says which value is wrong and what is allowed.
     """
     if isinstance(keep, PerRequest):
-        if not keep.values:
-            raise BudgetError("per_request needs one keep for each row of the batch, got none")
-        for value in keep.values:
-            check_keep(value, steps)
-        if len({steps_in(value) for value in keep.values}) > 1:
-            raise BudgetError(f"per_request schedules must have equal lengths, got {keep.values}")
+        _check_requests(keep, steps)
         return
     shares = keep if isinstance(keep, tuple) else (keep,)
     if not shares:
@@ -81,11 +90,26 @@ def check_keep(keep: Keep, steps: int | None = None) -> None:
         if type(before) is type(after) and after > before:
             raise BudgetError(
                 f"a keep schedule cannot grow, because removed tokens are gone: got {after} after "
-                f"{before} in {shares}"
+                f"{before} in {quoted(shares)}"
             )
     if steps is not None and len(shares) != steps:
         raise BudgetError(
-            f"keep={keep!r} has {len(shares)} entries, but the method has {steps} steps"
+            f"keep={quoted(keep)} has {len(shares)} entries, but the method has {steps} steps"
+        )
+
+
+def _check_requests(keep: PerRequest, steps: int | None) -> None:
+    if not isinstance(keep.values, tuple):
+        raise BudgetError(f"per_request takes a list of keeps, got {quoted(keep.values)}")
+    if not keep.values:
+        raise BudgetError("per_request needs one keep for each row of the batch, got none")
+    for value in keep.values:
+        if isinstance(value, PerRequest):
+            raise BudgetError("per_request takes keeps of single rows, not per_request in itself")
+        check_keep(value, steps)
+    if len({steps_in(value) for value in keep.values}) > 1:
+        raise BudgetError(
+            f"per_request schedules must have equal lengths, got {quoted(keep.values)}"
         )
 
 
@@ -94,14 +118,14 @@ def _check_share(share: object) -> None:
         raise BudgetError(
             "keep must be a float in (0, 1], a positive int, a tuple of those or "
             "per_request([...]), "
-            f"got {share!r} of type {type(share).__name__}"
+            f"got {quoted(share)} of type {quoted(type(share).__name__)[1:-1]}"
         )
-    if isinstance(share, int) and share < 1:
-        raise BudgetError(f"keep must be in (0, 1] or a positive int, got {share}")
+    if isinstance(share, int) and not 1 <= share < 2**63:
+        raise BudgetError(f"keep must be in (0, 1] or a positive int, got {quoted(share)}")
     if isinstance(share, float) and not 0.0 < share <= 1.0:
         hint = (
             f"; for a count per image write {int(share)}"
-            if share > 1 and share == int(share)
+            if 1 < share < 2**63 and share == int(share)
             else ""
         )
         raise BudgetError(f"keep must be in (0, 1] or a positive int, got {share}{hint}")

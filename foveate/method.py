@@ -10,16 +10,25 @@ import dataclasses
 import difflib
 import functools
 import math
+import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
-from foveate.budget import Keep, check_keep
+from foveate.budget import Keep, check_keep, plain_keep
 from foveate.budget import count as budget_count
-from foveate.errors import FoveateError, UnknownMethodError, UnsupportedModelError
+from foveate.errors import (
+    BudgetError,
+    FoveateError,
+    LayerError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
+from foveate.fields import MisfitError, check_fields, fit, hints_of, spell
+from foveate.quoting import quoted, shown
 from foveate.reduction import Reduction
 from foveate.step import STAGES, ModelFacts, Need, Positions, Stage, Step, Work
 from foveate.tokens import VisualTokens
@@ -52,23 +61,42 @@ class Method(ABC):
     rounding: ClassVar[Callable[[float], int]] = math.floor
     published_positions: ClassVar[Positions] = "renumbered"
     note: ClassVar[str] = ""  # what every report must say of the method
+    field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
     adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
     keep: Keep | None
     positions: Positions | None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model.
+        """Check fields against their annotations, and the budget.
 
         Raises:
             BudgetError: `keep` is out of range or of the wrong form.
-            FoveateError: `positions` is not a known policy.
+            FoveateError: see `check_fields`.
         """
+        self.check_fields()
         self.check_budget(self.step_count)
+        _check_form(self)
+
+    def check_fields(self) -> None:
+        """Check all fields but `keep`; numbers of numpy and lists become plain ones and tuples.
+
+        Raises:
+            LayerError: a field that speaks of layers does not fit its annotation.
+            FoveateError: another one does not.
+        """
+        object.__setattr__(self, "keep", plain_keep(self.keep))
+        check_fields(self, _name(self), lambda field: field != "keep", self._error_of)
         if self.positions not in (None, "original", "renumbered"):
             raise FoveateError(
-                "positions must be 'original', 'renumbered' or None, got "
-                f"{self.positions!r} in {self.slug}"
+                "positions must be original, renumbered or None, got "
+                f"{quoted(self.positions)} in {_name(self)}"
             )
+
+    @classmethod
+    def _error_of(cls, field: str) -> type[FoveateError]:
+        """What a wrong value of a field raises."""
+        usual = LayerError if "layer" in field else FoveateError
+        return cls.field_errors.get(field, usual)
 
     @property
     def step_count(self) -> int | None:
@@ -196,6 +224,25 @@ class Adaptive(Method):
         raise NotImplementedError(f"{self.slug} decides by itself how many tokens survive")
 
 
+def _name(method: Method) -> str:
+    """What a method is called in a message."""
+    return shown(getattr(method, "slug", type(method).__name__))
+
+
+def _check_form(method: Method) -> None:
+    """Refuse forms of `keep` that its annotation leaves out; all numbers count as one form."""
+    hint = hints_of(type(method)).get("keep", Keep)
+    forms = typing.get_args(hint) or (hint,)
+    if isinstance(method.keep, float | int) and not {int, float}.isdisjoint(forms):
+        return
+    try:
+        fit(method.keep, hint)
+    except MisfitError:
+        raise BudgetError(
+            f"keep must be {spell(hint)}, got {quoted(method.keep)} in {_name(method)}"
+        ) from None
+
+
 def by_count(counts: Tensor) -> dict[int, list[int]]:
     """Group images by how many of their tokens survive.
 
@@ -266,11 +313,9 @@ def get_method(name: str) -> type[Method]:
     _load()
     if name in _REGISTRY:
         return _REGISTRY[name]
-    near = difflib.get_close_matches(name.lower(), _REGISTRY, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(_REGISTRY))}"
-    )
-    raise UnknownMethodError(f"unknown method {name!r}; {hint}")
+    near = difflib.get_close_matches(name[:80].lower(), _REGISTRY, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`foveate list` shows all"
+    raise UnknownMethodError(f"unknown method {quoted(name)}; {hint}")
 
 
 @functools.cache

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from foveate.diversity import unit, with_lengths
-from foveate.errors import FoveateError
 from foveate.method import Need
 from foveate.tokens import VisualTokens
 
@@ -19,16 +18,6 @@ Relevance = Literal["embeddings", "clip"]
 """In which space: `embeddings` compares visual tokens with the text behind their image, both as the
 language model is given them; `clip` compares patches with the question in CLIP's, see
 `foveate.ClipText`."""
-
-
-def check_relevance(relevance: str, slug: str) -> None:
-    """Check the name of a space.
-
-    Raises:
-        FoveateError: it is not known.
-    """
-    if relevance not in ("embeddings", "clip"):
-        raise FoveateError(f"relevance must be 'embeddings' or 'clip', got {relevance!r} in {slug}")
 
 
 def relevance_needs(relevance: Relevance, patches: Need) -> tuple[Need, ...]:

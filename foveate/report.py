@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +26,9 @@ from foveate.measure import flops
 from foveate.measure.account import account, visual_tokens, whole
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
+from foveate.quoting import shown
 from foveate.record import ImageRecord, Record, place_name
+from foveate.video import VideoMethod
 from foveate.writing import write_text
 
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers, in JSON with line breaks
@@ -88,7 +90,7 @@ class Report(dict[str, Any]):
             ],
             flops=_flops(record, family, methods),
             kv_bytes=_kv_bytes(record, family.config, dtype),
-            notes=[*record.notes, *_method_notes(methods)],
+            notes=[*record.notes, *idle_notes(record, family, methods), *_method_notes(methods)],
         )
         if report["flops"]["vision"] is None:
             report["notes"].append(
@@ -187,6 +189,34 @@ def _plain(value: Any) -> Any:
 def _method_notes(methods: Sequence[Method]) -> list[str]:
     """What methods say about themselves in every report, in a class attribute `note`."""
     return [f"{m.slug}: {note}" for m in methods if (note := m.note)]
+
+
+def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) -> list[str]:
+    """Say of each method that was to remove tokens, and removed none of any image.
+
+    Args:
+        record: one forward.
+        family: the model's facts.
+        methods: the methods that ran.
+    """
+    removing = {place for image in record.images for place in _removing(image)}
+    notes = []
+    for method in methods if record.images else ():
+        places = {step.place for step in method.steps(family) if not step.decode}
+        if not places or places & removing:
+            continue
+        if isinstance(method, VideoMethod) and all(image.frames == 1 for image in record.images):
+            why = "it compares the frames of a video, and there are images only"
+        else:
+            why = f"its keep={shown(str(method.keep))} leaves all tokens of these images"
+        notes.append(f"{method.slug} removed nothing: {why}")
+    return notes
+
+
+def _removing(image: ImageRecord) -> list[str]:
+    """Places after which fewer tokens of an image are left than before."""
+    left = [image.total, *(len(kept) for kept in image.kept.values())]
+    return [place for place, (a, b) in zip(image.kept, pairwise(left), strict=True) if b < a]
 
 
 def _image(image: ImageRecord) -> dict[str, Any]:

@@ -8,8 +8,7 @@ The file holds `format` (a number that grows when older versions of foveate coul
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 
 from foveate.budget import PerRequest
 from foveate.errors import FoveateError, InputError
+from foveate.files import check_plain, parse_json, read_text, reason
 from foveate.method import Method, get_method
+from foveate.quoting import quoted, shown, within
 from foveate.writing import check_folder, replacing, write_json
 
 FILE = "foveate.json"
@@ -96,27 +97,46 @@ class Saved:
             InputError: it is no such file, damaged, or written by a newer foveate.
             UnknownMethodError: a method is not known here.
         """
+        data = read_json(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as JSON: {error}") from None
+            return cls.from_dict(data)
+        except FoveateError as error:
+            raise type(error)(within(path, error)) from None
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Saved:
+        """What the file holds, as `json.loads` gives it.
+
+        Raises:
+            InputError: it is something else, or written by a newer foveate.
+            FoveateError: as in `foveate.saving.from_dict`.
+        """
         if not isinstance(data, dict) or type(data.get("format")) is not int:
-            raise InputError(f"{path} is not a file that foveate.save has written: no `format`")
+            raise InputError("foveate.save has not written this: no `format`")
         if data["format"] > FORMAT:
             raise InputError(
-                f"{path} has format {data['format']}, written by foveate "
-                f"{data.get('foveate', 'of a later version')}; this foveate {_version()} reads "
-                f"formats up to {FORMAT}, so upgrade it"
+                f"it has format {quoted(data['format'])}, written by foveate "
+                f"{shown(str(data.get('foveate', 'of a later version')), 20)}; this foveate "
+                f"{_version()} reads formats up to {FORMAT}, so upgrade it"
             )
         methods, head = data.get("methods"), data.get("head", "all")
         if not isinstance(methods, list) or not methods:
-            raise InputError(f"{path} names no `methods`; save the model anew")
-        if head not in get_args(Head):
-            raise InputError(f"{path}: head must be 'all' or 'labels', got {head!r}")
-        try:
-            return cls(tuple(from_dict(method) for method in methods), head)
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError("it names no `methods`; save the model anew")
+        if not isinstance(head, str) or head not in get_args(Head):
+            raise InputError(f"head must be 'all' or 'labels', got {quoted(head)}")
+        return cls(tuple(from_dict(method) for method in methods), head)  # type: ignore[arg-type]
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return parse_json(read_text(path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{shown(path)} cannot be read as JSON: {reason(error)}") from None
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:
@@ -135,13 +155,18 @@ def from_dict(data: Mapping[str, Any]) -> Method:
         FastV(layer=3, keep=0.5, positions=None)
     """
     if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
-        raise InputError(f"a method is a mapping with its name under `method`, got {data!r}")
+        raise InputError(f"a method is a mapping with its name under `method`, got {quoted(data)}")
     kind = get_method(data["method"])
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    try:
+        check_plain(dict(data))
+    except ValueError as error:
+        raise InputError(f"{kind.slug} cannot be made of this: {shown(error)}") from None
     values = {name: _value(value) for name, value in data.items() if name != "method"}
+    values |= {"keep": _keep(data["keep"])} if "keep" in data else {}
     if unknown := [name for name in values if name not in names]:
         raise InputError(
-            f"{kind.slug} has no field {', '.join(map(repr, unknown))}; it has {', '.join(names)}. "
+            f"{kind.slug} has no field {quoted(unknown[0])}; it has {', '.join(names)}. "
             "Another version of foveate may have written this"
         )
     try:
@@ -149,7 +174,9 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     except FoveateError:
         raise
     except (TypeError, ValueError) as error:
-        raise InputError(f"{kind.slug} cannot be made of {dict(data)}: {error}") from None
+        raise InputError(
+            f"{kind.slug} cannot be made of {quoted(dict(data))}: {shown(error)}"
+        ) from None
 
 
 def check_registered(method: Method) -> None:
@@ -171,12 +198,15 @@ def check_registered(method: Method) -> None:
 
 
 def _value(value: Any) -> Any:
-    """A hyper-parameter as methods have it: tuples, and budgets of their own for requests."""
+    """A hyper-parameter as methods have it: tuples instead of lists."""
+    return tuple(map(_value, value)) if isinstance(value, list | tuple) else value
+
+
+def _keep(value: Any) -> Any:
+    """A `keep`, which may be a budget for each request."""
     if isinstance(value, Mapping) and list(value) == ["values"]:
-        return PerRequest(tuple(_value(v) for v in value["values"]))
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple(_value(v) for v in value)
-    return value
+        return PerRequest(_value(value["values"]))
+    return _value(value)
 
 
 def _version() -> str:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.engine.part import MARK
-from foveate.engine.session import LEARNED, MethodLike, Session, use
+from foveate.engine.session import LEARNED, Session, use
 from foveate.errors import AttachError, FoveateError, InputError
 from foveate.models import unwrap
+from foveate.quoting import quoted
+from foveate.resolve import MethodLike
 from foveate.saving import FILE, WEIGHTS, Head, Saved
 from foveate.writing import filling
 
@@ -38,7 +40,7 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
 
     Args:
         model: a supported model, or a PEFT model around one.
-        method: a method, a method's name, or a list of methods in stream order.
+        method: a method, its name, or a list of those in stream order; see `foveate.use`.
         head: `all` makes logits of every token; `labels` in training (`model.train()`) only where
             a label is to be predicted, at the same loss. Logits are then (N, vocabulary).
         **fields: with a name, the method's hyper-parameters.
@@ -56,8 +58,8 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
         >>> Trainer(model=model, args=args, train_dataset=data).train()  # doctest: +SKIP
         >>> foveate.save(model, "out")  # doctest: +SKIP
     """
-    if head not in get_args(Head):
-        raise FoveateError(f"head must be 'all' or 'labels', got {head!r}")
+    if not isinstance(head, str) or head not in get_args(Head):
+        raise FoveateError(f"head must be 'all' or 'labels', got {quoted(head)}")
     session = use(unwrap(model), method, **fields)
     session.check_training()
     if head == "labels":

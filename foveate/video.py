@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.errors import BudgetError, FoveateError, InputError
+from foveate.errors import BudgetError, InputError
 from foveate.method import Adaptive, ModelFacts, Need, Step
+from foveate.quoting import quoted
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -165,22 +166,11 @@ def check_switch(slug: str, keep: object) -> None:
     Raises:
         BudgetError: it is neither `None` nor 1.0, which removes nothing.
     """
-    if keep not in (None, 1.0) or type(keep) is int:
+    if keep is not None and not (type(keep) is float and keep == 1.0):
         raise BudgetError(
             f"{slug} cannot be given a budget, as the video decides; leave keep=None, or 1.0 to "
-            f"remove nothing, got {keep!r}"
+            f"remove nothing, got {quoted(keep)}"
         )
-
-
-def check_shares(slug: str, **shares: float) -> None:
-    """Check that fields lie in [0, 1].
-
-    Raises:
-        FoveateError: says which one does not.
-    """
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise FoveateError(f"{name} must be in [0, 1], got {share} in {slug}")
 
 
 def together(reductions: Sequence[Reduction]) -> Parts:

@@ -236,3 +236,28 @@ def size(cache) -> int:
     """Bytes of all keys and values."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def idle(llava, methods):
+    with foveate.use(llava, methods) as run:
+        llava(**prompts([[5, 7]]))
+    return [note for note in run.report()["notes"] if "removed nothing" in note]
+
+
+@pytest.mark.parametrize("name", ["evs", "dycoke", "fastvid", "holitom", "prunevid"])
+def test_methods_for_videos_say_that_they_leave_images(llava, name):
+    (note,) = idle(llava, name)
+    assert note.startswith(f"{name} removed nothing: it compares the frames of a video")
+
+
+@pytest.mark.parametrize("keep", [1.0, 36, 10**6])
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "divprune", "visionzip", "tome"])
+def test_a_keep_that_removes_nothing_is_named(llava, name, keep):
+    (note,) = idle(llava, {"method": name, "keep": keep})
+    assert note == f"{name} removed nothing: its keep={keep} leaves all tokens of these images"
+    assert not idle(llava, {"method": name, "keep": 0.6})
+
+
+def test_only_the_idle_one_of_several_methods_is_named(llava):
+    both = [foveate.methods.DivPrune(keep=9), foveate.methods.FastV(keep=9)]
+    assert [note.split()[0] for note in idle(llava, both)] == ["fastv"]

@@ -41,8 +41,8 @@ def tiny_llava(
         initializer_range=0.15, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     vision_config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=vision_layers, num_attention_heads=4,
-        image_size=48, patch_size=8, initializer_factor=6.0,
+        hidden_size=32, intermediate_size=64, num_hidden_layers=vision_layers,
+        num_attention_heads=4, image_size=48, patch_size=8, initializer_factor=6.0,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision_config, text_config=text_config, image_token_id=IMAGE,

@@ -8,7 +8,6 @@ COCO photographs (`annotations.json`, `images/`).
 from __future__ import annotations
 
 import io
-import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,9 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import BenchError, InputError
+from foveate.files import parse_json, read_lines, read_text
 from foveate.images import load_image
+from foveate.quoting import shown
 from foveate.tiny.scenes import Box
 
 _BOX_STEP = 150  # pixels from one box of an NLVR picture to the next
@@ -73,7 +74,7 @@ def nlvr(folder: Path, part: str) -> tuple[Row, ...]:
     """
     path = folder / "nlvr" / f"{part}.jsonl"
     with _explained(path):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [parse_json(line) for _, line in read_lines(path)]
         return tuple(
             Row(
                 line["sentence"],
@@ -103,7 +104,7 @@ def easy_vqa(folder: Path, part: str) -> tuple[Row, ...]:
     """
     path = folder / "easy-vqa" / f"{part}-questions.json"
     with _explained(path):
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = parse_json(read_text(path))
         return tuple(Row(question, answer, f"{image}.png") for question, answer, image in rows)
 
 
@@ -116,7 +117,7 @@ def coco(folder: Path) -> tuple[Photo, ...]:
     """
     path = folder / "coco-cc" / "annotations.json"
     with _explained(path):
-        photos = json.loads(path.read_text(encoding="utf-8"))
+        photos = parse_json(read_text(path))
         read = [
             Photo(
                 photo["file"],
@@ -194,6 +195,12 @@ def _explained(path: Path) -> Iterator[None]:
     except InputError as error:  # an image's: it says all
         raise BenchError(str(error)) from error
     except FileNotFoundError as error:
-        raise BenchError(f"{path} is missing; name a folder that holds it as data") from error
-    except (ValueError, KeyError, TypeError, zipfile.BadZipFile, OSError) as error:
-        raise BenchError(f"{path} is damaged: {error}; fetch it again") from error
+        raise BenchError(
+            f"{shown(path, 120)} is missing; name a folder that holds it as data"
+        ) from error
+    except (
+        ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile, OSError,
+    ) as error:  # fmt: skip
+        raise BenchError(
+            f"{shown(path, 120)} is damaged: {shown(error, 100)}; fetch it again"
+        ) from error

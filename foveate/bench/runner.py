@@ -139,7 +139,8 @@ class Runner:
         """All questions of a task, with a method or without."""
         answers: list[Answer] = []
         words: list[Tensor] = []
-        totals, survival, notes = Totals(), Survival(), []
+        totals, survival = Totals(), Survival()
+        notes: list[str] = []
         for first in range(0, len(whole.samples), self.settings.batch):
             part = whole.samples[first : first + self.settings.batch]
             for group in _by_length([self._prompts(sample) for sample in part]):
@@ -150,7 +151,8 @@ class Runner:
                 words += logs
                 if batch.report is not None:
                     totals.add(batch.report)
-                    notes += batch.report["notes"]
+                    if method is not None:  # else the session keeps everything, and says so
+                        notes += batch.report["notes"]
                 for row in batch.seen:
                     for look in row:
                         survival.add(look)

@@ -18,7 +18,9 @@ import transformers
 import foveate
 from foveate.bench.levels import ALL, BASELINES, takes_keep
 from foveate.bench.sample import Split
+from foveate.errors import InputError
 from foveate.method import list_methods
+from foveate.quoting import quoted
 
 _MEASURES = ("engine", "methods", "models", "signals", "measure", "tiny", "bench/tasks")
 _FILES = ("judge", "levels", "outcome", "prompt", "recall", "runner")  # of bench
@@ -106,6 +108,8 @@ def chosen_methods(text: str) -> tuple[str, ...]:
     if text == "all":
         return tuple(list_methods())
     names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"--methods takes `all`, or names by commas, got {quoted(text)}")
     return tuple(foveate.get_method(name).slug for name in dict.fromkeys(names))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from foveate.errors import InputError
 from foveate.measure.machine import describe_machine, heap_is_warm
 from foveate.measure.memory import how_peaks_are_measured
 from foveate.models import find_family
+from foveate.quoting import quoted
 from foveate.writing import write_json
 
 Prompts = Callable[[int, int], Mapping[str, Any]]
@@ -57,8 +59,8 @@ class Sweep:
         for name in ("tokens", "batches"):
             values = getattr(self, name)
             if not values or min(values) < 1 or len(set(values)) < len(values):
-                raise InputError(f"{name} must be different positive numbers, got {values}")
-        if self.repeats < 1 or (self.minutes is not None and self.minutes <= 0):
+                raise InputError(f"{name} must be different positive numbers, got {quoted(values)}")
+        if self.repeats < 1 or (self.minutes is not None and not 0 < self.minutes < math.inf):
             raise InputError("repeats and minutes must be positive")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -30,8 +31,9 @@ from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
 from foveate.cli.console import stderr, stdout
 from foveate.cli.inputs import MAX_PIXELS, load_model
-from foveate.errors import BudgetError, InputError
+from foveate.errors import BenchError, BudgetError, InputError
 from foveate.method import get_method, list_methods
+from foveate.quoting import quoted, shown
 from foveate.writing import check_file, check_folder
 
 HINT = "Answer with one word or number."
@@ -64,7 +66,13 @@ def bench(
     ] = True,
     model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")] = "tiny",
     methods: Annotated[str, typer.Option(help="`all`, or names: `fastv,divprune`.")] = "all",
-    keep: Annotated[str, typer.Option(help="Shares that survive.")] = "0.5,0.25,0.125",
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Shares that survive; of a method that drops several times, the mean over the "
+            "layers after its first drop."
+        ),
+    ] = "0.5,0.25,0.125",
     tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
     samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
@@ -90,11 +98,13 @@ def bench(
 ) -> None:
     """Measure methods on tasks with known evidence."""
     settings = Settings(
-        model=model, methods=chosen_methods(methods), keeps=_keeps(keep), tasks=_tasks(tasks, data),
+        model=model, methods=chosen_methods(methods), keeps=_keeps(keep), tasks=_tasks(tasks),
         samples=samples, seed=seed, split=_split(split), difficulty=difficulty, clutter=clutter,
         data=None if data is None else str(data), batch=batch, device=device, dtype=dtype,
         hint=("" if model == "tiny" else HINT) if hint is None else hint, max_pixels=max_pixels,
     )  # fmt: skip
+    check_minutes(minutes)
+    _check_data(settings, named=tasks != "all")
     measure(settings, out, workers=workers, minutes=minutes, timing=timing)
 
 
@@ -111,7 +121,8 @@ def measure(
         timing: whether to time the first token too.
 
     Raises:
-        FoveateError: `out` cannot be written to, or the model cannot be loaded.
+        FoveateError: `out` cannot be written to, the model cannot be loaded, or none of the cells
+            that were begun could be run.
     """
     check_folder(out)
     if out.is_dir():
@@ -137,6 +148,9 @@ def measure(
             _time(runner, store, summary)
             summary = summarise(store.get(keys))
         _finish(out, runner, summary, settings, command, len(keys))
+    if summary.rows and not summary.done:
+        why = shown(next((row["error"] for row in summary.rows if row.get("error")), ""), 160)
+        raise BenchError(f"no cell could be run; the first said: {why}")
 
 
 def summarise(rows: list[Row]) -> Summary:
@@ -218,17 +232,48 @@ def _keeps(text: str) -> tuple[float, ...]:
     except ValueError:
         keeps = ()
     if not keeps or not all(0 < keep <= 1 for keep in keeps):
-        raise BudgetError(f"--keep takes shares in (0, 1] like 0.5,0.25, got {text!r}")
+        raise BudgetError(f"--keep takes shares in (0, 1] like 0.5,0.25, got {quoted(text)}")
     return keeps
 
 
 def _split(text: str) -> Split:
     if text not in get_args(Split):
-        raise InputError(f"--split must be one of {', '.join(get_args(Split))}, got {text!r}")
+        raise InputError(f"--split must be one of {', '.join(get_args(Split))}, got {quoted(text)}")
     return text  # type: ignore[return-value]
 
 
-def _tasks(text: str, data: Path | None) -> tuple[str, ...]:
+def check_minutes(minutes: float | None) -> None:
+    """Refuse a time within which nothing could be done.
+
+    Raises:
+        InputError: it is not positive, or no number.
+    """
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError(f"--minutes takes a positive number, got {minutes}")
+
+
+def _check_data(settings: Settings, *, named: bool) -> None:
+    """Find out before anything is loaded whether tasks that read data sets can.
+
+    Args:
+        settings: of the run.
+        named: whether tasks were named one by one; of all, those without data are refused cells.
+
+    Raises:
+        InputError: there is no such folder.
+        BenchError: a task's files are missing.
+    """
+    from foveate.bench.tasks.real import DataTask
+
+    if settings.data is not None and not os.path.isdir(settings.data):
+        raise InputError(f"--data: there is no folder {shown(settings.data, 120)}")
+    for name in settings.tasks if named else ():
+        task = campaign.find_task(name, settings.data)
+        if isinstance(task, DataTask):
+            task.items(settings.split)
+
+
+def _tasks(text: str) -> tuple[str, ...]:
     """Names of tasks; each is looked up before anything runs."""
     from foveate.bench.tasks import TASKS
 
@@ -238,7 +283,8 @@ def _tasks(text: str, data: Path | None) -> tuple[str, ...]:
     unknown = [name for name in names if name not in TASKS]
     if unknown or not names:
         raise InputError(
-            f"unknown task {', '.join(map(repr, unknown)) or repr(text)}; known: {', '.join(TASKS)}"
+            f"unknown task {quoted(unknown[0] if unknown else text)}; known: "
+            f"{shown(', '.join(TASKS), 200)}"
         )
     return names
 

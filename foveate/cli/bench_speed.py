@@ -32,6 +32,7 @@ from foveate.errors import InputError
 from foveate.measure.machine import warm_heap
 from foveate.method import Method
 from foveate.models import find_family
+from foveate.quoting import quoted, shown
 from foveate.writing import check_file
 
 RANDOM = "random:"
@@ -133,9 +134,21 @@ def bench_speed(job: SpeedJob) -> dict[str, Any]:
 def speed(
     model: Annotated[str, typer.Option(help="See above.")] = RANDOM + "llama-256x8",
     methods: Annotated[
-        str, typer.Option("--methods", "-m", help="Names that `foveate list` shows, by commas.")
-    ] = "pyramiddrop,fastv",
-    keep: Annotated[str | None, typer.Option(help="Of all methods, as in `foveate run`.")] = None,
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            help="Names that `foveate list` shows, by commas or one by one; "
+            "pyramiddrop,fastv if there are none.",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Of all methods, as in `foveate run`: of one that drops several times, a number "
+            "is the mean over the layers after its first drop."
+        ),
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="`method.field=value`; may be repeated.")
     ] = None,
@@ -159,7 +172,7 @@ def speed(
     bench_speed(
         SpeedJob(
             model=model,
-            methods=methods,
+            methods=",".join(methods) if methods else SpeedJob.methods,
             keep=keep,
             settings=tuple(setting or ()),
             tokens=tokens,
@@ -188,13 +201,16 @@ def read_methods(names: str, keep: str | None, settings: Sequence[str] = ()) -> 
     """
     slugs = [name.strip() for name in names.split(",") if name.strip()]
     if len(set(slugs)) < len(slugs) or not slugs:
-        raise InputError(f"--methods takes different names separated by commas, got {names!r}")
+        raise InputError(
+            f"--methods takes different names separated by commas, got {quoted(names)}"
+        )
     fields: dict[str, list[str]] = {slug: [] for slug in slugs}
     for setting in settings:
         slug, _, field = setting.partition(".")
         if slug not in fields or "=" not in field:
             raise InputError(
-                f"--set takes method.field=value with one of {', '.join(slugs)}, got {setting!r}"
+                f"--set takes method.field=value with one of {shown(', '.join(slugs), 90)}, got "
+                f"{quoted(setting)}"
             )
         fields[slug].append(field)
     return [make_method(slug, keep, fields[slug]) for slug in slugs]
@@ -204,7 +220,9 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"{option} takes numbers separated by commas, got {text!r}") from None
+        raise InputError(
+            f"{option} takes numbers separated by commas, got {quoted(text)}"
+        ) from None
 
 
 def _load(job: SpeedJob) -> tuple[Any, Prompts]:

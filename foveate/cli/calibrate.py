@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +12,10 @@ from rich.markup import escape
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import MAX_PIXELS, encode, load_image, load_model
 from foveate.errors import InputError
+from foveate.files import parse_json, read_lines, reason
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.methods.vflowopt import calibrate as search
+from foveate.quoting import shown
 from foveate.writing import check_file, write_json
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
@@ -86,27 +87,26 @@ def read_prompts(path: Path, max_pixels: int | None = None) -> list[tuple[list[I
     Raises:
         InputError: the file or a picture cannot be read, or a line is no such object.
     """
+    file = shown(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read prompts from {path}: {error}") from None
+        lines = read_lines(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read prompts from {file}: {reason(error)}") from None
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        names, question = _prompt(line, f"{path}:{number}")
+    for number, line in lines:
+        names, question = _prompt(line, f"{file}:{number}")
         found.append(([load_image(path.parent / name, max_pixels) for name in names], question))
     if not found:
-        raise InputError(f"{path} holds no prompt; write one JSON object a line")
+        raise InputError(f"{file} holds no prompt; write one JSON object a line")
     return found
 
 
 def _prompt(line: str, where: str) -> tuple[list[str], str]:
     wanted = '{"image": "cat.jpg", "question": "What is this?"}'
     try:
-        data: Any = json.loads(line)
+        data: Any = parse_json(line)
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}); write {wanted}") from None
+        raise InputError(f"{where} is not JSON ({reason(error)}); write {wanted}") from None
     names = data.get("images", [data.get("image")]) if isinstance(data, dict) else None
     if (
         not isinstance(names, list)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from foveate.cli import bench as benchmark
 from foveate.cli import bench_speed, listing
@@ -20,13 +20,35 @@ from foveate.cli import run as running
 from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import load_skeleton
-from foveate.cli.options import make_method
+from foveate.cli.options import make_methods
 from foveate.errors import FoveateError, InputError
-from foveate.method import Method
 from foveate.models import unsupported_families
+from foveate.quoting import LONGEST, shown
 from foveate.writing import check_file, is_full
 
 SPEED = "bench --speed"
+DEMO = "As in `foveate run`; pyramiddrop if none is named."
+
+
+class _Command(TyperCommand):
+    """A command that refuses an option given twice of which only the last would count."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = self.make_parser(ctx).parse_args(list(args))[2]
+        for option in self.params:
+            once = getattr(option, "multiple", None) is False
+            if once and not getattr(option, "is_flag", False) and given.count(option) > 1:
+                raise InputError(f"{option.opts[0]} is given twice; give it once")
+        rest = super().parse_args(ctx, args)
+        names = ctx.params.get("method")
+        if isinstance(names, list | tuple) and len(names) == 1:
+            (ctx.params["method"],) = names  # one method is its name
+        return rest
+
+    def invoke(self, ctx: Any) -> Any:
+        if isinstance(name := ctx.params.get("method"), str):
+            ctx.params["method"] = [name]
+        return super().invoke(ctx)
 
 
 class _Group(TyperGroup):
@@ -48,6 +70,11 @@ class _Group(TyperGroup):
                 raise
             reason = f"cannot go on: {error.strerror}"
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        except Exception as error:
+            told = getattr(error, "format_message", str)()  # of a wrong option
+            if len(told) <= LONGEST:
+                raise
+            reason = shown(told, LONGEST)
         stderr().print(f"[bold red]error:[/] [red]{escape(reason)}[/]", soft_wrap=True)
         raise typer.Exit(2)
 
@@ -61,10 +88,10 @@ app = typer.Typer(
     help="Faster vision-language models: remove the visual tokens they do not need.",
 )
 
-app.command("run", help=running.HELP)(running.run)
+app.command("run", cls=_Command, help=running.HELP)(running.run)
 
 
-@app.command("list")
+@app.command("list", cls=_Command)
 def list_(
     model: Annotated[
         str | None,
@@ -106,17 +133,17 @@ def list_(
     console.print(listing.method_table(skeleton))
 
 
-app.command("calibrate", help=calibration.HELP)(calibration.calibrate)
+app.command("calibrate", cls=_Command, help=calibration.HELP)(calibration.calibrate)
 
 
-app.command("flops", help=counting.HELP)(counting.flops)
+app.command("flops", cls=_Command, help=counting.HELP)(counting.flops)
 
 
-@app.command("demo")
+@app.command("demo", cls=_Command)
 def demo(
     seed: Annotated[int, typer.Option(help="Which scene to draw.")] = demonstration.SEED,
-    method: Annotated[str, typer.Option("--method", "-m")] = "pyramiddrop",
-    keep: Annotated[str | None, typer.Option(help="As in `foveate run`.")] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help=DEMO)] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="As in `foveate run`.")] = None,
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo-kept.png"),
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
 ) -> None:
@@ -126,16 +153,16 @@ def demo(
 
       foveate demo --seed 7 --method fastv --keep 0.25
     """
-    chosen: Method = make_method(method, keep)
+    chosen = make_methods(method or ["pyramiddrop"], keep or ())
     check_file(out, image=True)
     demonstration.demo(seed, chosen, out, repeats)
 
 
-app.command("bench", help=benchmark.HELP)(benchmark.bench)
-app.command(SPEED, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
+app.command("bench", cls=_Command, help=benchmark.HELP)(benchmark.bench)
+app.command(SPEED, cls=_Command, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 
 
-@app.command("train", help=training.HELP)
+@app.command("train", cls=_Command, help=training.HELP)
 def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file.")] = None,
     example: Annotated[

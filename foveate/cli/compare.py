@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -45,15 +45,16 @@ class Comparison:
 def time_first_token(
     model: Any,
     inputs: Any,
-    method: Method,
+    methods: Sequence[Method],
     *,
     repeats: int,
     tick: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
-    """Times to first token with all tokens and with a method, runs taking turns."""
+    """Times to first token with all tokens and with methods, runs taking turns."""
+    name = " + ".join(method.slug for method in methods)
     return interleave(
         lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False),
-        {ALL: nullcontext, method.slug: lambda: foveate.use(model, method)},
+        {ALL: nullcontext, name: lambda: foveate.use(model, methods)},
         repeats=repeats,
         warmup=WARMUP,
         device=model.device,

@@ -42,12 +42,12 @@ class Asked:
     drawing: Image.Image
 
 
-def demo(seed: int, method: Method, out: Path, repeats: int) -> None:
+def demo(seed: int, methods: Sequence[Method], out: Path, repeats: int) -> None:
     """Ask, compare, time, draw; print what was measured.
 
     Args:
         seed: of the scene.
-        method: what is compared with all tokens.
+        methods: what is compared with all tokens, in stream order.
         out: where the drawing of the kept tokens goes.
         repeats: timed rounds.
     """
@@ -62,15 +62,18 @@ def demo(seed: int, method: Method, out: Path, repeats: int) -> None:
         steps.say("asking", len(questions))
         asked = []
         for question in questions:
-            asked.append(ask(model, processor, scene.image, question, method))
+            asked.append(ask(model, processor, scene.image, question, methods))
             steps.tick()
         steps.say("timing the first token", 2 * (repeats + WARMUP))
         inputs = encode(processor, [scene.image], questions[0].text, model)
-        ttft = time_first_token(model, inputs, method, repeats=repeats, tick=steps.tick)
-    console.print(f"scene {seed}, {escape(describe(method.to_dict()))}")
-    console.print(answer_table(asked, method.slug))
+        ttft = time_first_token(model, inputs, methods, repeats=repeats, tick=steps.tick)
+    described = " + ".join(describe(method.to_dict()) for method in methods)
+    console.print(f"scene {seed}, {escape(described)}")
+    console.print(answer_table(asked, " + ".join(method.slug for method in methods)))
     console.print(cost_table(asked[0].report, ttft))
     console.print(ttft_remark(ttft, asked[0].report), style="dim")
+    for note in asked[0].report["notes"]:
+        console.print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
     drawn = asked[:DRAWN]
     headings = [f"{a.question.text}  {a.pruned}" for a in drawn]
     write_image(out, stack([a.drawing for a in drawn], headings))
@@ -88,12 +91,16 @@ def one_of_each_kind(questions: Sequence[Question]) -> list[Question]:
 
 
 def ask(
-    model: Any, processor: Any, image: Image.Image, question: Question, method: Method
+    model: Any,
+    processor: Any,
+    image: Image.Image,
+    question: Question,
+    methods: Sequence[Method],
 ) -> Asked:
-    """Ask one question with all tokens and with the method."""
+    """Ask one question with all tokens and with the methods."""
     inputs = encode(processor, [image], question.text, model)
     plain = answer(model, processor, inputs, LONGEST_ANSWER)
-    with foveate.use(model, method) as session:
+    with foveate.use(model, methods) as session:
         pruned = answer(model, processor, inputs, LONGEST_ANSWER)
     return Asked(question, plain, pruned, session.report(), session.show([image])[0])
 

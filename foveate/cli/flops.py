@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import load_image_processor, load_skeleton
-from foveate.cli.options import make_method
+from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
 from foveate.measure.account import Account, account, visual_tokens, whole
@@ -27,7 +28,7 @@ from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method
 from foveate.models import find_family
 from foveate.record import Record
-from foveate.report import layer_ranges
+from foveate.report import idle_notes, layer_ranges
 from foveate.writing import check_file, write_json
 
 HELP = """Count what a method saves on a model, from its config alone; nothing is run.
@@ -56,7 +57,7 @@ class Question:
 
     Args:
         model: hub id, local folder or `tiny`; facts of well-known checkpoints are bundled.
-        method: what removes tokens.
+        methods: what removes tokens, in stream order.
         convention: what counts.
         images: pictures in the prompt.
         size: width and height of each.
@@ -65,7 +66,7 @@ class Question:
     """
 
     model: str
-    method: Method
+    methods: tuple[Method, ...]
     convention: Convention
     images: int = 1
     size: tuple[int, int] = (672, 672)
@@ -87,9 +88,10 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; FLOPs and bytes are whole numbers."""
         asked, record = self.question, self.record
+        described = [method.to_dict() for method in asked.methods]
         return {
             "model": asked.model,
-            "method": asked.method.to_dict(),
+            "method": described[0] if len(described) == 1 else described,
             "convention": asked.convention.name,
             "images": asked.images,
             "size": list(asked.size),
@@ -104,7 +106,8 @@ class Answer:
     def show(self, console: Console) -> None:
         """Print the tables."""
         asked, convention = self.question, self.question.convention
-        console.print(f"[bold]{escape(asked.model)}[/] with [bold]{asked.method.slug}[/]")
+        names = " + ".join(method.slug for method in asked.methods)
+        console.print(f"[bold]{escape(asked.model)}[/] with [bold]{names}[/]")
         console.print(f"[dim]{convention.name}: {escape(convention.what)}[/]", soft_wrap=True)
         console.print(self._layers())
         console.print(self._costs())
@@ -155,15 +158,17 @@ def count(question: Question) -> Answer:
     """
     family = find_family(load_skeleton(question.model))
     processor = load_image_processor(question.model)
-    plan = make_plan(family, [question.method])
+    plan = make_plan(family, question.methods)
     record = planned(
         family, plan, fed(processor, question.images, question.size), question.text_tokens
     )
-    full = whole(record)
+    full, idle = whole(record), idle_notes(record, family, question.methods)
     before = account(full, family, (), question.convention)
-    after = account(record, family, [question.method], question.convention)
+    after = account(record, family, question.methods, question.convention)
     stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]
-    return Answer(question, record, before, after, (stored[0], stored[1]), tuple(_notes(question)))
+    return Answer(
+        question, record, before, after, (stored[0], stored[1]), tuple(_notes(question, idle))
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -183,19 +188,20 @@ def save(answer: Answer, path: Path) -> None:
     write_json(path, answer.to_dict())
 
 
-def _notes(question: Question) -> list[str]:
-    notes = []
+def _notes(question: Question, idle: Sequence[str]) -> list[str]:
+    notes = list(idle)
     if question.model in checkpoints():
         notes.append("counted from bundled facts of the config; nothing was downloaded")
-    if question.method.adaptive:
-        keep = question.method.keep
+    for method in question.methods:
+        keep = method.keep
         found = "without a keep, so all tokens are counted" if keep is None else f"keep={keep}"
-        notes.append(
-            f"{question.method.slug} decides by the tokens how many survive; counted is "
-            f"{found}. Run it and ask for the report to know"
-        )
-    if question.method.note:
-        notes.append(f"{question.method.slug}: {question.method.note}")
+        if method.adaptive and not any(note.startswith(f"{method.slug} ") for note in idle):
+            notes.append(
+                f"{method.slug} decides by the tokens how many survive; counted is {found}. Run it "
+                "and ask for the report to know"
+            )
+        if method.note:
+            notes.append(f"{method.slug}: {method.note}")
     return notes
 
 
@@ -218,14 +224,9 @@ def _table(heading: str) -> Table:
 
 def flops(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
-    method: Annotated[
-        str, typer.Option("--method", "-m", help="A name that `foveate list` shows.")
-    ],
-    keep: Annotated[str | None, typer.Option(help="As in `foveate run`.")] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
-    ] = None,
+    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
+    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
     images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
     image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
@@ -241,7 +242,7 @@ def flops(
     check_file(json_path)
     question = Question(
         model=model,
-        method=make_method(method, keep, setting or ()),
+        methods=make_methods(method, keep or (), setting or ()),
         convention=get_convention(convention),
         images=images,
         size=parse_size(image_size),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.images import load_image as open_image
 from foveate.images import shorten
 from foveate.measure.checkpoints import checkpoints
+from foveate.quoting import quoted, shown
 
 MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -144,12 +146,13 @@ def _check_name(name: str) -> str:
     Raises:
         InputError: the folder is not there, or holds no model.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"cannot load {name!r}: the folder has no config.json")
-    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise InputError(f"cannot load {name!r}: there is no such folder, and it is no hub id")
+    if os.path.isdir(name):
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"cannot load {quoted(name)}: the folder has no config.json")
+    elif len(name) > 200 or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise InputError(
+            f"cannot load {quoted(name)}: there is no such folder, and it is no hub id"
+        )
     return name
 
 
@@ -160,7 +163,7 @@ def read_dtype(name: str) -> torch.dtype | None:
         InputError: it is none of them.
     """
     if name not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {quoted(name)}")
     return None if name == "auto" else getattr(torch, name)
 
 
@@ -173,9 +176,9 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name!r}; try cpu, cuda or cuda:0") from None
+        raise InputError(f"unknown device {quoted(name)}; try cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} was asked for, but torch sees no CUDA device here")
+        raise InputError(f"device {quoted(name)} was asked for, but torch sees no CUDA device here")
     return device
 
 
@@ -211,10 +214,10 @@ def _explain(error: Exception, name: str) -> FoveateError:
             "torch), so transformers cannot load image processors; run `pip uninstall torchvision` "
             "(it is not needed), or install the build that matches torch"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = shown((str(error).strip() or type(error).__name__).splitlines()[0], 140)
     if isinstance(error, OSError):
         return InputError(
-            f"cannot load {name!r}: neither a folder here nor a hub model that can be reached "
-            f"({reason})"
+            f"cannot load {quoted(name)}: neither a folder here nor a hub model that can be "
+            f"reached ({reason})"
         )
-    return UnsupportedModelError(f"cannot load {name!r} as a vision-language model: {reason}")
+    return UnsupportedModelError(f"cannot load {quoted(name)} as a vision-language model: {reason}")

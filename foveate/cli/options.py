@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from foveate.budget import Keep
 from foveate.errors import BudgetError, InputError
-from foveate.method import Method, get_method
-from foveate.saving import from_dict
+from foveate.fields import hints_of, spell
+from foveate.method import STAGES, Method
+from foveate.quoting import quoted, shown
+from foveate.resolve import methods_of
+
+METHOD = (
+    "A name that `foveate list` shows, or a JSON file. Given several times, methods act together, "
+    "in the order of the stream."
+)
+KEEP = (
+    "Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`. Of a method that drops "
+    "several times, one number is the mean over the layers after its first drop; without it, the "
+    "published schedule holds. With several methods: one for each, in their order."
+)
+SETTING = (
+    "A hyper-parameter, `field=value`, or `method.field=value` of one of several methods; may be "
+    "repeated."
+)
 
 
 def parse_keep(text: str) -> Keep:
@@ -33,7 +47,7 @@ def _share(text: str) -> float | int:
     except ValueError:
         raise BudgetError(
             f"keep must be a share like 0.25, a count like 64 or a schedule like 0.5,0.25, "
-            f"got {text!r}"
+            f"got {quoted(text)}"
         ) from None
 
 
@@ -48,22 +62,57 @@ def make_method(name: str, keep: str | None = None, settings: Iterable[str] = ()
     Raises:
         FoveateError: the name, a field or a value is not known; the message lists what is.
     """
-    saved = _read_method(Path(name)) if name.endswith(".json") else None
-    cls = get_method(name) if saved is None else type(saved)
+    found = methods_of(name)
+    if len(found) > 1:
+        raise InputError(f"{shown(name)} holds {len(found)} methods, where one is wanted")
+    return _changed(found[0], keep, settings)
+
+
+def make_methods(
+    names: Sequence[str], keeps: Sequence[str] = (), settings: Iterable[str] = ()
+) -> tuple[Method, ...]:
+    """Build methods from command-line text, in the order in which they act.
+
+    Args:
+        names: what `make_method` takes, or files of several methods; stages need not be in order.
+        keeps: none, or one for each method in the order of `names`.
+        settings: `field=value` for a single method, `method.field=value` for one of several.
+
+    Raises:
+        FoveateError: a name, a field or a value is not known, or it is not clear whose it is.
+    """
+    found = [method for name in names for method in methods_of(name)]
+    slugs = [method.slug for method in found]
+    if len(keeps) not in (0, len(found)):
+        raise InputError(
+            f"{len(found)} methods, but {len(keeps)} --keep: give one for each in the order of "
+            f"--method, or --set {shown(slugs[0])}.keep=VALUE"
+        )
+    of: list[list[str]] = [[] for _ in found]
+    for setting in settings:
+        slug, dot, _ = setting.partition("=")[0].partition(".")
+        if dot and slugs.count(slug) == 1:
+            of[slugs.index(slug)].append(setting[len(slug) + 1 :])
+        elif len(found) == 1 and not dot:
+            of[0].append(setting)
+        else:
+            raise InputError(
+                f"--set takes method.field=value with one of {shown(', '.join(slugs), 90)}, each "
+                f"named once, got {quoted(setting)}"
+            )
+    made = [_changed(method, keeps[n] if keeps else None, of[n]) for n, method in enumerate(found)]
+    return tuple(sorted(made, key=lambda method: STAGES.index(method.stage)))
+
+
+def _changed(method: Method, keep: str | None, settings: Iterable[str]) -> Method:
+    """A method with another budget and other fields."""
     fields: dict[str, Any] = {} if keep is None else {"keep": parse_keep(keep)}
     for setting in settings:
         field, equals, text = setting.partition("=")
         if not equals:
-            raise InputError(f"--set takes field=value, got {setting!r}")
-        fields[field.strip()] = read_field(cls, field.strip(), text.strip())
-    return cls(**fields) if saved is None else dataclasses.replace(saved, **fields)  # type: ignore[type-var]
-
-
-def _read_method(path: Path) -> Method:
-    try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a method: {error}") from None
+            raise InputError(f"--set takes field=value, got {quoted(setting)}")
+        fields[field.strip()] = read_field(type(method), field.strip(), text.strip())
+    return dataclasses.replace(method, **fields)  # type: ignore[type-var]
 
 
 def signature(cls: type[Method]) -> str:
@@ -85,18 +134,19 @@ def read_field(cls: type[Method], name: str, text: str) -> Any:
     Raises:
         InputError: there is no such field, or the text does not fit; the message lists the fields.
     """
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     known = [field.name for field in _fields(cls)]
     if name not in known:
-        raise InputError(f"{cls.slug} has no field {name!r}; its fields: {signature(cls)}")
+        raise InputError(f"{cls.slug} has no field {quoted(name)}; its fields: {signature(cls)}")
+    hint = hints.get(name, str)
     if name == "keep":
-        optional = type(None) in (hints[name], *typing.get_args(hints[name]))
+        optional = type(None) in (hint, *typing.get_args(hint))
         return None if optional and text.lower() == "none" else parse_keep(text)
     try:
-        return _coerce(text, hints[name])
+        return _coerce(text, hint)
     except ValueError:
         raise InputError(
-            f"{cls.slug} cannot read {name}={text}: expected {_spell(hints[name])}; "
+            f"{cls.slug} cannot read {name}={shown(text)}: expected {spell(hint)}; "
             f"its fields: {signature(cls)}"
         ) from None
 
@@ -110,6 +160,8 @@ def _coerce(text: str, hint: Any) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(text, typing.get_args(hint))
+    if origin is typing.Annotated:
+        return _coerce(text, typing.get_args(hint)[0])
     if origin is typing.Literal:
         for choice in typing.get_args(hint):
             if str(choice) == text:
@@ -132,29 +184,14 @@ def _coerce(text: str, hint: Any) -> Any:
 def _coerce_union(text: str, hints: tuple[Any, ...]) -> Any:
     """The first member that fits; narrow types go first, so that `2` is an int and not text."""
     narrow_first = (type(None), bool, int, float)
-    order = sorted(
-        hints,
-        key=lambda h: (
-            narrow_first.index(h) if h in narrow_first else len(narrow_first) + (h is str)
-        ),
-    )
-    for hint in order:
+
+    def width(hint: Any) -> int:
+        bare = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+        return narrow_first.index(bare) if bare in narrow_first else 4 + (bare is str)
+
+    for hint in sorted(hints, key=width):
         try:
             return _coerce(text, hint)
         except ValueError:
             continue
     raise ValueError(text)
-
-
-def _spell(hint: Any) -> str:
-    """A type as a user would write it: `int`, `none or a list of int like 2,4`."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(part) for part in typing.get_args(hint))
-    if origin is typing.Literal:
-        return " or ".join(map(str, typing.get_args(hint)))
-    if origin is tuple:
-        return f"a list of {_spell(typing.get_args(hint)[0])} like 2,4"
-    if hint is type(None):
-        return "none"
-    return "true or false" if hint is bool else getattr(hint, "__name__", str(hint))

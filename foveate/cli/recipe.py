@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from foveate.cli.bounded_yaml import LARGEST, parse_yaml
 from foveate.cli.options import read_field, signature
 from foveate.errors import FoveateError, InputError
+from foveate.fields import MisfitError, Natural, Positive, fit, hints_of, spell
+from foveate.files import read_text, reason
 from foveate.finetune.recipe import DTYPES, Data, Recipe
 from foveate.method import Method, get_method
+from foveate.quoting import quoted, shown, within
+from foveate.saving import from_dict
 
 EXAMPLE = """\
 model: tiny            # tiny, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
@@ -24,7 +28,7 @@ data:
   turns: 4             # questions about one scene
 
 method:                # leave out to train with all visual tokens
-  name: pyramiddrop    # a name that `foveate list` shows
+  name: pyramiddrop    # a name that `foveate list` shows; several: a list of such mappings
   keep: [0.5, 0.25, 0.125]
 
 freeze: [vision_tower] # parameters whose name holds one of these are not trained
@@ -53,19 +57,21 @@ def read_recipe(path: Path) -> Recipe:
             and what it could be.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = read_text(path, LARGEST)
     except FileNotFoundError:
         raise InputError(
-            f"no such recipe: {path}; `foveate train --example > {path}` writes one"
+            f"no such recipe: {shown(path)}; `foveate train --example > {shown(path)}` writes one"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {shown(path)}: {reason(error)}") from None
+    try:
+        loaded = parse_yaml(text)
+    except ValueError as error:
+        raise InputError(f"{shown(path)} is not YAML: {shown(error, 200)}") from None
     try:
         return parse_recipe(loaded, path.parent)
     except FoveateError as error:
-        raise type(error)(f"{path}: {error}") from None
+        raise type(error)(within(path, error)) from None
 
 
 def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
@@ -84,10 +90,10 @@ def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
             raise InputError(f"{name!r} is missing; `foveate train --example` shows a whole recipe")
     model = _text(fields["model"], "model")
     return Recipe(
-        model=str(folder / model) if (folder / model).is_dir() else model,
+        model=str(folder / model) if os.path.isdir(folder / model) else model,
         out=folder / _text(fields["out"], "out"),
         data=_data(fields["data"], folder),
-        method=_method(fields.get("method")),
+        method=_methods(fields.get("method")),
         freeze=_names(fields.get("freeze"), "freeze"),
         lora=_lora(fields.get("lora")),
         dtype=_choice(fields.get("dtype", "auto"), "dtype", DTYPES),
@@ -98,7 +104,7 @@ def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
 def near(name: Any, known: Iterable[str]) -> str:
     """What a mistyped key may have meant, else all there are."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(shown(quoted(name)), known, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     return f"known keys: {', '.join(known)}" if len(known) < 20 else "no key is like it"
@@ -110,35 +116,38 @@ def _section(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} must be a mapping of keys to values, got {value!r}")
+        raise InputError(f"{where} must be a mapping of keys to values, got {quoted(value)}")
     for name in value:
         if name not in known:
-            raise InputError(f"unknown key {name!r} in {where}; {near(name, known)}")
+            raise InputError(f"unknown key {quoted(name)} in {where}; {near(name, known)}")
     return dict(value)
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
-        raise InputError(f"{name} must be a text, got {value!r}")
+        raise InputError(f"{name} must be a text, got {quoted(value)}")
+    if "\0" in value or len(value) > 1000:
+        raise InputError(f"{name} must be a text that a file can be named, got {quoted(value)}")
     return value
 
 
 def _choice(value: Any, name: str, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if not isinstance(value, str) or value not in known:
+        raise InputError(f"{name} must be one of {', '.join(known)}, got {quoted(value)}")
     return value
 
 
 def _count(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be a positive whole number, got {value!r}")
-    return value
+    try:
+        return int(fit(value, Positive))
+    except MisfitError:
+        raise InputError(f"{name} must be a positive whole number, got {quoted(value)}") from None
 
 
 def _names(value: Any, name: str) -> tuple[str, ...]:
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-        raise InputError(f"{name} must be a list of parts of parameter names, got {value!r}")
+        raise InputError(f"{name} must be a list of parts of parameter names, got {quoted(value)}")
     return tuple(values)
 
 
@@ -157,9 +166,11 @@ def _data(value: Any, folder: Path) -> Data:
         )
     if "max_pixels" in given:
         raise InputError("data.max_pixels goes with `file`, not with `scenes`")
-    seed = given.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise InputError(f"data.seed must be a whole number from 0, got {seed!r}")
+    try:
+        seed = fit(given.get("seed", 0), Natural)
+    except MisfitError:
+        got = quoted(given["seed"])
+        raise InputError(f"data.seed must be a whole number from 0, got {got}") from None
     return Data(
         scenes=_count(given["scenes"], "data.scenes"),
         turns=_count(given.get("turns", 4), "data.turns"),
@@ -167,13 +178,23 @@ def _data(value: Any, folder: Path) -> Data:
     )
 
 
-def _method(value: Any) -> Method | None:
-    """A method by name, or by name and fields."""
+def _methods(value: Any) -> Method | tuple[Method, ...] | None:
+    """A method by name, or by name and fields; or a list of those."""
     if value is None:
         return None
+    if not isinstance(value, list):
+        return _method(value)
+    if not value:
+        raise InputError("method must name one at least; leave it out to train with all tokens")
+    return tuple(_method(entry) for entry in value)
+
+
+def _method(value: Any) -> Method:
     given = {"name": value} if isinstance(value, str) else value
     if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
-        raise InputError(f"method must be a name, or a mapping with the key `name`, got {value!r}")
+        raise InputError(
+            f"method must be a name, or a mapping with the key `name`, got {quoted(value)}"
+        )
     cls = get_method(given["name"])
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     fields: dict[str, Any] = {}
@@ -182,18 +203,12 @@ def _method(value: Any) -> Method | None:
             continue
         if name not in known:
             raise InputError(
-                f"unknown key {name!r} in method; {near(name, known)} ({cls.slug}: "
-                f"{signature(cls)})"
+                f"unknown key {quoted(name, 30)} in method; {near(name, known)} ({cls.slug}: "
+                f"{shown(signature(cls), 120)})"
             )
-        fields[name] = read_field(cls, name, _spell(entry))
-    return cls(**fields)
-
-
-def _spell(value: Any) -> str:
-    """A YAML value as the command line would have it."""
-    if isinstance(value, list):
-        return ",".join(map(_spell, value)) + ("," if len(value) == 1 else "")
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        # As text where YAML takes it for that, such as `0.5,0.25` and `1e-1`.
+        fields[name] = read_field(cls, name, entry) if isinstance(entry, str) else entry
+    return from_dict({"method": cls.slug, **fields})
 
 
 def _lora(value: Any) -> dict[str, Any] | None:
@@ -204,11 +219,26 @@ def _lora(value: Any) -> dict[str, Any] | None:
     except ImportError:
         raise InputError("a recipe with `lora` needs peft: `pip install peft`") from None
     given = _section(value, "lora", [field.name for field in dataclasses.fields(LoraConfig)])
+    _check_types(given, LoraConfig, "lora")
     try:
         LoraConfig(**given)
     except (TypeError, ValueError) as error:
-        raise InputError(f"lora: {error}") from None
+        raise InputError(f"lora: {shown(error, 200)}") from None
     return given
+
+
+def _check_types(given: Mapping[str, Any], kind: type, where: str) -> None:
+    """Check values by the annotations of what takes them."""
+    hints = hints_of(kind)
+    for name, value in given.items():
+        try:
+            fit(value, hints.get(name, Any))
+        except MisfitError as why:
+            wanted = str(why) or shown(spell(hints[name]), 120)
+            hint = "; YAML writes 1.0e-4 with a point" if isinstance(value, str) else ""
+            raise InputError(
+                f"{where}.{name} must be {wanted}, got {quoted(value)}{hint}"
+            ) from None
 
 
 def _trainer(value: Any) -> dict[str, Any]:
@@ -223,4 +253,5 @@ def _trainer(value: Any) -> dict[str, Any]:
     ):
         if name in given:
             raise InputError(f"trainer.{name} cannot be set: {instead}")
+    _check_types(given, TrainingArguments, "trainer")
     return given

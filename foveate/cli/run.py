@@ -21,7 +21,7 @@ from foveate.cli.inputs import (
     load_image,
     load_model,
 )
-from foveate.cli.options import make_method
+from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
 from foveate.draw import stack
 from foveate.errors import InputError
 from foveate.method import Method
@@ -42,6 +42,8 @@ number of pictures, then the question.
 
   foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
   out.json
+
+  foveate run tiny scene.png "what color is the star ?" -m divprune --keep 0.5 -m fastv --keep 0.25
 """
 
 
@@ -51,18 +53,9 @@ def run(
         list[str],
         typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
     ],
-    method: Annotated[
-        str,
-        typer.Option("--method", "-m", help="A name that `foveate list` shows, or a JSON file."),
-    ],
-    keep: Annotated[
-        str | None,
-        typer.Option(help="Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`."),
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A hyper-parameter, `field=value`; may be repeated."),
-    ] = None,
+    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
+    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
     with_all: Annotated[
         bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
     ] = False,
@@ -79,7 +72,7 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Ask a model about pictures."""
-    chosen = make_method(method, keep, setting or ())
+    chosen = make_methods(method, keep or (), setting or ())
     if len(inputs) < 2:
         raise InputError(
             f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
@@ -103,7 +96,7 @@ class Job:
         model: hub id, local folder or `tiny`.
         pictures: in the order of the prompt.
         question: asked after the pictures.
-        method: what removes tokens.
+        methods: what removes tokens, in stream order.
         max_new_tokens: longest answer.
         repeats: timed rounds of a comparison with all tokens; 0 for none.
         device: where the model runs.
@@ -113,11 +106,16 @@ class Job:
     model: str
     pictures: list[Image.Image]
     question: str
-    method: Method
+    methods: tuple[Method, ...]
     max_new_tokens: int
     repeats: int
     device: str
     dtype: str
+
+    @property
+    def name(self) -> str:
+        """What the methods are called together."""
+        return " + ".join(method.slug for method in self.methods)
 
 
 @dataclass(frozen=True)
@@ -169,14 +167,16 @@ def execute(job: Job) -> Outcome:
         steps.say(f"loading {job.model}")
         model, processor = load_model(job.model, job.device, job.dtype)
         inputs = encode(processor, job.pictures, job.question, model)
-        steps.say(f"answering with {job.method.slug}")
-        with foveate.use(model, job.method) as session:
+        steps.say(f"answering with {job.name}")
+        with foveate.use(model, job.methods) as session:
             answered = answer(model, processor, inputs, job.max_new_tokens)
         report, comparison = session.report(), None
         if job.repeats:
             steps.say("comparing with all tokens", 2 * (job.repeats + WARMUP))
             plain = answer(model, processor, inputs, job.max_new_tokens)
-            ttft = time_first_token(model, inputs, job.method, repeats=job.repeats, tick=steps.tick)
-            answers = {ALL: plain, job.method.slug: answered}
+            ttft = time_first_token(
+                model, inputs, job.methods, repeats=job.repeats, tick=steps.tick
+            )
+            answers = {ALL: plain, job.name: answered}
             comparison = Comparison(answers, ttft, report)
     return Outcome(job, answered, report, session, comparison)

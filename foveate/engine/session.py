@@ -9,7 +9,6 @@ layers within which tokens are removed); nothing else on the model is touched.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -27,10 +26,11 @@ from foveate.engine.plan import Plan
 from foveate.engine.planning import make_plan
 from foveate.engine.text import TextPart
 from foveate.engine.vision import VisionPart
-from foveate.errors import AttachError, FoveateError, InputError, UnsupportedModelError
-from foveate.method import Method, get_method
+from foveate.errors import AttachError, InputError, UnsupportedModelError
+from foveate.method import Method
 from foveate.models import Family, find_family, unwrap
 from foveate.record import Record
+from foveate.resolve import MethodLike, methods_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from foveate.report import Report
 
 LEARNED = "foveate"  # the name of what methods learn, among a model's modules
-MethodLike = Method | str | Sequence[Method]
 
 
 class Session:
@@ -46,7 +45,7 @@ class Session:
 
     Args:
         model: a supported vision-language model or vision encoder, with or without its head.
-        methods: one method, or several in stream order.
+        methods: one method, or several in stream order; see `use`.
         clip: what is asked, for methods with `relevance="clip"`.
 
     Raises:
@@ -59,14 +58,12 @@ class Session:
     def __init__(
         self,
         model: PreTrainedModel,
-        methods: Method | Sequence[Method],
+        methods: MethodLike,
         clip: ClipQuestions | None = None,
     ) -> None:
         model = unwrap(model)
         self.family = find_family(model)
-        self.plan = make_plan(
-            self.family, [methods] if isinstance(methods, Method) else list(methods)
-        )
+        self.plan = make_plan(self.family, methods_of(methods))
         _check_clip(self.plan, clip)
         self._model = model
         self._parts = _parts(self.plan, self.family, clip)
@@ -278,7 +275,8 @@ def use(
 
     Args:
         model: a supported vision-language model or vision encoder.
-        method: a method, a method's name, or a list of methods in stream order.
+        method: a method, its name or class, what its `to_dict` says or a JSON file with that, or
+            a list of those in stream order.
         clip: what is asked of the images, for methods with `relevance="clip"`: what
             `foveate.ClipText` makes of the questions.
         **fields: with a name, the method's hyper-parameters.
@@ -294,18 +292,7 @@ def use(
         ...     out = model.generate(**inputs)
         >>> print(run.report())  # doctest: +SKIP
     """
-    if isinstance(method, str):
-        try:
-            method = get_method(method)(**fields)
-        except TypeError as error:
-            names = ", ".join(f.name for f in dataclasses.fields(get_method(method)))  # type: ignore[arg-type]
-            raise FoveateError(f"{method} takes the fields {names}; {error}") from None
-    elif fields:
-        raise FoveateError(
-            f"fields go with a method's name; got {', '.join(fields)} beside {method!r}, which "
-            "has its own"
-        )
-    return Session(model, method, clip)
+    return Session(model, methods_of(method, **fields), clip)
 
 
 def apply(

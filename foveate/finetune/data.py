@@ -8,9 +8,9 @@ the pictures stand before the first question.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +18,9 @@ from typing import Any
 from PIL import Image
 
 from foveate.errors import InputError
+from foveate.files import parse_json, read_lines, reason
 from foveate.images import as_rgb, load_image
+from foveate.quoting import quoted, shown
 
 PLACEHOLDER = "<image>"
 _ROLES = {
@@ -32,6 +34,7 @@ _TRAIN_SEEDS = 2**40  # scenes below are held out, as in `foveate.tiny.data`
 
 Part = dict[str, str]
 """`{"type": "image"}` or `{"type": "text", "text": ...}`."""
+_IMAGE: Part = {"type": "image"}  # one for all places of pictures, of which a row may have many
 
 
 @dataclass(frozen=True)
@@ -103,19 +106,19 @@ class Conversations(Sequence[Example]):
     """
 
     def __init__(self, path: Path, max_pixels: int | None = None) -> None:
+        name = shown(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            lines = read_lines(path)
         except FileNotFoundError:
-            raise InputError(f"no such data file: {path}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read {path} as a jsonl file: {error}") from None
+            raise InputError(f"no such data file: {name}") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {name} as a jsonl file: {reason(error)}") from None
         self._examples = [
-            replace(_read(line, path, f"{path} line {number}"), max_pixels=max_pixels)
-            for number, line in enumerate(text.splitlines(), 1)
-            if line.strip()
+            replace(_read(line, path, f"{name} line {number}"), max_pixels=max_pixels)
+            for number, line in lines
         ]
         if not self._examples:
-            raise InputError(f"{path} holds no conversations")
+            raise InputError(f"{name} holds no conversations")
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -160,20 +163,22 @@ class Scenes(Sequence[Example]):
 def _read(line: str, path: Path, where: str) -> Example:
     """One line of a jsonl file as an example."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
+        row = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON: {reason(error)}") from None
     if not isinstance(row, dict):
         raise InputError(f"{where} must be an object, got {type(row).__name__}")
     said = row.get("messages", row.get("conversations"))
     if not isinstance(said, list) or not said:
-        raise InputError(f"{where} needs a list `messages` or `conversations`, got {list(row)}")
-    images = [_find(name, path, where) for name in _image_names(row, where)]
+        raise InputError(
+            f"{where} needs a list `messages` or `conversations`, got {quoted([*islice(row, 9)])}"
+        )
+    images = _find_all(_image_names(row, where), path, where)
     messages = []
     for number, entry in enumerate(said):
         message, inline = _message(entry, f"{where}, message {number + 1}")
         messages.append(message)
-        images += [_find(name, path, where) for name in inline]
+        images += _find_all(inline, path, where)
     if not any(message.role == "assistant" and message.text for message in messages):
         raise InputError(f"{where} has no assistant message, so there is nothing to learn from it")
     return Example(tuple(images), _place(messages, len(images), where), where)
@@ -183,17 +188,27 @@ def _image_names(row: Mapping[str, Any], where: str) -> list[str]:
     names = row.get("images", row.get("image"))
     names = [] if names is None else [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{where}: `images` must be a list of paths, got {names!r}")
+        raise InputError(f"{where}: `images` must be a list of paths, got {quoted(names)}")
     return names
+
+
+def _find_all(names: Sequence[str], path: Path, where: str) -> list[Path]:
+    """Paths of pictures; one that is named often is looked up once."""
+    found = {name: _find(name, path, where) for name in dict.fromkeys(names)}
+    return [found[name] for name in names]
 
 
 def _find(name: str, path: Path, where: str) -> Path:
     """A picture's path; it must exist."""
     if name.startswith(("http://", "https://", "data:")):
-        raise InputError(f"{where}: {name[:60]!r} is no file; download pictures before training")
+        raise InputError(f"{where}: {quoted(name)} is no file; download pictures before training")
     found = path.parent / name.removeprefix("file://")
-    if not found.is_file():
-        raise InputError(f"{where}: no such image file: {found}")
+    try:
+        there = found.is_file()
+    except (OSError, ValueError):  # no name that a file could have
+        there = False
+    if not there:
+        raise InputError(f"{where}: no such image file: {shown(found, 120)}")
     return found
 
 
@@ -202,15 +217,18 @@ def _message(entry: Any, where: str) -> tuple[Message, list[str]]:
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be an object, got {type(entry).__name__}")
     role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if role not in _ROLES:
-        raise InputError(f"{where}: the role must be one of {', '.join(_ROLES)}, got {role!r}")
+    if not isinstance(role, str) or role not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise InputError(f"{where}: the role must be one of {known}, got {quoted(role)}")
     inline: list[str] = []
     if isinstance(content, str):
         parts = list(_split(content))
     elif isinstance(content, list):
         parts, inline = _parts(content, where)
     else:
-        raise InputError(f"{where}: the content must be a text or a list of parts, got {content!r}")
+        raise InputError(
+            f"{where}: the content must be a text or a list of parts, got {quoted(content)}"
+        )
     if _ROLES[role] == "assistant" and any(part["type"] == "image" for part in parts):
         raise InputError(f"{where}: an assistant's message cannot hold a picture")
     return Message(_ROLES[role], tuple(parts)), inline
@@ -226,10 +244,12 @@ def _parts(content: list[Any], where: str) -> tuple[list[Part], list[str]]:
         elif kind in ("image", "image_url"):
             source = part.get(kind, part.get("path", part.get("url")))
             source = source.get("url") if isinstance(source, dict) else source
+            if not isinstance(source, str | None):
+                raise InputError(f"{where}: an image must be a path, got {quoted(source)}")
             inline += [source] if source else []
-            parts.append({"type": "image"})
+            parts.append(_IMAGE)
         else:
-            raise InputError(f"{where}: a part must be a text or an image, got {part!r}")
+            raise InputError(f"{where}: a part must be a text or an image, got {quoted(part)}")
     return parts, inline
 
 
@@ -237,7 +257,7 @@ def _split(text: str) -> Iterator[Part]:
     """Cut a text at `<image>`; a line break beside a picture goes, templates add their own."""
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
-            yield {"type": "image"}
+            yield _IMAGE
         beside = piece.strip("\n") if PLACEHOLDER in text else piece
         if beside:
             yield {"type": "text", "text": beside}
@@ -251,6 +271,6 @@ def _place(messages: list[Message], images: int, where: str) -> tuple[Message, .
     first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
     if places or first is None:
         raise InputError(f"{where} has {images} pictures, but {places} places for them")
-    shown: tuple[Part, ...] = ({"type": "image"},) * images
-    messages[first] = Message("user", (*shown, *messages[first].parts))
+    before: tuple[Part, ...] = (_IMAGE,) * images
+    messages[first] = Message("user", (*before, *messages[first].parts))
     return tuple(messages)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveate.errors import InputError
+from foveate.fields import Natural, Positive, check_fields
 from foveate.finetune.data import Conversations, Example, Scenes
 from foveate.method import Method
 
@@ -26,10 +28,18 @@ class Data:
     """
 
     file: Path | None = None
-    scenes: int = 0
-    turns: int = 4
-    seed: int = 0
-    max_pixels: int | None = None
+    scenes: Natural = 0
+    turns: Positive = 4
+    seed: Natural = 0
+    max_pixels: Positive | None = None
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            InputError: a number is none, or out of range.
+        """
+        check_fields(self, "data", error_of=lambda field: InputError)
 
     def load(self) -> Sequence[Example]:
         """Read the file, or prepare to draw.
@@ -50,7 +60,8 @@ class Recipe:
         model: `tiny`, a folder, or a hub id.
         out: folder for checkpoints and the outcome.
         data: what it learns from.
-        method: what removes visual tokens while it learns; None trains with all of them.
+        method: what removes visual tokens while it learns, several in stream order; None trains
+            with all of them.
         freeze: parameters whose name holds one of these texts are not trained.
         lora: arguments of `peft.LoraConfig`; None trains the model's own weights.
         dtype: of the weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
@@ -60,11 +71,19 @@ class Recipe:
     model: str
     out: Path
     data: Data
-    method: Method | None = None
+    method: Method | tuple[Method, ...] | None = None
     freeze: tuple[str, ...] = ()
     lora: Mapping[str, Any] | None = None
     dtype: str = "auto"
     trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            InputError: a text, a path or a list of texts is none.
+        """
+        check_fields(self, "a recipe", error_of=lambda field: InputError)
 
     def to_dict(self) -> dict[str, Any]:
         """What the outcome depends on, as JSON values; `out` is left out."""
@@ -77,9 +96,15 @@ class Recipe:
                 "turns": data.turns,
                 "seed": data.seed,
             },
-            "method": self.method.to_dict() if self.method else None,
+            "method": _described(self.method),
             "freeze": list(self.freeze),
             "lora": dict(self.lora) if self.lora is not None else None,
             "dtype": self.dtype,
             "trainer": dict(self.trainer),
         }
+
+
+def _described(method: Method | tuple[Method, ...] | None) -> Any:
+    if isinstance(method, tuple):
+        return [one.to_dict() for one in method]
+    return None if method is None else method.to_dict()

@@ -13,6 +13,8 @@ import foveate
 from foveate.errors import FoveateError, InputError
 from foveate.finetune.collator import Collator
 from foveate.finetune.recipe import Recipe
+from foveate.quoting import quoted, shown
+from foveate.saving import read_json
 from foveate.writing import check_folder, explained, filling, write_json
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ def _arguments(recipe: Recipe) -> Any:
     try:
         return TrainingArguments(**given)
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        raise InputError(f"trainer: {shown(error, 200)}") from error
 
 
 def _claim(recipe: Recipe, write: bool) -> None:
@@ -158,13 +160,16 @@ def _claim(recipe: Recipe, write: bool) -> None:
     path = recipe.out / RECIPE
     now = recipe.to_dict()
     if last_checkpoint(recipe.out) is not None and path.is_file():
-        before: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        before: Any = read_json(path)
+        if not isinstance(before, Mapping):
+            raise InputError(f"{shown(path)} holds no recipe; remove it to begin anew")
         changed = [k for k in now if k not in _FREE and before.get(k) != _plain(now[k])]
         if changed:
             key = changed[0]
             raise InputError(
-                f"{recipe.out} holds a run with {key} {before.get(key)!r}, and the recipe says "
-                f"{now[key]!r}; choose another `out`, or remove that folder to begin anew"
+                f"{shown(recipe.out)} holds a run with {key} {quoted(before.get(key))}, and the "
+                f"recipe says {quoted(now[key])}; choose another `out`, or remove that folder to "
+                "begin anew"
             )
     if write:
         recipe.out.mkdir(parents=True, exist_ok=True)
@@ -182,4 +187,4 @@ def _adapt(model: Any, lora: Mapping[str, Any]) -> Any:
     try:
         return get_peft_model(model, LoraConfig(**lora))
     except ValueError as error:
-        raise InputError(f"lora: {error}") from error
+        raise InputError(f"lora: {shown(error, 200)}") from error

@@ -21,8 +21,8 @@ from torch import Tensor
 import foveate
 from foveate.errors import InputError
 from foveate.images import as_rgb, load_image, shorten
-from foveate.method import Method
 from foveate.models import find_family
+from foveate.resolve import MethodLike, methods_of
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -37,7 +37,7 @@ class ChatModel:
     Args:
         model: a supported vision-language model.
         processor: its processor.
-        method: what removes visual tokens; `None` for all of them.
+        method: what removes visual tokens, as `foveate.use` takes it; `None` for all of them.
         frames: frames that are taken from a video.
         max_pixels: most pixels of a file's picture, see `foveate.images.load_image`.
 
@@ -49,12 +49,13 @@ class ChatModel:
         self,
         model: Any,
         processor: Any,
-        method: Method | None = None,
+        method: MethodLike | None = None,
         frames: int = 32,
         max_pixels: int | None = None,
     ) -> None:
         self.max_pixels = max_pixels
-        self.model, self.processor, self.method, self.frames = model, processor, method, frames
+        self.model, self.processor, self.frames = model, processor, frames
+        self.method = None if method is None else methods_of(method)
         self._tokenizer = processor.tokenizer
         self._tokenizer.padding_side = "left"  # answers begin in the same column
         self._placeholders = find_family(model).placeholder_ids

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import Any
 
 from foveate.cli.inputs import load_model
-from foveate.cli.options import make_method
+from foveate.cli.options import make_methods
 from foveate.errors import FoveateError, InputError
 from foveate.integrations.chat import ChatModel, Conversation
 from foveate.method import Method
@@ -44,13 +44,14 @@ def manifest() -> Any:
 
 def method_of(
     name: str | None, keep: Any = None, fields: dict[str, Any] | None = None
-) -> Method | None:
-    """A method from model arguments, whose commas lmms-eval has split.
+) -> Method | tuple[Method, ...] | None:
+    """A method from model arguments, whose commas lmms-eval has split; or several methods.
 
     Args:
-        name: of the method; `None` or `none` for all tokens.
-        keep: a share, a count, or a schedule with slashes: `0.5/0.25/0.125`.
-        fields: hyper-parameters; lists with slashes too.
+        name: of the method, or names with `+` between; `None` or `none` for all tokens.
+        keep: a share, a count, or a schedule with slashes: `0.5/0.25/0.125`; of several methods,
+            one for each with `+` between.
+        fields: hyper-parameters; lists with slashes too. Of several methods, `method.field`.
 
     Raises:
         FoveateError: a name, field or value is not known, or there is no method that would take it.
@@ -62,7 +63,10 @@ def method_of(
             raise InputError(f"unknown model_args without method=NAME: {extra}")
         return None
     settings = [f"{key}={_spelled(value)}" for key, value in given.items()]
-    return make_method(str(name), None if keep is None else _spelled(keep), settings)
+    names = [part.strip() for part in str(name).split("+")]
+    keeps = [] if keep is None else _spelled(keep).split("+")
+    made = make_methods(names, keeps, settings)
+    return made if len(made) > 1 else made[0]
 
 
 def _spelled(value: Any) -> str:

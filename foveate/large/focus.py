@@ -11,7 +11,6 @@ visual tokens, `N` of them from tiles.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.models import Family, find_family
+from foveate.quoting import shown
+from foveate.saving import read_json
 from foveate.writing import check_folder, replacing, write_json
 
 PUBLISHED = (1, 5, 11, 14)
@@ -132,7 +133,10 @@ class RegionFocus(nn.Module):
         folder = Path(folder)
         if not (folder / "focus.json").exists():
             raise FoveateError(f"{folder} holds no Region Focus Module (no focus.json)")
-        sources = json.loads((folder / "focus.json").read_text())["layers"]
+        data = read_json(folder / "focus.json")
+        sources = data.get("layers") if isinstance(data, dict) else None
+        if not isinstance(sources, list) or not all(type(layer) is int for layer in sources):
+            raise FoveateError(f"{shown(folder / 'focus.json')} names no `layers`")
         focus = cls.of(model, sources)
         try:
             focus.layers.load_state_dict(load_file(folder / "focus.safetensors"))

@@ -16,6 +16,7 @@ from foveate.measure.trace import trace
 from foveate.models import Family
 from foveate.record import ImageRecord, Record
 from foveate.tokens import Shape
+from foveate.video import VideoMethod
 
 
 def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
@@ -99,6 +100,8 @@ class _Stream:
             total = self._begin.setdefault((number, image), found)
             if step.step.restore:
                 left = self._parked[number][image]
+            elif isinstance(step.method, VideoMethod) and shape.frames == 1:
+                left = found
             else:
                 left = step.method.count(found, total, step.step, step.number)
             self.alive[image] = left

@@ -34,7 +34,8 @@ class AdaToken3D(PyramidDrop):
             published ones to the depth of the model at hand; on one with fewer layers than drops,
             drops that fall together become one. With another number of entries in `keep`, stages
             are equal.
-        keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count.
+        keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count;
+            one number is the mean over the layers from the first drop on.
         positions: as in PyramidDrop.
 
     Cost: one key projection of all tokens and one query row per drop; no attention map.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
-from foveate.errors import FoveateError
+from foveate.fields import Natural
 from foveate.method import ModelFacts, Positions, Scorer, Step, register
 from foveate.tokens import VisualTokens
 
@@ -32,19 +32,8 @@ class Random(Scorer):
     """
 
     keep: Keep = 0.25
-    seed: int = 0
+    seed: Natural = 0
     positions: Positions | None = None
-
-    def __post_init__(self) -> None:
-        """Check budget and seed.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: `seed` is not an int of 0 or more.
-        """
-        super().__post_init__()
-        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise FoveateError(f"seed must be an int from 0 to 2**63 - 1, got {self.seed!r}")
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; it needs nothing."""

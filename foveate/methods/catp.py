@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.budget import Keep, steps_in
-from foveate.errors import FoveateError, LayerError
+from foveate.errors import LayerError
+from foveate.fields import Natural, UnitFloat
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.methods.divprune import cosine_distance
 from foveate.reduction import Reduction
@@ -52,25 +53,13 @@ class CATP(Scheduled, Method):
     projections and query rows.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.5, 0.4, 0.3, 2 / 9)
-    balance: float = 0.5
+    balance: UnitFloat = 0.5
     positions: Positions | None = None
     published_layers = (6, 8, 10)
     first_drop = 1
     rounding = round
-
-    def __post_init__(self) -> None:
-        """Check budgets, layers and `balance`.
-
-        Raises:
-            BudgetError: `keep` is out of range, or has not one entry more than `layers`.
-            LayerError: `layers` is not ascending, or begins before 1.
-            FoveateError: `balance` is out of range.
-        """
-        super().__post_init__()
-        if not 0 <= self.balance <= 1:
-            raise FoveateError(f"balance must be in [0, 1], got {self.balance!r} in catp")
 
     @property
     def step_count(self) -> int | None:
@@ -81,6 +70,11 @@ class CATP(Scheduled, Method):
     def drop_count(self) -> int:
         """Entries of `keep` behind the first."""
         return steps_in(self.keep) - 1
+
+    @property
+    def published_shares(self) -> tuple[float, ...] | None:
+        """None that one number could bend: it is what the first choice leaves, for all layers."""
+        return None
 
     def legal(self, model: ModelFacts) -> list[int]:
         """Layers whose attention can be compared with that of an earlier layer."""

@@ -23,7 +23,7 @@ from foveate.budget import Keep
 from foveate.diversity import select_determinant, with_lengths
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction
-from foveate.relevance import Relevance, check_relevance, relevance_needs, token_relevance
+from foveate.relevance import Relevance, relevance_needs, token_relevance
 from foveate.tokens import VisualTokens
 
 
@@ -59,16 +59,6 @@ class CDPruner(Method):
     negate: bool | None = None
     positions: Positions | None = None
     as_released: bool = False
-
-    def __post_init__(self) -> None:
-        """Check budget and relevance.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: `relevance` is not known.
-        """
-        super().__post_init__()
-        check_relevance(self.relevance, self.slug)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.errors import LayerError
+from foveate.fields import Natural
 from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.quoting import quoted
 from foveate.tokens import VisualTokens
 
 
@@ -32,21 +34,21 @@ class ClsDrop(Scorer):
     Cost: one query row of attention for each drop; no attention map.
     """
 
-    layers: tuple[int, ...] = (1,)
+    layers: tuple[Natural, ...] = (1,)
     keep: Keep = 0.5
     positions: Positions | None = None
     rounding = round
 
-    def __post_init__(self) -> None:
-        """Check budgets and layers.
+    def check_fields(self) -> None:
+        """As in `Method`; `layers` ascend.
 
         Raises:
-            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
             LayerError: `layers` is empty or not ascending.
+            FoveateError: another field does not fit its annotation.
         """
-        super().__post_init__()
+        super().check_fields()
         if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise LayerError(f"layers must be ascending and distinct, got {self.layers}")
+            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
 
     @property
     def step_count(self) -> int | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.diversity import unit, with_lengths
-from foveate.errors import FoveateError, LayerError
+from foveate.fields import Natural, Positive
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
@@ -57,32 +57,13 @@ class DART(Method):
     attention map.
     """
 
-    layer: int | None = None
+    layer: Positive | None = None
     keep: Keep = 0.222
-    image_pivots: int = 4
-    text_pivots: int = 4
+    image_pivots: Positive = 4
+    text_pivots: Natural = 4
     positions: Positions | None = None
     as_released: bool = False
     published_positions = "original"
-
-    def __post_init__(self) -> None:
-        """Check budget, layer and pivots.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            LayerError: `layer` is below 1.
-            FoveateError: there is no image pivot, or a negative number of text pivots.
-        """
-        super().__post_init__()
-        if self.layer is not None and self.layer < 1:
-            raise LayerError(
-                f"dart reads the keys of layer - 1, so layer must be at least 1, got {self.layer}"
-            )
-        if self.image_pivots < 1 or self.text_pivots < 0:
-            raise FoveateError(
-                "dart needs at least one of image_pivots and no negative text_pivots, got "
-                f"{self.image_pivots} and {self.text_pivots}"
-            )
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One drop before `layer`."""

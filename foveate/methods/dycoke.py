@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import InputError, LayerError
+from foveate.fields import Positive, UnitFloat
 from foveate.focus import Focus, Focuser
 from foveate.method import ModelFacts, Positions, Step, register
 from foveate.reduction import Reduction
@@ -29,7 +30,6 @@ from foveate.video import (
     Parts,
     VideoMethod,
     by_frame,
-    check_shares,
     check_switch,
     exact,
     similarity,
@@ -61,27 +61,13 @@ class DyCoke(VideoMethod, Focuser):
     Cost: one cosine for each compared token, O(V·D); in decoding one row of attention a step.
     """
 
-    k: float = 0.7
-    p: float = 0.8
-    layer: int | None = None
+    k: UnitFloat = 0.7
+    p: UnitFloat = 0.8
+    layer: Positive | None = None
     threshold: float = 0.9
     as_released: bool = False
     keep: float | None = None
     positions: Positions | None = None
-
-    def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            FoveateError: `k` or `p` is no share.
-            LayerError: `layer` is below 1.
-        """
-        super().__post_init__()
-        check_shares(self.slug, k=self.k, p=self.p)
-        if self.layer is not None and self.layer < 1:
-            raise LayerError(
-                f"dycoke chooses by layer - 1, so layer must be at least 1, got {self.layer}"
-            )
 
     def check_budget(self, steps: int | None) -> None:
         """Check that no budget is given.

@@ -43,15 +43,15 @@ class FastV(Scorer):
     published_positions = "original"
     rounding = round
 
-    def __post_init__(self) -> None:
-        """Check budget and layer.
+    def check_fields(self) -> None:
+        """As in `Method`; `layer` is 1 at least.
 
         Raises:
-            BudgetError: `keep` is out of range.
             LayerError: `layer` is below 1; the paper's K=0 is a random choice, see the method
             `random`.
+            FoveateError: another field does not fit its annotation.
         """
-        super().__post_init__()
+        super().check_fields()
         if self.layer < 1:
             raise LayerError(
                 f"FastV scores tokens in layer - 1, so layer must be at least 1, got {self.layer}; "

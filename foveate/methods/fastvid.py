@@ -20,7 +20,7 @@ from torch import Tensor
 
 from foveate.budget import Share
 from foveate.clustering import peaks, squared_distances
-from foveate.errors import BudgetError, FoveateError
+from foveate.fields import Positive, UnitFloat
 from foveate.method import Positions, register
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
@@ -28,7 +28,6 @@ from foveate.video import (
     Parts,
     VideoMethod,
     by_frame,
-    check_shares,
     everything,
     exact,
     similarity,
@@ -70,27 +69,13 @@ class FastVID(VideoMethod):
     """
 
     keep: Share = 0.1
-    segments: int = 8
+    segments: Positive = 8
     tau: float = 0.9
-    d: float = 0.4
-    p: int = 4
-    beta: float = 0.6
+    d: UnitFloat = 0.4
+    p: Positive = 4
+    beta: UnitFloat = 0.6
     positions: Positions | None = None
     published_positions = "original"
-
-    def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: another field is.
-        """
-        super().__post_init__()
-        if not isinstance(self.keep, float | int):
-            raise BudgetError(f"keep must be one share or count, got {self.keep!r} in fastvid")
-        check_shares(self.slug, d=self.d, beta=self.beta)
-        if self.segments < 1 or self.p < 1:
-            raise FoveateError(f"segments and p must be 1 or more, got {self.segments}, {self.p}")
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Reduce each video by itself, as their segments differ."""

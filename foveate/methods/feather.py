@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foveate.budget import Keep, PerRequest, check_keep, steps_in
 from foveate.budget import count as budget_count
-from foveate.errors import FoveateError
+from foveate.fields import Natural, Positive
 from foveate.method import Adaptive, Positions, Step, by_count, register
 from foveate.reduction import Reduction
 from foveate.schedule import Scheduled
@@ -50,30 +50,14 @@ class Feather(Scheduled, Adaptive):
     Cost: one key projection of all tokens and one query row per drop; no attention map.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = 0.3
-    stride: int | None = 3
+    stride: Positive | None = 3
     positions: Positions | None = None
     published_positions = "original"
     published_layers = (8, 16)
     ranked_before = 1
     rounding = math.trunc
-
-    def __post_init__(self) -> None:
-        """Check budgets, layers and stride.
-
-        Raises:
-            BudgetError: `keep` is out of range, or a schedule whose length differs from that of
-            `layers`.
-            LayerError: `layers` is not ascending, or begins before 1.
-            FoveateError: `stride` is not a positive number.
-        """
-        super().__post_init__()
-        if self.stride is not None and (type(self.stride) is not int or self.stride < 1):
-            raise FoveateError(
-                f"stride must be a positive int, or None for no grid, got {self.stride!r} in "
-                "feather"
-            )
 
     @property
     def drop_count(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from torch import Tensor
 from foveate.budget import Keep, PerRequest
 from foveate.budget import count as budget_count
 from foveate.errors import BudgetError, LayerError
+from foveate.fields import Positive, Range
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.quoting import quoted
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -64,26 +67,13 @@ class FlowCut(Method):
     """
 
     keep: Keep = 128
-    every: int = 2
-    momentum: float = 0.5
+    every: Positive = 2
+    momentum: Annotated[float, Range(0, 1, below=True)] = 0.5
     as_released: bool = False
     positions: Positions | None = None
+    field_errors = {"momentum": LayerError, "every": LayerError}  # noqa: RUF012
     adaptive = True  # before the last drop, attention decides how many go
     rounding = math.floor
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            LayerError: `every` or `momentum` is.
-        """
-        super().__post_init__()
-        if type(self.every) is not int or self.every < 1 or not 0 <= self.momentum < 1:
-            raise LayerError(
-                "every must be a number of layers >= 1 and momentum in [0, 1), got "
-                f"{self.every!r} and {self.momentum!r} in flowcut"
-            )
 
     def check_budget(self, steps: int | None) -> None:
         """`keep` speaks about the end of all steps, so it is one share or count.
@@ -92,7 +82,7 @@ class FlowCut(Method):
             BudgetError: it is out of range, or a schedule.
         """
         if isinstance(self.keep, tuple | PerRequest):
-            raise BudgetError(f"flowcut takes one share or count as keep, got {self.keep!r}")
+            raise BudgetError(f"flowcut takes one share or count as keep, got {quoted(self.keep)}")
         super().check_budget(1)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:

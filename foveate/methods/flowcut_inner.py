@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
+from foveate.fields import Natural
 from foveate.method import Positions, Scorer, register
 from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
@@ -44,7 +45,7 @@ class FlowCutInner(Scheduled, Scorer):
     Cost: key and value projections of all tokens, one query row, one row of value products.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = 0.222
     positions: Positions | None = None
     published_layers = (2,)

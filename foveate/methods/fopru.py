@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
-from foveate.errors import BudgetError, FoveateError, InputError
+from foveate.errors import BudgetError, InputError
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -48,17 +48,6 @@ class FoPru(Method):
     strategy: Literal["rank", "row"] = "rank"
     positions: Positions | None = None
     rounding = math.floor
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: `strategy` is unknown.
-        """
-        super().__post_init__()
-        if self.strategy not in ("rank", "row"):
-            raise FoveateError(f"strategy must be 'rank' or 'row', got {self.strategy!r} in fopru")
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector, scored in the layer that the language model sees."""

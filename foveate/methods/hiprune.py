@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from foveate.budget import Keep
-from foveate.errors import FoveateError, InputError, LayerError
+from foveate.errors import InputError, LayerError
+from foveate.fields import Natural, UnitFloat
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -56,26 +57,11 @@ class HiPrune(Method):
     """
 
     keep: Keep = 192
-    alpha: float = 0.1
-    layer: int | None = None
+    alpha: UnitFloat = 0.1
+    layer: Natural | None = None
     as_released: Literal["llava", "qwen"] | None = None
     positions: Positions | None = None
     rounding = round
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: `alpha` or `as_released` is.
-        """
-        super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise FoveateError(f"alpha must be in [0, 1], got {self.alpha!r} in hiprune")
-        if self.as_released not in (None, "llava", "qwen"):
-            raise FoveateError(
-                f"as_released must be 'llava', 'qwen' or None, got {self.as_released!r} in hiprune"
-            )
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector, scored in the object layer and in the last one.

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from foveate.clustering import dpc_knn
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError
+from foveate.fields import Positive, UnitFloat
 from foveate.method import Positions, register
+from foveate.quoting import quoted
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -27,7 +29,6 @@ from foveate.video import (
     Survivors,
     VideoMethod,
     by_frame,
-    check_shares,
     everything,
     exact,
     similarity,
@@ -68,25 +69,21 @@ class HoliTom(VideoMethod):
 
     keep: float = 0.15
     tau: float = 0.8
-    beta: float = 0.6
-    k: int = 7
-    window: int = 1024
-    d: float = 0.0
+    beta: UnitFloat = 0.6
+    k: Positive = 7
+    window: Positive = 1024
+    d: UnitFloat = 0.0
     positions: Positions | None = None
 
-    def __post_init__(self) -> None:
-        """Check the fields.
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep`, which is one share.
 
         Raises:
-            BudgetError: `keep` is not a share in (0, 1].
-            FoveateError: another field is out of range.
+            BudgetError: it is something else.
         """
-        super().__post_init__()
+        super().check_budget(steps)
         if not isinstance(self.keep, float):
-            raise BudgetError(f"keep must be one share in (0, 1], got {self.keep!r} in holitom")
-        check_shares(self.slug, beta=self.beta, d=self.d)
-        if self.k < 1 or self.window < 1:
-            raise FoveateError(f"k and window must be 1 or more, got {self.k} and {self.window}")
+            raise BudgetError(f"keep must be one share in (0, 1], got {quoted(self.keep)}")
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Reduce each video by itself, as their segments differ."""

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.budget import Keep
+from foveate.fields import Natural
 from foveate.method import Positions, Scorer, register
 from foveate.reduction import Reduction
 from foveate.schedule import Scheduled
@@ -53,7 +54,7 @@ class HoliTomInner(Scheduled, Scorer):
     every kept one.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = 0.5
     positions: Positions | None = None
     published_positions = "original"

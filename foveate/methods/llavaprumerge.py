@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from foveate.budget import PerRequest, Share
 from foveate.budget import count as budget_count
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError
+from foveate.fields import Natural, Range
 from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.quoting import quoted
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -61,29 +64,13 @@ class LLaVAPruMerge(Adaptive):
     """
 
     plus: bool = True
-    factor: float = 1.5
-    ratio: float | None = None
-    neighbours: int = 32
+    factor: Annotated[float, Range(0)] = 1.5
+    ratio: Annotated[float, Range(0, 1, above=True)] | None = None
+    neighbours: Natural = 32
     keep: Share | None = None
     as_released: bool = False
     positions: Positions | None = None
     rounding = round
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: `neighbours`, `factor` or `ratio` is.
-        """
-        super().__post_init__()
-        if type(self.neighbours) is not int or self.neighbours < 0 or not self.factor >= 0:
-            raise FoveateError(
-                "neighbours must be a number of tokens >= 0 and factor at least 0, got "
-                f"{self.neighbours!r} and {self.factor!r} in llava-prumerge"
-            )
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise FoveateError(f"ratio must be in (0, 1], got {self.ratio!r} in llava-prumerge")
 
     def check_budget(self, steps: int | None) -> None:
         """`keep` is one limit, with room for a patch and the additional token.
@@ -91,11 +78,11 @@ class LLaVAPruMerge(Adaptive):
         Raises:
             BudgetError: it is not.
         """
-        one = self.keep == 1 and type(self.keep) is int
+        one = type(self.keep) is int and self.keep == 1
         if one or isinstance(self.keep, tuple | PerRequest):
             raise BudgetError(
                 "llava-prumerge takes a share, a count of at least 2 or None as keep, got "
-                f"{self.keep!r}"
+                f"{quoted(self.keep)}"
             )
         super().check_budget(steps)
 

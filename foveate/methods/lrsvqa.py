@@ -14,7 +14,7 @@ tokens stay (theirs: cut off, with rounding errors). `as_released=True` brings a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from torch import Tensor
 from foveate.budget import Keep, PerRequest
 from foveate.budget import count as budget_count
 from foveate.errors import BudgetError, FoveateError
+from foveate.fields import Natural, Positive, Range
 from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.quoting import quoted
 from foveate.tokens import VisualTokens
 
 TEACHER = 14 / 32
@@ -65,29 +67,25 @@ class LRSVQA(Scorer):
     keep: Keep = 0.25
     tiles: int = 40
     rounds: int | None = None
-    threshold: float | None = None
-    shortest: int | None = None
+    threshold: Annotated[float, Range(0, 1, below=True)] | None = None
+    shortest: Positive | None = None
     measured: Literal["long", "short"] = "long"
-    layer: int | None = None
+    layer: Natural | None = None
     as_released: bool = False
     positions: Positions | None = None
 
-    def __post_init__(self) -> None:
-        """Check the fields.
+    def check_fields(self) -> None:
+        """As in `Method`; `tiles` and `rounds` are positive.
 
         Raises:
-            BudgetError: `keep`, `tiles` or `rounds` is out of range.
-            FoveateError: `measured` or `threshold` is out of range.
+            BudgetError: they are not.
+            FoveateError: another field does not fit its annotation.
         """
-        super().__post_init__()
+        super().check_fields()
         if self.tiles < 1 or (self.rounds is not None and self.rounds < 1):
             raise BudgetError(
                 f"tiles and rounds must be positive, got {self.tiles} and {self.rounds}"
             )
-        if self.measured not in ("long", "short"):
-            raise FoveateError(f"measured must be 'long' or 'short', got {self.measured!r}")
-        if self.threshold is not None and not 0 <= self.threshold < 1:
-            raise FoveateError(f"threshold must be in [0, 1), got {self.threshold}")
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One drop before the layer whose attention ranks.
@@ -142,7 +140,7 @@ class LRSVQA(Scorer):
             above = rated > self.threshold
             return torch.where(above)[0] if bool(above.any()) else rated.argmax()[None]
         if isinstance(self.keep, PerRequest | tuple):
-            raise BudgetError(f"a large picture takes one keep, got {self.keep}")
+            raise BudgetError(f"a large picture takes one keep, got {quoted(self.keep)}")
         rounding = type(self).rounding
         count = budget_count(self.keep, len(scores), step=0, row=0, rounding=rounding)
         return scores.topk(count).indices

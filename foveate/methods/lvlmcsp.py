@@ -20,7 +20,9 @@ from torch import Tensor
 
 from foveate.budget import Keep, PerRequest, check_keep
 from foveate.errors import FoveateError, LayerError
+from foveate.fields import Natural
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.quoting import quoted
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -52,31 +54,35 @@ class LVLMCSP(Method):
     representatives.
     """
 
-    layers: tuple[int, int, int] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.125, 0.03125)
     select: Literal["uniform", "random"] = "uniform"
     reentry: Literal["parked", "moved"] = "parked"
-    seed: int = 0
+    seed: Natural = 0
     positions: Positions | None = None
     published_positions = "original"
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
+    def check_fields(self) -> None:
+        """As in `Method`; `layers` are three, and positions stay.
 
         Raises:
-            BudgetError: `keep` is out of range, or not one or two values.
             LayerError: `layers` are not three, ascending.
-            FoveateError: `select`, `reentry` or `positions` is not known.
+            FoveateError: `positions` is given, or a field does not fit its annotation.
         """
-        super().__post_init__()
+        names = {"select": ("uniform", "random"), "reentry": ("parked", "moved")}
+        for field, known in names.items():
+            given = getattr(self, field)
+            if not isinstance(given, str) or given not in known:
+                raise FoveateError(
+                    f"{field} must be {' or '.join(known)}, got {quoted(given)} in lvlm-csp"
+                )
+        super().check_fields()
         if self.layers is not None and (
             len(self.layers) != 3 or list(self.layers) != sorted(set(self.layers))
         ):
-            raise LayerError(f"layers must be three, ascending, got {self.layers} in lvlm-csp")
-        if self.select not in ("uniform", "random"):
-            raise FoveateError(f"select must be uniform or random, got {self.select!r} in lvlm-csp")
-        if self.reentry not in ("parked", "moved"):
-            raise FoveateError(f"reentry must be parked or moved, got {self.reentry!r} in lvlm-csp")
+            raise LayerError(
+                f"layers must be three, ascending, got {quoted(self.layers)} in lvlm-csp"
+            )
         if self.positions == "renumbered":
             raise FoveateError("lvlm-csp brings tokens back; leave positions out")
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from foveate.clustering import dpc_knn
-from foveate.errors import FoveateError, LayerError
+from foveate.errors import LayerError
+from foveate.fields import Positive, UnitFloat
 from foveate.method import ModelFacts, Need, Positions, Step, by_count, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -28,7 +29,6 @@ from foveate.video import (
     Survivors,
     VideoMethod,
     by_frame,
-    check_shares,
     check_switch,
     everything,
     exact,
@@ -71,34 +71,13 @@ class PruneVid(VideoMethod):
     """
 
     tau: float = 0.8
-    frame_ratio: float = 0.25
-    cluster_ratio: float = 0.5
-    alpha: float = 0.4
-    layer: int | None = None
-    k: int = 7
+    frame_ratio: UnitFloat = 0.25
+    cluster_ratio: UnitFloat = 0.5
+    alpha: UnitFloat = 0.4
+    layer: Positive | None = None
+    k: Positive = 7
     keep: float | None = None
     positions: Positions | None = None
-
-    def __post_init__(self) -> None:
-        """Check the fields.
-
-        Raises:
-            FoveateError: a share is out of range, or `k` is below 1.
-            LayerError: `layer` is below 1.
-        """
-        super().__post_init__()
-        check_shares(
-            self.slug,
-            frame_ratio=self.frame_ratio,
-            cluster_ratio=self.cluster_ratio,
-            alpha=self.alpha,
-        )
-        if self.k < 1:
-            raise FoveateError(f"k must be 1 or more, got {self.k} in prunevid")
-        if self.layer is not None and self.layer < 1:
-            raise LayerError(
-                f"prunevid ranks tokens in layer - 1, so layer must be at least 1, got {self.layer}"
-            )
 
     def check_budget(self, steps: int | None) -> None:
         """Check that no budget is given.

@@ -17,6 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from foveate.budget import Keep
+from foveate.fields import Natural
 from foveate.method import Positions, Scorer, register
 from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
@@ -38,7 +39,7 @@ class PyramidDrop(Scheduled, Scorer):
             layer sees only a window of the sequence, the nearest one that sees all takes its place.
         keep: what survives each drop, as a share of the ORIGINAL count of each image (paper:
             lambda = 0.5 to the power of the stage), or a count. Shares are truncated, as in the
-            reference.
+            reference. One number is the mean over the layers from the first drop on.
         positions: `None` gives survivors consecutive positions (`renumbered`) after every drop, as
             the reference does, where positions are single numbers; `original` leaves them where
             they were.
@@ -46,7 +47,7 @@ class PyramidDrop(Scheduled, Scorer):
     Cost: one key projection of all tokens and one query row per drop; no attention map.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.5, 0.25, 0.125)
     positions: Positions | None = None
     rounding = math.trunc

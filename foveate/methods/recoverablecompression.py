@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from foveate.diversity import unit
-from foveate.errors import FoveateError
+from foveate.fields import Positive
 from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
 from foveate.outliers import local_outliers
 from foveate.reduction import Reduction, take_rows
-from foveate.relevance import Relevance, check_relevance, relevance_needs, token_relevance
+from foveate.relevance import Relevance, relevance_needs, token_relevance
 from foveate.tokens import VisualTokens
 
 
@@ -63,28 +63,13 @@ class RecoverableCompression(Adaptive):
     """
 
     relevance: Relevance = "embeddings"
-    neighbours: int = 20
-    centre_neighbours: int = 10
-    cluster_size: int = 32
+    neighbours: Positive = 20
+    centre_neighbours: Positive = 10
+    cluster_size: Positive = 32
     text_weight: float = 50.0
     keep: None = None
     positions: Positions | None = None
     as_released: bool = False
-
-    def __post_init__(self) -> None:
-        """Check relevance and numbers of neighbours.
-
-        Raises:
-            FoveateError: `relevance` is not known, or a number is below 1.
-        """
-        super().__post_init__()
-        check_relevance(self.relevance, self.slug)
-        for name in ("neighbours", "centre_neighbours", "cluster_size"):
-            if getattr(self, name) < 1:
-                raise FoveateError(
-                    f"{name} must be at least 1, got {getattr(self, name)} in "
-                    "recoverable-compression"
-                )
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction around the projector, by signals of the last encoder layer."""

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.clustering import dpc_knn
-from foveate.errors import FoveateError
+from foveate.fields import Natural, Positive, UnitFloat
 from foveate.method import Adaptive, ModelFacts, Need, Positions, by_count, register
 from foveate.reduction import Reduction, take_rows
 from foveate.schedule import Scheduled
@@ -54,8 +55,9 @@ class SparseVLM(Scheduled, Adaptive):
             each ranks. `None` scales the published (3, 7, 16) of 32 layers to the model at hand,
             or (2,) where `rank` is given.
         keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count;
-            recycled tokens come on top. `None` is the published setting of 192 tokens on average,
-            or no limit where `rank` is given; `PUBLISHED` has the others.
+            recycled tokens come on top. One number is the mean over the layers from the first drop
+            on. `None` is the published setting of 192 tokens on average, or no limit where `rank`
+            is given; `PUBLISHED` has the others.
         version: 1 recycles dropped tokens and renumbers positions; 2 (SparseVLM+) corrects for
             rotary positions, listens to the heads that look at the image most, does not recycle
             and leaves positions.
@@ -76,36 +78,18 @@ class SparseVLM(Scheduled, Adaptive):
     decomposition.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep | None = None
-    version: int = 1
-    rank: float | None = None
-    tau: float = 0.3
-    theta: float = 0.1
-    heads: int | None = None
+    version: Literal[1, 2] = 1
+    rank: UnitFloat | None = None
+    tau: UnitFloat = 0.3
+    theta: UnitFloat = 0.1
+    heads: Positive | None = None
     as_released: bool = False
     positions: Positions | None = None
     published_layers = (3, 7, 16)
     ranked_before = 1
     rounding = round
-
-    def __post_init__(self) -> None:
-        """Check budgets, layers and the version.
-
-        Raises:
-            BudgetError: `keep` is out of range, or its length differs from that of `layers`.
-            LayerError: `layers` is not ascending, or begins before 1.
-            FoveateError: there is no such version, or a share or `heads` is out of range.
-        """
-        if self.version not in PUBLISHED:
-            raise FoveateError(f"version must be 1 or 2, got {self.version!r} in sparsevlm")
-        shares = {"tau": self.tau, "theta": self.theta, "rank": self.rank or 0.0}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise FoveateError(f"{name} must be in [0, 1], got {share!r} in sparsevlm")
-        if self.heads is not None and self.heads < 1:
-            raise FoveateError(f"heads must be None or at least 1, got {self.heads} in sparsevlm")
-        super().__post_init__()
 
     @property
     def default_layers(self) -> tuple[int, ...]:
@@ -117,6 +101,13 @@ class SparseVLM(Scheduled, Adaptive):
         """`keep`, or what is published."""
         if self.keep is not None or self.rank is not None:
             return self.keep
+        return self.published_shares
+
+    @property
+    def published_shares(self) -> tuple[float, ...] | None:
+        """What is published; where `rank` decides, `keep` is a limit and no mean."""
+        if self.rank is not None:
+            return None
         return tuple(count / 576 for count in PUBLISHED[self.version][192])
 
     def positions_on(self, model: ModelFacts) -> Positions:

@@ -11,13 +11,13 @@ image's own layer is found from attention: here it is one layer for all images.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from foveate.budget import Keep, PerRequest, check_keep
 from foveate.diversity import cosine_distance, select_diverse
-from foveate.errors import FoveateError
+from foveate.fields import Range
 from foveate.method import Method, ModelFacts, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -48,20 +48,8 @@ class ToDRE(Method):
     keep: Keep = 0.1
     rule: Literal["max-sum", "k-center"] = "max-sum"
     seed: Literal["outlying", "first"] = "outlying"
-    drop_layer: int | None = None
+    drop_layer: Annotated[int, Range(-1)] | None = None
     positions: Positions | None = None
-
-    def __post_init__(self) -> None:
-        """Check budget, rule and seed.
-
-        Raises:
-            BudgetError: `keep` is out of range.
-            FoveateError: `rule` or `seed` is not known.
-        """
-        super().__post_init__()
-        for name, known in (("rule", ("max-sum", "k-center")), ("seed", ("outlying", "first"))):
-            if (given := getattr(self, name)) not in known:
-                raise FoveateError(f"{name} must be one of {known}, got {given!r} in todre")
 
     def check_budget(self, steps: int | None) -> None:
         """Check `keep`, which speaks of the first step only."""

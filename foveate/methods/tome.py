@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from foveate.budget import Keep, PerRequest, check_keep
 from foveate.budget import count as budget_count
 from foveate.errors import BudgetError, FoveateError
+from foveate.fields import Natural, Positive
 from foveate.matching import match, match_every
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.quoting import quoted
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -62,29 +64,26 @@ class ToMe(Method):
     Cost: one half-by-half product of head-averaged keys in each layer, under 1 % of the layer.
     """
 
-    r: int | tuple[int, ...] = 8
+    r: Natural | tuple[Natural, ...] = 8
     inflect: float = 0.0
     prop_attn: bool = True
     keep: Keep | None = None
-    every: int | None = None
+    every: Positive | None = None
     positions: Positions | None = None
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
+    def check_fields(self) -> None:
+        """As in `Method`; `inflect` is in [-1, 1].
 
         Raises:
-            FoveateError: `r` or `inflect` is out of range.
-            BudgetError: `keep` is.
+            FoveateError: a field does not fit.
         """
-        object.__setattr__(self, "r", tuple(self.r) if isinstance(self.r, list) else self.r)
-        given = self.r if isinstance(self.r, tuple) else (self.r,)
-        if not all(type(r) is int and r >= 0 for r in given) or not -1 <= self.inflect <= 1:
+        super().check_fields()
+        if not -1 <= self.inflect <= 1:
             raise FoveateError(
                 "r must be a number of tokens >= 0 or a tuple of those, and inflect in [-1, 1]; "
-                f"got r={self.r!r}, inflect={self.inflect!r} (the release's pair (r, inflect) is "
-                "r=..., inflect=...)"
+                f"got r={quoted(self.r)}, inflect={self.inflect} (the release's pair (r, inflect) "
+                "is r=..., inflect=...)"
             )
-        super().__post_init__()
 
     def check_budget(self, steps: int | None) -> None:
         """`keep` speaks about the end of all steps, so it is one share or count.
@@ -93,7 +92,7 @@ class ToMe(Method):
             BudgetError: it is out of range, or a schedule.
         """
         if isinstance(self.keep, tuple | PerRequest):
-            raise BudgetError(f"tome takes one share or count as keep, got {self.keep!r}")
+            raise BudgetError(f"tome takes one share or count as keep, got {quoted(self.keep)}")
         if self.keep is not None:
             check_keep(self.keep, 1)
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.errors import LayerError
+from foveate.fields import Natural
 from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.quoting import quoted
 from foveate.schedule import Drop, Scheduled
 from foveate.tokens import VisualTokens
 
@@ -39,7 +41,8 @@ class TransPrune(Scheduled, Scorer):
             published (7, 9, 12) of 32 layers to the model at hand; where a layer sees only a
             window of the sequence, the nearest one that sees all takes its place.
         keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count.
-            Shares are truncated, as in the reference.
+            Shares are truncated, as in the reference. One number is the mean over the layers from
+            the first drop on.
         accumulate: decoder layers whose transitions add up, 0-based, ascending (the release counts
             from 1); a drop sums those before it. `None` takes all from the layer before the first
             drop to that before the last, as published.
@@ -51,9 +54,9 @@ class TransPrune(Scheduled, Scorer):
     image; per accumulated layer, two norms and one inner product of every token's input and output.
     """
 
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.875, 0.625, 0.125)
-    accumulate: tuple[int, ...] | None = None
+    accumulate: tuple[Natural, ...] | None = None
     positions: Positions | None = None
     rounding = math.trunc
     published_layers = (7, 9, 12)
@@ -72,10 +75,12 @@ class TransPrune(Scheduled, Scorer):
         if list(summed) != sorted(set(summed)) or not summed or summed[0] >= drops[0][0]:
             raise LayerError(
                 f"accumulate must be ascending and begin before the first drop, which is before "
-                f"layer {drops[0][0]}, got {summed} in transprune"
+                f"layer {drops[0][0]}, got {quoted(summed)} in transprune"
             )
+        curve = self.curve(model, drops)
         return tuple(
-            Drop("llm", layer, self._needs(layer, summed), entry=entry) for layer, entry in drops
+            Drop("llm", layer, self._needs(layer, summed), entry=entry, curve=curve)
+            for layer, entry in drops
         )
 
     def scores(self, tokens: VisualTokens) -> Tensor:

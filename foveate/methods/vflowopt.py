@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from foveate.budget import Keep, PerRequest
-from foveate.errors import BudgetError, FoveateError, LayerError
+from foveate.errors import BudgetError, LayerError
+from foveate.fields import Natural, Range
 from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.quoting import quoted
 from foveate.recycling import cells, merged, places, pool_size, recycle
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -68,29 +70,26 @@ class VFlowOpt(Adaptive):
     """
 
     keep: Keep = STRATEGIES[0.25]["keep"]
-    threshold: float = STRATEGIES[0.25]["threshold"]
-    cell: float = STRATEGIES[0.25]["cell"]
-    layers: tuple[int, int] | None = None
+    threshold: Annotated[float, Range(0)] = STRATEGIES[0.25]["threshold"]
+    cell: Annotated[float, Range(1)] = STRATEGIES[0.25]["cell"]
+    layers: tuple[Natural, ...] | None = None
     positions: Positions | None = None
     published_positions = "original"
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
+    def check_fields(self) -> None:
+        """As in `Method`; `layers` are two.
 
         Raises:
-            BudgetError: `keep` is not a share or three of them.
-            FoveateError: `cell` is below 1, or `threshold` below 0.
-            LayerError: `layers` are not two, ascending.
+            LayerError: they are not, or do not ascend.
+            FoveateError: another field does not fit its annotation.
         """
-        super().__post_init__()
-        if self.cell < 1:
-            raise FoveateError(f"cell must be at least 1, got {self.cell} in vflowopt")
-        if self.threshold < 0:
-            raise FoveateError(f"threshold must be at least 0, got {self.threshold} in vflowopt")
+        super().check_fields()
         if self.layers is not None and not (
             len(self.layers) == 2 and self.layers == tuple(sorted(set(self.layers)))
         ):
-            raise LayerError(f"layers must be two, ascending, got {self.layers} in vflowopt")
+            raise LayerError(
+                f"layers must be two, ascending, got {quoted(self.layers)} in vflowopt"
+            )
 
     def check_budget(self, steps: int | None) -> None:
         """Check `keep`: a share for all steps, or one for each.
@@ -104,7 +103,7 @@ class VFlowOpt(Adaptive):
         ):
             raise BudgetError(
                 "vflowopt counts from what recycling leaves, so keep is a share in (0, 1] or three "
-                f"of them, got {self.keep!r}"
+                f"of them, got {quoted(self.keep)}"
             )
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from foveate.budget import Keep
 from foveate.errors import BudgetError
+from foveate.fields import Natural
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
@@ -51,23 +52,10 @@ class VisionZip(Method):
     """
 
     keep: Keep = 64
-    contextual: int | None = None
+    contextual: Natural | None = None
     positions: Positions | None = None
     rounding = round
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
-
-        Raises:
-            BudgetError: `keep` or `contextual` is out of range.
-        """
-        super().__post_init__()
-        if self.contextual is not None and (
-            type(self.contextual) is not int or self.contextual < 0
-        ):
-            raise BudgetError(
-                f"contextual must be a number of tokens >= 0 or None, got {self.contextual!r}"
-            )
+    field_errors = {"contextual": BudgetError}  # noqa: RUF012
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction around the projector, scored in the layer that the language model sees."""

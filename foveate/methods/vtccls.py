@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.budget import Keep
 from foveate.errors import LayerError
 from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.quoting import quoted
 from foveate.tokens import VisualTokens
 
 
@@ -43,23 +44,20 @@ class VTCCLS(Scorer):
     layers: int | tuple[int, ...] | None = None
     positions: Positions | None = None
 
-    def __post_init__(self) -> None:
-        """Check budget and the form of `layers`.
+    def check_fields(self) -> None:
+        """As in `Method`; `layers` is a tuple rather than a list, and names no layer twice.
 
         Raises:
-            BudgetError: `keep` is out of range.
-            LayerError: `layers` is neither an int, a tuple of distinct ints, nor `None`.
+            LayerError: it is not.
+            FoveateError: another field does not fit its annotation.
         """
-        super().__post_init__()
-        if self.layers is None:
-            return
-        given = self.layers if isinstance(self.layers, tuple) else (self.layers,)
-        if not given or any(type(layer) is not int for layer in given):
+        if isinstance(self.layers, list):
             raise LayerError(
-                f"layers must be an int, a tuple of ints or None, got {self.layers!r} in vtc-cls"
+                f"layers must be an int, a tuple of ints or None, got {quoted(self.layers)}"
             )
-        if len(set(given)) < len(given):
-            raise LayerError(f"layers must be distinct, got {self.layers} in vtc-cls")
+        super().check_fields()
+        if isinstance(self.layers, tuple) and not 0 < len(self.layers) == len(set(self.layers)):
+            raise LayerError(f"layers must be distinct, got {quoted(self.layers)} in vtc-cls")
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector.

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, FoveateError, LayerError
+from foveate.fields import Natural, Positive, Range
 from foveate.method import Method, ModelFacts, Positions, Step, Work, register
+from foveate.quoting import quoted
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -50,28 +52,25 @@ class YOPO(Method):
     Cost: the slicing of the weights of pruned heads, a copy in each forward over a prompt.
     """
 
-    window: int = 5
-    layer: int | None = None
+    window: Positive = 5
+    layer: Natural | None = None
     heads: tuple[tuple[bool, ...], ...] | None = None
-    ffn_factor: float = 2.0
+    ffn_factor: Annotated[float, Range(1)] = 2.0
     as_released: bool = False
     keep: None = None
     positions: Positions | None = None
     published_positions = "original"
     note = "FLOPs shown leave out windows, heads and neurons; masked keys of a tile are not counted"
 
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model.
+    def check_fields(self) -> None:
+        """As in `Method`; `window` is odd, and positions stay.
 
         Raises:
-            BudgetError: `keep` is given.
-            FoveateError: `window` is no odd number, or `ffn_factor` is below 1.
+            FoveateError: `window` is no odd number, or `positions` are given.
         """
-        super().__post_init__()
-        if self.window < 1 or self.window % 2 == 0:
+        super().check_fields()
+        if self.window % 2 == 0:
             raise FoveateError(f"window must be odd and at least 1, got {self.window} in yopo")
-        if self.ffn_factor < 1:
-            raise FoveateError(f"ffn_factor must be at least 1, got {self.ffn_factor} in yopo")
         if self.positions == "renumbered":
             raise FoveateError("yopo leaves positions as they are; leave positions out")
 
@@ -84,7 +83,7 @@ class YOPO(Method):
         if self.keep is not None:
             raise BudgetError(
                 f"yopo keeps all visual tokens up to its layer, so it takes no keep; got "
-                f"{self.keep!r}. Set window, layer, heads and ffn_factor"
+                f"{quoted(self.keep)}. Set window, layer, heads and ffn_factor"
             )
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:

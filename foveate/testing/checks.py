@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.engine.session import use
 from foveate.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
-from foveate.method import Method, get_method
+from foveate.method import Method
 from foveate.models import find_family
+from foveate.resolve import MethodLike, methods_of
 from foveate.testing import models
 from foveate.testing.replay import Log, Row, logged
 
@@ -53,7 +54,7 @@ class _SkipError(Exception):
     """A check that does not apply."""
 
 
-def check_method(method: Method | type[Method] | str) -> Checks:
+def check_method(method: MethodLike) -> Checks:
     """Run the engine's promises on a method.
 
     Identity (keeping everything changes no bit), an oracle at full length in prefill and decoding,
@@ -61,7 +62,8 @@ def check_method(method: Method | type[Method] | str) -> Checks:
     packaged LLaVA and on a random model with M-RoPE.
 
     Args:
-        method: a method, its class (which is checked with its defaults), or a registered name.
+        method: one method, as `foveate.use` takes it: an instance, a class (which is checked with
+            its defaults), a registered name, or what `to_dict` says.
 
     Returns:
         What was passed, and what does not apply to it.
@@ -73,8 +75,10 @@ def check_method(method: Method | type[Method] | str) -> Checks:
     Example:
         >>> print(check_method("fastv"))  # doctest: +SKIP
     """
-    made: Any = get_method(method) if isinstance(method, str) else method
-    subject = made() if isinstance(made, type) else made
+    found = methods_of(method)
+    if len(found) > 1:
+        raise FoveateError("check_method checks one method; check the others on their own")
+    (subject,) = found
     checks = Checks(subject)
     refusals = []
     _run(checks, "settings", lambda: _settings(subject))

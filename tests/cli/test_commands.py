@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate import tiny
+from foveate.bench.outcome import Outcome
+from foveate.bench.runner import Runner
 from foveate.cli import app
 from foveate.cli.inputs import encode, load_image
 from foveate.methods import FastV, PyramidDrop
@@ -261,3 +263,90 @@ def test_demo_shows_both_answers_and_saves_the_picture(tmp_path):
         assert words in result.stdout
     assert Image.open(out).width > 1000
     assert str(out) in result.stdout.replace("\n", "")
+
+
+def test_methods_compose_in_stream_order(embedded, scene, question, tmp_path):
+    given = ["-m", "fastv", "--keep", "16", "-m", "divprune", "--keep", "0.5"]
+    found = call("run", "tiny", scene, question, *given, "--json", str(tmp_path / "out.json"))
+    assert found.exit_code == 0, found.output
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [method["method"] for method in report["methods"]] == ["divprune", "fastv"]
+    assert report["images"][0]["after"] == {"pre_llm": 128, "llm:2": 16}
+
+
+def test_composed_methods_are_compared_counted_and_shown(scene, question, tmp_path):
+    both = ["-m", "divprune", "-m", "fastv", "--set", "fastv.layer=3", "--set", "divprune.keep=64"]
+    found = call("run", "tiny", scene, question, *both, "--compare", "--repeats", "1")
+    assert "divprune + fastv" in found.output
+    found = call("flops", "tiny", *both, "--json", str(tmp_path / "f.json"))
+    assert "divprune + fastv" in found.output
+    counted = json.loads((tmp_path / "f.json").read_text())
+    assert [method["method"] for method in counted["method"]] == ["divprune", "fastv"]
+    assert counted["visual_tokens"][0] == 64
+    found = call("demo", *both[:4], "--repeats", "1", "--out", str(tmp_path / "d.png"))
+    assert "divprune + fastv" in found.output
+
+
+def test_methods_that_remove_nothing_say_so(scene, question):
+    for given in (["run", "tiny", scene, question], ["flops", "tiny"]):
+        told = " ".join(call(*given, "-m", "evs").output.split())
+        assert "evs removed nothing: it compares the frames of a video" in told
+        assert "100.0%" in told
+    given = ["-m", "divprune", "-m", "fastv", "--keep", "0.25", "--keep", "64"]
+    told = " ".join(call("run", "tiny", scene, question, *given).output.split())
+    assert "fastv removed nothing: its keep=64" in told
+    assert "divprune removed nothing" not in told
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["bench", "--keep", "0.5", "--keep", "0.25"],
+        ["bench", "--methods", "fastv", "--methods", "divprune"],
+        ["run", "tiny", "a.png", "?", "-m", "fastv", "--device", "cpu", "--device", "cuda"],
+        ["bench", "--speed", "--tokens", "1", "--tokens", "2"],
+    ],
+)
+def test_an_option_of_which_only_the_last_would_count_is_refused(arguments):
+    found = call(*arguments)
+    assert found.exit_code == 2
+    assert "is given twice" in " ".join(found.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--tasks", "coco", "--data", "/no/such/folder"], "there is no folder /no/such/folder"),
+        (["--tasks", "counting", "--data", "/no/such/folder"], "there is no folder"),
+        (["--tasks", "all", "--data", "/no/such/folder"], "there is no folder"),
+        (["--tasks", "counting", "--data", "x" * 5000], "there is no folder"),
+        (["--tasks", "coco"], "name its folder as data"),
+        (["--tasks", "coco,counting", "--data", "."], "is missing"),
+        (["--tasks", ","], "unknown task"),
+        (["--tasks", "x" * 5000], "unknown task"),
+        (["--methods", ","], "names by commas"),
+        (["--methods", "x" * 5000], "unknown method"),
+        (["--keep", "x" * 5000], "takes shares"),
+        (["--keep", "nan"], "takes shares"),
+        (["--minutes", "-1"], "--minutes takes a positive number"),
+        (["--minutes", "nan"], "--minutes takes a positive number"),
+        (["--split", "x" * 5000], "--split must be one of"),
+    ],
+)
+def test_a_bench_that_could_do_nothing_is_refused_first(arguments, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("foveate.cli.bench.load_model", None)
+    found = call("bench", "--out", str(tmp_path / "out"), *arguments)
+    assert found.exit_code == 2
+    assert reason in " ".join(found.output.split())
+    assert len(found.output) <= 320
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bench_of_which_no_cell_runs_is_an_error(tmp_path, monkeypatch):
+    refused = Outcome(status="refused", error="no such thing here")
+    monkeypatch.setattr(Runner, "run", lambda self, cell: refused)
+    given = ["--tasks", "counting", "--methods", "fastv", "--samples", "1", "--workers", "1"]
+    found = call("bench", *given, "--no-timing", "--out", str(tmp_path))
+    assert found.exit_code == 2
+    assert "no cell could be run; the first said: no such thing here" in found.output
+    assert (tmp_path / "report.html").exists()

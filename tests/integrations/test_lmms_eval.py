@@ -174,6 +174,8 @@ def test_model_arguments_make_a_method(adapter):
     assert made.keep == (0.5, 0.25, 0.125)
     assert made.layers == (2, 4, 6)
     assert adapter.method_of("fastv", 16, {"layer": 3}).keep == 16
+    both = adapter.method_of("fastv+divprune", "0.25+64", {"fastv.layer": 3})
+    assert [(method.slug, method.keep) for method in both] == [("divprune", 64), ("fastv", 0.25)]
     with pytest.raises(InputError, match="has no field"):
         adapter.method_of("fastv", None, {"nonsense": 2})
     with pytest.raises(InputError, match="without method=NAME: keep, layer"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from foveate.clustering import dpc_knn
 from foveate.errors import BudgetError, FoveateError
 from foveate.method import Positions, register
+from foveate.ranking import ranked
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -132,7 +133,7 @@ class HoliTom(VideoMethod):
     ) -> None:
         """Keep of the (W, N, D) dynamic tokens of each frame the most attended, and clusters."""
         dominant = round(count * (1 - self.d))
-        order = attention.argsort(dim=-1, descending=True, stable=True)
+        order = ranked(attention)
         kept = place.gather(1, order[:, :dominant].sort(-1).values)
         start = torch.arange(len(place), device=x.device)[:, None] * count
         own = start + torch.arange(dominant, device=x.device)

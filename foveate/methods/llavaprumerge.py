@@ -26,6 +26,7 @@ from foveate.budget import PerRequest, Share
 from foveate.budget import count as budget_count
 from foveate.errors import BudgetError, FoveateError
 from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.ranking import TIE, ranked, top
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -127,10 +128,10 @@ class LLaVAPruMerge(Adaptive):
         total = attention.shape[1]
         shared = self.as_released and self.ratio is None
         outliers = self._shared(attention) if shared else self._outliers(attention)
-        ranked = attention.argsort(dim=1, descending=True, stable=True)
-        rank = ranked.argsort(dim=1)
+        order = ranked(attention)
+        rank = order.argsort(dim=1)
         if not self.plus:
-            return ranked, outliers[:, 0]
+            return order, outliers[:, 0]
         place = torch.arange(total, device=rank.device).expand_as(rank)
         if self.ratio is None:  # a third of the mean distance between outliers, as released
             patches = attention.isfinite().sum(1, keepdim=True)
@@ -151,7 +152,8 @@ class LLaVAPruMerge(Adaptive):
         quarters = attention.new_tensor([0.25, 0.75])
         low, high = attention.masked_fill(~patch, torch.nan).nanquantile(quarters, dim=1)
         fence = (high + self.factor * (high - low))[:, None]
-        return (attention > fence).sum(1, keepdim=True).clamp(min=1)
+        # Where all patches get alike, rounding must not make outliers of some.
+        return (attention > fence + TIE * fence.abs()).sum(1, keepdim=True).clamp(min=1)
 
     def _shared(self, attention: Tensor) -> Tensor:
         """(G, 1) as many outliers of each image as all of them have on average, rounded down."""
@@ -174,7 +176,7 @@ class LLaVAPruMerge(Adaptive):
         kept = order[:, :count]
         rows = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[-1]))
         likeness = (rows @ keys.mT).scatter(2, kept[..., None], -torch.inf)
-        nearest = likeness.topk(min(self.neighbours, total - 1), dim=-1).indices
+        nearest = top(likeness, min(self.neighbours, total - 1), 1.0)
         every = attention.clamp(min=0)[:, None].expand(-1, count, -1)
         every = every * (attention.gather(1, kept) >= 0)[..., None]
         weights = torch.zeros_like(likeness).scatter(2, nearest, every.gather(2, nearest))

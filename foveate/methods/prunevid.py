@@ -21,6 +21,7 @@ from torch import Tensor
 from foveate.clustering import dpc_knn
 from foveate.errors import FoveateError, LayerError
 from foveate.method import ModelFacts, Need, Positions, Step, by_count, register
+from foveate.ranking import ranked
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -196,7 +197,7 @@ def highest(scores: Tensor, label: Tensor, share: float) -> Tensor:
     Returns:
         (G, V) bool.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = ranked(scores)
     order = order.gather(1, label.gather(1, order).argsort(dim=-1, stable=True))
     sets = label.gather(1, order)  # ascending, the highest scores of a set first
     first = torch.searchsorted(sets, sets)

@@ -17,6 +17,7 @@ from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
+from tests.tinies import prompts, row_of, tiny_llava
 from tests.vision import encoders
 
 TOLERANCE = 5e-4  # of logits of about 10
@@ -212,3 +213,85 @@ def test_prumerge_folds_neighbours_into_tokens_that_all_stay():
         merged = features()
     assert not merged.isnan().any()
     assert (merged - plain).abs().max() > 0.01
+
+
+# -- ties
+
+
+@functools.cache
+def unplaced(dtype):
+    """LLaVA whose encoder does not tell patches apart by where they are."""
+    model = tiny_llava()
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embedding.weight.zero_()
+    return model.to(dtype)
+
+
+def alike(kind, images):
+    """Images of one colour, or made of six patches that come again and again."""
+    generator = torch.Generator().manual_seed(5)
+    if kind == "one colour":
+        return torch.rand(images, 3, 1, 1, generator=generator).expand(-1, -1, 48, 48)
+    patches = torch.randn(images, 6, 3, 8, 8, generator=generator)
+    which = torch.randint(6, (36,), generator=generator)
+    rows = patches[:, which].view(images, 6, 6, 3, 8, 8)
+    return rows.permute(0, 3, 1, 4, 2, 5).reshape(images, 3, 48, 48)
+
+
+ROWS = [(3, 6), (12, 4), (2, 3), (5,), (7, 4, 2)]  # one text-only, one of two images
+
+
+@torch.no_grad()
+def kept_of(model, session, inputs):
+    model(**inputs)
+    return [image.kept for image in session.record.images]
+
+
+@pytest.mark.parametrize("kind", ["one colour", "six patches"])
+@pytest.mark.parametrize("slug", foveate.list_methods())
+def test_tokens_that_tie_are_chosen_alike_in_every_batch(slug, kind):
+    """Rounding depends on how many rows there are, and how far they are padded."""
+    model = unplaced(torch.float32)
+    together = prompts(ROWS)
+    together["pixel_values"] = alike(kind, 5)
+    for method in settings(slug)[2::2]:
+        session = attach(model, method)
+        if session is None:
+            continue
+        with session:
+            try:
+                kept = kept_of(model, session, together)
+            except BudgetError:
+                continue
+            for row, first, images in ((0, 0, 1), (1, 1, 1), (2, 2, 1), (4, 3, 2)):
+                alone = kept_of(model, session, row_of(together, row))
+                check_same(kept[first : first + images], alone)
+
+
+def before_the_language_model(slug):
+    """Whether a method chooses by what the encoder and the embeddings say."""
+    cls = foveate.get_method(slug)
+    return cls.stage == "pre_llm" and slug != "random"
+
+
+@pytest.mark.parametrize(
+    "slug", [slug for slug in foveate.list_methods() if before_the_language_model(slug)]
+)
+@torch.no_grad()
+def test_half_precision_leaves_ties_ties(slug):
+    """Choices behind the encoder, alone and among 1, 2, 3 and 5 images."""
+    model = unplaced(torch.bfloat16)
+    everything = prompts(ROWS)
+    everything["pixel_values"] = alike("six patches", 5).to(torch.bfloat16)
+    for method in settings(slug)[2::2]:
+        session = attach(model, method)
+        if session is None:
+            continue
+        with session:
+            wanted = [image["pre_llm"] for image in kept_of(model, session, everything)]
+            for rows, images in ((1, 1), (2, 2), (3, 3)):
+                inputs = {name: value[:rows] for name, value in everything.items()}
+                inputs["pixel_values"] = everything["pixel_values"][:images]
+                found = [image["pre_llm"] for image in kept_of(model, session, inputs)]
+                for got, want in zip(found, wanted[:images], strict=True):
+                    assert got.tolist() == want.tolist()

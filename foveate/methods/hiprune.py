@@ -102,10 +102,10 @@ class HiPrune(Method):
         if self.as_released == "qwen":
             return Reduction(_released_union(_flat_neighbours(tokens, anchors), deep, count))
         neighbours = _flat_neighbours if self.as_released == "llava" else _neighbours
-        # Places are less than V, so these three kinds of tokens rank one after another.
-        ranks = tokens.count - ranked(deep).argsort(dim=-1)
-        ranks = ranks.add_(neighbours(tokens, anchors), alpha=tokens.count)
-        return Reduction.top(ranks.scatter_(1, anchors, 2 * tokens.count + 1), count, scale=0.0)
+        # Shares of the highest are at most 1, so these kinds of tokens rank one after another.
+        most = deep.amax(-1, keepdim=True).clamp(min=torch.finfo(deep.dtype).tiny)
+        ranks = torch.add(deep / most, neighbours(tokens, anchors), alpha=2).scatter_(1, anchors, 4)
+        return Reduction.top(ranks, count, scale=1.0)
 
 
 def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.ranking import TIE, highest, ranked
+
 
 def dpc_knn(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
     """Cluster the points of each group around the peaks of their density.
@@ -31,7 +33,7 @@ def dpc_knn(x: Tensor, clusters: int, k: int) -> tuple[Tensor, Tensor]:
     Cost: one product of all pairs, O(N² D), and O(N²) comparisons.
     """
     distance = squared_distances(x)
-    centers = peaks(distance, k).argsort(dim=-1, descending=True, stable=True)[:, :clusters]
+    centers = ranked(peaks(distance, k), 1.0)[:, :clusters]
     return centers, nearest_center(distance, centers)
 
 
@@ -43,7 +45,7 @@ def squared_distances(x: Tensor) -> Tensor:
 
     Returns:
         (G, N, N), exactly symmetric, so that mutual neighbours tie however the product was
-        rounded; zeros on the diagonal.
+        rounded; zeros on the diagonal, and between points that rounding alone tells apart.
     """
     x = x.detach()
     x = x if x.dtype == torch.float64 else x.float()
@@ -52,7 +54,8 @@ def squared_distances(x: Tensor) -> Tensor:
     distance = torch.baddbmm(square[:, None] + square[..., None], x, x.mT, alpha=-2.0)
     distance = (distance + distance.mT).clamp_(min=0).div_(2 * x.shape[-1])
     distance.diagonal(dim1=1, dim2=2).zero_()
-    return distance
+    near = TIE / x.shape[-1]
+    return distance.masked_fill_(distance <= (square[:, None] + square[..., None]) * near, 0.0)
 
 
 def peaks(distance: Tensor, k: int) -> Tensor:
@@ -88,6 +91,6 @@ def nearest_center(distance: Tensor, centers: Tensor) -> Tensor:
         (G, N), in [0, C). Centers join themselves, also where they coincide.
     """
     rows = centers[..., None].expand(-1, -1, distance.shape[-1])
-    joined = distance.gather(1, rows).argmin(1)
+    joined = highest(-distance.gather(1, rows).mT)
     number = torch.arange(centers.shape[1], device=centers.device).expand_as(centers)
     return joined.scatter(1, centers, number)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from foveate.ranking import TIE, highest
+
 
 def with_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) rows in float32 or better, and (..., 1) what they are divided by to have length one:
@@ -67,18 +69,20 @@ def select_diverse(
         (G, K) token positions in the order of their selection.
     """
     images = torch.arange(len(distance), device=distance.device)
-    first = nearest_other(distance) if first is None else first
-    picks = [first.argmax(dim=-1)]
+    scale = 1.0 if first is None else float(distance.shape[-1])
+    picks = [highest(nearest_other(distance) if first is None else first, scale)]
     # With this diagonal a picked token can never win again.
     distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     far = distance[images, picks[0]]
-    for _ in range(count - 1):
-        picks.append(far.argmax(dim=-1))
+    for summed in range(1, count):
+        picks.append(highest(far, summed if gather is torch.add else 1.0))
         gather(far, distance[images, picks[-1]], out=far)
     return torch.stack(picks, dim=-1)
 
 
-def select_determinant(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def select_determinant(
+    kernel: Tensor, count: int, scale: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Greedy choice of tokens whose kernel has a large determinant.
 
     Each pick adds the largest factor to the determinant: a Cholesky factorisation that pivots on
@@ -88,6 +92,8 @@ def select_determinant(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Args:
         kernel: (G, V, V) symmetric, without negative eigenvalues.
         count: tokens to pick, K, from 1 to V.
+        scale: size of what entries are rounded from, against the largest entry of the diagonal;
+            (G, 1) if it is a tensor. Factors closer than rounding tie, and the lower index wins.
 
     Returns:
         (G, K) token positions in the order of their selection, and (G, K) the factor each added:
@@ -96,12 +102,17 @@ def select_determinant(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     images = torch.arange(len(kernel), device=kernel.device)
     rest = kernel.diagonal(dim1=1, dim2=2).clone()
-    # A rest that is V roundings of its entry is none; divided by its root, rounding would grow.
+    scale = scale * rest.amax(-1, keepdim=True)
+    # A rest that is V roundings of its entry is none, nor is one that is a rounding of the largest;
+    # divided by its root, rounding would grow.
     least = rest * (torch.finfo(kernel.dtype).eps * kernel.shape[-1])
+    floor = (scale * TIE).expand_as(rest).clone()
+    least = torch.maximum(least, floor)
     factors = kernel.new_empty(len(kernel), count, kernel.shape[-1])
     picks, gains = [], []
     for step in range(count):
-        gain, pick = rest.max(dim=-1, keepdim=True)
+        pick = highest(rest, scale)[:, None]
+        gain = rest.gather(1, pick)
         picks.append(pick)
         gains.append(gain)
         row = kernel[images, pick[:, 0]]
@@ -109,8 +120,10 @@ def select_determinant(kernel: Tensor, count: int) -> tuple[Tensor, Tensor]:
             known = factors[:, :step]
             mixed = known[images, :, pick[:, 0]][:, None]
             row = torch.baddbmm(row[:, None], mixed, known, alpha=-1)[:, 0]
-        scale = torch.where(gain > least.gather(1, pick), gain, torch.inf).rsqrt()
-        row = torch.mul(row, scale, out=factors[:, step])
+        root = torch.where(gain > least.gather(1, pick), gain, torch.inf).rsqrt()
+        row = torch.mul(row, root, out=factors[:, step])
+        floor.scatter_(1, pick, -torch.inf)  # which is never picked again
         rest.addcmul_(row, row, value=-1).scatter_(1, pick, -torch.inf)
+        torch.maximum(rest, floor, out=rest)  # below, rounding would order what says nothing
     order, gain = torch.cat(picks, dim=-1), torch.cat(gains, dim=-1)
     return order, gain.masked_fill(gain <= least.gather(1, order), 0.0)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.ranking import highest, ranked
+
 
 def match(keys: Tensor, r: int, special: int) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching (ToMe, arXiv:2210.09461): every other row loses its r likest.
@@ -27,8 +29,8 @@ def match(keys: Tensor, r: int, special: int) -> tuple[Tensor, Tensor]:
     """
     first = special % 2  # patches in even rows
     scores = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)
-    best, partner = scores.max(-1)
-    order = best.argsort(-1, descending=True)
+    partner = highest(scores, 1.0)
+    order = ranked(scores.amax(-1), 1.0)
     rest = order[:, r:]
     if special:
         rest = rest.sort(-1).values
@@ -53,7 +55,7 @@ def match_every(keys: Tensor, every: int) -> tuple[Tensor, Tensor]:
     """
     images, total = keys.shape[:2]
     index = torch.arange(every - 1, total, every, device=keys.device).expand(images, -1)
-    slot = (keys @ keys[:, every - 1 :: every].transpose(1, 2)).argmax(-1)
+    slot = highest(keys @ keys[:, every - 1 :: every].transpose(1, 2), 1.0)
     slot = slot.scatter(1, index, torch.arange(total // every, device=keys.device).expand_as(index))
     slot[:, total // every * every :] = -1
     return index, slot

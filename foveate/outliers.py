@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.ranking import TIE
+
 
 def local_outliers(
     values: Tensor, neighbours: int, among: Tensor | None = None, threshold: float = 1.5
@@ -53,6 +55,8 @@ def _neighbours(ranked: Tensor, width: int) -> tuple[Tensor, Tensor]:
     edge = ranked.new_full((len(ranked), width), torch.inf)
     window = torch.cat((edge, ranked, edge), 1).unfold(1, 2 * width + 1, 1)
     distance = (window - ranked[..., None]).abs()
+    near = (ranked.abs() * TIE).clamp(max=torch.finfo(torch.float32).max)
+    distance = distance.masked_fill(distance <= near[..., None], 0.0)
     distance[..., width] = torch.inf
     near, offset = distance.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(
         width, dim=-1, largest=False

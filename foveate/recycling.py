@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.ranking import bottom, ranked
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -80,10 +81,10 @@ def recycle(scores: Tensor, cell: Tensor, pool: int) -> tuple[Tensor, Tensor]:
     total = scores.shape[1]
     own = torch.arange(total, device=scores.device).expand_as(cell)
     pooled = torch.zeros_like(cell, dtype=torch.bool)
-    pooled = pooled.scatter(1, scores.topk(pool, largest=False).indices, True)
+    pooled = pooled.scatter(1, bottom(scores, pool), True)
     first = int(cell.max()) + 1
     place = torch.where(pooled, cell, first + own)  # who stays has a place to itself
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = ranked(scores)
     rank = torch.empty_like(order).scatter(1, order, own)
     best = rank.new_full((len(rank), first + total), total).scatter_reduce(1, place, rank, "amin")
     into = order.gather(1, best.gather(1, place))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.ranking import Scale, top
+
 
 @dataclass(frozen=True, eq=False)
 class Reduction:
@@ -41,10 +43,15 @@ class Reduction:
     real: Tensor | None = None
 
     @classmethod
-    def top(cls, scores: Tensor, count: int) -> Reduction:
-        """Keep the `count` highest of (G, V) scores, in their original order."""
-        index = scores.topk(count, dim=-1, sorted=False).indices
-        return cls(index.sort(dim=-1).values)
+    def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:
+        """Keep the `count` highest of (G, V) scores, in their original order.
+
+        Args:
+            scores: higher is kept; ties go to the lower index (`foveate.ranking`).
+            count: how many.
+            scale: what scores are sums or differences of, such as 1 for cosines.
+        """
+        return cls(top(scores, count, scale))
 
     @classmethod
     def mean(cls, index: Tensor, slot: Tensor, mass: Tensor | None = None) -> Reduction:

@@ -89,3 +89,32 @@ def test_unit_rows():
     assert rows.dtype == torch.float32
     assert rows[0, 1].tolist() == [0] * 4
     torch.testing.assert_close(rows[1].norm(dim=-1), torch.ones(3))
+
+
+def almost_alike(images, total, seed=0):
+    """Images of the same six tokens again and again, told apart by 1e-7."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.randn(6, 16, generator=generator)
+    x = kinds[torch.randint(6, (total,), generator=generator)].expand(images, -1, -1)
+    return x * (1 + 1e-7 * torch.randn(images, total, 16, generator=generator))
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+@pytest.mark.parametrize("gather", [torch.minimum, torch.add])
+def test_tokens_that_rounding_tells_apart_are_picked_by_index(images, gather):
+    x = almost_alike(5, 40)
+    first = cosine_distance(x).sum(-1)
+    wanted = select_diverse(cosine_distance(x), 30, first, gather)
+    assert bool((wanted == wanted[:1]).all())
+    got = select_diverse(cosine_distance(x[:images]), 30, first[:images], gather)
+    assert torch.equal(got, wanted[:images])
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 5])
+def test_determinants_that_rounding_tells_apart_go_by_index(images):
+    x = torch.nn.functional.normalize(almost_alike(5, 40), dim=-1)
+    wanted, gains = select_determinant(x @ x.mT, 30)
+    assert bool((wanted == wanted[:1]).all())
+    assert (gains > 0).sum(1).tolist() == [6] * 5
+    got, _ = select_determinant(x[:images] @ x[:images].mT, 30)
+    assert torch.equal(got, wanted[:images])

@@ -69,3 +69,12 @@ def test_numbers_that_take_no_part_change_nothing(taking_part):
 def test_constants_have_no_outliers():
     assert not local_outliers(torch.full((2, 30), 0.25), 20).any()
     assert not local_outliers(torch.zeros(1, 1), 20).any()
+
+
+def test_numbers_that_rounding_tells_apart_are_no_outliers():
+    """However dense they lie, there is nothing between equal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 1 + 1e-7 * torch.randn(3, 30, generator=generator)
+    assert not local_outliers(0.02 * noise, 5).any()
+    values = torch.rand(1, 30, generator=generator)[:, torch.arange(30) // 3 * 3]
+    assert torch.equal(local_outliers(values * noise, 4), local_outliers(values, 4).expand(3, -1))

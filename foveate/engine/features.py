@@ -237,8 +237,8 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
         ]
     left = _left([after.group for after in living], begin)
     output.encoded = replace(encoded, left=left, unprojected=(), projected=sum(projected))
-    ordered = any(image.index is not None for image in left)
-    if ordered or sum(image.count for image in left) < sum(lengths):
+    fewer = sum(image.count for image in left) < sum(lengths)
+    if fewer or any(after.changed for after in living):  # a merge may leave as many as it found
         marked = _marked(rows_of_sheets, living, lengths)
         output.pooler_output, *planes = map(_like, sheets, marked)
         if planes:
@@ -253,10 +253,12 @@ class _Living:
         group: the images.
         sheets: (G, V, D) their values on each sheet: the features first, which methods see; then
             DeepStack planes; what the projector was given is last, if methods merge that.
+        changed: whether a step has removed, merged or ordered any of them.
     """
 
     group: Group
     sheets: list[Tensor]
+    changed: bool = False
 
     def pick(self, part: Group) -> list[Tensor]:
         """(G, V, D) values of some of the images, on each sheet."""
@@ -342,7 +344,11 @@ def _step(
     unasked = asker.unasked(needs, living.group)
     parts = reduce_group(planned, living.group, begin, asker.request, features, signals, unasked)
     return [
-        _Living(after, _apply(planned, reduction, living.pick(part), encoded.projector))
+        _Living(
+            after,
+            _apply(planned, reduction, living.pick(part), encoded.projector),
+            living.changed or reduction is not None,
+        )
         for part, after, reduction in parts
     ]
 

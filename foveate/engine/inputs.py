@@ -110,6 +110,24 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
     return None if bool(real.all()) else real
 
 
+def from_first(positions: Tensor | None, real: Tensor | None, past: int) -> Tensor | None:
+    """Positions counted from the first token of each row, where a model was given none and counts
+    the padding before it too; `None` where they are so.
+
+    Args:
+        positions: (B or 1, T) positions of a forward; `None` where layers are told none.
+        real: (B, past + T) positions of the sequence that are no padding; `None` for all.
+        past: cached positions.
+    """
+    if positions is None or real is None:
+        return None
+    column = real[:, past:].long().argmax(1, keepdim=True)
+    positions = positions.expand(len(real), -1)
+    counts_all = positions.gather(1, column) == column + past
+    padding = torch.where(counts_all, real.long().argmax(1, keepdim=True), 0)
+    return (positions - padding).clamp(min=0) if bool(padding.any()) else None
+
+
 def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
     """(B or 1, T, T) which positions of a forward each of its positions sees, or `None` where it
     is those before it: masks that are built beforehand may hold blocks or prefixes.

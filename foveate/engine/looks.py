@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.engine.asking import Asked, starts
 from foveate.engine.images import Group, split_by_count
+from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
 from foveate.errors import InputError
@@ -40,6 +41,7 @@ _COLUMNS = {  # axis of the columns, of what is taken of all columns
 }
 _PLACES = ("prompt_positions", "question_positions")  # known without a look at a layer
 _ALONE = ("content_attention", "value_attention")  # softmax over the image's tokens alone
+_KEYS = ("llm_keys", "question_keys")  # which depend on where in its row a token stands
 _ASKED = ("text_attention", *_ALONE)  # of tokens that ask
 
 
@@ -72,8 +74,12 @@ class Looks:
         if not due:
             return
         view, past = self.view(number, layer, hidden, kwargs)
+        keyed = view
+        if due & {*_KEYS} and (counted := self._from_first(number, hidden, kwargs)):
+            keyed, _ = self.view(number, layer, hidden, counted)
         for name in due:
-            self._taken[name, number] = self._look(name, view, past), self.turn.layout
+            taken = self._look(name, keyed if name in _KEYS else view, past)
+            self._taken[name, number] = taken, self.turn.layout
 
     def changed(self, number: int, given: Tensor, made: Tensor) -> None:
         """Note what a module of a layer made of its input, both (B, P, D)."""
@@ -173,6 +179,19 @@ class Looks:
             before = before.last(held.keys.shape[2])  # all that a layer with a window holds
             past = held.keys[:, :, : before.count]
         return LayerView(layer, hidden, rotary, past), before
+
+    def _from_first(
+        self, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Keyword arguments with positions counted from the first token of each row; `None` where
+        they are so.
+        """
+        prompt, family = self.prompt, self.turn.family
+        positions = from_first(kwargs.get("position_ids"), prompt.real, prompt.past)
+        if positions is None or not family.one_dimensional:
+            return None
+        rotary = family.rotary(hidden, positions, number)
+        return {**kwargs, "position_ids": positions, "position_embeddings": rotary}
 
     def seen_before(self, columns: Tensor, past: Slots) -> Tensor | None:
         """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see, or `None` for

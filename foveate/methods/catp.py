@@ -23,6 +23,7 @@ from foveate.errors import LayerError
 from foveate.fields import Natural, UnitFloat
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.methods.divprune import cosine_distance
+from foveate.ranking import TIE, highest
 from foveate.reduction import Reduction
 from foveate.schedule import Drop, Scheduled
 from foveate.tokens import VisualTokens
@@ -95,7 +96,7 @@ class CATP(Scheduled, Method):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep `count` tokens of each image, in raster order."""
         if tokens.number:
-            return Reduction.top(growing(tokens), count)
+            return Reduction.top(growing(tokens), count, scale=1.0)
         order = aligned_and_diverse(
             cosine_distance(tokens.x), alignment(tokens), count, self.balance
         )
@@ -121,7 +122,7 @@ def alignment(tokens: VisualTokens) -> Tensor:
     mask = tokens.signal("paired_mask")
     mean = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
     cosine = (F.normalize(tokens.x.float(), dim=-1) * mean[:, None]).sum(-1)
-    return _scaled(cosine)
+    return _scaled(cosine, 1.0)
 
 
 def aligned_and_diverse(distance: Tensor, aligned: Tensor, count: int, balance: float) -> Tensor:
@@ -138,12 +139,12 @@ def aligned_and_diverse(distance: Tensor, aligned: Tensor, count: int, balance: 
         (G, K) positions in the order of the choice; the lower index wins ties.
     """
     images = torch.arange(len(distance), device=distance.device)
-    picks = [aligned.argmax(-1)]
+    picks = [highest(aligned, 1.0)]
     nearest = distance[images, picks[0]]
     taken = torch.zeros_like(aligned).scatter(1, picks[0][:, None], -torch.inf)
     for _ in range(count - 1):
         worth = balance * aligned + (1 - balance) / 2 * nearest + taken
-        picks.append(worth.argmax(-1))
+        picks.append(highest(worth, 1.0))
         taken.scatter_(1, picks[-1][:, None], -torch.inf)
         torch.minimum(nearest, distance[images, picks[-1]], out=nearest)
     return torch.stack(picks, dim=-1)
@@ -154,7 +155,7 @@ def growing(tokens: VisualTokens) -> Tensor:
     image, times (1 + cosine with the prompt's last token) / 2.
     """
     attention = tokens.signal("text_attention").mean(2)
-    grown = _scaled(attention[:, -1] - attention[:, 0])
+    grown = _scaled(attention[:, -1] - attention[:, 0], attention.amax((1, 2))[:, None])
     mask = tokens.signal("question_mask")
     if not mask.shape[1]:  # the prompt ends in an image
         return grown
@@ -166,6 +167,8 @@ def growing(tokens: VisualTokens) -> Tensor:
     return grown * torch.where(mask.any(1, keepdim=True), similar, 1.0)
 
 
-def _scaled(x: Tensor) -> Tensor:
+def _scaled(x: Tensor, scale: Tensor | float) -> Tensor:
+    """Scaled to [0, 1]; zero where rounding of a scale alone tells tokens apart."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+    flat = high - low <= TIE * scale
+    return ((x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)).masked_fill(flat, 0.0)

@@ -22,9 +22,14 @@ from torch import Tensor
 from foveate.budget import Keep
 from foveate.diversity import select_determinant, with_lengths
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.ranking import TIE
 from foveate.reduction import Reduction
 from foveate.relevance import Relevance, relevance_needs, token_relevance
 from foveate.tokens import VisualTokens
+
+MAGNIFIED = 16.0
+"""How much larger the rounding of cosines is once relevance is scaled to [0, 1] and squared, where
+it spans an eighth or more."""
 
 
 @register(
@@ -68,10 +73,11 @@ class CDPruner(Method):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep `count` tokens of each image, in raster order."""
         relevance = self.scaled_relevance(tokens)
-        order, gains = select_determinant(relevance_kernel(tokens.x, relevance), count)
+        scale = 1.0 if self.as_released else MAGNIFIED
+        order, gains = select_determinant(relevance_kernel(tokens.x, relevance), count, scale)
         of_picks = torch.where(gains > 0, torch.inf, relevance.gather(1, order))
         chosen = relevance.scatter(1, order, of_picks)
-        return Reduction.top(chosen, count)
+        return Reduction.top(chosen, count, scale)
 
     def scaled_relevance(self, tokens: VisualTokens) -> Tensor:
         """(G, V) relevance of each token, scaled to [0, 1]."""
@@ -84,9 +90,9 @@ class CDPruner(Method):
                 _over_prompts(low, tokens.rows, "amin"),
                 _over_prompts(high, tokens.rows, "amax"),
             )
-        span = high - low
-        scaled = (relevance - low + 1e-6) / span.masked_fill(span == 0, 1)
-        return torch.where(span == 0, 1.0, scaled)
+        flat = high - low <= TIE  # rounding alone tells them apart
+        scaled = (relevance - low + 1e-6) / (high - low).masked_fill(flat, 1)
+        return torch.where(flat, 1.0, scaled)
 
 
 def relevance_kernel(x: Tensor, relevance: Tensor) -> Tensor:

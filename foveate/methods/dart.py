@@ -22,6 +22,7 @@ from foveate.budget import Keep
 from foveate.diversity import unit, with_lengths
 from foveate.fields import Natural, Positive
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.ranking import among_top, ranked
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 
@@ -93,7 +94,7 @@ class DART(Method):
         """Keep `count` tokens of each image, in raster order."""
         own = min(self.image_pivots, count)
         strength = _strength(tokens.signal("llm_keys"))
-        pivots = strength.topk(own, dim=-1).indices
+        pivots = ranked(strength)[:, :own]
         asked, asks = self._text_pivots(tokens)
         x, lengths = with_lengths(tokens.signal("normed_states")[:, 0])
         text = take_rows(tokens.signal("question_normed_states")[:, 0], asked)
@@ -112,7 +113,7 @@ class DART(Method):
         """(G, P) which of the text tokens are pivots, and which of those are no padding."""
         mask = tokens.signal("question_mask")
         strength = _strength(tokens.signal("question_keys")).masked_fill(~mask, -torch.inf)
-        index = strength.topk(min(self.text_pivots, mask.shape[1]), dim=-1).indices
+        index = ranked(strength)[:, : self.text_pivots]
         return index, mask.gather(1, index)
 
 
@@ -137,12 +138,10 @@ def _take_unlike(taken: Tensor, similarity: Tensor, quota: Tensor, most: int) ->
         quota: (G, P) how many each takes; together no more than are left.
         most: a bound of all quotas.
     """
-    nth = torch.arange(min(most, taken.shape[1]), device=taken.device)
+    most = min(most, taken.shape[1])
     for pivot in range(quota.shape[1] if most else 0):
-        alike = similarity[:, pivot].masked_fill(taken, torch.inf)
-        least = alike.topk(len(nth), dim=-1, largest=False).indices
-        chosen = nth < quota[:, pivot, None]
-        taken |= torch.zeros_like(taken).scatter(1, least, chosen)
+        unlike = (-similarity[:, pivot]).masked_fill(taken, -torch.inf)
+        taken |= among_top(unlike, quota[:, pivot, None], most, scale=1.0)
 
 
 def _hash_order(tokens: VisualTokens, pivots: Tensor, asked: Tensor, real: Tensor) -> Tensor:

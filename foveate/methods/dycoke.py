@@ -24,6 +24,7 @@ from foveate.errors import InputError, LayerError
 from foveate.fields import Positive, UnitFloat
 from foveate.focus import Focus, Focuser
 from foveate.method import ModelFacts, Positions, Step, register
+from foveate.ranking import ranked
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -92,7 +93,7 @@ class DyCoke(VideoMethod, Focuser):
         reference = references(frames, as_released=self.as_released)
         reduced = [t for t, other in enumerate(reference) if other != t]
         likeness = similarity(x[:, reduced], x[:, [reference[t] for t in reduced]])
-        kept = likeness.topk(new, dim=-1, largest=False).indices  # (G, frames, new)
+        kept = ranked(-likeness, 1.0)[..., :new]  # (G, frames, new)
         if not self.as_released:
             kept = kept.sort(-1).values
         whole = torch.arange(cells, device=x.device).expand(len(x), -1)

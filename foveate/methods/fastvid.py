@@ -22,6 +22,7 @@ from foveate.budget import Share
 from foveate.clustering import peaks, squared_distances
 from foveate.fields import Positive, UnitFloat
 from foveate.method import Positions, register
+from foveate.ranking import bottom, highest, ranked, top
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -104,7 +105,7 @@ class FastVID(VideoMethod):
         """
         total, salient = attention.numel(), budget - int(budget * self.d)
         place = torch.arange(total, device=x.device).view_as(attention)
-        order = attention.argsort(dim=-1, descending=True, stable=True)
+        order = ranked(attention)
         kept = place.gather(1, order[:, :salient]).flatten()
         rest = order[:, salient:].sort(-1).values
         x, place = take_rows(x, rest), place.gather(1, rest)  # (T, N, D) and (T, N)
@@ -115,9 +116,9 @@ class FastVID(VideoMethod):
             count = (budget - salient) * (last + 1 - first) // len(anchors)
             if not count:
                 continue
-            top = rank[anchors].topk(min(count, x.shape[1]), dim=-1).indices
-            target = place[anchors].gather(1, top).flatten()
-            own, shares = self._shares(take_rows(x[anchors], top), x[members].flatten(0, 1))
+            best = top(rank[anchors], min(count, x.shape[1]), 1.0)
+            target = place[anchors].gather(1, best).flatten()
+            own, shares = self._shares(take_rows(x[anchors], best), x[members].flatten(0, 1))
             rows = _at(target, own, total)
             rows[:, place[members].flatten()] += shares
             index.append(target)
@@ -136,7 +137,7 @@ class FastVID(VideoMethod):
             (A * C) weight of each target itself, and (A * C, M) of the tokens that go into it; the
             target is one of them, and counts twice.
         """
-        best = (unit(target) @ unit(x).T).argmax(1, keepdim=True)  # (A, 1, M)
+        best = highest((unit(target) @ unit(x).T).mT, 1.0)[:, None]  # (A, 1, M)
         joined = best == torch.arange(target.shape[1], device=x.device)[:, None]
         count = joined.sum(-1, keepdim=True)
         own = (1 / (count + 1)).clamp(min=self.beta)
@@ -162,6 +163,6 @@ def segments_of(frame: Tensor, segments: int, tau: float) -> list[tuple[int, int
     """
     alike = similarity(frame[1:], frame[:-1])
     cut = alike < tau
-    cut[alike.topk(min(segments - 1, len(alike)), largest=False).indices] = True
+    cut[bottom(alike, min(segments - 1, len(alike)), 1.0)] = True
     last = [*cut.nonzero()[:, 0].tolist(), len(alike)]
     return list(zip([0, *(t + 1 for t in last[:-1])], last, strict=True))

@@ -19,6 +19,7 @@ from foveate.budget import Keep, PerRequest, check_keep, steps_in
 from foveate.budget import count as budget_count
 from foveate.fields import Natural, Positive
 from foveate.method import Adaptive, Positions, Step, by_count, register
+from foveate.ranking import top
 from foveate.reduction import Reduction
 from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
@@ -89,8 +90,8 @@ class Feather(Scheduled, Adaptive):
     def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep what attention ranks highest; at the first drop, the grid as well."""
         scores = self.scores(tokens)
-        top = scores.topk(tokens.quota, dim=-1, sorted=False).indices
-        alive = torch.zeros_like(scores, dtype=torch.bool).scatter(1, top, True)
+        best = top(scores, tokens.quota)
+        alive = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
         if tokens.number == 0 and self.stride:
             alive |= (tokens.coordinates % self.stride == 0).all(-1)
         parts = []

@@ -25,6 +25,7 @@ from foveate.errors import BudgetError, LayerError
 from foveate.fields import Positive, Range
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.quoting import quoted
+from foveate.ranking import ranked
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -129,8 +130,7 @@ class FlowCut(Method):
         most, least = int(left.max()), int(left.min())
         if self.as_released or most == least:
             return Reduction.top(scores, least)
-        ranked = scores.topk(most, dim=-1).indices
-        index, order = ranked.sort(dim=-1)
+        index, order = ranked(scores)[:, :most].sort(dim=-1)
         return Reduction(index, real=order < left[:, None])
 
     def _left(self, tokens: VisualTokens, count: int) -> Tensor:

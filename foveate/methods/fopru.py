@@ -19,6 +19,7 @@ from torch import Tensor
 from foveate.budget import Keep
 from foveate.errors import BudgetError, InputError
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.ranking import top
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -80,9 +81,9 @@ class FoPru(Method):
                 f"{width}; keep more, or use strategy='rank'"
             )
         sums = scores[:, :total].unflatten(1, (-1, width)).sum(-1)
-        rows = sums.topk(min(count // width, sums.shape[1]), dim=-1).indices
+        rows = top(sums, min(count // width, sums.shape[1]))
         columns = torch.arange(width, device=rows.device)
-        return Reduction((rows.sort(dim=-1).values[..., None] * width + columns).flatten(1))
+        return Reduction((rows[..., None] * width + columns).flatten(1))
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention that each token receives from patches, or gives to them: (G, V).

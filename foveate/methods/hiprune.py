@@ -25,6 +25,7 @@ from foveate.budget import Keep
 from foveate.errors import InputError, LayerError
 from foveate.fields import Natural, UnitFloat
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.ranking import ranked, top
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -83,13 +84,14 @@ class HiPrune(Method):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep anchors, then buffers, then registers, `count` in all, in raster order."""
         objects, deep = tokens.signal("received_attention").float().unbind(1)
-        anchors = objects.topk(round(count * self.alpha / 5), dim=-1).indices
+        anchors = top(objects, round(count * self.alpha / 5))
         if self.as_released == "qwen":
             return Reduction(_released_union(_flat_neighbours(tokens, anchors), deep, count))
         neighbours = _flat_neighbours if self.as_released == "llava" else _neighbours
-        # Received attention is at most 1, so these three kinds of tokens rank one after another.
-        ranks = torch.add(deep, neighbours(tokens, anchors), alpha=2).scatter_(1, anchors, 4)
-        return Reduction.top(ranks, count)
+        # Shares of the highest are at most 1, so these kinds of tokens rank one after another.
+        most = deep.amax(-1, keepdim=True).clamp(min=torch.finfo(deep.dtype).tiny)
+        ranks = torch.add(deep / most, neighbours(tokens, anchors), alpha=2).scatter_(1, anchors, 4)
+        return Reduction.top(ranks, count, scale=1.0)
 
 
 def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
@@ -122,7 +124,7 @@ def _released_union(near: Tensor, deep: Tensor, count: int) -> Tensor:
     a buffer is still in front: it is then chosen twice, and K falls below `count`.
     """
     sums = deep / deep.mean(-1, keepdim=True)
-    order = (sums - near.float()).argsort(dim=-1, descending=True, stable=True)
+    order = ranked(sums - near.float(), 1.0)
     place = order.argsort(dim=-1)
     kept = near | (place < count - near.sum(-1, keepdim=True))
     if int(kept.sum(-1).unique().numel()) > 1:

@@ -22,6 +22,7 @@ from foveate.errors import BudgetError
 from foveate.fields import Positive, UnitFloat
 from foveate.method import Positions, register
 from foveate.quoting import quoted
+from foveate.ranking import ranked
 from foveate.reduction import Reduction, take_rows
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -129,7 +130,7 @@ class HoliTom(VideoMethod):
     ) -> None:
         """Keep of the (W, N, D) dynamic tokens of each frame the most attended, and clusters."""
         dominant = round(count * (1 - self.d))
-        order = attention.argsort(dim=-1, descending=True, stable=True)
+        order = ranked(attention)
         kept = place.gather(1, order[:, :dominant].sort(-1).values)
         start = torch.arange(len(place), device=x.device)[:, None] * count
         own = start + torch.arange(dominant, device=x.device)

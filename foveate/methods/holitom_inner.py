@@ -22,6 +22,7 @@ from torch import Tensor
 from foveate.budget import Keep
 from foveate.fields import Natural
 from foveate.method import Positions, Scorer, register
+from foveate.ranking import highest
 from foveate.reduction import Reduction
 from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
@@ -86,7 +87,7 @@ def most_similar(x: Tensor, index: Tensor) -> Tensor:
     """
     unit = F.normalize(x.detach().float(), dim=-1)
     kept = unit.gather(1, index[..., None].expand(-1, -1, unit.shape[-1]))
-    slot = torch.matmul(unit, kept.mT).argmax(-1)
+    slot = highest(torch.matmul(unit, kept.mT), 1.0)
     number = torch.arange(index.shape[1], device=index.device).expand_as(index)
     return slot.scatter(1, index, number)
 

@@ -4,13 +4,13 @@ Paper: Shang et al., "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Lar
 Models", arXiv:2403.15388 (ICCV 2025). Reference code: 42Shawn/LLaVA-PruMerge @ 097c041; where paper
 and code differ (layer, undivided heads, sums instead of averages, neighbours among all tokens), the
 code is followed.
-Differs from the reference: each image has a fence of its own (there: one over the batch); an image
-without outliers keeps its most attended patch (there: none, or an error); the spatial grid of
-PruMerge+ covers all patches (there: never the last one); fewer than 33 patches work; with a fixed
-ratio, patches of the grid that were chosen before are not taken twice (there: they are). Like the
-release it merges what the projector is given, where that makes one token of each row; where it
-mixes rows, which the release does not serve, tokens are merged behind it. An encoder whose last
-layer the language model sees is scored in that layer: our reading.
+Differs from the reference: each image has a fence of its own (there: one over the batch, which
+`as_released` brings back); an image without outliers keeps its most attended patch (there: none, or
+an error); the spatial grid of PruMerge+ covers all patches (there: never the last one); fewer than
+33 patches work; with a fixed ratio, patches of the grid that were chosen before are not taken twice
+(there: they are). Like the release it merges what the projector is given, where that makes one
+token of each row; where it mixes rows, which the release does not serve, tokens are merged behind
+it. An encoder whose last layer the language model sees is scored in that layer: our reading.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from foveate.errors import BudgetError
 from foveate.fields import Natural, Range
 from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
 from foveate.quoting import quoted
+from foveate.ranking import TIE, ranked, top
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -54,7 +55,8 @@ class LLaVAPruMerge(Adaptive):
         neighbours: how many patches are added to each survivor.
         keep: most tokens that survive, the additional one included; `None` for no limit. At least
             2 as a count.
-        as_released: leave the last patch out of the grid.
+        as_released: leave the last patch out of the grid, and let images that are reduced together
+            have one fence, so that what an image keeps depends on the others.
         positions: `None` gives survivors consecutive positions (`renumbered`) in the order in which
             they were chosen, as the reference does, where positions are single numbers; `original`
             leaves them where they were. The additional token stands where the most attended of the
@@ -111,11 +113,12 @@ class LLaVAPruMerge(Adaptive):
     def _choose(self, attention: Tensor) -> tuple[Tensor, Tensor]:
         """(G, V) tokens with the chosen ones first, and (G) how many are chosen."""
         total = attention.shape[1]
-        outliers = self._outliers(attention)
-        ranked = attention.argsort(dim=1, descending=True, stable=True)
-        rank = ranked.argsort(dim=1)
+        shared = self.as_released and self.ratio is None
+        outliers = self._shared(attention) if shared else self._outliers(attention)
+        order = ranked(attention)
+        rank = order.argsort(dim=1)
         if not self.plus:
-            return ranked, outliers[:, 0]
+            return order, outliers[:, 0]
         place = torch.arange(total, device=rank.device).expand_as(rank)
         if self.ratio is None:  # a third of the mean distance between outliers, as released
             patches = attention.isfinite().sum(1, keepdim=True)
@@ -136,7 +139,15 @@ class LLaVAPruMerge(Adaptive):
         quarters = attention.new_tensor([0.25, 0.75])
         low, high = attention.masked_fill(~patch, torch.nan).nanquantile(quarters, dim=1)
         fence = (high + self.factor * (high - low))[:, None]
-        return (attention > fence).sum(1, keepdim=True).clamp(min=1)
+        # Where all patches get alike, rounding must not make outliers of some.
+        return (attention > fence + TIE * fence.abs()).sum(1, keepdim=True).clamp(min=1)
+
+    def _shared(self, attention: Tensor) -> Tensor:
+        """(G, 1) as many outliers of each image as all of them have on average, rounded down."""
+        images, total = attention.shape
+        share = self._outliers(attention.reshape(1, -1)).item() / (images * total)
+        count = max(int(total * share), 1)
+        return torch.full((images, 1), count, device=attention.device)
 
     def _merge(self, order: Tensor, keys: Tensor, attention: Tensor, count: int) -> Reduction:
         """Add neighbours to the first `count` tokens of an order, and the token for the dropped.
@@ -152,7 +163,7 @@ class LLaVAPruMerge(Adaptive):
         kept = order[:, :count]
         rows = keys.gather(1, kept[..., None].expand(-1, -1, keys.shape[-1]))
         likeness = (rows @ keys.mT).scatter(2, kept[..., None], -torch.inf)
-        nearest = likeness.topk(min(self.neighbours, total - 1), dim=-1).indices
+        nearest = top(likeness, min(self.neighbours, total - 1), 1.0)
         every = attention.clamp(min=0)[:, None].expand(-1, count, -1)
         every = every * (attention.gather(1, kept) >= 0)[..., None]
         weights = torch.zeros_like(likeness).scatter(2, nearest, every.gather(2, nearest))

@@ -25,6 +25,7 @@ from foveate.errors import BudgetError, FoveateError
 from foveate.fields import Natural, Positive, Range
 from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
 from foveate.quoting import quoted
+from foveate.ranking import highest, top
 from foveate.tokens import VisualTokens
 
 TEACHER = 14 / 32
@@ -138,12 +139,12 @@ class LRSVQA(Scorer):
         if self.threshold is not None:
             rated = stretched(scores)
             above = rated > self.threshold
-            return torch.where(above)[0] if bool(above.any()) else rated.argmax()[None]
+            return torch.where(above)[0] if bool(above.any()) else highest(rated)[None]
         if isinstance(self.keep, PerRequest | tuple):
             raise BudgetError(f"a large picture takes one keep, got {quoted(self.keep)}")
         rounding = type(self).rounding
         count = budget_count(self.keep, len(scores), step=0, row=0, rounding=rounding)
-        return scores.topk(count).indices
+        return top(scores, count)
 
 
 def stretched(scores: Tensor) -> Tensor:

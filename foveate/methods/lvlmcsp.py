@@ -23,6 +23,7 @@ from foveate.errors import FoveateError, LayerError
 from foveate.fields import Natural
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.quoting import quoted
+from foveate.ranking import highest
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -145,6 +146,6 @@ class LVLMCSP(Method):
         x = tokens.x
         then = x.gather(1, kept[..., None].expand_as(now))
         like = torch.matmul(F.normalize(x, dim=-1), F.normalize(then, dim=-1).transpose(1, 2))
-        nearest = like.argmax(-1)[..., None].expand_as(x)
+        nearest = highest(like, 1.0)[..., None].expand_as(x)
         moved = x + (now - then).gather(1, nearest)
         return moved.scatter(1, kept[..., None].expand_as(now), now)

@@ -22,6 +22,7 @@ from foveate.clustering import dpc_knn
 from foveate.errors import LayerError
 from foveate.fields import Positive, UnitFloat
 from foveate.method import ModelFacts, Need, Positions, Step, by_count, register
+from foveate.ranking import ranked
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 from foveate.video import (
@@ -175,7 +176,7 @@ def highest(scores: Tensor, label: Tensor, share: float) -> Tensor:
     Returns:
         (G, V) bool.
     """
-    order = scores.argsort(dim=-1, descending=True, stable=True)
+    order = ranked(scores)
     order = order.gather(1, label.gather(1, order).argsort(dim=-1, stable=True))
     sets = label.gather(1, order)  # ascending, the highest scores of a set first
     first = torch.searchsorted(sets, sets)

@@ -29,6 +29,7 @@ from foveate.diversity import unit
 from foveate.fields import Positive
 from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
 from foveate.outliers import local_outliers
+from foveate.ranking import ranked, top
 from foveate.reduction import Reduction, take_rows
 from foveate.relevance import Relevance, relevance_needs, token_relevance
 from foveate.tokens import VisualTokens
@@ -143,9 +144,9 @@ class RecoverableCompression(Adaptive):
         likeness = take_rows(keys, index) @ keys.mT + self.text_weight * asked[:, None].to(keys)
         likeness = likeness.masked_fill(~rest[:, None], -torch.inf)
         likeness = likeness.scatter(2, index[..., None], -torch.inf)
-        best = likeness.topk(min(self.cluster_size, likeness.shape[-1]), dim=-1)
-        member = torch.zeros_like(likeness, dtype=torch.bool)
-        member = member.scatter(2, best.indices, best.values > -torch.inf)
+        best = top(likeness, min(self.cluster_size, likeness.shape[-1]), 1.0)
+        member = torch.zeros_like(likeness, dtype=torch.bool).scatter(2, best, True)
+        member &= likeness > -torch.inf
         of_centre = member & centre.gather(1, index)[..., None]
         of_left = (rest & ~centre)[:, None] & left.gather(1, index)[..., None]
         weights = (of_centre | of_left) * seen[:, None]
@@ -155,6 +156,6 @@ class RecoverableCompression(Adaptive):
 
 def _rank(scores: Tensor) -> Tensor:
     """(G, V) place of each token among (G, V) scores, 0 for the highest."""
-    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = ranked(scores)
     place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter(1, order, place)

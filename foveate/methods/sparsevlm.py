@@ -26,6 +26,7 @@ from foveate.budget import Keep
 from foveate.clustering import dpc_knn
 from foveate.fields import Natural, Positive, UnitFloat
 from foveate.method import Adaptive, ModelFacts, Need, Positions, by_count, register
+from foveate.ranking import TIE, ranked, top
 from foveate.reduction import Reduction, take_rows
 from foveate.schedule import Scheduled
 from foveate.tokens import VisualTokens
@@ -170,14 +171,14 @@ class SparseVLM(Scheduled, Adaptive):
         heads = torch.where(heads == 0, 0.0, heads / close)
         wanted = self.heads or max(1, round(heads.shape[1] * 14 / 32))
         looking = heads.sum((2, 3))
-        best = looking.topk(min(wanted, heads.shape[1]), dim=-1).indices
+        best = top(looking, min(wanted, heads.shape[1]))
         share = torch.zeros_like(looking).scatter(1, best, 1 / best.shape[1])
         return torch.einsum("gh,ghqv->gqv", share, heads)
 
     def _recycling(self, scores: Tensor, count: int, x: Tensor) -> Reduction:
         """Keep `count` tokens by (G, V) scores, and recycle others by their (G, V, D) states."""
         total = scores.shape[1]
-        order = scores.argsort(dim=-1, descending=True, stable=True)
+        order = ranked(scores)
         index = order[:, :count].sort(dim=-1).values
         taken = int(self.tau * (total - count)) + 1
         clusters = int(self.theta * taken) + 1
@@ -208,5 +209,5 @@ def rating(relevance: Tensor, mask: Tensor) -> Tensor:
     """
     relevance = relevance.masked_fill(~mask, 0.0)
     mean = relevance.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    above = (relevance > mean) & mask
+    above = (relevance > mean * (1 + TIE)) & mask  # rounding makes nobody a rater
     return torch.where(above.any(1, keepdim=True), above, mask)

@@ -24,6 +24,7 @@ from foveate.budget import Keep
 from foveate.errors import BudgetError
 from foveate.fields import Natural
 from foveate.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.ranking import highest, top
 from foveate.reduction import Reduction
 from foveate.tokens import VisualTokens
 
@@ -83,7 +84,7 @@ class VisionZip(Method):
                 "be contextual; lower contextual, or keep more"
             )
         scores = self.scores(tokens)
-        dominant = scores.topk(count - contextual, dim=-1).indices.sort(dim=-1).values
+        dominant = top(scores, count - contextual)
         if not contextual:
             return Reduction(dominant)
         taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, dominant, True)
@@ -106,7 +107,7 @@ def _targets(taken: Tensor, rest: Tensor, count: int) -> Tensor:
 def _nearest(keys: Tensor, targets: Tensor) -> Tensor:
     """(G, V) which of the M targets each token's key of unit length is most like."""
     rows = keys.gather(1, targets[..., None].expand(-1, -1, keys.shape[-1]))
-    return (keys @ rows.mT).argmax(dim=-1)
+    return highest(keys @ rows.mT, 1.0)
 
 
 def _merge(dominant: Tensor, targets: Tensor, nearest: Tensor, others: Tensor) -> Reduction:

@@ -101,9 +101,9 @@ def _check_method(case: Case) -> None:
     arrays, params, special = case.arrays, case.facts["params"], _special(case)
     patches = arrays["x"][:, special:]
     images, total = patches.shape[:2]
-    method = ToMe(r=params["r"])
-    (step, *_) = method.steps(_Facts())
-    count = method.count(total, total, step, 0)
+    method = ToMe(**_fields(params["r"]))
+    steps = method.steps(_Facts())  # none where nothing merges
+    count = method.count(total, total, steps[0], 0) if steps else total
     assert total - count == params["r_effective"]
     tokens = VisualTokens(
         lambda: patches,
@@ -126,22 +126,42 @@ def _check_every(case: Case) -> None:
     arrays = case.arrays
     keys = F.normalize(arrays["metric"], dim=-1)
     every, total = case.facts["params"]["k"], keys.shape[1]
+    whole = total // every * every  # the release drops the remainder, and unmerges without it
     index, slot = match_every(keys, every)
-    reduction = Reduction.mean(index, slot)
-    sources = [i for i in range(total // every * every) if i % every != every - 1]
-    assert_same(slot[:, sources], arrays["dst_idx"], "tokens that they merge into")
-    merged = reduction.apply(arrays["x"])
-    assert_close(merged, arrays["wavg_x"], FLOATS, "x")
-    assert_close(reduction.sizes(total)[..., None], arrays["wavg_size"], FLOATS, "sizes")
-    assert_close(reduction.recover(merged, total), arrays["unmerged"], FLOATS, "unmerged")
+    assert bool((slot[:, whole:] < 0).all()), "the remainder merges into nothing"
+    if "dst_idx" in arrays:  # runs of one merge nothing
+        sources = [i for i in range(whole) if i % every != every - 1]
+        assert_same(slot[:, sources], arrays["dst_idx"].flatten(1), "tokens that they merge into")
+    for mass, suffix in ((None, ""), (arrays.get("size_in"), "_sized")):
+        if f"wavg_x{suffix}" not in arrays:
+            continue
+        sizes = torch.ones_like(keys[..., :1]) if mass is None else mass
+        reduction = Reduction.mean(index, slot, sizes[..., 0])
+        merged = reduction.apply(arrays["x"])
+        assert_close(merged, arrays[f"wavg_x{suffix}"], FLOATS, "x")
+        counted = sizes[..., 0].masked_fill(slot < 0, 0)
+        counted = counted.new_zeros(index.shape).scatter_add(1, slot.clamp(min=0), counted)
+        assert_close(counted[..., None], arrays[f"wavg_size{suffix}"], FLOATS, "sizes")
+    back = reduction.recover(merged, total)[:, : arrays["unmerged"].shape[1]]
+    assert back.shape[1] >= whole
+    assert_close(back, arrays["unmerged"], FLOATS, "unmerged")
+    if "source" in arrays:
+        taken = F.one_hot(slot.clamp(min=0), len(index[0])) * (slot >= 0)[..., None]
+        assert_same(taken.transpose(1, 2), arrays["source"], "sources")
+
+
+def _fields(r: Any) -> dict[str, Any]:
+    """Fields of the method from a recorded r: a number, one for each layer, or one that tilts."""
+    if isinstance(r, dict):
+        return {"r": r["r"], "inflect": r["inflect"]}
+    return {"r": tuple(r) if isinstance(r, list) else r}
 
 
 def _check_schedules(case: Case) -> None:
     """The recorded schedules, which have no file of their own among the cases."""
     for row in json.loads((case.path.parent / "schedules.json").read_text()):
-        r = row["r"]
-        fields = r if isinstance(r, dict) else {"r": tuple(r) if isinstance(r, list) else r}
-        assert list(ToMe(**fields).schedule(row["num_layers"])) == row["schedule"], row
+        schedule = ToMe(**_fields(row["r"])).schedule(row["num_layers"])
+        assert list(schedule) == row["schedule"], row
 
 
 # -- whole encoders
@@ -205,9 +225,8 @@ def _block(name: str, array: Tensor) -> dict[str, Tensor]:
 
 
 def _method(case: Case) -> ToMe:
-    r = case.facts["params"]["r"]
-    prop_attn = case.facts["params"]["prop_attn"]
-    return ToMe(r=tuple(r) if isinstance(r, list) else r, prop_attn=prop_attn)
+    params = case.facts["params"]
+    return ToMe(**_fields(params["r"]), prop_attn=params["prop_attn"])
 
 
 def _check_layers(case: Case) -> None:

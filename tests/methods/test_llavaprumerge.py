@@ -228,3 +228,22 @@ def test_newlines_are_merged_into_nothing_and_get_nothing(make_tokens):
     assert torch.equal(made.altered(24)[0, :-1], ~at_newlines)
     own = torch.nn.functional.one_hot(made.index[0], 24)
     assert not made.weights[0].masked_fill(own.bool(), 0)[:, newlines].any()
+
+
+def test_images_share_a_fence_only_as_released(make_tokens):
+    """What an image keeps depends on the others where the release's fence is asked for."""
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.rand(2, 1, 24, generator=generator)
+    attention[1, 0, :4] += 9
+    keys = torch.randn(2, 1, 1, 24, 4, generator=generator)
+
+    def counts(method, images):
+        signals = {"joint_cls_attention": attention[images], "encoder_keys": keys[images]}
+        parts = method.split(make_tokens(images=len(images), **signals))
+        return sorted(reduction.kept for members, reduction in parts for _ in members)
+
+    own, shared = LLaVAPruMerge(plus=False), LLaVAPruMerge(plus=False, as_released=True)
+    assert counts(own, [0, 1]) == [2, 5]
+    assert counts(shared, [0, 1]) == [3, 3]
+    assert counts(own, [0]) == counts(shared, [0]) == [2]
+    assert counts(own, [1]) == counts(shared, [1]) == [5]

@@ -136,6 +136,9 @@ class PruneVid(VideoMethod):
             return everything(tokens)
         scores = tokens.signal("question_attention").amax((1, 2, 3))
         kept = highest(scores, tokens.label, self.alpha)
+        # A video of so few tokens that every share is truncated to none keeps one all the same.
+        best = torch.zeros_like(kept).scatter(1, scores.argmax(1, keepdim=True), True)
+        kept |= best & ~kept.any(1, keepdim=True)
         return [
             (tuple(members), Reduction(kept[members].nonzero()[:, 1].view(-1, count)))
             for count, members in by_count(kept.sum(1)).items()

@@ -110,7 +110,7 @@ class PruneVid(VideoMethod):
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """Merging, which needs nothing but the features, and the cut inside the language model."""
-        merge = Step("pre_llm")
+        merge = Step("pre_llm", whole=True, merges=True)
         if self.alpha == 1 or self.keep == 1.0:
             return (merge,)
         layer = self._published(model) if self.layer is None else self.layer

@@ -83,6 +83,8 @@ class Step:
         forget: for `llm`, let the caches of the layers before forget what is removed.
         before_projector: for `pre_llm`, merge what the projector is given and project that, on
             models whose projector makes one token of each row; on others, merge behind it.
+        whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
+        merges: for `pre_llm`, make a token of several behind the projector.
         ragged: for `vision`, images that are encoded together may be left different numbers of
             tokens (`Reduction.real`), which the method's last step makes equal.
     """
@@ -97,6 +99,8 @@ class Step:
     forget: bool = field(default=False, kw_only=True)
     decode: bool = field(default=False, kw_only=True)
     before_projector: bool = field(default=False, kw_only=True)
+    whole: bool = field(default=False, kw_only=True)
+    merges: bool = field(default=False, kw_only=True)
     ragged: bool = field(default=False, kw_only=True)
 
     @property

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +30,16 @@ class VideoMethod(Adaptive):
     """A method that works on the whole frames of videos, before the language model.
 
     Images pass untouched, and so do tokens behind the last frame of a video, such as a newline.
+    `merges` says whether a survivor is made of several tokens.
     """
+
+    merges: ClassVar[bool] = True
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; what it needs is of the layer that the model sees."""
         layer = (model.feature_layer,)
-        return (Step("pre_llm", needs=tuple(Need(name, layer) for name in self.needs)),)
+        needs = tuple(Need(name, layer) for name in self.needs)
+        return (Step("pre_llm", needs=needs, whole=True, merges=self.merges),)
 
     def split(self, tokens: VisualTokens) -> Parts:
         """Reduce videos; members of the group and their reduction, parts of equal counts.

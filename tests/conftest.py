@@ -5,11 +5,17 @@ import re
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
 from tests.tinies import tiny_llava
 
 torch.set_num_threads(1)
+
+# Limits measure hangs, not speed: `timeout` in pyproject.toml is far above what any test takes on a
+# loaded machine, and examples may take as long as they take.
+settings.register_profile("any-speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any-speed")
 
 # What cannot pass on older versions of transformers, test by test; nothing is skipped on newer.
 OLDER = {

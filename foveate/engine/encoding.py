@@ -24,6 +24,7 @@ from foveate.method import Need
 from foveate.models import Encoder, Family
 from foveate.models.rows import Picture, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
+from foveate.signals.encoder import hides
 from foveate.tokens import VisualTokens
 
 
@@ -65,7 +66,7 @@ class Encoding:
         pictures = self._pictures(*states.shape[:2])
         stacks = stack(pictures, states.device)
         self.where = Rows(stacks, states.shape[:-1], self.encoder.special, self.where.packed)
-        if mask is None or self.where.packed or (hidden := _hidden(mask)) is None:
+        if mask is None or self.where.packed or (hidden := hides(mask)) is None:
             return
         visible = (~hidden).expand(len(pictures), -1).flatten().float()
         stacks[0].visible = visible[stacks[0].rows]
@@ -103,6 +104,11 @@ class Encoding:
     def reduced(self) -> bool:
         """Whether any token has been removed."""
         return self.where.now.order is not None
+
+    @property
+    def order(self) -> Tensor | None:
+        """Which of all rows each row of now is, ascending; `None` while all are there."""
+        return self.where.now.order
 
     def survivors(self) -> list[tuple[Stack, dict[str, Tensor]]]:
         """For each picture of the pass, its stack, and place -> (K) raster positions alive behind
@@ -318,10 +324,3 @@ def _mean(x: Tensor, of: Stack) -> Tensor:
     """(G, K, D) mean of each token's rows, from (G, K, R D)."""
     cell = of.rows.shape[2]
     return x if cell == 1 else x.unflatten(2, (cell, -1)).mean(2)
-
-
-def _hidden(mask: Tensor) -> Tensor | None:
-    """(B or 1, N) rows that a mask hides from all others; `None` if it hides none."""
-    keys = mask if mask.dim() == 2 else mask[:, 0, 0]
-    hidden = keys < 0 if keys.is_floating_point() else keys == 0
-    return hidden if bool(hidden.any()) else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foveate.budget import PerRequest
+from foveate.engine.composition import check_order, check_together
 from foveate.engine.compute import why_whole
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -27,12 +28,8 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
     for number, method in enumerate(methods):
         planned = _steps(family, number, method)
         if steps and planned:
-            _check_order(steps, planned[0])
+            check_order(steps, planned[0])
         steps += planned
-    _check_signals(steps)
-    _check_parking(steps)
-    _check_ragged(steps)
-    _check_thresholds(steps)
 
     def at(stage: str) -> tuple[PlannedStep, ...]:
         chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
@@ -45,6 +42,7 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
             "steps attend to; use one of them"
         )
     work = _work(family, methods)
+    check_together(family, methods, steps)
     return Plan(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
 
 
@@ -66,20 +64,6 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
         _check_layers(family, item)
         _check_needs(family, item)
     return planned
-
-
-def _check_order(steps: Sequence[PlannedStep], first: PlannedStep) -> None:
-    """Refuse a method that begins before the one that precedes it in the list does."""
-    previous = next(s for s in reversed(steps) if s.number == 0)
-    if _order(first.step) < _order(previous.step):
-        raise LayerError(
-            f"{first.method.slug} begins at {first.step.place}, before {previous.method.slug} at "
-            f"{previous.step.place}; list methods in stream order"
-        )
-
-
-def _order(step: Step) -> tuple[int, int]:
-    return STAGES.index(step.stage), step.layer
 
 
 def _check_stage(family: Family, method: Method, stage: str) -> None:
@@ -276,69 +260,6 @@ def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
 def _parking(steps: Sequence[Step]) -> list[bool]:
     """Whether what each step of a method takes out comes back at the next."""
     return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
-
-
-def _check_parking(steps: Sequence[PlannedStep]) -> None:
-    """Refuse other steps, and renumbering, while tokens are parked."""
-    llm = [s for s in steps if s.step.stage == "llm"]
-    for planned in (s for s in llm if s.parks):
-        back = next(s for s in llm if s.method is planned.method and s.number == planned.number + 1)
-        span = range(planned.step.layer, back.step.layer + 1)
-        between = [s for s in llm if s.method is not planned.method and s.step.layer in span]
-        if between:
-            raise LayerError(
-                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
-                f"{planned.method.slug} brings back at {back.step.place} are parked; give it a "
-                f"layer before {span.start} or behind {span[-1]}"
-            )
-        if planned.renumber:
-            raise LayerError(
-                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
-                "use positions='original'"
-            )
-
-
-def _check_ragged(steps: Sequence[PlannedStep]) -> None:
-    """Refuse other steps in the encoder while images have different numbers of tokens."""
-    vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
-    for planned in (s for s, _ in vision if s.step.ragged):
-        own = [place for s, place in vision if s.method_number == planned.method_number]
-        between = [
-            s
-            for s, place in vision
-            if s.method_number != planned.method_number and own[0] <= place <= own[-1]
-        ]
-        if between:
-            raise LayerError(
-                f"{between[0].method.slug} acts at {between[0].step.place}, where "
-                f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
-                f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
-                "as_released=True"
-            )
-
-
-def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
-    """Refuse two steps that mean different things by global patches."""
-    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
-    if len({need.above for need in needs}) > 1:
-        raise LayerError(
-            "methods of one session ask for global_attention above different thresholds: "
-            f"{', '.join(str(need.above) for need in needs)}; give them the same"
-        )
-
-
-def _check_signals(steps: Sequence[PlannedStep]) -> None:
-    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
-    first: dict[tuple[int, bool], PlannedStep] = {}
-    for planned in (s for s in steps if s.step.stage == "vision"):
-        place = planned.step.layer, planned.step.inside
-        if place in first and planned.step.needs:
-            raise LayerError(
-                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
-                f"{planned.step.place}, so that signals for the second would be out of date; give "
-                "them different layers"
-            )
-        first.setdefault(place, planned)
 
 
 def why_not(family: Family, name: str) -> str | None:

@@ -43,7 +43,7 @@ class Downsample(Method):
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; it needs nothing."""
-        return (Step("pre_llm"),)
+        return (Step("pre_llm", whole=True, merges=True),)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Pool every image's grid to at most `count` cells.

@@ -80,7 +80,7 @@ class DyCoke(VideoMethod, Focuser):
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector, and the choice of decoding steps."""
-        drop = Step("pre_llm")
+        drop = Step("pre_llm", whole=True)
         if self.p == 0 or self.keep == 1.0:
             return (drop,)
         return (drop, Step("llm", self.layer or _published(model), decode=True))

@@ -46,6 +46,7 @@ class EVS(VideoMethod):
     keep: Keep = 0.3
     positions: Positions | None = None
     rounding = math.trunc
+    merges = False
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Keep what changed most."""

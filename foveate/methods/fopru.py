@@ -56,7 +56,8 @@ class FoPru(Method):
         if model.class_token:
             names.append("cls_attention")
         layer = (model.feature_layer,)
-        return (Step("pre_llm", needs=tuple(Need(name, layer) for name in names)),)
+        needs = tuple(Need(name, layer) for name in names)
+        return (Step("pre_llm", needs=needs, whole=self.strategy == "row"),)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep the best tokens, or rows, of each image, in raster order.

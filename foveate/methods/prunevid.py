@@ -90,7 +90,7 @@ class PruneVid(VideoMethod):
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """Merging, which needs nothing but the features, and the cut inside the language model."""
-        merge = Step("pre_llm")
+        merge = Step("pre_llm", whole=True, merges=True)
         if self.alpha == 1 or self.keep == 1.0:
             return (merge,)
         layer = self._published(model) if self.layer is None else self.layer
@@ -116,6 +116,9 @@ class PruneVid(VideoMethod):
             return everything(tokens)
         scores = tokens.signal("question_attention").amax((1, 2, 3))
         kept = highest(scores, tokens.label, self.alpha)
+        # A video of so few tokens that every share is truncated to none keeps one all the same.
+        best = torch.zeros_like(kept).scatter(1, scores.argmax(1, keepdim=True), True)
+        kept |= best & ~kept.any(1, keepdim=True)
         return [
             (tuple(members), Reduction(kept[members].nonzero()[:, 1].view(-1, count)))
             for count, members in by_count(kept.sum(1)).items()

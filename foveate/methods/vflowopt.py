@@ -114,7 +114,8 @@ class VFlowOpt(Adaptive):
         """One step behind the projector, two between decoder layers."""
         scored = Need("global_attention", (model.feature_layer,), above=self.threshold)
         first, second = self.layers or self._published_layers(model)
-        return Step("pre_llm", needs=(scored,)), Step("llm", first), Step("llm", second)
+        recycled = Step("pre_llm", needs=(scored,), merges=True)
+        return recycled, Step("llm", first), Step("llm", second)
 
     def _published_layers(self, model: ModelFacts) -> tuple[int, int]:
         lowest = model.first_llm_layer

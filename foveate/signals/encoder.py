@@ -32,9 +32,16 @@ ONE_PER_TOKEN = (
 
 
 class Shortened(Protocol):
-    """A pass through an encoder in which tokens are removed."""
+    """A pass through an encoder in which tokens are removed.
+
+    `bias` is what the scores of each key get.
+    """
 
     bias: Tensor | None
+
+    @property
+    def order(self) -> Tensor | None:
+        """Which of all rows each row of now is, ascending; `None` while all are there."""
 
     def widen(self, row: Tensor) -> Tensor:
         """(B, C, V) of a signal of the tokens alive."""
@@ -85,13 +92,14 @@ class EncoderSignals:
         return sum(len(layers) for layers in self.wanted.values())
 
     def attach(self, on: Attaching) -> None:
-        """Hook the projections of the layers, or the layers themselves."""
+        """Hook the projections of the layers, and the layers themselves."""
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             layer: Any = self.encoder.layers[number]
             names = [name for name, layers in self.wanted.items() if number in layers]
             if states := [name for name in names if name in FEATURES]:
                 on.after(layer, self._features(number, states))
             if len(states) < len(names):
+                on.before(layer, self._note)
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
                 if "information_flow" in names:
@@ -117,6 +125,25 @@ class EncoderSignals:
         if name == "encoder_keys":
             return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
         return values.transpose(-1, -2) if name in FEATURES else values
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a layer: what it is told, whether or not its attention is called as a module."""
+        if getattr(self._running, "rows", None) is not None:
+            self._running.told = {**kwargs, "attention_mask": args[1]} if len(args) > 1 else kwargs
+
+    @property
+    def _bias(self) -> Tensor | None:
+        """What the scores of each key get in the layer that is running; `None` for nothing."""
+        shortened = self._pass()
+        if shortened is not None and shortened.bias is not None:
+            return shortened.bias
+        mask = self._running.told.get("attention_mask")
+        if mask is None or self.encoder.packed is not None or (hidden := hides(mask)) is None:
+            return None
+        least = torch.finfo(torch.float32).min
+        return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, least)[
+            :, None, None
+        ]
 
     def _keep(self, name: str, number: int, row: Tensor) -> None:
         shortened = self._pass()
@@ -153,8 +180,7 @@ class EncoderSignals:
         """(B, C, V) of each signal of a layer, from queries, keys, and values if needed."""
         query, key = parts[:2]
         special, heads = self.encoder.special, self.encoder.heads
-        shortened = self._pass()
-        bias = None if shortened is None else shortened.bias
+        bias = self._bias
         rows: dict[str, Tensor] = {}
         if "cls_attention" in names:
             rows["cls_attention"] = class_row(query, key, heads, special, bias)
@@ -175,6 +201,13 @@ class EncoderSignals:
         return rows
 
 
+def hides(mask: Tensor) -> Tensor | None:
+    """(B or 1, N) rows that a mask hides from all others; `None` if it hides none."""
+    keys = mask if mask.dim() == 2 else mask[:, 0, 0]
+    hidden = keys < 0 if keys.is_floating_point() else keys == 0
+    return hidden if bool(hidden.any()) else None
+
+
 @torch.no_grad()
 def attention_sums(
     query: Tensor, key: Tensor, heads: int, special: int = 1, bias: Tensor | None = None
@@ -189,14 +222,25 @@ def attention_sums(
         bias: (B, 1, 1, N) what the encoder adds to the scores.
 
     Returns:
-        (B, V) mean over all N queries of what each patch receives, and (B, V) the share of its
-        attention that each patch gives to patches; float32.
+        (B, V) mean over all N queries that the encoder does not hide of what each patch receives,
+        and (B, V) the share of its attention that each patch gives to patches; float32.
     """
     received, given = torch.zeros(key.shape[:2], device=key.device), []
     for weights in _maps(query, key, heads, bias):
         received += weights.sum(1)
         given.append(weights[..., special:].sum(-1))
-    return received[:, special:] / query.shape[1], torch.cat(given, 1)[:, special:]
+    return received[:, special:] / queries(key, bias), torch.cat(given, 1)[:, special:]
+
+
+def queries(key: Tensor, bias: Tensor | None) -> Tensor | int:
+    """How many of (B, N, D) rows ask, (B, 1): those that the encoder's bias does not hide."""
+    seen = _visible(bias)
+    return key.shape[1] if seen is None else seen.sum(1, keepdim=True)
+
+
+def _visible(bias: Tensor | None) -> Tensor | None:
+    """(B, N) rows that a bias (B, 1, 1, N) does not hide; `None` for all."""
+    return None if bias is None else bias[:, 0, 0] > torch.finfo(bias.dtype).min / 2
 
 
 @torch.no_grad()
@@ -226,8 +270,9 @@ def global_attention(
     """
     received = sum(weights.sum(1) for weights in _maps(query, key, heads, bias))
     assert isinstance(received, Tensor)  # there is at least one row
-    votes = received > above * received.mean(1, keepdim=True)
-    votes |= ~votes.any(1, keepdim=True)
+    votes = received > above * (received.sum(1, keepdim=True) / queries(key, bias))
+    everybody = torch.ones_like(votes) if (seen := _visible(bias)) is None else seen
+    votes |= ~votes.any(1, keepdim=True) & everybody
     share = (votes / votes.sum(1, keepdim=True)).float().split(CHUNK, dim=1)
     maps = _maps(query, key, heads, bias)
     given = sum(torch.bmm(s[:, None], w)[:, 0] for s, w in zip(share, maps, strict=True))
@@ -236,9 +281,13 @@ def global_attention(
 
 
 def _maps(query: Tensor, key: Tensor, heads: int, bias: Tensor | None) -> Iterator[Tensor]:
-    """(B, n, N) float32 attention of a chunk of rows after another, mean over heads."""
+    """(B, n, N) float32 attention of a chunk of rows after another, mean over heads; rows that the
+    encoder hides give none.
+    """
     q = query.unflatten(-1, (heads, -1)).transpose(1, 2) / math.sqrt(query.shape[-1] // heads)
     k = key.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-    for rows in q.split(CHUNK, dim=2):
-        logits = torch.matmul(rows, k).float()
-        yield (logits if bias is None else logits + bias).softmax(-1).mean(1)
+    seen = _visible(bias)
+    for start in range(0, q.shape[2], CHUNK):
+        logits = torch.matmul(q[:, :, start : start + CHUNK], k).float()
+        weights = (logits if bias is None else logits + bias).softmax(-1).mean(1)
+        yield weights if seen is None else weights * seen[:, start : start + CHUNK, None]

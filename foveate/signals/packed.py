@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import UnsupportedModelError
 from foveate.models import Encoder
 from foveate.models.rows import Picture
-from foveate.signals.encoder import Attaching, EncoderSignals, Shortened, attention_sums
+from foveate.signals.encoder import Attaching, EncoderSignals, Shortened, attention_sums, queries
 
 ROWS = 2**14  # rows whose attention is summed up together
 
@@ -42,11 +41,8 @@ class PackedSignals(EncoderSignals):
         self.side = side
 
     def attach(self, on: Attaching) -> None:
-        """Hook the tower and the attention of layers, beside what is hooked in others."""
+        """Hook the tower, beside what is hooked in other encoders."""
         on.before(self.encoder.tower, self._see)
-        for number in sorted({i for layers in self.wanted.values() for i in layers}):
-            attention: Any = self.encoder.attention(self.encoder.layers[number])
-            on.before(attention, self._note(number))
         super().attach(on)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -55,24 +51,27 @@ class PackedSignals(EncoderSignals):
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._running.pictures = self.encoder.packed(arguments, self.side)
 
-    def _note(self, number: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if getattr(self._running, "rows", None) is not None:
-                self._running.told = kwargs
-
-        return hook
-
     def _keep(self, name: str, number: int, row: Tensor) -> None:
         """Note (N, C) values as (C, V) of each picture."""
         shortened = self._pass()
-        whole = row if shortened is None else shortened.whole(row)
+        whole = row if shortened is None else _flat(shortened.whole(row))
         found = []
         for picture in self._running.pictures:
             values = whole[picture.rows.to(whole.device)].mean(1).T
             if name == "received_attention":  # a sum over queries until here
-                values = values / (picture.rows.numel() // picture.frames)
+                values = values / self._queries(picture, whole)
             found.append(values)
         self._running.rows[name, number] = found
+
+    def _queries(self, picture: Picture, whole: Tensor) -> Tensor:
+        """(V) rows alive in the frame of each token of a picture, among (N, C) rows of all."""
+        alive = torch.ones(len(whole), device=whole.device)
+        shortened = self._pass()
+        if shortened is not None and (order := shortened.order) is not None:
+            alive = torch.zeros_like(alive).index_fill(0, order, 1.0)
+        frames = alive[picture.rows.to(whole.device)].view(picture.frames, -1)
+        counts = frames.sum(1).clamp(min=1)
+        return counts.repeat_interleave(len(picture.rows) // picture.frames)
 
     def _states(self, output: Any) -> Tensor:
         states = output if isinstance(output, Tensor) else output[0]
@@ -87,13 +86,11 @@ class PackedSignals(EncoderSignals):
         if "given_attention" in names:  # there are only patches
             rows["given_attention"] = torch.ones(len(key), 1, device=key.device)
         if "received_attention" in names:
-            told, shortened = self._running.told, self._pass()
+            told = self._running.told
             query, key = (self._rotated(part, told) for part in (query, key))
-            bias = None if shortened is None else shortened.bias
-            bounds = self._bounds(told, key)
-            rows["received_attention"] = segment_sums(query, key, bounds, self.encoder.heads, bias)[
-                :, None
-            ]
+            bounds, heads = self._bounds(told, key), self.encoder.heads
+            received = segment_sums(query, key, bounds, heads, self._bias)
+            rows["received_attention"] = received[:, None]
         return rows
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
@@ -110,12 +107,9 @@ class PackedSignals(EncoderSignals):
             return told["cu_seqlens"].long()
         pictures: Sequence[Picture] = self._running.pictures
         lengths = torch.tensor([0, *(picture.rows.numel() for picture in pictures)])
-        if int(lengths.sum()) != len(key):
-            raise UnsupportedModelError(
-                "received_attention cannot be told where tokens were removed inside this encoder, "
-                "which has a mask for its images; use one of the two methods alone"
-            )
-        return lengths.cumsum(0).to(key.device)
+        bounds, shortened = lengths.cumsum(0).to(key.device), self._pass()
+        order = None if shortened is None else shortened.order
+        return bounds if order is None else torch.searchsorted(order, bounds)
 
 
 @torch.no_grad()
@@ -142,7 +136,7 @@ def segment_sums(
             rows = begin[:, None] + torch.arange(length, device=key.device)
             added = None if bias is None else bias[rows][:, None, None]
             received, _ = attention_sums(query[rows], key[rows], heads, 0, added)
-            sums[rows.flatten()] = received.flatten() * length
+            sums[rows.flatten()] = (received * queries(key[rows], added)).flatten()
     return sums
 
 

@@ -143,7 +143,7 @@ def test_a_browser_renders_the_report(page, tmp_path):
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
         f"--user-data-dir={tmp_path}", f"file://{page}",
     ]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    out = subprocess.run(command, capture_output=True, text=True, timeout=900, check=True).stdout
     assert out.count("<circle") >= 4
 
 

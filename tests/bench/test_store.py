@@ -18,7 +18,7 @@ with Store(sys.argv[1]).writing() as store:
         store.add({"key": str(n), "method": "m", "n": n})
     store.journal.open("a").write('{"key": "half')
     print("written", flush=True)
-    time.sleep(60)
+    time.sleep(1800)
 """
 
 

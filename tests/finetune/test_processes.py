@@ -34,7 +34,7 @@ def train(path, processes=1):
     done = subprocess.run(
         [sys.executable, *(launcher if processes > 1 else []), "-m", "foveate", "train", str(path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
-        capture_output=True, text=True, timeout=500, check=False,
+        capture_output=True, text=True, timeout=1800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

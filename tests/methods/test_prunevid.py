@@ -8,6 +8,7 @@ import torch
 
 from foveate.errors import FoveateError, LayerError
 from foveate.methods.prunevid import PruneVid, highest, likeness_over_time, windows
+from foveate.tokens import VisualTokens
 
 
 def values(method, tokens):
@@ -164,3 +165,21 @@ def test_the_cut_is_behind_a_layer_that_can_rank(facts):
     assert PruneVid(alpha=1.0).steps(facts()) == (merge,)
     with pytest.raises(LayerError, match=r"alpha=1\.0"):
         layer(attention_layers=(31,))
+
+
+def test_a_video_of_few_tokens_keeps_its_best_one():
+    """An earlier method may leave so few that every share of them is truncated to none."""
+    attention = torch.tensor([[0.1, 0.4, 0.2], [0.3, 0.1, 0.2]])
+    tokens = VisualTokens(
+        features=lambda: torch.zeros(2, 3, 4),
+        index=torch.arange(3).expand(2, -1),
+        grid=(1, 3),
+        place="llm:2",
+        signals={"question_attention": attention[:, None, None, None]},
+        label=torch.arange(3).expand(2, -1),
+    )
+    parts = PruneVid(alpha=0.4).split(tokens)
+    kept = {
+        m: index.tolist() for members, r in parts for m, index in zip(members, r.index, strict=True)
+    }
+    assert kept == {0: [1], 1: [0]}

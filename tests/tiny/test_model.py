@@ -80,7 +80,6 @@ def test_folder_is_small_and_has_a_model_card() -> None:
     assert "accuracy" in (tiny.PATH / "README.md").read_text().lower()
 
 
-@pytest.mark.timeout(120)
 def test_held_out_questions_are_answered(loaded: Loaded) -> None:
     """300 fresh questions; guessing by kind of question alone gives about a quarter."""
     items = held_out(300, first_seed=77_000_000)

@@ -1,0 +1,201 @@
+"""Composition: which steps of a session go together, and which are refused when it is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from foveate.budget import PerRequest
+from foveate.engine.plan import PlannedStep
+from foveate.errors import BudgetError, LayerError
+from foveate.method import STAGES, Adaptive, Method, Step
+from foveate.models import Family
+from foveate.video import VideoMethod
+
+
+def check_together(family: Family, methods: Sequence[Method], steps: Sequence[PlannedStep]) -> None:
+    """Refuse steps that cannot be served in one session.
+
+    Args:
+        family: the model.
+        methods: the methods, in stream order.
+        steps: all their steps, method by method.
+
+    Raises:
+        LayerError: some steps exclude others.
+    """
+    _check_signals(steps)
+    _check_grids(family, steps)
+    _check_projector(family, steps)
+    _check_transitions(family, methods, steps)
+    _check_parking(family, steps)
+    _check_ragged(steps)
+    _check_thresholds(steps)
+
+
+def check_order(steps: Sequence[PlannedStep], first: PlannedStep) -> None:
+    """Refuse a method that begins before the one that precedes it in the list does.
+
+    Raises:
+        LayerError: it does.
+    """
+    previous = next(s for s in reversed(steps) if s.number == 0)
+    if _order(first.step) < _order(previous.step):
+        raise LayerError(
+            f"{first.method.slug} begins at {first.step.place}, before {previous.method.slug} at "
+            f"{previous.step.place}; list methods in stream order"
+        )
+
+
+def _order(step: Step) -> tuple[int, int]:
+    return STAGES.index(step.stage), step.layer
+
+
+def _check_grids(family: Family, steps: Sequence[PlannedStep]) -> None:
+    """Refuse to read whole grids of what an earlier method has removed tokens of."""
+    for first, second in _before_others(family, steps):
+        if second.step.whole and _removes(first) and _removes(second):
+            raise LayerError(
+                f"{second.method.slug} reads whole grids of visual tokens, but "
+                f"{first.method.slug} removes tokens at {first.step.place} before it; use one of "
+                "them alone"
+            )
+
+
+def _check_projector(family: Family, steps: Sequence[PlannedStep]) -> None:
+    """Refuse to merge what the projector is given after others have merged what it makes."""
+    for first, second in _before_others(family, steps):
+        if not (first.step.merges and second.step.before_projector and _removes(first)):
+            continue
+        shared = _modalities(family, first) & _modalities(family, second)
+        if any(family.projector(modality) is not None for modality in shared):
+            first_whole = first.step.whole  # which could not come second either
+            do = "use one of them alone" if first_whole else f"put {second.method.slug} first"
+            raise LayerError(
+                f"{second.method.slug} merges what the projector is given, but "
+                f"{first.method.slug} before it merges tokens behind the projector; {do}"
+            )
+
+
+def _before_others(
+    family: Family, steps: Sequence[PlannedStep]
+) -> Iterator[tuple[PlannedStep, PlannedStep]]:
+    """Pairs of a step and a later one of another method, before the language model, that both see
+    the same images or videos.
+    """
+    early = sorted((s for s in steps if s.step.stage != "llm"), key=lambda s: _order(s.step))
+    for number, second in enumerate(early):
+        for first in early[:number]:
+            shared = _modalities(family, first) & _modalities(family, second)
+            if shared and first.method_number != second.method_number:
+                yield first, second
+
+
+def _modalities(family: Family, planned: PlannedStep) -> set[str]:
+    """What a step acts on, of what the model takes."""
+    known = set(family.placeholder_ids)
+    return known & {"video"} if isinstance(planned.method, VideoMethod) else known
+
+
+def _removes(planned: PlannedStep) -> bool:
+    """Whether a step removes tokens of images of some size."""
+    method = planned.method
+    if isinstance(method, Adaptive):
+        return not (isinstance(method.keep, float) and method.keep == 1.0)
+    if isinstance(method.keep, PerRequest):
+        return True
+    try:
+        sizes = (2**power for power in range(16))
+        return any(method.count(n, n, planned.step, planned.number) < n for n in sizes)
+    except BudgetError:  # too few tokens for it
+        return True
+
+
+def _check_transitions(
+    family: Family, methods: Sequence[Method], steps: Sequence[PlannedStep]
+) -> None:
+    """Refuse to ask how much a layer changes tokens that it computes in parts."""
+    partial = {work.layer: method.slug for method in methods for work in method.work(family)}
+    for planned in steps:
+        for need in planned.step.needs:
+            layers = [layer for layer in need.layers if layer in partial]
+            if need.name == "transition" and layers:
+                raise LayerError(
+                    f"{planned.method.slug} asks how much decoder layer {layers[0]} changes "
+                    f"tokens, but {partial[layers[0]]} has that layer computed in parts; give "
+                    "them other layers, or use one of them alone"
+                )
+
+
+def _check_parking(family: Family, steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps, and renumbering, while tokens are parked."""
+    llm = [s for s in steps if s.step.stage == "llm"]
+    for planned in (s for s in llm if s.parks):
+        own = [s for s in llm if s.method_number == planned.method_number]
+        back = next(s for s in own if s.number == planned.number + 1)
+        span = range(planned.step.layer, back.step.layer + 1)
+        others = (s for s in llm if s.method_number != planned.method_number)
+        between = [s for s in others if s.step.layer in span]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
+                f"{planned.method.slug} brings back at {back.step.place} are parked; "
+                f"{_outside(family, span)}"
+            )
+        if planned.renumber:
+            raise LayerError(
+                f"{planned.method.slug} brings tokens back, so positions cannot be renumbered; "
+                "use positions='original'"
+            )
+
+
+def _outside(family: Family, span: range) -> str:
+    """What to do about a step within a span of decoder layers."""
+    ways = []
+    if span.start > family.first_llm_layer:
+        ways.append(f"before {span.start}")
+    if span.stop < family.text_layers:
+        ways.append(f"behind {span[-1]}")
+    return f"give it a layer {' or '.join(ways)}" if ways else "use one of them alone"
+
+
+def _check_ragged(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps in the encoder while images have different numbers of tokens."""
+    vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
+    for planned in (s for s, _ in vision if s.step.ragged):
+        own = [place for s, place in vision if s.method_number == planned.method_number]
+        between = [
+            s
+            for s, place in vision
+            if s.method_number != planned.method_number and own[0] <= place <= own[-1]
+        ]
+        if between:
+            raise LayerError(
+                f"{between[0].method.slug} acts at {between[0].step.place}, where "
+                f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
+                f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
+                "as_released=True"
+            )
+
+
+def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
+    """Refuse two steps that mean different things by global patches."""
+    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
+    if len({need.above for need in needs}) > 1:
+        raise LayerError(
+            "methods of one session ask for global_attention above different thresholds: "
+            f"{', '.join(str(need.above) for need in needs)}; give them the same"
+        )
+
+
+def _check_signals(steps: Sequence[PlannedStep]) -> None:
+    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
+    first: dict[tuple[int, bool], PlannedStep] = {}
+    for planned in (s for s in steps if s.step.stage == "vision"):
+        place = planned.step.layer, planned.step.inside
+        if place in first and planned.step.needs:
+            raise LayerError(
+                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
+                f"{planned.step.place}, so that signals for the second would be out of date; give "
+                "them different layers"
+            )
+        first.setdefault(place, planned)

@@ -27,6 +27,7 @@ from foveate.engine.inputs import (
     labels_of,
     only_labelled,
     placeholders,
+    prompt_of,
     real_positions,
     seen_positions,
     supervised_text,
@@ -35,6 +36,7 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.onward import Onward
 from foveate.engine.part import forward_of
 from foveate.engine.places import Places
+from foveate.engine.readout import check_readout
 from foveate.engine.recording import describe
 from foveate.engine.state import Args, Forward, Kwargs
 from foveate.engine.turn import Prompt, Turn
@@ -52,10 +54,12 @@ class Hooks(FeatureHooks):
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
         check_later_images(self.family, inputs, kwargs)
         self._local.requests = None if inputs is None else inputs.shape[0]
+        self._local.asked = prompt_of(inputs, kwargs)
         try:
             return original(*args, **kwargs)
         finally:
             self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
+            self._local.asked = None
 
     def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the model with its head: see what is supervised, and how many tokens behind the
@@ -104,6 +108,7 @@ class Hooks(FeatureHooks):
             local.supervised = supervised_text(module, local.supervised, visual, real)
         elif local.requests is None and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
+        now.readout = self._read_from(now.visual, (ids, kwargs))
         self._check_requests(next(iter(now.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -150,7 +155,10 @@ class Hooks(FeatureHooks):
         self._check_decoding(cache)
         if now.visual and now.encoded:
             check_cache(cache)
-            groups = locate(self._parts(now.visual, now.encoded, sequence))
+            sliced = any(map(features.is_slice, now.encoded.values()))
+            readout = None if sliced else now.readout
+            groups = locate(self._parts(now.visual, now.encoded, sequence), readout)
+            check_readout(groups, self.plan)
         elif (
             cache is not None
             and past

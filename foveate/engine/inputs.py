@@ -92,6 +92,23 @@ def placeholders(
     return {modality: mask for modality, mask in masks.items() if bool(mask.any())}
 
 
+def cached(cache: Any) -> int:
+    """Logical length of what a cache holds; 0 of none."""
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
+
+def prompt_of(inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """Ids of the prompt that `generate` is called with, without what a cache holds, if there are
+    any, and its arguments.
+    """
+    given = [x for x in (inputs, kwargs.get("input_ids")) if isinstance(x, Tensor)]
+    ids = next((x for x in given if x.dim() == 2 and not x.is_floating_point()), None)
+    past = cached(kwargs.get("past_key_values"))
+    if ids is not None and ids.shape[1] > past:
+        ids = ids[:, past:]
+    return ids, dict(kwargs)
+
+
 def real_positions(mask: Any, total: int) -> Tensor | None:
     """(B, total) positions that are no padding, or `None` if all are real.
 
@@ -185,8 +202,8 @@ def supervised_text(
         )
     if real is not None and bool((supervised[:, 1:] & ~real[:, :-1]).any()):
         raise InputError(
-            "the first token behind left padding is supervised, but only padding is there to "
-            "predict it; set its label to -100, or pad on the right"
+            "the first token behind left padding (or hidden text) is supervised, but only padding "
+            "is there to predict it; set its label to -100, or pad on the right"
         )
     return supervised
 
@@ -223,8 +240,7 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     Raises:
         InputError: the images cannot be placed; the message says how to pass them.
     """
-    cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    past = cached(kwargs.get("past_key_values"))
     if family.one_dimensional or not past or not isinstance(ids, Tensor) or ids.dim() != 2:
         return
     tokens = family.placeholder_ids
@@ -263,8 +279,7 @@ def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
     Raises:
         InputError: there is a cache and no positions, where they are no plain numbers.
     """
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = cached(kwargs.get("past_key_values"))
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
         but = "the model was called by itself, without position_ids"
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))

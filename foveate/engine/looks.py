@@ -18,6 +18,7 @@ from foveate.engine.asking import Asked, starts
 from foveate.engine.images import Group, split_by_count
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
+from foveate.engine.readout import prompt_ends
 from foveate.errors import InputError
 from foveate.method import Need
 from foveate.signals import SIGNALS
@@ -227,6 +228,12 @@ class Looks:
         question = vars(self).get("question")
         return 0 if question is None else question.columns.shape[1]
 
+    @property
+    def without_text(self) -> tuple[int, ...]:
+        """Rows in which no text followed an image that was looked at by its text."""
+        question = vars(self).get("question")
+        return () if question is None else question.without
+
     @cached_property
     def question(self) -> Question:
         """The text behind the images, as far as it is not supervised."""
@@ -236,7 +243,10 @@ class Looks:
             real = ~prompt.supervised if real is None else real & ~prompt.supervised
         rows = [row for group in prompt.groups for row in group.rows]
         ends = [end for group in prompt.groups for end in group.ends]
-        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample)
+        last = None
+        if prompt.supervised is None:
+            last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
+        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
 
     def unasked(self, needs: tuple[Need, ...], group: Group) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know.

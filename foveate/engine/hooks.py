@@ -25,6 +25,7 @@ from foveate.engine.inputs import (
     check_later_images,
     check_positions,
     labels_of,
+    numbered_positions,
     only_labelled,
     placeholders,
     prompt_of,
@@ -167,22 +168,25 @@ class Hooks(FeatureHooks):
         ):
             now.onward = Onward.behind(self.family, cache, sequence)
             return args, kwargs
+        mask, real = kwargs.get("attention_mask"), None
+        if groups or self.plan.focus:
+            real = real_positions(mask, past + length)
+            real = None if real is None else real.expand(batch, -1)
         prompt = Prompt(
             batch=batch,
             length=length,
             past=past,
             device=sequence.device,
             groups=groups,
-            real=real_positions(kwargs.get("attention_mask"), past + length)
-            if groups or self.plan.focus
-            else None,
-            sees=seen_positions(kwargs.get("attention_mask"), past, length) if groups else None,
-            trailing=0 if past else local.trailing,
+            real=real,
+            sees=seen_positions(mask, past, length) if groups else None,
+            trailing=local.trailing if groups else 0,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=anywhere(now.visual) if groups and self.plan.asks else None,
+            visual=anywhere(now.visual) if groups else None,
             supervised=local.supervised if groups else None,
             sample=now.sample if groups else None,
+            numbered=numbered_positions(kwargs.get("position_ids"), real, length),
         )
         now.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:

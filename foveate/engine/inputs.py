@@ -110,7 +110,7 @@ def prompt_of(inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, di
 
 
 def real_positions(mask: Any, total: int) -> Tensor | None:
-    """(B, total) positions that are no padding, or `None` if all are real.
+    """(B, total) positions that are neither padding nor hidden, or `None` if all are real.
 
     Args:
         mask: what the text model was given: 2-D, 4-D, a dict of those by kind of layer, or `None`.
@@ -118,13 +118,34 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
     """
     sees = _square(mask)
     if sees is not None:
-        mask = sees.any(1)
+        mask = sees[..., :total].any(1)
+        mask[:, -sees.shape[1] :] &= ~_hidden(sees[..., total - sees.shape[1] : total])
     elif isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
         return None
     real = mask[:, :total].bool()
     return None if bool(real.all()) else real
+
+
+def numbered_positions(positions: Any, real: Tensor | None, length: int) -> Tensor | None:
+    """(B, T) which positions make those after them go on by one; `None` if all do.
+
+    What a caller hides in the middle takes a number of its own, or does not where positions are
+    counts of what is not hidden, as in `generate`.
+
+    Args:
+        positions: (B or 1, T) position ids that the text model is given, if it is given plain ones.
+        real: as `real_positions` finds it.
+        length: T.
+    """
+    if real is None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    real = real[:, -length:]
+    count = real.long().cumsum(1) - positions
+    first = count.gather(1, real.to(torch.uint8).argmax(1, keepdim=True))
+    counted = ((count == first) | ~real).all(1, keepdim=True)
+    return real | ~counted
 
 
 def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
@@ -138,6 +159,21 @@ def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
     """
     sees = _square(mask)
     return None if sees is None else sees[:, :, past : past + length]
+
+
+def _hidden(sees: Tensor) -> Tensor:
+    """(B or 1, T) which positions only see themselves be seen, while the next one goes on where
+    they are. So it is with tokens that a caller hides; a sample of several in a row ends so as
+    well, but the next one begins anew.
+
+    Args:
+        sees: (B or 1, T, T) what each position sees.
+    """
+    itself = torch.eye(sees.shape[1], dtype=torch.bool, device=sees.device)
+    alone = ~(sees & ~itself).any(1)
+    alone[:, :-1] &= (sees[:, :-1] & sees[:, 1:]).any(2)
+    alone[:, -1:] = False
+    return alone
 
 
 def _square(mask: Any) -> Tensor | None:
@@ -200,7 +236,7 @@ def supervised_text(
             "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
             "(with TRL, assistant_only_loss=True or prompt-completion data)"
         )
-    if real is not None and bool((supervised[:, 1:] & ~real[:, :-1]).any()):
+    if real is not None and bool((supervised[:, 1:] & ~(real | visual)[:, :-1]).any()):
         raise InputError(
             "the first token behind left padding (or hidden text) is supervised, but only padding "
             "is there to predict it; set its label to -100, or pad on the right"

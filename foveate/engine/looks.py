@@ -381,9 +381,14 @@ class Looks:
             mask = mask[:, None] if name == "question_keys" else mask
             return taken[rows[:, 0]].masked_fill(~mask[..., None], 0.0)
         columns = self.turn.columns_of(part, layout).to(taken.device)
-        values = taken.movedim(_COLUMNS[name], 1)[rows, columns].movedim(1, _COLUMNS[name])
+        values = taken.movedim(_COLUMNS[name], 1)[rows, columns]
+        if (seen := self.turn.seen(part)) is not None:  # nothing is told of what callers hide
+            hidden = ~seen.to(taken.device)[(...,) + (None,) * (values.dim() - 2)]
+            values = values.masked_fill(hidden, -torch.inf if name in _ALONE else 0.0)
+        values = values.movedim(1, _COLUMNS[name])
         if name in _ASKED:
-            return self._mean(values.softmax(-1) if name in _ALONE else values, part)
+            values = values.softmax(-1).nan_to_num() if name in _ALONE else values
+            return self._mean(values, part)
         if name == "question_attention":
             mask = self._mask(part).to(taken.device)[:, None, :, None]
             return values.masked_fill(~mask, 0.0)

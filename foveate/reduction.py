@@ -6,7 +6,7 @@ thing. Shapes: `G` images of equal size, `V` visual tokens of an image, `K` kept
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -168,6 +168,30 @@ class Reduction:
         if self.share is None:
             return torch.zeros_like(self.index, dtype=torch.bool)
         return (self.share.gather(1, self.index) != 1) | (self.sizes(tokens) != 1)
+
+    def without(self, hidden: Tensor) -> Reduction:
+        """The same survivors, which some tokens tell nothing; those of such tokens alone stay.
+
+        Args:
+            hidden: (G, V) the tokens, whose weight goes to the others that a survivor is made of.
+        """
+        if self.weights is not None:
+            seen = self.weights.masked_fill(hidden[:, None], 0.0)
+            total, left = self.weights.sum(-1, keepdim=True), seen.sum(-1, keepdim=True)
+            rest = seen * (total / left.masked_fill(left == 0, 1.0))
+            return replace(self, weights=torch.where(left == 0, self.weights, rest))
+        if self.slot is None or self.share is None:
+            return self
+        seen, into = self.share.masked_fill(hidden, 0.0), self.slot.clamp(min=0)
+        dropped = self.slot < 0
+        total, left = (
+            part.new_zeros(self.index.shape)
+            .scatter_add(1, into, part.masked_fill(dropped, 0.0))
+            .gather(1, into)
+            for part in (self.share, seen)
+        )
+        rest = seen * (total / left.masked_fill(left == 0, 1.0))
+        return replace(self, share=torch.where(left == 0, self.share, rest))
 
     def recover(self, y: Tensor, tokens: int, missing: Tensor | float = 0.0) -> Tensor:
         """Back to V rows: every token gets the value of the survivor that it went into.

@@ -49,6 +49,7 @@ class Images:
         index: (G, V) raster places alive; `None` if all are.
         frames: frames of a video, 1 for images.
         grid: (height, width) of a frame.
+        seen: (G, V) which tokens the caller has not hidden; `None` for all.
     """
 
     rows: Tensor
@@ -56,6 +57,7 @@ class Images:
     index: Tensor | None
     frames: int
     grid: tuple[int, int]
+    seen: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -376,4 +378,4 @@ class _Attention:
         grid = Grid(part.frames, *part.grid, self.work.window)
         image = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
         common = text_keys, text_values, may
-        return window_attention(image, common, grid, self.module.scaling, part.index)
+        return window_attention(image, common, grid, self.module.scaling, part.index, part.seen)

@@ -10,6 +10,7 @@ sequence.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
+from foveate.engine.readout import reduce_around
 from foveate.engine.rows import Rows
 from foveate.engine.stack import Stack, stack
 from foveate.method import Need
@@ -36,15 +38,22 @@ class Encoding:
         encoder: the encoder.
         arguments: what its tower was called with.
         side: side of a visual token in patches.
+        readout: numbers, among the tokens of all pictures, of those that may not be removed.
     """
 
     def __init__(
-        self, family: Family, encoder: Encoder, arguments: Mapping[str, Any], side: int
+        self,
+        family: Family,
+        encoder: Encoder,
+        arguments: Mapping[str, Any],
+        side: int,
+        readout: Tensor | None = None,
     ) -> None:
         self.family = family
         self.encoder = encoder
         self.arguments = arguments
         self.side = side
+        self.readout = readout
         self.where = Rows((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
@@ -65,6 +74,9 @@ class Encoding:
             return
         pictures = self._pictures(*states.shape[:2])
         stacks = stack(pictures, states.device)
+        if self.readout is not None:
+            for of in stacks:
+                of.keep(self.readout, pictures)
         self.where = Rows(stacks, states.shape[:-1], self.encoder.special, self.where.packed)
         if mask is None or self.where.packed or (hidden := hides(mask)) is None:
             return
@@ -179,7 +191,9 @@ class Encoding:
                     real=of.real,
                     learned=planned.learned,
                 )
-                reduction = planned.method.reduce(tokens, count)
+                reduce = functools.partial(planned.method.reduce, tokens)
+                last = of.lasting
+                reduction = reduce_around(reduce, count, last, of.alive, ascending=False)
                 of.reduce(reduction)
                 values[number] = reduction.apply(x)
         # The first hidden state is captured behind the steps before layer 0.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from foveate.engine.features import Asker
 from foveate.engine.images import rows_of
 from foveate.engine.inputs import (
     bound,
+    cached,
+    placeholders,
     real_positions,
 )
 from foveate.engine.part import is_compiled, untraced
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
+from foveate.engine.readout import prompt_ends, readout
 from foveate.engine.replay import Replays
 from foveate.engine.state import Args, Kwargs, Local
 from foveate.engine.tags import Tags
@@ -119,7 +123,8 @@ class FeatureHooks:
         rows = {} if signals is None else stack.enter_context(signals.collect())
         if vision is None:
             return arguments, rows, []
-        return arguments, rows, stack.enter_context(vision.collect(modality, arguments))
+        read = self._read_of(modality)
+        return arguments, rows, stack.enter_context(vision.collect(modality, arguments, read))
 
     @torch.compiler.disable
     def _encoded(
@@ -152,18 +157,26 @@ class FeatureHooks:
 
     def _mark(self, modality: str, output: Any) -> None:
         """Run the pre_llm steps on encoder output, and mark what is gone, once."""
-        visual = self._local.now.visual.get(modality)
+        local = self._local
+        visual = local.now.visual.get(modality)
         if visual is None:  # `generate` encodes before it calls the model
-            everything = range(len(output.encoded.lengths))
-            asker = Asker([0] * len(everything), everything, lambda row: row)
+            lengths = output.encoded.lengths
+            read, last = self._read_of(modality), torch.tensor(lengths).cumsum(0) - 1
+            asker = Asker([0] * len(lengths), range(len(lengths)), lambda row: row)
+            if read is not None and len(read) == sum(lengths):
+                asker = replace(asker, readout=read[last].tolist())
             features.mark(output, self.plan, asker, self._deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
-        question = self._question(rows, ends) if self.plan.waits else None
+        question = None
+        if self.plan.waits and not output.marked:
+            question = self._question(rows, ends, features.tokens_of(output, source))
         request = self._request(visual.shape[0])
-        labelled = self._local.supervised is not None
-        asker = Asker(rows, source, request, ends, question, self.clip, labelled)
+        labelled = local.supervised is not None
+        read = local.now.readout
+        kept = () if read is None else read[rows, ends].tolist()
+        asker = Asker(rows, source, request, ends, question, self.clip, labelled, kept)
         features.mark(output, self.plan, asker, self._deliver)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
@@ -175,8 +188,10 @@ class FeatureHooks:
         assert self.clip is not None  # the session has checked it
         return self.clip.patches(values, normed=name == "clip_patches")
 
-    def _question(self, rows: Sequence[int], ends: Sequence[int]) -> tuple[Question, Tensor]:
-        """The text behind images, and its (B, Q, D) embeddings."""
+    def _question(
+        self, rows: Sequence[int], ends: Sequence[int], tokens: Sequence[Tensor]
+    ) -> tuple[Question, Tensor]:
+        """The text behind images of (V, D) tokens, and its (B, Q, D) embeddings."""
         local, now = self._local, self._local.now
         assert now.prompt is not None  # as in every forward over a prompt
         ids, arguments = now.prompt
@@ -184,16 +199,48 @@ class FeatureHooks:
         real = self._real(visual.shape[1])
         if local.supervised is not None:
             real = ~local.supervised if real is None else real & ~local.supervised
-        question = Question.of(visual, real, local.trailing, rows, ends, now.sample)
+        last = None
+        if local.supervised is None:
+            last = prompt_ends(visual, real, local.trailing, now.sample)
+        question = Question.of(visual, real, local.trailing, rows, ends, now.sample, last)
         table = self.family.base.get_input_embeddings()
-        return question, question.embeddings(table, ids, arguments.get("inputs_embeds"))
+        embeds = question.embeddings(table, ids, arguments.get("inputs_embeds"))
+        return question, question.with_images(embeds, visual, rows, ends, tokens)
+
+    def _read_from(
+        self, visual: Mapping[str, Tensor], prompt: tuple[Tensor | None, Kwargs]
+    ) -> Tensor | None:
+        """(B, T) visual tokens that a next token is read from; `None` if there are none.
+
+        Args:
+            visual: modality -> (B, T) placeholders.
+            prompt: ids and arguments of the base model, or of `generate`.
+        """
+        local, everything = self._local, anywhere(visual) if visual else None
+        training = self.family.base.training and torch.is_grad_enabled()
+        if everything is None or (training and local.supervised is not None):
+            return None  # the loss is that of what is left, each token read from the one before
+        real = _real_of(prompt[1], everything.shape[1])
+        drafts = local.trailing if local.now.inside else 0
+        return readout(everything, real, drafts, local.supervised, local.now.sample)
+
+    def _read_of(self, modality: str) -> Tensor | None:
+        """(N) which of the N visual tokens of a modality a next token is read from, in order of
+        appearance; `None` if none is, or the prompt is not known.
+        """
+        local, now = self._local, self._local.now
+        visual, read = now.visual, now.readout
+        if not now.inside:
+            if local.asked is None:
+                return None
+            visual = placeholders(self.family, *local.asked, {})
+            read = self._read_from(visual, local.asked)
+        return None if read is None or modality not in visual else read[visual[modality]]
 
     def _real(self, length: int) -> Tensor | None:
         """(B, T) positions of the forward that are no padding, or `None` for all."""
         assert self._local.now.prompt is not None  # as in every forward over a prompt
-        mask = self._local.now.prompt[1].get("attention_mask")
-        real = real_positions(mask, mask.shape[-1] if isinstance(mask, Tensor) else length)
-        return None if real is None else real[:, -length:]
+        return _real_of(self._local.now.prompt[1], length)
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -226,6 +273,13 @@ class FeatureHooks:
             f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
             "encodes videos as images cannot be served with videos: run them without a session"
         )
+
+
+def _real_of(arguments: Kwargs, length: int) -> Tensor | None:
+    """(B, T) positions of a forward, or of a call of `generate`, that are no padding."""
+    total = length + cached(arguments.get("past_key_values"))
+    real = real_positions(arguments.get("attention_mask"), total)
+    return None if real is None else real[:, -length:]
 
 
 def anywhere(masks: Mapping[str, Tensor]) -> Tensor:

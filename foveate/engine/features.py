@@ -42,6 +42,7 @@ class Encoded:
         unprojected: (V, C) what it is given for each image.
         mixes: whether tokens of some image are made, or mixed afterwards, several at a time.
         fed: what the features were made from, with shapes of floating-point tensors only.
+        without_text: rows in which an image had no text after it that a method asked for.
         projected: rows that the projector was given once more, because they were merged.
         left: what the pre_llm steps have left of each image; empty before they ran.
     """
@@ -57,6 +58,7 @@ class Encoded:
     mixes: bool = True
     projected: int = 0
     fed: Mapping[str, Any] = field(default_factory=dict)
+    without_text: tuple[int, ...] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -127,6 +129,12 @@ def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
     return numbers
 
 
+def tokens_of(output: Any, source: Sequence[int]) -> Sequence[Tensor]:
+    """(V, D) features of each image of a forward; `source` as `members` gives it."""
+    lengths = output.encoded.lengths
+    return _rows(output.pooler_output).split([lengths[image] for image in source])
+
+
 def _check_beams(rows: Tensor, counts: Sequence[int], expanded: int) -> None:
     """Refuse features that were repeated one by one, so that beams see each other's images."""
     blocks = rows.split([count * expanded for count in counts])
@@ -150,6 +158,7 @@ class Asker:
         question: the text behind the images, and its (B, Q, D) embeddings.
         clip: what is asked, as CLIP embeds it.
         labelled: whether labels say what is asked; images of which nothing is are then left alone.
+        readout: for each image, whether a next token is read from it; empty where none is.
     """
 
     rows: Sequence[int]
@@ -159,6 +168,12 @@ class Asker:
     question: tuple[Question, Tensor] | None = None
     clip: ClipQuestions | None = None
     labelled: bool = False
+    readout: Sequence[bool] = ()
+
+    @property
+    def without_text(self) -> tuple[int, ...]:
+        """Rows in which no text follows an image, and none of it is supervised."""
+        return () if self.question is None else self.question[0].without
 
     def unasked(self, needs: Sequence[Need], group: Group) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know."""
@@ -187,6 +202,12 @@ class Asker:
         )
         mask = question.mask(rows, ends)
         text = embeds[rows].masked_fill(~mask[..., None], 0.0)
+        if question.last is not None and bool(text.isnan().any()):
+            raise InputError(
+                "a method compares visual tokens with the text after them, but none follows an "
+                "image, and the prompt ends in a visual token that is encoded apart from it; put "
+                "text after the image, or use a method that does not look at the prompt"
+            )
         paired = question.paired(rows, ends, behind)
         return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
 
@@ -224,7 +245,7 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     if encoded.projector is not None:
         images.append([encoded.unprojected[i] for i in source])
     device, alive = rows_of_sheets[0].device, encoded.alive(source)
-    groups = group_features(shapes, asker.rows, asker.ends, device, alive)
+    groups = group_features(shapes, asker.rows, asker.ends, device, alive, asker.readout)
     living = [_Living(group, [_of_group(sheet, group) for sheet in images]) for group in groups]
     begin: dict[tuple[int, int], int] = {}
     projected: list[int] = []
@@ -236,7 +257,10 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
             for after in _step(planned, before, begin, again, asker, deliver)
         ]
     left = _left([after.group for after in living], begin)
-    output.encoded = replace(encoded, left=left, unprojected=(), projected=sum(projected))
+    without = asker.without_text if plan.asks_embeddings else ()
+    output.encoded = replace(
+        encoded, left=left, unprojected=(), projected=sum(projected), without_text=without
+    )
     fewer = sum(image.count for image in left) < sum(lengths)
     if fewer or any(after.changed for after in living):  # a merge may leave as many as it found
         marked = _marked(rows_of_sheets, living, lengths)

@@ -28,8 +28,10 @@ from foveate.engine.inputs import (
     check_later_images,
     check_positions,
     labels_of,
+    numbered_positions,
     only_labelled,
     placeholders,
+    prompt_of,
     real_positions,
     seen_positions,
     supervised_text,
@@ -38,6 +40,7 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.onward import Onward
 from foveate.engine.part import forward_of, is_compiled, untraced
 from foveate.engine.places import Places
+from foveate.engine.readout import check_readout
 from foveate.engine.recording import describe
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Forward, Kwargs
@@ -64,6 +67,7 @@ class Hooks(FeatureHooks):
             self.look_after()
             check_later_images(self.family, inputs, kwargs)
             self._local.requests = None if inputs is None else inputs.shape[0]
+            self._local.asked = prompt_of(inputs, kwargs)
             return original(*args, **kwargs)
         except BaseException:
             self._reset_rope(rope)
@@ -71,6 +75,7 @@ class Hooks(FeatureHooks):
             raise
         finally:
             self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
+            self._local.asked = None
 
     def _reset_rope(self, before: Tensor | None) -> None:
         """After a call that has raised: where the cache goes on, on M-RoPE models."""
@@ -137,6 +142,7 @@ class Hooks(FeatureHooks):
             local.supervised = supervised_text(module, local.supervised, visual, real)
         elif local.requests is None and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
+        now.readout = self._read_from(now.visual, (ids, kwargs))
         self._check_requests(next(iter(now.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -193,7 +199,10 @@ class Hooks(FeatureHooks):
         now.rollback = Rollback.of(cache, past, rewritten=forgets)
         if now.visual and now.encoded:
             check_cache(cache)
-            groups = locate(self._parts(now.visual, now.encoded, sequence))
+            sliced = any(map(features.is_slice, now.encoded.values()))
+            readout = None if sliced else now.readout
+            groups = locate(self._parts(now.visual, now.encoded, sequence), readout)
+            check_readout(groups, self.plan)
         elif (
             cache is not None
             and past
@@ -202,22 +211,25 @@ class Hooks(FeatureHooks):
         ):
             now.onward = Onward.behind(self.family, cache, before, sequence)
             return args, kwargs
+        mask, real = kwargs.get("attention_mask"), None
+        if groups or self.plan.focus:
+            real = real_positions(mask, past + length)
+            real = None if real is None else real.expand(batch, -1)
         prompt = Prompt(
             batch=batch,
             length=length,
             past=past,
             device=sequence.device,
             groups=groups,
-            real=real_positions(kwargs.get("attention_mask"), past + length)
-            if groups or self.plan.focus
-            else None,
-            sees=seen_positions(kwargs.get("attention_mask"), past, length) if groups else None,
-            trailing=0 if past else local.trailing,
+            real=real,
+            sees=seen_positions(mask, past, length) if groups else None,
+            trailing=local.trailing if groups else 0,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=anywhere(now.visual) if groups and self.plan.asks else None,
+            visual=anywhere(now.visual) if groups else None,
             supervised=local.supervised if groups else None,
             sample=now.sample if groups else None,
+            numbered=numbered_positions(kwargs.get("position_ids"), real, length),
         )
         now.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:

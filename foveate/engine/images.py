@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.plan import PlannedStep
+from foveate.engine.readout import reduce_around, spared
 from foveate.errors import InputError
 from foveate.method import Adaptive
 from foveate.reduction import Reduction
@@ -42,6 +43,7 @@ class Group:
         ordered: whether `index` need not ascend.
         began: for each image, number of a method -> tokens it had where the method began.
         labels: number of a method -> (G, V) what it has labelled each living token with.
+        readout: for each image, whether a next token is read from its last token, which stays.
     """
 
     images: tuple[int, ...]
@@ -55,6 +57,16 @@ class Group:
     ordered: bool = False
     began: tuple[Mapping[int, int], ...] = ()
     labels: Mapping[int, Tensor] = field(default_factory=dict)
+    readout: tuple[bool, ...] = ()
+
+    @property
+    def lasting(self) -> Tensor | None:
+        """(G) which of the tokens alive may not be removed, -1 for none; `None` for no image."""
+        if not any(self.readout):
+            return None
+        read = torch.tensor(self.readout, device=self.index.device)
+        there = (self.index[:, -1:] == self.shape.total - 1).any(1)
+        return torch.where(read & there, self.index.shape[1] - 1, -1)
 
     def pick(self, members: Sequence[int]) -> Group:
         """The group of some of its images."""
@@ -72,6 +84,7 @@ class Group:
             places=tuple(self.places[i] for i in members) if self.places else (),
             began=tuple(self.began[i] for i in members) if self.began else (),
             labels={method: label[chosen] for method, label in self.labels.items()},
+            readout=tuple(self.readout[i] for i in members) if self.readout else (),
         )
 
     def reduced(self, reduction: Reduction, method: int) -> Group:
@@ -149,6 +162,7 @@ def group_features(
     ends: Sequence[int],
     device: torch.device,
     alive: Sequence[Tensor] | None = None,
+    readout: Sequence[bool] = (),
 ) -> list[Group]:
     """Group images by shape, before their place in the sequence is known.
 
@@ -158,6 +172,7 @@ def group_features(
         ends: logical position of each image's last token; empty where it is not known.
         device: where the features live.
         alive: (K) raster positions that the encoder has left of each image; `None` for all.
+        readout: for each image, whether a next token is read from it; empty where none is.
     """
     alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
     for image, shape in enumerate(shapes):
@@ -172,14 +187,19 @@ def group_features(
             else torch.stack([alive[i] for i in images]).to(device),
             shape,
             tuple(ends[i] for i in images) if ends else (),
+            readout=tuple(readout[i] for i in images) if readout else (),
         )
         for (shape, _), images in alike.items()
     ]
 
 
-def locate(parts: Sequence[Part]) -> list[Group]:
+def locate(parts: Sequence[Part], readout: Tensor | None = None) -> list[Group]:
     """Find the images of a forward, and what is alive of them; they are numbered in order of
     appearance.
+
+    Args:
+        parts: the images of each modality.
+        readout: (B, T) visual tokens that a next token is read from; `None` if there are none.
 
     Raises:
         InputError: placeholders and features disagree, or an image spans two rows.
@@ -207,6 +227,9 @@ def locate(parts: Sequence[Part]) -> list[Group]:
             any(left.index is not None for part in parts for left in part.left),
             tuple(spans[i].began for i in images),
             {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
+            ()
+            if readout is None
+            else tuple(bool(readout[spans[i].row, spans[i].columns[-1]]) for i in images),
         )
         for (shape, _, numbers), images in alike.items()
     ]
@@ -359,18 +382,22 @@ def _decisions(
     show: Callable[[Group, int], VisualTokens],
 ) -> Iterator[tuple[Group, Reduction | None]]:
     """What a method makes of each part of a group; `None` where all tokens stay, unseen."""
-    method = planned.method
+    method, alive = planned.method, group.index.shape[1]
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
         if isinstance(method, Adaptive):
             for chosen, reduction in method.split(show(part, wanted)):
-                yield part.pick(chosen), reduction
-        elif wanted == part.index.shape[1]:
+                yield from spared(part.pick(chosen), reduction)
+        elif wanted == alive:
             yield part, None
         elif wanted == 0:
-            yield part, Reduction(part.index[:, :0])
+            yield from spared(part, Reduction(part.index[:, :0]))
         else:
-            yield part, method.reduce(show(part, wanted), wanted)
+
+            def reduce(count: int, part: Group = part) -> Reduction:
+                return method.reduce(show(part, count), count)
+
+            yield part, reduce_around(reduce, wanted, part.lasting, alive)
 
 
 def _settled(

@@ -92,8 +92,25 @@ def placeholders(
     return {modality: mask for modality, mask in masks.items() if bool(mask.any())}
 
 
+def cached(cache: Any) -> int:
+    """Logical length of what a cache holds; 0 of none."""
+    return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+
+
+def prompt_of(inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
+    """Ids of the prompt that `generate` is called with, without what a cache holds, if there are
+    any, and its arguments.
+    """
+    given = [x for x in (inputs, kwargs.get("input_ids")) if isinstance(x, Tensor)]
+    ids = next((x for x in given if x.dim() == 2 and not x.is_floating_point()), None)
+    past = cached(kwargs.get("past_key_values"))
+    if ids is not None and ids.shape[1] > past:
+        ids = ids[:, past:]
+    return ids, dict(kwargs)
+
+
 def real_positions(mask: Any, total: int) -> Tensor | None:
-    """(B, total) positions that are no padding, or `None` if all are real.
+    """(B, total) positions that are neither padding nor hidden, or `None` if all are real.
 
     Args:
         mask: what the text model was given: 2-D, 4-D, a dict of those by kind of layer, or `None`.
@@ -101,7 +118,8 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
     """
     sees = _square(mask)
     if sees is not None:
-        mask = sees.any(1)
+        mask = sees[..., :total].any(1)
+        mask[:, -sees.shape[1] :] &= ~_hidden(sees[..., total - sees.shape[1] : total])
     elif isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
@@ -128,6 +146,26 @@ def from_first(positions: Tensor | None, real: Tensor | None, past: int) -> Tens
     return (positions - padding).clamp(min=0) if bool(padding.any()) else None
 
 
+def numbered_positions(positions: Any, real: Tensor | None, length: int) -> Tensor | None:
+    """(B, T) which positions make those after them go on by one; `None` if all do.
+
+    What a caller hides in the middle takes a number of its own, or does not where positions are
+    counts of what is not hidden, as in `generate`.
+
+    Args:
+        positions: (B or 1, T) position ids that the text model is given, if it is given plain ones.
+        real: as `real_positions` finds it.
+        length: T.
+    """
+    if real is None or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return None
+    real = real[:, -length:]
+    count = real.long().cumsum(1) - positions
+    first = count.gather(1, real.to(torch.uint8).argmax(1, keepdim=True))
+    counted = ((count == first) | ~real).all(1, keepdim=True)
+    return real | ~counted
+
+
 def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
     """(B or 1, T, T) which positions of a forward each of its positions sees, or `None` where it
     is those before it: masks that are built beforehand may hold blocks or prefixes.
@@ -139,6 +177,21 @@ def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
     """
     sees = _square(mask)
     return None if sees is None else sees[:, :, past : past + length]
+
+
+def _hidden(sees: Tensor) -> Tensor:
+    """(B or 1, T) which positions only see themselves be seen, while the next one goes on where
+    they are. So it is with tokens that a caller hides; a sample of several in a row ends so as
+    well, but the next one begins anew.
+
+    Args:
+        sees: (B or 1, T, T) what each position sees.
+    """
+    itself = torch.eye(sees.shape[1], dtype=torch.bool, device=sees.device)
+    alone = ~(sees & ~itself).any(1)
+    alone[:, :-1] &= (sees[:, :-1] & sees[:, 1:]).any(2)
+    alone[:, -1:] = False
+    return alone
 
 
 def _square(mask: Any) -> Tensor | None:
@@ -201,10 +254,10 @@ def supervised_text(
             "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
             "(with TRL, assistant_only_loss=True or prompt-completion data)"
         )
-    if real is not None and bool((supervised[:, 1:] & ~real[:, :-1]).any()):
+    if real is not None and bool((supervised[:, 1:] & ~(real | visual)[:, :-1]).any()):
         raise InputError(
-            "the first token behind left padding is supervised, but only padding is there to "
-            "predict it; set its label to -100, or pad on the right"
+            "the first token behind left padding (or hidden text) is supervised, but only padding "
+            "is there to predict it; set its label to -100, or pad on the right"
         )
     return supervised
 
@@ -241,8 +294,7 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     Raises:
         InputError: the images cannot be placed; the message says how to pass them.
     """
-    cache = kwargs.get("past_key_values")
-    past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+    past = cached(kwargs.get("past_key_values"))
     if family.one_dimensional or not past or not isinstance(ids, Tensor) or ids.dim() != 2:
         return
     tokens = family.placeholder_ids
@@ -281,8 +333,7 @@ def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
     Raises:
         InputError: there is a cache and no positions, where they are no plain numbers.
     """
-    cache = kwargs.get("past_key_values")
-    past = 0 if cache is None else int(cache.get_seq_length())
+    past = cached(kwargs.get("past_key_values"))
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
         but = "the model was called by itself, without position_ids"
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))

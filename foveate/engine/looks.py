@@ -19,6 +19,7 @@ from foveate.engine.images import Group, split_by_count
 from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.question import Question
+from foveate.engine.readout import prompt_ends
 from foveate.errors import InputError
 from foveate.method import Need
 from foveate.signals import SIGNALS
@@ -246,6 +247,12 @@ class Looks:
         question = vars(self).get("question")
         return 0 if question is None else question.columns.shape[1]
 
+    @property
+    def without_text(self) -> tuple[int, ...]:
+        """Rows in which no text followed an image that was looked at by its text."""
+        question = vars(self).get("question")
+        return () if question is None else question.without
+
     @cached_property
     def question(self) -> Question:
         """The text behind the images, as far as it is not supervised."""
@@ -255,7 +262,10 @@ class Looks:
             real = ~prompt.supervised if real is None else real & ~prompt.supervised
         rows = [row for group in prompt.groups for row in group.rows]
         ends = [end for group in prompt.groups for end in group.ends]
-        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample)
+        last = None
+        if prompt.supervised is None:
+            last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
+        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
 
     def unasked(self, needs: tuple[Need, ...], group: Group) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know.
@@ -390,9 +400,14 @@ class Looks:
             mask = mask[:, None] if name == "question_keys" else mask
             return taken[rows[:, 0]].masked_fill(~mask[..., None], 0.0)
         columns = self.turn.columns_of(part, layout).to(taken.device)
-        values = taken.movedim(_COLUMNS[name], 1)[rows, columns].movedim(1, _COLUMNS[name])
+        values = taken.movedim(_COLUMNS[name], 1)[rows, columns]
+        if (seen := self.turn.seen(part)) is not None:  # nothing is told of what callers hide
+            hidden = ~seen.to(taken.device)[(...,) + (None,) * (values.dim() - 2)]
+            values = values.masked_fill(hidden, -torch.inf if name in _ALONE else 0.0)
+        values = values.movedim(1, _COLUMNS[name])
         if name in _ASKED:
-            return self._mean(values.softmax(-1) if name in _ALONE else values, part)
+            values = values.softmax(-1).nan_to_num() if name in _ALONE else values
+            return self._mean(values, part)
         if name == "question_attention":
             mask = self._mask(part).to(taken.device)[:, None, :, None]
             return values.masked_fill(~mask, 0.0)

@@ -76,6 +76,17 @@ class Plan:
         )
         return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
 
+    @property
+    def asks_embeddings(self) -> bool:
+        """Whether a step compares image features with the text after them."""
+        return any(n.name == "question_embeddings" for s in self.pre_llm for n in s.step.needs)
+
+    @cached_property
+    def without_text(self) -> tuple[str, ...]:
+        """Methods that rank by the text after an image, or else by the prompt's last token."""
+        steps = [(s.method.slug, n.name) for s in (*self.pre_llm, *self.llm) for n in s.step.needs]
+        return tuple(dict.fromkeys(slug for slug, name in steps if name.startswith("question")))
+
     @cached_property
     def blind(self) -> dict[int, Work]:
         """Of `work`, layers in which some heads read visual tokens, or what they weigh, and others

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from foveate.engine import features
 from foveate.engine.cache import slots_held
+from foveate.engine.features import Encoded
 from foveate.engine.tags import Tags
 from foveate.engine.turn import Turn
 from foveate.engine.vision import VisionPart
@@ -49,8 +50,21 @@ def describe(
         projected={modality: of.projected for modality, of in known.items() if of.projected},
         question_tokens=turn.looks.question_tokens,
         common_tokens=turn.common_tokens,
-        notes=["chunked prefill: kept tokens are not reported"] * sliced + tags.notes(encoded),
+        notes=["chunked prefill: kept tokens are not reported"] * sliced
+        + tags.notes(encoded)
+        + _without_text(turn, known.values()),
     )
+
+
+def _without_text(turn: Turn, known: Iterable[Encoded]) -> list[str]:
+    """That methods which rank by the text after an image found none."""
+    rows = {*turn.looks.without_text, *(row for of in known for row in of.without_text)}
+    if not rows:
+        return []
+    return [
+        f"no text follows an image of row {', '.join(map(str, sorted(rows)))}: "
+        f"{', '.join(turn.plan.without_text)} went by the prompt's last token instead"
+    ]
 
 
 def _images(turn: Turn) -> list[ImageRecord]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Stack:
         frames: frames of each, one behind the other.
         begin: method -> tokens of a picture where the method began.
         kept: place -> (G, K) raster positions alive behind it; -1 fills up pictures with fewer.
+        readout: (G) raster position of a token that may not be removed, -1 for pictures without
+            one; `None` if no picture has one.
     """
 
     pictures: tuple[int, ...]
@@ -47,6 +50,7 @@ class Stack:
     visible: Tensor | None = None
     begin: dict[int, int] = field(default_factory=dict)
     kept: dict[str, Tensor] = field(default_factory=dict)
+    readout: Tensor | None = None
 
     @property
     def total(self) -> int:
@@ -70,6 +74,23 @@ class Stack:
     def real(self) -> Tensor | None:
         """(G, K) which of the tokens alive are any; others fill up. `None` for all."""
         return None if self.layout is None else self.layout.real
+
+    @property
+    def lasting(self) -> Tensor | None:
+        """(G) which of the tokens alive may not be removed, as in `readout`."""
+        if self.readout is None:
+            return None
+        there = self.index == self.readout[:, None]
+        return there.to(torch.uint8).argmax(1).masked_fill(~there.any(1), -1)
+
+    def keep(self, tokens: Tensor, pictures: Sequence[Picture]) -> None:
+        """Note tokens that may not be removed, by number among those of all pictures of a pass."""
+        starts = [0, *accumulate(len(picture.rows) for picture in pictures)]
+        spans = [range(starts[number], starts[number + 1]) for number in self.pictures]
+        numbers = tokens.tolist()
+        cells = [next((n - span.start for n in numbers if n in span), -1) for span in spans]
+        if any(cell >= 0 for cell in cells):
+            self.readout = torch.tensor(cells, device=self.rows.device)
 
     def rows_at(self, layout: Reduction | None) -> Tensor:
         """(G, K, R) rows of the tokens that a layout leaves."""

@@ -24,6 +24,7 @@ class Forward:
     inside: bool = False  # within the base model's forward
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments
     sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
+    readout: Tensor | None = None  # (B, T) visual tokens that a next token is read from, if any
     turn: Turn | None = None
     onward: Onward | None = None  # instead of a turn, where nothing can be removed
     rollback: Rollback | None = None  # what the cache is brought back to if it dies
@@ -39,6 +40,7 @@ class Local(threading.local):
     encoding: bool = False  # within get_image_features or get_video_features
     given: Tensor | None = None  # what the projector was given there
     requests: int | None = None  # rows that `generate` was called with, while it runs
+    asked: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments that it was called with
     trailing: int = 0  # drafted tokens behind the prompt
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
     awaited: bool = False  # `generate` has encoded images that no forward was given yet

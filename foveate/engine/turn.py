@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ class Prompt:
         device: where the sequence lives.
         groups: images of this forward and what is alive of them; empty in decoding steps and for
             text alone.
-        real: (B, past + T) which positions are no padding, or `None` for all.
+        real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
+            for all.
         trailing: drafted tokens behind the prompt, in assisted decoding.
         request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
@@ -51,6 +53,7 @@ class Prompt:
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
         supervised: (B, T) positions with a label; `None` without labels.
         sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
+        numbered: (B, T) which positions make those after them go on by one; `None` for all.
     """
 
     batch: int
@@ -66,6 +69,17 @@ class Prompt:
     visual: Tensor | None = None
     supervised: Tensor | None = None
     sample: Tensor | None = None
+    numbered: Tensor | None = None
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """(B, T) which positions have a column once any is removed: real ones, and visual tokens
+        that nobody sees because the caller hides them; `None` for all.
+        """
+        if self.real is None:
+            return None
+        real = self.real[:, self.past :]
+        return real if self.visual is None else real | self.visual
 
 
 class Turn:
@@ -198,11 +212,18 @@ class Turn:
                 group.index if group.index.shape[1] < group.shape.total else None,
                 group.shape.frames,
                 group.shape.grid,
+                self.seen(group),
             )
             for group in self.groups
             if group.index.shape[1]
         ]
         return Split.of(images, position, keys, visual)
+
+    def seen(self, group: Group) -> Tensor | None:
+        """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
+        if self.prompt.real is None or group.columns is None:
+            return None
+        return self.prompt.real[self.row_index(group), group.columns + self.prompt.past]
 
     @property
     def common_tokens(self) -> int:
@@ -301,7 +322,11 @@ class Turn:
         """Run one step on every group, then drop what it removed."""
 
         def features(part: Group) -> Tensor:
-            return hidden[self.row_index(part), self.columns_of(part, self.layout)]
+            x, seen = (
+                hidden[self.row_index(part), self.columns_of(part, self.layout)],
+                self.seen(part),
+            )
+            return x if seen is None else x.masked_fill(~seen[..., None].to(x.device), 0.0)
 
         def signals(part: Group) -> Mapping[str, Tensor]:
             return self.looks.of(planned.step.needs, part)
@@ -334,6 +359,8 @@ class Turn:
                 for row in part.rows:
                     self.tokens[row] -= part.index.shape[1] - after.index.shape[1]
                 if reduction.merges or reduction.ordered:
+                    if (seen := self.seen(part)) is not None:
+                        reduction = reduction.without(~seen)
                     where = (rows, self.columns_of(after, self.layout))
                     hidden = hidden.index_put(where, reduction.apply(features(part)))
         self.groups = groups
@@ -342,13 +369,13 @@ class Turn:
         return self._take(hidden, self._compact(gone, planned.renumber))
 
     def _compact(self, gone: Tensor, renumber: bool) -> Tensor:
-        """Drop (B, T) logical positions, and all padding.
+        """Drop (B, T) logical positions, and all padding and text that the caller hides.
 
         Returns:
             (B, P') which column of now each new column is.
         """
         if renumber:
-            count = gone.long()
+            count = (gone if self.prompt.numbered is None else gone & self.prompt.numbered).long()
             behind = count.cumsum(1)
             shift, total = behind - count, behind[:, -1:]
             if self.prompt.sample is not None:  # each sample has positions of its own
@@ -356,8 +383,8 @@ class Turn:
             self._shift = shift if self._shift is None else self._shift + shift
             self._renumbered = total if self._renumbered is None else self._renumbered + total
         alive = ~gone
-        if self.prompt.real is not None:
-            alive &= self.prompt.real[:, self.prompt.past :]
+        if self.prompt.present is not None:
+            alive &= self.prompt.present
         columns = self.layout.index
         living = alive.gather(1, columns.clamp(min=0))
         if self.layout.ragged:
@@ -420,9 +447,9 @@ class Turn:
         return torch.tensor(part.rows, device=self.prompt.device)[:, None]
 
     def _count_tokens(self) -> list[int]:
-        if self.prompt.real is None or not self.groups:
+        if self.prompt.present is None or not self.groups:
             return [self.prompt.length] * self.prompt.batch
-        return self.prompt.real[:, self.prompt.past :].sum(1).tolist()
+        return self.prompt.present.sum(1).tolist()
 
     def leave(self, output: Any) -> Any:
         """Bring hidden states back to logical length, in place.

@@ -41,6 +41,7 @@ class _Local(threading.local):
     encoding: Encoding | None = None
     collected: list[Encoding] | None = None  # finished passes, while somebody collects them
     modality: str = "image"  # what they are of
+    readout: Tensor | None = None  # which of the encoder's tokens may not be removed
     as_tuple: bool = False  # the caller wants a tuple
     record: Record | None = None
 
@@ -103,12 +104,15 @@ class VisionPart(Part):
         return self._local.encoding
 
     @contextmanager
-    def collect(self, modality: str, arguments: Mapping[str, Any]) -> Iterator[list[Encoding]]:
+    def collect(
+        self, modality: str, arguments: Mapping[str, Any], read: Tensor | None = None
+    ) -> Iterator[list[Encoding]]:
         """While open, fill a list with the passes that end, in this thread only.
 
         Args:
             modality: `image` or `video`.
             arguments: what features are made from.
+            read: (N) which of all visual tokens of it may not be removed; `None` for none.
 
         Raises:
             UnsupportedModelError: the model mixes the patches of it.
@@ -116,10 +120,14 @@ class VisionPart(Part):
         check_mixing(self.family, self.methods, modality, arguments)
         passes: list[Encoding] = []
         self._local.collected, self._local.modality = passes, modality
+        if read is not None:
+            sources = self.family.sources(modality, len(read), arguments)
+            self._local.readout = sources[read.cpu()] if len(sources) == len(read) else None
         try:
             yield passes
         finally:
             self._local.collected, self._local.modality = None, "image"
+            self._local.readout = None
 
     def _without_masks(self, plan: Plan) -> frozenset[int]:
         """Layers that may get a bias and cannot take it as a mask."""
@@ -195,7 +203,8 @@ class VisionPart(Part):
         self.look_after()
         arguments = bound(type(module).forward.__get__(module), args, kwargs)
         side = self.family.side(self._local.modality)
-        self._local.encoding = Encoding(self.family, self.encoder, arguments, side)
+        read = self._local.readout
+        self._local.encoding = Encoding(self.family, self.encoder, arguments, side, read)
         if self._signals is not None:
             self._local.rows = self._local.collecting.enter_context(self._signals.collect())
         self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)

@@ -102,6 +102,7 @@ def window_attention(
     grid: Grid,
     scale: float,
     index: Tensor | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention to the window around each token, later tokens included, and to common keys.
 
@@ -111,19 +112,22 @@ def window_attention(
         grid: where tokens lie, and how far they see.
         scale: factor of the scores.
         index: (G, V) raster place of each token, unique; `None` if they fill the grid.
+        seen: (G, V) which tokens others may attend to; `None` for all.
 
     Returns:
         (G, H, V, d).
     """
     (q, k, v), (common_k, common_v, may) = image, common
     images, heads, _, d = q.shape
-    alive = torch.ones(images, grid.cells, 1, dtype=torch.bool, device=q.device)
+    alive = torch.ones(q.shape[::2], dtype=torch.bool, device=q.device) if seen is None else seen
+    alive = alive[..., None]
     if index is not None:
         where = index[:, None, :, None].expand_as(q)
         q, k, v = (x.new_zeros(images, heads, grid.cells, d).scatter(2, where, x) for x in image)
-        alive = torch.zeros_like(alive).scatter(1, index[..., None], True)
-        seen = may.new_ones(images, grid.cells, may.shape[2])
-        may = seen.scatter(1, index[..., None].expand_as(may), may)
+        places = torch.zeros(images, grid.cells, 1, dtype=torch.bool, device=q.device)
+        alive = places.scatter(1, index[..., None], alive)
+        common_seen = may.new_ones(images, grid.cells, may.shape[2])
+        may = common_seen.scatter(1, index[..., None].expand_as(may), may)
 
     def tiles(x: Tensor, own: Tensor | None = None) -> Tensor:
         """(G frames n, H, q or K + k, d)."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -327,6 +328,17 @@ class Family:
             arguments: what the features were made from.
         """
         return alive
+
+    def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
+        """(V) which token of the encoder, of all pictures behind one another, each visual token of
+        all images stands for; a token that is made of none, such as a newline, for the last before.
+
+        Args:
+            modality: `image` or `video`.
+            count: visual tokens of all images.
+            arguments: what the features were made from.
+        """
+        return torch.arange(count)
 
     def _child(self, parent: nn.Module, path: str) -> Any:
         child: Any = parent

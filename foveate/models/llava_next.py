@@ -78,6 +78,14 @@ class AnyRes(Llava):
             _with_newlines(patches, source.to(patches.device), len(alive[0])) for source in sources
         ]
 
+    def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
+        """Patches of the packed tiles; a newline stands for the last of its line."""
+        if modality == "video" or arguments.get("image_sizes") is None:
+            return super().sources(modality, count, arguments)
+        source = torch.cat(self._sources(arguments))
+        patches = torch.arange(len(source)).masked_fill(source < 0, 0)
+        return source[patches.cummax(0).values]
+
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Packing may interpolate the tokens of an image to fewer."""
         if modality == "video" or arguments.get("image_sizes") is None:

@@ -1,0 +1,202 @@
+"""Readout: the visual tokens that a next token is read from, which no step may remove.
+
+Where a prompt ends in its image, the image's last token is the prompt's last. It survives every
+step, at its own position: a token that the method keeps makes room for it, so that counts stay.
+Where the method merges it into another token, what they become stands at its position.
+Shapes: `B` rows, `T` logical length, `G` images of equal size, `V` tokens of each, `K` survivors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.engine.asking import Asked
+from foveate.errors import InputError
+from foveate.reduction import Reduction
+
+if TYPE_CHECKING:
+    from foveate.engine.images import Group
+    from foveate.engine.plan import Plan
+
+
+def readout(
+    visual: Tensor,
+    real: Tensor | None,
+    trailing: int,
+    supervised: Tensor | None = None,
+    sample: Tensor | None = None,
+) -> Tensor | None:
+    """(B, T) visual tokens that a next token is read from; `None` if there are none.
+
+    Args:
+        visual: (B, T) placeholders of all images.
+        real: (B, T) positions that are neither padding nor hidden; `None` for all.
+        trailing: drafted tokens after the prompt.
+        supervised: (B, T) text with a label, where labels are given: they are read from the token
+            before each.
+        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
+    """
+    if supervised is not None:
+        last = F.pad(~supervised[:, :-1] & supervised[:, 1:], (0, 1))
+    else:
+        last = prompt_ends(visual, None if real is None else real | visual, trailing, sample)
+    last &= visual
+    return last if bool(last.any()) else None
+
+
+def prompt_ends(
+    visual: Tensor, real: Tensor | None, trailing: int, sample: Tensor | None = None
+) -> Tensor:
+    """(B, T) the last token of each prompt; arguments as in `readout`."""
+    batch, length = visual.shape
+    columns = Asked.last(batch, length, real, trailing).columns.to(visual.device)
+    last = torch.zeros_like(visual).scatter(1, columns.clamp(min=0), True)
+    return last if sample is None else last | F.pad(sample.diff(dim=1) != 0, (0, 1))
+
+
+def check_readout(groups: Sequence[Group], plan: Plan) -> None:
+    """Refuse features that were reduced without regard to the prompt, where it is read from them.
+
+    Raises:
+        InputError: a token that a next one is read from was removed before the prompt was known.
+    """
+    for group in groups:
+        last = group.lasting
+        if last is None or not any(map(_lost, group.readout, last.tolist())):
+            continue
+        names = dict.fromkeys(s.method.slug for s in (*plan.vision, *plan.pre_llm))
+        raise InputError(
+            f"the prompt ends in its image, but {', '.join(names)} removed the image's last token "
+            "in features that were made before the prompt was known; pass pixel_values to the "
+            "model or to generate instead of mm_encoder_outputs, or end the prompt in text"
+        )
+
+
+def _lost(read: bool, last: int) -> bool:
+    return read and last < 0
+
+
+def reduce_around(
+    reduce: Callable[[int], Reduction],
+    count: int,
+    at: Tensor | None,
+    total: int,
+    ascending: bool = True,
+) -> Reduction:
+    """What a method makes of tokens if one of each image must survive.
+
+    Args:
+        reduce: the method's reduction to a number of tokens.
+        count: that number, K, at least 1.
+        at: (G) which of the V tokens must survive, -1 for images without one; `None` for no image.
+        total: V.
+        ascending: whether survivors are to be in raster order, as outside an encoder.
+    """
+    reduction = reduce(count)
+    if at is None:
+        return reduction
+    if count > 1 and not reduction.merges and reduction.real is None and reduction.label is None:
+        missing = (at >= 0) & (reduction.index != at[:, None]).all(1)
+        if bool(missing.any()):  # the lowest of the ranking makes room
+            fewer = reduce(count - 1).index
+            missing &= (fewer != at[:, None]).all(1)
+            if fewer.shape[1] == count - 1:
+                around = torch.cat((fewer, at[:, None]), 1)
+                index = torch.where(missing[:, None], around, reduction.index)
+                reduction = replace(reduction, index=index)
+    return surviving(reduction, at, total, ascending)
+
+
+def spared(group: Group, reduction: Reduction) -> Iterator[tuple[Group, Reduction]]:
+    """A reduction of a group, in parts of equal counts, without the loss of what a next token is
+    read from: also where nothing at all would be left.
+    """
+    at = group.lasting
+    if at is None or reduction.kept:
+        yield group, surviving(reduction, at, group.index.shape[1])
+        return
+    for read in (True, False):
+        members = [i for i, token in enumerate(at.tolist()) if (token >= 0) is read]
+        if members:
+            part = group.pick(members)
+            yield part, Reduction(at[members, None] if read else part.index[:, :0])
+
+
+def surviving(
+    reduction: Reduction, at: Tensor | None, total: int, ascending: bool = True
+) -> Reduction:
+    """A reduction after which one token of each image survives, as the last where order is meant.
+
+    A token that the method has merged stands for what it was merged into. One that was dropped
+    takes the place of the survivor nearest to it in raster order.
+
+    Args:
+        reduction: what the method makes, with at least one survivor.
+        at: (G) which of the V tokens must survive, -1 for images without one; `None` for no image.
+        total: V.
+        ascending: as in `reduce_around`.
+    """
+    if at is None:
+        return reduction
+    there = reduction.index == at[:, None]
+    if reduction.real is not None:
+        there &= reduction.real
+    missing = (at >= 0) & ~there.any(1)
+    if bool(missing.any()):
+        reduction = _seated(reduction, missing.nonzero()[:, 0], at)
+        if ascending and not reduction.ordered:
+            return reduction.in_raster_order(total)
+    return _last(reduction, at, total) if reduction.ordered else reduction
+
+
+def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
+    """Give a token of some images the seat of a survivor."""
+    index, at = reduction.index.clone(), at[images]
+    distance = (index[images] - at[:, None]).abs()
+    real = None if reduction.real is None else reduction.real.clone()
+    if real is not None:
+        distance = distance.masked_fill(~real[images], torch.iinfo(distance.dtype).max)
+    seat = distance.argmin(1)
+    joined = torch.zeros_like(seat, dtype=torch.bool)
+    weights, slot, share = reduction.weights, reduction.slot, reduction.share
+    if weights is not None:
+        most = weights[images, :, at].abs().max(1)
+        joined = most.values > 0
+        seat = torch.where(joined, most.indices, seat)
+        weights = weights.clone()
+        own = F.one_hot(at, weights.shape[2]).to(weights)
+        weights[images, seat] = torch.where(joined[:, None], weights[images, seat], own)
+    elif slot is not None and share is not None:
+        given = slot[images, at]
+        joined = given >= 0
+        seat = torch.where(joined, given, seat)
+        lost = ~joined[:, None] & (slot[images] == seat[:, None])
+        slot, share = slot.clone(), share.clone()
+        slot[images] = slot[images].masked_fill(lost, -1)
+        slot[images, at] = seat
+        share[images, at] = torch.where(joined, share[images, at], 1.0)
+    if real is not None:  # it may fill up the row already, and then the two change places
+        filler = index[images] == at[:, None]
+        index[images] = torch.where(filler, index[images, seat][:, None], index[images])
+    index[images, seat] = at
+    return replace(reduction, index=index, weights=weights, slot=slot, share=share, real=real)
+
+
+def _last(reduction: Reduction, at: Tensor, total: int) -> Reduction:
+    """The same survivors, those that must survive behind all others."""
+    order = (reduction.index == at[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
+    index = reduction.index.gather(1, order)
+    label = None if reduction.label is None else reduction.label.gather(1, order)
+    weights, slot = reduction.weights, reduction.slot
+    if weights is not None:
+        weights = weights.gather(1, order[..., None].expand(-1, -1, total))
+    elif slot is not None:
+        place = order.argsort(dim=1).gather(1, slot.clamp(min=0))
+        slot = torch.where(slot < 0, slot, place)
+    return replace(reduction, index=index, weights=weights, slot=slot, label=label)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -105,6 +107,38 @@ class Step:
         if self.decode:
             return f"decode:{self.layer}"
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
+
+    @property
+    def in_stream(self) -> tuple[int, int, bool]:
+        """Sorts steps as tokens pass them."""
+        return STAGES.index(self.stage), self.layer, self.inside
+
+
+def entries(steps: Sequence[Step]) -> list[str]:
+    """The name of each step in records: its place; the second step at a place is `llm:8#2`.
+
+    Args:
+        steps: in stream order.
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for step in steps:
+        seen[step.place] += 1
+        number = seen[step.place]
+        names.append(step.place if number == 1 else f"{step.place}#{number}")
+    return names
+
+
+def place_of(entry: str) -> tuple[str, int, int]:
+    """Stage, layer, and which step at that place it is, of a name that `entries` made.
+
+    Example:
+        >>> place_of("llm:8#2"), place_of("pre_llm")
+        (('llm', 8, 2), ('pre_llm', 0, 1))
+    """
+    place, _, number = entry.partition("#")
+    stage, _, layer = place.partition(":")
+    return stage, int(layer or 0), int(number or 1)
 
 
 @dataclass(frozen=True)

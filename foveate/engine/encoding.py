@@ -187,9 +187,7 @@ class Encoding:
         for of in self.stacks:
             of.begin.setdefault(planned.method_number, of.alive)
             real = of.real
-            of.kept[planned.step.place] = (
-                of.index if real is None else of.index.masked_fill(~real, -1)
-            )
+            of.kept[planned.entry] = of.index if real is None else of.index.masked_fill(~real, -1)
 
     # -- what layers are told
 

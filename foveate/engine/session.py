@@ -203,7 +203,10 @@ class Session:
 
     @property
     def kept(self) -> list[dict[str, Tensor]]:
-        """For each image of the last forward, place -> (K,) raster positions alive after it."""
+        """For each image of the last forward, step -> (K,) raster positions alive after it.
+
+        Steps come in stream order: `llm:8`, then `llm:8#2` for a second step at that place.
+        """
         record = self.record
         return [] if record is None else [image.kept for image in record.images]
 

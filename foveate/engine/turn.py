@@ -16,7 +16,7 @@ from foveate.engine.asking import starts
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
 from foveate.engine.focusing import Focusing
-from foveate.engine.images import Group, reduce_group
+from foveate.engine.images import Group, note, reduce_group
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -248,8 +248,6 @@ class Turn:
         """
         lost = False
         for group in self.groups:
-            if self.plan.pre_llm:
-                self.note(group, "pre_llm")
             gone = group.shape.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
@@ -321,7 +319,7 @@ class Turn:
             )
             for part, after, reduction in parts:
                 groups.append(after)
-                self.note(after, planned.step.place)
+                note(after, planned.entry, self.kept)
                 if reduction is None:
                     continue
                 lost = True
@@ -390,12 +388,6 @@ class Turn:
         if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
         return hidden
-
-    def note(self, group: Group, place: str) -> None:
-        """Write down which tokens of each image are alive behind a place."""
-        for i, image in enumerate(group.images):
-            kept = group.index[i]
-            self.kept[image][place] = kept.sort().values if group.ordered else kept
 
     def columns_of(self, part: Group, layout: Layout) -> Tensor:
         """(G, V) physical columns of a group in a layout."""

@@ -13,7 +13,7 @@ from foveate.engine.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.flops import TextShape
-from foveate.measure.selection import decoder_flops, encoder_flops
+from foveate.measure.selection import acted, decoder_flops, encoder_flops
 from foveate.measure.trace import Traced, trace
 from foveate.method import Method, ModelFacts, Work
 from foveate.record import Record
@@ -84,7 +84,7 @@ def account(
     layers = _layers(record, family, methods, shapes, convention)
     if convention.visual_only:
         return Account(None, None, 0, layers, 0, 0)
-    steps = [(method, step) for method in methods for step in method.steps(family)]
+    steps = acted(methods, family)
     traced = encoder(record, family)
     selection = decoder_flops(record, shapes, steps) if shapes else 0
     if traced:

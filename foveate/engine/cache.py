@@ -260,6 +260,11 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
     return pruned
 
 
+def is_pruned(cache: Cache | None) -> bool:
+    """Whether any layer of a cache is a pruned one."""
+    return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
+
+
 def slots_held(layer: Any) -> int:
     """Physical slots of a cache layer, pruned or not."""
     if isinstance(layer, PrunedLayer) and layer.slots is not None:

@@ -16,7 +16,8 @@ from transformers.cache_utils import Cache
 
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import check_cache
+from foveate.engine.attentions import check_maps
+from foveate.engine.cache import check_cache, is_pruned
 from foveate.engine.compute import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.images import Group, Part, locate
@@ -148,6 +149,8 @@ class Hooks(FeatureHooks):
         batch, length = sequence.shape[:2]
         groups: list[Group] = []
         self._check_decoding(cache)
+        if now.encoded or (self.plan.blind and is_pruned(cache)):
+            check_maps(self.plan, self.family, kwargs)
         if now.visual and now.encoded:
             check_cache(cache)
             groups = locate(self._parts(now.visual, now.encoded, sequence))
@@ -260,7 +263,9 @@ class Hooks(FeatureHooks):
     def leave_text(self, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
         now = self._local.now
-        turn, now.turn, now.onward = now.turn, None, None
+        turn, onward, now.turn, now.onward = now.turn, now.onward, None, None
+        if onward is not None:
+            return onward.leave(output)
         if turn is None:
             return output
         record = describe(turn, output, now.encoded, self.vision, self.tags)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine.asking import starts
+from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
 from foveate.engine.focusing import Focusing
@@ -105,6 +106,7 @@ class Turn:
         self.looks = Looks(self)
         self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
+        self._seen: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
@@ -135,7 +137,7 @@ class Turn:
         in_parts = number in self.plan.work and bool(self.groups)
         if self.layout is self.full and not in_parts and not _is_pruned(cache, number):
             return hidden, kwargs
-        before, width = self.fresh, 0
+        before, width, held = self.fresh, 0, None
         if cache is not None:
             removed = self.prompt.length - self.layout.index.shape[1]
             held = pruned_layer(cache, number, self.fresh, removed)
@@ -150,8 +152,9 @@ class Turn:
         if key not in self._views:
             self._views[key] = self._view(number, before, width, hidden, kwargs)
         changes, after, split = self._views[key]
-        if cache is not None:
+        if held is not None:
             held.incoming = after
+        self._seen[number] = Seen.of(self.layout, after, held, self.prompt.length)
         work = self.plan.work.get(number)
         if split is not None and work is not None and (split.images or work.blind):
             self.splits[number] = split
@@ -415,12 +418,13 @@ class Turn:
         return self.prompt.real[:, self.prompt.past :].sum(1).tolist()
 
     def leave(self, output: Any, first_layer: int) -> Any:
-        """Bring hidden states back to logical length, in place.
+        """Bring hidden states and attention maps back to logical length, in place.
 
         Args:
             output: the text model's output.
             first_layer: first layer that the session touched.
         """
+        widen_maps(output, self.family, self._seen, self.prompt.length)
         if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output
         states = output.last_hidden_state

@@ -52,11 +52,16 @@ class Hooks(FeatureHooks):
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
         check_later_images(self.family, inputs, kwargs)
-        self._local.requests = None if inputs is None else inputs.shape[0]
+        local = self._local
+        state = ("requests", "trailing", "awaited", "generating", "told")
+        before = {name: getattr(local, name) for name in state}  # of the call that this one is in
+        local.requests = None if inputs is None else inputs.shape[0]
+        local.trailing, local.awaited, local.generating = 0, False, True
         try:
             return original(*args, **kwargs)
         finally:
-            self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
+            for name, value in before.items():
+                setattr(local, name, value)
 
     def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the model with its head: see what is supervised, and how many tokens behind the
@@ -269,9 +274,25 @@ class Hooks(FeatureHooks):
         if turn is None:
             return output
         record = describe(turn, output, now.encoded, self.vision, self.tags)
-        if record is not None:
+        if record is not None and self._tells(turn, output):
             self._local.record = self._last = record
         return turn.leave(output, self.plan.first_layer)
+
+    def _tells(self, turn: Turn, output: Any) -> bool:
+        """Whether the record of a forward is what the session reports.
+
+        Within `generate` it is that of its own prompt: guidance and contrastive decoding run others
+        beside it. Without a cache the prompt comes again, a token longer each time.
+        """
+        local, prompt = self._local, turn.prompt
+        if not local.generating:
+            return True
+        again = output.past_key_values is None and local.told == (prompt.batch, prompt.length - 1)
+        sliced = any(features.is_slice(part) for part in local.now.encoded.values())
+        if local.told is not None and not again and not sliced:
+            return False
+        local.told = prompt.batch, prompt.length
+        return True
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor

@@ -22,6 +22,8 @@ from foveate.engine.compute import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.images import Group, Part, locate
 from foveate.engine.inputs import (
+    check_drafts,
+    check_early_exit,
     check_labels,
     check_later_images,
     check_positions,
@@ -52,6 +54,7 @@ class Hooks(FeatureHooks):
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
         check_later_images(self.family, inputs, kwargs)
+        check_early_exit(self.family, kwargs)
         local = self._local
         state = ("requests", "trailing", "awaited", "generating", "told")
         before = {name: getattr(local, name) for name in state}  # of the call that this one is in
@@ -177,13 +180,14 @@ class Hooks(FeatureHooks):
             if groups or self.plan.focus
             else None,
             sees=seen_positions(kwargs.get("attention_mask"), past, length) if groups else None,
-            trailing=0 if past else local.trailing,
+            trailing=local.trailing,
             request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
             visual=anywhere(now.visual) if groups and self.plan.asks else None,
             supervised=local.supervised if groups else None,
             sample=now.sample if groups else None,
         )
+        check_drafts(prompt.sees, prompt.trailing)
         now.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
             return args, kwargs

@@ -14,7 +14,7 @@ from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.flops import TextShape
 from foveate.measure.selection import acted, decoder_flops, encoder_flops
-from foveate.measure.trace import Traced, trace
+from foveate.measure.trace import Traced, skeleton, trace
 from foveate.method import Method, ModelFacts, Work
 from foveate.record import Record
 
@@ -151,7 +151,8 @@ def _tower(record: Record, traced: Sequence[Traced]) -> int:
 def _projector(record: Record, family: Any, traced: Sequence[Traced]) -> int:
     total = sum(t.projector for t in traced)
     for modality, rows in record.projected.items():
-        matrices = (p.numel() for p in family.projector(modality).parameters() if p.dim() == 2)
+        plain = skeleton(family).projector(modality)  # weights of quantised layers say nothing
+        matrices = (p.numel() for p in plain.parameters() if p.dim() == 2)
         total += 2 * rows * sum(matrices)
     return total
 

@@ -5,11 +5,11 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import foveate
 from foveate import tiny
-from foveate.errors import InputError
+from foveate.errors import CacheError, InputError
 from foveate.methods import CDPruner, DivPrune, FastV, PyramidDrop, ToMe
 from tests.conformance.test_families import model_of
 from tests.conformance.zoo import MEMBERS
@@ -145,3 +145,26 @@ def test_drafts_that_the_prompt_sees_are_refused():
         pytest.raises(InputError, match="assistant would change the answer"),
     ):
         model.generate(**fresh(inputs), **STEPS, assistant_model=model)
+
+
+def test_windows_hold_no_more_than_they_see():
+    """Once no draft was dropped; dropping one is refused, as the window has forgotten what comes
+    back. A new image of a later turn is ranked among what the window holds.
+    """
+    model, more = tiny_llava("mistral", window=20), prompts([[3, 5]], seed=7)
+    kept = []
+    with torch.no_grad(), foveate.use(model, FastV(layer=2, keep=9)) as run:
+        for recording in (False, True):
+            cache = DynamicCache(config=model.config.text_config)
+            if recording:
+                cache.activate_past_recording()
+            for given in (prompts([[4, 6]]), {"input_ids": torch.tensor([[7, 8, 9]])}):
+                model(**{**given, "attention_mask": None}, past_key_values=cache)
+                if recording:
+                    cache.crop(0)
+                assert [layer.keys.shape[2] for layer in cache.layers[2:]] == [19] * 4
+            model(**{**more, "attention_mask": None}, past_key_values=cache)
+            kept.append(run.kept[0]["llm:2"])
+        assert torch.equal(*kept)
+        with pytest.raises(CacheError, match="assisted decoding"):
+            cache.crop(-1)

@@ -31,7 +31,8 @@ class ImageRecord:
         total: visual tokens it had before anything was removed.
         grid: (height, width) of its token grid, of one frame in a video.
         kept: for each step, in stream order, its entry -> the (K,) raster positions alive after it.
-            An entry is the step's place, as `llm:8`; that of a second step at a place, `llm:8#2`.
+            An entry is the step's place, as `llm:8`; of several steps at one place, those before
+            the last are `llm:8#1`, `llm:8#2`.
         place: finds out where it is; without it, boxes are the cells of the grid. Called only when
             that is read.
         frames: frames of a video that its tokens tell apart; 1 for an image.
@@ -150,12 +151,12 @@ class Record:
 
 def place_name(entry: str) -> str:
     """An entry of a record in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`,
-    `llm:8#2` is `from layer 8 on, step 2`.
+    `llm:8#1` is `from layer 8 on, step 1`.
     """
     stage, layer, number = place_of(entry)
     names = {"llm": f"from layer {layer} on", "pre_llm": "before the LLM"}
     names["vision"] = f"in encoder layer {layer}" if ":" in entry else "in the encoder"
-    return names.get(stage, entry) + (f", step {number}" if number > 1 else "")
+    return names.get(stage, entry) + (f", step {number}" if number else "")
 
 
 def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:

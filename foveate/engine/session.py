@@ -205,7 +205,8 @@ class Session:
     def kept(self) -> list[dict[str, Tensor]]:
         """For each image of the last forward, step -> (K,) raster positions alive after it.
 
-        Steps come in stream order: `llm:8`, then `llm:8#2` for a second step at that place.
+        Steps come in stream order. Of several at one place, the last is `llm:8` and those before it
+        `llm:8#1`, `llm:8#2`.
         """
         record = self.record
         return [] if record is None else [image.kept for image in record.images]

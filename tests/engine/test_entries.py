@@ -50,30 +50,30 @@ def pyramid(layer, keep):
 
 
 STREAMS = {
-    "llm": ([FastV(layer=3, keep=18), pyramid(3, 6)], {"llm:3": 18, "llm:3#2": 6}),
+    "llm": ([FastV(layer=3, keep=18), pyramid(3, 6)], {"llm:3#1": 18, "llm:3": 6}),
     "llm, three": (
         [pyramid(2, 30), FastV(layer=3, keep=18), pyramid(3, 6), pyramid(3, 2)],
-        {"llm:2": 30, "llm:3": 18, "llm:3#2": 6, "llm:3#3": 2},
+        {"llm:2": 30, "llm:3#1": 18, "llm:3#2": 6, "llm:3": 2},
     ),
     "llm, the second removes nothing": (
         [pyramid(3, 6), FastV(layer=3, keep=18)],
-        {"llm:3": 6, "llm:3#2": 6},
+        {"llm:3#1": 6, "llm:3": 6},
     ),
     "between steps of another": (
         [PyramidDrop((1, 3, 5), (24, 12, 2), "original"), FastV(layer=3, keep=8)],
-        {"llm:1": 24, "llm:3": 12, "llm:3#2": 8, "llm:5": 2},
+        {"llm:1": 24, "llm:3#1": 12, "llm:3": 8, "llm:5": 2},
     ),
-    "pre_llm": ([DivPrune(keep=20), CDPruner(keep=7)], {"pre_llm": 20, "pre_llm#2": 7}),
+    "pre_llm": ([DivPrune(keep=20), CDPruner(keep=7)], {"pre_llm#1": 20, "pre_llm": 7}),
     "pre_llm, then llm": (
         [DivPrune(keep=20), Uniform(keep=20), CDPruner(keep=7), FastV(layer=1, keep=3)],
-        {"pre_llm": 20, "pre_llm#2": 20, "pre_llm#3": 7, "llm:1": 3},
+        {"pre_llm#1": 20, "pre_llm#2": 20, "pre_llm": 7, "llm:1": 3},
     ),
-    "vision": ([Listed(1, 20), Listed(1, 9)], {"vision:1": 20, "vision:1#2": 9}),
+    "vision": ([Listed(1, 20), Listed(1, 9)], {"vision:1#1": 20, "vision:1": 9}),
     "vision, before a layer and within": (
         [Listed(1, 30), ToMe(r=(0, 4, 0)), DivPrune(keep=5)],
-        {"vision:1": 30, "vision:1#2": 26, "pre_llm": 5},
+        {"vision:1#1": 30, "vision:1": 26, "pre_llm": 5},
     ),
-    "one method": ([Twice()], {"llm:3": 18, "llm:3#2": 9}),
+    "one method": ([Twice()], {"llm:3#1": 18, "llm:3": 9}),
 }  # fmt: skip
 
 
@@ -149,19 +149,19 @@ def test_reports_head_every_step(model):
     with torch.no_grad(), foveate.use(model, [FastV(layer=3, keep=18), pyramid(3, 6)]) as run:
         model(**prompts([[4, 5]]))
     text = str(run.report())
-    assert "from layer 3 on, step 2" in " ".join(text.split())
+    assert "from layer 3 on, step 1" in " ".join(text.split())
     with torch.no_grad(), foveate.use(model, [Listed(1, 20), Listed(1, 9)]) as run:
         model(**prompts([[4, 5]]))
-    assert "in encoder layer 1, step 2" in " ".join(str(run.report()).split())
+    assert "in encoder layer 1" in " ".join(str(run.report()).split())
 
 
 def test_names_of_entries_say_where_they_are():
     steps = [AnyStep("vision", 1), AnyStep("vision", 1, inside=True), AnyStep("pre_llm")]
     steps += [AnyStep("llm", 8)] * 3
     names = entries(steps)
-    assert names == ["vision:1", "vision:1#2", "pre_llm", "llm:8", "llm:8#2", "llm:8#3"]
+    assert names == ["vision:1#1", "vision:1", "pre_llm", "llm:8#1", "llm:8#2", "llm:8"]
     assert [place_of(name)[:2] for name in names] == [(s.stage, s.layer) for s in steps]
-    assert [place_of(name)[2] for name in names] == [1, 2, 1, 1, 2, 3]
-    assert place_name("llm:8#3") == "from layer 8 on, step 3"
-    assert place_name("pre_llm#2") == "before the LLM, step 2"
+    assert [place_of(name)[2] for name in names] == [1, 0, 0, 1, 2, 0]
+    assert place_name("llm:8#2") == "from layer 8 on, step 2"
+    assert place_name("pre_llm#1") == "before the LLM, step 1"
     assert place_name("vision:4") == "in encoder layer 4"

@@ -138,7 +138,7 @@ class Full:
         rows = sorted(self.stands[self.special :])
         entry = f"vision:{number}"
         if entry in self.kept:  # a step before the layer, and one within it
-            entry += "#2"
+            self.kept[f"{entry}#1"] = self.kept.pop(entry)
         self.kept[entry] = torch.tensor(rows) - self.special
 
     def merge(self, keys, step, number):

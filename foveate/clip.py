@@ -86,7 +86,7 @@ class ClipText:
 
     @property
     def _device(self) -> torch.device:
-        return self.text_projection.weight.device
+        return next(self.text_model.parameters()).device
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,12 +136,12 @@ class ClipQuestions:
         Raises:
             UnsupportedModelError: the vision tower is not this CLIP's.
         """
-        weight = self.visual_projection.weight
-        if states.shape[-1] != weight.shape[1]:
+        norm: Any = self.post_layernorm.weight  # a quantised projection shows no weight
+        if states.shape[-1] != len(norm):
             raise UnsupportedModelError(
-                f"clip projects patches of width {weight.shape[1]}, but this model's vision tower "
+                f"clip projects patches of width {len(norm)}, but this model's vision tower "
                 f"has width {states.shape[-1]}; load the CLIP whose tower the model has"
             )
-        x = states.to(weight)
+        x = states.to(norm)
         x = self.post_layernorm(x) if normed else x
         return unit(self.visual_projection(x)).to(states.device)

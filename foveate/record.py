@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foveate.boxes import cells_of
 from foveate.errors import InputError
+from foveate.step import place_of
 from foveate.tiles import Placed
 from foveate.tokens import Shape, frame_of
 
@@ -29,8 +30,9 @@ class ImageRecord:
         row: row of the batch it belongs to.
         total: visual tokens it had before anything was removed.
         grid: (height, width) of its token grid, of one frame in a video.
-        kept: for each place at which a step acted, in stream order, the (K,) raster positions
-            alive after it.
+        kept: for each step, in stream order, its entry -> the (K,) raster positions alive after it.
+            An entry is the step's place, as `llm:8`; of several steps at one place, those before
+            the last are `llm:8#1`, `llm:8#2`.
         place: finds out where it is; without it, boxes are the cells of the grid. Called only when
             that is read.
         frames: frames of a video that its tokens tell apart; 1 for an image.
@@ -57,11 +59,17 @@ class ImageRecord:
     def alive(self, layer: int) -> int:
         """Tokens of it that a decoder layer sees; -1 for those that enter the language model."""
         left = self.total
-        for place, kept in self.kept.items():
-            stage, _, number = place.partition(":")
-            if stage != "llm" or int(number) <= layer:
+        for entry, kept in self.kept.items():
+            stage, number, _ = place_of(entry)
+            if stage != "llm" or number <= layer:
                 left = len(kept)
         return left
+
+    def before(self, entry: str) -> int:
+        """Tokens of it that a step found."""
+        names = list(self.kept)
+        number = names.index(entry)
+        return len(self.kept[names[number - 1]]) if number else self.total
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -141,14 +149,14 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
 
-def place_name(place: str) -> str:
-    """A place in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`."""
-    stage, _, layer = place.partition(":")
-    if stage == "llm":
-        return f"from layer {layer} on"
-    if stage == "vision" and layer:
-        return f"in encoder layer {layer}"
-    return {"pre_llm": "before the LLM", "vision": "in the encoder"}.get(stage, place)
+def place_name(entry: str) -> str:
+    """An entry of a record in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`,
+    `llm:8#1` is `from layer 8 on, step 1`.
+    """
+    stage, layer, number = place_of(entry)
+    names = {"llm": f"from layer {layer} on", "pre_llm": "before the LLM"}
+    names["vision"] = f"in encoder layer {layer}" if ":" in entry else "in the encoder"
+    return names.get(stage, entry) + (f", step {number}" if number else "")
 
 
 def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:

@@ -28,6 +28,7 @@ from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
 from foveate.quoting import shown
 from foveate.record import ImageRecord, Record, place_name
+from foveate.step import place_of
 from foveate.video import VideoMethod
 from foveate.writing import write_text
 
@@ -51,7 +52,7 @@ class Report(dict[str, Any]):
     """A dict of plain JSON values; `str()` of it is a table.
 
     Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
-    frames, tokens, tokens after each place, and what `kept` shows), `layers` (tokens and visual
+    frames, tokens, tokens after each step, and what `kept` shows), `layers` (tokens and visual
     tokens of each row in each decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and
     `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `flops` also shows apart what
     it includes: `vision` (tower and projector with all tokens; `None` where features were handed
@@ -117,7 +118,7 @@ class Report(dict[str, Any]):
 
     @property
     def kept(self) -> list[dict[str, list[dict[str, Any]]]]:
-        """For each image, place -> the tokens alive after it, each with its place in the picture.
+        """For each image, step -> the tokens alive after it, each with its place in the picture.
 
         A token is a dict of `index`, its raster position; `box`, its left, top, right and bottom
         edge in [0, 1], or `None` if it shows no pixels; and in a video `frame`. Boxes are shares of
@@ -299,8 +300,9 @@ def _columns(places: Sequence[str]) -> dict[str, str]:
     layers = [place for place in places if place.startswith("vision:")]
     shown = {place: place_name(place) for place in places if place not in layers[:-1]}
     if len(layers) > 1:
-        first, last = (place.partition(":")[2] for place in (layers[0], layers[-1]))
-        shown[layers[-1]] = f"in encoder layers {first} to {last}"
+        first, last = (place_of(place)[1] for place in (layers[0], layers[-1]))
+        if first < last:
+            shown[layers[-1]] = f"in encoder layers {first} to {last}"
     return shown
 
 

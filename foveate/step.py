@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -109,6 +111,41 @@ class Step:
         if self.decode:
             return f"decode:{self.layer}"
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
+
+    @property
+    def in_stream(self) -> tuple[int, int, bool]:
+        """Sorts steps as tokens pass them."""
+        return STAGES.index(self.stage), self.layer, self.inside
+
+
+def entries(steps: Sequence[Step]) -> list[str]:
+    """The name of each step in records: its place, which says what is alive from there on; of
+    several steps at one place, that of the last. Those before it are `llm:8#1`, `llm:8#2`.
+
+    Args:
+        steps: in stream order.
+    """
+    total = Counter(step.place for step in steps)
+    seen: Counter[str] = Counter()
+    names = []
+    for step in steps:
+        seen[step.place] += 1
+        number = seen[step.place]
+        last = number == total[step.place]
+        names.append(step.place if last else f"{step.place}#{number}")
+    return names
+
+
+def place_of(entry: str) -> tuple[str, int, int]:
+    """Stage and layer of a name that `entries` made, and its number; 0 for the last at a place.
+
+    Example:
+        >>> place_of("llm:8#1"), place_of("pre_llm")
+        (('llm', 8, 1), ('pre_llm', 0, 0))
+    """
+    place, _, number = entry.partition("#")
+    stage, _, layer = place.partition(":")
+    return stage, int(layer or 0), int(number or 0)
 
 
 @dataclass(frozen=True)

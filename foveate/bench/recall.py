@@ -22,6 +22,7 @@ from foveate.bench.sample import Evidence
 from foveate.boxes import plain_grid
 from foveate.draw import match_geometry, place_grid
 from foveate.record import ImageRecord, Record, by_picture, joined
+from foveate.step import place_of
 
 Edges = tuple[float, float, float, float]
 
@@ -147,8 +148,8 @@ class Seen:
 
 def first_layer(place: str) -> int:
     """The first decoder layer that a place has an effect on."""
-    stage, _, layer = place.partition(":")
-    return int(layer) if stage == "llm" else 0
+    stage, layer, _ = place_of(place)
+    return layer if stage == "llm" else 0
 
 
 def seen_box(picture: Image.Image, box: Sequence[int], geometry: str, aspect: float) -> Edges:

@@ -157,7 +157,8 @@ class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
         return states
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Not supported: the window has forgotten what would come back.
+        """Not supported: the window has forgotten what would come back. Without tokens to remove,
+        a layer that records its past (assisted decoding wants it) goes back to its window.
 
         Raises:
             CacheError: always, unless nothing is removed.
@@ -167,6 +168,11 @@ class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
                 "a pruned sliding-window cache cannot be cropped (assisted decoding does that); "
                 "use greedy search, sampling or beam search"
             )
+        if self.slots is not None and self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None  # as it is initialised
+            first = self.keys.shape[2] - self.slots.count
+            self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
 
     def _held(self, slots: Slots) -> Slots:
         return slots.last(self.sliding_window - 1)
@@ -295,6 +301,11 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
             pruned.max_cache_len -= removed
     cache.layers[index] = pruned
     return pruned
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    """Whether any layer of a cache is a pruned one."""
+    return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
 
 def slots_held(layer: Any) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.engine.layout import take
+from foveate.engine.part import has_own_forward
 from foveate.engine.window import Grid, window_attention
 from foveate.method import Work
 from foveate.models import Family
@@ -145,15 +146,29 @@ def why_whole(family: Family, work: Work) -> str | None:
     if hasattr(layer, "_hf_hook"):
         return "accelerate moves the data of its layers; load it onto one device"
     for name in (*_ATTENTION, *_MLP):
-        module = layer.get_submodule(name)
-        if type(module) is not nn.Linear:
+        if found := _disguise(layer.get_submodule(name)):
             return (
-                f"{name} is a {type(module).__name__} and not a plain linear layer, whose weights "
-                "can be sliced; merge adapters and load unquantized weights"
+                f"{name} is {found} and not a plain linear layer, whose weights can be sliced; "
+                "merge adapters and load unquantized weights"
             )
     heads = config.num_attention_heads
     if work.heads is not None and len(work.heads) != heads:
         return f"the mask has {len(work.heads)} heads, and layer {work.layer} has {heads}"
+    return None
+
+
+def _disguise(module: nn.Module) -> str | None:
+    """What a projection is that its weight alone does not tell; `None` for a plain linear layer."""
+    kind = f"a {type(module).__name__}"
+    if type(module) is not nn.Linear:
+        return kind
+    if has_own_forward(module) or "_hf_hook" in vars(module):
+        return f"{kind} whose forward was replaced"
+    weight: Any = module.weight
+    if type(weight).__module__.partition(".")[0] != "torch":  # as torchao's
+        return f"{kind} with a weight of type {type(weight).__name__}"
+    if not weight.is_floating_point() or weight.element_size() == 1:
+        return f"{kind} with a weight in {weight.dtype}"
     return None
 
 

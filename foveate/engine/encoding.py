@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.engine.attentions import spread
 from foveate.engine.packed import PackedRows
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
-from foveate.engine.rows import Rows
+from foveate.engine.rows import Point, Rows
 from foveate.engine.stack import Stack, stack
+from foveate.errors import UnsupportedModelError
 from foveate.method import Need
 from foveate.models import Encoder, Family
 from foveate.models.rows import Picture, raster_rows, token_grid
@@ -57,6 +59,7 @@ class Encoding:
         self.where = Rows((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
+        self.points: dict[int, Point] = {}  # what the attention of each layer sees
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False
@@ -207,9 +210,7 @@ class Encoding:
         for of in self.stacks:
             of.begin.setdefault(planned.method_number, of.alive)
             real = of.real
-            of.kept[planned.step.place] = (
-                of.index if real is None else of.index.masked_fill(~real, -1)
-            )
+            of.kept[planned.entry] = of.index if real is None else of.index.masked_fill(~real, -1)
 
     # -- what layers are told
 
@@ -331,7 +332,35 @@ class Encoding:
                 else self.where.whole(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
+        if output.get("attentions"):
+            self._widen(output)
         return output
+
+    def _widen(self, output: Any) -> None:
+        """Bring attention maps (B, H, N', N') back to (B, H, N, N), in place.
+
+        Raises:
+            UnsupportedModelError: it is not known which map is which layer's.
+        """
+        maps, layers = output.attentions, len(self.encoder.layers)
+        if len(maps) != layers:
+            raise UnsupportedModelError(
+                f"this encoder returns {len(maps)} attention maps of {layers} layers, so that it "
+                "is not known which is which; leave output_attentions out"
+            )
+        output.attentions = tuple(
+            of if of is None or (point := self.points.get(n)) is None else self._widened(of, point)
+            for n, of in enumerate(maps)
+        )
+
+    def _widened(self, of: Tensor, point: Point) -> Tensor:
+        """An attention map at full length; some encoders return what attention makes, (N', D)."""
+        if point.order is None:
+            return of
+        if of.dim() != 4:
+            return self.where.whole(of, point)
+        rows, total = self.where.rows_of(point), self.where.shape[-1]
+        return spread(of, rows, rows, (total, total))
 
 
 def _mean(x: Tensor, of: Stack) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.clip import ClipQuestions
-from foveate.engine.images import Group, Left, group_features, reduce_group
+from foveate.engine.images import Group, Left, group_features, note, reduce_group
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.question import Question
 from foveate.errors import InputError, LayerError
@@ -248,6 +248,7 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     groups = group_features(shapes, asker.rows, asker.ends, device, alive, asker.readout)
     living = [_Living(group, [_of_group(sheet, group) for sheet in images]) for group in groups]
     begin: dict[tuple[int, int], int] = {}
+    kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
     projected: list[int] = []
     again = replace(encoded, projector=_noting(encoded, projected))
     for planned in plan.pre_llm:
@@ -256,7 +257,9 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
             for before in living
             for after in _step(planned, before, begin, again, asker, deliver)
         ]
-    left = _left([after.group for after in living], begin)
+        for after in living:
+            note(after.group, planned.entry, kept)
+    left = _left([after.group for after in living], begin, kept)
     without = asker.without_text if plan.asks_embeddings else ()
     output.encoded = replace(
         encoded, left=left, unprojected=(), projected=sum(projected), without_text=without
@@ -293,8 +296,14 @@ class _Living:
         return [x[members] for x in self.sheets]
 
 
-def _left(groups: Sequence[Group], begin: Mapping[tuple[int, int], int]) -> list[Left]:
-    """What is left of each image, in order of appearance; `begin` as in `reduce_group`."""
+def _left(
+    groups: Sequence[Group],
+    begin: Mapping[tuple[int, int], int],
+    kept: Mapping[int, Mapping[str, Tensor]],
+) -> list[Left]:
+    """What is left of each image, in order of appearance; `begin` as in `reduce_group`, `kept` as
+    in `note`.
+    """
     ordered = any(group.ordered for group in groups)
     began: dict[int, dict[int, int]] = defaultdict(dict)
     for (method, image), tokens in begin.items():
@@ -305,6 +314,7 @@ def _left(groups: Sequence[Group], begin: Mapping[tuple[int, int], int]) -> list
             began=began[image],
             labels={method: label[i] for method, label in group.labels.items()},
             index=group.index[i] if ordered else None,
+            kept=kept[image],
         )
         for group in groups
         for i, image in enumerate(group.images)

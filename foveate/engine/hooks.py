@@ -18,12 +18,15 @@ from transformers.cache_utils import Cache
 
 from foveate.engine import features
 from foveate.engine.asking import IGNORED, samples
-from foveate.engine.cache import check_cache, slots_before
+from foveate.engine.attentions import check_maps
+from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.compute import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.gate import is_generating
 from foveate.engine.images import Group, Part, locate
 from foveate.engine.inputs import (
+    check_drafts,
+    check_early_exit,
     check_labels,
     check_later_images,
     check_positions,
@@ -62,20 +65,24 @@ class Hooks(FeatureHooks):
         names = ("inputs", "input_ids", "inputs_embeds")
         inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
-        rope = getattr(self.family.base, ROPE, None)
+        local, rope = self._local, getattr(self.family.base, ROPE, None)
+        state = ("requests", "trailing", "awaited", "generating", "told", "asked")
+        state_before = {name: getattr(local, name) for name in state}  # of a call around this one
         try:
             self.look_after()
             check_later_images(self.family, inputs, kwargs)
-            self._local.requests = None if inputs is None else inputs.shape[0]
-            self._local.asked = prompt_of(inputs, kwargs)
+            check_early_exit(self.family, kwargs)
+            local.requests = None if inputs is None else inputs.shape[0]
+            local.asked = prompt_of(inputs, kwargs)
+            local.trailing, local.awaited, local.generating = 0, False, True
             return original(*args, **kwargs)
         except BaseException:
             self._reset_rope(rope)
             end_stream(kwargs)
             raise
         finally:
-            self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
-            self._local.asked = None
+            for name, value in state_before.items():
+                setattr(local, name, value)
 
     def _reset_rope(self, before: Tensor | None) -> None:
         """After a call that has raised: where the cache goes on, on M-RoPE models."""
@@ -197,6 +204,8 @@ class Hooks(FeatureHooks):
         before = slots_before(cache, past, self.plan.work)
         forgets = bool(now.visual) and any(planned.step.forget for planned in self.plan.llm)
         now.rollback = Rollback.of(cache, past, rewritten=forgets)
+        if now.encoded or (self.plan.blind and is_pruned(cache)):
+            check_maps(self.plan, self.family, kwargs)
         if now.visual and now.encoded:
             check_cache(cache)
             sliced = any(map(features.is_slice, now.encoded.values()))
@@ -231,6 +240,7 @@ class Hooks(FeatureHooks):
             sample=now.sample if groups else None,
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
         )
+        check_drafts(prompt.sees, prompt.trailing)
         now.turn = Turn(self.plan, self.family, prompt)
         if not groups or not self.plan.marks:
             return args, kwargs
@@ -321,15 +331,33 @@ class Hooks(FeatureHooks):
         """After the text model: write the record, and go back to logical length."""
         now = self._local.now
         turn = now.turn
+        if now.onward is not None:
+            output = now.onward.leave(output)
         if turn is None:
             now.onward = now.rollback = None
             return output
         record = describe(turn, output, now.encoded, self.vision, self.tags)
-        if record is not None:
+        if record is not None and self._tells(turn, output):
             self._local.record = self._last = record
         output = turn.leave(output)
         now.turn = now.rollback = None
         return output
+
+    def _tells(self, turn: Turn, output: Any) -> bool:
+        """Whether the record of a forward is what the session reports.
+
+        Within `generate` it is that of its own prompt: guidance and contrastive decoding run others
+        beside it. Without a cache the prompt comes again, a token longer each time.
+        """
+        local, prompt = self._local, turn.prompt
+        if not local.generating:
+            return True
+        again = output.past_key_values is None and local.told == (prompt.batch, prompt.length - 1)
+        sliced = any(features.is_slice(part) for part in local.now.encoded.values())
+        if local.told is not None and not again and not sliced:
+            return False
+        local.told = prompt.batch, prompt.length
+        return True
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor

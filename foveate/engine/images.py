@@ -38,7 +38,8 @@ class Group:
         ends: for each image, logical position of its last token, alive or not.
         columns: (G, V) logical position in its row of each living token, ascending; `None` while
             only features are known.
-        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
+        before: for each image, entry of each step before the language model -> (K) raster positions
+            alive after it.
         places: for each image, how to find out where in it the tokens lie.
         ordered: whether `index` need not ascend.
         began: for each image, number of a method -> tokens it had where the method began.
@@ -113,12 +114,14 @@ class Left:
         began: number of a method -> tokens it had where the method began.
         labels: number of a method -> (K) its labels, in the order of columns.
         index: (K) raster positions alive in the order of their columns; `None` for raster order.
+        kept: entry of each step behind the encoder -> (K) raster positions alive after it.
     """
 
     count: int
     began: Mapping[int, int]
     labels: Mapping[int, Tensor]
     index: Tensor | None = None
+    kept: Kept = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,8 +275,16 @@ def _spans(part: Part) -> list[_Span]:
             left = Left(len(index), {}, {})
         elif left.index is not None:
             index = left.index.cpu()
+        kept = {**kept, **left.kept}
         spans.append(_Span(row, at[:, 1], index, shape, kept, place, left.began, left.labels))
     return spans
+
+
+def note(group: Group, entry: str, kept: Mapping[int, dict[str, Tensor]]) -> None:
+    """Write down in `kept`, of each image, which tokens are alive after a step."""
+    for i, image in enumerate(group.images):
+        index = group.index[i]
+        kept[image][entry] = index.sort().values if group.ordered else index
 
 
 def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> tuple[list[int], list[int]]:

@@ -194,6 +194,45 @@ def _hidden(sees: Tensor) -> Tensor:
     return alone
 
 
+def check_drafts(sees: Tensor | None, trailing: int) -> None:
+    """Refuse drafts that the prompt before them sees.
+
+    Args:
+        sees: (B or 1, T, T) as in `seen_positions`.
+        trailing: drafted tokens at the end.
+
+    Raises:
+        InputError: it does, so that answers would depend on the assistant.
+    """
+    if sees is not None and trailing and bool(sees[:, :-trailing, -trailing:].any()):
+        raise InputError(
+            "assisted decoding puts the assistant's drafts behind the prompt, and this model's "
+            "prompt sees all of itself, the drafts too, so that the assistant would change the "
+            "answer; generate without assistant_model and prompt_lookup_num_tokens"
+        )
+
+
+def check_early_exit(family: Family, arguments: Mapping[str, Any]) -> None:
+    """Refuse to let a model assist itself by leaving early where transformers cannot.
+
+    Args:
+        family: the model.
+        arguments: what `generate` is called with.
+
+    Raises:
+        InputError: transformers looks for the number of layers where the model does not have it.
+    """
+    given = arguments.get("generation_config") or getattr(family.model, "generation_config", None)
+    layers = arguments.get("assistant_early_exit", getattr(given, "assistant_early_exit", None))
+    config = family.base.config
+    if layers is not None and not hasattr(config, "num_hidden_layers"):
+        raise InputError(
+            f"assistant_early_exit cannot make an assistant of this model: transformers sets the "
+            f"number of layers on its {type(config).__name__}, which has none; use "
+            "prompt_lookup_num_tokens, or another model as assistant_model"
+        )
+
+
 def _square(mask: Any) -> Tensor | None:
     """(B or 1, T, K) bool of a mask that says what each position sees."""
     if isinstance(mask, dict):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.blind import Unread, additive, run_step
 from foveate.engine.cache import PrunedStaticLayer
 from foveate.engine.kernels import takes_2d_masks
@@ -83,6 +84,18 @@ class Onward:
         if changes is None:
             changes = self._views[key] = self._view(number, before, hidden, kwargs)
         kwargs.update(changes)
+
+    def leave(self, output: Any) -> Any:
+        """Bring attention maps back to logical length, in place."""
+        if output.get("attentions"):
+            layout = Layout.full(self._batch, self._length, self._device)
+            seen = {
+                number: Seen.of(layout, self._after[id(before)], self._layers[number], self._length)
+                for number, before in enumerate(self._before)
+                if before is not None
+            }
+            widen_maps(output, self.family, seen, self._length)
+        return output
 
     def run(
         self, number: int, layer: Any, work: Work, hidden: Tensor, kwargs: dict[str, Any]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from foveate.engine.images import Group
+from foveate.engine.images import Group, note
 from foveate.engine.layout import Layout
 from foveate.engine.plan import PlannedStep
 from foveate.tokens import VisualTokens
@@ -69,7 +69,7 @@ class Parked:
                 frames=before.shape.frames,
             )
             states = states.index_put(at, planned.method.restore(tokens, kept, now))
-            turn.note(before, planned.step.place)
+            note(before, planned.entry, turn.kept)
         turn.groups, turn.layout, turn.tokens = self.groups, self.layout, self.tokens
         return states
 

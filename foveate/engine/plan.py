@@ -26,6 +26,7 @@ class PlannedStep:
         renumber: whether survivors get consecutive positions.
         parks: whether what it takes out comes back at the method's next step.
         learned: parameters of the method, if it learns.
+        entry: its name in records, which no other step of the plan has.
     """
 
     method: Method
@@ -35,6 +36,7 @@ class PlannedStep:
     renumber: bool
     parks: bool = False
     learned: nn.Module | None = None
+    entry: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from foveate.budget import PerRequest
@@ -13,6 +14,7 @@ from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedMod
 from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
 from foveate.models import Family
 from foveate.signals import SIGNALS
+from foveate.step import entries
 
 
 def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
@@ -32,8 +34,10 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
         steps += planned
 
     def at(stage: str) -> tuple[PlannedStep, ...]:
-        chosen = (s for s in steps if s.step.stage == stage and not s.step.decode)
-        return tuple(sorted(chosen, key=lambda s: (s.step.layer, s.step.inside)))
+        chosen = [s for s in steps if s.step.stage == stage and not s.step.decode]
+        chosen.sort(key=lambda s: s.step.in_stream)
+        names = entries([s.step for s in chosen])
+        return tuple(replace(s, entry=name) for s, name in zip(chosen, names, strict=True))
 
     focus = [s for s in steps if s.step.decode]
     if len(focus) > 1:

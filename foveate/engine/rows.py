@@ -105,6 +105,24 @@ class Rows:
         points = [point for first, point in self._points if first <= number]
         return points[-1] if points else None
 
+    def rows_of(self, point: Point) -> Tensor:
+        """(B, N') the row that each row of a point is of its picture, or (1, N') of the sequence;
+        -1 for what fills up.
+        """
+        assert point.order is not None  # something has been removed
+        real = [
+            torch.ones_like(of.rows_at(layout), dtype=torch.bool)
+            if layout is None or layout.real is None
+            else layout.real[..., None].expand(-1, -1, of.rows.shape[2])
+            for of, layout in zip(self.stacks, point.layouts, strict=True)
+        ]
+        if point.unsort is not None:
+            alive = torch.cat([part.flatten() for part in real])[point.unsort]
+            return point.order.masked_fill(~alive, -1)[None]
+        alive = torch.nn.functional.pad(real[0].flatten(1), (self.special, 0), value=True)
+        rows = point.order.view(self.shape[0], -1) % self.shape[1]
+        return rows.masked_fill(~alive, -1)
+
     def whole(self, states: Tensor, point: Point, missing: float | None = None) -> Tensor:
         """States of some point at full length; see `Stack.recover` for dropped tokens."""
         parts = [

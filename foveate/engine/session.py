@@ -230,7 +230,11 @@ class Session:
 
     @property
     def kept(self) -> list[dict[str, Tensor]]:
-        """For each image of the last forward, place -> (K,) raster positions alive after it."""
+        """For each image of the last forward, step -> (K,) raster positions alive after it.
+
+        Steps come in stream order. Of several at one place, the last is `llm:8` and those before it
+        `llm:8#1`, `llm:8#2`.
+        """
         record = self.record
         return [] if record is None else [image.kept for image in record.images]
 

@@ -36,7 +36,8 @@ class Stack:
         visible: (G, V, R) 1 for rows that others attend to, 0 for padding; `None` for all.
         frames: frames of each, one behind the other.
         begin: method -> tokens of a picture where the method began.
-        kept: place -> (G, K) raster positions alive behind it; -1 fills up pictures with fewer.
+        kept: entry of a step -> (G, K) raster positions alive after it; -1 fills up pictures with
+            fewer.
         readout: (G) raster position of a token that may not be removed, -1 for pictures without
             one; `None` if no picture has one.
     """

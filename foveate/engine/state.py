@@ -44,6 +44,8 @@ class Local(threading.local):
     trailing: int = 0  # drafted tokens behind the prompt
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
+    generating: bool = False  # within `generate`
+    told: tuple[int, int] | None = None  # rows and length of the prompt whose record stands there
     record: Record | None = None
     clip: ClipQuestions | None = None
 

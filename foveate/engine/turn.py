@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from foveate.engine.asking import starts
+from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.compute import Images, Split
 from foveate.engine.focusing import Focusing
-from foveate.engine.images import Group, reduce_group
+from foveate.engine.images import Group, note, reduce_group
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -119,6 +120,7 @@ class Turn:
         self.looks = Looks(self)
         self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
+        self._seen: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
@@ -149,7 +151,7 @@ class Turn:
         in_parts = number in self.plan.work and bool(self.groups)
         if self.layout is self.full and not in_parts and not _is_pruned(cache, number):
             return hidden, kwargs
-        before, width = self.fresh, 0
+        before, width, held = self.fresh, 0, None
         if cache is not None:
             removed = self.prompt.length - self.layout.index.shape[1]
             held = pruned_layer(cache, number, self.fresh, removed)
@@ -165,10 +167,11 @@ class Turn:
             self._views[key] = self._view(number, before, width, hidden, kwargs)
         changes, after, split = self._views[key]
         work = self.plan.work.get(number)
-        if cache is not None:
+        if held is not None:
             held.incoming = after
             if self.groups:
                 held.work = work
+        self._seen[number] = Seen.of(self.layout, after, held, self.prompt.length)
         if split is not None and work is not None and (split.images or work.blind):
             self.splits[number] = split
         return hidden, {**kwargs, **changes} if changes else kwargs
@@ -271,8 +274,6 @@ class Turn:
         """
         lost = False
         for group in self.groups:
-            if self.plan.pre_llm:
-                self.note(group, "pre_llm")
             gone = group.shape.total - group.index.shape[1]
             lost |= gone > 0
             for row in group.rows:
@@ -348,7 +349,7 @@ class Turn:
             )
             for part, after, reduction in parts:
                 groups.append(after)
-                self.note(after, planned.step.place)
+                note(after, planned.entry, self.kept)
                 if reduction is None:
                     continue
                 lost = True
@@ -420,12 +421,6 @@ class Turn:
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
         return hidden
 
-    def note(self, group: Group, place: str) -> None:
-        """Write down which tokens of each image are alive behind a place."""
-        for i, image in enumerate(group.images):
-            kept = group.index[i]
-            self.kept[image][place] = kept.sort().values if group.ordered else kept
-
     def columns_of(self, part: Group, layout: Layout) -> Tensor:
         """(G, V) physical columns of a group in a layout."""
         assert part.columns is not None
@@ -452,11 +447,12 @@ class Turn:
         return self.prompt.present.sum(1).tolist()
 
     def leave(self, output: Any) -> Any:
-        """Bring hidden states back to logical length, in place.
+        """Bring hidden states and attention maps back to logical length, in place.
 
         Args:
             output: the text model's output.
         """
+        widen_maps(output, self.family, self._seen, self.prompt.length)
         if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output
         states = output.last_hidden_state

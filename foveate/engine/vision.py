@@ -240,6 +240,7 @@ class VisionPart(Part):
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
+        encoding.points[number] = encoding.where.now
         told = encoding.told(kwargs) if encoding.reduced else kwargs
         encoding.bounds.append(boundaries(told))
         return ((hidden,), told) if encoding.reduced else None

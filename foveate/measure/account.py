@@ -13,8 +13,8 @@ from foveate.engine.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.flops import TextShape
-from foveate.measure.selection import decoder_flops, encoder_flops
-from foveate.measure.trace import Traced, trace
+from foveate.measure.selection import acted, decoder_flops, encoder_flops
+from foveate.measure.trace import Traced, skeleton, trace
 from foveate.method import Method, ModelFacts, Work
 from foveate.record import Record
 
@@ -84,7 +84,7 @@ def account(
     layers = _layers(record, family, methods, shapes, convention)
     if convention.visual_only:
         return Account(None, None, 0, layers, 0, 0)
-    steps = [(method, step) for method in methods for step in method.steps(family)]
+    steps = acted(methods, family)
     traced = encoder(record, family)
     selection = decoder_flops(record, shapes, steps) if shapes else 0
     if traced:
@@ -151,7 +151,8 @@ def _tower(record: Record, traced: Sequence[Traced]) -> int:
 def _projector(record: Record, family: Any, traced: Sequence[Traced]) -> int:
     total = sum(t.projector for t in traced)
     for modality, rows in record.projected.items():
-        matrices = (p.numel() for p in family.projector(modality).parameters() if p.dim() == 2)
+        plain = skeleton(family).projector(modality)  # weights of quantised layers say nothing
+        matrices = (p.numel() for p in plain.parameters() if p.dim() == 2)
         total += 2 * rows * sum(matrices)
     return total
 

@@ -85,7 +85,7 @@ class _Stream:
     def __init__(self, family: Family, shapes: Sequence[Shape]) -> None:
         self.family, self.shapes = family, shapes
         self.alive = [shape.total for shape in shapes]  # of each image
-        self.kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]  # place -> (K,) positions
+        self.kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]  # entry -> (K,) positions
         self.projected: dict[str, int] = {}  # modality -> rows that are projected once more
         self._begin: dict[tuple[int, int], int] = {}  # (method, image) -> tokens that it found
         self._parked: dict[int, list[int]] = {}  # method -> tokens of each image that come back
@@ -105,7 +105,7 @@ class _Stream:
             else:
                 left = step.method.count(found, total, step.step, step.number)
             self.alive[image] = left
-            self.kept[image][step.step.place] = torch.arange(min(left, shape.total))
+            self.kept[image][step.entry] = torch.arange(min(left, shape.total))
         if step.step.before_projector and self.family.projector("image") is not None:
             self.projected["image"] = self.projected.get("image", 0) + sum(self.alive)
 
@@ -150,6 +150,6 @@ def _inside(
                 1 if step.step.inside else 2
             )
             for image, total in zip(kept, alive, strict=True):
-                image[step.step.place] = torch.arange(total * left // begin)
+                image[step.entry] = torch.arange(total * left // begin)
         rows.append((seen[0], seen[1]))
     return rows, [total * left // begin for total in alive]

@@ -9,34 +9,68 @@ picture in the encoder, and its width `D`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from foveate.budget import PerRequest
 from foveate.measure.flops import TextShape
 from foveate.measure.trace import Traced
-from foveate.method import Method, Step
-from foveate.record import Record
+from foveate.method import Method, ModelFacts, Step
+from foveate.record import ImageRecord, Record
 from foveate.signals import SIGNALS
+from foveate.step import entries, place_of
 
 _KEYS = {"text_attention", "content_attention", "question_attention", "llm_keys", "question_keys"}
 _VALUES = {"llm_values", "value_attention"}
 
 
-def decoder_flops(
-    record: Record, shapes: Sequence[TextShape], steps: Iterable[tuple[Method, Step]]
-) -> int:
+@dataclass(frozen=True)
+class Acted:
+    """A step of a method that ran.
+
+    Args:
+        method: the method.
+        number: which of its steps it is.
+        step: the step.
+        entry: its name in records.
+        begun: entry of the method's first step.
+    """
+
+    method: Method
+    number: int
+    step: Step
+    entry: str
+    begun: str
+
+
+def acted(methods: Sequence[Method], family: ModelFacts) -> list[Acted]:
+    """All steps of some methods, in stream order."""
+    steps = [(n, i, s) for n, m in enumerate(methods) for i, s in enumerate(m.steps(family))]
+    steps.sort(key=lambda item: item[2].in_stream)
+    names = entries([step for _, _, step in steps])
+    begun: dict[int, str] = {}
+    for (of, _, _), name in zip(steps, names, strict=True):
+        begun.setdefault(of, name)
+    return [
+        Acted(methods[of], number, step, name, begun[of])
+        for (of, number, step), name in zip(steps, names, strict=True)
+    ]
+
+
+def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[Acted]) -> int:
     """Signals of decoder layers: the keys of all tokens once for each layer, and rows of scores.
 
     Args:
         record: the forward.
         shapes: sizes of the decoder layers.
-        steps: what methods wanted to do, of each its method too.
+        steps: what methods wanted to do.
     """
     taken: dict[int, set[str]] = {}
-    for method, step in steps:
-        for need in step.needs:
+    for acted in steps:
+        for need in acted.step.needs:
             if SIGNALS[need.name].source == "decoder":
                 for layer in need.layers if SIGNALS[need.name].layered else (0,):
-                    if _taken(record, method, step, layer):
+                    if _taken(record, acted, layer):
                         taken.setdefault(layer, set()).add(need.name)
     total = 0
     for layer, names in taken.items():
@@ -49,16 +83,25 @@ def decoder_flops(
     return total
 
 
-def _taken(record: Record, method: Method, step: Step, layer: int) -> bool:
-    """Whether a step removes tokens of any image, so that it was told about a layer; one that finds
-    out from its signals how many stay is always told.
+def _taken(record: Record, acted: Acted, layer: int) -> bool:
+    """Whether a step was told about a layer: if it would remove tokens of any image as it was there
+    (steps between the layer and its own may remove them first), or finds out from its signals how
+    many stay.
     """
-    images = [
-        (i.alive(layer - 1), i.kept[step.place]) for i in record.images if step.place in i.kept
-    ]
-    if method.adaptive:
-        return any(before for before, _ in images)
-    return any(0 < len(kept) < before for before, kept in images)
+    images = [image for image in record.images if acted.entry in image.kept]
+    if acted.method.adaptive:
+        return any(image.alive(layer - 1) for image in images)
+    return any(0 < _wanted(record, acted, i, layer) < i.alive(layer - 1) for i in images)
+
+
+def _wanted(record: Record, acted: Acted, image: ImageRecord, layer: int) -> int:
+    """Tokens of an image that a step would leave of those that enter a layer."""
+    alive, keep = image.alive(layer - 1), acted.method.keep
+    stage, begun, _ = place_of(acted.begun)
+    began = stage != "llm" or begun < layer
+    total = image.before(acted.begun) if began else alive
+    row = image.row * len(keep.values) // record.rows if isinstance(keep, PerRequest) else 0
+    return acted.method.count(alive, total, acted.step, acted.number, row)
 
 
 def _tokens_before(record: Record, layer: int) -> list[int]:
@@ -88,22 +131,23 @@ def _look_flops(shape: TextShape, names: set[str], tokens: int, asked: int) -> i
     return total
 
 
-def encoder_flops(record: Record, traced: Traced, steps: Iterable[tuple[Method, Step]]) -> int:
+def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int:
     """Signals of encoder layers, from the projections that the encoder computes anyway.
 
     Args:
         record: the forward.
         traced: what the encoder did with all tokens.
-        steps: what methods wanted to do, of each its method too.
+        steps: what methods wanted to do.
     """
     taken: dict[int, set[str]] = {}
     total = 0
-    for _, step in steps:
+    for acted in steps:
+        step = acted.step
         for need in step.needs:
             if SIGNALS[need.name].source != "encoder":
                 continue
             if step.stage == "vision" and need.layers == (step.layer,):  # of its own layer
-                if not _shortens(record, step):
+                if not _shortens(record, acted.entry):
                     continue
                 if not step.inside:
                     total += traced.rows[0] * _ahead_flops(record, traced, step.layer)
@@ -118,16 +162,10 @@ def encoder_flops(record: Record, traced: Traced, steps: Iterable[tuple[Method, 
     return total
 
 
-def _shortens(record: Record, step: Step) -> bool:
+def _shortens(record: Record, entry: str) -> bool:
     """Whether a step inside the encoder removes tokens of any image."""
-    for image in record.images:
-        places = list(image.kept)
-        if step.place in places:
-            number = places.index(step.place)
-            before = len(image.kept[places[number - 1]]) if number else image.total
-            if len(image.kept[step.place]) < before:
-                return True
-    return False
+    images = (image for image in record.images if entry in image.kept)
+    return any(len(image.kept[entry]) < image.before(entry) for image in images)
 
 
 def _rows(record: Record, traced: Traced, layer: int) -> int:

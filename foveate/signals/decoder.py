@@ -29,7 +29,8 @@ class LayerView:
         past: cached keys (B, Hkv, S, d), already rotated.
 
     Raises:
-        UnsupportedModelError: the layer's weights are offloaded.
+        UnsupportedModelError: the layer's weights are offloaded and nothing brings them back, or
+            its projections are fused.
     """
 
     def __init__(
@@ -41,10 +42,12 @@ class LayerView:
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
         self.attention_module = layer.self_attn
-        if self.attention_module.k_proj.weight.is_meta:
+        projection = self._projection("k_proj")
+        weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(projection):
             raise UnsupportedModelError(
-                "attention scores need the weights of the decoder layer, but they are offloaded; "
-                "load the model onto one device or use a pre_llm method"
+                "attention scores need the weights of the decoder layer, but they are offloaded "
+                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
             )
         self._rotary = rotary
 
@@ -58,7 +61,7 @@ class LayerView:
     @cached_property
     @torch.no_grad()
     def _plain_keys(self) -> Tensor:
-        return self._heads(self.attention_module.k_proj(self._normed), "k_norm")
+        return self._heads(self._projection("k_proj")(self._normed), "k_norm")
 
     @cached_property
     @torch.no_grad()
@@ -74,7 +77,7 @@ class LayerView:
     @torch.no_grad()
     def values(self) -> Tensor:
         """(B, Hkv, P, d) values."""
-        return self._heads(self.attention_module.v_proj(self._normed), "v_norm")
+        return self._heads(self._projection("v_proj")(self._normed), "v_norm")
 
     @torch.no_grad()
     def value_logits(self, columns: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class LayerView:
         """(B, H, Q, d) queries of (B, Q) columns."""
         columns = columns.to(self.hidden.device)
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        q = self._heads(self.attention_module.q_proj(self._normed[rows, columns]), "q_norm")
+        q = self._heads(self._projection("q_proj")(self._normed[rows, columns]), "q_norm")
         if self._rotary is None or not rotate:
             return q
         cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
@@ -153,10 +156,22 @@ class LayerView:
         rows = torch.arange(batch, device=keys.device)[:, None]
         return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width
 
+    def _projection(self, name: str) -> Callable[[Tensor], Tensor]:
+        """A projection. It is called and never read: quantised ones show no weight, or another."""
+        found: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
+        if found is None:
+            raise UnsupportedModelError(
+                f"attention scores need the projections of a decoder layer, but its "
+                f"{type(self.attention_module).__name__} has no {name} (fused by a quantised "
+                "model?); load the model without fused modules, or use a pre_llm method"
+            )
+        return found
+
     def _heads(self, x: Tensor, norm: str) -> Tensor:
         width = self.attention_module.head_dim
         module = getattr(self.attention_module, norm, None) or torch.nn.Identity()
-        over_heads = getattr(module, "weight", x).shape[-1] != width
+        weight = getattr(module, "weight", None)
+        over_heads = isinstance(weight, Tensor) and weight.shape[-1] != width
         if over_heads:
             x = module(x)
         x = x.view(*x.shape[:2], -1, width)

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.budget import per_request
 from foveate.engine.planning import working_methods
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
@@ -38,6 +39,10 @@ VARIANTS = {
     "visionzip and what it leaves": [VisionZip(keep=0.5), FastV(keep=0.25)],
     "a drop that drops nothing": [PyramidDrop((1, 2, 4), (8, 8, 2))],
     "two at one layer": [PyramidDrop((2,), 0.5), FastV(layer=3, keep=8)],
+    "two steps before one layer": [FastV(layer=3, keep=12), PyramidDrop((3, 4), (0.5, 0.25))],
+    "the second removes nothing": [FastV(layer=3, keep=4), PyramidDrop((3,), 1.0)],
+    "the second no longer removes": [FastV(layer=3, keep=4), PyramidDrop((3,), 8)],
+    "two requests": [FastV(layer=3, keep=per_request([4])), PyramidDrop((3,), 1.0)],
 }
 
 

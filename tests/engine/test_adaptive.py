@@ -98,7 +98,7 @@ def test_shares_are_of_where_the_method_began(llava):
     methods = [Uniform(keep=0.5), CATP(layers=(3,), keep=(0.5, 0.25))]
     with foveate.use(llava, methods) as run:
         llava(**inputs)
-    assert counts(run) == [{"pre_llm": 9, "llm:3": 4}] * 3
+    assert counts(run) == [{"pre_llm#1": 18, "pre_llm": 9, "llm:3": 4}] * 3
 
 
 def test_shares_hold_for_beams(llava):

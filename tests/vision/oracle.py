@@ -136,7 +136,10 @@ class Full:
 
     def note(self, number):
         rows = sorted(self.stands[self.special :])
-        self.kept[f"vision:{number}"] = torch.tensor(rows) - self.special
+        entry = f"vision:{number}"
+        if entry in self.kept:  # a step before the layer, and one within it
+            self.kept[f"{entry}#1"] = self.kept.pop(entry)
+        self.kept[entry] = torch.tensor(rows) - self.special
 
     def merge(self, keys, step, number):
         """Merge the r most similar pairs of even and odd groups."""

@@ -1,0 +1,128 @@
+"""Attention maps that come back: from the rows and columns that there were to all that there are.
+
+A removed token attended to nothing and nothing attended to it: its row and its column are zero.
+Shapes: `B` batch, `H` heads, `P` physical queries, `S` physical keys, `T` logical queries, `K`
+logical keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from foveate.engine.cache import PrunedStaticLayer
+from foveate.engine.layout import Layout, Slots
+from foveate.engine.plan import Plan
+from foveate.errors import InputError, UnsupportedModelError
+from foveate.models import Family
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a decoder layer attended with.
+
+    Args:
+        layout: its queries.
+        slots: its keys.
+        start: logical position of the first key of the unpruned model's map.
+        stop: the same behind the last.
+    """
+
+    layout: Layout
+    slots: Slots
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, layout: Layout, slots: Slots, held: Any, length: int) -> Seen:
+        """What a layer attended with in a forward of `length` tokens, `held` being its layer of the
+        cache, or `None`.
+        """
+        start, stop = 0, slots.length
+        if isinstance(held, PrunedStaticLayer):
+            stop = held.logical_max
+        elif isinstance(held, DynamicSlidingWindowLayer):  # keeps what the next token will see
+            start = max(stop - length - (held.sliding_window - 1), 0)
+        return cls(layout, slots, start, stop)
+
+
+def check_maps(plan: Plan, family: Family, arguments: Mapping[str, Any]) -> None:
+    """Refuse to hand out attention maps of layers that are computed in parts.
+
+    Args:
+        plan: the session's plan.
+        family: the model.
+        arguments: what the text model is called with.
+
+    Raises:
+        InputError: they are asked for.
+    """
+    config = family.text.config
+    asked = arguments.get("output_attentions", getattr(config, "output_attentions", False))
+    if plan.work and asked and config._attn_implementation == "eager":
+        names = ", ".join(method.slug for method in plan.methods if method.work(family))
+        raise InputError(
+            f"output_attentions=True cannot be served with {names}: decoder layers that compute "
+            "less of visual tokens make no attention map; leave it out, or use another method"
+        )
+
+
+def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: int) -> None:
+    """Bring the attention maps of a text model's output to logical size, in place.
+
+    Args:
+        output: the output, whose `attentions` hold (B, H, P, S) of each layer, if any.
+        family: the model.
+        seen: decoder layer -> what it attended with, of layers in which columns are missing.
+        length: T, tokens of this forward.
+
+    Raises:
+        UnsupportedModelError: it is not known which map is which layer's.
+    """
+    maps = output.get("attentions")
+    if not maps or not seen:
+        return
+    numbers = [n for n, layer in enumerate(family.layers) if hasattr(layer, "self_attn")]
+    if len(maps) != len(numbers):
+        raise UnsupportedModelError(
+            f"this {family.model_type} returns {len(maps)} attention maps of {len(numbers)} layers "
+            "with attention, so that it is not known which is which; leave output_attentions out"
+        )
+    output.attentions = tuple(
+        _widened(of, seen[number], length) if of is not None and number in seen else of
+        for number, of in zip(numbers, maps, strict=True)
+    )
+
+
+def _widened(of: Tensor, seen: Seen, length: int) -> Tensor:
+    """(B, H, T, K) of a map (B, H, P, S); K as the unpruned model has it."""
+    keys = (seen.slots.index - seen.start).clamp(min=-1)
+    keys = F.pad(keys, (0, of.shape[-1] - keys.shape[1]), value=-1)
+    return spread(of, seen.layout.index, keys, (length, seen.stop - seen.start))
+
+
+def spread(of: Tensor, queries: Tensor, keys: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map with zeros where there was nothing.
+
+    Args:
+        of: (B, H, P, S).
+        queries: (B or 1, P) row of each query; -1 for those of no token.
+        keys: (B or 1, S) column of each key; the same.
+        size: (rows, columns) to make.
+    """
+    for axis, places in ((2, queries), (3, keys)):
+        count = size[axis - 2]
+        # What belongs nowhere goes behind the others, and is cut off.
+        places = places.masked_fill(places < 0, count).to(of.device)
+        shape = [*of.shape[:2], 1, 1]
+        shape[axis] = places.shape[1]
+        index = places.view(len(places), 1, *shape[2:]).expand(of.shape)
+        shape = [*of.shape]
+        shape[axis] = count + 1
+        of = of.new_zeros(shape).scatter(axis, index, of).narrow(axis, 0, count)
+    return of

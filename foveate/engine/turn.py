@@ -108,6 +108,7 @@ class Turn:
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
+        self._entrance = self.full  # the layout that they make
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
 
@@ -257,6 +258,7 @@ class Turn:
         if lost:
             marked = embeds[..., 0].isnan().to(self.prompt.device)
             self._entry = self._compact(marked, self.plan.renumber_features)
+            self._entrance = self.layout
 
     def deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
@@ -437,11 +439,18 @@ class Turn:
             layouts = [self.full] * first_layer + self.layer_layouts
             inner = output.hidden_states[1:-1]
             output.hidden_states = (
-                self._expand(output.hidden_states[0], layouts[0]),
+                self._entered(output.hidden_states[0]),
                 *(self._expand(h, layout) for h, layout in zip(inner, layouts, strict=False)),
                 output.last_hidden_state,
             )
         return output
+
+    def _entered(self, states: Tensor) -> Tensor:
+        """What layer 0 was given, which has all positions: removed ones show what is left."""
+        if self._entrance is self.full or states is None:
+            return states
+        column = expansion(self._entrance, self.prompt.length)
+        return take(states, self._entrance.index.gather(1, column).clamp(min=0))
 
     def _expand(self, states: Tensor, layout: Layout) -> Tensor:
         if layout is self.full or states is None:

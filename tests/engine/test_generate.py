@@ -300,6 +300,26 @@ def test_hidden_states_come_back_at_logical_length(llava):
         assert same == (position not in kept)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", [EveryThird(keep=12), "uniform", PyramidDrop((0, 2), (0.5, 3))])
+def test_embeddings_come_back_at_logical_length(llava, method, side):
+    """The first of the hidden states: removed positions show their nearest kept predecessor."""
+    inputs = prompts(BATCHES["ragged"], side=side)
+    plain = llava(**inputs, output_hidden_states=True).hidden_states[0]
+    with foveate.use(llava, method) as run:
+        got = llava(**inputs, output_hidden_states=True).hidden_states[0]
+    kept = iter(run.kept)
+    for row, ids in enumerate(inputs["input_ids"]):
+        alive = inputs["attention_mask"][row].bool()
+        for image in (ids == IMAGE).nonzero()[:, 0].split(PATCHES):
+            if len(image) and "pre_llm" in (places := next(kept)):
+                alive[image] = False
+                alive[image[places["pre_llm"]]] = True
+        for position in inputs["attention_mask"][row].nonzero()[:, 0].tolist():
+            before = alive[: position + 1].nonzero()[:, 0]
+            assert torch.equal(got[row, position], plain[row, before[-1]])
+
+
 @pytest.mark.skipif(
     not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
     reason="chunked prefill of this transformers loses images; that is refused",

@@ -56,7 +56,9 @@ class Looks:
         self._taken: dict[tuple[str, int], tuple[Tensor, Layout]] = {}
         self._relevance: dict[int, Tensor] = {}
 
-    def take(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def take(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], later: bool = False
+    ) -> None:
         """Take what steps need of a layer that is about to run.
 
         Args:
@@ -64,11 +66,14 @@ class Looks:
             layer: its module.
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
+            later: whether tokens were removed before it just now: what steps before later layers
+                need is taken anew, of what the layer will see.
         """
-        due = self._due(number) - {"transition", *_PLACES}
+        due = self._due(number, later) - {"transition", *_PLACES}
         if "question_relevance" in due:
             due.remove("question_relevance")
-            self._rate(hidden.detach())
+            if not later:  # it is of what entered the language model
+                self._rate(hidden.detach())
         if not due:
             return
         view, past = self.view(number, layer, hidden, kwargs)
@@ -108,11 +113,15 @@ class Looks:
 
     # -- taking
 
-    def _due(self, number: int) -> set[str]:
-        """Signals of a layer that some step needs which removes anything."""
+    def _due(self, number: int, later: bool = False) -> set[str]:
+        """Signals of a layer that some step needs which removes anything; `later`, some step before
+        a later layer.
+        """
         looks = self.turn.plan.looks.get(number, {})
         return {
-            name for name, steps in looks.items() if any(self._drops(planned) for planned in steps)
+            name
+            for name, steps in looks.items()
+            if any(self._drops(s) for s in steps if s.step.layer > number or not later)
         }
 
     def _drops(self, planned: Any) -> bool:

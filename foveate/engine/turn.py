@@ -281,7 +281,8 @@ class Turn:
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        if number in self.plan.looks:
+        looked, given = number in self.plan.looks, self.layout
+        if looked:
             self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
             if planned.step.layer != number:
@@ -295,6 +296,8 @@ class Turn:
             hidden = self._step(planned, hidden)
             if planned.step.forget and self.layout is not before:
                 self._forget(number, kwargs.get("past_key_values"))
+        if looked and self.layout is not given:
+            self.looks.take(number, layer, hidden, kwargs, later=True)
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:

@@ -53,9 +53,24 @@ class Hooks(FeatureHooks):
         check_later_images(self.family, inputs, kwargs)
         self._local.requests = None if inputs is None else inputs.shape[0]
         try:
+            self._adopt_whole(kwargs)
             return original(*args, **kwargs)
         finally:
             self._local.requests, self._local.trailing, self._local.awaited = None, 0, False
+
+    def _adopt_whole(self, kwargs: Kwargs) -> None:
+        """Reduce features that were made outside, before a prefill in chunks cuts images apart."""
+        config = kwargs.get("generation_config") or self.family.model.generation_config
+        given = kwargs.get("mm_encoder_outputs") or {}
+        if not given or kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is None:
+            return
+        given = dict(given)
+        for modality, output in given.items():
+            if output is not None and not features.is_tagged(output):
+                given[modality] = self.tags.adopt(modality, output, kwargs)
+                if not self.plan.waits:
+                    self._mark(modality, given[modality])
+        kwargs["mm_encoder_outputs"] = given
 
     def enter_top(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the model with its head: see what is supervised, and how many tokens behind the

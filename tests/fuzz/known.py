@@ -1,0 +1,6 @@
+"""Faults that are known and not yet mended: while one is `True`, no cell reaches it."""
+
+PROMPT_ENDS_IN_IMAGE = True
+HIDDEN_TOKENS = True
+VISION_AND_SIGNALS = True  # a method within the encoder, and one that reads its signals
+MERGE_WITHOUT_REMOVAL = True  # what is merged where no image of a call loses a token

@@ -111,7 +111,8 @@ class Hooks(FeatureHooks):
         if not now.visual:
             return kwargs
         now.prompt = (ids, kwargs)
-        now.sample = samples(kwargs)
+        if takes_2d_masks(self.family.text.config._attn_implementation) or not self._caches(kwargs):
+            now.sample = samples(kwargs)
         check_positions(self.family, kwargs)
         if local.supervised is not None:
             real = self._real(local.supervised.shape[1])
@@ -137,6 +138,13 @@ class Hooks(FeatureHooks):
                 self._mark(modality, given[modality])
             now.encoded[modality] = given[modality]
         return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
+
+    def _caches(self, kwargs: Kwargs) -> bool:
+        """Whether the text model is given a cache, or makes one."""
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.family.text.config, "use_cache", False)
+        return kwargs.get("past_key_values") is not None or bool(use_cache)
 
     def text(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any

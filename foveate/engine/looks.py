@@ -227,6 +227,8 @@ class Looks:
         prompt, real = self.prompt, self._real
         if prompt.supervised is not None:
             return Asked.before_spans(prompt.supervised, real, prompt.sample)
+        if prompt.sample is not None:
+            return Asked.last_of_samples(prompt.sample)
         asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
         return replace(asked, columns=asked.columns.to(prompt.device))
 
@@ -326,7 +328,8 @@ class Looks:
     def _plain(self) -> bool:
         """Whether the tokens that ask are the last of their rows, and these are all there is."""
         prompt = self.prompt
-        plain = prompt.supervised is None and not prompt.trailing and prompt.sees is None
+        usual = prompt.supervised is None and prompt.sample is None
+        plain = usual and not prompt.trailing and prompt.sees is None
         return plain and self._alive is None
 
     @property
@@ -355,7 +358,7 @@ class Looks:
 
     def _mean(self, values: Tensor, part: Group) -> Tensor:
         """(G, H, V) of (G, H, Q, V): mean over the tokens that ask about each image."""
-        if self.prompt.supervised is None:
+        if self.asked.real is None:
             return values[:, :, 0]
         asks = self.asked.of(*self._where(part)).to(values.device)[:, None, :, None]
         return values.masked_fill(~asks, 0.0).sum(2) / asks.sum(2).clamp(min=1)

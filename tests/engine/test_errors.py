@@ -113,7 +113,7 @@ def test_a_static_cache_with_windows_is_not_sent_to_static_caches():
     """`static` makes such layers on models with windows, so it is no way out for them."""
     model = tiny_llava("mistral", window=20)
     inputs = prompts([[5, 7]])
-    with foveate.use(model, FastV()), pytest.raises(CacheError, match="where no layer .* window"):
+    with foveate.use(model, FastV()), pytest.raises(CacheError, match=r"where no layer .* window"):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
 
 

@@ -13,7 +13,7 @@ from tests.fuzz.models import BLOCKS, FAMILIES, MROPE, TWO_WAY, Shape, kinds_of,
 
 MODES = {
     "forward": 6, "decode": 4, "generate": 6, "no-cache": 2, "beams": 3, "turn": 3, "new-image": 2,
-    "lookup": 2, "train": 4, "chunked": 1,
+    "lookup": 2, "train": 4, "chunked": 1, "sample": 2, "packed": 2,
 }  # fmt: skip
 ONE_ROW = ("lookup", "new-image")
 HAND_MADE = {"perception_lm", "fast_vlm"}  # towers from timm
@@ -91,6 +91,7 @@ def cell_of(seed: int, number: int) -> Cell:
         pixels=pixels,
         class_token=FAMILIES[family].class_attention is not None,
         flat="-video" not in family,
+        windowed=family == "llava-window",
         free=frozenset(range(shape.depth)),
     )
     forward = mode == "forward"
@@ -132,6 +133,8 @@ def _mode(r: Random, family: str) -> str:
     while True:
         mode = r.choices(list(MODES), list(MODES.values()))[0]
         if mode == "train" and family in TWO_WAY:
+            continue
+        if mode == "packed" and family in MROPE | BLOCKS | {"llava-window"}:
             continue
         if mode == "new-image" and (family in BLOCKS or "-video" in family):
             continue

@@ -27,6 +27,8 @@ class Facts:
         pixels: whether the encoder runs.
         class_token: whether it has a class token.
         flat: whether images are no videos.
+        windowed: whether every layer sees a window, which FEATHER's ranking without positions does
+            not know.
         free: layers before which no other method acts.
     """
 
@@ -38,6 +40,7 @@ class Facts:
     pixels: bool
     class_token: bool
     flat: bool
+    windowed: bool
     free: frozenset[int]
 
 
@@ -277,6 +280,7 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
         for slug, kind in KINDS.items()
         if (not kind.asks or asks == "any" or (asks == "ranked" and kind.rank))
         and (facts.pixels or slug not in ENCODED)
+        and not (facts.windowed and slug == "feather")
         and not (known.MERGE_WITHOUT_REMOVAL and slug == "llava-prumerge")
         and (facts.class_token or slug not in CLASS_TOKEN or r.random() < 0.05)
     ]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.fuzz import known
 from tests.fuzz.models import MROPE
 from tests.fuzz.oracle import Row
 from tests.fuzz.prompts import LETTERS, Images, Prompt
-from tests.fuzz.scene import GREEDY, Claim, Scene, Told
+from tests.fuzz.scene import GREEDY, Claim, Scene, Told, nearest, slots_of
+from tests.fuzz.train import train
 
 
 def play(scene: Scene) -> list[Claim]:
@@ -56,13 +56,6 @@ def _prefill(logits: Tensor, shown: Tensor, states: list[Tensor]) -> Callable[[R
         return torch.stack(far).max().item() if far else 0.0  # a NaN stays one
 
     return check
-
-
-def nearest(alive: Tensor) -> Tensor:
-    """(T) for each column the nearest one at or before it that is left, or else the first."""
-    order = torch.arange(len(alive)).masked_fill(~alive, -1)
-    found = order.cummax(0).values
-    return torch.where(found < 0, alive.nonzero()[0, 0], found)
 
 
 def _after(prompt: int, logits: Tensor) -> Callable[[Row], float]:
@@ -192,6 +185,48 @@ def _scored(prompt: int, said: Tensor, score: Tensor) -> Callable[[Row], float]:
     return check
 
 
+def sample(scene: Scene) -> list[Claim]:
+    """Several answers of each row, drawn at random."""
+    cell, batch = scene.cell, scene.batch
+    steps = cell.steps + 1
+    torch.manual_seed(cell.number)
+    out = scene.model.generate(
+        **batch, max_new_tokens=steps, min_new_tokens=steps, do_sample=True,
+        num_return_sequences=cell.width, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    more = out.sequences[:, batch["input_ids"].shape[1] : -1]
+    logits, told = torch.stack(out.logits, 1), scene.said(cell.width)
+    claims = []
+    for turn in range(cell.width):
+        mine = slice(turn, None, cell.width)
+        claims += _continued(scene, more[mine], logits[mine], told)
+    return claims
+
+
+def packed(scene: Scene) -> list[Claim]:
+    """All rows behind one another in one, told apart by their positions."""
+    prompt = scene.prompt
+    lengths = [len(ids) for ids in prompt.rows]
+    ids = torch.tensor([[i for row in prompt.rows for i in row]])
+    number = sum(prompt.numbers)
+    inputs = {"input_ids": ids, "position_ids": torch.cat([*map(torch.arange, lengths)])[None]}
+    inputs |= prompt.member.extras(ids, number) | prompt.images.given(0, number, [number])
+    logits = scene.model(**inputs, use_cache=False).logits[0].split(lengths)
+    images = iter([image for row in scene.said() for image in row])
+    told = [[next(images) for _ in range(n)] for n in prompt.numbers]
+    return scene.claims([[]] * len(lengths), [_left(one) for one in logits], told=told)
+
+
+def _left(logits: Tensor) -> Callable[[Row], float]:
+    """Compare (T, vocabulary) logits at what is left of a row."""
+
+    def check(row: Row) -> float:
+        left = row.alive[-1]
+        return (row.logits[left] - logits[left]).abs().max().item()
+
+    return check
+
+
 def lookup(scene: Scene) -> list[Claim]:
     """Drafts from the prompt: what is said must be what greedy search says."""
     cell, batch = scene.cell, scene.batch
@@ -291,77 +326,8 @@ def _only(images: Images, number: int) -> Images:
     return Images(images.member, [images.counts[number]])
 
 
-def train(scene: Scene) -> list[Claim]:
-    """The loss of a batch with labels on some text, and that it can be differentiated."""
-    cell, batch, model = scene.cell, scene.batch, scene.model
-    generator = torch.Generator().manual_seed(cell.number)
-    labels, rows = torch.full_like(batch["input_ids"], -100), []
-    for row, ids in enumerate(scene.prompt.rows):
-        mine = _labels(scene, row, generator)
-        labels[row, scene.prompt.batch(cell.side)["attention_mask"][row].bool()] = mine
-        rows.append(mine)
-        assert len(mine) == len(ids)
-    model.train()
-    try:
-        with torch.enable_grad():
-            loss = model(**batch, labels=labels, use_cache=False).loss
-            loss.backward()
-    finally:
-        model.eval()
-        model.zero_grad(set_to_none=True)
-    total = sum(int((mine[1:] != -100).sum()) for mine in rows)
-    told, sums, claims = scene.said(), [], []
-    for row, mine in enumerate(rows):
-        asks = (mine[:-1] == -100) & (mine[1:] != -100)
-        behind = [
-            tuple(c for c in asks.nonzero()[:, 0].tolist() if c >= int(span[-1]))
-            for span in scene.prompt.spans[row]
-        ]
-        check = _loss(mine, sums, None if row + 1 < len(rows) else (loss.item(), total))
-        claims.append(Claim(row, scene.prompt, [], told[row], behind, check, training=True))
-    return claims
-
-
-def _labels(scene: Scene, row: int, generator: torch.Generator) -> Tensor:
-    """Labels of a row: spans of text, none of which an image or nothing at all precedes."""
-    ids = torch.tensor(scene.prompt.rows[row])
-    labels = torch.where(torch.rand(len(ids), generator=generator) < 0.4, ids, -100)
-    if len(ids) > 2:  # spans longer than one
-        labels[-2:] = ids[-2:] if torch.rand((), generator=generator) < 0.7 else -100
-    for span in scene.prompt.spans[row]:
-        labels[span] = -100
-        if known.PROMPT_ENDS_IN_IMAGE:  # nor does the prompt of an answer
-            labels[span[-1] + 1 : span[-1] + 2] = -100
-    labels[0] = -100
-    return labels
-
-
-def _loss(labels: Tensor, sums: list[Any], whole: Any) -> Callable[[Row], float]:
-    """Add up the loss of a row; the last row compares the mean."""
-
-    def check(row: Row) -> float:
-        before = nearest(row.alive[-1])
-        at = (labels != -100).nonzero()[:, 0]
-        logits = row.logits[before[at - 1]].log_softmax(-1)
-        sums.append(-logits.gather(1, labels[at, None]).sum().item())
-        if whole is None or not whole[1]:  # the mean of nothing is no number
-            return 0.0
-        return abs(sum(sums) / whole[1] - whole[0])
-
-    return check
-
-
-def slots_of(cache: Any) -> list[int]:
-    """Slots of the layers of a dynamic cache that see everything; -1 for other layers."""
-    return [
-        layer.keys.shape[2] if "Static" not in type(layer).__name__
-        and getattr(layer, "sliding_window", None) is None else -1
-        for layer in cache.layers
-    ]  # fmt: skip
-
-
 PLAYS: dict[str, Callable[[Scene], list[Claim]]] = {
     "forward": forward, "decode": decode, "generate": generate, "no-cache": no_cache,
     "beams": beams, "turn": turn, "new-image": new_image, "lookup": lookup, "train": train,
-    "chunked": chunked,
+    "chunked": chunked, "sample": sample, "packed": packed,
 }  # fmt: skip

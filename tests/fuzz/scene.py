@@ -160,3 +160,19 @@ def session(scene: Scene) -> Iterator[Scene]:
     methods = [chosen.build() for chosen in scene.cell.methods]
     with foveate.use(scene.model, methods if len(methods) > 1 else methods[0]) as run:
         yield Scene(scene.cell, scene.model, scene.prompt, run)
+
+
+def nearest(alive: Tensor) -> Tensor:
+    """(T) for each column the nearest one at or before it that is left, or else the first."""
+    order = torch.arange(len(alive)).masked_fill(~alive, -1)
+    found = order.cummax(0).values
+    return torch.where(found < 0, alive.nonzero()[0, 0], found)
+
+
+def slots_of(cache: Any) -> list[int]:
+    """Slots of the layers of a dynamic cache that see everything; -1 for other layers."""
+    return [
+        layer.keys.shape[2] if "Static" not in type(layer).__name__
+        and getattr(layer, "sliding_window", None) is None else -1
+        for layer in cache.layers
+    ]  # fmt: skip

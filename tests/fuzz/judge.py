@@ -16,8 +16,8 @@ from foveate.errors import FoveateError
 from tests.conformance.zoo.member import fresh
 from tests.fuzz import oracle
 from tests.fuzz.cell import Cell
-from tests.fuzz.methods import Chosen
-from tests.fuzz.models import MROPE, model_of
+from tests.fuzz.cuts import cuts_of
+from tests.fuzz.models import model_of
 from tests.fuzz.oracle import Cut, Disagreement
 from tests.fuzz.play import play
 from tests.fuzz.scene import Claim, Scene, Told, session
@@ -75,7 +75,7 @@ def _compared(scene: Scene, claims: list[Claim]) -> Outcome:
     far = bite = 0.0
     ties, alive = 0, []
     for claim in claims:
-        row = _row(scene, claim, _cuts(scene.cell, claim))
+        row = _row(scene, claim, cuts_of(scene.cell, claim))
         if claim.told and not bite:
             plain = _row(scene, claim, [])
             bite = (row.logits[-1] - plain.logits[-1]).abs().max().item()
@@ -103,97 +103,6 @@ def _row(scene: Scene, claim: Claim, cuts: list[Cut]) -> oracle.Row:
         )  # fmt: skip
     finally:
         model.eval()
-
-
-# -- what was removed
-
-
-def _cuts(cell: Cell, claim: Claim) -> list[Cut]:
-    """What the oracle removes from a row, once what the engine says has been checked.
-
-    Raises:
-        Disagreement: images, places or counts are not what they must be.
-    """
-    spans = claim.prompt.spans[claim.row]
-    if len(claim.told) != len(spans):
-        raise Disagreement(f"row {claim.row} has {len(spans)} images, told {len(claim.told)}")
-    found: list[Cut] = []
-    turns = claim.turn or [0] * len(spans)
-    for told, span, asks, turn in zip(claim.told, spans, claim.asks, turns, strict=True):
-        if told is None:
-            continue
-        if told.total != len(span):
-            raise Disagreement(f"an image of {len(span)} tokens is said to have {told.total}")
-        found += _of_image(cell, claim, told, span, asks, turn)
-    return sorted(found, key=lambda cut: (cut.layer, cut.turn))
-
-
-def _of_image(
-    cell: Cell, claim: Claim, told: Told, span: Tensor, asks: tuple[int, ...], turn: int
-) -> list[Cut]:
-    one_dimensional = cell.shape.family not in MROPE
-    before = [c for c in cell.methods if c.kind.where != "llm"]
-    places = {place for place in told.kept if not place.startswith("llm")}
-    if bool(places) != bool(before):
-        raise Disagreement(f"places before the language model are {sorted(places)}")
-    cuts, alive, begun = [], torch.arange(len(span)), {}
-    if before:
-        kept = told.kept.get("pre_llm", [told.kept[p] for p in told.kept if p in places][-1])
-        renumber = all(c.renumbers(one_dimensional) for c in before)
-        _check(alive, kept, "before the language model")
-        for number, chosen in enumerate(before):
-            exact = number == len(before) - 1 and chosen.kind.exact and len(before) == 1
-            if exact and (not claim.training or asks or not chosen.kind.asks):
-                _counted(chosen.count(len(span), len(span), 0, claim.row), kept, "pre_llm")
-        cuts.append(Cut(-1, span, kept, renumber, turn=turn))
-        alive = kept
-    steps = sorted(
-        (layer, number, entry)
-        for number, chosen in enumerate(cell.methods)
-        for entry, layer in enumerate(chosen.drops)
-    )
-    said = {place for place in told.kept if place.startswith("llm")}
-    if said and said != {f"llm:{layer}" for layer, _, _ in steps}:
-        raise Disagreement(f"places in the language model are {sorted(said)}")
-    now: dict[int, int] = {}
-    for layer, number, entry in steps:
-        chosen, kept = cell.methods[number], told.kept.get(f"llm:{layer}")
-        if kept is not None:
-            _check(alive, kept, f"before layer {layer}")
-            count = 0
-            if chosen.kind.exact:
-                count = _budget(chosen, number, entry, claim.row, now)(len(alive))
-            whole = claim.training and len(kept) == len(alive)  # nothing may be asked of it
-            if chosen.kind.exact and not (whole and (chosen.kind.rank is None or not asks)):
-                _counted(count, kept, f"llm:{layer}")
-            alive = kept
-        cuts.append(
-            Cut(
-                layer, span, kept, chosen.renumbers(one_dimensional), chosen.kind.rank,
-                _budget(chosen, number, entry, claim.row, begun),
-                chosen.fields.get("stride") if entry == 0 else None, told.grid, told.frames,
-                asks, turn,
-            )
-        )  # fmt: skip
-    return cuts
-
-
-def _budget(
-    chosen: Chosen, number: int, entry: int, row: int, begun: dict[int, int]
-) -> Callable[[int], int]:
-    """How many tokens a step leaves of so many; `begun` remembers what its method began with."""
-    return lambda alive: chosen.count(begun.setdefault(number, alive), alive, entry, row)
-
-
-def _check(alive: Tensor, kept: Tensor, where: str) -> None:
-    """Kept tokens ascend and were there."""
-    if not bool((kept.diff() > 0).all()) or not bool(torch.isin(kept, alive).all()):
-        raise Disagreement(f"{where} {kept.tolist()} were left of {alive.tolist()}")
-
-
-def _counted(count: int, kept: Tensor, where: str) -> None:
-    if len(kept) != count:
-        raise Disagreement(f"{len(kept)} tokens were left at {where}, the budget says {count}")
 
 
 # -- merged features

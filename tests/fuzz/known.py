@@ -4,3 +4,4 @@ PROMPT_ENDS_IN_IMAGE = True
 HIDDEN_TOKENS = True
 VISION_AND_SIGNALS = True  # a method within the encoder, and one that reads its signals
 MERGE_WITHOUT_REMOVAL = True  # what is merged where no image of a call loses a token
+TWO_AT_ONE_PLACE = True  # of which records tell the last

@@ -268,7 +268,7 @@ def _value(name: str, value: Any) -> Any:
 
 
 def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
-    """One to three methods in stream order, no two of them at one place.
+    """One to three methods in stream order.
 
     Args:
         r: the cell's.
@@ -289,7 +289,8 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
     for _ in range(r.choice([1, 1, 1, 2, 2, 3])):
         slug = r.choice(names)
         kind = KINDS[slug]
-        if kind.where != "llm" and any(c.kind.where == kind.where for c in chosen):
+        alike = kind.where != "llm" and any(c.kind.where == kind.where for c in chosen)
+        if alike and (known.TWO_AT_ONE_PLACE or kind.where == "encoder"):
             continue
         if kind.where == "encoder" and any(c.slug == "downsample" for c in chosen):
             continue
@@ -306,7 +307,8 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
         if policy == "renumbered" and not facts.one_dimensional and r.random() < 0.9:
             policy = None
         one = Chosen(slug, {**fields, "positions": policy})
-        free -= set(one.drops)
+        if known.TWO_AT_ONE_PLACE:
+            free -= set(one.drops)
         chosen.append(one)
     if not chosen:
         return draw(r, facts, asks)

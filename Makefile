@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint clean
+.PHONY: demo test fuzz lint clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -23,6 +23,11 @@ demo: .venv/.ready  ## ask the embedded model about a picture, with all visual t
 
 test: .venv/.ready  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
+
+CELLS ?= 5000
+SEED ?= 1
+fuzz: .venv/.ready  ## many random cells against the oracle; renews docs/reliability.md
+	$(BIN)/python -m tests.fuzz --cells $(CELLS) --seed $(SEED) --write
 
 lint: .venv/.ready  ## format, style and types
 	$(BIN)/ruff format --check .

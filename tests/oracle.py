@@ -132,6 +132,8 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
                 moved += remove(image, chosen, drop.renumber)
             shift = shift + moved
             history.append([i.clone() for i in index])
+        if any(drop.layer == number for drop in spec.drops):  # later layers rank by what it sees
+            weights[number] = attend(layer, hidden, position - shift, alive)[0]
         if spec.glance and number == spec.glance and columns:
             there, last = torch.cat(columns), set()
             for query in range(prompt, length):

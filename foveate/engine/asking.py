@@ -1,7 +1,8 @@
 """The tokens that ask: whose attention ranks visual tokens.
 
-In inference it is the last token of the prompt. Where labels are given it is the token before each
-supervised span, as each turn of a conversation ends its prompt there.
+In inference it is the last token of the prompt, or of each sample where several are packed. Where
+labels are given it is the token before each supervised span, as each turn of a conversation ends
+its prompt there.
 Shapes: `B` rows, `T` logical length, `Q` asking tokens of a row, `G` images.
 """
 
@@ -49,6 +50,16 @@ class Asked:
         return cls((real * order).amax(1, keepdim=True) - trailing)
 
     @classmethod
+    def last_of_samples(cls, sample: Tensor) -> Asked:
+        """The last token of each sample.
+
+        Args:
+            sample: (B, T) which sample of its row each position is of.
+        """
+        asks = torch.nn.functional.pad(sample.diff(dim=1) != 0, (0, 1), value=True)
+        return cls._where(asks, sample)
+
+    @classmethod
     def before_spans(
         cls, supervised: Tensor, real: Tensor | None, sample: Tensor | None = None
     ) -> Asked:
@@ -64,6 +75,11 @@ class Asked:
             asks &= real[:, :-1]
         if sample is not None:
             asks &= sample[:, :-1] == sample[:, 1:]
+        return cls._where(asks, sample)
+
+    @classmethod
+    def _where(cls, asks: Tensor, sample: Tensor | None) -> Asked:
+        """The tokens at which (B, T) is true."""
         width = max(int(asks.sum(1).max()), 1)
         columns = (~asks).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
         return cls(columns, asks.gather(1, columns), sample)
@@ -88,7 +104,8 @@ class Asked:
 def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
     """Which sample of its row each position is of, where several are packed behind one another.
 
-    As in transformers, without a mask a sample begins wherever positions do not go on by one.
+    As in transformers, without a mask a sample begins wherever positions do not go on by one. The
+    caller has to know whether the text model looks at that: with a cache, only flash kernels do.
 
     Args:
         kwargs: what the base model is called with.

@@ -236,8 +236,9 @@ def check_cache(cache: Cache | None) -> None:
     for kind in layers:
         if kind not in PRUNED and not issubclass(kind, PrunedLayer):
             raise CacheError(
-                f"a KV cache with {kind.__name__} layers cannot be pruned; "
-                "use cache_implementation='dynamic' or 'static'"
+                f"a KV cache with {kind.__name__} layers cannot be pruned; use "
+                "cache_implementation='dynamic', or 'static' where no layer of the model has a "
+                "window"
             )
 
 

@@ -75,6 +75,7 @@ class Hooks(FeatureHooks):
             local.requests = None if inputs is None else inputs.shape[0]
             local.asked = prompt_of(inputs, kwargs)
             local.trailing, local.awaited, local.generating = 0, False, True
+            self._adopt_whole(kwargs)
             return original(*args, **kwargs)
         except BaseException:
             self._reset_rope(rope)
@@ -88,6 +89,20 @@ class Hooks(FeatureHooks):
         """After a call that has raised: where the cache goes on, on M-RoPE models."""
         if hasattr(self.family.base, ROPE):
             setattr(self.family.base, ROPE, before)
+
+    def _adopt_whole(self, kwargs: Kwargs) -> None:
+        """Reduce features that were made outside, before a prefill in chunks cuts images apart."""
+        config = kwargs.get("generation_config") or self.family.model.generation_config
+        given = kwargs.get("mm_encoder_outputs") or {}
+        if not given or kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is None:
+            return
+        given = dict(given)
+        for modality, output in given.items():
+            if output is not None and not features.is_tagged(output):
+                given[modality] = self.tags.adopt(modality, output, kwargs)
+                if not self.plan.waits:
+                    self._mark(modality, given[modality])
+        kwargs["mm_encoder_outputs"] = given
 
     def enter_top(
         self, module: nn.Module, args: Args, kwargs: Kwargs
@@ -141,7 +156,8 @@ class Hooks(FeatureHooks):
         if not now.visual:
             return kwargs
         now.prompt = (ids, kwargs)
-        now.sample = samples(kwargs)
+        if takes_2d_masks(self.family.text.config._attn_implementation) or not self._caches(kwargs):
+            now.sample = samples(kwargs)
         check_positions(self.family, kwargs)
         if local.supervised is not None:
             real = self._real(local.supervised.shape[1])
@@ -168,6 +184,13 @@ class Hooks(FeatureHooks):
                 self._mark(modality, given[modality])
             now.encoded[modality] = given[modality]
         return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
+
+    def _caches(self, kwargs: Kwargs) -> bool:
+        """Whether the text model is given a cache, or makes one."""
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.family.text.config, "use_cache", False)
+        return kwargs.get("past_key_values") is not None or bool(use_cache)
 
     @untraced
     def text(

@@ -59,7 +59,9 @@ class Looks:
         self._taken: dict[tuple[str, int], tuple[Tensor, Layout]] = {}
         self._relevance: dict[int, Tensor] = {}
 
-    def take(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+    def take(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], later: bool = False
+    ) -> None:
         """Take what steps need of a layer that is about to run.
 
         Args:
@@ -67,11 +69,14 @@ class Looks:
             layer: its module.
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
+            later: whether tokens were removed before it just now: what steps before later layers
+                need is taken anew, of what the layer will see.
         """
-        due = self._due(number) - {"transition", *_PLACES}
+        due = self._due(number, later) - {"transition", *_PLACES}
         if "question_relevance" in due:
             due.remove("question_relevance")
-            self._rate(hidden.detach())
+            if not later:  # it is of what entered the language model
+                self._rate(hidden.detach())
         if not due:
             return
         view, past = self.view(number, layer, hidden, kwargs)
@@ -115,11 +120,15 @@ class Looks:
 
     # -- taking
 
-    def _due(self, number: int) -> set[str]:
-        """Signals of a layer that some step needs which removes anything."""
+    def _due(self, number: int, later: bool = False) -> set[str]:
+        """Signals of a layer that some step needs which removes anything; `later`, some step before
+        a later layer.
+        """
         looks = self.turn.plan.looks.get(number, {})
         return {
-            name for name, steps in looks.items() if any(self._drops(planned) for planned in steps)
+            name
+            for name, steps in looks.items()
+            if any(self._drops(s) for s in steps if s.step.layer > number or not later)
         }
 
     def _drops(self, planned: Any) -> bool:
@@ -238,6 +247,8 @@ class Looks:
         prompt, real = self.prompt, self._real
         if prompt.supervised is not None:
             return Asked.before_spans(prompt.supervised, real, prompt.sample)
+        if prompt.sample is not None:
+            return Asked.last_of_samples(prompt.sample)
         asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
         return replace(asked, columns=asked.columns.to(prompt.device))
 
@@ -346,7 +357,8 @@ class Looks:
     def _plain(self) -> bool:
         """Whether the tokens that ask are the last of their rows, and these are all there is."""
         prompt = self.prompt
-        plain = prompt.supervised is None and not prompt.trailing and prompt.sees is None
+        usual = prompt.supervised is None and prompt.sample is None
+        plain = usual and not prompt.trailing and prompt.sees is None
         return plain and self._alive is None
 
     @property
@@ -375,7 +387,7 @@ class Looks:
 
     def _mean(self, values: Tensor, part: Group) -> Tensor:
         """(G, H, V) of (G, H, Q, V): mean over the tokens that ask about each image."""
-        if self.prompt.supervised is None:
+        if self.asked.real is None:
             return values[:, :, 0]
         asks = self.asked.of(*self._where(part)).to(values.device)[:, None, :, None]
         return values.masked_fill(~asks, 0.0).sum(2) / asks.sum(2).clamp(min=1)

@@ -124,6 +124,7 @@ class Turn:
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
+        self._entrance = self.full  # the layout that they make
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
 
@@ -281,6 +282,7 @@ class Turn:
         if lost:
             marked = embeds[..., 0].isnan().to(self.prompt.device)
             self._entry = self._compact(marked, self.plan.renumber_features)
+            self._entrance = self.layout
 
     def deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
@@ -303,7 +305,8 @@ class Turn:
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        if number in self.plan.looks:
+        looked, given = number in self.plan.looks, self.layout
+        if looked:
             self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
             if planned.step.layer != number:
@@ -317,6 +320,8 @@ class Turn:
             hidden = self._step(planned, hidden)
             if planned.step.forget and self.layout is not before:
                 self._forget(number, kwargs.get("past_key_values"))
+        if looked and self.layout is not given:
+            self.looks.take(number, layer, hidden, kwargs, later=True)
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -460,11 +465,18 @@ class Turn:
         if output.get("hidden_states") is not None:
             layouts, inner = self.layer_layouts, output.hidden_states[1:-1]
             output.hidden_states = (
-                self._expand(output.hidden_states[0], layouts[0]),
+                self._entered(output.hidden_states[0]),
                 *(self._expand(h, layout) for h, layout in zip(inner, layouts, strict=False)),
                 output.last_hidden_state,
             )
         return output
+
+    def _entered(self, states: Tensor) -> Tensor:
+        """What layer 0 was given, which has all positions: removed ones show what is left."""
+        if self._entrance is self.full or states is None:
+            return states
+        column = expansion(self._entrance, self.prompt.length)
+        return take(states, self._entrance.index.gather(1, column).clamp(min=0))
 
     def _expand(self, states: Tensor, layout: Layout) -> Tensor:
         if layout is self.full or states is None:

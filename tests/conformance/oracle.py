@@ -125,5 +125,7 @@ def run(
                 chosen = row[columns[image]].topk(count).indices.sort().values
                 remove(image, chosen, drop.renumber)
             history.append([i.clone() for i in index])
+        if any(drop.layer == number for drop in spec.drops):  # later layers rank by what it sees
+            probabilities[number] = step(number)[1]
         hidden = step(number)[0] + recorded.added(number)
     return text.norm(hidden)[0], history

@@ -109,6 +109,14 @@ def test_caches_that_cannot_be_pruned_are_refused(llava, method):
             llava(**inputs, past_key_values=cache)
 
 
+def test_a_static_cache_with_windows_is_not_sent_to_static_caches():
+    """`static` makes such layers on models with windows, so it is no way out for them."""
+    model = tiny_llava("mistral", window=20)
+    inputs = prompts([[5, 7]])
+    with foveate.use(model, FastV()), pytest.raises(CacheError, match=r"where no layer .* window"):
+        model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
 def test_chunked_prefill_is_refused_for_methods_that_ask_the_prompt(llava):
     inputs = prompts([[5, 7]])
     with foveate.use(llava, FastV()), pytest.raises(InputError, match="chunked prefill"):

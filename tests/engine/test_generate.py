@@ -6,6 +6,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import foveate
+from foveate.errors import InputError
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, CASES, TOLERANCE, features_of
@@ -300,6 +301,26 @@ def test_hidden_states_come_back_at_logical_length(llava):
         assert same == (position not in kept)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("method", [EveryThird(keep=12), "uniform", PyramidDrop((0, 2), (0.5, 3))])
+def test_embeddings_come_back_at_logical_length(llava, method, side):
+    """The first of the hidden states: removed positions show their nearest kept predecessor."""
+    inputs = prompts(BATCHES["ragged"], side=side)
+    plain = llava(**inputs, output_hidden_states=True).hidden_states[0]
+    with foveate.use(llava, method) as run:
+        got = llava(**inputs, output_hidden_states=True).hidden_states[0]
+    kept = iter(run.kept)
+    for row, ids in enumerate(inputs["input_ids"]):
+        alive = inputs["attention_mask"][row].bool()
+        for image in (ids == IMAGE).nonzero()[:, 0].split(PATCHES):
+            if len(image) and "pre_llm" in (places := next(kept)):
+                alive[image] = False
+                alive[image[places["pre_llm"]]] = True
+        for position in inputs["attention_mask"][row].nonzero()[:, 0].tolist():
+            before = alive[: position + 1].nonzero()[:, 0]
+            assert torch.equal(got[row, position], plain[row, before[-1]])
+
+
 @pytest.mark.skipif(
     not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
     reason="chunked prefill of this transformers loses images; that is refused",
@@ -314,6 +335,30 @@ def test_chunked_prefill_works_without_queries(llava, method, chunk):
         want = llava.generate(**inputs, **LOGITS, **length(4))
         got = llava.generate(**inputs, **LOGITS, **length(4), prefill_chunk_size=chunk)
     assert (torch.stack(want.logits) - torch.stack(got.logits)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
+    reason="chunked prefill of this transformers loses images; that is refused",
+)
+@pytest.mark.parametrize("chunk", [7, 16, 100])
+def test_chunked_prefill_cuts_no_image_of_features_apart(llava, chunk):
+    """Features that were made outside the session: the budget is that of the image, not of what a
+    chunk holds of it, and methods that ask the prompt are refused as with pixels.
+    """
+    inputs = prompts([[5, 7], [4], [2, 3, 9]])
+    encoded = llava.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    before = [feature.clone() for feature in encoded.pooler_output]
+    given = {**inputs, "mm_encoder_outputs": {"image": encoded}}
+    with foveate.use(llava, EveryThird(keep=12)):
+        want = llava.generate(**given, **LOGITS, **length(4))
+        got = llava.generate(**given, **LOGITS, **length(4), prefill_chunk_size=chunk)
+    assert (torch.stack(want.logits) - torch.stack(got.logits)).abs().max() <= TOLERANCE
+    for method in (FastV(), "cdpruner", EveryThird(keep=foveate.per_request([0.5] * 3))):
+        with foveate.use(llava, method), pytest.raises(InputError, match="chunked prefill"):
+            llava.generate(**given, **length(2), prefill_chunk_size=chunk)
+    for feature, was in zip(encoded.pooler_output, before, strict=True):
+        assert torch.equal(feature, was), "the caller's features were changed"
 
 
 @pytest.mark.parametrize("name", ["pyramiddrop", "composed"])

@@ -117,6 +117,21 @@ def check_generation(model, method, spec, rows):
     assert bite > 0.05, "the test does not bite"
 
 
+@pytest.mark.parametrize("positions", ["original", "renumbered"])
+def test_a_layer_ranks_by_what_it_attends_to_once_tokens_are_gone(any_llava, positions):
+    """One method removes tokens before the layer whose attention ranks for the next."""
+    methods = [PyramidDrop((1,), 0.5, positions), FastV(layer=2, keep=0.25)]
+    renumber = positions == "renumbered"
+
+    def spec(images):
+        return oracle.Spec(
+            drops=drops((18,), (1,), (1,), images, renumber)
+            + drops((4,), (2,), (1,), images, False)
+        )
+
+    check_generation(any_llava, methods, spec, BATCHES["ragged"])
+
+
 @pytest.mark.parametrize(("method", "spec"), CASES.values(), ids=CASES)
 def test_right_padded_forward_equals_the_oracle(any_llava, method, spec):
     rows = BATCHES["ragged"]

@@ -1,0 +1,92 @@
+"""Tiny random models of any depth, and what is known of them without foveate."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig
+
+from tests.conformance.zoo import MEMBERS, Member
+from tests.conformance.zoo.llava import CLIP, TEXT
+
+MROPE = {
+    "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "qwen3_vl_moe",
+}  # fmt: skip
+# Prompts that see what comes after: no forward over everything equals one turn after another.
+TWO_WAY = {"paligemma", "paligemma2", "molmo2", "molmo2-o"}
+BLOCKS = TWO_WAY | {"gemma3"}  # masks are built before the text model
+TILED = {"llava_next", "llava_next_video", "llava_onevision", "llava_onevision-tiles"}
+OF_ONE_SIZE = {"ovis2", "idefics3", "smolvlm", *MROPE}  # images of features made by hand
+
+
+class Windowed(MEMBERS["llava"]):
+    """LLaVA around a Mistral, every layer of which sees a window shorter than the prompts."""
+
+    def config(self) -> Any:
+        return LlavaConfig(
+            vision_config=CLIPVisionConfig(**CLIP), image_token_id=self.image_id,
+            text_config=MistralConfig(**TEXT, sliding_window=18),
+            vision_feature_layer=-2, vision_feature_select_strategy="default",
+        )  # fmt: skip
+
+
+FAMILIES: dict[str, type[Member]] = {**MEMBERS, "llava-window": Windowed}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's family, and what of its text model differs from the zoo's."""
+
+    family: str
+    depth: int
+    key_heads: int = 2
+
+
+def member_of(shape: Shape) -> Member:
+    """The zoo's member with a text model of another depth."""
+    member = FAMILIES[shape.family]()
+    make = member.config
+
+    def config() -> Any:
+        made = make()
+        text = made.get_text_config()
+        text.num_hidden_layers, text.num_key_value_heads = shape.depth, shape.key_heads
+        kinds = getattr(text, "layer_types", None)
+        if kinds:
+            text.layer_types = (list(kinds) * shape.depth)[: shape.depth]
+        return made
+
+    member.config = config  # type: ignore[method-assign]
+    return member
+
+
+@functools.lru_cache(maxsize=32)
+def model_of(shape: Shape, attention: str) -> Any:
+    """A model whose tower and projector are loud enough to matter."""
+    model = member_of(shape).build(attention)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            language = any(part in path for part in ("language_model", "text_model", "lm_head"))
+            if not language and weight.dim() > 1:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.copy_(noise * 1.5 / weight[0].numel() ** 0.5)
+    return model
+
+
+@functools.cache
+def kinds_of(shape: Shape) -> tuple[str, ...]:
+    """For each decoder layer, `full_attention` or another kind."""
+    text = member_of(shape).config().get_text_config()
+    return tuple(getattr(text, "layer_types", None) or ["full_attention"] * shape.depth)
+
+
+@functools.cache
+def planes_of(shape: Shape) -> int:
+    """Decoder layers after which encoder features are added (DeepStack)."""
+    vision = getattr(member_of(shape).config(), "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or [])

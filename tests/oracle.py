@@ -128,7 +128,7 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
             row = scores.mean(0)[prompt - 1 if drop.query is None else drop.query]
             moved = torch.zeros_like(shift)
             for image, count in zip(drop.images or range(len(features)), drop.counts, strict=True):
-                chosen = row[columns[image]].topk(count).indices.sort().values
+                chosen = _best(row[columns[image]], count)
                 moved += remove(image, chosen, drop.renumber)
             shift = shift + moved
             history.append([i.clone() for i in index])
@@ -147,3 +147,8 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
         hidden = hidden + layer.self_attn.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(text.norm(hidden)), history
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The highest scores, ascending; of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values

@@ -122,10 +122,15 @@ def run(
             row = scores.mean(0)[prompt - 1 if drop.query is None else drop.query]
             images = drop.images or range(len(drop.counts))
             for image, count in zip(images, drop.counts, strict=True):
-                chosen = row[columns[image]].topk(count).indices.sort().values
+                chosen = _best(row[columns[image]], count)
                 remove(image, chosen, drop.renumber)
             history.append([i.clone() for i in index])
         if any(drop.layer == number for drop in spec.drops):  # later layers rank by what it sees
             probabilities[number] = step(number)[1]
         hidden = step(number)[0] + recorded.added(number)
     return text.norm(hidden)[0], history
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The highest scores, ascending; of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values

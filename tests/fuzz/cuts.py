@@ -103,11 +103,12 @@ class Image:
             for entry, layer in enumerate(chosen.drops)
         )
         seen: Counter[int] = Counter()
+        most = Counter(layer for layer, _, _ in drops)
         named = []
         for layer, number, entry in drops:
             seen[layer] += 1
-            again = f"#{seen[layer]}" if seen[layer] > 1 else ""
-            named.append((layer, number, entry, f"llm:{layer}{again}"))
+            later = f"#{seen[layer]}" if seen[layer] < most[layer] else ""
+            named.append((layer, number, entry, f"llm:{layer}{later}"))
         said = [place for place in self.told.kept if place.startswith("llm")]
         if said and said != [name for *_, name in named]:
             raise Disagreement(f"places in the language model are {said}")
@@ -133,6 +134,7 @@ class Image:
             self.told.frames,
             self.asks,
             self.turn,
+            pinned=not self.claim.training,
         )
 
     def _renumbers(self, chosen: Chosen) -> bool:

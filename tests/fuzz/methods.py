@@ -9,7 +9,6 @@ from random import Random
 from typing import Any
 
 import foveate
-from tests.fuzz import known
 
 Fields = dict[str, Any]
 
@@ -281,7 +280,6 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
         if (not kind.asks or asks == "any" or (asks == "ranked" and kind.rank))
         and (facts.pixels or slug not in ENCODED)
         and not (facts.windowed and slug == "feather")
-        and not (known.MERGE_WITHOUT_REMOVAL and slug == "llava-prumerge")
         and (facts.class_token or slug not in CLASS_TOKEN or r.random() < 0.05)
     ]
     chosen: list[Chosen] = []
@@ -289,13 +287,11 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
     for _ in range(r.choice([1, 1, 1, 2, 2, 3])):
         slug = r.choice(names)
         kind = KINDS[slug]
-        alike = kind.where != "llm" and any(c.kind.where == kind.where for c in chosen)
-        if alike and (known.TWO_AT_ONE_PLACE or kind.where == "encoder"):
-            continue
-        if kind.where == "encoder" and any(c.slug == "downsample" for c in chosen):
-            continue
-        both = {slug, *(c.slug for c in chosen)} & ENCODED
-        if known.VISION_AND_SIGNALS and "tome" in both and len(both) > 1:
+        # What a method merges before the language model, the oracle takes from a row alone, and
+        # cannot follow through another method there.
+        merges = slug == "downsample" or kind.where == "encoder"
+        early = [c for c in chosen if c.kind.where != "llm"]
+        if kind.where != "llm" and early and (merges or _merges(early)):
             continue
         if slug == "downsample" and (chosen or not facts.flat):
             continue
@@ -307,14 +303,16 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
         if policy == "renumbered" and not facts.one_dimensional and r.random() < 0.9:
             policy = None
         one = Chosen(slug, {**fields, "positions": policy})
-        if known.TWO_AT_ONE_PLACE:
-            free -= set(one.drops)
         chosen.append(one)
     if not chosen:
         return draw(r, facts, asks)
     if len(chosen) > 1:
         chosen = [_in_raster_order(one) for one in chosen]
     return sorted(chosen, key=lambda c: c.begins)
+
+
+def _merges(chosen: list[Chosen]) -> bool:
+    return any(c.slug == "downsample" or c.kind.where == "encoder" for c in chosen)
 
 
 def _in_raster_order(chosen: Chosen) -> Chosen:

@@ -43,6 +43,7 @@ class Cut:
         frames: of a video.
         asks: columns of the tokens whose attention ranks.
         turn: of which turn of the conversation; those of one turn and layer rank at once.
+        pinned: whether a token of the image that ranks is never removed.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class Cut:
     frames: int = 1
     asks: tuple[int, ...] = ()
     turn: int = 0
+    pinned: bool = True
 
 
 @dataclass(eq=False)
@@ -98,6 +100,7 @@ class Watch:
     ) -> None:
         self.text, self.rotary, self.cuts = text, rotary, cuts
         self.now = torch.ones(length, dtype=torch.bool)
+        self.there = self.now.clone()  # hidden ones too
         if unseen is not None:
             self.now &= ~unseen
         self.shift = torch.zeros(length, dtype=torch.long)
@@ -186,18 +189,27 @@ class Watch:
         Raises:
             Disagreement: the engine has left others.
         """
-        here = self.now[cut.columns].nonzero()[:, 0]
+        here = self.there[cut.columns].nonzero()[:, 0]
         if not len(here):
             return here
         rows = self.weights[cut.rank, cut.layer][:, list(cut.asks)][:, :, cut.columns[here]]
         if cut.rank == "content":
             rows = rows / rows.sum(-1, keepdim=True)
         scores = rows.mean((0, 1))
-        best = scores.topk(cut.count(len(here))).indices
+        count = cut.count(len(here))
+        best = scores.topk(count).indices
+        read = torch.isin(cut.columns[here], torch.tensor(cut.asks)).nonzero()[:, 0]
+        read = read if cut.pinned else read[:0]
+        if cut.rank != "content" and not bool(torch.isin(read, best).all()):
+            best = torch.cat((scores.topk(count - 1).indices, read))
         left = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
-        line = scores[best].min()
+        line = scores.topk(count).values[-1]
         if cut.stride:
             left |= _on_grid(here, cut)
+        for token in read[~left[read]]:  # counts that are not ranks: the nearest makes room
+            there = left.nonzero()[:, 0]
+            left[there[(here[there] - here[token]).abs().argmin()]] = False
+            left[token] = True
         if cut.kept is None:
             return here[left]
         theirs = torch.isin(here, cut.kept)
@@ -214,11 +226,12 @@ class Watch:
 
     def _remove(self, cut: Cut, kept: Tensor | None) -> None:
         assert kept is not None  # or the oracle has ranked
-        before = self.now.clone()
+        before = self.there.clone()
         stays = torch.zeros(len(cut.columns), dtype=torch.bool).index_fill(0, kept, True)
-        self.now[cut.columns[~stays]] = False
+        for tokens in (self.now, self.there):
+            tokens[cut.columns[~stays]] = False
         if cut.renumber:
-            gone = (before & ~self.now).long()
+            gone = (before & ~self.there).long()
             self.shift = self.shift + gone.cumsum(0) - gone
 
 

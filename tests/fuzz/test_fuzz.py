@@ -50,7 +50,8 @@ def test_a_seed_always_makes_the_same_cell():
 def test_the_oracle_itself_is_the_bare_model(mode):
     cells = (cell_of(5, number) for number in range(999))
     families = ("internvl", "llava", "mistral3", "deepseek_vl", "qwen3_vl")
-    cell = next(c for c in cells if c.mode == mode and c.shape.family in families)
+    alike = (c for c in cells if c.mode == mode and c.shape.family in families)
+    cell = next(c for c in alike if not any(c.unseen))
     with torch.no_grad():
         assert bare(Scene.of(cell)) == ""
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from random import Random
 
-from tests.fuzz.methods import Chosen, Facts, draw
+from tests.fuzz.methods import Chosen, Facts, draw, merges
 from tests.fuzz.models import BLOCKS, FAMILIES, MROPE, TWO_WAY, Shape, kinds_of, planes_of
 
 MODES = {
@@ -99,7 +99,7 @@ def cell_of(seed: int, number: int) -> Cell:
     mask = "4d" if causal and r.random() < 0.25 else "2d"
     side = r.choice(["left", "right"]) if mode in ("forward", "train") else "left"
     methods = tuple(draw(r, facts, _asks(r, mode)))
-    if any(m.slug == "downsample" for m in methods):  # its cells are read off a whole grid
+    if merges(methods):  # features are taken from a row alone, whose prompt is not known there
         rows = tuple(row if row[-1] or len(row) == 1 else (*row[:-1], 1) for row in rows)
     return Cell(
         key=f"{seed}:{number}",

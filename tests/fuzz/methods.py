@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -289,9 +289,9 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
         kind = KINDS[slug]
         # What a method merges before the language model, the oracle takes from a row alone, and
         # cannot follow through another method there.
-        merges = slug == "downsample" or kind.where == "encoder"
+        mixes = slug == "downsample" or kind.where == "encoder"
         early = [c for c in chosen if c.kind.where != "llm"]
-        if kind.where != "llm" and early and (merges or _merges(early)):
+        if kind.where != "llm" and early and (mixes or merges(early)):
             continue
         if slug == "downsample" and (chosen or not facts.flat):
             continue
@@ -311,7 +311,8 @@ def draw(r: Random, facts: Facts, asks: str = "any") -> list[Chosen]:
     return sorted(chosen, key=lambda c: c.begins)
 
 
-def _merges(chosen: list[Chosen]) -> bool:
+def merges(chosen: Sequence[Chosen]) -> bool:
+    """Whether methods merge tokens before the language model."""
     return any(c.slug == "downsample" or c.kind.where == "encoder" for c in chosen)
 
 

@@ -137,7 +137,7 @@ def from_first(positions: Tensor | None, real: Tensor | None, past: int) -> Tens
         real: (B, past + T) positions of the sequence that are no padding; `None` for all.
         past: cached positions.
     """
-    if positions is None or real is None:
+    if positions is None or positions.dim() != 2 or real is None:
         return None
     column = real[:, past:].long().argmax(1, keepdim=True)
     positions = positions.expand(len(real), -1)

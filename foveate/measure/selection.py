@@ -65,40 +65,54 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
         shapes: sizes of the decoder layers.
         steps: what methods wanted to do.
     """
-    taken: dict[int, set[str]] = {}
-    for acted in steps:
-        for need in acted.step.needs:
-            if SIGNALS[need.name].source == "decoder":
-                for layer in need.layers if SIGNALS[need.name].layered else (0,):
-                    if _taken(record, acted, layer):
-                        taken.setdefault(layer, set()).add(need.name)
     total = 0
-    for layer, names in taken.items():
-        for row, tokens in enumerate(_tokens_before(record, layer)):
-            if any(image.row == row for image in record.images):
-                total += _look_flops(shapes[layer], names, tokens, record.question_tokens)
-    if "question_relevance" in taken.get(0, ()):
-        visual = sum(image.alive(-1) for image in record.images)
-        total += 2 * visual * shapes[0].hidden * record.question_tokens
+    for again in (False, True):  # once more where tokens were removed before the layer
+        taken = _taken_of(record, steps, again)
+        for layer, names in taken.items():
+            counts = record.layer_tokens[layer] if again else _tokens_before(record, layer)
+            for row, tokens in enumerate(counts):
+                if any(image.row == row for image in record.images):
+                    total += _look_flops(shapes[layer], names, tokens, record.question_tokens)
+        if "question_relevance" in taken.get(0, ()) and not again:
+            visual = sum(image.alive(-1) for image in record.images)
+            total += 2 * visual * shapes[0].hidden * record.question_tokens
     return total
 
 
-def _taken(record: Record, acted: Acted, layer: int) -> bool:
+def _taken_of(record: Record, steps: Sequence[Acted], again: bool) -> dict[int, set[str]]:
+    """Decoder layer -> signals taken of it; `again`, those taken anew of what the layer sees, for
+    steps before later layers.
+    """
+    taken: dict[int, set[str]] = {}
+    for acted in steps:
+        for need in acted.step.needs:
+            if SIGNALS[need.name].source != "decoder" or need.name == "transition":
+                continue
+            for layer in need.layers if SIGNALS[need.name].layered else (0,):
+                cut = record.layer_tokens[layer] != _tokens_before(record, layer)
+                if again and not (cut and acted.step.layer > layer):
+                    continue
+                if _taken(record, acted, layer, layer if again else layer - 1):
+                    taken.setdefault(layer, set()).add(need.name)
+    return taken
+
+
+def _taken(record: Record, acted: Acted, layer: int, seen: int) -> bool:
     """Whether a step was told about a layer: if it would remove tokens of any image as it was there
     (steps between the layer and its own may remove them first), or finds out from its signals how
-    many stay.
+    many stay. `seen` is the layer that saw them as they were.
     """
     images = [image for image in record.images if acted.entry in image.kept]
     if acted.method.adaptive:
-        return any(image.alive(layer - 1) for image in images)
-    return any(0 < _wanted(record, acted, i, layer) < i.alive(layer - 1) for i in images)
+        return any(image.alive(seen) for image in images)
+    return any(0 < _wanted(record, acted, i, layer, seen) < i.alive(seen) for i in images)
 
 
-def _wanted(record: Record, acted: Acted, image: ImageRecord, layer: int) -> int:
-    """Tokens of an image that a step would leave of those that enter a layer."""
-    alive, keep = image.alive(layer - 1), acted.method.keep
+def _wanted(record: Record, acted: Acted, image: ImageRecord, layer: int, seen: int) -> int:
+    """Tokens of an image that a step would leave of those there."""
+    alive, keep = image.alive(seen), acted.method.keep
     stage, begun, _ = place_of(acted.begun)
-    began = stage != "llm" or begun < layer
+    began = stage != "llm" or begun < layer + (seen == layer)
     total = image.before(acted.begun) if began else alive
     row = image.row * len(keep.values) // record.rows if isinstance(keep, PerRequest) else 0
     return acted.method.count(alive, total, acted.step, acted.number, row)

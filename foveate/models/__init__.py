@@ -33,12 +33,12 @@ def find_family(model: PreTrainedModel) -> Family:
         UnsupportedModelError: no family is known for the model's config type, it is one that is
             refused, or its layout is not the expected one.
     """
-    if not isinstance(model, PreTrainedModel):
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is no model of transformers, nor one that PEFT, torch.compile "
             "or DDP has wrapped"
         )
-    model_type = model.config.model_type
     if model_type not in FAMILIES:
         reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
         raise UnsupportedModelError(

@@ -132,5 +132,9 @@ def run(
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """The highest scores, ascending; of equal ones the first."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    """The highest scores, ascending; of those as good as equal to the least of them, the first."""
+    least = scores.sort(descending=True).values[count - 1]
+    near = least.abs() * 2**-20
+    surely = (scores > least + near).nonzero()[:, 0]
+    tied = ((scores - least).abs() <= near).nonzero()[:, 0]
+    return torch.cat((surely, tied[: count - len(surely)])).sort().values

@@ -323,12 +323,15 @@ class Encoding:
         """Bring what the encoder returns back to full length, in place."""
         if not self.reduced:
             return output
+        merged = None  # what is made of the last rows, which may stand for the last hidden state
         if self.encoder.returns_rows:
             output.last_hidden_state = self.whole(output.last_hidden_state)
+        else:
+            merged = output.last_hidden_state
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
                 states
-                if states is None or (point := self.where.at(number)) is None
+                if states is None or states is merged or (point := self.where.at(number)) is None
                 else self.where.whole(states, point)
                 for number, states in enumerate(output.hidden_states)
             )

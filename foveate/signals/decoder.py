@@ -174,18 +174,19 @@ class LayerView:
         over_heads = isinstance(weight, Tensor) and weight.shape[-1] != width
         if over_heads:
             x = module(x)
-        x = x.view(*x.shape[:2], -1, width)
+        x = x.view(*x.shape[:2], x.shape[-1] // width, width)
         if not over_heads:
             x = module(x)
         return x.transpose(1, 2)
 
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape
-        grouped = q.reshape(batch, k.shape[1], -1, width)  # query heads of one key head together
+        together = heads // k.shape[1] * queries  # query heads of one key head
+        grouped = q.reshape(batch, k.shape[1], together, width)
         logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.attention_module.scaling
         if (cap := getattr(self.attention_module, "attn_logit_softcapping", None)) is not None:
             logits = (logits / cap).tanh() * cap
-        logits = logits.float().view(batch, heads, queries, -1)
+        logits = logits.float().view(batch, heads, queries, k.shape[-2])
         return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
 
 

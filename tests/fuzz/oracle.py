@@ -197,11 +197,11 @@ class Watch:
             rows = rows / rows.sum(-1, keepdim=True)
         scores = rows.mean((0, 1))
         count = cut.count(len(here))
-        best = scores.topk(count).indices
+        best = _best(scores, count)
         read = torch.isin(cut.columns[here], torch.tensor(cut.asks)).nonzero()[:, 0]
         read = read if cut.pinned else read[:0]
         if cut.rank != "content" and not bool(torch.isin(read, best).all()):
-            best = torch.cat((scores.topk(count - 1).indices, read))
+            best = torch.cat((_best(scores, count - 1), read))
         left = torch.zeros(len(scores), dtype=torch.bool).index_fill(0, best, True)
         line = scores.topk(count).values[-1]
         if cut.stride:
@@ -233,6 +233,17 @@ class Watch:
         if cut.renumber:
             gone = (before & ~self.there).long()
             self.shift = self.shift + gone.cumsum(0) - gone
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """The highest scores; of those as good as equal to the least of them, the first."""
+    if not count:
+        return scores.argsort()[:0]
+    least = scores.topk(count).values[-1]
+    near = least.abs() * 2**-20
+    surely = (scores > least + near).nonzero()[:, 0]
+    tied = ((scores - least).abs() <= near).nonzero()[:, 0]
+    return torch.cat((surely, tied[: count - len(surely)]))
 
 
 def _on_grid(index: Tensor, cut: Cut) -> Tensor:

@@ -271,3 +271,12 @@ def test_images_that_do_not_divide_into_cells_are_refused():
         pytest.raises(InputError, match="9 x 12 patches does not divide into cells of 2 x 2"),
     ):  # fmt: skip
         model.model.get_image_features(**pixels, return_dict=True)
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_hidden_states_can_be_asked_for_where_a_tower_merges_its_last_rows(name):
+    """The last hidden state is then what the merger made, which is at its own length already."""
+    model = model_of(name)
+    with torch.no_grad(), foveate.use(model, ToMe(r=(2, 1))):
+        out = model(**fresh(seen(name)[0]), output_hidden_states=True)
+    assert all(states.isfinite().all() for states in out.hidden_states)

@@ -227,9 +227,9 @@ def _lora(value: Any) -> dict[str, Any] | None:
     return given
 
 
-def _check_types(given: Mapping[str, Any], kind: type, where: str) -> None:
-    """Check values by the annotations of what takes them."""
-    hints = hints_of(kind)
+def _check_types(given: Mapping[str, Any], kind: type, where: str, **others: Any) -> None:
+    """Check values by the annotations of what takes them, or by `others` where those are wrong."""
+    hints = {**hints_of(kind), **others}
     for name, value in given.items():
         try:
             fit(value, hints.get(name, Any))
@@ -253,5 +253,5 @@ def _trainer(value: Any) -> dict[str, Any]:
     ):
         if name in given:
             raise InputError(f"trainer.{name} cannot be set: {instead}")
-    _check_types(given, TrainingArguments, "trainer")
+    _check_types(given, TrainingArguments, "trainer", fsdp=bool | str | None)
     return given

@@ -189,7 +189,11 @@ def _hidden(sees: Tensor) -> Tensor:
     """
     itself = torch.eye(sees.shape[1], dtype=torch.bool, device=sees.device)
     alone = ~(sees & ~itself).any(1)
-    alone[:, :-1] &= (sees[:, :-1] & sees[:, 1:]).any(2)
+    others = (sees & ~itself)[:, :-1]
+    lost = others & ~sees[:, 1:]  # at most what a window leaves behind, the first that it saw
+    first = others.to(torch.uint8).argmax(2, keepdim=True)
+    lost = lost.scatter(2, first, False).any(2)
+    alone[:, :-1] &= (others & sees[:, 1:]).any(2) & ~lost
     alone[:, -1:] = False
     return alone
 

@@ -1,6 +1,7 @@
 """One loader: whatever a file holds becomes RGB of 8 bits, or an error in one line."""
 
 import base64
+import contextlib
 import io
 import json
 import struct
@@ -236,12 +237,13 @@ def test_damaged_exif_is_passed_over_with_a_warning(tmp_path):
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp", "tif"])
 @pytest.mark.parametrize("opener", ["library", "training", "photographs", "chat", "large"])
 def test_the_first_of_several_frames_is_taken_and_said(tmp_path, opener, suffix):
-    if (opener, suffix) == ("large", "png"):
-        pytest.skip("libvips knows PNG without animations: it reads the first frame alone")
     path = tmp_path / f"moving.{suffix}"
     frames = [Image.new("RGB", (4, 2), colour) for colour in ("red", "blue")]
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    with pytest.warns(UserWarning, match=r"moving\.\w+ holds several images .* only the first"):
+    said = pytest.warns(UserWarning, match=r"moving\.\w+ holds several images .* only the first")
+    if (opener, suffix) == ("large", "png"):  # libvips knows PNG without animations
+        said = contextlib.nullcontext()
+    with said:
         shown = OPENERS[opener](path)
     assert np.abs(np.asarray(shown, int)[0, 0] - [255, 0, 0]).max() < 4
 

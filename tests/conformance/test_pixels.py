@@ -13,7 +13,7 @@ from foveate.tokens import Shape
 from tests.conformance import oracle
 from tests.conformance.batches import batch_of
 from tests.conformance.zoo import MEMBERS
-from tests.conformance.zoo.member import fresh
+from tests.conformance.zoo.member import fresh, loud
 from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
@@ -26,15 +26,7 @@ WITH_CLASS_TOKEN = [name for name in NAMES if MEMBERS[name].class_attention]
 @functools.cache
 def model_of(name, attention="sdpa"):
     """A member's model whose tower and projector are loud enough to matter."""
-    model = MEMBERS[name]().build(attention)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for path, weight in model.named_parameters():
-            language = any(part in path for part in ("language_model", "text_model", "lm_head"))
-            if not language and weight.dim() > 1:
-                noise = torch.randn(weight.shape, generator=generator)
-                weight.copy_(noise * 1.5 / weight[0].numel() ** 0.5)
-    return model
+    return loud(MEMBERS[name]().build(attention))
 
 
 @functools.cache

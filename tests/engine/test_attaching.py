@@ -163,8 +163,6 @@ def hooked(model):
 @pytest.mark.parametrize("on", ["before", "within"])
 @pytest.mark.parametrize("off", ["within", "after", "in the next"])
 def test_what_others_put_on_and_take_off_leaves_sessions_right(model, theirs, stage, on, off):
-    if theirs is profiled and (stage, on) == ("vision", "before") and off == "never":
-        pytest.skip()
     bare, want, other = logits(model), pruned(METHODS[stage]), METHODS["llm"]
     take_off = theirs(model) if on == "before" else None
     with foveate.use(model, METHODS[stage]):

@@ -7,7 +7,7 @@ import foveate
 from foveate.methods import YOPO, DivPrune, Random
 from foveate.testing import models
 from tests import full_length
-from tests.engine.test_readout import LLAVA, MERGING, METHODS, MROPE, columns_of, method_of
+from tests.engine.test_readout import CELLS, LLAVA, MERGING, MROPE, columns_of
 from tests.tinies import prompts
 
 HIDDEN = [6, 7, 20, 45, 46]  # visual tokens, and text after the image
@@ -35,13 +35,10 @@ def masks(inputs, hidden):
     return flat, (square | torch.eye(length).bool())[:, None]
 
 
-@pytest.mark.parametrize("model", [LLAVA, MROPE], ids=["llava", "qwen2_vl"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("model", "name"), CELLS)
 @torch.no_grad()
 def test_every_method_agrees_with_the_full_length_model(model, name):
-    method = method_of(name, model)
-    if method is None:
-        pytest.skip(f"{name} does not work here")
+    method = foveate.get_method(name)(positions="original")
     inputs = prompt_of(model)
     visual, text = columns_of(model, inputs["input_ids"][0], 1), model.model.language_model
     flat, square = masks(inputs, HIDDEN)

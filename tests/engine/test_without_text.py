@@ -58,27 +58,23 @@ def test_models_with_positions_of_three_axes(method):
 
 
 @torch.no_grad()
-def test_features_are_compared_with_those_of_the_last_token():
-    inputs = prompts(((4, 0, 0),))
-    with foveate.use(LLAVA, Noted(keep=6)):
+def test_features_are_compared_with_those_of_the_last_token(monkeypatch):
+    inputs, seen, rate = prompts(((4, 0, 0),)), [], CDPruner.scaled_relevance
+
+    def noted(self, tokens):
+        seen.append(rate(self, tokens))
+        return seen[-1]
+
+    monkeypatch.setattr(CDPruner, "scaled_relevance", noted)
+    with foveate.use(LLAVA, CDPruner(keep=6)):
         LLAVA(**inputs)
     features = torch.stack(
         list(LLAVA.model.get_image_features(inputs["pixel_values"]).pooler_output)
     )
     want = F.cosine_similarity(features, features[1, -1].expand_as(features), dim=-1)
     low, high = want.amin(1, keepdim=True), want.amax(1, keepdim=True)
-    (got,) = Noted.seen
+    (got,) = seen
     torch.testing.assert_close(got, (want - low) / (high - low), rtol=0, atol=1e-4)
-
-
-class Noted(CDPruner):
-    """CDPruner, whose relevance can be read."""
-
-    seen = []  # noqa: RUF012
-
-    def scaled_relevance(self, tokens):
-        self.seen.append(super().scaled_relevance(tokens))
-        return self.seen[-1]
 
 
 def test_in_training_images_without_a_question_are_left_alone():

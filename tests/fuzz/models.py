@@ -6,11 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig
 
 from tests.conformance.zoo import MEMBERS, Member
 from tests.conformance.zoo.llava import CLIP, TEXT
+from tests.conformance.zoo.member import loud
 
 MROPE = {
     "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
@@ -48,11 +48,10 @@ class Shape:
 
 def member_of(shape: Shape) -> Member:
     """The zoo's member with a text model of another depth."""
-    member = FAMILIES[shape.family]()
-    make = member.config
+    kind = FAMILIES[shape.family]
 
-    def config() -> Any:
-        made = make()
+    def config(self: Any) -> Any:
+        made = kind.config(self)
         text = made.get_text_config()
         text.num_hidden_layers, text.num_key_value_heads = shape.depth, shape.key_heads
         kinds = getattr(text, "layer_types", None)
@@ -60,22 +59,14 @@ def member_of(shape: Shape) -> Member:
             text.layer_types = (list(kinds) * shape.depth)[: shape.depth]
         return made
 
-    member.config = config  # type: ignore[method-assign]
+    member: Member = type(kind.__name__, (kind,), {"config": config})()
     return member
 
 
 @functools.lru_cache(maxsize=32)
 def model_of(shape: Shape, attention: str) -> Any:
     """A model whose tower and projector are loud enough to matter."""
-    model = member_of(shape).build(attention)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for path, weight in model.named_parameters():
-            language = any(part in path for part in ("language_model", "text_model", "lm_head"))
-            if not language and weight.dim() > 1:
-                noise = torch.randn(weight.shape, generator=generator)
-                weight.copy_(noise * 1.5 / weight[0].numel() ** 0.5)
-    return model
+    return loud(member_of(shape).build(attention))
 
 
 @functools.cache

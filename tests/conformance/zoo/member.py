@@ -166,3 +166,15 @@ class Member:
 def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     """A copy of inputs; encoder outputs are copied too, since models may change them."""
     return copy.deepcopy(inputs)
+
+
+@torch.no_grad()
+def loud(model: Any) -> Any:
+    """A model with a tower and a projector that matter: random ones of small models hardly do."""
+    generator = torch.Generator().manual_seed(1)
+    for path, weight in model.named_parameters():
+        language = any(part in path for part in ("language_model", "text_model", "lm_head"))
+        if not language and weight.dim() > 1:
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise * 1.5 / weight[0].numel() ** 0.5)
+    return model

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from foveate.errors import InputError
+from foveate.quoting import quoted, shown
 
 _DEEP = ("I;16", "I;16L", "I;16B", "I;16N")
 _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT = 262, 258, 339  # tags of TIFF
@@ -63,9 +64,9 @@ def load_image(
     Raises:
         InputError: there is no such file, it is no image, it is damaged, or it has too many pixels.
     """
-    called = shorten(source if name is None else name)
+    called = shown(str(source if name is None else name), 100)
     if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
-        raise InputError(f"{option} must be a positive whole number, got {shorten(max_pixels)}")
+        raise InputError(f"{option} must be a positive whole number, got {quoted(max_pixels)}")
     if isinstance(source, str | Path):
         _check_file(source, called)
     with _explained(called, option), _opened(source, max_pixels) as image:
@@ -103,8 +104,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("LA")
     if not image.has_transparency_data:
         return image.convert("RGB")
-    shown = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), shown).convert("RGB")
+    clear = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), clear).convert("RGB")
 
 
 def value_range(floats: bool, low: float, high: float) -> tuple[float, float]:
@@ -117,13 +118,6 @@ def value_range(floats: bool, low: float, high: float) -> tuple[float, float]:
     """
     known = ((0, 1),) if floats else ((0, 255), (0, 65535))
     return next(((a, b) for a, b in known if a <= low and high <= b), (low, high))
-
-
-def shorten(text: object, longest: int = 100) -> str:
-    """A name or a reason in one line that does not fill a message: its ends, if it is long."""
-    line = " ".join(str(text).replace("\0", "\\0").split())
-    half = longest // 2
-    return line if len(line) <= longest else f"{line[: half - 3]} ... {line[-half + 2 :]}"
 
 
 def _scaled(image: Image.Image) -> Image.Image:
@@ -161,16 +155,16 @@ def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     """In RGB and turned as the camera noted; nothing is left to turn it once more."""
-    shown, turn = to_rgb(image), None
+    upright, turn = to_rgb(image), None
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception as error:  # a note about the image must not keep it from being read
         warnings.warn(
-            f"the EXIF data of {name} is damaged ({shorten(error)}); taken as it is stored",
+            f"the EXIF data of {name} is damaged ({shown(error, 100)}); taken as it is stored",
             stacklevel=3,
         )
-    shown.info.clear()
-    return shown if turn is None else shown.transpose(turn)
+    upright.info.clear()
+    return upright if turn is None else upright.transpose(turn)
 
 
 @contextmanager
@@ -202,7 +196,7 @@ def _check_file(path: str | Path, name: str) -> None:
     except InputError:
         raise
     except (OSError, ValueError) as error:  # a name too long, a null byte
-        raise InputError(f"no such image file: {name} ({shorten(error)})") from None
+        raise InputError(f"no such image file: {name} ({shown(error, 100)})") from None
 
 
 def _check_size(image: Image.Image, name: str, max_pixels: int | None, option: str) -> None:
@@ -232,5 +226,5 @@ def _explained(name: str, option: str) -> Iterator[None]:
             f"cannot read {name} as an image: it is damaged, or of no known format"
         ) from None
     except Exception as error:  # damaged files raise all kinds, SyntaxError and KeyError among them
-        reason = shorten(error) or type(error).__name__
+        reason = shown(error, 100) or type(error).__name__
         raise InputError(f"cannot read {name} as an image: {reason}") from None

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from foveate.errors import FoveateError, InputError
-from foveate.images import shorten
+from foveate.quoting import shown
 
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # written to, never replaced
 _MOUNTED = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES)  # no other file takes the place
@@ -46,16 +46,16 @@ def check_file(path: str | Path | None, *, image: bool = False) -> None:
         return
     with explained(path):
         if "\0" in str(path):
-            raise InputError(f"cannot save {shorten(path)}: a name cannot hold a null byte")
+            raise InputError(f"cannot save {shown(path, 100)}: a name cannot hold a null byte")
         if image:
             _check_format(Path(path))
         for place in dict.fromkeys((Path(path).absolute(), _target(path))):
             if not place.parent.is_dir():
                 above = Path(path).parent if place == Path(path).absolute() else place.parent
-                where = shorten(above)
+                where = shown(above, 100)
                 missing = not place.parent.exists()
                 reason = f"there is no folder {where}" if missing else f"{where} is a file"
-                raise InputError(f"cannot save {shorten(path)}: {reason}")
+                raise InputError(f"cannot save {shown(path, 100)}: {reason}")
         _try_file(path)
 
 
@@ -67,14 +67,14 @@ def check_folder(folder: str | Path) -> None:
     """
     with explained(folder):
         if "\0" in str(folder):
-            raise InputError(f"cannot save in {shorten(folder)}: a name cannot hold a null byte")
+            raise InputError(f"cannot save in {shown(folder, 100)}: a name cannot hold a null byte")
         here = Path(folder).absolute()
         while not _is_there(here):
             here = here.parent
         if not here.is_dir():
             what = "is a file" if here.exists() else "is a link that leads nowhere"
             raise InputError(
-                f"cannot save in {shorten(folder)}: {shorten(here)} {what}, not a folder"
+                f"cannot save in {shown(folder, 100)}: {shown(here, 100)} {what}, not a folder"
             )
         with tempfile.TemporaryFile(dir=here):
             pass
@@ -182,7 +182,7 @@ def write_image(path: str | Path, image: Image.Image) -> None:
     try:
         image.save(data, _format(Path(path)))
     except Exception as error:  # encoders raise all kinds
-        raise InputError(f"cannot save {shorten(path)}: {shorten(error)}") from error
+        raise InputError(f"cannot save {shown(path, 100)}: {shown(error, 100)}") from error
     write_bytes(path, data.getvalue())
 
 
@@ -205,7 +205,7 @@ def explained(path: str | Path, *, only_full: bool = False) -> Iterator[None]:
         if not is_full(error) and (only_full or not isinstance(error, OSError)):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot save {shorten(path)}: {shorten(reason)}") from error
+        raise InputError(f"cannot save {shown(path, 100)}: {shown(reason, 100)}") from error
 
 
 def is_full(error: BaseException) -> bool:
@@ -243,7 +243,7 @@ def _try_file(path: str | Path) -> None:
         with tempfile.TemporaryFile(dir=_target(path).parent):
             return
     if stat.S_ISDIR(mode):
-        raise InputError(f"cannot save {shorten(path)}: it is a folder")
+        raise InputError(f"cannot save {shown(path, 100)}: it is a folder")
     if _is_stream(path):
         writable = os.access(path, os.W_OK)
     else:
@@ -251,7 +251,7 @@ def _try_file(path: str | Path) -> None:
         with open(path, "r+b"):
             pass
     if not writable:
-        raise InputError(f"cannot save {shorten(path)}: the file is read-only")
+        raise InputError(f"cannot save {shown(path, 100)}: the file is read-only")
 
 
 def _finish(part: Path, target: Path) -> None:
@@ -293,5 +293,5 @@ def _check_format(path: Path) -> None:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), _format(path))
     except Exception:  # formats that are only read, or need a program, raise all kinds
         raise InputError(
-            f"cannot save {shorten(path)}: an image's name ends in .png or .jpg, for example"
+            f"cannot save {shown(path, 100)}: an image's name ends in .png or .jpg, for example"
         ) from None

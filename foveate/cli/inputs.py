@@ -20,7 +20,6 @@ from transformers.utils import logging
 from foveate.cli.console import stderr
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.images import load_image as open_image
-from foveate.images import shorten
 from foveate.measure.checkpoints import checkpoints
 from foveate.quoting import quoted, shown
 
@@ -105,7 +104,7 @@ def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         image = open_image(path, max_pixels=max_pixels, option="--max-pixels")
-    for note in dict.fromkeys(shorten(warning.message, 300) for warning in said):
+    for note in dict.fromkeys(shown(str(warning.message), 300) for warning in said):
         stderr().print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
     return image
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 import foveate
 from foveate.errors import InputError
-from foveate.images import as_rgb, load_image, shorten
+from foveate.images import as_rgb, load_image
 from foveate.models import find_family
+from foveate.quoting import shown
 from foveate.resolve import MethodLike, methods_of
 
 Message = Mapping[str, Any]
@@ -186,7 +187,7 @@ def _open(value: Any, max_pixels: int | None) -> Any:
             return download(value)
         except Exception as error:  # of the network, or of the file behind the address
             raise InputError(
-                f"cannot read {shorten(value)} as an image: {shorten(error)}"
+                f"cannot read {shown(value, 100)} as an image: {shown(error, 100)}"
             ) from error
     inline = value.startswith("data:image/")
     if not inline and (len(value) < _BASE64 or _is_file(value)):
@@ -195,7 +196,7 @@ def _open(value: Any, max_pixels: int | None) -> Any:
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        raise InputError(f"no such image file, and no base64 text: {shorten(value)}") from None
+        raise InputError(f"no such image file, and no base64 text: {shown(value, 100)}") from None
     return load_image(io.BytesIO(data), max_pixels=max_pixels, name="a base64 image")
 
 

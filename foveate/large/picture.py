@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError, InputError
-from foveate.images import as_rgb, load_image, shorten, value_range
+from foveate.images import as_rgb, load_image, value_range
 from foveate.large.pyramid import Level, Size
+from foveate.quoting import shown
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels; right and bottom are exclusive."""
@@ -99,8 +100,8 @@ class Stored:
         pages = self._image.get("n-pages") if self._image.get_typeof("n-pages") else 1
         if pages > 1 and not reductions:
             warnings.warn(
-                f"{shorten(path)} holds several images (an animation, or pages); only the first is "
-                "used",
+                f"{shown(path, 100)} holds several images (an animation, or pages); "
+                "only the first is used",
                 stacklevel=2,
             )
 
@@ -168,7 +169,9 @@ class Stored:
                 finite = values[np.isfinite(values)]
                 ends += [float(finite.min()), float(finite.max())] if finite.size else []
             if not ends:
-                raise InputError(f"{shorten(self._path)} has no finite value, so it shows nothing")
+                raise InputError(
+                    f"{shown(self._path, 100)} has no finite value, so it shows nothing"
+                )
             self._range = value_range(image.format in ("float", "double"), min(ends), max(ends))
         return self._range
 
@@ -179,7 +182,7 @@ class Stored:
             yield
         except self._vips.Error as error:
             raise InputError(
-                f"libvips cannot read {shorten(self._path)} as a picture: {shorten(error)}"
+                f"libvips cannot read {shown(self._path, 100)} as a picture: {shown(error, 100)}"
             ) from None
 
     def _reductions(self) -> dict[int, Any]:
@@ -216,7 +219,7 @@ def open_picture(
     if not isinstance(source, str | Path):
         return source
     if "\0" in str(source) or not os.path.isfile(source):
-        raise InputError(f"there is no picture {shorten(source)}")
+        raise InputError(f"there is no picture {shown(source, 100)}")
     try:
         return Stored(source)
     except FoveateError as error:

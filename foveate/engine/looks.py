@@ -7,6 +7,8 @@ Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of eac
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,7 @@ _COLUMNS = {  # axis of the columns, of what is taken of all columns
     "transition": 1,
 }
 _PLACES = ("prompt_positions", "question_positions")  # known without a look at a layer
+_ELSEWHERE = {"transition", "question_relevance", *_PLACES}
 _ALONE = ("content_attention", "value_attention")  # softmax over the image's tokens alone
 _KEYS = ("llm_keys", "question_keys")  # which depend on where in its row a token stands
 _ASKED = ("text_attention", *_ALONE)  # of tokens that ask
@@ -58,28 +61,31 @@ class Looks:
         self.prompt = turn.prompt
         self._taken: dict[tuple[str, int], tuple[Tensor, Layout]] = {}
         self._relevance: dict[int, Tensor] = {}
+        self._viewed: tuple[Any, ...] = (None, None)  # layer, layout, view of it, slots before it
 
     def take(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], later: bool = False
     ) -> None:
-        """Take what steps need of a layer that is about to run.
+        """Take what steps need of a layer that is about to run: what those before it need, of what
+        is there; and `later`, once they have acted, what those before later layers need, of what
+        the layer will see.
 
         Args:
             number: the decoder layer.
             layer: its module.
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
-            later: whether tokens were removed before it just now: what steps before later layers
-                need is taken anew, of what the layer will see.
+            later: for which of them.
         """
-        due = self._due(number, later) - {"transition", *_PLACES}
-        if "question_relevance" in due:
-            due.remove("question_relevance")
-            if not later:  # it is of what entered the language model
-                self._rate(hidden.detach())
+        if not later and "question_relevance" in self._due(number):
+            self._rate(hidden.detach())  # of what entered the language model, for all of them
+        due = self._due(number, operator.gt if later else operator.eq) - _ELSEWHERE
+        due = {name for name in due if not self._is_taken(name, number)}
         if not due:
             return
-        view, past = self.view(number, layer, hidden, kwargs)
+        if self._viewed[:2] != (number, self.turn.layout):
+            self._viewed = number, self.turn.layout, *self.view(number, layer, hidden, kwargs)
+        *_, view, past = self._viewed
         keyed = view
         if due & {*_KEYS} and (counted := self._from_first(number, hidden, kwargs)):
             keyed, _ = self.view(number, layer, hidden, counted)
@@ -120,16 +126,20 @@ class Looks:
 
     # -- taking
 
-    def _due(self, number: int, later: bool = False) -> set[str]:
-        """Signals of a layer that some step needs which removes anything; `later`, some step before
-        a later layer.
+    def _due(self, number: int, chosen: Callable[[int, int], bool] = operator.ge) -> set[str]:
+        """Signals of a layer that some step needs which removes anything; `chosen` compares the
+        layer of a step with it.
         """
         looks = self.turn.plan.looks.get(number, {})
         return {
             name
             for name, steps in looks.items()
-            if any(self._drops(s) for s in steps if s.step.layer > number or not later)
+            if any(self._drops(s) for s in steps if chosen(s.step.layer, number))
         }
+
+    def _is_taken(self, name: str, number: int) -> bool:
+        """Whether a signal of a layer was taken of what is there now."""
+        return (name, number) in self._taken and self._taken[name, number][1] is self.turn.layout
 
     def _drops(self, planned: Any) -> bool:
         if planned.method.adaptive:

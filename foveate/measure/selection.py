@@ -65,36 +65,29 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
         shapes: sizes of the decoder layers.
         steps: what methods wanted to do.
     """
-    total = 0
-    for again in (False, True):  # once more where tokens were removed before the layer
-        taken = _taken_of(record, steps, again)
-        for layer, names in taken.items():
-            counts = record.layer_tokens[layer] if again else _tokens_before(record, layer)
-            for row, tokens in enumerate(counts):
-                if any(image.row == row for image in record.images):
-                    total += _look_flops(shapes[layer], names, tokens, record.question_tokens)
-        if "question_relevance" in taken.get(0, ()) and not again:
-            visual = sum(image.alive(-1) for image in record.images)
-            total += 2 * visual * shapes[0].hidden * record.question_tokens
-    return total
-
-
-def _taken_of(record: Record, steps: Sequence[Acted], again: bool) -> dict[int, set[str]]:
-    """Decoder layer -> signals taken of it; `again`, those taken anew of what the layer sees, for
-    steps before later layers.
-    """
-    taken: dict[int, set[str]] = {}
+    taken: dict[tuple[int, bool], set[str]] = {}  # layer, whether of what it saw itself
+    total, relevance = 0, False
     for acted in steps:
         for need in acted.step.needs:
-            if SIGNALS[need.name].source != "decoder" or need.name == "transition":
+            if SIGNALS[need.name].source != "decoder":
                 continue
-            for layer in need.layers if SIGNALS[need.name].layered else (0,):
-                cut = record.layer_tokens[layer] != _tokens_before(record, layer)
-                if again and not (cut and acted.step.layer > layer):
-                    continue
-                if _taken(record, acted, layer, layer if again else layer - 1):
-                    taken.setdefault(layer, set()).add(need.name)
-    return taken
+            if need.name == "question_relevance":
+                relevance |= _taken(record, acted, 0, -1)
+                continue
+            for layer in need.layers if SIGNALS[need.name].layered else ():
+                later = acted.step.layer > layer
+                if _taken(record, acted, layer, layer if later else layer - 1):
+                    cut = record.layer_tokens[layer] != _tokens_before(record, layer)
+                    taken.setdefault((layer, later and cut), set()).add(need.name)
+    for (layer, later), names in taken.items():
+        counts = record.layer_tokens[layer] if later else _tokens_before(record, layer)
+        for row, tokens in enumerate(counts):
+            if any(image.row == row for image in record.images):
+                total += _look_flops(shapes[layer], names, tokens, record.question_tokens)
+    if relevance:
+        visual = sum(image.alive(-1) for image in record.images)
+        total += 2 * visual * shapes[0].hidden * record.question_tokens
+    return total
 
 
 def _taken(record: Record, acted: Acted, layer: int, seen: int) -> bool:

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from foveate.measure import flops
 from foveate.measure.account import account, visual_tokens, whole
+from foveate.measure.selection import acted
 from foveate.measure.units import human_bytes, human_flops
 from foveate.method import Method, ModelFacts
 from foveate.quoting import shown
@@ -200,11 +201,13 @@ def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) ->
         family: the model's facts.
         methods: the methods that ran.
     """
-    removing = {place for image in record.images for place in _removing(image)}
+    removing = {entry for image in record.images for entry in _removing(image)}
+    own: dict[str, tuple[Method, set[str]]] = {}  # first entry of a method -> it and its entries
+    for step in acted(methods, family) if record.images else ():
+        own.setdefault(step.begun, (step.method, set()))[1].add(step.entry)
     notes = []
-    for method in methods if record.images else ():
-        places = {step.place for step in method.steps(family) if not step.decode}
-        if not places or places & removing:
+    for method, its in own.values():
+        if its & removing or all(place_of(entry)[0] == "decode" for entry in its):
             continue
         if isinstance(method, VideoMethod) and all(image.frames == 1 for image in record.images):
             why = "it compares the frames of a video, and there are images only"
@@ -215,9 +218,9 @@ def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) ->
 
 
 def _removing(image: ImageRecord) -> list[str]:
-    """Places after which fewer tokens of an image are left than before."""
+    """Entries of steps after which fewer tokens of an image are left than before."""
     left = [image.total, *(len(kept) for kept in image.kept.values())]
-    return [place for place, (a, b) in zip(image.kept, pairwise(left), strict=True) if b < a]
+    return [entry for entry, (a, b) in zip(image.kept, pairwise(left), strict=True) if b < a]
 
 
 def _image(image: ImageRecord) -> dict[str, Any]:

@@ -4,12 +4,12 @@ sizes, or none at all.
 
 import functools
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 
 import pytest
 import torch
 
 import foveate
-from foveate.errors import BudgetError, FoveateError, UnsupportedModelError
 from foveate.method import Adaptive, Step
 from foveate.methods import LLaVAPruMerge
 from foveate.reduction import Reduction
@@ -22,41 +22,48 @@ from tests.vision import encoders
 
 TOLERANCE = 5e-4  # of logits of about 10
 FAMILIES = ("llava", "llava_next", "qwen2_vl")
-# Nothing goes, what is published, and almost everything: the first form that a method takes.
-BUDGETS = ((1.0, (1.0, 1.0, 1.0)), (None,), (0.04, (0.9, 0.5, 0.04), 2))
+NEED_CLIP = {  # its class token, or its layers
+    "cls-drop", "fastervlm", "flowcut", "llava-prumerge", "recoverable-compression", "vflowopt",
+    "vtc-cls",
+}  # fmt: skip
+REFUSED = {
+    "llava": set(),
+    "llava_next": {"yopo"},  # its tokens form no single grid
+    "qwen2_vl": NEED_CLIP,
+}
+CELLS = [(n, s) for n in FAMILIES for s in foveate.list_methods() if s not in REFUSED[n]]
+# Methods whose own rule decides how many tokens stay, beside those with one form of budget.
+UNBUDGETED = {"recoverable-compression", "yopo"}
+ADAPTIVE = {"dycoke", "prunevid"}  # all or what they find
+LEAST = {"tome": 0.45}  # at most half of the tokens merge in a layer
 
 
-def settings(slug):
-    """The method with a budget of each kind, and both position policies."""
-    cls, found = foveate.get_method(slug), []
-    for forms in BUDGETS:
-        for positions in ("original", "renumbered"):
-            for keep in forms:
-                fields = {} if keep is None else {"keep": keep}
-                try:
-                    method = cls(positions=positions, **fields)
-                except FoveateError:
-                    continue
-                found += [method] if method not in found else []
-                break
-    return found
+def settings(slug, name=""):
+    """The method where nothing goes, something and almost everything, under each policy of
+    positions that it has on a family.
+    """
+    cls = foveate.get_method(slug)
+    budgets = [{"keep": 1.0}, published(cls), {"keep": LEAST.get(slug, 0.04)}]
+    if slug in UNBUDGETED:
+        budgets = [{}]
+    elif slug in ADAPTIVE:
+        budgets = budgets[:2]
+    policies = ["original", "renumbered"]
+    if name == "qwen2_vl" or slug in ("lvlm-csp", "yopo"):
+        policies = policies[:1]
+    return [cls(positions=policy, **fields) for fields in budgets for policy in policies]
 
 
-def attach(model, method):
-    """A session; `None` where the method, or its positions, are refused."""
-    try:
-        return foveate.use(model, method)
-    except FoveateError:
-        return None
+def published(cls):
+    """What is published, but for counts of tokens that suit larger images."""
+    default = {field.name: field.default for field in fields_of(cls)}["keep"]
+    return {"keep": 0.25} if isinstance(default, int) else {}
 
 
 @torch.no_grad()
 def read(model, session, inputs):
-    """Logits, and for each image its row and survivors; `None` where the forward is refused."""
-    try:
-        logits = model(**fresh(inputs)).logits
-    except (BudgetError, UnsupportedModelError):
-        return None
+    """Logits, and for each image its row and survivors."""
+    logits = model(**fresh(inputs)).logits
     images = [] if session.record is None else session.record.images
     return logits, [(image.row, image.kept) for image in images]
 
@@ -68,19 +75,15 @@ def check_same(kept, wanted):
             assert index.tolist() == others[place].tolist(), place
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("slug", foveate.list_methods())
+@pytest.mark.parametrize(("name", "slug"), CELLS)
 def test_a_row_of_a_batch_gets_what_it_gets_alone(name, slug):
     """Left-padded rows of two images, of none and of one; positions are left to the model."""
     member, model, rows = MEMBERS[name](), model_of(name), (2, 0, 1)
     together, alone = batch_of(member, model, rows)
-    for method in settings(slug):
-        session = attach(model, method)
-        if session is None:
-            continue
-        with session:
+    for method in settings(slug, name):
+        with foveate.use(model, method) as session:
             found = read(model, session, together)
-            for row, inputs in enumerate(alone if found else ()):
+            for row, inputs in enumerate(alone):
                 logits, images = read(model, session, inputs)
                 got = found[0][row, -logits.shape[1] :]
                 torch.testing.assert_close(got, logits[0], rtol=0, atol=TOLERANCE)
@@ -89,23 +92,19 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(name, slug):
                     check_same(mine, [kept for _, kept in images])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("slug", foveate.list_methods())
+BEHIND = [(n, s) for n, s in CELLS if foveate.get_method(s).stage != "llm"]
+
+
+@pytest.mark.parametrize(("name", "slug"), BEHIND)
 @torch.no_grad()
 def test_features_of_an_image_are_those_it_has_alone(name, slug):
     """Where the prompt is not asked, in the encoder's output already."""
     member, model = MEMBERS[name](), model_of(name)
     pixels = member.pixels(3)
     encode = getattr(model.model, f"get_{member.modality}_features")
-    for method in settings(slug):
-        session = attach(model, method)
-        if session is None or method.stage == "llm":
-            continue
-        with session:
-            try:
-                together = encode(**fresh(pixels), return_dict=True).pooler_output
-            except (BudgetError, UnsupportedModelError):
-                continue
+    for method in settings(slug, name):
+        with foveate.use(model, method):
+            together = encode(**fresh(pixels), return_dict=True).pooler_output
             for image in range(3):
                 one = encode(**fresh(member.take(pixels, image, image + 1)), return_dict=True)
                 got, want = together[image], one.pooler_output[0]
@@ -117,20 +116,21 @@ def encoder_of(name):
     return encoders.build(encoders.ENCODERS, name)
 
 
-@pytest.mark.parametrize("name", encoders.ENCODERS)
-@pytest.mark.parametrize("slug", ["cls-drop", "flowcut", "tome"])
+ALONE = [
+    (name, slug)
+    for name in encoders.ENCODERS
+    for slug in ("cls-drop", "flowcut", "tome")
+    if slug not in NEED_CLIP or "siglip" not in name
+]
+
+
+@pytest.mark.parametrize(("name", "slug"), ALONE)
 @torch.no_grad()
 def test_an_encoder_alone_makes_of_an_image_what_it_makes_of_it_alone(name, slug):
     model, inputs = encoder_of(name), encoders.images(3, name=name)
     for method in settings(slug):
-        session = attach(model, method)
-        if session is None:
-            continue
-        with session:
-            try:
-                together = model(**inputs).last_hidden_state
-            except BudgetError:
-                continue
+        with foveate.use(model, method) as session:
+            together = model(**inputs).last_hidden_state
             kept = [image.kept for image in session.record.images]
             for image in range(3):
                 want = model(**encoders.row_of(inputs, image)).last_hidden_state[0]
@@ -254,18 +254,17 @@ def test_tokens_that_tie_are_chosen_alike_in_every_batch(slug, kind):
     model = unplaced(torch.float32)
     together = prompts(ROWS)
     together["pixel_values"] = alike(kind, 5)
-    for method in settings(slug)[2::2]:
-        session = attach(model, method)
-        if session is None:
-            continue
-        with session:
-            try:
-                kept = kept_of(model, session, together)
-            except BudgetError:
-                continue
+    for method in some_or_few(slug):
+        with foveate.use(model, method) as session:
+            kept = kept_of(model, session, together)
             for row, first, images in ((0, 0, 1), (1, 1, 1), (2, 2, 1), (4, 3, 2)):
                 alone = kept_of(model, session, row_of(together, row))
                 check_same(kept[first : first + images], alone)
+
+
+def some_or_few(slug):
+    """The method where something is removed, in the order of the image."""
+    return [m for m in settings(slug) if m.positions == "original" and m.keep != 1.0]
 
 
 def before_the_language_model(slug):
@@ -283,11 +282,8 @@ def test_half_precision_leaves_ties_ties(slug):
     model = unplaced(torch.bfloat16)
     everything = prompts(ROWS)
     everything["pixel_values"] = alike("six patches", 5).to(torch.bfloat16)
-    for method in settings(slug)[2::2]:
-        session = attach(model, method)
-        if session is None:
-            continue
-        with session:
+    for method in some_or_few(slug):
+        with foveate.use(model, method) as session:
             wanted = [image["pre_llm"] for image in kept_of(model, session, everything)]
             for rows, images in ((1, 1), (2, 2), (3, 3)):
                 inputs = {name: value[:rows] for name, value in everything.items()}

@@ -47,14 +47,13 @@ class PrunedLayer(CacheLayerMixin):
         """Append keys and values of the physical columns.
 
         Raises:
-            CacheError: no session announced the columns, so this cache is used outside the one
-            that pruned it.
+            CacheError: no session announced the columns, so this cache is used outside of any.
         """
         if self.incoming is None:
             raise CacheError(
-                "this KV cache holds pruned layers, which only the session that pruned them can "
-                "extend; "
-                "go on within the same foveate.use block, or start with a new cache"
+                "this KV cache holds pruned layers, which only the session that pruned them, or "
+                "another of the same model, can extend; go on within a foveate.use block, or start "
+                "with a new cache"
             )
         states = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
         self.slots, self.incoming = self._held(self.incoming), None
@@ -251,8 +250,8 @@ def slots_before(cache: Cache | None, past: int, work: Mapping[int, Work]) -> li
         work: decoder layer -> what the session computes of visual tokens there.
 
     Raises:
-        CacheError: a forward has died half way through the cache, or another session computed less
-            of its visual tokens than this one would read.
+        CacheError: a forward or a crop has broken off half way through the cache, or another
+            session computed less of its visual tokens than this one would read.
     """
     found: list[Slots | None] = []
     for number, layer in enumerate(cache.layers if cache is not None else ()):
@@ -263,7 +262,8 @@ def slots_before(cache: Cache | None, past: int, work: Mapping[int, Work]) -> li
         if slots.length != past:
             raise CacheError(
                 f"the layers of this KV cache disagree on its length ({past} and {slots.length}): "
-                "a forward outside the foveate session died on it; start with a new cache"
+                "a forward outside a foveate session, or a crop, broke off half way; start with a "
+                "new cache"
             )
         if slots.visual is not None and getattr(layer, "work", None) != work.get(number):
             raise CacheError(

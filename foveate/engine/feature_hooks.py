@@ -171,7 +171,7 @@ class FeatureHooks:
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
         question = None
         if self.plan.waits and not output.marked:
-            question = self._question(rows, ends, features.tokens_of(output, source))
+            question = self._question(rows, ends, output, source)
         request = self._request(visual.shape[0])
         labelled = local.supervised is not None
         read = local.now.readout
@@ -189,9 +189,9 @@ class FeatureHooks:
         return self.clip.patches(values, normed=name == "clip_patches")
 
     def _question(
-        self, rows: Sequence[int], ends: Sequence[int], tokens: Sequence[Tensor]
+        self, rows: Sequence[int], ends: Sequence[int], output: Any, source: Sequence[int]
     ) -> tuple[Question, Tensor]:
-        """The text behind images of (V, D) tokens, and its (B, Q, D) embeddings."""
+        """The text behind images of an encoder's output, and its (B, Q, D) embeddings."""
         local, now = self._local, self._local.now
         assert now.prompt is not None  # as in every forward over a prompt
         ids, arguments = now.prompt
@@ -205,6 +205,9 @@ class FeatureHooks:
         question = Question.of(visual, real, local.trailing, rows, ends, now.sample, last)
         table = self.family.base.get_input_embeddings()
         embeds = question.embeddings(table, ids, arguments.get("inputs_embeds"))
+        if question.last is None:
+            return question, embeds
+        tokens = features.tokens_of(output, source)
         return question, question.with_images(embeds, visual, rows, ends, tokens)
 
     def _read_from(

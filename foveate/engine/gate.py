@@ -36,12 +36,12 @@ class Gate:
         self._inside: dict[int, int] = {}  # thread -> its calls that have not returned
         self._closing = False
         self._seen: WeakSet[threading.Thread] = WeakSet()  # threads that were ever inside
-        self._before: set[threading.Thread] = set()  # threads that ran before the session began
+        self._before: WeakSet[threading.Thread] = WeakSet()  # those that ran before the session
 
     @contextmanager
     def opening(self) -> Iterator[None]:
         """While open, put things on: nobody comes in before all of them are there."""
-        self._before, self._closing = set(threading.enumerate()), True
+        self._before, self._closing = WeakSet(threading.enumerate()), True
         try:
             yield
         finally:
@@ -109,7 +109,8 @@ class Gate:
         for thread in threading.enumerate():
             if thread in self._before or thread is threading.current_thread():
                 continue
-            certain = _target(thread) in entries
+            target = _target(thread)
+            certain = any(target is entry for entry in entries)
             while thread.is_alive() and thread not in self._seen:
                 if not certain and time.monotonic() > deadline:
                     break

@@ -46,8 +46,8 @@ from foveate.engine.places import Places
 from foveate.engine.readout import check_readout
 from foveate.engine.recording import describe
 from foveate.engine.rollback import Rollback
-from foveate.engine.state import Args, Forward, Kwargs
-from foveate.engine.turn import Prompt, Turn
+from foveate.engine.state import Args, Forward, Kwargs, Prompt
+from foveate.engine.turn import Turn
 from foveate.errors import AttachError, InputError
 from foveate.tokens import Shape
 
@@ -215,13 +215,12 @@ class Hooks(FeatureHooks):
     @torch.compiler.disable
     def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Before the text model: begin the turn."""
-        local, now = self._local, self._local.now
+        now = self._local.now
         sequence = kwargs.get("inputs_embeds")
         if sequence is None:
             sequence = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        batch, length = sequence.shape[:2]
         groups: list[Group] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
@@ -239,10 +238,19 @@ class Hooks(FeatureHooks):
             cache is not None
             and past
             and self.plan.focus is None
-            and (length == 1 or not self.plan.blind)
+            and (sequence.shape[1] == 1 or not self.plan.blind)
         ):
             now.onward = Onward.behind(self.family, cache, before, sequence)
             return args, kwargs
+        now.turn = Turn(self.plan, self.family, self._prompt(sequence, past, groups, kwargs))
+        if not groups or not self.plan.marks:
+            return args, kwargs
+        now.turn.begin(sequence)
+        return args, now.turn.deepstack(kwargs)
+
+    def _prompt(self, sequence: Tensor, past: int, groups: list[Group], kwargs: Kwargs) -> Prompt:
+        """What a forward of the text model is about."""
+        local, now, (batch, length) = self._local, self._local.now, sequence.shape[:2]
         mask, real = kwargs.get("attention_mask"), None
         if groups or self.plan.focus:
             real = real_positions(mask, past + length)
@@ -264,11 +272,7 @@ class Hooks(FeatureHooks):
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
         )
         check_drafts(prompt.sees, prompt.trailing)
-        now.turn = Turn(self.plan, self.family, prompt)
-        if not groups or not self.plan.marks:
-            return args, kwargs
-        now.turn.begin(sequence)
-        return args, now.turn.deepstack(kwargs)
+        return prompt
 
     @untraced
     def rotate(

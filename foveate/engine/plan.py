@@ -65,11 +65,6 @@ class Plan:
         steps = (*self.vision, *self.pre_llm, *self.llm)
         return nn.ModuleDict({str(s.method_number): s.learned for s in steps if s.learned})
 
-    @property
-    def asks(self) -> bool:
-        """Whether it matters inside the language model which positions are visual."""
-        return bool(self.looks or self.work)
-
     @cached_property
     def asks_text(self) -> tuple[str, ...]:
         """Methods whose choice depends on what the prompt asks."""

@@ -140,8 +140,7 @@ class Question:
             ends: logical column of each one's last token.
             features: (V, D) of each one.
         """
-        if self.last is None:
-            return embeds
+        assert self.last is not None  # or no image stands for text
         unknown = self.last & visual.gather(1, self.columns)
         embeds = embeds.masked_fill(unknown[..., None].to(embeds.device), torch.nan)
         for row, end, of in zip(rows, ends, features, strict=True):

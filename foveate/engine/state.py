@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from foveate.clip import ClipQuestions
+    from foveate.engine.images import Group
     from foveate.engine.onward import Onward
     from foveate.engine.rollback import Rollback
     from foveate.engine.turn import Turn
@@ -16,6 +21,63 @@ if TYPE_CHECKING:
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What a forward is about, in logical terms.
+
+    Args:
+        batch: rows, B.
+        length: tokens of this forward, T.
+        past: logical length of what the cache holds.
+        device: where the sequence lives.
+        groups: images of this forward and what is alive of them; empty in decoding steps and for
+            text alone.
+        real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
+            for all.
+        trailing: drafted tokens behind the prompt, in assisted decoding.
+        request: batch row to entry of a per-request budget.
+        flash: whether the attention kernel takes 2-D masks.
+        sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
+        visual: (B, T) placeholders of all images, removed ones too; `None` without images.
+        supervised: (B, T) positions with a label; `None` without labels.
+        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
+        numbered: (B, T) which positions make those after them go on by one; `None` for all.
+    """
+
+    batch: int
+    length: int
+    past: int
+    device: torch.device
+    groups: list[Group]
+    real: Tensor | None
+    trailing: int
+    request: Callable[[int], int]
+    flash: bool
+    sees: Tensor | None = None
+    visual: Tensor | None = None
+    supervised: Tensor | None = None
+    sample: Tensor | None = None
+    numbered: Tensor | None = None
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """(B, T) which positions have a column once any is removed: real ones, and visual tokens
+        that nobody sees because the caller hides them; `None` for all.
+        """
+        if self.real is None:
+            return None
+        real = self.real[:, self.past :]
+        return real if self.visual is None else real | self.visual
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        """(B, T) visual tokens that the caller hides; `None` if there are none."""
+        if self.real is None or self.visual is None:
+            return None
+        hidden = self.visual & ~self.real[:, self.past :]
+        return hidden if bool(hidden.any()) else None
 
 
 class Forward:

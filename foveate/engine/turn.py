@@ -5,9 +5,7 @@ Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,56 +29,8 @@ from foveate.engine.layout import (
 from foveate.engine.looks import Looks
 from foveate.engine.parking import Parked
 from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.state import Prompt
 from foveate.models import Family
-
-
-@dataclass(frozen=True, eq=False)
-class Prompt:
-    """What a forward is about, in logical terms.
-
-    Args:
-        batch: rows, B.
-        length: tokens of this forward, T.
-        past: logical length of what the cache holds.
-        device: where the sequence lives.
-        groups: images of this forward and what is alive of them; empty in decoding steps and for
-            text alone.
-        real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
-            for all.
-        trailing: drafted tokens behind the prompt, in assisted decoding.
-        request: batch row to entry of a per-request budget.
-        flash: whether the attention kernel takes 2-D masks.
-        sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
-        visual: (B, T) placeholders of all images, removed ones too; `None` without images.
-        supervised: (B, T) positions with a label; `None` without labels.
-        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
-        numbered: (B, T) which positions make those after them go on by one; `None` for all.
-    """
-
-    batch: int
-    length: int
-    past: int
-    device: torch.device
-    groups: list[Group]
-    real: Tensor | None
-    trailing: int
-    request: Callable[[int], int]
-    flash: bool
-    sees: Tensor | None = None
-    visual: Tensor | None = None
-    supervised: Tensor | None = None
-    sample: Tensor | None = None
-    numbered: Tensor | None = None
-
-    @cached_property
-    def present(self) -> Tensor | None:
-        """(B, T) which positions have a column once any is removed: real ones, and visual tokens
-        that nobody sees because the caller hides them; `None` for all.
-        """
-        if self.real is None:
-            return None
-        real = self.real[:, self.past :]
-        return real if self.visual is None else real | self.visual
 
 
 class Turn:
@@ -120,7 +70,7 @@ class Turn:
         self.looks = Looks(self)
         self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
-        self._seen: dict[int, Seen] = {}  # what layers attend with, where columns are missing
+        self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
         self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
@@ -172,7 +122,7 @@ class Turn:
             held.incoming = after
             if self.groups:
                 held.work = work
-        self._seen[number] = Seen.of(self.layout, after, held, self.prompt.length)
+        self._attended[number] = Seen.of(self.layout, after, held, self.prompt.length)
         if split is not None and work is not None and (split.images or work.blind):
             self.splits[number] = split
         return hidden, {**kwargs, **changes} if changes else kwargs
@@ -225,9 +175,10 @@ class Turn:
 
     def seen(self, group: Group) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
-        if self.prompt.real is None or group.columns is None:
+        hidden = self.prompt.hidden
+        if hidden is None or group.columns is None:
             return None
-        return self.prompt.real[self.row_index(group), group.columns + self.prompt.past]
+        return ~hidden[self.row_index(group), group.columns]
 
     @property
     def common_tokens(self) -> int:
@@ -305,7 +256,7 @@ class Turn:
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        looked, given = number in self.plan.looks, self.layout
+        looked = number in self.plan.looks
         if looked:
             self.looks.take(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
@@ -320,7 +271,7 @@ class Turn:
             hidden = self._step(planned, hidden)
             if planned.step.forget and self.layout is not before:
                 self._forget(number, kwargs.get("past_key_values"))
-        if looked and self.layout is not given:
+        if looked:
             self.looks.take(number, layer, hidden, kwargs, later=True)
         return hidden
 
@@ -328,10 +279,8 @@ class Turn:
         """Run one step on every group, then drop what it removed."""
 
         def features(part: Group) -> Tensor:
-            x, seen = (
-                hidden[self.row_index(part), self.columns_of(part, self.layout)],
-                self.seen(part),
-            )
+            x = hidden[self.row_index(part), self.columns_of(part, self.layout)]
+            seen = self.seen(part)
             return x if seen is None else x.masked_fill(~seen[..., None].to(x.device), 0.0)
 
         def signals(part: Group) -> Mapping[str, Tensor]:
@@ -457,7 +406,7 @@ class Turn:
         Args:
             output: the text model's output.
         """
-        widen_maps(output, self.family, self._seen, self.prompt.length)
+        widen_maps(output, self.family, self._attended, self.prompt.length)
         if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output
         states = output.last_hidden_state

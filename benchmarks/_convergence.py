@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from foveate.tiny import losses
 from foveate.tiny.build import BOS, EOS, IMAGE, PAD, build_config, build_model
-from foveate.tiny.data import (
+from foveate.tiny.questions import Question
+from foveate.tiny.scenes import Scene, draw_scene
+from foveate.tiny.words import DIGITS, NUMBERS
+from recipes import losses
+from recipes.data import (
     GROUPS,
     IGNORE,
     SINGLE,
@@ -28,9 +31,6 @@ from foveate.tiny.data import (
     make_batch,
     normalise,
 )
-from foveate.tiny.questions import Question
-from foveate.tiny.scenes import Scene, draw_scene
-from foveate.tiny.words import DIGITS, NUMBERS
 
 LAYERS = 8
 VISUAL = 256

@@ -55,7 +55,7 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from foveate.models import FAMILIES
+    from foveate.families import FAMILIES
 
     torch.manual_seed(0)
     default = AutoConfig.for_model(model_type)
@@ -128,7 +128,7 @@ def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     """A prompt of `visual` image tokens amid `text` text tokens, with random features."""
     import torch
 
-    from foveate.models import find_family
+    from foveate.families import find_family
 
     family = find_family(model)
     token = family.placeholder_ids["image"]

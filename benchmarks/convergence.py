@@ -57,8 +57,8 @@ def train(seed: int, arm: str, out: Path, images: int, batch: int) -> None:
     from transformers import Trainer, TrainingArguments
 
     import foveate
-    from foveate.finetune.run import last_checkpoint
-    from foveate.tiny.data import TRAIN_SEEDS
+    from foveate.training.finetune.run import last_checkpoint
+    from recipes.data import TRAIN_SEEDS
 
     folder = out / f"{arm}-{seed}"
     if (folder / "model.pt").exists():

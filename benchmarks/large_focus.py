@@ -1,6 +1,6 @@
 """Does a trained Region Focus Module find what a question is about on large pictures?
 
-    python -m foveate.large.train --out RUN
+    python -m recipes.region_focus --out RUN
     python benchmarks/large_focus.py --run RUN
 
 Scenes of 1,152 pixels a side are drawn; only questions about one object that fills less than 0.1 %
@@ -24,10 +24,10 @@ from transformers import LlavaForConditionalGeneration
 
 from foveate import tiny
 from foveate.large import Reader, RegionFocus, levels, open_picture
-from foveate.large.train import KINDS, LAYERS, asked
 from foveate.methods import LRSVQA
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene
+from recipes.region_focus import KINDS, LAYERS, asked
 
 SCALE, SIDE = 3, 1152
 PER_SCENE = 8
@@ -109,7 +109,7 @@ def contenders(run: Path) -> dict[str, tuple[Any, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="what foveate.large.train wrote")
+    parser.add_argument("--run", type=Path, required=True, help="what recipes.region_focus wrote")
     parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--readings", type=int, default=30)
     arguments = parser.parse_args()

@@ -18,9 +18,9 @@ warm_heap()
 import torch  # noqa: E402
 
 import foveate  # noqa: E402
-from foveate.budget import Keep  # noqa: E402
+from foveate.core.budget import Keep  # noqa: E402
+from foveate.core.method import Scorer, Step  # noqa: E402
 from foveate.measure import flops  # noqa: E402
-from foveate.method import Scorer, Step  # noqa: E402
 from foveate.methods import FastV, PyramidDrop  # noqa: E402
 
 
@@ -79,7 +79,7 @@ def measure(visual: int, rounds: int) -> dict:
     rows = {}
     for name, method in METHODS.items():
         after = flops.prefill_flops(text, records[name].layer_tokens)
-        for step in method.steps(foveate.models.find_family(model)):
+        for step in method.steps(foveate.families.find_family(model)):
             layers = [layer for need in step.needs for layer in need.layers]
             after += sum(
                 flops.text_attention_flops(text, records[name].layer_tokens[max(i - 1, 0)][0])

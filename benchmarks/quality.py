@@ -4,7 +4,7 @@ foveate bench --model tiny --methods all --tasks all --data DATA --out OUT
 python benchmarks/quality.py OUT/results.parquet   # writes results/quality.json and the page
 python benchmarks/quality.py                       # the page only
 
-python -m foveate.bench.finetune --data DATA --out MODEL --steps 160
+python -m recipes.easy_vqa --data DATA --out MODEL --steps 160
 foveate bench --model MODEL --methods all --keep 0.25 --tasks easy-vqa --data DATA --out OUT \
     --samples 256 --hint ""
 python benchmarks/quality.py --easy-vqa OUT/results.parquet
@@ -74,7 +74,7 @@ REAL = """## Real questions: easy-VQA
 The drawn questions above are our own. easy-VQA has 5,000 pictures of one coloured shape and 48,248
 questions, by its author; always saying the commonest answer is right for
 {majority} %. The tiny model after 160 steps on the train part
-(`python -m foveate.bench.finetune`) is right for {whole} % of {n} questions of the test part, so
+(`python -m recipes.easy_vqa`) is right for {whole} % of {n} questions of the test part, so
 this task tells something. One large object, and mostly questions about all of it: nearly
 any choice of tokens will do, which is what such data hides.
 NLVR's train part was not at hand, so no model was trained for it.

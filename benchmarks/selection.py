@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+from foveate.core.method import Adaptive, Method
+from foveate.core.tokens import VisualTokens
 from foveate.measure import flops
-from foveate.method import Adaptive, Method
-from foveate.tokens import VisualTokens
 
 SIZES = ((576, 1), (576, 16), (2880, 1), (2880, 16))
 SEVEN_B = LlamaConfig(

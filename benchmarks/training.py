@@ -57,9 +57,9 @@ def stepper(arm: str, visual: int) -> tuple[Any, Callable[[], None], Callable[[]
 
 def predicted(model: Any, visual: int) -> float:
     """Ratio of the FLOPs of a step."""
+    from foveate.families import find_family
     from foveate.measure import flops
     from foveate.methods import PyramidDrop
-    from foveate.models import find_family
 
     config, facts, method = model.config, find_family(model), PyramidDrop()
     layers = MODEL[1]

@@ -1,13 +1,13 @@
 """foveate: faster vision-language models by removing the visual tokens they do not need."""
 
 from foveate import methods
-from foveate.budget import per_request
-from foveate.clip import ClipText
+from foveate.core.budget import per_request
+from foveate.core.method import Scorer, Step, get_method, list_methods, register
 from foveate.engine.session import Session, apply, use
 from foveate.errors import FoveateError
-from foveate.method import Scorer, Step, get_method, list_methods, register
-from foveate.models import list_families
-from foveate.training import load, prepare, save
+from foveate.families import list_families
+from foveate.signals.clip import ClipText
+from foveate.training.prepare import load, prepare, save
 
 __all__ = [
     "ClipText",

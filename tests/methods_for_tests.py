@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.budget import Keep
-from foveate.focus import Focus, Focuser
-from foveate.method import Adaptive, Method, Need, Scorer, Step, by_count
-from foveate.reduction import Reduction
+from foveate.core.budget import Keep
+from foveate.core.decode_selector import Focus, Focuser
+from foveate.core.method import Adaptive, Method, Need, Scorer, Step, by_count
+from foveate.core.reduction import Reduction
 
 
 @dataclass(frozen=True)

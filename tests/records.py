@@ -3,7 +3,7 @@
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from foveate.record import ImageRecord, Record
+from foveate.record.record import ImageRecord, Record
 
 CONFIG = LlavaConfig(
     vision_config=CLIPVisionConfig(

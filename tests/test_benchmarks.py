@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from foveate.models import FAMILIES
-from foveate.models.plain import PlainEncoder
+from foveate.families import FAMILIES
+from foveate.families.plain import PlainEncoder
 
 ROOT = Path(__file__).parents[1]
 

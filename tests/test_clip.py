@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.clip import ClipText
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.signals.clip import ClipText
 from tests.tinies import LETTERS, tiny_clip
 
 

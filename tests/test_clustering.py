@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from foveate.clustering import dpc_knn, peaks, squared_distances
+from foveate.ops.clustering import dpc_knn, peaks, squared_distances
 
 
 def naive(points, clusters, k):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.diversity import (
+from foveate.ops.diversity import (
     cosine_distance,
     nearest_other,
     select_determinant,

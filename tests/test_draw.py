@@ -5,11 +5,11 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
-from foveate.boxes import cells
-from foveate.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
 from foveate.errors import InputError
-from foveate.record import ImageRecord, Record
-from foveate.tiles import Placed
+from foveate.record.boxes import cells
+from foveate.record.record import ImageRecord, Record
+from foveate.record.tiles import Placed
+from foveate.report.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
 from tests.records import image, pyramid_record
 
 GRID = (4, 4)

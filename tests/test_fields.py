@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import foveate
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.fields import LARGEST, MisfitError, Range, fit, spell
+from foveate.core.method import Scorer, Step, get_method, list_methods
 from foveate.errors import BudgetError, FoveateError, LayerError
-from foveate.fields import LARGEST, MisfitError, Range, fit, spell
-from foveate.method import Scorer, Step, get_method, list_methods
+from foveate.io.quoting import LONGEST, quoted, shown, within
 from foveate.methods import DivPrune, FastV, PyramidDrop
-from foveate.quoting import LONGEST, quoted, shown, within
 
 
 def nested(depth):
@@ -59,7 +59,7 @@ def test_every_field_takes_a_good_value_or_names_the_bad_one(slug):
                 said.append(str(error))
             else:
                 text = json.dumps(method.to_dict(), allow_nan=False)
-                assert foveate.saving.from_dict(json.loads(text)) == method
+                assert foveate.core.saving.from_dict(json.loads(text)) == method
     for message in said:
         check_message(message)
         assert slug in message or any(f.name in message for f in dataclasses.fields(cls))

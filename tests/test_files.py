@@ -9,14 +9,14 @@ import pytest
 from foveate.cli.bounded_yaml import parse_yaml
 from foveate.cli.calibrate import read_prompts
 from foveate.cli.recipe import parse_recipe, read_recipe
+from foveate.core.resolve import methods_of
+from foveate.core.saving import Saved
 from foveate.errors import FoveateError, InputError
-from foveate.files import parse_json, read_lines
-from foveate.finetune import Conversations
-from foveate.finetune.recipe import Data, Recipe
+from foveate.io.quoting import LONGEST
+from foveate.io.reading import parse_json, read_lines
 from foveate.methods import FastV, PyramidDrop, VisionZip
-from foveate.quoting import LONGEST
-from foveate.resolve import methods_of
-from foveate.saving import Saved
+from foveate.training.finetune import Conversations
+from foveate.training.finetune.recipe import Data, Recipe
 
 MEGABYTE = 2**20
 

@@ -19,11 +19,11 @@ from foveate.bench.data import packed_image, photo
 from foveate.cli import app
 from foveate.cli.inputs import load_image as cli_image
 from foveate.errors import BenchError, InputError
-from foveate.finetune import Conversations
-from foveate.images import as_rgb, load_image, to_rgb
 from foveate.integrations.chat import _open as chat_image
+from foveate.io.images import as_rgb, load_image, to_rgb
 from foveate.large.picture import Stored, open_picture
-from foveate.tiny.data import load_photos
+from foveate.training.finetune import Conversations
+from recipes.data import load_photos
 
 DEEP = np.array([[0, 128, 129, 256, 257], [1000, 12850, 32896, 65406, 65535]], np.uint16)
 DEEP_GREY = [[0, 0, 1, 1, 1], [4, 50, 128, 254, 255]]  # value / 257, rounded
@@ -412,7 +412,7 @@ def test_images_without_pixels_or_values_are_refused():
 
 
 def test_pictures_of_kept_tokens_show_deep_images():
-    from foveate.draw import draw_kept
+    from foveate.report.draw import draw_kept
 
     deep = Image.fromarray(np.full((40, 40), 30000, np.uint16))
     panel = draw_kept(deep, (2, 2), {})

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from foveate.outliers import local_outliers
+from foveate.ops.outliers import local_outliers
 
 
 def naive_outliers(values, neighbours, threshold=1.5):

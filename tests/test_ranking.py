@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from foveate import ranking
-from foveate.ranking import TIE, among_top, bottom, highest, ranked, top
+from foveate.core import ranking
+from foveate.core.ranking import TIE, among_top, bottom, highest, ranked, top
 
 
 def tied(images=5, total=40, kinds=6, seed=0):

@@ -9,8 +9,8 @@ import typer
 from PIL import Image
 
 import foveate
-from foveate import method as registry
 from foveate.cli import app
+from foveate.core import method as registry
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")

@@ -9,12 +9,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.budget import per_request
+from foveate.core.budget import per_request
 from foveate.measure import flops
 from foveate.measure.units import human_bytes, human_flops
 from foveate.methods import FastV, PyramidDrop
-from foveate.record import ImageRecord, Record
-from foveate.report import Report, layer_ranges
+from foveate.record.record import ImageRecord, Record
+from foveate.report.report import Report, layer_ranges
 from tests.records import CONFIG, FakeFamily, image, pyramid_record, text_record
 from tests.tinies import prompts, tiny_llava
 

@@ -7,13 +7,13 @@ import pytest
 
 import foveate
 from foveate.cli.options import make_methods
+from foveate.core.resolve import methods_of
+from foveate.core.saving import Saved
 from foveate.errors import FoveateError, InputError, UnknownMethodError
 from foveate.integrations.chat import ChatModel
 from foveate.methods import FastV, PyramidDrop, VisionZip
-from foveate.resolve import methods_of
-from foveate.saving import Saved
 from foveate.testing.checks import check_method
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests.tinies import prompts, tiny_llava
 
 ZIP, DROP = VisionZip(keep=8), PyramidDrop((3,), (0.5,))

@@ -8,10 +8,10 @@ from foveate import per_request
 from foveate.bench.levels import mean_share, method_at
 from foveate.cli.bench_speed import read_methods
 from foveate.cli.options import make_method, make_methods
+from foveate.core.resolve import methods_of
+from foveate.core.schedule import nearest
 from foveate.errors import BudgetError, LayerError
 from foveate.methods import CATP, AdaToken3D, PyramidDrop, SparseVLM, TransPrune
-from foveate.resolve import methods_of
-from foveate.schedule import nearest
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,9 @@ import foveate
 from foveate import tiny
 from foveate.bench.store import Store
 from foveate.bench.sweep import _begin
+from foveate.core.saving import Saved
 from foveate.errors import FoveateError, InputError
-from foveate.methods import FastV, PyramidDrop
-from foveate.report import Report
-from foveate.saving import Saved
-from foveate.writing import (
+from foveate.io.writing import (
     check_file,
     check_folder,
     filling,
@@ -31,6 +29,8 @@ from foveate.writing import (
     write_json,
     write_text,
 )
+from foveate.methods import FastV, PyramidDrop
+from foveate.report.report import Report
 from tests.cli.test_commands import call
 from tests.disks import fill, mounted
 from tests.training.batches import Llava
@@ -213,7 +213,7 @@ def test_saving_again_replaces_files_and_shards_and_keeps_what_else_is_there(tmp
     assert list(tmp_path.glob("model-*")) == []
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "README.md").read_text() == "mine"
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    foveate.training.session_of(foveate.load(tmp_path))
+    foveate.training.prepare.session_of(foveate.load(tmp_path))
 
 
 def test_folders_within_folders_are_filled(tmp_path):

@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import BenchError, InputError
-from foveate.files import parse_json, read_lines, read_text
-from foveate.images import load_image
-from foveate.quoting import shown
+from foveate.io.images import load_image
+from foveate.io.quoting import shown
+from foveate.io.reading import parse_json, read_lines, read_text
 from foveate.tiny.scenes import Box
 
 _BOX_STEP = 150  # pixels from one box of an NLVR picture to the next
@@ -143,7 +143,7 @@ def photo(folder: Path, file: str, max_pixels: int | None = None) -> Image.Image
     Args:
         folder: the data folder.
         file: the photograph's name.
-        max_pixels: see `foveate.images.load_image`.
+        max_pixels: see `foveate.io.images.load_image`.
 
     Raises:
         BenchError: it is missing, damaged or too large.
@@ -163,7 +163,7 @@ def packed_image(
         name: "nlvr" or "easy-vqa".
         part: which zip file.
         image: name inside it.
-        max_pixels: see `foveate.images.load_image`.
+        max_pixels: see `foveate.io.images.load_image`.
 
     Raises:
         BenchError: it is missing, damaged or too large.

@@ -2,14 +2,14 @@
 
 `keep` is what survives a method's cut, as a share of each image's tokens. Where a method cuts
 several times, it is the mean share over the decoder layers from the first cut on, here as
-everywhere (see `foveate.schedule`). What is counted is measured all the same: see the tokens and
+everywhere (see `foveate.core.schedule`). What is counted is measured all the same: see the tokens and
 FLOPs of every cell.
 """
 
 from __future__ import annotations
 
+from foveate.core.method import Method, ModelFacts, get_method
 from foveate.errors import BudgetError
-from foveate.method import Method, ModelFacts, get_method
 
 ALL = "none"
 """The name under which the model with all its tokens is listed."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from foveate.bench.prompt import Shown
 from foveate.bench.sample import Evidence
-from foveate.boxes import plain_grid
-from foveate.draw import match_geometry, place_grid
-from foveate.record import ImageRecord, Record, by_picture, joined
-from foveate.step import place_of
+from foveate.core.step import place_of
+from foveate.record.boxes import plain_grid
+from foveate.record.record import ImageRecord, Record, by_picture, joined
+from foveate.report.draw import match_geometry, place_grid
 
 Edges = tuple[float, float, float, float]
 

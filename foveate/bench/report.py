@@ -17,7 +17,7 @@ from PIL import Image
 from foveate.bench.levels import ALL, BASELINES
 from foveate.bench.summary import MARGIN, Line, Summary
 from foveate.bench.svg import halves, heat_map, pareto, percent
-from foveate.writing import write_text
+from foveate.io.writing import write_text
 
 STAGES = {"baseline": "baseline", "vision": "in the encoder", "pre_llm": "before the LLM",
           "llm": "between LLM layers"}  # fmt: skip

@@ -23,11 +23,11 @@ from foveate.bench.prompt import Prompt, Prompter, prompts
 from foveate.bench.recall import Seen, evidence_recall, seen_pictures
 from foveate.bench.sample import Sample, Task
 from foveate.bench.settings import Cell, Settings, fingerprint, key
+from foveate.core.method import Method
+from foveate.core.video import VideoMethod
 from foveate.errors import FoveateError, InputError
-from foveate.method import Method
+from foveate.families import find_family
 from foveate.methods.uniform import Uniform
-from foveate.models import find_family
-from foveate.video import VideoMethod
 
 _REMEMBERED = 2  # tasks whose samples and unpruned answers a process holds
 

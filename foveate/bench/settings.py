@@ -18,9 +18,9 @@ import transformers
 import foveate
 from foveate.bench.levels import ALL, BASELINES, takes_keep
 from foveate.bench.sample import Split
+from foveate.core.method import list_methods
 from foveate.errors import InputError
-from foveate.method import list_methods
-from foveate.quoting import quoted
+from foveate.io.quoting import quoted
 
 _MEASURES = ("engine", "methods", "models", "signals", "measure", "tiny", "bench/tasks")
 _FILES = ("judge", "levels", "outcome", "prompt", "recall", "runner")  # of bench

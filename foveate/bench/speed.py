@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 import foveate
+from foveate.core.method import Method
 from foveate.errors import FoveateError
+from foveate.families import find_family
 from foveate.measure.memory import peak_memory
 from foveate.measure.timing import Spread, one_round
-from foveate.method import Method
-from foveate.models import find_family
 
 ALL = "all tokens"
 FEWEST = 3

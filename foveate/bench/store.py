@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, InputError
-from foveate.writing import explained, replacing
+from foveate.io.writing import explained, replacing
 
 Row = dict[str, Any]
 

@@ -14,11 +14,11 @@ import torch
 
 from foveate.bench.speed import ALL, Bench, Contender, measure_cell
 from foveate.errors import InputError
+from foveate.families import find_family
+from foveate.io.quoting import quoted
+from foveate.io.writing import write_json
 from foveate.measure.machine import describe_machine, heap_is_warm
 from foveate.measure.memory import how_peaks_are_measured
-from foveate.models import find_family
-from foveate.quoting import quoted
-from foveate.writing import write_json
 
 Prompts = Callable[[int, int], Mapping[str, Any]]
 """Model inputs for (visual tokens of a row, rows)."""

@@ -28,12 +28,12 @@ from foveate.bench.workload import (
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import check_device, encode, load_model, read_dtype
 from foveate.cli.options import make_method
+from foveate.core.method import Method
 from foveate.errors import InputError
+from foveate.families import find_family
+from foveate.io.quoting import quoted, shown
+from foveate.io.writing import check_file
 from foveate.measure.machine import warm_heap
-from foveate.method import Method
-from foveate.models import find_family
-from foveate.quoting import quoted, shown
-from foveate.writing import check_file
 
 RANDOM = "random:"
 QUESTION = "Describe everything that you see in the picture."

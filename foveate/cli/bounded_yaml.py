@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from foveate.files import check_plain
-from foveate.quoting import quoted
+from foveate.io.quoting import quoted
+from foveate.io.reading import check_plain
 
 LARGEST = 64 * 1024
 """Bytes of a file."""

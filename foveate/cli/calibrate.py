@@ -12,11 +12,11 @@ from rich.markup import escape
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import MAX_PIXELS, encode, load_image, load_model
 from foveate.errors import InputError
-from foveate.files import parse_json, read_lines, reason
+from foveate.io.quoting import shown
+from foveate.io.reading import parse_json, read_lines, reason
+from foveate.io.writing import check_file, write_json
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.methods.vflowopt import calibrate as search
-from foveate.quoting import shown
-from foveate.writing import check_file, write_json
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 
@@ -82,7 +82,7 @@ def read_prompts(path: Path, max_pixels: int | None = None) -> list[tuple[list[I
 
     Args:
         path: lines of JSON objects with `question` and `image` or `images`, relative to its folder.
-        max_pixels: most pixels of an image, see `foveate.images.load_image`.
+        max_pixels: most pixels of an image, see `foveate.io.images.load_image`.
 
     Raises:
         InputError: the file or a picture cannot be read, or a line is no such object.

@@ -22,9 +22,9 @@ from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import load_skeleton
 from foveate.cli.options import make_methods
 from foveate.errors import FoveateError, InputError
-from foveate.models import unsupported_families
-from foveate.quoting import LONGEST, shown
-from foveate.writing import check_file, is_full
+from foveate.families import unsupported_families
+from foveate.io.quoting import LONGEST, shown
+from foveate.io.writing import check_file, is_full
 
 SPEED = "bench --speed"
 DEMO = "As in `foveate run`; pyramiddrop if none is named."

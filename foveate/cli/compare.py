@@ -11,10 +11,10 @@ from rich import box
 from rich.table import Table
 
 import foveate
+from foveate.core.method import Method
 from foveate.measure.timing import Timing, interleave
 from foveate.measure.units import human_bytes, human_flops
-from foveate.method import Method
-from foveate.report import Report, layer_ranges
+from foveate.report.report import Report, layer_ranges
 
 ALL = "all tokens"
 WARMUP = 3

@@ -16,11 +16,11 @@ import foveate
 from foveate.cli.compare import ALL, WARMUP, cost_table, time_first_token
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import answer, encode, load_model
-from foveate.draw import stack
+from foveate.core.method import Method
+from foveate.io.writing import write_image
 from foveate.measure.timing import Timing
-from foveate.method import Method
-from foveate.report import Report, describe
-from foveate.writing import write_image
+from foveate.report.draw import stack
+from foveate.report.report import Report, describe
 
 if TYPE_CHECKING:
     from foveate.tiny import Question

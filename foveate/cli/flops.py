@@ -17,19 +17,19 @@ from rich.table import Table
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import load_image_processor, load_skeleton
 from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
+from foveate.core.method import Method
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
+from foveate.families import find_family
+from foveate.io.writing import check_file, write_json
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import Convention, get_convention
 from foveate.measure.flops import kv_bytes
 from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
-from foveate.method import Method
-from foveate.models import find_family
-from foveate.record import Record
-from foveate.report import idle_notes, layer_ranges
-from foveate.writing import check_file, write_json
+from foveate.record.record import Record
+from foveate.report.report import idle_notes, layer_ranges
 
 HELP = """Count what a method saves on a model, from its config alone; nothing is run.
 

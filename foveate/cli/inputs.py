@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from foveate.cli.console import stderr
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
-from foveate.images import load_image as open_image
+from foveate.io.images import load_image as open_image
+from foveate.io.quoting import quoted, shown
 from foveate.measure.checkpoints import checkpoints
-from foveate.quoting import quoted, shown
 
 MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -96,7 +96,7 @@ def load_image_processor(name: str) -> Any:
 
 
 def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
-    """Open an image as `foveate.images` does; what it warns of is a note on stderr.
+    """Open an image as `foveate.io.images` does; what it warns of is a note on stderr.
 
     Raises:
         InputError: there is no such file, it is no image, or it has more pixels than `max_pixels`.

@@ -8,12 +8,12 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.fields import hints_of, spell
+from foveate.core.method import STAGES, Method
+from foveate.core.resolve import methods_of
 from foveate.errors import BudgetError, InputError
-from foveate.fields import hints_of, spell
-from foveate.method import STAGES, Method
-from foveate.quoting import quoted, shown
-from foveate.resolve import methods_of
+from foveate.io.quoting import quoted, shown
 
 METHOD = (
     "A name that `foveate list` shows, or a JSON file. Given several times, methods act together, "

@@ -11,13 +11,13 @@ from typing import Any
 
 from foveate.cli.bounded_yaml import LARGEST, parse_yaml
 from foveate.cli.options import read_field, signature
+from foveate.core.fields import MisfitError, Natural, Positive, fit, hints_of, spell
+from foveate.core.method import Method, get_method
+from foveate.core.saving import from_dict
 from foveate.errors import FoveateError, InputError
-from foveate.fields import MisfitError, Natural, Positive, fit, hints_of, spell
-from foveate.files import read_text, reason
-from foveate.finetune.recipe import DTYPES, Data, Recipe
-from foveate.method import Method, get_method
-from foveate.quoting import quoted, shown, within
-from foveate.saving import from_dict
+from foveate.io.quoting import quoted, shown, within
+from foveate.io.reading import read_text, reason
+from foveate.training.finetune.recipe import DTYPES, Data, Recipe
 
 EXAMPLE = """\
 model: tiny            # tiny, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf

@@ -22,11 +22,11 @@ from foveate.cli.inputs import (
     load_model,
 )
 from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
-from foveate.draw import stack
+from foveate.core.method import Method
 from foveate.errors import InputError
-from foveate.method import Method
-from foveate.report import Report
-from foveate.writing import check_file, write_image, write_json
+from foveate.io.writing import check_file, write_image, write_json
+from foveate.report.draw import stack
+from foveate.report.report import Report
 
 HELP = """Ask a model about pictures, with a method that removes visual tokens.
 

@@ -13,9 +13,9 @@ from rich.markup import escape
 from foveate.cli.console import progress
 from foveate.cli.inputs import load_model
 from foveate.cli.recipe import EXAMPLE, read_recipe
-from foveate.finetune.recipe import Recipe
-from foveate.finetune.run import finetune, last_checkpoint
-from foveate.writing import check_folder
+from foveate.io.writing import check_folder
+from foveate.training.finetune.recipe import Recipe
+from foveate.training.finetune.run import finetune, last_checkpoint
 
 HELP = (
     """Train a model on conversations about pictures, with a method that removes visual tokens.

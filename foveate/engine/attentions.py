@@ -19,7 +19,7 @@ from foveate.engine.cache import PrunedStaticLayer
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.plan import Plan
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.models import Family
+from foveate.families import Family
 
 
 @dataclass(frozen=True, eq=False)

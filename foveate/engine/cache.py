@@ -20,14 +20,14 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from foveate.core.decode_selector import Watched
+from foveate.core.step import Work
+from foveate.engine.attachment import untraced
 from foveate.engine.layout import Slots
-from foveate.engine.part import untraced
 from foveate.errors import CacheError
-from foveate.focus import Watched
-from foveate.step import Work
 
 if TYPE_CHECKING:
-    from foveate.engine.blind import Unread
+    from foveate.engine.extensions.partial.decode import Unread
 
 
 class PrunedLayer(CacheLayerMixin):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from foveate.budget import PerRequest
+from foveate.core.budget import PerRequest
+from foveate.core.method import STAGES, Adaptive, Method, Step
+from foveate.core.video import VideoMethod
 from foveate.engine.plan import PlannedStep
 from foveate.errors import BudgetError, LayerError
-from foveate.method import STAGES, Adaptive, Method, Step
-from foveate.models import Family
-from foveate.video import VideoMethod
+from foveate.families import Family
 
 
 def check_together(family: Family, methods: Sequence[Method], steps: Sequence[PlannedStep]) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.clip import ClipQuestions
 from foveate.engine import features
-from foveate.engine.encoding import Encoding
+from foveate.engine.attachment import bypassed, is_compiled, untraced
+from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.features import Asker
 from foveate.engine.images import rows_of
 from foveate.engine.inputs import (
@@ -25,17 +25,17 @@ from foveate.engine.inputs import (
     placeholders,
     real_positions,
 )
-from foveate.engine.part import bypassed, is_compiled, untraced
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends, readout
-from foveate.engine.replay import Replays
 from foveate.engine.state import Args, Kwargs, Local
 from foveate.engine.tags import Tags
-from foveate.engine.vision import VisionPart
+from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import BudgetError, InputError
-from foveate.models import Family
-from foveate.record import Record
+from foveate.families import Family
+from foveate.record.record import Record
+from foveate.signals.clip import ClipQuestions
 
 
 class FeatureHooks:

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.clip import ClipQuestions
+from foveate.core.method import Need
+from foveate.core.reduction import Reduction, take_rows
+from foveate.core.tokens import Shape
 from foveate.engine.images import Group, Left, group_features, note, reduce_group
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.question import Question
 from foveate.errors import InputError, LayerError
-from foveate.method import Need
-from foveate.reduction import Reduction, take_rows
 from foveate.signals import SIGNALS
-from foveate.tokens import Shape
+from foveate.signals.clip import ClipQuestions
 
 
 @dataclass(frozen=True, eq=False)

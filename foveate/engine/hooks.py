@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from foveate.core.tokens import Shape
 from foveate.engine import features
-from foveate.engine.asking import IGNORED, samples
+from foveate.engine.attachment import bypassed, forward_of, is_compiled, untraced
 from foveate.engine.attentions import check_maps
+from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
-from foveate.engine.compute import run_layer
+from foveate.engine.cached_forward import Onward
+from foveate.engine.extensions.partial.prefill import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
+from foveate.engine.forward import Turn
 from foveate.engine.gate import is_generating
 from foveate.engine.images import Group, Part, locate
 from foveate.engine.inputs import (
@@ -40,16 +44,12 @@ from foveate.engine.inputs import (
     supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.onward import Onward
-from foveate.engine.part import bypassed, forward_of, is_compiled, untraced
 from foveate.engine.places import Places
+from foveate.engine.prompt import IGNORED, samples
 from foveate.engine.readout import check_readout
-from foveate.engine.recording import describe
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Forward, Kwargs, Prompt
-from foveate.engine.turn import Turn
 from foveate.errors import AttachError, InputError
-from foveate.tokens import Shape
 
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
 

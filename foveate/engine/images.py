@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from foveate.core.method import Adaptive
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import Shape, VisualTokens
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around, spared
 from foveate.errors import InputError
-from foveate.method import Adaptive
-from foveate.reduction import Reduction
-from foveate.tiles import Placed
-from foveate.tokens import Shape, VisualTokens
+from foveate.record.tiles import Placed
 
 Kept = Mapping[str, Tensor]
 Place = Callable[[], Placed]

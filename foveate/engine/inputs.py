@@ -12,9 +12,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from foveate.engine.asking import IGNORED
+from foveate.engine.prompt import IGNORED
 from foveate.errors import InputError
-from foveate.models import Family
+from foveate.families import Family
 
 LATER_IMAGES = (
     "behind a cache, {model} places a new image only if `generate` is given the features of the "

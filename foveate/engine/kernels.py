@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from foveate.errors import UnsupportedModelError
-from foveate.models import Family
+from foveate.families import Family
 
 
 def check_kernel(family: Family) -> None:

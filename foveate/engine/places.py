@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from foveate.engine.features import Encoded
-from foveate.models import Family
-from foveate.tiles import Placed, Tiling, in_picture, match_grid
+from foveate.families import Family
+from foveate.record.tiles import Placed, Tiling, in_picture, match_grid
 
 
 class Places:

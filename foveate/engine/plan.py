@@ -8,9 +8,9 @@ from functools import cached_property
 
 from torch import nn
 
-from foveate.budget import PerRequest
+from foveate.core.budget import PerRequest
+from foveate.core.method import Method, Need, Step, Work
 from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.method import Method, Need, Step, Work
 from foveate.signals import SIGNALS
 
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from foveate.budget import PerRequest
+from foveate.core.budget import PerRequest
+from foveate.core.method import STAGES, Method, Need, Step, Work, get_method, list_methods
+from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
-from foveate.engine.compute import why_whole
+from foveate.engine.extensions.partial.prefill import why_whole
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import STAGES, Method, Need, Step, Work, get_method, list_methods
-from foveate.models import Family
+from foveate.families import Family
 from foveate.signals import SIGNALS
-from foveate.step import entries
 
 
 def make_plan(family: Family, methods: Sequence[Method]) -> Plan:

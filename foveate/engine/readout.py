@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.engine.asking import Asked
+from foveate.core.reduction import Reduction
+from foveate.engine.prompt import Asked
 from foveate.errors import InputError
-from foveate.reduction import Reduction
 
 if TYPE_CHECKING:
     from foveate.engine.images import Group

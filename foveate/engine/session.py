@@ -19,23 +19,23 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.clip import ClipQuestions
+from foveate.core.method import Method
+from foveate.core.resolve import MethodLike, methods_of
+from foveate.engine.attachment import Part
 from foveate.engine.gate import Gate, is_within
-from foveate.engine.part import Part
 from foveate.engine.plan import Plan
 from foveate.engine.planning import make_plan
 from foveate.engine.text import TextPart
-from foveate.engine.vision import VisionPart
+from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import AttachError, InputError, UnsupportedModelError
-from foveate.method import Method
-from foveate.models import Family, find_family, unwrap
-from foveate.record import Record
-from foveate.resolve import MethodLike, methods_of
+from foveate.families import Family, find_family, unwrap
+from foveate.record.record import Record
+from foveate.signals.clip import ClipQuestions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from foveate.report import Report
+    from foveate.report.report import Report
 
 LEARNED = "foveate"  # the name of what methods learn, among a model's modules
 
@@ -240,7 +240,7 @@ class Session:
 
     def report(self) -> Report:
         """What happened to each image of the last prompt: tokens, FLOPs, KV bytes."""
-        from foveate.report import Report
+        from foveate.report.report import Report
 
         if self.record is None:
             return Report.empty(self.family, self.methods)
@@ -261,7 +261,7 @@ class Session:
         Raises:
             InputError: no prompt with images was run, or the number of images differs.
         """
-        from foveate.draw import show
+        from foveate.report.draw import show
 
         if self.record is None or not self.record.images:
             raise InputError("nothing to show: no prompt with an image was run in this session")

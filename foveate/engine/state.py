@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from foveate.clip import ClipQuestions
+    from foveate.engine.cached_forward import Onward
+    from foveate.engine.forward import Turn
     from foveate.engine.images import Group
-    from foveate.engine.onward import Onward
     from foveate.engine.rollback import Rollback
-    from foveate.engine.turn import Turn
-    from foveate.record import Record
+    from foveate.record.record import Record
+    from foveate.signals.clip import ClipQuestions
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

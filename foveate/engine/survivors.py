@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engine.encoding import Encoding
+from foveate.engine.vision.forward import Encoding
 from foveate.errors import UnsupportedModelError
-from foveate.models import Family
+from foveate.families import Family
 
 
 def survivors(

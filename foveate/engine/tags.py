@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from foveate.engine import features
-from foveate.engine.encoding import Encoding
 from foveate.engine.features import Encoded
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
 from foveate.engine.planning import working_methods
 from foveate.engine.survivors import survivors
-from foveate.engine.vision import VisionPart
+from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.models import Family
+from foveate.families import Family
 from foveate.signals import SIGNALS
 from foveate.signals.encoder import EncoderSignals
 from foveate.signals.packed import PackedSignals

@@ -6,13 +6,13 @@ import functools
 
 from torch import nn
 
-from foveate.clip import ClipQuestions
+from foveate.engine.attachment import Part
 from foveate.engine.hooks import Hooks, refuse_late
 from foveate.engine.kernels import check_kernel
-from foveate.engine.part import Part
 from foveate.engine.plan import Plan
-from foveate.engine.vision import VisionPart
-from foveate.models import Family
+from foveate.engine.vision.hooks import VisionPart
+from foveate.families import Family
+from foveate.signals.clip import ClipQuestions
 
 
 class TextPart(Hooks, Part):

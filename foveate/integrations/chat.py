@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 import foveate
+from foveate.core.resolve import MethodLike, methods_of
 from foveate.errors import InputError
-from foveate.images import as_rgb, load_image
-from foveate.models import find_family
-from foveate.quoting import shown
-from foveate.resolve import MethodLike, methods_of
+from foveate.families import find_family
+from foveate.io.images import as_rgb, load_image
+from foveate.io.quoting import shown
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -40,7 +40,7 @@ class ChatModel:
         processor: its processor.
         method: what removes visual tokens, as `foveate.use` takes it; `None` for all of them.
         frames: frames that are taken from a video.
-        max_pixels: most pixels of a file's picture, see `foveate.images.load_image`.
+        max_pixels: most pixels of a file's picture, see `foveate.io.images.load_image`.
 
     Raises:
         FoveateError: the method does not work on the model.

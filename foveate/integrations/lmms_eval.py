@@ -17,9 +17,9 @@ from typing import Any
 
 from foveate.cli.inputs import load_model
 from foveate.cli.options import make_methods
+from foveate.core.method import Method
 from foveate.errors import FoveateError, InputError
 from foveate.integrations.chat import ChatModel, Conversation
-from foveate.method import Method
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts
@@ -85,7 +85,7 @@ class _Foveate(lmms):
         batch_size: requests that are answered together.
         max_num_frames: frames of a video.
         max_batch_size: not used; batches have one size.
-        max_pixels: most pixels of a file's picture, see `foveate.images.load_image`.
+        max_pixels: most pixels of a file's picture, see `foveate.io.images.load_image`.
         **fields: hyper-parameters of the method.
     """
 

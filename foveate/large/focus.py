@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from foveate.core.saving import read_json
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
-from foveate.models import Family, find_family
-from foveate.quoting import shown
-from foveate.saving import read_json
-from foveate.writing import check_folder, replacing, write_json
+from foveate.families import Family, find_family
+from foveate.io.quoting import shown
+from foveate.io.writing import check_folder, replacing, write_json
 
 PUBLISHED = (1, 5, 11, 14)
 """Layers of a 32-layer language model that the published module starts from."""

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 
 from foveate.errors import FoveateError, InputError
-from foveate.images import as_rgb, load_image, value_range
+from foveate.io.images import as_rgb, load_image, value_range
+from foveate.io.quoting import shown
 from foveate.large.pyramid import Level, Size
-from foveate.quoting import shown
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels; right and bottom are exclusive."""
@@ -51,7 +51,7 @@ class Held:
     """A picture in memory.
 
     Args:
-        image: any mode; `foveate.images` says how it becomes RGB.
+        image: any mode; `foveate.io.images` says how it becomes RGB.
     """
 
     def __init__(self, image: Image.Image) -> None:
@@ -77,7 +77,7 @@ class Stored:
     Tiled TIFF is read tile by tile, with its stored reductions if it has some; what a format cannot
     give by windows libvips unpacks once into a temporary file.
 
-    Colours are those of `foveate.images`, but for CMYK, which libvips converts with a profile.
+    Colours are those of `foveate.io.images`, but for CMYK, which libvips converts with a profile.
     Where the range of values decides (floats, whole numbers of neither 8 nor 16 bits), the file is
     read once more to know it.
 
@@ -208,7 +208,7 @@ def open_picture(
     Args:
         source: a file, read through libvips if pyvips is installed and else by Pillow; an image in
             memory; or a picture already.
-        max_pixels: most pixels of a file that Pillow reads, see `foveate.images.load_image`; a file
+        max_pixels: most pixels of a file that Pillow reads, see `foveate.io.images.load_image`; a file
             that is read by windows may have any number of them.
 
     Raises:

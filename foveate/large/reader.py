@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.families import Family, find_family
 from foveate.large.focus import RegionFocus
 from foveate.large.picture import Picture, open_picture, read_tile
 from foveate.large.pyramid import (
@@ -32,7 +33,6 @@ from foveate.large.pyramid import (
     unpadded_as_released,
 )
 from foveate.methods.lrsvqa import LRSVQA, RELEASED_ROUNDS
-from foveate.models import Family, find_family
 
 FAMILIES = ("llava", "llava_next", "llava_onevision")
 """Families with a tower on square tiles, whose features are made of tiles one by one."""

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from foveate.engine.window import Grid
+from foveate.core.method import Method, ModelFacts, Work
+from foveate.engine.extensions.partial.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.flops import TextShape
 from foveate.measure.selection import acted, decoder_flops, encoder_flops
 from foveate.measure.trace import Traced, skeleton, trace
-from foveate.method import Method, ModelFacts, Work
-from foveate.record import Record
+from foveate.record.record import Record
 
 FOVEATE = CONVENTIONS["foveate"]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from foveate.models.family import window_of
+from foveate.families.family import window_of
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from PIL import Image
 
+from foveate.core.tokens import Shape
+from foveate.core.video import VideoMethod
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import UnsupportedModelError
+from foveate.families import Family
 from foveate.measure.flops import TextShape
 from foveate.measure.trace import trace
-from foveate.models import Family
-from foveate.record import ImageRecord, Record
-from foveate.tokens import Shape
-from foveate.video import VideoMethod
+from foveate.record.record import ImageRecord, Record
 
 
 def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.budget import PerRequest
+from foveate.core.budget import PerRequest
+from foveate.core.method import Method, ModelFacts, Step
+from foveate.core.step import entries, place_of
 from foveate.measure.flops import TextShape
 from foveate.measure.trace import Traced
-from foveate.method import Method, ModelFacts, Step
-from foveate.record import ImageRecord, Record
+from foveate.record.record import ImageRecord, Record
 from foveate.signals import SIGNALS
-from foveate.step import entries, place_of
 
 _KEYS = {"text_attention", "content_attention", "question_attention", "llm_keys", "question_keys"}
 _VALUES = {"llm_values", "value_attention"}

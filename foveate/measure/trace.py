@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.core.tokens import Shape
 from foveate.engine.inputs import bound
-from foveate.engine.packed import boundaries
-from foveate.models import Family, find_family
-from foveate.tokens import Shape
+from foveate.engine.vision.segments import boundaries
+from foveate.families import Family, find_family
 
 Frozen: TypeAlias = tuple[tuple[str, Any], ...]
 _VALUES = 4096  # larger integer tensors are masks of pixels, on which no count depends

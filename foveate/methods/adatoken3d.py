@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foveate.budget import Keep
-from foveate.method import register
+from foveate.core.budget import Keep
+from foveate.core.method import register
 from foveate.methods.pyramiddrop import PyramidDrop
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.fields import Natural
-from foveate.method import ModelFacts, Positions, Scorer, Step, register
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural
+from foveate.core.method import ModelFacts, Positions, Scorer, Step, register
+from foveate.core.tokens import VisualTokens
 
 
 @register("random", stage="pre_llm", paper="baseline")

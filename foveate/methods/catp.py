@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.budget import Keep, steps_in
+from foveate.core.budget import Keep, steps_in
+from foveate.core.fields import Natural, UnitFloat
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import TIE, highest
+from foveate.core.reduction import Reduction
+from foveate.core.schedule import Drop, Scheduled
+from foveate.core.tokens import VisualTokens
 from foveate.errors import LayerError
-from foveate.fields import Natural, UnitFloat
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.methods.divprune import cosine_distance
-from foveate.ranking import TIE, highest
-from foveate.reduction import Reduction
-from foveate.schedule import Drop, Scheduled
-from foveate.tokens import VisualTokens
 
 
 @register(

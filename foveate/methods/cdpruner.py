@@ -19,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.diversity import select_determinant, with_lengths
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.ranking import TIE
-from foveate.reduction import Reduction
-from foveate.relevance import Relevance, relevance_needs, token_relevance
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import TIE
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.ops.diversity import select_determinant, with_lengths
+from foveate.ops.relevance import Relevance, relevance_needs, token_relevance
 
 MAGNIFIED = 16.0
 """How much larger the rounding of cosines is once relevance is scaled to [0, 1] and squared, where

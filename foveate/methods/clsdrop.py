@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural
+from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.core.tokens import VisualTokens
 from foveate.errors import LayerError
-from foveate.fields import Natural
-from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.quoting import quoted
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 
 @register("cls-drop", stage="vision", needs=("cls_attention",))

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.diversity import unit, with_lengths
-from foveate.fields import Natural, Positive
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.ranking import among_top, ranked
-from foveate.reduction import Reduction, take_rows
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural, Positive
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import among_top, ranked
+from foveate.core.reduction import Reduction, take_rows
+from foveate.core.tokens import VisualTokens
+from foveate.ops.diversity import unit, with_lengths
 
 PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foveate.budget import Keep
-from foveate.diversity import cosine_distance, select_diverse
-from foveate.method import Method, ModelFacts, Positions, Step, register
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.method import Method, ModelFacts, Positions, Step, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.ops.diversity import cosine_distance, select_diverse
 
 
 @register("divprune", stage="pre_llm", paper="Alvar et al. 2025, arXiv:2503.02175")

@@ -20,14 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.errors import InputError, LayerError
-from foveate.fields import Positive, UnitFloat
-from foveate.focus import Focus, Focuser
-from foveate.method import ModelFacts, Positions, Step, register
-from foveate.ranking import ranked
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
-from foveate.video import (
+from foveate.core.decode_selector import Focus, Focuser
+from foveate.core.fields import Positive, UnitFloat
+from foveate.core.method import ModelFacts, Positions, Step, register
+from foveate.core.ranking import ranked
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.core.video import (
     Parts,
     VideoMethod,
     by_frame,
@@ -35,6 +34,7 @@ from foveate.video import (
     exact,
     similarity,
 )
+from foveate.errors import InputError, LayerError
 
 WINDOW = 4
 """Frames of which the first stays whole."""

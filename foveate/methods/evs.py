@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.method import Positions, register
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
-from foveate.video import Parts, VideoMethod, by_frame, exact, similarity
+from foveate.core.budget import Keep
+from foveate.core.method import Positions, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.core.video import Parts, VideoMethod, by_frame, exact, similarity
 
 
 @register("evs", stage="pre_llm", paper="NVIDIA 2025, arXiv:2510.14624")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.core.tokens import VisualTokens
 
 
 @register(

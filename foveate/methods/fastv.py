@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.core.tokens import VisualTokens
 from foveate.errors import LayerError
-from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.tokens import VisualTokens
 
 
 @register(

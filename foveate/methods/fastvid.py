@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Share
-from foveate.clustering import peaks, squared_distances
-from foveate.fields import Positive, UnitFloat
-from foveate.method import Positions, register
-from foveate.ranking import bottom, highest, ranked, top
-from foveate.reduction import Reduction, take_rows
-from foveate.tokens import VisualTokens
-from foveate.video import (
+from foveate.core.budget import Share
+from foveate.core.fields import Positive, UnitFloat
+from foveate.core.method import Positions, register
+from foveate.core.ranking import bottom, highest, ranked, top
+from foveate.core.reduction import Reduction, take_rows
+from foveate.core.tokens import VisualTokens
+from foveate.core.video import (
     Parts,
     VideoMethod,
     by_frame,
@@ -35,6 +34,7 @@ from foveate.video import (
     together,
     unit,
 )
+from foveate.ops.clustering import peaks, squared_distances
 
 NEIGHBOURS = 4
 """Tokens that make up a density, a token itself among them; fixed in the release."""

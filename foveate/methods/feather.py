@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, PerRequest, check_keep, steps_in
-from foveate.budget import count as budget_count
-from foveate.fields import Natural, Positive
-from foveate.method import Adaptive, Positions, Step, by_count, register
-from foveate.ranking import top
-from foveate.reduction import Reduction
-from foveate.schedule import Scheduled
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep, PerRequest, check_keep, steps_in
+from foveate.core.budget import count as budget_count
+from foveate.core.fields import Natural, Positive
+from foveate.core.method import Adaptive, Positions, Step, by_count, register
+from foveate.core.ranking import top
+from foveate.core.reduction import Reduction
+from foveate.core.schedule import Scheduled
+from foveate.core.tokens import VisualTokens
 
 
 @register(

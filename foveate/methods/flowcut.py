@@ -19,15 +19,15 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, PerRequest
-from foveate.budget import count as budget_count
+from foveate.core.budget import Keep, PerRequest
+from foveate.core.budget import count as budget_count
+from foveate.core.fields import Positive, Range
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import ranked
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, LayerError
-from foveate.fields import Positive, Range
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.quoting import quoted
-from foveate.ranking import ranked
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.fields import Natural
-from foveate.method import Positions, Scorer, register
-from foveate.schedule import Scheduled
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural
+from foveate.core.method import Positions, Scorer, register
+from foveate.core.schedule import Scheduled
+from foveate.core.tokens import VisualTokens
 
 
 @register(

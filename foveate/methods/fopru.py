@@ -16,12 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import top
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, InputError
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.ranking import top
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
 
 
 @register(

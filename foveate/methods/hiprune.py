@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural, UnitFloat
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import ranked, top
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import InputError, LayerError
-from foveate.fields import Natural, UnitFloat
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.ranking import ranked, top
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
 
 
 @register(

@@ -17,15 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.clustering import dpc_knn
-from foveate.errors import BudgetError
-from foveate.fields import Positive, UnitFloat
-from foveate.method import Positions, register
-from foveate.quoting import quoted
-from foveate.ranking import ranked
-from foveate.reduction import Reduction, take_rows
-from foveate.tokens import VisualTokens
-from foveate.video import (
+from foveate.core.fields import Positive, UnitFloat
+from foveate.core.method import Positions, register
+from foveate.core.ranking import ranked
+from foveate.core.reduction import Reduction, take_rows
+from foveate.core.tokens import VisualTokens
+from foveate.core.video import (
     Parts,
     Survivors,
     VideoMethod,
@@ -35,6 +32,9 @@ from foveate.video import (
     similarity,
     together,
 )
+from foveate.errors import BudgetError
+from foveate.io.quoting import quoted
+from foveate.ops.clustering import dpc_knn
 
 
 @register(

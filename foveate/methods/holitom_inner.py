@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.fields import Natural
-from foveate.method import Positions, Scorer, register
-from foveate.ranking import highest
-from foveate.reduction import Reduction
-from foveate.schedule import Scheduled
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural
+from foveate.core.method import Positions, Scorer, register
+from foveate.core.ranking import highest
+from foveate.core.reduction import Reduction
+from foveate.core.schedule import Scheduled
+from foveate.core.tokens import VisualTokens
 
 
 @register(

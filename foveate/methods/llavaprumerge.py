@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.budget import PerRequest, Share
-from foveate.budget import count as budget_count
+from foveate.core.budget import PerRequest, Share
+from foveate.core.budget import count as budget_count
+from foveate.core.fields import Natural, Range
+from foveate.core.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.core.ranking import TIE, ranked, top
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError
-from foveate.fields import Natural, Range
-from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
-from foveate.quoting import quoted
-from foveate.ranking import TIE, ranked, top
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 
 @register(

@@ -19,14 +19,14 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep, PerRequest
-from foveate.budget import count as budget_count
+from foveate.core.budget import Keep, PerRequest
+from foveate.core.budget import count as budget_count
+from foveate.core.fields import Natural, Positive, Range
+from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.core.ranking import highest, top
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError
-from foveate.fields import Natural, Positive, Range
-from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.quoting import quoted
-from foveate.ranking import highest, top
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 TEACHER = 14 / 32
 """Depth of the language model's layer whose attention the Region Focus Module learns to give."""

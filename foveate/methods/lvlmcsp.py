@@ -18,14 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.budget import Keep, PerRequest, check_keep
+from foveate.core.budget import Keep, PerRequest, check_keep
+from foveate.core.fields import Natural
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import highest
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import FoveateError, LayerError
-from foveate.fields import Natural
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.quoting import quoted
-from foveate.ranking import highest
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 
 @register(

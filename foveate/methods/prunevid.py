@@ -18,14 +18,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from foveate.clustering import dpc_knn
-from foveate.errors import LayerError
-from foveate.fields import Positive, UnitFloat
-from foveate.method import ModelFacts, Need, Positions, Step, by_count, register
-from foveate.ranking import ranked
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
-from foveate.video import (
+from foveate.core.fields import Positive, UnitFloat
+from foveate.core.method import ModelFacts, Need, Positions, Step, by_count, register
+from foveate.core.ranking import ranked
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.core.video import (
     Parts,
     Survivors,
     VideoMethod,
@@ -36,6 +34,8 @@ from foveate.video import (
     together,
     unit,
 )
+from foveate.errors import LayerError
+from foveate.ops.clustering import dpc_knn
 
 
 @register(

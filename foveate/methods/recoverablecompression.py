@@ -25,14 +25,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.diversity import unit
-from foveate.fields import Positive
-from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
-from foveate.outliers import local_outliers
-from foveate.ranking import ranked, top
-from foveate.reduction import Reduction, take_rows
-from foveate.relevance import Relevance, relevance_needs, token_relevance
-from foveate.tokens import VisualTokens
+from foveate.core.fields import Positive
+from foveate.core.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.core.ranking import ranked, top
+from foveate.core.reduction import Reduction, take_rows
+from foveate.core.tokens import VisualTokens
+from foveate.ops.diversity import unit
+from foveate.ops.outliers import local_outliers
+from foveate.ops.relevance import Relevance, relevance_needs, token_relevance
 
 
 @register(

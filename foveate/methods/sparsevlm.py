@@ -22,14 +22,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.clustering import dpc_knn
-from foveate.fields import Natural, Positive, UnitFloat
-from foveate.method import Adaptive, ModelFacts, Need, Positions, by_count, register
-from foveate.ranking import TIE, ranked, top
-from foveate.reduction import Reduction, take_rows
-from foveate.schedule import Scheduled
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural, Positive, UnitFloat
+from foveate.core.method import Adaptive, ModelFacts, Need, Positions, by_count, register
+from foveate.core.ranking import TIE, ranked, top
+from foveate.core.reduction import Reduction, take_rows
+from foveate.core.schedule import Scheduled
+from foveate.core.tokens import VisualTokens
+from foveate.ops.clustering import dpc_knn
 
 FLOOR = 0.05
 PUBLISHED = {  # survivors of 576 tokens at each drop, by version and average over the layers

@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import torch
 
-from foveate.budget import Keep, PerRequest, check_keep
-from foveate.diversity import cosine_distance, select_diverse
-from foveate.fields import Range
-from foveate.method import Method, ModelFacts, Positions, Step, register
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep, PerRequest, check_keep
+from foveate.core.fields import Range
+from foveate.core.method import Method, ModelFacts, Positions, Step, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.ops.diversity import cosine_distance, select_diverse
 
 
 @register("todre", stage="pre_llm", paper="ToDRE 2025, arXiv:2505.18757")

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from foveate.budget import Keep, PerRequest, check_keep
-from foveate.budget import count as budget_count
+from foveate.core.budget import Keep, PerRequest, check_keep
+from foveate.core.budget import count as budget_count
+from foveate.core.fields import Natural, Positive
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError
-from foveate.fields import Natural, Positive
-from foveate.matching import match, match_every
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.quoting import quoted
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
+from foveate.ops.matching import match, match_every
 
 
 @dataclass(frozen=True)

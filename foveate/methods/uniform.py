@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.budget import Keep
-from foveate.method import Method, ModelFacts, Positions, Step, register
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.core.budget import Keep
+from foveate.core.method import Method, ModelFacts, Positions, Step, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 
 
 @register("uniform", stage="pre_llm", paper="baseline")

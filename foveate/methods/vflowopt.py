@@ -19,14 +19,14 @@ from typing import Annotated, Any
 
 import torch
 
-from foveate.budget import Keep, PerRequest
+from foveate.core.budget import Keep, PerRequest
+from foveate.core.fields import Natural, Range
+from foveate.core.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, LayerError
-from foveate.fields import Natural, Range
-from foveate.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
-from foveate.quoting import quoted
-from foveate.recycling import cells, merged, places, pool_size, recycle
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
+from foveate.ops.cell_merging import cells, merged, places, pool_size, recycle
 
 STRATEGIES: dict[float, dict[str, Any]] = {
     0.5: {"keep": (0.7233, 0.7233 * 0.7487, 0.7233 * 0.7487 * 0.487), "threshold": 28.683,
@@ -233,8 +233,8 @@ def calibrate(
         >>> best = calibrate(model, prompts, 0.25, storage="search.log")  # doctest: +SKIP
         >>> foveate.use(model, best)  # doctest: +SKIP
     """
-    from foveate.calibration import search  # it needs the engine, which methods do without
-    from foveate.models import find_family
+    from foveate.calibration.search import search  # it needs the engine, which methods do without
+    from foveate.families import find_family
 
     if not 0 < average < 1:
         raise BudgetError(f"average must be in (0, 1), got {average}")

@@ -20,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.fields import Natural
+from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core.ranking import highest, top
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError
-from foveate.fields import Natural
-from foveate.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.ranking import highest, top
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
 
 
 @register(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
+from foveate.core.tokens import VisualTokens
 from foveate.errors import LayerError
-from foveate.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.quoting import quoted
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 
 @register(

@@ -20,12 +20,12 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from foveate.core.fields import Natural, Positive, Range
+from foveate.core.method import Method, ModelFacts, Positions, Step, Work, register
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError, LayerError
-from foveate.fields import Natural, Positive, Range
-from foveate.method import Method, ModelFacts, Positions, Step, Work, register
-from foveate.quoting import quoted
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.io.quoting import quoted
 
 
 @register("yopo", stage="llm", paper="Zhang et al. 2024, arXiv:2410.06169")

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from foveate.models import Encoder
+from foveate.families import Encoder
 from foveate.signals.cls_attention import class_row
 from foveate.signals.flow import information_flow
 

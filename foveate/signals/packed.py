@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.models import Encoder
-from foveate.models.rows import Picture
+from foveate.families import Encoder
+from foveate.families.rows import Picture
 from foveate.signals.encoder import Attaching, EncoderSignals, Shortened, attention_sums, queries
 
 ROWS = 2**14  # rows whose attention is summed up together

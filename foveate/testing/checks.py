@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.core.method import Method
+from foveate.core.resolve import MethodLike, methods_of
 from foveate.engine.session import use
 from foveate.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
-from foveate.method import Method
-from foveate.models import find_family
-from foveate.resolve import MethodLike, methods_of
+from foveate.families import find_family
 from foveate.testing import models
 from foveate.testing.replay import Log, Row, logged
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.method import Adaptive, Method
-from foveate.models import find_family
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.core.method import Adaptive, Method
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.families import find_family
 
 Log = list[tuple[Method, str, Reduction]]
 

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from foveate.images import to_rgb
+from foveate.io.images import to_rgb
 from foveate.tiny.questions import PER_KIND, Question, ask
 from foveate.tiny.shapes import object_mask
 from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES, WORDS

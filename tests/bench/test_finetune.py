@@ -5,11 +5,11 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from foveate.bench.data import Row
-from foveate.bench.finetune import _SLOTS, answer_loss, batch, vocabulary
 from foveate.tiny import PATH
 from foveate.tiny.build import EOS, build_config, build_model, build_tokenizer
-from foveate.tiny.finetune import adopt, vocabulary_of
-from foveate.tiny.train import export
+from recipes.easy_vqa import _SLOTS, answer_loss, batch, vocabulary
+from recipes.sequences import adopt, vocabulary_of
+from recipes.train import export
 
 
 def test_a_few_steps_teach_an_answer_and_its_end(tmp_path) -> None:

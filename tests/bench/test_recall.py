@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveate.bench.recall import area_recall, seen_box, token_hit
-from foveate.boxes import cells
+from foveate.record.boxes import cells
 
 
 def kept(*index, total=16):

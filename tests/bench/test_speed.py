@@ -99,7 +99,7 @@ def test_a_session_that_was_there_stays(bench, made):
 
 
 def test_a_cache_that_is_not_as_reported_is_an_error(bench, made, monkeypatch):
-    monkeypatch.setattr("foveate.report.flops.kv_bytes", lambda *_: 12)
+    monkeypatch.setattr("foveate.report.report.flops.kv_bytes", lambda *_: 12)
     with pytest.raises(FoveateError, match=r"fastv: the cache holds .* says 12"):
         measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), repeats=1)
 

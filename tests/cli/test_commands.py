@@ -14,9 +14,9 @@ from foveate.bench.outcome import Outcome
 from foveate.bench.runner import Runner
 from foveate.cli import app
 from foveate.cli.inputs import encode, load_image
+from foveate.families import unsupported_families
+from foveate.families.support import Matrix, support
 from foveate.methods import FastV, PyramidDrop
-from foveate.models import unsupported_families
-from foveate.models.support import Matrix, support
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_run_gives_what_the_library_gives(embedded, scene, photo, question, pict
 
 
 def test_run_draws_what_was_kept(embedded, scene, photo, question, tmp_path):
-    from foveate.draw import stack
+    from foveate.report.draw import stack
 
     drawn = tmp_path / "kept.png"
     result = call(

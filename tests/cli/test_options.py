@@ -7,8 +7,8 @@ from typing import Literal
 import pytest
 
 from foveate.cli.options import make_method, parse_keep, read_field, signature
+from foveate.core.method import Scorer, Step, get_method, list_methods
 from foveate.errors import BudgetError, InputError, UnknownMethodError
-from foveate.method import Scorer, Step, get_method, list_methods
 from foveate.methods import FastV, PyramidDrop
 
 

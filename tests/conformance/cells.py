@@ -12,14 +12,14 @@ from transformers import (
 )
 
 import foveate
+from foveate.core.method import Adaptive
+from foveate.core.video import VideoMethod
 from foveate.engine.session import Session
 from foveate.errors import UnsupportedModelError
-from foveate.method import Adaptive
+from foveate.families.llava_next import AnyRes
+from foveate.families.support import YES
 from foveate.methods import Downsample
-from foveate.models.llava_next import AnyRes
-from foveate.models.support import YES
 from foveate.signals import SIGNALS
-from foveate.video import VideoMethod
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import TOLERANCE, model_of
 from tests.conformance.zoo import MEMBERS

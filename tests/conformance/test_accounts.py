@@ -6,12 +6,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.engine.planning import make_plan
+from foveate.families import find_family
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
 from foveate.measure.flops import TextShape, kv_bytes
 from foveate.measure.planned import planned
 from foveate.methods import FastV, PyramidDrop
-from foveate.models import find_family
 from tests.conformance.batches import batch_of
 from tests.conformance.test_families import layers_of, model_of
 from tests.conformance.zoo import MEMBERS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.models import find_family
+from foveate.families import find_family
 from tests.conformance.test_families import case, layers_of, model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh

@@ -15,8 +15,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 import foveate
-from foveate.models import find_family
-from foveate.tokens import Shape
+from foveate.core.tokens import Shape
+from foveate.families import find_family
 from tests.conformance.test_pixels import NAMES, model_of, prompt
 from tests.conformance.test_pixels_grids import VIDEO
 from tests.conformance.test_pixels_grids import model_of as on_grids_model

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import foveate
+from foveate.families import find_family
 from foveate.methods import FastV, PyramidDrop
-from foveate.models import find_family
 from tests.conformance import oracle
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh

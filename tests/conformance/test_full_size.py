@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from foveate.core.method import get_method, list_methods
 from foveate.engine.planning import why_not
-from foveate.method import get_method, list_methods
-from foveate.models import find_family
+from foveate.families import find_family
 from foveate.signals import SIGNALS
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.models import find_family
+from foveate.families import find_family
 from tests.conformance import oracle
 from tests.conformance.test_families import case, model_of
 from tests.conformance.zoo import MEMBERS

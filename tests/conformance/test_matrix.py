@@ -12,10 +12,10 @@ import pytest
 
 import foveate
 from foveate.cli.listing import methods_in_stream_order
-from foveate.models.support import Matrix, support
+from foveate.families.support import Matrix, support
 from tests.conformance import cells
 
-FILE = resources.files("foveate.models") / "support.json"
+FILE = resources.files("foveate.families") / "support.json"
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 HEAD = """# What works on which model
 
@@ -40,7 +40,7 @@ def page(entries):
         lines.append(f"| `{model_type}` | {' | '.join(texts)} |")
     notes = [f"{number}. {note}" for number, note in enumerate(matrix.notes, 1)]
     lines += ["", *notes, "", "## Refused families", ""]
-    refused = foveate.models.unsupported_families()
+    refused = foveate.families.unsupported_families()
     lines += [f"- `{model_type}`: {why}" for model_type, why in refused.items()]
     return HEAD + "\n".join(lines) + "\n"
 

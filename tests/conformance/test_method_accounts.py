@@ -8,14 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.budget import per_request
+from foveate.core.budget import per_request
+from foveate.core.method import get_method, list_methods
+from foveate.core.reduction import Reduction
 from foveate.engine.planning import working_methods
+from foveate.families import find_family
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
-from foveate.method import get_method, list_methods
 from foveate.methods import DART, LVLMCSP, YOPO, FastV, PyramidDrop, SparseVLM, VisionZip
-from foveate.models import find_family
-from foveate.reduction import Reduction
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
 from tests.conformance.zoo import MEMBERS

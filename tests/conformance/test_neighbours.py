@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import foveate
-from foveate.method import Adaptive, Step
+from foveate.core.method import Adaptive, Step
+from foveate.core.reduction import Reduction
 from foveate.methods import LLaVAPruMerge
-from foveate.reduction import Reduction
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS

@@ -9,8 +9,8 @@ import torch
 
 import foveate
 from foveate.errors import InputError
+from foveate.families import find_family
 from foveate.methods import PyramidDrop
-from foveate.models import find_family
 from tests.conformance import oracle
 from tests.conformance.test_pixels import NAMES, TOLERANCE
 from tests.conformance.test_pixels import model_of as pixels_model

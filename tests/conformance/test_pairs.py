@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import foveate
+from foveate.core.video import VideoMethod
 from foveate.engine.session import Session
 from foveate.errors import FoveateError, LayerError
-from foveate.models import find_family
+from foveate.families import find_family
 from foveate.signals import SIGNALS
-from foveate.video import VideoMethod
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
 from tests.conformance.test_pixels import NAMES, TOLERANCE, model_of

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import foveate
+from foveate.core.tokens import Shape
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.families import find_family
 from foveate.methods import FasterVLM, PyramidDrop
-from foveate.models import find_family
-from foveate.tokens import Shape
 from tests.conformance import oracle
 from tests.conformance.batches import batch_of
 from tests.conformance.zoo import MEMBERS

@@ -7,8 +7,8 @@ import torch
 
 import foveate
 from foveate.engine.inputs import bound
+from foveate.families import find_family
 from foveate.methods import VisionZip
-from foveate.models import find_family
 from tests.conformance.test_pixels import NAMES, model_of, prompt
 from tests.conformance.zoo import MEMBERS
 

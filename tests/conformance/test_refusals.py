@@ -8,7 +8,7 @@ import torch
 
 import foveate
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.models import find_family
+from foveate.families import find_family
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.towers import SIDE, pictures
 from tests.methods_for_tests import EveryThird

@@ -15,8 +15,8 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 import foveate
 from foveate.errors import InputError
-from foveate.models import find_family
-from foveate.tiles import Tiling, in_picture, match_grid
+from foveate.families import find_family
+from foveate.record.tiles import Tiling, in_picture, match_grid
 from tests.conformance.test_patches import local_model
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh

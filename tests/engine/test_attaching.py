@@ -16,7 +16,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import foveate
 from foveate.engine.gate import Gate
 from foveate.engine.text import TextPart
-from foveate.engine.vision import VisionPart
+from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import AttachError, FoveateError, UnsupportedModelError
 from foveate.methods import DivPrune, FastV, ToMe, VisionZip
 from tests.tinies import prompts, tiny_llava

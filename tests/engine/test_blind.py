@@ -5,7 +5,7 @@ import torch
 from transformers import StaticCache
 
 import foveate
-from foveate.engine.blind import ROOM, Unread
+from foveate.engine.extensions.partial.decode import ROOM, Unread
 from foveate.engine.hooks import Turn
 from foveate.methods.yopo import YOPO
 from tests.methods_for_tests import Forgetful

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import foveate
+from foveate.core.tokens import VisualTokens
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.methods import CDPruner, DivPrune, RecoverableCompression
-from foveate.tokens import VisualTokens
 from tests.engine.test_signals import ROWS
 from tests.tinies import PATCHES, prompts, row_of, tiny_clip
 

@@ -8,9 +8,9 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from foveate.engine.compute import Images, Split, run_layer, why_whole
-from foveate.method import Work
-from foveate.models import find_family
+from foveate.core.method import Work
+from foveate.engine.extensions.partial.prefill import Images, Split, run_layer, why_whole
+from foveate.families import find_family
 from tests.masked_layer import masked
 from tests.tinies import tiny_llava
 

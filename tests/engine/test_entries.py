@@ -12,15 +12,15 @@ from PIL import Image
 import foveate
 from foveate.bench.prompt import Shown
 from foveate.bench.recall import first_layer, seen_pictures
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.method import Need, Scorer, Step
+from foveate.core.step import Step as AnyStep
+from foveate.core.step import entries, place_of
 from foveate.engine.planning import make_plan
+from foveate.families import find_family
 from foveate.measure.planned import planned
-from foveate.method import Need, Scorer, Step
 from foveate.methods import CDPruner, DivPrune, FastV, PyramidDrop, ToMe, Uniform
-from foveate.models import find_family
-from foveate.record import place_name
-from foveate.step import Step as AnyStep
-from foveate.step import entries, place_of
+from foveate.record.record import place_name
 from tests.methods_for_tests import Listed
 from tests.tinies import PATCHES, prompts, tiny_llava
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import foveate
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.method import Need, Scorer, Step
 from foveate.engine.inputs import bound
-from foveate.method import Need, Scorer, Step
-from foveate.models import find_family
+from foveate.families import find_family
 from foveate.signals.packed import segment_sums
 from tests.conformance.zoo.member import MEMBERS, fresh
 

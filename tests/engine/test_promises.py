@@ -314,7 +314,7 @@ def test_a_model_with_a_session_cannot_be_copied(how):
     model, method = tiny_llava(), PyramidDrop()
     handle = foveate.apply(model, method) if how == "apply" else None
     if handle is None:
-        handle = foveate.training.session_of(foveate.prepare(model, method))
+        handle = foveate.training.prepare.session_of(foveate.prepare(model, method))
     with pytest.raises(AttachError, match="remove"):
         copy.deepcopy(model)
     handle.remove()

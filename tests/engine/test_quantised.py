@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate
+from foveate.core.method import get_method, list_methods
 from foveate.errors import UnsupportedModelError
-from foveate.method import get_method, list_methods
 from foveate.methods import YOPO
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings

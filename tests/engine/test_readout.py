@@ -10,7 +10,7 @@ import foveate
 from foveate.errors import InputError
 from foveate.methods import ClsDrop, DivPrune, FastV, PyramidDrop, ToDRE, ToMe, VisionZip
 from foveate.testing import models
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests import full_length
 from tests.methods_for_tests import EveryThird, Forgetful
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import foveate
-from foveate.budget import Keep
-from foveate.method import Adaptive, Method, Need, Scorer, Step, by_count
+from foveate.core.budget import Keep
+from foveate.core.method import Adaptive, Method, Need, Scorer, Step, by_count
+from foveate.core.reduction import Reduction
 from foveate.methods import FastV
-from foveate.reduction import Reduction
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 
 BEHIND = Step("pre_llm")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from foveate.errors import InputError
-from foveate.finetune import Conversations, Scenes
+from foveate.training.finetune import Conversations, Scenes
 
 
 @pytest.fixture

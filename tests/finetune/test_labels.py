@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from foveate.errors import InputError
-from foveate.finetune import Collator, Example, Message, Scenes
-from foveate.finetune.labels import label_ids, render
+from foveate.training.finetune import Collator, Example, Message, Scenes
+from foveate.training.finetune.labels import label_ids, render
 
 
 def say(role, text, images=0):

@@ -18,7 +18,7 @@ from foveate.cli import app
 from foveate.cli.inputs import load_model
 from foveate.cli.recipe import read_recipe
 from foveate.errors import InputError
-from foveate.finetune.run import finetune, freeze, last_checkpoint
+from foveate.training.finetune.run import finetune, freeze, last_checkpoint
 from tests.disks import fill, mounted
 
 

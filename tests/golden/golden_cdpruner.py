@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 
-from foveate.diversity import select_determinant
+from foveate.core.tokens import VisualTokens
 from foveate.methods.cdpruner import CDPruner, relevance_kernel
-from foveate.tokens import VisualTokens
+from foveate.ops.diversity import select_determinant
 
 METHOD = CDPruner(relevance="clip", as_released=True)
 

@@ -10,9 +10,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import foveate
-from foveate.method import Step
+from foveate.core.method import Step
+from foveate.core.tokens import VisualTokens
 from foveate.methods.dart import DART
-from foveate.tokens import VisualTokens
 
 STATES = 1e-4  # absolute tolerance
 

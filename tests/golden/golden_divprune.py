@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 
-from foveate.budget import count
-from foveate.diversity import cosine_distance, select_diverse
+from foveate.core.budget import count
+from foveate.core.tokens import VisualTokens
 from foveate.methods.divprune import DivPrune
-from foveate.tokens import VisualTokens
+from foveate.ops.diversity import cosine_distance, select_diverse
 
 
 def checks(case: Case) -> dict[str, Check]:

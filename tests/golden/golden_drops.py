@@ -18,13 +18,13 @@ from golden_llm import SCORES, Replay, offered
 from torch import Tensor
 
 import foveate
-from foveate.method import Adaptive, Method
+from foveate.core.method import Adaptive, Method
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.methods.feather import Feather
 from foveate.methods.holitom_inner import HoliTomInner
 from foveate.methods.sparsevlm import SparseVLM, rating
 from foveate.methods.transprune import TransPrune
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
 
 STATES = 1e-4  # absolute tolerance of hidden states
 
@@ -142,7 +142,7 @@ class TransPruneReplay(Drops):
         """Of each layer, as the next drop is told: of what is alive, nothing has gone since."""
         _, seen = self.run()
         (model,) = {self.model}
-        steps = self.plain().steps(foveate.models.find_family(model))
+        steps = self.plain().steps(foveate.families.find_family(model))
         compared = 0
         for before, step, at in zip((0, *self.layers), steps, seen, strict=False):
             (need,) = (need for need in step.needs if need.name == "transition")

@@ -14,11 +14,11 @@ from transformers import (
 )
 
 import foveate
-from foveate.method import Method, Scorer
+from foveate.core.method import Method, Scorer
+from foveate.core.tokens import VisualTokens
+from foveate.families import find_family
 from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.vtccls import VTCCLS
-from foveate.models import find_family
-from foveate.tokens import VisualTokens
 
 IMAGE, TEXT = 7, 3  # token ids
 FEATURES = {"vtc-cls": "features", "fastervlm": "output_features"}

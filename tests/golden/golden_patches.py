@@ -14,13 +14,13 @@ from golden_encoder import IMAGE, TEXT, build, prompt
 from torch import Tensor, nn
 
 import foveate
-from foveate.method import Adaptive, Method
+from foveate.core.method import Adaptive, Method
+from foveate.core.tokens import VisualTokens
+from foveate.families import find_family
 from foveate.methods.fopru import FoPru
 from foveate.methods.hiprune import HiPrune
 from foveate.methods.llavaprumerge import LLaVAPruMerge
 from foveate.methods.visionzip import VisionZip
-from foveate.models import find_family
-from foveate.tokens import VisualTokens
 
 
 @dataclass(frozen=True)

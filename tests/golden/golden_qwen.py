@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import foveate
-from foveate.method import Method, Need, Step
+from foveate.core.method import Method, Need, Step
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.methods.hiprune import HiPrune
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
 
 
 def checks(case: Case) -> dict[str, Check]:

@@ -8,13 +8,13 @@ from golden_encoder import IMAGE, TEXT, build
 from torch import Tensor
 
 import foveate
-from foveate.clip import ClipQuestions
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.families import find_family
 from foveate.methods.recoverablecompression import RecoverableCompression
-from foveate.models import find_family
-from foveate.outliers import local_outliers
-from foveate.reduction import Reduction
+from foveate.ops.outliers import local_outliers
+from foveate.signals.clip import ClipQuestions
 from foveate.signals.cls_attention import class_row
-from foveate.tokens import VisualTokens
 
 METHOD = RecoverableCompression(relevance="clip", as_released=True)
 

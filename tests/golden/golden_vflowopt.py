@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import foveate
-from foveate.method import Step
+from foveate.core.method import Step
+from foveate.core.reduction import Reduction
 from foveate.methods.vflowopt import VFlowOpt
-from foveate.recycling import cells, merged, pool_size, recycle
-from foveate.reduction import Reduction
+from foveate.ops.cell_merging import cells, merged, pool_size, recycle
 
 MODEL = "_tiny_qwen2"  # on which all cases of the language model were recorded
 

@@ -9,14 +9,14 @@ import torch
 from golden_case import Case, Check, assert_close, assert_same
 from torch import Tensor
 
-from foveate.method import Step
+from foveate.core.method import Step
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
 from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
 from foveate.methods.fastvid import FastVID, segments_of
 from foveate.methods.holitom import HoliTom, best_segments, run_lengths
 from foveate.methods.prunevid import PruneVid, windows
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
 
 VALUES = 1e-5  # absolute tolerance
 

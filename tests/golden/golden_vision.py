@@ -17,11 +17,11 @@ from transformers import (
 )
 
 import foveate
-from foveate.matching import match, match_every
+from foveate.core.reduction import Reduction
+from foveate.core.tokens import VisualTokens
+from foveate.families import find_family
 from foveate.methods.tome import ToMe
-from foveate.models import find_family
-from foveate.reduction import Reduction
-from foveate.tokens import VisualTokens
+from foveate.ops.matching import match, match_every
 
 FLOATS, MODEL = 1e-5, 1e-4  # absolute tolerances
 

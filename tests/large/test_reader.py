@@ -8,10 +8,10 @@ from PIL import Image
 import foveate
 from foveate import tiny
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.families import find_family
 from foveate.large import Reader, levels
 from foveate.large.reader import tile_features
 from foveate.methods import LRSVQA
-from foveate.models import find_family
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh

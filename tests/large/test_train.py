@@ -7,7 +7,7 @@ import torch
 from foveate import large, tiny
 from foveate.large.picture import Held
 from foveate.large.pyramid import levels
-from foveate.large.train import KINDS, LAYERS, LENGTH, SIDE, SLOTS, _scene, pack, taught, train
+from recipes.region_focus import KINDS, LAYERS, LENGTH, SIDE, SLOTS, _scene, pack, taught, train
 
 
 @torch.no_grad()

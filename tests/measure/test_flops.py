@@ -15,9 +15,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from foveate.families import find_family
 from foveate.measure import flops
 from foveate.measure.trace import trace
-from foveate.models import find_family
 
 SIZES = {
     "hidden_size": 48,

@@ -2,7 +2,7 @@
 
 import torch
 
-from foveate.method import get_method
+from foveate.core.method import get_method
 from foveate.methods import AdaToken3D, PyramidDrop
 from tests.test_schedule import Text
 

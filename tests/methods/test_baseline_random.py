@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import get_method
 from foveate.methods.baseline_random import Random
 
 

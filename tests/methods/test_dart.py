@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foveate.core.method import Step, get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
-from foveate.method import Step, get_method
 from foveate.methods.dart import DART
 
 STEP = Step("llm", 2)

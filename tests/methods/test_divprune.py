@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.budget import count
-from foveate.diversity import cosine_distance, select_diverse
+from foveate.core.budget import count
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import get_method
 from foveate.methods.divprune import DivPrune
+from foveate.ops.diversity import cosine_distance, select_diverse
 
 
 def naive_distance(x):

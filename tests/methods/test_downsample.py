@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveate.core.method import get_method
+from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError, InputError
-from foveate.method import get_method
 from foveate.methods.downsample import Downsample, pooled_grid
-from foveate.tokens import VisualTokens
 
 
 def pooled_by_torch(x, grid, cells):

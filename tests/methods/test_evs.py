@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from foveate.core.method import Step
 from foveate.errors import BudgetError
-from foveate.method import Step
 from foveate.methods.evs import EVS, change
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from foveate.budget import count
+from foveate.core.budget import count
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import get_method
 from foveate.methods.fastervlm import FasterVLM
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from foveate import per_request
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
-from foveate.method import get_method
 from foveate.methods.feather import Feather
 from tests.test_schedule import Text
 

@@ -8,8 +8,8 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import foveate
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, LayerError
-from foveate.method import get_method
 from foveate.methods.clsdrop import ClsDrop
 from foveate.methods.flowcut import FlowCut, concentration
 from foveate.signals.flow import information_flow

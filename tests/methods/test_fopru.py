@@ -5,8 +5,8 @@ import statistics
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, InputError
-from foveate.method import get_method
 from foveate.methods.fopru import FoPru
 
 

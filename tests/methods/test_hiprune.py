@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, InputError, LayerError
-from foveate.method import get_method
 from foveate.methods.hiprune import HiPrune
 
 

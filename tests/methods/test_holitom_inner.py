@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, LayerError
-from foveate.method import get_method
 from foveate.methods.holitom_inner import HoliTomInner, folded_shares, most_similar
 from tests.test_schedule import Text
 

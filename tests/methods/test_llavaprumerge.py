@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import get_method
 from foveate.methods.llavaprumerge import LLaVAPruMerge
 
 

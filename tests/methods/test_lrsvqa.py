@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import foveate
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import get_method
+from foveate.families import find_family
 from foveate.methods.lrsvqa import LRSVQA, stretched
-from foveate.models import find_family
 from tests.tinies import PATCHES, prompts, tiny_llava
 
 NEWLINE = (torch.arange(24) % 6) == 5

@@ -6,9 +6,9 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 
+from foveate.core.tokens import VisualTokens
 from foveate.errors import FoveateError, LayerError
 from foveate.methods.prunevid import PruneVid, highest, likeness_over_time, windows
-from foveate.tokens import VisualTokens
 
 
 def values(method, tokens):

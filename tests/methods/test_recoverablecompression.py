@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foveate.core.method import get_method
 from foveate.errors import FoveateError
-from foveate.method import get_method
 from foveate.methods.recoverablecompression import RecoverableCompression
 from tests.test_outliers import naive_outliers
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
-from foveate.method import get_method
 from foveate.methods.sparsevlm import PUBLISHED, SparseVLM, rating
 from tests.test_clustering import naive as naive_clusters
 from tests.test_schedule import Text

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.budget import per_request
+from foveate.core.budget import per_request
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
-from foveate.method import get_method
 from foveate.methods.todre import ToDRE
 
 

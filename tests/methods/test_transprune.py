@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import LayerError
-from foveate.method import get_method
 from foveate.methods.transprune import TransPrune
 from tests.test_schedule import Text
 

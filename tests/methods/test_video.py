@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from foveate.core.method import get_method
+from foveate.core.video import everything, together
 from foveate.errors import BudgetError, InputError
-from foveate.method import get_method
-from foveate.video import everything, together
 
 METHODS = {
     "evs": {"keep": 0.5},

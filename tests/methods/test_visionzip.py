@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError
-from foveate.method import get_method
 from foveate.methods.visionzip import VisionZip
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
-from foveate.method import get_method
 from foveate.methods.vtccls import VTCCLS
 
 

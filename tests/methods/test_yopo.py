@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import foveate
+from foveate.core.method import Work
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.method import Work
 from foveate.methods import FastV
 from foveate.methods.yopo import YOPO, head_mask
 from tests.masked_layer import masked
@@ -31,7 +31,7 @@ def expected(model, method, ids, features):
     columns = (ids == IMAGE).nonzero()[:, 0]
     hidden[columns] = torch.cat([hidden[:0], *features])
     images = [(part, torch.arange(36)) for part in columns.split(36)] if len(columns) else []
-    work = {work.layer: work for work in method.work(foveate.models.find_family(model))}
+    work = {work.layer: work for work in method.work(foveate.families.find_family(model))}
     rotary = text.rotary_emb(hidden[None], torch.arange(len(ids))[None])
     cos, sin = (part[0] for part in rotary)
     unseen = Work(0, 1, heads=(False,) * 4)  # behind the cut, for what text makes of it

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from foveate.boxes import cells
+from foveate.core.tokens import Shape
 from foveate.errors import InputError
-from foveate.models import find_family
-from foveate.tokens import Shape
+from foveate.families import find_family
+from foveate.record.boxes import cells
 from tests.conformance.test_families import model_of
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from foveate.errors import UnsupportedModelError
-from foveate.models import find_family, list_families, unsupported_families
+from foveate.families import find_family, list_families, unsupported_families
 
 
 @pytest.mark.parametrize("model_type", unsupported_families())

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import foveate
-from foveate.budget import Keep
+from foveate.core.budget import Keep
+from foveate.core.method import Need, Scorer, Step
+from foveate.core.reduction import Reduction
 from foveate.errors import FoveateError
-from foveate.method import Need, Scorer, Step
 from foveate.methods.flowcut import FlowCut
-from foveate.reduction import Reduction
 from foveate.testing import check_method, models
 from foveate.testing.checks import check_oracle
 

@@ -14,8 +14,8 @@ from transformers import (
 
 from foveate import tiny
 from foveate.tiny.build import EOS, IMAGE, UNK
-from foveate.tiny.data import TRAIN_SEEDS
-from foveate.tiny.evaluate import accuracy, answers, held_out, readout
+from recipes.data import TRAIN_SEEDS
+from recipes.evaluate import accuracy, answers, held_out, readout
 
 VISUAL = 256
 Loaded = tuple[LlavaForConditionalGeneration, LlavaProcessor]

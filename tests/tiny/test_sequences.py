@@ -5,9 +5,6 @@ import pytest
 import torch
 
 from foveate.tiny.build import build_config, build_model
-from foveate.tiny.data import normalise
-from foveate.tiny.finetune import adopt
-from foveate.tiny.sequence_data import LESSONS, answer_sequences, make_sequences
 from foveate.tiny.sequences import (
     SEQUENCE_KINDS,
     Sequence,
@@ -17,6 +14,9 @@ from foveate.tiny.sequences import (
     draw_rule,
 )
 from foveate.tiny.words import ORDINALS, VOCABULARY
+from recipes.data import normalise
+from recipes.sequence_data import LESSONS, answer_sequences, make_sequences
+from recipes.sequences import adopt
 
 DRAW = {
     "album": lambda seed: draw_album(seed, 3),
@@ -131,7 +131,7 @@ def test_batches_label_answers_and_show_every_object() -> None:
 
 
 def test_a_trained_model_is_adopted_and_other_vocabularies_are_refused(tmp_path) -> None:
-    from foveate.tiny.train import export
+    from recipes.train import export
 
     small = VOCABULARY[:152]
     torch.manual_seed(0)

@@ -13,11 +13,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from foveate.tiny import draw_scene, losses, packed
+from foveate.tiny import draw_scene
 from foveate.tiny.build import EARLY, PAD, build_config, build_model, build_processor
-from foveate.tiny.data import IGNORE, MULTI, SINGLE, make_batch, normalise, photo_paths
-from foveate.tiny.train import Settings, Trainer, train
 from foveate.tiny.words import KINDS, VOCABULARY
+from recipes import losses, packed
+from recipes.data import IGNORE, MULTI, SINGLE, make_batch, normalise, photo_paths
+from recipes.train import Settings, Trainer, train
 
 
 def _awake(layers: int) -> LlavaForConditionalGeneration:

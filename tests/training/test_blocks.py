@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.engine.asking import IGNORED
+from foveate.engine.prompt import IGNORED
 from foveate.methods import PyramidDrop
 from tests.tinies import IMAGE, PATCHES, prompts, tiny_llava
 
@@ -40,7 +40,7 @@ def train(attention, questions, asks):
     model = tiny_llava(attention=attention).train()
     foveate.prepare(model, METHOD)
     out = model(**packed(questions, asks), use_cache=False)
-    return out, foveate.training.session_of(model).kept[0]
+    return out, foveate.training.prepare.session_of(model).kept[0]
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -6,7 +6,7 @@ import torch
 import foveate
 from foveate.errors import InputError
 from foveate.methods import PyramidDrop
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests.training.batches import ROWS, batch, called, kinds, samples
 from tests.training.oracle import Schedule, loss_of
 

@@ -5,7 +5,7 @@ import torch
 
 import foveate
 from foveate.methods import DivPrune, PyramidDrop
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import foveate
+from foveate.core.method import Need, Step
 from foveate.errors import BudgetError, InputError
-from foveate.method import Need, Step
 from foveate.methods import CDPruner, FastV, PyramidDrop, TransPrune
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests.tinies import tiny_llava
 from tests.training.batches import Llava, batch, called, samples
 from tests.training.oracle import given_loss_of

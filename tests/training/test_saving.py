@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import foveate
+from foveate.core.method import Method, Scorer, Step
+from foveate.core.reduction import Reduction
+from foveate.core.saving import Saved, from_dict
 from foveate.errors import AttachError, InputError, UnknownMethodError, UnsupportedModelError
-from foveate.method import Method, Scorer, Step
 from foveate.methods import DivPrune, FastV, PyramidDrop
-from foveate.reduction import Reduction
-from foveate.saving import Saved, from_dict
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests.methods_for_tests import EveryThird
 from tests.training.batches import Llava, batch, called
 
@@ -44,7 +44,7 @@ class Gated(Method):
 @pytest.fixture
 def gated():
     """The method, registered for a test."""
-    from foveate import method
+    from foveate.core import method
 
     foveate.register("gated", stage="pre_llm")(Gated)
     yield Gated()

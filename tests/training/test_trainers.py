@@ -7,7 +7,7 @@ import torch
 
 import foveate
 from foveate.methods import PyramidDrop
-from foveate.training import session_of
+from foveate.training.prepare import session_of
 from tests.training.batches import Llava, batch, called, conversation
 from tests.training.test_compact import METHOD, compare, expected, gradients
 

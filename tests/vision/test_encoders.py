@@ -5,8 +5,8 @@ import torch
 
 import foveate
 from foveate.errors import UnsupportedModelError
+from foveate.families import find_family
 from foveate.methods import ClsDrop, ToMe
-from foveate.models import find_family
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import (

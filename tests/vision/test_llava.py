@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import foveate
+from foveate.core.method import Scorer, Step
 from foveate.errors import InputError
-from foveate.method import Scorer, Step
+from foveate.families import find_family
 from foveate.methods import ClsDrop, DivPrune, FasterVLM, FastV, PyramidDrop, ToMe
-from foveate.models import find_family
 from tests import oracle
 from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import Listed

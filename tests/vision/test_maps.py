@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import foveate
+from foveate.families import find_family
 from foveate.methods import ClsDrop, FlowCut, ToMe
-from foveate.models import find_family
 from tests.conformance.test_families import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import Listed

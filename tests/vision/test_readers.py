@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import foveate
-from foveate.budget import Keep
-from foveate.method import Method, Need, Scorer, Step
-from foveate.models import find_family
-from foveate.reduction import Reduction
+from foveate.core.budget import Keep
+from foveate.core.method import Method, Need, Scorer, Step
+from foveate.core.reduction import Reduction
+from foveate.families import find_family
 from foveate.signals import SIGNALS
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS

@@ -8,9 +8,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.families import find_family
 from foveate.measure.account import account
 from foveate.methods import ClsDrop, PyramidDrop, ToMe
-from foveate.models import find_family
 from tests.methods_for_tests import Listed
 from tests.tinies import prompts
 from tests.vision.encoders import ENCODERS, HEADS, build, images

@@ -167,7 +167,7 @@ def test_backbones_are_refused():
 
 
 def test_layers_in_which_nothing_is_removed_keep_their_own_forward(monkeypatch):
-    from foveate.models.block import Block
+    from foveate.families.block import Block
 
     model, inputs = build(ENCODERS, "vit"), images()
     halves = []

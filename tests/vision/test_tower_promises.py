@@ -6,8 +6,8 @@ from transformers import AttentionInterface
 
 import foveate
 from foveate.errors import UnsupportedModelError
+from foveate.families import find_family
 from foveate.methods import DivPrune, PyramidDrop, ToMe
-from foveate.models import find_family
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of, prompt
 from tests.conformance.test_pixels_grids import VIDEO

@@ -7,8 +7,8 @@ import torch
 
 import foveate
 from foveate.errors import InputError, UnsupportedModelError
+from foveate.families import find_family
 from foveate.methods import ClsDrop, ToMe
-from foveate.models import find_family
 from tests.conformance import oracle
 from tests.conformance.test_pixels import NAMES, model_of, prompt
 from tests.conformance.zoo import MEMBERS

@@ -39,7 +39,7 @@ class DataTask(ABC, Generic[T]):
         name: the task's name.
         summary: what it tests.
         data: folder that holds the data set's own folder.
-        max_pixels: most pixels of a picture, see `foveate.images.load_image`.
+        max_pixels: most pixels of a picture, see `foveate.io.images.load_image`.
     """
 
     name: str

@@ -1,0 +1,338 @@
+"""Method: what a paper becomes, and the registry of methods.
+
+A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts
+and decides which visual tokens survive there; slicing is the engine's work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import Tensor, nn
+
+from foveate.core.budget import Keep, check_keep, plain_keep
+from foveate.core.budget import count as budget_count
+from foveate.core.fields import MisfitError, check_fields, fit, hints_of, spell
+from foveate.core.reduction import Reduction
+from foveate.core.step import STAGES, ModelFacts, Need, Positions, Stage, Step, Work
+from foveate.core.tokens import VisualTokens
+from foveate.errors import (
+    BudgetError,
+    FoveateError,
+    LayerError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
+from foveate.io.quoting import quoted, shown
+
+__all__ = [
+    "STAGES",
+    "Adaptive",
+    "Method",
+    "ModelFacts",
+    "Need",
+    "Positions",
+    "Scorer",
+    "Stage",
+    "Step",
+    "Work",
+    "by_count",
+    "get_method",
+    "list_methods",
+    "register",
+]
+
+
+class Method(ABC):
+    """Base of all methods; subclasses are frozen dataclasses registered with `register`."""
+
+    slug: ClassVar[str]
+    stage: ClassVar[Stage]
+    needs: ClassVar[tuple[str, ...]]
+    paper: ClassVar[str]
+    rounding: ClassVar[Callable[[float], int]] = math.floor
+    published_positions: ClassVar[Positions] = "renumbered"
+    note: ClassVar[str] = ""  # what every report must say of the method
+    field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
+    adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
+    keep: Keep | None
+    positions: Positions | None
+
+    def __post_init__(self) -> None:
+        """Check fields against their annotations, and the budget.
+
+        Raises:
+            BudgetError: `keep` is out of range or of the wrong form.
+            FoveateError: see `check_fields`.
+        """
+        self.check_fields()
+        self.check_budget(self.step_count)
+        _check_form(self)
+
+    def check_fields(self) -> None:
+        """Check all fields but `keep`; numbers of numpy and lists become plain ones and tuples.
+
+        Raises:
+            LayerError: a field that speaks of layers does not fit its annotation.
+            FoveateError: another one does not.
+        """
+        object.__setattr__(self, "keep", plain_keep(self.keep))
+        check_fields(self, _name(self), lambda field: field != "keep", self._error_of)
+        if self.positions not in (None, "original", "renumbered"):
+            raise FoveateError(
+                "positions must be original, renumbered or None, got "
+                f"{quoted(self.positions)} in {_name(self)}"
+            )
+
+    @classmethod
+    def _error_of(cls, field: str) -> type[FoveateError]:
+        """What a wrong value of a field raises."""
+        usual = LayerError if "layer" in field else FoveateError
+        return cls.field_errors.get(field, usual)
+
+    @property
+    def step_count(self) -> int | None:
+        """Steps the method has whatever the model, or `None` when `keep` decides."""
+        return 1
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep` against the number of steps; `None` when the model decides that.
+
+        Raises:
+            BudgetError: `keep` is out of range or does not fit.
+        """
+        check_keep(cast(Keep, self.keep), steps)  # which refuses None, with a reason
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """Tokens of one image that survive a step.
+
+        Args:
+            alive: tokens it has there.
+            total: tokens it had where the method began.
+            step: the step, as `steps` made it.
+            number: which step of the method it is, 0-based.
+            row: row of the batch, for per-request budgets.
+        """
+        assert self.keep is not None  # methods without a `keep` have their own rule
+        rounding = type(self).rounding
+        return min(budget_count(self.keep, total, step=number, row=row, rounding=rounding), alive)
+
+    @abstractmethod
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """The steps of this method on a model, in stream order."""
+
+    @abstractmethod
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Reduce G images of V tokens to `count` tokens each."""
+
+    def restore(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
+        """States with which all tokens of G images go on where the parked ones come back.
+
+        Args:
+            tokens: all V of them, as they were when some were parked.
+            kept: (G, K) which of the V were not parked, ascending.
+            now: (G, K, D) states of those.
+
+        Returns:
+            (G, V, D). By default parked tokens come back as they went.
+        """
+        return tokens.x.scatter(1, kept[..., None].expand_as(now), now)
+
+    def work(self, model: ModelFacts) -> tuple[Work, ...]:
+        """What decoder layers compute of visual tokens, where that is less than everything."""
+        return ()
+
+    def learned(self, model: ModelFacts) -> nn.Module | None:
+        """New parameters of a method that learns. `prepare` makes them part of the model."""
+        return None
+
+    def positions_on(self, model: ModelFacts) -> Positions:
+        """What becomes of positions on a model: the field if it is given, else what is published.
+
+        Raises:
+            UnsupportedModelError: renumbering is asked for where it has no meaning.
+        """
+        if model.one_dimensional:
+            return self.positions or self.published_positions
+        if self.positions == "renumbered":
+            raise UnsupportedModelError(
+                f"{self.slug} asks for renumbered positions, but {model.model_type} places visual "
+                "tokens in time, height and width (M-RoPE), where renumbering has no meaning; use "
+                "positions='original' or leave it out"
+            )
+        return "original"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method and its hyper-parameters as plain JSON values."""
+        return {"method": self.slug, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+class Scorer(Method):
+    """A method that scores tokens and keeps the highest."""
+
+    @abstractmethod
+    def scores(self, tokens: VisualTokens) -> Tensor:
+        """Return (G, V) scores, higher is kept, for G images of V tokens."""
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Keep the `count` highest scores of each image, in raster order."""
+        return Reduction.top(self.scores(tokens), count)
+
+
+class Adaptive(Method):
+    """A method that finds out from the tokens how many of them survive.
+
+    It acts behind the encoder. Its `keep` may be `None`.
+    """
+
+    adaptive = True
+
+    def check_budget(self, steps: int | None) -> None:
+        """Check `keep` if there is one.
+
+        Raises:
+            BudgetError: `keep` is out of range or does not fit.
+        """
+        if self.keep is not None:
+            super().check_budget(steps)
+
+    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+        """As in `Method`, or all without a `keep`; `split` finds it as `tokens.quota`."""
+        if self.keep is None:
+            return alive
+        return super().count(alive, total, step, number, row)
+
+    @abstractmethod
+    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        """Reduce G images of V tokens, each to a number of its own.
+
+        Returns:
+            Members of the G, and their reduction: a part for each number of survivors. Every member
+            is in one part.
+        """
+
+    def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
+        """Not used: `split` decides the count."""
+        raise NotImplementedError(f"{self.slug} decides by itself how many tokens survive")
+
+
+def _name(method: Method) -> str:
+    """What a method is called in a message."""
+    return shown(getattr(method, "slug", type(method).__name__))
+
+
+def _check_form(method: Method) -> None:
+    """Refuse forms of `keep` that its annotation leaves out; all numbers count as one form."""
+    hint = hints_of(type(method)).get("keep", Keep)
+    forms = typing.get_args(hint) or (hint,)
+    if isinstance(method.keep, float | int) and not {int, float}.isdisjoint(forms):
+        return
+    try:
+        fit(method.keep, hint)
+    except MisfitError:
+        raise BudgetError(
+            f"keep must be {spell(hint)}, got {quoted(method.keep)} in {_name(method)}"
+        ) from None
+
+
+def by_count(counts: Tensor) -> dict[int, list[int]]:
+    """Group images by how many of their tokens survive.
+
+    Args:
+        counts: (G) integers.
+
+    Returns:
+        Count -> members, both ascending.
+    """
+    groups: dict[int, list[int]] = {}
+    for member, count in enumerate(counts.tolist()):
+        groups.setdefault(count, []).append(member)
+    return dict(sorted(groups.items()))
+
+
+_REGISTRY: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(
+    slug: str, *, stage: Stage, needs: tuple[str, ...] = (), paper: str = ""
+) -> Callable[[M], M]:
+    """Class decorator that makes a method known under `slug`.
+
+    Args:
+        slug: short lower-case name, unique.
+        stage: where the method first acts.
+        needs: names of the signals it uses, for planning and listing.
+        paper: how to cite it, for listings.
+
+    Raises:
+        FoveateError: the slug is taken, or the stage is unknown.
+    """
+
+    def add(cls: M) -> M:
+        known = _REGISTRY.get(slug)
+        if known is not None and known.__qualname__ != cls.__qualname__:
+            raise FoveateError(
+                f"method name {slug!r} is taken by {known.__module__}.{known.__qualname__}"
+            )
+        if stage not in STAGES:
+            raise FoveateError(
+                f"stage must be one of {', '.join(STAGES)}, got {stage!r} for {slug!r}"
+            )
+        cls.slug, cls.stage, cls.needs, cls.paper = slug, stage, needs, paper
+        _REGISTRY[slug] = cls
+        return cls
+
+    return add
+
+
+def list_methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    _load()
+    return sorted(_REGISTRY)
+
+
+def get_method(name: str) -> type[Method]:
+    """The method class registered under `name`.
+
+    Raises:
+        UnknownMethodError: no such method; the message lists near matches.
+
+    Example:
+        >>> get_method("fastv")(layer=2, keep=0.5)
+        FastV(layer=2, keep=0.5, positions=None)
+    """
+    _load()
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    near = difflib.get_close_matches(name[:80].lower(), _REGISTRY, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`foveate list` shows all"
+    raise UnknownMethodError(f"unknown method {quoted(name)}; {hint}")
+
+
+@functools.cache
+def _load() -> None:
+    """Import the built-in methods, and those that other packages offer.
+
+    Raises:
+        FoveateError: a package's entry point cannot be loaded.
+    """
+    import foveate.methods  # noqa: F401  registers every built-in method
+
+    for point in entry_points(group="foveate.methods"):
+        try:
+            point.load()
+        except Exception as error:  # somebody else's code may raise anything
+            where = point.dist.name if point.dist else "an installed package"
+            raise FoveateError(
+                f"{where} offers the method {point.name!r} as {point.value!r}, which cannot be "
+                f"loaded ({type(error).__name__}: {error}); repair or uninstall it"
+            ) from error

@@ -1,0 +1,268 @@
+"""Reduction: the linear map W from V tokens to K, as a value.
+
+Pruning is a gather, merging a segment mean, mixing a dense matrix: three storage forms of one
+thing. Shapes: `G` images of equal size, `V` visual tokens of an image, `K` kept, `D` hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from foveate.core.ranking import Scale, top
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction:
+    """Which tokens survive, and what they become.
+
+    A survivor stands at the position of one of its sources. With neither `slot` nor `weights`,
+    survivors keep their own value.
+
+    Args:
+        index: (G, K) position of each survivor among the V tokens, unique. Ascending, unless it is
+            `ordered`, and except inside an encoder, where the order means nothing to attention.
+        weights: (G, K, V) the value of each survivor as a weighted sum of all tokens.
+        slot: (G, V) the survivor that each token goes into, or -1 for a token that is dropped.
+        share: (G, V) weight of each token in its survivor; those of a mean sum to one.
+        ordered: whether the order of survivors is meant: where they get consecutive positions, the
+            language model reads them in this order.
+        label: (G, K) a number for each survivor, which later steps of the same method are told.
+        real: inside an encoder, (G, K) which survivors are any; others fill up the rows of images
+            that have fewer, and nobody attends to them. `None` for all.
+    """
+
+    index: Tensor
+    weights: Tensor | None = None
+    slot: Tensor | None = None
+    share: Tensor | None = None
+    ordered: bool = False
+    label: Tensor | None = None
+    real: Tensor | None = None
+
+    @classmethod
+    def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:
+        """Keep the `count` highest of (G, V) scores, in their original order.
+
+        Args:
+            scores: higher is kept; ties go to the lower index (`foveate.core.ranking`).
+            count: how many.
+            scale: what scores are sums or differences of, such as 1 for cosines.
+        """
+        return cls(top(scores, count, scale))
+
+    @classmethod
+    def mean(cls, index: Tensor, slot: Tensor, mass: Tensor | None = None) -> Reduction:
+        """Average each segment of tokens into its survivor.
+
+        Args:
+            index: (G, K) position of each survivor.
+            slot: (G, V) the survivor that each token goes into, or -1.
+            mass: (G, V) what each token counts in its mean; `None` counts all alike.
+        """
+        mass = torch.ones_like(slot, dtype=torch.float32) if mass is None else mass
+        mass = mass.masked_fill(slot < 0, 0.0)
+        target = slot.clamp(min=0)
+        total = mass.new_zeros(index.shape).scatter_add(1, target, mass)
+        return cls(index, slot=slot, share=mass / total.gather(1, target))
+
+    @property
+    def kept(self) -> int:
+        """Number of survivors of each image, K."""
+        return self.index.shape[-1]
+
+    @property
+    def merges(self) -> bool:
+        """Whether survivors change their value."""
+        return self.slot is not None or self.weights is not None
+
+    def in_raster_order(self, tokens: int) -> Reduction:
+        """The same survivors, ascending.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        index, order = self.index.sort(dim=1)
+        label = None if self.label is None else self.label.gather(1, order)
+        if self.weights is not None:
+            rows = order[..., None].expand(-1, -1, tokens)
+            return Reduction(index, self.weights.gather(1, rows), label=label)
+        if self.slot is None:
+            return Reduction(index, label=label)
+        place = order.argsort(dim=1).gather(1, self.slot.clamp(min=0))
+        slot = torch.where(self.slot < 0, self.slot, place)
+        return Reduction(index, slot=slot, share=self.share, label=label)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Map (G, V, D) to (G, K, D)."""
+        if self.weights is not None:
+            return torch.matmul(self.weights.to(x.dtype), x)
+        if self.slot is None:
+            return take_rows(x, self.index)
+        assert self.share is not None
+        parts = x * self.share[..., None].to(x.dtype)
+        return _add_rows(parts, self.slot.clamp(min=0), self.kept)
+
+    def matrix(self, tokens: int) -> Tensor:
+        """(G, K, V) the map W itself.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            return self.weights
+        zeros = torch.zeros(*self.index.shape, tokens, device=self.index.device)
+        if self.slot is None:
+            return zeros.scatter(2, self.index[..., None], 1.0)
+        assert self.share is not None
+        return zeros.scatter(1, self.slot.clamp(min=0)[:, None], self.share[:, None].to(zeros))
+
+    def then(self, after: Reduction, tokens: int) -> Reduction:
+        """The reduction that does this one and then another: W = W_after W.
+
+        Args:
+            after: a reduction of this one's K survivors.
+            tokens: V of this one.
+        """
+        index = self.index.gather(1, after.index)
+        if self.weights is not None or after.weights is not None:
+            weights = torch.matmul(after.matrix(self.kept), self.matrix(tokens))
+            return Reduction(index, weights, real=after.real)
+        if self.slot is None and after.slot is None:
+            return Reduction(index, real=after.real)
+        slot, share = self._segments(tokens)
+        later_slot, later_share = after._segments(self.kept)
+        target = slot.clamp(min=0)
+        gone = slot < 0
+        return Reduction(
+            index,
+            slot=later_slot.gather(1, target).masked_fill(gone, -1),
+            share=share * later_share.gather(1, target).masked_fill(gone, 0.0),
+            real=after.real,
+        )
+
+    def sizes(self, tokens: int) -> Tensor:
+        """(G, K) how many of the V tokens each survivor stands for; dropped ones count nowhere.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            return self._spread().sum(1)
+        if self.slot is None:
+            return torch.ones(self.index.shape, device=self.index.device)
+        counts = (self.slot >= 0).float()
+        return counts.new_zeros(self.index.shape).scatter_add(1, self.slot.clamp(min=0), counts)
+
+    def altered(self, tokens: int) -> Tensor:
+        """(G, K) which survivors are not just the token at whose position they stand.
+
+        Args:
+            tokens: V, which a gather does not know.
+        """
+        if self.weights is not None:
+            own = self.weights.gather(2, self.index[..., None])[..., 0]
+            return (own != 1) | (self.weights.abs().sum(-1) != own.abs())
+        if self.share is None:
+            return torch.zeros_like(self.index, dtype=torch.bool)
+        return (self.share.gather(1, self.index) != 1) | (self.sizes(tokens) != 1)
+
+    def without(self, hidden: Tensor) -> Reduction:
+        """The same survivors, which some tokens tell nothing; those of such tokens alone stay.
+
+        Args:
+            hidden: (G, V) the tokens, whose weight goes to the others that a survivor is made of.
+        """
+        if self.weights is not None:
+            seen = self.weights.masked_fill(hidden[:, None], 0.0)
+            total, left = self.weights.sum(-1, keepdim=True), seen.sum(-1, keepdim=True)
+            rest = seen * (total / left.masked_fill(left == 0, 1.0))
+            return replace(self, weights=torch.where(left == 0, self.weights, rest))
+        if self.slot is None or self.share is None:
+            return self
+        seen, into = self.share.masked_fill(hidden, 0.0), self.slot.clamp(min=0)
+        dropped = self.slot < 0
+        total, left = (
+            part.new_zeros(self.index.shape)
+            .scatter_add(1, into, part.masked_fill(dropped, 0.0))
+            .gather(1, into)
+            for part in (self.share, seen)
+        )
+        rest = seen * (total / left.masked_fill(left == 0, 1.0))
+        return replace(self, share=torch.where(left == 0, self.share, rest))
+
+    def recover(self, y: Tensor, tokens: int, missing: Tensor | float = 0.0) -> Tensor:
+        """Back to V rows: every token gets the value of the survivor that it went into.
+
+        Args:
+            y: (G, K, D) values of the survivors.
+            tokens: V.
+            missing: what dropped tokens get, a number or (G, 1, D).
+
+        Returns:
+            (G, V, D). After a dense reduction a token gets the mean of the survivors that it went
+            into, weighted as it was.
+        """
+        if self.weights is not None:
+            spread = self._spread().to(y.dtype)
+            gone = (spread.sum(-1) == 0)[..., None]
+            return torch.where(gone, missing, torch.matmul(spread, y))
+        slot, _ = self._segments(tokens)
+        return torch.where((slot < 0)[..., None], missing, take_rows(y, slot.clamp(min=0)))
+
+    def behind(self, count: int) -> Reduction:
+        """The same reduction of tokens that `count` others precede, all of which survive."""
+        if not count:
+            return self
+        images = self.index.shape[0]
+        first = torch.arange(count, device=self.index.device).expand(images, -1)
+        index = torch.cat((first, self.index + count), 1)
+        if self.weights is not None:
+            eye = torch.eye(count, dtype=self.weights.dtype, device=self.weights.device)
+            return Reduction(index, torch.stack([torch.block_diag(eye, w) for w in self.weights]))
+        if self.slot is None:
+            return Reduction(index)
+        assert self.share is not None
+        slot = torch.where(self.slot < 0, self.slot, self.slot + count)
+        share = torch.cat((self.share.new_ones(images, count), self.share), 1)
+        return Reduction(index, slot=torch.cat((first, slot), 1), share=share)
+
+    def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """(G, V) slot and share, of a gather too."""
+        if self.slot is not None and self.share is not None:
+            slot, share = self.slot, self.share
+        else:
+            order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
+            slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
+            share = (slot >= 0).float()
+        if self.real is None:
+            return slot, share
+        return slot.masked_fill(~self.real.gather(1, slot.clamp(min=0)), -1), share
+
+    def _spread(self) -> Tensor:
+        """(G, V, K) share of each token that went into each survivor; zero rows for dropped
+        ones.
+        """
+        assert self.weights is not None
+        back = self.weights.abs().transpose(1, 2)
+        total = back.sum(-1, keepdim=True)
+        return back / total.masked_fill(total == 0, 1.0)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of (G, V, D) named by (G, K); one flat gather, which is far faster than `gather`."""
+    return x.flatten(0, 1).index_select(0, _flat(index, x.shape[1])).unflatten(0, index.shape)
+
+
+def _add_rows(x: Tensor, slot: Tensor, count: int) -> Tensor:
+    """(G, K, D) sums of the rows of (G, V, D) that go into each of `count` slots."""
+    where = _flat(slot, count)[:, None].expand(-1, x.shape[-1])
+    sums = x.new_zeros(x.shape[0] * count, x.shape[-1]).scatter_add(0, where, x.flatten(0, 1))
+    return sums.unflatten(0, (x.shape[0], count))
+
+
+def _flat(index: Tensor, width: int) -> Tensor:
+    start = torch.arange(index.shape[0], device=index.device)[:, None] * width
+    return (index + start).flatten()

@@ -1,0 +1,189 @@
+"""Onward: a forward that goes on behind a pruned cache and has no images of its own.
+
+Nothing is removed in it. Layers that share slots are told alike, and most of them nothing: so a
+decoding step does its work once for each place where tokens were removed, not for each layer.
+Shapes: `B` batch, `T` tokens of the forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from foveate.core.method import Work
+from foveate.engine.attentions import Seen, widen_maps
+from foveate.engine.cache import PrunedStaticLayer
+from foveate.engine.extensions.partial.decode import Unread, additive, run_step
+from foveate.engine.kernels import takes_2d_masks
+from foveate.engine.layout import Layout, Slots, translate_mask
+from foveate.families import Family
+
+
+class Onward:
+    """One forward behind a cache of which some layers are pruned.
+
+    Args:
+        family: the model's family.
+        cache: the cache.
+        before: per layer, the slots that it holds before the forward, if it is pruned.
+        sequence: (B, T, ...) what the text model is given; all of its columns are there.
+    """
+
+    def __init__(
+        self, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+    ) -> None:
+        self.family = family
+        self._batch, self._length = sequence.shape[:2]
+        self._device = sequence.device
+        self._layers: list[Any] = cache.layers
+        self._before = before
+        self._after: dict[int, Slots] = {}  # id of slots before the forward -> those behind it
+        self._views: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._rotary: dict[tuple[int, int], Any] = {}
+        self._added: dict[int, Tensor | None] = {}
+
+    @classmethod
+    def behind(
+        cls, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+    ) -> Onward | None:
+        """A forward behind a cache, or `None` where no layer of that is pruned."""
+        if not any(before):
+            return None
+        onward = cls(family, cache, before, sequence)
+        onward._announce()
+        return onward
+
+    def _announce(self) -> None:
+        """Tell pruned layers of the cache what they are about to hold."""
+        key = object()  # names the forward to slots that layers share
+        for held, before in zip(self._layers, self._before, strict=True):
+            if before is not None:
+                after = self._after.get(id(before))
+                if after is None:
+                    after = self._after[id(before)] = before.grow(key, self._length)
+                held.incoming = after
+
+    def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Tell a layer what it is about to see.
+
+        Args:
+            number: the decoder layer.
+            hidden: (B, T, D) its input.
+            kwargs: its keyword arguments in logical terms; afterwards in physical ones.
+        """
+        before = self._before[number]
+        if before is None:
+            return
+        # The mask and the rotary embedding differ between kinds of layers in some models.
+        key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
+        changes = self._views.get(key)
+        if changes is None:
+            changes = self._views[key] = self._view(number, before, hidden, kwargs)
+        kwargs.update(changes)
+
+    def leave(self, output: Any) -> Any:
+        """Bring attention maps back to logical length, in place."""
+        if output.get("attentions"):
+            layout = Layout.full(self._batch, self._length, self._device)
+            seen = {
+                number: Seen.of(layout, self._after[id(before)], self._layers[number], self._length)
+                for number, before in enumerate(self._before)
+                if before is not None
+            }
+            widen_maps(output, self.family, seen, self._length)
+        return output
+
+    def run(
+        self, number: int, layer: Any, work: Work, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Run a layer for one token of each row, if heads of it read less than the layer would.
+
+        Args:
+            number: the decoder layer, which has been entered.
+            layer: its module.
+            work: what it does for visual tokens.
+            hidden: (B, 1, D) its input.
+            kwargs: its keyword arguments, in physical terms.
+
+        Returns:
+            (B, 1, D) its output; `None` where the layer itself does right.
+        """
+        held: Any = self._layers[number]
+        if self._before[number] is None or held.incoming.visual is None:
+            return None
+        mask, visual = kwargs.get("attention_mask"), held.incoming.visual
+        slots = held.incoming.count if mask is None else mask.shape[-1]
+        if held.unread is None or not held.unread.serves(visual, slots):
+            held.unread = Unread.of(layer.self_attn, work, visual, slots, hidden.dtype)
+        if held.unread.mask is None:
+            return None
+        if id(mask) not in self._added:
+            self._added[id(mask)] = additive(mask, hidden.dtype)
+        masks = held.unread.mask[..., :slots], self._added[id(mask)]
+        rotary, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
+        return run_step(layer, work, masks, hidden, rotary, cache)
+
+    def _view(
+        self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What layers are told that share slots."""
+        after = self._after[id(before)]
+        changes: dict[str, Any] = {}
+        mask = kwargs.get("attention_mask")
+        static = isinstance(self._layers[number], PrunedStaticLayer)
+        if mask is not None or after.ragged or static:
+            changes = {"attention_mask": self._mask(number, mask, after)}
+        if before.renumbered is not None:
+            changes |= self._renumbered(number, before.renumbered, hidden, kwargs)
+        return changes
+
+    def _mask(self, number: int, mask: Tensor | None, after: Slots) -> Tensor | None:
+        held = self._layers[number]
+        width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
+        layout = Layout.full(self._batch, self._length, self._device)
+        return translate_mask(mask, layout, after, self._length, two_d=self._flash, width=width)
+
+    @property
+    def _flash(self) -> bool:
+        return takes_2d_masks(self.family.text.config._attn_implementation)
+
+    def rotate(self, embed: Callable[[Tensor], Any], positions: Tensor) -> Any:
+        """Rotary embeddings of a forward, with which those of renumbered layers are made at once.
+
+        Args:
+            embed: makes (cos, sin) of positions.
+            positions: (B or 1, T) those of the forward.
+        """
+        shifts = self._shifts
+        if not shifts or self.family.rotary_by_length or positions.dim() != 2:
+            return embed(positions)
+        rows = [positions, *(positions - shift for shift in shifts)]
+        sizes = [len(row) for row in rows]
+        cos, sin = embed(torch.cat(rows))
+        given, *others = zip(cos.split(sizes), sin.split(sizes), strict=True)
+        for shift, rotary in zip(shifts, others, strict=True):
+            self._rotary[id(given), id(shift)] = rotary
+        return given
+
+    def _renumbered(
+        self, number: int, shift: Tensor, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Rotary embeddings of position ids less a (B, 1) shift."""
+        key = id(kwargs["position_embeddings"]), id(shift)
+        if key not in self._rotary:
+            # Text models with plain positions hand them on to their layers.
+            positions = kwargs["position_ids"] - shift
+            self._rotary[key] = self.family.rotary(hidden, positions, number)
+        # What position ids are left to tell is for flash kernels, which read gaps in those of a
+        # single row as packed sequences.
+        return {"position_embeddings": self._rotary[key], "position_ids": None}
+
+    @property
+    def _shifts(self) -> list[Tensor]:
+        """What renumbering has taken off each row, (B, 1), in all layers."""
+        shifts = (slots.renumbered for slots in self._after.values())
+        return list({id(shift): shift for shift in shifts if shift is not None}.values())

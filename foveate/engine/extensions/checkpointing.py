@@ -1,0 +1,73 @@
+"""Replays: hooks of a decoder layer that run again when a checkpoint recomputes the layer.
+
+Checkpointing of transformers recomputes a layer's forward and leaves its hooks outside. Wrappers
+around a layer (FSDP's activation checkpointing) run hooks again in the backward pass, when the
+forward is over; what they need to do the same again is kept as long as the checkpoint is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from foveate.engine.forward import Turn
+
+
+class Replays:
+    """States of forwards before layers that may be recomputed.
+
+    A forward is known by its rotary embedding, which its layers are handed again.
+    """
+
+    def __init__(self) -> None:
+        self._states = WeakIdKeyDictionary()  # cos -> decoder layer -> the turn before it
+
+    def keep(self, number: int, turn: Turn, kwargs: dict[str, Any]) -> None:
+        """Keep a turn as it is before a layer, if gradients are going to be asked for.
+
+        Args:
+            number: the decoder layer.
+            turn: the forward.
+            kwargs: what the layer is called with.
+        """
+        if torch.is_grad_enabled():
+            self._states.setdefault(kwargs["position_embeddings"][0], {})[number] = _copy(turn)
+
+    def find(self, number: int, kwargs: dict[str, Any]) -> Turn | None:
+        """The turn before a layer that is recomputed, if it is.
+
+        Args:
+            number: the decoder layer.
+            kwargs: what the layer is called with.
+        """
+        kept = self._states.get(kwargs["position_embeddings"][0], {}).get(number)
+        return None if kept is None else _copy(kept)
+
+    @property
+    def any(self) -> bool:
+        """Whether any forward may be recomputed."""
+        return bool(self._states.data)  # cheaper than its length: this is asked in every layer
+
+    def __len__(self) -> int:
+        """Forwards that may be recomputed."""
+        return len(self._states)
+
+
+def _copy(turn: Turn) -> Turn:
+    """The same state, apart: what happens to one does not happen to the other."""
+    twin = _twin(turn)
+    twin.looks = _twin(turn.looks)
+    twin.looks.turn = twin
+    return twin
+
+
+def _twin(value: Any) -> Any:
+    twin = copy.copy(value)
+    for name, field in vars(value).items():
+        if isinstance(field, dict | list):
+            setattr(twin, name, copy.copy(field))
+    return twin

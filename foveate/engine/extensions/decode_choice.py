@@ -1,0 +1,131 @@
+"""Focusing: a decoding step's own choice among the visual tokens in the cache.
+
+The choice is a mask in logical terms, which the layers behind are handed in place of their own; it
+is translated like any other.
+Shapes: `B` rows, `T` logical length of this forward, `N` visual tokens of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.core.decode_selector import Focuser, Watched
+from foveate.engine.cache import PrunedLayer, pruned_layer
+from foveate.engine.plan import PlannedStep
+
+if TYPE_CHECKING:
+    from foveate.engine.forward import Turn
+
+
+class Focusing:
+    """The decoding step of a method, in one forward.
+
+    Args:
+        turn: the forward.
+        planned: the step.
+    """
+
+    def __init__(self, turn: Turn, planned: PlannedStep) -> None:
+        self.turn, self.layer = turn, planned.step.layer
+        self.method = cast(Focuser, planned.method)  # as the plan has checked
+        self._unseen: Tensor | None = None  # (B, past + 1) logical positions
+        self._masks: dict[int, Tensor] = {}
+
+    def enter(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Keyword arguments of a layer, in logical terms, with the mask of what it is to see.
+
+        Args:
+            number: the decoder layer.
+            layer: its module.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in logical terms.
+        """
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return kwargs
+        if self.turn.groups:
+            if number == self.layer:
+                self._watch(cache)
+            return kwargs
+        if self.turn.prompt.length == 1 and number == self.layer - 1:
+            self._choose(number, layer, hidden, kwargs)
+        if self._unseen is None or number < self.layer:
+            return kwargs
+        return {**kwargs, "attention_mask": self._narrowed(kwargs.get("attention_mask"))}
+
+    def _watch(self, cache: Any) -> None:
+        """Note in the cache which visual tokens of this forward are alive."""
+        turn, prompt = self.turn, self.turn.prompt
+        alive = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
+        for group in turn.groups:
+            if self.method.watches(group.shape.frames):
+                alive[turn.row_index(group), group.columns] = True
+        most = int(alive.sum(1).max())
+        if not most:
+            return
+        columns = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        columns = (columns + prompt.past).masked_fill(~alive.gather(1, columns), -1)
+        removed = prompt.length - turn.layout.index.shape[1]
+        held = pruned_layer(cache, self.layer, turn.fresh, removed)
+        held.watched = Watched(columns) if held.watched is None else held.watched.join(columns)
+
+    def _choose(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        """Let the method choose by what this layer is about to attend to."""
+        turn, cache = self.turn, kwargs["past_key_values"]
+        held = cache.layers[self.layer] if len(cache.layers) > self.layer else None
+        if not isinstance(held, PrunedLayer) or held.watched is None:
+            return
+        columns = held.watched.columns
+        real = columns >= 0
+        token = torch.zeros_like(columns[:, :1])
+        view, past = turn.looks.view(number, layer, hidden, kwargs)
+        attention = view.attention_to_past(token, turn.looks.seen_before(token, past))[:, :, 0]
+        slots = past.index.contiguous()
+        at = torch.searchsorted(slots, columns).clamp(max=slots.shape[1] - 1)
+        attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))
+        there = slots.gather(1, at) == columns  # not so where a window has left them behind
+        attention = attention.masked_fill(~(real & there)[:, None], 0.0)
+        focus = self.method.focus(attention, real, held.watched.focus)
+        held.watched = replace(held.watched, focus=focus)
+        unseen = torch.zeros(
+            len(columns), turn.prompt.past + 1, dtype=torch.bool, device=columns.device
+        )
+        # Padding goes to the new token's own column, which is set right behind.
+        unseen.scatter_(1, columns.masked_fill(~real, turn.prompt.past), real & ~focus.seen)
+        unseen[:, -1] = False
+        self._unseen = unseen
+
+    def _narrowed(self, mask: Tensor | None) -> Tensor:
+        """A mask without what is not to be seen; one for each mask that layers share."""
+        assert self._unseen is not None
+        key = id(mask)
+        if key not in self._masks:
+            self._masks[key] = _without(mask, self._unseen, two_d=self.turn.prompt.flash)
+        return self._masks[key]
+
+
+def _without(mask: Tensor | None, unseen: Tensor, *, two_d: bool) -> Tensor:
+    """A mask of one query without some keys.
+
+    Args:
+        mask: (B, K) for flash kernels or (B or 1, H or 1, 1, K), boolean or additive; `None` sees
+            all. Masks of sliding windows begin later than at position 0, those of static caches
+            end later than the sequence.
+        unseen: (B, S) keys, S being the logical length.
+        two_d: whether the kernel takes 2-D masks.
+    """
+    if mask is None:
+        return (~unseen).long() if two_d else ~unseen[:, None, None]
+    keys, length = mask.shape[-1], unseen.shape[1]
+    unseen = unseen[:, length - keys :] if keys < length else F.pad(unseen, (0, keys - length))
+    if mask.dim() == 2:
+        return mask * (~unseen).to(mask.dtype)
+    refuse = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(unseen[:, None, None], refuse)

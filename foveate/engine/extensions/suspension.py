@@ -1,0 +1,91 @@
+"""Parked tokens: taken out before one decoder layer, back before another.
+
+In between they are as good as removed, in the cache too; each layer's slots say what it saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foveate.core.tokens import VisualTokens
+from foveate.engine.images import Group, note
+from foveate.engine.layout import Layout
+from foveate.engine.plan import PlannedStep
+
+if TYPE_CHECKING:
+    from foveate.engine.forward import Turn
+
+
+@dataclass(frozen=True, eq=False)
+class Parked:
+    """A forward as it was before tokens were parked.
+
+    Args:
+        groups: images alive.
+        layout: physical columns.
+        tokens: real tokens of each row.
+        hidden: (B, P, D) states.
+    """
+
+    groups: list[Group]
+    layout: Layout
+    tokens: list[int]
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, turn: Turn, hidden: Tensor) -> Parked:
+        """Remember a forward before a step takes tokens out."""
+        return cls(turn.groups, turn.layout, turn.tokens, hidden)
+
+    def back(self, turn: Turn, planned: PlannedStep, hidden: Tensor) -> Tensor:
+        """Bring the parked tokens back.
+
+        Args:
+            turn: the forward, which gets its former columns.
+            planned: the step at which they come back.
+            hidden: (B, P', D) states of those that were not parked.
+
+        Returns:
+            (B, P, D) states of all.
+        """
+        states = self._merged(turn.layout, hidden)
+        for after in turn.groups:
+            before = self._before(after)
+            at = turn.row_index(before), turn.columns_of(before, self.layout)
+            now = hidden[turn.row_index(after), turn.columns_of(after, turn.layout)]
+            assert before.columns is not None
+            assert after.columns is not None
+            kept = torch.searchsorted(before.columns.contiguous(), after.columns.contiguous())
+            tokens = VisualTokens(
+                features=lambda at=at: self.hidden[at],  # type: ignore[misc]
+                index=before.index,
+                grid=before.shape.grid,
+                rows=before.rows,
+                place=planned.step.place,
+                frames=before.shape.frames,
+            )
+            states = states.index_put(at, planned.method.restore(tokens, kept, now))
+            note(before, planned.entry, turn.kept)
+        turn.groups, turn.layout, turn.tokens = self.groups, self.layout, self.tokens
+        return states
+
+    def _merged(self, layout: Layout, hidden: Tensor) -> Tensor:
+        """States of now where there are any, else as they were."""
+        if layout is self.layout:
+            return hidden
+        index = self.layout.index.contiguous()
+        where = torch.searchsorted(index, layout.index.clamp(min=0).contiguous())
+        rows = torch.arange(len(where), device=where.device)[:, None].expand_as(where)
+        real = layout.index >= 0
+        return self.hidden.index_put((rows[real], where[real]), hidden[real])
+
+    def _before(self, after: Group) -> Group:
+        """The same images, before."""
+        for group in self.groups:
+            if after.images[0] in group.images:
+                return group.pick([group.images.index(image) for image in after.images])
+        raise AssertionError("images of a group stay together")

@@ -1,0 +1,372 @@
+"""Encoding: the state of one pass through a vision encoder; gone when it ends.
+
+Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose
+the same number of them or are filled up with tokens that nobody attends to; or they lie behind one
+another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a
+stack, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
+rows of a token, `D` hidden, `H` heads; `N` rows of one picture of a batch, or of the whole
+sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core.method import Need
+from foveate.core.tokens import VisualTokens
+from foveate.engine.attentions import spread
+from foveate.engine.plan import PlannedStep
+from foveate.engine.readout import reduce_around
+from foveate.engine.vision.rows import Point, Rows
+from foveate.engine.vision.segments import PackedRows
+from foveate.engine.vision.stack import Stack, stack
+from foveate.errors import UnsupportedModelError
+from foveate.families import Encoder, Family
+from foveate.families.rows import Picture, raster_rows, token_grid
+from foveate.signals.cls_attention import class_row
+from foveate.signals.encoder import hides
+
+
+class Encoding:
+    """One pass: what is alive at each layer, and how to get back to full length.
+
+    Args:
+        family: for the grid of an image.
+        encoder: the encoder.
+        arguments: what its tower was called with.
+        side: side of a visual token in patches.
+        readout: numbers, among the tokens of all pictures, of those that may not be removed.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        encoder: Encoder,
+        arguments: Mapping[str, Any],
+        side: int,
+        readout: Tensor | None = None,
+    ) -> None:
+        self.family = family
+        self.encoder = encoder
+        self.arguments = arguments
+        self.side = side
+        self.readout = readout
+        self.where = Rows((), (), encoder.special, encoder.packed is not None)
+        self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
+        self.bounds: list[Tensor | None] = []  # of each layer's segments
+        self.points: dict[int, Point] = {}  # what the attention of each layer sees
+        self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
+        self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
+        self._proportional = False
+
+    # -- what there is
+
+    def see(self, states: Tensor, mask: Tensor | None = None) -> None:
+        """Learn the pictures from (B, S + V R, D) or (N, D) states at full length.
+
+        Args:
+            states: the states.
+            mask: what hides padding from the encoder's attention.
+        """
+        if self.stacks:
+            return
+        pictures = self._pictures(*states.shape[:2])
+        stacks = stack(pictures, states.device)
+        if self.readout is not None:
+            for of in stacks:
+                of.keep(self.readout, pictures)
+        self.where = Rows(stacks, states.shape[:-1], self.encoder.special, self.where.packed)
+        if mask is None or self.where.packed or (hidden := hides(mask)) is None:
+            return
+        visible = (~hidden).expand(len(pictures), -1).flatten().float()
+        stacks[0].visible = visible[stacks[0].rows]
+
+    def _pictures(self, images: int, length: int) -> list[Picture]:
+        """The pictures of a sequence, or `images` of `length` rows each."""
+        if self.encoder.packed is not None:
+            return self.encoder.packed(self.arguments, self.side)
+        special = self.encoder.special
+        grid = self._patches(length - special)
+        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
+        return [Picture(tokens, rows + n * length) for n in range(images)]
+
+    def _patches(self, count: int) -> tuple[int, int]:
+        """(height, width) of a picture's patches."""
+        patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.pixels
+        if pixels is not None and pixels.dim() == 4:
+            sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
+            height, width = (n // side for n, side in zip(pixels.shape[-2:], sides, strict=True))
+            if height * width == count:
+                return height, width
+        return self.family.grid(count)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """What the tower is fed."""
+        return self.arguments.get("pixel_values")
+
+    @property
+    def stacks(self) -> Sequence[Stack]:
+        """The pictures of the pass."""
+        return self.where.stacks
+
+    @property
+    def reduced(self) -> bool:
+        """Whether any token has been removed."""
+        return self.where.now.order is not None
+
+    @property
+    def order(self) -> Tensor | None:
+        """Which of all rows each row of now is, ascending; `None` while all are there."""
+        return self.where.now.order
+
+    def survivors(self) -> list[tuple[Stack, dict[str, Tensor]]]:
+        """For each picture of the pass, its stack, and place -> (K) raster positions alive behind
+        it, ascending.
+        """
+        found: dict[int, tuple[Stack, dict[str, Tensor]]] = {}
+        for of in self.stacks:
+            kept = {place: index.sort(-1).values for place, index in of.kept.items()}
+            for i, number in enumerate(of.pictures):
+                found[number] = of, {p: index[i][index[i] >= 0] for p, index in kept.items()}
+        return [found[number] for number in sorted(found)]
+
+    # -- steps
+
+    def removes(self, steps: list[PlannedStep]) -> bool:
+        """Whether any of some steps removes anything; if none does, they are noted as done."""
+        if any(self._count(p, of) < of.alive for p in steps for of in self.stacks):
+            return True
+        for planned in steps:
+            self._note(planned)
+        return False
+
+    def _count(self, planned: PlannedStep, of: Stack) -> int:
+        """How many tokens of each picture of a stack survive a step."""
+        total = of.begin.get(planned.method_number, of.alive)
+        return planned.method.count(of.alive, total, planned.step, planned.number)
+
+    def reduce(
+        self,
+        steps: list[PlannedStep],
+        hidden: Tensor,
+        signals: Callable[[Need, Stack], Tensor],
+    ) -> Tensor:
+        """Run steps at one place.
+
+        Args:
+            steps: the steps.
+            hidden: states there.
+            signals: a signal of a stack.
+        """
+        for planned in steps:
+            for of in self.stacks:
+                of.begin.setdefault(planned.method_number, of.alive)
+            if any(self._count(planned, of) < of.alive for of in self.stacks):
+                hidden = self._step(planned, hidden, signals)
+            self._note(planned)
+        return hidden
+
+    def _step(
+        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, Stack], Tensor]
+    ) -> Tensor:
+        step = planned.step
+        values = [self.where.take(hidden, number) for number in range(len(self.stacks))]
+        for number, of in enumerate(self.stacks):
+            x, count = values[number], self._count(planned, of)
+            if count < of.alive:
+                tokens = VisualTokens(
+                    features=lambda x=x, of=of: _mean(x, of),  # type: ignore[misc]
+                    index=of.index,
+                    grid=of.grid,
+                    rows=of.pictures,
+                    signals={need.name: signals(need, of) for need in step.needs},
+                    merged=of.merged,
+                    special=self.encoder.special,
+                    place=step.place,
+                    step=step,
+                    frames=of.frames,
+                    real=of.real,
+                    learned=planned.learned,
+                )
+                reduce = functools.partial(planned.method.reduce, tokens)
+                last = of.lasting
+                reduction = reduce_around(reduce, count, last, of.alive, ascending=False)
+                of.reduce(reduction)
+                values[number] = reduction.apply(x)
+        # The first hidden state is captured behind the steps before layer 0.
+        first = 0 if step.layer == 0 and not step.inside else step.layer + 1
+        hidden = self.where.put(hidden, values, first)
+        self._proportional |= step.proportional
+        self._weigh(hidden)
+        return hidden
+
+    def _note(self, planned: PlannedStep) -> None:
+        for of in self.stacks:
+            of.begin.setdefault(planned.method_number, of.alive)
+            real = of.real
+            of.kept[planned.entry] = of.index if real is None else of.index.masked_fill(~real, -1)
+
+    # -- what layers are told
+
+    def _weigh(self, hidden: Tensor) -> None:
+        """Find out what the scores of each key get, and forget what layers were told."""
+        counts = self.counts(hidden, merged=self._proportional)
+        self.bias = None
+        if counts is not None:
+            bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
+            self.bias = bias.flatten() if self.where.packed else bias[:, None, None]
+        if self.where.packed and (order := self.where.now.order) is not None:
+            self._told = PackedRows(order, self.bias)
+
+    def counts(self, hidden: Tensor, *, merged: bool) -> Tensor | None:
+        """(B, N) or (N) how many rows that others attend to each row stands for; `None` if all 1.
+
+        Args:
+            hidden: states of now.
+            merged: whether merged tokens count as often as they have sources, or once.
+        """
+        parts = [of.counts(of.layout, merged=merged) for of in self.stacks]
+        if all(part is None for part in parts):
+            return None
+        ones = hidden.new_ones(*hidden.shape[:-1], 1, dtype=torch.float32)
+        values = [
+            torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
+            for part, of in zip(parts, self.stacks, strict=True)
+        ]
+        return self.where.lay(ones, values)[..., 0]
+
+    def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer must be told, once tokens have been removed."""
+        if self.where.packed:
+            return self._told.translate(kwargs)
+        given = kwargs.get("attention_mask")
+        if not self.encoder.masks_layers:
+            return dict(kwargs)
+        mask = self.bias
+        if mask is not None and given is not None and given.dim() == 2:  # as flash kernels take it
+            mask = mask[:, 0, 0] > -1
+        return {**kwargs, "attention_mask": mask}
+
+    # -- signals
+
+    def tapped(self, need: Need, of: Stack) -> Tensor:
+        """A signal of the layer that is running, from its own projections; a token's keys are the
+        mean of its rows'.
+        """
+        assert self.taps is not None  # only asked for between the halves of a layer
+        names = self.encoder.projections
+        if need.name == "encoder_keys":
+            key = self.taps[names[-1]].detach()
+            key = key if len(names) > 1 else key.chunk(3, -1)[1]
+            key = _mean(self._of(key, of), of)
+            return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
+        query, key = (self.taps[part].detach() for part in names)
+        return self._of_class(query, key, of)
+
+    @torch.no_grad()
+    def ahead(self, layer: Any, hidden: Tensor, of: Stack) -> Tensor:
+        """(B, 1, H, K) class-token attention of a layer that is about to run."""
+        block, attention = self.encoder.block, self.encoder.attention(layer)
+        assert block is not None  # checked in the plan
+        normed = getattr(layer, block.norm1)(hidden)
+        query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
+        if self.encoder.projections != ("q_proj", "k_proj"):  # norms behind them
+            query, key = (
+                getattr(attention, name)(part)
+                for name, part in zip(self.encoder.projections, (query, key), strict=True)
+            )
+        return self._of_class(query, key, of)
+
+    def _of_class(self, query: Tensor, key: Tensor, of: Stack) -> Tensor:
+        """(B, 1, H, K) attention of the class token to tokens: to all their rows."""
+        special = self.encoder.special
+        row = class_row(query, key, self.encoder.heads, special, self.bias).transpose(1, 2)
+        row = torch.nn.functional.pad(row, (0, 0, special, 0))
+        tokens = self._of(row, of)
+        return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
+
+    def at_tokens(self, row: Tensor, of: Stack) -> Tensor:
+        """(G, C, K) of a stack's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
+        token's rows.
+        """
+        states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
+        return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
+
+    def widen(self, row: Tensor) -> Tensor:
+        """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor
+        that its token went into.
+        """
+        if not self.reduced:
+            return row
+        special = self.encoder.special
+        states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
+        whole = self.where.whole(states, self.where.now, 0.0)
+        return whole[:, special:].transpose(1, 2)
+
+    def _of(self, states: Tensor, of: Stack) -> Tensor:
+        """(G, K, R D) of a stack's tokens, from states of now."""
+        return self.where.take(states, self.stacks.index(of))
+
+    # -- the way out
+
+    def whole(self, states: Tensor) -> Tensor:
+        """States of now at full length."""
+        return self.where.whole(states, self.where.now) if self.reduced else states
+
+    def leave(self, output: Any) -> Any:
+        """Bring what the encoder returns back to full length, in place."""
+        if not self.reduced:
+            return output
+        merged = None  # what is made of the last rows, which may stand for the last hidden state
+        if self.encoder.returns_rows:
+            output.last_hidden_state = self.whole(output.last_hidden_state)
+        else:
+            merged = output.last_hidden_state
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(
+                states
+                if states is None or states is merged or (point := self.where.at(number)) is None
+                else self.where.whole(states, point)
+                for number, states in enumerate(output.hidden_states)
+            )
+        if output.get("attentions"):
+            self._widen(output)
+        return output
+
+    def _widen(self, output: Any) -> None:
+        """Bring attention maps (B, H, N', N') back to (B, H, N, N), in place.
+
+        Raises:
+            UnsupportedModelError: it is not known which map is which layer's.
+        """
+        maps, layers = output.attentions, len(self.encoder.layers)
+        if len(maps) != layers:
+            raise UnsupportedModelError(
+                f"this encoder returns {len(maps)} attention maps of {layers} layers, so that it "
+                "is not known which is which; leave output_attentions out"
+            )
+        output.attentions = tuple(
+            of if of is None or (point := self.points.get(n)) is None else self._widened(of, point)
+            for n, of in enumerate(maps)
+        )
+
+    def _widened(self, of: Tensor, point: Point) -> Tensor:
+        """An attention map at full length; some encoders return what attention makes, (N', D)."""
+        if point.order is None:
+            return of
+        if of.dim() != 4:
+            return self.where.whole(of, point)
+        rows, total = self.where.rows_of(point), self.where.shape[-1]
+        return spread(of, rows, rows, (total, total))
+
+
+def _mean(x: Tensor, of: Stack) -> Tensor:
+    """(G, K, D) mean of each token's rows, from (G, K, R D)."""
+    cell = of.rows.shape[2]
+    return x if cell == 1 else x.unflatten(2, (cell, -1)).mean(2)

@@ -1,0 +1,368 @@
+"""The vision part of a session: shorten the stream inside the encoder.
+
+Layers in which nothing is removed keep their own forward. A layer in which tokens are removed
+between attention and MLP is run in two halves; that needs an instance-level forward, because hooks
+do not reach in between. So are layers whose attention takes no mask, once merged tokens count as
+often as they have sources.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.core.method import Need
+from foveate.engine.attachment import (
+    Part,
+    bypassed,
+    forward_of,
+    has_own_forward,
+    is_compiled,
+    untraced,
+)
+from foveate.engine.inputs import bound, of_shapes
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.planning import check_mixing
+from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.segments import boundaries
+from foveate.engine.vision.stack import Stack
+from foveate.errors import UnsupportedModelError
+from foveate.families import Family
+from foveate.record.record import ImageRecord, Record
+from foveate.signals.encoder import EncoderSignals
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class _Local(threading.local):
+    """What one thread is doing with the encoder."""
+
+    encoding: Encoding | None = None
+    collected: list[Encoding] | None = None  # finished passes, while somebody collects them
+    modality: str = "image"  # what they are of
+    readout: Tensor | None = None  # which of the encoder's tokens may not be removed
+    as_tuple: bool = False  # the caller wants a tuple
+    record: Record | None = None
+
+    def __init__(self) -> None:
+        self.collecting = ExitStack()  # signals of the layers that have run
+        self.rows: dict[tuple[str, int], Tensor] = {}
+
+
+class VisionPart(Part):
+    """Steps inside an encoder, in an encoder alone or in the tower of a larger model.
+
+    Args:
+        plan: what to do where.
+        family: the model.
+    """
+
+    def __init__(self, plan: Plan, family: Family) -> None:
+        super().__init__()
+        self.family = family
+        self.methods = [s.method for s in plan.vision]
+        assert family.encoder is not None  # the plan has checked it
+        self.encoder = family.encoder
+        self._before: dict[int, list[PlannedStep]] = defaultdict(list)
+        self._inside: dict[int, list[PlannedStep]] = defaultdict(list)
+        for planned in plan.vision:
+            steps = self._inside if planned.step.inside else self._before
+            steps[planned.step.layer].append(planned)
+        self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
+        self._unmasked = self._without_masks(plan)
+        earlier = plan.earlier_signals
+        self._signals = (
+            EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
+        )
+        self._local = _Local()
+        self._last: Record | None = None
+
+    @property
+    def root(self) -> Any:
+        """The encoder."""
+        return self.encoder.tower
+
+    @property
+    def record(self) -> Record | None:
+        """The last pass: this thread's, or else any thread's."""
+        return self._local.record or self._last
+
+    @property
+    def tokens(self) -> list[tuple[int, int]]:
+        """Rows that each layer of the last pass saw."""
+        return [] if self.record is None else self.record.encoder_tokens
+
+    @property
+    def bounds(self) -> list[Tensor | None]:
+        """Boundaries of the segments of each layer of the last pass."""
+        return [] if self.record is None else self.record.encoder_bounds
+
+    @property
+    def running(self) -> Encoding | None:
+        """The pass that this thread is in."""
+        return self._local.encoding
+
+    @contextmanager
+    def collect(
+        self, modality: str, arguments: Mapping[str, Any], read: Tensor | None = None
+    ) -> Iterator[list[Encoding]]:
+        """While open, fill a list with the passes that end, in this thread only.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what features are made from.
+            read: (N) which of all visual tokens of it may not be removed; `None` for none.
+
+        Raises:
+            UnsupportedModelError: the model mixes the patches of it.
+        """
+        check_mixing(self.family, self.methods, modality, arguments)
+        passes: list[Encoding] = []
+        self._local.collected, self._local.modality = passes, modality
+        if read is not None:
+            sources = self.family.sources(modality, len(read), arguments)
+            self._local.readout = sources[read.cpu()] if len(sources) == len(read) else None
+        try:
+            yield passes
+        finally:
+            self._local.collected, self._local.modality = None, "image"
+            self._local.readout = None
+
+    def _without_masks(self, plan: Plan) -> frozenset[int]:
+        """Layers that may get a bias and cannot take it as a mask."""
+        block = self.encoder.block
+        if block is None or block.output is None:
+            return frozenset()
+        biased = [s.step.layer for s in plan.vision if s.step.proportional or s.step.ragged]
+        return frozenset(
+            range(min(biased, default=len(self.encoder.layers)), len(self.encoder.layers))
+        )
+
+    # -- attach
+
+    def check(self) -> None:
+        """Refuse layers that another library runs in its own way; accelerate does not, it only
+        moves what they are given.
+
+        Raises:
+            UnsupportedModelError: a layer that must be run in halves has a forward of its own.
+        """
+        for number in {*self._inside, *self._unmasked}:
+            if has_own_forward(self.encoder.layers[number]):
+                raise UnsupportedModelError(
+                    f"encoder layer {number} has had its forward replaced, but tokens can be "
+                    "removed within a layer only if it runs as it is; take off what has replaced "
+                    "it, or remove tokens before a layer or after the encoder"
+                )
+
+    def attach(self) -> None:
+        """Install what acts around the encoder and its layers, and within those run in halves."""
+        self.uncopied(self.root)
+        below = self.family.base if self.family.text_layers else None
+        self.replace_forward(self.root, self._tower, outer=True, below=below, anchor=below is None)
+        for number in range(self._first, len(self.encoder.layers)):
+            layer = self.encoder.layers[number]
+            attention, steps = self.encoder.attention(layer), self._inside.get(number, [])
+            if not self.encoder.masks_layers:
+                self.before(attention, self._enter_attention)
+            if steps or number in self._unmasked:
+                self.replace_forward(layer, functools.partial(self._halves, steps))
+            self.hook(layer, functools.partial(self._enter_layer, number))
+            if any(planned.step.needs for planned in steps):
+                for name in self.encoder.projections:
+                    self.tap(attention, name, functools.partial(self._tap, name))
+        for reader in self.encoder.readers:
+            self.before(reader, self._enter_reader)
+        if self._signals is not None:
+            self._signals.attach(self)
+        if self._first < len(self.encoder.layers) and self.encoder.head is not None:
+            self.before(self.encoder.head, self._enter_head)
+            for module in self.encoder.head.modules():
+                if isinstance(module, nn.MultiheadAttention):
+                    self.before(module, self._enter_pooling)
+
+    # -- around the encoder
+
+    @untraced
+    def _tower(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the encoder's forward: one pass."""
+        output = None
+        self.compiled |= is_compiled()
+        kwargs = self._enter(module, args, kwargs)
+        try:
+            output = forward_of(module, before)(*args, **kwargs)
+        finally:
+            output = self._leave(output)
+        return output
+
+    @torch.compiler.disable
+    def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
+        self.look_after()
+        arguments = bound(type(module).forward.__get__(module), args, kwargs)
+        side = self.family.side(self._local.modality)
+        read = self._local.readout
+        self._local.encoding = Encoding(self.family, self.encoder, arguments, side, read)
+        if self._signals is not None:
+            self._local.rows = self._local.collecting.enter_context(self._signals.collect())
+        self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
+        return {**kwargs, "return_dict": True} if self._local.as_tuple else kwargs
+
+    @torch.compiler.disable
+    def _leave(self, output: Any) -> Any:
+        encoding, self._local.encoding = self._local.encoding, None
+        self._local.collecting.close()
+        if encoding is None or output is None:  # it raised
+            return None
+        if len(encoding.rows) < len(self.encoder.layers) - self._first:
+            raise bypassed(self.encoder.layers[-1])
+        encoding.see(output.last_hidden_state)
+        if self._local.collected is not None:
+            self._local.collected.append(encoding)
+        self._local.record = self._last = self._describe(encoding)
+        output = encoding.leave(output)
+        return output.to_tuple() if self._local.as_tuple else output
+
+    # -- around a layer
+
+    def _enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before a layer: run the steps due there, and hand it the mask that fits."""
+        encoding = self._local.encoding
+        if encoding is None:
+            return None
+        hidden = args[0]
+        if len(args) > 1:  # the mask
+            kwargs = {**kwargs, "attention_mask": args[1]}
+        encoding.see(hidden, kwargs.get("attention_mask"))
+        steps = self._before.get(number)
+        if steps and encoding.removes(steps):
+            hidden = encoding.reduce(
+                steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
+            )
+        encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
+        encoding.points[number] = encoding.where.now
+        told = encoding.told(kwargs) if encoding.reduced else kwargs
+        encoding.bounds.append(boundaries(told))
+        return ((hidden,), told) if encoding.reduced else None
+
+    def _signal(
+        self, encoding: Encoding, number: int, layer: Any, hidden: Tensor, need: Need, of: Stack
+    ) -> Tensor:
+        """A signal before a layer: of earlier layers, or of the one that is about to run."""
+        if need.layers == (number,):
+            return encoding.ahead(layer, hidden, of)
+        assert self._signals is not None  # as planned
+        rows = [encoding.at_tokens(self._local.rows[need.name, i], of) for i in need.layers]
+        return self._signals.deliver(need.name, torch.stack(rows, 1))
+
+    def _enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before the attention of a layer that takes no mask: hand it one."""
+        encoding = self._local.encoding
+        if encoding is None or encoding.bias is None:
+            return None
+        return args, {**kwargs, "attention_mask": encoding.bias}
+
+    def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before a module that reads rows: hand it all of them."""
+        encoding = self._local.encoding
+        if encoding is None or not encoding.reduced:
+            return None
+        return (encoding.whole(args[0]), *args[1:]), kwargs
+
+    @untraced
+    def _halves(
+        self,
+        steps: list[PlannedStep],
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        hidden: Tensor,
+        *masks: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A layer's forward with steps between its attention and its MLP."""
+        encoding, block = self._local.encoding, self.encoder.block
+        assert block is not None  # checked in the plan
+        bias, removes = (None, False) if encoding is None else self._due(encoding, steps)
+        if encoding is None or (bias is None and not removes):
+            return forward_of(module, before)(hidden, *masks, **kwargs)
+        if masks:
+            kwargs = {**kwargs, "attention_mask": masks[0]}
+        encoding.taps = {}
+        hidden = block.attend(module, hidden, bias=bias, **kwargs)
+        hidden = self._between(encoding, steps if removes else [], hidden)
+        return block.feed(module, hidden)
+
+    @torch.compiler.disable
+    def _due(self, encoding: Encoding, steps: list[PlannedStep]) -> tuple[Tensor | None, bool]:
+        """What a layer's scores get besides a mask, and whether steps within it remove anything."""
+        assert self.encoder.block is not None  # checked in the plan
+        bias = encoding.bias if self.encoder.block.output is not None else None
+        return bias, encoding.removes(steps)
+
+    @torch.compiler.disable
+    def _between(self, encoding: Encoding, steps: list[PlannedStep], hidden: Tensor) -> Tensor:
+        """Between a layer's attention and its MLP."""
+        if steps:
+            hidden = encoding.reduce(steps, hidden, encoding.tapped)
+        encoding.taps = None
+        encoding.rows[-1] = (encoding.rows[-1][0], hidden.shape[-2])
+        return hidden
+
+    def _tap(
+        self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
+    ) -> None:
+        encoding = self._local.encoding
+        if encoding is not None and encoding.taps is not None:
+            encoding.taps[name] = output
+
+    # -- around a head that pools by attention
+
+    def _enter_head(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
+        """Before the head: its mask of all tokens no longer fits; its attention gets another."""
+        encoding = self._local.encoding
+        if encoding is None or not encoding.reduced:
+            return None
+        return args[:1], {}
+
+    def _enter_pooling(self, module: Any, args: Args, kwargs: Kwargs) -> Any:
+        """Before the head's attention: count a merged token as often as it has sources, and padding
+        not at all.
+        """
+        encoding = self._local.encoding
+        if encoding is None or not encoding.reduced:
+            return None
+        counts = encoding.counts(args[1], merged=True)
+        if counts is None:
+            return None
+        log = counts.log().to(args[1].dtype)[:, None]
+        return args, {**kwargs, "attn_mask": log.repeat_interleave(module.num_heads, 0)}
+
+    # -- what was done
+
+    def _describe(self, encoding: Encoding) -> Record:
+        images = [
+            ImageRecord(n, of.total, of.grid, kept, frames=of.frames)
+            for n, (of, kept) in enumerate(encoding.survivors())
+        ]
+        length = encoding.where.shape[-1] if images else 0
+        rows = [(length, length)] * min(self._first, len(self.encoder.layers))
+        return Record(
+            rows=len(images),
+            prompt_tokens=[],
+            images=images,
+            layer_tokens=[],
+            cache_slots=[],
+            pixels=encoding.pixels,
+            encoder_tokens=rows + encoding.rows,
+            encoder_bounds=[*(None for _ in rows), *encoding.bounds],
+            encoded={"image": of_shapes(encoding.arguments)},
+        )

@@ -1,0 +1,141 @@
+"""Rows: where the tokens of a pass lie among the rows of the encoder, at any point of the pass.
+
+Pictures are rows of a batch, behind special rows; or they lie in one sequence, whose order stays
+(windows are runs of it). Shapes: `G` pictures of a stack, `V` tokens of each, `K` of them alive,
+`R` rows of a token, `D` width, `B` pictures of a batch, `S` special rows, `N` rows of a picture of
+a batch or of the whole sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.core.reduction import Reduction
+from foveate.engine.vision.stack import Stack
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What is alive at some point of a pass.
+
+    Args:
+        layouts: of each stack, from all tokens to those alive.
+        order: which of all rows each row is; `None` while all are there.
+        unsort: for a sequence, which row of all stacks, one behind the other, each row is.
+    """
+
+    layouts: tuple[Reduction | None, ...]
+    order: Tensor | None = None
+    unsort: Tensor | None = None
+
+
+class Rows:
+    """Tokens and rows of one pass.
+
+    Args:
+        stacks: the pictures; one stack where they are rows of a batch.
+        shape: (B, N), or (N) or (1, N) of a sequence: that of the states, less their width.
+        special: rows before the tokens of each picture.
+        packed: whether the pictures lie in one sequence.
+    """
+
+    def __init__(
+        self, stacks: Sequence[Stack], shape: Sequence[int], special: int, packed: bool
+    ) -> None:
+        self.stacks = stacks
+        self.shape = tuple(shape)
+        self.special = special
+        self.packed = packed
+        self.now = Point(tuple(None for _ in stacks))
+        self._points: list[tuple[int, Point]] = []
+
+    def take(self, states: Tensor, number: int, point: Point | None = None) -> Tensor:
+        """(G, K, R D) values of a stack's tokens.
+
+        Args:
+            states: (B, N, D) or (N, D) rows of some point.
+            number: the stack.
+            point: the point; now by default.
+        """
+        point = self.now if point is None else point
+        of, layout = self.stacks[number], point.layouts[number]
+        cell = of.rows.shape[2]
+        if not self.packed and (point.order is not None or cell == 1):
+            return states[:, self.special :].unflatten(1, (-1, cell)).flatten(2)
+        rows = of.rows_at(layout)
+        if point.order is not None:
+            rows = torch.searchsorted(point.order, rows)
+        taken = states.reshape(-1, states.shape[-1]).index_select(0, rows.flatten())
+        return taken.view(*rows.shape[:2], -1)
+
+    def put(self, states: Tensor, values: Sequence[Tensor], first: int) -> Tensor:
+        """Rows of the tokens that are alive now, which becomes a point of the pass.
+
+        Args:
+            states: the states of before, for special rows.
+            values: (G, K, R D) of each stack.
+            first: first hidden state of the encoder's output that has these rows.
+        """
+        layouts = tuple(of.layout for of in self.stacks)
+        rows = [of.rows_at(of.layout).flatten(1) for of in self.stacks]
+        if self.packed:
+            self.now = Point(layouts, *torch.cat([row.flatten() for row in rows]).sort())
+        else:
+            start = torch.arange(self.shape[0], device=states.device)[:, None] * self.shape[1]
+            specials = start + torch.arange(self.special, device=states.device)
+            self.now = Point(layouts, torch.cat((specials, rows[0]), 1).flatten())
+        self._points.append((first, self.now))
+        return self.lay(states, values)
+
+    def lay(self, states: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """Rows of all tokens in the encoder's order, behind the special rows of some states."""
+        width, unsort = states.shape[-1], self.now.unsort
+        if unsort is None:
+            tokens = values[0].unflatten(2, (-1, width)).flatten(1, 2)
+            return torch.cat((states[:, : self.special], tokens), 1)
+        flat = torch.cat([value.reshape(-1, width) for value in values])
+        return flat.index_select(0, unsort).view(*states.shape[:-2], -1, width)
+
+    def at(self, number: int) -> Point | None:
+        """The point that a hidden state of the encoder's output is from; `None` for full length."""
+        points = [point for first, point in self._points if first <= number]
+        return points[-1] if points else None
+
+    def rows_of(self, point: Point) -> Tensor:
+        """(B, N') the row that each row of a point is of its picture, or (1, N') of the sequence;
+        -1 for what fills up.
+        """
+        assert point.order is not None  # something has been removed
+        real = [
+            torch.ones_like(of.rows_at(layout), dtype=torch.bool)
+            if layout is None or layout.real is None
+            else layout.real[..., None].expand(-1, -1, of.rows.shape[2])
+            for of, layout in zip(self.stacks, point.layouts, strict=True)
+        ]
+        if point.unsort is not None:
+            alive = torch.cat([part.flatten() for part in real])[point.unsort]
+            return point.order.masked_fill(~alive, -1)[None]
+        alive = torch.nn.functional.pad(real[0].flatten(1), (self.special, 0), value=True)
+        rows = point.order.view(self.shape[0], -1) % self.shape[1]
+        return rows.masked_fill(~alive, -1)
+
+    def whole(self, states: Tensor, point: Point, missing: float | None = None) -> Tensor:
+        """States of some point at full length; see `Stack.recover` for dropped tokens."""
+        parts = [
+            of.recover(self.take(states, number, point), point.layouts[number], missing)
+            for number, of in enumerate(self.stacks)
+        ]
+        width = states.shape[-1]
+        if not self.packed and parts[0].shape[-1] == width:
+            return torch.cat((states[:, : self.special], parts[0]), 1)
+        rows = torch.cat([of.rows.flatten() for of in self.stacks])
+        whole = states.new_zeros(torch.Size(self.shape).numel(), width)
+        whole = whole.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
+        whole = whole.view(*self.shape, width)
+        if self.special:
+            whole = torch.cat((states[:, : self.special], whole[:, self.special :]), 1)
+        return whole

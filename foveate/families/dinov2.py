@@ -1,0 +1,26 @@
+"""DINOv2, with or without registers."""
+
+from __future__ import annotations
+
+from foveate.families.block import Block
+from foveate.families.family import register_family
+from foveate.families.plain import PlainEncoder
+
+
+@register_family("dinov2", "dinov2_with_registers")
+class DINOv2(PlainEncoder):
+    """`Dinov2Model`, `Dinov2WithRegistersModel` and their classifiers."""
+
+    layers_path = "encoder.layer"
+    block = Block(
+        "norm1",
+        "attention",
+        "norm2",
+        scale1=("layer_scale1", "drop_path"),
+        scale2=("layer_scale2", "drop_path"),
+    )
+
+    @property
+    def extra_tokens(self) -> int:
+        """The registers."""
+        return getattr(self.base.config, "num_register_tokens", 0)

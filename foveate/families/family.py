@@ -1,0 +1,353 @@
+"""Family: where things are in a model. Subclasses say only what differs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from foveate.core.tokens import Shape
+from foveate.errors import UnsupportedModelError
+from foveate.families.block import Block
+from foveate.families.rows import Picture, raster_rows
+from foveate.record.boxes import cells_of
+from foveate.record.tiles import Tiling
+
+FAMILIES: dict[str, type[Family]] = {}
+F = TypeVar("F", bound="type[Family]")
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A vision encoder.
+
+    Args:
+        layers: its transformer layers.
+        attention: the attention module of a layer.
+        heads: attention heads.
+        class_token: whether row 0 is a class token.
+        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
+        tower: the module whose output is the encoder's; needed to act inside the encoder.
+        block: how a layer is made; needed to act inside the encoder, and only given where each
+            patch belongs to one visual token.
+        extra: rows between the class token and the patches (registers, distillation token).
+        head: a module that pools all rows by attention, with a `MultiheadAttention` within.
+        packed: where the rows of all pictures lie in one sequence, says from the tower's arguments
+            and `Family.side` which rows each picture has; `None` where each picture is a row of a
+            batch.
+        readers: modules within the tower that read rows behind layers, and need all of them.
+        returns_rows: whether what the tower returns are rows that no reader has read.
+        masks_layers: whether layers take an attention mask; else their attention does.
+    """
+
+    layers: Sequence[nn.Module]
+    attention: Callable[[Any], Any]
+    heads: int
+    class_token: bool
+    projections: tuple[str, ...] = ("q_proj", "k_proj")
+    tower: Any = None
+    block: Block | None = None
+    extra: int = 0
+    head: Any = None
+    packed: Callable[[Mapping[str, Any], int], list[Picture]] | None = None
+    readers: tuple[Any, ...] = ()
+    returns_rows: bool = True
+    masks_layers: bool = True
+
+    @property
+    def special(self) -> int:
+        """Rows before the patches."""
+        return int(self.class_token) + self.extra
+
+
+def register_family(*model_types: str) -> Callable[[F], F]:
+    """Class decorator: the family serves these values of `config.model_type`."""
+
+    def add(cls: F) -> F:
+        for model_type in model_types:
+            FAMILIES[model_type] = cls
+        return cls
+
+    return add
+
+
+def window_of(text: Any, layer: int) -> int | None:
+    """Positions that a token sees at most in a decoder layer, itself included; `None` for all.
+
+    Args:
+        text: the text model's config; without kinds of layers, its window is that of all.
+        layer: the decoder layer.
+    """
+    kinds = getattr(text, "layer_types", None)
+    windowed = not kinds or kinds[layer] == "sliding_attention"
+    return getattr(text, "sliding_window", None) if windowed else None
+
+
+class Family:
+    """Base of all families: a multimodal `base` model around a `text` model with `layers`.
+
+    Args:
+        model: a model of this family, with or without its language-model head.
+
+    Raises:
+        UnsupportedModelError: the model is not laid out as expected; the message names what is
+            missing.
+    """
+
+    text_path: ClassVar[str] = "language_model"
+    one_dimensional: ClassVar[bool] = True
+    """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    planar: ClassVar[bool] = True
+    """Whether the visual tokens of an image or a frame lie on one grid."""
+    placed_by: ClassVar[tuple[str, ...]] = ()
+    """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    thumbnail: ClassVar[int] = -1
+    """Which tile of a picture shows all of it, where each tile counts as an image."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.config = model.config
+        self.base: Any = self._child(model, "model") if hasattr(model, "lm_head") else model
+        self.text: Any = self._child(self.base, self.text_path)
+        self.layers: Sequence[nn.Module] = self._child(self.text, "layers")
+
+    @property
+    def model_type(self) -> str:
+        """The config's model type."""
+        return self.config.model_type
+
+    # -- the text model
+
+    @property
+    def text_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def first_llm_layer(self) -> int:
+        """First decoder layer before which tokens may be removed (0 without DeepStack)."""
+        return 0
+
+    @cached_property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
+        types = (
+            getattr(self.text.config, "layer_types", None) or ["full_attention"] * self.text_layers
+        )
+        return tuple(
+            i for i, kind in enumerate(types[: self.text_layers]) if kind == "full_attention"
+        )
+
+    @property
+    def window(self) -> int | None:
+        """Positions that a token sees at most, itself included, where that is so in all layers."""
+        config = self.text.config
+        return None if getattr(config, "layer_types", None) else window_of(config, 0)
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
+        """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
+        return self.text.rotary_emb(hidden, position_ids=position_ids)
+
+    @property
+    def rotary_by_length(self) -> bool:
+        """Whether the frequencies of rotary embeddings depend on the largest position."""
+        kinds = getattr(self.text.rotary_emb, "rope_type", "default")
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+    def rotates(self, layer: int) -> bool:
+        """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
+        return True
+
+    # -- images
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """Modality -> token id that stands for its visual tokens in `input_ids`."""
+        ids = {"image": "image_token_id", "video": "video_token_id"}
+        found = {modality: getattr(self.config, name, None) for modality, name in ids.items()}
+        return {
+            modality: token
+            for modality, token in found.items()
+            if token is not None and hasattr(self.base, f"get_{modality}_features")
+        }
+
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
+        """How the visual tokens of each image or video are laid out.
+
+        Args:
+            modality: `image` or `video`.
+            pooled: the features of all images: a list of (V, D), or (images, V, D).
+            arguments: what the features were made from, such as `pixel_values`; empty if unknown.
+        """
+        counts = [feature.shape[:-1].numel() for feature in pooled]
+        return [Shape(count, self.grid(count)) for count in counts]
+
+    def grid(self, count: int) -> tuple[int, int]:
+        """(height, width) of `count` tokens: a square, or else one row."""
+        side = math.isqrt(count)
+        return (side, side) if side * side == count else (1, count)
+
+    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What features are made from, without what the model leaves out, such as padding tiles.
+
+        Args:
+            arguments: what features are to be made from.
+        """
+        return dict(arguments)
+
+    def boxes(
+        self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
+    ) -> Tensor:
+        """(V, 4) left, top, right and bottom edge of an image's tokens, as shares of the picture.
+
+        NaN stands for tokens without a place, such as newlines. The picture is what one entry of
+        the features was made from: the whole image, or a tile where each tile counts as an image;
+        for a video, the token's frame.
+
+        Args:
+            modality: `image` or `video`.
+            number: which of the images of this modality; negative, counted from the last, where
+                the arguments may be those of a whole conversation.
+            shape: its tokens, grid and frames, from `shapes`.
+            arguments: those named in `placed_by`, as far as they were given.
+        """
+        return cells_of(shape)
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Which images of a row are tiles of one picture, in order; each is one by default.
+
+        Args:
+            ids: the row's token ids, if they are known.
+            spans: first column of each image, and the first behind it.
+        """
+        return [Tiling(1)] * len(spans)
+
+    # -- the vision encoder
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The vision encoder, or `None` if methods cannot look inside it."""
+        return None
+
+    def side(self, modality: str) -> int:
+        """Side of a visual token in patches: the model merges cells of them behind the encoder."""
+        return 1
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Why patches do not belong to one visual token each, if so; methods cannot act inside the
+        encoder then.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what features are to be made from; empty if unknown.
+        """
+        return ""
+
+    @property
+    def vision_layers(self) -> int:
+        """Number of encoder layers; 0 if methods cannot look inside."""
+        return 0 if self.encoder is None else len(self.encoder.layers)
+
+    @property
+    def class_token(self) -> bool:
+        """Whether the encoder has a class token that methods can read."""
+        return self.encoder is not None and self.encoder.class_token
+
+    @property
+    def feature_layer(self) -> int:
+        """0-based encoder layer whose output the language model sees; of several, the deepest.
+
+        It is the one behind `hidden_states[vision_feature_layer]`, whose entry 0 is the embedding.
+        """
+        names = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA before 5.23
+        given = next((v for n in names if (v := getattr(self.config, n, None)) is not None), -1)
+        layers = [given] if isinstance(given, int) else given
+        return max(i - 1 if i >= 0 else self.vision_layers + i for i in layers)
+
+    def per_token(
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """(C, V) of what the encoder says of its patches, for the visual tokens of each image.
+
+        A token made of a cell of patches gets their mean.
+
+        Args:
+            modality: `image` or `video`.
+            rows: (N, C, P) of the P patches of all N pictures, tiles or frames that went through
+                the encoder; where these lie in one sequence, (C, V) of each.
+            arguments: what the features were made from.
+            newline: what tokens get that are no patches.
+        """
+        side = self.side(modality)
+        if side == 1 or not isinstance(rows, Tensor):
+            return list(rows)
+        cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
+        return list(rows[..., cells].mean(-1))
+
+    def projector(self, modality: str) -> Any:
+        """The module that makes one visual token of each row it is given; `None` if there is none,
+        because tokens are made of several rows or mixed afterwards.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
+    def unprojected(
+        self, modality: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """(V, C) what the projector is given for the visual tokens of each image.
+
+        Tokens that it does not make, such as newlines, get zeros; all of an image whose tokens are
+        mixed behind it get NaN.
+
+        Args:
+            modality: `image` or `video`.
+            rows: (..., C) what it is given.
+            lengths: visual tokens of each image.
+            arguments: what the features were made from.
+        """
+        return rows.reshape(-1, rows.shape[-1]).split(list(lengths))
+
+    def follow(
+        self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """(V) whether each visual token is alive; of each image, or of all behind one another.
+
+        Args:
+            modality: `image` or `video`.
+            alive: (C) whether the tokens of each picture, tile or frame that went through the
+                encoder are.
+            arguments: what the features were made from.
+        """
+        return alive
+
+    def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
+        """(V) which token of the encoder, of all pictures behind one another, each visual token of
+        all images stands for; a token that is made of none, such as a newline, for the last before.
+
+        Args:
+            modality: `image` or `video`.
+            count: visual tokens of all images.
+            arguments: what the features were made from.
+        """
+        return torch.arange(count)
+
+    def _child(self, parent: nn.Module, path: str) -> Any:
+        child: Any = parent
+        for name in path.split("."):
+            child = getattr(child, name, None)
+            if child is None:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__} has no {path!r} in {type(parent).__name__}: the "
+                    f"installed transformers lays out {self.config.model_type!r} in a way this "
+                    "version of foveate does not know"
+                )
+        return child

@@ -1,0 +1,33 @@
+"""Gemma3: SigLIP pooled to a fixed grid, sliding and full attention with a rotary base each.
+
+Rows of an image see each other; that is in the masks, which the engine translates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from foveate.families.family import Encoder, Family, register_family
+from foveate.families.towers import tower
+
+
+@register_family("gemma3")
+class Gemma3(Family):
+    """`Gemma3ForConditionalGeneration` and `Gemma3Model`."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_tower")
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches whose mean becomes a token."""
+        vision = self.config.vision_config
+        return vision.image_size // vision.patch_size // math.isqrt(self.config.mm_tokens_per_image)
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
+        """Rotary (cos, sin) of the layer's kind of attention."""
+        return self.text.rotary_emb(hidden, position_ids, self.text.config.layer_types[layer])

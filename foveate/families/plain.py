@@ -1,0 +1,100 @@
+"""Encoders without a language model, and the same encoders as towers of vision-language models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from foveate.errors import UnsupportedModelError
+from foveate.families.block import Block
+from foveate.families.family import FAMILIES, Encoder, Family
+
+CLIP_BLOCK = Block("layer_norm1", "self_attn", "layer_norm2")
+VIT_BLOCK = Block(
+    "layernorm_before",
+    "attention",
+    "layernorm_after",
+    scale1=("dropout",),
+    scale2=("dropout",),
+)
+
+
+class PlainEncoder(Family):
+    """An encoder, alone or under a head; it has no text model and no decoder layers.
+
+    Subclasses say where the layers are in the tower, how a layer is made, and which rows come
+    before the patches.
+
+    Args:
+        model: the encoder, or a model with a head around it.
+
+    Raises:
+        UnsupportedModelError: a backbone with feature maps, or a layout this version does not know.
+    """
+
+    layers_path: ClassVar[str] = "encoder.layers"
+    block: ClassVar[Block] = CLIP_BLOCK
+    class_token: ClassVar[bool] = True
+    head_path: ClassVar[str | None] = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.config = model, model.config
+        if type(model).__name__.endswith("Backbone"):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cuts feature maps out of the states of all layers while "
+                "it runs; use the encoder itself, whose hidden_states come back at full length"
+            )
+        self.base: Any = _tower(model)
+        self.text, self.layers, self.attention_layers = None, (), ()
+        blocks = self._child(self.base, self.layers_path)
+        for name in self.block.modules:
+            self._child(blocks[0], name)
+
+    @property
+    def placeholder_ids(self) -> dict[str, int]:
+        """None: there is no text."""
+        return {}
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder's layers, and what surrounds them."""
+        head = None if self.head_path is None else getattr(self.base, self.head_path, None)
+        return Encoder(
+            layers=self._child(self.base, self.layers_path),
+            attention=lambda layer: getattr(layer, self.block.attention),
+            heads=self.base.config.num_attention_heads,
+            class_token=self.class_token,
+            tower=self.base,
+            block=self.block,
+            extra=self.extra_tokens,
+            head=head,
+        )
+
+    @property
+    def extra_tokens(self) -> int:
+        """Register and distillation tokens between the class token and the patches."""
+        return 0
+
+    @property
+    def feature_layer(self) -> int:
+        """The last layer: whatever reads an encoder alone reads that."""
+        return self.vision_layers - 1
+
+
+def tower_encoder(tower: PreTrainedModel) -> Encoder | None:
+    """The encoder of a vision tower, or `None` for a kind that methods cannot look into."""
+    kind: Callable[[PreTrainedModel], Any] | None = FAMILIES.get(tower.config.model_type)
+    if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
+        return None
+    return kind(tower).encoder
+
+
+def _tower(model: PreTrainedModel) -> nn.Module:
+    """The module whose output is the encoder's: under a head, or the model itself."""
+    for name in (model.base_model_prefix, "vision_model"):
+        if isinstance(tower := getattr(model, name, None), nn.Module):
+            return tower
+    return model

@@ -1,0 +1,165 @@
+"""Vision towers that several families share: where their layers are, and how these are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers.vision_utils import get_vision_window_index
+
+from foveate.families.block import Block
+from foveate.families.family import Encoder, Family
+from foveate.families.plain import CLIP_BLOCK, tower_encoder
+from foveate.families.rows import Picture, packed
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A kind of vision tower.
+
+    Args:
+        layers: where its layers are.
+        block: how they are made.
+        root: the module within it whose output are rows; itself by default.
+        class_token: whether row 0 is a class token.
+        packed: which rows each picture has, from the tower's arguments, the side of a cell and the
+            tower; `None` where each picture is a row of a batch.
+        readers: modules, within the root, that read rows behind layers: a module, or a list.
+        returns_rows: see `Encoder`.
+        masks_layers: see `Encoder`.
+    """
+
+    layers: str
+    block: Block
+    root: str = ""
+    class_token: bool = False
+    packed: Callable[[Mapping[str, Any], int, Any], list[Picture]] | None = None
+    readers: tuple[str, ...] = ()
+    returns_rows: bool = True
+    masks_layers: bool = True
+
+
+def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Picture]:
+    """Patches in the order of cells."""
+    return packed(_sizes(arguments), side, raster=False)
+
+
+def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Picture]:
+    """Patches in the order of cells, and cells in the order of windows."""
+    config = tower.config
+    order, _ = get_vision_window_index(
+        arguments["grid_thw"],
+        spatial_merge_size=side,
+        window_size=config.window_size,
+        patch_size=config.patch_size,
+        kwargs=dict(arguments),
+    )
+    return packed(_sizes(arguments), side, order, raster=False)
+
+
+def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Picture]:
+    """Patches in raster order, of images of given sizes or of grids."""
+    if "grid_thw" in arguments:
+        return packed(_sizes(arguments), side, raster=True)
+    sizes, pixels = arguments.get("image_sizes"), arguments["pixel_values"]
+    if sizes is None:
+        sizes = [pixels.shape[-2:]] * len(pixels)
+    patch = tower.config.patch_size
+    return packed([(1, int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
+
+
+def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    return arguments["grid_thw"].tolist()
+
+
+_QWEN = Tower(
+    "blocks",
+    Block("norm1", "attn", "norm2", projections=("qkv",), output="proj"),
+    packed=_by_cells,
+    readers=("merger",),
+)
+_GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
+_QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
+_IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
+_INTERNVL = Tower(
+    "encoder.layer",
+    Block(
+        "layernorm_before",
+        "attention",
+        "layernorm_after",
+        scale1=("lambda_1",),
+        scale2=("dropout", "lambda_2"),
+        projections=("q_norm", "k_norm"),
+    ),
+    class_token=True,
+    masks_layers=False,
+)
+_OVIS = Tower(
+    "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
+)
+_PADDLE = Tower(
+    "encoder.layers",
+    replace(CLIP_BLOCK, output="out_proj"),
+    root="vision_model",
+    packed=_by_raster,
+)
+_PIXTRAL = Tower(
+    "transformer.layers",
+    Block("attention_norm", "attention", "ffn_norm", "feed_forward"),
+    packed=_by_raster,
+)
+
+TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
+    "glm4v_moe_vision": _GLM,
+    "glm4v_vision": _GLM,
+    "idefics3_vision": _IDEFICS,
+    "internvl_vision": _INTERNVL,
+    "ovis2_vision": _OVIS,
+    "paddleocr_vl_vision": _PADDLE,
+    "pixtral": _PIXTRAL,
+    "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
+    "qwen2_vl_vision": _QWEN,
+    "qwen3_vl_moe_vision": _QWEN3,
+    "qwen3_vl_vision": _QWEN3,
+    "smolvlm_vision": _IDEFICS,
+}
+
+
+def tower(family: Family, path: str) -> Encoder | None:
+    """The vision tower of a family, or `None` if its kind is not known.
+
+    Args:
+        family: the family; where it says that its model mixes patches, methods cannot act inside.
+        path: where the tower is in the base model.
+    """
+    vision, module = family.config.vision_config, family._child(family.base, path)
+    encoder = tower_encoder(module)
+    if encoder is None:
+        if vision.model_type not in TOWERS:
+            return None
+        encoder = _encoder(TOWERS[vision.model_type], family, module)
+    return replace(encoder, block=None if family.mixing("image", {}) else encoder.block)
+
+
+def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
+    root = family._child(module, kind.root) if kind.root else module
+    heads, packed = getattr(root.config, "num_heads", None), kind.packed
+    readers: list[Any] = []
+    for name in kind.readers:
+        reader = family._child(root, name)
+        readers += reader if isinstance(reader, nn.ModuleList) else [reader]
+    return Encoder(
+        layers=family._child(root, kind.layers),
+        attention=lambda layer: getattr(layer, kind.block.attention),
+        heads=heads or root.config.num_attention_heads,
+        class_token=kind.class_token,
+        projections=kind.block.projections,
+        tower=root,
+        block=kind.block,
+        packed=None if packed is None else lambda given, side: packed(given, side, root),
+        readers=tuple(readers),
+        returns_rows=kind.returns_rows,
+        masks_layers=kind.masks_layers,
+    )

@@ -1,9 +1,0 @@
-"""PaddleOCR-VL: patches of any grid merged 2 x 2 by the projector, M-RoPE, an Ernie text model."""
-
-from foveate.models.family import register_family
-from foveate.models.mrope import MRope
-
-
-@register_family("paddleocr_vl")
-class PaddleOCRVL(MRope):
-    """`PaddleOCRVLForConditionalGeneration` and `PaddleOCRVLModel`."""

@@ -1,0 +1,214 @@
+"""Training: prepare a model, train it with whatever trains models, save it and load it.
+
+Nothing of a training loop is here: a prepared model is the same object with hooks on its inner
+modules, so a stock Trainer, TRL or a bare loop train it, and it generates with the same methods.
+
+What differs from inference is what is asked. The labels that reach the model say where prompts end:
+where a method ranks by the last token of the prompt, in training it ranks by the token before each
+supervised span behind the image, averaged over spans; what a method calls the question is the text
+behind the image that is not supervised. Images behind which nothing is supervised are left alone by
+methods that ask. Choices carry no gradient; what survives does. Random choices are the same at each
+step, as in inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from foveate.core.resolve import MethodLike
+from foveate.core.saving import FILE, WEIGHTS, Head, Saved
+from foveate.engine.attachment import MARK
+from foveate.engine.session import LEARNED, Session, use
+from foveate.errors import AttachError, FoveateError, InputError
+from foveate.families import unwrap
+from foveate.io.quoting import quoted
+from foveate.io.writing import filling
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) -> M:
+    """Attach methods to a model that is going to be trained.
+
+    Adapters may be put on it before or after; so may DDP, FSDP and accelerate's wrappers. What
+    `save_pretrained` of this object writes, as a Trainer's checkpoints do, gets a foveate.json.
+
+    Args:
+        model: a supported model, or a PEFT model around one.
+        method: a method, its name, or a list of those in stream order; see `foveate.use`.
+        head: `all` makes logits of every token; `labels` in training (`model.train()`) only where
+            a label is to be predicted, at the same loss. Logits are then (N, vocabulary).
+        **fields: with a name, the method's hyper-parameters.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnsupportedModelError: a method has nothing to do in training, or the model cannot make
+            logits of some tokens alone.
+        FoveateError: see `foveate.use`.
+
+    Example:
+        >>> model = foveate.prepare(model, foveate.methods.PyramidDrop())  # doctest: +SKIP
+        >>> Trainer(model=model, args=args, train_dataset=data).train()  # doctest: +SKIP
+        >>> foveate.save(model, "out")  # doctest: +SKIP
+    """
+    if not isinstance(head, str) or head not in get_args(Head):
+        raise FoveateError(f"head must be 'all' or 'labels', got {quoted(head)}")
+    session = use(unwrap(model), method, **fields)
+    session.check_training()
+    if head == "labels":
+        session.label_logits()
+    session.attach()
+    try:
+        session.own_learned()
+        session.around_saving(model, _with_files(session))
+    except BaseException:
+        session.remove()
+        raise
+    return model
+
+
+def save(model: nn.Module, folder: str | Path, processor: Any = None, **options: Any) -> None:
+    """Save a prepared model: what `save_pretrained` writes, and foveate.json beside it.
+
+    Of a PEFT model only the adapters are saved. The checkpoint loads without foveate too.
+
+    Args:
+        model: a prepared model, or any wrapper of one.
+        folder: where to.
+        processor: saved as well if it is given.
+        **options: of `save_pretrained`.
+
+    Raises:
+        AttachError: the model was not prepared.
+        InputError: a method is not registered, or the files cannot be written; the folder is then
+            as it was.
+    """
+    around = _with_files(session_of(model))
+    if options.get("push_to_hub"):
+        options.setdefault("repo_id", Path(folder).name)
+    with filling(folder) as stage:
+        around(_saver(model).save_pretrained, stage, **options)
+        if processor is not None:
+            processor.save_pretrained(stage)
+
+
+def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
+    """Load what `save` has saved, and prepare it.
+
+    Args:
+        folder: a folder, or a repository of the Hugging Face hub.
+        trainable: whether adapters can be trained on.
+        **options: of `from_pretrained` of the model (`dtype`, `device_map`, `revision`, ...).
+
+    Returns:
+        The model, in evaluation mode as `from_pretrained` leaves it; a PEFT model if adapters were
+        saved.
+
+    Raises:
+        InputError: there is no foveate.json, or it is damaged or of a newer version.
+        FoveateError: the methods do not fit the model.
+    """
+    path = _find(folder, FILE, options)
+    if path is None:
+        raise InputError(
+            f"{folder} has no {FILE}, so foveate.save did not write it; load the model with "
+            "transformers and call foveate.prepare(model, method)"
+        )
+    saved = Saved.read(path)
+    adapters = _find(folder, "adapter_config.json", options)
+    if adapters is None:
+        return _restore(_from_pretrained(folder, options), saved, folder, options)
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError:
+        raise FoveateError(f"{folder} holds adapters, which need peft: pip install peft") from None
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    inner: Any = _from_pretrained(base, options)
+    model = PeftModel.from_pretrained(inner, str(folder), is_trainable=trainable)
+    return _restore(model, saved, folder, options)
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session that `prepare` has attached: for its report, or to `remove()` it.
+
+    Args:
+        model: a prepared model, or any wrapper of one.
+
+    Raises:
+        AttachError: there is none.
+    """
+    for module in unwrap(model).modules():
+        part = vars(module).get(MARK)
+        if part is not None:
+            return part.session
+    raise AttachError(
+        f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"
+    )
+
+
+def _saver(model: nn.Module) -> Any:
+    """The outermost module within wrappers that can save itself."""
+    found: Any = model
+    while not hasattr(found, "save_pretrained"):
+        found = getattr(found, "_orig_mod", getattr(found, "module", None))
+    return found
+
+
+def _with_files(session: Session) -> Callable[..., Any]:
+    """`save_pretrained`, with what foveate writes beside it."""
+    saved = Saved(session.methods, "labels" if session.labelled_logits else "all")
+
+    def around(original: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_main_process", True):
+            saved.write(save_directory, _learned(session, kwargs.get("state_dict")))
+        return original(save_directory, *args, **kwargs)
+
+    return around
+
+
+def _learned(session: Session, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """What methods have learned: of a model's state where that was gathered, or as it is."""
+    if state is not None:
+        prefix = f"{LEARNED}."
+        found = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+        if found:
+            return found
+    return session.learned.state_dict()
+
+
+def _restore(model: M, saved: Saved, folder: str | Path, options: dict[str, Any]) -> M:
+    """Prepare a model with what was saved of its methods."""
+    prepare(model, list(saved.methods), head=saved.head)
+    learned = session_of(model).learned
+    if len(learned):
+        saved.read_weights(_find(folder, WEIGHTS, options), learned)
+    return model
+
+
+def _find(folder: str | Path, name: str, options: dict[str, Any]) -> str | None:
+    """A file of a folder or a hub repository."""
+    from transformers.utils import cached_file
+
+    hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    given = {key: value for key, value in options.items() if key in hub}
+    try:
+        return cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False, **given)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be loaded: {error}") from None
+
+
+def _from_pretrained(folder: str | Path, options: dict[str, Any]) -> PreTrainedModel:
+    """A model of the class that its config names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, **options)
+    (name,) = config.architectures or ("",)
+    kind = getattr(transformers, name, transformers.AutoModelForImageTextToText)
+    return kind.from_pretrained(folder, **options)

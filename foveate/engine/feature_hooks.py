@@ -25,7 +25,7 @@ from foveate.engine.inputs import (
     placeholders,
     real_positions,
 )
-from foveate.engine.part import is_compiled, untraced
+from foveate.engine.part import bypassed, is_compiled, untraced
 from foveate.engine.plan import Plan
 from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends, readout
@@ -116,6 +116,8 @@ class FeatureHooks:
         passes of the encoder as long as the stack is open.
         """
         self.look_after()
+        if self.vision is not None:
+            self.vision.look_after()
         self._check_encoding(modality)
         arguments = bound(original, args, kwargs)
         local, signals, vision = self._local, self.tags.signals, self.vision
@@ -139,6 +141,8 @@ class FeatureHooks:
         local, signals = self._local, self.tags.signals
         if signals is not None and len(rows) < signals.count:
             raise self.tags.unmapped(modality)
+        if self.vision is not None and not passes:
+            raise bypassed(self.vision.root)
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
         self.tags.tag(modality, output, arguments, rows, passes, local.given)

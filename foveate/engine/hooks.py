@@ -41,7 +41,7 @@ from foveate.engine.inputs import (
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.onward import Onward
-from foveate.engine.part import forward_of, is_compiled, untraced
+from foveate.engine.part import bypassed, forward_of, is_compiled, untraced
 from foveate.engine.places import Places
 from foveate.engine.readout import check_readout
 from foveate.engine.recording import describe
@@ -132,7 +132,10 @@ class Hooks(FeatureHooks):
         self.compiled |= is_compiled()
         try:
             kwargs = self.enter_base(module, args, kwargs)
-            return forward_of(module, before)(*args, **kwargs)
+            output = forward_of(module, before)(*args, **kwargs)
+            if self._local.now.visual and not self._local.now.entered:
+                raise bypassed(self.family.text)
+            return output
         except BaseException:
             self._reset_rope(rope)
             raise
@@ -216,6 +219,7 @@ class Hooks(FeatureHooks):
     def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         """Before the text model: begin the turn."""
         now = self._local.now
+        now.entered = True
         sequence = kwargs.get("inputs_embeds")
         if sequence is None:
             sequence = args[0] if args else kwargs["input_ids"]
@@ -363,6 +367,8 @@ class Hooks(FeatureHooks):
         if turn is None:
             now.onward = now.rollback = None
             return output
+        if turn.groups and len(turn.layer_layouts) < self.family.text_layers:
+            raise bypassed(self.family.layers[0])
         record = describe(turn, output, now.encoded, self.vision, self.tags)
         if record is not None and self._tells(turn, output):
             self._local.record = self._last = record

@@ -9,6 +9,7 @@ like. So what a part has put on acts only while the part is attached, and is loo
 from __future__ import annotations
 
 import functools
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ class Part(ABC):
         *,
         outer: bool = False,
         below: nn.Module | None = None,
+        anchor: bool = False,
     ) -> None:
         """Call `forward(module, before, ...)` in place of a module's forward.
 
@@ -181,11 +183,15 @@ class Part(ABC):
             outer: whether a thread may come into the model there.
             below: a module that calls this one; if a thread comes from there, its call has begun
                 before the part was attached, and goes on without.
+            anchor: whether to refuse what the module returns if a call does not come there.
         """
         name = WITHIN if "_hf_hook" in vars(module) and WITHIN in vars(module) else "forward"
         life, gate = self._life, self.gate if outer else None
+        arrived = self._anchor(module) if anchor else None
 
         def replaced(*args: Any, **kwargs: Any) -> Any:
+            if arrived is not None:
+                arrived()
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
@@ -200,6 +206,31 @@ class Part(ABC):
         self._placed.append(placed)
         self.undo(functools.partial(_take_off, placed))
         vars(module)[name] = replaced
+
+    def _anchor(self, module: nn.Module) -> Callable[[], None]:
+        """See which calls of a module come to the forward in its place, which says so by what is
+        returned; refuse what others return.
+        """
+        local = threading.local()
+
+        def arrived() -> None:
+            local.missing = False
+
+        def begin(*_: Any) -> None:
+            local.missing = True
+
+        def end(*_: Any) -> None:
+            if getattr(local, "missing", False):
+                local.missing = False
+                self.look_after()
+                raise bypassed(module)
+
+        for register, hook in (
+            (module.register_forward_pre_hook, begin),
+            (module.register_forward_hook, end),
+        ):
+            self.undo(register(torch.compiler.disable(hook)).remove)
+        return arrived
 
     def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before a module's forward, whoever replaces that
@@ -306,6 +337,15 @@ class Part(ABC):
                     self._placed.remove(placed)
                 tap.module = module
                 self.after(module, tap.hook)
+
+
+def bypassed(module: nn.Module) -> AttachError:
+    """What to raise of an answer that was made without the forward put on a module."""
+    return AttachError(
+        f"the forward that foveate put on a {type(module).__name__} was replaced or taken off "
+        "within the session, so this answer was not made with the tokens that were kept; put other "
+        "forwards on before the session, or let them call what was there"
+    )
 
 
 def untraced(function: F) -> F:

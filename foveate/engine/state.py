@@ -84,6 +84,7 @@ class Forward:
     """One forward of the base model. Made anew for each, and for the time between them."""
 
     inside: bool = False  # within the base model's forward
+    entered: bool = False  # has come to the text model
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments
     sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
     readout: Tensor | None = None  # (B, T) visual tokens that a next token is read from, if any

@@ -53,7 +53,7 @@ class TextPart(Hooks, Part):
         family = self.family
         for module in (family.model, family.base, family.text):
             self.uncopied(module)
-        self.replace_forward(family.base, self.base, outer=True)
+        self.replace_forward(family.base, self.base, outer=True, anchor=True)
         self.replace_forward(family.text, self.text, outer=True, below=family.base)
         if family.model is not family.base:
             self.hook(family.model, self.enter_top)

@@ -28,6 +28,7 @@ from foveate.engine.layout import (
 )
 from foveate.engine.looks import Looks
 from foveate.engine.parking import Parked
+from foveate.engine.part import bypassed
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.state import Prompt
 from foveate.models import Family
@@ -93,6 +94,8 @@ class Turn:
             hidden and keyword arguments in physical terms; the same objects where nothing changes.
         """
         if self.groups:
+            if number != len(self.layer_layouts):  # those before it have come by otherwise
+                raise bypassed(self.family.layers[number - 1])
             hidden = self._reduce(number, layer, hidden, kwargs)
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)

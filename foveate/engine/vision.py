@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from foveate.engine.encoding import Encoding
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.packed import boundaries
-from foveate.engine.part import Part, forward_of, has_own_forward, is_compiled, untraced
+from foveate.engine.part import Part, bypassed, forward_of, has_own_forward, is_compiled, untraced
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
 from foveate.engine.stack import Stack
@@ -160,7 +160,7 @@ class VisionPart(Part):
         """Install what acts around the encoder and its layers, and within those run in halves."""
         self.uncopied(self.root)
         below = self.family.base if self.family.text_layers else None
-        self.replace_forward(self.root, self._tower, outer=True, below=below)
+        self.replace_forward(self.root, self._tower, outer=True, below=below, anchor=below is None)
         for number in range(self._first, len(self.encoder.layers)):
             layer = self.encoder.layers[number]
             attention, steps = self.encoder.attention(layer), self._inside.get(number, [])
@@ -216,6 +216,8 @@ class VisionPart(Part):
         self._local.collecting.close()
         if encoding is None or output is None:  # it raised
             return None
+        if len(encoding.rows) < len(self.encoder.layers) - self._first:
+            raise bypassed(self.encoder.layers[-1])
         encoding.see(output.last_hidden_state)
         if self._local.collected is not None:
             self._local.collected.append(encoding)

@@ -4,12 +4,14 @@ import copy
 import functools
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 import foveate
 from foveate.engine.gate import Gate
@@ -134,12 +136,9 @@ def accelerated(model):
 def profiled(model):
     """Forwards that count calls, and are put back from what was there before."""
     calls, undo = [], []
-    for module in [
-        model,
-        model.model,
-        model.model.language_model,
-        *model.model.language_model.layers,
-    ]:
+    base = model.model
+    text = base.language_model
+    for module in (model, base, base.vision_tower, text, *text.layers):
         had, before = "forward" in vars(module), module.forward
 
         def wrapped(*args, before=before, **kwargs):
@@ -191,7 +190,64 @@ def test_their_hooks_still_work_after_the_session(model):
         profiled(model)
     profiled.calls.clear()
     logits(model)
-    assert len(profiled.calls) == 3 + 4
+    assert len(profiled.calls) == 4 + 4
+
+
+PLACES = {
+    "base": lambda m: m.model, "text": lambda m: m.model.language_model,
+    "layer": lambda m: m.model.language_model.layers[1], "tower": lambda m: m.model.vision_tower,
+    "tower layer": lambda m: m.model.vision_tower.encoder.layers[-1],
+}  # fmt: skip
+
+
+VIT = ViTConfig(
+    hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+    image_size=56, patch_size=8, initializer_range=0.2,
+)  # fmt: skip
+
+
+def replaced(module):
+    """A forward that knows of no other."""
+    module.forward = lambda *args, **kwargs: type(module).forward(module, *args, **kwargs)
+    return lambda: delattr(module, "forward")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("stage", METHODS)
+def test_a_forward_that_keeps_tokens_from_being_removed_is_no_silent_one(model, stage, place):
+    """Either its answer is that of the method, or there is none."""
+    want = pruned(METHODS[stage])
+    with foveate.use(model, METHODS[stage]):
+        take_off = replaced(PLACES[place](model))
+        if place in ("base", "text", "layer") or (stage, place) == ("vision", "tower"):
+            # A layer that is handed fewer tokens than its arguments tell of raises itself.
+            told = "was replaced or taken off within" if place != "layer" else None
+            with pytest.raises((AttachError, RuntimeError), match=told):
+                logits(model)
+            with pytest.raises((AttachError, RuntimeError), match=told):
+                model.generate(**INPUTS, **SETTINGS)
+        else:
+            torch.testing.assert_close(logits(model), want)
+        take_off()
+        torch.testing.assert_close(logits(model), want)
+
+
+def test_a_forward_that_keeps_an_encoder_from_losing_tokens_is_no_silent_one():
+    pixels, model = (
+        torch.rand(2, 3, 56, 56),
+        ViTForImageClassification(VIT).eval().requires_grad_(False),
+    )
+    bare = model(pixels).logits
+    with foveate.use(model, METHODS["vision"]):
+        want = model(pixels).logits
+        assert not torch.allclose(want, bare)
+        take_off = replaced(model.vit)
+        with pytest.raises(AttachError, match="was replaced or taken off within"):
+            model(pixels)
+        take_off()
+        with suppress(AttachError):  # it is put back by what sees that it is missing
+            model(pixels)
+        torch.testing.assert_close(model(pixels).logits, want)
 
 
 @pytest.mark.parametrize("stage", METHODS)

@@ -81,11 +81,11 @@ class Looks:
             self._rate(hidden.detach())  # of what entered the language model, for all of them
         due = self._due(number, operator.gt if later else operator.eq) - _ELSEWHERE
         due = {name for name in due if not self._is_taken(name, number)}
-        if not due:
-            return
-        if self._viewed[:2] != (number, self.turn.layout):
+        if due and self._viewed[:2] != (number, self.turn.layout):
             self._viewed = number, self.turn.layout, *self.view(number, layer, hidden, kwargs)
         *_, view, past = self._viewed
+        if later:  # it holds what a recomputation of the layer is known by
+            self._viewed = None, None
         keyed = view
         if due & {*_KEYS} and (counted := self._from_first(number, hidden, kwargs)):
             keyed, _ = self.view(number, layer, hidden, counted)

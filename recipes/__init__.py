@@ -1,1 +1,1 @@
-"""recipes."""
+"""How the embedded model and the modules beside it were trained."""

@@ -2,8 +2,8 @@
 
 `keep` is what survives a method's cut, as a share of each image's tokens. Where a method cuts
 several times, it is the mean share over the decoder layers from the first cut on, here as
-everywhere (see `foveate.core.schedule`). What is counted is measured all the same: see the tokens and
-FLOPs of every cell.
+everywhere (see `foveate.core.schedule`). What is counted is measured all the same: see the tokens
+and FLOPs of every cell.
 """
 
 from __future__ import annotations

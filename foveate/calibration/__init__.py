@@ -1,1 +1,1 @@
-"""calibration."""
+"""Search the numbers of a method for a model."""

@@ -1,1 +1,1 @@
-"""core."""
+"""What a method is made of: method, step, visual tokens, reduction, budget."""

@@ -1,1 +1,1 @@
-"""io."""
+"""Files: reading, writing, images, and quoting what they hold in messages."""

@@ -208,8 +208,8 @@ def open_picture(
     Args:
         source: a file, read through libvips if pyvips is installed and else by Pillow; an image in
             memory; or a picture already.
-        max_pixels: most pixels of a file that Pillow reads, see `foveate.io.images.load_image`; a file
-            that is read by windows may have any number of them.
+        max_pixels: most pixels of a file that Pillow reads, see `foveate.io.images.load_image`; a
+            file that is read by windows may have any number of them.
 
     Raises:
         InputError: the file is not there, cannot be read, or is too large to be held in memory.

@@ -1,1 +1,1 @@
-"""ops."""
+"""Mathematics that methods share: diversity, clustering, matching, merging, relevance."""

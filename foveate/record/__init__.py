@@ -1,1 +1,1 @@
-"""record."""
+"""What was kept, and where it lies in the images."""

@@ -1,1 +1,1 @@
-"""report."""
+"""What is said and drawn of a record."""

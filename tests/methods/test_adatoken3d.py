@@ -4,7 +4,7 @@ import torch
 
 from foveate.core.method import get_method
 from foveate.methods import AdaToken3D, PyramidDrop
-from tests.test_schedule import Text
+from tests.core.test_schedule import Text
 
 
 def test_defaults_are_the_released_schedule():

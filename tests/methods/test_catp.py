@@ -11,7 +11,7 @@ from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.catp import CATP, aligned_and_diverse, alignment, growing
 from foveate.methods.divprune import cosine_distance
-from tests.test_schedule import Text
+from tests.core.test_schedule import Text
 
 
 def scaled(values):

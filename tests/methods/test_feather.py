@@ -9,7 +9,7 @@ from foveate import per_request
 from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.feather import Feather
-from tests.test_schedule import Text
+from tests.core.test_schedule import Text
 
 
 def naive(attention, grid, count, stride):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from foveate.core.method import get_method
 from foveate.errors import BudgetError, LayerError
 from foveate.methods.holitom_inner import HoliTomInner, folded_shares, most_similar
-from tests.test_schedule import Text
+from tests.core.test_schedule import Text
 
 
 def naive(x, attention, count):

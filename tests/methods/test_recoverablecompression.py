@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from foveate.core.method import get_method
 from foveate.errors import FoveateError
 from foveate.methods.recoverablecompression import RecoverableCompression
-from tests.test_outliers import naive_outliers
+from tests.ops.test_outliers import naive_outliers
 
 WIDTH, HEADS = 24, 3
 

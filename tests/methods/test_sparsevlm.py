@@ -9,8 +9,8 @@ import torch
 from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.sparsevlm import PUBLISHED, SparseVLM, rating
-from tests.test_clustering import naive as naive_clusters
-from tests.test_schedule import Text
+from tests.core.test_schedule import Text
+from tests.ops.test_clustering import naive as naive_clusters
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from foveate.core.method import get_method
 from foveate.errors import LayerError
 from foveate.methods.transprune import TransPrune
-from tests.test_schedule import Text
+from tests.core.test_schedule import Text
 
 
 def naive(transition, attention, mask):

@@ -1,1 +1,1 @@
-"""extensions."""
+"""What one or two methods need of the engine beyond removing tokens."""

@@ -1,1 +1,1 @@
-"""vision."""
+"""Steps inside an encoder."""

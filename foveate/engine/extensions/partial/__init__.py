@@ -1,1 +1,1 @@
-"""partial."""
+"""Decoder layers that compute less of their visual tokens."""

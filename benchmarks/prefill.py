@@ -18,8 +18,7 @@ warm_heap()
 import torch  # noqa: E402
 
 import foveate  # noqa: E402
-from foveate.core.budget import Keep  # noqa: E402
-from foveate.core.method import Scorer, Step  # noqa: E402
+from foveate.core import Keep, Scorer, Step  # noqa: E402
 from foveate.measure import flops  # noqa: E402
 from foveate.methods import FastV, PyramidDrop  # noqa: E402
 

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import (  # noqa: E402
     LlamaRotaryEmbedding,
 )
 
-from foveate.core.tokens import VisualTokens  # noqa: E402
+from foveate.core import VisualTokens  # noqa: E402
 from foveate.methods import DivPrune, Downsample, FasterVLM, Random, Uniform  # noqa: E402
 from foveate.signals.cls_attention import class_row  # noqa: E402
 from foveate.signals.decoder import LayerView  # noqa: E402

@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
-from foveate.core.method import Adaptive, Method
-from foveate.core.tokens import VisualTokens
+from foveate.core import Adaptive, Method, VisualTokens
 from foveate.measure import flops
 
 SIZES = ((576, 1), (576, 16), (2880, 1), (2880, 16))

@@ -1,8 +1,8 @@
 """foveate: faster vision-language models by removing the visual tokens they do not need."""
 
 from foveate import methods
+from foveate.core import Scorer, Step, get_method, list_methods, register
 from foveate.core.budget import per_request
-from foveate.core.method import Scorer, Step, get_method, list_methods, register
 from foveate.engine.session import Session, apply, use
 from foveate.errors import FoveateError
 from foveate.families import list_families

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 import foveate
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.signals import SIGNALS
 
 DOCS = Path(__file__).parent.parent / "docs"

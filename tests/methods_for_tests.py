@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.core.budget import Keep
+from foveate.core import Adaptive, Keep, Method, Need, Reduction, Scorer, Step, by_count
 from foveate.core.decode_selector import Focus, Focuser
-from foveate.core.method import Adaptive, Method, Need, Scorer, Step, by_count
-from foveate.core.reduction import Reduction
 
 
 @dataclass(frozen=True)

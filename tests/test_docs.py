@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import foveate
-from foveate.core import method as registry
+from foveate.core import registry
 from foveate.errors import FoveateError
 from foveate.signals import SIGNALS
 from foveate.testing import check_method

@@ -10,7 +10,7 @@ from PIL import Image
 
 import foveate
 from foveate.cli import app
-from foveate.core import method as registry
+from foveate.core import registry
 
 README = Path(__file__).parent.parent / "README.md"
 TEXT = README.read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ and FLOPs of every cell.
 
 from __future__ import annotations
 
-from foveate.core.method import Method, ModelFacts, get_method
+from foveate.core import Method, ModelFacts, get_method
 from foveate.errors import BudgetError
 
 ALL = "none"

@@ -23,7 +23,7 @@ from foveate.bench.prompt import Prompt, Prompter, prompts
 from foveate.bench.recall import Seen, evidence_recall, seen_pictures
 from foveate.bench.sample import Sample, Task
 from foveate.bench.settings import Cell, Settings, fingerprint, key
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.core.video import VideoMethod
 from foveate.errors import FoveateError, InputError
 from foveate.families import find_family

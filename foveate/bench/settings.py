@@ -18,7 +18,7 @@ import transformers
 import foveate
 from foveate.bench.levels import ALL, BASELINES, takes_keep
 from foveate.bench.sample import Split
-from foveate.core.method import list_methods
+from foveate.core import list_methods
 from foveate.errors import InputError
 from foveate.io.quoting import quoted
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import foveate
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.measure.memory import peak_memory

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import foveate
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.errors import FoveateError, InputError
 from foveate.families import find_family
 from foveate.io.writing import explained

@@ -31,7 +31,7 @@ from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
 from foveate.cli.console import stderr, stdout
 from foveate.cli.inputs import MAX_PIXELS, load_model
-from foveate.core.method import get_method, list_methods
+from foveate.core import get_method, list_methods
 from foveate.errors import BenchError, BudgetError, InputError
 from foveate.io.quoting import quoted, shown
 from foveate.io.writing import check_file, check_folder

@@ -28,7 +28,7 @@ from foveate.bench.workload import (
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import check_device, encode, load_model, read_dtype
 from foveate.cli.options import make_method
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.quoting import quoted, shown

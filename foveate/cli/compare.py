@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 import foveate
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.measure.timing import Timing, interleave
 from foveate.measure.units import human_bytes, human_flops
 from foveate.report.report import Report, layer_ranges

@@ -16,7 +16,7 @@ import foveate
 from foveate.cli.compare import ALL, WARMUP, cost_table, time_first_token
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import answer, encode, load_model
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.io.writing import write_image
 from foveate.measure.timing import Timing
 from foveate.report.draw import stack

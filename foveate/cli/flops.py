@@ -17,7 +17,7 @@ from rich.table import Table
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import load_image_processor, load_skeleton
 from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
 from foveate.families import find_family

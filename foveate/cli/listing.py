@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.options import signature
-from foveate.core.method import STAGES, Method, get_method, list_methods
+from foveate.core import STAGES, Method, get_method, list_methods
 from foveate.engine.session import Session
 from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.families import find_family

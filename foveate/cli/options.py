@@ -8,9 +8,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from foveate.core.budget import Keep
+from foveate.core import STAGES, Keep, Method
 from foveate.core.fields import hints_of, spell
-from foveate.core.method import STAGES, Method
 from foveate.core.resolve import methods_of
 from foveate.errors import BudgetError, InputError
 from foveate.io.quoting import quoted, shown

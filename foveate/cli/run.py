@@ -22,7 +22,7 @@ from foveate.cli.inputs import (
     load_model,
 )
 from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.errors import InputError
 from foveate.io.writing import check_file, write_image, write_json
 from foveate.report.draw import stack

@@ -1,1 +1,31 @@
 """What a method is made of: method, step, visual tokens, reduction, budget."""
+
+from foveate.core.budget import Keep, PerRequest
+from foveate.core.method import Adaptive, Method, Scorer, by_count
+from foveate.core.reduction import Reduction
+from foveate.core.registry import get_method, list_methods, register
+from foveate.core.schedule import Scheduled
+from foveate.core.step import STAGES, ModelFacts, Need, Positions, Stage, Step, Work
+from foveate.core.tokens import VisualTokens
+
+__all__ = [
+    "STAGES",
+    "Adaptive",
+    "Keep",
+    "Method",
+    "ModelFacts",
+    "Need",
+    "PerRequest",
+    "Positions",
+    "Reduction",
+    "Scheduled",
+    "Scorer",
+    "Stage",
+    "Step",
+    "VisualTokens",
+    "Work",
+    "by_count",
+    "get_method",
+    "list_methods",
+    "register",
+]

@@ -1,4 +1,4 @@
-"""Method: what a paper becomes, and the registry of methods.
+"""Method: what a paper becomes.
 
 A method is a frozen dataclass of the paper's hyper-parameters. It names the steps at which it acts
 and decides which visual tokens survive there; slicing is the engine's work.
@@ -7,14 +7,11 @@ and decides which visual tokens survive there; slicing is the engine's work.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
 import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -22,33 +19,15 @@ from foveate.core.budget import Keep, check_keep, plain_keep
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import MisfitError, check_fields, fit, hints_of, spell
 from foveate.core.reduction import Reduction
-from foveate.core.step import STAGES, ModelFacts, Need, Positions, Stage, Step, Work
+from foveate.core.step import ModelFacts, Positions, Stage, Step, Work
 from foveate.core.tokens import VisualTokens
 from foveate.errors import (
     BudgetError,
     FoveateError,
     LayerError,
-    UnknownMethodError,
     UnsupportedModelError,
 )
 from foveate.io.quoting import quoted, shown
-
-__all__ = [
-    "STAGES",
-    "Adaptive",
-    "Method",
-    "ModelFacts",
-    "Need",
-    "Positions",
-    "Scorer",
-    "Stage",
-    "Step",
-    "Work",
-    "by_count",
-    "get_method",
-    "list_methods",
-    "register",
-]
 
 
 class Method(ABC):
@@ -256,83 +235,3 @@ def by_count(counts: Tensor) -> dict[int, list[int]]:
     for member, count in enumerate(counts.tolist()):
         groups.setdefault(count, []).append(member)
     return dict(sorted(groups.items()))
-
-
-_REGISTRY: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(
-    slug: str, *, stage: Stage, needs: tuple[str, ...] = (), paper: str = ""
-) -> Callable[[M], M]:
-    """Class decorator that makes a method known under `slug`.
-
-    Args:
-        slug: short lower-case name, unique.
-        stage: where the method first acts.
-        needs: names of the signals it uses, for planning and listing.
-        paper: how to cite it, for listings.
-
-    Raises:
-        FoveateError: the slug is taken, or the stage is unknown.
-    """
-
-    def add(cls: M) -> M:
-        known = _REGISTRY.get(slug)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise FoveateError(
-                f"method name {slug!r} is taken by {known.__module__}.{known.__qualname__}"
-            )
-        if stage not in STAGES:
-            raise FoveateError(
-                f"stage must be one of {', '.join(STAGES)}, got {stage!r} for {slug!r}"
-            )
-        cls.slug, cls.stage, cls.needs, cls.paper = slug, stage, needs, paper
-        _REGISTRY[slug] = cls
-        return cls
-
-    return add
-
-
-def list_methods() -> list[str]:
-    """Names of all registered methods, sorted."""
-    _load()
-    return sorted(_REGISTRY)
-
-
-def get_method(name: str) -> type[Method]:
-    """The method class registered under `name`.
-
-    Raises:
-        UnknownMethodError: no such method; the message lists near matches.
-
-    Example:
-        >>> get_method("fastv")(layer=2, keep=0.5)
-        FastV(layer=2, keep=0.5, positions=None)
-    """
-    _load()
-    if name in _REGISTRY:
-        return _REGISTRY[name]
-    near = difflib.get_close_matches(name[:80].lower(), _REGISTRY, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`foveate list` shows all"
-    raise UnknownMethodError(f"unknown method {quoted(name)}; {hint}")
-
-
-@functools.cache
-def _load() -> None:
-    """Import the built-in methods, and those that other packages offer.
-
-    Raises:
-        FoveateError: a package's entry point cannot be loaded.
-    """
-    import foveate.methods  # noqa: F401  registers every built-in method
-
-    for point in entry_points(group="foveate.methods"):
-        try:
-            point.load()
-        except Exception as error:  # somebody else's code may raise anything
-            where = point.dist.name if point.dist else "an installed package"
-            raise FoveateError(
-                f"{where} offers the method {point.name!r} as {point.value!r}, which cannot be "
-                f"loaded ({type(error).__name__}: {error}); repair or uninstall it"
-            ) from error

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
-from foveate.core.method import Method, get_method
+from foveate.core.method import Method
+from foveate.core.registry import get_method
 from foveate.core.saving import Saved, from_dict
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import quoted, shown, within

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.core.budget import PerRequest
-from foveate.core.method import Method, get_method
+from foveate.core.method import Method
+from foveate.core.registry import get_method
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import quoted, shown, within
 from foveate.io.reading import check_plain, parse_json, read_text, reason

@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from foveate.core.budget import Keep, PerRequest, check_keep, steps_in
 from foveate.core.budget import count as budget_count
-from foveate.core.method import Method, ModelFacts, Need, Step
+from foveate.core.method import Method
+from foveate.core.step import ModelFacts, Need, Step
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.method import Adaptive, ModelFacts, Need, Step
+from foveate.core.method import Adaptive
 from foveate.core.reduction import Reduction
+from foveate.core.step import ModelFacts, Need, Step
 from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, InputError
 from foveate.io.quoting import quoted

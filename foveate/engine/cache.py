@@ -20,8 +20,8 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from foveate.core import Work
 from foveate.core.decode_selector import Watched
-from foveate.core.step import Work
 from foveate.engine.attachment import untraced
 from foveate.engine.layout import Slots
 from foveate.errors import CacheError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foveate.core.method import Work
+from foveate.core import Work
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedStaticLayer
 from foveate.engine.extensions.partial.decode import Unread, additive, run_step

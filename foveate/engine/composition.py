@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from foveate.core.budget import PerRequest
-from foveate.core.method import STAGES, Adaptive, Method, Step
+from foveate.core import STAGES, Adaptive, Method, PerRequest, Step
 from foveate.core.video import VideoMethod
 from foveate.engine.plan import PlannedStep
 from foveate.errors import BudgetError, LayerError

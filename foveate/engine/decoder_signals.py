@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.core.method import Need
+from foveate.core import Need
 from foveate.engine.images import Group, split_by_count
 from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.method import Need
-from foveate.core.reduction import Reduction, take_rows
+from foveate.core import Need, Reduction
+from foveate.core.reduction import take_rows
 from foveate.core.tokens import Shape
 from foveate.engine.images import Group, Left, group_features, note, reduce_group
 from foveate.engine.plan import Plan, PlannedStep

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from foveate.core.method import Adaptive
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import Shape, VisualTokens
+from foveate.core import Adaptive, Reduction, VisualTokens
+from foveate.core.tokens import Shape
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around, spared
 from foveate.errors import InputError

@@ -8,8 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from foveate.core.budget import PerRequest
-from foveate.core.method import Method, Need, Step, Work
+from foveate.core import Method, Need, PerRequest, Step, Work
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.signals import SIGNALS
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from foveate.core.budget import PerRequest
-from foveate.core.method import STAGES, Method, Need, Step, Work, get_method, list_methods
+from foveate.core import STAGES, Method, Need, PerRequest, Step, Work, get_method, list_methods
 from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions.partial.prefill import why_whole

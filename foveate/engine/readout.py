@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.reduction import Reduction
+from foveate.core import Reduction
 from foveate.engine.prompt import Asked
 from foveate.errors import InputError
 

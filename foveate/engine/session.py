@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.core.resolve import MethodLike, methods_of
 from foveate.engine.attachment import Part
 from foveate.engine.gate import Gate, is_within

@@ -17,7 +17,7 @@ from typing import Any
 
 from foveate.cli.inputs import load_model
 from foveate.cli.options import make_methods
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.errors import FoveateError, InputError
 from foveate.integrations.chat import ChatModel, Conversation
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from foveate.core.method import Method, ModelFacts, Work
+from foveate.core import Method, ModelFacts, Work
 from foveate.engine.extensions.partial.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention

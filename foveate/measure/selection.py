@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foveate.core.budget import PerRequest
-from foveate.core.method import Method, ModelFacts, Step
+from foveate.core import Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, place_of
 from foveate.measure.flops import TextShape
 from foveate.measure.trace import Traced

@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from typing import Any
 
-from foveate.core.method import Method
+from foveate.core import Method
 
 for _info in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_info.name}")

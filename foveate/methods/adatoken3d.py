@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foveate.core.budget import Keep
-from foveate.core.method import register
+from foveate.core import Keep, register
 from foveate.methods.pyramiddrop import PyramidDrop
 
 

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import Keep, ModelFacts, Positions, Scorer, Step, VisualTokens, register
 from foveate.core.fields import Natural
-from foveate.core.method import ModelFacts, Positions, Scorer, Step, register
-from foveate.core.tokens import VisualTokens
 
 
 @register("random", stage="pre_llm", paper="baseline")

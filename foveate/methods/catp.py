@@ -18,13 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.budget import Keep, steps_in
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Scheduled,
+    Step,
+    VisualTokens,
+    register,
+)
+from foveate.core.budget import steps_in
 from foveate.core.fields import Natural, UnitFloat
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.core.ranking import TIE, highest
-from foveate.core.reduction import Reduction
-from foveate.core.schedule import Drop, Scheduled
-from foveate.core.tokens import VisualTokens
+from foveate.core.schedule import Drop
 from foveate.errors import LayerError
 from foveate.methods.divprune import cosine_distance
 

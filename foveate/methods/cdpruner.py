@@ -19,11 +19,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.ranking import TIE
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.ops.diversity import select_determinant, with_lengths
 from foveate.ops.relevance import Relevance, relevance_needs, token_relevance
 

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import Keep, ModelFacts, Need, Positions, Scorer, Step, VisualTokens, register
 from foveate.core.fields import Natural
-from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.core.tokens import VisualTokens
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 

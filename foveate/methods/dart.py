@@ -18,12 +18,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.fields import Natural, Positive
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.core.ranking import among_top, ranked
-from foveate.core.reduction import Reduction, take_rows
-from foveate.core.tokens import VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.ops.diversity import unit, with_lengths
 
 PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32

@@ -12,10 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foveate.core.budget import Keep
-from foveate.core.method import Method, ModelFacts, Positions, Step, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.ops.diversity import cosine_distance, select_diverse
 
 

@@ -12,10 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
-from foveate.core.method import Method, ModelFacts, Positions, Step, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.errors import InputError
 
 

@@ -20,12 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.core import ModelFacts, Positions, Reduction, Step, VisualTokens, register
 from foveate.core.decode_selector import Focus, Focuser
 from foveate.core.fields import Positive, UnitFloat
-from foveate.core.method import ModelFacts, Positions, Step, register
 from foveate.core.ranking import ranked
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.core.video import (
     Parts,
     VideoMethod,

@@ -19,10 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
-from foveate.core.method import Positions, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Keep, Positions, Reduction, VisualTokens, register
 from foveate.core.video import Parts, VideoMethod, by_frame, exact, similarity
 
 

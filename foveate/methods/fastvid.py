@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.core import Positions, Reduction, VisualTokens, register
 from foveate.core.budget import Share
 from foveate.core.fields import Positive, UnitFloat
-from foveate.core.method import Positions, register
 from foveate.core.ranking import bottom, highest, ranked, top
-from foveate.core.reduction import Reduction, take_rows
-from foveate.core.tokens import VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.core.video import (
     Parts,
     VideoMethod,

@@ -15,14 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep, PerRequest, check_keep, steps_in
+from foveate.core import (
+    Adaptive,
+    Keep,
+    PerRequest,
+    Positions,
+    Reduction,
+    Scheduled,
+    Step,
+    VisualTokens,
+    by_count,
+    register,
+)
+from foveate.core.budget import check_keep, steps_in
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive
-from foveate.core.method import Adaptive, Positions, Step, by_count, register
 from foveate.core.ranking import top
-from foveate.core.reduction import Reduction
-from foveate.core.schedule import Scheduled
-from foveate.core.tokens import VisualTokens
 
 
 @register(

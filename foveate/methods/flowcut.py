@@ -19,13 +19,21 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep, PerRequest
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    PerRequest,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Positive, Range
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.core.ranking import ranked
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, LayerError
 from foveate.io.quoting import quoted
 

@@ -16,11 +16,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.ranking import top
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, InputError
 
 

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.core import Positions, Reduction, VisualTokens, register
 from foveate.core.fields import Positive, UnitFloat
-from foveate.core.method import Positions, register
 from foveate.core.ranking import ranked
-from foveate.core.reduction import Reduction, take_rows
-from foveate.core.tokens import VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.core.video import (
     Parts,
     Survivors,

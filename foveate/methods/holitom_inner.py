@@ -19,13 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import Keep, Positions, Reduction, Scheduled, Scorer, VisualTokens, register
 from foveate.core.fields import Natural
-from foveate.core.method import Positions, Scorer, register
 from foveate.core.ranking import highest
-from foveate.core.reduction import Reduction
-from foveate.core.schedule import Scheduled
-from foveate.core.tokens import VisualTokens
 
 
 @register(

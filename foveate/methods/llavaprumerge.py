@@ -23,13 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.budget import PerRequest, Share
+from foveate.core import (
+    Adaptive,
+    ModelFacts,
+    Need,
+    PerRequest,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    by_count,
+    register,
+)
+from foveate.core.budget import Share
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Range
-from foveate.core.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
 from foveate.core.ranking import TIE, ranked, top
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError
 from foveate.io.quoting import quoted
 

@@ -19,12 +19,20 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep, PerRequest
+from foveate.core import (
+    Keep,
+    ModelFacts,
+    Need,
+    PerRequest,
+    Positions,
+    Scorer,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive, Range
-from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
 from foveate.core.ranking import highest, top
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError
 from foveate.io.quoting import quoted
 

@@ -18,12 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.budget import Keep, PerRequest, check_keep
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    PerRequest,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
+from foveate.core.budget import check_keep
 from foveate.core.fields import Natural
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.core.ranking import highest
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import FoveateError, LayerError
 from foveate.io.quoting import quoted
 

@@ -18,11 +18,18 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from foveate.core import (
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    by_count,
+    register,
+)
 from foveate.core.fields import Positive, UnitFloat
-from foveate.core.method import ModelFacts, Need, Positions, Step, by_count, register
 from foveate.core.ranking import ranked
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.core.video import (
     Parts,
     Survivors,

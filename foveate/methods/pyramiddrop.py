@@ -16,11 +16,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import Keep, Positions, Scheduled, Scorer, VisualTokens, register
 from foveate.core.fields import Natural
-from foveate.core.method import Positions, Scorer, register
-from foveate.core.schedule import Scheduled
-from foveate.core.tokens import VisualTokens
 
 
 @register(

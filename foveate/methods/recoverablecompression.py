@@ -25,11 +25,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.core import (
+    Adaptive,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    by_count,
+    register,
+)
 from foveate.core.fields import Positive
-from foveate.core.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
 from foveate.core.ranking import ranked, top
-from foveate.core.reduction import Reduction, take_rows
-from foveate.core.tokens import VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.ops.diversity import unit
 from foveate.ops.outliers import local_outliers
 from foveate.ops.relevance import Relevance, relevance_needs, token_relevance

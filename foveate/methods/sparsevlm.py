@@ -22,13 +22,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import (
+    Adaptive,
+    Keep,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Scheduled,
+    VisualTokens,
+    by_count,
+    register,
+)
 from foveate.core.fields import Natural, Positive, UnitFloat
-from foveate.core.method import Adaptive, ModelFacts, Need, Positions, by_count, register
 from foveate.core.ranking import TIE, ranked, top
-from foveate.core.reduction import Reduction, take_rows
-from foveate.core.schedule import Scheduled
-from foveate.core.tokens import VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.ops.clustering import dpc_knn
 
 FLOOR = 0.05

@@ -15,11 +15,19 @@ from typing import Annotated, Literal
 
 import torch
 
-from foveate.core.budget import Keep, PerRequest, check_keep
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    PerRequest,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
+from foveate.core.budget import check_keep
 from foveate.core.fields import Range
-from foveate.core.method import Method, ModelFacts, Positions, Step, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.ops.diversity import cosine_distance, select_diverse
 
 

@@ -16,12 +16,21 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from foveate.core.budget import Keep, PerRequest, check_keep
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    PerRequest,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
+from foveate.core.budget import check_keep
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError
 from foveate.io.quoting import quoted
 from foveate.ops.matching import match, match_every

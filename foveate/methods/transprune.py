@@ -15,11 +15,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import (
+    Keep,
+    ModelFacts,
+    Need,
+    Positions,
+    Scheduled,
+    Scorer,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.fields import Natural
-from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.core.schedule import Drop, Scheduled
-from foveate.core.tokens import VisualTokens
+from foveate.core.schedule import Drop
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 

@@ -19,11 +19,20 @@ from typing import Annotated, Any
 
 import torch
 
-from foveate.core.budget import Keep, PerRequest
+from foveate.core import (
+    Adaptive,
+    Keep,
+    ModelFacts,
+    Need,
+    PerRequest,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    by_count,
+    register,
+)
 from foveate.core.fields import Natural, Range
-from foveate.core.method import Adaptive, ModelFacts, Need, Positions, Step, by_count, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.cell_merging import cells, merged, places, pool_size, recycle

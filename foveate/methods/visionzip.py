@@ -20,12 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.budget import Keep
+from foveate.core import (
+    Keep,
+    Method,
+    ModelFacts,
+    Need,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    register,
+)
 from foveate.core.fields import Natural
-from foveate.core.method import Method, ModelFacts, Need, Positions, Step, register
 from foveate.core.ranking import highest, top
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError
 
 

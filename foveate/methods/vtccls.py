@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foveate.core.budget import Keep
-from foveate.core.method import ModelFacts, Need, Positions, Scorer, Step, register
-from foveate.core.tokens import VisualTokens
+from foveate.core import Keep, ModelFacts, Need, Positions, Scorer, Step, VisualTokens, register
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 

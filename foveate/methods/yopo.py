@@ -20,10 +20,17 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
+from foveate.core import (
+    Method,
+    ModelFacts,
+    Positions,
+    Reduction,
+    Step,
+    VisualTokens,
+    Work,
+    register,
+)
 from foveate.core.fields import Natural, Positive, Range
-from foveate.core.method import Method, ModelFacts, Positions, Step, Work, register
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.io.quoting import quoted
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.core import Reduction, VisualTokens
 from foveate.core.ranking import bottom, ranked
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
 
 
 def pool_size(total: int, keep: float, cell: float) -> int:

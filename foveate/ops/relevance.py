@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from foveate.core.method import Need
-from foveate.core.tokens import VisualTokens
+from foveate.core import Need, VisualTokens
 from foveate.ops.diversity import unit, with_lengths
 
 Relevance = Literal["embeddings", "clip"]

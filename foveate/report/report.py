@@ -22,7 +22,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from foveate.core.method import Method, ModelFacts
+from foveate.core import Method, ModelFacts
 from foveate.core.step import place_of
 from foveate.core.video import VideoMethod
 from foveate.io.quoting import shown

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.core.method import Method
+from foveate.core import Method
 from foveate.core.resolve import MethodLike, methods_of
 from foveate.engine.session import use
 from foveate.errors import BudgetError, FoveateError, InputError, UnsupportedModelError

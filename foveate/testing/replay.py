@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.method import Adaptive, Method
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Adaptive, Method, Reduction, VisualTokens
 from foveate.families import find_family
 
 Log = list[tuple[Method, str, Reduction]]

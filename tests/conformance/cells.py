@@ -12,7 +12,7 @@ from transformers import (
 )
 
 import foveate
-from foveate.core.method import Adaptive
+from foveate.core import Adaptive
 from foveate.core.video import VideoMethod
 from foveate.engine.session import Session
 from foveate.errors import UnsupportedModelError

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from foveate.core.method import get_method, list_methods
+from foveate.core import get_method, list_methods
 from foveate.engine.planning import why_not
 from foveate.families import find_family
 from foveate.signals import SIGNALS

@@ -8,9 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.core import Reduction, get_method, list_methods
 from foveate.core.budget import per_request
-from foveate.core.method import get_method, list_methods
-from foveate.core.reduction import Reduction
 from foveate.engine.planning import working_methods
 from foveate.families import find_family
 from foveate.measure.account import account, whole

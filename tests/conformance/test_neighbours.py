@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.method import Adaptive, Step
-from foveate.core.reduction import Reduction
+from foveate.core import Adaptive, Reduction, Step
 from foveate.methods import LLaVAPruMerge
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of

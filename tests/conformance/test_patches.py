@@ -25,8 +25,7 @@ from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import foveate
-from foveate.core.budget import Keep
-from foveate.core.method import Scorer, Step
+from foveate.core import Keep, Scorer, Step
 from tests.conformance.test_pixels import IMAGES, NAMES, model_of, prompt
 from tests.conformance.test_pixels_grids import VIDEO
 from tests.conformance.test_pixels_grids import prompt as prompt_on_grids

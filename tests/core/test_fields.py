@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 import foveate
-from foveate.core.budget import Keep
+from foveate.core import Keep, Scorer, Step, get_method, list_methods
 from foveate.core.fields import LARGEST, MisfitError, Range, fit, spell
-from foveate.core.method import Scorer, Step, get_method, list_methods
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.io.quoting import LONGEST, quoted, shown, within
 from foveate.methods import DivPrune, FastV, PyramidDrop

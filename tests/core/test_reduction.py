@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from foveate.core.reduction import Reduction
+from foveate.core import Reduction
 
 FORMS = ("gather", "segments", "dense")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens
 
 INDEX = torch.tensor([[0, 4, 5, 6, 11, 17, 18]])
 

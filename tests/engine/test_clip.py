@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import foveate
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.methods import CDPruner, DivPrune, RecoverableCompression
 from tests.engine.test_signals import ROWS

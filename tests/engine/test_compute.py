@@ -8,7 +8,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from foveate.core.method import Work
+from foveate.core import Work
 from foveate.engine.extensions.partial.prefill import Images, Split, run_layer, why_whole
 from foveate.families import find_family
 from tests.masked_layer import masked

@@ -12,9 +12,8 @@ from PIL import Image
 import foveate
 from foveate.bench.prompt import Shown
 from foveate.bench.recall import first_layer, seen_pictures
-from foveate.core.budget import Keep
-from foveate.core.method import Need, Scorer, Step
-from foveate.core.step import Step as AnyStep
+from foveate.core import Keep, Need, Scorer, Step
+from foveate.core import Step as AnyStep
 from foveate.core.step import entries, place_of
 from foveate.engine.planning import make_plan
 from foveate.families import find_family

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.budget import Keep
-from foveate.core.method import Need, Scorer, Step
+from foveate.core import Keep, Need, Scorer, Step
 from foveate.engine.inputs import bound
 from foveate.families import find_family
 from foveate.signals.packed import segment_sums

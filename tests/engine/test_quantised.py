@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate
-from foveate.core.method import get_method, list_methods
+from foveate.core import get_method, list_methods
 from foveate.errors import UnsupportedModelError
 from foveate.methods import YOPO
 from tests.conformance.batches import batch_of

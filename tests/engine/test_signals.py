@@ -6,9 +6,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.budget import Keep
-from foveate.core.method import Adaptive, Method, Need, Scorer, Step, by_count
-from foveate.core.reduction import Reduction
+from foveate.core import Adaptive, Keep, Method, Need, Reduction, Scorer, Step, by_count
 from foveate.methods import FastV
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from golden_case import cases_of, checks_of
 
-from foveate.core.method import list_methods
+from foveate.core import list_methods
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens
 from foveate.methods.cdpruner import CDPruner, relevance_kernel
 from foveate.ops.diversity import select_determinant
 

@@ -10,8 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import foveate
-from foveate.core.method import Step
-from foveate.core.tokens import VisualTokens
+from foveate.core import Step, VisualTokens
 from foveate.methods.dart import DART
 
 STATES = 1e-4  # absolute tolerance

@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 
+from foveate.core import VisualTokens
 from foveate.core.budget import count
-from foveate.core.tokens import VisualTokens
 from foveate.methods.divprune import DivPrune
 from foveate.ops.diversity import cosine_distance, select_diverse
 

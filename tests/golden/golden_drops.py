@@ -18,9 +18,7 @@ from golden_llm import SCORES, Replay, offered
 from torch import Tensor
 
 import foveate
-from foveate.core.method import Adaptive, Method
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Adaptive, Method, Reduction, VisualTokens
 from foveate.methods.feather import Feather
 from foveate.methods.holitom_inner import HoliTomInner
 from foveate.methods.sparsevlm import SparseVLM, rating

@@ -14,8 +14,7 @@ from transformers import (
 )
 
 import foveate
-from foveate.core.method import Method, Scorer
-from foveate.core.tokens import VisualTokens
+from foveate.core import Method, Scorer, VisualTokens
 from foveate.families import find_family
 from foveate.methods.fastervlm import FasterVLM
 from foveate.methods.vtccls import VTCCLS

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import foveate
-from foveate.core.method import Scorer
+from foveate.core import Scorer
 from foveate.methods.fastv import FastV
 from foveate.methods.pyramiddrop import PyramidDrop
 

@@ -14,8 +14,7 @@ from golden_encoder import IMAGE, TEXT, build, prompt
 from torch import Tensor, nn
 
 import foveate
-from foveate.core.method import Adaptive, Method
-from foveate.core.tokens import VisualTokens
+from foveate.core import Adaptive, Method, VisualTokens
 from foveate.families import find_family
 from foveate.methods.fopru import FoPru
 from foveate.methods.hiprune import HiPrune

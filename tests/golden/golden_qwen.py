@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import foveate
-from foveate.core.method import Method, Need, Step
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Method, Need, Reduction, Step, VisualTokens
 from foveate.methods.hiprune import HiPrune
 
 

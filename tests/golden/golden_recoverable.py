@@ -8,8 +8,7 @@ from golden_encoder import IMAGE, TEXT, build
 from torch import Tensor
 
 import foveate
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Reduction, VisualTokens
 from foveate.families import find_family
 from foveate.methods.recoverablecompression import RecoverableCompression
 from foveate.ops.outliers import local_outliers

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import foveate
-from foveate.core.method import Step
-from foveate.core.reduction import Reduction
+from foveate.core import Reduction, Step
 from foveate.methods.vflowopt import VFlowOpt
 from foveate.ops.cell_merging import cells, merged, pool_size, recycle
 

@@ -9,9 +9,7 @@ import torch
 from golden_case import Case, Check, assert_close, assert_same
 from torch import Tensor
 
-from foveate.core.method import Step
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Reduction, Step, VisualTokens
 from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
 from foveate.methods.fastvid import FastVID, segments_of

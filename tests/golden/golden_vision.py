@@ -17,8 +17,7 @@ from transformers import (
 )
 
 import foveate
-from foveate.core.reduction import Reduction
-from foveate.core.tokens import VisualTokens
+from foveate.core import Reduction, VisualTokens
 from foveate.families import find_family
 from foveate.methods.tome import ToMe
 from foveate.ops.matching import match, match_every

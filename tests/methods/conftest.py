@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.methods import AdaToken3D, PyramidDrop
 from tests.core.test_schedule import Text
 

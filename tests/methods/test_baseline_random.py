@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.baseline_random import Random
 

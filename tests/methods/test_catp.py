@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.catp import CATP, aligned_and_diverse, alignment, growing
 from foveate.methods.divprune import cosine_distance

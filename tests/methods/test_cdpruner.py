@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.cdpruner import CDPruner
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.core.method import Step, get_method
+from foveate.core import Step, get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.dart import DART
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveate.core import get_method
 from foveate.core.budget import count
-from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.divprune import DivPrune
 from foveate.ops.diversity import cosine_distance, select_diverse

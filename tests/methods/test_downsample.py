@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.core.method import get_method
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens, get_method
 from foveate.errors import BudgetError, FoveateError, InputError
 from foveate.methods.downsample import Downsample, pooled_grid
 

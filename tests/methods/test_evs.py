@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.core.method import Step
+from foveate.core import Step
 from foveate.errors import BudgetError
 from foveate.methods.evs import EVS, change
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from foveate.core import get_method
 from foveate.core.budget import count
-from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.fastervlm import FasterVLM
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate import per_request
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.feather import Feather
 from tests.core.test_schedule import Text

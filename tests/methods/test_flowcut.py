@@ -8,7 +8,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import foveate
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, LayerError
 from foveate.methods.clsdrop import ClsDrop
 from foveate.methods.flowcut import FlowCut, concentration

@@ -5,7 +5,7 @@ import statistics
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError, InputError
 from foveate.methods.fopru import FoPru
 

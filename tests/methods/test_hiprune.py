@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError, InputError, LayerError
 from foveate.methods.hiprune import HiPrune
 

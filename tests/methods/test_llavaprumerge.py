@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.llavaprumerge import LLaVAPruMerge
 

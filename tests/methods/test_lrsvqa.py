@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.families import find_family
 from foveate.methods.lrsvqa import LRSVQA, stretched

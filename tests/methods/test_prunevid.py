@@ -6,7 +6,7 @@ from itertools import groupby, pairwise
 import pytest
 import torch
 
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens
 from foveate.errors import FoveateError, LayerError
 from foveate.methods.prunevid import PruneVid, highest, likeness_over_time, windows
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import FoveateError
 from foveate.methods.recoverablecompression import RecoverableCompression
 from tests.ops.test_outliers import naive_outliers

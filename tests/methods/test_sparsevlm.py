@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.methods.sparsevlm import PUBLISHED, SparseVLM, rating
 from tests.core.test_schedule import Text

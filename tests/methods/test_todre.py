@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from foveate.core import get_method
 from foveate.core.budget import per_request
-from foveate.core.method import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.todre import ToDRE
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.tome import ToMe
 from foveate.ops.matching import match, match_every
@@ -69,7 +69,7 @@ def test_keys_are_averaged_over_heads_and_normed(make_tokens):
 
 
 def test_values_are_weighted_by_sizes():
-    from foveate.core.tokens import VisualTokens
+    from foveate.core import VisualTokens
 
     keys, sizes = torch.randn(1, 2, 12, 8), torch.rand(1, 12) + 1
     index = torch.arange(12)[None]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import LayerError
 from foveate.methods.transprune import TransPrune
 from tests.core.test_schedule import Text

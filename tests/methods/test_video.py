@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.core.video import everything, together
 from foveate.errors import BudgetError, InputError
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from foveate.core.method import get_method
+from foveate.core import get_method
 from foveate.errors import BudgetError
 from foveate.methods.visionzip import VisionZip
 

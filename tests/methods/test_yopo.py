@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.method import Work
+from foveate.core import Work
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.methods import FastV
 from foveate.methods.yopo import YOPO, head_mask

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.budget import Keep
-from foveate.core.method import Need, Scorer, Step
-from foveate.core.reduction import Reduction
+from foveate.core import Keep, Need, Reduction, Scorer, Step
 from foveate.errors import FoveateError
 from foveate.methods.flowcut import FlowCut
 from foveate.testing import check_method, models

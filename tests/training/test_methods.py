@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import foveate
-from foveate.core.method import Need, Step
+from foveate.core import Need, Step
 from foveate.errors import BudgetError, InputError
 from foveate.methods import CDPruner, FastV, PyramidDrop, TransPrune
 from foveate.training.prepare import session_of

@@ -9,8 +9,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import foveate
-from foveate.core.method import Method, Scorer, Step
-from foveate.core.reduction import Reduction
+from foveate.core import Method, Reduction, Scorer, Step
 from foveate.core.saving import Saved, from_dict
 from foveate.errors import AttachError, InputError, UnknownMethodError, UnsupportedModelError
 from foveate.methods import DivPrune, FastV, PyramidDrop
@@ -44,11 +43,11 @@ class Gated(Method):
 @pytest.fixture
 def gated():
     """The method, registered for a test."""
-    from foveate.core import method
+    from foveate.core import registry
 
     foveate.register("gated", stage="pre_llm")(Gated)
     yield Gated()
-    method._REGISTRY.pop("gated")
+    registry._REGISTRY.pop("gated")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import foveate
-from foveate.core.method import Scorer, Step
+from foveate.core import Scorer, Step
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.methods import ClsDrop, DivPrune, FasterVLM, FastV, PyramidDrop, ToMe

@@ -8,9 +8,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core.budget import Keep
-from foveate.core.method import Method, Need, Scorer, Step
-from foveate.core.reduction import Reduction
+from foveate.core import Keep, Method, Need, Reduction, Scorer, Step
 from foveate.families import find_family
 from foveate.signals import SIGNALS
 from tests.conformance.test_pixels import model_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from foveate.core.tokens import VisualTokens
+from foveate.core import VisualTokens
 from foveate.engine.images import Group, note
 from foveate.engine.layout import Layout
 from foveate.engine.plan import PlannedStep

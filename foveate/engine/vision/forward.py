@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.method import Need
-from foveate.core.tokens import VisualTokens
+from foveate.core import Need, VisualTokens
 from foveate.engine.attentions import spread
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core.method import Need
+from foveate.core import Need
 from foveate.engine.attachment import (
     Part,
     bypassed,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.core.reduction import Reduction
+from foveate.core import Reduction
 from foveate.engine.vision.stack import Stack
 
 

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from foveate.core.reduction import Reduction
+from foveate.core import Reduction
 from foveate.families.rows import Picture
 
 Grid = tuple[int, int]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveate.core import Method
 from foveate.core.fields import Natural, Positive, check_fields
-from foveate.core.method import Method
 from foveate.errors import InputError
 from foveate.training.finetune.data import Conversations, Example, Scenes
 

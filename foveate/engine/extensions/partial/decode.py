@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.method import Work
+from foveate.core import Work
 from foveate.signals.decoder import rotary_function
 
 ROOM = 128  # steps that a mask is made for

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.core.method import Work
+from foveate.core import Work
 from foveate.engine.attachment import has_own_forward
 from foveate.engine.extensions.partial.window import Grid, window_attention
 from foveate.engine.layout import take

@@ -69,7 +69,7 @@ def shown(method: Method, tensors: dict[str, Tensor], keep: int) -> VisualTokens
         grid=(side, side) if side * side == cells else (1, cells),
         rows=tuple(range(batch)),
         signals=signals,
-        place="pre_llm" if method.stage == "pre_llm" else "llm:3",
+        site="pre_llm" if method.stage == "pre_llm" else "llm:3",
         frames=frames,
         quota=keep,
     )

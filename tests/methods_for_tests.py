@@ -95,7 +95,9 @@ class Forgetful(Scorer):
     slug, stage, needs, paper = "forgetful", "llm", ("text_attention",), ""
 
     def steps(self, model):
-        return (Step("llm", self.layer, (Need("text_attention", (self.layer,)),), forget=True),)
+        return (
+            Step("llm", self.layer, (Need("text_attention", (self.layer,)),), evict_cache=True),
+        )
 
     def scores(self, tokens):
         return tokens.signal("text_attention")[:, 0].mean(1)
@@ -111,14 +113,14 @@ class Labelling(Adaptive):
     slug, stage, needs, paper = "labelling", "pre_llm", (), ""
 
     def steps(self, model):
-        return (Step("pre_llm"), Step("llm", 2, stay=True))
+        return (Step("pre_llm"), Step("llm", 2, keep_positions=True))
 
     @property
     def step_count(self):
         return 2
 
     def split(self, tokens):
-        if tokens.place == "pre_llm":
+        if tokens.site == "pre_llm":
             index = torch.arange(tokens.count - 1, 2, -1).expand(len(tokens.index), -1)
             index = index if self.ordered else index.flip(1)
             whole = Reduction(index, ordered=self.ordered, label=tokens.index.gather(1, index))

@@ -33,7 +33,7 @@ class Drop:
 class Spec:
     """What is removed from a row: given indices at the input, then drops.
 
-    From the end of the prompt on, nobody sees what was removed in layers before `forget` either,
+    From the end of the prompt on, nobody sees what was removed in layers before `evict_cache` either,
     and from layer `glance` on each new token sees the half of the visual tokens that it attends to
     most in the layer before, first of all those that the token before it did not see.
     """
@@ -41,7 +41,7 @@ class Spec:
     kept: list[Tensor] | None = None
     renumber: bool = False
     drops: list[Drop] = field(default_factory=list)
-    forget: int = 0
+    evict_cache: int = 0
     glance: int = 0
 
 
@@ -104,8 +104,8 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
         return (gone.cumsum(0) - gone) if renumber else torch.zeros_like(shift)
 
     forgotten = torch.zeros(length, length, dtype=torch.bool)
-    if spec.forget and columns:  # known only at the end
-        _, known = run(model, ids, features, replace(spec, forget=0), prompt)
+    if spec.evict_cache and columns:  # known only at the end
+        _, known = run(model, ids, features, replace(spec, evict_cache=0), prompt)
         left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
         forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
     if spec.kept is not None:
@@ -141,7 +141,7 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
                 order = sorted(range(len(there)), key=lambda i: (i in last, -row[i]))
                 last = set(order[: len(there) // 2])
                 unseen[query, there[[i for i in range(len(there)) if i not in last]]] = True
-        seen = alive & ~forgotten if number < spec.forget else alive & ~unseen
+        seen = alive & ~forgotten if number < spec.evict_cache else alive & ~unseen
         probabilities, v = attend(layer, hidden, position - shift, seen)
         mixed = (probabilities @ v).transpose(0, 1).reshape(length, -1)
         hidden = hidden + layer.self_attn.o_proj(mixed)

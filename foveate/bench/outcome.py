@@ -30,7 +30,7 @@ class Answer:
         hit: share of the pieces of evidence of which a token survives.
         agrees: whether the whole model says the same.
         kl: divergence of the first word from the whole model's, in nats.
-        recall_by_place: recall behind each place.
+        recall_by_site: recall after each site.
     """
 
     seed: int
@@ -43,7 +43,7 @@ class Answer:
     hit: float | None = None
     agrees: bool = True
     kl: float = 0.0
-    recall_by_place: dict[str, float] = field(default_factory=dict)
+    recall_by_site: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -145,7 +145,7 @@ class Outcome:
             "kl": _mean([a.kl for a in answers]),
             "recall": _mean([a.recall for a in answers]),
             "hit": _mean([a.hit for a in answers]),
-            "recall_by_place": _by_place(answers),
+            "recall_by_site": _by_site(answers),
             "visual_tokens": totals.visual_tokens / max(totals.rows, 1),
             "tokens_ratio": totals.alive / max(totals.visual_tokens, 1),
             "flops_before": totals.flops_before / max(totals.rows, 1),
@@ -161,15 +161,15 @@ class Outcome:
 
 def _row(answer: Answer) -> dict[str, Any]:
     row = asdict(answer)
-    del row["recall_by_place"]
+    del row["recall_by_site"]
     return row
 
 
-def _by_place(answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    """Mean recall behind each place, in the order of the stream."""
+def _by_site(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Mean recall after each site, in the order of the stream."""
     shares: dict[str, list[float]] = {}
     for answer in answers:
-        for place, share in answer.recall_by_place.items():
+        for place, share in answer.recall_by_site.items():
             shares.setdefault(place, []).append(share)
     return [{"place": place, "recall": _mean(found)} for place, found in shares.items()]
 

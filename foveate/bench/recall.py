@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foveate.bench.prompt import Shown
 from foveate.bench.sample import Evidence
-from foveate.core.step import place_of
+from foveate.core.step import site_of
 from foveate.record.boxes import plain_grid
 from foveate.record.record import ImageRecord, Record, by_picture, joined
 from foveate.report.draw import match_geometry, place_grid
@@ -148,7 +148,7 @@ class Seen:
 
 def first_layer(place: str) -> int:
     """The first decoder layer that a place has an effect on."""
-    stage, layer, _ = place_of(place)
+    stage, layer, _ = site_of(place)
     return layer if stage == "llm" else 0
 
 
@@ -201,7 +201,7 @@ def evidence_recall(
         evidence: what one must see to answer.
 
     Returns:
-        Area recall behind each place; its mean over the decoder layers behind the first cut; and
+        Area recall after each site; its mean over the decoder layers behind the first cut; and
         the share of pieces of which a token survives the last place. `None` where none is known.
     """
     pieces = [(look, *look.locate(e)) for e in evidence for look in seen if _shows(look, e)]
@@ -210,8 +210,8 @@ def evidence_recall(
     places = list(pieces[0][0].image.kept)
     if not places:
         return {}, 1.0, 1.0
-    by_place = {place: _recall(pieces, place) for place in places}
-    known = {place: share for place, share in by_place.items() if share is not None}
+    by_site = {place: _recall(pieces, place) for place in places}
+    known = {place: share for place, share in by_site.items() if share is not None}
     hits = [
         token_hit(look.image.boxes, look.alive()[places[-1]] & frame, [edges])
         for look, edges, frame in pieces
@@ -238,11 +238,11 @@ def _recall(pieces: Sequence[Piece], place: str) -> float | None:
     return min(covered / seen, 1.0) if seen else None
 
 
-def _over_layers(by_place: dict[str, float], layers: int) -> float | None:
-    if not by_place:
+def _over_layers(by_site: dict[str, float], layers: int) -> float | None:
+    if not by_site:
         return None
-    starts = [first_layer(place) for place in by_place]
+    starts = [first_layer(place) for place in by_site]
     ends = [*starts[1:], layers]
-    total = sum(r * (e - s) for r, s, e in zip(by_place.values(), starts, ends, strict=True))
+    total = sum(r * (e - s) for r, s, e in zip(by_site.values(), starts, ends, strict=True))
     weight = layers - starts[0]
     return total / weight if weight and math.isfinite(total) else None

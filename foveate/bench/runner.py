@@ -253,11 +253,11 @@ class _Batch:
 
     def _answer(self, row: int, prompt: Prompt, text: str) -> Answer:
         turn = prompt.asked
-        by_place, recall, hit = evidence_recall(self.seen[row], turn.evidence)
+        by_site, recall, hit = evidence_recall(self.seen[row], turn.evidence)
         return Answer(
             seed=self.samples[row].seed, turn=prompt.number, question=turn.question,
             answer=turn.answer, said=text, right=is_right(text, turn.answer, turn.choices),
-            recall=recall, hit=hit, recall_by_place=by_place,
+            recall=recall, hit=hit, recall_by_site=by_site,
         )  # fmt: skip
 
 

@@ -22,7 +22,10 @@ from foveate.core import list_methods
 from foveate.errors import InputError
 from foveate.io.quoting import quoted
 
-_MEASURES = ("engine", "methods", "models", "signals", "measure", "tiny", "bench/tasks")
+_MEASURES = (
+    "core", "engine", "families", "io", "measure", "methods", "ops", "signals", "tiny",
+    "bench/tasks",
+)  # fmt: skip
 _FILES = ("judge", "levels", "outcome", "prompt", "recall", "runner")  # of bench
 
 
@@ -130,7 +133,6 @@ def versions() -> dict[str, str]:
     for part in _MEASURES:
         for path in sorted((root / part).rglob("*.py")):
             digest.update(path.read_bytes())
-    digest.update((root / "images.py").read_bytes())
     for name in _FILES:
         digest.update((root / "bench" / f"{name}.py").read_bytes())
     try:

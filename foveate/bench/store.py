@@ -50,7 +50,7 @@ def _schema(pa: Any) -> Any:
     return pa.schema([
         *((name, text) for name in texts), *((name, number) for name in numbers),
         ("n", whole), ("right", whole), ("samples", whole), ("seed", whole),
-        ("recall_by_place", pa.list_(place)), ("survival", survival),
+        ("recall_by_site", pa.list_(place)), ("survival", survival),
         ("notes", pa.list_(text)), ("answers", pa.list_(answer)),
     ])  # fmt: skip
 

@@ -5,7 +5,7 @@ from foveate.core.method import Adaptive, Method, Scorer, by_count
 from foveate.core.reduction import Reduction
 from foveate.core.registry import get_method, list_methods, register
 from foveate.core.schedule import Scheduled
-from foveate.core.step import STAGES, ModelFacts, Need, Positions, Stage, Step, Work
+from foveate.core.step import STAGES, ModelFacts, Need, PartialCompute, Positions, Stage, Step
 from foveate.core.tokens import VisualTokens
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Method",
     "ModelFacts",
     "Need",
+    "PartialCompute",
     "PerRequest",
     "Positions",
     "Reduction",
@@ -23,7 +24,6 @@ __all__ = [
     "Stage",
     "Step",
     "VisualTokens",
-    "Work",
     "by_count",
     "get_method",
     "list_methods",

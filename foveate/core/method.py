@@ -19,7 +19,7 @@ from foveate.core.budget import Keep, check_keep, plain_keep
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import MisfitError, check_fields, fit, hints_of, spell
 from foveate.core.reduction import Reduction
-from foveate.core.step import ModelFacts, Positions, Stage, Step, Work
+from foveate.core.step import ModelFacts, PartialCompute, Positions, Stage, Step
 from foveate.core.tokens import VisualTokens
 from foveate.errors import (
     BudgetError,
@@ -112,20 +112,20 @@ class Method(ABC):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Reduce G images of V tokens to `count` tokens each."""
 
-    def restore(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
-        """States with which all tokens of G images go on where the parked ones come back.
+    def reinsert(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
+        """States with which all tokens of G images go on where the suspended ones come back.
 
         Args:
-            tokens: all V of them, as they were when some were parked.
-            kept: (G, K) which of the V were not parked, ascending.
+            tokens: all V of them, as they were when some were suspended.
+            kept: (G, K) which of the V were not suspended, ascending.
             now: (G, K, D) states of those.
 
         Returns:
-            (G, V, D). By default parked tokens come back as they went.
+            (G, V, D). By default suspended tokens come back as they went.
         """
         return tokens.x.scatter(1, kept[..., None].expand_as(now), now)
 
-    def work(self, model: ModelFacts) -> tuple[Work, ...]:
+    def partial_compute(self, model: ModelFacts) -> tuple[PartialCompute, ...]:
         """What decoder layers compute of visual tokens, where that is less than everything."""
         return ()
 

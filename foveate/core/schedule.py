@@ -30,7 +30,7 @@ class Curve:
     shares: tuple[float, ...]
     layers: tuple[int, ...]
 
-    def bent(self, mean: float) -> tuple[float, ...]:
+    def rescaled(self, mean: float) -> tuple[float, ...]:
         """The shares, each raised to one and the same power, so that they have a mean."""
         return _bent(self.shares, self.layers, mean)
 
@@ -57,8 +57,8 @@ class Scheduled(Method):
     drops that meet become one, with the later budget.
 
     A `keep` of one number, where the published one is a schedule, is the mean over the decoder
-    layers from the first drop on: published shares are bent to it. A tuple says what survives each
-    drop.
+    layers from the first drop on: published shares are rescaled to it. A tuple says what survives
+    each drop.
     """
 
     published_layers: ClassVar[tuple[int, ...]]
@@ -140,7 +140,7 @@ class Scheduled(Method):
         rounding = type(self).rounding
         if isinstance(step, Drop) and step.curve is not None:
             mean = self._mean(total, row)
-            return min(max(rounding(total * step.curve.bent(mean)[number]), 1), alive)
+            return min(max(rounding(total * step.curve.rescaled(mean)[number]), 1), alive)
         entry = step.entry if isinstance(step, Drop) else number
         return min(budget_count(self.budget, total, step=entry, row=row, rounding=rounding), alive)
 
@@ -206,14 +206,14 @@ class Scheduled(Method):
 
 @functools.lru_cache(maxsize=256)
 def _bent(shares: tuple[float, ...], layers: tuple[int, ...], mean: float) -> tuple[float, ...]:
-    """See `Curve.bent`."""
+    """See `Curve.rescaled`."""
     low, high = 0.0, 1.0
 
-    def bent(power: float) -> tuple[float, ...]:
+    def rescaled(power: float) -> tuple[float, ...]:
         return tuple(share**power for share in shares)
 
     def above(power: float) -> bool:
-        parts = zip(bent(power), layers, strict=True)
+        parts = zip(rescaled(power), layers, strict=True)
         return sum(share * count for share, count in parts) > mean * sum(layers)
 
     while above(high) and high < 2**20:
@@ -221,7 +221,7 @@ def _bent(shares: tuple[float, ...], layers: tuple[int, ...], mean: float) -> tu
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if above(middle) else (low, middle)
-    return bent(high) if mean < 1 else tuple(1.0 for _ in shares)
+    return rescaled(high) if mean < 1 else tuple(1.0 for _ in shares)
 
 
 def nearest(wanted: Sequence[int], legal: Sequence[int], slug: str) -> list[tuple[int, int]]:

@@ -56,18 +56,18 @@ class Need:
         name: a key of `foveate.signals.SIGNALS`.
         layers: 0-based layers at which it is taken (of the encoder or of the text model, as the
             signal says).
-        above: for `global_attention`, how many times the mean attention a patch must receive to be
-            global.
+        global_threshold: for `global_attention`, how many times the mean attention a patch must
+            receive to be global.
     """
 
     name: str
     layers: tuple[int, ...] = ()
-    above: float = 0.0
+    global_threshold: float = 0.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One reduction at one place.
+    """One reduction at one site.
 
     Args:
         stage: `vision` (inside the encoder), `pre_llm` (after the projector) or `llm` (between
@@ -77,12 +77,13 @@ class Step:
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         proportional: for `vision`, let a merged token count as often as it has sources in all
             attention behind this step.
-        restore: for `llm`, the tokens that the method's step before this one took out come back
-            here; `Method.restore` says in which state.
-        stay: for `llm`, leave survivors at their positions, whatever the method does elsewhere.
+        reinsert: for `llm`, the tokens that the method's step before this one took out come back
+            here; `Method.reinsert` says in which state.
+        keep_positions: for `llm`, leave survivors at their positions, whatever the method does
+            elsewhere.
         decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
             attend to what the method chooses (it is a `Focuser`) by the layer before.
-        forget: for `llm`, let the caches of the layers before forget what is removed.
+        evict_cache: for `llm`, let the caches of the layers before forget what is removed.
         before_projector: for `pre_llm`, merge what the projector is given and project that, on
             models whose projector makes one token of each row; on others, merge behind it.
         whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
@@ -96,9 +97,9 @@ class Step:
     needs: tuple[Need, ...] = ()
     inside: bool = False
     proportional: bool = False
-    restore: bool = field(default=False, kw_only=True)
-    stay: bool = field(default=False, kw_only=True)
-    forget: bool = field(default=False, kw_only=True)
+    reinsert: bool = field(default=False, kw_only=True)
+    keep_positions: bool = field(default=False, kw_only=True)
+    evict_cache: bool = field(default=False, kw_only=True)
     decode: bool = field(default=False, kw_only=True)
     before_projector: bool = field(default=False, kw_only=True)
     whole: bool = field(default=False, kw_only=True)
@@ -106,7 +107,7 @@ class Step:
     ragged: bool = field(default=False, kw_only=True)
 
     @property
-    def place(self) -> str:
+    def site(self) -> str:
         """Its name in reports: `vision:LAYER`, `pre_llm`, `llm:LAYER` or `decode:LAYER`."""
         if self.decode:
             return f"decode:{self.layer}"
@@ -119,37 +120,37 @@ class Step:
 
 
 def entries(steps: Sequence[Step]) -> list[str]:
-    """The name of each step in records: its place, which says what is alive from there on; of
-    several steps at one place, that of the last. Those before it are `llm:8#1`, `llm:8#2`.
+    """The name of each step in records: its site, which says what is alive from there on; of
+    several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`.
 
     Args:
         steps: in stream order.
     """
-    total = Counter(step.place for step in steps)
+    total = Counter(step.site for step in steps)
     seen: Counter[str] = Counter()
     names = []
     for step in steps:
-        seen[step.place] += 1
-        number = seen[step.place]
-        last = number == total[step.place]
-        names.append(step.place if last else f"{step.place}#{number}")
+        seen[step.site] += 1
+        number = seen[step.site]
+        last = number == total[step.site]
+        names.append(step.site if last else f"{step.site}#{number}")
     return names
 
 
-def place_of(entry: str) -> tuple[str, int, int]:
-    """Stage and layer of a name that `entries` made, and its number; 0 for the last at a place.
+def site_of(entry: str) -> tuple[str, int, int]:
+    """Stage and layer of a name that `entries` made, and its number; 0 for the last at a site.
 
     Example:
-        >>> place_of("llm:8#1"), place_of("pre_llm")
+        >>> site_of("llm:8#1"), site_of("pre_llm")
         (('llm', 8, 1), ('pre_llm', 0, 0))
     """
-    place, _, number = entry.partition("#")
-    stage, _, layer = place.partition(":")
+    site, _, number = entry.partition("#")
+    stage, _, layer = site.partition(":")
     return stage, int(layer or 0), int(number or 0)
 
 
 @dataclass(frozen=True)
-class Work:
+class PartialCompute:
     """What a decoder layer computes of visual tokens; none is removed.
 
     Args:

@@ -1,4 +1,4 @@
-"""VisualTokens: what a method is shown at its place in the stream.
+"""VisualTokens: what a method is shown at its site in the stream.
 
 Shapes: `G` images of equal token count, `V` visual tokens of an image, `D` hidden, `H` heads.
 """
@@ -47,7 +47,7 @@ class VisualTokens:
             one.
         special: inside an encoder, the class, distillation and register tokens that precede the
             patches; they are not among the V.
-        place: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
+        site: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         step: the step inside an encoder, as the method made it.
         frames: frames of a video, one behind the other; 1 for an image.
         number: which of the method's steps acts, 0-based.
@@ -68,7 +68,7 @@ class VisualTokens:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     merged: Tensor | None = None
     special: int = 0
-    place: str = ""
+    site: str = ""
     step: Any = None
     frames: int = 1
     number: int = 0
@@ -79,7 +79,7 @@ class VisualTokens:
 
     @property
     def x(self) -> Tensor:
-        """(G, V, D) token values at this place."""
+        """(G, V, D) token values at this site."""
         return self.features()
 
     @property

@@ -161,7 +161,7 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
     return F.cosine_similarity(x, y, dim=-1)
 
 
-def unit(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Rows of unit length; rows of zero length stay zero."""
     return F.normalize(x, dim=-1, eps=1e-12)
 

@@ -65,7 +65,7 @@ def check_maps(plan: Plan, family: Family, arguments: Mapping[str, Any]) -> None
     config = family.text.config
     asked = arguments.get("output_attentions", getattr(config, "output_attentions", False))
     if plan.work and asked and config._attn_implementation == "eager":
-        names = ", ".join(method.slug for method in plan.methods if method.work(family))
+        names = ", ".join(method.slug for method in plan.methods if method.partial_compute(family))
         raise InputError(
             f"output_attentions=True cannot be served with {names}: decoder layers that compute "
             "less of visual tokens make no attention map; leave it out, or use another method"

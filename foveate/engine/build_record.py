@@ -41,7 +41,7 @@ def describe(
         images=[] if sliced else _images(turn),
         layer_tokens=turn.layer_tokens,
         cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
-        forgot=turn.forgot,
+        evicted_before=turn.evicted_before,
         unread=turn.plan.unread,
         pixels=known["image"].pixels if "image" in known else None,
         encoder_tokens=[] if vision is None else vision.tokens,
@@ -76,7 +76,7 @@ def _images(turn: Turn) -> list[ImageRecord]:
             total=group.shape.total,
             grid=group.shape.grid,
             kept=turn.kept[image],
-            place=group.places[n],
+            locate=group.places[n],
             frames=group.shape.frames,
         )
         for image, (group, n) in sorted(members.items())

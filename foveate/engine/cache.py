@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from foveate.core import Work
+from foveate.core import PartialCompute
 from foveate.core.decode_selector import Watched
 from foveate.engine.attachment import untraced
 from foveate.engine.layout import Slots
@@ -38,7 +38,9 @@ class PrunedLayer(CacheLayerMixin):
     incoming: Slots | None
     watched: Watched | None = None  # what decoding steps choose from, in the layer where they do
     unread: Unread | None = None  # what heads do not read, in layers where some are blind
-    work: Work | None = None  # what was computed of visual tokens, where that is not everything
+    work: PartialCompute | None = (
+        None  # what was computed of visual tokens, where that is not everything
+    )
 
     @untraced
     def update(
@@ -111,7 +113,7 @@ class PrunedLayer(CacheLayerMixin):
         super().reset()
         self.slots = self.watched = None
 
-    def forget(self, left: Slots, source: Tensor) -> None:
+    def evict(self, left: Slots, source: Tensor) -> None:
         """Keep some slots only.
 
         Args:
@@ -190,11 +192,11 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
         """Logical capacity."""
         return self.logical_max
 
-    def forget(self, left: Slots, source: Tensor) -> None:
+    def evict(self, left: Slots, source: Tensor) -> None:
         """Keep some slots only, in smaller buffers."""
         assert self.slots is not None
         removed = self.slots.count - source.shape[1]
-        super().forget(left, source)
+        super().evict(left, source)
         self.max_cache_len -= removed
         assert self.keys is not None
         assert self.values is not None  # as before
@@ -241,7 +243,9 @@ def check_cache(cache: Cache | None) -> None:
             )
 
 
-def slots_before(cache: Cache | None, past: int, work: Mapping[int, Work]) -> list[Slots | None]:
+def slots_before(
+    cache: Cache | None, past: int, work: Mapping[int, PartialCompute]
+) -> list[Slots | None]:
     """What each layer of a cache holds before a forward, if it is pruned.
 
     Args:

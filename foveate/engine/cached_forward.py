@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foveate.core import Work
+from foveate.core import PartialCompute
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedStaticLayer
 from foveate.engine.extensions.partial.decode import Unread, additive, run_step
@@ -98,7 +98,7 @@ class Onward:
         return output
 
     def run(
-        self, number: int, layer: Any, work: Work, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, layer: Any, work: PartialCompute, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor | None:
         """Run a layer for one token of each row, if heads of it read less than the layer would.
 

@@ -40,8 +40,8 @@ def check_order(steps: Sequence[PlannedStep], first: PlannedStep) -> None:
     previous = next(s for s in reversed(steps) if s.number == 0)
     if _order(first.step) < _order(previous.step):
         raise LayerError(
-            f"{first.method.slug} begins at {first.step.place}, before {previous.method.slug} at "
-            f"{previous.step.place}; list methods in stream order"
+            f"{first.method.slug} begins at {first.step.site}, before {previous.method.slug} at "
+            f"{previous.step.site}; list methods in stream order"
         )
 
 
@@ -55,7 +55,7 @@ def _check_grids(family: Family, steps: Sequence[PlannedStep]) -> None:
         if second.step.whole and _removes(first) and _removes(second):
             raise LayerError(
                 f"{second.method.slug} reads whole grids of visual tokens, but "
-                f"{first.method.slug} removes tokens at {first.step.place} before it; use one of "
+                f"{first.method.slug} removes tokens at {first.step.site} before it; use one of "
                 "them alone"
             )
 
@@ -113,7 +113,9 @@ def _check_transitions(
     family: Family, methods: Sequence[Method], steps: Sequence[PlannedStep]
 ) -> None:
     """Refuse to ask how much a layer changes tokens that it computes in parts."""
-    partial = {work.layer: method.slug for method in methods for work in method.work(family)}
+    partial = {
+        work.layer: method.slug for method in methods for work in method.partial_compute(family)
+    }
     for planned in steps:
         for need in planned.step.needs:
             layers = [layer for layer in need.layers if layer in partial]
@@ -126,9 +128,9 @@ def _check_transitions(
 
 
 def _check_parking(family: Family, steps: Sequence[PlannedStep]) -> None:
-    """Refuse other steps, and renumbering, while tokens are parked."""
+    """Refuse other steps, and renumbering, while tokens are suspended."""
     llm = [s for s in steps if s.step.stage == "llm"]
-    for planned in (s for s in llm if s.parks):
+    for planned in (s for s in llm if s.suspends):
         own = [s for s in llm if s.method_number == planned.method_number]
         back = next(s for s in own if s.number == planned.number + 1)
         span = range(planned.step.layer, back.step.layer + 1)
@@ -136,8 +138,8 @@ def _check_parking(family: Family, steps: Sequence[PlannedStep]) -> None:
         between = [s for s in others if s.step.layer in span]
         if between:
             raise LayerError(
-                f"{between[0].method.slug} acts at {between[0].step.place}, where tokens that "
-                f"{planned.method.slug} brings back at {back.step.place} are parked; "
+                f"{between[0].method.slug} acts at {between[0].step.site}, where tokens that "
+                f"{planned.method.slug} brings back at {back.step.site} are suspended; "
                 f"{_outside(family, span)}"
             )
         if planned.renumber:
@@ -161,15 +163,15 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
     """Refuse other steps in the encoder while images have different numbers of tokens."""
     vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
     for planned in (s for s, _ in vision if s.step.ragged):
-        own = [place for s, place in vision if s.method_number == planned.method_number]
+        own = [site for s, site in vision if s.method_number == planned.method_number]
         between = [
             s
-            for s, place in vision
-            if s.method_number != planned.method_number and own[0] <= place <= own[-1]
+            for s, site in vision
+            if s.method_number != planned.method_number and own[0] <= site <= own[-1]
         ]
         if between:
             raise LayerError(
-                f"{between[0].method.slug} acts at {between[0].step.place}, where "
+                f"{between[0].method.slug} acts at {between[0].step.site}, where "
                 f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
                 f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
                 "as_released=True"
@@ -179,22 +181,22 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
 def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
     """Refuse two steps that mean different things by global patches."""
     needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
-    if len({need.above for need in needs}) > 1:
+    if len({need.global_threshold for need in needs}) > 1:
         raise LayerError(
             "methods of one session ask for global_attention above different thresholds: "
-            f"{', '.join(str(need.above) for need in needs)}; give them the same"
+            f"{', '.join(str(need.global_threshold) for need in needs)}; give them the same"
         )
 
 
 def _check_signals(steps: Sequence[PlannedStep]) -> None:
-    """Refuse a step in the encoder whose signals an earlier step at the same place outdates."""
+    """Refuse a step in the encoder whose signals an earlier step at the same site outdates."""
     first: dict[tuple[int, bool], PlannedStep] = {}
     for planned in (s for s in steps if s.step.stage == "vision"):
-        place = planned.step.layer, planned.step.inside
-        if place in first and planned.step.needs:
+        site = planned.step.layer, planned.step.inside
+        if site in first and planned.step.needs:
             raise LayerError(
-                f"{first[place].method.slug} and {planned.method.slug} act at the same place, "
-                f"{planned.step.place}, so that signals for the second would be out of date; give "
+                f"{first[site].method.slug} and {planned.method.slug} act at the same site, "
+                f"{planned.step.site}, so that signals for the second would be out of date; give "
                 "them different layers"
             )
-        first.setdefault(place, planned)
+        first.setdefault(site, planned)

@@ -36,7 +36,7 @@ class Encoded:
         shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
-        kept: place inside the encoder -> (K) positions of each image alive behind it, ascending.
+        kept: site inside the encoder -> (K) positions of each image alive behind it, ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
         projector: what makes tokens one by one, if methods merge before it.
         unprojected: (V, C) what it is given for each image.
@@ -66,8 +66,8 @@ class Encoded:
         return [shape.total for shape in self.shapes]
 
     def kept_of(self, image: int) -> dict[str, Tensor]:
-        """Place inside the encoder -> (K) raster positions of an image alive behind it."""
-        return {place: kept[image] for place, kept in self.kept.items()}
+        """Site inside the encoder -> (K) raster positions of an image alive behind it."""
+        return {site: kept[image] for site, kept in self.kept.items()}
 
     def alive(self, images: Sequence[int]) -> list[Tensor] | None:
         """(K) raster positions that the encoder has left of some images; `None` for all."""

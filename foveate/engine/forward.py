@@ -17,7 +17,7 @@ from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import Looks
 from foveate.engine.extensions.decode_choice import Focusing
 from foveate.engine.extensions.partial.prefill import Images, Split
-from foveate.engine.extensions.suspension import Parked
+from foveate.engine.extensions.suspension import Suspended
 from foveate.engine.images import Group, note, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -52,7 +52,7 @@ class Turn:
         self.layout = self.full
         self.layer_layouts: list[Layout] = []
         self.layer_tokens: list[list[int]] = []
-        self.forgot = 0  # the last layer before which caches forgot
+        self.evicted_before = 0  # the last layer before which caches evicted_before
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
         self.kept: dict[int, dict[str, Tensor]] = {
@@ -73,7 +73,7 @@ class Turn:
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
-        self._parked: dict[int, Parked] = {}  # of methods that bring tokens back
+        self._suspended: dict[int, Suspended] = {}  # of methods that bring tokens back
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
@@ -265,15 +265,15 @@ class Turn:
         for planned in self.plan.llm:
             if planned.step.layer != number:
                 continue
-            if planned.step.restore:
-                hidden = self._parked.pop(planned.method_number).back(self, planned, hidden)
+            if planned.step.reinsert:
+                hidden = self._suspended.pop(planned.method_number).back(self, planned, hidden)
                 continue
-            if planned.parks:
-                self._parked[planned.method_number] = Parked.of(self, hidden)
+            if planned.suspends:
+                self._suspended[planned.method_number] = Suspended.of(self, hidden)
             before = self.layout
             hidden = self._step(planned, hidden)
-            if planned.step.forget and self.layout is not before:
-                self._forget(number, kwargs.get("past_key_values"))
+            if planned.step.evict_cache and self.layout is not before:
+                self._evict(number, kwargs.get("past_key_values"))
         if looked:
             self.looks.take(number, layer, hidden, kwargs, later=True)
         return hidden
@@ -350,11 +350,11 @@ class Turn:
         self.layout, source = compact(self.layout, living, self.tokens)
         return source
 
-    def _forget(self, number: int, cache: Any) -> None:
+    def _evict(self, number: int, cache: Any) -> None:
         """Let the cache layers before a decoder layer forget what is not alive there."""
         if cache is None:
             return
-        self.forgot = number
+        self.evicted_before = number
         prompt = self.prompt
         gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
         gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight
@@ -369,7 +369,7 @@ class Turn:
             assert held.slots is not None
             if held.slots not in left:
                 left[held.slots] = held.slots.without(gone)
-            held.forget(*left[held.slots])
+            held.evict(*left[held.slots])
 
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""

@@ -228,8 +228,8 @@ class Hooks(FeatureHooks):
         groups: list[Group] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
-        forgets = bool(now.visual) and any(planned.step.forget for planned in self.plan.llm)
-        now.rollback = Rollback.of(cache, past, rewritten=forgets)
+        evicts = bool(now.visual) and any(planned.step.evict_cache for planned in self.plan.llm)
+        now.rollback = Rollback.of(cache, past, rewritten=evicts)
         if now.encoded or (self.plan.blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
         if now.visual and now.encoded:

@@ -377,7 +377,7 @@ def _shown(
         signals=signals(group),
         number=planned.number,
         quota=quota,
-        place=planned.step.place,
+        site=planned.step.site,
         frames=group.shape.frames,
         label=group.labels.get(planned.method_number),
         learned=planned.learned,

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from foveate.core import Method, Need, PerRequest, Step, Work
+from foveate.core import Method, Need, PartialCompute, PerRequest, Step
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.signals import SIGNALS
 
@@ -23,7 +23,7 @@ class PlannedStep:
         number: which of the method's steps it is.
         step: where it acts and what it needs.
         renumber: whether survivors get consecutive positions.
-        parks: whether what it takes out comes back at the method's next step.
+        suspends: whether what it takes out comes back at the method's next step.
         learned: parameters of the method, if it learns.
         entry: its name in records, which no other step of the plan has.
     """
@@ -33,7 +33,7 @@ class PlannedStep:
     number: int
     step: Step
     renumber: bool
-    parks: bool = False
+    suspends: bool = False
     learned: nn.Module | None = None
     entry: str = ""
 
@@ -55,7 +55,7 @@ class Plan:
     vision: tuple[PlannedStep, ...]
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
-    work: Mapping[int, Work] = field(default_factory=dict)
+    work: Mapping[int, PartialCompute] = field(default_factory=dict)
     focus: PlannedStep | None = None
 
     @cached_property
@@ -84,7 +84,7 @@ class Plan:
         return tuple(dict.fromkeys(slug for slug, name in steps if name.startswith("question")))
 
     @cached_property
-    def blind(self) -> dict[int, Work]:
+    def blind(self) -> dict[int, PartialCompute]:
         """Of `work`, layers in which some heads read visual tokens, or what they weigh, and others
         do not.
         """
@@ -114,10 +114,12 @@ class Plan:
         )
 
     @property
-    def above(self) -> float:
+    def global_threshold(self) -> float:
         """What patches must receive of the mean to be global, where a step asks of that."""
         needs = (need for planned in self.pre_llm for need in planned.step.needs)
-        return next((need.above for need in needs if need.name == "global_attention"), 0.0)
+        return next(
+            (need.global_threshold for need in needs if need.name == "global_attention"), 0.0
+        )
 
     @cached_property
     def looks(self) -> dict[int, dict[str, list[PlannedStep]]]:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from foveate.core import STAGES, Method, Need, PerRequest, Step, Work, get_method, list_methods
+from foveate.core import (
+    STAGES,
+    Method,
+    Need,
+    PartialCompute,
+    PerRequest,
+    Step,
+    get_method,
+    list_methods,
+)
 from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions.partial.prefill import why_whole
@@ -58,8 +67,10 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
     renumber = method.positions_on(family) == "renumbered"
     learned = method.learned(family)
     planned = [
-        PlannedStep(method, number, i, step, renumber and not step.stay, parks, learned)
-        for i, (step, parks) in enumerate(zip(steps, _parking(steps), strict=True))
+        PlannedStep(
+            method, number, i, step, renumber and not step.keep_positions, suspends, learned
+        )
+        for i, (step, suspends) in enumerate(zip(steps, _suspending(steps), strict=True))
     ]
     for item in planned:
         _check_stage(family, method, item.step.stage)
@@ -169,7 +180,7 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
         stages = {"encoder": ("vision", "pre_llm"), "prompt": ("pre_llm",), "decoder": ("llm",)}
         if planned.step.stage not in stages[signal.source]:
             raise LayerError(
-                f"{planned.method.slug} needs {need.name} at {planned.step.place}, but only "
+                f"{planned.method.slug} needs {need.name} at {planned.step.site}, but only "
                 f"{' and '.join(stages[signal.source])} steps can have it"
             )
         if signal.layered and not need.layers:
@@ -200,14 +211,14 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
         own = need.layers == (step.layer,) and signal.inside
         if not (own or (earlier and encoder.packed is None)):
             raise LayerError(
-                f"{slug} acts at {step.place} and can have signals of that layer only "
+                f"{slug} acts at {step.site} and can have signals of that layer only "
                 f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
                 f"earlier ones, but needs {need.name} of layers {need.layers}"
             )
         if need.name == "encoder_keys" and not step.inside:
             raise LayerError(
                 f"{slug} needs {need.name}, which only a step inside an encoder layer has; it "
-                f"acts at {step.place}"
+                f"acts at {step.site}"
             )
     if any(not 0 <= i < family.vision_layers for i in need.layers):
         raise LayerError(
@@ -223,7 +234,7 @@ def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
     outside = [i for i in need.layers if not 0 <= i <= last]
     if outside:
         raise LayerError(
-            f"{slug} acts at {step.place} and needs {need.name} of layer {outside[0]}, but there "
+            f"{slug} acts at {step.site} and needs {need.name} of layer {outside[0]}, but there "
             f"it is known of layers 0 to {last}"
         )
     windowed = [i for i in need.layers if i not in family.attention_layers]
@@ -235,16 +246,16 @@ def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
         )
 
 
-def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
+def _work(family: Family, methods: Sequence[Method]) -> dict[int, PartialCompute]:
     """What decoder layers compute of visual tokens.
 
     Raises:
         UnsupportedModelError: the layers cannot be computed in parts.
         LayerError: two methods want different things of a layer.
     """
-    found: dict[int, Work] = {}
+    found: dict[int, PartialCompute] = {}
     for method in methods:
-        for work in method.work(family):
+        for work in method.partial_compute(family):
             if why := why_whole(family, work):
                 raise UnsupportedModelError(
                     f"{method.slug!r} computes decoder layers of this {family.model_type} in "
@@ -260,9 +271,9 @@ def _work(family: Family, methods: Sequence[Method]) -> dict[int, Work]:
     return found
 
 
-def _parking(steps: Sequence[Step]) -> list[bool]:
+def _suspending(steps: Sequence[Step]) -> list[bool]:
     """Whether what each step of a method takes out comes back at the next."""
-    return [step.restore for step in (*steps[1:], Step("llm"))][: len(steps)]
+    return [step.reinsert for step in (*steps[1:], Step("llm"))][: len(steps)]
 
 
 def why_not(family: Family, name: str) -> str | None:
@@ -283,7 +294,7 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
         vision: whether methods may act inside the encoder, if they can.
     """
     tower, reads = family.encoder, encoder
-    layers = [Work(number, window=1) for number in range(family.text_layers)]
+    layers = [PartialCompute(number, window=1) for number in range(family.text_layers)]
     stages = set(STAGES if family.text_layers else STAGES[:1])
     if tower is None or tower.block is None or not vision:
         stages.discard("vision")
@@ -300,7 +311,9 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
 
     def works(name: str) -> bool:
         method = get_method(name)
-        if method.work is not Method.work and any(why_whole(family, work) for work in layers):
+        if method.partial_compute is not Method.partial_compute and any(
+            why_whole(family, work) for work in layers
+        ):
             return False
         return method.stage in stages and all(has(method, need) for need in method.needs)
 

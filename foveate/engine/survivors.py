@@ -36,11 +36,11 @@ def survivors(
     found: dict[str, list[Tensor]] = defaultdict(list)
     for encoding in passes:
         for of, kept in encoding.survivors():
-            for place, index in kept.items():
+            for site, index in kept.items():
                 alive = torch.zeros(of.total, dtype=torch.bool, device=index.device)
-                found[place].append(alive.index_fill(0, index, True))
+                found[site].append(alive.index_fill(0, index, True))
     result: dict[str, Sequence[Tensor]] = {}
-    for place, pictures in found.items():
+    for site, pictures in found.items():
         tokens = torch.cat(list(family.follow(modality, pictures, arguments)))
         if len(tokens) != sum(lengths):
             raise UnsupportedModelError(
@@ -49,5 +49,5 @@ def survivors(
                 "that what was removed inside the encoder cannot be followed; use a pre_llm or "
                 "llm method"
             )
-        result[place] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
+        result[site] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
     return result

@@ -44,7 +44,9 @@ class Tags:
             running = (lambda: None) if vision is None else (lambda: vision.running)
             wanted = plan.encoder_signals
             if family.encoder.packed is None:
-                self.signals = EncoderSignals(family.encoder, wanted, running, plan.above)
+                self.signals = EncoderSignals(
+                    family.encoder, wanted, running, plan.global_threshold
+                )
             else:
                 side = family.side("image")
                 self.signals = PackedSignals(family.encoder, wanted, running, side)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from foveate.core import Method, ModelFacts, Work
+from foveate.core import Method, ModelFacts, PartialCompute
 from foveate.engine.extensions.partial.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
@@ -109,8 +109,8 @@ def whole(record: Record) -> Record:
     """
     full = max(record.prompt_tokens, default=0)
     held = record.layer_tokens
-    if record.forgot:  # what was given to the caches before, and is still there
-        held = [held[record.forgot]] * record.forgot + held[record.forgot :]
+    if record.evicted_before:  # what was given to the caches before, and is still there
+        held = [held[record.evicted_before]] * record.evicted_before + held[record.evicted_before :]
     if record.unread:  # caches of text alone
         text = list(record.prompt_tokens)
         for image in record.images:
@@ -124,7 +124,7 @@ def whole(record: Record) -> Record:
             count + full - max(tokens) if count else 0
             for count, tokens in zip(slots, held, strict=bool(slots))
         ],
-        forgot=0,
+        evicted_before=0,
         unread=(),
         encoder_tokens=[],
         encoder_bounds=[],
@@ -190,7 +190,7 @@ def _layers(
     if convention.visual_only:
         rows = zip(shapes, visual_tokens(record), strict=True)
         return tuple(sum(paper_layer(shape, n, convention) for n in row) for shape, row in rows)
-    work = {w.layer: w for method in methods for w in method.work(family)}
+    work = {w.layer: w for method in methods for w in method.partial_compute(family)}
     found = []
     for number, (shape, tokens) in enumerate(zip(shapes, record.layer_tokens, strict=True)):
         if number in work:
@@ -209,7 +209,7 @@ def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
 
 
 def _parts(
-    record: Record, shape: TextShape, tokens: Sequence[int], work: Work, causal: bool
+    record: Record, shape: TextShape, tokens: Sequence[int], work: PartialCompute, causal: bool
 ) -> int:
     """A decoder layer that computes less of visual tokens: what the engine computes of it.
 

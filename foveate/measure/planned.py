@@ -70,7 +70,7 @@ def planned(
         layer_tokens=layer_tokens,
         cache_slots=_held(family, plan, layer_tokens, text_tokens),
         unread=plan.unread,
-        forgot=max((s.step.layer for s in plan.llm if s.step.forget), default=0),
+        evicted_before=max((s.step.layer for s in plan.llm if s.step.evict_cache), default=0),
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
@@ -88,18 +88,18 @@ class _Stream:
         self.kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]  # entry -> (K,) positions
         self.projected: dict[str, int] = {}  # modality -> rows that are projected once more
         self._begin: dict[tuple[int, int], int] = {}  # (method, image) -> tokens that it found
-        self._parked: dict[int, list[int]] = {}  # method -> tokens of each image that come back
+        self._suspended: dict[int, list[int]] = {}  # method -> tokens of each image that come back
 
     def act(self, step: PlannedStep) -> None:
         """Leave of each image what a step promises."""
         number = step.method_number
-        if step.parks:
-            self._parked[number] = list(self.alive)
+        if step.suspends:
+            self._suspended[number] = list(self.alive)
         for image, shape in enumerate(self.shapes):
             found = self.alive[image]
             total = self._begin.setdefault((number, image), found)
-            if step.step.restore:
-                left = self._parked[number][image]
+            if step.step.reinsert:
+                left = self._suspended[number][image]
             elif isinstance(step.method, VideoMethod) and shape.frames == 1:
                 left = found
             else:
@@ -118,7 +118,7 @@ def _held(
     Which tokens of a window are forgotten depends on the tokens; counted is the most that may stay.
     """
     slots = [tokens[0] for tokens in layer_tokens]
-    for step in (s.step for s in plan.llm if s.step.forget):
+    for step in (s.step for s in plan.llm if s.step.evict_cache):
         slots[: step.layer] = [slots[step.layer]] * step.layer
     for layer in plan.unread:
         slots[layer] = text_tokens

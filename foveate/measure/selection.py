@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.core import Method, ModelFacts, PerRequest, Step
-from foveate.core.step import entries, place_of
+from foveate.core.step import entries, site_of
 from foveate.measure.flops import TextShape
 from foveate.measure.trace import Traced
 from foveate.record.record import ImageRecord, Record
@@ -103,7 +103,7 @@ def _taken(record: Record, acted: Acted, layer: int, seen: int) -> bool:
 def _wanted(record: Record, acted: Acted, image: ImageRecord, layer: int, seen: int) -> int:
     """Tokens of an image that a step would leave of those there."""
     alive, keep = image.alive(seen), acted.method.keep
-    stage, begun, _ = place_of(acted.begun)
+    stage, begun, _ = site_of(acted.begun)
     began = stage != "llm" or begun < layer + (seen == layer)
     total = image.before(acted.begun) if began else alive
     row = image.row * len(keep.values) // record.rows if isinstance(keep, PerRequest) else 0

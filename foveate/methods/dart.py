@@ -32,7 +32,7 @@ from foveate.core import (
 from foveate.core.fields import Natural, Positive
 from foveate.core.ranking import among_top, ranked
 from foveate.core.reduction import take_rows
-from foveate.ops.diversity import unit, with_lengths
+from foveate.ops.diversity import normalize, with_lengths
 
 PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32
 
@@ -106,7 +106,7 @@ class DART(Method):
         asked, asks = self._text_pivots(tokens)
         x, lengths = with_lengths(tokens.signal("normed_states")[:, 0])
         text = take_rows(tokens.signal("question_normed_states")[:, 0], asked)
-        both = unit(torch.cat((take_rows(x, pivots), text.to(x)), 1))
+        both = normalize(torch.cat((take_rows(x, pivots), text.to(x)), 1))
         similarity = (both @ x.mT) / lengths.mT
         real = torch.cat((torch.ones_like(pivots, dtype=torch.bool), asks), 1)
         if self.as_released:

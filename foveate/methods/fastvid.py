@@ -29,9 +29,9 @@ from foveate.core.video import (
     by_frame,
     everything,
     exact,
+    normalize,
     similarity,
     together,
-    unit,
 )
 from foveate.ops.clustering import peaks, squared_distances
 
@@ -136,7 +136,7 @@ class FastVID(VideoMethod):
             (A * C) weight of each target itself, and (A * C, M) of the tokens that go into it; the
             target is one of them, and counts twice.
         """
-        best = highest((unit(target) @ unit(x).T).mT, 1.0)[:, None]  # (A, 1, M)
+        best = highest((normalize(target) @ normalize(x).T).mT, 1.0)[:, None]  # (A, 1, M)
         joined = best == torch.arange(target.shape[1], device=x.device)[:, None]
         count = joined.sum(-1, keepdim=True)
         own = (1 / (count + 1)).clamp(min=self.beta)

@@ -3,7 +3,7 @@
 Paper: Chen et al., "LVLM_CSP: Accelerating Large Vision Language Models via Clustering, Scattering,
 and Pruning for Reasoning Segmentation", arXiv:2504.10854. No reference code was found, and what is
 known of the paper leaves much open, so this is our reading: which layers begin the three phases and
-how many tokens they see; that parked tokens come back as they went, or moved like their
+how many tokens they see; that suspended tokens come back as they went, or moved like their
 representative; and that the last prompt token ranks in the last phase, as the segmentation token
 does where it ends the prompt. Of the four choices of representatives, those that follow the class
 token and instance masks are not offered.
@@ -55,8 +55,8 @@ class LVLMCSP(Method):
             (rounded down) or counts; one value serves both.
         select: how representatives are chosen: `uniform`, every floor(N / N_c)-th token, or
             `random`.
-        reentry: state of parked tokens when they come back: `parked`, as they went, or `moved`, by
-            what has become of the representative that was most like them (cosine).
+        reentry: state of suspended tokens when they come back: `suspended`, as they went, or
+            `moved`, by what has become of the representative that was most like them (cosine).
         seed: of the random choice.
         positions: takes `original` only, since tokens come back.
 
@@ -67,7 +67,7 @@ class LVLMCSP(Method):
     layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.125, 0.03125)
     select: Literal["uniform", "random"] = "uniform"
-    reentry: Literal["parked", "moved"] = "parked"
+    reentry: Literal["suspended", "moved"] = "suspended"
     seed: Natural = 0
     positions: Positions | None = None
     published_positions = "original"
@@ -79,7 +79,7 @@ class LVLMCSP(Method):
             LayerError: `layers` are not three, ascending.
             FoveateError: `positions` is given, or a field does not fit its annotation.
         """
-        names = {"select": ("uniform", "random"), "reentry": ("parked", "moved")}
+        names = {"select": ("uniform", "random"), "reentry": ("suspended", "moved")}
         for field, known in names.items():
             given = getattr(self, field)
             if not isinstance(given, str) or given not in known:
@@ -108,7 +108,7 @@ class LVLMCSP(Method):
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """Representatives, all tokens, or what is left at the end."""
-        if step.restore:
+        if step.reinsert:
             return total
         keep = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
         both = keep if isinstance(keep, tuple) else (keep, keep)
@@ -120,7 +120,7 @@ class LVLMCSP(Method):
         cluster, scatter, prune = self.layers or self._phases(model)
         return (
             Step("llm", cluster),
-            Step("llm", scatter, restore=True),
+            Step("llm", scatter, reinsert=True),
             Step("llm", prune, (Need("text_attention", (prune,)),)),
         )
 
@@ -148,10 +148,10 @@ class LVLMCSP(Method):
             chosen = chosen.to(tokens.index.device)
         return Reduction(chosen.expand(len(tokens.index), -1))
 
-    def restore(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
-        """Parked tokens as they went, or moved like their representative."""
-        if self.reentry == "parked":
-            return super().restore(tokens, kept, now)
+    def reinsert(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
+        """Suspended tokens as they went, or moved like their representative."""
+        if self.reentry == "suspended":
+            return super().reinsert(tokens, kept, now)
         x = tokens.x
         then = x.gather(1, kept[..., None].expand_as(now))
         like = torch.matmul(F.normalize(x, dim=-1), F.normalize(then, dim=-1).transpose(1, 2))

@@ -38,8 +38,8 @@ from foveate.core.video import (
     check_switch,
     everything,
     exact,
+    normalize,
     together,
-    unit,
 )
 from foveate.errors import LayerError
 from foveate.ops.clustering import dpc_knn
@@ -102,7 +102,7 @@ class PruneVid(VideoMethod):
             return (merge,)
         layer = self._published(model) if self.layer is None else self.layer
         asked = Need("question_attention", (layer - 1,))
-        return (merge, Step("llm", layer, (asked,), stay=True, forget=True))
+        return (merge, Step("llm", layer, (asked,), keep_positions=True, evict_cache=True))
 
     def _published(self, model: ModelFacts) -> int:
         """The layer behind the one that can rank tokens and is nearest to the release's."""
@@ -117,7 +117,7 @@ class PruneVid(VideoMethod):
 
     def split(self, tokens: VisualTokens) -> Parts:
         """Merge before the language model, and cut inside."""
-        if tokens.place == "pre_llm":
+        if tokens.site == "pre_llm":
             return super().split(tokens)
         if tokens.label is None:  # an image
             return everything(tokens)
@@ -208,7 +208,7 @@ def likeness_over_time(x: Tensor) -> Tensor:
     frames = len(x)
     if frames == 1:
         return x.new_full(x.shape[1:2], -torch.inf)
-    x = unit(x)
+    x = normalize(x)
     pairs = x.sum(0).square().sum(-1) - x.square().sum((0, 2))
     return pairs / (frames * (frames - 1))
 

@@ -39,7 +39,7 @@ from foveate.core import (
 from foveate.core.fields import Positive
 from foveate.core.ranking import ranked, top
 from foveate.core.reduction import take_rows
-from foveate.ops.diversity import unit
+from foveate.ops.diversity import normalize
 from foveate.ops.outliers import local_outliers
 from foveate.ops.relevance import Relevance, relevance_needs, token_relevance
 
@@ -149,7 +149,7 @@ class RecoverableCompression(Adaptive):
         left: Tensor,
     ) -> Reduction:
         """Survivors at (G, K) places, of G images with equally many."""
-        keys = unit(keys)
+        keys = normalize(keys)
         likeness = take_rows(keys, index) @ keys.mT + self.text_weight * asked[:, None].to(keys)
         likeness = likeness.masked_fill(~rest[:, None], -torch.inf)
         likeness = likeness.scatter(2, index[..., None], -torch.inf)

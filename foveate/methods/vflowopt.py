@@ -121,7 +121,7 @@ class VFlowOpt(Adaptive):
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One step behind the projector, two between decoder layers."""
-        scored = Need("global_attention", (model.feature_layer,), above=self.threshold)
+        scored = Need("global_attention", (model.feature_layer,), global_threshold=self.threshold)
         first, second = self.layers or self._published_layers(model)
         recycled = Step("pre_llm", needs=(scored,), merges=True)
         return recycled, Step("llm", first), Step("llm", second)

@@ -23,11 +23,11 @@ from torch import Tensor
 from foveate.core import (
     Method,
     ModelFacts,
+    PartialCompute,
     Positions,
     Reduction,
     Step,
     VisualTokens,
-    Work,
     register,
 )
 from foveate.core.fields import Natural, Positive, Range
@@ -102,7 +102,7 @@ class YOPO(Method):
         layer = self._cut(model)
         return () if self.as_released or layer == model.text_layers else (Step("llm", layer),)
 
-    def work(self, model: ModelFacts) -> tuple[Work, ...]:
+    def partial_compute(self, model: ModelFacts) -> tuple[PartialCompute, ...]:
         """Every layer up to the cut, or all of them as released.
 
         Raises:
@@ -115,7 +115,7 @@ class YOPO(Method):
             )
         cut = self._cut(model)
         return tuple(
-            Work(
+            PartialCompute(
                 layer,
                 self.window,
                 heads=None if self.heads is None else tuple(map(bool, self.heads[layer])),

@@ -87,8 +87,8 @@ def recycle(scores: Tensor, cell: Tensor, pool: int) -> tuple[Tensor, Tensor]:
     rank = torch.empty_like(order).scatter(1, order, own)
     best = rank.new_full((len(rank), first + total), total).scatter_reduce(1, place, rank, "amin")
     into = order.gather(1, best.gather(1, place))
-    heap = scores.new_zeros(best.shape).scatter_add(1, place, scores).gather(1, place)
-    return into, torch.where(heap > 0, scores, 1.0)
+    mass = scores.new_zeros(best.shape).scatter_add(1, place, scores).gather(1, place)
+    return into, torch.where(mass > 0, scores, 1.0)
 
 
 def merged(into: Tensor, mass: Tensor, count: int) -> Reduction:

@@ -23,7 +23,7 @@ def with_lengths(x: Tensor) -> tuple[Tensor, Tensor]:
     return x, norm.masked_fill(norm == 0, 1)
 
 
-def unit(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Rows of length one, in float32 or better; rows of zero length stay zero."""
     x, length = with_lengths(x)
     return x / length
@@ -38,7 +38,7 @@ def cosine_distance(x: Tensor) -> Tensor:
     Returns:
         (G, V, V) one minus the cosine; tokens of zero length have distance 1 to all.
     """
-    x = unit(x)
+    x = normalize(x)
     cosine = x @ x.mT
     return torch.sub(cosine.new_ones(()), cosine, out=cosine)
 

@@ -12,7 +12,7 @@ from foveate.core.ranking import highest, ranked
 
 
 def match(keys: Tensor, r: int, special: int) -> tuple[Tensor, Tensor]:
-    """Bipartite soft matching (ToMe, arXiv:2210.09461): every other row loses its r likest.
+    """Bipartite soft matching (ToMe, arXiv:2210.09461): half of the rows lose the r most similar.
 
     The rows of the encoder belong to two sets in turn; each of the first is linked to the most
     similar of the second, and the r strongest links merge.

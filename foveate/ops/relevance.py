@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need, VisualTokens
-from foveate.ops.diversity import unit, with_lengths
+from foveate.ops.diversity import normalize, with_lengths
 
 Relevance = Literal["embeddings", "clip"]
 """In which space: `embeddings` compares visual tokens with the text behind their image, both as the
@@ -60,7 +60,7 @@ def similarity_to_text(x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (G, V), in float32 or better; zero where an image has no text.
     """
-    asked = unit(text).masked_fill(~mask[..., None], 0.0).sum(1)
+    asked = normalize(text).masked_fill(~mask[..., None], 0.0).sum(1)
     asked = asked / mask.sum(1, keepdim=True).clamp(min=1)
     x, length = with_lengths(x)
     return (torch.matmul(x, asked[..., None].to(x)) / length)[..., 0]

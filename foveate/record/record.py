@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core.step import place_of
+from foveate.core.step import site_of
 from foveate.core.tokens import Shape, frame_of
 from foveate.errors import InputError
 from foveate.record.boxes import cells_of
@@ -31,9 +31,9 @@ class ImageRecord:
         total: visual tokens it had before anything was removed.
         grid: (height, width) of its token grid, of one frame in a video.
         kept: for each step, in stream order, its entry -> the (K,) raster positions alive after it.
-            An entry is the step's place, as `llm:8`; of several steps at one place, those before
+            An entry is the step's site, as `llm:8`; of several steps at one site, those before
             the last are `llm:8#1`, `llm:8#2`.
-        place: finds out where it is; without it, boxes are the cells of the grid. Called only when
+        locate: finds out where it is; without it, boxes are the cells of the grid. Called only when
             that is read.
         frames: frames of a video that its tokens tell apart; 1 for an image.
     """
@@ -42,7 +42,7 @@ class ImageRecord:
     total: int
     grid: tuple[int, int]
     kept: dict[str, Tensor] = field(default_factory=dict)
-    place: Callable[[], Placed] | None = field(default=None, repr=False)
+    locate: Callable[[], Placed] | None = field(default=None, repr=False)
     frames: int = 1
 
     @property
@@ -60,7 +60,7 @@ class ImageRecord:
         """Tokens of it that a decoder layer sees; -1 for those that enter the language model."""
         left = self.total
         for entry, kept in self.kept.items():
-            stage, number, _ = place_of(entry)
+            stage, number, _ = site_of(entry)
             if stage != "llm" or number <= layer:
                 left = len(kept)
         return left
@@ -91,12 +91,12 @@ class ImageRecord:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: the boxes, not the model that knows them."""
-        return {**vars(self), "_placed": self._placed, "place": None}
+        return {**vars(self), "_placed": self._placed, "locate": None}
 
     @cached_property
     def _placed(self) -> Placed:
-        if self.place is not None:
-            return self.place()
+        if self.locate is not None:
+            return self.locate()
         return Placed(cells_of(Shape(self.total, self.grid, self.frames)))
 
 
@@ -113,8 +113,8 @@ class Record:
         cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included;
             earlier turns count.
         unread: decoder layers whose caches hold text alone.
-        forgot: the decoder layer before which caches of earlier layers were made to forget what
-            is removed there, the last if there are several; 0 for none.
+        evicted_before: the decoder layer before which caches of earlier layers evicted what is
+            removed there, the last if there are several; 0 for none.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
             saw, special tokens included, or rows of all images where they lie in one sequence;
@@ -137,7 +137,7 @@ class Record:
     images: list[ImageRecord]
     layer_tokens: list[list[int]]
     cache_slots: list[int]
-    forgot: int = 0
+    evicted_before: int = 0
     unread: tuple[int, ...] = ()
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
@@ -149,11 +149,11 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
 
-def place_name(entry: str) -> str:
+def site_name(entry: str) -> str:
     """An entry of a record in words: `llm:8` is `from layer 8 on`, `pre_llm` is `before the LLM`,
     `llm:8#1` is `from layer 8 on, step 1`.
     """
-    stage, layer, number = place_of(entry)
+    stage, layer, number = site_of(entry)
     names = {"llm": f"from layer {layer} on", "pre_llm": "before the LLM"}
     names["vision"] = f"in encoder layer {layer}" if ":" in entry else "in the encoder"
     return names.get(stage, entry) + (f", step {number}" if number else "")
@@ -171,7 +171,7 @@ def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
 
 def alone(image: ImageRecord) -> ImageRecord:
     """A tile as a picture of its own."""
-    return image if image.tile[1] == 1 else dataclasses.replace(image, place=None)
+    return image if image.tile[1] == 1 else dataclasses.replace(image, locate=None)
 
 
 def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
@@ -190,8 +190,8 @@ def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
         )
     starts = [0, *accumulate(tile.total for tile in tiles)]
     kept = {
-        place: torch.cat([t.kept[place] + start for t, start in zip(tiles, starts, strict=False)])
-        for place in first.kept
+        site: torch.cat([t.kept[site] + start for t, start in zip(tiles, starts, strict=False)])
+        for site in first.kept
     }
     boxes = Placed(torch.cat([tile.boxes for tile in tiles]))
     return ImageRecord(first.row, starts[-1], (1, starts[-1]), kept, lambda: boxes)

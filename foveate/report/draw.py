@@ -1,4 +1,4 @@
-"""Draw the kept tokens on the pixels: the picture, then one panel for each place.
+"""Draw the kept tokens on the pixels: the picture, then one panel for each site.
 
 A processor maps a picture onto the token grid in one of three ways (`Geometry`): `resize` stretches
 the whole picture, `crop` cuts the centre out, `pad` fills the picture up to a square first.
@@ -20,7 +20,7 @@ from torch import Tensor
 from foveate.errors import InputError
 from foveate.io.images import to_rgb
 from foveate.record.boxes import passes, plain_grid
-from foveate.record.record import ImageRecord, Record, alone, by_picture, joined, place_name
+from foveate.record.record import ImageRecord, Record, alone, by_picture, joined, site_name
 
 Geometry = Literal["resize", "crop", "pad"]
 Box = tuple[float, float, float, float]
@@ -53,7 +53,7 @@ def show(
             pixels that the encoder saw.
 
     Returns:
-        For each picture a strip: the picture, then what was kept at each place.
+        For each image a strip: the image, then what was kept at each site.
 
     Raises:
         InputError: no forward has run, there are more or fewer pictures than the prompts had, or
@@ -98,18 +98,18 @@ def _draw_image(
         members = (seen.frame == number).nonzero()[:, 0]
         boxes = seen.boxes[members]
         alive = {
-            place: torch.isin(members, index.cpu()).nonzero()[:, 0]
-            for place, index in seen.kept.items()
+            site: torch.isin(members, index.cpu()).nonzero()[:, 0]
+            for site, index in seen.kept.items()
         }
         frame = frames[(2 * number + 1) * len(frames) // (2 * seen.frames)]
         placed = ~boxes[:, 0].isnan()
         grid = plain_grid(boxes[placed])
         if grid is None:
-            kept = {place: index.tolist() for place, index in alive.items()}
+            kept = {site: index.tolist() for site, index in alive.items()}
             strips.append(draw_boxes(frame, boxes, kept))
         else:  # raster positions among the tokens that have a place
             rank = placed.cumsum(0) - 1
-            kept = {place: rank[index[placed[index]]].tolist() for place, index in alive.items()}
+            kept = {site: rank[index[placed[index]]].tolist() for site, index in alive.items()}
             strips.append(draw_kept(frame, grid, kept, choose(frame, grid)))
     if len(strips) == 1:
         return strips[0]
@@ -119,7 +119,7 @@ def _draw_image(
 def draw_kept(
     image: Image.Image,
     grid: tuple[int, int],
-    kept_by_place: Mapping[str, Sequence[int]],
+    kept_by_site: Mapping[str, Sequence[int]],
     geometry: str = "resize",
 ) -> Image.Image:
     """A strip of panels: kept tokens in colour with an outline, dropped ones in pale grey.
@@ -127,7 +127,7 @@ def draw_kept(
     Args:
         image: the picture as the user has it.
         grid: (height, width) of its token grid.
-        kept_by_place: for each place, the raster positions alive after it.
+        kept_by_site: for each site, the raster positions alive after it.
         geometry: how the picture was mapped onto the grid.
 
     Returns:
@@ -148,14 +148,14 @@ def draw_kept(
     total = grid[0] * grid[1]
     panels = [_panel(canvas, columns, rows, None)]
     captions = [("the picture", f"{total} tokens")]
-    for place, kept in kept_by_place.items():
+    for site, kept in kept_by_site.items():
         panels.append(_panel(canvas, columns, rows, set(kept)))
-        captions.append((place_name(place), f"{len(kept)} of {total} tokens"))
+        captions.append((site_name(site), f"{len(kept)} of {total} tokens"))
     return _strip(panels, captions)
 
 
 def draw_boxes(
-    image: Image.Image, boxes: Tensor, kept_by_place: Mapping[str, Sequence[int]]
+    image: Image.Image, boxes: Tensor, kept_by_site: Mapping[str, Sequence[int]]
 ) -> Image.Image:
     """A strip of panels for tokens that form no single grid: kept boxes in colour with an outline.
 
@@ -165,7 +165,7 @@ def draw_boxes(
         image: the picture as the user has it.
         boxes: (V, 4) left, top, right and bottom edge of each token as shares of the picture; NaN
             where a token has no place.
-        kept_by_place: for each place, the tokens alive after it.
+        kept_by_site: for each site, the tokens alive after it.
 
     Raises:
         InputError: no token has a place.
@@ -183,10 +183,10 @@ def draw_boxes(
     edges = boxes.nan_to_num() * torch.tensor([width, height, width, height])
     corners = edges.round().int().tolist()
     panels, captions = [canvas], [("the picture", f"{len(boxes)} tokens")]
-    for place, kept in kept_by_place.items():
+    for site, kept in kept_by_site.items():
         alive = set(kept)
         panels.append(_box_panel(canvas, corners, [layer.tolist() for layer in layers], alive))
-        captions.append((place_name(place), f"{len(alive)} of {len(boxes)} tokens"))
+        captions.append((site_name(site), f"{len(alive)} of {len(boxes)} tokens"))
     return _strip(panels, captions)
 
 

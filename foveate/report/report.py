@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.core import Method, ModelFacts
-from foveate.core.step import place_of
+from foveate.core.step import site_of
 from foveate.core.video import VideoMethod
 from foveate.io.quoting import shown
 from foveate.io.writing import write_text
@@ -31,7 +31,7 @@ from foveate.measure import flops
 from foveate.measure.account import account, visual_tokens, whole
 from foveate.measure.selection import acted
 from foveate.measure.units import human_bytes, human_flops
-from foveate.record.record import ImageRecord, Record, place_name
+from foveate.record.record import ImageRecord, Record, site_name
 
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers, in JSON with line breaks
 _WIDE = 4  # rows of a batch that the table shows apart; beyond that it shows their range
@@ -132,7 +132,7 @@ class Report(dict[str, Any]):
         of all its tokens.
         """
         return [
-            {place: [_token(image, n) for n in index] for place, index in image["kept"].items()}
+            {site: [_token(image, n) for n in index] for site, index in image["kept"].items()}
             for image in self["images"]
         ]
 
@@ -207,7 +207,7 @@ def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) ->
         own.setdefault(step.begun, (step.method, set()))[1].add(step.entry)
     notes = []
     for method, its in own.values():
-        if its & removing or all(place_of(entry)[0] == "decode" for entry in its):
+        if its & removing or all(site_of(entry)[0] == "decode" for entry in its):
             continue
         if isinstance(method, VideoMethod) and all(image.frames == 1 for image in record.images):
             why = "it compares the frames of a video, and there are images only"
@@ -233,8 +233,8 @@ def _image(image: ImageRecord) -> dict[str, Any]:
         "grid": list(image.grid),
         "frames": image.frames,
         "tokens": image.total,
-        "after": {place: len(kept) for place, kept in image.kept.items()},
-        "kept": {place: kept.tolist() for place, kept in image.kept.items()},
+        "after": {site: len(kept) for site, kept in image.kept.items()},
+        "kept": {site: kept.tolist() for site, kept in image.kept.items()},
         "boxes": boxes,
         "frame": image.frame.tolist() if image.frames > 1 else None,
         "tile": list(image.tile),
@@ -298,12 +298,12 @@ def _span(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _columns(places: Sequence[str]) -> dict[str, str]:
-    """Places that the table shows, and their headings: of the encoder's layers only the last."""
-    layers = [place for place in places if place.startswith("vision:")]
-    shown = {place: place_name(place) for place in places if place not in layers[:-1]}
+def _columns(sites: Sequence[str]) -> dict[str, str]:
+    """Sites that the table shows, and their headings: of the encoder's layers only the last."""
+    layers = [site for site in sites if site.startswith("vision:")]
+    shown = {site: site_name(site) for site in sites if site not in layers[:-1]}
     if len(layers) > 1:
-        first, last = (place_of(place)[1] for place in (layers[0], layers[-1]))
+        first, last = (site_of(site)[1] for site in (layers[0], layers[-1]))
         if first < last:
             shown[layers[-1]] = f"in encoder layers {first} to {last}"
     return shown
@@ -312,13 +312,13 @@ def _columns(places: Sequence[str]) -> dict[str, str]:
 def _image_table(report: Report) -> Table:
     found: list[str] = []
     for image in report["images"]:
-        found += [place for place in image["after"] if place not in found]
-    places = _columns(found)
+        found += [site for site in image["after"] if site not in found]
+    sites = _columns(found)
     table = _table("image")
-    for heading in ("row", "grid", "visual tokens", *places.values()):
+    for heading in ("row", "grid", "visual tokens", *sites.values()):
         table.add_column(heading, justify="right")
     for number, image in enumerate(report["images"]):
-        counts = [str(image["after"].get(place, "-")) for place in places]
+        counts = [str(image["after"].get(site, "-")) for site in sites]
         frames = [image["frames"]] if image["frames"] > 1 else []
         grid = "x".join(map(str, frames + image["grid"]))
         table.add_row(str(number), str(image["row"]), grid, str(image["tokens"]), *counts)

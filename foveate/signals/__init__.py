@@ -66,7 +66,7 @@ SIGNALS = {
     ),
     "global_attention": Signal(
         "(G, L, V): attention that a patch receives from global patches, which receive more than "
-        "`Need.above` times the mean themselves; where there are none, from all",
+        "`Need.global_threshold` times the mean themselves; where there are none, from all",
         "encoder",
         newline=_NONE,
         packed=False,

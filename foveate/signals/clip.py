@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
 from foveate.errors import InputError, UnsupportedModelError
-from foveate.ops.diversity import unit
+from foveate.ops.diversity import normalize
 
 
 class ClipText:
@@ -144,4 +144,4 @@ class ClipQuestions:
             )
         x = states.to(norm)
         x = self.post_layernorm(x) if normed else x
-        return unit(self.visual_projection(x)).to(states.device)
+        return normalize(self.visual_projection(x)).to(states.device)

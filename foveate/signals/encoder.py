@@ -70,7 +70,7 @@ class EncoderSignals:
         encoder: the encoder.
         wanted: signal -> 0-based layers.
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
-        above: threshold of the signal `global_attention`.
+        threshold: threshold of the signal `global_attention`.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class EncoderSignals:
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
-        above: float = 0.0,
+        threshold: float = 0.0,
     ) -> None:
         self.encoder = encoder
-        self.above = above
+        self.threshold = threshold
         self.wanted = wanted
         self._pass = running
         self._running = threading.local()
@@ -196,7 +196,7 @@ class EncoderSignals:
             both = {"received_attention": received, "given_attention": given}
             rows |= {name: row[:, None] for name, row in both.items() if name in names}
         if "global_attention" in names:
-            row = global_attention(query, key, heads, special, bias, above=self.above)
+            row = global_attention(query, key, heads, special, bias, threshold=self.threshold)
             rows["global_attention"] = row[:, None]
         return rows
 
@@ -250,7 +250,7 @@ def global_attention(
     heads: int,
     special: int = 1,
     bias: Tensor | None = None,
-    above: float = 0.0,
+    threshold: float = 0.0,
 ) -> Tensor:
     """Attention that patches receive from global rows, averaged over these and over heads.
 
@@ -262,7 +262,7 @@ def global_attention(
         heads: attention heads, H.
         special: S, rows before the patches.
         bias: (B, 1, 1, N) what the encoder adds to the scores.
-        above: a row is global if it receives more than so many times the mean; without any such
+        threshold: a row is global if it receives more than so many times the mean; without any such
             row all are.
 
     Returns:
@@ -270,7 +270,7 @@ def global_attention(
     """
     received = sum(weights.sum(1) for weights in _maps(query, key, heads, bias))
     assert isinstance(received, Tensor)  # there is at least one row
-    votes = received > above * (received.sum(1, keepdim=True) / queries(key, bias))
+    votes = received > threshold * (received.sum(1, keepdim=True) / queries(key, bias))
     everybody = torch.ones_like(votes) if (seen := _visible(bias)) is None else seen
     votes |= ~votes.any(1, keepdim=True) & everybody
     share = (votes / votes.sum(1, keepdim=True)).float().split(CHUNK, dim=1)

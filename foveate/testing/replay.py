@@ -29,7 +29,7 @@ def logged(method: Method, log: Log) -> Method:
     kind: Any = type(method)
 
     def note(tokens: VisualTokens, reduction: Reduction) -> Reduction:
-        log.append((method, tokens.place, reduction))
+        log.append((method, tokens.site, reduction))
         return reduction
 
     def reduce(self: Any, tokens: VisualTokens, count: int) -> Reduction:
@@ -108,7 +108,7 @@ class Row:
         if self.unprojected:
             rows = self.unprojected[0]
             self.unprojected = [reduction.apply(rows.reshape(1, -1, rows.shape[-1]))]
-            if any(s.place == place and s.before_projector for s in method.steps(self.family)):
+            if any(s.site == place and s.before_projector for s in method.steps(self.family)):
                 altered = reduction.altered(len(self.columns))[0]
                 made[altered] = self.family.projector("image")(self.unprojected[0])[0][altered]
         kept = self.columns[reduction.index[0]]
@@ -164,7 +164,7 @@ def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]
     states, special = caught[0].clone(), encoder.special
     rows = torch.arange(special, states.shape[1])  # where the living stand
     sizes = torch.ones(len(rows))
-    steps = {s.place: s for method, _, _ in log for s in method.steps(family)}
+    steps = {s.site: s for method, _, _ in log for s in method.steps(family)}
 
     def reduce(number: int, inside: bool) -> None:
         nonlocal rows, sizes

@@ -145,7 +145,7 @@ def promised(method, family, total):
             continue
         if not isinstance(method, Adaptive):
             alive = method.count(alive, total, step, number)
-        counts[step.place] = alive
+        counts[step.site] = alive
     return counts
 
 
@@ -163,7 +163,7 @@ def check_kept(session):
         assert list(image.kept) == list(counts)
         tiled = method.stage == "vision" and isinstance(session.family, AnyRes) and frames == 1
         before = torch.arange(image.total)
-        back = {step.place for step in method.steps(session.family) if step.restore}
+        back = {step.site for step in method.steps(session.family) if step.reinsert}
         for place, index in image.kept.items():
             before = torch.arange(image.total) if place in back else before
             if passes:
@@ -198,7 +198,7 @@ def check_cache(session, cache):
     (method,), held = session.methods, list(session.record.layer_tokens)
     assert len(cache.layers) == len(held)
     for step in method.steps(session.family):
-        if step.forget:
+        if step.evict_cache:
             held[: step.layer] = [held[step.layer]] * step.layer
     for layer, tokens in zip(cache.layers, held, strict=True):
         window = getattr(layer, "sliding_window", None) or 10**9

@@ -74,8 +74,8 @@ def run(
     alive, shift = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
     history: list[list[Tensor]] = []
     forgotten = torch.zeros(length, length, dtype=torch.bool)
-    if spec.forget and columns:  # known only at the end
-        _, known = run(member, model, inputs, replace(spec, forget=0), prompt, counts)
+    if spec.evict_cache and columns:  # known only at the end
+        _, known = run(member, model, inputs, replace(spec, evict_cache=0), prompt, counts)
         left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
         forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
 
@@ -95,7 +95,7 @@ def run(
         """Output of a layer, and its attention probabilities (H, T, T)."""
         kwargs = dict(recorded.kwargs[number])
         mask = kwargs["attention_mask"].clone()
-        seen = alive & ~forgotten if number < spec.forget else alive
+        seen = alive & ~forgotten if number < spec.evict_cache else alive
         kwargs["attention_mask"] = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
         if shift.any():
             positions = kwargs["position_ids"] - shift

@@ -48,7 +48,7 @@ def case(name, kind, images):
         return FastV(early + 1, few), Spec(drops=[Drop(early + 1, early, [few] * images)])
     if kind == "forgetful":
         return Forgetful(second, few), Spec(
-            drops=[Drop(second, second, [few] * images)], forget=second
+            drops=[Drop(second, second, [few] * images)], evict_cache=second
         )
     if kind == "pre_llm":
         return EveryThird(six), Spec(kept=third)

@@ -74,7 +74,7 @@ def state(name, session, inputs):
     with session:
         out = model_of(name).model(**fresh(inputs)).last_hidden_state[:, -1]
     assert bool(out.isfinite().all())
-    back = {step.step.place for step in session.plan.llm if step.step.restore}
+    back = {step.step.site for step in session.plan.llm if step.step.reinsert}
     for image in session.record.images:
         before = torch.arange(image.total)
         for place, index in image.kept.items():
@@ -222,14 +222,14 @@ def test_how_much_a_layer_changes_tokens_is_not_asked_where_it_computes_parts():
 
 
 def test_a_method_given_twice_is_two_methods():
-    """The second set of steps lies where tokens of the first are parked."""
+    """The second set of steps lies where tokens of the first are suspended."""
     twice = method_of("lvlm-csp")
-    with pytest.raises(LayerError, match=r"are parked"):
+    with pytest.raises(LayerError, match=r"are suspended"):
         session_of("llava", twice, twice)
 
 
 def test_a_refusal_names_only_layers_that_there_are():
-    """Tokens are parked from the first layer to the last."""
+    """Tokens are suspended from the first layer to the last."""
     with pytest.raises(LayerError) as error:
         session_of("llava", method_of("lvlm-csp"), method_of("fastv"))
     assert "before 0" not in str(error.value)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from foveate.core import Work
+from foveate.core import PartialCompute
 from foveate.engine.extensions.partial.prefill import Images, Split, run_layer, why_whole
 from foveate.families import find_family
 from tests.masked_layer import masked
@@ -73,15 +73,15 @@ def make_batch(frames=1, holes=False):
 
 
 WORKS = {
-    "window": Work(0, 3),
-    "itself-alone": Work(0, 1),
-    "everything-near": Work(0, 99),
-    "mlp": Work(0, 5, mlp_divisor=2.5),
-    "heads": Work(0, 5, heads=(True, False, False, True), mlp_divisor=2),
-    "group-of-heads": Work(0, 5, heads=(True, True, False, False)),
-    "no-head": Work(0, 5, heads=(False,) * 4),
-    "lost-mass": Work(0, 5, heads=(True, False, False, True), renormalize=False),
-    "unseen": Work(0, 5, heads=(False, True, True, True), seen=False, renormalize=False),
+    "window": PartialCompute(0, 3),
+    "itself-alone": PartialCompute(0, 1),
+    "everything-near": PartialCompute(0, 99),
+    "mlp": PartialCompute(0, 5, mlp_divisor=2.5),
+    "heads": PartialCompute(0, 5, heads=(True, False, False, True), mlp_divisor=2),
+    "group-of-heads": PartialCompute(0, 5, heads=(True, True, False, False)),
+    "no-head": PartialCompute(0, 5, heads=(False,) * 4),
+    "lost-mass": PartialCompute(0, 5, heads=(True, False, False, True), renormalize=False),
+    "unseen": PartialCompute(0, 5, heads=(False, True, True, True), seen=False, renormalize=False),
 }
 
 
@@ -138,7 +138,7 @@ def test_gradients_reach_the_weights_that_work():
     layer, rotary = make_layer()
     batch = make_batch(holes=True)
     turned = rotary(batch.hidden, batch.position.clamp(min=0))
-    work = Work(0, 5, heads=(True, True, False, False), mlp_divisor=2)
+    work = PartialCompute(0, 5, heads=(True, True, False, False), mlp_divisor=2)
     batch.hidden.requires_grad_()
     run_layer(layer, work, batch.split, batch.hidden, turned, None, None).sum().backward()
     assert batch.hidden.grad.isfinite().all()
@@ -149,17 +149,17 @@ def test_gradients_reach_the_weights_that_work():
 
 def test_other_layers_stay_whole():
     family = find_family(tiny_llava())
-    assert why_whole(family, Work(0, 5)) is None
+    assert why_whole(family, PartialCompute(0, 5)) is None
     assert (
-        why_whole(family, Work(0, 5, heads=(True,) * 3))
+        why_whole(family, PartialCompute(0, 5, heads=(True,) * 3))
         == "the mask has 3 heads, and layer 0 has 4"
     )
     family.attention_layers = (1, 2)
-    assert "only a window of the sequence" in why_whole(family, Work(0, 5))
+    assert "only a window of the sequence" in why_whole(family, PartialCompute(0, 5))
     mlp = family.layers[1].mlp
     mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
-    assert "mlp.up_proj is a Sequential" in why_whole(family, Work(1, 5))
+    assert "mlp.up_proj is a Sequential" in why_whole(family, PartialCompute(1, 5))
     family.layers[2] = torch.nn.Identity()
-    assert "not made like those of Llama" in why_whole(family, Work(2, 5))
+    assert "not made like those of Llama" in why_whole(family, PartialCompute(2, 5))
     family.planar = False
-    assert "no single grid" in why_whole(family, Work(2, 5))
+    assert "no single grid" in why_whole(family, PartialCompute(2, 5))

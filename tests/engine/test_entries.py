@@ -14,12 +14,12 @@ from foveate.bench.prompt import Shown
 from foveate.bench.recall import first_layer, seen_pictures
 from foveate.core import Keep, Need, Scorer, Step
 from foveate.core import Step as AnyStep
-from foveate.core.step import entries, place_of
+from foveate.core.step import entries, site_of
 from foveate.engine.planning import make_plan
 from foveate.families import find_family
 from foveate.measure.planned import planned
 from foveate.methods import CDPruner, DivPrune, FastV, PyramidDrop, ToMe, Uniform
-from foveate.record.record import place_name
+from foveate.record.record import site_name
 from tests.methods_for_tests import Listed
 from tests.tinies import PATCHES, prompts, tiny_llava
 
@@ -159,8 +159,8 @@ def test_names_of_entries_say_where_they_are():
     steps += [AnyStep("llm", 8)] * 3
     names = entries(steps)
     assert names == ["vision:1#1", "vision:1", "pre_llm", "llm:8#1", "llm:8#2", "llm:8"]
-    assert [place_of(name)[:2] for name in names] == [(s.stage, s.layer) for s in steps]
-    assert [place_of(name)[2] for name in names] == [1, 0, 0, 1, 2, 0]
-    assert place_name("llm:8#2") == "from layer 8 on, step 2"
-    assert place_name("pre_llm#1") == "before the LLM, step 1"
-    assert place_name("vision:4") == "in encoder layer 4"
+    assert [site_of(name)[:2] for name in names] == [(s.stage, s.layer) for s in steps]
+    assert [site_of(name)[2] for name in names] == [1, 0, 0, 1, 2, 0]
+    assert site_name("llm:8#2") == "from layer 8 on, step 2"
+    assert site_name("pre_llm#1") == "before the LLM, step 1"
+    assert site_name("vision:4") == "in encoder layer 4"

@@ -33,7 +33,7 @@ def spec_of(name, images, forget):
     kept = None if first is None else [torch.arange(0, 36, 3)] * images
     count = 9 if first is None else first // 2
     found = drops((count,), (3,), (3,), images, renumber)
-    return oracle.Spec(kept=kept, drops=found, forget=forget)
+    return oracle.Spec(kept=kept, drops=found, evict_cache=forget)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -385,7 +385,7 @@ def test_methods_may_count_and_order_their_survivors(model, batch, step, positio
     renumber = positions == "renumbered"
     with foveate.use(model, Brightest(step, positions=positions)) as run:
         states = model.model(**batch).last_hidden_state[:, -1]
-        kept = [image[step.place] for image in run.kept]
+        kept = [image[step.site] for image in run.kept]
     counts = set()
     for row, number in ((1, 2), (3, 3)):
         inputs, (columns,) = row_alone(batch, row)

@@ -51,7 +51,7 @@ def planned(model, method):
     with foveate.use(model, method) as session:
         assert session.report() is not None
         steps = [*session.plan.pre_llm, *session.plan.llm]
-    return [step.step.place for step in steps]
+    return [step.step.site for step in steps]
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -49,7 +49,7 @@ def _video(x: Tensor, frames: int, quota: int = 0, **signals: Tensor) -> VisualT
     index = torch.arange(len(x))[None]
     grid = (1, len(x) // frames)
     return VisualTokens(
-        lambda: x[None], index, grid, (0,), signals, place="pre_llm", frames=frames, quota=quota
+        lambda: x[None], index, grid, (0,), signals, site="pre_llm", frames=frames, quota=quota
     )
 
 
@@ -180,7 +180,7 @@ def _check_asked(case: Case) -> None:
         (1, label.shape[1]),
         (0,),
         {"question_attention": attention},
-        place="llm:11",
+        site="llm:11",
         frames=2,
         label=label,
     )

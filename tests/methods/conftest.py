@@ -69,7 +69,7 @@ def make_videos() -> Callable[..., VisualTokens]:
             rows=tuple(range(videos)),
             signals=signals,
             frames=frames,
-            place="pre_llm",
+            site="pre_llm",
             quota=frames * cells // 2 + behind,
         )
 

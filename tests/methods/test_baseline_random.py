@@ -54,7 +54,7 @@ def test_defaults_and_registration(facts):
     method = get_method("random")()
     assert (method.keep, method.seed, method.published_positions) == (0.25, 0, "renumbered")
     (step,) = method.steps(facts())
-    assert (step.place, step.needs) == ("pre_llm", ())
+    assert (step.site, step.needs) == ("pre_llm", ())
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, True, 2**63])

@@ -127,10 +127,10 @@ def test_one_token(make_tokens, asked):
 def test_steps_and_counts():
     method = get_method("catp")()
     steps = method.steps(Text())
-    assert [s.place for s in steps] == ["pre_llm", "llm:6", "llm:8", "llm:10"]
+    assert [s.site for s in steps] == ["pre_llm", "llm:6", "llm:8", "llm:10"]
     assert [s.needs[0].layers for s in steps[1:]] == [(5, 6), (7, 8), (9, 10)]
     assert [method.count(576, 576, s, i) for i, s in enumerate(steps)] == [288, 230, 173, 128]
-    assert [s.place for s in CATP(keep=0.25).steps(Text())] == ["pre_llm"]
+    assert [s.site for s in CATP(keep=0.25).steps(Text())] == ["pre_llm"]
 
 
 def test_growth_is_measured_between_layers_that_see_everything():

@@ -154,7 +154,7 @@ def test_defaults_and_registration(facts):
     method = get_method("cdpruner")()
     assert (method.keep, method.published_positions) == (64, "renumbered")
     (step,) = method.steps(facts())
-    assert (step.place, [need.name for need in step.needs]) == ("pre_llm", ["question_embeddings"])
+    assert (step.site, [need.name for need in step.needs]) == ("pre_llm", ["question_embeddings"])
     (step,) = CDPruner(relevance="clip").steps(facts())
     assert [(n.name, n.layers) for n in step.needs] == [
         ("clip_patches", (22,)),

@@ -10,7 +10,7 @@ from foveate.methods.clsdrop import ClsDrop
 
 def test_it_scores_in_the_layer_within_which_it_drops(facts):
     steps = ClsDrop(layers=(3, 6), keep=(0.7, 0.5)).steps(facts())
-    assert [step.place for step in steps] == ["vision:3", "vision:6"]
+    assert [step.site for step in steps] == ["vision:3", "vision:6"]
     assert [step.needs[0].layers for step in steps] == [(3,), (6,)]
     assert all(step.inside and not step.proportional for step in steps)
 

@@ -142,7 +142,7 @@ def test_one_token(make_tokens):
 )
 def test_the_layer_scales_with_depth(depth, first, layer, facts):
     (step,) = DART().steps(facts(text_layers=depth, first_llm_layer=first))
-    assert step.place == f"llm:{layer}"
+    assert step.site == f"llm:{layer}"
     assert {need.name: need.layers for need in step.needs} == {
         "llm_keys": (layer - 1,),
         "question_keys": (layer - 1,),
@@ -153,7 +153,7 @@ def test_the_layer_scales_with_depth(depth, first, layer, facts):
 
 def test_a_given_layer_is_taken_as_it_is(facts):
     (step,) = DART(layer=7, as_released=True).steps(facts())
-    assert step.place == "llm:7"
+    assert step.site == "llm:7"
     assert {"prompt_positions", "question_positions"} < {need.name for need in step.needs}
 
 

@@ -160,7 +160,7 @@ def test_defaults_and_registration(facts):
     assert isinstance(method, DivPrune)
     assert (method.keep, method.published_positions) == (0.098, "renumbered")
     (step,) = method.steps(facts())
-    assert (step.place, step.needs) == ("pre_llm", ())
+    assert (step.site, step.needs) == ("pre_llm", ())
 
 
 def test_wrong_arguments_are_refused():

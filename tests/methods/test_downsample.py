@@ -128,7 +128,7 @@ def test_defaults_and_registration(facts):
     method = get_method("downsample")()
     assert (method.keep, method.published_positions) == (0.25, "renumbered")
     (step,) = method.steps(facts())
-    assert (step.place, step.needs) == ("pre_llm", ())
+    assert (step.site, step.needs) == ("pre_llm", ())
 
 
 def test_wrong_arguments_are_refused():

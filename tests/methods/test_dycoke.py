@@ -104,7 +104,7 @@ def test_steps_choose_as_a_naive_loop(as_released):
 
 def test_the_step_is_behind_a_layer_that_sees_everything(facts):
     (drop, choose) = DyCoke().steps(facts())
-    assert (drop.place, choose.place) == ("pre_llm", "decode:3")
+    assert (drop.site, choose.site) == ("pre_llm", "decode:3")
     assert DyCoke().steps(facts(attention_layers=(5, 11)))[1].layer == 6
     assert DyCoke(layer=9).steps(facts())[1].layer == 9
     assert DyCoke(p=0.0).steps(facts()) == DyCoke(keep=1.0).steps(facts()) == (drop,)

@@ -12,7 +12,7 @@ from foveate.methods.fastervlm import FasterVLM
 def test_it_scores_in_the_feature_layer(facts):
     (step,) = FasterVLM().steps(facts())
     (need,) = step.needs
-    assert (step.place, need.name, need.layers) == ("pre_llm", "cls_attention", (22,))
+    assert (step.site, need.name, need.layers) == ("pre_llm", "cls_attention", (22,))
 
 
 def test_scores_match_naive_loop(make_tokens):

@@ -158,7 +158,7 @@ def test_object_layer_follows_the_encoder(facts):
     def layers(method, **model):
         (step,) = method.steps(facts(**model))
         (need,) = step.needs
-        assert (step.place, need.name) == ("pre_llm", "received_attention")
+        assert (step.site, need.name) == ("pre_llm", "received_attention")
         return need.layers
 
     assert layers(HiPrune()) == (8, 22)

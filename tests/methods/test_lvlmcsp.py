@@ -1,4 +1,4 @@
-"""LVLM_CSP: against the full-length model in which parked tokens take no part."""
+"""LVLM_CSP: against the full-length model in which suspended tokens take no part."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ COUNTS = {"default": (4, 1), "late": (10, 5), "moved": (10, 5), "random": (7, 7)
 
 @torch.no_grad()
 def expected(model, name, ids, features, prompt):
-    """Logits of a row at full length: a parked token keeps its state and nobody attends to it."""
+    """Logits of a row at full length: a suspended token keeps its state, and nobody sees it."""
     method, (cluster, scatter, prune) = METHODS[name], PHASES[name]
     few, last = COUNTS[name]
     text = model.model.language_model
@@ -38,10 +38,10 @@ def expected(model, name, ids, features, prompt):
         order = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(method.seed))
         chosen = sorted(order[:few].tolist())
     alive = torch.ones(len(ids), dtype=torch.bool)
-    kept, parked = [], None
+    kept, suspended = [], None
     for number, layer in enumerate(text.layers):
         if number == cluster:
-            parked = hidden.clone()
+            suspended = hidden.clone()
             for image in images:
                 alive[image] = False
                 alive[image[chosen]] = True
@@ -50,14 +50,14 @@ def expected(model, name, ids, features, prompt):
                 for place, column in enumerate(image.tolist()):
                     if place in chosen:
                         continue
-                    hidden[column] = parked[column]
+                    hidden[column] = suspended[column]
                     if method.reentry == "moved":
                         like = [
-                            torch.cosine_similarity(parked[column], parked[other], dim=0)
+                            torch.cosine_similarity(suspended[column], suspended[other], dim=0)
                             for other in image[chosen]
                         ]
                         near = image[chosen][int(torch.stack(like).argmax())]
-                        hidden[column] += hidden[near] - parked[near]
+                        hidden[column] += hidden[near] - suspended[near]
                 alive[image] = True
         position = torch.arange(len(ids))
         if number == prune:
@@ -130,7 +130,7 @@ def test_without_a_last_phase_all_columns_are_back(llava):
 def test_keeping_everything_changes_no_bit(llava):
     inputs = prompts(ROWS["ragged"])
     plain = llava(**inputs).logits
-    for reentry in ("parked", "moved"):
+    for reentry in ("suspended", "moved"):
         with foveate.use(llava, LVLMCSP(keep=1.0, reentry=reentry)):
             assert torch.equal(llava(**inputs).logits, plain)
 
@@ -162,7 +162,7 @@ def test_errors(llava):
         LVLMCSP(layers=(3, 1, 5))
     with pytest.raises(FoveateError, match="select must be uniform or random"):
         LVLMCSP(select="cls")
-    with pytest.raises(FoveateError, match="reentry must be parked or moved"):
+    with pytest.raises(FoveateError, match="reentry must be suspended or moved"):
         LVLMCSP(reentry="dropped")
     with pytest.raises(FoveateError, match="leave positions out"):
         LVLMCSP(positions="renumbered")

@@ -132,7 +132,7 @@ def test_each_scene_and_frame_has_its_quota(make_videos):
             index=tokens.index[list(members)].gather(1, reduction.index),
             signals={"question_attention": attention},
             label=reduction.label,
-            place="llm:3",
+            site="llm:3",
         )
         scores = attention.amax((1, 2, 3))
         parts = PruneVid(alpha=0.5).split(inside)
@@ -145,7 +145,7 @@ def test_each_scene_and_frame_has_its_quota(make_videos):
 
 
 def test_images_pass_the_cut(make_tokens):
-    tokens = replace(make_tokens(images=2), place="llm:3")
+    tokens = replace(make_tokens(images=2), site="llm:3")
     ((_, reduction),) = PruneVid().split(tokens)
     assert torch.equal(reduction.index, torch.arange(24).expand(2, -1))
 
@@ -161,7 +161,7 @@ def test_the_cut_is_behind_a_layer_that_can_rank(facts):
     assert layer(first_llm_layer=14) == 14
     (merge, cut) = PruneVid(layer=4).steps(facts())
     assert cut.needs[0].layers == (3,)
-    assert (cut.stay, cut.forget) == (True, True)
+    assert (cut.keep_positions, cut.evict_cache) == (True, True)
     assert PruneVid(alpha=1.0).steps(facts()) == (merge,)
     with pytest.raises(LayerError, match=r"alpha=1\.0"):
         layer(attention_layers=(31,))
@@ -174,7 +174,7 @@ def test_a_video_of_few_tokens_keeps_its_best_one():
         features=lambda: torch.zeros(2, 3, 4),
         index=torch.arange(3).expand(2, -1),
         grid=(1, 3),
-        place="llm:2",
+        site="llm:2",
         signals={"question_attention": attention[:, None, None, None]},
         label=torch.arange(3).expand(2, -1),
     )

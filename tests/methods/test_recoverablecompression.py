@@ -187,7 +187,7 @@ def test_needs_and_registration(facts):
     assert isinstance(method, RecoverableCompression)
     assert (method.keep, method.published_positions) == (None, "renumbered")
     (step,) = method.steps(facts())
-    assert step.place == "pre_llm"
+    assert step.site == "pre_llm"
     assert {need.name: need.layers for need in step.needs} == {
         "joint_cls_attention": (23,),
         "encoder_keys": (23,),

@@ -82,7 +82,7 @@ def test_one_token(make_tokens):
 def test_places(fields, depth, first, places, facts):
     method = ToDRE(**fields)
     steps = method.steps(facts(text_layers=depth, first_llm_layer=first))
-    assert [step.place for step in steps] == places
+    assert [step.site for step in steps] == places
     method.check_budget(len(steps))
     counts = [method.count(576, 576, step, number) for number, step in enumerate(steps)]
     assert counts == [57, 0][: len(steps)]

@@ -33,7 +33,7 @@ def votes(query, key, heads, special, above):
 def test_votes_of_global_rows(above, special):
     torch.manual_seed(0)
     query, key = torch.randn(3, 300, 16) * 2, torch.randn(3, 300, 16) * 2
-    got = global_attention(query, key, 4, special, above=above)
+    got = global_attention(query, key, 4, special, threshold=above)
     sizes = set()
     for picture in range(3):
         want, chosen = votes(query[picture], key[picture], 4, special, above)
@@ -185,7 +185,7 @@ def test_published_strategies():
     for average, fields in STRATEGIES.items():
         method = VFlowOpt(**fields)
         steps = method.steps(SimpleNamespace(text_layers=28, first_llm_layer=0, feature_layer=25))
-        assert [step.place for step in steps] == ["pre_llm", "llm:9", "llm:18"]
+        assert [step.site for step in steps] == ["pre_llm", "llm:9", "llm:18"]
         first, second, third = method.keep
         assert (9 * first + 9 * second + 10 * third) / 28 == pytest.approx(average, abs=2e-3)
         last = second_ratio(average, first, second / first, (9, 18), 28)

@@ -11,7 +11,7 @@ from foveate.methods.vtccls import VTCCLS
 def layers_of(method, model):
     (step,) = method.steps(model)
     (need,) = step.needs
-    assert (step.place, need.name) == ("pre_llm", "cls_attention")
+    assert (step.site, need.name) == ("pre_llm", "cls_attention")
     return need.layers
 
 

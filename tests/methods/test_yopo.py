@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.core import Work
+from foveate.core import PartialCompute
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.methods import FastV
 from foveate.methods.yopo import YOPO, head_mask
@@ -31,10 +31,12 @@ def expected(model, method, ids, features):
     columns = (ids == IMAGE).nonzero()[:, 0]
     hidden[columns] = torch.cat([hidden[:0], *features])
     images = [(part, torch.arange(36)) for part in columns.split(36)] if len(columns) else []
-    work = {work.layer: work for work in method.work(foveate.families.find_family(model))}
+    work = {
+        work.layer: work for work in method.partial_compute(foveate.families.find_family(model))
+    }
     rotary = text.rotary_emb(hidden[None], torch.arange(len(ids))[None])
     cos, sin = (part[0] for part in rotary)
-    unseen = Work(0, 1, heads=(False,) * 4)  # behind the cut, for what text makes of it
+    unseen = PartialCompute(0, 1, heads=(False,) * 4)  # behind the cut, for what text makes of it
     real = torch.ones(len(ids), dtype=torch.bool)
     for number, layer in enumerate(text.layers):
         hidden = masked(

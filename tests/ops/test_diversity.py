@@ -6,9 +6,9 @@ import torch
 from foveate.ops.diversity import (
     cosine_distance,
     nearest_other,
+    normalize,
     select_determinant,
     select_diverse,
-    unit,
 )
 
 
@@ -85,7 +85,7 @@ def test_the_first_pick_of_max_min_has_the_farthest_neighbour():
 def test_unit_rows():
     x = torch.randn(2, 3, 4).half()
     x[0, 1] = 0
-    rows = unit(x)
+    rows = normalize(x)
     assert rows.dtype == torch.float32
     assert rows[0, 1].tolist() == [0] * 4
     torch.testing.assert_close(rows[1].norm(dim=-1), torch.ones(3))

@@ -1,4 +1,4 @@
-"""Parked tokens: taken out before one decoder layer, back before another.
+"""Suspended tokens: taken out before one decoder layer, back before another.
 
 In between they are as good as removed, in the cache too; each layer's slots say what it saw.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Parked:
-    """A forward as it was before tokens were parked.
+class Suspended:
+    """A forward as it was before tokens were suspended.
 
     Args:
         groups: images alive.
@@ -37,17 +37,17 @@ class Parked:
     hidden: Tensor
 
     @classmethod
-    def of(cls, turn: Turn, hidden: Tensor) -> Parked:
+    def of(cls, turn: Turn, hidden: Tensor) -> Suspended:
         """Remember a forward before a step takes tokens out."""
         return cls(turn.groups, turn.layout, turn.tokens, hidden)
 
     def back(self, turn: Turn, planned: PlannedStep, hidden: Tensor) -> Tensor:
-        """Bring the parked tokens back.
+        """Bring the suspended tokens back.
 
         Args:
             turn: the forward, which gets its former columns.
             planned: the step at which they come back.
-            hidden: (B, P', D) states of those that were not parked.
+            hidden: (B, P', D) states of those that were not suspended.
 
         Returns:
             (B, P, D) states of all.
@@ -65,10 +65,10 @@ class Parked:
                 index=before.index,
                 grid=before.shape.grid,
                 rows=before.rows,
-                place=planned.step.place,
+                site=planned.step.site,
                 frames=before.shape.frames,
             )
-            states = states.index_put(at, planned.method.restore(tokens, kept, now))
+            states = states.index_put(at, planned.method.reinsert(tokens, kept, now))
             note(before, planned.entry, turn.kept)
         turn.groups, turn.layout, turn.tokens = self.groups, self.layout, self.tokens
         return states

@@ -125,12 +125,12 @@ class Encoding:
         return self.where.now.order
 
     def survivors(self) -> list[tuple[Stack, dict[str, Tensor]]]:
-        """For each picture of the pass, its stack, and place -> (K) raster positions alive behind
+        """For each picture of the pass, its stack, and site -> (K) raster positions alive behind
         it, ascending.
         """
         found: dict[int, tuple[Stack, dict[str, Tensor]]] = {}
         for of in self.stacks:
-            kept = {place: index.sort(-1).values for place, index in of.kept.items()}
+            kept = {site: index.sort(-1).values for site, index in of.kept.items()}
             for i, number in enumerate(of.pictures):
                 found[number] = of, {p: index[i][index[i] >= 0] for p, index in kept.items()}
         return [found[number] for number in sorted(found)]
@@ -156,7 +156,7 @@ class Encoding:
         hidden: Tensor,
         signals: Callable[[Need, Stack], Tensor],
     ) -> Tensor:
-        """Run steps at one place.
+        """Run steps at one site.
 
         Args:
             steps: the steps.
@@ -187,7 +187,7 @@ class Encoding:
                     signals={need.name: signals(need, of) for need in step.needs},
                     merged=of.merged,
                     special=self.encoder.special,
-                    place=step.place,
+                    site=step.site,
                     step=step,
                     frames=of.frames,
                     real=of.real,

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core import Work
+from foveate.core import PartialCompute
 from foveate.signals.decoder import rotary_function
 
 ROOM = 128  # steps that a mask is made for
@@ -36,7 +36,9 @@ class Unread:
     mask: Tensor | None
 
     @classmethod
-    def of(cls, attention: Any, work: Work, visual: Tensor, slots: int, dtype: Any) -> Unread:
+    def of(
+        cls, attention: Any, work: PartialCompute, visual: Tensor, slots: int, dtype: Any
+    ) -> Unread:
         """Write down what a layer's heads do not read.
 
         Args:
@@ -79,7 +81,7 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def run_step(
     layer: Any,
-    work: Work,
+    work: PartialCompute,
     masks: tuple[Tensor, Tensor | None],
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.core import Work
+from foveate.core import PartialCompute
 from foveate.engine.attachment import has_own_forward
 from foveate.engine.extensions.partial.window import Grid, window_attention
 from foveate.engine.layout import take
@@ -128,7 +128,7 @@ def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return order.gather(1, torch.minimum(number, (counts - 1).clamp(min=0))), fresh
 
 
-def why_whole(family: Family, work: Work) -> str | None:
+def why_whole(family: Family, work: PartialCompute) -> str | None:
     """Why a decoder layer cannot be computed in parts, or `None` if it can.
 
     Args:
@@ -174,7 +174,7 @@ def _disguise(module: nn.Module) -> str | None:
 
 def run_layer(
     layer: Any,
-    work: Work,
+    work: PartialCompute,
     split: Split,
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -222,7 +222,7 @@ class _Parts:
         return out.unflatten(0, self.shape)
 
 
-def _mlp(mlp: Any, work: Work, split: Split, x: Tensor) -> Tensor:
+def _mlp(mlp: Any, work: PartialCompute, split: Split, x: Tensor) -> Tensor:
     """The MLP; visual tokens pass its first neurons only."""
     width = mlp.gate_proj.out_features
     kept = int(width / work.mlp_divisor)
@@ -247,7 +247,7 @@ def _linear(linear: nn.Linear, x: Tensor, rows: Any) -> Tensor:
 class _Attention:
     """Attention of one layer on normed states (B, P, D)."""
 
-    def __init__(self, module: Any, work: Work, split: Split, x: Tensor) -> None:
+    def __init__(self, module: Any, work: PartialCompute, split: Split, x: Tensor) -> None:
         config = module.config
         self.module, self.work, self.split, self.x = module, work, split, x
         self.heads, self.width = config.num_attention_heads, module.head_dim
@@ -279,7 +279,7 @@ class _Attention:
                 out = out.index_put(columns, seen)
         if cache is not None and self.work.unread and self.split.images:
             held = cache.layers[module.layer_idx]
-            held.forget(*held.slots.keep(self.split.text_slots))
+            held.evict(*held.slots.keep(self.split.text_slots))
         return self._output(out.flatten(2))
 
     # -- projections: visual tokens pass those heads only that need them

@@ -96,7 +96,12 @@ class Forgetful(Scorer):
 
     def steps(self, model):
         return (
-            Step("llm", self.layer, (Need("text_attention", (self.layer,)),), evict_cache=True),
+            Step(
+                "llm",
+                self.layer,
+                (Need("text_attention", (self.layer,)),),
+                effects=("evict_cache",),
+            ),
         )
 
     def scores(self, tokens):
@@ -113,7 +118,7 @@ class Labelling(Adaptive):
     slug, stage, needs, paper = "labelling", "pre_llm", (), ""
 
     def steps(self, model):
-        return (Step("pre_llm"), Step("llm", 2, keep_positions=True))
+        return (Step("pre_llm"), Step("llm", 2, effects=("keep_positions",)))
 
     @property
     def step_count(self):
@@ -143,7 +148,7 @@ class Glance(Method, Focuser):
     slug, stage, needs, paper = "glance", "llm", (), ""
 
     def steps(self, model):
-        return (Step("llm", self.layer, decode=True),)
+        return (Step("llm", self.layer, effects=("decode",)),)
 
     def reduce(self, tokens, count):
         raise AssertionError("a step on decoding removes nothing")

@@ -33,9 +33,9 @@ class Drop:
 class Spec:
     """What is removed from a row: given indices at the input, then drops.
 
-    From the end of the prompt on, nobody sees what was removed in layers before `evict_cache` either,
-    and from layer `glance` on each new token sees the half of the visual tokens that it attends to
-    most in the layer before, first of all those that the token before it did not see.
+    From the end of the prompt on, nobody sees what was removed in layers before `evict_cache`
+    either, and from layer `glance` on each new token sees the half of the visual tokens that it
+    attends to most in the layer before, first of all those that the token before it did not see.
     """
 
     kept: list[Tensor] | None = None

@@ -54,7 +54,7 @@ def mean_share(method: Method, model: ModelFacts) -> float:
 
 def planned(method: Method, model: ModelFacts, total: int = _TOTAL) -> tuple[list[float], int]:
     """Share of an image's tokens that each decoder layer sees by plan, and the first cut layer."""
-    steps = [step for step in method.steps(model) if not step.decode]
+    steps = [step for step in method.steps(model) if "decode" not in step.effects]
     shares, alive, done = [], total, 0
     for layer in range(model.text_layers):
         while done < len(steps) and (steps[done].stage != "llm" or steps[done].layer <= layer):

@@ -29,7 +29,7 @@ class Focus:
 
 
 class Focuser(ABC):
-    """A method with a step that acts on decoding (`Step(..., decode=True)`)."""
+    """A method with a step that acts on decoding (`Step(..., effects=("decode",))`)."""
 
     def watches(self, frames: int) -> bool:
         """Whether it acts on an image (1 frame) or a video of so many frames."""

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 Stage = Literal["vision", "pre_llm", "llm"]
 Positions = Literal["original", "renumbered"]
+Effect = Literal["proportional", "ragged", "keep_positions", "evict_cache", "reinsert", "decode"]
 STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
 
 
@@ -75,41 +76,40 @@ class Step:
         layer: for `vision` and `llm`, the 0-based layer before which the step acts.
         needs: signals handed to the method there.
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
-        proportional: for `vision`, let a merged token count as often as it has sources in all
-            attention behind this step.
-        reinsert: for `llm`, the tokens that the method's step before this one took out come back
-            here; `Method.reinsert` says in which state.
-        keep_positions: for `llm`, leave survivors at their positions, whatever the method does
-            elsewhere.
-        decode: for `llm`, act on the tokens that are generated instead: the layers from `layer` on
-            attend to what the method chooses (it is a `Focuser`) by the layer before.
-        evict_cache: for `llm`, let the caches of the layers before forget what is removed.
         before_projector: for `pre_llm`, merge what the projector is given and project that, on
             models whose projector makes one token of each row; on others, merge behind it.
         whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
-        merges: for `pre_llm`, make a token of several behind the projector.
-        ragged: for `vision`, images that are encoded together may be left different numbers of
+        merges: for `pre_llm`, make a token of several after the projector.
+        effects: what else the step does, for the few methods that want it.
+
+    Effects:
+        proportional: in the encoder, a merged token counts as often as it has sources in all
+            attention after the step.
+        ragged: in the encoder, images that are encoded together may be left different numbers of
             tokens (`Reduction.real`), which the method's last step makes equal.
+        keep_positions: between decoder layers, survivors stay at their positions, whatever the
+            method does elsewhere.
+        evict_cache: between decoder layers, the caches of the layers before evict what is dropped.
+        reinsert: between decoder layers, the tokens that the method's step before this one took out
+            come back; `Method.reinsert` says in which state.
+        decode: between decoder layers, the step acts on the tokens that are generated: the layers
+            from `layer` on attend to what the method chooses (it is a `Focuser`) by the layer
+            before.
     """
 
     stage: Stage
     layer: int = 0
     needs: tuple[Need, ...] = ()
     inside: bool = False
-    proportional: bool = False
-    reinsert: bool = field(default=False, kw_only=True)
-    keep_positions: bool = field(default=False, kw_only=True)
-    evict_cache: bool = field(default=False, kw_only=True)
-    decode: bool = field(default=False, kw_only=True)
     before_projector: bool = field(default=False, kw_only=True)
     whole: bool = field(default=False, kw_only=True)
     merges: bool = field(default=False, kw_only=True)
-    ragged: bool = field(default=False, kw_only=True)
+    effects: tuple[Effect, ...] = field(default=(), kw_only=True)
 
     @property
     def site(self) -> str:
         """Its name in reports: `vision:LAYER`, `pre_llm`, `llm:LAYER` or `decode:LAYER`."""
-        if self.decode:
+        if "decode" in self.effects:
             return f"decode:{self.layer}"
         return self.stage if self.stage == "pre_llm" else f"{self.stage}:{self.layer}"
 

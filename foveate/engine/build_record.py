@@ -34,6 +34,7 @@ def describe(
         return Record(prompt.batch, turn.tokens, [], [], [], notes=[note])
     sliced = any(features.is_slice(of) for of in encoded.values())
     cache = output.past_key_values
+    fields = {k: v for extension in turn.extensions for k, v in extension.record().items()}
     known = {} if sliced else {modality: of.encoded for modality, of in encoded.items()}
     return Record(
         rows=prompt.batch,
@@ -41,15 +42,13 @@ def describe(
         images=[] if sliced else _images(turn),
         layer_tokens=turn.layer_tokens,
         cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
-        evicted_before=turn.evicted_before,
-        unread=turn.plan.unread,
         pixels=known["image"].pixels if "image" in known else None,
         encoder_tokens=[] if vision is None else vision.tokens,
         encoder_bounds=[] if vision is None else vision.bounds,
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
         projected={modality: of.projected for modality, of in known.items() if of.projected},
         question_tokens=turn.looks.question_tokens,
-        common_tokens=turn.common_tokens,
+        **fields,
         notes=["chunked prefill: kept tokens are not reported"] * sliced
         + tags.notes(encoded)
         + _without_text(turn, known.values()),

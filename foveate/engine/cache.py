@@ -7,7 +7,8 @@ Everything outside the text model (mask builders, `generate`) goes on reasoning 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,11 @@ from transformers.cache_utils import (
 )
 
 from foveate.core import PartialCompute
-from foveate.core.decode_selector import Watched
 from foveate.engine.attachment import untraced
 from foveate.engine.layout import Slots
 from foveate.errors import CacheError
 
-if TYPE_CHECKING:
-    from foveate.engine.extensions.partial.decode import Unread
+WORK = "work"  # attached where a session computes less of visual tokens: what it computes
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -36,11 +35,7 @@ class PrunedLayer(CacheLayerMixin):
     _layer_type = None  # keeps the subclass out of transformers' table of layer types
     slots: Slots | None
     incoming: Slots | None
-    watched: Watched | None = None  # what decoding steps choose from, in the layer where they do
-    unread: Unread | None = None  # what heads do not read, in layers where some are blind
-    work: PartialCompute | None = (
-        None  # what was computed of visual tokens, where that is not everything
-    )
+    attached: Mapping[str, Any] = MappingProxyType({})  # by extensions; never changed in place
 
     @untraced
     def update(
@@ -60,6 +55,12 @@ class PrunedLayer(CacheLayerMixin):
         states = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
         self.slots, self.incoming = self._held(self.incoming), None
         return states
+
+    def attach(self, name: str, value: Any) -> None:
+        """Keep something of an extension as long as the layer holds its tokens; a value with
+        `rows(pick)` follows the rows of the batch.
+        """
+        self.attached = {**self.attached, name: value}
 
     def _held(self, slots: Slots) -> Slots:
         """Slots that stay in the layer after an update."""
@@ -111,7 +112,7 @@ class PrunedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Empty the layer."""
         super().reset()
-        self.slots = self.watched = None
+        self.slots, self.attached = None, {}
 
     def evict(self, left: Slots, source: Tensor) -> None:
         """Keep some slots only.
@@ -128,8 +129,9 @@ class PrunedLayer(CacheLayerMixin):
     def _rows(self, key: object, pick: Any) -> None:
         if self.slots is not None:
             self.slots = self.slots.rows(key, pick)
-        if self.watched is not None:
-            self.watched = self.watched.rows(pick)
+        for name, value in self.attached.items():
+            if hasattr(value, "rows"):
+                self.attach(name, value.rows(pick))
 
 
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
@@ -269,7 +271,9 @@ def slots_before(
                 "a forward outside a foveate session, or a crop, broke off half way; start with a "
                 "new cache"
             )
-        if slots.visual is not None and getattr(layer, "work", None) != work.get(number):
+        if slots.visual is not None and getattr(layer, "attached", {}).get(WORK) != work.get(
+            number
+        ):
             raise CacheError(
                 "this KV cache holds visual tokens of which another foveate session computed only "
                 "a part; go on in a session with the same method, or start with a new cache"

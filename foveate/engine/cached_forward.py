@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from foveate.core import PartialCompute
 from foveate.engine.attentions import Seen, widen_maps
-from foveate.engine.cache import PrunedStaticLayer
-from foveate.engine.extensions.partial.decode import Unread, additive, run_step
+from foveate.engine.cache import PrunedLayer, PrunedStaticLayer
+from foveate.engine.extensions.base import Extension
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout, Slots, translate_mask
+from foveate.engine.plan import Plan
 from foveate.families import Family
 
 
@@ -44,16 +44,17 @@ class Onward:
         self._after: dict[int, Slots] = {}  # id of slots before the forward -> those behind it
         self._views: dict[tuple[int, ...], dict[str, Any]] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
-        self._added: dict[int, Tensor | None] = {}
+        self.extensions: list[Extension] = []
 
     @classmethod
     def behind(
-        cls, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+        cls, plan: Plan, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
     ) -> Onward | None:
         """A forward behind a cache, or `None` where no layer of that is pruned."""
         if not any(before):
             return None
         onward = cls(family, cache, before, sequence)
+        onward.extensions = [extension(onward, plan) for extension in plan.cached_extensions]
         onward._announce()
         return onward
 
@@ -97,35 +98,9 @@ class Onward:
             widen_maps(output, self.family, seen, self._length)
         return output
 
-    def run(
-        self, number: int, layer: Any, work: PartialCompute, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor | None:
-        """Run a layer for one token of each row, if heads of it read less than the layer would.
-
-        Args:
-            number: the decoder layer, which has been entered.
-            layer: its module.
-            work: what it does for visual tokens.
-            hidden: (B, 1, D) its input.
-            kwargs: its keyword arguments, in physical terms.
-
-        Returns:
-            (B, 1, D) its output; `None` where the layer itself does right.
-        """
-        held: Any = self._layers[number]
-        if self._before[number] is None or held.incoming.visual is None:
-            return None
-        mask, visual = kwargs.get("attention_mask"), held.incoming.visual
-        slots = held.incoming.count if mask is None else mask.shape[-1]
-        if held.unread is None or not held.unread.serves(visual, slots):
-            held.unread = Unread.of(layer.self_attn, work, visual, slots, hidden.dtype)
-        if held.unread.mask is None:
-            return None
-        if id(mask) not in self._added:
-            self._added[id(mask)] = additive(mask, hidden.dtype)
-        masks = held.unread.mask[..., :slots], self._added[id(mask)]
-        rotary, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
-        return run_step(layer, work, masks, hidden, rotary, cache)
+    def held(self, number: int) -> PrunedLayer | None:
+        """The cache layer of a decoder layer, if it is pruned."""
+        return None if self._before[number] is None else self._layers[number]
 
     def _view(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]

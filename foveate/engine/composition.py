@@ -162,7 +162,7 @@ def _outside(family: Family, span: range) -> str:
 def _check_ragged(steps: Sequence[PlannedStep]) -> None:
     """Refuse other steps in the encoder while images have different numbers of tokens."""
     vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
-    for planned in (s for s, _ in vision if s.step.ragged):
+    for planned in (s for s, _ in vision if "ragged" in s.step.effects):
         own = [site for s, site in vision if s.method_number == planned.method_number]
         between = [
             s

@@ -15,9 +15,6 @@ from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import Looks
-from foveate.engine.extensions.decode_choice import Focusing
-from foveate.engine.extensions.partial.prefill import Images, Split
-from foveate.engine.extensions.suspension import Suspended
 from foveate.engine.images import Group, note, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -52,7 +49,6 @@ class Turn:
         self.layout = self.full
         self.layer_layouts: list[Layout] = []
         self.layer_tokens: list[list[int]] = []
-        self.evicted_before = 0  # the last layer before which caches evicted_before
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
         self.kept: dict[int, dict[str, Tensor]] = {
@@ -69,11 +65,10 @@ class Turn:
             for method, tokens in began.items()
         }
         self.looks = Looks(self)
-        self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
-        self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
+        self.extensions = [extension(self, plan) for extension in plan.extensions]
+        self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
-        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, Split | None]] = {}
-        self._suspended: dict[int, Suspended] = {}  # of methods that bring tokens back
+        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, tuple[Any, ...]]] = {}
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
@@ -99,11 +94,11 @@ class Turn:
             hidden = self._reduce(number, layer, hidden, kwargs)
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)
-        if self.focusing is not None:
-            kwargs = self.focusing.enter(number, layer, hidden, kwargs)
+        for extension in self.extensions:
+            kwargs = extension.enter(number, layer, hidden, kwargs)
         cache = kwargs.get("past_key_values")
-        in_parts = number in self.plan.work and bool(self.groups)
-        if self.layout is self.full and not in_parts and not _is_pruned(cache, number):
+        runs = any(extension.runs(number) for extension in self.extensions)
+        if self.layout is self.full and not runs and not _is_pruned(cache, number):
             return hidden, kwargs
         before, width, held = self.fresh, 0, None
         if cache is not None:
@@ -117,26 +112,27 @@ class Turn:
         # The mask and the rotary embedding differ between kinds of layers in some models.
         logical = kwargs.get("attention_mask"), kwargs["position_embeddings"]
         key = (id(before), id(self.layout), *map(id, logical))
-        if key not in self._views:
-            self._views[key] = self._view(number, before, width, hidden, kwargs)
-        changes, after, split = self._views[key]
-        work = self.plan.work.get(number)
+        view = None if self.recomputed else self._views.get(key)
+        if view is None:
+            view = *self._view(number, before, width, hidden, kwargs), (before, logical)
+            if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
+                self._views[key] = view
+        changes, after, _ = view
         if held is not None:
             held.incoming = after
-            if self.groups:
-                held.work = work
         self._attended[number] = Seen.of(self.layout, after, held, self.prompt.length)
-        if split is not None and work is not None and (split.images or work.blind):
-            self.splits[number] = split
+        for extension in self.extensions:
+            extension.see(number, after, held)
         return hidden, {**kwargs, **changes} if changes else kwargs
 
     def _view(
         self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Slots, Split | None]:
-        """Keyword arguments that change for layers that share slots and layout, their slots
-        afterwards, and which of them are visual.
+    ) -> tuple[dict[str, Any], Slots]:
+        """Keyword arguments that change for layers that share slots and layout, and their slots
+        afterwards.
         """
-        visual = self.prompt.visual if self.plan.work else None
+        tracked = any(extension.tracks_visual for extension in self.extensions)
+        visual = self.prompt.visual if tracked else None
         after = before.extend(self.layout, self.prompt.length, self._renumbered, visual)
         mask = kwargs.get("attention_mask")
         rotary, position_ids = self.positions(number, before, hidden, kwargs)
@@ -148,33 +144,7 @@ class Turn:
             "position_ids": position_ids,
         }
         changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
-        return changes, after, self._split(after)
-
-    def _split(self, slots: Slots) -> Split | None:
-        """Visual and other columns, for layers that compute less of visual ones."""
-        visual = slots.all_visual
-        if not self.plan.work or visual is None:
-            return None
-        position, keys = self.layout.index + self.prompt.past, slots.index
-        position = position.masked_fill(self.layout.index < 0, -1)
-        if self.prompt.real is not None:
-            position, keys = (
-                x.masked_fill(~self.prompt.real.gather(1, x.clamp(min=0)), -1)
-                for x in (position, keys)
-            )
-        images = [
-            Images(
-                self.row_index(group),
-                self.columns_of(group, self.layout),
-                group.index if group.index.shape[1] < group.shape.total else None,
-                group.shape.frames,
-                group.shape.grid,
-                self.seen(group),
-            )
-            for group in self.groups
-            if group.index.shape[1]
-        ]
-        return Split.of(images, position, keys, visual)
+        return changes, after
 
     def seen(self, group: Group) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
@@ -182,12 +152,6 @@ class Turn:
         if hidden is None or group.columns is None:
             return None
         return ~hidden[self.row_index(group), group.columns]
-
-    @property
-    def common_tokens(self) -> int:
-        """Text tokens that images look at where layers compute less of visual tokens."""
-        split = next(iter(self.splits.values()), None)
-        return split.text_keys[0].shape[1] if split is not None and split.images else 0
 
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
@@ -265,15 +229,16 @@ class Turn:
         for planned in self.plan.llm:
             if planned.step.layer != number:
                 continue
-            if planned.step.reinsert:
-                hidden = self._suspended.pop(planned.method_number).back(self, planned, hidden)
+            replaced = [extension.before_step(planned, hidden) for extension in self.extensions]
+            states = next((states for states in replaced if states is not None), None)
+            if states is not None:
+                hidden = states
                 continue
-            if planned.suspends:
-                self._suspended[planned.method_number] = Suspended.of(self, hidden)
             before = self.layout
             hidden = self._step(planned, hidden)
-            if planned.step.evict_cache and self.layout is not before:
-                self._evict(number, kwargs.get("past_key_values"))
+            if self.layout is not before:
+                for extension in self.extensions:
+                    extension.after_step(planned, kwargs.get("past_key_values"))
         if looked:
             self.looks.take(number, layer, hidden, kwargs, later=True)
         return hidden
@@ -350,27 +315,6 @@ class Turn:
         self.layout, source = compact(self.layout, living, self.tokens)
         return source
 
-    def _evict(self, number: int, cache: Any) -> None:
-        """Let the cache layers before a decoder layer forget what is not alive there."""
-        if cache is None:
-            return
-        self.evicted_before = number
-        prompt = self.prompt
-        gone = torch.ones(prompt.batch, prompt.length + 1, dtype=torch.bool, device=prompt.device)
-        gone.scatter_(1, self.layout.index % (prompt.length + 1), False)  # padding is out of sight
-        past = gone.new_zeros(prompt.batch, prompt.past)
-        if prompt.real is not None:
-            past = ~prompt.real[:, : prompt.past]
-        gone = torch.cat((past, gone[:, :-1]), 1)
-        full = Slots.full(prompt.batch, prompt.past + prompt.length, prompt.device)
-        left: dict[Slots, tuple[Slots, Tensor]] = {}  # layers that share slots go on sharing
-        for i in range(number):
-            held = pruned_layer(cache, i, full, 0)
-            assert held.slots is not None
-            if held.slots not in left:
-                left[held.slots] = held.slots.without(gone)
-            held.evict(*left[held.slots])
-
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
@@ -409,6 +353,7 @@ class Turn:
         Args:
             output: the text model's output.
         """
+        self._views.clear()  # they keep alive what they are known by
         widen_maps(output, self.family, self._attended, self.prompt.length)
         if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output

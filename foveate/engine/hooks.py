@@ -8,7 +8,7 @@ text model is entered.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +23,7 @@ from foveate.engine.attentions import check_maps
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import Onward
-from foveate.engine.extensions.partial.prefill import run_layer
+from foveate.engine.extensions.base import Extension
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import Turn
 from foveate.engine.gate import is_generating
@@ -228,7 +228,9 @@ class Hooks(FeatureHooks):
         groups: list[Group] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
-        evicts = bool(now.visual) and any(planned.step.evict_cache for planned in self.plan.llm)
+        evicts = bool(now.visual) and any(
+            "evict_cache" in planned.step.effects for planned in self.plan.llm
+        )
         now.rollback = Rollback.of(cache, past, rewritten=evicts)
         if now.encoded or (self.plan.blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
@@ -244,7 +246,7 @@ class Hooks(FeatureHooks):
             and self.plan.focus is None
             and (sequence.shape[1] == 1 or not self.plan.blind)
         ):
-            now.onward = Onward.behind(self.family, cache, before, sequence)
+            now.onward = Onward.behind(self.plan, self.family, cache, before, sequence)
             return args, kwargs
         now.turn = Turn(self.plan, self.family, self._prompt(sequence, past, groups, kwargs))
         if not groups or not self.plan.marks:
@@ -331,9 +333,7 @@ class Hooks(FeatureHooks):
         turn, onward = self._local.now.turn, self._local.now.onward
         if onward is not None:
             onward.enter(number, hidden, kwargs)
-            if (blind := self.plan.blind.get(number)) is None:
-                return None, hidden, kwargs
-            return onward.run(number, module, blind, hidden, kwargs), hidden, kwargs
+            return _run(onward.extensions, number, module, hidden, kwargs), hidden, kwargs
         if turn is None:
             turn = self.replays.find(number, kwargs)
         elif module is not self.family.layers[number] and turn.groups:  # something is around it
@@ -341,12 +341,7 @@ class Hooks(FeatureHooks):
         if turn is None:
             return None, hidden, kwargs
         hidden, kwargs = turn.enter(number, module, hidden, kwargs)
-        if number not in turn.splits:
-            return None, hidden, kwargs
-        work, split = self.plan.work[number], turn.splits[number]
-        rotary, mask = kwargs["position_embeddings"], kwargs.get("attention_mask")
-        cache = kwargs.get("past_key_values")
-        return run_layer(module, work, split, hidden, rotary, mask, cache), hidden, kwargs
+        return _run(turn.extensions, number, module, hidden, kwargs), hidden, kwargs
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
@@ -437,6 +432,14 @@ class Hooks(FeatureHooks):
                 "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
                 "one keep for all"
             )
+
+
+def _run(
+    extensions: Sequence[Extension], number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
+) -> Tensor | None:
+    """What an extension makes of a layer that it runs itself; `None` where the layer does right."""
+    outputs = (extension.run(number, module, hidden, kwargs) for extension in extensions)
+    return next((output for output in outputs if output is not None), None)
 
 
 def end_stream(kwargs: Mapping[str, Any]) -> None:

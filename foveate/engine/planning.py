@@ -18,6 +18,7 @@ from foveate.core import (
 )
 from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
+from foveate.engine.extensions import extensions_of
 from foveate.engine.extensions.partial.prefill import why_whole
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
@@ -42,12 +43,12 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
         steps += planned
 
     def at(stage: str) -> tuple[PlannedStep, ...]:
-        chosen = [s for s in steps if s.step.stage == stage and not s.step.decode]
+        chosen = [s for s in steps if s.step.stage == stage and "decode" not in s.step.effects]
         chosen.sort(key=lambda s: s.step.in_stream)
         names = entries([s.step for s in chosen])
         return tuple(replace(s, entry=name) for s, name in zip(chosen, names, strict=True))
 
-    focus = [s for s in steps if s.step.decode]
+    focus = [s for s in steps if "decode" in s.step.effects]
     if len(focus) > 1:
         raise LayerError(
             f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
@@ -55,7 +56,11 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
         )
     work = _work(family, methods)
     check_together(family, methods, steps)
-    return Plan(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, *focus)
+    plan = Plan(
+        tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, next(iter(focus), None)
+    )
+    extensions, cached = extensions_of(plan)
+    return replace(plan, extensions=extensions, cached_extensions=cached)
 
 
 def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
@@ -68,7 +73,13 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
     learned = method.learned(family)
     planned = [
         PlannedStep(
-            method, number, i, step, renumber and not step.keep_positions, suspends, learned
+            method,
+            number,
+            i,
+            step,
+            renumber and "keep_positions" not in step.effects,
+            suspends,
+            learned,
         )
         for i, (step, suspends) in enumerate(zip(steps, _suspending(steps), strict=True))
     ]
@@ -124,13 +135,13 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
         )
     assert family.encoder is not None  # as checked before
     kernel = family.encoder.tower.config._attn_implementation or "eager"
-    if planned.step.ragged and kernel not in ("sdpa", "eager"):
+    if "ragged" in planned.step.effects and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"{method.slug} leaves images that are encoded together different numbers of tokens, "
             f"which needs a mask that {kernel!r} attention does not take; set the encoder's "
             "attention to 'sdpa', or give as_released=True"
         )
-    if planned.step.proportional and kernel not in ("sdpa", "eager"):
+    if "proportional" in planned.step.effects and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
             f"proportional attention of {method.slug} adds a bias to the scores, which "
             f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
@@ -152,7 +163,7 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
             f"layers 0 to {family.text_layers - 1}"
         )
-    if step.decode:
+    if "decode" in step.effects:
         if step.layer < 1 or step.layer - 1 not in family.attention_layers:
             raise LayerError(
                 f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "
@@ -273,7 +284,7 @@ def _work(family: Family, methods: Sequence[Method]) -> dict[int, PartialCompute
 
 def _suspending(steps: Sequence[Step]) -> list[bool]:
     """Whether what each step of a method takes out comes back at the next."""
-    return [step.reinsert for step in (*steps[1:], Step("llm"))][: len(steps)]
+    return ["reinsert" in step.effects for step in (*steps[1:], Step("llm"))][: len(steps)]
 
 
 def why_not(family: Family, name: str) -> str | None:

@@ -70,7 +70,9 @@ def planned(
         layer_tokens=layer_tokens,
         cache_slots=_held(family, plan, layer_tokens, text_tokens),
         unread=plan.unread,
-        evicted_before=max((s.step.layer for s in plan.llm if s.step.evict_cache), default=0),
+        evicted_before=max(
+            (s.step.layer for s in plan.llm if "evict_cache" in s.step.effects), default=0
+        ),
         encoder_tokens=rows,
         encoder_bounds=[None] * len(rows),
         encoded={"image": arguments},
@@ -98,7 +100,7 @@ class _Stream:
         for image, shape in enumerate(self.shapes):
             found = self.alive[image]
             total = self._begin.setdefault((number, image), found)
-            if step.step.reinsert:
+            if "reinsert" in step.step.effects:
                 left = self._suspended[number][image]
             elif isinstance(step.method, VideoMethod) and shape.frames == 1:
                 left = found
@@ -118,7 +120,7 @@ def _held(
     Which tokens of a window are forgotten depends on the tokens; counted is the most that may stay.
     """
     slots = [tokens[0] for tokens in layer_tokens]
-    for step in (s.step for s in plan.llm if s.step.evict_cache):
+    for step in (s.step for s in plan.llm if "evict_cache" in s.step.effects):
         slots[: step.layer] = [slots[step.layer]] * step.layer
     for layer in plan.unread:
         slots[layer] = text_tokens

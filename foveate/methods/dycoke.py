@@ -81,7 +81,7 @@ class DyCoke(VideoMethod, Focuser):
         drop = Step("pre_llm", whole=True)
         if self.p == 0 or self.keep == 1.0:
             return (drop,)
-        return (drop, Step("llm", self.layer or _published(model), decode=True))
+        return (drop, Step("llm", self.layer or _published(model), effects=("decode",)))
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Keep whole frames and the least similar tokens of the others."""

@@ -115,7 +115,7 @@ class FlowCut(Method):
                     Need("cls_attention", (layer - 1,)),
                 ),
                 remaining=last - layer,
-                ragged=not self.as_released and layer < last,
+                effects=("ragged",) if not self.as_released and layer < last else (),
             )
             for layer in range(1, last + 1)
             if (last - layer) % self.every == 0

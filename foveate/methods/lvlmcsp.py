@@ -108,7 +108,7 @@ class LVLMCSP(Method):
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """Representatives, all tokens, or what is left at the end."""
-        if step.reinsert:
+        if "reinsert" in step.effects:
             return total
         keep = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
         both = keep if isinstance(keep, tuple) else (keep, keep)
@@ -120,7 +120,7 @@ class LVLMCSP(Method):
         cluster, scatter, prune = self.layers or self._phases(model)
         return (
             Step("llm", cluster),
-            Step("llm", scatter, reinsert=True),
+            Step("llm", scatter, effects=("reinsert",)),
             Step("llm", prune, (Need("text_attention", (prune,)),)),
         )
 

@@ -102,7 +102,7 @@ class PruneVid(VideoMethod):
             return (merge,)
         layer = self._published(model) if self.layer is None else self.layer
         asked = Need("question_attention", (layer - 1,))
-        return (merge, Step("llm", layer, (asked,), keep_positions=True, evict_cache=True))
+        return (merge, Step("llm", layer, (asked,), effects=("keep_positions", "evict_cache")))
 
     def _published(self, model: ModelFacts) -> int:
         """The layer behind the one that can rank tokens and is nearest to the release's."""

@@ -123,7 +123,7 @@ class ToMe(Method):
                 i,
                 (Need("encoder_keys", (i,)),),
                 inside=True,
-                proportional=self.prop_attn,
+                effects=("proportional",) if self.prop_attn else (),
                 r=r,
                 part=(i + 1, read),
             )

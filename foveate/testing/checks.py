@@ -165,7 +165,7 @@ def check_oracle(methods: Sequence[Method], model: Any) -> None:
             not differ from those without methods.
     """
     family = find_family(model)
-    if any(step.reinsert for method in methods for step in method.steps(family)):
+    if any("reinsert" in step.effects for method in methods for step in method.steps(family)):
         raise _SkipError("tokens come back, which the oracle does not replay")
     inputs = models.prompts(model, [(5, 6)], seed=1)
     log: Log = []

@@ -180,7 +180,7 @@ def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]
         reduce(number, inside=False)
         bias = torch.full((states.shape[1],), torch.finfo(states.dtype).min)
         bias[:special] = 0
-        weigh = any(s.proportional and s.layer <= number for s in steps.values())
+        weigh = any("proportional" in s.effects and s.layer <= number for s in steps.values())
         bias[rows] = sizes.log() if weigh else 0.0
         states = encoder.block.attend(layer, states, attention_mask=bias[None, None, None])
         reduce(number, inside=True)

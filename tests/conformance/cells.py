@@ -141,7 +141,7 @@ def promised(method, family, total):
     """Tokens that a method promises to leave of so many at each of its places."""
     alive, counts = total, {}
     for number, step in enumerate(method.steps(family)):
-        if step.decode:  # removes nothing
+        if "decode" in step.effects:  # removes nothing
             continue
         if not isinstance(method, Adaptive):
             alive = method.count(alive, total, step, number)
@@ -163,7 +163,7 @@ def check_kept(session):
         assert list(image.kept) == list(counts)
         tiled = method.stage == "vision" and isinstance(session.family, AnyRes) and frames == 1
         before = torch.arange(image.total)
-        back = {step.site for step in method.steps(session.family) if step.reinsert}
+        back = {step.site for step in method.steps(session.family) if "reinsert" in step.effects}
         for place, index in image.kept.items():
             before = torch.arange(image.total) if place in back else before
             if passes:
@@ -198,7 +198,7 @@ def check_cache(session, cache):
     (method,), held = session.methods, list(session.record.layer_tokens)
     assert len(cache.layers) == len(held)
     for step in method.steps(session.family):
-        if step.evict_cache:
+        if "evict_cache" in step.effects:
             held[: step.layer] = [held[step.layer]] * step.layer
     for layer, tokens in zip(cache.layers, held, strict=True):
         window = getattr(layer, "sliding_window", None) or 10**9

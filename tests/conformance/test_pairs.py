@@ -74,7 +74,7 @@ def state(name, session, inputs):
     with session:
         out = model_of(name).model(**fresh(inputs)).last_hidden_state[:, -1]
     assert bool(out.isfinite().all())
-    back = {step.step.site for step in session.plan.llm if step.step.reinsert}
+    back = {step.step.site for step in session.plan.llm if "reinsert" in step.step.effects}
     for image in session.record.images:
         before = torch.arange(image.total)
         for place, index in image.kept.items():

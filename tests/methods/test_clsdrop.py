@@ -12,7 +12,7 @@ def test_it_scores_in_the_layer_within_which_it_drops(facts):
     steps = ClsDrop(layers=(3, 6), keep=(0.7, 0.5)).steps(facts())
     assert [step.site for step in steps] == ["vision:3", "vision:6"]
     assert [step.needs[0].layers for step in steps] == [(3,), (6,)]
-    assert all(step.inside and not step.proportional for step in steps)
+    assert all(step.inside and "proportional" not in step.effects for step in steps)
 
 
 def test_scores_match_naive_loop(make_tokens):

@@ -161,7 +161,7 @@ def test_the_cut_is_behind_a_layer_that_can_rank(facts):
     assert layer(first_llm_layer=14) == 14
     (merge, cut) = PruneVid(layer=4).steps(facts())
     assert cut.needs[0].layers == (3,)
-    assert (cut.keep_positions, cut.evict_cache) == (True, True)
+    assert cut.effects == ("keep_positions", "evict_cache")
     assert PruneVid(alpha=1.0).steps(facts()) == (merge,)
     with pytest.raises(LayerError, match=r"alpha=1\.0"):
         layer(attention_layers=(31,))

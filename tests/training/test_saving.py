@@ -180,7 +180,7 @@ class Later(Scorer):
     slug, stage, needs, paper, keep, positions = "later", "llm", (), "", 1.0, None
 
     def steps(self, model):
-        return (Step("llm", 2, decode=True),)
+        return (Step("llm", 2, effects=("decode",)),)
 
     def scores(self, tokens):
         raise AssertionError

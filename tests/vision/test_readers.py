@@ -154,7 +154,7 @@ class Ragged(Method):
     slug, stage, needs, paper = "ragged", "vision", (), ""
 
     def steps(self, model):
-        return Step("vision", 0, ragged=True), Step("vision", 1)
+        return Step("vision", 0, effects=("ragged",)), Step("vision", 1)
 
     def check_budget(self, steps):
         pass

@@ -1,4 +1,4 @@
-"""Focusing: a decoding step's own choice among the visual tokens in the cache.
+"""Decode choice: a decoding step's own choice among the visual tokens in the cache.
 
 The choice is a mask in logical terms, which the layers behind are handed in place of their own; it
 is translated like any other.
@@ -8,7 +8,7 @@ Shapes: `B` rows, `T` logical length of this forward, `N` visual tokens of a row
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +16,23 @@ from torch import Tensor
 
 from foveate.core.decode_selector import Focuser, Watched
 from foveate.engine.cache import PrunedLayer, pruned_layer
-from foveate.engine.plan import PlannedStep
+from foveate.engine.extensions.base import Extension
+from foveate.engine.plan import Plan
 
-if TYPE_CHECKING:
-    from foveate.engine.forward import Turn
+WATCHED = "watched"  # what decoding steps choose from, attached to the layer where they do
 
 
-class Focusing:
-    """The decoding step of a method, in one forward.
+class DecodeChoice(Extension):
+    """The decoding step of a method, in one forward."""
 
-    Args:
-        turn: the forward.
-        planned: the step.
-    """
-
-    def __init__(self, turn: Turn, planned: PlannedStep) -> None:
-        self.turn, self.layer = turn, planned.step.layer
+    def __init__(self, forward: Any, plan: Plan) -> None:
+        super().__init__(forward, plan)
+        planned = plan.focus
+        assert planned is not None
+        self.layer = planned.step.layer
         self.method = cast(Focuser, planned.method)  # as the plan has checked
         self._unseen: Tensor | None = None  # (B, past + 1) logical positions
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[int, tuple[Any, Tensor]] = {}  # id of a mask -> it, what it becomes
 
     def enter(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
@@ -50,11 +48,11 @@ class Focusing:
         cache = kwargs.get("past_key_values")
         if cache is None:
             return kwargs
-        if self.turn.groups:
+        if self.forward.groups:
             if number == self.layer:
                 self._watch(cache)
             return kwargs
-        if self.turn.prompt.length == 1 and number == self.layer - 1:
+        if self.forward.prompt.length == 1 and number == self.layer - 1:
             self._choose(number, layer, hidden, kwargs)
         if self._unseen is None or number < self.layer:
             return kwargs
@@ -62,43 +60,45 @@ class Focusing:
 
     def _watch(self, cache: Any) -> None:
         """Note in the cache which visual tokens of this forward are alive."""
-        turn, prompt = self.turn, self.turn.prompt
+        forward, prompt = self.forward, self.forward.prompt
         alive = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
-        for group in turn.groups:
+        for group in forward.groups:
             if self.method.watches(group.shape.frames):
-                alive[turn.row_index(group), group.columns] = True
+                alive[forward.row_index(group), group.columns] = True
         most = int(alive.sum(1).max())
         if not most:
             return
         columns = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
         columns = (columns + prompt.past).masked_fill(~alive.gather(1, columns), -1)
-        removed = prompt.length - turn.layout.index.shape[1]
-        held = pruned_layer(cache, self.layer, turn.fresh, removed)
-        held.watched = Watched(columns) if held.watched is None else held.watched.join(columns)
+        removed = prompt.length - forward.layout.index.shape[1]
+        held = pruned_layer(cache, self.layer, forward.fresh, removed)
+        watched: Watched | None = held.attached.get(WATCHED)
+        held.attach(WATCHED, Watched(columns) if watched is None else watched.join(columns))
 
     def _choose(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Let the method choose by what this layer is about to attend to."""
-        turn, cache = self.turn, kwargs["past_key_values"]
+        forward, cache = self.forward, kwargs["past_key_values"]
         held = cache.layers[self.layer] if len(cache.layers) > self.layer else None
-        if not isinstance(held, PrunedLayer) or held.watched is None:
+        if not isinstance(held, PrunedLayer) or WATCHED not in held.attached:
             return
-        columns = held.watched.columns
+        watched: Watched = held.attached[WATCHED]
+        columns = watched.columns
         real = columns >= 0
         token = torch.zeros_like(columns[:, :1])
-        view, past = turn.looks.view(number, layer, hidden, kwargs)
-        attention = view.attention_to_past(token, turn.looks.seen_before(token, past))[:, :, 0]
+        view, past = forward.looks.view(number, layer, hidden, kwargs)
+        attention = view.attention_to_past(token, forward.looks.seen_before(token, past))[:, :, 0]
         slots = past.index.contiguous()
         at = torch.searchsorted(slots, columns).clamp(max=slots.shape[1] - 1)
         attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))
         there = slots.gather(1, at) == columns  # not so where a window has left them behind
         attention = attention.masked_fill(~(real & there)[:, None], 0.0)
-        focus = self.method.focus(attention, real, held.watched.focus)
-        held.watched = replace(held.watched, focus=focus)
+        focus = self.method.focus(attention, real, watched.focus)
+        held.attach(WATCHED, replace(watched, focus=focus))
         unseen = torch.zeros(
-            len(columns), turn.prompt.past + 1, dtype=torch.bool, device=columns.device
+            len(columns), forward.prompt.past + 1, dtype=torch.bool, device=columns.device
         )
         # Padding goes to the new token's own column, which is set right behind.
-        unseen.scatter_(1, columns.masked_fill(~real, turn.prompt.past), real & ~focus.seen)
+        unseen.scatter_(1, columns.masked_fill(~real, forward.prompt.past), real & ~focus.seen)
         unseen[:, -1] = False
         self._unseen = unseen
 
@@ -107,8 +107,8 @@ class Focusing:
         assert self._unseen is not None
         key = id(mask)
         if key not in self._masks:
-            self._masks[key] = _without(mask, self._unseen, two_d=self.turn.prompt.flash)
-        return self._masks[key]
+            self._masks[key] = mask, _without(mask, self._unseen, two_d=self.forward.prompt.flash)
+        return self._masks[key][1]
 
 
 def _without(mask: Tensor | None, unseen: Tensor, *, two_d: bool) -> Tensor:

@@ -6,18 +6,32 @@ In between they are as good as removed, in the cache too; each layer's slots say
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate.core import VisualTokens
+from foveate.engine.extensions.base import Extension
 from foveate.engine.images import Group, note
 from foveate.engine.layout import Layout
-from foveate.engine.plan import PlannedStep
+from foveate.engine.plan import Plan, PlannedStep
 
-if TYPE_CHECKING:
-    from foveate.engine.forward import Turn
+
+class Suspension(Extension):
+    """Takes tokens out before one decoder layer, and brings them back before another."""
+
+    def __init__(self, forward: Any, plan: Plan) -> None:
+        super().__init__(forward, plan)
+        self._suspended: dict[int, Suspended] = {}  # method -> the forward as it was
+
+    def before_step(self, planned: PlannedStep, hidden: Tensor) -> Tensor | None:
+        """Remember the forward if tokens are to come back; bring back those that are due."""
+        if "reinsert" in planned.step.effects:
+            return self._suspended.pop(planned.method_number).back(self.forward, planned, hidden)
+        if planned.suspends:
+            self._suspended[planned.method_number] = Suspended.of(self.forward, hidden)
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,26 +51,26 @@ class Suspended:
     hidden: Tensor
 
     @classmethod
-    def of(cls, turn: Turn, hidden: Tensor) -> Suspended:
+    def of(cls, forward: Any, hidden: Tensor) -> Suspended:
         """Remember a forward before a step takes tokens out."""
-        return cls(turn.groups, turn.layout, turn.tokens, hidden)
+        return cls(forward.groups, forward.layout, forward.tokens, hidden)
 
-    def back(self, turn: Turn, planned: PlannedStep, hidden: Tensor) -> Tensor:
+    def back(self, forward: Any, planned: PlannedStep, hidden: Tensor) -> Tensor:
         """Bring the suspended tokens back.
 
         Args:
-            turn: the forward, which gets its former columns.
+            forward: the forward, which gets its former columns.
             planned: the step at which they come back.
             hidden: (B, P', D) states of those that were not suspended.
 
         Returns:
             (B, P, D) states of all.
         """
-        states = self._merged(turn.layout, hidden)
-        for after in turn.groups:
+        states = self._merged(forward.layout, hidden)
+        for after in forward.groups:
             before = self._before(after)
-            at = turn.row_index(before), turn.columns_of(before, self.layout)
-            now = hidden[turn.row_index(after), turn.columns_of(after, turn.layout)]
+            at = forward.row_index(before), forward.columns_of(before, self.layout)
+            now = hidden[forward.row_index(after), forward.columns_of(after, forward.layout)]
             assert before.columns is not None
             assert after.columns is not None
             kept = torch.searchsorted(before.columns.contiguous(), after.columns.contiguous())
@@ -69,8 +83,8 @@ class Suspended:
                 frames=before.shape.frames,
             )
             states = states.index_put(at, planned.method.reinsert(tokens, kept, now))
-            note(before, planned.entry, turn.kept)
-        turn.groups, turn.layout, turn.tokens = self.groups, self.layout, self.tokens
+            note(before, planned.entry, forward.kept)
+        forward.groups, forward.layout, forward.tokens = self.groups, self.layout, self.tokens
         return states
 
     def _merged(self, layout: Layout, hidden: Tensor) -> Tensor:

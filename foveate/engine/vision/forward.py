@@ -201,7 +201,7 @@ class Encoding:
         # The first hidden state is captured behind the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
         hidden = self.where.put(hidden, values, first)
-        self._proportional |= step.proportional
+        self._proportional |= "proportional" in step.effects
         self._weigh(hidden)
         return hidden
 

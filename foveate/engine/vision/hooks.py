@@ -141,7 +141,11 @@ class VisionPart(Part):
         block = self.encoder.block
         if block is None or block.output is None:
             return frozenset()
-        biased = [s.step.layer for s in plan.vision if s.step.proportional or s.step.ragged]
+        biased = [
+            s.step.layer
+            for s in plan.vision
+            if "proportional" in s.step.effects or "ragged" in s.step.effects
+        ]
         return frozenset(
             range(min(biased, default=len(self.encoder.layers)), len(self.encoder.layers))
         )

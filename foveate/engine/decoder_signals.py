@@ -25,7 +25,8 @@ from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends
 from foveate.errors import InputError
 from foveate.signals import SIGNALS
-from foveate.signals.decoder import LayerView, transition
+from foveate.signals.decoder import transition
+from foveate.signals.layer_view import LayerView
 
 if TYPE_CHECKING:
     from foveate.engine.forward import Turn

@@ -23,7 +23,7 @@ from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 from foveate.signals import SIGNALS
-from foveate.signals.encoder import EncoderSignals
+from foveate.signals.encoder_hooks import EncoderSignals
 from foveate.signals.packed import PackedSignals
 
 

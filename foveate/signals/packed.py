@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from foveate.families import Encoder
 from foveate.families.rows import Picture
-from foveate.signals.encoder import Attaching, EncoderSignals, Shortened, attention_sums, queries
+from foveate.signals.attention_maps import attention_sums, queries
+from foveate.signals.encoder_hooks import Attaching, EncoderSignals, Shortened
 
 ROWS = 2**14  # rows whose attention is summed up together
 

@@ -28,7 +28,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import Picture, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
-from foveate.signals.encoder import hides
+from foveate.signals.encoder_hooks import hides
 
 
 class Encoding:

@@ -1,6 +1,6 @@
-"""Looks: what steps between decoder layers are told about the tokens.
+"""Decoder signals: what steps between decoder layers can read of the tokens.
 
-Signals are taken just before a layer runs, or while it runs, and handed out at the steps that need
+Signals are collected just before a layer runs, or while it runs, and given to the steps that need
 them, at the tokens that are alive there.
 Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of each, `Q` text tokens.
 """
@@ -11,7 +11,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,13 +23,11 @@ from foveate.engine.layout import Layout, Slots
 from foveate.engine.prompt import Asked, starts
 from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends
+from foveate.engine.state import ForwardState
 from foveate.errors import InputError
 from foveate.signals import SIGNALS
 from foveate.signals.decoder import transition
 from foveate.signals.layer_view import LayerView
-
-if TYPE_CHECKING:
-    from foveate.engine.forward import Turn
 
 _COLUMNS = {  # axis of the columns, of what is taken of all columns
     "text_attention": 3,
@@ -50,26 +48,26 @@ _KEYS = ("llm_keys", "question_keys")  # which depend on where in its row a toke
 _ASKED = ("text_attention", *_ALONE)  # of tokens that ask
 
 
-class Looks:
+class DecoderSignals:
     """Signals of one forward.
 
     Args:
-        turn: the forward.
+        state: the forward.
     """
 
-    def __init__(self, turn: Turn) -> None:
-        self.turn = turn
-        self.prompt = turn.prompt
-        self._taken: dict[tuple[str, int], tuple[Tensor, Layout]] = {}
+    def __init__(self, state: ForwardState) -> None:
+        self.state = state
+        self.prompt = state.prompt
+        self._collected: dict[tuple[str, int], tuple[Tensor, Layout]] = {}
         self._relevance: dict[int, Tensor] = {}
         self._viewed: tuple[Any, ...] = (None, None)  # layer, layout, view of it, slots before it
 
-    def take(
+    def collect(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], later: bool = False
     ) -> None:
-        """Take what steps need of a layer that is about to run: what those before it need, of what
-        is there; and `later`, once they have acted, what those before later layers need, of what
-        the layer will see.
+        """Collect what steps need of a layer that is about to run: what those before it need, of
+        what is there; and `later`, once they have acted, what those before later layers need, of
+        what the layer will see.
 
         Args:
             number: the decoder layer.
@@ -81,9 +79,9 @@ class Looks:
         if not later and "question_relevance" in self._due(number):
             self._rate(hidden.detach())  # of what entered the language model, for all of them
         due = self._due(number, operator.gt if later else operator.eq) - _ELSEWHERE
-        due = {name for name in due if not self._is_taken(name, number)}
-        if due and self._viewed[:2] != (number, self.turn.layout):
-            self._viewed = number, self.turn.layout, *self.view(number, layer, hidden, kwargs)
+        due = {name for name in due if not self._is_collected(name, number)}
+        if due and self._viewed[:2] != (number, self.state.layout):
+            self._viewed = number, self.state.layout, *self.view(number, layer, hidden, kwargs)
         *_, view, past = self._viewed
         if later:  # it holds what a recomputation of the layer is known by
             self._viewed = None, None
@@ -91,11 +89,11 @@ class Looks:
         if due & {*_KEYS} and (counted := self._from_first(number, hidden, kwargs)):
             keyed, _ = self.view(number, layer, hidden, counted)
         for name in due:
-            taken = self._look(name, keyed if name in _KEYS else view, past)
-            self._taken[name, number] = taken, self.turn.layout
+            taken = self._compute(name, keyed if name in _KEYS else view, past)
+            self._collected[name, number] = taken, self.state.layout
 
-    def changed(self, number: int, given: Tensor, made: Tensor) -> None:
-        """Note what a module of a layer made of its input, both (B, P, D)."""
+    def collect_module(self, number: int, given: Tensor, made: Tensor) -> None:
+        """Collect what a module of a layer made of its input, both (B, P, D)."""
         if "transition" not in self._due(number):
             return
         if self.prompt.sample is not None:
@@ -106,9 +104,9 @@ class Looks:
         real = self._prompted
         if real is None:
             real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-        before, _ = self._taken.get(("transition", number), (0, None))
+        before, _ = self._collected.get(("transition", number), (0, None))
         now = before + transition(given, made, real.to(given.device))
-        self._taken["transition", number] = now, self.turn.layout
+        self._collected["transition", number] = now, self.state.layout
 
     def of(self, needs: tuple[Need, ...], part: Group) -> dict[str, Tensor]:
         """Signals of a group, at the tokens that are alive of it."""
@@ -125,42 +123,44 @@ class Looks:
                 signals[need.name] = torch.stack(taken, 1)
         return signals
 
-    # -- taking
+    # -- collecting
 
     def _due(self, number: int, chosen: Callable[[int, int], bool] = operator.ge) -> set[str]:
         """Signals of a layer that some step needs which removes anything; `chosen` compares the
         layer of a step with it.
         """
-        looks = self.turn.plan.looks.get(number, {})
+        signals = self.state.plan.decoder_signals.get(number, {})
         return {
             name
-            for name, steps in looks.items()
+            for name, steps in signals.items()
             if any(self._drops(s) for s in steps if chosen(s.step.layer, number))
         }
 
-    def _is_taken(self, name: str, number: int) -> bool:
-        """Whether a signal of a layer was taken of what is there now."""
-        return (name, number) in self._taken and self._taken[name, number][1] is self.turn.layout
+    def _is_collected(self, name: str, number: int) -> bool:
+        """Whether a signal of a layer was collected of what is there now."""
+        return (name, number) in self._collected and self._collected[name, number][
+            1
+        ] is self.state.layout
 
     def _drops(self, planned: Any) -> bool:
         if planned.method.adaptive:
-            return any(group.index.shape[1] for group in self.turn.groups)
+            return any(group.index.shape[1] for group in self.state.groups)
         return any(
             0 < count < group.index.shape[1]
-            for group in self.turn.groups
-            for count in split_by_count(planned, group, self.turn.begin_of, self.prompt.request)
+            for group in self.state.groups
+            for count in split_by_count(planned, group, self.state.begin_of, self.prompt.request)
         )
 
-    def _look(self, name: str, view: LayerView, past: Slots) -> Tensor:
+    def _compute(self, name: str, view: LayerView, past: Slots) -> Tensor:
         match name:
             case "text_attention":
-                cached = self.seen_before(self.asked.columns, past)
+                cached = self.visible_past(self.asked.columns, past)
                 return view.attention(self._last, self._visible, cached)
             case "content_attention":
                 return view.content_logits(self._last)
             case "question_attention":
                 asking = self.question.columns
-                cached = self.seen_before(asking, past)
+                cached = self.visible_past(asking, past)
                 return view.attention(self._asking, self._seen_by(asking), cached)
             case "question_closeness":
                 return view.closeness(self._asking)
@@ -186,15 +186,15 @@ class Looks:
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[LayerView, Slots]:
         """What a layer that is about to run attends with, and the slots of the keys that it has
-        cached; arguments as in `take`.
+        cached; arguments as in `collect`.
         """
-        turn, prompt = self.turn, self.prompt
+        state, prompt = self.state, self.prompt
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        before = turn.slots_of(cache, number)
+        before = state.slots_of(cache, number)
         rotary = None
-        if turn.family.rotates(number):
-            rotary, _ = turn.positions(number, before, hidden, kwargs)
+        if state.family.rotates(number):
+            rotary, _ = state.positions(number, before, hidden, kwargs)
         past = None
         if held is not None and prompt.past:
             before = before.last(held.keys.shape[2])  # all that a layer with a window holds
@@ -207,14 +207,14 @@ class Looks:
         """Keyword arguments with positions counted from the first token of each row; `None` where
         they are so.
         """
-        prompt, family = self.prompt, self.turn.family
+        prompt, family = self.prompt, self.state.family
         positions = from_first(kwargs.get("position_ids"), prompt.real, prompt.past)
         if positions is None or not family.one_dimensional:
             return None
         rotary = family.rotary(hidden, positions, number)
         return {**kwargs, "position_ids": positions, "position_embeddings": rotary}
 
-    def seen_before(self, columns: Tensor, past: Slots) -> Tensor | None:
+    def visible_past(self, columns: Tensor, past: Slots) -> Tensor | None:
         """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see, or `None` for
         all.
         """
@@ -232,19 +232,19 @@ class Looks:
     @property
     def _window(self) -> int | None:
         """Positions that a token sees at most, where there are more."""
-        window, total = self.turn.family.window, self.prompt.past + self.prompt.length
+        window, total = self.state.family.window, self.prompt.past + self.prompt.length
         return window if window is not None and window < total else None
 
     @torch.no_grad()
     def _norm(self, states: Tensor) -> Tensor:
-        return self.turn.family.text.norm(states)
+        return self.state.family.text.norm(states)
 
     def _rate(self, hidden: Tensor) -> None:
         """Softmax over text of visual times text embeddings, mean over an image's tokens."""
         text = self._text_of(hidden)
-        for group in self.turn.groups:
-            rows = self.turn.row_index(group)
-            visual = hidden[rows, self.turn.columns_of(group, self.turn.layout)].float()
+        for group in self.state.groups:
+            rows = self.state.row_index(group)
+            visual = hidden[rows, self.state.columns_of(group, self.state.layout)].float()
             scores = torch.matmul(visual, text[rows[:, 0]].float().transpose(1, 2))
             mask = self._mask(group)[:, None]
             share = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
@@ -289,7 +289,7 @@ class Looks:
             last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
         return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
 
-    def unasked(self, needs: tuple[Need, ...], group: Group) -> set[int]:
+    def without_query(self, needs: tuple[Need, ...], group: Group) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know.
 
         So it is with images behind which nothing is supervised; such a step leaves them alone.
@@ -322,14 +322,14 @@ class Looks:
 
     def _physical(self, columns: Tensor) -> Tensor:
         """Columns that stand for logical ones: the nearest alive at or before each."""
-        index = self.turn.layout.index.contiguous()
+        index = self.state.layout.index.contiguous()
         found = torch.searchsorted(index, columns.contiguous(), right=True) - 1
         return found.clamp(min=0)
 
     @property
     def _alive(self) -> Tensor | None:
         """(B, P) columns that are no padding, or `None` for all."""
-        real, layout = self._real, self.turn.layout
+        real, layout = self._real, self.state.layout
         if real is None:
             return layout.index >= 0 if layout.ragged else None
         return real.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)
@@ -339,11 +339,11 @@ class Looks:
         seen = self._known_to(columns)
         if self._window is None:
             return seen
-        return seen & (self.turn.layout.index[:, None] > columns[..., None] - self._window)
+        return seen & (self.state.layout.index[:, None] > columns[..., None] - self._window)
 
     def _known_to(self, columns: Tensor) -> Tensor:
         """The same, whether or not they lie within a window."""
-        index, sample = self.turn.layout.index, self.prompt.sample
+        index, sample = self.state.layout.index, self.prompt.sample
         if self.prompt.sees is None:
             seen = index[:, None] <= columns[..., None]
         else:
@@ -375,7 +375,7 @@ class Looks:
     @property
     def _prompted(self) -> Tensor | None:
         """(B, P) columns of the prompt: neither drafted nor supervised; `None` for all."""
-        prompt, index = self.prompt, self.turn.layout.index
+        prompt, index = self.prompt, self.state.layout.index
         if prompt.supervised is None:
             return None if self._plain else self._known_to(self.asked.columns)[:, 0]
         told = ~prompt.supervised.gather(1, index.clamp(min=0))
@@ -390,7 +390,7 @@ class Looks:
 
     def _where(self, part: Group) -> tuple[Tensor, Tensor]:
         """(G) rows of a group's images, and (G) columns at which they end."""
-        rows = self.turn.row_index(part)[:, 0]
+        rows = self.state.row_index(part)[:, 0]
         return rows, torch.tensor(part.ends, device=rows.device)
 
     def _mask(self, part: Group) -> Tensor:
@@ -405,7 +405,7 @@ class Looks:
 
     def _places(self, name: str, part: Group) -> Tensor:
         """Places in the prompt of a group's tokens, or of the text behind them."""
-        rows = self.turn.row_index(part)
+        rows = self.state.row_index(part)
         columns = part.columns if name == "prompt_positions" else self.question.columns[rows[:, 0]]
         assert columns is not None
         if self.prompt.sample is not None:
@@ -416,15 +416,15 @@ class Looks:
 
     def _at(self, name: str, number: int, part: Group) -> Tensor:
         """A signal of one layer, (G, ...) at the tokens alive of a group."""
-        taken, layout = self._taken[name, number]
-        rows = self.turn.row_index(part).to(taken.device)
+        taken, layout = self._collected[name, number]
+        rows = self.state.row_index(part).to(taken.device)
         if name not in _COLUMNS:
             mask = self._mask(part).to(taken.device)
             mask = mask[:, None] if name == "question_keys" else mask
             return taken[rows[:, 0]].masked_fill(~mask[..., None], 0.0)
-        columns = self.turn.columns_of(part, layout).to(taken.device)
+        columns = self.state.columns_of(part, layout).to(taken.device)
         values = taken.movedim(_COLUMNS[name], 1)[rows, columns]
-        if (seen := self.turn.seen(part)) is not None:  # nothing is told of what callers hide
+        if (seen := self.state.seen(part)) is not None:  # nothing is told of what callers hide
             hidden = ~seen.to(taken.device)[(...,) + (None,) * (values.dim() - 2)]
             values = values.masked_fill(hidden, -torch.inf if name in _ALONE else 0.0)
         values = values.movedim(1, _COLUMNS[name])

@@ -122,8 +122,8 @@ class Plan:
         )
 
     @cached_property
-    def looks(self) -> dict[int, dict[str, list[PlannedStep]]]:
-        """Decoder layer -> signal taken there -> steps that need it."""
+    def decoder_signals(self) -> dict[int, dict[str, list[PlannedStep]]]:
+        """Decoder layer -> signal collected there -> steps that need it."""
         found: dict[int, dict[str, list[PlannedStep]]] = {}
         for planned in self.llm:
             for need in planned.step.needs:
@@ -132,9 +132,11 @@ class Plan:
         return found
 
     @property
-    def transition_layers(self) -> tuple[int, ...]:
+    def watched_layers(self) -> tuple[int, ...]:
         """Decoder layers whose modules are watched while they run."""
-        return tuple(sorted(n for n, names in self.looks.items() if "transition" in names))
+        return tuple(
+            sorted(n for n, names in self.decoder_signals.items() if "transition" in names)
+        )
 
     @cached_property
     def waits(self) -> bool:

@@ -1,7 +1,5 @@
-"""Signals of a vision encoder, from the projections it computes anyway.
+"""Hooks that collect the signals of a vision encoder while it runs.
 
-One query row costs O(N D) per layer where an attention map costs O(N^2 D). Where all queries are
-needed, their rows are summed up in chunks and never held together.
 Shapes: `B` pictures, `S` special tokens before the `V` patches, `N = S + V`, `H` heads.
 """
 
@@ -16,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.families import Encoder
-from foveate.signals.attention_maps import attention_sums, global_attention
-from foveate.signals.cls_attention import class_row
-from foveate.signals.flow import information_flow
-
-FEATURES = ("encoder_features", "clip_patches", "clip_plain_patches")  # states of a layer
-ONE_PER_TOKEN = (
-    "joint_cls_attention",
-    "received_attention",
-    "given_attention",
-    "global_attention",
-    "information_flow",
-)
+from foveate.signals import SIGNALS, EncoderSignal
+from foveate.signals.clip import ClipQuestions
+from foveate.signals.projections import Projections
 
 
 class Shortened(Protocol):
@@ -69,7 +58,7 @@ class EncoderSignals:
         encoder: the encoder.
         wanted: signal -> 0-based layers.
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
-        threshold: threshold of the signal `global_attention`.
+        threshold: how many times the mean global patches receive at least.
     """
 
     def __init__(
@@ -94,17 +83,17 @@ class EncoderSignals:
         """Hook the projections of the layers, and the layers themselves."""
         for number in sorted({i for layers in self.wanted.values() for i in layers}):
             layer: Any = self.encoder.layers[number]
-            names = [name for name, layers in self.wanted.items() if number in layers]
-            if states := [name for name in names if name in FEATURES]:
-                on.after(layer, self._features(number, states))
-            if len(states) < len(names):
+            signals = [signal_of(n) for n, layers in self.wanted.items() if number in layers]
+            if states := [signal for signal in signals if signal.of_states is not None]:
+                on.after(layer, self._after(number, states))
+            if projected := [signal for signal in signals if signal.of_projections is not None]:
                 on.before(layer, self._note)
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
-                if "information_flow" in names:
+                if any(signal.values for signal in projected):
                     parts = (*parts, "v_proj")
                 for part in parts:
-                    hook = self._projection(number, part, parts, names)
+                    hook = self._projection(number, part, parts, projected)
                     on.tap(attention, part, hook)
 
     @contextmanager
@@ -117,13 +106,11 @@ class EncoderSignals:
         finally:
             self._running.rows = None
 
-    def deliver(self, name: str, values: Tensor) -> Tensor:
-        """(G, L, C, V) as collected, in the shape that the signal has for methods."""
-        if name in ONE_PER_TOKEN:
-            return values[:, :, 0]
-        if name == "encoder_keys":
-            return values.unflatten(2, (self.encoder.heads, -1)).transpose(-1, -2)
-        return values.transpose(-1, -2) if name in FEATURES else values
+    def deliver(self, name: str, values: Tensor, clip: ClipQuestions | None = None) -> Tensor:
+        """(G, L, C, V) as collected, as the signal is for methods; `clip` is what is asked."""
+        signal = signal_of(name)
+        values = signal.shape(values, self.encoder.heads)
+        return values if signal.of_states is None else signal.of_states(values, clip)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer: what it is told, whether or not its attention is called as a module."""
@@ -144,16 +131,16 @@ class EncoderSignals:
             :, None, None
         ]
 
-    def _keep(self, name: str, number: int, row: Tensor) -> None:
+    def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
         shortened = self._pass()
-        self._running.rows[name, number] = row if shortened is None else shortened.widen(row)
+        self._running.rows[signal.name, number] = row if shortened is None else shortened.widen(row)
 
-    def _features(self, number: int, names: list[str]) -> Any:
+    def _after(self, number: int, signals: list[EncoderSignal]) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if getattr(self._running, "rows", None) is not None:
                 states = self._states(output)
-                for name in names:
-                    self._keep(name, number, states)
+                for signal in signals:
+                    self._keep(signal, number, states)
 
         return hook
 
@@ -162,7 +149,9 @@ class EncoderSignals:
         states = output if isinstance(output, Tensor) else output[0]
         return states.detach()[:, self.encoder.special :].transpose(1, 2)
 
-    def _projection(self, number: int, part: str, parts: tuple[str, ...], names: list[str]) -> Any:
+    def _projection(
+        self, number: int, part: str, parts: tuple[str, ...], signals: list[EncoderSignal]
+    ) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             if getattr(self._running, "rows", None) is None:
                 return
@@ -170,34 +159,29 @@ class EncoderSignals:
             pending[part] = output.detach()
             if len(pending) == len(parts):
                 del self._running.pending[number]
-                for name, row in self._rows(names, *(pending[p] for p in parts)).items():
-                    self._keep(name, number, row)
+                projections = self._projections([pending[p] for p in parts])
+                for signal in signals:
+                    assert signal.of_projections is not None
+                    self._keep(signal, number, signal.of_projections(projections))
 
         return hook
 
-    def _rows(self, names: list[str], *parts: Tensor) -> dict[str, Tensor]:
-        """(B, C, V) of each signal of a layer, from queries, keys, and values if needed."""
-        query, key = parts[:2]
-        special, heads = self.encoder.special, self.encoder.heads
-        bias = self._bias
-        rows: dict[str, Tensor] = {}
-        if "cls_attention" in names:
-            rows["cls_attention"] = class_row(query, key, heads, special, bias)
-        if "information_flow" in names:
-            row = class_row(query, key, heads, special, bias)
-            rows["information_flow"] = information_flow(row, parts[2], special, bias)[:, None]
-        if "joint_cls_attention" in names:
-            rows["joint_cls_attention"] = class_row(query, key, 1, special, bias)
-        if "encoder_keys" in names:
-            rows["encoder_keys"] = key[:, special:].transpose(1, 2)
-        if "received_attention" in names or "given_attention" in names:
-            received, given = attention_sums(query, key, heads, special, bias)
-            both = {"received_attention": received, "given_attention": given}
-            rows |= {name: row[:, None] for name, row in both.items() if name in names}
-        if "global_attention" in names:
-            row = global_attention(query, key, heads, special, bias, threshold=self.threshold)
-            rows["global_attention"] = row[:, None]
-        return rows
+    def _projections(self, parts: list[Tensor]) -> Projections:
+        """Of queries, keys, and values if a signal reads them."""
+        query, key, value = (*parts, None)[:3]
+        assert query is not None
+        assert key is not None
+        encoder = self.encoder
+        return Projections(
+            query, key, value, encoder.heads, encoder.special, self._bias, self.threshold
+        )
+
+
+def signal_of(name: str) -> EncoderSignal:
+    """The signal of encoder layers that has a name."""
+    signal = SIGNALS[name]
+    assert isinstance(signal, EncoderSignal)  # as the plan has checked
+    return signal
 
 
 def hides(mask: Tensor) -> Tensor | None:

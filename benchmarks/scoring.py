@@ -28,7 +28,7 @@ from transformers.models.llama.modeling_llama import (  # noqa: E402
 from foveate.core import VisualTokens  # noqa: E402
 from foveate.methods import DivPrune, Downsample, FasterVLM, Random, Uniform  # noqa: E402
 from foveate.signals.cls_attention import class_row  # noqa: E402
-from foveate.signals.decoder import LayerView  # noqa: E402
+from foveate.signals.layer_view import LayerView  # noqa: E402
 
 LAYERS, TEXT, HIDDEN = 32, 64, 4096
 CONFIG = LlamaConfig(

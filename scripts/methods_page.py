@@ -85,7 +85,7 @@ def section(slug: str) -> str:
     if cls.needs:
         out.append(
             "Asks for:\n"
-            + "\n".join(f"- `{n}`: {SIGNALS[n].what}" for n in dict.fromkeys(cls.needs))
+            + "\n".join(f"- `{n}`: {SIGNALS[n].doc}" for n in dict.fromkeys(cls.needs))
         )
     return "\n\n".join(out)
 
@@ -102,7 +102,7 @@ def page() -> str:
 
 def guide() -> str:
     """The guide for authors, with the signals that there are."""
-    rows = [f"| `{n}` | {TAKEN[s.source]} | {s.what} |\n" for n, s in SIGNALS.items()]
+    rows = [f"| `{n}` | {TAKEN[s.source]} | {s.doc} |\n" for n, s in SIGNALS.items()]
     text = (DOCS / "add-a-method.md").read_text(encoding="utf-8")
     return TABLE.sub(lambda _: "".join(rows), text, count=1)
 

@@ -9,6 +9,7 @@ from foveate.core.video import VideoMethod
 from foveate.engine.plan import PlannedStep
 from foveate.errors import BudgetError, LayerError
 from foveate.families import Family
+from foveate.signals import SIGNALS
 
 
 def check_together(family: Family, methods: Sequence[Method], steps: Sequence[PlannedStep]) -> None:
@@ -119,7 +120,7 @@ def _check_transitions(
     for planned in steps:
         for need in planned.step.needs:
             layers = [layer for layer in need.layers if layer in partial]
-            if need.name == "transition" and layers:
+            if SIGNALS[need.name].after_layer and layers:
                 raise LayerError(
                     f"{planned.method.slug} asks how much decoder layer {layers[0]} changes "
                     f"tokens, but {partial[layers[0]]} has that layer computed in parts; give "
@@ -180,10 +181,10 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
 
 def _check_thresholds(steps: Sequence[PlannedStep]) -> None:
     """Refuse two steps that mean different things by global patches."""
-    needs = [n for s in steps for n in s.step.needs if n.name == "global_attention"]
+    needs = [n for s in steps for n in s.step.needs if SIGNALS[n.name].global_threshold]
     if len({need.global_threshold for need in needs}) > 1:
         raise LayerError(
-            "methods of one session ask for global_attention above different thresholds: "
+            f"methods of one session ask for {needs[0].name} above different thresholds: "
             f"{', '.join(str(need.global_threshold) for need in needs)}; give them the same"
         )
 

@@ -186,11 +186,7 @@ class FeatureHooks:
     def _deliver(self, name: str, values: Tensor) -> Tensor:
         """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
         assert self.tags.signals is not None
-        values = self.tags.signals.deliver(name, values)
-        if not name.startswith("clip"):
-            return values
-        assert self.clip is not None  # the session has checked it
-        return self.clip.patches(values, normed=name == "clip_patches")
+        return self.tags.signals.deliver(name, values, self.clip)
 
     def _question(
         self, rows: Sequence[int], ends: Sequence[int], output: Any, source: Sequence[int]

@@ -24,7 +24,7 @@ from foveate.engine.images import Group, Left, group_features, note, reduce_grou
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.question import Question
 from foveate.errors import InputError, LayerError
-from foveate.signals import SIGNALS
+from foveate.signals import SIGNALS, PromptSignal
 from foveate.signals.clip import ClipQuestions
 
 
@@ -177,7 +177,7 @@ class Asker:
 
     def unasked(self, needs: Sequence[Need], group: Group) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know."""
-        if not self.labelled or all(need.name != "question_embeddings" for need in needs):
+        if not self.labelled or not any(SIGNALS[need.name].text for need in needs):
             return set()
         assert self.question is not None  # reduction waits until the prompt is known
         question = self.question[0]
@@ -185,14 +185,17 @@ class Asker:
         asked = question.mask(*where).any(1).tolist()
         return {i for i, asks in enumerate(asked) if not asks}
 
-    def signals(self, name: str, part: Group) -> dict[str, Tensor]:
-        """A signal of the prompt for each image of a group, with masks of all the text there is and
-        of what comes before another image.
+    def clip_segments(self, part: Group) -> tuple[Tensor, Tensor]:
+        """(G, M, E) segments of the question of each image of a group in CLIP's space, and (G, M)
+        which of them are no padding.
         """
-        if name == "clip_questions":
-            assert self.clip is not None  # the session has checked it
-            text, mask = self.clip.of([self.request(row) for row in part.rows])
-            return {name: text, f"{name}_mask": mask}
+        assert self.clip is not None  # the session has checked it
+        return self.clip.of([self.request(row) for row in part.rows])
+
+    def text_embeddings(self, part: Group) -> tuple[Tensor, Tensor, Tensor]:
+        """(G, Q, D) input embeddings of the text behind each image of a group, and (G, Q) masks of
+        all the text there is and of what comes before another image.
+        """
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
         following = self._following()
@@ -208,8 +211,7 @@ class Asker:
                 "image, and the prompt ends in a visual token that is encoded apart from it; put "
                 "text after the image, or use a method that does not look at the prompt"
             )
-        paired = question.paired(rows, ends, behind)
-        return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
+        return text, mask, question.paired(rows, ends, behind)
 
     def _following(self) -> dict[tuple[int, int], int]:
         """(row, end) of an image -> end of the next one in its row."""
@@ -369,8 +371,10 @@ def _step(
     def signals(part: Group) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for need in needs:
-            if SIGNALS[need.name].source == "prompt":
-                found |= asker.signals(need.name, part)
+            signal = SIGNALS[need.name]
+            if isinstance(signal, PromptSignal):
+                value, masks = signal.of_prompt(asker, part)
+                found |= {need.name: value, **masks}
             else:
                 found[need.name] = deliver(need.name, _signal(need, encoded, asker.source, part))
         return found

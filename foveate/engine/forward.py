@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
-from foveate.engine.decoder_signals import Looks
+from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.images import Group, note, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -64,7 +64,7 @@ class Turn:
             for image, began in zip(group.images, group.began, strict=True)
             for method, tokens in began.items()
         }
-        self.looks = Looks(self)
+        self.decoder_signals = DecoderSignals(self)
         self.extensions = [extension(self, plan) for extension in plan.extensions]
         self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
@@ -223,9 +223,9 @@ class Turn:
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        looked = number in self.plan.looks
-        if looked:
-            self.looks.take(number, layer, hidden, kwargs)
+        collects = number in self.plan.decoder_signals
+        if collects:
+            self.decoder_signals.collect(number, layer, hidden, kwargs)
         for planned in self.plan.llm:
             if planned.step.layer != number:
                 continue
@@ -239,8 +239,8 @@ class Turn:
             if self.layout is not before:
                 for extension in self.extensions:
                     extension.after_step(planned, kwargs.get("past_key_values"))
-        if looked:
-            self.looks.take(number, layer, hidden, kwargs, later=True)
+        if collects:
+            self.decoder_signals.collect(number, layer, hidden, kwargs, later=True)
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -252,7 +252,7 @@ class Turn:
             return x if seen is None else x.masked_fill(~seen[..., None].to(x.device), 0.0)
 
         def signals(part: Group) -> Mapping[str, Tensor]:
-            return self.looks.of(planned.step.needs, part)
+            return self.decoder_signals.of(planned.step.needs, part)
 
         gone = torch.zeros(
             self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
@@ -267,7 +267,7 @@ class Turn:
                 self.prompt.request,
                 features,
                 signals,
-                self.looks.unasked(planned.step.needs, group),
+                self.decoder_signals.without_query(planned.step.needs, group),
             )
             for part, after, reduction in parts:
                 groups.append(after)

@@ -350,7 +350,8 @@ class Hooks(FeatureHooks):
         turn = self._local.now.turn
         if turn is not None and turn.groups:
             given = args[0] if args else kwargs["hidden_states"]
-            turn.looks.changed(number, given, output[0] if isinstance(output, tuple) else output)
+            made = output[0] if isinstance(output, tuple) else output
+            turn.decoder_signals.collect_module(number, given, made)
 
     @torch.compiler.disable
     def leave_text(self, output: Any) -> Any:

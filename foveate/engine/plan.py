@@ -11,7 +11,7 @@ from torch import nn
 
 from foveate.core import Method, Need, PartialCompute, PerRequest, Step
 from foveate.errors import BudgetError, UnsupportedModelError
-from foveate.signals import SIGNALS
+from foveate.signals import SIGNALS, DecoderSignal
 
 if TYPE_CHECKING:
     from foveate.engine.extensions.base import Extension
@@ -78,18 +78,18 @@ class Plan:
         steps = (
             (s.method.slug, need.name) for s in (*self.pre_llm, *self.llm) for need in s.step.needs
         )
-        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].asks))
+        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].depends_on_prompt))
 
     @property
     def asks_embeddings(self) -> bool:
         """Whether a step compares image features with the text after them."""
-        return any(n.name == "question_embeddings" for s in self.pre_llm for n in s.step.needs)
+        return any(SIGNALS[n.name].text for s in self.pre_llm for n in s.step.needs)
 
     @cached_property
     def without_text(self) -> tuple[str, ...]:
         """Methods that rank by the text after an image, or else by the prompt's last token."""
         steps = [(s.method.slug, n.name) for s in (*self.pre_llm, *self.llm) for n in s.step.needs]
-        return tuple(dict.fromkeys(slug for slug, name in steps if name.startswith("question")))
+        return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].text))
 
     @cached_property
     def blind(self) -> dict[int, PartialCompute]:
@@ -126,23 +126,26 @@ class Plan:
         """What patches must receive of the mean to be global, where a step asks of that."""
         needs = (need for planned in self.pre_llm for need in planned.step.needs)
         return next(
-            (need.global_threshold for need in needs if need.name == "global_attention"), 0.0
+            (need.global_threshold for need in needs if SIGNALS[need.name].global_threshold), 0.0
         )
 
     @cached_property
-    def looks(self) -> dict[int, dict[str, list[PlannedStep]]]:
-        """Decoder layer -> signal taken there -> steps that need it."""
-        found: dict[int, dict[str, list[PlannedStep]]] = {}
+    def decoder_signals(self) -> dict[int, dict[DecoderSignal, list[PlannedStep]]]:
+        """Decoder layer -> signal collected there -> steps that need it."""
+        found: dict[int, dict[DecoderSignal, list[PlannedStep]]] = {}
         for planned in self.llm:
             for need in planned.step.needs:
-                for layer in need.layers if SIGNALS[need.name].layered else (0,):
-                    found.setdefault(layer, {}).setdefault(need.name, []).append(planned)
+                signal = SIGNALS[need.name]
+                assert isinstance(signal, DecoderSignal)  # as checked when it was planned
+                for layer in need.layers if signal.layered else (0,):
+                    found.setdefault(layer, {}).setdefault(signal, []).append(planned)
         return found
 
     @property
-    def transition_layers(self) -> tuple[int, ...]:
+    def watched_layers(self) -> tuple[int, ...]:
         """Decoder layers whose modules are watched while they run."""
-        return tuple(sorted(n for n, names in self.looks.items() if "transition" in names))
+        layers = self.decoder_signals.items()
+        return tuple(sorted(n for n, signals in layers if any(s.of_module for s in signals)))
 
     @cached_property
     def waits(self) -> bool:
@@ -154,7 +157,7 @@ class Plan:
     def asks_clip(self) -> tuple[str, ...]:
         """Methods that compare patches with the question in CLIP's space."""
         needs = ((s.method.slug, n.name) for s in self.pre_llm for n in s.step.needs)
-        return tuple(dict.fromkeys(slug for slug, name in needs if name == "clip_questions"))
+        return tuple(dict.fromkeys(slug for slug, name in needs if SIGNALS[name].clip))
 
     @cached_property
     def before_projector(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from foveate.engine.extensions.partial.prefill import why_whole
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Family
-from foveate.signals import SIGNALS
+from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
 
 
 def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
@@ -196,14 +196,16 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
             )
         if signal.layered and not need.layers:
             raise LayerError(f"{planned.method.slug} needs {need.name}, but names no layer")
-        if signal.source == "encoder":
-            _check_encoder_signal(family, planned, need)
-        elif signal.source == "decoder":
-            _check_decoder_signal(family, planned, need)
+        if isinstance(signal, EncoderSignal):
+            _check_encoder_signal(family, planned, need, signal)
+        elif isinstance(signal, DecoderSignal):
+            _check_decoder_signal(family, planned, need, signal)
 
 
-def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
-    slug, step, signal = planned.method.slug, planned.step, SIGNALS[need.name]
+def _check_encoder_signal(
+    family: Family, planned: PlannedStep, need: Need, signal: EncoderSignal
+) -> None:
+    slug, step = planned.method.slug, planned.step
     encoder = family.encoder
     works = "Methods that work here: "
     if signal.class_token and (encoder is None or not encoder.class_token):
@@ -212,21 +214,22 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             "has no class token that methods can read. "
             f"{works}{', '.join(working_methods(family))}."
         )
-    if encoder is None or (encoder.packed is not None and not signal.packed):
+    if encoder is None or (encoder.packed is not None and not signal.varlen):
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
             f"give. {works}{', '.join(working_methods(family))}."
         )
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
-        own = need.layers == (step.layer,) and signal.inside
+        own = need.layers == (step.layer,) and signal.inside is not None
         if not (own or (earlier and encoder.packed is None)):
+            inside = ", ".join(name for name, of in SIGNALS.items() if _is_inside(of))
             raise LayerError(
                 f"{slug} acts at {step.site} and can have signals of that layer only "
-                f"({', '.join(name for name, s in SIGNALS.items() if s.inside)}), or before it of "
+                f"({inside}), or before it of "
                 f"earlier ones, but needs {need.name} of layers {need.layers}"
             )
-        if need.name == "encoder_keys" and not step.inside:
+        if signal.inside is not None and not signal.ahead and not step.inside:
             raise LayerError(
                 f"{slug} needs {need.name}, which only a step inside an encoder layer has; it "
                 f"acts at {step.site}"
@@ -238,10 +241,17 @@ def _check_encoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
         )
 
 
-def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+def _is_inside(signal: Signal) -> bool:
+    """Whether a step inside an encoder layer can have a signal of that layer."""
+    return isinstance(signal, EncoderSignal) and signal.inside is not None
+
+
+def _check_decoder_signal(
+    family: Family, planned: PlannedStep, need: Need, signal: DecoderSignal
+) -> None:
     slug, step = planned.method.slug, planned.step
     # What a layer does to a token is known behind it; all else, before it.
-    last = step.layer - (need.name == "transition")
+    last = step.layer - signal.after_layer
     outside = [i for i in need.layers if not 0 <= i <= last]
     if outside:
         raise LayerError(
@@ -249,7 +259,7 @@ def _check_decoder_signal(family: Family, planned: PlannedStep, need: Need) -> N
             f"it is known of layers 0 to {last}"
         )
     windowed = [i for i in need.layers if i not in family.attention_layers]
-    if SIGNALS[need.name].attention and windowed:
+    if signal.full_attention and windowed:
         legal = ", ".join(map(str, family.attention_layers))
         raise LayerError(
             f"{slug} ranks tokens by the attention of layer {windowed[0]}, which sees only a "
@@ -316,7 +326,7 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
             return True
         if tower is None or (signal.class_token and not tower.class_token):
             return False
-        if tower.packed is not None and not signal.packed:
+        if tower.packed is not None and not signal.varlen:
             return False
         return method.stage == "vision" or reads
 

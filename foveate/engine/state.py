@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from foveate.engine.cached_forward import Onward
     from foveate.engine.forward import Turn
     from foveate.engine.images import Group
+    from foveate.engine.layout import Layout, Slots
+    from foveate.engine.plan import Plan
     from foveate.engine.rollback import Rollback
+    from foveate.families import Family
     from foveate.record.record import Record
     from foveate.signals.clip import ClipQuestions
 
@@ -78,6 +81,51 @@ class Prompt:
             return None
         hidden = self.visual & ~self.real[:, self.past :]
         return hidden if bool(hidden.any()) else None
+
+
+class ForwardState(Protocol):
+    """A forward as decoder signals read it."""
+
+    @property
+    def plan(self) -> Plan:
+        """The session's plan."""
+
+    @property
+    def family(self) -> Family:
+        """The model's family."""
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the forward is about."""
+
+    @property
+    def groups(self) -> list[Group]:
+        """Images, and what is alive of them now."""
+
+    @property
+    def layout(self) -> Layout:
+        """Physical columns of now."""
+
+    @property
+    def begin_of(self) -> dict[tuple[int, int], int]:
+        """(method, image) -> tokens it had where the method began."""
+
+    def slots_of(self, cache: Any, number: int) -> Slots:
+        """What a cache layer held before this forward."""
+
+    def positions(
+        self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Any, Tensor | None]:
+        """(cos, sin) and position ids of the physical columns."""
+
+    def row_index(self, part: Group) -> Tensor:
+        """(G, 1) row of the batch of each image."""
+
+    def columns_of(self, part: Group, layout: Layout) -> Tensor:
+        """(G, V) physical columns of a group in a layout."""
+
+    def seen(self, group: Group) -> Tensor | None:
+        """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
 
 
 class Forward:

@@ -22,8 +22,7 @@ from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
-from foveate.signals import SIGNALS
-from foveate.signals.encoder import EncoderSignals
+from foveate.signals.encoder_hooks import EncoderSignals, signal_of
 from foveate.signals.packed import PackedSignals
 
 
@@ -106,7 +105,7 @@ class Tags:
         arguments: Mapping[str, Any],
     ) -> Sequence[Tensor]:
         """(C, V) of each image; refuse what would rank the wrong tokens."""
-        images = self.family.per_token(modality, rows, arguments, SIGNALS[name].newline)
+        images = self.family.per_token(modality, rows, arguments, signal_of(name).newline)
         if [row.shape[-1] for row in images] != list(lengths):
             raise self.unmapped(modality)
         return images

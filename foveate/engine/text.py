@@ -72,7 +72,7 @@ class TextPart(Hooks, Part):
             self.replace_forward(family.text.rotary_emb, self.rotate)
         for number in range(family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(self.layer, number))
-        for number in self.plan.transition_layers:
+        for number in self.plan.watched_layers:
             for name in ("self_attn", "mlp"):
                 module = family._child(family.layers[number], name)
                 self.after(module, functools.partial(self.leave_module, number))

@@ -17,10 +17,8 @@ from foveate.core.step import entries, site_of
 from foveate.measure.flops import TextShape
 from foveate.measure.trace import Traced
 from foveate.record.record import ImageRecord, Record
-from foveate.signals import SIGNALS
-
-_KEYS = {"text_attention", "content_attention", "question_attention", "llm_keys", "question_keys"}
-_VALUES = {"llm_values", "value_attention"}
+from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal
+from foveate.signals.signal import DecoderSizes, EncoderSizes, flops_of
 
 
 @dataclass(frozen=True)
@@ -64,35 +62,36 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
         shapes: sizes of the decoder layers.
         steps: what methods wanted to do.
     """
-    taken: dict[tuple[int, bool], set[str]] = {}  # layer, whether of what it saw itself
-    total, relevance = 0, False
+    # layer, whether of what it saw itself
+    collected: dict[tuple[int, bool], set[DecoderSignal]] = {}
+    of_input: set[DecoderSignal] = set()
     for acted in steps:
         for need in acted.step.needs:
-            if SIGNALS[need.name].source != "decoder":
+            signal = SIGNALS[need.name]
+            if not isinstance(signal, DecoderSignal):
                 continue
-            if need.name == "question_relevance":
-                relevance |= _taken(record, acted, 0, -1)
-                continue
-            for layer in need.layers if SIGNALS[need.name].layered else ():
+            if signal.of_input is not None and _collected(record, acted, 0, -1):
+                of_input.add(signal)
+            for layer in need.layers if signal.layered else ():
                 later = acted.step.layer > layer
-                if _taken(record, acted, layer, layer if later else layer - 1):
+                if _collected(record, acted, layer, layer if later else layer - 1):
                     cut = record.layer_tokens[layer] != _tokens_before(record, layer)
-                    taken.setdefault((layer, later and cut), set()).add(need.name)
-    for (layer, later), names in taken.items():
+                    collected.setdefault((layer, later and cut), set()).add(signal)
+    visual = sum(image.alive(-1) for image in record.images)
+    total = flops_of(of_input, _sizes(shapes[0], visual, record.question_tokens))
+    for (layer, later), signals in collected.items():
         counts = record.layer_tokens[layer] if later else _tokens_before(record, layer)
         for row, tokens in enumerate(counts):
             if any(image.row == row for image in record.images):
-                total += _look_flops(shapes[layer], names, tokens, record.question_tokens)
-    if relevance:
-        visual = sum(image.alive(-1) for image in record.images)
-        total += 2 * visual * shapes[0].hidden * record.question_tokens
+                sizes = _sizes(shapes[layer], tokens, record.question_tokens)
+                total += flops_of(signals, sizes)
     return total
 
 
-def _taken(record: Record, acted: Acted, layer: int, seen: int) -> bool:
-    """Whether a step was told about a layer: if it would remove tokens of any image as it was there
-    (steps between the layer and its own may remove them first), or finds out from its signals how
-    many stay. `seen` is the layer that saw them as they were.
+def _collected(record: Record, acted: Acted, layer: int, seen: int) -> bool:
+    """Whether signals of a layer were collected for a step: if it would remove tokens of any image
+    as it was there (steps between the layer and its own may remove them first), or finds out from
+    its signals how many stay. `seen` is the layer that saw them as they were.
     """
     images = [image for image in record.images if acted.entry in image.kept]
     if acted.method.adaptive:
@@ -120,21 +119,9 @@ def _tokens_before(record: Record, layer: int) -> list[int]:
     return tokens
 
 
-def _look_flops(shape: TextShape, names: set[str], tokens: int, asked: int) -> int:
-    """2 T D g d for the keys, and for the values; for each query row 2 D h d, and 2 h d T for its
-    scores; 2 g d T for a row of products of values.
-    """
+def _sizes(shape: TextShape, tokens: int, text: int) -> DecoderSizes:
     queries, held = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    row = 2 * shape.hidden * queries + 2 * queries * tokens
-    total = 2 * tokens * shape.hidden * held * (bool(names & _KEYS) + bool(names & _VALUES))
-    if "value_attention" in names:
-        total += 2 * tokens * held
-    total += row * len(names & {"text_attention", "content_attention"})
-    if "question_attention" in names:
-        total += row * asked
-    if "question_closeness" in names:
-        total += 2 * asked * tokens * shape.head_dim
-    return total
+    return DecoderSizes(shape.hidden, queries, held, shape.head_dim, tokens, text)
 
 
 def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int:
@@ -145,12 +132,13 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
         traced: what the encoder did with all tokens.
         steps: what methods wanted to do.
     """
-    taken: dict[int, set[str]] = {}
+    collected: dict[int, set[EncoderSignal]] = {}
     total = 0
     for acted in steps:
         step = acted.step
         for need in step.needs:
-            if SIGNALS[need.name].source != "encoder":
+            signal = SIGNALS[need.name]
+            if not isinstance(signal, EncoderSignal):
                 continue
             if step.stage == "vision" and need.layers == (step.layer,):  # of its own layer
                 if not _shortens(record, acted.entry):
@@ -158,13 +146,10 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
                 if not step.inside:
                     total += traced.rows[0] * _ahead_flops(record, traced, step.layer)
             for layer in need.layers:
-                taken.setdefault(layer, set()).add(need.name)
-    for layer, names in taken.items():
-        pictures, rows = traced.rows[0], _rows(record, traced, layer)
-        pairs = _pairs(record, traced, layer)
-        if {"received_attention", "given_attention"} <= names:  # the same map
-            names = names - {"given_attention"}
-        total += pictures * sum(_signal_flops(n, rows, pairs, traced.width) for n in names)
+                collected.setdefault(layer, set()).add(signal)
+    for layer, signals in collected.items():
+        rows, pairs = _rows(record, traced, layer), _pairs(record, traced, layer)
+        total += traced.rows[0] * flops_of(signals, EncoderSizes(rows, pairs, traced.width))
     return total
 
 
@@ -192,16 +177,3 @@ def _ahead_flops(record: Record, traced: Traced, layer: int) -> int:
     """One query and all keys of a layer that is about to run: 2 D^2 (N + 1)."""
     rows = _rows(record, traced, layer - 1) if layer else traced.rows[1]
     return 2 * traced.width**2 * (rows + 1)
-
-
-def _signal_flops(name: str, rows: int, pairs: int, width: int) -> int:
-    match name:
-        case "cls_attention" | "joint_cls_attention":
-            return 2 * width * rows
-        case "information_flow":
-            return 4 * width * rows
-        case "received_attention" | "given_attention":
-            return 2 * width * pairs
-        case "global_attention":
-            return 4 * width * pairs + 2 * pairs
-    return 0

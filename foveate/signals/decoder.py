@@ -1,226 +1,228 @@
-"""What a decoder layer is about to attend with, worked out before it runs and without an attention
-map.
+"""Signals of decoder layers: what steps between them can ask for.
 
-The layer's own norm, projections, rotary embedding and scaling are used, so the rows equal those of
-eager attention. Each part is computed once, and only if a signal asks for it.
-Shapes: `B` rows, `P` columns, `Q` queries of a row, `H` heads and `Hkv` key heads of width `d`.
+Shapes as in `signal`; `Hkv` key heads.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from foveate.errors import UnsupportedModelError
+from foveate.signals.signal import (
+    DecoderSignal,
+    DecoderSizes,
+    ImageTokens,
+    LayerInput,
+    define,
+)
+
+# -- costs
 
 
-class LayerView:
-    """A decoder layer about to run.
+def _keys(sizes: DecoderSizes) -> int:
+    """The keys of all tokens."""
+    return 2 * sizes.tokens * sizes.hidden * sizes.held
 
-    Args:
-        layer: the layer.
-        hidden: (B, P, D) its input.
-        rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
-        past: cached keys (B, Hkv, S, d), already rotated.
 
-    Raises:
-        UnsupportedModelError: the layer's weights are offloaded and nothing brings them back, or
-            its projections are fused.
+def _values(sizes: DecoderSizes) -> int:
+    """The values of all tokens."""
+    return 2 * sizes.tokens * sizes.hidden * sizes.held
+
+
+def _query(sizes: DecoderSizes) -> int:
+    """A query, and its scores of all keys."""
+    return 2 * sizes.hidden * sizes.queries + 2 * sizes.queries * sizes.tokens
+
+
+# -- aggregation
+
+
+def _query_mean(values: Tensor, images: ImageTokens) -> Tensor:
+    return images.query_mean(values)
+
+
+def _query_mean_of_shares(values: Tensor, images: ImageTokens) -> Tensor:
+    """Softmax over the image's tokens alone, then the mean over query tokens."""
+    return images.query_mean(values.softmax(-1).nan_to_num())
+
+
+def _without_padding(values: Tensor, images: ImageTokens) -> Tensor:
+    """Zeros in rows (G, ..., Q, n) of text that is padding."""
+    mask = images.text_mask.to(values.device)
+    mask = mask[:, None] if values.dim() == 4 else mask
+    return values.masked_fill(~mask[..., None], 0.0)
+
+
+# -- of query tokens
+
+
+@define(
+    DecoderSignal,
+    "before_layer",
+    column_axis=3,
+    finish=_query_mean,
+    query=True,
+    depends_on_prompt=True,
+    full_attention=True,
+    flops=_query,
+    shares=(_keys,),
+)
+def text_attention(layer: LayerInput) -> Tensor:
+    """(G, L, H, V): attention of the last prompt token to the visual tokens."""
+    return layer.query_attention()
+
+
+@define(
+    DecoderSignal,
+    "before_layer",
+    column_axis=3,
+    finish=_query_mean_of_shares,
+    hidden_value=-torch.inf,
+    query=True,
+    depends_on_prompt=True,
+    full_attention=True,
+    flops=_query,
+    shares=(_keys,),
+)
+def content_attention(layer: LayerInput) -> Tensor:
+    """(G, L, H, V): the same without rotary positions, over the image's tokens alone."""
+    return layer.view.content_logits(layer.query_columns)
+
+
+@define(
+    DecoderSignal,
+    "before_layer",
+    column_axis=3,
+    finish=_without_padding,
+    text=True,
+    depends_on_prompt=True,
+    full_attention=True,
+    flops=lambda sizes: sizes.text * _query(sizes),
+    shares=(_keys,),
+)
+def question_attention(layer: LayerInput) -> Tensor:
+    """(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text behind the image to
+    the visual tokens.
     """
-
-    def __init__(
-        self,
-        layer: Any,
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-        past: Tensor | None = None,
-    ) -> None:
-        self.layer, self.hidden, self.past = layer, hidden.detach(), past
-        self.attention_module = layer.self_attn
-        projection = self._projection("k_proj")
-        weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(projection):
-            raise UnsupportedModelError(
-                "attention scores need the weights of the decoder layer, but they are offloaded "
-                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
-            )
-        self._rotary = rotary
-
-    @cached_property
-    @torch.no_grad()
-    def _normed(self) -> Tensor:
-        # Where norms follow the sublayers, attention reads the states as they are.
-        after = getattr(self.layer, "norm_after", False)
-        return self.hidden if after else self.layer.input_layernorm(self.hidden)
-
-    @cached_property
-    @torch.no_grad()
-    def _plain_keys(self) -> Tensor:
-        return self._heads(self._projection("k_proj")(self._normed), "k_norm")
-
-    @cached_property
-    @torch.no_grad()
-    def keys(self) -> Tensor:
-        """(B, Hkv, P, d) rotated keys."""
-        k = self._plain_keys
-        if self._rotary is None:
-            return k
-        cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
-        return rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
-
-    @cached_property
-    @torch.no_grad()
-    def values(self) -> Tensor:
-        """(B, Hkv, P, d) values."""
-        return self._heads(self._projection("v_proj")(self._normed), "v_norm")
-
-    @torch.no_grad()
-    def value_logits(self, columns: Tensor) -> Tensor:
-        """(B, Hkv, Q, P) float32 products of the values of (B, Q) columns with all, scaled as those
-        of queries and keys are by their width.
-        """
-        v = self.values
-        rows = torch.arange(v.shape[0], device=v.device)[:, None]
-        asking = v.transpose(1, 2)[rows, columns.to(v.device)].transpose(1, 2)
-        return torch.matmul(asking, v.mT).float() / v.shape[-1] ** 0.5
-
-    @torch.no_grad()
-    def queries(self, columns: Tensor, rotate: bool = True) -> Tensor:
-        """(B, H, Q, d) queries of (B, Q) columns."""
-        columns = columns.to(self.hidden.device)
-        rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        q = self._heads(self._projection("q_proj")(self._normed[rows, columns]), "q_norm")
-        if self._rotary is None or not rotate:
-            return q
-        cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
-        return rotary_function(self.attention_module)(q, q, cos, sin)[0]
-
-    @torch.no_grad()
-    def attention(
-        self, columns: Tensor, visible: Tensor | None = None, cached: Tensor | None = None
-    ) -> Tensor:
-        """Softmax attention of some queries over the cached keys and the columns of this forward.
-
-        Args:
-            columns: (B, Q) columns of the queries.
-            visible: (B, Q or 1, P) columns that they may see, or `None` for all.
-            cached: (B, Q or 1, S) the same for the cached keys.
-
-        Returns:
-            (B, H, Q, P) float32 probabilities of the P columns; with cached keys they do not sum to
-            one.
-        """
-        return self._attention(columns, visible, cached)[1]
-
-    @torch.no_grad()
-    def attention_to_past(self, columns: Tensor, cached: Tensor | None = None) -> Tensor:
-        """The same for the cached keys, where all columns may be seen: (B, H, Q, S)."""
-        return self._attention(columns, None, cached)[0]
-
-    def _attention(
-        self, columns: Tensor, visible: Tensor | None, cached: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        q = self.queries(columns)
-        logits = self._logits(q, self.keys, visible)
-        if self.past is None:
-            return logits[..., :0], logits.softmax(-1)
-        earlier = self._logits(q, self.past.to(q.dtype), cached)
-        shares = torch.cat((earlier, logits), dim=-1).softmax(-1)
-        return shares[..., : earlier.shape[-1]], shares[..., earlier.shape[-1] :]
-
-    @torch.no_grad()
-    def content_logits(self, columns: Tensor) -> Tensor:
-        """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
-        return self._logits(self.queries(columns, rotate=False), self._plain_keys, None)
-
-    @torch.no_grad()
-    def closeness(self, columns: Tensor) -> Tensor:
-        """(B, Q, P) float32 inner products, over the width, of a query and a key that are all ones
-        before they are rotated: 1 where positions are equal, and everywhere without rotation.
-
-        Args:
-            columns: (B, Q) columns of the queries.
-        """
-        batch, total = self.hidden.shape[:2]
-        width = self.attention_module.head_dim
-        ones = torch.ones(batch, 1, total, width, device=self.hidden.device)
-        if self._rotary is not None:
-            cos, sin = (part.float().expand(batch, -1, -1) for part in self._rotary)
-            ones = rotary_function(self.attention_module)(ones, ones, cos, sin)[1]
-        keys = ones[:, 0]
-        rows = torch.arange(batch, device=keys.device)[:, None]
-        return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width
-
-    def _projection(self, name: str) -> Callable[[Tensor], Tensor]:
-        """A projection. It is called and never read: quantised ones show no weight, or another."""
-        found: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
-        if found is None:
-            raise UnsupportedModelError(
-                f"attention scores need the projections of a decoder layer, but its "
-                f"{type(self.attention_module).__name__} has no {name} (fused by a quantised "
-                "model?); load the model without fused modules, or use a pre_llm method"
-            )
-        return found
-
-    def _heads(self, x: Tensor, norm: str) -> Tensor:
-        width = self.attention_module.head_dim
-        module = getattr(self.attention_module, norm, None) or torch.nn.Identity()
-        weight = getattr(module, "weight", None)
-        over_heads = isinstance(weight, Tensor) and weight.shape[-1] != width
-        if over_heads:
-            x = module(x)
-        x = x.view(*x.shape[:2], x.shape[-1] // width, width)
-        if not over_heads:
-            x = module(x)
-        return x.transpose(1, 2)
-
-    def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
-        batch, heads, queries, width = q.shape
-        together = heads // k.shape[1] * queries  # query heads of one key head
-        grouped = q.reshape(batch, k.shape[1], together, width)
-        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.attention_module.scaling
-        if (cap := getattr(self.attention_module, "attn_logit_softcapping", None)) is not None:
-            logits = (logits / cap).tanh() * cap
-        logits = logits.float().view(batch, heads, queries, k.shape[-2])
-        return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
+    return layer.text_attention()
 
 
-def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """What an attention module rotates its queries and keys with.
-
-    Raises:
-        UnsupportedModelError: its source file does not say.
+@define(
+    DecoderSignal,
+    "before_layer",
+    column_axis=2,
+    text=True,
+    depends_on_prompt=True,
+    flops=lambda sizes: 2 * sizes.text * sizes.tokens * sizes.head,
+)
+def question_closeness(layer: LayerInput) -> Tensor:
+    """(G, L, Q, V), and (G, Q) `question_mask`: how close the rotary positions of the text
+    behind the image are to those of the visual tokens, at most 1.
     """
-    kind = type(attention)
-    function = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
-    if function is None:
-        raise UnsupportedModelError(
-            f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot be "
-            "computed"
-        )
-    return function
+    return layer.view.closeness(layer.text_columns)
 
 
+@define(DecoderSignal, "before_layer", column_axis=1)
+def llm_states(layer: LayerInput) -> Tensor:
+    """(G, L, V, D): input states of decoder layers."""
+    return layer.view.hidden
+
+
+@define(DecoderSignal, "before_layer", column_axis=2, shares=(_keys,))
+def llm_keys(layer: LayerInput) -> Tensor:
+    """(G, L, Hkv, V, d): keys of decoder layers, rotated."""
+    return layer.counted_view.keys
+
+
+@define(DecoderSignal, "before_layer", column_axis=2, shares=(_values,))
+def llm_values(layer: LayerInput) -> Tensor:
+    """(G, L, Hkv, V, d): values of decoder layers."""
+    return layer.view.values
+
+
+@define(
+    DecoderSignal,
+    "before_layer",
+    column_axis=3,
+    finish=_query_mean_of_shares,
+    hidden_value=-torch.inf,
+    query=True,
+    depends_on_prompt=True,
+    flops=lambda sizes: 2 * sizes.tokens * sizes.held,
+    shares=(_values,),
+)
+def value_attention(layer: LayerInput) -> Tensor:
+    """(G, L, Hkv, V): softmax, over the image's tokens alone, of the products of the last
+    prompt token's values with theirs.
+    """
+    return layer.view.value_logits(layer.query_columns)
+
+
+@define(DecoderSignal, "before_layer", column_axis=1)
+def normed_states(layer: LayerInput) -> Tensor:
+    """(G, L, V, D): input states of decoder layers under the language model's final norm."""
+    return layer.final_norm(layer.view.hidden)
+
+
+@define(DecoderSignal, "before_layer", finish=_without_padding, text=True, depends_on_prompt=True)
+def question_states(layer: LayerInput) -> Tensor:
+    """(G, L, Q, D), and (G, Q) `question_mask`: input states of the text behind the image."""
+    return layer.at_text(layer.view.hidden)
+
+
+@define(
+    DecoderSignal,
+    "before_layer",
+    finish=_without_padding,
+    text=True,
+    depends_on_prompt=True,
+    shares=(_keys,),
+)
+def question_keys(layer: LayerInput) -> Tensor:
+    """(G, L, Hkv, Q, d), and (G, Q) `question_mask`: its keys, rotated."""
+    return layer.at_text(layer.counted_view.keys.transpose(1, 2)).transpose(1, 2)
+
+
+@define(DecoderSignal, "before_layer", finish=_without_padding, text=True, depends_on_prompt=True)
+def question_normed_states(layer: LayerInput) -> Tensor:
+    """(G, L, Q, D), and (G, Q) `question_mask`: its states under the final norm."""
+    return layer.final_norm(layer.at_text(layer.view.hidden))
+
+
+@define(
+    DecoderSignal,
+    "of_input",
+    layered=False,
+    text=True,
+    depends_on_prompt=True,
+    flops=lambda sizes: 2 * sizes.tokens * sizes.hidden * sizes.text,
+)
+def question_relevance(visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """(G, Q), and (G, Q) `question_mask`: how much the image's input embeddings attend to each
+    text token, mean over visual tokens.
+    """
+    scores = torch.matmul(visual.float(), text.float().transpose(1, 2))
+    return scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1).mean(1).nan_to_num()
+
+
+@define(DecoderSignal, "of_positions", layered=False)
+def prompt_positions(images: ImageTokens) -> Tensor:
+    """(G, V): place of each visual token in its prompt, padding not counted."""
+    return images.positions(images.columns)
+
+
+@define(DecoderSignal, "of_positions", layered=False, text=True, depends_on_prompt=True)
+def question_positions(images: ImageTokens) -> Tensor:
+    """(G, Q), and (G, Q) `question_mask`: place in the prompt of the text behind the image."""
+    return images.positions(images.text_columns)
+
+
+@define(DecoderSignal, "of_module", column_axis=1, depends_on_prompt=True, after_layer=True)
 @torch.no_grad()
 def transition(given: Tensor, made: Tensor, real: Tensor) -> Tensor:
-    """How much a module changes its tokens: relative size of what it makes, times a softmax of how
-    far that points away.
-
-    Source: TransPrune, arXiv:2507.20630, the transition variation of one module.
-
-    Args:
-        given: (B, P, D) input of the module.
-        made: (B, P, D) output, before the residual sum.
-        real: (B, P) columns that are no padding; the softmax runs over those of the row.
-
-    Returns:
-        (B, P) float32.
-    """
+    """(G, L, V): how much attention and MLP of a decoder layer change a token (TransPrune)."""
+    # The relative size of what a module makes, times a softmax over the row of how far that points
+    # away: arXiv:2507.20630, the transition variation of one module.
     given, made = given.detach().float(), made.detach().float()
     size = made.norm(dim=-1) / given.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     turned = 1 - torch.nn.functional.cosine_similarity(given, made, dim=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +16,38 @@ from torch import Tensor, nn
 
 from foveate.families import Encoder
 from foveate.families.rows import Picture
-from foveate.signals.encoder import Attaching, EncoderSignals, Shortened, attention_sums, queries
+from foveate.signals import EncoderSignal
+from foveate.signals.attention_maps import attention_sums, queries
+from foveate.signals.encoder_hooks import Attaching, EncoderSignals, Shortened
+from foveate.signals.projections import Projections
 
 ROWS = 2**14  # rows whose attention is summed up together
+
+
+@dataclass(frozen=True, eq=False)
+class PackedProjections(Projections):
+    """Projections (N, D) of pictures in one sequence; what is made of them is (N, C).
+
+    Args:
+        sums: (N) attention that rows receive, from queries, keys and bias.
+    """
+
+    sums: Callable[[Tensor, Tensor, Tensor | None], Tensor] = field(kw_only=True)
+
+    @property
+    def patch_keys(self) -> Tensor:
+        """(N, D) keys."""
+        return self.key
+
+    @property
+    def received(self) -> Tensor:
+        """(N, 1) attention that rows receive, summed over queries."""
+        return self.sums(self.query, self.key, self.bias)[:, None]
+
+    @property
+    def given(self) -> Tensor:
+        """(N, 1) share of its attention that a row gives to patches: there are only patches."""
+        return torch.ones(len(self.key), 1, device=self.key.device)
 
 
 class PackedSignals(EncoderSignals):
@@ -51,17 +81,17 @@ class PackedSignals(EncoderSignals):
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._running.pictures = self.encoder.packed(arguments, self.side)
 
-    def _keep(self, name: str, number: int, row: Tensor) -> None:
+    def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
         """Note (N, C) values as (C, V) of each picture."""
         shortened = self._pass()
         whole = row if shortened is None else _flat(shortened.whole(row))
         found = []
         for picture in self._running.pictures:
             values = whole[picture.rows.to(whole.device)].mean(1).T
-            if name == "received_attention":  # a sum over queries until here
+            if signal.summed:
                 values = values / self._queries(picture, whole)
             found.append(values)
-        self._running.rows[name, number] = found
+        self._running.rows[signal.name, number] = found
 
     def _queries(self, picture: Picture, whole: Tensor) -> Tensor:
         """(V) rows alive in the frame of each token of a picture, among (N, C) rows of all."""
@@ -77,21 +107,17 @@ class PackedSignals(EncoderSignals):
         states = output if isinstance(output, Tensor) else output[0]
         return _flat(states.detach())
 
-    def _rows(self, names: list[str], *parts: Tensor) -> dict[str, Tensor]:
-        """(N, C) of each signal of a layer."""
+    def _projections(self, parts: list[Tensor]) -> Projections:
         query, key = (_flat(p) for p in (parts if len(parts) > 1 else parts[0].chunk(3, -1)[:2]))
-        rows: dict[str, Tensor] = {}
-        if "encoder_keys" in names:
-            rows["encoder_keys"] = key
-        if "given_attention" in names:  # there are only patches
-            rows["given_attention"] = torch.ones(len(key), 1, device=key.device)
-        if "received_attention" in names:
-            told = self._running.told
-            query, key = (self._rotated(part, told) for part in (query, key))
-            bounds, heads = self._bounds(told, key), self.encoder.heads
-            received = segment_sums(query, key, bounds, heads, self._bias)
-            rows["received_attention"] = received[:, None]
-        return rows
+        return PackedProjections(
+            query, key, None, self.encoder.heads, bias=self._bias, sums=self._sums
+        )
+
+    def _sums(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """(N) attention that rows receive, summed over queries."""
+        told = self._running.told
+        query, key = (self._rotated(part, told) for part in (query, key))
+        return segment_sums(query, key, self._bounds(told, key), self.encoder.heads, bias)
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
         """(N, H d) with rotary positions."""

@@ -57,7 +57,7 @@ def test_methods_plan_or_say_why_not(model_type, method):
     signals = [SIGNALS[need] for need in cls.needs]
     if any(signal.class_token for signal in signals) and not SIZES[model_type][3]:
         assert "no class token" in reason
-    elif family.encoder.packed is not None and not all(signal.packed for signal in signals):
+    elif family.encoder.packed is not None and not all(signal.varlen for signal in signals):
         assert "cannot give" in reason
     elif method == "yopo" and reason is not None:
         assert "not made like those of Llama" in reason or not family.planar

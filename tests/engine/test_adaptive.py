@@ -6,7 +6,7 @@ import torch
 import foveate
 from foveate import per_request
 from foveate.methods import CATP, Feather, SparseVLM, Uniform
-from foveate.signals.decoder import LayerView
+from foveate.signals.layer_view import LayerView
 from tests.tinies import PATCHES, prompts, row_of
 
 ROWS = [(3, 6), (2, 4), (5, 9)]

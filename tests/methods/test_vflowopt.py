@@ -11,7 +11,7 @@ import foveate
 from foveate.errors import BudgetError, FoveateError, InputError, LayerError
 from foveate.methods.vflowopt import STRATEGIES, VFlowOpt, calibrate, second_ratio
 from foveate.ops.cell_merging import cells, merged, places, pool_size, recycle
-from foveate.signals.encoder import global_attention
+from foveate.signals.attention_maps import global_attention
 from tests.tinies import PATCHES, prompts, row_of
 
 

@@ -39,7 +39,7 @@ class Reader(Scorer):
             name
             for name in NAMES
             if (tower.class_token or not SIGNALS[name].class_token)
-            and (tower.packed is None or SIGNALS[name].packed)
+            and (tower.packed is None or SIGNALS[name].varlen)
         ]
         return (Step("pre_llm", needs=tuple(Need(name, layers, ABOVE) for name in known)),)
 

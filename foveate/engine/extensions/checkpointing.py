@@ -61,8 +61,8 @@ def _copy(turn: Turn) -> Turn:
     """The same state, apart: what happens to one does not happen to the other."""
     twin = _twin(turn)
     twin.recomputed, twin._views = True, {}
-    twin.looks = _twin(turn.looks)
-    twin.looks.turn = twin
+    twin.decoder_signals = _twin(turn.decoder_signals)
+    twin.decoder_signals.state = twin
     twin.extensions = [_twin(extension) for extension in turn.extensions]
     for extension in twin.extensions:
         extension.forward = twin

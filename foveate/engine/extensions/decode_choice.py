@@ -85,8 +85,9 @@ class DecodeChoice(Extension):
         columns = watched.columns
         real = columns >= 0
         token = torch.zeros_like(columns[:, :1])
-        view, past = forward.looks.view(number, layer, hidden, kwargs)
-        attention = view.attention_to_past(token, forward.looks.seen_before(token, past))[:, :, 0]
+        signals = forward.decoder_signals
+        view, past = signals.view(number, layer, hidden, kwargs)
+        attention = view.attention_to_past(token, signals.visible_past(token, past))[:, :, 0]
         slots = past.index.contiguous()
         at = torch.searchsorted(slots, columns).clamp(max=slots.shape[1] - 1)
         attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))

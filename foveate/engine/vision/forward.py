@@ -28,7 +28,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import Picture, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
-from foveate.signals.encoder import hides
+from foveate.signals.encoder_hooks import hides, signal_of
 
 
 class Encoding:
@@ -255,17 +255,24 @@ class Encoding:
     # -- signals
 
     def tapped(self, need: Need, of: Stack) -> Tensor:
-        """A signal of the layer that is running, from its own projections; a token's keys are the
-        mean of its rows'.
-        """
+        """A signal of the layer that is running, from its own projections."""
+        inside = signal_of(need.name).inside
+        assert inside is not None  # as planned
+        return inside(self, of)
+
+    def keys(self, of: Stack) -> Tensor:
+        """(G, 1, H, K, d) keys of tokens in the layer that is running: the mean of their rows'."""
         assert self.taps is not None  # only asked for between the halves of a layer
         names = self.encoder.projections
-        if need.name == "encoder_keys":
-            key = self.taps[names[-1]].detach()
-            key = key if len(names) > 1 else key.chunk(3, -1)[1]
-            key = _mean(self._of(key, of), of)
-            return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
-        query, key = (self.taps[part].detach() for part in names)
+        key = self.taps[names[-1]].detach()
+        key = key if len(names) > 1 else key.chunk(3, -1)[1]
+        key = _mean(self._of(key, of), of)
+        return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
+
+    def class_attention(self, of: Stack) -> Tensor:
+        """(G, 1, H, K) attention of the class token in the layer that is running."""
+        assert self.taps is not None  # only asked for between the halves of a layer
+        query, key = (self.taps[part].detach() for part in self.encoder.projections)
         return self._of_class(query, key, of)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ from foveate.engine.vision.stack import Stack
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
 from foveate.record.record import ImageRecord, Record
-from foveate.signals.encoder import EncoderSignals
+from foveate.signals.encoder_hooks import EncoderSignals
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import PartialCompute
-from foveate.signals.decoder import rotary_function
+from foveate.signals.layer_view import rotary_function
 
 ROOM = 128  # steps that a mask is made for
 

@@ -22,7 +22,7 @@ from foveate.engine.attachment import has_own_forward
 from foveate.engine.extensions.partial.window import Grid, window_attention
 from foveate.engine.layout import take
 from foveate.families import Family
-from foveate.signals.decoder import rotary_function
+from foveate.signals.layer_view import rotary_function
 
 LAYERS = frozenset(
     {

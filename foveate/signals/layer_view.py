@@ -1,0 +1,206 @@
+"""What a decoder layer is about to attend with, worked out before it runs and without an attention
+map.
+
+The layer's own norm, projections, rotary embedding and scaling are used, so the rows equal those of
+eager attention. Each part is computed once, and only if a signal asks for it.
+Shapes: `B` rows, `P` columns, `Q` queries of a row, `H` heads and `Hkv` key heads of width `d`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import UnsupportedModelError
+
+
+class LayerView:
+    """A decoder layer about to run.
+
+    Args:
+        layer: the layer.
+        hidden: (B, P, D) its input.
+        rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
+        past: cached keys (B, Hkv, S, d), already rotated.
+
+    Raises:
+        UnsupportedModelError: the layer's weights are offloaded and nothing brings them back, or
+            its projections are fused.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+        past: Tensor | None = None,
+    ) -> None:
+        self.layer, self.hidden, self.past = layer, hidden.detach(), past
+        self.attention_module = layer.self_attn
+        projection = self._projection("k_proj")
+        weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(projection):
+            raise UnsupportedModelError(
+                "attention scores need the weights of the decoder layer, but they are offloaded "
+                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
+            )
+        self._rotary = rotary
+
+    @cached_property
+    @torch.no_grad()
+    def _normed(self) -> Tensor:
+        # Where norms follow the sublayers, attention reads the states as they are.
+        after = getattr(self.layer, "norm_after", False)
+        return self.hidden if after else self.layer.input_layernorm(self.hidden)
+
+    @cached_property
+    @torch.no_grad()
+    def _plain_keys(self) -> Tensor:
+        return self._heads(self._projection("k_proj")(self._normed), "k_norm")
+
+    @cached_property
+    @torch.no_grad()
+    def keys(self) -> Tensor:
+        """(B, Hkv, P, d) rotated keys."""
+        k = self._plain_keys
+        if self._rotary is None:
+            return k
+        cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
+        return rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
+
+    @cached_property
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """(B, Hkv, P, d) values."""
+        return self._heads(self._projection("v_proj")(self._normed), "v_norm")
+
+    @torch.no_grad()
+    def value_logits(self, columns: Tensor) -> Tensor:
+        """(B, Hkv, Q, P) float32 products of the values of (B, Q) columns with all, scaled as those
+        of queries and keys are by their width.
+        """
+        v = self.values
+        rows = torch.arange(v.shape[0], device=v.device)[:, None]
+        asking = v.transpose(1, 2)[rows, columns.to(v.device)].transpose(1, 2)
+        return torch.matmul(asking, v.mT).float() / v.shape[-1] ** 0.5
+
+    @torch.no_grad()
+    def queries(self, columns: Tensor, rotate: bool = True) -> Tensor:
+        """(B, H, Q, d) queries of (B, Q) columns."""
+        columns = columns.to(self.hidden.device)
+        rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
+        q = self._heads(self._projection("q_proj")(self._normed[rows, columns]), "q_norm")
+        if self._rotary is None or not rotate:
+            return q
+        cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
+        return rotary_function(self.attention_module)(q, q, cos, sin)[0]
+
+    @torch.no_grad()
+    def attention(
+        self, columns: Tensor, visible: Tensor | None = None, cached: Tensor | None = None
+    ) -> Tensor:
+        """Softmax attention of some queries over the cached keys and the columns of this forward.
+
+        Args:
+            columns: (B, Q) columns of the queries.
+            visible: (B, Q or 1, P) columns that they may see, or `None` for all.
+            cached: (B, Q or 1, S) the same for the cached keys.
+
+        Returns:
+            (B, H, Q, P) float32 probabilities of the P columns; with cached keys they do not sum to
+            one.
+        """
+        return self._attention(columns, visible, cached)[1]
+
+    @torch.no_grad()
+    def attention_to_past(self, columns: Tensor, cached: Tensor | None = None) -> Tensor:
+        """The same for the cached keys, where all columns may be seen: (B, H, Q, S)."""
+        return self._attention(columns, None, cached)[0]
+
+    def _attention(
+        self, columns: Tensor, visible: Tensor | None, cached: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        q = self.queries(columns)
+        logits = self._logits(q, self.keys, visible)
+        if self.past is None:
+            return logits[..., :0], logits.softmax(-1)
+        earlier = self._logits(q, self.past.to(q.dtype), cached)
+        shares = torch.cat((earlier, logits), dim=-1).softmax(-1)
+        return shares[..., : earlier.shape[-1]], shares[..., earlier.shape[-1] :]
+
+    @torch.no_grad()
+    def content_logits(self, columns: Tensor) -> Tensor:
+        """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
+        return self._logits(self.queries(columns, rotate=False), self._plain_keys, None)
+
+    @torch.no_grad()
+    def closeness(self, columns: Tensor) -> Tensor:
+        """(B, Q, P) float32 inner products, over the width, of a query and a key that are all ones
+        before they are rotated: 1 where positions are equal, and everywhere without rotation.
+
+        Args:
+            columns: (B, Q) columns of the queries.
+        """
+        batch, total = self.hidden.shape[:2]
+        width = self.attention_module.head_dim
+        ones = torch.ones(batch, 1, total, width, device=self.hidden.device)
+        if self._rotary is not None:
+            cos, sin = (part.float().expand(batch, -1, -1) for part in self._rotary)
+            ones = rotary_function(self.attention_module)(ones, ones, cos, sin)[1]
+        keys = ones[:, 0]
+        rows = torch.arange(batch, device=keys.device)[:, None]
+        return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width
+
+    def _projection(self, name: str) -> Callable[[Tensor], Tensor]:
+        """A projection. It is called and never read: quantised ones show no weight, or another."""
+        found: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
+        if found is None:
+            raise UnsupportedModelError(
+                f"attention scores need the projections of a decoder layer, but its "
+                f"{type(self.attention_module).__name__} has no {name} (fused by a quantised "
+                "model?); load the model without fused modules, or use a pre_llm method"
+            )
+        return found
+
+    def _heads(self, x: Tensor, norm: str) -> Tensor:
+        width = self.attention_module.head_dim
+        module = getattr(self.attention_module, norm, None) or torch.nn.Identity()
+        weight = getattr(module, "weight", None)
+        over_heads = isinstance(weight, Tensor) and weight.shape[-1] != width
+        if over_heads:
+            x = module(x)
+        x = x.view(*x.shape[:2], x.shape[-1] // width, width)
+        if not over_heads:
+            x = module(x)
+        return x.transpose(1, 2)
+
+    def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+        batch, heads, queries, width = q.shape
+        together = heads // k.shape[1] * queries  # query heads of one key head
+        grouped = q.reshape(batch, k.shape[1], together, width)
+        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.attention_module.scaling
+        if (cap := getattr(self.attention_module, "attn_logit_softcapping", None)) is not None:
+            logits = (logits / cap).tanh() * cap
+        logits = logits.float().view(batch, heads, queries, k.shape[-2])
+        return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
+
+
+def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What an attention module rotates its queries and keys with.
+
+    Raises:
+        UnsupportedModelError: its source file does not say.
+    """
+    kind = type(attention)
+    function = getattr(sys.modules[kind.__module__], "apply_rotary_pos_emb", None)
+    if function is None:
+        raise UnsupportedModelError(
+            f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot be "
+            "computed"
+        )
+    return function

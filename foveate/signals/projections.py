@@ -1,0 +1,55 @@
+"""What an encoder layer projects its rows to, which signals are computed from.
+
+Shapes: `B` pictures, `S` special tokens before the `V` patches, `N = S + V`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from foveate.signals.attention_maps import attention_sums
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Projections of one layer.
+
+    Args:
+        query: (B, N, D) queries.
+        key: (B, N, D) keys.
+        value: (B, N, D) values, if a signal reads them.
+        heads: attention heads.
+        special: S.
+        bias: (B, 1, 1, N) what the encoder adds to the scores of keys.
+        threshold: how many times the mean a global patch receives at least.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    heads: int
+    special: int = 0
+    bias: Tensor | None = None
+    threshold: float = 0.0
+
+    @property
+    def patch_keys(self) -> Tensor:
+        """(B, D, V) keys of the patches."""
+        return self.key[:, self.special :].transpose(1, 2)
+
+    @property
+    def received(self) -> Tensor:
+        """(B, 1, V) attention that patches receive."""
+        return self._sums[0][:, None]
+
+    @property
+    def given(self) -> Tensor:
+        """(B, 1, V) attention that patches give to patches."""
+        return self._sums[1][:, None]
+
+    @cached_property
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        return attention_sums(self.query, self.key, self.heads, self.special, self.bias)

@@ -3,9 +3,9 @@
 from foveate import methods
 from foveate.core import Scorer, Step, get_method, list_methods, register
 from foveate.core.budget import per_request
-from foveate.engine.session import Session, apply, use
 from foveate.errors import FoveateError
 from foveate.families import list_families
+from foveate.run import Session, apply, use
 from foveate.signals.clip import ClipText
 from foveate.training.prepare import load, prepare, save
 

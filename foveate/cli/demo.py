@@ -14,9 +14,10 @@ from rich.table import Table
 
 from foveate.cli.compare import ALL, WARMUP, cost_table, time_first_token
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import answer, encode, load_model
+from foveate.cli.inputs import answer, encode
 from foveate.core import Method
 from foveate.io.writing import write_image
+from foveate.loading import load_model
 from foveate.measure.timing import Timing
 from foveate.report.draw import stack
 from foveate.report.report import Report, describe

@@ -13,17 +13,13 @@ from rich.markup import escape
 
 from foveate.cli.compare import ALL, WARMUP, Comparison, comparison_table, time_first_token
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import (
-    MAX_PIXELS,
-    answer,
-    encode,
-    load_image,
-    load_model,
-)
-from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
+from foveate.cli.inputs import MAX_PIXELS, answer, encode, load_image
+from foveate.cli.options import KEEP, METHOD, SETTING
 from foveate.core import Method
+from foveate.core.from_text import make_methods
 from foveate.errors import InputError
 from foveate.io.writing import check_file, write_image, write_json
+from foveate.loading import load_model
 from foveate.report.draw import stack
 from foveate.report.report import Report
 from foveate.run import Session, use

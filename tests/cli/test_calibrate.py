@@ -6,7 +6,7 @@ import pytest
 
 from foveate import tiny
 from foveate.calibration.vflowopt import calibrate
-from foveate.cli.options import make_method
+from foveate.core.from_text import make_method
 from foveate.errors import FoveateError, InputError
 from foveate.methods.vflowopt import VFlowOpt
 from tests.cli.test_commands import call

@@ -15,9 +15,9 @@ import foveate
 
 ROOT = Path(foveate.__file__).parent
 ORDER = (
-    "errors", "io", "tiny", "core", "ops", "record", "families", "signals", "engine", "measure",
-    "report", "loading", "run", "methods", "calibration", "training", "bench", "large", "testing",
-    "integrations", "cli", "__main__",
+    "lazy", "errors", "io", "tiny", "core", "ops", "record", "families", "signals", "engine",
+    "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "large",
+    "testing", "integrations", "cli", "__main__",
 )  # fmt: skip
 """Parts of the package, the lowest first. `foveate` itself is above all but the command."""
 ABOVE_FOVEATE = ("integrations", "cli", "__main__")
@@ -63,9 +63,9 @@ def imports_of(name: str, path: Path, known: Iterable[str]) -> Iterator[Import]:
     waiting = [(ast.parse(path.read_text(encoding="utf-8")), False)]
     while waiting:
         node, annotations = waiting.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            annotations = True
-        waiting += [(child, annotations) for child in ast.iter_child_nodes(node)]
+        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.iter_child_nodes(node):
+            waiting.append((child, annotations or (checking and child in node.body)))
         for target in _targets(node, known):
             if target.partition(".")[0] == package:
                 yield Import(name, target, annotations)

@@ -34,10 +34,10 @@ from transformers import DynamicCache  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import foveate  # noqa: E402
-from foveate.engine.session import Session  # noqa: E402
 from foveate.families import FAMILIES, find_family  # noqa: E402
 from foveate.families.plain import PlainEncoder  # noqa: E402
 from foveate.methods import PyramidDrop  # noqa: E402
+from foveate.run import Session  # noqa: E402
 
 VISUAL, TOKENS = 576, 40
 BLOCK = 8  # tokens decoded in a row

@@ -1,13 +1,31 @@
 """foveate: faster vision-language models by removing the visual tokens they do not need."""
 
-from foveate import methods
-from foveate.core import Scorer, Step, get_method, list_methods, register
-from foveate.core.budget import per_request
-from foveate.engine.session import Session, apply, use
-from foveate.errors import FoveateError
-from foveate.families import list_families
-from foveate.signals.clip import ClipText
-from foveate.training.prepare import load, prepare, save
+from typing import TYPE_CHECKING
+
+from foveate.lazy import exports
+
+if TYPE_CHECKING:
+    from foveate import methods
+    from foveate.core import Scorer, Step, get_method, list_methods, register
+    from foveate.core.budget import per_request
+    from foveate.errors import FoveateError
+    from foveate.families import list_families
+    from foveate.run import Session, apply, use
+    from foveate.signals.clip import ClipText
+    from foveate.training.prepare import load, prepare, save
+else:
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "foveate.core": ("Scorer", "Step", "get_method", "list_methods", "register"),
+            "foveate.core.budget": ("per_request",),
+            "foveate.errors": ("FoveateError",),
+            "foveate.families": ("list_families",),
+            "foveate.run": ("Session", "apply", "use"),
+            "foveate.signals.clip": ("ClipText",),
+            "foveate.training.prepare": ("load", "prepare", "save"),
+        },
+    )
 
 __all__ = [
     "ClipText",

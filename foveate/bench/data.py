@@ -23,7 +23,7 @@ from foveate.errors import BenchError, InputError
 from foveate.io.images import load_image
 from foveate.io.quoting import shown
 from foveate.io.reading import parse_json, read_lines, read_text
-from foveate.tiny.scenes import Box
+from foveate.tiny.objects import Box
 
 _BOX_STEP = 150  # pixels from one box of an NLVR picture to the next
 _FAR = 20  # colour distance from which on a pixel of easy-VQA belongs to the shape

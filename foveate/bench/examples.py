@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-import foveate
 from foveate.bench.judge import is_right
 from foveate.bench.levels import ALL, method_at
 from foveate.bench.prompt import prompts
@@ -16,6 +15,7 @@ from foveate.bench.runner import Runner
 from foveate.bench.summary import Summary
 from foveate.errors import FoveateError
 from foveate.measure.timing import interleave
+from foveate.run import use
 
 TIMED = 5
 
@@ -51,7 +51,7 @@ def _shot(runner: Runner, task: str, name: str, keep: float) -> dict[str, Any]:
     sample = runner.samples(task)[0]
     prompt = prompts(sample, runner.prompter.videos)[0]
     inputs = runner.prompter.first([prompt]).to(runner.model.device)
-    with foveate.use(runner.model, method_at(name, keep, runner.family)) as run:
+    with use(runner.model, method_at(name, keep, runner.family)) as run:
         out = runner.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     said = runner.prompter.decode(out[:, inputs["input_ids"].shape[1] :])[0]
     turn = prompt.asked
@@ -78,7 +78,7 @@ def time_first_tokens(
         settings: dict[str, Any] = {ALL: nullcontext}
         for config in mine:
             method = method_at(*config, runner.family)
-            settings[str(config)] = lambda method=method: foveate.use(model, method)
+            settings[str(config)] = lambda method=method: use(model, method)
         if not mine:
             continue
         times = interleave(

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import foveate
 from foveate.bench.judge import is_right, kl
 from foveate.bench.levels import ALL, method_at
 from foveate.bench.outcome import Answer, Outcome, Survival, Totals
@@ -28,6 +27,7 @@ from foveate.core.video import VideoMethod
 from foveate.errors import FoveateError, InputError
 from foveate.families import find_family
 from foveate.methods.uniform import Uniform
+from foveate.run import use
 
 _REMEMBERED = 2  # tasks whose samples and unpruned answers a process holds
 
@@ -192,7 +192,7 @@ class _Batch:
         """
         prompter = self.runner.prompter
         # One that keeps everything changes nothing, and counts what the whole model costs.
-        session = foveate.use(self.runner.model, method or Uniform(keep=1.0))
+        session = use(self.runner.model, method or Uniform(keep=1.0))
         said: list[list[Answer]] = [[] for _ in self.samples]
         words: list[list[Tensor]] = [[] for _ in self.samples]
         with session as run:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 import transformers
 
-import foveate
 from foveate.bench.levels import ALL, BASELINES, takes_keep
 from foveate.bench.sample import Split
-from foveate.core import list_methods
+from foveate.core import get_method, list_methods
 from foveate.errors import InputError
 from foveate.io.quoting import quoted
 
@@ -113,7 +112,7 @@ def chosen_methods(text: str) -> tuple[str, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError(f"--methods takes `all`, or names by commas, got {quoted(text)}")
-    return tuple(foveate.get_method(name).slug for name in dict.fromkeys(names))
+    return tuple(get_method(name).slug for name in dict.fromkeys(names))
 
 
 def fingerprint(model: Any) -> str:
@@ -128,7 +127,7 @@ def fingerprint(model: Any) -> str:
 @functools.cache
 def versions() -> dict[str, str]:
     """What numbers depend on besides the settings. `code` is a digest of what measures them."""
-    root = Path(foveate.__file__).parent
+    root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for part in _MEASURES:
         for path in sorted((root / part).rglob("*.py")):

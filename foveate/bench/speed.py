@@ -22,12 +22,12 @@ from typing import Any
 
 import torch
 
-import foveate
 from foveate.core import Method
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.measure.memory import peak_memory
 from foveate.measure.timing import Spread, one_round
+from foveate.run import use
 
 ALL = "all tokens"
 FEWEST = 3
@@ -159,8 +159,8 @@ def contenders(model: Any, methods: Sequence[Method]) -> dict[str, Contender]:
     """
     found = {ALL: Contender(nullcontext)}
     for method in methods:
-        foveate.use(model, method)  # raises where it cannot work
-        found[method.slug] = Contender(functools.partial(foveate.use, model, method), method)
+        use(model, method)  # raises where it cannot work
+        found[method.slug] = Contender(functools.partial(use, model, method), method)
     return found
 
 

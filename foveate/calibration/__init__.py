@@ -1,1 +1,1 @@
-"""Search the numbers of a method for a model."""
+"""Search what a method needs to know of a model: VFlowOpt's numbers, YOPO's heads."""

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import foveate
 from foveate.core import Method
 from foveate.errors import FoveateError, InputError
 from foveate.families import find_family
 from foveate.io.writing import explained
+from foveate.run import use
 
 Sample = Mapping[str, Any]
 Propose = Callable[[Any], Method | None]
@@ -93,7 +93,7 @@ def _best(
         method = propose(trial)
         if method is None:
             raise optuna.TrialPruned
-        with foveate.use(model, method):
+        with use(model, method):
             return agreement(whole, [last_state(base, inputs) for inputs in prompts])
 
     if trials > done:

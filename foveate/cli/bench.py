@@ -30,11 +30,12 @@ from foveate.bench.settings import Cell, Settings, chosen_methods
 from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
 from foveate.cli.console import stderr, stdout
-from foveate.cli.inputs import MAX_PIXELS, load_model
+from foveate.cli.inputs import MAX_PIXELS
 from foveate.core import get_method, list_methods
 from foveate.errors import BenchError, BudgetError, InputError
 from foveate.io.quoting import quoted, shown
 from foveate.io.writing import check_file, check_folder
+from foveate.loading import load_model
 
 HINT = "Answer with one word or number."
 RESULTS, REPORT = "results.parquet", "report.html"

@@ -26,13 +26,14 @@ from foveate.bench.workload import (
     repeat_rows,
 )
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import check_device, encode, load_model, read_dtype
-from foveate.cli.options import make_method
+from foveate.cli.inputs import encode
 from foveate.core import Method
+from foveate.core.from_text import make_method
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.quoting import quoted, shown
 from foveate.io.writing import check_file
+from foveate.loading import check_device, load_model, read_dtype
 from foveate.measure.machine import warm_heap
 
 RANDOM = "random:"

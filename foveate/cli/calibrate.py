@@ -9,14 +9,15 @@ import typer
 from PIL import Image
 from rich.markup import escape
 
+from foveate.calibration.vflowopt import calibrate as search
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import MAX_PIXELS, encode, load_image, load_model
+from foveate.cli.inputs import MAX_PIXELS, encode, load_image
 from foveate.errors import InputError
 from foveate.io.quoting import shown
 from foveate.io.reading import parse_json, read_lines, reason
 from foveate.io.writing import check_file, write_json
+from foveate.loading import load_model
 from foveate.methods.vflowopt import VFlowOpt
-from foveate.methods.vflowopt import calibrate as search
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 

@@ -19,12 +19,12 @@ from foveate.cli import flops as counting
 from foveate.cli import run as running
 from foveate.cli import train as training
 from foveate.cli.console import progress, stderr, stdout
-from foveate.cli.inputs import load_skeleton
-from foveate.cli.options import make_methods
+from foveate.core.from_text import make_methods
 from foveate.errors import FoveateError, InputError
 from foveate.families import unsupported_families
 from foveate.io.quoting import LONGEST, shown
 from foveate.io.writing import check_file, is_full
+from foveate.loading import load_skeleton
 
 SPEED = "bench --speed"
 DEMO = "As in `foveate run`; pyramiddrop if none is named."

@@ -10,11 +10,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-import foveate
 from foveate.core import Method
 from foveate.measure.timing import Timing, interleave
 from foveate.measure.units import human_bytes, human_flops
 from foveate.report.report import Report, layer_ranges
+from foveate.run import use
 
 ALL = "all tokens"
 WARMUP = 3
@@ -54,7 +54,7 @@ def time_first_token(
     name = " + ".join(method.slug for method in methods)
     return interleave(
         lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False),
-        {ALL: nullcontext, name: lambda: foveate.use(model, methods)},
+        {ALL: nullcontext, name: lambda: use(model, methods)},
         repeats=repeats,
         warmup=WARMUP,
         device=model.device,

@@ -12,15 +12,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-import foveate
 from foveate.cli.compare import ALL, WARMUP, cost_table, time_first_token
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import answer, encode, load_model
+from foveate.cli.inputs import answer, encode
 from foveate.core import Method
 from foveate.io.writing import write_image
+from foveate.loading import load_model
 from foveate.measure.timing import Timing
 from foveate.report.draw import stack
 from foveate.report.report import Report, describe
+from foveate.run import use
 
 if TYPE_CHECKING:
     from foveate.tiny import Question
@@ -100,7 +101,7 @@ def ask(
     """Ask one question with all tokens and with the methods."""
     inputs = encode(processor, [image], question.text, model)
     plain = answer(model, processor, inputs, LONGEST_ANSWER)
-    with foveate.use(model, methods) as session:
+    with use(model, methods) as session:
         pruned = answer(model, processor, inputs, LONGEST_ANSWER)
     return Asked(question, plain, pruned, session.report(), session.show([image])[0])
 

@@ -15,13 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import load_image_processor, load_skeleton
-from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
+from foveate.cli.options import KEEP, METHOD, SETTING
 from foveate.core import Method
+from foveate.core.from_text import make_methods
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.writing import check_file, write_json
+from foveate.loading import load_image_processor, load_skeleton
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import Convention, get_convention

@@ -2,97 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 from rich.markup import escape
-from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.utils import logging
 
 from foveate.cli.console import stderr
-from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.io.images import load_image as open_image
-from foveate.io.quoting import quoted, shown
-from foveate.measure.checkpoints import checkpoints
+from foveate.io.quoting import shown
 
 MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """Load a model and its processor.
-
-    Args:
-        name: a hub id, a local folder, or `tiny` for the embedded model.
-        device: where to put it, such as `cpu` or `cuda:0`.
-        dtype: one of `DTYPES`; `auto` takes the checkpoint's, but float32 on a CPU.
-
-    Raises:
-        FoveateError: it cannot be loaded; the message says why and what to do.
-    """
-    where = check_device(device)
-    kind: Any = read_dtype(dtype) or "auto"
-    if dtype == "auto" and where.type == "cpu":
-        kind = torch.float32
-    model: Any
-    with _loading(name):
-        if name == "tiny":
-            from foveate import tiny
-
-            model, processor = tiny.load()
-            model = model if kind == "auto" else model.to(kind)
-        else:
-            from transformers import AutoProcessor
-
-            config = AutoConfig.from_pretrained(_check_name(name))
-            processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, config=config, dtype=kind)
-    return model.to(where).eval(), processor
-
-
-def load_skeleton(name: str) -> Any:
-    """The model without its weights, on the meta device; only its config is read, and of
-    well-known checkpoints not even that.
-
-    Raises:
-        FoveateError: there is no such config, or it is not a vision-language model's.
-    """
-    if name in checkpoints() and not Path(name).is_dir():
-        return checkpoints()[name].skeleton()
-    with _loading(name):
-        if name == "tiny":
-            from foveate import tiny
-
-            name = str(tiny.PATH)
-        config = AutoConfig.from_pretrained(_check_name(name))
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
-
-
-def load_image_processor(name: str) -> Any:
-    """The image processor of a model; that of well-known checkpoints needs no download.
-
-    Raises:
-        FoveateError: there is none.
-    """
-    if name in checkpoints() and not Path(name).is_dir():
-        return checkpoints()[name].image_processor()
-    with _loading(name):
-        from transformers import AutoImageProcessor
-
-        if name == "tiny":
-            from foveate import tiny
-
-            name = str(tiny.PATH)
-        return AutoImageProcessor.from_pretrained(_check_name(name))
 
 
 def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
@@ -137,86 +59,3 @@ def answer(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> str:
     out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = out[0, inputs["input_ids"].shape[1] :]
     return processor.decode(new, skip_special_tokens=True).strip()
-
-
-def _check_name(name: str) -> str:
-    """Tell a mistyped folder from a hub id before the hub is asked.
-
-    Raises:
-        InputError: the folder is not there, or holds no model.
-    """
-    if os.path.isdir(name):
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(f"cannot load {quoted(name)}: the folder has no config.json")
-    elif len(name) > 200 or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise InputError(
-            f"cannot load {quoted(name)}: there is no such folder, and it is no hub id"
-        )
-    return name
-
-
-def read_dtype(name: str) -> torch.dtype | None:
-    """The type that one of `DTYPES` names; `None` for `auto`.
-
-    Raises:
-        InputError: it is none of them.
-    """
-    if name not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {quoted(name)}")
-    return None if name == "auto" else getattr(torch, name)
-
-
-def check_device(name: str) -> torch.device:
-    """The device of that name.
-
-    Raises:
-        InputError: torch knows no such device, or it is not there.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {quoted(name)}; try cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {quoted(name)} was asked for, but torch sees no CUDA device here")
-    return device
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Keep loading quiet, and turn what goes wrong into errors that say what to do."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_verbosity = hub_logging.get_verbosity()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except FoveateError:
-        raise
-    except Exception as error:
-        raise _explain(error, name) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _explain(error: Exception, name: str) -> FoveateError:
-    """The error of a failed load as a user should see it."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(cause)
-    if any("torchvision::nms" in str(link) for link in chain):
-        return UnsupportedModelError(
-            "the installed torchvision does not fit the installed torch (a CUDA build beside CPU "
-            "torch), so transformers cannot load image processors; run `pip uninstall torchvision` "
-            "(it is not needed), or install the build that matches torch"
-        )
-    reason = shown((str(error).strip() or type(error).__name__).splitlines()[0], 140)
-    if isinstance(error, OSError):
-        return InputError(
-            f"cannot load {quoted(name)}: neither a folder here nor a hub model that can be "
-            f"reached ({reason})"
-        )
-    return UnsupportedModelError(f"cannot load {quoted(name)} as a vision-language model: {reason}")

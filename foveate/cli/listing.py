@@ -9,12 +9,12 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.options import signature
 from foveate.core import STAGES, Method, get_method, list_methods
-from foveate.engine.session import Session
+from foveate.core.from_text import signature
 from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.families.support import Matrix, support
+from foveate.run import Session
 
 
 def methods_in_stream_order() -> list[type[Method]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from foveate.cli.bounded_yaml import LARGEST, parse_yaml
-from foveate.cli.options import read_field, signature
 from foveate.core import Method, get_method
 from foveate.core.fields import MisfitError, Natural, Positive, fit, hints_of, spell
+from foveate.core.from_text import read_field, signature
 from foveate.core.saving import from_dict
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import quoted, shown, within

@@ -11,22 +11,18 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-import foveate
 from foveate.cli.compare import ALL, WARMUP, Comparison, comparison_table, time_first_token
 from foveate.cli.console import progress, stdout
-from foveate.cli.inputs import (
-    MAX_PIXELS,
-    answer,
-    encode,
-    load_image,
-    load_model,
-)
-from foveate.cli.options import KEEP, METHOD, SETTING, make_methods
+from foveate.cli.inputs import MAX_PIXELS, answer, encode, load_image
+from foveate.cli.options import KEEP, METHOD, SETTING
 from foveate.core import Method
+from foveate.core.from_text import make_methods
 from foveate.errors import InputError
 from foveate.io.writing import check_file, write_image, write_json
+from foveate.loading import load_model
 from foveate.report.draw import stack
 from foveate.report.report import Report
+from foveate.run import Session, use
 
 HELP = """Ask a model about pictures, with a method that removes visual tokens.
 
@@ -125,7 +121,7 @@ class Outcome:
     job: Job
     answer: str
     report: Report
-    session: foveate.Session
+    session: Session
     comparison: Comparison | None
 
     def deliver(self, console: Console, drawing: Path | None, data: Path | None) -> None:
@@ -168,7 +164,7 @@ def execute(job: Job) -> Outcome:
         model, processor = load_model(job.model, job.device, job.dtype)
         inputs = encode(processor, job.pictures, job.question, model)
         steps.say(f"answering with {job.name}")
-        with foveate.use(model, job.methods) as session:
+        with use(model, job.methods) as session:
             answered = answer(model, processor, inputs, job.max_new_tokens)
         report, comparison = session.report(), None
         if job.repeats:

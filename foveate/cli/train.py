@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from foveate.cli.console import progress
-from foveate.cli.inputs import load_model
 from foveate.cli.recipe import EXAMPLE, read_recipe
 from foveate.io.writing import check_folder
+from foveate.loading import load_model
 from foveate.training.finetune.recipe import Recipe
 from foveate.training.finetune.run import finetune, last_checkpoint
 

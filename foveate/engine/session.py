@@ -1,6 +1,6 @@
-"""Session: attach methods to a model, run, and restore the model exactly.
+"""BaseSession: attach methods to a model, and restore the model exactly.
 
-`use` attaches for a block, `apply` until `remove()`. A session has a part for each part of the
+A session has a part for each part of the
 model that it touches: the text model, the vision encoder, or both. Everything is done by hooks and
 a few instance attributes (`get_image_features` of the base model, `generate` of the model,
 `forward` of the base and the text model, of decoder layers, of the rotary embedding, and of encoder
@@ -33,15 +33,15 @@ from foveate.record.record import Record
 from foveate.signals.clip import ClipQuestions
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from foveate.report.report import Report
+    from typing import Self
 
 LEARNED = "foveate"  # the name of what methods learn, among a model's modules
 
 
-class Session:
-    """Methods on a model. Use `use` or `apply` rather than this class.
+class BaseSession:
+    """Methods on a model: attach them, remove them, and read what was recorded.
+
+    `foveate.run.Session` adds reports and drawings, which stand above the engine.
 
     Args:
         model: a supported vision-language model or vision encoder, with or without its head.
@@ -153,7 +153,7 @@ class Session:
 
     # -- attach and remove
 
-    def attach(self) -> Session:
+    def attach(self) -> Self:
         """Put everything on, or nothing: whatever is raised, the model is as it was.
 
         What other threads are doing within the model goes on as it began.
@@ -206,7 +206,7 @@ class Session:
             "list"
         )
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         """Attach."""
         return self.attach()
 
@@ -237,79 +237,6 @@ class Session:
         """
         record = self.record
         return [] if record is None else [image.kept for image in record.images]
-
-    def report(self) -> Report:
-        """What happened to each image of the last prompt: tokens, FLOPs, KV bytes."""
-        from foveate.report.report import Report
-
-        if self.record is None:
-            return Report.empty(self.family, self.methods)
-        return Report.of(self.record, self.family, self.methods, self._model.dtype)
-
-    def show(
-        self, images: Image | Sequence[Image | Sequence[Image]], geometry: str = "auto"
-    ) -> list[Image]:
-        """Draw the kept tokens of each stage on the images of the last prompt.
-
-        Args:
-            images: the images of the prompt, in order of appearance. A video is one of them: the
-                list of its frames. Of pictures that the processor cut into tiles, all tiles can be
-                passed instead.
-            geometry: how the processor mapped a picture on the token grid: `resize`, `crop`,
-            `pad`, or `auto`.
-
-        Raises:
-            InputError: no prompt with images was run, or the number of images differs.
-        """
-        from foveate.report.draw import show
-
-        if self.record is None or not self.record.images:
-            raise InputError("nothing to show: no prompt with an image was run in this session")
-        return show(self.record, [images] if not isinstance(images, Sequence) else images, geometry)
-
-
-def use(
-    model: PreTrainedModel,
-    method: MethodLike,
-    *,
-    clip: ClipQuestions | None = None,
-    **fields: Any,
-) -> Session:
-    """Use methods on a model for the length of a `with` block.
-
-    Args:
-        model: a supported vision-language model or vision encoder.
-        method: a method, its name or class, what its `to_dict` says or a JSON file with that, or
-            a list of those in stream order.
-        clip: what is asked of the images, for methods with `relevance="clip"`: what
-            `foveate.ClipText` makes of the questions.
-        **fields: with a name, the method's hyper-parameters.
-
-    Returns:
-        A session that attaches when the block is entered, and restores the model when it is left.
-
-    Raises:
-        FoveateError: see `Session`; raised here, before anything runs.
-
-    Example:
-        >>> with foveate.use(model, "fastv", layer=2, keep=0.25) as run:  # doctest: +SKIP
-        ...     out = model.generate(**inputs)
-        >>> print(run.report())  # doctest: +SKIP
-    """
-    return Session(model, methods_of(method, **fields), clip)
-
-
-def apply(
-    model: PreTrainedModel,
-    method: MethodLike,
-    *,
-    clip: ClipQuestions | None = None,
-    **fields: Any,
-) -> Session:
-    """Use methods on a model until `remove()` is called on the returned handle. Arguments as in
-    `use`.
-    """
-    return use(model, method, clip=clip, **fields).attach()
 
 
 def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:

@@ -1,65 +1,21 @@
-"""One small file per model family: where the places of the stream are in that model.
+"""One small file per model family: where the places of the stream are in that model."""
 
-A family is found by the model's config type. Modules in this package register their families when
-it is imported.
-"""
+from typing import TYPE_CHECKING
 
-from __future__ import annotations
+from foveate.lazy import exports
 
-import importlib
-import pkgutil
-from typing import Any
-
-from torch import nn
-from transformers import PreTrainedModel
-
-from foveate.errors import UnsupportedModelError
-from foveate.families.family import FAMILIES, Encoder, Family
-from foveate.families.unsupported import UNSUPPORTED, unsupported_families
-
-for _info in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_info.name}")
-
-
-def list_families() -> list[str]:
-    """Model types (`config.model_type`) that foveate can attach to, sorted."""
-    return sorted(FAMILIES)
-
-
-def find_family(model: PreTrainedModel) -> Family:
-    """The family adapter of a model.
-
-    Raises:
-        UnsupportedModelError: no family is known for the model's config type, it is one that is
-            refused, or its layout is not the expected one.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is no model of transformers, nor one that PEFT, torch.compile "
-            "or DDP has wrapped"
-        )
-    if model_type not in FAMILIES:
-        reason = f": {UNSUPPORTED[model_type]}" if model_type in UNSUPPORTED else ""
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported{reason}; "
-            f"supported: {', '.join(list_families())}"
-        )
-    return FAMILIES[model_type](model)
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The model within wrappers: PEFT's, `torch.compile`'s, DDP's. Other modules as they are."""
-    found: Any = model
-    while not isinstance(found, PreTrainedModel):
-        if hasattr(found, "get_base_model"):
-            inner = found.get_base_model()
-        else:
-            inner = getattr(found, "_orig_mod", getattr(found, "module", None))
-        if not isinstance(inner, nn.Module):
-            return model  # type: ignore[return-value]
-        found = inner
-    return found
-
+if TYPE_CHECKING:
+    from foveate.families.family import Encoder, Family
+    from foveate.families.find import find_family, list_families, unwrap
+    from foveate.families.unsupported import unsupported_families
+else:
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "foveate.families.family": ("Encoder", "Family"),
+            "foveate.families.find": ("find_family", "list_families", "unwrap"),
+            "foveate.families.unsupported": ("unsupported_families",),
+        },
+    )
 
 __all__ = ["Encoder", "Family", "find_family", "list_families", "unsupported_families", "unwrap"]

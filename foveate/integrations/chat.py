@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import foveate
 from foveate.core.resolve import MethodLike, methods_of
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.images import as_rgb, load_image
 from foveate.io.quoting import shown
+from foveate.run import use
 
 Message = Mapping[str, Any]
 Conversation = Sequence[Message]
@@ -64,7 +64,7 @@ class ChatModel:
 
     def session(self) -> AbstractContextManager[Any]:
         """What to run the model within."""
-        return nullcontext() if self.method is None else foveate.use(self.model, self.method)
+        return nullcontext() if self.method is None else use(self.model, self.method)
 
     @torch.inference_mode()
     def answer(self, batch: Sequence[Conversation], **settings: Any) -> list[tuple[str, int]]:

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
-from foveate.cli.inputs import load_model
-from foveate.cli.options import make_methods
 from foveate.core import Method
+from foveate.core.from_text import make_methods
 from foveate.errors import FoveateError, InputError
 from foveate.integrations.chat import ChatModel, Conversation
+from foveate.loading import load_model
 
 try:
     from lmms_eval.api.instance import GenerationResult, TokenCounts

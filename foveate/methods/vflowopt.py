@@ -12,9 +12,7 @@ language model); `keep=1.0` recycles nothing; layers given as `None` scale to th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -122,11 +120,12 @@ class VFlowOpt(Adaptive):
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One step behind the projector, two between decoder layers."""
         scored = Need("global_attention", (model.feature_layer,), global_threshold=self.threshold)
-        first, second = self.layers or self._published_layers(model)
+        first, second = self.layers or self.published_layers(model)
         recycled = Step("pre_llm", needs=(scored,), merges=True)
         return recycled, Step("llm", first), Step("llm", second)
 
-    def _published_layers(self, model: ModelFacts) -> tuple[int, int]:
+    def published_layers(self, model: ModelFacts) -> tuple[int, int]:
+        """The published decoder layers before which tokens are dropped, scaled to a model."""
         lowest = model.first_llm_layer
         first = max(9 * model.text_layers // 28, lowest)
         return first, max(18 * model.text_layers // 28, min(first + 1, model.text_layers - 1))
@@ -155,104 +154,3 @@ class VFlowOpt(Adaptive):
             label = scores[chosen].gather(1, reduction.index)
             parts.append((tuple(members), replace(reduction, label=label)))
         return parts
-
-
-def second_ratio(
-    average: float, keep: float, ratio: float, layers: tuple[int, int], depth: int
-) -> float:
-    """q2, so that a decoder layer sees a given share of the visual tokens on average.
-
-    Args:
-        average: that share.
-        keep: rho, share behind the projector.
-        ratio: q1, what the first drop leaves of them.
-        layers: decoder layers before which tokens are dropped.
-        depth: number of decoder layers.
-
-    Returns:
-        At most 1; not positive where the layers before the last drop use up the budget.
-    """
-    first, second = layers
-    left = depth * average - first * keep - (second - first) * keep * ratio
-    return min(1.0, left / (depth - second) / (keep * ratio))
-
-
-@dataclass(frozen=True)
-class SearchSpace:
-    """Strategies with which a decoder layer sees a given share of the visual tokens on average.
-
-    rho is in [1, 1.5] times that share, q1 in [0.533, 1], the threshold in [0, 50] and the cell in
-    [3, 24], the published ranges for a quarter; q2 follows from the share.
-
-    Args:
-        average: the share, in (0, 1).
-        layers: decoder layers before which tokens are dropped.
-        depth: number of decoder layers.
-    """
-
-    average: float
-    layers: tuple[int, int]
-    depth: int
-
-    def propose(self, trial: Any) -> VFlowOpt | None:
-        """The strategy of an Optuna trial; `None` if the first two numbers use up the budget."""
-        keep = trial.suggest_float("keep", self.average, min(1.5 * self.average, 1.0))
-        ratio = trial.suggest_float("ratio", 0.533, 1.0)
-        threshold = trial.suggest_float("threshold", 0.0, 50.0)
-        cell = trial.suggest_float("cell", 3.0, 24.0)
-        last = second_ratio(self.average, keep, ratio, self.layers, self.depth)
-        if last <= 0:
-            return None
-        shares = (keep, keep * ratio, keep * ratio * last)
-        return VFlowOpt(keep=shares, threshold=threshold, cell=cell)
-
-
-def calibrate(
-    model: Any,
-    samples: Iterable[Mapping[str, Any]],
-    average: float = 0.25,
-    *,
-    trials: int = 300,
-    startup: int = 27,
-    seed: int = 42,
-    storage: str | Path | None = None,
-    progress: bool = True,
-) -> VFlowOpt:
-    """Find the strategy that changes a model's answers least at a given cost.
-
-    Each trial runs the prompts once; what counts is the cosine similarity of the last prompt
-    token's final state with and without pruning. `SearchSpace` says what is searched. Optuna's TPE
-    sampler takes the place of the reference's Gaussian process.
-
-    Args:
-        model: a supported vision-language model with an encoder that methods can look into.
-        samples: model inputs, each with an image.
-        average: share of the visual tokens that a decoder layer sees on average, in (0, 1).
-        trials: trials in all, those in `storage` included.
-        startup: trials drawn at random before the search follows what it found.
-        seed: of the search.
-        storage: file to keep the trials in; a search that was interrupted goes on from it.
-        progress: whether to show a bar.
-
-    Raises:
-        InputError: there are no samples, or `storage` holds a search with other settings.
-        FoveateError: Optuna is not installed, or no trial meets the budget.
-
-    Example:
-        >>> best = calibrate(model, prompts, 0.25, storage="search.log")  # doctest: +SKIP
-        >>> foveate.use(model, best)  # doctest: +SKIP
-    """
-    from foveate.calibration.search import search  # it needs the engine, which methods do without
-    from foveate.families import find_family
-
-    if not 0 < average < 1:
-        raise BudgetError(f"average must be in (0, 1), got {average}")
-    family = find_family(model)
-    space = SearchSpace(average, VFlowOpt()._published_layers(family), family.text_layers)
-    settings = {"model": family.model_type, "layers": family.text_layers, "average": average}
-    best = search(
-        model, samples, space.propose, trials=trials, startup=startup, seed=seed, storage=storage,
-        settings=settings, progress=progress,
-    )  # fmt: skip
-    assert isinstance(best, VFlowOpt)
-    return best

@@ -13,12 +13,8 @@ its own image only (our reading; the release takes one image).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import torch
-from torch import Tensor
+from typing import Annotated
 
 from foveate.core import (
     Method,
@@ -47,7 +43,7 @@ class YOPO(Method):
             `None` is the published 20 of 40 layers: half of the model at hand. The number of layers
             cuts nothing.
         heads: for each decoder layer, which attention heads work on visual tokens; see
-            `head_mask`. `None` is all of them.
+            `foveate.calibration.yopo_heads`. `None` is all of them.
         ffn_factor: f, visual tokens pass the first 1 / f of the MLP's neurons.
         as_released: probabilities that a head does not read are lost, as in the release; visual
             tokens are then computed in all layers.
@@ -111,7 +107,7 @@ class YOPO(Method):
         if self.heads is not None and len(self.heads) != model.text_layers:
             raise LayerError(
                 f"yopo has a head mask of {len(self.heads)} layers, but this {model.model_type} "
-                f"has {model.text_layers}; make one with foveate.methods.yopo.head_mask"
+                f"has {model.text_layers}; make one with foveate.calibration.yopo_heads.head_mask"
             )
         cut = self._cut(model)
         return tuple(
@@ -139,57 +135,3 @@ class YOPO(Method):
                 f"layers 0 to {model.text_layers - 1}"
             )
         return self.layer
-
-
-@torch.no_grad()
-def head_mask(
-    model: Any,
-    samples: Iterable[Mapping[str, Tensor]],
-    threshold: float = 0.035,
-    share: float = 0.4,
-    always: int = 2,
-) -> tuple[tuple[bool, ...], ...]:
-    """Find the heads that look at the image, on calibration prompts.
-
-    In each sample a head votes to stay where the attention that text tokens behind the image pay to
-    visual tokens exceeds `threshold` times what they pay to text (which queries count is our
-    reading). It stays if more than `share` of the samples vote for it.
-
-    Args:
-        model: a vision-language model whose attention maps can be had with the eager kernel.
-        samples: model inputs, each with an image; prompts without padding, of any batch size.
-        threshold: least ratio of attention to visual tokens over attention to text; published for
-            40 layers: 0.035, 0.077 and 0.2, for more and more pruned heads.
-        share: of the votes that a head needs.
-        always: first layers in which all heads stay.
-
-    Returns:
-        For each decoder layer, whether each head stays: `YOPO(heads=...)`.
-
-    Raises:
-        FoveateError: there are no samples.
-    """
-    text = model.get_decoder()
-    kernel = text.config._attn_implementation
-    votes: list[Tensor] = []
-    text.set_attn_implementation("eager")
-    try:
-        for inputs in samples:
-            maps = model(**inputs, output_attentions=True).attentions
-            visual = inputs["input_ids"] == model.config.image_token_id
-            votes += [_ratios(maps, row, seen) > threshold for row, seen in enumerate(visual)]
-    finally:
-        text.set_attn_implementation(kernel)
-    if not votes:
-        raise FoveateError("head_mask needs at least one calibration prompt")
-    stays = torch.stack(votes).double().mean(0) > share
-    stays[:always] = True
-    return tuple(tuple(layer) for layer in stays.tolist())
-
-
-def _ratios(maps: tuple[Tensor, ...], row: int, visual: Tensor) -> Tensor:
-    """(L, H) attention to visual tokens over that to text, of the text behind the image."""
-    first = int(visual.nonzero()[-1]) + 1
-    rows = torch.stack([layer[row, :, first:].float() for layer in maps])
-    seen = rows[..., visual].sum((2, 3))
-    return seen / rows[..., ~visual].sum((2, 3))

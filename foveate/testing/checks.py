@@ -15,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.core import Method
 from foveate.core.resolve import MethodLike, methods_of
-from foveate.engine.session import use
 from foveate.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
 from foveate.families import find_family
+from foveate.run import use
 from foveate.testing import models
 from foveate.testing.replay import Log, Row, logged
 

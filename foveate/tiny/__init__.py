@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from foveate.tiny.objects import SceneObject
 from foveate.tiny.questions import Question
-from foveate.tiny.scenes import Scene, SceneObject, draw_scene
+from foveate.tiny.scenes import Scene, draw_scene
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor

@@ -11,12 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
-from typing import TYPE_CHECKING
 
+from foveate.tiny.objects import Box, SceneObject
 from foveate.tiny.words import COLOURS, KINDS, PLACES, RELATIONS, SHAPES, WORDS
-
-if TYPE_CHECKING:
-    from foveate.tiny.scenes import Box, SceneObject
 
 PER_KIND = 4
 """Most questions of one kind in one scene, unless told otherwise."""

@@ -12,38 +12,16 @@ import numpy as np
 from PIL import Image
 
 from foveate.io.images import to_rgb
+from foveate.tiny.objects import Box, SceneObject
 from foveate.tiny.questions import PER_KIND, Question, ask
 from foveate.tiny.shapes import object_mask
 from foveate.tiny.words import COLOURS, DIGITS, NUMBERS, RELATIONS, SHAPES, WORDS
-
-Box = tuple[int, int, int, int]
 
 GAP = 4  # free pixels between any two objects, and around the canvas
 _TRIES = 40  # attempts to find room for one object
 
 MIX = (50, 15, 35, 0)
 """How often objects are shapes, digits, two-digit numbers and words, unless told otherwise."""
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One drawn object.
-
-    Args:
-        kind: a shape name, a number or a written word (`foveate.tiny.words.KINDS`).
-        colour: a colour name.
-        box: left, top, right, bottom in pixels; right and bottom are exclusive.
-    """
-
-    kind: str
-    colour: str
-    box: Box
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        """Middle of the box, in pixels."""
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
 
 
 @dataclass(frozen=True)

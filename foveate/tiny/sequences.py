@@ -15,11 +15,10 @@ from random import Random
 import numpy as np
 from PIL import Image
 
+from foveate.tiny.objects import Box, SceneObject
 from foveate.tiny.scenes import (
     MIX,
-    Box,
     Scene,
-    SceneObject,
     draw_font,
     draw_scene,
     find_room,

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 from foveate.core.resolve import MethodLike
 from foveate.core.saving import FILE, WEIGHTS, Head, Saved
 from foveate.engine.attachment import MARK
-from foveate.engine.session import LEARNED, Session, use
+from foveate.engine.session import LEARNED
 from foveate.errors import AttachError, FoveateError, InputError
 from foveate.families import unwrap
 from foveate.io.quoting import quoted
 from foveate.io.writing import filling
+from foveate.run import Session, use
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from foveate import tiny
-from foveate.cli.options import make_method
+from foveate.calibration.vflowopt import calibrate
+from foveate.core.from_text import make_method
 from foveate.errors import FoveateError, InputError
-from foveate.methods.vflowopt import VFlowOpt, calibrate
+from foveate.methods.vflowopt import VFlowOpt
 from tests.cli.test_commands import call
 from tests.disks import fill, mounted
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import pytest
 
-from foveate.cli.options import make_method, parse_keep, read_field, signature
 from foveate.core import Scorer, Step, get_method, list_methods
+from foveate.core.from_text import make_method, parse_keep, read_field, signature
 from foveate.errors import BudgetError, InputError, UnknownMethodError
 from foveate.methods import FastV, PyramidDrop
 

@@ -14,11 +14,11 @@ from transformers import (
 import foveate
 from foveate.core import Adaptive
 from foveate.core.video import VideoMethod
-from foveate.engine.session import Session
 from foveate.errors import UnsupportedModelError
 from foveate.families.llava_next import AnyRes
 from foveate.families.support import YES
 from foveate.methods import Downsample
+from foveate.run import Session
 from foveate.signals import SIGNALS
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import TOLERANCE, model_of

@@ -13,9 +13,9 @@ import torch
 
 import foveate
 from foveate.core.video import VideoMethod
-from foveate.engine.session import Session
 from foveate.errors import FoveateError, LayerError
 from foveate.families import find_family
+from foveate.run import Session
 from foveate.signals import SIGNALS
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings

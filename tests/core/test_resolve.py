@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import foveate
-from foveate.cli.options import make_methods
+from foveate.core.from_text import make_methods
 from foveate.core.resolve import methods_of
 from foveate.core.saving import Saved
 from foveate.errors import FoveateError, InputError, UnknownMethodError

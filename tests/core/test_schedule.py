@@ -7,7 +7,7 @@ import pytest
 from foveate import per_request
 from foveate.bench.levels import mean_share, method_at
 from foveate.cli.bench_speed import read_methods
-from foveate.cli.options import make_method, make_methods
+from foveate.core.from_text import make_method, make_methods
 from foveate.core.resolve import methods_of
 from foveate.core.schedule import nearest
 from foveate.errors import BudgetError, LayerError

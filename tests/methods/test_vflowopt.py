@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import foveate
+from foveate.calibration.vflowopt import calibrate, second_ratio
 from foveate.errors import BudgetError, FoveateError, InputError, LayerError
-from foveate.methods.vflowopt import STRATEGIES, VFlowOpt, calibrate, second_ratio
+from foveate.methods.vflowopt import STRATEGIES, VFlowOpt
 from foveate.ops.cell_merging import cells, merged, places, pool_size, recycle
 from foveate.signals.attention_maps import global_attention
 from tests.tinies import PATCHES, prompts, row_of

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import foveate
+from foveate.calibration.yopo_heads import head_mask
 from foveate.core import PartialCompute
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.methods import FastV
-from foveate.methods.yopo import YOPO, head_mask
+from foveate.methods.yopo import YOPO
 from tests.masked_layer import masked
 from tests.tinies import IMAGE, LAYERS, prompts, row_of, tiny_llava
 

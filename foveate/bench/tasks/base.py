@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from foveate.bench.sample import SPLITS, Evidence, Sample, Split, Turn
 from foveate.errors import BenchError
-from foveate.tiny.scenes import Box
+from foveate.tiny.objects import Box
 from foveate.tiny.sequences import SequenceQuestion
 
 _FIRST = {"test": 2**38, "hidden": 2**39, "train": 2**41}  # the tiny VLM trains from 2**40 on

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import foveate
 from foveate.core.saving import read_json
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import quoted, shown
 from foveate.io.writing import check_folder, explained, filling, write_json
 from foveate.training.finetune.collator import Collator
 from foveate.training.finetune.recipe import Recipe
+from foveate.training.prepare import prepare
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -82,7 +82,7 @@ def make_trainer(recipe: Recipe, model: Any, processor: Any) -> Trainer:
     if recipe.lora is not None:
         model = _adapt(model, recipe.lora)
     if recipe.method is not None:
-        model = foveate.prepare(model, recipe.method)
+        model = prepare(model, recipe.method)
     return ResumingTrainer(
         model=model,
         args=arguments,

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 import foveate
 from foveate.cli import app
-from foveate.cli.inputs import load_model
 from foveate.cli.recipe import read_recipe
 from foveate.errors import InputError
+from foveate.loading import load_model
 from foveate.training.finetune.run import finetune, freeze, last_checkpoint
 from tests.disks import fill, mounted
 

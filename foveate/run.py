@@ -1,0 +1,93 @@
+"""Run a model with methods: `use` attaches them for a block, `apply` until `remove()`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from foveate.core.resolve import MethodLike, methods_of
+from foveate.engine.session import BaseSession
+from foveate.errors import InputError
+from foveate.report.draw import show as draw
+from foveate.report.report import Report
+from foveate.signals.clip import ClipQuestions
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Session(BaseSession):
+    """Methods on a model, with reports of what they did. Use `use` or `apply` rather than this
+    class; it takes the same arguments as `BaseSession`.
+    """
+
+    def report(self) -> Report:
+        """What happened to each image of the last prompt: tokens, FLOPs, KV bytes."""
+        if self.record is None:
+            return Report.empty(self.family, self.methods)
+        return Report.of(self.record, self.family, self.methods, self._model.dtype)
+
+    def show(
+        self, images: Image | Sequence[Image | Sequence[Image]], geometry: str = "auto"
+    ) -> list[Image]:
+        """Draw the kept tokens of each stage on the images of the last prompt.
+
+        Args:
+            images: the images of the prompt, in order of appearance. A video is one of them: the
+                list of its frames. Of pictures that the processor cut into tiles, all tiles can be
+                passed instead.
+            geometry: how the processor mapped a picture on the token grid: `resize`, `crop`,
+            `pad`, or `auto`.
+
+        Raises:
+            InputError: no prompt with images was run, or the number of images differs.
+        """
+        if self.record is None or not self.record.images:
+            raise InputError("nothing to show: no prompt with an image was run in this session")
+        return draw(self.record, [images] if not isinstance(images, Sequence) else images, geometry)
+
+
+def use(
+    model: PreTrainedModel,
+    method: MethodLike,
+    *,
+    clip: ClipQuestions | None = None,
+    **fields: Any,
+) -> Session:
+    """Use methods on a model for the length of a `with` block.
+
+    Args:
+        model: a supported vision-language model or vision encoder.
+        method: a method, its name or class, what its `to_dict` says or a JSON file with that, or
+            a list of those in stream order.
+        clip: what is asked of the images, for methods with `relevance="clip"`: what
+            `foveate.ClipText` makes of the questions.
+        **fields: with a name, the method's hyper-parameters.
+
+    Returns:
+        A session that attaches when the block is entered, and restores the model when it is left.
+
+    Raises:
+        FoveateError: see `Session`; raised here, before anything runs.
+
+    Example:
+        >>> with foveate.use(model, "fastv", layer=2, keep=0.25) as run:  # doctest: +SKIP
+        ...     out = model.generate(**inputs)
+        >>> print(run.report())  # doctest: +SKIP
+    """
+    return Session(model, methods_of(method, **fields), clip)
+
+
+def apply(
+    model: PreTrainedModel,
+    method: MethodLike,
+    *,
+    clip: ClipQuestions | None = None,
+    **fields: Any,
+) -> Session:
+    """Use methods on a model until `remove()` is called on the returned handle. Arguments as in
+    `use`.
+    """
+    return use(model, method, clip=clip, **fields).attach()

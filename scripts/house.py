@@ -1,8 +1,9 @@
 """Figures of the structure: `python scripts/house.py [--long] [--markdown | --write | --check]`.
 
-`--markdown` prints the table that docs/architecture.md quotes, `--write` renews it there, and
-`--check` fails where a figure of the source has changed. Figures of a run (calls, moves between
-files) depend on the versions of Python and transformers, so `--check` leaves them out.
+`--markdown` prints the table that docs/architecture.md quotes, `--write` renews it there with the
+lines of what is read first, and `--check` fails where a figure of the source has changed. Figures
+of a run (calls, moves between files) depend on the versions of Python and transformers, so
+`--check` leaves them out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "foveate"
 PAGE = ROOT / "docs" / "architecture.md"
 TABLE = re.compile(r"(?<=\| figure \| now \|\n\|---\|---\|\n)(?:\|.*\n)*")
+READING = re.compile(r"^(\| \d \| .*?\| `([\w/]+\.py)` `(\w+)` \| )(\d+)", re.MULTILINE)
 LONG = 40
 ORDER = (
     "errors", "io", "core", "ops", "record", "families", "signals", "engine", "measure", "report",
@@ -264,11 +266,28 @@ def rows(found: dict[str, str]) -> str:
     return "".join(f"| {name} | {value} |\n" for name, value in found.items())
 
 
+def length(file: str, name: str) -> int:
+    """Lines of a class or a function of the package, to the nearest ten."""
+    for node in tree(PACKAGE / file).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return round((node.end_lineno or 0) - node.lineno + 1, -1)
+    sys.exit(f"foveate/{file} has no {name}: mend the order of reading in docs/architecture.md")
+
+
+def renewed(text: str, found: dict[str, str]) -> str:
+    """The page with these figures, and with lines as they are now."""
+    text = READING.sub(lambda row: f"{row[1]}{length(row[2], row[3])}", text)
+    return TABLE.sub(lambda _: rows(found), text, count=1)
+
+
 def check() -> None:
     """Fail where the page quotes a figure of the source that is no longer so."""
-    quoted = TABLE.search(PAGE.read_text(encoding="utf-8"))
-    said = set(quoted[0].splitlines() if quoted else ())
-    stale = [row for row in rows(figures()).splitlines() if row not in said]
+    text = PAGE.read_text(encoding="utf-8")
+    quoted = set(TABLE.search(text)[0].splitlines())  # type: ignore[index]
+    stale = [row for row in rows(figures()).splitlines() if row not in quoted]
+    for row in READING.finditer(text):
+        if abs(int(row[4]) - (now := length(row[2], row[3]))) > 10:
+            stale.append(f"{row[2]} {row[3]}: {now} lines")
     if stale:
         sys.exit(
             "docs/architecture.md is out of date: run `python scripts/house.py --write`; now\n"
@@ -303,7 +322,7 @@ def main() -> None:
     found = figures() | measured()
     if chosen.write:
         text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(TABLE.sub(lambda _: rows(found), text, count=1), encoding="utf-8")
+        PAGE.write_text(renewed(text, found), encoding="utf-8")
     elif chosen.markdown:
         print("| figure | now |\n|---|---|\n" + rows(found), end="")
     else:

@@ -167,9 +167,9 @@ class Scorer(Method):
 
 
 class Adaptive(Method):
-    """A method that finds out from the tokens how many of them survive.
+    """A method that decides by the tokens how many of them survive.
 
-    It acts behind the encoder. Its `keep` may be `None`.
+    It acts after the encoder. Its `keep` may be `None`.
     """
 
     adaptive = True

@@ -27,11 +27,11 @@ class Reduction:
         weights: (G, K, V) the value of each survivor as a weighted sum of all tokens.
         slot: (G, V) the survivor that each token goes into, or -1 for a token that is dropped.
         share: (G, V) weight of each token in its survivor; those of a mean sum to one.
-        ordered: whether the order of survivors is meant: where they get consecutive positions, the
-            language model reads them in this order.
+        ordered: whether the order of survivors has a meaning: where they get consecutive positions,
+            the language model reads them in this order.
         label: (G, K) a number for each survivor, which later steps of the same method are told.
-        real: inside an encoder, (G, K) which survivors are any; others fill up the rows of images
-            that have fewer, and nobody attends to them. `None` for all.
+        real: inside an encoder, (G, K) mask of real survivors. The rest is padding of images that
+            have fewer, and nobody attends to it. `None` for all.
     """
 
     index: Tensor

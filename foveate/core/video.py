@@ -30,7 +30,7 @@ Parts = list[tuple[tuple[int, ...], Reduction]]
 class VideoMethod(Adaptive):
     """A method that works on the whole frames of videos, before the language model.
 
-    Images pass untouched, and so do tokens behind the last frame of a video, such as a newline.
+    Images pass untouched, and so do tokens after the last frame of a video, such as a newline.
     `merges` says whether a survivor is made of several tokens.
     """
 
@@ -65,7 +65,7 @@ class VideoMethod(Adaptive):
 
     @abstractmethod
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
-        """As `split`, for videos of which no token is missing; tokens behind the last frame are
+        """As `split`, for videos of which no token is missing; tokens after the last frame are
         not the method's business.
         """
 
@@ -116,7 +116,7 @@ class Survivors:
             index: (K) position at which each survivor stands.
             members: (N) positions of the tokens.
             joined: (N) which of the K survivors each goes into.
-            sets: equally large sets of survivors, one behind the other, of which later steps are
+            sets: equally large sets of survivors, one after the other, of which later steps are
                 told by number.
         """
         numbers = torch.arange(self._sets, self._sets + sets, device=index.device)
@@ -145,7 +145,7 @@ def everything(tokens: VisualTokens) -> Parts:
 
 
 def by_frame(values: Tensor, tokens: VisualTokens) -> Tensor:
-    """(G, V, ...) values of tokens as (G, T, P, ...), without those behind the last frame."""
+    """(G, V, ...) values of tokens as (G, T, P, ...), without those after the last frame."""
     cells = prod(tokens.grid)
     return values[:, : tokens.frames * cells].unflatten(1, (tokens.frames, cells))
 

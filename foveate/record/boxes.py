@@ -16,7 +16,7 @@ def cells(height: int, width: int) -> Tensor:
 
 
 def cells_of(shape: Shape) -> Tensor:
-    """(V, 4) cells of the grid, once for each frame; NaN for tokens left over behind the last."""
+    """(V, 4) cells of the grid, once for each frame; NaN for tokens after the last."""
     boxes = cells(*shape.grid).repeat(shape.frames, 1)
     return torch.cat((boxes, torch.full((shape.total - len(boxes), 4), torch.nan)))
 
@@ -32,9 +32,9 @@ def plain_grid(boxes: Tensor) -> tuple[int, int] | None:
 
 
 def passes(boxes: Tensor) -> list[Tensor]:
-    """Numbers of the tokens in each pass over the picture, the pass with the largest boxes first.
+    """Numbers of the tokens in each pass over the image, the pass with the largest boxes first.
 
-    Where a thumbnail comes before tiles, the tokens cover the picture twice.
+    Where a thumbnail comes before tiles, the tokens cover the image twice.
     """
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1).nan_to_num().double()
     covered = area.cumsum(0)

@@ -49,10 +49,10 @@ class ImageRecord:
     def boxes(self) -> Tensor:
         """(V, 4) left, top, right and bottom edge of each visual token, in [0, 1].
 
-        They are shares of what the processor showed the model: of the picture after it was cropped
-        or padded, if it was; of the tile, where `whole` is false; of the token's own frame in a
-        video. NaN where a token shows no pixels, such as newlines, and where features were made
-        outside the session and it is not known what of.
+        They are shares of what the processor showed the model: of the image, after it was cropped
+        or padded; of the tile, where `whole` is false; of the token's own frame in a video. NaN
+        where a token shows no pixels, such as a newline, and where features were made outside the
+        session from unknown pixels.
         """
         return self._placed.boxes
 
@@ -73,12 +73,12 @@ class ImageRecord:
 
     @property
     def tile(self) -> tuple[int, int]:
-        """Where each tile of a picture counts as an image, which of how many; else (0, 1)."""
+        """Which of how many tiles it is, where an image was cut into tiles; else (0, 1)."""
         return self._placed.tile
 
     @property
     def whole(self) -> bool:
-        """Whether boxes are shares of the whole picture.
+        """Whether boxes are shares of the whole image.
 
         False for a tile if neither the prompt nor the pixels say how tiles are arranged.
         """
@@ -86,7 +86,7 @@ class ImageRecord:
 
     @property
     def frame(self) -> Tensor:
-        """(V,) frame of each visual token; tokens left over behind the last belong to it."""
+        """(V,) frame of each visual token; tokens after the last belong to it."""
         return frame_of(torch.arange(self.total), self.grid, self.frames)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,10 +125,10 @@ class Record:
             floating-point tensors only; empty where features were handed in.
         projected: modality -> rows that the projector was given once more, because a method had
             merged them.
-        question_tokens: text tokens behind the images of a row, padding included; 0 where no
-            method looked at them.
+        question_tokens: text tokens after the images of a row, padding included; 0 where no
+            method read them.
         common_tokens: text tokens before the last image of a row, padding included, that images
-            look at where layers compute less of them; 0 where all layers compute all.
+            attend to where layers compute less of them; 0 where all layers compute all.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -160,7 +160,7 @@ def site_name(entry: str) -> str:
 
 
 def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
-    """Images in order of appearance, tiles of one picture together."""
+    """Images in order of appearance, tiles of one image together."""
     pictures: list[list[ImageRecord]] = []
     for image in images:
         if image.tile[0] == 0:
@@ -170,12 +170,12 @@ def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
 
 
 def alone(image: ImageRecord) -> ImageRecord:
-    """A tile as a picture of its own."""
+    """A tile as an image of its own."""
     return image if image.tile[1] == 1 else dataclasses.replace(image, locate=None)
 
 
 def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
-    """All tiles of a picture as one image, whose tokens form one row.
+    """All tiles of an image as one record, whose tokens form one row.
 
     Raises:
         InputError: it is not known how they are arranged.

@@ -1,7 +1,7 @@
-"""Tiles: pictures that a processor cut up, where each tile counts as an image.
+"""Tiles: images that a processor cuts up, where each tile is encoded as an image.
 
-Processors of these families scale a picture to a grid of tiles, cut it, and put a thumbnail of the
-whole before or behind them.
+Processors of these families scale an image to a grid of tiles, cut it, and put a thumbnail of the
+whole before or after them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ PROBE = 48  # edge in pixels at which arrangements are compared
 
 
 class Tiling(NamedTuple):
-    """A picture in a prompt.
+    """An image of a prompt, as the user passed it.
 
     Args:
-        tiles: images that it is made of, its thumbnail among them; 1 if it was not cut.
+        tiles: tiles that it was cut into, its thumbnail included; 1 if it was not cut.
         grid: (rows, columns) of its tiles without the thumbnail; `None` if the prompt does not say.
     """
 
@@ -29,12 +29,12 @@ class Tiling(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Where an image of a forward is.
+    """Where the tokens of an image or a tile lie.
 
     Args:
         boxes: (V, 4) left, top, right and bottom edge of its tokens, in [0, 1].
-        tile: which of how many tiles of its picture it is; (0, 1) where pictures are not cut.
-        whole: whether the boxes are shares of the whole picture, not of the tile.
+        tile: which of how many tiles of its image it is; (0, 1) where images are not cut.
+        whole: whether the boxes are shares of the whole image, not of the tile.
     """
 
     boxes: Tensor
@@ -45,12 +45,12 @@ class Placed(NamedTuple):
 def join(
     spans: Sequence[tuple[int, int]], together: Callable[[int, int], bool]
 ) -> list[list[tuple[int, int]]]:
-    """Group the tiles of a row into pictures.
+    """Group the tiles of a row into images.
 
     Args:
-        spans: first column of each tile, and the first behind it.
+        spans: first column of each tile, and the first after it.
         together: whether a tile that ends before one column, and the next, which begins at another,
-            are of one picture.
+            are of one image.
     """
     pictures: list[list[tuple[int, int]]] = []
     for number, span in enumerate(spans):
@@ -66,7 +66,7 @@ def match_grid(tiles: Tensor, thumbnail: Tensor) -> tuple[int, int] | None:
 
     Args:
         tiles: (N, C, H, W) in raster order.
-        thumbnail: (C, H, W) the same picture, small.
+        thumbnail: (C, H, W) the same image, small.
     """
     tiles, thumbnail = tiles.float(), thumbnail.float()
     count, _, height, width = tiles.shape
@@ -83,12 +83,12 @@ def match_grid(tiles: Tensor, thumbnail: Tensor) -> tuple[int, int] | None:
 
 
 def in_picture(boxes: Tensor, tile: int, grid: tuple[int, int]) -> Tensor:
-    """Boxes of a tile as shares of its picture.
+    """Boxes of a tile as shares of its image.
 
     Args:
         boxes: (V, 4) shares of the tile.
         tile: its raster number.
-        grid: (rows, columns) of the picture's tiles.
+        grid: (rows, columns) of the image's tiles.
     """
     rows, columns = grid
     row, column = divmod(tile, columns)

@@ -1,7 +1,7 @@
-"""Draw the kept tokens on the pixels: the picture, then one panel for each site.
+"""Draw the kept tokens on the pixels: the image, then one panel for each site.
 
-A processor maps a picture onto the token grid in one of three ways (`Geometry`): `resize` stretches
-the whole picture, `crop` cuts the centre out, `pad` fills the picture up to a square first.
+A processor maps an image onto the token grid in one of three ways (`Geometry`): `resize` stretches
+the whole image, `crop` cuts the centre out, `pad` fills the image up to a square first.
 
 Tokens that form no single grid (a thumbnail, then tiles) are drawn by their boxes, small ones over
 large ones. A video is one row of panels for each frame.
@@ -42,21 +42,21 @@ def show(
     images: Image.Image | Sequence[Picture],
     geometry: str = "auto",
 ) -> list[Image.Image]:
-    """Draw what one forward kept of each picture.
+    """Draw what one forward kept of each image.
 
     Args:
         record: what the engine wrote; `None` when no forward has run.
-        images: the pictures, in the order in which they appear in the prompts of the batch. A
+        images: the images, in the order in which they appear in the prompts of the batch. A
             video is one of them: the list of its frames, from which those that tokens stand for are
-            taken evenly. Of pictures that were cut into tiles, all tiles can be passed instead.
-        geometry: how the processor mapped pictures onto the token grid. `auto` finds out from the
+            taken evenly. Of images that were cut into tiles, all tiles can be passed instead.
+        geometry: how the processor mapped images onto the token grid. `auto` finds out from the
             pixels that the encoder saw.
 
     Returns:
         For each image a strip: the image, then what was kept at each site.
 
     Raises:
-        InputError: no forward has run, there are more or fewer pictures than the prompts had, or
+        InputError: no forward has run, there are more or fewer images than the prompts had, or
             the geometry is unknown and cannot be found out.
     """
     pictures: list[Picture] = [images] if isinstance(images, Image.Image) else list(images)

@@ -119,14 +119,14 @@ class Report(dict[str, Any]):
 
     @property
     def kept(self) -> list[dict[str, list[dict[str, Any]]]]:
-        """For each image, step -> the tokens alive after it, each with its place in the picture.
+        """For each image, step -> the tokens alive after it, each with its box in the image.
 
         A token is a dict of `index`, its raster position; `box`, its left, top, right and bottom
         edge in [0, 1], or `None` if it shows no pixels; and in a video `frame`. Boxes are shares of
-        what the processor showed the model: of the picture after it was cropped or padded, if it
-        was; of the frame in a video. Where each tile of a picture counts as an image, the image's
-        `tile` says which of how many it is, and `boxes_in` whether boxes are of the `picture`, or
-        of the `tile` because it is not known how tiles are arranged.
+        what the processor showed the model: of the image, after it was cropped or padded; of the
+        frame in a video. Where an image was cut into tiles, each has its own entry: `tile` says
+        which of how many it is, and `boxes_in` whether boxes are of the whole `picture`, or of the
+        `tile` because it is not known how tiles are arranged.
 
         In the report itself an image holds the indices in `kept`, and in `boxes` and `frame` those
         of all its tokens.

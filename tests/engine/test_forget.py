@@ -78,6 +78,18 @@ def test_every_layer_is_as_short(any_llava, rows):
         any_llava(input_ids=torch.tensor([[5]] * len(rows)), past_key_values=cache)
 
 
+@pytest.mark.parametrize("name", ["alone", "behind-removal"])
+def test_bytes_before_are_those_of_the_whole_cache(any_llava, name):
+    """What was in the caches before the cut counts as removed by it, not as never there."""
+    inputs = prompts([[5, 7], [3, 2, 4]])
+    plain = any_llava(**inputs, use_cache=True).past_key_values
+    with foveate.use(any_llava, METHODS[name][0]) as run:
+        pruned = any_llava(**inputs, use_cache=True).past_key_values
+    told = run.report()["kv_bytes"]
+    for cache, said in ((plain, told["before"]), (pruned, told["after"])):
+        assert said == sum(held.keys.nbytes + held.values.nbytes for held in cache.layers)
+
+
 def test_beams_equal_their_rows(any_llava):
     """Beam search reorders what is left."""
     options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}

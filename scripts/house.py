@@ -26,9 +26,9 @@ TABLE = re.compile(r"(?<=\| figure \| now \|\n\|---\|---\|\n)(?:\|.*\n)*")
 READING = re.compile(r"^(\| \d \| .*?\| `([\w/]+\.py)` `(\w+)` \| )(\d+)", re.MULTILINE)
 LONG = 40
 ORDER = (
-    "errors", "io", "core", "ops", "record", "families", "signals", "engine", "measure", "report",
-    "run", "methods", "calibration", "tiny", "training", "foveate", "bench", "large", "testing",
-    "cli", "integrations", "__main__",
+    "lazy", "errors", "io", "tiny", "core", "ops", "record", "families", "signals", "engine",
+    "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "large",
+    "testing", "foveate", "integrations", "cli", "__main__",
 )  # fmt: skip
 """Packages of foveate, the lowest first: each may import itself and those before it. `foveate`
 stands for the names that the library exports.

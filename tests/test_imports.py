@@ -24,9 +24,6 @@ ABOVE_FOVEATE = ("integrations", "cli", "__main__")
 METHODS_SEE = {"errors", "io", "core", "ops", "methods"}
 
 ANNOTATIONS_ONLY = {
-    ("foveate.engine.decoder_signals", "foveate.engine.forward"),
-    ("foveate.engine.extensions.decode_choice", "foveate.engine.forward"),
-    ("foveate.engine.extensions.suspension", "foveate.engine.forward"),
     ("foveate.engine.readout", "foveate.engine.images"),
     ("foveate.engine.state", "foveate.engine.forward"),
 }

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need
-from foveate.engine.images import Group, split_by_count
+from foveate.engine.apply_step import split_by_count
+from foveate.engine.images import Group
 from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.prompt import Asked, starts

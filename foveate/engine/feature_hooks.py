@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from foveate.engine import features
 from foveate.engine.attachment import bypassed, is_compiled, untraced
 from foveate.engine.extensions.checkpointing import Replays
-from foveate.engine.features import Asker
-from foveate.engine.images import rows_of
+from foveate.engine.grouping import rows_of
 from foveate.engine.inputs import (
     bound,
     cached,
@@ -26,8 +25,10 @@ from foveate.engine.inputs import (
     real_positions,
 )
 from foveate.engine.plan import Plan
+from foveate.engine.prompt_context import Asker
 from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends, readout
+from foveate.engine.reduce_features import mark
 from foveate.engine.state import Args, Kwargs, Local
 from foveate.engine.tags import Tags
 from foveate.engine.vision.forward import Encoding
@@ -169,7 +170,7 @@ class FeatureHooks:
             asker = Asker([0] * len(lengths), range(len(lengths)), lambda row: row)
             if read is not None and len(read) == sum(lengths):
                 asker = replace(asker, readout=read[last].tolist())
-            features.mark(output, self.plan, asker, self._deliver)
+            mark(output, self.plan, asker, self._deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
         rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
@@ -181,7 +182,7 @@ class FeatureHooks:
         read = local.now.readout
         kept = () if read is None else read[rows, ends].tolist()
         asker = Asker(rows, source, request, ends, question, self.clip, labelled, kept)
-        features.mark(output, self.plan, asker, self._deliver)
+        mark(output, self.plan, asker, self._deliver)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
         """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.engine.apply_step import reduce_group
 from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
@@ -18,7 +19,7 @@ from foveate.engine.decoder_signals import Looks
 from foveate.engine.extensions.decode_choice import Focusing
 from foveate.engine.extensions.partial.prefill import Images, Split
 from foveate.engine.extensions.suspension import Suspended
-from foveate.engine.images import Group, note, reduce_group
+from foveate.engine.images import Group, note
 from foveate.engine.layout import (
     Layout,
     Slots,

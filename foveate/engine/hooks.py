@@ -27,7 +27,8 @@ from foveate.engine.extensions.partial.prefill import run_layer
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import Turn
 from foveate.engine.gate import is_generating
-from foveate.engine.images import Group, Part, locate
+from foveate.engine.grouping import Part, locate
+from foveate.engine.images import Group
 from foveate.engine.inputs import (
     check_drafts,
     check_early_exit,

@@ -1,0 +1,90 @@
+"""What is known of the prompt when image features are reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from foveate.core import Need
+from foveate.engine.images import Group
+from foveate.engine.question import Question
+from foveate.errors import InputError
+from foveate.signals.clip import ClipQuestions
+
+
+@dataclass(frozen=True, eq=False)
+class Asker:
+    """What is known of the prompt when features are reduced.
+
+    Args:
+        rows: row of the batch of each image; any number where nothing depends on it.
+        source: which image of the encoder each image is.
+        request: batch row to entry of a per-request budget.
+        ends: logical column of each image's last token; empty where the prompt is not known.
+        question: the text behind the images, and its (B, Q, D) embeddings.
+        clip: what is asked, as CLIP embeds it.
+        labelled: whether labels say what is asked; images of which nothing is are then left alone.
+        readout: for each image, whether a next token is read from it; empty where none is.
+    """
+
+    rows: Sequence[int]
+    source: Sequence[int]
+    request: Callable[[int], int]
+    ends: Sequence[int] = ()
+    question: tuple[Question, Tensor] | None = None
+    clip: ClipQuestions | None = None
+    labelled: bool = False
+    readout: Sequence[bool] = ()
+
+    @property
+    def without_text(self) -> tuple[int, ...]:
+        """Rows in which no text follows an image, and none of it is supervised."""
+        return () if self.question is None else self.question[0].without
+
+    def unasked(self, needs: Sequence[Need], group: Group) -> set[int]:
+        """Members of a group about which nothing is asked that a step needs to know."""
+        if not self.labelled or all(need.name != "question_embeddings" for need in needs):
+            return set()
+        assert self.question is not None  # reduction waits until the prompt is known
+        question = self.question[0]
+        where = (torch.tensor(x, device=question.real.device) for x in (group.rows, group.ends))
+        asked = question.mask(*where).any(1).tolist()
+        return {i for i, asks in enumerate(asked) if not asks}
+
+    def signals(self, name: str, part: Group) -> dict[str, Tensor]:
+        """A signal of the prompt for each image of a group, with masks of all the text there is and
+        of what comes before another image.
+        """
+        if name == "clip_questions":
+            assert self.clip is not None  # the session has checked it
+            text, mask = self.clip.of([self.request(row) for row in part.rows])
+            return {name: text, f"{name}_mask": mask}
+        assert self.question is not None  # reduction waits until the prompt is known
+        question, embeds = self.question
+        following = self._following()
+        nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
+        rows, ends, behind = (
+            torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
+        )
+        mask = question.mask(rows, ends)
+        text = embeds[rows].masked_fill(~mask[..., None], 0.0)
+        if question.last is not None and bool(text.isnan().any()):
+            raise InputError(
+                "a method compares visual tokens with the text after them, but none follows an "
+                "image, and the prompt ends in a visual token that is encoded apart from it; put "
+                "text after the image, or use a method that does not look at the prompt"
+            )
+        paired = question.paired(rows, ends, behind)
+        return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
+
+    def _following(self) -> dict[tuple[int, int], int]:
+        """(row, end) of an image -> end of the next one in its row."""
+        places = sorted(zip(self.rows, self.ends, strict=True))
+        return {
+            (row, end): after if row == same else torch.iinfo(torch.int64).max
+            for (row, end), (same, after) in pairwise([*places, (-1, 0)])
+        }

@@ -115,7 +115,7 @@ def _decisions(
     for wanted, members in split_by_count(planned, group, begin, request).items():
         part = group.pick(members)
         if isinstance(method, Adaptive):
-            for chosen, reduction in method.split(show(part, wanted)):
+            for chosen, reduction in method.reduce_each(show(part, wanted)):
                 yield from spared(part.pick(chosen), reduction)
         elif wanted == alive:
             yield part, None

@@ -89,7 +89,7 @@ class Step:
         whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
         merges: for `pre_llm`, make a token of several behind the projector.
         ragged: for `vision`, images that are encoded together may be left different numbers of
-            tokens (`Reduction.real`), which the method's last step makes equal.
+            tokens (`Reduction.valid`), which the method's last step makes equal.
     """
 
     stage: Stage

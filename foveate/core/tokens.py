@@ -55,8 +55,9 @@ class VisualTokens:
             hand.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
-        real: inside an encoder, (G, V) which tokens are any, where an earlier step of the same
-            method has left images different numbers of them; `None` for all.
+        valid: inside an encoder, (G, V) mask of real tokens, where an earlier step of the same
+            method has left images different numbers of them; the rest is padding. `None` where all
+            are real.
         learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
             do not learn.
     """
@@ -74,7 +75,7 @@ class VisualTokens:
     number: int = 0
     quota: int = 0
     label: Tensor | None = None
-    real: Tensor | None = None
+    valid: Tensor | None = None
     learned: nn.Module | None = None
 
     @property

@@ -65,8 +65,8 @@ class VideoMethod(Adaptive):
 
     @abstractmethod
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
-        """As `reduce_each`, for videos of which no token is missing; tokens behind the last frame are
-        not the method's business.
+        """As `reduce_each`, for videos of which no token is missing; tokens after the last frame
+        are not the method's business.
         """
 
 

@@ -101,7 +101,7 @@ def reduce_around(
     reduction = reduce(count)
     if at is None:
         return reduction
-    if count > 1 and not reduction.merges and reduction.real is None and reduction.label is None:
+    if count > 1 and not reduction.merges and reduction.valid is None and reduction.label is None:
         missing = (at >= 0) & (reduction.index != at[:, None]).all(1)
         if bool(missing.any()):  # the lowest of the ranking makes room
             fewer = reduce(count - 1).index
@@ -145,8 +145,8 @@ def surviving(
     if at is None:
         return reduction
     there = reduction.index == at[:, None]
-    if reduction.real is not None:
-        there &= reduction.real
+    if reduction.valid is not None:
+        there &= reduction.valid
     missing = (at >= 0) & ~there.any(1)
     if bool(missing.any()):
         reduction = _seated(reduction, missing.nonzero()[:, 0], at)
@@ -159,9 +159,9 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
     """Give a token of some images the seat of a survivor."""
     index, at = reduction.index.clone(), at[images]
     distance = (index[images] - at[:, None]).abs()
-    real = None if reduction.real is None else reduction.real.clone()
-    if real is not None:
-        distance = distance.masked_fill(~real[images], torch.iinfo(distance.dtype).max)
+    valid = None if reduction.valid is None else reduction.valid.clone()
+    if valid is not None:
+        distance = distance.masked_fill(~valid[images], torch.iinfo(distance.dtype).max)
     seat = distance.argmin(1)
     joined = torch.zeros_like(seat, dtype=torch.bool)
     weights, slot, share = reduction.weights, reduction.slot, reduction.share
@@ -181,11 +181,11 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
         slot[images] = slot[images].masked_fill(lost, -1)
         slot[images, at] = seat
         share[images, at] = torch.where(joined, share[images, at], 1.0)
-    if real is not None:  # it may fill up the row already, and then the two change places
+    if valid is not None:  # it may fill up the row already, and then the two change places
         filler = index[images] == at[:, None]
         index[images] = torch.where(filler, index[images, seat][:, None], index[images])
     index[images, seat] = at
-    return replace(reduction, index=index, weights=weights, slot=slot, share=share, real=real)
+    return replace(reduction, index=index, weights=weights, slot=slot, share=share, valid=valid)
 
 
 def _last(reduction: Reduction, at: Tensor, total: int) -> Reduction:

@@ -190,7 +190,7 @@ class Encoding:
                     site=step.site,
                     step=step,
                     frames=of.frames,
-                    real=of.real,
+                    valid=of.valid,
                     learned=planned.learned,
                 )
                 reduce = functools.partial(planned.method.reduce, tokens)
@@ -208,8 +208,8 @@ class Encoding:
     def _note(self, planned: PlannedStep) -> None:
         for of in self.stacks:
             of.begin.setdefault(planned.method_number, of.alive)
-            real = of.real
-            of.kept[planned.entry] = of.index if real is None else of.index.masked_fill(~real, -1)
+            valid = of.valid
+            of.kept[planned.entry] = of.index if valid is None else of.index.masked_fill(~valid, -1)
 
     # -- what layers are told
 

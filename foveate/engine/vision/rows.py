@@ -110,16 +110,16 @@ class Rows:
         -1 for what fills up.
         """
         assert point.order is not None  # something has been removed
-        real = [
+        valid = [
             torch.ones_like(of.rows_at(layout), dtype=torch.bool)
-            if layout is None or layout.real is None
-            else layout.real[..., None].expand(-1, -1, of.rows.shape[2])
+            if layout is None or layout.valid is None
+            else layout.valid[..., None].expand(-1, -1, of.rows.shape[2])
             for of, layout in zip(self.stacks, point.layouts, strict=True)
         ]
         if point.unsort is not None:
-            alive = torch.cat([part.flatten() for part in real])[point.unsort]
+            alive = torch.cat([part.flatten() for part in valid])[point.unsort]
             return point.order.masked_fill(~alive, -1)[None]
-        alive = torch.nn.functional.pad(real[0].flatten(1), (self.special, 0), value=True)
+        alive = torch.nn.functional.pad(valid[0].flatten(1), (self.special, 0), value=True)
         rows = point.order.view(self.shape[0], -1) % self.shape[1]
         return rows.masked_fill(~alive, -1)
 

@@ -72,9 +72,9 @@ class Stack:
         return everything.expand(len(self.pictures), -1)
 
     @property
-    def real(self) -> Tensor | None:
+    def valid(self) -> Tensor | None:
         """(G, K) which of the tokens alive are any; others fill up. `None` for all."""
-        return None if self.layout is None else self.layout.real
+        return None if self.layout is None else self.layout.valid
 
     @property
     def lasting(self) -> Tensor | None:
@@ -118,9 +118,9 @@ class Stack:
         if layout is None:
             return seen
         seen = None if seen is None else layout.apply(seen)
-        if layout.real is not None:
-            real = layout.real.float()[..., None].expand(-1, -1, self.rows.shape[2])
-            seen = real if seen is None else seen * real
+        if layout.valid is not None:
+            valid = layout.valid.float()[..., None].expand(-1, -1, self.rows.shape[2])
+            seen = valid if seen is None else seen * valid
         if not merged:
             return None if seen is None else seen.gt(0).to(seen)
         if self.merged is None:

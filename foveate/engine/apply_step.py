@@ -5,56 +5,28 @@ Shapes: `G` images of a group, `V` tokens of each, `D` hidden.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor
 
 from foveate.core import Adaptive, Reduction, VisualTokens
-from foveate.engine.images import Group
+from foveate.engine.images import ImageGroup
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around, spared
 
 
-def split_by_count(
+def apply_step(
     planned: PlannedStep,
-    group: Group,
-    begin: Mapping[tuple[int, int], int],
-    request: Callable[[int], int],
-) -> dict[int, list[int]]:
-    """Count of survivors -> members of a group.
-
-    Args:
-        planned: the step.
-        group: images alive.
-        begin: tokens of (method, image) where the method began, if it has begun.
-        request: batch row to entry of a per-request budget.
-    """
-    parts: dict[int, list[int]] = defaultdict(list)
-    alive = group.index.shape[1]
-    for member, (image, row) in enumerate(zip(group.images, group.rows, strict=True)):
-        total = begin.get((planned.method_number, image), alive)
-        wanted = planned.method.count(alive, total, planned.step, planned.number, request(row))
-        parts[wanted].append(member)
-    return parts
-
-
-def reduce_group(
-    planned: PlannedStep,
-    group: Group,
-    begin: dict[tuple[int, int], int],
-    request: Callable[[int], int],
-    features: Callable[[Group], Tensor],
-    signals: Callable[[Group], Mapping[str, Tensor]],
+    group: ImageGroup,
+    features: Callable[[ImageGroup], Tensor],
+    signals: Callable[[ImageGroup], Mapping[str, Tensor]],
     unasked: Collection[int] = (),
-) -> list[tuple[Group, Group, Reduction | None]]:
+) -> list[tuple[ImageGroup, ImageGroup, Reduction | None]]:
     """Let a method reduce a group at one step.
 
     Args:
         planned: the step.
-        group: images alive.
-        begin: tokens of (method, image) where the method began; filled in at its first step.
-        request: batch row to entry of a per-request budget.
+        group: the images.
         features: (G, V, D) of a group.
         signals: declared signals of a group.
         unasked: members that are left alone.
@@ -63,81 +35,57 @@ def reduce_group(
         (group before, group after, reduction) for each part with equal counts; `None` where
         nothing is removed.
     """
-    alive = group.index.shape[1]
-    for image in group.images:
-        begin.setdefault((planned.method_number, image), alive)
-    if not alive:
-        return [(group, group, None)]
+    if not group.count:
+        group = group.begun(planned.method_number)
+        return [_settled(planned, group, None)]
+    counts = group.by_count(planned)
+    group = group.begun(planned.method_number)
 
-    def show(part: Group, quota: int) -> VisualTokens:
-        return _shown(planned, part, quota, features, signals)
+    def show(part: ImageGroup, quota: int) -> VisualTokens:
+        return part.visual_tokens(planned, lambda: features(part), signals(part), quota=quota)
 
-    asked = [i for i in range(len(group.images)) if i not in unasked]
     result = [_settled(planned, group.pick(sorted(unasked)), None)] if unasked else []
-    if asked:
-        decisions = _decisions(planned, group.pick(asked), begin, request, show)
-        result += [_settled(planned, part, reduction) for part, reduction in decisions]
+    for count, members in counts.items():
+        asked = [i for i in members if i not in unasked]
+        if asked:
+            decisions = _decisions(planned, group.pick(asked), count, show)
+            result += [_settled(planned, part, reduction) for part, reduction in decisions]
     return result
-
-
-def _shown(
-    planned: PlannedStep,
-    group: Group,
-    quota: int,
-    features: Callable[[Group], Tensor],
-    signals: Callable[[Group], Mapping[str, Tensor]],
-) -> VisualTokens:
-    """What a method sees of a group."""
-    return VisualTokens(
-        features=lambda: features(group),
-        index=group.index,
-        grid=group.shape.grid,
-        rows=group.rows,
-        signals=signals(group),
-        number=planned.number,
-        quota=quota,
-        site=planned.step.site,
-        frames=group.shape.frames,
-        label=group.labels.get(planned.method_number),
-        learned=planned.learned,
-    )
 
 
 def _decisions(
     planned: PlannedStep,
-    group: Group,
-    begin: Mapping[tuple[int, int], int],
-    request: Callable[[int], int],
-    show: Callable[[Group, int], VisualTokens],
-) -> Iterator[tuple[Group, Reduction | None]]:
-    """What a method makes of each part of a group; `None` where all tokens stay, unseen."""
-    method, alive = planned.method, group.index.shape[1]
-    for wanted, members in split_by_count(planned, group, begin, request).items():
-        part = group.pick(members)
-        if isinstance(method, Adaptive):
-            for chosen, reduction in method.reduce_each(show(part, wanted)):
-                yield from spared(part.pick(chosen), reduction)
-        elif wanted == alive:
-            yield part, None
-        elif wanted == 0:
-            yield from spared(part, Reduction(part.index[:, :0]))
-        else:
+    group: ImageGroup,
+    count: int,
+    show: Callable[[ImageGroup, int], VisualTokens],
+) -> Iterator[tuple[ImageGroup, Reduction | None]]:
+    """What a method makes of images of which equally many tokens survive; `None` where all do,
+    which the method is not shown.
+    """
+    method = planned.method
+    if isinstance(method, Adaptive):
+        for members, reduction in method.reduce_each(show(group, count)):
+            yield from spared(group.pick(members), reduction)
+    elif count == group.count:
+        yield group, None
+    elif count == 0:
+        yield from spared(group, Reduction(group.index[:, :0]))
+    else:
 
-            def reduce(count: int, part: Group = part) -> Reduction:
-                return method.reduce(show(part, count), count)
+        def reduce(count: int) -> Reduction:
+            return method.reduce(show(group, count), count)
 
-            yield part, reduce_around(reduce, wanted, part.lasting, alive)
+        yield group, reduce_around(reduce, count, group.required, group.count)
 
 
 def _settled(
-    planned: PlannedStep, group: Group, reduction: Reduction | None
-) -> tuple[Group, Group, Reduction | None]:
+    planned: PlannedStep, group: ImageGroup, reduction: Reduction | None
+) -> tuple[ImageGroup, ImageGroup, Reduction | None]:
     """A group before and after a decision, in raster order if positions stay."""
     if reduction is None:
-        return group, group, None
-    alive = group.index.shape[1]
+        return group, group.noted(planned.entry), None
     if reduction.ordered and not planned.renumber:
-        reduction = reduction.in_raster_order(alive)
-    after = group.reduced(reduction, planned.method_number)
-    whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
-    return group, after, None if whole else reduction
+        reduction = reduction.in_raster_order(group.count)
+    after = group.reduced(reduction, planned.method_number).noted(planned.entry)
+    unchanged = reduction.kept == group.count and not (reduction.merges or reduction.ordered)
+    return group, after, None if unchanged else reduction

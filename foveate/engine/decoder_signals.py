@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need
-from foveate.engine.apply_step import split_by_count
-from foveate.engine.images import Group
+from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.prompt import Asked, starts
@@ -110,14 +109,14 @@ class Looks:
         now = before + transition(given, made, real.to(given.device))
         self._taken["transition", number] = now, self.turn.layout
 
-    def of(self, needs: tuple[Need, ...], part: Group) -> dict[str, Tensor]:
+    def of(self, needs: tuple[Need, ...], part: ImageGroup) -> dict[str, Tensor]:
         """Signals of a group, at the tokens that are alive of it."""
         signals: dict[str, Tensor] = {}
         for need in needs:
             if need.name.startswith("question"):
                 signals["question_mask"] = self._mask(part)
             if need.name == "question_relevance":
-                signals[need.name] = torch.stack([self._relevance[i] for i in part.images])
+                signals[need.name] = torch.stack([self._relevance[i] for i in part.numbers])
             elif need.name in _PLACES:
                 signals[need.name] = self._places(need.name, part)
             else:
@@ -148,7 +147,7 @@ class Looks:
         return any(
             0 < count < group.index.shape[1]
             for group in self.turn.groups
-            for count in split_by_count(planned, group, self.turn.begin_of, self.prompt.request)
+            for count in group.by_count(planned)
         )
 
     def _look(self, name: str, view: LayerView, past: Slots) -> Tensor:
@@ -248,7 +247,7 @@ class Looks:
             scores = torch.matmul(visual, text[rows[:, 0]].float().transpose(1, 2))
             mask = self._mask(group)[:, None]
             share = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
-            self._relevance |= dict(zip(group.images, share.nan_to_num(), strict=True))
+            self._relevance |= dict(zip(group.numbers, share.nan_to_num(), strict=True))
 
     # -- columns
 
@@ -289,7 +288,7 @@ class Looks:
             last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
         return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
 
-    def unasked(self, needs: tuple[Need, ...], group: Group) -> set[int]:
+    def unasked(self, needs: tuple[Need, ...], group: ImageGroup) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know.
 
         So it is with images behind which nothing is supervised; such a step leaves them alone.
@@ -388,22 +387,22 @@ class Looks:
 
     # -- handing out
 
-    def _where(self, part: Group) -> tuple[Tensor, Tensor]:
+    def _where(self, part: ImageGroup) -> tuple[Tensor, Tensor]:
         """(G) rows of a group's images, and (G) columns at which they end."""
         rows = self.turn.row_index(part)[:, 0]
         return rows, torch.tensor(part.ends, device=rows.device)
 
-    def _mask(self, part: Group) -> Tensor:
+    def _mask(self, part: ImageGroup) -> Tensor:
         return self.question.mask(*self._where(part))
 
-    def _mean(self, values: Tensor, part: Group) -> Tensor:
+    def _mean(self, values: Tensor, part: ImageGroup) -> Tensor:
         """(G, H, V) of (G, H, Q, V): mean over the tokens that ask about each image."""
         if self.asked.real is None:
             return values[:, :, 0]
         asks = self.asked.of(*self._where(part)).to(values.device)[:, None, :, None]
         return values.masked_fill(~asks, 0.0).sum(2) / asks.sum(2).clamp(min=1)
 
-    def _places(self, name: str, part: Group) -> Tensor:
+    def _places(self, name: str, part: ImageGroup) -> Tensor:
         """Places in the prompt of a group's tokens, or of the text behind them."""
         rows = self.turn.row_index(part)
         columns = part.columns if name == "prompt_positions" else self.question.columns[rows[:, 0]]
@@ -414,7 +413,7 @@ class Looks:
         real = self.prompt.real
         return columns if real is None else (real.long().cumsum(1) - 1)[rows, columns]
 
-    def _at(self, name: str, number: int, part: Group) -> Tensor:
+    def _at(self, name: str, number: int, part: ImageGroup) -> Tensor:
         """A signal of one layer, (G, ...) at the tokens alive of a group."""
         taken, layout = self._taken[name, number]
         rows = self.turn.row_index(part).to(taken.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.engine.images import Left
+from foveate.engine.images import ImageState
 from foveate.errors import InputError
 
 
@@ -31,7 +31,7 @@ class Encoded:
         fed: what the features were made from, with shapes of floating-point tensors only.
         without_text: rows in which an image had no text after it that a method asked for.
         projected: rows that the projector was given once more, because they were merged.
-        left: what the pre_llm steps have left of each image; empty before they ran.
+        states: what the pre_llm steps have made of each image; empty before they ran.
     """
 
     shapes: Sequence[Shape]
@@ -39,7 +39,7 @@ class Encoded:
     pixels: Any = None
     kept: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    left: list[Left] = field(default_factory=list)
+    states: list[ImageState] = field(default_factory=list)
     projector: Any = None
     unprojected: Sequence[Tensor] = ()
     mixes: bool = True
@@ -56,8 +56,8 @@ class Encoded:
         """Site inside the encoder -> (K) raster positions of an image alive behind it."""
         return {site: kept[image] for site, kept in self.kept.items()}
 
-    def alive(self, images: Sequence[int]) -> list[Tensor] | None:
-        """(K) raster positions that the encoder has left of some images; `None` for all."""
+    def surviving(self, images: Sequence[int]) -> list[Tensor] | None:
+        """(K) raster positions of some images that survive the encoder; `None` for all."""
         last = list(self.kept.values())[-1:]
         return [last[0][image] for image in images] if last else None
 

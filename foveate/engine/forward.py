@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engine.apply_step import reduce_group
+from foveate.engine.apply_step import apply_step
 from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
@@ -19,7 +19,7 @@ from foveate.engine.decoder_signals import Looks
 from foveate.engine.extensions.decode_choice import Focusing
 from foveate.engine.extensions.partial.prefill import Images, Split
 from foveate.engine.extensions.suspension import Suspended
-from foveate.engine.images import Group, note
+from foveate.engine.images import ImageGroup
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -56,19 +56,7 @@ class Turn:
         self.evicted_before = 0  # the last layer before which caches evicted_before
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
-        self.kept: dict[int, dict[str, Tensor]] = {
-            image: dict(before)
-            for g in self.groups
-            for image, before in zip(g.images, g.before, strict=True)
-        }
         self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
-        # Tokens where (method, image) began; some do before the text model.
-        self.begin_of: dict[tuple[int, int], int] = {
-            (method, image): tokens
-            for group in self.groups
-            for image, began in zip(group.images, group.began, strict=True)
-            for method, tokens in began.items()
-        }
         self.looks = Looks(self)
         self.focusing = None if plan.focus is None else Focusing(self, plan.focus)
         self.splits: dict[int, Split] = {}  # of layers that compute less of visual tokens
@@ -177,7 +165,7 @@ class Turn:
         ]
         return Split.of(images, position, keys, visual)
 
-    def seen(self, group: Group) -> Tensor | None:
+    def seen(self, group: ImageGroup) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
         hidden = self.prompt.hidden
         if hidden is None or group.columns is None:
@@ -282,32 +270,24 @@ class Turn:
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
         """Run one step on every group, then drop what it removed."""
 
-        def features(part: Group) -> Tensor:
+        def features(part: ImageGroup) -> Tensor:
             x = hidden[self.row_index(part), self.columns_of(part, self.layout)]
             seen = self.seen(part)
             return x if seen is None else x.masked_fill(~seen[..., None].to(x.device), 0.0)
 
-        def signals(part: Group) -> Mapping[str, Tensor]:
+        def signals(part: ImageGroup) -> Mapping[str, Tensor]:
             return self.looks.of(planned.step.needs, part)
 
         gone = torch.zeros(
             self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
         )
-        groups: list[Group] = []
+        groups: list[ImageGroup] = []
         lost = False
         for group in self.groups:
-            parts = reduce_group(
-                planned,
-                group,
-                self.begin_of,
-                self.prompt.request,
-                features,
-                signals,
-                self.looks.unasked(planned.step.needs, group),
-            )
+            unasked = self.looks.unasked(planned.step.needs, group)
+            parts = apply_step(planned, group, features, signals, unasked)
             for part, after, reduction in parts:
                 groups.append(after)
-                note(after, planned.entry, self.kept)
                 if reduction is None:
                     continue
                 lost = True
@@ -379,7 +359,7 @@ class Turn:
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
         return hidden
 
-    def columns_of(self, part: Group, layout: Layout) -> Tensor:
+    def columns_of(self, part: ImageGroup, layout: Layout) -> Tensor:
         """(G, V) physical columns of a group in a layout."""
         assert part.columns is not None
         if layout is self.full:
@@ -395,7 +375,7 @@ class Turn:
             return held.slots
         return self.fresh
 
-    def row_index(self, part: Group) -> Tensor:
+    def row_index(self, part: ImageGroup) -> Tensor:
         """(G, 1) row of the batch of each image."""
         return torch.tensor(part.rows, device=self.prompt.device)[:, None]
 

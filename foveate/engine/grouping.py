@@ -1,43 +1,43 @@
-"""Grouping: which images of a forward have the same shape, and where their tokens are.
+"""Grouping: which images a forward of the language model has, and where their tokens are.
 
-Shapes: `V` tokens of an image, `B` batch, `T` logical length, `K` tokens that survive.
+Shapes: `V` surviving tokens of an image, `B` batch, `T` logical length.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.engine.images import Group, Kept, Left, Place
+from foveate.engine.images import Image, ImageGroup, ImageState, Kept, Locate, group_images
 from foveate.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ModalityImages:
     """Images of one modality in a forward.
 
     Args:
         visual: (B, T) their placeholders.
         shapes: tokens, grid and frames of each image, in order of appearance.
-        dead: (N) for each placeholder in row-major order, whether its token was removed before the
-            text model.
-        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
-        places: for each image, how to find out where in it the tokens lie.
-        left: for each image, what the steps before the language model have left of it; empty where
-            it is not known.
+        dropped: (N) for each placeholder in row-major order, whether its token was dropped before
+            the text model.
+        kept: for each image, entry of each step inside the encoder -> (K) raster positions that
+            survive it.
+        locate: for each image, what finds out where in it the tokens lie.
+        states: for each image, what the steps before the language model have made of it; empty
+            where that is not known.
     """
 
     visual: Tensor
     shapes: Sequence[Shape]
-    dead: Tensor | None = None
-    before: Sequence[Kept] = ()
-    places: Sequence[Place | None] = ()
-    left: Sequence[Left] = ()
+    dropped: Tensor | None = None
+    kept: Sequence[Kept] = ()
+    locate: Sequence[Locate | None] = ()
+    states: Sequence[ImageState] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,109 +46,96 @@ class _Span:
     columns: Tensor
     index: Tensor
     shape: Shape
-    before: Kept
-    place: Place | None
-    began: Mapping[int, int]
+    kept: Kept
+    locate: Locate | None
+    tokens_at_start: Mapping[int, int]
     labels: Mapping[int, Tensor]
 
-
-def group_features(
-    shapes: Sequence[Shape],
-    rows: Sequence[int],
-    ends: Sequence[int],
-    device: torch.device,
-    alive: Sequence[Tensor] | None = None,
-    readout: Sequence[bool] = (),
-) -> list[Group]:
-    """Group images by shape, before their place in the sequence is known.
-
-    Args:
-        shapes: tokens, grid and frames of each image.
-        rows: row of the batch of each image.
-        ends: logical position of each image's last token; empty where it is not known.
-        device: where the features live.
-        alive: (K) raster positions that the encoder has left of each image; `None` for all.
-        readout: for each image, whether a next token is read from it; empty where none is.
-    """
-    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
-    for image, shape in enumerate(shapes):
-        left = shape.total if alive is None else len(alive[image])
-        alike[shape, left].append(image)
-    return [
-        Group(
-            tuple(images),
-            tuple(rows[i] for i in images),
-            torch.arange(shape.total, device=device).expand(len(images), shape.total)
-            if alive is None
-            else torch.stack([alive[i] for i in images]).to(device),
-            shape,
-            tuple(ends[i] for i in images) if ends else (),
-            readout=tuple(readout[i] for i in images) if readout else (),
+    def image(
+        self, number: int, request: Callable[[int], int], readout: Tensor | None = None
+    ) -> Image:
+        """The image; arguments as in `images_in`."""
+        last = int(self.columns[-1])
+        is_read = readout is not None and bool(readout[self.row, last])
+        return Image(
+            number=number,
+            row=self.row,
+            request=request(self.row),
+            end=last,
+            required=self.shape.total - 1 if is_read else -1,
+            kept=self.kept,
+            locate=self.locate,
+            tokens_at_start=self.tokens_at_start,
         )
-        for (shape, _), images in alike.items()
-    ]
 
 
-def locate(parts: Sequence[Part], readout: Tensor | None = None) -> list[Group]:
-    """Find the images of a forward, and what is alive of them; they are numbered in order of
-    appearance.
+def find_images(
+    modalities: Sequence[ModalityImages],
+    request: Callable[[int], int],
+    readout: Tensor | None = None,
+) -> list[ImageGroup]:
+    """Find the images of a forward and what survives of them, numbered in order of appearance.
 
     Args:
-        parts: the images of each modality.
+        modalities: the images of each modality.
+        request: batch row to entry of a per-request budget.
         readout: (B, T) visual tokens that a next token is read from; `None` if there are none.
 
     Raises:
         InputError: placeholders and features disagree, or an image spans two rows.
     """
+    if not modalities:
+        return []
     spans = sorted(
-        (span for part in parts for span in _spans(part)),
+        (span for modality in modalities for span in _spans(modality)),
         key=lambda span: (span.row, int(span.columns[0])),
     )
-    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = defaultdict(list)
-    for image, span in enumerate(spans):
-        alike[span.shape, len(span.index), frozenset(span.labels)].append(image)
-    device = parts[0].visual.device if parts else None
-    return [
-        Group(
-            tuple(images),
-            tuple(spans[i].row for i in images),
-            torch.stack([spans[i].index for i in images]).to(device),
-            shape,
-            tuple(int(spans[i].columns[-1]) for i in images),
-            torch.stack([spans[i].columns[spans[i].index.sort().values] for i in images]).to(
-                device
-            ),
-            tuple(spans[i].before for i in images),
-            tuple(spans[i].place for i in images),
-            any(left.index is not None for part in parts for left in part.left),
-            tuple(spans[i].began for i in images),
-            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
-            ()
-            if readout is None
-            else tuple(bool(readout[spans[i].row, spans[i].columns[-1]]) for i in images),
-        )
-        for (shape, _, numbers), images in alike.items()
-    ]
+    return group_images(
+        [span.image(number, request, readout) for number, span in enumerate(spans)],
+        [span.shape for span in spans],
+        modalities[0].visual.device,
+        [span.index for span in spans],
+        [span.columns[span.index.sort().values] for span in spans],
+        [span.labels for span in spans],
+        ordered=any(state.index is not None for of in modalities for state in of.states),
+    )
 
 
-def _spans(part: Part) -> list[_Span]:
-    where = part.visual.nonzero().cpu()
-    tokens = sum(shape.total for shape in part.shapes)
-    if where.shape[0] != tokens:
+def images_in(
+    visual: Tensor,
+    shapes: Sequence[Shape],
+    request: Callable[[int], int],
+    readout: Tensor | None = None,
+) -> list[Image]:
+    """The images of one modality, before any step on their features.
+
+    Args:
+        visual: (B, T) placeholders.
+        shapes: tokens, grid and frames of each image, in order of appearance.
+        request: batch row to entry of a per-request budget.
+        readout: (B, T) visual tokens that a next token is read from; `None` if there are none.
+    """
+    spans = _spans(ModalityImages(visual, shapes))
+    return [span.image(number, request, readout) for number, span in enumerate(spans)]
+
+
+def _spans(of: ModalityImages) -> list[_Span]:
+    placeholders = of.visual.nonzero().cpu()
+    tokens = sum(shape.total for shape in of.shapes)
+    if placeholders.shape[0] != tokens:
         raise InputError(
-            f"the prompt has {where.shape[0]} image placeholders, but the images have "
+            f"the prompt has {placeholders.shape[0]} image placeholders, but the images have "
             f"{tokens} visual tokens"
         )
-    alive = torch.ones(where.shape[0], dtype=torch.bool) if part.dead is None else ~part.dead.cpu()
+    surviving = torch.ones(tokens, dtype=torch.bool) if of.dropped is None else ~of.dropped.cpu()
     spans = []
     start = 0
-    before = part.before or [{}] * len(part.shapes)
-    places = part.places or [None] * len(part.shapes)
-    lefts: Sequence[Left | None] = part.left or [None] * len(part.shapes)
-    images = zip(part.shapes, before, places, lefts, strict=True)
-    for shape, kept, place, left in images:
+    kept = of.kept or [{}] * len(of.shapes)
+    locate = of.locate or [None] * len(of.shapes)
+    states: Sequence[ImageState | None] = of.states or [None] * len(of.shapes)
+    for shape, before, find, state in zip(of.shapes, kept, locate, states, strict=True):
         stop = start + shape.total
-        at, living = where[start:stop], alive[start:stop]
+        at, survives = placeholders[start:stop], surviving[start:stop]
         start = stop
         if not shape.total:
             continue
@@ -157,28 +144,23 @@ def _spans(part: Part) -> list[_Span]:
             raise InputError(
                 f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
             )
-        index = living.nonzero()[:, 0]
-        if left is not None and len(index) != left.count:
-            raise InputError(
-                f"{left.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
-                "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
-                "overflow in float16?), or in what a method makes of merged tokens"
-            )
-        if left is None:
-            left = Left(len(index), {}, {})
-        elif left.index is not None:
-            index = left.index.cpu()
-        kept = {**kept, **left.kept}
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, left.began, left.labels))
+        index = survives.nonzero()[:, 0]
+        if state is None:
+            state = ImageState(len(index), {}, {})
+        _check_marks(state, index, shape)
+        if state.index is not None:
+            index = state.index.cpu()
+        kept_by_all = {**before, **state.kept}
+        begun, labels = state.tokens_at_start, state.labels
+        spans.append(_Span(row, at[:, 1], index, shape, kept_by_all, find, begun, labels))
     return spans
 
 
-def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> tuple[list[int], list[int]]:
-    """The row of the batch of each image, and the logical position of its last token.
-
-    Args:
-        visual: (B, T) placeholders.
-        shapes: tokens, grid and frames of each image, in order of appearance.
-    """
-    spans = _spans(Part(visual, shapes))
-    return [span.row for span in spans], [int(span.columns[-1]) for span in spans]
+def _check_marks(state: ImageState, index: Tensor, shape: Shape) -> None:
+    """Refuse an image of which fewer tokens arrive than its steps have left."""
+    if len(index) != state.count:
+        raise InputError(
+            f"{state.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
+            "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
+            "overflow in float16?), or in what a method makes of merged tokens"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,42 +10,36 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need
-from foveate.engine.images import Group
+from foveate.engine.images import Image, ImageGroup
 from foveate.engine.question import Question
 from foveate.errors import InputError
 from foveate.signals.clip import ClipQuestions
 
 
 @dataclass(frozen=True, eq=False)
-class Asker:
+class PromptContext:
     """What is known of the prompt when features are reduced.
 
     Args:
-        rows: row of the batch of each image; any number where nothing depends on it.
+        images: the images of one modality; of the batch's first row where the prompt is not known.
         source: which image of the encoder each image is.
-        request: batch row to entry of a per-request budget.
-        ends: logical column of each image's last token; empty where the prompt is not known.
-        question: the text behind the images, and its (B, Q, D) embeddings.
+        question: the text after the images, and its (B, Q, D) embeddings.
         clip: what is asked, as CLIP embeds it.
         labelled: whether labels say what is asked; images of which nothing is are then left alone.
-        readout: for each image, whether a next token is read from it; empty where none is.
     """
 
-    rows: Sequence[int]
+    images: Sequence[Image]
     source: Sequence[int]
-    request: Callable[[int], int]
-    ends: Sequence[int] = ()
     question: tuple[Question, Tensor] | None = None
     clip: ClipQuestions | None = None
     labelled: bool = False
-    readout: Sequence[bool] = ()
 
     @property
     def without_text(self) -> tuple[int, ...]:
         """Rows in which no text follows an image, and none of it is supervised."""
         return () if self.question is None else self.question[0].without
 
-    def unasked(self, needs: Sequence[Need], group: Group) -> set[int]:
+    def unasked(self, needs: Sequence[Need], group: ImageGroup) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know."""
         if not self.labelled or all(need.name != "question_embeddings" for need in needs):
             return set()
@@ -55,13 +49,13 @@ class Asker:
         asked = question.mask(*where).any(1).tolist()
         return {i for i, asks in enumerate(asked) if not asks}
 
-    def signals(self, name: str, part: Group) -> dict[str, Tensor]:
+    def signals(self, name: str, part: ImageGroup) -> dict[str, Tensor]:
         """A signal of the prompt for each image of a group, with masks of all the text there is and
         of what comes before another image.
         """
         if name == "clip_questions":
             assert self.clip is not None  # the session has checked it
-            text, mask = self.clip.of([self.request(row) for row in part.rows])
+            text, mask = self.clip.of([image.request for image in part.images])
             return {name: text, f"{name}_mask": mask}
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
@@ -83,7 +77,7 @@ class Asker:
 
     def _following(self) -> dict[tuple[int, int], int]:
         """(row, end) of an image -> end of the next one in its row."""
-        places = sorted(zip(self.rows, self.ends, strict=True))
+        places = sorted((image.row, image.end) for image in self.images)
         return {
             (row, end): after if row == same else torch.iinfo(torch.int64).max
             for (row, end), (same, after) in pairwise([*places, (-1, 0)])

@@ -21,7 +21,7 @@ from foveate.engine.prompt import Asked
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
-    from foveate.engine.images import Group
+    from foveate.engine.images import Image, ImageGroup
     from foveate.engine.plan import Plan
 
 
@@ -60,15 +60,15 @@ def prompt_ends(
     return last if sample is None else last | F.pad(sample.diff(dim=1) != 0, (0, 1))
 
 
-def check_readout(groups: Sequence[Group], plan: Plan) -> None:
+def check_readout(groups: Sequence[ImageGroup], plan: Plan) -> None:
     """Refuse features that were reduced without regard to the prompt, where it is read from them.
 
     Raises:
         InputError: a token that a next one is read from was removed before the prompt was known.
     """
     for group in groups:
-        last = group.lasting
-        if last is None or not any(map(_lost, group.readout, last.tolist())):
+        required = group.required
+        if required is None or not any(map(_lost, group.images, required.tolist())):
             continue
         names = dict.fromkeys(s.method.slug for s in (*plan.vision, *plan.pre_llm))
         raise InputError(
@@ -78,8 +78,8 @@ def check_readout(groups: Sequence[Group], plan: Plan) -> None:
         )
 
 
-def _lost(read: bool, last: int) -> bool:
-    return read and last < 0
+def _lost(image: Image, token: int) -> bool:
+    return image.required >= 0 and token < 0
 
 
 def reduce_around(
@@ -113,13 +113,13 @@ def reduce_around(
     return surviving(reduction, at, total, ascending)
 
 
-def spared(group: Group, reduction: Reduction) -> Iterator[tuple[Group, Reduction]]:
+def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup, Reduction]]:
     """A reduction of a group, in parts of equal counts, without the loss of what a next token is
     read from: also where nothing at all would be left.
     """
-    at = group.lasting
+    at = group.required
     if at is None or reduction.kept:
-        yield group, surviving(reduction, at, group.index.shape[1])
+        yield group, surviving(reduction, at, group.count)
         return
     for read in (True, False):
         members = [i for i, token in enumerate(at.tolist()) if (token >= 0) is read]

@@ -7,8 +7,7 @@ forgets to fails loudly.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -18,27 +17,28 @@ from torch import Tensor
 
 from foveate.core import Need, Reduction
 from foveate.core.reduction import take_rows
-from foveate.engine.apply_step import reduce_group
+from foveate.engine.apply_step import apply_step
 from foveate.engine.features import Encoded, feature_rows
-from foveate.engine.grouping import group_features
-from foveate.engine.images import Group, Left, note
+from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
-from foveate.engine.prompt_context import Asker
+from foveate.engine.prompt_context import PromptContext
 from foveate.errors import LayerError
 from foveate.signals import SIGNALS
 
 
-def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor], Tensor]) -> None:
+def mark(
+    output: Any, plan: Plan, prompt: PromptContext, deliver: Callable[[str, Tensor], Tensor]
+) -> None:
     """Run all pre_llm steps on what the encoder has left, in place and once.
 
     Args:
         output: tagged output; its features, and DeepStack planes if it has them, get their removed
             rows marked.
         plan: the session's plan.
-        asker: what is known of the prompt.
+        prompt: what is known of the prompt.
         deliver: brings a signal (G, L, C, V) of the encoder into its shape.
     """
-    source = asker.source
+    source = prompt.source
     if output.marked:
         return
     output.marked = True
@@ -52,27 +52,21 @@ def mark(output: Any, plan: Plan, asker: Asker, deliver: Callable[[str, Tensor],
     images: list[Sequence[Tensor]] = [sheet.split(lengths) for sheet in rows_of_sheets]
     if encoded.projector is not None:
         images.append([encoded.unprojected[i] for i in source])
-    device, alive = rows_of_sheets[0].device, encoded.alive(source)
-    groups = group_features(shapes, asker.rows, asker.ends, device, alive, asker.readout)
+    device, surviving = rows_of_sheets[0].device, encoded.surviving(source)
+    groups = group_images(prompt.images, shapes, device, surviving)
     living = [_Living(group, [_of_group(sheet, group) for sheet in images]) for group in groups]
-    begin: dict[tuple[int, int], int] = {}
-    kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
     projected: list[int] = []
     again = replace(encoded, projector=_noting(encoded, projected))
     for planned in plan.pre_llm:
         living = [
-            after
-            for before in living
-            for after in _step(planned, before, begin, again, asker, deliver)
+            after for before in living for after in _step(planned, before, again, prompt, deliver)
         ]
-        for after in living:
-            note(after.group, planned.entry, kept)
-    left = _left([after.group for after in living], begin, kept)
-    without = asker.without_text if plan.asks_embeddings else ()
+    states = _states([after.group for after in living])
+    without = prompt.without_text if plan.asks_embeddings else ()
     output.encoded = replace(
-        encoded, left=left, unprojected=(), projected=sum(projected), without_text=without
+        encoded, states=states, unprojected=(), projected=sum(projected), without_text=without
     )
-    fewer = sum(image.count for image in left) < sum(lengths)
+    fewer = sum(state.count for state in states) < sum(lengths)
     if fewer or any(after.changed for after in living):  # a merge may leave as many as it found
         marked = _marked(rows_of_sheets, living, lengths)
         output.pooler_output, *planes = map(_like, sheets, marked)
@@ -91,43 +85,34 @@ class _Living:
         changed: whether a step has removed, merged or ordered any of them.
     """
 
-    group: Group
+    group: ImageGroup
     sheets: list[Tensor]
     changed: bool = False
 
-    def pick(self, part: Group) -> list[Tensor]:
+    def pick(self, part: ImageGroup) -> list[Tensor]:
         """(G, V, D) values of some of the images, on each sheet."""
         if len(part.images) == len(self.group.images):
             return self.sheets
-        place = {image: i for i, image in enumerate(self.group.images)}
-        members = [place[image] for image in part.images]
+        member = {number: i for i, number in enumerate(self.group.numbers)}
+        members = [member[number] for number in part.numbers]
         return [x[members] for x in self.sheets]
 
 
-def _left(
-    groups: Sequence[Group],
-    begin: Mapping[tuple[int, int], int],
-    kept: Mapping[int, Mapping[str, Tensor]],
-) -> list[Left]:
-    """What is left of each image, in order of appearance; `begin` as in `reduce_group`, `kept` as
-    in `note`.
-    """
+def _states(groups: Sequence[ImageGroup]) -> list[ImageState]:
+    """The state of each image, in order of appearance."""
     ordered = any(group.ordered for group in groups)
-    began: dict[int, dict[int, int]] = defaultdict(dict)
-    for (method, image), tokens in begin.items():
-        began[image][method] = tokens
-    left = {
-        image: Left(
-            count=group.index.shape[1],
-            began=began[image],
+    states = {
+        image.number: ImageState(
+            count=group.count,
+            tokens_at_start=image.tokens_at_start,
             labels={method: label[i] for method, label in group.labels.items()},
             index=group.index[i] if ordered else None,
-            kept=kept[image],
+            kept=image.kept,
         )
         for group in groups
         for i, image in enumerate(group.images)
     }
-    return [left[image] for image in sorted(left)]
+    return [states[number] for number in sorted(states)]
 
 
 def _marked(
@@ -136,7 +121,7 @@ def _marked(
     """Sheets (N, D) of all images that hold the living tokens, and else NaN."""
     starts = torch.tensor([0, *accumulate(lengths)], device=sheets[0].device)
     rows = [
-        each.group.index.sort().values + starts[list(each.group.images), None] for each in living
+        each.group.index.sort().values + starts[list(each.group.numbers), None] for each in living
     ]
     where = torch.cat([row.flatten() for row in rows])
     marked = []
@@ -163,28 +148,27 @@ def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | N
 def _step(
     planned: PlannedStep,
     living: _Living,
-    begin: dict[tuple[int, int], int],
     encoded: Encoded,
-    asker: Asker,
+    prompt: PromptContext,
     deliver: Callable[[str, Tensor], Tensor],
 ) -> list[_Living]:
-    """What one step leaves of a group; `begin` is filled in, as in `reduce_group`."""
+    """What one step leaves of a group."""
     needs = planned.step.needs
 
-    def features(part: Group) -> Tensor:
+    def features(part: ImageGroup) -> Tensor:
         return living.pick(part)[0]
 
-    def signals(part: Group) -> dict[str, Tensor]:
+    def signals(part: ImageGroup) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for need in needs:
             if SIGNALS[need.name].source == "prompt":
-                found |= asker.signals(need.name, part)
+                found |= prompt.signals(need.name, part)
             else:
-                found[need.name] = deliver(need.name, _signal(need, encoded, asker.source, part))
+                found[need.name] = deliver(need.name, _signal(need, encoded, prompt.source, part))
         return found
 
-    unasked = asker.unasked(needs, living.group)
-    parts = reduce_group(planned, living.group, begin, asker.request, features, signals, unasked)
+    unasked = prompt.unasked(needs, living.group)
+    parts = apply_step(planned, living.group, features, signals, unasked)
     return [
         _Living(
             after,
@@ -230,21 +214,22 @@ def _apply(
     return made
 
 
-def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: Group) -> Tensor:
+def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: ImageGroup) -> Tensor:
     """(G, L, C, V) of a group, at the tokens alive."""
     images = [
-        [encoded.signals[need.name, layer][source[i]] for layer in need.layers] for i in part.images
+        [encoded.signals[need.name, layer][source[i]] for layer in need.layers]
+        for i in part.numbers
     ]
     rows = torch.stack([torch.stack(image) for image in images])
     index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
     return rows.gather(3, index.to(rows.device))
 
 
-def _of_group(sheet: Sequence[Tensor], group: Group) -> Tensor:
+def _of_group(sheet: Sequence[Tensor], group: ImageGroup) -> Tensor:
     """(G, K, D) of what is alive of a group; a view where it is one whole image."""
     one = len(group.images) == 1
-    x = sheet[group.images[0]][None] if one else torch.stack([sheet[i] for i in group.images])
-    return x if group.index.shape[1] == group.shape.total else take_rows(x, group.index)
+    x = sheet[group.numbers[0]][None] if one else torch.stack([sheet[i] for i in group.numbers])
+    return x if not group.dropped else take_rows(x, group.index)
 
 
 def _like(pooled: Any, rows: Tensor) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foveate.engine.cached_forward import Onward
     from foveate.engine.forward import Turn
-    from foveate.engine.images import Group
+    from foveate.engine.images import ImageGroup
     from foveate.engine.rollback import Rollback
     from foveate.record.record import Record
     from foveate.signals.clip import ClipQuestions
@@ -37,7 +36,6 @@ class Prompt:
         real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
             for all.
         trailing: drafted tokens behind the prompt, in assisted decoding.
-        request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
         sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
@@ -50,10 +48,9 @@ class Prompt:
     length: int
     past: int
     device: torch.device
-    groups: list[Group]
+    groups: list[ImageGroup]
     real: Tensor | None
     trailing: int
-    request: Callable[[int], int]
     flash: bool
     sees: Tensor | None = None
     visual: Tensor | None = None

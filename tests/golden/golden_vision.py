@@ -247,7 +247,7 @@ def _check_layers(case: Case) -> None:
     for i, output in enumerate(outputs):
         assert_close(output, case.arrays[f"block{i}_out"], MODEL, f"output of layer {i}")
     (encoding,) = passes
-    (images,) = encoding.stacks
+    (images,) = encoding.groups
     whole = images.layout.after(encoder.special)
     total = images.total + encoder.special
     assert_same(whole.sizes(total)[..., None], case.arrays["size"], "sizes")

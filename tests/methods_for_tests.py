@@ -124,7 +124,7 @@ class Labelling(Adaptive):
     def step_count(self):
         return 2
 
-    def split(self, tokens):
+    def reduce_each(self, tokens):
         if tokens.site == "pre_llm":
             index = torch.arange(tokens.count - 1, 2, -1).expand(len(tokens.index), -1)
             index = index if self.ordered else index.flip(1)

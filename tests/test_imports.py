@@ -24,7 +24,6 @@ ABOVE_FOVEATE = ("integrations", "cli", "__main__")
 METHODS_SEE = {"errors", "io", "core", "ops", "methods"}
 
 ANNOTATIONS_ONLY = {
-    ("foveate.engine.readout", "foveate.engine.images"),
     ("foveate.engine.state", "foveate.engine.forward"),
 }
 """Imports for annotations that close a circle. The set may only shrink."""

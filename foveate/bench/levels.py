@@ -9,6 +9,7 @@ and FLOPs of every cell.
 from __future__ import annotations
 
 from foveate.core import Method, ModelFacts, get_method
+from foveate.core.counting import TokenCount
 from foveate.errors import BudgetError
 
 ALL = "none"
@@ -47,19 +48,16 @@ def method_at(name: str, keep: float | None, model: ModelFacts) -> Method:
 
 
 def mean_share(method: Method, model: ModelFacts) -> float:
-    """Planned share of an image's tokens alive, averaged over the layers from the first cut on."""
-    alive, first = planned(method, model)
-    return sum(alive[first:]) / max(len(alive) - first, 1)
-
-
-def planned(method: Method, model: ModelFacts, total: int = _TOTAL) -> tuple[list[float], int]:
-    """Share of an image's tokens that each decoder layer sees by plan, and the first cut layer."""
+    """Planned share of an image's tokens that survive, averaged over the layers from the first cut
+    on.
+    """
     steps = [step for step in method.steps(model) if "decode" not in step.effects]
-    shares, alive, done = [], total, 0
+    sites = [step.layer if step.stage == "llm" else 0 for step in steps]
+    image, done, first = TokenCount(_TOTAL), 0, min(sites, default=0)
+    surviving = []
     for layer in range(model.text_layers):
-        while done < len(steps) and (steps[done].stage != "llm" or steps[done].layer <= layer):
-            alive = method.count(alive, total, steps[done], done)
+        while done < len(steps) and sites[done] <= layer:
+            image.take(method, steps[done], done)
             done += 1
-        shares.append(alive / total)
-    cuts = [step.layer if step.stage == "llm" else 0 for step in steps]
-    return shares, min(cuts, default=0)
+        surviving.append(image.tokens / _TOTAL)
+    return sum(surviving[first:]) / max(len(surviving) - first, 1)

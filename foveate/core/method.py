@@ -184,13 +184,13 @@ class Adaptive(Method):
             super().check_budget(steps)
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """As in `Method`, or all without a `keep`; `split` finds it as `tokens.quota`."""
+        """As in `Method`, or all without a `keep`; `reduce_each` finds it as `tokens.quota`."""
         if self.keep is None:
             return alive
         return super().count(alive, total, step, number, row)
 
     @abstractmethod
-    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+    def reduce_each(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Reduce G images of V tokens, each to a number of its own.
 
         Returns:
@@ -199,7 +199,7 @@ class Adaptive(Method):
         """
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
-        """Not used: `split` decides the count."""
+        """Not used: `reduce_each` decides the count."""
         raise NotImplementedError(f"{self.slug} decides by itself how many tokens survive")
 
 

@@ -30,7 +30,7 @@ class Reduction:
         ordered: whether the order of survivors has a meaning: where they get consecutive positions,
             the language model reads them in this order.
         label: (G, K) a number for each survivor, which later steps of the same method are told.
-        real: inside an encoder, (G, K) mask of real survivors. The rest is padding of images that
+        valid: inside an encoder, (G, K) mask of real survivors. The rest is padding of images that
             have fewer, and nobody attends to it. `None` for all.
     """
 
@@ -40,7 +40,7 @@ class Reduction:
     share: Tensor | None = None
     ordered: bool = False
     label: Tensor | None = None
-    real: Tensor | None = None
+    valid: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:
@@ -129,9 +129,9 @@ class Reduction:
         index = self.index.gather(1, after.index)
         if self.weights is not None or after.weights is not None:
             weights = torch.matmul(after.matrix(self.kept), self.matrix(tokens))
-            return Reduction(index, weights, real=after.real)
+            return Reduction(index, weights, valid=after.valid)
         if self.slot is None and after.slot is None:
-            return Reduction(index, real=after.real)
+            return Reduction(index, valid=after.valid)
         slot, share = self._segments(tokens)
         later_slot, later_share = after._segments(self.kept)
         target = slot.clamp(min=0)
@@ -140,7 +140,7 @@ class Reduction:
             index,
             slot=later_slot.gather(1, target).masked_fill(gone, -1),
             share=share * later_share.gather(1, target).masked_fill(gone, 0.0),
-            real=after.real,
+            valid=after.valid,
         )
 
     def sizes(self, tokens: int) -> Tensor:
@@ -212,7 +212,7 @@ class Reduction:
         slot, _ = self._segments(tokens)
         return torch.where((slot < 0)[..., None], missing, take_rows(y, slot.clamp(min=0)))
 
-    def behind(self, count: int) -> Reduction:
+    def after(self, count: int) -> Reduction:
         """The same reduction of tokens that `count` others precede, all of which survive."""
         if not count:
             return self
@@ -237,9 +237,9 @@ class Reduction:
             order = torch.arange(self.kept, device=self.index.device).expand_as(self.index)
             slot = order.new_full((self.index.shape[0], tokens), -1).scatter(1, self.index, order)
             share = (slot >= 0).float()
-        if self.real is None:
+        if self.valid is None:
             return slot, share
-        return slot.masked_fill(~self.real.gather(1, slot.clamp(min=0)), -1), share
+        return slot.masked_fill(~self.valid.gather(1, slot.clamp(min=0)), -1), share
 
     def _spread(self) -> Tensor:
         """(G, V, K) share of each token that went into each survivor; zero rows for dropped

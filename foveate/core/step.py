@@ -86,7 +86,7 @@ class Step:
         proportional: in the encoder, a merged token counts as often as it has sources in all
             attention after the step.
         ragged: in the encoder, images that are encoded together may be left different numbers of
-            tokens (`Reduction.real`), which the method's last step makes equal.
+            tokens (`Reduction.valid`), which the method's last step makes equal.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.

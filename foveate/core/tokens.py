@@ -55,7 +55,7 @@ class VisualTokens:
             hand.
         label: (G, V) what an earlier step of the same method has labelled each token with; `None`
             if it did not.
-        real: inside an encoder, (G, V) mask of real tokens; the rest is padding, where an earlier
+        valid: inside an encoder, (G, V) mask of real tokens; the rest is padding, where an earlier
             step of the same method has left images different numbers of tokens. `None` for all.
         learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
             do not learn.
@@ -74,7 +74,7 @@ class VisualTokens:
     number: int = 0
     quota: int = 0
     label: Tensor | None = None
-    real: Tensor | None = None
+    valid: Tensor | None = None
     learned: nn.Module | None = None
 
     @property

@@ -42,7 +42,7 @@ class VideoMethod(Adaptive):
         needs = tuple(Need(name, layer) for name in self.needs)
         return (Step("pre_llm", needs=needs, whole=True, merges=self.merges),)
 
-    def split(self, tokens: VisualTokens) -> Parts:
+    def reduce_each(self, tokens: VisualTokens) -> Parts:
         """Reduce videos; members of the group and their reduction, parts of equal counts.
 
         Raises:
@@ -65,8 +65,8 @@ class VideoMethod(Adaptive):
 
     @abstractmethod
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
-        """As `split`, for videos of which no token is missing; tokens after the last frame are
-        not the method's business.
+        """As `reduce_each`, for videos of which no token is missing; tokens after the last frame
+        are not the method's business.
         """
 
 

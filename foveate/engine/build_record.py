@@ -68,15 +68,15 @@ def _without_text(turn: Turn, known: Iterable[Encoded]) -> list[str]:
 
 def _images(turn: Turn) -> list[ImageRecord]:
     """What was kept of each image, in order of appearance."""
-    members = {image: (group, n) for group in turn.groups for n, image in enumerate(group.images)}
+    images = {image.number: (image, group) for group in turn.groups for image in group.images}
     return [
         ImageRecord(
-            row=group.rows[n],
+            row=image.row,
             total=group.shape.total,
             grid=group.shape.grid,
-            kept=turn.kept[image],
-            locate=group.places[n],
+            kept=dict(image.kept),
+            locate=image.locate,
             frames=group.shape.frames,
         )
-        for image, (group, n) in sorted(members.items())
+        for _, (image, group) in sorted(images.items(), key=lambda item: item[0])
     ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need
-from foveate.engine.images import Group, split_by_count
+from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.prompt import Asked, starts
@@ -79,7 +79,7 @@ class DecoderSignals:
                 rows = self.state.row_index(group)
                 visual = hidden[rows, self.state.columns_of(group, self.state.layout)]
                 values = signal.of_input(visual, text[rows[:, 0]], self.text_mask(group))
-                keys = ((signal, image) for image in group.images)
+                keys = ((signal, image) for image in group.numbers)
                 self._of_input |= dict(zip(keys, values, strict=True))
 
     def collect_module(self, number: int, given: Tensor, made: Tensor) -> None:
@@ -99,7 +99,7 @@ class DecoderSignals:
             now = before + signal.of_module(given, made, real.to(given.device))
             self._collected[signal, number] = now, self.state.layout
 
-    def of(self, needs: tuple[Need, ...], group: Group) -> dict[str, Tensor]:
+    def of(self, needs: tuple[Need, ...], group: ImageGroup) -> dict[str, Tensor]:
         """Signals of a group, at the tokens that are alive of it."""
         images = _ImageTokens(self, group)
         signals: dict[str, Tensor] = {}
@@ -108,7 +108,7 @@ class DecoderSignals:
             if signal.text:
                 signals["question_mask"] = images.text_mask
             if signal.of_input is not None:
-                found = [self._of_input[signal, image] for image in group.images]
+                found = [self._of_input[signal, image] for image in group.numbers]
                 signals[need.name] = torch.stack(found)
             elif signal.of_positions is not None:
                 signals[need.name] = signal.of_positions(images)
@@ -157,10 +157,10 @@ class DecoderSignals:
         return any(
             0 < count < group.index.shape[1]
             for group in self.state.groups
-            for count in split_by_count(planned, group, self.state.begin_of, self.prompt.request)
+            for count in group.by_count(planned)
         )
 
-    def without_query(self, needs: tuple[Need, ...], group: Group) -> set[int]:
+    def without_query(self, needs: tuple[Need, ...], group: ImageGroup) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know.
 
         So it is with images behind which nothing is supervised; such a step leaves them alone.
@@ -343,12 +343,12 @@ class DecoderSignals:
         columns = self.physical(self.question_text.columns).to(states.device)
         return states[torch.arange(len(columns), device=states.device)[:, None], columns]
 
-    def ends_of(self, group: Group) -> tuple[Tensor, Tensor]:
+    def ends_of(self, group: ImageGroup) -> tuple[Tensor, Tensor]:
         """(G) rows of a group's images, and (G) columns at which they end."""
         rows = self.state.row_index(group)[:, 0]
         return rows, torch.tensor(group.ends, device=rows.device)
 
-    def text_mask(self, group: Group) -> Tensor:
+    def text_mask(self, group: ImageGroup) -> Tensor:
         """(G, Q) which text comes after each image of a group."""
         return self.question_text.mask(*self.ends_of(group))
 
@@ -419,7 +419,7 @@ class _ImageTokens:
     """The images of a group, as signals read them."""
 
     signals: DecoderSignals
-    group: Group
+    group: ImageGroup
 
     @property
     def columns(self) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from foveate.engine import features
 from foveate.engine.attachment import bypassed, is_compiled, untraced
 from foveate.engine.extensions.checkpointing import Replays
-from foveate.engine.features import Asker
-from foveate.engine.images import rows_of
+from foveate.engine.grouping import images_in
+from foveate.engine.images import Image
 from foveate.engine.inputs import (
     bound,
     cached,
@@ -26,8 +25,10 @@ from foveate.engine.inputs import (
     real_positions,
 )
 from foveate.engine.plan import Plan
+from foveate.engine.prompt_context import PromptContext
 from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends, readout
+from foveate.engine.reduce_features import mark
 from foveate.engine.state import Args, Kwargs, Local
 from foveate.engine.tags import Tags
 from foveate.engine.vision.forward import Encoding
@@ -166,22 +167,24 @@ class FeatureHooks:
         if visual is None:  # `generate` encodes before it calls the model
             lengths = output.encoded.lengths
             read, last = self._read_of(modality), torch.tensor(lengths).cumsum(0) - 1
-            asker = Asker([0] * len(lengths), range(len(lengths)), lambda row: row)
+            is_read = [False] * len(lengths)
             if read is not None and len(read) == sum(lengths):
-                asker = replace(asker, readout=read[last].tolist())
-            features.mark(output, self.plan, asker, self._deliver)
+                is_read = read[last].tolist()
+            required = [n - 1 if of else -1 for n, of in zip(lengths, is_read, strict=True)]
+            images = [Image(number, 0, required=token) for number, token in enumerate(required)]
+            context = PromptContext(images, range(len(images)))
+            mark(output, self.plan, context, self._deliver)
             return
         source = features.members(output, visual, self._expanded(visual.shape[0]))
-        rows, ends = rows_of(visual, [output.encoded.shapes[i] for i in source])
+        request = self._request(visual.shape[0])
+        shapes = [output.encoded.shapes[i] for i in source]
+        images = images_in(visual, shapes, request, local.now.readout)
         question = None
         if self.plan.waits and not output.marked:
-            question = self._question(rows, ends, output, source)
-        request = self._request(visual.shape[0])
+            question = self._question(images, output, source)
         labelled = local.supervised is not None
-        read = local.now.readout
-        kept = () if read is None else read[rows, ends].tolist()
-        asker = Asker(rows, source, request, ends, question, self.clip, labelled, kept)
-        features.mark(output, self.plan, asker, self._deliver)
+        context = PromptContext(images, source, question, self.clip, labelled)
+        mark(output, self.plan, context, self._deliver)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
         """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
@@ -189,10 +192,11 @@ class FeatureHooks:
         return self.tags.signals.deliver(name, values, self.clip)
 
     def _question(
-        self, rows: Sequence[int], ends: Sequence[int], output: Any, source: Sequence[int]
+        self, images: Sequence[Image], output: Any, source: Sequence[int]
     ) -> tuple[Question, Tensor]:
-        """The text behind images of an encoder's output, and its (B, Q, D) embeddings."""
+        """The text after images of an encoder's output, and its (B, Q, D) embeddings."""
         local, now = self._local, self._local.now
+        rows, ends = [image.row for image in images], [image.end for image in images]
         assert now.prompt is not None  # as in every forward over a prompt
         ids, arguments = now.prompt
         visual = anywhere(now.visual)

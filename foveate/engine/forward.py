@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.engine.apply_step import apply_step
 from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
-from foveate.engine.images import Group, note, reduce_group
+from foveate.engine.images import ImageGroup
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -52,19 +53,7 @@ class Turn:
         self.layer_tokens: list[list[int]] = []
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
-        self.kept: dict[int, dict[str, Tensor]] = {
-            image: dict(before)
-            for g in self.groups
-            for image, before in zip(g.images, g.before, strict=True)
-        }
         self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
-        # Tokens where (method, image) began; some do before the text model.
-        self.begin_of: dict[tuple[int, int], int] = {
-            (method, image): tokens
-            for group in self.groups
-            for image, began in zip(group.images, group.began, strict=True)
-            for method, tokens in began.items()
-        }
         self.decoder_signals = DecoderSignals(self)
         self.extensions: list[Extension] = [extension(self, plan) for extension in plan.extensions]
         self.recomputed = False  # whether a checkpoint runs it again
@@ -147,7 +136,7 @@ class Turn:
         changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
         return changes, after
 
-    def seen(self, group: Group) -> Tensor | None:
+    def seen(self, group: ImageGroup) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
         hidden = self.prompt.hidden
         if hidden is None or group.columns is None:
@@ -247,32 +236,24 @@ class Turn:
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
         """Run one step on every group, then drop what it removed."""
 
-        def features(part: Group) -> Tensor:
+        def features(part: ImageGroup) -> Tensor:
             x = hidden[self.row_index(part), self.columns_of(part, self.layout)]
             seen = self.seen(part)
             return x if seen is None else x.masked_fill(~seen[..., None].to(x.device), 0.0)
 
-        def signals(part: Group) -> Mapping[str, Tensor]:
+        def signals(part: ImageGroup) -> Mapping[str, Tensor]:
             return self.decoder_signals.of(planned.step.needs, part)
 
         gone = torch.zeros(
             self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
         )
-        groups: list[Group] = []
+        groups: list[ImageGroup] = []
         lost = False
         for group in self.groups:
-            parts = reduce_group(
-                planned,
-                group,
-                self.begin_of,
-                self.prompt.request,
-                features,
-                signals,
-                self.decoder_signals.without_query(planned.step.needs, group),
-            )
+            unasked = self.decoder_signals.without_query(planned.step.needs, group)
+            parts = apply_step(planned, group, features, signals, unasked)
             for part, after, reduction in parts:
                 groups.append(after)
-                note(after, planned.entry, self.kept)
                 if reduction is None:
                     continue
                 lost = True
@@ -323,7 +304,7 @@ class Turn:
             hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
         return hidden
 
-    def columns_of(self, part: Group, layout: Layout) -> Tensor:
+    def columns_of(self, part: ImageGroup, layout: Layout) -> Tensor:
         """(G, V) physical columns of a group in a layout."""
         assert part.columns is not None
         if layout is self.full:
@@ -339,7 +320,7 @@ class Turn:
             return held.slots
         return self.fresh
 
-    def row_index(self, part: Group) -> Tensor:
+    def row_index(self, part: ImageGroup) -> Tensor:
         """(G, 1) row of the batch of each image."""
         return torch.tensor(part.rows, device=self.prompt.device)[:, None]
 

@@ -20,6 +20,7 @@ from foveate.core.tokens import Shape
 from foveate.engine import features
 from foveate.engine.attachment import bypassed, forward_of, is_compiled, untraced
 from foveate.engine.attentions import check_maps
+from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import Onward
@@ -27,7 +28,8 @@ from foveate.engine.extensions.base import Extension
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import Turn
 from foveate.engine.gate import is_generating
-from foveate.engine.images import Group, Part, locate
+from foveate.engine.grouping import ModalityImages, find_images
+from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import (
     check_drafts,
     check_early_exit,
@@ -44,7 +46,6 @@ from foveate.engine.inputs import (
     supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.places import Places
 from foveate.engine.prompt import IGNORED, samples
 from foveate.engine.readout import check_readout
 from foveate.engine.rollback import Rollback
@@ -225,7 +226,7 @@ class Hooks(FeatureHooks):
             sequence = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        groups: list[Group] = []
+        groups: list[ImageGroup] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
         evicts = bool(now.visual) and any(
@@ -238,7 +239,8 @@ class Hooks(FeatureHooks):
             check_cache(cache)
             sliced = any(map(features.is_slice, now.encoded.values()))
             readout = None if sliced else now.readout
-            groups = locate(self._parts(now.visual, now.encoded, sequence), readout)
+            parts = self._parts(now.visual, now.encoded, sequence)
+            groups = find_images(parts, self._request(sequence.shape[0]), readout)
             check_readout(groups, self.plan)
         elif (
             cache is not None
@@ -254,7 +256,9 @@ class Hooks(FeatureHooks):
         now.turn.begin(sequence)
         return args, now.turn.deepstack(kwargs)
 
-    def _prompt(self, sequence: Tensor, past: int, groups: list[Group], kwargs: Kwargs) -> Prompt:
+    def _prompt(
+        self, sequence: Tensor, past: int, groups: list[ImageGroup], kwargs: Kwargs
+    ) -> Prompt:
         """What a forward of the text model is about."""
         local, now, (batch, length) = self._local, self._local.now, sequence.shape[:2]
         mask, real = kwargs.get("attention_mask"), None
@@ -270,7 +274,6 @@ class Hooks(FeatureHooks):
             real=real,
             sees=seen_positions(mask, past, length) if groups else None,
             trailing=local.trailing if groups else 0,
-            request=self._request(batch),
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
             visual=anywhere(now.visual) if groups else None,
             supervised=local.supervised if groups else None,
@@ -390,7 +393,7 @@ class Hooks(FeatureHooks):
 
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
-    ) -> list[Part]:
+    ) -> list[ModalityImages]:
         """Where the images of each modality are, and what is alive of them."""
         parts = []
         for modality, output in encoded.items():
@@ -398,19 +401,19 @@ class Hooks(FeatureHooks):
             dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
             if features.is_slice(output):
                 shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
-                parts.append(Part(mask, shapes, dead))
+                parts.append(ModalityImages(mask, shapes, dead))
                 continue
             known = output.encoded
             source = features.members(output, mask, self._expanded(mask.shape[0]))
             shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
-            left = known.left if self.plan.marks else []
-            if left and len(left) != len(source):  # reduced before beams were made of it
-                left = [left[i] for i in source]
+            states = known.states if self.plan.marks else []
+            if states and len(states) != len(source):  # reduced before beams were made of it
+                states = [states[i] for i in source]
             ids = None if self._local.now.prompt is None else self._local.now.prompt[0]
-            where = Places(self.family, modality, known, source, mask, ids)
-            places = [functools.partial(where.of, i) for i in range(len(source))]
-            parts.append(Part(mask, shapes, dead, before, places, left))
+            where = ImageBoxes(self.family, modality, known, source, mask, ids)
+            locate = [functools.partial(where.of, i) for i in range(len(source))]
+            parts.append(ModalityImages(mask, shapes, dead, before, locate, states))
         return parts
 
     def _check_decoding(self, cache: Cache | None) -> None:

@@ -1,74 +1,165 @@
-"""Images of a forward: where their tokens are, and which of them are alive.
+"""Images of a forward as values: which of their tokens survive, and where these are.
 
-Images with equal counts are handled together, so that methods see plain batched tensors. A video
-counts as one image.
-Shapes: `G` images of a group, `V` tokens of each, `B` batch, `T` logical length.
+Images of the same shape with equally many surviving tokens form a group, so that methods see plain
+batched tensors. All stages use the same group: the encoder, the image features and the language
+model. A video counts as one image.
+Shapes: `G` images of a group, `V` surviving tokens of each.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from foveate.core import Adaptive, Reduction, VisualTokens
+from foveate.core import Reduction, VisualTokens
 from foveate.core.tokens import Shape
 from foveate.engine.plan import PlannedStep
-from foveate.engine.readout import reduce_around, spared
-from foveate.errors import InputError
 from foveate.record.tiles import Placed
 
 Kept = Mapping[str, Tensor]
-Place = Callable[[], Placed]
+Locate = Callable[[], Placed]
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Images of the same shape, and the same number of tokens alive.
+class Image:
+    """An image of a forward, or of a pass through an encoder.
 
     Args:
-        images: number of each image within the forward, in order of appearance.
-        rows: row of the batch of each image.
-        index: (G, V) raster positions alive; ascending, unless a method orders its survivors.
-        shape: tokens, grid and frames of each image before anything was removed.
-        ends: for each image, logical position of its last token, alive or not.
-        columns: (G, V) logical position in its row of each living token, ascending; `None` while
-            only features are known.
-        before: for each image, entry of each step before the language model -> (K) raster positions
-            alive after it.
-        places: for each image, how to find out where in it the tokens lie.
-        ordered: whether `index` need not ascend.
-        began: for each image, number of a method -> tokens it had where the method began.
-        labels: number of a method -> (G, V) what it has labelled each living token with.
-        readout: for each image, whether a next token is read from its last token, which stays.
+        number: which one it is, in order of appearance.
+        row: row of the batch.
+        request: its entry of a per-request budget.
+        end: logical position of its last token, dropped or not; -1 while the prompt is not known.
+        required: raster position of a token that may not be removed; -1 if it has none.
+        kept: entry of each step -> (K) raster positions that survive it, ascending.
+        locate: finds out where in the image the tokens lie.
+        tokens_at_start: number of a method -> tokens it had where the method began.
     """
 
-    images: tuple[int, ...]
-    rows: tuple[int, ...]
+    number: int
+    row: int
+    request: int = 0
+    end: int = -1
+    required: int = -1
+    kept: Kept = field(default_factory=dict)
+    locate: Locate | None = None
+    tokens_at_start: Mapping[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGroup:
+    """Images of the same shape with equally many surviving tokens.
+
+    Args:
+        images: the images.
+        index: (G, V) surviving raster positions; ascending unless `ordered`.
+        shape: tokens, grid and frames of each image before anything was removed.
+        columns: (G, V) logical position in its row of each surviving token, ascending; `None`
+            before the language model.
+        ordered: whether `index` need not ascend: a method orders its survivors, or the tokens are
+            inside an encoder.
+        labels: number of a method -> (G, V) its label of each surviving token.
+        merged: inside an encoder, (G, V) how many tokens each stands for; `None` before any merge.
+        valid: inside an encoder, (G, V) mask of real survivors; the rest is padding. `None` where
+            all are real.
+    """
+
+    images: tuple[Image, ...]
     index: Tensor
     shape: Shape
-    ends: tuple[int, ...] = ()
     columns: Tensor | None = None
-    before: tuple[Kept, ...] = ()
-    places: tuple[Place | None, ...] = ()
     ordered: bool = False
-    began: tuple[Mapping[int, int], ...] = ()
     labels: Mapping[int, Tensor] = field(default_factory=dict)
-    readout: tuple[bool, ...] = ()
+    merged: Tensor | None = None
+    valid: Tensor | None = None
+    _by_count: dict[tuple[int, int], dict[int, list[int]]] = field(default_factory=dict, init=False)
 
     @property
-    def lasting(self) -> Tensor | None:
-        """(G) which of the tokens alive may not be removed, -1 for none; `None` for no image."""
-        if not any(self.readout):
-            return None
-        read = torch.tensor(self.readout, device=self.index.device)
-        there = (self.index[:, -1:] == self.shape.total - 1).any(1)
-        return torch.where(read & there, self.index.shape[1] - 1, -1)
+    def count(self) -> int:
+        """Surviving tokens of each image, V."""
+        return self.index.shape[1]
 
-    def pick(self, members: Sequence[int]) -> Group:
+    @property
+    def dropped(self) -> int:
+        """Tokens that each image has lost."""
+        return self.shape.total - self.count
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Number of each image."""
+        return tuple(image.number for image in self.images)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Row of the batch of each image."""
+        return tuple(image.row for image in self.images)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Logical position of the last token of each image."""
+        return tuple(image.end for image in self.images)
+
+    @property
+    def required(self) -> Tensor | None:
+        """(G) which surviving token may not be removed, -1 for none; `None` if no image has one."""
+        if all(image.required < 0 for image in self.images):
+            return None
+        required = torch.tensor([image.required for image in self.images], device=self.index.device)
+        numbers = torch.arange(1, self.count + 1, device=self.index.device)
+        return ((self.index == required[:, None]) * numbers).sum(1) - 1
+
+    def by_count(self, planned: PlannedStep) -> Mapping[int, list[int]]:
+        """Tokens that survive a step -> the members of which so many do; worked out once."""
+        key = planned.method_number, planned.number
+        if key not in self._by_count:
+            counts: dict[int, list[int]] = {}
+            for member, image in enumerate(self.images):
+                start = image.tokens_at_start.get(planned.method_number, self.count)
+                counts.setdefault(planned.count(self.count, start, image.request), []).append(
+                    member
+                )
+            self._by_count[key] = counts
+        return self._by_count[key]
+
+    def visual_tokens(
+        self,
+        planned: PlannedStep,
+        features: Callable[[], Tensor],
+        signals: Mapping[str, Tensor] | None = None,
+        *,
+        quota: int = 0,
+        special: int = 0,
+    ) -> VisualTokens:
+        """What a method is shown of the group.
+
+        Args:
+            planned: the step.
+            features: returns (G, V, D) values of the tokens.
+            signals: what the step declared in `needs`.
+            quota: tokens of each image that the method's `count` grants it.
+            special: inside an encoder, rows before the patches.
+        """
+        return VisualTokens(
+            features=features,
+            index=self.index,
+            grid=self.shape.grid,
+            rows=self.rows,
+            signals={} if signals is None else signals,
+            merged=self.merged,
+            special=special,
+            site=planned.step.site,
+            step=planned.step,
+            frames=self.shape.frames,
+            number=planned.number,
+            quota=quota,
+            label=self.labels.get(planned.method_number),
+            valid=self.valid,
+            learned=planned.learned,
+        )
+
+    def pick(self, members: Sequence[int]) -> ImageGroup:
         """The group of some of its images."""
         if len(members) == len(self.images):
             return self
@@ -76,18 +167,24 @@ class Group:
         return replace(
             self,
             images=tuple(self.images[i] for i in members),
-            rows=tuple(self.rows[i] for i in members),
             index=self.index[chosen],
-            ends=tuple(self.ends[i] for i in members) if self.ends else (),
             columns=None if self.columns is None else self.columns[chosen],
-            before=tuple(self.before[i] for i in members) if self.before else (),
-            places=tuple(self.places[i] for i in members) if self.places else (),
-            began=tuple(self.began[i] for i in members) if self.began else (),
             labels={method: label[chosen] for method, label in self.labels.items()},
-            readout=tuple(self.readout[i] for i in members) if self.readout else (),
+            merged=None if self.merged is None else self.merged[chosen],
+            valid=None if self.valid is None else self.valid[chosen],
         )
 
-    def reduced(self, reduction: Reduction, method: int) -> Group:
+    def begun(self, method: int) -> ImageGroup:
+        """The group once the method of a number has begun."""
+        if all(method in image.tokens_at_start for image in self.images):
+            return self
+        images = (
+            replace(image, tokens_at_start={method: self.count, **image.tokens_at_start})
+            for image in self.images
+        )
+        return replace(self, images=tuple(images))
+
+    def reduced(self, reduction: Reduction, method: int) -> ImageGroup:
         """The group after a reduction by the method of a number."""
         labels = {n: label.gather(1, reduction.index) for n, label in self.labels.items()}
         if reduction.label is not None:
@@ -101,324 +198,90 @@ class Group:
             columns=columns,
             ordered=self.ordered or reduction.ordered,
             labels=labels,
+            valid=reduction.valid,
         )
+
+    def with_kept(self, kept: Mapping[int, Kept]) -> ImageGroup:
+        """The group whose images have noted something else, by number of the image."""
+        images = (replace(image, kept=kept[image.number]) for image in self.images)
+        return replace(self, images=tuple(images))
+
+    def noted(self, entry: str) -> ImageGroup:
+        """The group after a step, whose survivors each image notes."""
+        index = self.index.sort().values if self.ordered and self.valid is None else self.index
+        rows: Sequence[Tensor] = index.unbind()
+        if self.valid is not None:
+            pairs = zip(rows, self.valid, strict=True)
+            rows = [row[valid].sort().values for row, valid in pairs]
+        images = (
+            replace(image, kept={**image.kept, entry: row})
+            for image, row in zip(self.images, rows, strict=True)
+        )
+        return replace(self, images=tuple(images))
 
 
 @dataclass(frozen=True, eq=False)
-class Left:
-    """What the steps before the language model have left of an image.
+class ImageState:
+    """What the steps before the language model have made of an image.
 
     Args:
-        count: tokens alive.
-        began: number of a method -> tokens it had where the method began.
+        count: surviving tokens.
+        tokens_at_start: number of a method -> tokens it had where the method began.
         labels: number of a method -> (K) its labels, in the order of columns.
-        index: (K) raster positions alive in the order of their columns; `None` for raster order.
-        kept: entry of each step behind the encoder -> (K) raster positions alive after it.
+        index: (K) surviving raster positions in the order of their columns; `None` for raster
+            order.
+        kept: entry of each step on features -> (K) raster positions that survive it.
     """
 
     count: int
-    began: Mapping[int, int]
+    tokens_at_start: Mapping[int, int]
     labels: Mapping[int, Tensor]
     index: Tensor | None = None
     kept: Kept = field(default_factory=dict)
 
 
-@dataclass(frozen=True, eq=False)
-class Part:
-    """Images of one modality in a forward.
-
-    Args:
-        visual: (B, T) their placeholders.
-        shapes: tokens, grid and frames of each image, in order of appearance.
-        dead: (N) for each placeholder in row-major order, whether its token was removed before the
-            text model.
-        before: for each image, place inside the encoder -> (K) raster positions alive behind it.
-        places: for each image, how to find out where in it the tokens lie.
-        left: for each image, what the steps before the language model have left of it; empty where
-            it is not known.
-    """
-
-    visual: Tensor
-    shapes: Sequence[Shape]
-    dead: Tensor | None = None
-    before: Sequence[Kept] = ()
-    places: Sequence[Place | None] = ()
-    left: Sequence[Left] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class _Span:
-    row: int
-    columns: Tensor
-    index: Tensor
-    shape: Shape
-    before: Kept
-    place: Place | None
-    began: Mapping[int, int]
-    labels: Mapping[int, Tensor]
-
-
-def group_features(
+def group_images(
+    images: Sequence[Image],
     shapes: Sequence[Shape],
-    rows: Sequence[int],
-    ends: Sequence[int],
     device: torch.device,
-    alive: Sequence[Tensor] | None = None,
-    readout: Sequence[bool] = (),
-) -> list[Group]:
-    """Group images by shape, before their place in the sequence is known.
+    index: Sequence[Tensor] | None = None,
+    columns: Sequence[Tensor] | None = None,
+    labels: Sequence[Mapping[int, Tensor]] | None = None,
+    *,
+    ordered: bool = False,
+) -> list[ImageGroup]:
+    """Group images of the same shape with equally many surviving tokens, and the same labels.
 
     Args:
-        shapes: tokens, grid and frames of each image.
-        rows: row of the batch of each image.
-        ends: logical position of each image's last token; empty where it is not known.
-        device: where the features live.
-        alive: (K) raster positions that the encoder has left of each image; `None` for all.
-        readout: for each image, whether a next token is read from it; empty where none is.
+        images: the images.
+        shapes: tokens, grid and frames of each.
+        device: where the groups live.
+        index: (V) surviving raster positions of each; `None` for all.
+        columns: (V) logical positions of these.
+        labels: number of a method -> (V) labels of these.
+        ordered: whether `index` need not ascend.
     """
-    alike: dict[tuple[Shape, int], list[int]] = defaultdict(list)
-    for image, shape in enumerate(shapes):
-        left = shape.total if alive is None else len(alive[image])
-        alike[shape, left].append(image)
+    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = {}
+    for i, shape in enumerate(shapes):
+        count = shape.total if index is None else len(index[i])
+        methods = frozenset(() if labels is None else labels[i])
+        alike.setdefault((shape, count, methods), []).append(i)
+
+    def stack(rows: Sequence[Tensor], members: Sequence[int]) -> Tensor:
+        return torch.stack([rows[i] for i in members]).to(device)
+
     return [
-        Group(
-            tuple(images),
-            tuple(rows[i] for i in images),
-            torch.arange(shape.total, device=device).expand(len(images), shape.total)
-            if alive is None
-            else torch.stack([alive[i] for i in images]).to(device),
+        ImageGroup(
+            tuple(images[i] for i in members),
+            torch.arange(shape.total, device=device).expand(len(members), shape.total)
+            if index is None
+            else stack(index, members),
             shape,
-            tuple(ends[i] for i in images) if ends else (),
-            readout=tuple(readout[i] for i in images) if readout else (),
+            None if columns is None else stack(columns, members),
+            ordered,
+            {}
+            if labels is None
+            else {n: torch.stack([labels[i][n] for i in members]).to(device) for n in methods},
         )
-        for (shape, _), images in alike.items()
+        for (shape, _, methods), members in alike.items()
     ]
-
-
-def locate(parts: Sequence[Part], readout: Tensor | None = None) -> list[Group]:
-    """Find the images of a forward, and what is alive of them; they are numbered in order of
-    appearance.
-
-    Args:
-        parts: the images of each modality.
-        readout: (B, T) visual tokens that a next token is read from; `None` if there are none.
-
-    Raises:
-        InputError: placeholders and features disagree, or an image spans two rows.
-    """
-    spans = sorted(
-        (span for part in parts for span in _spans(part)),
-        key=lambda span: (span.row, int(span.columns[0])),
-    )
-    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = defaultdict(list)
-    for image, span in enumerate(spans):
-        alike[span.shape, len(span.index), frozenset(span.labels)].append(image)
-    device = parts[0].visual.device if parts else None
-    return [
-        Group(
-            tuple(images),
-            tuple(spans[i].row for i in images),
-            torch.stack([spans[i].index for i in images]).to(device),
-            shape,
-            tuple(int(spans[i].columns[-1]) for i in images),
-            torch.stack([spans[i].columns[spans[i].index.sort().values] for i in images]).to(
-                device
-            ),
-            tuple(spans[i].before for i in images),
-            tuple(spans[i].place for i in images),
-            any(left.index is not None for part in parts for left in part.left),
-            tuple(spans[i].began for i in images),
-            {n: torch.stack([spans[i].labels[n] for i in images]).to(device) for n in numbers},
-            ()
-            if readout is None
-            else tuple(bool(readout[spans[i].row, spans[i].columns[-1]]) for i in images),
-        )
-        for (shape, _, numbers), images in alike.items()
-    ]
-
-
-def _spans(part: Part) -> list[_Span]:
-    where = part.visual.nonzero().cpu()
-    tokens = sum(shape.total for shape in part.shapes)
-    if where.shape[0] != tokens:
-        raise InputError(
-            f"the prompt has {where.shape[0]} image placeholders, but the images have "
-            f"{tokens} visual tokens"
-        )
-    alive = torch.ones(where.shape[0], dtype=torch.bool) if part.dead is None else ~part.dead.cpu()
-    spans = []
-    start = 0
-    before = part.before or [{}] * len(part.shapes)
-    places = part.places or [None] * len(part.shapes)
-    lefts: Sequence[Left | None] = part.left or [None] * len(part.shapes)
-    images = zip(part.shapes, before, places, lefts, strict=True)
-    for shape, kept, place, left in images:
-        stop = start + shape.total
-        at, living = where[start:stop], alive[start:stop]
-        start = stop
-        if not shape.total:
-            continue
-        row = int(at[0, 0])
-        if row != int(at[-1, 0]):
-            raise InputError(
-                f"an image has {shape.total} visual tokens, but its placeholders lie in two rows"
-            )
-        index = living.nonzero()[:, 0]
-        if left is not None and len(index) != left.count:
-            raise InputError(
-                f"{left.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "
-                "which marks removed tokens: look for a NaN in the pixels, in the encoder (an "
-                "overflow in float16?), or in what a method makes of merged tokens"
-            )
-        if left is None:
-            left = Left(len(index), {}, {})
-        elif left.index is not None:
-            index = left.index.cpu()
-        kept = {**kept, **left.kept}
-        spans.append(_Span(row, at[:, 1], index, shape, kept, place, left.began, left.labels))
-    return spans
-
-
-def note(group: Group, entry: str, kept: Mapping[int, dict[str, Tensor]]) -> None:
-    """Write down in `kept`, of each image, which tokens are alive after a step."""
-    for i, image in enumerate(group.images):
-        index = group.index[i]
-        kept[image][entry] = index.sort().values if group.ordered else index
-
-
-def rows_of(visual: Tensor, shapes: Sequence[Shape]) -> tuple[list[int], list[int]]:
-    """The row of the batch of each image, and the logical position of its last token.
-
-    Args:
-        visual: (B, T) placeholders.
-        shapes: tokens, grid and frames of each image, in order of appearance.
-    """
-    spans = _spans(Part(visual, shapes))
-    return [span.row for span in spans], [int(span.columns[-1]) for span in spans]
-
-
-def split_by_count(
-    planned: PlannedStep,
-    group: Group,
-    begin: Mapping[tuple[int, int], int],
-    request: Callable[[int], int],
-) -> dict[int, list[int]]:
-    """Count of survivors -> members of a group.
-
-    Args:
-        planned: the step.
-        group: images alive.
-        begin: tokens of (method, image) where the method began, if it has begun.
-        request: batch row to entry of a per-request budget.
-    """
-    parts: dict[int, list[int]] = defaultdict(list)
-    alive = group.index.shape[1]
-    for member, (image, row) in enumerate(zip(group.images, group.rows, strict=True)):
-        total = begin.get((planned.method_number, image), alive)
-        wanted = planned.method.count(alive, total, planned.step, planned.number, request(row))
-        parts[wanted].append(member)
-    return parts
-
-
-def reduce_group(
-    planned: PlannedStep,
-    group: Group,
-    begin: dict[tuple[int, int], int],
-    request: Callable[[int], int],
-    features: Callable[[Group], Tensor],
-    signals: Callable[[Group], Mapping[str, Tensor]],
-    unasked: Collection[int] = (),
-) -> list[tuple[Group, Group, Reduction | None]]:
-    """Let a method reduce a group at one step.
-
-    Args:
-        planned: the step.
-        group: images alive.
-        begin: tokens of (method, image) where the method began; filled in at its first step.
-        request: batch row to entry of a per-request budget.
-        features: (G, V, D) of a group.
-        signals: declared signals of a group.
-        unasked: members that are left alone.
-
-    Returns:
-        (group before, group after, reduction) for each part with equal counts; `None` where
-        nothing is removed.
-    """
-    alive = group.index.shape[1]
-    for image in group.images:
-        begin.setdefault((planned.method_number, image), alive)
-    if not alive:
-        return [(group, group, None)]
-
-    def show(part: Group, quota: int) -> VisualTokens:
-        return _shown(planned, part, quota, features, signals)
-
-    asked = [i for i in range(len(group.images)) if i not in unasked]
-    result = [_settled(planned, group.pick(sorted(unasked)), None)] if unasked else []
-    if asked:
-        decisions = _decisions(planned, group.pick(asked), begin, request, show)
-        result += [_settled(planned, part, reduction) for part, reduction in decisions]
-    return result
-
-
-def _shown(
-    planned: PlannedStep,
-    group: Group,
-    quota: int,
-    features: Callable[[Group], Tensor],
-    signals: Callable[[Group], Mapping[str, Tensor]],
-) -> VisualTokens:
-    """What a method sees of a group."""
-    return VisualTokens(
-        features=lambda: features(group),
-        index=group.index,
-        grid=group.shape.grid,
-        rows=group.rows,
-        signals=signals(group),
-        number=planned.number,
-        quota=quota,
-        site=planned.step.site,
-        frames=group.shape.frames,
-        label=group.labels.get(planned.method_number),
-        learned=planned.learned,
-    )
-
-
-def _decisions(
-    planned: PlannedStep,
-    group: Group,
-    begin: Mapping[tuple[int, int], int],
-    request: Callable[[int], int],
-    show: Callable[[Group, int], VisualTokens],
-) -> Iterator[tuple[Group, Reduction | None]]:
-    """What a method makes of each part of a group; `None` where all tokens stay, unseen."""
-    method, alive = planned.method, group.index.shape[1]
-    for wanted, members in split_by_count(planned, group, begin, request).items():
-        part = group.pick(members)
-        if isinstance(method, Adaptive):
-            for chosen, reduction in method.split(show(part, wanted)):
-                yield from spared(part.pick(chosen), reduction)
-        elif wanted == alive:
-            yield part, None
-        elif wanted == 0:
-            yield from spared(part, Reduction(part.index[:, :0]))
-        else:
-
-            def reduce(count: int, part: Group = part) -> Reduction:
-                return method.reduce(show(part, count), count)
-
-            yield part, reduce_around(reduce, wanted, part.lasting, alive)
-
-
-def _settled(
-    planned: PlannedStep, group: Group, reduction: Reduction | None
-) -> tuple[Group, Group, Reduction | None]:
-    """A group before and after a decision, in raster order if positions stay."""
-    if reduction is None:
-        return group, group, None
-    alive = group.index.shape[1]
-    if reduction.ordered and not planned.renumber:
-        reduction = reduction.in_raster_order(alive)
-    after = group.reduced(reduction, planned.method_number)
-    whole = reduction.kept == alive and not (reduction.merges or reduction.ordered)
-    return group, after, None if whole else reduction

@@ -37,6 +37,16 @@ class PlannedStep:
     learned: nn.Module | None = None
     entry: str = ""
 
+    def count(self, tokens: int, start: int, request: int = 0) -> int:
+        """Tokens of an image that survive.
+
+        Args:
+            tokens: how many it has.
+            start: how many it had where the method began.
+            request: its entry of a per-request budget.
+        """
+        return self.method.count(tokens, start, self.step, self.number, request)
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -21,7 +21,7 @@ from foveate.engine.prompt import Asked
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
-    from foveate.engine.images import Group
+    from foveate.engine.images import Image, ImageGroup
     from foveate.engine.plan import Plan
 
 
@@ -60,15 +60,15 @@ def prompt_ends(
     return last if sample is None else last | F.pad(sample.diff(dim=1) != 0, (0, 1))
 
 
-def check_readout(groups: Sequence[Group], plan: Plan) -> None:
+def check_readout(groups: Sequence[ImageGroup], plan: Plan) -> None:
     """Refuse features that were reduced without regard to the prompt, where it is read from them.
 
     Raises:
         InputError: a token that a next one is read from was removed before the prompt was known.
     """
     for group in groups:
-        last = group.lasting
-        if last is None or not any(map(_lost, group.readout, last.tolist())):
+        required = group.required
+        if required is None or not any(map(_lost, group.images, required.tolist())):
             continue
         names = dict.fromkeys(s.method.slug for s in (*plan.vision, *plan.pre_llm))
         raise InputError(
@@ -78,8 +78,8 @@ def check_readout(groups: Sequence[Group], plan: Plan) -> None:
         )
 
 
-def _lost(read: bool, last: int) -> bool:
-    return read and last < 0
+def _lost(image: Image, token: int) -> bool:
+    return image.required >= 0 and token < 0
 
 
 def reduce_around(
@@ -101,7 +101,7 @@ def reduce_around(
     reduction = reduce(count)
     if at is None:
         return reduction
-    if count > 1 and not reduction.merges and reduction.real is None and reduction.label is None:
+    if count > 1 and not reduction.merges and reduction.valid is None and reduction.label is None:
         missing = (at >= 0) & (reduction.index != at[:, None]).all(1)
         if bool(missing.any()):  # the lowest of the ranking makes room
             fewer = reduce(count - 1).index
@@ -113,13 +113,13 @@ def reduce_around(
     return surviving(reduction, at, total, ascending)
 
 
-def spared(group: Group, reduction: Reduction) -> Iterator[tuple[Group, Reduction]]:
+def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup, Reduction]]:
     """A reduction of a group, in parts of equal counts, without the loss of what a next token is
     read from: also where nothing at all would be left.
     """
-    at = group.lasting
+    at = group.required
     if at is None or reduction.kept:
-        yield group, surviving(reduction, at, group.index.shape[1])
+        yield group, surviving(reduction, at, group.count)
         return
     for read in (True, False):
         members = [i for i, token in enumerate(at.tolist()) if (token >= 0) is read]
@@ -145,8 +145,8 @@ def surviving(
     if at is None:
         return reduction
     there = reduction.index == at[:, None]
-    if reduction.real is not None:
-        there &= reduction.real
+    if reduction.valid is not None:
+        there &= reduction.valid
     missing = (at >= 0) & ~there.any(1)
     if bool(missing.any()):
         reduction = _seated(reduction, missing.nonzero()[:, 0], at)
@@ -159,9 +159,9 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
     """Give a token of some images the seat of a survivor."""
     index, at = reduction.index.clone(), at[images]
     distance = (index[images] - at[:, None]).abs()
-    real = None if reduction.real is None else reduction.real.clone()
-    if real is not None:
-        distance = distance.masked_fill(~real[images], torch.iinfo(distance.dtype).max)
+    valid = None if reduction.valid is None else reduction.valid.clone()
+    if valid is not None:
+        distance = distance.masked_fill(~valid[images], torch.iinfo(distance.dtype).max)
     seat = distance.argmin(1)
     joined = torch.zeros_like(seat, dtype=torch.bool)
     weights, slot, share = reduction.weights, reduction.slot, reduction.share
@@ -181,11 +181,11 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
         slot[images] = slot[images].masked_fill(lost, -1)
         slot[images, at] = seat
         share[images, at] = torch.where(joined, share[images, at], 1.0)
-    if real is not None:  # it may fill up the row already, and then the two change places
+    if valid is not None:  # it may fill up the row already, and then the two change places
         filler = index[images] == at[:, None]
         index[images] = torch.where(filler, index[images, seat][:, None], index[images])
     index[images, seat] = at
-    return replace(reduction, index=index, weights=weights, slot=slot, share=share, real=real)
+    return replace(reduction, index=index, weights=weights, slot=slot, share=share, valid=valid)
 
 
 def _last(reduction: Reduction, at: Tensor, total: int) -> Reduction:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from foveate.engine.cached_forward import Onward
     from foveate.engine.forward import Turn
-    from foveate.engine.images import Group
+    from foveate.engine.images import ImageGroup
     from foveate.engine.layout import Layout, Slots
     from foveate.engine.plan import Plan
     from foveate.engine.rollback import Rollback
@@ -40,7 +39,6 @@ class Prompt:
         real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
             for all.
         trailing: drafted tokens behind the prompt, in assisted decoding.
-        request: batch row to entry of a per-request budget.
         flash: whether the attention kernel takes 2-D masks.
         sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.
@@ -53,10 +51,9 @@ class Prompt:
     length: int
     past: int
     device: torch.device
-    groups: list[Group]
+    groups: list[ImageGroup]
     real: Tensor | None
     trailing: int
-    request: Callable[[int], int]
     flash: bool
     sees: Tensor | None = None
     visual: Tensor | None = None
@@ -99,16 +96,12 @@ class ForwardState(Protocol):
         """What the forward is about."""
 
     @property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[ImageGroup]:
         """Images, and what is alive of them now."""
 
     @property
     def layout(self) -> Layout:
         """Physical columns of now."""
-
-    @property
-    def begin_of(self) -> dict[tuple[int, int], int]:
-        """(method, image) -> tokens it had where the method began."""
 
     def slots_of(self, cache: Any, number: int) -> Slots:
         """What a cache layer held before this forward."""
@@ -118,13 +111,13 @@ class ForwardState(Protocol):
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns."""
 
-    def row_index(self, part: Group) -> Tensor:
+    def row_index(self, part: ImageGroup) -> Tensor:
         """(G, 1) row of the batch of each image."""
 
-    def columns_of(self, part: Group, layout: Layout) -> Tensor:
+    def columns_of(self, part: ImageGroup, layout: Layout) -> Tensor:
         """(G, V) physical columns of a group in a layout."""
 
-    def seen(self, group: Group) -> Tensor | None:
+    def seen(self, group: ImageGroup) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
 
 

@@ -35,9 +35,9 @@ def survivors(
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
     for encoding in passes:
-        for of, kept in encoding.survivors():
+        for shape, kept in encoding.survivors():
             for site, index in kept.items():
-                alive = torch.zeros(of.total, dtype=torch.bool, device=index.device)
+                alive = torch.zeros(shape.total, dtype=torch.bool, device=index.device)
                 found[site].append(alive.index_fill(0, index, True))
     result: dict[str, Sequence[Tensor]] = {}
     for site, pictures in found.items():

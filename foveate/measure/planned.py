@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from foveate.core.counting import TokenCount
 from foveate.core.tokens import Shape
 from foveate.core.video import VideoMethod
 from foveate.engine.inputs import of_shapes
@@ -54,14 +55,14 @@ def planned(
             f"{family.model_type!r} is an encoder alone, for which no prompt can be planned"
         )
     stream = _Stream(family, shapes)
-    rows, stream.alive = _inside(family, plan, traced, stream.kept, stream.alive)
+    rows = _inside(family, plan, traced, stream)
     for step in plan.pre_llm:
         stream.act(step)
     layer_tokens = []
     for layer in range(family.text_layers):
         for step in (s for s in plan.llm if s.step.layer == layer):
             stream.act(step)
-        layer_tokens.append([text_tokens + sum(stream.alive)])
+        layer_tokens.append([text_tokens + stream.tokens])
     images = [ImageRecord(0, s.total, s.grid, k) for s, k in zip(shapes, stream.kept, strict=True)]
     return Record(
         rows=1,
@@ -86,30 +87,23 @@ class _Stream:
 
     def __init__(self, family: Family, shapes: Sequence[Shape]) -> None:
         self.family, self.shapes = family, shapes
-        self.alive = [shape.total for shape in shapes]  # of each image
+        self.images = [TokenCount(shape.total) for shape in shapes]
         self.kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]  # entry -> (K,) positions
         self.projected: dict[str, int] = {}  # modality -> rows that are projected once more
-        self._begin: dict[tuple[int, int], int] = {}  # (method, image) -> tokens that it found
-        self._suspended: dict[int, list[int]] = {}  # method -> tokens of each image that come back
+
+    @property
+    def tokens(self) -> int:
+        """Surviving tokens of all images."""
+        return sum(image.tokens for image in self.images)
 
     def act(self, step: PlannedStep) -> None:
         """Leave of each image what a step promises."""
-        number = step.method_number
-        if step.suspends:
-            self._suspended[number] = list(self.alive)
-        for image, shape in enumerate(self.shapes):
-            found = self.alive[image]
-            total = self._begin.setdefault((number, image), found)
-            if "reinsert" in step.step.effects:
-                left = self._suspended[number][image]
-            elif isinstance(step.method, VideoMethod) and shape.frames == 1:
-                left = found
-            else:
-                left = step.method.count(found, total, step.step, step.number)
-            self.alive[image] = left
-            self.kept[image][step.entry] = torch.arange(min(left, shape.total))
+        for image, shape, kept in zip(self.images, self.shapes, self.kept, strict=True):
+            if not (isinstance(step.method, VideoMethod) and shape.frames == 1):
+                image.take(step.method, step.step, step.number, step.method_number)
+            kept[step.entry] = torch.arange(min(image.tokens, shape.total))
         if step.step.before_projector and self.family.projector("image") is not None:
-            self.projected["image"] = self.projected.get("image", 0) + sum(self.alive)
+            self.projected["image"] = self.projected.get("image", 0) + self.tokens
 
 
 def _held(
@@ -128,30 +122,29 @@ def _held(
     return [shape.held(count) for shape, count in zip(shapes, slots, strict=True)]
 
 
-def _inside(
-    family: Family, plan: Plan, traced: Any, kept: list[dict[str, Any]], alive: list[int]
-) -> tuple[list[tuple[int, int]], list[int]]:
-    """Rows that each encoder layer sees, and tokens alive behind the encoder."""
+def _inside(family: Family, plan: Plan, traced: Any, stream: _Stream) -> list[tuple[int, int]]:
+    """Rows that each encoder layer sees; the stream goes on with what survives the encoder."""
     if not plan.vision:
-        return [], alive
+        return []
     encoder = family.encoder
     assert encoder is not None  # the plan has checked it
-    if encoder.packed is not None or len(set(alive)) > 1:
+    totals = [image.tokens for image in stream.images]
+    if encoder.packed is not None or len(set(totals)) > 1:
         raise UnsupportedModelError(
             f"what {plan.vision[0].method.slug} does inside the encoder of {family.model_type!r} "
-            "depends on the pictures; run it and ask for the report instead"
+            "depends on the images; run it and ask for the report instead"
         )
     _, full = traced.rows
-    left = begin = full - encoder.special
-    rows = []
+    image = TokenCount(full - encoder.special)
+    patches, rows = image.tokens, []
     for layer in range(len(encoder.layers)):
-        seen = [full if left == begin else left + encoder.special] * 2
+        before = after = image.tokens + encoder.special
         for step in (s for s in plan.vision if s.step.layer == layer):
-            left = step.method.count(left, begin, step.step, step.number)
-            seen[1 if step.step.inside else 0 :] = [left + encoder.special] * (
-                1 if step.step.inside else 2
-            )
-            for image, total in zip(kept, alive, strict=True):
-                image[step.entry] = torch.arange(total * left // begin)
-        rows.append((seen[0], seen[1]))
-    return rows, [total * left // begin for total in alive]
+            after = image.take(step.method, step.step, step.number, step.method_number)
+            after += encoder.special
+            before = before if step.step.inside else after
+            for kept, total in zip(stream.kept, totals, strict=True):
+                kept[step.entry] = torch.arange(total * image.tokens // patches)
+        rows.append((before, after))
+    stream.images = [TokenCount(total * image.tokens // patches) for total in totals]
+    return rows

@@ -95,7 +95,7 @@ class Feather(Scheduled, Adaptive):
         """Attention of the last token without rotary positions, averaged over heads: (G, V)."""
         return tokens.signal("content_attention")[:, 0].mean(1)
 
-    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+    def reduce_each(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep what attention ranks highest; at the first drop, the grid as well."""
         scores = self.scores(tokens)
         best = top(scores, tokens.quota)

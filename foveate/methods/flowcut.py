@@ -130,8 +130,8 @@ class FlowCut(Method):
         """Drop the patches that told least, down to `count` at the last step."""
         assert isinstance(tokens.step, Cut)
         scores = self.scores(tokens)
-        if tokens.real is not None:
-            scores = scores.masked_fill(~tokens.real, -torch.inf)
+        if tokens.valid is not None:
+            scores = scores.masked_fill(~tokens.valid, -torch.inf)
         if not tokens.step.remaining:
             return Reduction.top(scores, count)
         left = self._left(tokens, count)
@@ -139,15 +139,15 @@ class FlowCut(Method):
         if self.as_released or most == least:
             return Reduction.top(scores, least)
         index, order = ranked(scores)[:, :most].sort(dim=-1)
-        return Reduction(index, real=order < left[:, None])
+        return Reduction(index, valid=order < left[:, None])
 
     def _left(self, tokens: VisualTokens, count: int) -> Tensor:
         """(G) tokens left of each image, at least `count`."""
         assert isinstance(tokens.step, Cut)
         attention = tokens.signal("cls_attention")[:, 0].float().mean(1)
         alive = torch.full_like(attention[:, 0], tokens.count)
-        if tokens.real is not None:
-            alive = tokens.real.sum(1).float()
+        if tokens.valid is not None:
+            alive = tokens.valid.sum(1).float()
         spare = (alive - count) / math.sqrt(tokens.step.remaining)
         gone = torch.round(spare * concentration(attention, alive))
         return (alive - gone).long().clamp(min=count)

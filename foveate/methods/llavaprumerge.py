@@ -104,7 +104,7 @@ class LLaVAPruMerge(Adaptive):
         needs = tuple(Need(name, layer) for name in names)
         return (Step("pre_llm", needs=needs, before_projector=True),)
 
-    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+    def reduce_each(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep outliers by falling attention, then the grid, then the additional token."""
         attention = tokens.signal("joint_cls_attention")[:, 0].float()
         order, chosen = self._choose(attention)

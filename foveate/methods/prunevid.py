@@ -115,10 +115,10 @@ class PruneVid(VideoMethod):
             )
         return min(legal, key=lambda layer: abs(layer - model.text_layers * 11 / 32))
 
-    def split(self, tokens: VisualTokens) -> Parts:
+    def reduce_each(self, tokens: VisualTokens) -> Parts:
         """Merge before the language model, and cut inside."""
         if tokens.site == "pre_llm":
-            return super().split(tokens)
+            return super().reduce_each(tokens)
         if tokens.label is None:  # an image
             return everything(tokens)
         scores = tokens.signal("question_attention").amax((1, 2, 3))

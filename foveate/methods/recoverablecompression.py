@@ -88,7 +88,7 @@ class RecoverableCompression(Adaptive):
         needs = (Need("joint_cls_attention", last), Need("encoder_keys", last), *text)
         return (Step("pre_llm", needs=needs, before_projector=True),)
 
-    def split(self, tokens: VisualTokens) -> list[tuple[list[int], Reduction]]:
+    def reduce_each(self, tokens: VisualTokens) -> list[tuple[list[int], Reduction]]:
         """Reduce each image to a number of tokens of its own."""
         seen = tokens.signal("joint_cls_attention")[:, 0].float()
         patch = seen > -torch.inf  # newlines are none

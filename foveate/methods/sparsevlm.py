@@ -146,7 +146,7 @@ class SparseVLM(Scheduled, Adaptive):
             return heads.mean(1) * raters
         return self._corrected(tokens, heads * raters[:, None])
 
-    def split(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+    def reduce_each(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep the best rated tokens, and in version 1 recycle some of the others."""
         scores = self.scores(tokens)
         most = max(min(tokens.quota, tokens.count - self.as_released), 1)

@@ -130,7 +130,7 @@ class VFlowOpt(Adaptive):
         first = max(9 * model.text_layers // 28, lowest)
         return first, max(18 * model.text_layers // 28, min(first + 1, model.text_layers - 1))
 
-    def split(self, tokens: VisualTokens) -> list[tuple[tuple[int, ...], Reduction]]:
+    def reduce_each(self, tokens: VisualTokens) -> list[tuple[tuple[int, ...], Reduction]]:
         """Recycle behind the projector; drop by the same scores in the language model."""
         if tokens.number == 0:
             return self._recycle(tokens)

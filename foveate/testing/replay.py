@@ -35,10 +35,10 @@ def logged(method: Method, log: Log) -> Method:
     def reduce(self: Any, tokens: VisualTokens, count: int) -> Reduction:
         return note(tokens, kind.reduce(self, tokens, count))
 
-    def split(self: Any, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
-        return [(members, note(tokens, made)) for members, made in kind.split(self, tokens)]
+    def reduce_each(self: Any, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
+        return [(members, note(tokens, made)) for members, made in kind.reduce_each(self, tokens)]
 
-    changed = {"split": split} if isinstance(method, Adaptive) else {"reduce": reduce}
+    changed = {"reduce_each": reduce_each} if isinstance(method, Adaptive) else {"reduce": reduce}
     twin = copy.copy(method)
     object.__setattr__(twin, "__class__", type(kind.__name__, (kind,), changed))
     return twin

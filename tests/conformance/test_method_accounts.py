@@ -63,7 +63,7 @@ def apart(counter, methods):
 
         return call
 
-    names = ("reduce", "split", "reinsert")
+    names = ("reduce", "reduce_each", "reinsert")
     owners = [(type(m), name) for m in methods for name in names if hasattr(m, name)]
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in {*owners, (Reduction, "apply")}:

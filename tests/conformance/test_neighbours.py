@@ -160,7 +160,7 @@ class Blend(Adaptive):
             return (Step("pre_llm", before_projector=self.before_projector),)
         return (Step("llm", self.layer),)
 
-    def split(self, tokens):
+    def reduce_each(self, tokens):
         total = tokens.count
         eye = torch.eye(total)
         weights = ((eye + eye.roll(1, 1)) / 2).expand(len(tokens.index), -1, -1)

@@ -121,10 +121,10 @@ def test_survivors_come_back_to_their_own_position(case):
 def test_tokens_in_front_pass_untouched(case, front):
     reduction, tokens = make(**case), case["tokens"]
     x = torch.randn(case["images"], front + tokens, 2)
-    got = reduction.behind(front).apply(x)
+    got = reduction.after(front).apply(x)
     assert torch.equal(got[:, :front], x[:, :front])
     close(got[:, front:], reduction.apply(x[:, front:]))
-    back = reduction.behind(front).recover(got, front + tokens)
+    back = reduction.after(front).recover(got, front + tokens)
     close(back[:, :front], x[:, :front])
     close(back[:, front:], reduction.recover(got[:, front:], tokens))
 
@@ -190,14 +190,14 @@ def test_raster_order_changes_the_order_and_nothing_else(form):
 
 def test_what_fills_up_is_recovered_as_if_it_were_dropped():
     x, real = torch.randn(2, 6, 3), torch.tensor([[True, True], [True, False]])
-    filled = Reduction(torch.tensor([[1, 4], [0, 5]]), real=real)
+    filled = Reduction(torch.tensor([[1, 4], [0, 5]]), valid=real)
     apart = [Reduction(torch.tensor([[1, 4]])), Reduction(torch.tensor([[0]]))]
     whole = filled.recover(filled.apply(x), 6)
     for image, alone in enumerate(apart):
         of = x[image : image + 1]
         assert torch.equal(whole[image], alone.recover(alone.apply(of), 6)[0])
     merged = Reduction.mean(torch.tensor([[0, 3], [0, 3]]), torch.tensor([[0, 0, 0, 1, 1, 1]] * 2))
-    after = merged.then(Reduction(torch.tensor([[0, 1], [0, 1]]), real=real), 6)
+    after = merged.then(Reduction(torch.tensor([[0, 1], [0, 1]]), valid=real), 6)
     assert after.recover(torch.ones(2, 2, 1), 6)[..., 0].tolist() == [[1] * 6, [1] * 3 + [0] * 3]
 
 

@@ -350,7 +350,7 @@ class Brightest(Adaptive):
     def steps(self, model):
         return (self.step,)
 
-    def split(self, tokens):
+    def reduce_each(self, tokens):
         value = tokens.x[..., 0]
         order = value.argsort(1, descending=True)
         parts = by_count((value > 0).sum(1).clamp(min=1))

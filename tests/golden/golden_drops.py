@@ -57,8 +57,8 @@ class Drops(Replay):
         def note(self: Any, tokens: VisualTokens, reduction: Reduction) -> None:
             seen.append(Seen(tokens, tokens.x, kind.scores(self, tokens)[0], reduction))
 
-        def split(self: Any, tokens: VisualTokens) -> Any:
-            ((members, reduction),) = kind.split(self, tokens)
+        def reduce_each(self: Any, tokens: VisualTokens) -> Any:
+            ((members, reduction),) = kind.reduce_each(self, tokens)
             note(self, tokens, reduction)
             return [(members, reduction)]
 
@@ -67,7 +67,9 @@ class Drops(Replay):
             note(self, tokens, reduction)
             return reduction
 
-        changed = {"split": split} if isinstance(method, Adaptive) else {"reduce": reduce}
+        changed = (
+            {"reduce_each": reduce_each} if isinstance(method, Adaptive) else {"reduce": reduce}
+        )
         observed = type(kind.__name__, (kind,), changed)
         return observed(**{name: getattr(method, name) for name in kind.__dataclass_fields__})
 

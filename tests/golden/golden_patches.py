@@ -188,7 +188,7 @@ def _check_reductions(case: Case) -> None:
     for run in _runs(case, model, eager):
         tokens = eager.tokens(run.method, model)
         if isinstance(run.method, Adaptive):
-            parts = run.method.split(tokens)
+            parts = run.method.reduce_each(tokens)
         else:
             images = range(len(run.values))
             parts = [(images, run.method.reduce(tokens, len(run.values[0])))]

@@ -89,7 +89,7 @@ def _check_reduction(case: Case) -> None:
     """The method alone: scores, survivors and their values."""
     tokens = _tokens(case)
     assert_close(METHOD.text_scores(tokens), case.arrays["text_score"][0], 1e-5, "text scores")
-    (((_, reduction)),) = METHOD.split(tokens)
+    (((_, reduction)),) = METHOD.reduce_each(tokens)
     _check_places(case, reduction, tokens.count)
     assert_close(reduction.apply(tokens.x), case.arrays["output"], 1e-4, "output")
 

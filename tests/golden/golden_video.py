@@ -58,7 +58,7 @@ def _quota(method: Any, total: int) -> int:
 
 
 def _only(method: Any, tokens: VisualTokens) -> Reduction:
-    ((_, reduction),) = method.split(tokens)
+    ((_, reduction),) = method.reduce_each(tokens)
     return reduction
 
 

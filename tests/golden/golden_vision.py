@@ -51,7 +51,7 @@ def _reduction(case: Case, mass: Tensor | None) -> Reduction:
     special = _special(case)
     keys = F.normalize(case.arrays["metric"], dim=-1)[:, special:]
     index, slot = match(keys, case.facts["params"]["r_effective"], special)
-    return Reduction.mean(index, slot, None if mass is None else mass[:, special:, 0]).behind(
+    return Reduction.mean(index, slot, None if mass is None else mass[:, special:, 0]).after(
         special
     )
 
@@ -247,8 +247,8 @@ def _check_layers(case: Case) -> None:
     for i, output in enumerate(outputs):
         assert_close(output, case.arrays[f"block{i}_out"], MODEL, f"output of layer {i}")
     (encoding,) = passes
-    (images,) = encoding.stacks
-    whole = images.layout.behind(encoder.special)
+    (images,) = encoding.groups
+    whole = images.layout.after(encoder.special)
     total = images.total + encoder.special
     assert_same(whole.sizes(total)[..., None], case.arrays["size"], "sizes")
     slot, _ = whole._segments(total)

@@ -14,7 +14,7 @@ def kept(method, tokens):
     """Positions of each video's survivors."""
     total = tokens.count
     quota = method.count(total, total, Step("pre_llm"), 0)
-    ((_, reduction),) = method.split(replace(tokens, quota=quota))
+    ((_, reduction),) = method.reduce_each(replace(tokens, quota=quota))
     return reduction.index.tolist()
 
 

@@ -10,7 +10,7 @@ from foveate.methods.fastvid import FastVID, segments_of
 def values(method, tokens):
     """(K, D) survivors of each video."""
     found = {}
-    for members, reduction in method.split(tokens):
+    for members, reduction in method.reduce_each(tokens):
         merged = reduction.apply(tokens.x[torch.tensor(members)])
         found |= dict(zip(members, merged, strict=True))
     return [found[i] for i in range(len(found))]
@@ -50,7 +50,7 @@ def test_a_short_video_is_cut_into_frames():
 def test_survivors_are_means(make_videos):
     """All weights of a survivor sum to one, salient ones are themselves, and order is raster."""
     x, attention = scenes(1, 12, 20), torch.rand(1, 1, 240)
-    ((_, reduction),) = FastVID(keep=0.3).split(make_videos(x, received_attention=attention))
+    ((_, reduction),) = FastVID(keep=0.3).reduce_each(make_videos(x, received_attention=attention))
     torch.testing.assert_close(
         reduction.weights.sum(-1), torch.ones_like(reduction.weights[..., 0])
     )
@@ -67,10 +67,10 @@ def test_all_is_kept_at_one_and_something_always(make_videos):
     x, attention = scenes(1, 4, 6), torch.rand(1, 1, 24)
     tokens = make_videos(x, received_attention=attention)
     for keep in (1.0, 24, 30):
-        ((_, reduction),) = FastVID(keep=keep).split(tokens)
+        ((_, reduction),) = FastVID(keep=keep).reduce_each(tokens)
         assert reduction.index.tolist() == [list(range(24))]
         assert not reduction.merges
-    ((_, reduction),) = FastVID(keep=1).split(tokens)
+    ((_, reduction),) = FastVID(keep=1).reduce_each(tokens)
     assert reduction.kept == 4  # one for each frame
 
 
@@ -78,7 +78,7 @@ def test_equal_tokens_do_not_become_nan(make_videos):
     for value in (0.0, 3.0):
         x = torch.full((1, 8, 9, 4), value)
         tokens = make_videos(x, received_attention=torch.zeros(1, 1, 72))
-        ((_, reduction),) = FastVID(keep=0.5).split(tokens)
+        ((_, reduction),) = FastVID(keep=0.5).reduce_each(tokens)
         torch.testing.assert_close(
             reduction.apply(tokens.x), x[:, :1, 0].expand(-1, reduction.kept, -1)
         )

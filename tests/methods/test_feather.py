@@ -28,7 +28,7 @@ def naive(attention, grid, count, stride):
 def test_attention_and_grid_equal_a_naive_loop(grid, stride, make_tokens):
     attention = torch.rand(5, 1, 4, grid[0] * grid[1])
     tokens = make_tokens(grid, images=5, content_attention=attention)
-    parts = Feather(stride=stride).split(replace(tokens, quota=4))
+    parts = Feather(stride=stride).reduce_each(replace(tokens, quota=4))
     assert sorted(i for members, _ in parts for i in members) == list(range(5))
     for members, reduction in parts:
         for image, index in zip(members, reduction.index, strict=True):
@@ -41,7 +41,7 @@ def test_overlap_with_the_grid_makes_counts_differ(make_tokens):
     attention[0, ..., [0, 3]] = 1
     attention[1, ..., [1, 2]] = 1
     tokens = make_tokens(images=2, content_attention=attention)
-    parts = Feather().split(replace(tokens, quota=2))
+    parts = Feather().reduce_each(replace(tokens, quota=2))
     assert [(list(m), r.index.tolist()) for m, r in parts] == [
         ([0], [[0, 3, 18, 21]]),
         ([1], [[0, 1, 2, 3, 18, 21]]),
@@ -53,7 +53,7 @@ def test_later_drops_protect_no_grid_token(make_tokens):
     attention[..., [2, 5]] = 1
     index = torch.tensor([[0, 1, 3, 7, 9, 10, 18, 21]])
     tokens = make_tokens(index=index, content_attention=attention)
-    ((_, reduction),) = Feather().split(replace(tokens, quota=2, number=1))
+    ((_, reduction),) = Feather().reduce_each(replace(tokens, quota=2, number=1))
     assert reduction.index.tolist() == [[2, 5]]
 
 
@@ -61,7 +61,7 @@ def test_grid_is_that_of_the_image_also_when_tokens_are_gone(make_tokens):
     """The grid goes by rows and columns of the image, not by how many tokens are left."""
     index = torch.tensor([[1, 3, 4, 18, 20]])
     tokens = make_tokens(index=index, content_attention=torch.eye(5)[2].view(1, 1, 1, 5))
-    ((_, reduction),) = Feather().split(replace(tokens, quota=1))
+    ((_, reduction),) = Feather().reduce_each(replace(tokens, quota=1))
     assert reduction.index.tolist() == [[1, 2, 3]]
 
 
@@ -94,17 +94,17 @@ def test_schedules_counts_and_requests():
 
 def test_all_is_kept_in_place(make_tokens):
     tokens = make_tokens(images=2, content_attention=torch.rand(2, 1, 4, 24))
-    ((members, reduction),) = Feather(keep=1.0).split(replace(tokens, quota=24))
+    ((members, reduction),) = Feather(keep=1.0).reduce_each(replace(tokens, quota=24))
     assert list(members) == [0, 1]
     assert reduction.index.tolist() == [list(range(24))] * 2
 
 
 def test_equal_attention_and_one_token(make_tokens):
     tokens = make_tokens(images=2, content_attention=torch.zeros(2, 1, 4, 24))
-    ((_, reduction),) = Feather(stride=None).split(replace(tokens, quota=5))
+    ((_, reduction),) = Feather(stride=None).reduce_each(replace(tokens, quota=5))
     assert (reduction.index.diff(dim=-1) > 0).all()
     one = make_tokens((1, 1), content_attention=torch.ones(1, 1, 4, 1))
-    ((_, reduction),) = Feather().split(replace(one, quota=1))
+    ((_, reduction),) = Feather().reduce_each(replace(one, quota=1))
     assert reduction.index.tolist() == [[0]]
 
 

@@ -132,7 +132,7 @@ def test_an_image_keeps_what_it_keeps_alone(make_tokens):
     assert len(alone[0]) != len(alone[1])
     made = FlowCut().reduce(at(make_tokens, 4, attention, flow), 8)
     assert made.kept == max(len(index) for index in alone)
-    for index, real, want in zip(made.index, made.real, alone, strict=True):
+    for index, real, want in zip(made.index, made.valid, alone, strict=True):
         assert index[real].tolist() == want.tolist()
 
 
@@ -142,7 +142,7 @@ def test_what_fills_up_an_image_counts_for_nothing(make_tokens):
     real = torch.rand(1, 24) < 0.7
     few = FlowCut().reduce(at(make_tokens, 4, attention[..., real[0]], flow[..., real[0]]), 8)
     hidden = at(make_tokens, 4, attention.masked_fill(~real[:, None, None], 0), flow + 9 * ~real)
-    made = FlowCut().reduce(dataclasses.replace(hidden, real=real), 8)
+    made = FlowCut().reduce(dataclasses.replace(hidden, valid=real), 8)
     assert made.index[0].tolist() == real[0].nonzero()[few.index[0], 0].tolist()
 
 
@@ -156,7 +156,7 @@ def test_as_released_images_lose_as_many_as_the_one_that_loses_most(make_tokens)
     assert alone[0] != alone[1]
     made = method.reduce(at(make_tokens, 4, attention, flow), 8)
     assert made.kept == min(alone)
-    assert made.real is None
+    assert made.valid is None
 
 
 def llava():

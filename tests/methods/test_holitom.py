@@ -12,7 +12,7 @@ from foveate.methods.holitom import HoliTom, best_segments, run_lengths
 def values(method, tokens):
     """(K, D) survivors of each video."""
     found = {}
-    for members, reduction in method.split(tokens):
+    for members, reduction in method.reduce_each(tokens):
         merged = reduction.apply(tokens.x[torch.tensor(members)])
         found |= dict(zip(members, merged, strict=True))
     return [found[i] for i in range(len(found))]
@@ -65,7 +65,7 @@ def test_static_tokens_come_first_and_stand_in_the_first_frame(make_videos):
     still = torch.randn(1, 1, 2, 16).expand(1, 3, 2, 16)
     x = torch.cat((torch.randn(1, 3, 2, 16), still), 2)
     attention = torch.rand(1, 1, 12)
-    ((_, reduction),) = HoliTom(keep=0.99).split(make_videos(x, received_attention=attention))
+    ((_, reduction),) = HoliTom(keep=0.99).reduce_each(make_videos(x, received_attention=attention))
     assert reduction.ordered
     assert reduction.index[0].tolist() == [2, 3, 0, 1, 4, 5, 8, 9]
     assert reduction.slot[0, [2, 6, 10]].tolist() == [0, 0, 0]
@@ -76,7 +76,7 @@ def test_centers_weigh_beta(make_videos):
     """One cluster of all static tokens: the center's place counts beta, the others the rest."""
     x = torch.randn(1, 1, 5, 16).expand(1, 4, 5, 16)
     attention = torch.rand(1, 1, 20)
-    ((_, reduction),) = HoliTom(keep=0.01, beta=0.7).split(
+    ((_, reduction),) = HoliTom(keep=0.01, beta=0.7).reduce_each(
         make_videos(x, received_attention=attention)
     )
     shares = reduction.share.view(4, 5).sum(0)
@@ -89,7 +89,7 @@ def test_centers_weigh_beta(make_videos):
 def test_dynamic_tokens_can_be_clustered(d, make_videos):
     """Each frame keeps some by attention, and merges all others."""
     x, attention = torch.randn(2, 3, 12, 8), torch.rand(2, 1, 36)
-    ((_, reduction),) = HoliTom(keep=0.5, d=d, tau=1.0).split(
+    ((_, reduction),) = HoliTom(keep=0.5, d=d, tau=1.0).reduce_each(
         make_videos(x, received_attention=attention)
     )
     assert reduction.kept == 18
@@ -105,7 +105,7 @@ def test_dynamic_tokens_can_be_clustered(d, make_videos):
 
 def test_all_is_kept_at_one(make_videos):
     x = torch.randn(2, 1, 6, 8).expand(2, 5, 6, 8)
-    ((_, reduction),) = HoliTom(keep=1.0).split(make_videos(x))
+    ((_, reduction),) = HoliTom(keep=1.0).reduce_each(make_videos(x))
     assert reduction.index.tolist() == [list(range(30))] * 2
     assert not reduction.merges
 

@@ -59,7 +59,7 @@ def test_it_gives_what_a_plain_loop_gives(plus, neighbours, ratio, grid, make_to
     tokens = make_tokens(grid, images=4, x=x, **signals)
     seen = []
     method = LLaVAPruMerge(plus=plus, neighbours=neighbours, ratio=ratio)
-    for members, reduction in method.split(tokens):
+    for members, reduction in method.reduce_each(tokens):
         assert reduction.ordered
         values = reduction.apply(x[members])
         for place, image in enumerate(members):
@@ -82,7 +82,7 @@ def test_it_gives_what_a_plain_loop_gives(plus, neighbours, ratio, grid, make_to
 
 
 def test_counts_differ_between_images(make_tokens):
-    parts = LLaVAPruMerge(plus=False).split(make_tokens((8, 9), images=3, **given(3, 72)))
+    parts = LLaVAPruMerge(plus=False).reduce_each(make_tokens((8, 9), images=3, **given(3, 72)))
     assert [(list(members), r.kept) for members, r in parts] == [([0], 4), ([1], 5), ([2], 6)]
 
 
@@ -92,14 +92,14 @@ def test_the_fence_lies_above_the_third_quartile_by_the_spread(make_tokens):
     attention = torch.linspace(1, 2, 24)
     attention[[3, 9, 14]] = torch.tensor([2.9, 3.0, 2.3])
     signals["joint_cls_attention"] = attention[None, None]
-    ((_, reduction),) = LLaVAPruMerge(plus=False).split(make_tokens(**signals))
+    ((_, reduction),) = LLaVAPruMerge(plus=False).reduce_each(make_tokens(**signals))
     assert reduction.index[0, :-1].tolist() == [9, 3]
 
 
 def test_an_image_without_outliers_keeps_its_most_attended_patch(make_tokens):
     signals = given(1, 24)
     signals["joint_cls_attention"] = torch.linspace(0, 0.1, 24)[None, None]
-    ((_, reduction),) = LLaVAPruMerge(plus=False).split(make_tokens(**signals))
+    ((_, reduction),) = LLaVAPruMerge(plus=False).reduce_each(make_tokens(**signals))
     assert reduction.index.tolist() == [[23, 22]]
 
 
@@ -108,8 +108,8 @@ def test_the_grid_covers_the_last_patch_but_did_not_in_the_release(make_tokens):
     tokens = make_tokens((5, 5), **signals)
     attention = signals["joint_cls_attention"][0, 0]
     assert attention.argsort(descending=True)[:4].tolist().count(24) == 0
-    ((_, sound),) = LLaVAPruMerge().split(tokens)
-    ((_, released),) = LLaVAPruMerge(as_released=True).split(tokens)
+    ((_, sound),) = LLaVAPruMerge().reduce_each(tokens)
+    ((_, released),) = LLaVAPruMerge(as_released=True).reduce_each(tokens)
     assert set(range(0, 25, 2)) <= set(sound.index[0].tolist()[:-1])
     assert 24 not in released.index[0].tolist()[:-1]
     assert set(range(0, 24, 2)) <= set(released.index[0].tolist()[:-1])
@@ -121,9 +121,11 @@ def test_where_the_grid_is_the_whole_image_nothing_is_dropped(make_tokens):
     attention = torch.zeros(24)
     attention[:5] = torch.tensor([0.5, 0.4, 0.3, 0.2, 0.1])
     signals["joint_cls_attention"] = attention[None, None]
-    ((_, reduction),) = LLaVAPruMerge(factor=0.0).split(make_tokens(**signals))
+    ((_, reduction),) = LLaVAPruMerge(factor=0.0).reduce_each(make_tokens(**signals))
     assert reduction.index[0].tolist() == list(range(24))
-    ((_, released),) = LLaVAPruMerge(factor=0.0, as_released=True).split(make_tokens(**signals))
+    ((_, released),) = LLaVAPruMerge(factor=0.0, as_released=True).reduce_each(
+        make_tokens(**signals)
+    )
     assert released.index[0].tolist() == list(range(24))
     assert released.weights[0, 23].tolist() == [0.0] * 24  # the token for the dropped one
 
@@ -132,8 +134,8 @@ def test_where_the_grid_is_the_whole_image_nothing_is_dropped(make_tokens):
 def test_keep_is_a_limit(keep, most, make_tokens):
     x = torch.randn(3, 24, 5)
     tokens = make_tokens(images=3, x=x, **given(3, 24))
-    free = {i: r for members, r in LLaVAPruMerge().split(tokens) for i in members}
-    for members, reduction in LLaVAPruMerge(keep=keep).split(tokens):
+    free = {i: r for members, r in LLaVAPruMerge().reduce_each(tokens) for i in members}
+    for members, reduction in LLaVAPruMerge(keep=keep).reduce_each(tokens):
         for place, image in enumerate(members):
             whole = free[image].index[members_place(tokens, free, image)]
             assert reduction.kept == min(most, len(whole))
@@ -150,7 +152,7 @@ def test_newlines_hold_nothing(make_tokens):
     signals, x = given(1, 24), torch.randn(1, 24, 5)
     signals["joint_cls_attention"][..., 5::6] = -torch.inf
     signals["encoder_keys"][..., 5::6, :] = 0
-    ((_, reduction),) = LLaVAPruMerge(plus=False).split(make_tokens(x=x, **signals))
+    ((_, reduction),) = LLaVAPruMerge(plus=False).reduce_each(make_tokens(x=x, **signals))
     assert reduction.weights[..., 5::6].eq(0).all()
     assert reduction.apply(x).isfinite().all()
     assert not {5, 11, 17, 23} & set(reduction.index[0].tolist())
@@ -159,13 +161,13 @@ def test_newlines_hold_nothing(make_tokens):
 def test_batch_equals_single(make_tokens):
     signals, x = given(3, 72), torch.randn(3, 72, 5)
     for method in (LLaVAPruMerge(), LLaVAPruMerge(plus=False)):
-        parts = method.split(make_tokens((8, 9), images=3, x=x, **signals))
+        parts = method.reduce_each(make_tokens((8, 9), images=3, x=x, **signals))
         for members, reduction in parts:
             values = reduction.apply(x[members])
             for place, image in enumerate(members):
                 one = slice(image, image + 1)
                 part = {name: signal[one] for name, signal in signals.items()}
-                ((_, alone),) = method.split(make_tokens((8, 9), x=x[one], **part))
+                ((_, alone),) = method.reduce_each(make_tokens((8, 9), x=x[one], **part))
                 assert torch.equal(reduction.index[place], alone.index[0])
                 torch.testing.assert_close(values[place], alone.apply(x[one])[0])
 
@@ -181,7 +183,7 @@ def test_constant_and_zero_signals_give_finite_values(grid, value, plus, make_to
         "encoder_keys": torch.full((2, 1, 2, total, 4), value),
     }
     tokens = make_tokens(grid, images=2, x=x, **signals)
-    ((members, reduction),) = LLaVAPruMerge(plus=plus).split(tokens)
+    ((members, reduction),) = LLaVAPruMerge(plus=plus).reduce_each(tokens)
     assert list(members) == [0, 1]
     assert reduction.index[0].unique().numel() == reduction.kept >= 1
     assert reduction.apply(x).isfinite().all()
@@ -222,7 +224,7 @@ def test_newlines_are_merged_into_nothing_and_get_nothing(make_tokens):
     newlines = torch.zeros(24, dtype=torch.bool)
     newlines[::2] = True
     signals["joint_cls_attention"][..., newlines] = -torch.inf
-    ((_, made),) = LLaVAPruMerge(neighbours=20).split(make_tokens(**signals))
+    ((_, made),) = LLaVAPruMerge(neighbours=20).reduce_each(make_tokens(**signals))
     at_newlines = newlines[made.index[0, :-1]]
     assert at_newlines.any(), "no newline is on the grid, so nothing is tested"
     assert torch.equal(made.altered(24)[0, :-1], ~at_newlines)
@@ -239,7 +241,7 @@ def test_images_share_a_fence_only_as_released(make_tokens):
 
     def counts(method, images):
         signals = {"joint_cls_attention": attention[images], "encoder_keys": keys[images]}
-        parts = method.split(make_tokens(images=len(images), **signals))
+        parts = method.reduce_each(make_tokens(images=len(images), **signals))
         return sorted(reduction.kept for members, reduction in parts for _ in members)
 
     own, shared = LLaVAPruMerge(plus=False), LLaVAPruMerge(plus=False, as_released=True)

@@ -14,7 +14,7 @@ from foveate.methods.prunevid import PruneVid, highest, likeness_over_time, wind
 def values(method, tokens):
     """(K, D) survivors of each video."""
     found = {}
-    for members, reduction in method.split(tokens):
+    for members, reduction in method.reduce_each(tokens):
         merged = reduction.apply(tokens.x[torch.tensor(members)])
         found |= dict(zip(members, merged, strict=True))
     return [found[i] for i in range(len(found))]
@@ -66,7 +66,7 @@ def test_windows_equal_a_naive_loop(transcribed):
 def test_every_token_goes_somewhere(make_videos):
     """All are averaged, none is dropped; order is scene by scene, static tokens first."""
     tokens = make_videos(scenes(1, 12, 36))
-    ((_, reduction),) = PruneVid().split(tokens)
+    ((_, reduction),) = PruneVid().reduce_each(tokens)
     assert (reduction.slot >= 0).all()
     assert reduction.ordered
     sums = torch.zeros(1, reduction.kept).scatter_add(1, reduction.slot, reduction.share)
@@ -117,7 +117,7 @@ def test_the_highest_of_each_set_stay(share):
 def test_each_scene_and_frame_has_its_quota(make_videos):
     """From merging to the cut: labels count scenes' static tokens and frames' dynamic ones."""
     tokens = make_videos(scenes(2, 12, 36), behind=1)
-    found = PruneVid(alpha=0.5).split(tokens)
+    found = PruneVid(alpha=0.5).reduce_each(tokens)
     for members, reduction in found:
         for number in range(len(members)):
             label, index = reduction.label[number], reduction.index[number]
@@ -135,7 +135,7 @@ def test_each_scene_and_frame_has_its_quota(make_videos):
             site="llm:3",
         )
         scores = attention.amax((1, 2, 3))
-        parts = PruneVid(alpha=0.5).split(inside)
+        parts = PruneVid(alpha=0.5).reduce_each(inside)
         assert sorted(i for part, _ in parts for i in part) == list(range(len(members)))
         for part, cut in parts:
             for n, image in enumerate(part):
@@ -146,7 +146,7 @@ def test_each_scene_and_frame_has_its_quota(make_videos):
 
 def test_images_pass_the_cut(make_tokens):
     tokens = replace(make_tokens(images=2), site="llm:3")
-    ((_, reduction),) = PruneVid().split(tokens)
+    ((_, reduction),) = PruneVid().reduce_each(tokens)
     assert torch.equal(reduction.index, torch.arange(24).expand(2, -1))
 
 
@@ -178,7 +178,7 @@ def test_a_video_of_few_tokens_keeps_its_best_one():
         signals={"question_attention": attention[:, None, None, None]},
         label=torch.arange(3).expand(2, -1),
     )
-    parts = PruneVid(alpha=0.4).split(tokens)
+    parts = PruneVid(alpha=0.4).reduce_each(tokens)
     kept = {
         m: index.tolist() for members, r in parts for m, index in zip(members, r.index, strict=True)
     }

@@ -81,7 +81,7 @@ def asked_of(given, image):
 def reduced(method, tokens):
     """Places and values of each image's survivors."""
     found = {}
-    for members, reduction in method.split(tokens):
+    for members, reduction in method.reduce_each(tokens):
         values = reduction.apply(tokens.x[torch.tensor(members)])
         assert reduction.ordered
         for number, member in enumerate(members):

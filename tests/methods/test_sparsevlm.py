@@ -64,7 +64,7 @@ def only(parts):
 def test_version_1_equals_a_naive_loop(kept, make_tokens, signals):
     x = torch.randn(2, 24, 6)
     tokens = replace(make_tokens(images=2, x=x, **signals), quota=kept)
-    reduction = only(SparseVLM().split(tokens))
+    reduction = only(SparseVLM().reduce_each(tokens))
     assert reduction.ordered
     got = reduction.apply(x)
     for i in range(2):
@@ -88,7 +88,7 @@ def test_many_clusters_equal_a_naive_loop(make_tokens):
         question_attention=scores.view(1, 1, 1, 1, 200),
         question_mask=torch.ones(1, 1, dtype=torch.bool),
     )
-    reduction = only(SparseVLM().split(replace(tokens, quota=40)))
+    reduction = only(SparseVLM().reduce_each(replace(tokens, quota=40)))
     index, values = naive_recycling(x[0], scores[0], 40)
     assert len(index) == 40 + 5
     assert reduction.index[0].tolist() == index
@@ -100,7 +100,7 @@ def test_version_2_equals_a_naive_loop(as_released, make_tokens, signals):
     close = torch.rand(2, 1, 5, 24) * 1.1 - 0.1
     tokens = make_tokens(images=2, question_closeness=close, **signals)
     method = SparseVLM(version=2, heads=2, as_released=as_released)
-    reduction = only(method.split(replace(tokens, quota=9)))
+    reduction = only(method.reduce_each(replace(tokens, quota=9)))
     assert not reduction.ordered
     assert not reduction.merges
     for i in range(2):
@@ -121,18 +121,18 @@ def test_padding_does_not_reach_scores(make_tokens, signals):
     close = torch.rand(2, 1, 5, 24) + 0.1
     method = SparseVLM(version=2, as_released=True)
     tokens = make_tokens(images=2, question_closeness=close, **signals)
-    want = only(method.split(replace(tokens, quota=9))).index
+    want = only(method.reduce_each(replace(tokens, quota=9))).index
     close[1, :, 3:] = 0
-    assert torch.equal(only(method.split(replace(tokens, quota=9))).index, want)
+    assert torch.equal(only(method.reduce_each(replace(tokens, quota=9))).index, want)
 
 
 def test_heads_of_version_2_scale(make_tokens, signals):
     """14 of 32: of 4 heads, 2 count."""
     close = torch.ones(2, 1, 5, 24)
     tokens = replace(make_tokens(images=2, question_closeness=close, **signals), quota=9)
-    two = only(SparseVLM(version=2, heads=2).split(tokens))
-    scaled = only(SparseVLM(version=2).split(tokens))
-    every = only(SparseVLM(version=2, heads=4).split(tokens))
+    two = only(SparseVLM(version=2, heads=2).reduce_each(tokens))
+    scaled = only(SparseVLM(version=2).reduce_each(tokens))
+    every = only(SparseVLM(version=2, heads=4).reduce_each(tokens))
     assert torch.equal(two.index, scaled.index)
     assert not torch.equal(two.index, every.index)
 
@@ -151,11 +151,11 @@ def test_rank_decides_how_many_are_kept(make_tokens):
     method = SparseVLM(version=2, rank=1.0, positions="renumbered")
     tokens = make_tokens(images=2, question_closeness=torch.ones(2, 1, 5, 24), **given)
     tokens = replace(tokens, quota=24)
-    counts = {tuple(m): r.kept for m, r in method.split(tokens)}
+    counts = {tuple(m): r.kept for m, r in method.reduce_each(tokens)}
     assert counts == {(0,): 1, (1,): 3}
-    half = SparseVLM(version=2, rank=0.5).split(tokens)
+    half = SparseVLM(version=2, rank=0.5).reduce_each(tokens)
     assert {tuple(m): r.kept for m, r in half} == {(0,): 24 - 11, (1,): 24 - 10}
-    limited = SparseVLM(version=2, rank=0.5, keep=13).split(replace(tokens, quota=13))
+    limited = SparseVLM(version=2, rank=0.5, keep=13).reduce_each(replace(tokens, quota=13))
     assert [(list(m), r.kept) for m, r in limited] == [([0, 1], 13)]
 
 
@@ -172,10 +172,10 @@ def test_raters_are_above_the_mean():
 def test_images_do_not_see_each_other(make_tokens, signals):
     x = torch.randn(2, 24, 6)
     method = SparseVLM()
-    whole = only(method.split(replace(make_tokens(images=2, x=x, **signals), quota=8)))
+    whole = only(method.reduce_each(replace(make_tokens(images=2, x=x, **signals), quota=8)))
     for i in range(2):
         part = {name: signal[i : i + 1] for name, signal in signals.items()}
-        alone = only(method.split(replace(make_tokens(x=x[i : i + 1], **part), quota=8)))
+        alone = only(method.reduce_each(replace(make_tokens(x=x[i : i + 1], **part), quota=8)))
         assert torch.equal(alone.index, whole.index[i : i + 1])
         assert torch.equal(alone.slot, whole.slot[i : i + 1])
 
@@ -184,7 +184,7 @@ def test_images_do_not_see_each_other(make_tokens, signals):
 def test_a_budget_that_saves_nothing_changes_nothing(quota, make_tokens, signals):
     """With one token dropped, recycling would put it back behind the others."""
     tokens = replace(make_tokens(images=2, x=torch.randn(2, 24, 6), **signals), quota=quota)
-    reduction = only(SparseVLM().split(tokens))
+    reduction = only(SparseVLM().reduce_each(tokens))
     assert reduction.index.tolist() == [list(range(24))] * 2
     assert not reduction.merges
     assert not reduction.ordered
@@ -195,19 +195,19 @@ def test_the_release_drops_one_token_at_least(make_tokens, signals):
     x = torch.randn(2, 24, 6)
     tokens = replace(make_tokens(images=2, x=x, **signals), quota=24)
     method = SparseVLM(as_released=True)
-    reduction, scores = only(method.split(tokens)), method.scores(tokens)
+    reduction, scores = only(method.reduce_each(tokens)), method.scores(tokens)
     assert reduction.index[:, -1].tolist() == scores.argmin(1).tolist()
     assert (reduction.index[:, :-1].diff() > 0).all()
     torch.testing.assert_close(reduction.apply(x)[0], x[0][reduction.index[0]])
     tokens = make_tokens(images=2, question_closeness=torch.ones(2, 1, 5, 24), **signals)
     tokens = replace(tokens, quota=24)
-    assert only(SparseVLM(version=2, as_released=True).split(tokens)).kept == 23
+    assert only(SparseVLM(version=2, as_released=True).reduce_each(tokens)).kept == 23
 
 
 @pytest.mark.parametrize("quota", [24, 23])
 def test_version_2_puts_nothing_back(quota, make_tokens, signals):
     tokens = make_tokens(images=2, question_closeness=torch.ones(2, 1, 5, 24), **signals)
-    reduction = only(SparseVLM(version=2).split(replace(tokens, quota=quota)))
+    reduction = only(SparseVLM(version=2).reduce_each(replace(tokens, quota=quota)))
     assert reduction.kept == quota
 
 
@@ -224,12 +224,12 @@ def test_nothing_to_go_by_is_no_nan(version, asked, make_tokens):
     )
     for as_released in (False, True):
         method = SparseVLM(version=version, as_released=as_released)
-        reduction = only(method.split(replace(tokens, quota=5)))
+        reduction = only(method.reduce_each(replace(tokens, quota=5)))
         assert reduction.apply(x).isfinite().all()
         assert len(set(reduction.index[0].tolist())) == reduction.kept
         if version == 1:
             assert reduction.index[0, :5].tolist() == [0, 1, 2, 3, 4]
-    ranked = SparseVLM(version=version, rank=1.0).split(replace(tokens, quota=24))
+    ranked = SparseVLM(version=version, rank=1.0).reduce_each(replace(tokens, quota=24))
     assert only(ranked).apply(x).isfinite().all()
 
 
@@ -241,7 +241,7 @@ def test_one_token(make_tokens):
         question_attention=torch.ones(1, 1, 2, 2, 1),
         question_mask=torch.ones(1, 2, dtype=torch.bool),
     )
-    assert only(SparseVLM().split(replace(tokens, quota=1))).index.tolist() == [[0]]
+    assert only(SparseVLM().reduce_each(replace(tokens, quota=1))).index.tolist() == [[0]]
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -117,7 +117,7 @@ def test_three_steps_by_one_score(any_llava):
     seen = []
 
     class Watched(VFlowOpt):
-        def split(self, tokens):
+        def reduce_each(self, tokens):
             scores = tokens.label
             if tokens.number == 0:
                 scores = tokens.signal("global_attention")[:, 0]
@@ -125,7 +125,7 @@ def test_three_steps_by_one_score(any_llava):
                 {"number": tokens.number, "index": tokens.index, "scores": scores,
                  "rows": tokens.rows}
             )  # fmt: skip
-            return super().split(tokens)
+            return super().reduce_each(tokens)
 
     method = Watched(keep=(0.5, 0.3, 0.15), threshold=1.1, cell=2.5, layers=(2, 4))
     rows = [[5, 7], [4], [2, 3, 9]]

@@ -31,7 +31,7 @@ def scenes(videos, frames, cells, width=8):
 
 def split(method, tokens):
     """Reduction of each video, and who shares it."""
-    parts = method.split(tokens)
+    parts = method.reduce_each(tokens)
     members = [i for part, _ in parts for i in part]
     assert sorted(members) == list(range(len(tokens.index)))
     assert len({reduction.kept for _, reduction in parts}) == len(parts)
@@ -75,7 +75,7 @@ def test_tokens_behind_the_last_frame_stay(name, behind, make_videos):
 
 @each
 def test_images_pass_untouched(name, make_tokens):
-    ((members, reduction),) = method_of(name).split(make_tokens(images=3))
+    ((members, reduction),) = method_of(name).reduce_each(make_tokens(images=3))
     assert list(members) == [0, 1, 2]
     assert torch.equal(reduction.index, torch.arange(24).expand(3, -1))
     assert not reduction.merges
@@ -86,7 +86,7 @@ def test_missing_tokens_are_refused(name, make_videos):
     tokens = make_videos(scenes(1, 4, 6))
     for index in (tokens.index[:, 1:], tokens.index[:, :-1]):
         with pytest.raises(InputError, match="whole frames"):
-            method_of(name).split(replace(tokens, index=index))
+            method_of(name).reduce_each(replace(tokens, index=index))
 
 
 @each
@@ -94,7 +94,7 @@ def test_missing_tokens_are_refused(name, make_videos):
 def test_tiny_videos_keep_something(name, frames, cells, make_videos):
     x = scenes(1, frames, cells)
     tokens = make_videos(x, received_attention=torch.rand(1, 1, frames * cells))
-    ((_, reduction),) = method_of(name).split(tokens)
+    ((_, reduction),) = method_of(name).reduce_each(tokens)
     assert 0 < reduction.kept <= frames * cells
     assert reduction.apply(tokens.x).isfinite().all()
     assert len(set(reduction.index[0].tolist())) == reduction.kept
@@ -104,7 +104,7 @@ def test_tiny_videos_keep_something(name, frames, cells, make_videos):
 def test_survivors_carry_gradients(name, make_videos):
     x = scenes(1, 6, 16).requires_grad_()
     tokens = make_videos(x, received_attention=torch.rand(1, 1, 96))
-    ((_, reduction),) = method_of(name).split(tokens)
+    ((_, reduction),) = method_of(name).reduce_each(tokens)
     reduction.apply(tokens.x).sum().backward()
     assert x.grad.isfinite().all()
     assert x.grad.any()
@@ -122,7 +122,7 @@ def test_nothing_is_removed_at_one(name, make_videos):
     method = get_method(name)(**{**METHODS[name], "keep": 1.0})
     x = torch.ones(2, 8, 20, 4)
     tokens = make_videos(x, received_attention=torch.rand(2, 1, 160))
-    for _, reduction in method.split(tokens):
+    for _, reduction in method.reduce_each(tokens):
         assert torch.equal(reduction.index, tokens.index[: len(reduction.index)])
         assert not reduction.merges
 

@@ -160,11 +160,11 @@ class Ragged(Method):
         pass
 
     def reduce(self, tokens, count):
-        if tokens.real is not None:
+        if tokens.valid is not None:
             return Reduction(torch.arange(count).expand(len(tokens.index), -1))
         left = (tokens.x[..., 0].mean(1) * 1e3).long() % (tokens.count - count) + count
         order = torch.arange(int(left.max())).expand(len(left), -1)
-        return Reduction(order, real=order < left[:, None])
+        return Reduction(order, valid=order < left[:, None])
 
 
 @pytest.mark.parametrize("name", ["llava", "llava-siglip", "internvl", "idefics3"])

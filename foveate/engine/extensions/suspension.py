@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import VisualTokens
 from foveate.engine.extensions.base import Extension
-from foveate.engine.images import Group, note
+from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Layout
 from foveate.engine.plan import Plan, PlannedStep
 
@@ -45,7 +44,7 @@ class Suspended:
         hidden: (B, P, D) states.
     """
 
-    groups: list[Group]
+    groups: list[ImageGroup]
     layout: Layout
     tokens: list[int]
     hidden: Tensor
@@ -74,17 +73,11 @@ class Suspended:
             assert before.columns is not None
             assert after.columns is not None
             kept = torch.searchsorted(before.columns.contiguous(), after.columns.contiguous())
-            tokens = VisualTokens(
-                features=lambda at=at: self.hidden[at],  # type: ignore[misc]
-                index=before.index,
-                grid=before.shape.grid,
-                rows=before.rows,
-                site=planned.step.site,
-                frames=before.shape.frames,
-            )
+            tokens = before.visual_tokens(planned, lambda at=at: self.hidden[at])  # type: ignore[misc]
             states = states.index_put(at, planned.method.reinsert(tokens, kept, now))
-            note(before, planned.entry, forward.kept)
-        forward.groups, forward.layout, forward.tokens = self.groups, self.layout, self.tokens
+        noted = {image.number: image.kept for group in forward.groups for image in group.images}
+        forward.groups = [group.with_kept(noted).noted(planned.entry) for group in self.groups]
+        forward.layout, forward.tokens = self.layout, self.tokens
         return states
 
     def _merged(self, layout: Layout, hidden: Tensor) -> Tensor:
@@ -97,9 +90,9 @@ class Suspended:
         real = layout.index >= 0
         return self.hidden.index_put((rows[real], where[real]), hidden[real])
 
-    def _before(self, after: Group) -> Group:
+    def _before(self, after: ImageGroup) -> ImageGroup:
         """The same images, before."""
         for group in self.groups:
-            if after.images[0] in group.images:
-                return group.pick([group.images.index(image) for image in after.images])
+            if after.numbers[0] in group.numbers:
+                return group.pick([group.numbers.index(number) for number in after.numbers])
         raise AssertionError("images of a group stay together")

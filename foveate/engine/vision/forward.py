@@ -3,7 +3,7 @@
 Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose
 the same number of them or are filled up with tokens that nobody attends to; or they lie behind one
 another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a
-stack, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
+group, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
 rows of a token, `D` hidden, `H` heads; `N` rows of one picture of a batch, or of the whole
 sequence.
 """
@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Need, VisualTokens
+from foveate.core import Need
+from foveate.core.tokens import Shape
 from foveate.engine.attentions import spread
+from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
+from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups
 from foveate.engine.vision.rows import Point, Rows
 from foveate.engine.vision.segments import PackedRows
-from foveate.engine.vision.stack import Stack, stack
 from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import Picture, raster_rows, token_grid
@@ -72,18 +74,15 @@ class Encoding:
             states: the states.
             mask: what hides padding from the encoder's attention.
         """
-        if self.stacks:
+        if self.groups:
             return
         pictures = self._pictures(*states.shape[:2])
-        stacks = stack(pictures, states.device)
-        if self.readout is not None:
-            for of in stacks:
-                of.keep(self.readout, pictures)
-        self.where = Rows(stacks, states.shape[:-1], self.encoder.special, self.where.packed)
+        groups = encoder_groups(pictures, states.device, self.readout)
+        self.where = Rows(groups, states.shape[:-1], self.encoder.special, self.where.packed)
         if mask is None or self.where.packed or (hidden := hides(mask)) is None:
             return
         visible = (~hidden).expand(len(pictures), -1).flatten().float()
-        stacks[0].visible = visible[stacks[0].rows]
+        groups[0].visible = visible[groups[0].rows]
 
     def _pictures(self, images: int, length: int) -> list[Picture]:
         """The pictures of a sequence, or `images` of `length` rows each."""
@@ -110,9 +109,9 @@ class Encoding:
         return self.arguments.get("pixel_values")
 
     @property
-    def stacks(self) -> Sequence[Stack]:
-        """The pictures of the pass."""
-        return self.where.stacks
+    def groups(self) -> Sequence[EncoderGroup]:
+        """The images of the pass."""
+        return self.where.groups
 
     @property
     def reduced(self) -> bool:
@@ -124,92 +123,78 @@ class Encoding:
         """Which of all rows each row of now is, ascending; `None` while all are there."""
         return self.where.now.order
 
-    def survivors(self) -> list[tuple[Stack, dict[str, Tensor]]]:
-        """For each picture of the pass, its stack, and site -> (K) raster positions alive behind
-        it, ascending.
+    def survivors(self) -> list[tuple[Shape, Kept]]:
+        """For each image of the pass, its shape, and entry of each step -> (K) raster positions
+        that survive it, ascending.
         """
-        found: dict[int, tuple[Stack, dict[str, Tensor]]] = {}
-        for of in self.stacks:
-            kept = {site: index.sort(-1).values for site, index in of.kept.items()}
-            for i, number in enumerate(of.pictures):
-                found[number] = of, {p: index[i][index[i] >= 0] for p, index in kept.items()}
+        groups = (of.images for of in self.groups)
+        found = {image.number: (of.shape, image.kept) for of in groups for image in of.images}
         return [found[number] for number in sorted(found)]
 
     # -- steps
 
     def removes(self, steps: list[PlannedStep]) -> bool:
         """Whether any of some steps removes anything; if none does, they are noted as done."""
-        if any(self._count(p, of) < of.alive for p in steps for of in self.stacks):
+        if any(self._drops(planned, of) for planned in steps for of in self.groups):
             return True
         for planned in steps:
-            self._note(planned)
+            for of in self.groups:
+                of.note(planned)
         return False
 
-    def _count(self, planned: PlannedStep, of: Stack) -> int:
-        """How many tokens of each picture of a stack survive a step."""
-        total = of.begin.get(planned.method_number, of.alive)
-        return planned.method.count(of.alive, total, planned.step, planned.number)
+    @staticmethod
+    def _drops(planned: PlannedStep, of: EncoderGroup) -> bool:
+        """Whether a step removes tokens of a group."""
+        return of.survivors_of(planned) < of.images.count
 
     def reduce(
         self,
         steps: list[PlannedStep],
         hidden: Tensor,
-        signals: Callable[[Need, Stack], Tensor],
+        signals: Callable[[Need, EncoderGroup], Tensor],
     ) -> Tensor:
         """Run steps at one site.
 
         Args:
             steps: the steps.
             hidden: states there.
-            signals: a signal of a stack.
+            signals: a signal of a group.
         """
         for planned in steps:
-            for of in self.stacks:
-                of.begin.setdefault(planned.method_number, of.alive)
-            if any(self._count(planned, of) < of.alive for of in self.stacks):
+            if any(self._drops(planned, of) for of in self.groups):
                 hidden = self._step(planned, hidden, signals)
-            self._note(planned)
+            for of in self.groups:
+                of.note(planned)
         return hidden
 
     def _step(
-        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, Stack], Tensor]
+        self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
         step = planned.step
-        values = [self.where.take(hidden, number) for number in range(len(self.stacks))]
-        for number, of in enumerate(self.stacks):
-            x, count = values[number], self._count(planned, of)
-            if count < of.alive:
-                tokens = VisualTokens(
-                    features=lambda x=x, of=of: _mean(x, of),  # type: ignore[misc]
-                    index=of.index,
-                    grid=of.grid,
-                    rows=of.pictures,
-                    signals={need.name: signals(need, of) for need in step.needs},
-                    merged=of.merged,
-                    special=self.encoder.special,
-                    site=step.site,
-                    step=step,
-                    frames=of.frames,
-                    real=of.real,
-                    learned=planned.learned,
-                )
-                reduce = functools.partial(planned.method.reduce, tokens)
-                last = of.lasting
-                reduction = reduce_around(reduce, count, last, of.alive, ascending=False)
-                of.reduce(reduction)
-                values[number] = reduction.apply(x)
+        values = [self.where.take(hidden, number) for number in range(len(self.groups))]
+        for number, of in enumerate(self.groups):
+            if not self._drops(planned, of):
+                continue
+            x, count, images = values[number], of.survivors_of(planned), of.images
+            tokens = images.visual_tokens(
+                planned,
+                functools.partial(_mean, x, of),
+                {need.name: signals(need, of) for need in step.needs},
+                quota=count,
+                special=self.encoder.special,
+            )
+            reduce = functools.partial(planned.method.reduce, tokens)
+            required = images.required
+            reduction = reduce_around(reduce, count, required, images.count, ascending=False)
+            of.begin(planned)
+            of.reduce(reduction, planned.method_number)
+            values[number] = reduction.apply(x)
         # The first hidden state is captured behind the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
         hidden = self.where.put(hidden, values, first)
         self._proportional |= "proportional" in step.effects
         self._weigh(hidden)
         return hidden
-
-    def _note(self, planned: PlannedStep) -> None:
-        for of in self.stacks:
-            of.begin.setdefault(planned.method_number, of.alive)
-            real = of.real
-            of.kept[planned.entry] = of.index if real is None else of.index.masked_fill(~real, -1)
 
     # -- what layers are told
 
@@ -230,13 +215,13 @@ class Encoding:
             hidden: states of now.
             merged: whether merged tokens count as often as they have sources, or once.
         """
-        parts = [of.counts(of.layout, merged=merged) for of in self.stacks]
+        parts = [of.counts(of.layout, merged=merged) for of in self.groups]
         if all(part is None for part in parts):
             return None
         ones = hidden.new_ones(*hidden.shape[:-1], 1, dtype=torch.float32)
         values = [
             torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
-            for part, of in zip(parts, self.stacks, strict=True)
+            for part, of in zip(parts, self.groups, strict=True)
         ]
         return self.where.lay(ones, values)[..., 0]
 
@@ -254,13 +239,13 @@ class Encoding:
 
     # -- signals
 
-    def tapped(self, need: Need, of: Stack) -> Tensor:
+    def tapped(self, need: Need, of: EncoderGroup) -> Tensor:
         """A signal of the layer that is running, from its own projections."""
         inside = signal_of(need.name).inside
         assert inside is not None  # as planned
         return inside(self, of)
 
-    def keys(self, of: Stack) -> Tensor:
+    def keys(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K, d) keys of tokens in the layer that is running: the mean of their rows'."""
         assert self.taps is not None  # only asked for between the halves of a layer
         names = self.encoder.projections
@@ -269,14 +254,14 @@ class Encoding:
         key = _mean(self._of(key, of), of)
         return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
 
-    def class_attention(self, of: Stack) -> Tensor:
+    def class_attention(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K) attention of the class token in the layer that is running."""
         assert self.taps is not None  # only asked for between the halves of a layer
         query, key = (self.taps[part].detach() for part in self.encoder.projections)
         return self._of_class(query, key, of)
 
     @torch.no_grad()
-    def ahead(self, layer: Any, hidden: Tensor, of: Stack) -> Tensor:
+    def ahead(self, layer: Any, hidden: Tensor, of: EncoderGroup) -> Tensor:
         """(B, 1, H, K) class-token attention of a layer that is about to run."""
         block, attention = self.encoder.block, self.encoder.attention(layer)
         assert block is not None  # checked in the plan
@@ -289,7 +274,7 @@ class Encoding:
             )
         return self._of_class(query, key, of)
 
-    def _of_class(self, query: Tensor, key: Tensor, of: Stack) -> Tensor:
+    def _of_class(self, query: Tensor, key: Tensor, of: EncoderGroup) -> Tensor:
         """(B, 1, H, K) attention of the class token to tokens: to all their rows."""
         special = self.encoder.special
         row = class_row(query, key, self.encoder.heads, special, self.bias).transpose(1, 2)
@@ -297,8 +282,8 @@ class Encoding:
         tokens = self._of(row, of)
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
 
-    def at_tokens(self, row: Tensor, of: Stack) -> Tensor:
-        """(G, C, K) of a stack's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
+    def at_tokens(self, row: Tensor, of: EncoderGroup) -> Tensor:
+        """(G, C, K) of a group's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
         token's rows.
         """
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
@@ -315,9 +300,9 @@ class Encoding:
         whole = self.where.whole(states, self.where.now, 0.0)
         return whole[:, special:].transpose(1, 2)
 
-    def _of(self, states: Tensor, of: Stack) -> Tensor:
-        """(G, K, R D) of a stack's tokens, from states of now."""
-        return self.where.take(states, self.stacks.index(of))
+    def _of(self, states: Tensor, of: EncoderGroup) -> Tensor:
+        """(G, K, R D) of a group's tokens, from states of now."""
+        return self.where.take(states, self.groups.index(of))
 
     # -- the way out
 
@@ -372,7 +357,7 @@ class Encoding:
         return spread(of, rows, rows, (total, total))
 
 
-def _mean(x: Tensor, of: Stack) -> Tensor:
+def _mean(x: Tensor, of: EncoderGroup) -> Tensor:
     """(G, K, D) mean of each token's rows, from (G, K, R D)."""
     cell = of.rows.shape[2]
     return x if cell == 1 else x.unflatten(2, (cell, -1)).mean(2)

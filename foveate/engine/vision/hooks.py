@@ -30,9 +30,9 @@ from foveate.engine.attachment import (
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
+from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.segments import boundaries
-from foveate.engine.vision.stack import Stack
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
 from foveate.record.record import ImageRecord, Record
@@ -259,7 +259,13 @@ class VisionPart(Part):
         return ((hidden,), told) if encoding.reduced else None
 
     def _signal(
-        self, encoding: Encoding, number: int, layer: Any, hidden: Tensor, need: Need, of: Stack
+        self,
+        encoding: Encoding,
+        number: int,
+        layer: Any,
+        hidden: Tensor,
+        need: Need,
+        of: EncoderGroup,
     ) -> Tensor:
         """A signal before a layer: of earlier layers, or of the one that is about to run."""
         if need.layers == (number,):
@@ -354,8 +360,8 @@ class VisionPart(Part):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, of.total, of.grid, kept, frames=of.frames)
-            for n, (of, kept) in enumerate(encoding.survivors())
+            ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
+            for n, (shape, kept) in enumerate(encoding.survivors())
         ]
         length = encoding.where.shape[-1] if images else 0
         rows = [(length, length)] * min(self._first, len(self.encoder.layers))

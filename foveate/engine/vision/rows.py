@@ -1,7 +1,7 @@
 """Rows: where the tokens of a pass lie among the rows of the encoder, at any point of the pass.
 
 Pictures are rows of a batch, behind special rows; or they lie in one sequence, whose order stays
-(windows are runs of it). Shapes: `G` pictures of a stack, `V` tokens of each, `K` of them alive,
+(windows are runs of it). Shapes: `G` images of a group, `V` tokens of each, `K` of them alive,
 `R` rows of a token, `D` width, `B` pictures of a batch, `S` special rows, `N` rows of a picture of
 a batch or of the whole sequence.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Reduction
-from foveate.engine.vision.stack import Stack
+from foveate.engine.vision.encoder_group import EncoderGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,9 @@ class Point:
     """What is alive at some point of a pass.
 
     Args:
-        layouts: of each stack, from all tokens to those alive.
+        layouts: of each group, from all tokens to those that survive.
         order: which of all rows each row is; `None` while all are there.
-        unsort: for a sequence, which row of all stacks, one behind the other, each row is.
+        unsort: for a sequence, which row of all groups, one after the other, each row is.
     """
 
     layouts: tuple[Reduction | None, ...]
@@ -37,32 +37,32 @@ class Rows:
     """Tokens and rows of one pass.
 
     Args:
-        stacks: the pictures; one stack where they are rows of a batch.
+        groups: the images; one group where they are rows of a batch.
         shape: (B, N), or (N) or (1, N) of a sequence: that of the states, less their width.
         special: rows before the tokens of each picture.
         packed: whether the pictures lie in one sequence.
     """
 
     def __init__(
-        self, stacks: Sequence[Stack], shape: Sequence[int], special: int, packed: bool
+        self, groups: Sequence[EncoderGroup], shape: Sequence[int], special: int, packed: bool
     ) -> None:
-        self.stacks = stacks
+        self.groups = groups
         self.shape = tuple(shape)
         self.special = special
         self.packed = packed
-        self.now = Point(tuple(None for _ in stacks))
+        self.now = Point(tuple(None for _ in groups))
         self._points: list[tuple[int, Point]] = []
 
     def take(self, states: Tensor, number: int, point: Point | None = None) -> Tensor:
-        """(G, K, R D) values of a stack's tokens.
+        """(G, K, R D) values of a group's tokens.
 
         Args:
             states: (B, N, D) or (N, D) rows of some point.
-            number: the stack.
+            number: the group.
             point: the point; now by default.
         """
         point = self.now if point is None else point
-        of, layout = self.stacks[number], point.layouts[number]
+        of, layout = self.groups[number], point.layouts[number]
         cell = of.rows.shape[2]
         if not self.packed and (point.order is not None or cell == 1):
             return states[:, self.special :].unflatten(1, (-1, cell)).flatten(2)
@@ -77,11 +77,11 @@ class Rows:
 
         Args:
             states: the states of before, for special rows.
-            values: (G, K, R D) of each stack.
+            values: (G, K, R D) of each group.
             first: first hidden state of the encoder's output that has these rows.
         """
-        layouts = tuple(of.layout for of in self.stacks)
-        rows = [of.rows_at(of.layout).flatten(1) for of in self.stacks]
+        layouts = tuple(of.layout for of in self.groups)
+        rows = [of.rows_at(of.layout).flatten(1) for of in self.groups]
         if self.packed:
             self.now = Point(layouts, *torch.cat([row.flatten() for row in rows]).sort())
         else:
@@ -110,29 +110,29 @@ class Rows:
         -1 for what fills up.
         """
         assert point.order is not None  # something has been removed
-        real = [
+        valid = [
             torch.ones_like(of.rows_at(layout), dtype=torch.bool)
-            if layout is None or layout.real is None
-            else layout.real[..., None].expand(-1, -1, of.rows.shape[2])
-            for of, layout in zip(self.stacks, point.layouts, strict=True)
+            if layout is None or layout.valid is None
+            else layout.valid[..., None].expand(-1, -1, of.rows.shape[2])
+            for of, layout in zip(self.groups, point.layouts, strict=True)
         ]
         if point.unsort is not None:
-            alive = torch.cat([part.flatten() for part in real])[point.unsort]
+            alive = torch.cat([part.flatten() for part in valid])[point.unsort]
             return point.order.masked_fill(~alive, -1)[None]
-        alive = torch.nn.functional.pad(real[0].flatten(1), (self.special, 0), value=True)
+        alive = torch.nn.functional.pad(valid[0].flatten(1), (self.special, 0), value=True)
         rows = point.order.view(self.shape[0], -1) % self.shape[1]
         return rows.masked_fill(~alive, -1)
 
     def whole(self, states: Tensor, point: Point, missing: float | None = None) -> Tensor:
-        """States of some point at full length; see `Stack.recover` for dropped tokens."""
+        """States of some point at full length; see `EncoderGroup.recover` for dropped tokens."""
         parts = [
             of.recover(self.take(states, number, point), point.layouts[number], missing)
-            for number, of in enumerate(self.stacks)
+            for number, of in enumerate(self.groups)
         ]
         width = states.shape[-1]
         if not self.packed and parts[0].shape[-1] == width:
             return torch.cat((states[:, : self.special], parts[0]), 1)
-        rows = torch.cat([of.rows.flatten() for of in self.stacks])
+        rows = torch.cat([of.rows.flatten() for of in self.groups])
         whole = states.new_zeros(torch.Size(self.shape).numel(), width)
         whole = whole.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
         whole = whole.view(*self.shape, width)

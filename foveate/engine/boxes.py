@@ -1,4 +1,4 @@
-"""Places: where the images of a forward, and their tokens, lie in the pictures.
+"""Boxes: where in the user's images the tokens of a forward lie.
 
 Nothing is worked out before a record is read.
 """
@@ -16,8 +16,8 @@ from foveate.families import Family
 from foveate.record.tiles import Placed, Tiling, in_picture, match_grid
 
 
-class Places:
-    """Places of the images of one modality in a forward.
+class ImageBoxes:
+    """Where the images of one modality in a forward, and their tokens, lie.
 
     Args:
         family: the model.

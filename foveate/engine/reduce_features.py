@@ -1,0 +1,242 @@
+"""Reduce image features after the projector, and mark what was removed.
+
+A removed token is a row of NaN in features of full length, so that placeholder counts, packing and
+beam expansion see what they expect. The text model's first layer drops marked rows; a path that
+forgets to fails loudly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core import Need, Reduction
+from foveate.core.reduction import take_rows
+from foveate.engine.apply_step import apply_step
+from foveate.engine.features import Encoded, feature_rows
+from foveate.engine.images import ImageGroup, ImageState, group_images
+from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.prompt_context import PromptContext
+from foveate.errors import LayerError
+from foveate.signals import SIGNALS, PromptSignal
+
+
+def mark(
+    output: Any, plan: Plan, prompt: PromptContext, deliver: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Run all pre_llm steps on what the encoder has left, in place and once.
+
+    Args:
+        output: tagged output; its features, and DeepStack planes if it has them, get their removed
+            rows marked.
+        plan: the session's plan.
+        prompt: what is known of the prompt.
+        deliver: brings a signal (G, L, C, V) of the encoder into its shape.
+    """
+    source = prompt.source
+    if output.marked:
+        return
+    output.marked = True
+    if not plan.marks:
+        return
+    encoded: Encoded = output.encoded
+    shapes = [encoded.shapes[i] for i in source]
+    lengths = [shape.total for shape in shapes]
+    sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    rows_of_sheets = [feature_rows(sheet) for sheet in sheets]
+    images: list[Sequence[Tensor]] = [sheet.split(lengths) for sheet in rows_of_sheets]
+    if encoded.projector is not None:
+        images.append([encoded.unprojected[i] for i in source])
+    device, surviving = rows_of_sheets[0].device, encoded.surviving(source)
+    groups = group_images(prompt.images, shapes, device, surviving)
+    living = [_Living(group, [_of_group(sheet, group) for sheet in images]) for group in groups]
+    projected: list[int] = []
+    again = replace(encoded, projector=_noting(encoded, projected))
+    for planned in plan.pre_llm:
+        living = [
+            after for before in living for after in _step(planned, before, again, prompt, deliver)
+        ]
+    states = _states([after.group for after in living])
+    without = prompt.without_text if plan.asks_embeddings else ()
+    output.encoded = replace(
+        encoded, states=states, unprojected=(), projected=sum(projected), without_text=without
+    )
+    fewer = sum(state.count for state in states) < sum(lengths)
+    if fewer or any(after.changed for after in living):  # a merge may leave as many as it found
+        marked = _marked(rows_of_sheets, living, lengths)
+        output.pooler_output, *planes = map(_like, sheets, marked)
+        if planes:
+            output.deepstack_features = planes
+
+
+@dataclass(frozen=True, eq=False)
+class _Living:
+    """The living tokens of a group of images.
+
+    Args:
+        group: the images.
+        sheets: (G, V, D) their values on each sheet: the features first, which methods see; then
+            DeepStack planes; what the projector was given is last, if methods merge that.
+        changed: whether a step has removed, merged or ordered any of them.
+    """
+
+    group: ImageGroup
+    sheets: list[Tensor]
+    changed: bool = False
+
+    def pick(self, part: ImageGroup) -> list[Tensor]:
+        """(G, V, D) values of some of the images, on each sheet."""
+        if len(part.images) == len(self.group.images):
+            return self.sheets
+        member = {number: i for i, number in enumerate(self.group.numbers)}
+        members = [member[number] for number in part.numbers]
+        return [x[members] for x in self.sheets]
+
+
+def _states(groups: Sequence[ImageGroup]) -> list[ImageState]:
+    """The state of each image, in order of appearance."""
+    ordered = any(group.ordered for group in groups)
+    states = {
+        image.number: ImageState(
+            count=group.count,
+            tokens_at_start=image.tokens_at_start,
+            labels={method: label[i] for method, label in group.labels.items()},
+            index=group.index[i] if ordered else None,
+            kept=image.kept,
+        )
+        for group in groups
+        for i, image in enumerate(group.images)
+    }
+    return [states[number] for number in sorted(states)]
+
+
+def _marked(
+    sheets: Sequence[Tensor], living: Sequence[_Living], lengths: Sequence[int]
+) -> list[Tensor]:
+    """Sheets (N, D) of all images that hold the living tokens, and else NaN."""
+    starts = torch.tensor([0, *accumulate(lengths)], device=sheets[0].device)
+    rows = [
+        each.group.index.sort().values + starts[list(each.group.numbers), None] for each in living
+    ]
+    where = torch.cat([row.flatten() for row in rows])
+    marked = []
+    for number, sheet in enumerate(sheets):
+        values = torch.cat([each.sheets[number].flatten(0, 1) for each in living])
+        marked.append(torch.full_like(sheet, torch.nan).index_copy(0, where, values))
+    return marked
+
+
+def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | None:
+    """The projector, if methods merge before it, which notes how many rows it is given."""
+    projector = encoded.projector
+    if projector is None:
+        return None
+
+    def project(x: Tensor) -> Tensor:
+        rows.append(x.shape[:-1].numel())
+        projected: Tensor = projector(x)
+        return projected
+
+    return project
+
+
+def _step(
+    planned: PlannedStep,
+    living: _Living,
+    encoded: Encoded,
+    prompt: PromptContext,
+    deliver: Callable[[str, Tensor], Tensor],
+) -> list[_Living]:
+    """What one step leaves of a group."""
+    needs = planned.step.needs
+
+    def features(part: ImageGroup) -> Tensor:
+        return living.pick(part)[0]
+
+    def signals(part: ImageGroup) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for need in needs:
+            signal = SIGNALS[need.name]
+            if isinstance(signal, PromptSignal):
+                value, masks = signal.of_prompt(prompt, part)
+                found |= {need.name: value, **masks}
+            else:
+                found[need.name] = deliver(need.name, _signal(need, encoded, prompt.source, part))
+        return found
+
+    unasked = prompt.unasked(needs, living.group)
+    parts = apply_step(planned, living.group, features, signals, unasked)
+    return [
+        _Living(
+            after,
+            _apply(planned, reduction, living.pick(part), encoded.projector),
+            living.changed or reduction is not None,
+        )
+        for part, after, reduction in parts
+    ]
+
+
+def _apply(
+    planned: PlannedStep, reduction: Reduction | None, sheets: list[Tensor], projector: Any
+) -> list[Tensor]:
+    """(G, K, D) survivors on every sheet, from (G, V, D).
+
+    Args:
+        planned: the step.
+        reduction: what it made; `None` if nothing is removed.
+        sheets: the features first; with a projector, what that was given last, which is NaN where
+            it cannot be told and has no columns once something has been merged behind it.
+        projector: as in `Encoded`.
+
+    Raises:
+        LayerError: the step merges before the projector what was merged behind it.
+    """
+    if reduction is None:
+        return sheets
+    made = [reduction.apply(x) for x in sheets]
+    if projector is None or not reduction.merges:
+        return made
+    if not planned.step.before_projector:
+        made[-1] = made[-1][..., :0]
+        return made
+    if not made[-1].shape[-1]:
+        raise LayerError(
+            f"{planned.method.slug} merges what the projector is given, but a method before it has "
+            f"merged tokens behind the projector; put {planned.method.slug} first"
+        )
+    known = ~made[-1].isnan().any(-1, keepdim=True)
+    altered = reduction.altered(sheets[0].shape[1])[..., None] & known
+    projected = projector(made[-1].masked_fill(~known, 0.0))
+    made[0] = torch.where(altered, projected.to(made[0]), made[0])
+    return made
+
+
+def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: ImageGroup) -> Tensor:
+    """(G, L, C, V) of a group, at the tokens alive."""
+    images = [
+        [encoded.signals[need.name, layer][source[i]] for layer in need.layers]
+        for i in part.numbers
+    ]
+    rows = torch.stack([torch.stack(image) for image in images])
+    index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
+    return rows.gather(3, index.to(rows.device))
+
+
+def _of_group(sheet: Sequence[Tensor], group: ImageGroup) -> Tensor:
+    """(G, K, D) of what is alive of a group; a view where it is one whole image."""
+    one = len(group.images) == 1
+    x = sheet[group.numbers[0]][None] if one else torch.stack([sheet[i] for i in group.numbers])
+    return x if not group.dropped else take_rows(x, group.index)
+
+
+def _like(pooled: Any, rows: Tensor) -> Any:
+    """(N, D) in the container that `pooled` is."""
+    if isinstance(pooled, Tensor):
+        return rows.view(pooled.shape)
+    parts = rows.split([feature.shape[:-1].numel() for feature in pooled])
+    return [part.view(feature.shape) for part, feature in zip(parts, pooled, strict=True)]

@@ -1,0 +1,145 @@
+"""EncoderGroup: images of one pass through an encoder that have the same grid, and their rows.
+
+Shapes: `G` images, `V` visual tokens of each, `K` of them surviving, `R` rows of the encoder that a
+token has, `D` width of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from foveate.core import Reduction
+from foveate.core.tokens import Shape
+from foveate.engine.images import Image, ImageGroup, group_images
+from foveate.engine.plan import PlannedStep
+from foveate.families.rows import Picture
+
+
+@dataclass(eq=False)
+class EncoderGroup:
+    """A group of images inside the encoder, and the rows that hold their tokens.
+
+    A token's rows stay together: what happens to the token happens to the first row of every token,
+    to the second, and so on.
+
+    Args:
+        images: the group.
+        rows: (G, V, R) rows of each token, among all rows of the pass.
+        layout: from all tokens to those that survive; `None` while all do.
+        visible: (G, V, R) 1 for rows that others attend to, 0 for padding; `None` for all.
+    """
+
+    images: ImageGroup
+    rows: Tensor
+    layout: Reduction | None = None
+    visible: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """Tokens of each image, V."""
+        return self.rows.shape[1]
+
+    def survivors_of(self, planned: PlannedStep) -> int:
+        """Tokens of each image that survive a step; equally many, as their budget is one."""
+        (count,) = self.images.by_count(planned)
+        return count
+
+    def reduce(self, reduction: Reduction, method: int) -> None:
+        """Reduce the surviving tokens, as the method of a number wants."""
+        layout = self.layout
+        self.layout = reduction if layout is None else layout.then(reduction, self.total)
+        merges = self.images.merged is not None or reduction.merges
+        merged = self.layout.sizes(self.total) if merges else None
+        self.images = replace(self.images.reduced(reduction, method), merged=merged)
+
+    def begin(self, planned: PlannedStep) -> None:
+        """Note where the method of a step begins."""
+        self.images = self.images.begun(planned.method_number)
+
+    def note(self, planned: PlannedStep) -> None:
+        """Note what survives a step."""
+        self.images = self.images.begun(planned.method_number).noted(planned.entry)
+
+    def rows_at(self, layout: Reduction | None) -> Tensor:
+        """(G, K, R) rows of the tokens that a layout leaves."""
+        if layout is None:
+            return self.rows
+        index = layout.index[..., None].expand(-1, -1, self.rows.shape[2])
+        return self.rows.gather(1, index)
+
+    def counts(self, layout: Reduction | None, *, merged: bool) -> Tensor | None:
+        """(G, K, R) how many rows that others attend to each row stands for; `None` if all 1.
+
+        Args:
+            layout: the tokens that survive.
+            merged: whether merged tokens count as often as they have sources, or once.
+        """
+        seen = self.visible
+        if layout is None:
+            return seen
+        seen = None if seen is None else layout.apply(seen)
+        if layout.valid is not None:
+            valid = layout.valid.float()[..., None].expand(-1, -1, self.rows.shape[2])
+            seen = valid if seen is None else seen * valid
+        if not merged:
+            return None if seen is None else seen.gt(0).to(seen)
+        if self.images.merged is None:
+            return seen
+        sizes = layout.sizes(self.total)[..., None].expand(-1, -1, self.rows.shape[2])
+        return sizes if seen is None else seen * sizes
+
+    def recover(self, x: Tensor, layout: Reduction | None, missing: float | None = None) -> Tensor:
+        """Back to all tokens.
+
+        Args:
+            x: (G, K, R D) values of the tokens that a layout leaves.
+            layout: the layout.
+            missing: what dropped tokens get; `None` gives them the mean of the surviving tokens of
+                their image, so that a head which averages all rows sees that mean.
+        """
+        if layout is None:
+            return x
+        if missing is not None:
+            return layout.recover(x, self.total, missing)
+        counts = self.counts(layout, merged=True)
+        if counts is None:
+            counts = torch.ones(*x.shape[:2], 1, device=x.device)
+        share = counts.to(x.dtype)[..., None]
+        rows = x.unflatten(-1, (self.rows.shape[2], -1))
+        mean = (rows * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp(min=1)
+        return layout.recover(x, self.total, mean.expand(-1, -1, *rows.shape[2:]).flatten(2))
+
+
+def encoder_groups(
+    pictures: Sequence[Picture], device: torch.device, required: Tensor | None = None
+) -> list[EncoderGroup]:
+    """Group the images of a pass that have the same grid.
+
+    Args:
+        pictures: the images, as the encoder sees them.
+        device: where the states live.
+        required: numbers, among the tokens of all images, of those that may not be removed.
+    """
+    shapes = [Shape(len(picture.rows), picture.grid, picture.frames) for picture in pictures]
+    starts = [0, *accumulate(shape.total for shape in shapes)]
+    tokens = [] if required is None else required.tolist()
+    images = [
+        Image(
+            number,
+            row=number,
+            required=next((n - start for n in tokens if start <= n < start + shape.total), -1),
+        )
+        for number, (start, shape) in enumerate(zip(starts, shapes, strict=False))
+    ]
+    return [
+        EncoderGroup(
+            replace(group, ordered=True),  # what happens inside an encoder need not keep order
+            torch.stack([pictures[n].rows for n in group.numbers]).to(device),
+        )
+        for group in group_images(images, shapes, device)
+    ]

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
-import typer
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -26,87 +25,17 @@ from foveate.bench import campaign
 from foveate.bench.levels import ALL
 from foveate.bench.runner import Runner
 from foveate.bench.sample import Split
-from foveate.bench.settings import Cell, Settings, chosen_methods
+from foveate.bench.settings import Cell, Settings
 from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
 from foveate.cli.console import stderr, stdout
-from foveate.cli.inputs import MAX_PIXELS
 from foveate.core import get_method, list_methods
 from foveate.errors import BenchError, BudgetError, InputError
 from foveate.io.quoting import quoted, shown
 from foveate.io.writing import check_file, check_folder
 from foveate.loading import load_model
 
-HINT = "Answer with one word or number."
 RESULTS, REPORT = "results.parquet", "report.html"
-
-HELP = """Measure what methods cost in accuracy and save in work, on tasks whose evidence is known.
-
-Results go to OUT/results.parquet, one row for each cell (a method at a budget on a task), and to
-OUT/report.html, which needs no network. The same command goes on where it was interrupted; what is
-finished is not run again. Baselines (random, uniform, downsample) are always in.
-
-[bold]Examples[/]
-
-  foveate bench --model tiny --methods all --keep 0.5,0.25,0.125 --tasks all
-
-  foveate bench --model tiny --methods fastv,divprune --keep 0.25 --tasks counting,words --samples
-  200
-
-  foveate bench --model llava-hf/llava-1.5-7b-hf --methods fastv --keep 0.25 --tasks coco --data DIR
-  --device cuda --minutes 30
-
-  foveate bench --speed --model random:llama-768x16 --methods pyramiddrop,fastv --keep 0.25
-"""
-
-
-def bench(
-    quality: Annotated[
-        bool,
-        typer.Option("--quality/--speed", help="For the other: `foveate bench --speed --help`."),
-    ] = True,
-    model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")] = "tiny",
-    methods: Annotated[str, typer.Option(help="`all`, or names: `fastv,divprune`.")] = "all",
-    keep: Annotated[
-        str,
-        typer.Option(
-            help="Shares that survive; of a method that drops several times, the mean over the "
-            "layers after its first drop."
-        ),
-    ] = "0.5,0.25,0.125",
-    tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
-    split: Annotated[str, typer.Option(help="train, test or hidden.")] = "test",
-    difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
-    clutter: Annotated[float, typer.Option(min=0, max=1, help="0 is bare.")] = 0.5,
-    data: Annotated[Path | None, typer.Option(help="Folder of data sets, for coco, nlvr.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
-    out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
-    batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    minutes: Annotated[
-        float | None, typer.Option(help="Begin no cell after so many; run again to go on.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; two for small models on a CPU.")
-    ] = None,
-    hint: Annotated[
-        str | None, typer.Option(help=f"Put behind questions; but for tiny: {HINT!r}")
-    ] = None,
-    timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
-) -> None:
-    """Measure methods on tasks with known evidence."""
-    settings = Settings(
-        model=model, methods=chosen_methods(methods), keeps=_keeps(keep), tasks=_tasks(tasks),
-        samples=samples, seed=seed, split=_split(split), difficulty=difficulty, clutter=clutter,
-        data=None if data is None else str(data), batch=batch, device=device, dtype=dtype,
-        hint=("" if model == "tiny" else HINT) if hint is None else hint, max_pixels=max_pixels,
-    )  # fmt: skip
-    check_minutes(minutes)
-    _check_data(settings, named=tasks != "all")
-    measure(settings, out, workers=workers, minutes=minutes, timing=timing)
 
 
 def measure(
@@ -227,7 +156,12 @@ def _bar() -> Iterator[campaign.Progress]:
         yield campaign.Progress(begin, done)
 
 
-def _keeps(text: str) -> tuple[float, ...]:
+def read_keeps(text: str) -> tuple[float, ...]:
+    """Shares of `--keep`.
+
+    Raises:
+        BudgetError: one is no share.
+    """
     try:
         keeps = tuple(dict.fromkeys(float(part) for part in text.split(",") if part.strip()))
     except ValueError:
@@ -237,7 +171,12 @@ def _keeps(text: str) -> tuple[float, ...]:
     return keeps
 
 
-def _split(text: str) -> Split:
+def read_split(text: str) -> Split:
+    """A split of `--split`.
+
+    Raises:
+        InputError: there is no such split.
+    """
     if text not in get_args(Split):
         raise InputError(f"--split must be one of {', '.join(get_args(Split))}, got {quoted(text)}")
     return text  # type: ignore[return-value]
@@ -253,7 +192,7 @@ def check_minutes(minutes: float | None) -> None:
         raise InputError(f"--minutes takes a positive number, got {minutes}")
 
 
-def _check_data(settings: Settings, *, named: bool) -> None:
+def check_data(settings: Settings, *, named: bool) -> None:
     """Find out before anything is loaded whether tasks that read data sets can.
 
     Args:
@@ -274,7 +213,7 @@ def _check_data(settings: Settings, *, named: bool) -> None:
             task.items(settings.split)
 
 
-def _tasks(text: str) -> tuple[str, ...]:
+def read_tasks(text: str) -> tuple[str, ...]:
     """Names of tasks; each is looked up before anything runs."""
     from foveate.bench.tasks import TASKS
 
@@ -288,6 +227,3 @@ def _tasks(text: str) -> tuple[str, ...]:
             f"{shown(', '.join(TASKS), 200)}"
         )
     return names
-
-
-__all__ = ["HELP", "bench", "summarise"]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from PIL import Image
 from rich import box
 from rich.console import Console
@@ -20,13 +19,13 @@ from foveate.bench.sweep import Prompts, Sweep, losses, run_sweep
 from foveate.bench.workload import (
     TEXT,
     fit_pictures,
-    known_sizes,
     random_model,
     random_prompt,
     repeat_rows,
 )
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import encode
+from foveate.cli.options import RANDOM
 from foveate.core import Method
 from foveate.core.from_text import make_method
 from foveate.errors import InputError
@@ -36,21 +35,7 @@ from foveate.io.writing import check_file
 from foveate.loading import check_device, load_model, read_dtype
 from foveate.measure.machine import warm_heap
 
-RANDOM = "random:"
 QUESTION = "Describe everything that you see in the picture."
-
-
-HELP = f"""How fast methods make a model: TTFT with the vision tower, prefill, decoding, peak memory
-and KV cache, by prompt length and batch size. A method that is slower than all tokens is red.
-
-MODEL is a hub id, a folder, [bold]tiny[/], or random weights of a known size:
-{", ".join(RANDOM + name for name in known_sizes())}.
-
-[bold]Example[/]
-
-  foveate bench --speed --model random:llama-768x16 --methods pyramiddrop,fastv --keep 0.25 --set
-  pyramiddrop.keep=0.5,0.25,0.125 --tokens 576,2880 --batch 1,2,4 --json speed.json
-"""
 
 
 @dataclass(frozen=True)
@@ -130,63 +115,6 @@ def bench_speed(job: SpeedJob) -> dict[str, Any]:
         result = run_sweep(sweep, bench, entrants, prompts, job.json_path, say)
     show(result, stdout())
     return result
-
-
-def speed(
-    model: Annotated[str, typer.Option(help="See above.")] = RANDOM + "llama-256x8",
-    methods: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--methods",
-            "-m",
-            help="Names that `foveate list` shows, by commas or one by one; "
-            "pyramiddrop,fastv if there are none.",
-        ),
-    ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(
-            help="Of all methods, as in `foveate run`: of one that drops several times, a number "
-            "is the mean over the layers after its first drop."
-        ),
-    ] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="`method.field=value`; may be repeated.")
-    ] = None,
-    tokens: Annotated[str, typer.Option(help="Visual tokens of a prompt: `576,2880`.")] = "576",
-    batch: Annotated[str, typer.Option(help="Batch sizes: `1,2,4,8`.")] = "1,2,4,8",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each cell.")] = 20,
-    new_tokens: Annotated[int, typer.Option(min=0, help="Decoding steps.")] = 16,
-    minutes: Annotated[
-        float | None, typer.Option(help="Time limit; repeats are cut to keep it.")
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Math threads; with 1, CPU seconds are counted.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Saved after every cell, and gone on with.")
-    ] = None,
-) -> None:
-    """How fast methods make a model, see `HELP`."""
-    bench_speed(
-        SpeedJob(
-            model=model,
-            methods=",".join(methods) if methods else SpeedJob.methods,
-            keep=keep,
-            settings=tuple(setting or ()),
-            tokens=tokens,
-            batch=batch,
-            repeats=repeats,
-            new_tokens=new_tokens,
-            minutes=minutes,
-            threads=threads,
-            device=device,
-            dtype=dtype,
-            json_path=json_path,
-        )
-    )
 
 
 def read_methods(names: str, keep: str | None, settings: Sequence[str] = ()) -> list[Method]:

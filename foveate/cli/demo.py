@@ -26,7 +26,6 @@ from foveate.run import use
 if TYPE_CHECKING:
     from foveate.tiny import Question
 
-SEED = 12
 QUESTIONS = 6
 DRAWN = 3
 LONGEST_ANSWER = 8

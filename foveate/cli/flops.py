@@ -5,49 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.cli.console import progress, stdout
-from foveate.cli.options import KEEP, METHOD, SETTING
 from foveate.core import Method
-from foveate.core.from_text import make_methods
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
 from foveate.families import find_family
-from foveate.io.writing import check_file, write_json
+from foveate.io.writing import write_json
 from foveate.loading import load_image_processor, load_skeleton
 from foveate.measure.account import Account, account, visual_tokens, whole
 from foveate.measure.checkpoints import checkpoints
-from foveate.measure.conventions import Convention, get_convention
+from foveate.measure.conventions import Convention
 from foveate.measure.flops import kv_bytes
 from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
 from foveate.record.record import Record
 from foveate.report.report import idle_notes, layer_ranges
-
-HELP = """Count what a method saves on a model, from its config alone; nothing is run.
-
-MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
-so that these need no network. FLOPs are split into vision tower, projector, selection and language
-model; a multiply-add is 2 and causal attention is what the mask lets through, unless another
-convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the formulas of papers,
-[bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
-
-[bold]Examples[/]
-
-  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop
-
-  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop --convention pyramiddrop
-
-  foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
-"""  # noqa: E501
 
 HALF = torch.float16  # what the cache holds
 
@@ -221,38 +200,3 @@ def _plain(counted: Account) -> dict[str, Any]:
 
 def _table(heading: str) -> Table:
     return Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
-
-
-def flops(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
-    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
-    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
-    image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
-    convention: Annotated[
-        str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
-    ] = "foveate",
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Show one decoding step behind the prompt too.")
-    ] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
-) -> None:
-    """Count what a method saves."""
-    check_file(json_path)
-    question = Question(
-        model=model,
-        methods=make_methods(method, keep or (), setting or ()),
-        convention=get_convention(convention),
-        images=images,
-        size=parse_size(image_size),
-        text_tokens=text_tokens,
-        decode=decode,
-    )
-    with progress() as steps:
-        steps.say(f"counting on {model}")
-        answer = count(question)
-    answer.show(stdout())
-    if json_path is not None:
-        save(answer, json_path)

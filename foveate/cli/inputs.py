@@ -14,8 +14,6 @@ from foveate.cli.console import stderr
 from foveate.io.images import load_image as open_image
 from foveate.io.quoting import shown
 
-MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
-
 
 def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
     """Open an image as `foveate.io.images` does; what it warns of is a note on stderr.

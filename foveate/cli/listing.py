@@ -1,54 +1,53 @@
-"""`foveate list`: what there is, and what works on a model."""
+"""`foveate list`: what there is. It reads files, and imports neither methods nor models."""
 
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from foveate.core import STAGES, Method, get_method, list_methods
-from foveate.core.from_text import signature
-from foveate.errors import FoveateError, UnsupportedModelError
-from foveate.families import find_family
+from foveate.core.catalog import Entry, catalog
 from foveate.families.support import Matrix, support
-from foveate.run import Session
+from foveate.families.unsupported import unsupported_families
 
 
-def methods_in_stream_order() -> list[type[Method]]:
-    """All registered methods, by stage and then by name."""
-    classes = [get_method(name) for name in list_methods()]
-    return sorted(classes, key=lambda cls: (STAGES.index(cls.stage), cls.slug))
-
-
-def method_table(model: Any = None) -> Table:
-    """Methods with stage, needs and paper; with a model, whether they work on it and why not.
+def method_table(heading: str = "paper", last: Callable[[Entry], str] | None = None) -> Table:
+    """Methods with stage, needs and one thing more, by default the paper.
 
     Args:
-        model: a supported model; weights are not looked at, so it may live on the meta device.
+        heading: of the last column.
+        last: what stands in it, as Rich markup; `None` for the paper.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
-    headings = ["method", "stage", "needs", "paper" if model is None else "works on this model"]
-    for heading in headings:
-        table.add_column(heading, overflow="fold", no_wrap=heading == "method")
-    for cls in methods_in_stream_order():
-        last = escape(cls.paper or "baseline") if model is None else verdict(model, cls)
-        needs = "\n".join(cls.needs) or "-"
-        table.add_row(f"[bold]{cls.slug}[/]", cls.stage, needs, last)
+    for title in ("method", "stage", "needs", heading):
+        table.add_column(title, overflow="fold", no_wrap=title == "method")
+    for entry in catalog():
+        needs = "\n".join(entry.needs) or "-"
+        table.add_row(f"[bold]{entry.slug}[/]", entry.stage, needs, (last or _paper)(entry))
     return table
 
 
-def verdict(model: Any, cls: type[Method]) -> str:
-    """Whether a method with its default settings works on a model, as Rich markup."""
-    try:
-        Session(model, cls())
-    except FoveateError as error:
-        return f"[red]no[/]: {escape(str(error))}"
-    except TypeError:
-        return f"[yellow]needs settings[/]: {escape(signature(cls))}"
-    return "[green]yes[/]"
+def _paper(entry: Entry) -> str:
+    return escape(entry.paper or "baseline")
+
+
+def show_families(console: Console) -> None:
+    """Print which method works on which family, why not, and which families are refused."""
+    tick = "✓" if console.encoding.startswith("utf") else "yes"
+    table, letters, notes = family_table(tick)
+    for letter, names in letters.items():
+        console.print(f"[bold cyan]{letter}[/] {', '.join(names)}", soft_wrap=True)
+    console.print(table)
+    for number, note in enumerate(notes, 1):
+        console.print(f"[yellow]{number}[/] {escape(note)}", soft_wrap=True)
+    console.print()
+    for family, reason in unsupported_families().items():
+        console.print(f"[dim]{family} is not supported: {escape(reason)}[/]", soft_wrap=True)
 
 
 def family_table(tick: str = "yes") -> tuple[Table, dict[str, tuple[str, ...]], list[str]]:
@@ -58,7 +57,7 @@ def family_table(tick: str = "yes") -> tuple[Table, dict[str, tuple[str, ...]], 
     Args:
         tick: what stands for a method that works.
     """
-    order = [cls.slug for cls in methods_in_stream_order()]
+    order = [entry.slug for entry in catalog()]
     matrix = Matrix.of(support(), order, together=True)
     style: Any = {"box": box.SIMPLE_HEAD, "padding": (0, 0, 0, 1)}
     table = Table(**style, pad_edge=False, header_style="bold cyan")
@@ -73,13 +72,3 @@ def family_table(tick: str = "yes") -> tuple[Table, dict[str, tuple[str, ...]], 
         ]
         table.add_row(f"[bold]{model_type}[/]", *cells)
     return table, letters, matrix.notes
-
-
-def describe_model(model: Any) -> str:
-    """One line about the sizes of a model."""
-    family = find_family(model)
-    try:
-        encoder = f"{family.vision_layers} encoder layers"
-    except UnsupportedModelError:
-        encoder = "an encoder that foveate cannot look into"
-    return f"{family.model_type}: {encoder}, {family.text_layers} decoder layers"

@@ -1,4 +1,4 @@
-"""What options of several commands say in their help."""
+"""Words of options: what several commands say in their help, and what they read."""
 
 METHOD = (
     "A name that `foveate list` shows, or a JSON file. Given several times, methods act together, "
@@ -13,3 +13,6 @@ SETTING = (
     "A hyper-parameter, `field=value`, or `method.field=value` of one of several methods; may be "
     "repeated."
 )
+MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
+RANDOM = "random:"
+"""Before the name of a model with random weights, in `foveate bench --speed`."""

@@ -19,38 +19,12 @@ from foveate.io.quoting import quoted, shown, within
 from foveate.io.reading import read_text, reason
 from foveate.training.finetune.recipe import DTYPES, Data, Recipe
 
-EXAMPLE = """\
-model: tiny            # tiny, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
-out: runs/pyramiddrop  # checkpoints while it runs, the model and foveate.json when it is done
-
-data:
-  scenes: 64           # drawn scenes; for your own data instead: file: train.jsonl
-  turns: 4             # questions about one scene
-
-method:                # leave out to train with all visual tokens
-  name: pyramiddrop    # a name that `foveate list` shows; several: a list of such mappings
-  keep: [0.5, 0.25, 0.125]
-
-freeze: [vision_tower] # parameters whose name holds one of these are not trained
-
-# lora:                # train adapters instead (needs peft); keys of peft.LoraConfig
-#   r: 16
-#   target_modules: [q_proj, k_proj, v_proj, o_proj]
-
-trainer:               # any argument of transformers.TrainingArguments
-  per_device_train_batch_size: 4
-  num_train_epochs: 1
-  learning_rate: 1.0e-4
-  logging_steps: 4
-  save_steps: 8
-"""
-
 
 def read_recipe(path: Path) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: a YAML file as `EXAMPLE` shows; paths in it are relative to its folder.
+        path: a YAML file as `foveate train --example` shows; paths are relative to its folder.
 
     Raises:
         FoveateError: it cannot be read, or a key or a value is wrong; the message names the key

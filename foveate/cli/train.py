@@ -11,41 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from foveate.cli.console import progress
-from foveate.cli.recipe import EXAMPLE, read_recipe
+from foveate.cli.recipe import read_recipe
 from foveate.io.writing import check_folder
 from foveate.loading import load_model
 from foveate.training.finetune.recipe import Recipe
 from foveate.training.finetune.run import finetune, last_checkpoint
-
-HELP = (
-    """Train a model on conversations about pictures, with a method that removes visual tokens.
-
-CONFIG is a YAML file. [bold]foveate train --example > config.yaml[/] writes the one below, which
-trains the model that comes with foveate on drawn scenes, offline, in about a minute. A run that
-was interrupted goes on from its last checkpoint when the same command is given again.
-
-[bold]Example[/]
-
-\b
-"""
-    + EXAMPLE.replace("[", r"\[")
-    + """
-[bold]Data[/]
-
-A jsonl file: one conversation per line, with messages (role, content) or LLaVA's conversations
-(from, value), and images, paths relative to the file.
-
-\b
-{"images": \\["cat.jpg"], "messages": \\[{"role": "user", "content": "<image>\\\\nWhat is this?"},
-  {"role": "assistant", "content": "A cat."}]}
-
-[bold]Several processes[/]
-
-  torchrun --nproc-per-node 2 -m foveate train config.yaml
-
-  accelerate launch --use_fsdp --fsdp_version 2 -m foveate train config.yaml
-"""
-)
 
 
 def run(path: Path, console: Console) -> None:

@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import shown
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # written to, never replaced
 _MOUNTED = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES)  # no other file takes the place
@@ -283,10 +284,14 @@ def _sync(path: Path, flags: int = os.O_RDWR) -> None:
 
 
 def _format(path: Path) -> str | None:
+    from PIL import Image  # late: most files are no images
+
     return Image.registered_extensions().get(path.suffix.lower())
 
 
 def _check_format(path: Path) -> None:
+    from PIL import Image
+
     try:
         if _format(path) is None:
             raise ValueError(path.suffix)

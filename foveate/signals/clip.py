@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPModel
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.ops.diversity import normalize
@@ -35,7 +35,7 @@ class ClipText:
         ...     out = model.generate(**inputs)  # doctest: +SKIP
     """
 
-    def __init__(self, model: CLIPModel, tokenizer: Any) -> None:
+    def __init__(self, model: transformers.CLIPModel, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.text_model, self.text_projection = model.text_model, model.text_projection
         self.visual_projection = model.visual_projection
@@ -49,8 +49,9 @@ class ClipText:
             name: a folder, or a name on the Hugging Face hub.
             **options: handed to `CLIPModel.from_pretrained`, such as `dtype` and `device_map`.
         """
-        model = CLIPModel.from_pretrained(name, **options).eval().requires_grad_(False)
-        return cls(model, AutoTokenizer.from_pretrained(name))
+        model = transformers.CLIPModel.from_pretrained(name, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        return cls(model.eval().requires_grad_(False), tokenizer)
 
     @torch.no_grad()
     def __call__(self, questions: str | Sequence[str]) -> ClipQuestions:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import foveate
-from foveate.cli.listing import methods_in_stream_order
+from foveate.core.catalog import catalog
 from foveate.families.support import Matrix, support
 from tests.conformance import cells
 
@@ -31,7 +31,7 @@ defaults do on yours.
 
 def page(entries):
     """The matrix as Markdown."""
-    order = [cls.slug for cls in methods_in_stream_order()]
+    order = [entry.slug for entry in catalog()]
     matrix = Matrix.of(entries, order, together=True)
     names = ["<br>".join(f"`{name}`" for name in column) for column in matrix.columns]
     lines = [f"| `model_type` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]

@@ -5,7 +5,8 @@ import yaml
 from typer.testing import CliRunner
 
 from foveate.cli import app
-from foveate.cli.recipe import EXAMPLE, parse_recipe, read_recipe
+from foveate.cli.arguments.train import EXAMPLE
+from foveate.cli.recipe import parse_recipe, read_recipe
 from foveate.errors import FoveateError, InputError
 from foveate.methods import FastV, PyramidDrop
 

@@ -1,0 +1,1 @@
+"""What each command takes and says of itself. What it works with is imported when it runs."""

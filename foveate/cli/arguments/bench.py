@@ -1,0 +1,84 @@
+"""`foveate bench`: its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import MAX_PIXELS
+
+HINT = "Answer with one word or number."
+
+HELP = """Measure what methods cost in accuracy and save in work, on tasks whose evidence is known.
+
+Results go to OUT/results.parquet, one row for each cell (a method at a budget on a task), and to
+OUT/report.html, which needs no network. The same command goes on where it was interrupted; what is
+finished is not run again. Baselines (random, uniform, downsample) are always in.
+
+[bold]Examples[/]
+
+  foveate bench --model tiny --methods all --keep 0.5,0.25,0.125 --tasks all
+
+  foveate bench --model tiny --methods fastv,divprune --keep 0.25 --tasks counting,words --samples
+  200
+
+  foveate bench --model llava-hf/llava-1.5-7b-hf --methods fastv --keep 0.25 --tasks coco --data DIR
+  --device cuda --minutes 30
+
+  foveate bench --speed --model random:llama-768x16 --methods pyramiddrop,fastv --keep 0.25
+"""
+
+
+def bench(
+    quality: Annotated[
+        bool,
+        typer.Option("--quality/--speed", help="For the other: `foveate bench --speed --help`."),
+    ] = True,
+    model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")] = "tiny",
+    methods: Annotated[str, typer.Option(help="`all`, or names: `fastv,divprune`.")] = "all",
+    keep: Annotated[
+        str,
+        typer.Option(
+            help="Shares that survive; of a method that drops several times, the mean over the "
+            "layers after its first drop."
+        ),
+    ] = "0.5,0.25,0.125",
+    tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
+    split: Annotated[str, typer.Option(help="train, test or hidden.")] = "test",
+    difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
+    clutter: Annotated[float, typer.Option(min=0, max=1, help="0 is bare.")] = 0.5,
+    data: Annotated[Path | None, typer.Option(help="Folder of data sets, for coco, nlvr.")] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
+    out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
+    batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no cell after so many; run again to go on.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; two for small models on a CPU.")
+    ] = None,
+    hint: Annotated[
+        str | None, typer.Option(help=f"Put behind questions; but for tiny: {HINT!r}")
+    ] = None,
+    timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
+) -> None:
+    """Measure methods on tasks with known evidence."""
+    from foveate.bench.settings import Settings, chosen_methods
+    from foveate.cli import bench as work
+
+    settings = Settings(
+        model=model, methods=chosen_methods(methods), keeps=work.read_keeps(keep),
+        tasks=work.read_tasks(tasks), samples=samples, seed=seed, split=work.read_split(split),
+        difficulty=difficulty, clutter=clutter, data=None if data is None else str(data),
+        batch=batch, device=device, dtype=dtype,
+        hint=("" if model == "tiny" else HINT) if hint is None else hint, max_pixels=max_pixels,
+    )  # fmt: skip
+    work.check_minutes(minutes)
+    work.check_data(settings, named=tasks != "all")
+    work.measure(settings, out, workers=workers, minutes=minutes, timing=timing)

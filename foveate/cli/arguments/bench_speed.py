@@ -1,0 +1,84 @@
+"""`foveate bench --speed`: its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import RANDOM
+
+SIZES = ("llava-7b", "llava-next-7b", "qwen3-vl-4b", "llama-768x16")
+"""Models with random weights, see `foveate.bench.workload`."""
+
+HELP = f"""How fast methods make a model: TTFT with the vision tower, prefill, decoding, peak memory
+and KV cache, by prompt length and batch size. A method that is slower than all tokens is red.
+
+MODEL is a hub id, a folder, [bold]tiny[/], or random weights of a known size:
+{", ".join(RANDOM + name for name in SIZES)}.
+
+[bold]Example[/]
+
+  foveate bench --speed --model random:llama-768x16 --methods pyramiddrop,fastv --keep 0.25 --set
+  pyramiddrop.keep=0.5,0.25,0.125 --tokens 576,2880 --batch 1,2,4 --json speed.json
+"""
+
+
+def speed(
+    model: Annotated[str, typer.Option(help="See above.")] = RANDOM + "llama-256x8",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "-m",
+            help="Names that `foveate list` shows, by commas or one by one; "
+            "pyramiddrop,fastv if there are none.",
+        ),
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Of all methods, as in `foveate run`: of one that drops several times, a number "
+            "is the mean over the layers after its first drop."
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="`method.field=value`; may be repeated.")
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Visual tokens of a prompt: `576,2880`.")] = "576",
+    batch: Annotated[str, typer.Option(help="Batch sizes: `1,2,4,8`.")] = "1,2,4,8",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each cell.")] = 20,
+    new_tokens: Annotated[int, typer.Option(min=0, help="Decoding steps.")] = 16,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time limit; repeats are cut to keep it.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Math threads; with 1, CPU seconds are counted.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Saved after every cell, and gone on with.")
+    ] = None,
+) -> None:
+    """How fast methods make a model, see `HELP`."""
+    from foveate.cli.bench_speed import SpeedJob, bench_speed
+
+    bench_speed(
+        SpeedJob(
+            model=model,
+            methods=",".join(methods) if methods else SpeedJob.methods,
+            keep=keep,
+            settings=tuple(setting or ()),
+            tokens=tokens,
+            batch=batch,
+            repeats=repeats,
+            new_tokens=new_tokens,
+            minutes=minutes,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            json_path=json_path,
+        )
+    )

@@ -1,0 +1,53 @@
+"""`foveate calibrate`: its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import MAX_PIXELS
+
+HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
+
+PROMPTS is a file with one prompt a line, as JSON: [bold]{"image": "cat.jpg", "question": "What is
+this?"}[/], or `images` with a list. Pictures are found beside the file. Answers are not needed:
+what counts is how little the last prompt token's final state changes. A few dozen prompts like
+those that you will ask are enough.
+
+Every trial is kept in a file beside the result, NAME.trials. Interrupt the command when you like:
+called again it goes on from there, and with more --trials it searches on.
+
+[bold]Examples[/]
+
+  foveate calibrate llava-hf/llava-1.5-7b-hf prompts.jsonl --average 0.25 --out strategy.json
+  --device cuda
+
+  foveate run llava-hf/llava-1.5-7b-hf cat.jpg "What is this?" --method strategy.json
+"""
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    prompts: Annotated[Path, typer.Argument(help="File of prompts, one JSON object a line.")],
+    average: Annotated[
+        float, typer.Option(help="Share of visual tokens that a layer sees on average, below 1.")
+    ] = 0.25,
+    trials: Annotated[int, typer.Option(min=1, help="Trials in all.")] = 300,
+    startup: Annotated[int, typer.Option(min=1, help="How many are drawn at random.")] = 27,
+    seed: Annotated[int, typer.Option(help="Of the search.")] = 42,
+    out: Annotated[Path, typer.Option(help="Where the method goes, as JSON.")] = Path(
+        "vflowopt.json"
+    ),
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Search VFlowOpt's numbers."""
+    from foveate.cli.calibrate import Calibration, calibrate
+
+    job = Calibration(
+        model, prompts, out, average, trials, startup, seed, max_pixels, device, dtype
+    )
+    calibrate(job)

@@ -1,0 +1,68 @@
+"""`foveate flops`: its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import KEEP, METHOD, SETTING
+
+HELP = """Count what a method saves on a model, from its config alone; nothing is run.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
+so that these need no network. FLOPs are split into vision tower, projector, selection and language
+model; a multiply-add is 2 and causal attention is what the mask lets through, unless another
+convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the formulas of papers,
+[bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
+
+[bold]Examples[/]
+
+  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop
+
+  foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop --convention pyramiddrop
+
+  foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
+"""  # noqa: E501
+
+
+def flops(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
+    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
+    images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
+    image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
+    convention: Annotated[
+        str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
+    ] = "foveate",
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Show one decoding step behind the prompt too.")
+    ] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
+) -> None:
+    """Count what a method saves."""
+    from foveate.cli.console import progress, stdout
+    from foveate.cli.flops import Question, count, parse_size, save
+    from foveate.core.from_text import make_methods
+    from foveate.io.writing import check_file
+    from foveate.measure.conventions import get_convention
+
+    check_file(json_path)
+    question = Question(
+        model=model,
+        methods=make_methods(method, keep or (), setting or ()),
+        convention=get_convention(convention),
+        images=images,
+        size=parse_size(image_size),
+        text_tokens=text_tokens,
+        decode=decode,
+    )
+    with progress() as steps:
+        steps.say(f"counting on {model}")
+        answer = count(question)
+    answer.show(stdout())
+    if json_path is not None:
+        save(answer, json_path)

@@ -1,0 +1,72 @@
+"""`foveate run`: its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import KEEP, MAX_PIXELS, METHOD, SETTING
+from foveate.errors import InputError
+
+HELP = """Ask a model about pictures, with a method that removes visual tokens.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Any
+number of pictures, then the question.
+
+[bold]Examples[/]
+
+  foveate run tiny scene.png "what color is the star ?" --method pyramiddrop --compare
+
+  foveate run llava-hf/llava-1.5-7b-hf cat.jpg "What is this?" --method fastv --keep 0.25 --show
+  kept.png
+
+  foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
+  out.json
+
+  foveate run tiny scene.png "what color is the star ?" -m divprune --keep 0.5 -m fastv --keep 0.25
+"""
+
+
+def run(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
+    ],
+    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
+    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
+    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
+    with_all: Annotated[
+        bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
+    ] = False,
+    show: Annotated[
+        Path | None, typer.Option(help="Save a picture of the kept tokens here.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Save answers and report here.")
+    ] = None,
+    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Ask a model about pictures."""
+    if len(inputs) < 2:
+        raise InputError(
+            f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
+        )
+    from foveate.cli.console import stdout
+    from foveate.cli.inputs import load_image
+    from foveate.cli.run import Job, check_paths, execute
+    from foveate.core.from_text import make_methods
+
+    chosen = make_methods(method, keep or (), setting or ())
+    *paths, question = inputs
+    check_paths(show, json_path)
+    pictures = [load_image(path, max_pixels) for path in paths]
+    rounds = repeats if with_all else 0
+    job = Job(model, pictures, question, chosen, max_new_tokens, rounds, device, dtype)
+    execute(job).deliver(stdout(), show, json_path)

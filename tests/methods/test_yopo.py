@@ -7,6 +7,9 @@ import foveate
 from foveate.calibration.yopo_heads import head_mask
 from foveate.core import PartialCompute
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
+from foveate.families import find_family
+from foveate.measure.account import account
+from foveate.measure.flops import TextShape, mlp_flops, projection_flops
 from foveate.methods import FastV
 from foveate.methods.yopo import YOPO
 from tests.masked_layer import masked
@@ -93,6 +96,20 @@ def test_a_second_turn_goes_on_with_the_cache(any_llava):
         together = {**first, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
         want = any_llava(**together).logits[:, -3:]
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+
+
+def test_an_account_counts_no_more_neighbours_than_there_are_tokens(llava):
+    """A window over everything costs, of 3 tokens, 9 pairs: no more than of the text and them."""
+    inputs, few = prompts([[5, 7]]), foveate.get_method("divprune")(keep=3)
+    methods = [few, YOPO(window=99, layer=LAYERS, ffn_factor=1)]
+    with torch.no_grad(), foveate.use(llava, methods) as run:
+        llava(**inputs)
+    family = find_family(llava)
+    shape, text, visual = TextShape.all(family.config)[0], 12, 3
+    pairs = text * (text + 1) // 2 + text * visual + visual**2
+    products = projection_flops(shape, text + visual) + mlp_flops(shape, text + visual)
+    want = products + 4 * shape.heads * shape.head_dim * pairs
+    assert account(run.record, family, methods).layers == (want,) * LAYERS
 
 
 def test_after_other_tokens_are_gone(llava):

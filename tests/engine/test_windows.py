@@ -11,6 +11,7 @@ import foveate
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, check_generation, drops
+from tests.methods_for_tests import Glance
 from tests.tinies import IMAGE, PATCHES, prompts, tiny_llava
 
 
@@ -81,3 +82,34 @@ def test_generation_equals_the_oracle(positions, rows):
         lambda n: oracle.Spec(drops=drops((8, 4), (2, 4), (2, 4), n, renumber)),
         rows,
     )
+
+
+@dataclass(frozen=True)
+class Watching(Glance):
+    """Glance that notes the attention it is told."""
+
+    noted: ClassVar[list] = []
+
+    def focus(self, attention, real, before):
+        self.noted.append(attention)
+        return super().focus(attention, real, before)
+
+
+@pytest.mark.parametrize("rows", [[(5, 7)], [(5, 7), (2, 4)]])
+def test_a_decoding_step_is_told_no_attention_to_tokens_outside_the_window(rows):
+    """The cache has lost them, and no other token's attention stands in for theirs."""
+    inputs, length = prompts(rows), prompts(rows)["input_ids"].shape[1]
+    Watching.noted.clear()
+    model = tiny_llava("mistral", window=24)
+    with foveate.use(model, Watching(layer=3)):
+        ids = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    longer = inputs | {"input_ids": ids}
+    longer["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+    maps = tiny_llava("mistral", "eager", window=24)(**longer, output_attentions=True).attentions[2]
+    places = (ids == IMAGE).nonzero()[:, 1].view(len(rows), 1, PATCHES)
+    assert len(Watching.noted) == 3
+    for step, got in enumerate(Watching.noted):
+        want = maps[:, :, length + step].gather(2, places.expand(-1, maps.shape[1], -1))
+        assert (want == 0).any(2).all()
+        assert (want > 0).any(2).all()
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

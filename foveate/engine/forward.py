@@ -15,6 +15,7 @@ from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
+from foveate.engine.extensions.base import Extension
 from foveate.engine.images import Group, note, reduce_group
 from foveate.engine.layout import (
     Layout,
@@ -65,7 +66,7 @@ class Turn:
             for method, tokens in began.items()
         }
         self.decoder_signals = DecoderSignals(self)
-        self.extensions = [extension(self, plan) for extension in plan.extensions]
+        self.extensions: list[Extension] = [extension(self, plan) for extension in plan.extensions]
         self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, tuple[Any, ...]]] = {}

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from foveate.core import Method, Need, PartialCompute, PerRequest, Step
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.signals import SIGNALS, DecoderSignal
-
-if TYPE_CHECKING:
-    from foveate.engine.extensions.base import Extension
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Plan:
         llm: steps between decoder layers, by layer.
         work: decoder layer -> what it computes of visual tokens, where that is not everything.
         focus: the step that acts on decoding, if there is one.
-        extensions: what forwards over a prompt do beyond dropping tokens.
+        extensions: classes of what forwards over a prompt do beyond dropping tokens.
         cached_extensions: the same of forwards after a pruned cache.
     """
 
@@ -63,8 +59,8 @@ class Plan:
     llm: tuple[PlannedStep, ...]
     work: Mapping[int, PartialCompute] = field(default_factory=dict)
     focus: PlannedStep | None = None
-    extensions: tuple[type[Extension], ...] = ()
-    cached_extensions: tuple[type[Extension], ...] = ()
+    extensions: tuple[type, ...] = ()
+    cached_extensions: tuple[type, ...] = ()
 
     @cached_property
     def learned(self) -> nn.ModuleDict:

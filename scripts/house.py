@@ -30,7 +30,7 @@ ORDER = (
     "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "large",
     "testing", "foveate", "integrations", "cli", "__main__",
 )  # fmt: skip
-"""Packages of foveate, the lowest first: each may import itself and those before it. `foveate`
+"""Parts of the package, the lowest first: each may import itself and those before it. `foveate`
 stands for the names that the library exports.
 """
 COMPREHENSIONS = {"<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>"}
@@ -147,17 +147,27 @@ def step_flags() -> list[str]:
     return [ast.unparse(f.target) for f in fields if ast.unparse(f.annotation) == "bool"]
 
 
+def named_in(path: Path) -> set[str]:
+    """Strings of a module, and the functions that it defines."""
+    found = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.FunctionDef):
+            found.add(node.name)
+    return found
+
+
 def signal_files() -> dict[str, int]:
-    """Decoder signal -> modules outside `methods` in which its name stands as a string."""
+    """Decoder signal -> modules outside `methods` that define it, or name it in a string."""
     from foveate.signals import SIGNALS
 
     names = [name for name, signal in SIGNALS.items() if signal.source == "decoder"]
-    strings: Counter[str] = Counter()
+    files: Counter[str] = Counter()
     for path in sources(PACKAGE):
         if PACKAGE / "methods" not in path.parents:
-            nodes = ast.walk(tree(path))
-            strings.update({n.value for n in nodes if isinstance(n, ast.Constant)} & {*names})
-    return {name: strings[name] for name in names}
+            files.update(named_in(path))
+    return {name: files[name] for name in names}
 
 
 # -- a run

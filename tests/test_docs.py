@@ -90,3 +90,10 @@ def test_broken_method_of_another_package_is_named(offered):
     offered("no_such_module:Method")
     with pytest.raises(FoveateError, match=r"large-features.*no_such_module"):
         foveate.list_methods()
+
+
+@pytest.mark.parametrize("name", ["add-a-method.md", "how-it-works.md", "architecture.md"])
+def test_links_of_the_pages_lead_somewhere(name):
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / "docs" / target).is_file(), target

@@ -80,10 +80,12 @@ CASES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="views are found by the id of masks that are let go of")
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_masks_of_single_layers_are_told_apart(model, name):
+def test_masks_of_single_layers_are_told_apart(model, name, request):
+    if name.startswith("cached"):
+        reason = "cached_forward finds views by the id of masks that it lets go of"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     method, play = CASES[name]
     with foveate.use(model, method):
         want = play(model, nullcontext)

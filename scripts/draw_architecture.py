@@ -17,7 +17,7 @@ COLUMNS = (  # x, visual tokens alive, text tokens
 SITES = ((116, "vision:8"), (278, "pre_llm"), (474, "llm:8"), (574, "llm:16"))
 STAGES = (  # left, right, what it is, the file that acts there
     (50, 184, "vision encoder", "engine/vision/"),
-    (232, 324, "projector", "engine/features.py"),
+    (232, 324, "projector", "engine/reduce_features.py"),
     (384, 666, "decoder layers", "engine/forward.py"),
     (778, 914, "hidden states, logits", "engine/forward.py"),
 )

@@ -44,6 +44,7 @@ class Onward:
         self._after: dict[int, Slots] = {}  # id of slots before the forward -> those behind it
         self._views: dict[tuple[int, ...], dict[str, Any]] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
+        self._named: list[Any] = []  # what keys are ids of, which must last as long as the keys
         self.extensions: list[Extension] = []
 
     @classmethod
@@ -84,6 +85,7 @@ class Onward:
         changes = self._views.get(key)
         if changes is None:
             changes = self._views[key] = self._view(number, before, hidden, kwargs)
+            self._named.append((kwargs.get("attention_mask"), kwargs["position_embeddings"]))
         kwargs.update(changes)
 
     def leave(self, output: Any) -> Any:
@@ -142,6 +144,7 @@ class Onward:
         given, *others = zip(cos.split(sizes), sin.split(sizes), strict=True)
         for shift, rotary in zip(shifts, others, strict=True):
             self._rotary[id(given), id(shift)] = rotary
+        self._named.append(given)
         return given
 
     def _renumbered(
@@ -153,6 +156,7 @@ class Onward:
             # Text models with plain positions hand them on to their layers.
             positions = kwargs["position_ids"] - shift
             self._rotary[key] = self.family.rotary(hidden, positions, number)
+            self._named.append(kwargs["position_embeddings"])
         # What position ids are left to tell is for flash kernels, which read gaps in those of a
         # single row as packed sequences.
         return {"position_embeddings": self._rotary[key], "position_ids": None}

@@ -82,10 +82,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_masks_of_single_layers_are_told_apart(model, name, request):
-    if name.startswith("cached"):
-        reason = "cached_forward finds views by the id of masks that it lets go of"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_masks_of_single_layers_are_told_apart(model, name):
     method, play = CASES[name]
     with foveate.use(model, method):
         want = play(model, nullcontext)

@@ -30,7 +30,8 @@ def exports(
         return value
 
     def __dir__() -> list[str]:  # noqa: N807
-        return sorted({*vars(sys.modules[package]), *home})
+        here = vars(sys.modules[package])
+        return sorted({*here, *here.get("__all__", ())})
 
     return __getattr__, __dir__
 

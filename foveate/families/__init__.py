@@ -6,16 +6,24 @@ from foveate.lazy import exports
 
 if TYPE_CHECKING:
     from foveate.families.family import Encoder, Family
-    from foveate.families.find import find_family, list_families, unwrap
+    from foveate.families.find import FAMILIES, find_family, list_families, unwrap
     from foveate.families.unsupported import unsupported_families
 else:
     __getattr__, __dir__ = exports(
         __name__,
         {
             "foveate.families.family": ("Encoder", "Family"),
-            "foveate.families.find": ("find_family", "list_families", "unwrap"),
+            "foveate.families.find": ("FAMILIES", "find_family", "list_families", "unwrap"),
             "foveate.families.unsupported": ("unsupported_families",),
         },
     )
 
-__all__ = ["Encoder", "Family", "find_family", "list_families", "unsupported_families", "unwrap"]
+__all__ = [
+    "FAMILIES",
+    "Encoder",
+    "Family",
+    "find_family",
+    "list_families",
+    "unsupported_families",
+    "unwrap",
+]

@@ -20,7 +20,6 @@ ORDER = runpy.run_path(str(ROOT.parent / "scripts" / "house.py"))["ORDER"]
 METHODS_SEE = {"errors", "io", "core", "ops", "methods"}
 
 ANNOTATIONS_ONLY = {
-    ("foveate.engine.state", "foveate.engine.forward"),
 }
 """Imports for annotations that close a circle. The set may only shrink."""
 

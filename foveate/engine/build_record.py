@@ -8,67 +8,74 @@ from typing import Any
 from foveate.engine import features
 from foveate.engine.cache import slots_held
 from foveate.engine.features import Encoded
-from foveate.engine.forward import Turn
+from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags
 from foveate.engine.vision.hooks import VisionPart
 from foveate.record.record import ImageRecord, Record
 
 
 def describe(
-    turn: Turn, output: Any, encoded: Mapping[str, Any], vision: VisionPart | None, tags: Tags
+    forward: ForwardPass,
+    output: Any,
+    encoded: Mapping[str, Any],
+    vision: VisionPart | None,
+    tags: Tags,
 ) -> Record | None:
     """The record of a forward; `None` of a decoding step, which has none.
 
     Args:
-        turn: the forward.
+        forward: the forward.
         output: the text model's, with the cache that it filled.
         encoded: modality -> its features, a tagged ModelOutput, whole or a slice.
         vision: the part that shortens the stream inside the encoder, if one does.
         tags: what tagged the features.
     """
-    prompt = turn.prompt
+    prompt = forward.prompt
     if not prompt.groups:
         if prompt.past or prompt.length <= 1:
             return None
         note = "no image in the prompt: it passed through untouched"
-        return Record(prompt.batch, turn.tokens, [], [], [], notes=[note])
+        return Record(prompt.batch, forward.tokens, [], [], [], notes=[note])
     sliced = any(features.is_slice(of) for of in encoded.values())
     cache = output.past_key_values
-    fields = {k: v for extension in turn.extensions for k, v in extension.record().items()}
+    fields = {k: v for extension in forward.extensions for k, v in extension.record().items()}
     known = {} if sliced else {modality: of.encoded for modality, of in encoded.items()}
     return Record(
         rows=prompt.batch,
-        prompt_tokens=turn.prompt_tokens,
-        images=[] if sliced else _images(turn),
-        layer_tokens=turn.layer_tokens,
+        prompt_tokens=forward.prompt_tokens,
+        images=[] if sliced else _images(forward),
+        layer_tokens=forward.layer_tokens,
         cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
         pixels=known["image"].pixels if "image" in known else None,
         encoder_tokens=[] if vision is None else vision.tokens,
         encoder_bounds=[] if vision is None else vision.bounds,
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
         projected={modality: of.projected for modality, of in known.items() if of.projected},
-        question_tokens=turn.decoder_signals.question_tokens,
+        question_tokens=forward.decoder_signals.question_tokens,
         **fields,
         notes=["chunked prefill: kept tokens are not reported"] * sliced
         + tags.notes(encoded)
-        + _without_text(turn, known.values()),
+        + _without_text(forward, known.values()),
     )
 
 
-def _without_text(turn: Turn, known: Iterable[Encoded]) -> list[str]:
+def _without_text(forward: ForwardPass, known: Iterable[Encoded]) -> list[str]:
     """That methods which rank by the text after an image found none."""
-    rows = {*turn.decoder_signals.without_text, *(row for of in known for row in of.without_text)}
+    rows = {
+        *forward.decoder_signals.without_text,
+        *(row for of in known for row in of.without_text),
+    }
     if not rows:
         return []
     return [
         f"no text follows an image of row {', '.join(map(str, sorted(rows)))}: "
-        f"{', '.join(turn.plan.without_text)} went by the prompt's last token instead"
+        f"{', '.join(forward.plan.without_text)} went by the prompt's last token instead"
     ]
 
 
-def _images(turn: Turn) -> list[ImageRecord]:
+def _images(forward: ForwardPass) -> list[ImageRecord]:
     """What was kept of each image, in order of appearance."""
-    images = {image.number: (image, group) for group in turn.groups for image in group.images}
+    images = {image.number: (image, group) for group in forward.groups for image in group.images}
     return [
         ImageRecord(
             row=image.row,

@@ -1,4 +1,4 @@
-"""Onward: a forward that goes on behind a pruned cache and has no images of its own.
+"""CachedForward: a forward after a pruned cache, without images of its own.
 
 Nothing is removed in it. Layers that share slots are told alike, and most of them nothing: so a
 decoding step does its work once for each place where tokens were removed, not for each layer.
@@ -23,7 +23,7 @@ from foveate.engine.plan import Plan
 from foveate.families import Family
 
 
-class Onward:
+class CachedForward:
     """One forward behind a cache of which some layers are pruned.
 
     Args:
@@ -48,16 +48,16 @@ class Onward:
         self.extensions: list[Extension] = []
 
     @classmethod
-    def behind(
+    def after(
         cls, plan: Plan, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
-    ) -> Onward | None:
+    ) -> CachedForward | None:
         """A forward behind a cache, or `None` where no layer of that is pruned."""
         if not any(before):
             return None
-        onward = cls(family, cache, before, sequence)
-        onward.extensions = [extension(onward, plan) for extension in plan.cached_extensions]
-        onward._announce()
-        return onward
+        cached = cls(family, cache, before, sequence)
+        cached.extensions = [extension(cached, plan) for extension in plan.cached_extensions]
+        cached._announce()
+        return cached
 
     def _announce(self) -> None:
         """Tell pruned layers of the cache what they are about to hold."""

@@ -29,8 +29,9 @@ from foveate.engine.prompt_context import PromptContext
 from foveate.engine.question import Question
 from foveate.engine.readout import prompt_ends, readout
 from foveate.engine.reduce_features import mark
-from foveate.engine.state import Args, Kwargs, Local
+from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
+from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import BudgetError, InputError
@@ -65,7 +66,7 @@ class FeatureHooks:
         self.tags = Tags(plan, family, vision)
         self.replays = Replays()
         self.labelled_logits = False  # whether logits are made for labels alone, in training
-        self._local = Local()
+        self._local = ThreadState()
         self._last: Record | None = None
         self._clip = clip
 

@@ -1,4 +1,4 @@
-"""Turn: the state of one forward through the text model; gone when it ends.
+"""ForwardPass: one forward through the text model; it is gone when the forward ends.
 
 Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H` heads, `D` hidden.
 """
@@ -33,7 +33,7 @@ from foveate.engine.state import Prompt
 from foveate.families import Family
 
 
-class Turn:
+class ForwardPass:
     """One forward: which columns are alive at each layer, and what each layer must be told.
 
     Args:

@@ -1,8 +1,8 @@
 """Hooks: what happens when a forward passes each point of the model.
 
 The model's wrapper calls the base model, which encodes images and calls the text model, which
-calls its layers. Each thread has its own state; the state of a forward is a `Turn`, made when the
-text model is entered.
+calls its layers. Each thread has its own state. Entering the text model makes a `ForwardPass`, or a
+`CachedForward` where nothing can be dropped.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from foveate.engine.attentions import check_maps
 from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
-from foveate.engine.cached_forward import Onward
+from foveate.engine.cached_forward import CachedForward
 from foveate.engine.extensions.base import Extension
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
-from foveate.engine.forward import Turn
+from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
 from foveate.engine.grouping import ModalityImages, find_images
 from foveate.engine.images import ImageGroup
@@ -49,7 +49,8 @@ from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.prompt import IGNORED, samples
 from foveate.engine.readout import check_readout
 from foveate.engine.rollback import Rollback
-from foveate.engine.state import Args, Forward, Kwargs, Prompt
+from foveate.engine.state import Args, Kwargs, Prompt
+from foveate.engine.thread_state import ModelCall
 from foveate.errors import AttachError, InputError
 
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
@@ -141,13 +142,13 @@ class Hooks(FeatureHooks):
             self._reset_rope(rope)
             raise
         finally:
-            self._local.now, self._local.supervised = Forward(), None
+            self._local.now, self._local.supervised = ModelCall(), None
 
     @torch.compiler.disable
     def enter_base(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         """Before the base model: find placeholders, and reduce features encoded before."""
         local = self._local
-        local.now = now = Forward()
+        local.now = now = ModelCall()
         ids = args[0] if args else kwargs.get("input_ids")
         given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
         now.inside = True
@@ -200,7 +201,7 @@ class Hooks(FeatureHooks):
     def text(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """In place of the text model's forward: a turn, or one forward onward."""
+        """In place of the text model's forward: make a `ForwardPass`, or a `CachedForward`."""
         try:
             args, kwargs = self.enter_text(args, kwargs)
             return self.leave_text(forward_of(module, before)(*args, **kwargs))
@@ -214,11 +215,11 @@ class Hooks(FeatureHooks):
         now = self._local.now
         if now.rollback is not None:
             now.rollback.restore()
-        now.turn = now.onward = now.rollback = None
+        now.forward = now.cached = now.rollback = None
 
     @torch.compiler.disable
     def enter_text(self, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        """Before the text model: begin the turn."""
+        """Before the text model: begin the forward pass."""
         now = self._local.now
         now.entered = True
         sequence = kwargs.get("inputs_embeds")
@@ -248,13 +249,15 @@ class Hooks(FeatureHooks):
             and self.plan.focus is None
             and (sequence.shape[1] == 1 or not self.plan.blind)
         ):
-            now.onward = Onward.behind(self.plan, self.family, cache, before, sequence)
+            now.cached = CachedForward.after(self.plan, self.family, cache, before, sequence)
             return args, kwargs
-        now.turn = Turn(self.plan, self.family, self._prompt(sequence, past, groups, kwargs))
+        now.forward = ForwardPass(
+            self.plan, self.family, self._prompt(sequence, past, groups, kwargs)
+        )
         if not groups or not self.plan.marks:
             return args, kwargs
-        now.turn.begin(sequence)
-        return args, now.turn.deepstack(kwargs)
+        now.forward.begin(sequence)
+        return args, now.forward.deepstack(kwargs)
 
     def _prompt(
         self, sequence: Tensor, past: int, groups: list[ImageGroup], kwargs: Kwargs
@@ -294,10 +297,10 @@ class Hooks(FeatureHooks):
     ) -> Any:
         """In place of the forward of rotary embeddings: make those of renumbered layers too."""
         embed = functools.partial(forward_of(module, before), hidden)
-        onward = self._local.now.onward
-        if onward is None:
+        cached = self._local.now.cached
+        if cached is None:
             return embed(position_ids, *args)
-        return onward.rotate(lambda positions: embed(positions, *args), position_ids)
+        return cached.rotate(lambda positions: embed(positions, *args), position_ids)
 
     @untraced
     def layer(
@@ -320,7 +323,7 @@ class Hooks(FeatureHooks):
             **kwargs: its keyword arguments, in logical terms.
         """
         now = self._local.now
-        if now.onward is not None or now.turn is not None or self.replays.any:
+        if now.cached is not None or now.forward is not None or self.replays.any:
             output, hidden, kwargs = self.enter_layer(number, module, hidden, kwargs)
             if output is not None:
                 return output
@@ -333,55 +336,55 @@ class Hooks(FeatureHooks):
         self, number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor | None, Tensor, Kwargs]:
         """Before a layer: its output, if it is known already, and what it is handed."""
-        turn, onward = self._local.now.turn, self._local.now.onward
-        if onward is not None:
-            onward.enter(number, hidden, kwargs)
-            return _run(onward.extensions, number, module, hidden, kwargs), hidden, kwargs
-        if turn is None:
-            turn = self.replays.find(number, kwargs)
-        elif module is not self.family.layers[number] and turn.groups:  # something is around it
-            self.replays.keep(number, turn, kwargs)
-        if turn is None:
+        forward, cached = self._local.now.forward, self._local.now.cached
+        if cached is not None:
+            cached.enter(number, hidden, kwargs)
+            return _run(cached.extensions, number, module, hidden, kwargs), hidden, kwargs
+        if forward is None:
+            forward = self.replays.find(number, kwargs)
+        elif module is not self.family.layers[number] and forward.groups:  # something is around it
+            self.replays.keep(number, forward, kwargs)
+        if forward is None:
             return None, hidden, kwargs
-        hidden, kwargs = turn.enter(number, module, hidden, kwargs)
-        return _run(turn.extensions, number, module, hidden, kwargs), hidden, kwargs
+        hidden, kwargs = forward.enter(number, module, hidden, kwargs)
+        return _run(forward.extensions, number, module, hidden, kwargs), hidden, kwargs
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
     ) -> None:
         """After the attention or the MLP of a decoder layer: see what it makes of its input."""
-        turn = self._local.now.turn
-        if turn is not None and turn.groups:
+        forward = self._local.now.forward
+        if forward is not None and forward.groups:
             given = args[0] if args else kwargs["hidden_states"]
             made = output[0] if isinstance(output, tuple) else output
-            turn.decoder_signals.collect_module(number, given, made)
+            forward.decoder_signals.collect_module(number, given, made)
 
     @torch.compiler.disable
     def leave_text(self, output: Any) -> Any:
         """After the text model: write the record, and go back to logical length."""
         now = self._local.now
-        turn = now.turn
-        if now.onward is not None:
-            output = now.onward.leave(output)
-        if turn is None:
-            now.onward = now.rollback = None
+        forward = now.forward
+        if now.cached is not None:
+            output = now.cached.leave(output)
+        if forward is None:
+            now.cached = now.rollback = None
             return output
-        if turn.groups and len(turn.layer_layouts) < self.family.text_layers:
+        if forward.groups and len(forward.layer_layouts) < self.family.text_layers:
             raise bypassed(self.family.layers[0])
-        record = describe(turn, output, now.encoded, self.vision, self.tags)
-        if record is not None and self._tells(turn, output):
+        record = describe(forward, output, now.encoded, self.vision, self.tags)
+        if record is not None and self._tells(forward, output):
             self._local.record = self._last = record
-        output = turn.leave(output)
-        now.turn = now.rollback = None
+        output = forward.leave(output)
+        now.forward = now.rollback = None
         return output
 
-    def _tells(self, turn: Turn, output: Any) -> bool:
+    def _tells(self, forward: ForwardPass, output: Any) -> bool:
         """Whether the record of a forward is what the session reports.
 
         Within `generate` it is that of its own prompt: guidance and contrastive decoding run others
         beside it. Without a cache the prompt comes again, a token longer each time.
         """
-        local, prompt = self._local, turn.prompt
+        local, prompt = self._local, forward.prompt
         if not local.generating:
             return True
         again = output.past_key_values is None and local.told == (prompt.batch, prompt.length - 1)

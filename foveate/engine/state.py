@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,15 +10,10 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from foveate.engine.cached_forward import Onward
-    from foveate.engine.forward import Turn
     from foveate.engine.images import ImageGroup
     from foveate.engine.layout import Layout, Slots
     from foveate.engine.plan import Plan
-    from foveate.engine.rollback import Rollback
     from foveate.families import Family
-    from foveate.record.record import Record
-    from foveate.signals.clip import ClipQuestions
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -119,39 +113,3 @@ class ForwardState(Protocol):
 
     def seen(self, group: ImageGroup) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
-
-
-class Forward:
-    """One forward of the base model. Made anew for each, and for the time between them."""
-
-    inside: bool = False  # within the base model's forward
-    entered: bool = False  # has come to the text model
-    prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments
-    sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
-    readout: Tensor | None = None  # (B, T) visual tokens that a next token is read from, if any
-    turn: Turn | None = None
-    onward: Onward | None = None  # instead of a turn, where nothing can be removed
-    rollback: Rollback | None = None  # what the cache is brought back to if it dies
-
-    def __init__(self) -> None:
-        self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders
-        self.encoded: dict[str, Any] = {}  # modality -> its features, a tagged ModelOutput
-
-
-class Local(threading.local):
-    """What one thread is doing with the model."""
-
-    encoding: bool = False  # within get_image_features or get_video_features
-    given: Tensor | None = None  # what the projector was given there
-    requests: int | None = None  # rows that `generate` was called with, while it runs
-    asked: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments that it was called with
-    trailing: int = 0  # drafted tokens behind the prompt
-    supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
-    awaited: bool = False  # `generate` has encoded images that no forward was given yet
-    generating: bool = False  # within `generate`
-    told: tuple[int, int] | None = None  # rows and length of the prompt whose record stands there
-    record: Record | None = None
-    clip: ClipQuestions | None = None
-
-    def __init__(self) -> None:
-        self.now = Forward()

@@ -6,7 +6,7 @@ from transformers import StaticCache
 
 import foveate
 from foveate.engine.extensions.partial.decode import ROOM, Unread
-from foveate.engine.hooks import Turn
+from foveate.engine.hooks import ForwardPass
 from foveate.methods.yopo import YOPO
 from tests.methods_for_tests import Forgetful
 from tests.tinies import LAYERS, prompts, tiny_llava
@@ -43,8 +43,8 @@ def one_by_one(model, inputs, tokens, cache=None):
 @pytest.fixture
 def turns(monkeypatch):
     """Lengths of the forwards that made a turn."""
-    made, init = [], Turn.__init__
-    monkeypatch.setattr(Turn, "__init__", lambda *a: (made.append(a[3].length), init(*a))[1])
+    made, init = [], ForwardPass.__init__
+    monkeypatch.setattr(ForwardPass, "__init__", lambda *a: (made.append(a[3].length), init(*a))[1])
     return made
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
-    from foveate.engine.forward import Turn
+    from foveate.engine.forward import ForwardPass
 
 
 class Replays:
@@ -24,21 +24,21 @@ class Replays:
     """
 
     def __init__(self) -> None:
-        self._states = WeakIdKeyDictionary()  # cos -> decoder layer -> the turn before it
+        self._states = WeakIdKeyDictionary()  # cos -> decoder layer -> the forward before it
 
-    def keep(self, number: int, turn: Turn, kwargs: dict[str, Any]) -> None:
-        """Keep a turn as it is before a layer, if gradients are going to be asked for.
+    def keep(self, number: int, forward: ForwardPass, kwargs: dict[str, Any]) -> None:
+        """Keep a forward as it is before a layer, if gradients are going to be asked for.
 
         Args:
             number: the decoder layer.
-            turn: the forward.
+            forward: the forward.
             kwargs: what the layer is called with.
         """
         if torch.is_grad_enabled():
-            self._states.setdefault(kwargs["position_embeddings"][0], {})[number] = _copy(turn)
+            self._states.setdefault(kwargs["position_embeddings"][0], {})[number] = _copy(forward)
 
-    def find(self, number: int, kwargs: dict[str, Any]) -> Turn | None:
-        """The turn before a layer that is recomputed, if it is.
+    def find(self, number: int, kwargs: dict[str, Any]) -> ForwardPass | None:
+        """The forward before a layer that is recomputed, if it is.
 
         Args:
             number: the decoder layer.
@@ -57,13 +57,13 @@ class Replays:
         return len(self._states)
 
 
-def _copy(turn: Turn) -> Turn:
+def _copy(forward: ForwardPass) -> ForwardPass:
     """The same state, apart: what happens to one does not happen to the other."""
-    twin = _twin(turn)
+    twin = _twin(forward)
     twin.recomputed, twin._views = True, {}
-    twin.decoder_signals = _twin(turn.decoder_signals)
+    twin.decoder_signals = _twin(forward.decoder_signals)
     twin.decoder_signals.state = twin
-    twin.extensions = [_twin(extension) for extension in turn.extensions]
+    twin.extensions = [_twin(extension) for extension in forward.extensions]
     for extension in twin.extensions:
         extension.forward = twin
     return twin

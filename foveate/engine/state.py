@@ -84,31 +84,23 @@ class Prompt:
 
 
 class ForwardState(Protocol):
-    """A forward as decoder signals read it."""
+    """A forward as decoder signals read it.
 
-    @property
-    def plan(self) -> Plan:
-        """The session's plan."""
+    Args:
+        plan: the session's plan.
+        family: the model's family.
+        prompt: what the forward is about.
+        groups: images, and what is alive of them now.
+        layout: physical columns of now.
+        begin_of: (method, image) -> tokens it had where the method began.
+    """
 
-    @property
-    def family(self) -> Family:
-        """The model's family."""
-
-    @property
-    def prompt(self) -> Prompt:
-        """What the forward is about."""
-
-    @property
-    def groups(self) -> list[Group]:
-        """Images, and what is alive of them now."""
-
-    @property
-    def layout(self) -> Layout:
-        """Physical columns of now."""
-
-    @property
-    def begin_of(self) -> dict[tuple[int, int], int]:
-        """(method, image) -> tokens it had where the method began."""
+    plan: Plan
+    family: Family
+    prompt: Prompt
+    groups: list[Group]
+    layout: Layout
+    begin_of: dict[tuple[int, int], int]
 
     def slots_of(self, cache: Any, number: int) -> Slots:
         """What a cache layer held before this forward."""

@@ -60,8 +60,7 @@ class Replays:
 def _copy(turn: Turn) -> Turn:
     """The same state, apart: what happens to one does not happen to the other."""
     twin = _twin(turn)
-    twin.decoder_signals = _twin(turn.decoder_signals)
-    twin.decoder_signals.state = twin
+    twin.decoder_signals = turn.decoder_signals.on(twin)
     return twin
 
 

@@ -103,7 +103,7 @@ def content_attention(layer: LayerInput) -> Tensor:
     shares=(_keys,),
 )
 def question_attention(layer: LayerInput) -> Tensor:
-    """(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text behind the image to
+    """(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text after the image to
     the visual tokens.
     """
     return layer.text_attention()
@@ -118,7 +118,7 @@ def question_attention(layer: LayerInput) -> Tensor:
 )
 def question_closeness(layer: LayerInput) -> Tensor:
     """(G, L, Q, V), and (G, Q) `question_mask`: how close the rotary positions of the text
-    behind the image are to those of the visual tokens, at most 1.
+    after the image are to those of the visual tokens, at most 1.
     """
     return layer.view.closeness(layer.text_columns)
 
@@ -164,7 +164,7 @@ def normed_states(layer: LayerInput) -> Tensor:
 
 @define(DecoderSignal, "before_layer", **_TEXT, finish=_without_padding)
 def question_states(layer: LayerInput) -> Tensor:
-    """(G, L, Q, D), and (G, Q) `question_mask`: input states of the text behind the image."""
+    """(G, L, Q, D), and (G, Q) `question_mask`: input states of the text after the image."""
     return layer.at_text(layer.view.hidden)
 
 
@@ -197,13 +197,13 @@ def question_relevance(visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
 
 @define(DecoderSignal, "of_positions", layered=False)
 def prompt_positions(images: ImageTokens) -> Tensor:
-    """(G, V): place of each visual token in its prompt, padding not counted."""
+    """(G, V): position of each visual token in its prompt, padding not counted."""
     return images.positions(images.columns)
 
 
 @define(DecoderSignal, "of_positions", **_TEXT, layered=False)
 def question_positions(images: ImageTokens) -> Tensor:
-    """(G, Q), and (G, Q) `question_mask`: place in the prompt of the text behind the image."""
+    """(G, Q), and (G, Q) `question_mask`: position in the prompt of the text after the image."""
     return images.positions(images.text_columns)
 
 

@@ -19,8 +19,7 @@ ORDER = runpy.run_path(str(ROOT.parent / "scripts" / "house.py"))["ORDER"]
 """Parts of the package, the lowest first."""
 METHODS_SEE = {"errors", "io", "core", "ops", "methods"}
 
-ANNOTATIONS_ONLY = {
-}
+ANNOTATIONS_ONLY = {}
 """Imports for annotations that close a circle. The set may only shrink."""
 
 

@@ -51,7 +51,7 @@ def describe(
         encoder_bounds=[] if vision is None else vision.bounds,
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
         projected={modality: of.projected for modality, of in known.items() if of.projected},
-        question_tokens=forward.decoder_signals.question_tokens,
+        question_tokens=forward.decoder_signals.columns.question_tokens,
         **fields,
         notes=["chunked prefill: kept tokens are not reported"] * sliced
         + tags.notes(encoded)
@@ -61,10 +61,8 @@ def describe(
 
 def _without_text(forward: ForwardPass, known: Iterable[Encoded]) -> list[str]:
     """That methods which rank by the text after an image found none."""
-    rows = {
-        *forward.decoder_signals.without_text,
-        *(row for of in known for row in of.without_text),
-    }
+    rows = {row for of in known for row in of.without_text}
+    rows.update(forward.decoder_signals.columns.without_text)
     if not rows:
         return []
     return [

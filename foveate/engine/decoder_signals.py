@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,9 +19,8 @@ from foveate.core import Need
 from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
-from foveate.engine.prompt import Asked, starts
-from foveate.engine.question import Question
-from foveate.engine.readout import prompt_ends
+from foveate.engine.prompt import starts
+from foveate.engine.prompt_columns import PromptColumns
 from foveate.engine.state import ForwardState
 from foveate.errors import InputError
 from foveate.signals import SIGNALS, DecoderSignal
@@ -39,6 +37,7 @@ class DecoderSignals:
     def __init__(self, state: ForwardState) -> None:
         self.state = state
         self.prompt = state.prompt
+        self.columns = PromptColumns(state)
         self._collected: dict[tuple[DecoderSignal, int], tuple[Tensor, Layout]] = {}
         self._of_input: dict[tuple[DecoderSignal, int], Tensor] = {}  # signal, image
         self._layer_input: _LayerInput | None = None  # of the layer that is about to run
@@ -74,11 +73,11 @@ class DecoderSignals:
         for signal in self._due(number):
             if signal.of_input is None:
                 continue
-            text = self.at_text(hidden)
+            text = self.columns.at_text(hidden)
             for group in self.state.groups:
                 rows = self.state.row_index(group)
                 visual = hidden[rows, self.state.columns_of(group, self.state.layout)]
-                values = signal.of_input(visual, text[rows[:, 0]], self.text_mask(group))
+                values = signal.of_input(visual, text[rows[:, 0]], self.columns.text_mask(group))
                 keys = ((signal, image) for image in group.numbers)
                 self._of_input |= dict(zip(keys, values, strict=True))
 
@@ -92,7 +91,7 @@ class DecoderSignals:
                     "how much layers change a token is told among all tokens of a row, so packed "
                     "samples would see each other; leave packing off, or use another method"
                 )
-            real = self._prompted
+            real = self.columns.of_prompt
             if real is None:
                 real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
             before, _ = self._collected.get((signal, number), (0, None))
@@ -101,7 +100,7 @@ class DecoderSignals:
 
     def of(self, needs: tuple[Need, ...], group: ImageGroup) -> dict[str, Tensor]:
         """Signals of a group, at the tokens that are alive of it."""
-        images = _ImageTokens(self, group)
+        images = _ImageTokens(self.columns, group)
         signals: dict[str, Tensor] = {}
         for need in needs:
             signal = _signal_of(need)
@@ -163,19 +162,25 @@ class DecoderSignals:
     def without_query(self, needs: tuple[Need, ...], group: ImageGroup) -> set[int]:
         """Members of a group about which nothing is asked that a step needs to know.
 
-        So it is with images behind which nothing is supervised; such a step leaves them alone.
+        So it is with images after which nothing is supervised; such a step leaves them alone.
         """
         signals = [_signal_of(need) for need in needs]
         query = any(signal.query for signal in signals)
-        text = any(signal.text and signal.depends_on_prompt for signal in signals)
+        text = any(signal.text for signal in signals)
         if self.prompt.supervised is None or not (query or text):
             return set()
         asks = torch.ones(len(group.images), dtype=torch.bool, device=self.prompt.device)
         if query:
-            asks &= self.query_tokens.of(*self.ends_of(group)).any(1)
+            asks &= self.columns.query_tokens.of(*self.columns.ends_of(group)).any(1)
         if text:
-            asks &= self.text_mask(group).any(1)
+            asks &= self.columns.text_mask(group).any(1)
         return {i for i, asked in enumerate(asks.tolist()) if not asked}
+
+    def on(self, state: ForwardState) -> DecoderSignals:
+        """The same signals for a copy of the forward; what is collected there is its own."""
+        twin = DecoderSignals(state)
+        twin._collected, twin._of_input = dict(self._collected), dict(self._of_input)
+        return twin
 
     # -- layers
 
@@ -211,147 +216,6 @@ class DecoderSignals:
         rotary = family.rotary(hidden, positions, number)
         return {**kwargs, "position_ids": positions, "position_embeddings": rotary}
 
-    def visible_past(self, columns: Tensor, past: Slots) -> Tensor | None:
-        """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see, or `None` for
-        all.
-        """
-        real = self.prompt.real
-        if real is None and not past.ragged and self._window is None:
-            return None
-        seen = (past.index >= 0)[:, None]
-        if real is not None:
-            seen = seen & real.gather(1, past.index.clamp(min=0))[:, None]
-        if self._window is not None:
-            asking = columns[..., None] + self.prompt.past
-            seen = seen & (past.index[:, None] > asking - self._window)
-        return seen
-
-    @property
-    def _window(self) -> int | None:
-        """Positions that a token sees at most, where there are more."""
-        window, total = self.state.family.window, self.prompt.past + self.prompt.length
-        return window if window is not None and window < total else None
-
-    # -- columns
-
-    @cached_property
-    def query_tokens(self) -> Asked:
-        """The query tokens."""
-        prompt, real = self.prompt, self._real
-        if prompt.supervised is not None:
-            return Asked.before_spans(prompt.supervised, real, prompt.sample)
-        if prompt.sample is not None:
-            return Asked.last_of_samples(prompt.sample)
-        asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
-        return replace(asked, columns=asked.columns.to(prompt.device))
-
-    @property
-    def question_tokens(self) -> int:
-        """Text tokens behind images that were looked at, in the longest row; 0 if none were."""
-        text = vars(self).get("question_text")
-        return 0 if text is None else text.columns.shape[1]
-
-    @property
-    def without_text(self) -> tuple[int, ...]:
-        """Rows in which no text followed an image that was looked at by its text."""
-        text = vars(self).get("question_text")
-        return () if text is None else text.without
-
-    @cached_property
-    def question_text(self) -> Question:
-        """The text behind the images, as far as it is not supervised."""
-        prompt, real = self.prompt, self._real
-        assert prompt.visual is not None  # there are images, or nobody would ask
-        if prompt.supervised is not None:
-            real = ~prompt.supervised if real is None else real & ~prompt.supervised
-        rows = [row for group in prompt.groups for row in group.rows]
-        ends = [end for group in prompt.groups for end in group.ends]
-        last = None
-        if prompt.supervised is None:
-            last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
-        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
-
-    @property
-    def _real(self) -> Tensor | None:
-        """(B, T) positions of this forward that are no padding, or `None` for all."""
-        real = self.prompt.real
-        return None if real is None else real[:, self.prompt.past :]
-
-    def physical(self, columns: Tensor) -> Tensor:
-        """Columns that stand for logical ones: the nearest alive at or before each."""
-        index = self.state.layout.index.contiguous()
-        found = torch.searchsorted(index, columns.contiguous(), right=True) - 1
-        return found.clamp(min=0)
-
-    @property
-    def _alive(self) -> Tensor | None:
-        """(B, P) columns that are no padding, or `None` for all."""
-        real, layout = self._real, self.state.layout
-        if real is None:
-            return layout.index >= 0 if layout.ragged else None
-        return real.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)
-
-    def visible_to(self, columns: Tensor) -> Tensor:
-        """(B, Q, P) physical columns that tokens in (B, Q) logical ones see."""
-        seen = self._known_to(columns)
-        if self._window is None:
-            return seen
-        return seen & (self.state.layout.index[:, None] > columns[..., None] - self._window)
-
-    def _known_to(self, columns: Tensor) -> Tensor:
-        """The same, whether or not they lie within a window."""
-        index, sample = self.state.layout.index, self.prompt.sample
-        if self.prompt.sees is None:
-            seen = index[:, None] <= columns[..., None]
-        else:
-            sees = self.prompt.sees.expand(len(index), -1, -1)
-            sees = sees[torch.arange(len(index), device=sees.device)[:, None], columns]
-            seen = sees.gather(2, index.clamp(min=0)[:, None].expand(-1, columns.shape[1], -1))
-        if self._alive is not None:
-            seen = seen & self._alive[:, None]
-        if sample is not None:
-            own = sample.gather(1, index.clamp(min=0))
-            seen = seen & (own[:, None] == sample.gather(1, columns)[..., None])
-        return seen
-
-    @property
-    def visible_to_query(self) -> Tensor | None:
-        """(B, Q, P) columns that the tokens that ask see, or `None` for all."""
-        if self._plain and self._window is None:
-            return None
-        return self.visible_to(self.query_tokens.columns)
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the tokens that ask are the last of their rows, and these are all there is."""
-        prompt = self.prompt
-        usual = prompt.supervised is None and prompt.sample is None
-        plain = usual and not prompt.trailing and prompt.sees is None
-        return plain and self._alive is None
-
-    @property
-    def _prompted(self) -> Tensor | None:
-        """(B, P) columns of the prompt: neither drafted nor supervised; `None` for all."""
-        prompt, index = self.prompt, self.state.layout.index
-        if prompt.supervised is None:
-            return None if self._plain else self._known_to(self.query_tokens.columns)[:, 0]
-        told = ~prompt.supervised.gather(1, index.clamp(min=0))
-        return told if self._alive is None else told & self._alive
-
-    def at_text(self, states: Tensor) -> Tensor:
-        """(B, Q, ...) of (B, P, ...) at the text after images."""
-        columns = self.physical(self.question_text.columns).to(states.device)
-        return states[torch.arange(len(columns), device=states.device)[:, None], columns]
-
-    def ends_of(self, group: ImageGroup) -> tuple[Tensor, Tensor]:
-        """(G) rows of a group's images, and (G) columns at which they end."""
-        rows = self.state.row_index(group)[:, 0]
-        return rows, torch.tensor(group.ends, device=rows.device)
-
-    def text_mask(self, group: ImageGroup) -> Tensor:
-        """(G, Q) which text comes after each image of a group."""
-        return self.question_text.mask(*self.ends_of(group))
-
 
 def _signal_of(need: Need) -> DecoderSignal:
     """The signal that a step between decoder layers needs."""
@@ -361,7 +225,7 @@ def _signal_of(need: Need) -> DecoderSignal:
 
 
 class _LayerInput:
-    """A decoder layer about to run, as signals read it; arguments as in `DecoderSignals.collect`.
+    """A `LayerInput`; arguments as in `DecoderSignals.collect`.
 
     Args:
         signals: those of the forward.
@@ -376,7 +240,7 @@ class _LayerInput:
         kwargs: dict[str, Any],
     ) -> None:
         self.number, self.layout = number, signals.state.layout
-        self._signals = signals
+        self._signals, self._columns = signals, signals.columns
         self._arguments = number, layer, hidden, kwargs
         self.view, self._past = signals.view(*self._arguments)
 
@@ -388,63 +252,61 @@ class _LayerInput:
             return self.view
         return self._signals.view(number, layer, hidden, counted)[0]
 
-    @property
+    @cached_property
     def query_columns(self) -> Tensor:
-        return self._signals.physical(self._signals.query_tokens.columns)
+        return self._columns.physical(self._columns.query_tokens.columns)
 
-    @property
+    @cached_property
     def text_columns(self) -> Tensor:
-        return self._signals.physical(self._signals.question_text.columns)
+        return self._columns.physical(self._columns.question_text.columns)
 
     def query_attention(self) -> Tensor:
-        signals = self._signals
-        cached = signals.visible_past(signals.query_tokens.columns, self._past)
-        return self.view.attention(self.query_columns, signals.visible_to_query, cached)
+        cached = self._columns.visible_past(self._columns.query_tokens.columns, self._past)
+        return self.view.attention(self.query_columns, self._columns.visible_to_query, cached)
 
     def text_attention(self) -> Tensor:
-        signals, columns = self._signals, self._signals.question_text.columns
-        cached = signals.visible_past(columns, self._past)
-        return self.view.attention(self.text_columns, signals.visible_to(columns), cached)
+        logical = self._columns.question_text.columns
+        cached = self._columns.visible_past(logical, self._past)
+        return self.view.attention(self.text_columns, self._columns.visible_to(logical), cached)
 
     def at_text(self, states: Tensor) -> Tensor:
-        return self._signals.at_text(states)
+        return self._columns.at_text(states)
 
     @torch.no_grad()
     def final_norm(self, states: Tensor) -> Tensor:
         return self._signals.state.family.text.norm(states)
 
 
-@dataclass(frozen=True, eq=False)
 class _ImageTokens:
-    """The images of a group, as signals read them."""
+    """An `ImageTokens`: the images of a group."""
 
-    signals: DecoderSignals
-    group: ImageGroup
+    def __init__(self, columns: PromptColumns, group: ImageGroup) -> None:
+        self._columns, self.group = columns, group
+        self._rows = columns.state.row_index(group)
 
-    @property
+    @cached_property
     def columns(self) -> Tensor:
         assert self.group.columns is not None
         return self.group.columns
 
-    @property
+    @cached_property
     def text_columns(self) -> Tensor:
-        return self.signals.question_text.columns[self.signals.state.row_index(self.group)[:, 0]]
+        return self._columns.question_text.columns[self._rows[:, 0]]
 
     @cached_property
     def text_mask(self) -> Tensor:
-        return self.signals.text_mask(self.group)
+        return self._columns.text_mask(self.group)
 
     def positions(self, columns: Tensor) -> Tensor:
-        prompt, rows = self.signals.prompt, self.signals.state.row_index(self.group)
+        prompt, rows = self._columns.prompt, self._rows
         if prompt.sample is not None:
             return columns - starts(prompt.sample)[rows, columns]
-        columns = columns + prompt.past
-        real = prompt.real
+        columns, real = columns + prompt.past, prompt.real
         return columns if real is None else (real.long().cumsum(1) - 1)[rows, columns]
 
     def query_mean(self, values: Tensor) -> Tensor:
-        query = self.signals.query_tokens
+        query = self._columns.query_tokens
         if query.real is None:
             return values[:, :, 0]
-        asks = query.of(*self.signals.ends_of(self.group)).to(values.device)[:, None, :, None]
+        asks = query.of(*self._columns.ends_of(self.group)).to(values.device)[:, None, :, None]
         return values.masked_fill(~asks, 0.0).sum(2) / asks.sum(2).clamp(min=1)

@@ -75,27 +75,21 @@ class Prompt:
 
 
 class ForwardState(Protocol):
-    """A forward as decoder signals read it."""
+    """A forward as decoder signals read it.
 
-    @property
-    def plan(self) -> Plan:
-        """The session's plan."""
+    Args:
+        plan: the session's plan.
+        family: the model's family.
+        prompt: what the forward is about.
+        groups: images, and what is alive of them now.
+        layout: physical columns of now.
+    """
 
-    @property
-    def family(self) -> Family:
-        """The model's family."""
-
-    @property
-    def prompt(self) -> Prompt:
-        """What the forward is about."""
-
-    @property
-    def groups(self) -> list[ImageGroup]:
-        """Images, and what is alive of them now."""
-
-    @property
-    def layout(self) -> Layout:
-        """Physical columns of now."""
+    plan: Plan
+    family: Family
+    prompt: Prompt
+    groups: list[ImageGroup]
+    layout: Layout
 
     def slots_of(self, cache: Any, number: int) -> Slots:
         """What a cache layer held before this forward."""

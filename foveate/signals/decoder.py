@@ -5,6 +5,8 @@ Shapes as in `signal`; `Hkv` key heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,16 +55,20 @@ def _without_padding(values: Tensor, images: ImageTokens) -> Tensor:
     return values.masked_fill(~mask[..., None], 0.0)
 
 
-# -- of query tokens
+# -- facts that several have in common
+
+_QUERY: dict[str, Any] = {"column_axis": 3, "query": True, "depends_on_prompt": True}
+_TEXT: dict[str, Any] = {"text": True, "depends_on_prompt": True}
+_ALONE: dict[str, Any] = {"finish": _query_mean_of_shares, "hidden_value": -torch.inf}
+
+# -- signals
 
 
 @define(
     DecoderSignal,
     "before_layer",
-    column_axis=3,
+    **_QUERY,
     finish=_query_mean,
-    query=True,
-    depends_on_prompt=True,
     full_attention=True,
     flops=_query,
     shares=(_keys,),
@@ -75,11 +81,8 @@ def text_attention(layer: LayerInput) -> Tensor:
 @define(
     DecoderSignal,
     "before_layer",
-    column_axis=3,
-    finish=_query_mean_of_shares,
-    hidden_value=-torch.inf,
-    query=True,
-    depends_on_prompt=True,
+    **_QUERY,
+    **_ALONE,
     full_attention=True,
     flops=_query,
     shares=(_keys,),
@@ -92,16 +95,15 @@ def content_attention(layer: LayerInput) -> Tensor:
 @define(
     DecoderSignal,
     "before_layer",
+    **_TEXT,
     column_axis=3,
     finish=_without_padding,
-    text=True,
-    depends_on_prompt=True,
     full_attention=True,
     flops=lambda sizes: sizes.text * _query(sizes),
     shares=(_keys,),
 )
 def question_attention(layer: LayerInput) -> Tensor:
-    """(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text behind the image to
+    """(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text after the image to
     the visual tokens.
     """
     return layer.text_attention()
@@ -110,14 +112,13 @@ def question_attention(layer: LayerInput) -> Tensor:
 @define(
     DecoderSignal,
     "before_layer",
+    **_TEXT,
     column_axis=2,
-    text=True,
-    depends_on_prompt=True,
     flops=lambda sizes: 2 * sizes.text * sizes.tokens * sizes.head,
 )
 def question_closeness(layer: LayerInput) -> Tensor:
     """(G, L, Q, V), and (G, Q) `question_mask`: how close the rotary positions of the text
-    behind the image are to those of the visual tokens, at most 1.
+    after the image are to those of the visual tokens, at most 1.
     """
     return layer.view.closeness(layer.text_columns)
 
@@ -143,11 +144,8 @@ def llm_values(layer: LayerInput) -> Tensor:
 @define(
     DecoderSignal,
     "before_layer",
-    column_axis=3,
-    finish=_query_mean_of_shares,
-    hidden_value=-torch.inf,
-    query=True,
-    depends_on_prompt=True,
+    **_QUERY,
+    **_ALONE,
     flops=lambda sizes: 2 * sizes.tokens * sizes.held,
     shares=(_values,),
 )
@@ -164,26 +162,19 @@ def normed_states(layer: LayerInput) -> Tensor:
     return layer.final_norm(layer.view.hidden)
 
 
-@define(DecoderSignal, "before_layer", finish=_without_padding, text=True, depends_on_prompt=True)
+@define(DecoderSignal, "before_layer", **_TEXT, finish=_without_padding)
 def question_states(layer: LayerInput) -> Tensor:
-    """(G, L, Q, D), and (G, Q) `question_mask`: input states of the text behind the image."""
+    """(G, L, Q, D), and (G, Q) `question_mask`: input states of the text after the image."""
     return layer.at_text(layer.view.hidden)
 
 
-@define(
-    DecoderSignal,
-    "before_layer",
-    finish=_without_padding,
-    text=True,
-    depends_on_prompt=True,
-    shares=(_keys,),
-)
+@define(DecoderSignal, "before_layer", **_TEXT, finish=_without_padding, shares=(_keys,))
 def question_keys(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, Q, d), and (G, Q) `question_mask`: its keys, rotated."""
     return layer.at_text(layer.counted_view.keys.transpose(1, 2)).transpose(1, 2)
 
 
-@define(DecoderSignal, "before_layer", finish=_without_padding, text=True, depends_on_prompt=True)
+@define(DecoderSignal, "before_layer", **_TEXT, finish=_without_padding)
 def question_normed_states(layer: LayerInput) -> Tensor:
     """(G, L, Q, D), and (G, Q) `question_mask`: its states under the final norm."""
     return layer.final_norm(layer.at_text(layer.view.hidden))
@@ -192,9 +183,8 @@ def question_normed_states(layer: LayerInput) -> Tensor:
 @define(
     DecoderSignal,
     "of_input",
+    **_TEXT,
     layered=False,
-    text=True,
-    depends_on_prompt=True,
     flops=lambda sizes: 2 * sizes.tokens * sizes.hidden * sizes.text,
 )
 def question_relevance(visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
@@ -207,13 +197,13 @@ def question_relevance(visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
 
 @define(DecoderSignal, "of_positions", layered=False)
 def prompt_positions(images: ImageTokens) -> Tensor:
-    """(G, V): place of each visual token in its prompt, padding not counted."""
+    """(G, V): position of each visual token in its prompt, padding not counted."""
     return images.positions(images.columns)
 
 
-@define(DecoderSignal, "of_positions", layered=False, text=True, depends_on_prompt=True)
+@define(DecoderSignal, "of_positions", **_TEXT, layered=False)
 def question_positions(images: ImageTokens) -> Tensor:
-    """(G, Q), and (G, Q) `question_mask`: place in the prompt of the text behind the image."""
+    """(G, Q), and (G, Q) `question_mask`: position in the prompt of the text after the image."""
     return images.positions(images.text_columns)
 
 

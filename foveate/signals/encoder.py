@@ -13,12 +13,10 @@ from torch import Tensor
 from foveate.signals import attention_maps, flow
 from foveate.signals.cls_attention import class_row
 from foveate.signals.projections import Projections
-from foveate.signals.signal import EncoderSignal, EncoderSizes, InsideLayer, define
+from foveate.signals.signal import EncoderSignal, EncoderSizes, define
 
 if TYPE_CHECKING:
     from foveate.signals.clip import ClipQuestions
-
-_NEVER = float("-inf")  # of what is no patch, in a ranking
 
 
 def _query_row(sizes: EncoderSizes) -> int:
@@ -43,21 +41,16 @@ def _channels_last(values: Tensor, heads: int) -> Tensor:
     return values.transpose(-1, -2)
 
 
-def _class_attention_inside(layer: InsideLayer, images: Any) -> Tensor:
-    return layer.class_attention(images)
-
-
-def _keys_inside(layer: InsideLayer, images: Any) -> Tensor:
-    return layer.keys(images)
+_CLASS: dict[str, Any] = {"class_token": True, "varlen": False}
+_RANKING: dict[str, Any] = {"shape": _one_per_token, "newline": float("-inf")}
 
 
 @define(
     EncoderSignal,
     "of_projections",
-    class_token=True,
-    varlen=False,
-    newline=_NEVER,
-    inside=_class_attention_inside,
+    **_CLASS,
+    newline=float("-inf"),
+    inside=lambda layer, images: layer.class_attention(images),
     ahead=True,
     flops=_query_row,
 )
@@ -66,28 +59,13 @@ def cls_attention(layer: Projections) -> Tensor:
     return class_row(layer.query, layer.key, layer.heads, layer.special, layer.bias)
 
 
-@define(
-    EncoderSignal,
-    "of_projections",
-    class_token=True,
-    varlen=False,
-    shape=_one_per_token,
-    newline=_NEVER,
-    flops=_query_row,
-)
+@define(EncoderSignal, "of_projections", **_RANKING, **_CLASS, flops=_query_row)
 def joint_cls_attention(layer: Projections) -> Tensor:
     """(G, L, V): attention of the class token with the heads taken as one."""
     return class_row(layer.query, layer.key, 1, layer.special, layer.bias)
 
 
-@define(
-    EncoderSignal,
-    "of_projections",
-    shape=_one_per_token,
-    newline=_NEVER,
-    summed=True,
-    shares=(_map,),
-)
+@define(EncoderSignal, "of_projections", **_RANKING, summed=True, shares=(_map,))
 def received_attention(layer: Projections) -> Tensor:
     """(G, L, V): attention that a patch receives, mean over heads and all queries."""
     return layer.received
@@ -96,9 +74,8 @@ def received_attention(layer: Projections) -> Tensor:
 @define(
     EncoderSignal,
     "of_projections",
+    **_RANKING,
     varlen=False,
-    shape=_one_per_token,
-    newline=_NEVER,
     global_threshold=True,
     flops=lambda sizes: 2 * _map(sizes) + 2 * sizes.pairs,
 )
@@ -111,7 +88,7 @@ def global_attention(layer: Projections) -> Tensor:
     return row[:, None]
 
 
-@define(EncoderSignal, "of_projections", shape=_one_per_token, newline=_NEVER, shares=(_map,))
+@define(EncoderSignal, "of_projections", **_RANKING, shares=(_map,))
 def given_attention(layer: Projections) -> Tensor:
     """(G, L, V): share of its attention that a patch gives to patches, mean over heads."""
     return layer.given
@@ -120,8 +97,7 @@ def given_attention(layer: Projections) -> Tensor:
 @define(
     EncoderSignal,
     "of_projections",
-    class_token=True,
-    varlen=False,
+    **_CLASS,
     values=True,
     shape=_one_per_token,
     flops=lambda sizes: 2 * _query_row(sizes),
@@ -133,7 +109,9 @@ def information_flow(layer: Projections) -> Tensor:
     return flow.information_flow(row, layer.value, layer.special, layer.bias)[:, None]
 
 
-@define(EncoderSignal, "of_projections", shape=_by_head, inside=_keys_inside)
+@define(
+    EncoderSignal, "of_projections", shape=_by_head, inside=lambda layer, images: layer.keys(images)
+)
 def encoder_keys(layer: Projections) -> Tensor:
     """(G, L, H, V, d): keys of the patches, without rotary positions."""
     return layer.patch_keys

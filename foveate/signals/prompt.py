@@ -22,7 +22,7 @@ def clip_questions(prompt: PromptContext, images: Any) -> tuple[Tensor, Mapping[
 
 @define(PromptSignal, "of_prompt", text=True, depends_on_prompt=True)
 def question_embeddings(prompt: PromptContext, images: Any) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text behind the image;
+    """(G, Q, D), and (G, Q) `question_mask`: input embeddings of the text after the image;
     `paired_mask` is that of the text before the next image.
     """
     text, mask, paired = prompt.text_embeddings(images)

@@ -61,8 +61,7 @@ def _copy(forward: ForwardPass) -> ForwardPass:
     """The same state, apart: what happens to one does not happen to the other."""
     twin = _twin(forward)
     twin.recomputed, twin._views = True, {}
-    twin.decoder_signals = _twin(forward.decoder_signals)
-    twin.decoder_signals.state = twin
+    twin.decoder_signals = forward.decoder_signals.on(twin)
     twin.extensions = [_twin(extension) for extension in forward.extensions]
     for extension in twin.extensions:
         extension.forward = twin

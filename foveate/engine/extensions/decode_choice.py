@@ -87,7 +87,8 @@ class DecodeChoice(Extension):
         token = torch.zeros_like(columns[:, :1])
         signals = forward.decoder_signals
         view, past = signals.view(number, layer, hidden, kwargs)
-        attention = view.attention_to_past(token, signals.visible_past(token, past))[:, :, 0]
+        visible = signals.columns.visible_past(token, past)
+        attention = view.attention_to_past(token, visible)[:, :, 0]
         slots = past.index.contiguous()
         at = torch.searchsorted(slots, columns).clamp(max=slots.shape[1] - 1)
         attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))

@@ -1,0 +1,170 @@
+"""Prompt columns: where query tokens and the text after images stand, and what they see.
+
+Shapes: `B` rows, `T` logical length, `P` physical columns, `Q` query or text tokens, `G` images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from foveate.engine.images import ImageGroup
+from foveate.engine.layout import Slots
+from foveate.engine.prompt import Asked
+from foveate.engine.question import Question
+from foveate.engine.readout import prompt_ends
+from foveate.engine.state import ForwardState
+
+
+class PromptColumns:
+    """Columns of one forward that signals are told of.
+
+    Args:
+        state: the forward.
+    """
+
+    def __init__(self, state: ForwardState) -> None:
+        self.state = state
+        self.prompt = state.prompt
+
+    @property
+    def _window(self) -> int | None:
+        """Positions that a token sees at most, where there are more."""
+        window, total = self.state.family.window, self.prompt.past + self.prompt.length
+        return window if window is not None and window < total else None
+
+    @cached_property
+    def query_tokens(self) -> Asked:
+        """The query tokens."""
+        prompt, real = self.prompt, self._real
+        if prompt.supervised is not None:
+            return Asked.before_spans(prompt.supervised, real, prompt.sample)
+        if prompt.sample is not None:
+            return Asked.last_of_samples(prompt.sample)
+        asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
+        return replace(asked, columns=asked.columns.to(prompt.device))
+
+    @property
+    def question_tokens(self) -> int:
+        """Text tokens after images in the longest row; 0 if no signal was told of them."""
+        text = vars(self).get("question_text")
+        return 0 if text is None else text.columns.shape[1]
+
+    @property
+    def without_text(self) -> tuple[int, ...]:
+        """Rows in which no text follows an image that some signal was told of."""
+        text = vars(self).get("question_text")
+        return () if text is None else text.without
+
+    @cached_property
+    def question_text(self) -> Question:
+        """The text after the images, as far as it is not supervised."""
+        prompt, real = self.prompt, self._real
+        assert prompt.visual is not None  # there are images, or nobody would ask
+        if prompt.supervised is not None:
+            real = ~prompt.supervised if real is None else real & ~prompt.supervised
+        rows = [row for group in prompt.groups for row in group.rows]
+        ends = [end for group in prompt.groups for end in group.ends]
+        last = None
+        if prompt.supervised is None:
+            last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
+        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
+
+    @property
+    def _real(self) -> Tensor | None:
+        """(B, T) positions of this forward that are no padding, or `None` for all."""
+        real = self.prompt.real
+        return None if real is None else real[:, self.prompt.past :]
+
+    def physical(self, columns: Tensor) -> Tensor:
+        """Columns that stand for logical ones: the nearest alive at or before each."""
+        index = self.state.layout.index.contiguous()
+        found = torch.searchsorted(index, columns.contiguous(), right=True) - 1
+        return found.clamp(min=0)
+
+    @property
+    def _alive(self) -> Tensor | None:
+        """(B, P) columns that are no padding, or `None` for all."""
+        real, layout = self._real, self.state.layout
+        if real is None:
+            return layout.index >= 0 if layout.ragged else None
+        return real.gather(1, layout.index.clamp(min=0)) & (layout.index >= 0)
+
+    def visible_to(self, columns: Tensor) -> Tensor:
+        """(B, Q, P) physical columns that tokens in (B, Q) logical ones see."""
+        seen = self._known_to(columns)
+        if self._window is None:
+            return seen
+        return seen & (self.state.layout.index[:, None] > columns[..., None] - self._window)
+
+    def _known_to(self, columns: Tensor) -> Tensor:
+        """The same, whether or not they lie within a window."""
+        index, sample = self.state.layout.index, self.prompt.sample
+        if self.prompt.sees is None:
+            seen = index[:, None] <= columns[..., None]
+        else:
+            sees = self.prompt.sees.expand(len(index), -1, -1)
+            sees = sees[torch.arange(len(index), device=sees.device)[:, None], columns]
+            seen = sees.gather(2, index.clamp(min=0)[:, None].expand(-1, columns.shape[1], -1))
+        if self._alive is not None:
+            seen = seen & self._alive[:, None]
+        if sample is not None:
+            own = sample.gather(1, index.clamp(min=0))
+            seen = seen & (own[:, None] == sample.gather(1, columns)[..., None])
+        return seen
+
+    @property
+    def visible_to_query(self) -> Tensor | None:
+        """(B, Q, P) columns that the query tokens see, or `None` for all."""
+        if self._plain and self._window is None:
+            return None
+        return self.visible_to(self.query_tokens.columns)
+
+    @property
+    def _plain(self) -> bool:
+        """Whether the query tokens are the last of their rows, and these are all there is."""
+        prompt = self.prompt
+        usual = prompt.supervised is None and prompt.sample is None
+        plain = usual and not prompt.trailing and prompt.sees is None
+        return plain and self._alive is None
+
+    @property
+    def of_prompt(self) -> Tensor | None:
+        """(B, P) columns of the prompt: neither drafted nor supervised; `None` for all."""
+        prompt, index = self.prompt, self.state.layout.index
+        if prompt.supervised is None:
+            return None if self._plain else self._known_to(self.query_tokens.columns)[:, 0]
+        told = ~prompt.supervised.gather(1, index.clamp(min=0))
+        return told if self._alive is None else told & self._alive
+
+    def at_text(self, states: Tensor) -> Tensor:
+        """(B, Q, ...) of (B, P, ...) at the text after images."""
+        columns = self.physical(self.question_text.columns).to(states.device)
+        return states[torch.arange(len(columns), device=states.device)[:, None], columns]
+
+    def ends_of(self, group: ImageGroup) -> tuple[Tensor, Tensor]:
+        """(G) rows of a group's images, and (G) columns at which they end."""
+        rows = self.state.row_index(group)[:, 0]
+        return rows, torch.tensor(group.ends, device=rows.device)
+
+    def text_mask(self, group: ImageGroup) -> Tensor:
+        """(G, Q) which text comes after each image of a group."""
+        return self.question_text.mask(*self.ends_of(group))
+
+    def visible_past(self, columns: Tensor, past: Slots) -> Tensor | None:
+        """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see, or `None` for
+        all.
+        """
+        real = self.prompt.real
+        if real is None and not past.ragged and self._window is None:
+            return None
+        seen = (past.index >= 0)[:, None]
+        if real is not None:
+            seen = seen & real.gather(1, past.index.clamp(min=0))[:, None]
+        if self._window is not None:
+            asking = columns[..., None] + self.prompt.past
+            seen = seen & (past.index[:, None] > asking - self._window)
+        return seen

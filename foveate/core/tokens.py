@@ -23,7 +23,7 @@ class Shape(NamedTuple):
         grid: (height, width) of the token grid, of one frame in a video.
         frames: frames of a video that its tokens tell apart, all of this grid; 1 for an image.
 
-    Tokens may be left over behind the last frame, such as a newline.
+    Tokens may remain after the last frame, such as a newline.
     """
 
     total: int
@@ -37,7 +37,7 @@ class VisualTokens:
 
     Args:
         features: returns (G, V, D) token values; called only when a method asks for `x`.
-        index: (G, V) position of each token in its image's raster order; ascending, except behind a
+        index: (G, V) position of each token in its image's raster order; ascending, except after a
             method that orders its survivors, and inside an encoder after a merge.
         grid: (height, width) of the image's token grid, of one frame in a video, before anything
             was removed.
@@ -49,7 +49,7 @@ class VisualTokens:
             patches; they are not among the V.
         site: where the step acts, as in reports: `vision:LAYER`, `pre_llm` or `llm:LAYER`.
         step: the step inside an encoder, as the method made it.
-        frames: frames of a video, one behind the other; 1 for an image.
+        frames: frames of a video, one after the other; 1 for an image.
         number: which of the method's steps acts, 0-based.
         quota: tokens of each image that the method's `count` grants it here; 0 in tokens made by
             hand.
@@ -97,14 +97,14 @@ class VisualTokens:
 
     @property
     def frame(self) -> Tensor:
-        """(G, V) frame of each token; tokens left over behind the last frame belong to it."""
+        """(G, V) frame of each token; tokens that remain after the last frame belong to it."""
         return frame_of(self.index, self.grid, self.frames)
 
     @property
     def coordinates(self) -> Tensor:
         """(G, V, 2) row and column of each token in the grid of its image or frame.
 
-        Tokens left over behind the last frame are in rows below its grid.
+        Tokens that remain after the last frame are in rows below its grid.
         """
         height, width = self.grid
         cell = self.index if self.frames == 1 else self.index - self.frame * (height * width)
@@ -130,7 +130,7 @@ def frame_of(index: Tensor, grid: tuple[int, int], frames: int) -> Tensor:
     Args:
         index: raster positions.
         grid: (height, width) of a frame.
-        frames: frames of the video; tokens behind the last belong to it.
+        frames: frames of the video; tokens after the last belong to it.
     """
     if frames == 1:
         return torch.zeros_like(index)

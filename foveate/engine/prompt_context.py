@@ -25,7 +25,8 @@ class PromptContext:
         source: which image of the encoder each image is.
         question: the text after the images, and its (B, Q, D) embeddings.
         clip: what is asked, as CLIP embeds it.
-        labelled: whether labels say what is asked; images of which nothing is are then left alone.
+        labelled: whether labels say what is asked; images about which nothing is asked then stay as
+            they are.
     """
 
     images: Sequence[Image]
@@ -61,7 +62,7 @@ class PromptContext:
         question, embeds = self.question
         following = self._following()
         nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
-        rows, ends, behind = (
+        rows, ends, after = (
             torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
         )
         mask = question.mask(rows, ends)
@@ -72,7 +73,7 @@ class PromptContext:
                 "image, and the prompt ends in a visual token that is encoded apart from it; put "
                 "text after the image, or use a method that does not look at the prompt"
             )
-        paired = question.paired(rows, ends, behind)
+        paired = question.paired(rows, ends, after)
         return {"question_embeddings": text, "question_mask": mask, "paired_mask": paired}
 
     def _following(self) -> dict[tuple[int, int], int]:

@@ -80,7 +80,7 @@ class Tags:
         pixels = arguments.get("pixel_values") if modality == "image" else None
         if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
             pixels = pixels.flatten(0, 1)  # tiles of all samples
-        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
+        if pixels is not None and len(pixels) != len(lengths):  # patches, not images
             pixels = None
         signals = {
             (name, layer): self._per_token(modality, lengths, name, row, arguments)

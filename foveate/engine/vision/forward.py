@@ -1,11 +1,10 @@
-"""Encoding: the state of one pass through a vision encoder; gone when it ends.
+"""Encoding: the state of one pass through a vision encoder, which ends with the pass.
 
-Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose
-the same number of them or are filled up with tokens that nobody attends to; or they lie behind one
-another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a
-group, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
-rows of a token, `D` hidden, `H` heads; `N` rows of one picture of a batch, or of the whole
-sequence.
+The images of a pass may be the rows of a batch. Then all have equally many tokens, and lose equally
+many or are padded with tokens to which nothing attends. Or they follow one another in one sequence,
+and each group of them has counts of its own. Shapes: `G` images of a group, `S` special rows before
+the patches, `V` visual tokens of an image, `K` of them surviving, `R` rows of a token, `D` hidden,
+`H` heads; `N` rows of one image of a batch, or of all the sequence.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from foveate.signals.encoder import hides
 
 
 class Encoding:
-    """One pass: what is alive at each layer, and how to get back to full length.
+    """One pass: what survives at each layer, and how to get back to full length.
 
     Args:
         family: for the grid of an image.
         encoder: the encoder.
         arguments: what its tower was called with.
         side: side of a visual token in patches.
-        readout: numbers, among the tokens of all pictures, of those that may not be removed.
+        readout: numbers, among the tokens of all images, of those that may not be removed.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Encoding:
     # -- what there is
 
     def see(self, states: Tensor, mask: Tensor | None = None) -> None:
-        """Learn the pictures from (B, S + V R, D) or (N, D) states at full length.
+        """Learn the images from (B, S + V R, D) or (N, D) states at full length.
 
         Args:
             states: the states.
@@ -85,7 +84,7 @@ class Encoding:
         groups[0].visible = visible[groups[0].rows]
 
     def _pictures(self, images: int, length: int) -> list[Picture]:
-        """The pictures of a sequence, or `images` of `length` rows each."""
+        """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
         special = self.encoder.special
@@ -94,7 +93,7 @@ class Encoding:
         return [Picture(tokens, rows + n * length) for n in range(images)]
 
     def _patches(self, count: int) -> tuple[int, int]:
-        """(height, width) of a picture's patches."""
+        """(height, width) of an image's patches."""
         patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.pixels
         if pixels is not None and pixels.dim() == 4:
             sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
@@ -189,7 +188,7 @@ class Encoding:
             of.begin(planned)
             of.reduce(reduction, planned.method_number)
             values[number] = reduction.apply(x)
-        # The first hidden state is captured behind the steps before layer 0.
+        # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
         hidden = self.where.put(hidden, values, first)
         self._proportional |= step.proportional
@@ -260,7 +259,7 @@ class Encoding:
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
         query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-        if self.encoder.projections != ("q_proj", "k_proj"):  # norms behind them
+        if self.encoder.projections != ("q_proj", "k_proj"):  # norms after them
             query, key = (
                 getattr(attention, name)(part)
                 for name, part in zip(self.encoder.projections, (query, key), strict=True)
@@ -276,22 +275,22 @@ class Encoding:
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
 
     def at_tokens(self, row: Tensor, of: EncoderGroup) -> Tensor:
-        """(G, C, K) of a group's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
-        token's rows.
+        """(G, C, K) of a group's surviving tokens, from (B, C, V R) as `widen` gives it: the mean
+        of a token's rows.
         """
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
         return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
-        """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor
-        that its token went into.
+        """(B, H, V R) of a signal (B, H, K R) of the surviving rows: each row has that of the
+        survivor that its token went into.
         """
         if not self.reduced:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
-        whole = self.where.whole(states, self.where.now, 0.0)
-        return whole[:, special:].transpose(1, 2)
+        full = self.where.full_length(states, self.where.now, 0.0)
+        return full[:, special:].transpose(1, 2)
 
     def _of(self, states: Tensor, of: EncoderGroup) -> Tensor:
         """(G, K, R D) of a group's tokens, from states of now."""
@@ -301,7 +300,7 @@ class Encoding:
 
     def whole(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        return self.where.whole(states, self.where.now) if self.reduced else states
+        return self.where.full_length(states, self.where.now) if self.reduced else states
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""
@@ -316,7 +315,7 @@ class Encoding:
             output.hidden_states = tuple(
                 states
                 if states is None or states is merged or (point := self.where.at(number)) is None
-                else self.where.whole(states, point)
+                else self.where.full_length(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
         if output.get("attentions"):
@@ -345,7 +344,7 @@ class Encoding:
         if point.order is None:
             return of
         if of.dim() != 4:
-            return self.where.whole(of, point)
+            return self.where.full_length(of, point)
         rows, total = self.where.rows_of(point), self.where.shape[-1]
         return spread(of, rows, rows, (total, total))
 

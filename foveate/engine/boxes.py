@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.engine.features import Encoded
+from foveate.engine.features import EncoderOutputInfo
 from foveate.families import Family
 from foveate.record.tiles import Placed, Tiling, in_picture, match_grid
 
@@ -32,7 +32,7 @@ class ImageBoxes:
         self,
         family: Family,
         modality: str,
-        encoded: Encoded,
+        encoded: EncoderOutputInfo,
         source: Sequence[int],
         visual: Tensor,
         ids: Tensor | None,

@@ -16,7 +16,7 @@ from foveate.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncoderOutputInfo:
     """What is known of the images of an encoder output besides their features.
 
     Args:
@@ -70,7 +70,7 @@ def _tagged(kind: Any) -> Any:
     )
 
 
-def tag(output: Any, encoded: Encoded) -> None:
+def tag(output: Any, encoded: EncoderOutputInfo) -> None:
     """Make an encoder output carry what is known of its images.
 
     The class survives whatever `generate` does to the output; the attributes are lost when chunked

@@ -18,7 +18,7 @@ from torch import Tensor
 from foveate.core import Need, Reduction
 from foveate.core.reduction import take_rows
 from foveate.engine.apply_step import apply_step
-from foveate.engine.features import Encoded, feature_rows
+from foveate.engine.features import EncoderOutputInfo, feature_rows
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt_context import PromptContext
@@ -44,7 +44,7 @@ def mark(
     output.marked = True
     if not plan.marks:
         return
-    encoded: Encoded = output.encoded
+    encoded: EncoderOutputInfo = output.encoded
     shapes = [encoded.shapes[i] for i in source]
     lengths = [shape.total for shape in shapes]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
@@ -133,7 +133,7 @@ def _marked(
     return marked
 
 
-def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | None:
+def _noting(encoded: EncoderOutputInfo, rows: list[int]) -> Callable[[Tensor], Tensor] | None:
     """The projector, if methods merge before it, which notes how many rows it is given."""
     projector = encoded.projector
     if projector is None:
@@ -150,7 +150,7 @@ def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | N
 def _step(
     planned: PlannedStep,
     of: _FeatureGroup,
-    encoded: Encoded,
+    encoded: EncoderOutputInfo,
     prompt: PromptContext,
     deliver: Callable[[str, Tensor], Tensor],
 ) -> list[_FeatureGroup]:
@@ -191,7 +191,7 @@ def _apply(
         reduction: what it made; `None` if nothing is removed.
         sheets: the features first; with a projector, what that was given last, which is NaN where
             it cannot be told and has no columns once something has been merged after it.
-        projector: as in `Encoded`.
+        projector: as in `EncoderOutputInfo`.
 
     Raises:
         LayerError: the step merges before the projector what was merged after it.
@@ -216,7 +216,9 @@ def _apply(
     return made
 
 
-def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: ImageGroup) -> Tensor:
+def _signal(
+    need: Need, encoded: EncoderOutputInfo, source: Sequence[int], part: ImageGroup
+) -> Tensor:
     """(G, L, C, V) of a group, at its surviving tokens."""
     images = [
         [encoded.signals[need.name, layer][source[i]] for layer in need.layers]

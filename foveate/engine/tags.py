@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from foveate.engine import features
-from foveate.engine.features import Encoded
+from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
 from foveate.engine.planning import working_methods
@@ -89,7 +89,7 @@ class Tags:
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         fed = {} if made_outside else of_shapes(self.family.fed(arguments))
-        encoded = Encoded(shapes, signals, pixels, kept, placed, fed=fed)
+        encoded = EncoderOutputInfo(shapes, signals, pixels, kept, placed, fed=fed)
         projector = self.family.projector(modality)
         if projector is not None and given is not None:
             unprojected = self.family.unprojected(modality, given, lengths, arguments)

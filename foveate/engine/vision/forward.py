@@ -23,7 +23,7 @@ from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups
-from foveate.engine.vision.rows import Point, Rows
+from foveate.engine.vision.patch_layout import PatchLayout, Point
 from foveate.engine.vision.segments import PackedRows
 from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
@@ -56,7 +56,7 @@ class Encoding:
         self.arguments = arguments
         self.side = side
         self.readout = readout
-        self.where = Rows((), (), encoder.special, encoder.packed is not None)
+        self.layout = PatchLayout((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
         self.points: dict[int, Point] = {}  # what the attention of each layer sees
@@ -77,8 +77,10 @@ class Encoding:
             return
         pictures = self._pictures(*states.shape[:2])
         groups = encoder_groups(pictures, states.device, self.readout)
-        self.where = Rows(groups, states.shape[:-1], self.encoder.special, self.where.packed)
-        if mask is None or self.where.packed or (hidden := hides(mask)) is None:
+        self.layout = PatchLayout(
+            groups, states.shape[:-1], self.encoder.special, self.layout.packed
+        )
+        if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
         visible = (~hidden).expand(len(pictures), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
@@ -110,17 +112,17 @@ class Encoding:
     @property
     def groups(self) -> Sequence[EncoderGroup]:
         """The images of the pass."""
-        return self.where.groups
+        return self.layout.groups
 
     @property
     def reduced(self) -> bool:
         """Whether any token has been removed."""
-        return self.where.now.order is not None
+        return self.layout.now.order is not None
 
     @property
     def order(self) -> Tensor | None:
         """Which of all rows each row of now is, ascending; `None` while all are there."""
-        return self.where.now.order
+        return self.layout.now.order
 
     def survivors(self) -> list[tuple[Shape, Kept]]:
         """For each image of the pass, its shape, and entry of each step -> (K) raster positions
@@ -170,7 +172,7 @@ class Encoding:
         self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
         step = planned.step
-        values = [self.where.take(hidden, number) for number in range(len(self.groups))]
+        values = [self.layout.take(hidden, number) for number in range(len(self.groups))]
         for number, of in enumerate(self.groups):
             if not self._drops(planned, of):
                 continue
@@ -190,7 +192,7 @@ class Encoding:
             values[number] = reduction.apply(x)
         # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
-        hidden = self.where.put(hidden, values, first)
+        hidden = self.layout.put(hidden, values, first)
         self._proportional |= step.proportional
         self._weigh(hidden)
         return hidden
@@ -203,8 +205,8 @@ class Encoding:
         self.bias = None
         if counts is not None:
             bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
-            self.bias = bias.flatten() if self.where.packed else bias[:, None, None]
-        if self.where.packed and (order := self.where.now.order) is not None:
+            self.bias = bias.flatten() if self.layout.packed else bias[:, None, None]
+        if self.layout.packed and (order := self.layout.now.order) is not None:
             self._told = PackedRows(order, self.bias)
 
     def counts(self, hidden: Tensor, *, merged: bool) -> Tensor | None:
@@ -222,11 +224,11 @@ class Encoding:
             torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
             for part, of in zip(parts, self.groups, strict=True)
         ]
-        return self.where.lay(ones, values)[..., 0]
+        return self.layout.lay(ones, values)[..., 0]
 
     def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer must be told, once tokens have been removed."""
-        if self.where.packed:
+        if self.layout.packed:
             return self._told.translate(kwargs)
         given = kwargs.get("attention_mask")
         if not self.encoder.masks_layers:
@@ -289,18 +291,18 @@ class Encoding:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
-        full = self.where.full_length(states, self.where.now, 0.0)
+        full = self.layout.full_length(states, self.layout.now, 0.0)
         return full[:, special:].transpose(1, 2)
 
     def _of(self, states: Tensor, of: EncoderGroup) -> Tensor:
         """(G, K, R D) of a group's tokens, from states of now."""
-        return self.where.take(states, self.groups.index(of))
+        return self.layout.take(states, self.groups.index(of))
 
     # -- the way out
 
     def whole(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        return self.where.full_length(states, self.where.now) if self.reduced else states
+        return self.layout.full_length(states, self.layout.now) if self.reduced else states
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""
@@ -314,8 +316,8 @@ class Encoding:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
                 states
-                if states is None or states is merged or (point := self.where.at(number)) is None
-                else self.where.full_length(states, point)
+                if states is None or states is merged or (point := self.layout.at(number)) is None
+                else self.layout.full_length(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
         if output.get("attentions"):
@@ -344,8 +346,8 @@ class Encoding:
         if point.order is None:
             return of
         if of.dim() != 4:
-            return self.where.full_length(of, point)
-        rows, total = self.where.rows_of(point), self.where.shape[-1]
+            return self.layout.full_length(of, point)
+        rows, total = self.layout.rows_of(point), self.layout.shape[-1]
         return spread(of, rows, rows, (total, total))
 
 

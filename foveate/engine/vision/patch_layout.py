@@ -1,4 +1,4 @@
-"""Rows: where the tokens of a pass lie among the rows of the encoder, at any point of the pass.
+"""Patch layout: where the tokens of a pass lie among the rows of the encoder, at any point of it.
 
 Images are rows of a batch, after special rows; or they lie in one sequence, whose order stays
 (windows are runs of it). Shapes: `G` images of a group, `V` tokens of each, `K` of them surviving,
@@ -33,7 +33,7 @@ class Point:
     unsort: Tensor | None = None
 
 
-class Rows:
+class PatchLayout:
     """Tokens and rows of one pass.
 
     Args:

@@ -187,8 +187,7 @@ class Encoding:
             reduce = functools.partial(planned.method.reduce, tokens)
             required = images.required
             reduction = reduce_around(reduce, count, required, images.count, ascending=False)
-            of.begin(planned)
-            of.reduce(reduction, planned.method_number)
+            of.reduce(reduction, planned)
             values[number] = reduction.apply(x)
         # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1

@@ -135,11 +135,11 @@ class Reduction:
         slot, share = self._segments(tokens)
         later_slot, later_share = after._segments(self.kept)
         target = slot.clamp(min=0)
-        gone = slot < 0
+        dropped = slot < 0
         return Reduction(
             index,
-            slot=later_slot.gather(1, target).masked_fill(gone, -1),
-            share=share * later_share.gather(1, target).masked_fill(gone, 0.0),
+            slot=later_slot.gather(1, target).masked_fill(dropped, -1),
+            share=share * later_share.gather(1, target).masked_fill(dropped, 0.0),
             valid=after.valid,
         )
 
@@ -177,21 +177,21 @@ class Reduction:
         """
         if self.weights is not None:
             seen = self.weights.masked_fill(hidden[:, None], 0.0)
-            total, left = self.weights.sum(-1, keepdim=True), seen.sum(-1, keepdim=True)
-            rest = seen * (total / left.masked_fill(left == 0, 1.0))
-            return replace(self, weights=torch.where(left == 0, self.weights, rest))
+            total, remaining = self.weights.sum(-1, keepdim=True), seen.sum(-1, keepdim=True)
+            rest = seen * (total / remaining.masked_fill(remaining == 0, 1.0))
+            return replace(self, weights=torch.where(remaining == 0, self.weights, rest))
         if self.slot is None or self.share is None:
             return self
         seen, into = self.share.masked_fill(hidden, 0.0), self.slot.clamp(min=0)
         dropped = self.slot < 0
-        total, left = (
+        total, remaining = (
             part.new_zeros(self.index.shape)
             .scatter_add(1, into, part.masked_fill(dropped, 0.0))
             .gather(1, into)
             for part in (self.share, seen)
         )
-        rest = seen * (total / left.masked_fill(left == 0, 1.0))
-        return replace(self, share=torch.where(left == 0, self.share, rest))
+        rest = seen * (total / remaining.masked_fill(remaining == 0, 1.0))
+        return replace(self, share=torch.where(remaining == 0, self.share, rest))
 
     def recover(self, y: Tensor, tokens: int, missing: Tensor | float = 0.0) -> Tensor:
         """Back to V rows: every token gets the value of the survivor that it went into.
@@ -207,8 +207,8 @@ class Reduction:
         """
         if self.weights is not None:
             spread = self._spread().to(y.dtype)
-            gone = (spread.sum(-1) == 0)[..., None]
-            return torch.where(gone, missing, torch.matmul(spread, y))
+            dropped = (spread.sum(-1) == 0)[..., None]
+            return torch.where(dropped, missing, torch.matmul(spread, y))
         slot, _ = self._segments(tokens)
         return torch.where((slot < 0)[..., None], missing, take_rows(y, slot.clamp(min=0)))
 

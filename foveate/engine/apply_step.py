@@ -29,7 +29,7 @@ def apply_step(
         group: the images.
         features: (G, V, D) of a group.
         signals: declared signals of a group.
-        unasked: members that are left alone.
+        unasked: members that the step does not touch.
 
     Returns:
         (group before, group after, reduction) for each part with equal counts; `None` where

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.engine.features import Encoded
+from foveate.engine.features import EncoderOutputInfo
 from foveate.families import Family
 from foveate.record.tiles import Placed, Tiling, in_picture, match_grid
 
@@ -32,7 +32,7 @@ class ImageBoxes:
         self,
         family: Family,
         modality: str,
-        encoded: Encoded,
+        encoded: EncoderOutputInfo,
         source: Sequence[int],
         visual: Tensor,
         ids: Tensor | None,
@@ -43,7 +43,7 @@ class ImageBoxes:
     def of(self, image: int) -> Placed:
         """Where an image of the forward is."""
         boxes = self._boxes(self.source[image])
-        first, tiling = self._pictures[image]
+        first, tiling = self._tilings[image]
         tile, count = image - first, tiling.tiles
         if count == 1:
             return Placed(boxes)
@@ -62,7 +62,7 @@ class ImageBoxes:
             for name, value in self.encoded.arguments.items()
         }
         shape = self.encoded.shapes[image]
-        # In a later turn arguments are those of the whole conversation, so count from the last.
+        # In a later turn arguments are those of all the conversation, so count from the last.
         number = image - len(self.encoded.shapes)
         boxes = self.family.boxes(self.modality, number, shape, arguments)
         if len(boxes) != shape.total:  # features from elsewhere, of something else
@@ -70,23 +70,23 @@ class ImageBoxes:
         return boxes
 
     @functools.cached_property
-    def _pictures(self) -> list[tuple[int, Tiling]]:
-        """For each image of the forward, the first image of its picture, and the picture."""
+    def _tilings(self) -> list[tuple[int, Tiling]]:
+        """For each image of the forward, the first tile of what the user passed, and its tiling."""
         rows: dict[int, list[tuple[int, int]]] = {}
         where, start = self.visual.nonzero().tolist(), 0
         for image in self.source:
             stop = start + self.encoded.shapes[image].total
             rows.setdefault(where[start][0], []).append((where[start][1], where[stop - 1][1] + 1))
             start = stop
-        pictures: list[tuple[int, Tiling]] = []
+        tilings: list[tuple[int, Tiling]] = []
         for row, spans in rows.items():
             ids = None if self.ids is None else self.ids[row].tolist()
             for tiling in self.family.pictures(ids, spans):
-                pictures += [(len(pictures), tiling)] * tiling.tiles
-        return pictures
+                tilings += [(len(tilings), tiling)] * tiling.tiles
+        return tilings
 
     def _grid(self, first: int, tiling: Tiling) -> tuple[int, int] | None:
-        """(rows, columns) of a picture's tiles: what the prompt says, or else their pixels."""
+        """(rows, columns) of an image's tiles: what the prompt says, or else their pixels."""
         pixels = self.encoded.pixels
         if tiling.grid is not None or pixels is None or pixels.dim() != 4:  # padded with tiles
             return tiling.grid

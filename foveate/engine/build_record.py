@@ -7,7 +7,7 @@ from typing import Any
 
 from foveate.engine import features
 from foveate.engine.cache import slots_held
-from foveate.engine.features import Encoded
+from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags
 from foveate.engine.vision.hooks import VisionPart
@@ -59,7 +59,7 @@ def describe(
     )
 
 
-def _without_text(forward: ForwardPass, known: Iterable[Encoded]) -> list[str]:
+def _without_text(forward: ForwardPass, known: Iterable[EncoderOutputInfo]) -> list[str]:
     """That methods which rank by the text after an image found none."""
     rows = {row for of in known for row in of.without_text}
     rows.update(forward.decoder_signals.columns.without_text)

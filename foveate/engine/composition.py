@@ -105,7 +105,7 @@ def _removes(planned: PlannedStep) -> bool:
         return True
     try:
         sizes = (2**power for power in range(16))
-        return any(method.count(n, n, planned.step, planned.number) < n for n in sizes)
+        return any(planned.count(n, n) < n for n in sizes)
     except BudgetError:  # too few tokens for it
         return True
 

@@ -162,7 +162,7 @@ class FeatureHooks:
             self._local.given = args[0]
 
     def _mark(self, modality: str, output: Any) -> None:
-        """Run the pre_llm steps on encoder output, and mark what is gone, once."""
+        """Run the pre_llm steps on encoder output, and mark what is dropped, once."""
         local = self._local
         visual = local.now.visual.get(modality)
         if visual is None:  # `generate` encodes before it calls the model

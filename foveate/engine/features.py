@@ -16,14 +16,15 @@ from foveate.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Encoded:
+class EncoderOutputInfo:
     """What is known of the images of an encoder output besides their features.
 
     Args:
         shapes: tokens, grid and frames of each image.
         signals: (signal, encoder layer) -> (C, V) of each image.
         pixels: what the encoder was fed.
-        kept: site inside the encoder -> (K) positions of each image alive behind it, ascending.
+        kept: entry of each step inside the encoder -> (K) positions of each image that survive it,
+            ascending.
         arguments: those that say where tokens lie (`Family.placed_by`).
         projector: what makes tokens one by one, if methods merge before it.
         unprojected: (V, C) what it is given for each image.
@@ -53,7 +54,7 @@ class Encoded:
         return [shape.total for shape in self.shapes]
 
     def kept_of(self, image: int) -> dict[str, Tensor]:
-        """Site inside the encoder -> (K) raster positions of an image alive behind it."""
+        """Entry of each step inside the encoder -> (K) raster positions of an image after it."""
         return {site: kept[image] for site, kept in self.kept.items()}
 
     def surviving(self, images: Sequence[int]) -> list[Tensor] | None:
@@ -69,7 +70,7 @@ def _tagged(kind: Any) -> Any:
     )
 
 
-def tag(output: Any, encoded: Encoded) -> None:
+def tag(output: Any, encoded: EncoderOutputInfo) -> None:
     """Make an encoder output carry what is known of its images.
 
     The class survives whatever `generate` does to the output; the attributes are lost when chunked

@@ -157,7 +157,7 @@ def _spans(of: ModalityImages) -> list[_Span]:
 
 
 def _check_marks(state: ImageState, index: Tensor, shape: Shape) -> None:
-    """Refuse an image of which fewer tokens arrive than its steps have left."""
+    """Refuse an image of which fewer tokens arrive than survived its steps."""
     if len(index) != state.count:
         raise InputError(
             f"{state.count - len(index)} visual tokens of an image of {shape.total} hold NaN, "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -76,32 +77,32 @@ class ImageGroup:
     valid: Tensor | None = None
     _by_count: dict[tuple[int, int], dict[int, list[int]]] = field(default_factory=dict, init=False)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """Surviving tokens of each image, V."""
         return self.index.shape[1]
 
-    @property
+    @cached_property
     def dropped(self) -> int:
         """Tokens that each image has lost."""
         return self.shape.total - self.count
 
-    @property
+    @cached_property
     def numbers(self) -> tuple[int, ...]:
         """Number of each image."""
         return tuple(image.number for image in self.images)
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, ...]:
         """Row of the batch of each image."""
         return tuple(image.row for image in self.images)
 
-    @property
+    @cached_property
     def ends(self) -> tuple[int, ...]:
         """Logical position of the last token of each image."""
         return tuple(image.end for image in self.images)
 
-    @property
+    @cached_property
     def required(self) -> Tensor | None:
         """(G) which surviving token may not be removed, -1 for none; `None` if no image has one."""
         if all(image.required < 0 for image in self.images):

@@ -26,7 +26,8 @@ class PromptContext:
         source: which image of the encoder each image is.
         question: the text after the images, and its (B, Q, D) embeddings.
         clip: what is asked, as CLIP embeds it.
-        labelled: whether labels say what is asked; images of which nothing is are then left alone.
+        labelled: whether labels say what is asked; images about which nothing is asked then stay as
+            they are.
     """
 
     images: Sequence[Image]
@@ -65,7 +66,7 @@ class PromptContext:
         question, embeds = self.question
         following = self._following()
         nexts = [following[place] for place in zip(part.rows, part.ends, strict=True)]
-        rows, ends, behind = (
+        rows, ends, after = (
             torch.tensor(values, device=embeds.device) for values in (part.rows, part.ends, nexts)
         )
         mask = question.mask(rows, ends)
@@ -76,7 +77,7 @@ class PromptContext:
                 "image, and the prompt ends in a visual token that is encoded apart from it; put "
                 "text after the image, or use a method that does not look at the prompt"
             )
-        return text, mask, question.paired(rows, ends, behind)
+        return text, mask, question.paired(rows, ends, after)
 
     def _following(self) -> dict[tuple[int, int], int]:
         """(row, end) of an image -> end of the next one in its row."""

@@ -115,7 +115,7 @@ def reduce_around(
 
 def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup, Reduction]]:
     """A reduction of a group, in parts of equal counts, without the loss of what a next token is
-    read from: also where nothing at all would be left.
+    read from: also where no token at all would survive.
     """
     at = group.required
     if at is None or reduction.kept:
@@ -189,7 +189,7 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
 
 
 def _last(reduction: Reduction, at: Tensor, total: int) -> Reduction:
-    """The same survivors, those that must survive behind all others."""
+    """The same survivors, those that must survive after all others."""
     order = (reduction.index == at[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
     index = reduction.index.gather(1, order)
     label = None if reduction.label is None else reduction.label.gather(1, order)

@@ -18,7 +18,7 @@ from torch import Tensor
 from foveate.core import Need, Reduction
 from foveate.core.reduction import take_rows
 from foveate.engine.apply_step import apply_step
-from foveate.engine.features import Encoded, feature_rows
+from foveate.engine.features import EncoderOutputInfo, feature_rows
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt_context import PromptContext
@@ -29,7 +29,7 @@ from foveate.signals import SIGNALS, PromptSignal
 def mark(
     output: Any, plan: Plan, prompt: PromptContext, deliver: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Run all pre_llm steps on what the encoder has left, in place and once.
+    """Run all pre_llm steps on the tokens that survive the encoder, in place and once.
 
     Args:
         output: tagged output; its features, and DeepStack planes if it has them, get their removed
@@ -44,7 +44,7 @@ def mark(
     output.marked = True
     if not plan.marks:
         return
-    encoded: Encoded = output.encoded
+    encoded: EncoderOutputInfo = output.encoded
     shapes = [encoded.shapes[i] for i in source]
     lengths = [shape.total for shape in shapes]
     sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
@@ -54,29 +54,31 @@ def mark(
         images.append([encoded.unprojected[i] for i in source])
     device, surviving = rows_of_sheets[0].device, encoded.surviving(source)
     groups = group_images(prompt.images, shapes, device, surviving)
-    living = [_Living(group, [_of_group(sheet, group) for sheet in images]) for group in groups]
+    current = [
+        _FeatureGroup(group, [_of_group(sheet, group) for sheet in images]) for group in groups
+    ]
     projected: list[int] = []
     again = replace(encoded, projector=_noting(encoded, projected))
     for planned in plan.pre_llm:
-        living = [
-            after for before in living for after in _step(planned, before, again, prompt, deliver)
+        current = [
+            after for before in current for after in _step(planned, before, again, prompt, deliver)
         ]
-    states = _states([after.group for after in living])
+    states = _states([after.group for after in current])
     without = prompt.without_text if plan.asks_embeddings else ()
     output.encoded = replace(
         encoded, states=states, unprojected=(), projected=sum(projected), without_text=without
     )
     fewer = sum(state.count for state in states) < sum(lengths)
-    if fewer or any(after.changed for after in living):  # a merge may leave as many as it found
-        marked = _marked(rows_of_sheets, living, lengths)
+    if fewer or any(after.changed for after in current):  # a merge may keep the count
+        marked = _marked(rows_of_sheets, current, lengths)
         output.pooler_output, *planes = map(_like, sheets, marked)
         if planes:
             output.deepstack_features = planes
 
 
 @dataclass(frozen=True, eq=False)
-class _Living:
-    """The living tokens of a group of images.
+class _FeatureGroup:
+    """A group of images and the features of their surviving tokens.
 
     Args:
         group: the images.
@@ -116,22 +118,22 @@ def _states(groups: Sequence[ImageGroup]) -> list[ImageState]:
 
 
 def _marked(
-    sheets: Sequence[Tensor], living: Sequence[_Living], lengths: Sequence[int]
+    sheets: Sequence[Tensor], groups: Sequence[_FeatureGroup], lengths: Sequence[int]
 ) -> list[Tensor]:
-    """Sheets (N, D) of all images that hold the living tokens, and else NaN."""
+    """Sheets (N, D) of all images that hold the surviving tokens, and else NaN."""
     starts = torch.tensor([0, *accumulate(lengths)], device=sheets[0].device)
     rows = [
-        each.group.index.sort().values + starts[list(each.group.numbers), None] for each in living
+        each.group.index.sort().values + starts[list(each.group.numbers), None] for each in groups
     ]
     where = torch.cat([row.flatten() for row in rows])
     marked = []
     for number, sheet in enumerate(sheets):
-        values = torch.cat([each.sheets[number].flatten(0, 1) for each in living])
+        values = torch.cat([each.sheets[number].flatten(0, 1) for each in groups])
         marked.append(torch.full_like(sheet, torch.nan).index_copy(0, where, values))
     return marked
 
 
-def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | None:
+def _noting(encoded: EncoderOutputInfo, rows: list[int]) -> Callable[[Tensor], Tensor] | None:
     """The projector, if methods merge before it, which notes how many rows it is given."""
     projector = encoded.projector
     if projector is None:
@@ -147,16 +149,16 @@ def _noting(encoded: Encoded, rows: list[int]) -> Callable[[Tensor], Tensor] | N
 
 def _step(
     planned: PlannedStep,
-    living: _Living,
-    encoded: Encoded,
+    of: _FeatureGroup,
+    encoded: EncoderOutputInfo,
     prompt: PromptContext,
     deliver: Callable[[str, Tensor], Tensor],
-) -> list[_Living]:
-    """What one step leaves of a group."""
+) -> list[_FeatureGroup]:
+    """What one step makes of a group."""
     needs = planned.step.needs
 
     def features(part: ImageGroup) -> Tensor:
-        return living.pick(part)[0]
+        return of.pick(part)[0]
 
     def signals(part: ImageGroup) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -169,13 +171,13 @@ def _step(
                 found[need.name] = deliver(need.name, _signal(need, encoded, prompt.source, part))
         return found
 
-    unasked = prompt.unasked(needs, living.group)
-    parts = apply_step(planned, living.group, features, signals, unasked)
+    unasked = prompt.unasked(needs, of.group)
+    parts = apply_step(planned, of.group, features, signals, unasked)
     return [
-        _Living(
+        _FeatureGroup(
             after,
-            _apply(planned, reduction, living.pick(part), encoded.projector),
-            living.changed or reduction is not None,
+            _apply(planned, reduction, of.pick(part), encoded.projector),
+            of.changed or reduction is not None,
         )
         for part, after, reduction in parts
     ]
@@ -190,11 +192,11 @@ def _apply(
         planned: the step.
         reduction: what it made; `None` if nothing is removed.
         sheets: the features first; with a projector, what that was given last, which is NaN where
-            it cannot be told and has no columns once something has been merged behind it.
-        projector: as in `Encoded`.
+            it cannot be told and has no columns once something has been merged after it.
+        projector: as in `EncoderOutputInfo`.
 
     Raises:
-        LayerError: the step merges before the projector what was merged behind it.
+        LayerError: the step merges before the projector what was merged after it.
     """
     if reduction is None:
         return sheets
@@ -216,8 +218,10 @@ def _apply(
     return made
 
 
-def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: ImageGroup) -> Tensor:
-    """(G, L, C, V) of a group, at the tokens alive."""
+def _signal(
+    need: Need, encoded: EncoderOutputInfo, source: Sequence[int], part: ImageGroup
+) -> Tensor:
+    """(G, L, C, V) of a group, at its surviving tokens."""
     images = [
         [encoded.signals[need.name, layer][source[i]] for layer in need.layers]
         for i in part.numbers
@@ -228,7 +232,7 @@ def _signal(need: Need, encoded: Encoded, source: Sequence[int], part: ImageGrou
 
 
 def _of_group(sheet: Sequence[Tensor], group: ImageGroup) -> Tensor:
-    """(G, K, D) of what is alive of a group; a view where it is one whole image."""
+    """(G, K, D) of the surviving tokens of a group; a view where it is one unpruned image."""
     one = len(group.images) == 1
     x = sheet[group.numbers[0]][None] if one else torch.stack([sheet[i] for i in group.numbers])
     return x if not group.dropped else take_rows(x, group.index)

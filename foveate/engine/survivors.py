@@ -1,4 +1,4 @@
-"""Survivors: which visual tokens of the language model are alive behind the encoder."""
+"""Survivors: which visual tokens of the language model survive the encoder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def survivors(
     lengths: Sequence[int],
     arguments: Mapping[str, Any],
 ) -> dict[str, Sequence[Tensor]]:
-    """Place -> (K) positions of each image's visual tokens alive behind it, ascending.
+    """Entry of each step -> (K) positions of each image's visual tokens that survive it,
+    ascending.
 
     Args:
         family: the model.
@@ -36,18 +37,18 @@ def survivors(
     found: dict[str, list[Tensor]] = defaultdict(list)
     for encoding in passes:
         for shape, kept in encoding.survivors():
-            for site, index in kept.items():
-                alive = torch.zeros(shape.total, dtype=torch.bool, device=index.device)
-                found[site].append(alive.index_fill(0, index, True))
+            for entry, index in kept.items():
+                survives = torch.zeros(shape.total, dtype=torch.bool, device=index.device)
+                found[entry].append(survives.index_fill(0, index, True))
     result: dict[str, Sequence[Tensor]] = {}
-    for site, pictures in found.items():
-        tokens = torch.cat(list(family.follow(modality, pictures, arguments)))
+    for entry, images in found.items():
+        tokens = torch.cat(list(family.follow(modality, images, arguments)))
         if len(tokens) != sum(lengths):
             raise UnsupportedModelError(
-                f"the encoder of this {family.model_type} saw {len(pictures)} pictures of "
+                f"the encoder of this {family.model_type} saw {len(images)} images of "
                 f"{len(tokens)} visual tokens, but the language model is given {sum(lengths)}, so "
                 "that what was removed inside the encoder cannot be followed; use a pre_llm or "
                 "llm method"
             )
-        result[site] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
+        result[entry] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
     return result

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
 from foveate.engine import features
-from foveate.engine.features import Encoded
+from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
 from foveate.engine.planning import working_methods
@@ -79,7 +79,7 @@ class Tags:
         pixels = arguments.get("pixel_values") if modality == "image" else None
         if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
             pixels = pixels.flatten(0, 1)  # tiles of all samples
-        if pixels is not None and len(pixels) != len(lengths):  # patches, not pictures
+        if pixels is not None and len(pixels) != len(lengths):  # patches, not images
             pixels = None
         signals = {
             (name, layer): self._per_token(modality, lengths, name, row, arguments)
@@ -88,7 +88,7 @@ class Tags:
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         fed = {} if made_outside else of_shapes(self.family.fed(arguments))
-        encoded = Encoded(shapes, signals, pixels, kept, placed, fed=fed)
+        encoded = EncoderOutputInfo(shapes, signals, pixels, kept, placed, fed=fed)
         projector = self.family.projector(modality)
         if projector is not None and given is not None:
             unprojected = self.family.unprojected(modality, given, lengths, arguments)

@@ -21,11 +21,11 @@ from foveate.record.record import ImageRecord, Record
 
 
 def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """What an image processor makes of blank pictures, with shapes of floating-point tensors only.
+    """What an image processor makes of blank images, with shapes of floating-point tensors only.
 
     Args:
         processor: the image processor.
-        images: how many pictures.
+        images: how many.
         size: width and height of each.
     """
     blank = Image.new("RGB", size, (127, 127, 127))
@@ -37,16 +37,16 @@ def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
 def planned(
     family: Family, plan: Plan, arguments: Mapping[str, Any], text_tokens: int = 64
 ) -> Record:
-    """The record of one prompt, as it would be if every step left what it promises.
+    """The record of one prompt, as it would be if every step kept what it promises.
 
     Args:
         family: the model, whose weights are not looked at.
         plan: methods on it. Of an adaptive method, `keep` decides; without one, all tokens stay.
         arguments: what image features are made from, as `fed` gives them.
-        text_tokens: of the prompt; all count as behind the images.
+        text_tokens: of the prompt; all count as after the images.
 
     Raises:
-        UnsupportedModelError: a step acts inside an encoder in which pictures differ in size.
+        UnsupportedModelError: a step acts inside an encoder in which images differ in size.
     """
     traced = trace(family, "image", arguments)
     shapes = traced.shapes
@@ -97,7 +97,7 @@ class _Stream:
         return sum(image.tokens for image in self.images)
 
     def act(self, step: PlannedStep) -> None:
-        """Leave of each image what a step promises."""
+        """Keep of each image what a step promises."""
         for image, shape, kept in zip(self.images, self.shapes, self.kept, strict=True):
             if not (isinstance(step.method, VideoMethod) and shape.frames == 1):
                 image.take(step.method, step.step, step.number, step.method_number)
@@ -109,9 +109,9 @@ class _Stream:
 def _held(
     family: Family, plan: Plan, layer_tokens: Sequence[Sequence[int]], text_tokens: int
 ) -> list[int]:
-    """Slots that caches hold: what layers saw, less what they forget, within windows.
+    """Slots that caches hold: what layers saw, less what they evict, within windows.
 
-    Which tokens of a window are forgotten depends on the tokens; counted is the most that may stay.
+    Which tokens of a window are evicted depends on the tokens; counted is the most that may stay.
     """
     slots = [tokens[0] for tokens in layer_tokens]
     for step in (s.step for s in plan.llm if "evict_cache" in s.step.effects):

@@ -154,7 +154,7 @@ def _oracle(method: Method, model: Any) -> None:
 
 
 def check_oracle(methods: Sequence[Method], model: Any) -> None:
-    """Compare methods, one behind the other, with the model at full length.
+    """Compare methods, one after the other, with the model at full length.
 
     Args:
         methods: in stream order.
@@ -183,14 +183,14 @@ def check_oracle(methods: Sequence[Method], model: Any) -> None:
     if model.config.model_type != "llava" and any(p.startswith("vision") for _, p, _ in log):
         raise _SkipError("the oracle of the encoder knows CLIP only")
     prompt = inputs["input_ids"].shape[1]
-    whole = {**inputs, "input_ids": out.sequences[:, :-1]}
-    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
-    if "mm_token_type_ids" in whole:
-        whole["mm_token_type_ids"] = (whole["input_ids"] == model.config.image_token_id).int()
-    states = Row(model, whole).run(log, inputs.get("pixel_values"))
+    full = {**inputs, "input_ids": out.sequences[:, :-1]}
+    full["attention_mask"] = torch.ones_like(full["input_ids"])
+    if "mm_token_type_ids" in full:
+        full["mm_token_type_ids"] = (full["input_ids"] == model.config.image_token_id).int()
+    states = Row(model, full).run(log, inputs.get("pixel_values"))
     want = model.lm_head(states[prompt - 1 :])
     got = torch.cat(out.logits)
-    bare = _logits(model, whole)[0, prompt - 1 :]
+    bare = _logits(model, full)[0, prompt - 1 :]
     error, effect = _distance(got, want), _distance(got, bare)
     assert error <= TOLERANCE, f"logits are {error:.1e} from the oracle's"
     assert effect > 10 * TOLERANCE, "removing tokens changed nothing, so that nothing was checked"
@@ -215,7 +215,7 @@ def _degenerate(method: Method, model: Any) -> None:
     inputs = models.prompts(model, [(4, 5)])
     total = int((inputs["input_ids"] == model.config.image_token_id).sum())
     black = {**inputs, "pixel_values": torch.zeros_like(inputs["pixel_values"])}
-    cases: list[tuple[str, Method, dict[str, Any]]] = [("a black picture", method, black)]
+    cases: list[tuple[str, Method, dict[str, Any]]] = [("a black image", method, black)]
     for name, value in (("features that are all alike", 0.5), ("features of zero", 0.0)):
         same = torch.full((total, model.config.text_config.hidden_size), value)
         given = {n: v for n, v in inputs.items() if n != "pixel_values"}
@@ -241,7 +241,7 @@ def _degenerate(method: Method, model: Any) -> None:
 
 
 def _removal(method: Method, model: Any) -> None:
-    """Nothing is left behind, and the same input gives the same output again."""
+    """Nothing remains attached, and the same input gives the same output again."""
     inputs = models.prompts(model, [(4, 5)])
     bare = _logits(model, inputs)
     with use(model, method):

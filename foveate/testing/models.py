@@ -56,8 +56,8 @@ def prompts(model: Any, rows: Sequence[Sequence[int]], seed: int = 0) -> dict[st
     for pieces in rows:
         ids: list[int] = []
         for number, length in enumerate(pieces):
-            picture = [config.image_token_id] * count
-            ids += ([122, *picture, 123] if moving else picture) if number else []
+            image = [config.image_token_id] * count
+            ids += ([122, *image, 123] if moving else image) if number else []
             ids += torch.randint(5, 60, (length,), generator=generator).tolist()
         sequences.append(ids)
     width = max(map(len, sequences))
@@ -75,7 +75,7 @@ def prompts(model: Any, rows: Sequence[Sequence[int]], seed: int = 0) -> dict[st
 
 
 def pixels(model: Any, images: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random pictures."""
+    """Random images."""
     if model.config.model_type == "qwen2_vl":
         vision = model.config.vision_config
         patch = 3 * vision.temporal_patch_size * vision.patch_size**2

@@ -56,7 +56,7 @@ class Row:
         self.model, self.family = model, find_family(model)
         self.ids = inputs["input_ids"][0]
         self.columns = (self.ids == self.family.placeholder_ids["image"]).nonzero()[:, 0]
-        self.alive = torch.ones(len(self.ids), dtype=torch.bool)
+        self.surviving = torch.ones(len(self.ids), dtype=torch.bool)
         self.shift = torch.zeros(len(self.ids), dtype=torch.long)
         self.states: Tensor = torch.empty(0)
         self.given: list[dict[str, Any]] = []
@@ -91,24 +91,24 @@ class Row:
                 positions = given["position_ids"] - self.shift
                 given["position_embeddings"] = self.family.rotary(self.states, positions, number)
             order = torch.arange(len(self.ids))
-            seen = (order <= order[:, None]) & self.alive
+            seen = (order <= order[:, None]) & self.surviving
             lost = torch.finfo(self.states.dtype).min
             given["attention_mask"] = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, lost)
             self.states = layer(self.states, **given)
         return self.family.text.norm(self.states)[0]
 
     def _enter(self, index: Tensor, rows: Tensor, method: Method) -> None:
-        """Begin with what the encoder has left: (K) positions and their (1, K, C) rows."""
+        """Begin with the survivors of the encoder: (K) positions and their (1, K, C) rows."""
         self._keep(self.columns[index], method)
         self.unprojected = [rows]
         self.states[0, self.columns] = self.family.base.multi_modal_projector(rows)[0]
 
-    def _reduce(self, method: Method, place: str, reduction: Reduction) -> None:
+    def _reduce(self, method: Method, site: str, reduction: Reduction) -> None:
         made = reduction.apply(self.states[:, self.columns])[0]
         if self.unprojected:
             rows = self.unprojected[0]
             self.unprojected = [reduction.apply(rows.reshape(1, -1, rows.shape[-1]))]
-            if any(s.site == place and s.before_projector for s in method.steps(self.family)):
+            if any(s.site == site and s.before_projector for s in method.steps(self.family)):
                 altered = reduction.altered(len(self.columns))[0]
                 made[altered] = self.family.projector("image")(self.unprojected[0])[0][altered]
         kept = self.columns[reduction.index[0]]
@@ -119,13 +119,13 @@ class Row:
         self.states[0, self.columns] = made
 
     def _keep(self, kept: Tensor, method: Method) -> None:
-        gone = torch.zeros_like(self.shift)
-        gone[self.columns] = 1
-        gone[kept] = 0
-        self.alive &= gone == 0
+        dropped = torch.zeros_like(self.shift)
+        dropped[self.columns] = 1
+        dropped[kept] = 0
+        self.surviving &= dropped == 0
         self.columns = kept
         if method.positions_on(self.family) == "renumbered":
-            self.shift = self.shift + gone.cumsum(0) - gone
+            self.shift = self.shift + dropped.cumsum(0) - dropped
 
 
 @contextmanager
@@ -147,7 +147,7 @@ def _watched(layers: Sequence[Any], row: Row) -> Iterator[None]:
 
 @torch.no_grad()
 def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]:
-    """(K) patches that are left of an image, ascending, and (1, K, C) what the projector is given.
+    """(K) surviving patches of an image, ascending, and (1, K, C) what the projector is given.
 
     The CLIP encoder at full length: survivors stand at the rows of a source, dropped rows are
     hidden, and where a method wants it merged rows count as often as they have sources.
@@ -162,14 +162,14 @@ def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]
     family.base.get_image_features(pixels)
     hook.remove()
     states, special = caught[0].clone(), encoder.special
-    rows = torch.arange(special, states.shape[1])  # where the living stand
+    rows = torch.arange(special, states.shape[1])  # where the survivors stand
     sizes = torch.ones(len(rows))
     steps = {s.site: s for method, _, _ in log for s in method.steps(family)}
 
     def reduce(number: int, inside: bool) -> None:
         nonlocal rows, sizes
-        for _, place, made in log:
-            if place == f"vision:{number}" and steps[place].inside == inside:
+        for _, site, made in log:
+            if site == f"vision:{number}" and steps[site].inside == inside:
                 values = made.apply(states[:, rows])
                 sizes = (made.matrix(len(rows))[0] > 0).float() @ sizes if made.merges else sizes
                 sizes = sizes if made.merges else sizes[made.index[0]]

@@ -49,17 +49,15 @@ class EncoderGroup:
         (count,) = self.images.by_count(planned)
         return count
 
-    def reduce(self, reduction: Reduction, method: int) -> None:
-        """Reduce the surviving tokens, as the method of a number wants."""
+    def reduce(self, reduction: Reduction, planned: PlannedStep) -> None:
+        """Reduce the surviving tokens, as a step wants."""
         layout = self.layout
         self.layout = reduction if layout is None else layout.then(reduction, self.total)
         merges = self.images.merged is not None or reduction.merges
         merged = self.layout.sizes(self.total) if merges else None
-        self.images = replace(self.images.reduced(reduction, method), merged=merged)
-
-    def begin(self, planned: PlannedStep) -> None:
-        """Note where the method of a step begins."""
-        self.images = self.images.begun(planned.method_number)
+        images = self.images.begun(planned.method_number)
+        images = images.reduced(reduction, planned.method_number)
+        self.images = replace(images, merged=merged)
 
     def note(self, planned: PlannedStep) -> None:
         """Note what survives a step."""

@@ -1,11 +1,10 @@
-"""Encoding: the state of one pass through a vision encoder; gone when it ends.
+"""Encoding: the state of one pass through a vision encoder, which ends with the pass.
 
-Pictures of a pass are the rows of a batch, and then all have the same number of tokens, and lose
-the same number of them or are filled up with tokens that nobody attends to; or they lie behind one
-another in one sequence, and each kind of them has counts of its own. Shapes: `G` pictures of a
-group, `S` special rows before the patches, `V` visual tokens of a picture, `K` of them alive, `R`
-rows of a token, `D` hidden, `H` heads; `N` rows of one picture of a batch, or of the whole
-sequence.
+The images of a pass may be the rows of a batch. Then all have equally many tokens, and lose equally
+many or are padded with tokens to which nothing attends. Or they follow one another in one sequence,
+and each group of them has counts of its own. Shapes: `G` images of a group, `S` special rows before
+the patches, `V` visual tokens of an image, `K` of them surviving, `R` rows of a token, `D` hidden,
+`H` heads; `N` rows of one image of a batch, or of all the sequence.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups
-from foveate.engine.vision.rows import Point, Rows
+from foveate.engine.vision.patch_layout import PatchLayout, Point
 from foveate.engine.vision.segments import PackedRows
 from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
@@ -34,14 +33,14 @@ from foveate.signals.encoder_hooks import hides, signal_of
 
 
 class Encoding:
-    """One pass: what is alive at each layer, and how to get back to full length.
+    """One pass: what survives at each layer, and how to get back to full length.
 
     Args:
         family: for the grid of an image.
         encoder: the encoder.
         arguments: what its tower was called with.
         side: side of a visual token in patches.
-        readout: numbers, among the tokens of all pictures, of those that may not be removed.
+        readout: numbers, among the tokens of all images, of those that may not be removed.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Encoding:
         self.arguments = arguments
         self.side = side
         self.readout = readout
-        self.where = Rows((), (), encoder.special, encoder.packed is not None)
+        self.layout = PatchLayout((), (), encoder.special, encoder.packed is not None)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
         self.points: dict[int, Point] = {}  # what the attention of each layer sees
@@ -68,7 +67,7 @@ class Encoding:
     # -- what there is
 
     def see(self, states: Tensor, mask: Tensor | None = None) -> None:
-        """Learn the pictures from (B, S + V R, D) or (N, D) states at full length.
+        """Learn the images from (B, S + V R, D) or (N, D) states at full length.
 
         Args:
             states: the states.
@@ -78,14 +77,16 @@ class Encoding:
             return
         pictures = self._pictures(*states.shape[:2])
         groups = encoder_groups(pictures, states.device, self.readout)
-        self.where = Rows(groups, states.shape[:-1], self.encoder.special, self.where.packed)
-        if mask is None or self.where.packed or (hidden := hides(mask)) is None:
+        self.layout = PatchLayout(
+            groups, states.shape[:-1], self.encoder.special, self.layout.packed
+        )
+        if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
         visible = (~hidden).expand(len(pictures), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
 
     def _pictures(self, images: int, length: int) -> list[Picture]:
-        """The pictures of a sequence, or `images` of `length` rows each."""
+        """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
         special = self.encoder.special
@@ -94,7 +95,7 @@ class Encoding:
         return [Picture(tokens, rows + n * length) for n in range(images)]
 
     def _patches(self, count: int) -> tuple[int, int]:
-        """(height, width) of a picture's patches."""
+        """(height, width) of an image's patches."""
         patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.pixels
         if pixels is not None and pixels.dim() == 4:
             sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
@@ -111,17 +112,17 @@ class Encoding:
     @property
     def groups(self) -> Sequence[EncoderGroup]:
         """The images of the pass."""
-        return self.where.groups
+        return self.layout.groups
 
     @property
     def reduced(self) -> bool:
         """Whether any token has been removed."""
-        return self.where.now.order is not None
+        return self.layout.now.order is not None
 
     @property
     def order(self) -> Tensor | None:
         """Which of all rows each row of now is, ascending; `None` while all are there."""
-        return self.where.now.order
+        return self.layout.now.order
 
     def survivors(self) -> list[tuple[Shape, Kept]]:
         """For each image of the pass, its shape, and entry of each step -> (K) raster positions
@@ -171,7 +172,7 @@ class Encoding:
         self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
         step = planned.step
-        values = [self.where.take(hidden, number) for number in range(len(self.groups))]
+        values = [self.layout.take(hidden, number) for number in range(len(self.groups))]
         for number, of in enumerate(self.groups):
             if not self._drops(planned, of):
                 continue
@@ -186,12 +187,11 @@ class Encoding:
             reduce = functools.partial(planned.method.reduce, tokens)
             required = images.required
             reduction = reduce_around(reduce, count, required, images.count, ascending=False)
-            of.begin(planned)
-            of.reduce(reduction, planned.method_number)
+            of.reduce(reduction, planned)
             values[number] = reduction.apply(x)
-        # The first hidden state is captured behind the steps before layer 0.
+        # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
-        hidden = self.where.put(hidden, values, first)
+        hidden = self.layout.put(hidden, values, first)
         self._proportional |= "proportional" in step.effects
         self._weigh(hidden)
         return hidden
@@ -204,8 +204,8 @@ class Encoding:
         self.bias = None
         if counts is not None:
             bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
-            self.bias = bias.flatten() if self.where.packed else bias[:, None, None]
-        if self.where.packed and (order := self.where.now.order) is not None:
+            self.bias = bias.flatten() if self.layout.packed else bias[:, None, None]
+        if self.layout.packed and (order := self.layout.now.order) is not None:
             self._told = PackedRows(order, self.bias)
 
     def counts(self, hidden: Tensor, *, merged: bool) -> Tensor | None:
@@ -223,11 +223,11 @@ class Encoding:
             torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
             for part, of in zip(parts, self.groups, strict=True)
         ]
-        return self.where.lay(ones, values)[..., 0]
+        return self.layout.lay(ones, values)[..., 0]
 
     def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer must be told, once tokens have been removed."""
-        if self.where.packed:
+        if self.layout.packed:
             return self._told.translate(kwargs)
         given = kwargs.get("attention_mask")
         if not self.encoder.masks_layers:
@@ -267,7 +267,7 @@ class Encoding:
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
         query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-        if self.encoder.projections != ("q_proj", "k_proj"):  # norms behind them
+        if self.encoder.projections != ("q_proj", "k_proj"):  # norms after them
             query, key = (
                 getattr(attention, name)(part)
                 for name, part in zip(self.encoder.projections, (query, key), strict=True)
@@ -283,32 +283,32 @@ class Encoding:
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
 
     def at_tokens(self, row: Tensor, of: EncoderGroup) -> Tensor:
-        """(G, C, K) of a group's tokens alive, from (B, C, V R) as `widen` gives it: the mean of a
-        token's rows.
+        """(G, C, K) of a group's surviving tokens, from (B, C, V R) as `widen` gives it: the mean
+        of a token's rows.
         """
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
         return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
-        """(B, H, V R) of a signal (B, H, K R) of the rows alive: each row has that of the survivor
-        that its token went into.
+        """(B, H, V R) of a signal (B, H, K R) of the surviving rows: each row has that of the
+        survivor that its token went into.
         """
         if not self.reduced:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
-        whole = self.where.whole(states, self.where.now, 0.0)
-        return whole[:, special:].transpose(1, 2)
+        full = self.layout.full_length(states, self.layout.now, 0.0)
+        return full[:, special:].transpose(1, 2)
 
     def _of(self, states: Tensor, of: EncoderGroup) -> Tensor:
         """(G, K, R D) of a group's tokens, from states of now."""
-        return self.where.take(states, self.groups.index(of))
+        return self.layout.take(states, self.groups.index(of))
 
     # -- the way out
 
     def whole(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        return self.where.whole(states, self.where.now) if self.reduced else states
+        return self.layout.full_length(states, self.layout.now) if self.reduced else states
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""
@@ -322,8 +322,8 @@ class Encoding:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
                 states
-                if states is None or states is merged or (point := self.where.at(number)) is None
-                else self.where.whole(states, point)
+                if states is None or states is merged or (point := self.layout.at(number)) is None
+                else self.layout.full_length(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
         if output.get("attentions"):
@@ -352,8 +352,8 @@ class Encoding:
         if point.order is None:
             return of
         if of.dim() != 4:
-            return self.where.whole(of, point)
-        rows, total = self.where.rows_of(point), self.where.shape[-1]
+            return self.layout.full_length(of, point)
+        rows, total = self.layout.rows_of(point), self.layout.shape[-1]
         return spread(of, rows, rows, (total, total))
 
 

@@ -253,7 +253,7 @@ class VisionPart(Part):
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
-        encoding.points[number] = encoding.where.now
+        encoding.points[number] = encoding.layout.now
         told = encoding.told(kwargs) if encoding.reduced else kwargs
         encoding.bounds.append(boundaries(told))
         return ((hidden,), told) if encoding.reduced else None
@@ -363,7 +363,7 @@ class VisionPart(Part):
             ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
             for n, (shape, kept) in enumerate(encoding.survivors())
         ]
-        length = encoding.where.shape[-1] if images else 0
+        length = encoding.layout.shape[-1] if images else 0
         rows = [(length, length)] * min(self._first, len(self.encoder.layers))
         return Record(
             rows=len(images),

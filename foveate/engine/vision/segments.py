@@ -1,7 +1,7 @@
-"""Sequence: what layers are told about rows of pictures that lie behind one another.
+"""Sequence: what layers are told about rows of images that follow one another.
 
 Boundaries of segments are counts of rows, rotary embeddings and block masks have one entry for each
-row. Once rows have been removed, all of them are translated by the rows that are left, once for all
+row. Once rows have been removed, all of them are translated by the rows that remain, once for all
 layers that are told the same.
 """
 
@@ -27,7 +27,7 @@ def boundaries(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 class PackedRows:
-    """The translation for the rows that are left.
+    """The translation for the rows that remain.
 
     Args:
         order: (N) which of all rows each row of now is, ascending.
@@ -37,10 +37,10 @@ class PackedRows:
     def __init__(self, order: Tensor, bias: Tensor | None = None) -> None:
         self._order = order
         self._bias = bias
-        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # what was translated is kept alive
+        self._done: dict[int, tuple[Tensor, Tensor]] = {}  # holds on to what was translated
 
     def translate(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a layer, for the rows that are left."""
+        """Keyword arguments of a layer, for the rows that remain."""
         changed = dict(kwargs)
         if (rotary := kwargs.get("position_embeddings")) is not None:
             changed["position_embeddings"] = tuple(self._once(part, self._rows) for part in rotary)
@@ -63,12 +63,12 @@ class PackedRows:
         return rotary.index_select(-2, self._order.to(rotary.device))
 
     def _boundaries(self, bounds: Tensor) -> Tensor:
-        """How many rows are left before each boundary, without segments of which none is."""
-        left = torch.searchsorted(self._order, bounds.to(self._order))
-        return left.unique_consecutive().to(bounds)
+        """How many rows remain before each boundary, without segments of which none does."""
+        remaining = torch.searchsorted(self._order, bounds.to(self._order))
+        return remaining.unique_consecutive().to(bounds)
 
     def _block(self, mask: Tensor) -> Tensor:
-        """(1, 1, N, N) of a mask that keeps pictures apart."""
+        """(1, 1, N, N) of a mask that keeps images apart."""
         order = self._order.to(mask.device)
         mask = mask.index_select(-2, order).index_select(-1, order)
         if self._bias is None:

@@ -1,9 +1,9 @@
-"""Rows: where the tokens of a pass lie among the rows of the encoder, at any point of the pass.
+"""Patch layout: where the tokens of a pass lie among the rows of the encoder, at any point of it.
 
-Pictures are rows of a batch, behind special rows; or they lie in one sequence, whose order stays
-(windows are runs of it). Shapes: `G` images of a group, `V` tokens of each, `K` of them alive,
-`R` rows of a token, `D` width, `B` pictures of a batch, `S` special rows, `N` rows of a picture of
-a batch or of the whole sequence.
+Images are rows of a batch, after special rows; or they lie in one sequence, whose order stays
+(windows are runs of it). Shapes: `G` images of a group, `V` tokens of each, `K` of them surviving,
+`R` rows of a token, `D` width, `B` images of a batch, `S` special rows, `N` rows of an image of a
+batch or of all the sequence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from foveate.engine.vision.encoder_group import EncoderGroup
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """What is alive at some point of a pass.
+    """What survives at some point of a pass.
 
     Args:
         layouts: of each group, from all tokens to those that survive.
@@ -33,14 +33,14 @@ class Point:
     unsort: Tensor | None = None
 
 
-class Rows:
+class PatchLayout:
     """Tokens and rows of one pass.
 
     Args:
         groups: the images; one group where they are rows of a batch.
         shape: (B, N), or (N) or (1, N) of a sequence: that of the states, less their width.
         special: rows before the tokens of each picture.
-        packed: whether the pictures lie in one sequence.
+        packed: whether the images lie in one sequence.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Rows:
         return taken.view(*rows.shape[:2], -1)
 
     def put(self, states: Tensor, values: Sequence[Tensor], first: int) -> Tensor:
-        """Rows of the tokens that are alive now, which becomes a point of the pass.
+        """Rows of the tokens that survive now, which becomes a point of the pass.
 
         Args:
             states: the states of before, for special rows.
@@ -92,7 +92,7 @@ class Rows:
         return self.lay(states, values)
 
     def lay(self, states: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """Rows of all tokens in the encoder's order, behind the special rows of some states."""
+        """Rows of all tokens in the encoder's order, after the special rows of some states."""
         width, unsort = states.shape[-1], self.now.unsort
         if unsort is None:
             tokens = values[0].unflatten(2, (-1, width)).flatten(1, 2)
@@ -106,8 +106,8 @@ class Rows:
         return points[-1] if points else None
 
     def rows_of(self, point: Point) -> Tensor:
-        """(B, N') the row that each row of a point is of its picture, or (1, N') of the sequence;
-        -1 for what fills up.
+        """(B, N') the row that each row of a point is of its image, or (1, N') of the sequence;
+        -1 for padding.
         """
         assert point.order is not None  # something has been removed
         valid = [
@@ -117,13 +117,13 @@ class Rows:
             for of, layout in zip(self.groups, point.layouts, strict=True)
         ]
         if point.unsort is not None:
-            alive = torch.cat([part.flatten() for part in valid])[point.unsort]
-            return point.order.masked_fill(~alive, -1)[None]
-        alive = torch.nn.functional.pad(valid[0].flatten(1), (self.special, 0), value=True)
+            survives = torch.cat([part.flatten() for part in valid])[point.unsort]
+            return point.order.masked_fill(~survives, -1)[None]
+        survives = torch.nn.functional.pad(valid[0].flatten(1), (self.special, 0), value=True)
         rows = point.order.view(self.shape[0], -1) % self.shape[1]
-        return rows.masked_fill(~alive, -1)
+        return rows.masked_fill(~survives, -1)
 
-    def whole(self, states: Tensor, point: Point, missing: float | None = None) -> Tensor:
+    def full_length(self, states: Tensor, point: Point, missing: float | None = None) -> Tensor:
         """States of some point at full length; see `EncoderGroup.recover` for dropped tokens."""
         parts = [
             of.recover(self.take(states, number, point), point.layouts[number], missing)
@@ -133,9 +133,9 @@ class Rows:
         if not self.packed and parts[0].shape[-1] == width:
             return torch.cat((states[:, : self.special], parts[0]), 1)
         rows = torch.cat([of.rows.flatten() for of in self.groups])
-        whole = states.new_zeros(torch.Size(self.shape).numel(), width)
-        whole = whole.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
-        whole = whole.view(*self.shape, width)
+        full = states.new_zeros(torch.Size(self.shape).numel(), width)
+        full = full.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
+        full = full.view(*self.shape, width)
         if self.special:
-            whole = torch.cat((states[:, : self.special], whole[:, self.special :]), 1)
-        return whole
+            full = torch.cat((states[:, : self.special], full[:, self.special :]), 1)
+        return full

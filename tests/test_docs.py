@@ -43,6 +43,7 @@ def guide_method(tmp_path, monkeypatch):
     )
     (tmp_path / "my_method.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
+    foveate.list_methods()  # loads them all
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     yield tmp_path / "my_method.py"
     sys.modules.pop("my_method", None)

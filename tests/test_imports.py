@@ -19,9 +19,6 @@ ORDER = runpy.run_path(str(ROOT.parent / "scripts" / "house.py"))["ORDER"]
 """Parts of the package, the lowest first."""
 METHODS_SEE = {"errors", "io", "core", "ops", "methods"}
 
-ANNOTATIONS_ONLY = {}
-"""Imports for annotations that close a circle. The set may only shrink."""
-
 
 @dataclass(frozen=True)
 class Import:
@@ -30,12 +27,10 @@ class Import:
     Args:
         source: the module that imports.
         target: the module that is imported.
-        annotations: whether it is there for annotations only, below `if TYPE_CHECKING`.
     """
 
     source: str
     target: str
-    annotations: bool
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -50,15 +45,10 @@ def modules(root: Path) -> dict[str, Path]:
 def imports_of(name: str, path: Path, known: Iterable[str]) -> Iterator[Import]:
     """Imports of modules of the same package, wherever they stand in the file."""
     package, known = name.partition(".")[0], set(known)
-    waiting = [(ast.parse(path.read_text(encoding="utf-8")), False)]
-    while waiting:
-        node, annotations = waiting.pop()
-        checking = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for child in ast.iter_child_nodes(node):
-            waiting.append((child, annotations or (checking and child in node.body)))
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         for target in _targets(node, known):
             if target.partition(".")[0] == package:
-                yield Import(name, target, annotations)
+                yield Import(name, target)
 
 
 def _targets(node: ast.AST, known: set[str]) -> list[str]:
@@ -103,14 +93,8 @@ def imports() -> set[Import]:
 
 
 def test_no_modules_import_each_other(imports):
-    """What runs is free of circles, also where an import waits within a function."""
-    assert in_circles(entry for entry in imports if not entry.annotations) == set()
-
-
-def test_annotations_close_no_further_circle(imports):
-    """Those that are left are listed, and what is gone is taken off the list."""
-    closing = {(e.source, e.target) for e in in_circles(imports) if e.annotations}
-    assert closing == ANNOTATIONS_ONLY
+    """Neither where an import waits within a function, nor for annotations."""
+    assert in_circles(imports) == set()
 
 
 def test_no_import_runs_upwards(imports):

@@ -32,6 +32,7 @@ def test_python_example_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_method_example_passes_its_checks(monkeypatch, capsys):
+    foveate.list_methods()  # loads them all
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     _, code = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15

@@ -29,11 +29,11 @@ from recipes.train import export
 
 _IMAGES, _SLOTS, _LENGTH = 16, 12, 14
 _RATE = 1e-3
-_END = 0.1  # weight of the end behind the answer
+_END = 0.1  # weight of the end after the answer
 
 
 def vocabulary(start: Path, rows: tuple[files.Row, ...]) -> tuple[str, ...]:
-    """The words of a model, and behind them those of a data set that it does not know."""
+    """The words of a model, and after them those of a data set that it does not know."""
     known = vocabulary_of(start)
     found = {word for row in rows for word in row.question.replace("?", " ?").lower().split()}
     found |= {row.answer for row in rows}
@@ -61,7 +61,7 @@ def batch(
 
 
 def answer_loss(model: LlavaForConditionalGeneration, parts: tuple[Tensor, ...]) -> Tensor:
-    """Cross entropy of the answers of one batch, and of the end behind each."""
+    """Cross entropy of the answers of one batch, and of the end after each."""
     pixels, words, places = parts
     states, _ = packed.see(model.model.vision_tower, normalise(pixels))
     visual = packed.project(model, states)

@@ -121,7 +121,7 @@ def _mask(prefix: int, real: Tensor) -> Tensor:
 
 
 def taught(model: Any, packed: Packed, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
-    """Attention scores of some layers, and the logits at answers and behind them.
+    """Attention scores of some layers, and the logits at answers and after them.
 
     Returns:
         Layer -> (B, H, R, V), and (B, 2 R, vocabulary).

@@ -1,6 +1,6 @@
 """Batches for training on several pictures per conversation.
 
-All samples of a batch have one layout: pictures, behind each but the last the same number of words
+All samples of a batch have one layout: pictures, after each but the last the same number of words
 (an answered example, or none), and then slots of questions that share all of that.
 """
 
@@ -39,7 +39,7 @@ class SequenceBatch:
     Args:
         pixels: (B, N, H, W, 3) uint8.
         ink: (B, N, V) object pixels per patch.
-        between: (B, N - 1, E) token ids behind every picture but the last.
+        between: (B, N - 1, E) token ids after every picture but the last.
         words: (B, S, C) token ids.
         labels: (B, S, C) the next token where it is part of an answer, else `IGNORE`.
         groups: (B, S, C) index into `GROUPS` where an answer is predicted, else -1.

@@ -25,7 +25,7 @@ class Answer:
         answer: what is right.
         said: what the model said.
         right: whether that is right.
-        recall: share of the evidence's area left, averaged over decoder layers behind the first
+        recall: share of the evidence's area left, averaged over decoder layers after the first
             cut; `None` where there is no evidence.
         hit: share of the pieces of evidence of which a token survives.
         agrees: whether the whole model says the same.

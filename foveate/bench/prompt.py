@@ -103,7 +103,7 @@ class Prompter:
 
     Args:
         processor: the model's.
-        hint: put behind every question, such as "Answer with one word."
+        hint: put after every question, such as "Answer with one word."
     """
 
     processor: Any
@@ -124,7 +124,7 @@ class Prompter:
         return self._process(texts, batch)
 
     def further(self, batch: Sequence[Prompt]) -> Any:
-        """Inputs of the next question of each row, to go behind what was said before."""
+        """Inputs of the next question of each row, to go after what was said before."""
         before = [{"role": "user", "content": [_words("?")]}, _reply("yes")]
         start = self._text(before, ask=False)
         texts = []

@@ -99,7 +99,7 @@ class Seen:
     pixels: Tensor | None = None
 
     def alive(self) -> dict[str, Tensor]:
-        """Place -> (V,) which tokens are there behind it."""
+        """Place -> (V,) which tokens are there after it."""
         found = {}
         for place, index in self.image.kept.items():
             found[place] = torch.zeros(self.image.total, dtype=torch.bool)
@@ -107,7 +107,7 @@ class Seen:
         return found
 
     def lifetime(self) -> Tensor:
-        """(V,) share of the decoder layers behind the first cut in which each token is alive."""
+        """(V,) share of the decoder layers after the first cut in which each token is alive."""
         places = self.alive()
         starts = [first_layer(place) for place in places]
         if not starts:
@@ -201,7 +201,7 @@ def evidence_recall(
         evidence: what one must see to answer.
 
     Returns:
-        Area recall after each site; its mean over the decoder layers behind the first cut; and
+        Area recall after each site; its mean over the decoder layers after the first cut; and
         the share of pieces of which a token survives the last place. `None` where none is known.
     """
     pieces = [(look, *look.locate(e)) for e in evidence for look in seen if _shows(look, e)]
@@ -228,7 +228,7 @@ def _shows(look: Seen, evidence: Evidence) -> bool:
 
 
 def _recall(pieces: Sequence[Piece], place: str) -> float | None:
-    """Area recall of all pieces together behind a place."""
+    """Area recall of all pieces together after a place."""
     seen = covered = 0.0
     for look, edges, frame in pieces:
         alive = look.alive().get(place, torch.ones(look.image.total, dtype=torch.bool))

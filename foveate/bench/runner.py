@@ -1,7 +1,7 @@
 """Running cells: a method at a budget on a task, in one process.
 
 Samples go through `generate` in batches, inside a session. Further questions of a sample are asked
-behind the cache that the first one left, pruned as it is.
+after the cache that the first one left, pruned as it is.
 """
 
 from __future__ import annotations

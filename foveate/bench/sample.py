@@ -61,7 +61,7 @@ class Sample:
         task: the task's name.
         seed: the seed that it was drawn from, or its number in a data set.
         pictures: pictures in order of appearance; a video is the sequence of its frames.
-        turns: questions in order; later ones are asked behind the answers to earlier ones.
+        turns: questions in order; later ones are asked after the answers to earlier ones.
     """
 
     task: str

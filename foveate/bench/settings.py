@@ -47,7 +47,7 @@ class Settings:
         device: where the model runs.
         dtype: of its weights, or `auto`.
         max_new_tokens: longest answer.
-        hint: put behind every question.
+        hint: put after every question.
         max_pixels: most pixels of a picture in a data set.
     """
 

@@ -82,7 +82,7 @@ class Bench:
 
     Args:
         model: a supported vision-language model.
-        new_tokens: decoding steps behind each prompt.
+        new_tokens: decoding steps after each prompt.
         cpu_time: see `Stopwatch`.
     """
 

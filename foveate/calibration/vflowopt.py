@@ -23,7 +23,7 @@ def second_ratio(
 
     Args:
         average: that share.
-        keep: rho, share behind the projector.
+        keep: rho, share after the projector.
         ratio: q1, what the first drop leaves of them.
         layers: decoder layers before which tokens are dropped.
         depth: number of decoder layers.

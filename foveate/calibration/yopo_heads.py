@@ -24,7 +24,7 @@ def head_mask(
 ) -> tuple[tuple[bool, ...], ...]:
     """Find the heads that look at the image, on calibration prompts.
 
-    In each sample a head votes to stay where the attention that text tokens behind the image pay to
+    In each sample a head votes to stay where the attention that text tokens after the image pay to
     visual tokens exceeds `threshold` times what they pay to text (which queries count is our
     reading). It stays if more than `share` of the samples vote for it.
 
@@ -61,7 +61,7 @@ def head_mask(
 
 
 def _ratios(maps: tuple[Tensor, ...], row: int, visual: Tensor) -> Tensor:
-    """(L, H) attention to visual tokens over that to text, of the text behind the image."""
+    """(L, H) attention to visual tokens over that to text, of the text after the image."""
     first = int(visual.nonzero()[-1]) + 1
     rows = torch.stack([layer[row, :, first:].float() for layer in maps])
     seen = rows[..., visual].sum((2, 3))

@@ -21,7 +21,7 @@ class Focus:
 
     Args:
         attention: (B, N) attention of the new token to the visual tokens; 0 for padding.
-        seen: (B, N) visual tokens that the layers behind attend to.
+        seen: (B, N) visual tokens that later layers attend to.
     """
 
     attention: Tensor
@@ -37,13 +37,13 @@ class Focuser(ABC):
 
     @abstractmethod
     def focus(self, attention: Tensor, real: Tensor, before: Focus | None) -> Focus:
-        """Choose what the layers behind attend to.
+        """Choose what later layers attend to.
 
         Args:
             attention: (B, H, N) attention of the new token to the visual tokens in the layer before
                 the step, of a softmax over all it sees; 0 for padding.
             real: (B, N) which of them are no padding.
-            before: what the last decoding step chose; `None` at the first one behind a prompt with
+            before: what the last decoding step chose; `None` at the first one after a prompt with
                 an image.
         """
 

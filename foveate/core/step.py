@@ -77,7 +77,7 @@ class Step:
         needs: signals handed to the method there.
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         before_projector: for `pre_llm`, merge what the projector is given and project that, on
-            models whose projector makes one token of each row; on others, merge behind it.
+            models whose projector makes one token of each row; on others, merge after it.
         whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
         merges: for `pre_llm`, make a token of several after the projector.
         effects: what else the step does, for the few methods that want it.

@@ -211,7 +211,7 @@ def _stack(reductions: Sequence[Reduction]) -> Reduction:
 
 
 def _and_behind(reduction: Reduction, cells: int, behind: int) -> Reduction:
-    """The reduction of the first `cells` tokens, and `behind` more that survive, labelled -1."""
+    """The reduction of the first `cells` tokens, and `after` more that survive, labelled -1."""
     if not behind:
         return reduction
     images, kept = reduction.index.shape

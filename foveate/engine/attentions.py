@@ -30,7 +30,7 @@ class Seen:
         layout: its queries.
         slots: its keys.
         start: logical position of the first key of the unpruned model's map.
-        stop: the same behind the last.
+        stop: the same after the last.
     """
 
     layout: Layout
@@ -117,7 +117,7 @@ def spread(of: Tensor, queries: Tensor, keys: Tensor, size: tuple[int, int]) -> 
     """
     for axis, places in ((2, queries), (3, keys)):
         count = size[axis - 2]
-        # What belongs nowhere goes behind the others, and is cut off.
+        # What belongs nowhere goes after the others, and is cut off.
         places = places.masked_fill(places < 0, count).to(of.device)
         shape = [*of.shape[:2], 1, 1]
         shape[axis] = places.shape[1]

@@ -24,7 +24,7 @@ from foveate.families import Family
 
 
 class CachedForward:
-    """One forward behind a cache of which some layers are pruned.
+    """One forward after a cache of which some layers are pruned.
 
     Args:
         family: the model's family.
@@ -41,7 +41,7 @@ class CachedForward:
         self._device = sequence.device
         self._layers: list[Any] = cache.layers
         self._before = before
-        self._after: dict[int, Slots] = {}  # id of slots before the forward -> those behind it
+        self._after: dict[int, Slots] = {}  # id of slots before the forward -> those after it
         self._views: dict[tuple[int, ...], dict[str, Any]] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
         self._named: list[Any] = []  # what keys are ids of, which must last as long as the keys
@@ -51,7 +51,7 @@ class CachedForward:
     def after(
         cls, plan: Plan, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
     ) -> CachedForward | None:
-        """A forward behind a cache, or `None` where no layer of that is pruned."""
+        """A forward after a cache, or `None` where no layer of that is pruned."""
         if not any(before):
             return None
         cached = cls(family, cache, before, sequence)

@@ -109,7 +109,7 @@ class Hooks(FeatureHooks):
     def enter_top(
         self, module: nn.Module, args: Args, kwargs: Kwargs
     ) -> tuple[Args, Kwargs] | None:
-        """Before the model with its head: see what is supervised, and how many tokens behind the
+        """Before the model with its head: see what is supervised, and how many tokens after the
         prompt are drafts.
 
         In assisted decoding the first forward holds drafts already, and logits are kept for each
@@ -129,7 +129,7 @@ class Hooks(FeatureHooks):
     def base(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Any:
-        """In place of the base model's forward: all that is known of it is forgotten behind it."""
+        """In place of the base model's forward: all that is known of it is forgotten after it."""
         rope = getattr(module, ROPE, None)
         self.compiled |= is_compiled()
         try:

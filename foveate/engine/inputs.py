@@ -324,7 +324,7 @@ def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse calls of `generate` that would place new images behind a cache wrongly.
+    """Refuse calls of `generate` that would place new images after a cache wrongly.
 
     Where positions are in time, height and width, they are made from the grids of all images of
     the conversation, while the encoder wants those of its pixels.

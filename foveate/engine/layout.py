@@ -113,7 +113,7 @@ class Slots:
             never did.
         tail: trailing slots that are whole logical positions in every row, so that cropping them
             is exact.
-        visual: (B, at most S) which slots hold visual tokens, those behind it hold none; `None`
+        visual: (B, at most S) which slots hold visual tokens, those after it hold none; `None`
             where nobody asks. The same tensor as long as text alone is appended.
     """
 

@@ -117,7 +117,7 @@ class Plan:
 
     @cached_property
     def encoder_signals(self) -> dict[str, tuple[int, ...]]:
-        """Signal -> encoder layers at which a step behind the encoder needs it."""
+        """Signal -> encoder layers at which a step after the encoder needs it."""
         return _encoder_layers(need for planned in self.pre_llm for need in planned.step.needs)
 
     @cached_property

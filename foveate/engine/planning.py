@@ -250,7 +250,7 @@ def _check_decoder_signal(
     family: Family, planned: PlannedStep, need: Need, signal: DecoderSignal
 ) -> None:
     slug, step = planned.method.slug, planned.step
-    # What a layer does to a token is known behind it; all else, before it.
+    # What a layer does to a token is known after it; all else, before it.
     last = step.layer - signal.after_layer
     outside = [i for i in need.layers if not 0 <= i <= last]
     if outside:
@@ -311,7 +311,7 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
 
     Args:
         family: the model.
-        encoder: whether signals of the encoder may be read behind it.
+        encoder: whether signals of the encoder may be read after it.
         vision: whether methods may act inside the encoder, if they can.
     """
     tower, reads = family.encoder, encoder

@@ -42,7 +42,7 @@ class Asked:
             batch: rows.
             length: T.
             real: (B, T) positions that are no padding; `None` for all.
-            trailing: drafted tokens behind the prompt.
+            trailing: drafted tokens after the prompt.
         """
         if real is None:
             return cls(torch.full((batch, 1), length - 1 - trailing))
@@ -85,7 +85,7 @@ class Asked:
         return cls(columns, asks.gather(1, columns), sample)
 
     def of(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """(G, Q) which tokens ask about each of some images: those behind it in its sample.
+        """(G, Q) which tokens ask about each of some images: those after it in its sample.
 
         Args:
             rows: (G) their rows.
@@ -102,7 +102,7 @@ class Asked:
 
 
 def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Which sample of its row each position is of, where several are packed behind one another.
+    """Which sample of its row each position is of, where several are packed after one another.
 
     As in transformers, without a mask a sample begins wherever positions do not go on by one. The
     caller has to know whether the text model looks at that: with a cache, only flash kernels do.

@@ -1,7 +1,7 @@
-"""The text behind each image of a forward, which stands for what is asked of it.
+"""The text after each image of a forward, which stands for what is asked of it.
 
 Where no text follows an image, the last token of its prompt does.
-Shapes: `B` rows, `T` logical length, `Q` text tokens behind the first image of a row, at most.
+Shapes: `B` rows, `T` logical length, `Q` text tokens after the first image of a row, at most.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Columns of the text behind images.
+    """Columns of the text after images.
 
     Args:
         columns: (B, Q) logical columns, ascending; padding repeats some column.
@@ -47,7 +47,7 @@ class Question:
         Args:
             visual: (B, T) placeholders of all images.
             real: (B, T) positions that can ask: no padding, not supervised; `None` for all.
-            trailing: drafted tokens behind the prompt.
+            trailing: drafted tokens after the prompt.
             rows: row of each image.
             ends: logical column of each image's last token.
             sample: as in the class.
@@ -97,7 +97,7 @@ class Question:
         Args:
             rows: (G) rows of some images.
             ends: (G) logical column of each one's last token.
-            nexts: (G) that of the next image's last token in the row, or any column behind it.
+            nexts: (G) that of the next image's last token in the row, or any column after it.
         """
         mask = self.mask(rows, ends)
         before = mask & (self.columns[rows] < nexts[:, None])

@@ -32,7 +32,7 @@ class Prompt:
             text alone.
         real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
             for all.
-        trailing: drafted tokens behind the prompt, in assisted decoding.
+        trailing: drafted tokens after the prompt, in assisted decoding.
         flash: whether the attention kernel takes 2-D masks.
         sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
         visual: (B, T) placeholders of all images, removed ones too; `None` without images.

@@ -39,7 +39,7 @@ class ThreadState(threading.local):
     given: Tensor | None = None  # what the projector was given there
     requests: int | None = None  # rows that `generate` was called with, while it runs
     asked: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments that it was called with
-    trailing: int = 0  # drafted tokens behind the prompt
+    trailing: int = 0  # drafted tokens after the prompt
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
     awaited: bool = False  # `generate` has encoded images that no forward was given yet
     generating: bool = False  # within `generate`

@@ -35,7 +35,7 @@ class AyaVision(Family):
         return getattr(attention, "sliding_window", True) is not None
 
     def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles with a name in between are of one picture, behind which stands an end token."""
+        """Tiles with a name in between are of one picture, after which stands an end token."""
         if ids is None:
             return [Tiling(len(spans))]
         behind = spans[-1][1]

@@ -41,7 +41,7 @@ class Encoder:
         packed: where the rows of all pictures lie in one sequence, says from the tower's arguments
             and `Family.side` which rows each picture has; `None` where each picture is a row of a
             batch.
-        readers: modules within the tower that read rows behind layers, and need all of them.
+        readers: modules within the tower that read rows after layers, and need all of them.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
     """
@@ -225,7 +225,7 @@ class Family:
 
         Args:
             ids: the row's token ids, if they are known.
-            spans: first column of each image, and the first behind it.
+            spans: first column of each image, and the first after it.
         """
         return [Tiling(1)] * len(spans)
 
@@ -237,7 +237,7 @@ class Family:
         return None
 
     def side(self, modality: str) -> int:
-        """Side of a visual token in patches: the model merges cells of them behind the encoder."""
+        """Side of a visual token in patches: the model merges cells of them after the encoder."""
         return 1
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
@@ -264,7 +264,7 @@ class Family:
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees; of several, the deepest.
 
-        It is the one behind `hidden_states[vision_feature_layer]`, whose entry 0 is the embedding.
+        It is the one after `hidden_states[vision_feature_layer]`, whose entry 0 is the embedding.
         """
         names = ("vision_feature_layer", "vision_feature_layers")  # VipLLaVA before 5.23
         given = next((v for n in names if (v := getattr(self.config, n, None)) is not None), -1)
@@ -306,7 +306,7 @@ class Family:
         """(V, C) what the projector is given for the visual tokens of each image.
 
         Tokens that it does not make, such as newlines, get zeros; all of an image whose tokens are
-        mixed behind it get NaN.
+        mixed after it get NaN.
 
         Args:
             modality: `image` or `video`.
@@ -319,7 +319,7 @@ class Family:
     def follow(
         self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:
-        """(V) whether each visual token is alive; of each image, or of all behind one another.
+        """(V) whether each visual token is alive; of each image, or of all after one another.
 
         Args:
             modality: `image` or `video`.
@@ -330,7 +330,7 @@ class Family:
         return alive
 
     def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
-        """(V) which token of the encoder, of all pictures behind one another, each visual token of
+        """(V) which token of the encoder, of all pictures after one another, each visual token of
         all images stands for; a token that is made of none, such as a newline, for the last before.
 
         Args:

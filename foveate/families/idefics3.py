@@ -1,6 +1,6 @@
 """Idefics3 and SmolVLM: tiles of a SigLIP tower, pixel shuffle. Each tile counts as an image.
 
-The same token opens every tile, and closes a picture behind its last, the thumbnail; before it
+The same token opens every tile, and closes a picture after its last, the thumbnail; before it
 there is a line break at the end of a row of tiles.
 """
 
@@ -48,7 +48,7 @@ class Idefics3(Family):
         return [Shape(side * side, (side, side))] * (tokens // (side * side))
 
     def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles are of one picture if one opens behind the other and nothing closes before."""
+        """Tiles are of one picture if one opens after the other and nothing closes before."""
         if ids is None:
             return [Tiling(len(spans))]
         behind = spans[-1][1]

@@ -263,13 +263,13 @@ class LlavaNext(AnyRes):
 class LlavaOnevision(AnyRes):
     """`LlavaOnevisionForConditionalGeneration` and its base model.
 
-    A video is its pooled frames and one newline token behind them.
+    A video is its pooled frames and one newline token after them.
     """
 
     packing_option = "vision_aspect_ratio"
 
     def projector(self, modality: str) -> Any:
-        """None for videos, whose tokens are interpolated behind it."""
+        """None for videos, whose tokens are interpolated after it."""
         return None if modality == "video" else super().projector(modality)
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:

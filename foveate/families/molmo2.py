@@ -30,7 +30,7 @@ class Molmo2(Family):
         return embedding(hidden, position_ids=position_ids)
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
-        """Counts, and grids where an image is one; an overview with crops behind it is a row."""
+        """Counts, and grids where an image is one; an overview with crops after it is a row."""
         counts = [len(feature) for feature in pooled]
         grids = arguments.get(f"{modality}_grids")
         if grids is None:

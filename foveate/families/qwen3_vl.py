@@ -10,5 +10,5 @@ class Qwen3VL(MRope):
 
     @property
     def first_llm_layer(self) -> int:
-        """Behind the last layer to whose output encoder features are added (DeepStack)."""
+        """After the last layer to whose output encoder features are added (DeepStack)."""
         return len(self.config.vision_config.deepstack_visual_indexes)

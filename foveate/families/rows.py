@@ -1,6 +1,6 @@
 """Rows: which rows of an encoder hold the patches of each visual token.
 
-A visual token is a patch, or a cell of `side` x `side` patches that the model merges behind the
+A visual token is a patch, or a cell of `side` x `side` patches that the model merges after the
 encoder. Shapes: `V` visual tokens of a picture, `R` rows of each: side squared.
 """
 
@@ -22,7 +22,7 @@ class Picture:
     Args:
         grid: (height, width) of its visual tokens, of one frame in a video.
         rows: (V, R) rows of the encoder that hold each token, in raster order of the tokens.
-        frames: frames of a video, one behind the other.
+        frames: frames of a video, one after the other.
     """
 
     grid: tuple[int, int]

@@ -26,7 +26,7 @@ class Tower:
         class_token: whether row 0 is a class token.
         packed: which rows each picture has, from the tower's arguments, the side of a cell and the
             tower; `None` where each picture is a row of a batch.
-        readers: modules, within the root, that read rows behind layers: a module, or a list.
+        readers: modules, within the root, that read rows after layers: a module, or a list.
         returns_rows: see `Encoder`.
         masks_layers: see `Encoder`.
     """

@@ -185,7 +185,7 @@ def _open(value: Any, max_pixels: int | None) -> Any:
 
         try:
             return download(value)
-        except Exception as error:  # of the network, or of the file behind the address
+        except Exception as error:  # of the network, or of the file after the address
             raise InputError(
                 f"cannot read {shown(value, 100)} as an image: {shown(error, 100)}"
             ) from error

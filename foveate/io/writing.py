@@ -226,7 +226,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _target(path: str | Path) -> Path:
-    """The file itself, behind links."""
+    """The file itself, with links resolved."""
     return Path(os.path.realpath(path))
 
 

@@ -88,7 +88,7 @@ class RegionFocus(nn.Module):
             mask: (1 or B, 1, T, T) added to the scores; `None` is causal.
 
         Yields:
-            (B, H, R, V) for each layer; a layer runs when the one behind it is asked for.
+            (B, H, R, V) for each layer; a layer runs when the one after it is asked for.
         """
         rotary = self.rotary(hidden, position_ids=positions)
         for layer in self.layers[:-1]:

@@ -282,7 +282,7 @@ def _sampled(picture: Picture, level: Level, rows: Size, columns: Size) -> np.nd
 
 
 def _neighbours(span: Size, scale: float, whole: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pixels before and behind each output pixel's centre, and the weight of the one behind."""
+    """Pixels before and after each output pixel's centre, and the weight of the one after."""
     at = np.maximum((np.arange(*span) + 0.5) * scale - 0.5, 0)
     before = np.minimum(at.astype(np.int64), whole - 1)
     return before, np.minimum(before + 1, whole - 1), (at - before).astype(np.float32)

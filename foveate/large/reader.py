@@ -157,14 +157,14 @@ class Reader:
         return Reading(self._inputs(before, [thumbnail, *local], after), rounds, pyramid)
 
     def _finer(self, pyramid: Sequence[Level]) -> Sequence[Level]:
-        """Levels behind the thumbnail that may be looked at."""
+        """Levels after the thumbnail that may be looked at."""
         rounds = self.method.rounds
         if rounds is None and self.method.as_released:
             rounds = RELEASED_ROUNDS
         return pyramid[1:] if rounds is None else pyramid[1 : 1 + rounds]
 
     def text(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Token ids in front of the placeholder and behind it."""
+        """Token ids in front of the placeholder and after it."""
         tokenized = self.processor.tokenizer(prompt, return_tensors="pt")
         ids = tokenized["input_ids"][0].to(self.model.device)
         places = torch.where(ids == self.family.placeholder_ids["image"])[0].tolist()

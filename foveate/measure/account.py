@@ -31,7 +31,7 @@ class Counted(ModelFacts, Protocol):
 
 @dataclass(frozen=True)
 class Account:
-    """FLOPs of one forward over a prompt, and of one decoding step behind it.
+    """FLOPs of one forward over a prompt, and of one decoding step after it.
 
     Args:
         tower: the vision tower; `None` where features were handed in.
@@ -213,7 +213,7 @@ def _parts(
 ) -> int:
     """A decoder layer that computes less of visual tokens: what the engine computes of it.
 
-    Text before an image is seen by the image and text behind it sees the image, so each pair of a
+    Text before an image is seen by the image and text after it sees the image, so each pair of a
     text and a visual token counts once. If all attention counts, text sees all in every head, and
     tiles of an image all around them and all text before the last image.
     """

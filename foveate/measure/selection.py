@@ -3,7 +3,7 @@
 Only matrix products count, as everywhere: norms, softmaxes, sums and sorting do not, and neither
 does a method's own arithmetic on its signals. A signal that several steps share is taken once.
 
-Symbols: `T` tokens of a row, `Q` text tokens behind the image, `V` visual tokens; `N` rows of a
+Symbols: `T` tokens of a row, `Q` text tokens after the image, `V` visual tokens; `N` rows of a
 picture in the encoder, and its width `D`.
 """
 

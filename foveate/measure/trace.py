@@ -39,8 +39,8 @@ class Traced:
     Args:
         embedding: what comes before the encoder's first layer.
         layers: each of the encoder's layers; empty for towers that methods cannot look into.
-        projector: all behind the last layer, and what reads layers: mergers, projector, heads. Of
-            a tower that methods cannot look into, what is behind the tower.
+        projector: all after the last layer, and what reads layers: mergers, projector, heads. Of
+            a tower that methods cannot look into, what is after the tower.
         shapes: visual tokens of each image; empty for an encoder alone.
         rows: pictures, and rows of each, that the first layer is given; one picture where all lie
             in one sequence.

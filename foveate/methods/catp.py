@@ -3,7 +3,7 @@
 Paper: Li et al., "CATP: Contextually Adaptive Token Pruning for Efficient and Enhanced Multimodal
 In-Context Learning", arXiv:2508.07871 (AAAI 2026). No code of the authors is known to us, and the
 formulas below are OUR READING of what the abstract and public summaries say: that tokens are first
-chosen for diversity and for alignment with the text paired with their image, behind the projector;
+chosen for diversity and for alignment with the text paired with their image, after the projector;
 and then in shallow layers, step by step, by how much the attention of the prompt's last token to
 them grows from layer to layer, combined with how similar their representations are. How the two
 parts of each stage are weighed, which layers act, and how much each step removes are our choice;
@@ -53,7 +53,7 @@ class CATP(Scheduled, Method):
         layers: decoder layers before which tokens are dropped, ascending, from 1. `None` scales
             (6, 8, 10) of 32 layers to the model at hand; where a layer sees only a window of the
             sequence, the nearest one that sees all takes its place.
-        keep: what survives the choice behind the projector, and then each drop, as a share of the
+        keep: what survives the choice after the projector, and then each drop, as a share of the
             ORIGINAL count of each image, or a count. A single entry does without drops in layers.
         balance: weight of alignment against diversity in the first choice, in [0, 1].
         positions: `None` gives survivors consecutive positions (`renumbered`) where positions are
@@ -78,7 +78,7 @@ class CATP(Scheduled, Method):
 
     @property
     def drop_count(self) -> int:
-        """Entries of `keep` behind the first."""
+        """Entries of `keep` after the first."""
         return steps_in(self.keep) - 1
 
     @property
@@ -91,7 +91,7 @@ class CATP(Scheduled, Method):
         return [i for i in model.attention_layers[1:] if i >= model.first_llm_layer]
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """The choice behind the projector, and a drop before each of the layers.
+        """The choice after the projector, and a drop before each of the layers.
 
         Raises:
             LayerError: a layer has none before it to compare with.

@@ -7,7 +7,7 @@ within each image, where the release scales over all crops of a call together (`
 does so over all images of a prompt); one choice is made among all tokens of an image, where the
 release makes one in each crop; once the kernel's rank is used up the most relevant tokens follow,
 where the release runs into NaN; constant relevance leaves pure diversity.
-By default relevance is that to the text behind the image in the language model's own embedding
+By default relevance is that to the text after the image in the language model's own embedding
 space. The release has no such form; this is our reading of how the paper carries over to models
 without a text tower. `relevance="clip"` is the release's.
 """
@@ -53,7 +53,7 @@ class CDPruner(Method):
 
     Args:
         keep: what survives; a count is the release's `visual_token_num`.
-        relevance: `embeddings` compares visual tokens with the text behind their image, both as the
+        relevance: `embeddings` compares visual tokens with the text after their image, both as the
             language model is given them; `clip` compares patches with the question in CLIP's
             space, see `foveate.ClipText`.
         negate: whether tokens that resemble the text LESS count as relevant. `None` does so for

@@ -47,7 +47,7 @@ PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32
 class DART(Method):
     """Keep pivots, and for each pivot the visual tokens that are least similar to it.
 
-    Pivots are the visual tokens, and the text tokens behind the image, whose keys have the largest
+    Pivots are the visual tokens, and the text tokens after the image, whose keys have the largest
     L1 norm. Every pivot in turn takes its share of the visual tokens that are left, those with the
     lowest cosine to it under the language model's final norm.
 
@@ -57,7 +57,7 @@ class DART(Method):
         keep: what survives, image pivots included; shares are truncated (paper: one minus its
             reduction ratio of 0.667, 0.778 or 0.889).
         image_pivots: pivots among the visual tokens, at least 1.
-        text_pivots: pivots among the text tokens behind the image.
+        text_pivots: pivots among the text tokens after the image.
         positions: `None` leaves survivors at their positions (`original`), as the reference does;
             `renumbered` makes them consecutive.
         as_released: count and visit pivots as the release does; see the module.

@@ -33,7 +33,7 @@ class Downsample(Method):
     The pooled grid is the largest whose aspect ratio is that of the image to within one cell, so
     it may hold somewhat fewer tokens than asked for (56 = 7 x 8 where 58 of 24 x 24 are asked).
     Frames of a video share the tokens equally; where each has less than one, neighbouring frames
-    are averaged. A newline token behind the frames stays while there is room.
+    are averaged. A newline token after the frames stays while there is room.
 
     Args:
         keep: an upper bound of what survives, as a share (rounded down) or a count.
@@ -110,6 +110,6 @@ def _pool(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _whole(tokens: VisualTokens) -> bool:
-    """Whether nothing was removed of the grid, nor of what is behind it."""
+    """Whether nothing was removed of the grid, nor of what is after it."""
     cells = tokens.frames * tokens.grid[0] * tokens.grid[1]
     return tokens.count >= cells and bool((tokens.index[:, -1] == tokens.count - 1).all())

@@ -3,7 +3,7 @@
 Paper: Tao et al., "DyCoke: Dynamic Compression of Tokens for Fast Video Large Language Models",
 arXiv:2411.15024 (CVPR 2025). Reference code: KD-TAO/DyCoke @ dd74634. The paper speaks of merging;
 its code drops, and so does this.
-In decoding, layers behind the first few attend to the visual tokens that matter to the new token
+In decoding, layers after the first few attend to the visual tokens that matter to the new token
 only; nothing is deleted, so that tokens can come back.
 Differs from the reference, unless `as_released`: survivors of a frame stay in raster order (there:
 in the order of similarity, which permutes their positions); the third frame of the last window is
@@ -50,7 +50,7 @@ class DyCoke(VideoMethod, Focuser):
         k: share of the tokens that a compared frame loses.
         p: share of the visual tokens that a decoding step leaves out; 0 attends to all.
         layer: decoder layer from which on it does (the release's `L`), by the attention of the
-            layer before. `None` takes 3, or the nearest behind a layer that sees everything.
+            layer before. `None` takes 3, or the nearest after a layer that sees everything.
         threshold: cosine of the attention of two steps above which the choice stays.
         as_released: reproduce the released code's order and frames, see above.
         keep: `None`, as `k` decides; 1.0 removes nothing.

@@ -6,9 +6,9 @@ exact budget, where the paper (by a secondary account; unverified) cuts the diff
 a percentile. Reference code: vllm-project/vllm, multimodal/evs.py @ 926c71f, whose notice is
 restrictive: written from a description of the algorithm, nothing is taken.
 Differs from the reference: any batch works; similarities are taken in float32 at least; on models
-with positions in time, height and width the text behind a video stays where the model puts it
+with positions in time, height and width the text after a video stays where the model puts it
 (there: it continues after the grid's width, where it can run into the video's positions); tokens
-behind the last frame, such as a newline, stay and count.
+after the last frame, such as a newline, stay and count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EVS(VideoMethod):
     """Rank tokens by how little they resemble the token at their place in the frame before.
 
     The first frame always stays whole, so that a video keeps at least one frame's tokens. A frame
-    behind it keeps as many as changed, which may be none. Images pass untouched.
+    after it keeps as many as changed, which may be none. Images pass untouched.
 
     Args:
         keep: what survives of a video, its first frame included: a share, 1 - q of the release

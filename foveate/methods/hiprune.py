@@ -106,7 +106,7 @@ def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
     height, width = tokens.grid
     cells, line = height * width, width + 1
     # Places in grids with an empty column beside each and an empty row between them; one place
-    # behind the last grid is for all tokens that are in none.
+    # after the last grid is for all tokens that are in none.
     place = tokens.index.clamp(max=tokens.frames * cells)
     place = torch.add(place + place // width, place // cells, alpha=line)
     offsets = torch.tensor([line, line - 1, line + 1, 0, 2 * line], device=place.device)

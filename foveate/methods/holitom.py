@@ -2,7 +2,7 @@
 
 Paper: Shao et al., "HoliTom: Holistic Token Merging for Fast Video Large Language Models",
 arXiv:2505.21334 (NeurIPS 2025), the part outside the language model; the part inside is the method
-`holitom-inner`, to be put behind this one. Reference code: cokeshao/HoliTom @ e9b2972.
+`holitom-inner`, to be put after this one. Reference code: cokeshao/HoliTom @ e9b2972.
 Differs from the reference: any batch and several videos work, each with the share it was asked for
 (there a second video begins with what the first one's share became); density ties go to the lower
 index (there: to noise of 1e-6); D above 0, which cannot run there, merges dynamic tokens by the

@@ -9,7 +9,7 @@ Differs from the reference: each image has a fence of its own (there: one over t
 an error); the spatial grid of PruMerge+ covers all patches (there: never the last one); fewer than
 33 patches work; with a fixed ratio, patches of the grid that were chosen before are not taken twice
 (there: they are). Like the release it merges what the projector is given, where that makes one
-token of each row; where it mixes rows, which the release does not serve, tokens are merged behind
+token of each row; where it mixes rows, which the release does not serve, tokens are merged after
 it. An encoder whose last layer the language model sees is scored in that layer: our reading.
 """
 

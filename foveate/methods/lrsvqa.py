@@ -59,7 +59,7 @@ class LRSVQA(Scorer):
     Args:
         keep: what survives of a level's tokens, newlines not counted (rounded down, at least one).
         tiles: most tiles that a finer level may need; where it needs more, reading stops.
-        rounds: most levels behind the thumbnail; `None` for all there are.
+        rounds: most levels after the thumbnail; `None` for all there are.
         threshold: instead of `keep`, keep what scores above this once the level's 5 % and 95 %
             quantiles are 0 and 1; large pictures only.
         shortest: pixels of the picture's measured side at level 1; `None` takes three tiles.

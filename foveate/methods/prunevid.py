@@ -105,7 +105,7 @@ class PruneVid(VideoMethod):
         return (merge, Step("llm", layer, (asked,), effects=("keep_positions", "evict_cache")))
 
     def _published(self, model: ModelFacts) -> int:
-        """The layer behind the one that can rank tokens and is nearest to the release's."""
+        """The layer after the one that can rank tokens and is nearest to the release's."""
         first, last = max(model.first_llm_layer, 1), model.text_layers - 1
         legal = [i + 1 for i in model.attention_layers if first <= i + 1 <= last]
         if not legal:

@@ -10,8 +10,8 @@ exact integers, where a product of rounded shares can fall one short; clusters c
 keys, and there are as many centres as outliers among the remaining tokens, where the release looks
 keys up at wrong places and takes that share of the feature width (`as_released=True` does both).
 Like the release it merges what the projector is given, where that makes one token of each row;
-where it mixes rows, which the release does not serve, tokens are merged behind it.
-By default the text is the one behind the image, in the language model's own embedding space: our
+where it mixes rows, which the release does not serve, tokens are merged after it.
+By default the text is the one after the image, in the language model's own embedding space: our
 reading of how the method carries over to models without a text tower. `relevance="clip"` is the
 release's, with CLIP's own rule for the text embedding, where the release reads the last position of
 a padded text.
@@ -58,7 +58,7 @@ class RecoverableCompression(Adaptive):
     centre, then one token for all that is left.
 
     Args:
-        relevance: `embeddings` compares visual tokens with the text behind their image, both as the
+        relevance: `embeddings` compares visual tokens with the text after their image, both as the
             language model is given them; `clip` compares patches with the question in CLIP's
             space, see `foveate.ClipText`.
         neighbours: neighbours of the outlier factor for the visual filter and for the text filter.

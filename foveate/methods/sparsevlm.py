@@ -56,7 +56,7 @@ PUBLISHED = {  # survivors of 576 tokens at each drop, by version and average ov
 class SparseVLM(Scheduled, Adaptive):
     """Rank visual tokens by the attention of the text tokens that concern the image.
 
-    Raters are the text tokens behind the image to which its input embeddings attend more than to
+    Raters are the text tokens after the image to which its input embeddings attend more than to
     the average one; if none stands out, all rate.
 
     Args:
@@ -79,10 +79,10 @@ class SparseVLM(Scheduled, Adaptive):
         as_released: drop one token at least, whatever the budget; in version 2, divide by the
             rotary product as it is, also where it is negative.
         positions: `None` is what the version does: 1 gives survivors consecutive positions
-            (`renumbered`), kept tokens first and recycled ones behind them; 2 leaves them
+            (`renumbered`), kept tokens first and recycled ones after them; 2 leaves them
             (`original`).
 
-    Cost: per drop, one key projection of all tokens and a query row for each text token behind the
+    Cost: per drop, one key projection of all tokens and a query row for each text token after the
     image; version 1 adds distances of all recycled tokens to each other, `rank` a singular value
     decomposition.
     """

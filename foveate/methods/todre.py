@@ -34,10 +34,10 @@ from foveate.ops.diversity import cosine_distance, select_diverse
 @register("todre", stage="pre_llm", paper="ToDRE 2025, arXiv:2505.18757")
 @dataclass(frozen=True)
 class ToDRE(Method):
-    """Greedy diversity behind the encoder, then no visual tokens from a late decoder layer on.
+    """Greedy diversity after the encoder, then no visual tokens from a late decoder layer on.
 
     Args:
-        keep: what survives behind the encoder; shares are truncated. 1.0 removes nothing, in the
+        keep: what survives after the encoder; shares are truncated. 1.0 removes nothing, in the
             late layer neither.
         rule: `max-sum` adds the token with the largest sum of distances to those picked (version 2
             of the paper; it likes outliers), `k-center` the one farthest from its nearest pick
@@ -71,7 +71,7 @@ class ToDRE(Method):
         return (Step("pre_llm"), *([] if layer == -1 else [Step("llm", layer)]))
 
     def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """`keep` behind the encoder, nothing in the late layer."""
+        """`keep` after the encoder, nothing in the late layer."""
         if step.stage == "pre_llm":
             return super().count(alive, total, step, number, row)
         keep = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep

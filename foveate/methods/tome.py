@@ -59,7 +59,7 @@ class ToMe(Method):
     A layer can merge at most half of its patches; more are clipped, as in the release.
 
     Args:
-        r: patches removed in each layer, or one number for each layer from the first (0 behind).
+        r: patches removed in each layer, or one number for each layer from the first (0 after).
         inflect: in [-1, 1], tilts an integer `r` over the layers: -1 goes from 2r down to 0.
         prop_attn: count a merged token as often as it has sources in attention; the release turns
             this off for MAE models.

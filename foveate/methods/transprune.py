@@ -40,7 +40,7 @@ from foveate.io.quoting import quoted
 )
 @dataclass(frozen=True)
 class TransPrune(Scheduled, Scorer):
-    """Rank visual tokens by their transitions so far plus the attention of the text behind them.
+    """Rank visual tokens by their transitions so far plus the attention of the text after them.
 
     Both parts are scaled to sum to one over an image's tokens, and weigh alike.
 
@@ -58,7 +58,7 @@ class TransPrune(Scheduled, Scorer):
             the reference does, where positions are single numbers; `original` leaves them where
             they were.
 
-    Cost: per drop, one key projection of all tokens and a query row for each text token behind the
+    Cost: per drop, one key projection of all tokens and a query row for each text token after the
     image; per accumulated layer, two norms and one inner product of every token's input and output.
     """
 

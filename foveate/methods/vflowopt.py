@@ -55,7 +55,7 @@ STRATEGIES: dict[float, dict[str, Any]] = {
 class VFlowOpt(Adaptive):
     """Rank by the attention that global patches pay; merge cells of what goes first, then drop.
 
-    The first step, behind the projector, takes the lowest ranked tokens of each image out; those of
+    The first step, after the projector, takes the lowest ranked tokens of each image out; those of
     one cell of the grid become one token, their mean weighted by score, where the best of them
     stood. Two more steps, in the language model, drop the lowest ranked by the same score.
 
@@ -118,7 +118,7 @@ class VFlowOpt(Adaptive):
         return self.keep if isinstance(self.keep, tuple) else (self.keep,) * 3  # type: ignore[return-value]
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One step behind the projector, two between decoder layers."""
+        """One step after the projector, two between decoder layers."""
         scored = Need("global_attention", (model.feature_layer,), global_threshold=self.threshold)
         first, second = self.layers or self.published_layers(model)
         recycled = Step("pre_llm", needs=(scored,), merges=True)
@@ -131,7 +131,7 @@ class VFlowOpt(Adaptive):
         return first, max(18 * model.text_layers // 28, min(first + 1, model.text_layers - 1))
 
     def reduce_each(self, tokens: VisualTokens) -> list[tuple[tuple[int, ...], Reduction]]:
-        """Recycle behind the projector; drop by the same scores in the language model."""
+        """Recycle after the projector; drop by the same scores in the language model."""
         if tokens.number == 0:
             return self._recycle(tokens)
         scores = tokens.label

@@ -6,7 +6,7 @@ Differs from the reference: what is sent on are visual tokens of the model, so t
 token's own feature, which the release puts first and counts among the dominant ones, is not, and
 one more patch takes its place; the tiles of an image share one budget; any depth of encoder works.
 Like the release it merges what the projector is given, where that makes one token of each row;
-where it mixes rows, which the release does not serve, tokens are merged behind it. Attention
+where it mixes rows, which the release does not serve, tokens are merged after it. Attention
 received from all tokens replaces the class token's where there is none: that is the paper's rule,
 the release has no such path. That the published counts (54 + 10 of 64, and in proportion) hold for
 any budget is our reading.
@@ -79,7 +79,7 @@ class VisionZip(Method):
         return tokens.signal("received_attention")[:, 0].float()
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
-        """Keep the dominant tokens in raster order, and behind them the contextual ones.
+        """Keep the dominant tokens in raster order, and after them the contextual ones.
 
         Raises:
             BudgetError: the budget has no room for so many contextual tokens.

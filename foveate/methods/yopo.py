@@ -4,7 +4,7 @@ Paper: Zhang et al., "Treat Visual Tokens as Text? But Your MLLM Only Needs Fewe
 arXiv:2410.06169. Reference code: ZhangAIPI/YOPO_MLLM_Pruning @ f0783f4, `modeling_llama_prune.py`.
 Differs from the reference: the release computes everything and masks it, here the work is left out;
 any batch, several images and any grid work, also with a cache. The release zeroes probabilities
-after the softmax, so what is not read still takes its share, and keys of visual tokens behind the
+after the softmax, so what is not read still takes its share, and keys of visual tokens after the
 cut matter although their values are not read; that share cannot be had without computing them. The
 default takes such keys out of the softmax; `as_released=True` reproduces the release, and suits
 checkpoints that were trained with it. With several images, a visual token attends to neighbours in
@@ -38,7 +38,7 @@ class YOPO(Method):
 
     Args:
         window: w, odd side of the neighbourhood that a visual token attends to, besides the text
-            before it; neighbours behind it are seen too, as in the release.
+            before it; neighbours after it are seen too, as in the release.
         layer: c, the decoder layer from which on visual tokens are not computed and not seen.
             `None` is the published 20 of 40 layers: half of the model at hand. The number of layers
             cuts nothing.

@@ -14,7 +14,7 @@ from foveate.core import Need, VisualTokens
 from foveate.ops.diversity import normalize, with_lengths
 
 Relevance = Literal["embeddings", "clip"]
-"""In which space: `embeddings` compares visual tokens with the text behind their image, both as the
+"""In which space: `embeddings` compares visual tokens with the text after their image, both as the
 language model is given them; `clip` compares patches with the question in CLIP's, see
 `foveate.ClipText`."""
 

@@ -5,8 +5,8 @@ modules, so a stock Trainer, TRL or a bare loop train it, and it generates with 
 
 What differs from inference is what is asked. The labels that reach the model say where prompts end:
 where a method ranks by the last token of the prompt, in training it ranks by the token before each
-supervised span behind the image, averaged over spans; what a method calls the question is the text
-behind the image that is not supervised. Images behind which nothing is supervised are left alone by
+supervised span after the image, averaged over spans; what a method calls the question is the text
+after the image that is not supervised. Images after which nothing is supervised are left alone by
 methods that ask. Choices carry no gradient; what survives does. Random choices are the same at each
 step, as in inference.
 """

@@ -1,6 +1,6 @@
 """Decode choice: a decoding step's own choice among the visual tokens in the cache.
 
-The choice is a mask in logical terms, which the layers behind are handed in place of their own; it
+The choice is a mask in logical terms, which later layers are handed in place of their own; it
 is translated like any other.
 Shapes: `B` rows, `T` logical length of this forward, `N` visual tokens of a row.
 """
@@ -99,7 +99,7 @@ class DecodeChoice(Extension):
         unseen = torch.zeros(
             len(columns), forward.prompt.past + 1, dtype=torch.bool, device=columns.device
         )
-        # Padding goes to the new token's own column, which is set right behind.
+        # Padding goes to the new token's own column, which is set right after.
         unseen.scatter_(1, columns.masked_fill(~real, forward.prompt.past), real & ~focus.seen)
         unseen[:, -1] = False
         self._unseen = unseen

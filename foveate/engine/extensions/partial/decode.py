@@ -27,7 +27,7 @@ class Unread:
     """What the heads of a layer do not read.
 
     Args:
-        visual: (B, at most S) which slots are visual; those behind it are not.
+        visual: (B, at most S) which slots are visual; those after it are not.
         mask: (B, Hkv, R, S and more) 0, or the least number where a head does not read a slot;
             `None` if the layer itself does right.
     """
@@ -87,7 +87,7 @@ def run_step(
     rotary: tuple[Tensor, Tensor],
     cache: Any,
 ) -> Tensor:
-    """A decoder layer, for one token of each row behind visual tokens.
+    """A decoder layer, for one token of each row after visual tokens.
 
     Args:
         layer: its module.

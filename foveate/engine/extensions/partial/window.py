@@ -21,7 +21,7 @@ class Grid:
     """Where tokens lie, and how far they see.
 
     Args:
-        frames: frames of a video, one behind the other; 1 for an image.
+        frames: frames of a video, one after the other; 1 for an image.
         height: rows of a frame.
         width: columns of a frame.
         window: odd side of the neighbourhood; half of it, rounded down, in each direction.

@@ -8,7 +8,7 @@ calls its layers. Each thread has its own state. Entering the text model makes a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,6 @@ from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
-from foveate.engine.extensions.base import Extension
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
@@ -339,7 +338,10 @@ class Hooks(FeatureHooks):
         forward, cached = self._local.now.forward, self._local.now.cached
         if cached is not None:
             cached.enter(number, hidden, kwargs)
-            return _run(cached.extensions, number, module, hidden, kwargs), hidden, kwargs
+            for extension in cached.extensions:
+                if (output := extension.run(number, module, hidden, kwargs)) is not None:
+                    return output, hidden, kwargs
+            return None, hidden, kwargs
         if forward is None:
             forward = self.replays.find(number, kwargs)
         elif module is not self.family.layers[number] and forward.groups:  # something is around it
@@ -347,7 +349,10 @@ class Hooks(FeatureHooks):
         if forward is None:
             return None, hidden, kwargs
         hidden, kwargs = forward.enter(number, module, hidden, kwargs)
-        return _run(forward.extensions, number, module, hidden, kwargs), hidden, kwargs
+        for extension in forward.extensions:
+            if (output := extension.run(number, module, hidden, kwargs)) is not None:
+                return output, hidden, kwargs
+        return None, hidden, kwargs
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any
@@ -439,14 +444,6 @@ class Hooks(FeatureHooks):
                 "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
                 "one keep for all"
             )
-
-
-def _run(
-    extensions: Sequence[Extension], number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
-) -> Tensor | None:
-    """What an extension makes of a layer that it runs itself; `None` where the layer does right."""
-    outputs = (extension.run(number, module, hidden, kwargs) for extension in extensions)
-    return next((output for output in outputs if output is not None), None)
 
 
 def end_stream(kwargs: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from foveate.core import Adaptive, Keep, Method, Need, Reduction, Scorer, Step, by_count
-from foveate.core.decode_selector import Focus, Focuser
+from foveate.core.decode_selector import DecodeChoice, DecodeSelector
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Labelling(Adaptive):
 
 
 @dataclass(frozen=True)
-class Glance(Method, Focuser):
+class Glance(Method, DecodeSelector):
     """A new token sees the half that it attends to most of what the one before did not see."""
 
     layer: int = 3
@@ -153,9 +153,9 @@ class Glance(Method, Focuser):
     def reduce(self, tokens, count):
         raise AssertionError("a step on decoding removes nothing")
 
-    def focus(self, attention, real, before):
+    def choose(self, attention, real, before):
         now = attention.mean(1)
         rank = now.double() if before is None else now.double() - before.seen.double()
         order = rank.masked_fill(~real, -9.0).argsort(dim=-1, descending=True, stable=True)
         half = torch.arange(real.shape[1]) < real.sum(1, keepdim=True) // 2
-        return Focus(now, torch.zeros_like(real).scatter(1, order, half))
+        return DecodeChoice(now, torch.zeros_like(real).scatter(1, order, half))

@@ -1,4 +1,4 @@
-"""Focus: which visual tokens a decoding step attends to, chosen anew at every step.
+"""Decode selection: which visual tokens a decoding step attends to, chosen anew at every step.
 
 Nothing is removed: what one step does not look at, the next one may.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Focus:
+class DecodeChoice:
     """What one decoding step looked at.
 
     Args:
@@ -28,15 +28,15 @@ class Focus:
     seen: Tensor
 
 
-class Focuser(ABC):
+class DecodeSelector(ABC):
     """A method with a step that acts on decoding (`Step(..., effects=("decode",))`)."""
 
-    def watches(self, frames: int) -> bool:
+    def selects_from(self, frames: int) -> bool:
         """Whether it acts on an image (1 frame) or a video of so many frames."""
         return True
 
     @abstractmethod
-    def focus(self, attention: Tensor, real: Tensor, before: Focus | None) -> Focus:
+    def choose(self, attention: Tensor, real: Tensor, before: DecodeChoice | None) -> DecodeChoice:
         """Choose what later layers attend to.
 
         Args:
@@ -49,24 +49,24 @@ class Focuser(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Watched:
+class Candidates:
     """Visual tokens that decoding steps choose from; it lives in a cache layer.
 
     Args:
         columns: (B, N) their logical positions; -1 is padding.
-        focus: the last choice.
+        choice: the last choice.
     """
 
     columns: Tensor
-    focus: Focus | None = None
+    choice: DecodeChoice | None = None
 
-    def rows(self, pick: Callable[[Tensor], Tensor]) -> Watched:
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> Candidates:
         """Reorder, repeat or select rows."""
-        focus = self.focus
-        if focus is not None:
-            focus = Focus(pick(focus.attention), pick(focus.seen))
-        return Watched(pick(self.columns), focus)
+        choice = self.choice
+        if choice is not None:
+            choice = DecodeChoice(pick(choice.attention), pick(choice.seen))
+        return Candidates(pick(self.columns), choice)
 
-    def join(self, columns: Tensor) -> Watched:
+    def join(self, columns: Tensor) -> Candidates:
         """Watch more tokens; the next choice starts afresh."""
-        return Watched(torch.cat((self.columns, columns), 1))
+        return Candidates(torch.cat((self.columns, columns), 1))

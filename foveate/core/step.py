@@ -93,7 +93,7 @@ class Step:
         reinsert: between decoder layers, the tokens that the method's step before this one took out
             come back; `Method.reinsert` says in which state.
         decode: between decoder layers, the step acts on the tokens that are generated: the layers
-            from `layer` on attend to what the method chooses (it is a `Focuser`) by the layer
+            from `layer` on attend to what the method, a `DecodeSelector`, chooses by the layer
             before.
     """
 

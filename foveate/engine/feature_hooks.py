@@ -26,7 +26,7 @@ from foveate.engine.inputs import (
 )
 from foveate.engine.plan import Plan
 from foveate.engine.prompt_context import PromptContext
-from foveate.engine.question import Question
+from foveate.engine.question import QuestionText
 from foveate.engine.readout import prompt_ends, readout
 from foveate.engine.reduce_features import mark
 from foveate.engine.state import Args, Kwargs
@@ -194,7 +194,7 @@ class FeatureHooks:
 
     def _question(
         self, images: Sequence[Image], output: Any, source: Sequence[int]
-    ) -> tuple[Question, Tensor]:
+    ) -> tuple[QuestionText, Tensor]:
         """The text after images of an encoder's output, and its (B, Q, D) embeddings."""
         local, now = self._local, self._local.now
         rows, ends = [image.row for image in images], [image.end for image in images]
@@ -207,7 +207,7 @@ class FeatureHooks:
         last = None
         if local.supervised is None:
             last = prompt_ends(visual, real, local.trailing, now.sample)
-        question = Question.of(visual, real, local.trailing, rows, ends, now.sample, last)
+        question = QuestionText.of(visual, real, local.trailing, rows, ends, now.sample, last)
         table = self.family.base.get_input_embeddings()
         embeds = question.embeddings(table, ids, arguments.get("inputs_embeds"))
         if question.last is None:

@@ -245,7 +245,7 @@ class Hooks(FeatureHooks):
         elif (
             cache is not None
             and past
-            and self.plan.focus is None
+            and self.plan.decode_step is None
             and (sequence.shape[1] == 1 or not self.plan.blind)
         ):
             now.cached = CachedForward.after(self.plan, self.family, cache, before, sequence)
@@ -264,7 +264,7 @@ class Hooks(FeatureHooks):
         """What a forward of the text model is about."""
         local, now, (batch, length) = self._local, self._local.now, sequence.shape[:2]
         mask, real = kwargs.get("attention_mask"), None
-        if groups or self.plan.focus:
+        if groups or self.plan.decode_step:
             real = real_positions(mask, past + length)
             real = None if real is None else real.expand(batch, -1)
         prompt = Prompt(
@@ -426,17 +426,17 @@ class Hooks(FeatureHooks):
 
     def _check_decoding(self, cache: Cache | None) -> None:
         """Refuse ways of generating in which a decoding step cannot choose."""
-        local, focus = self._local, self.plan.focus
-        if focus is None or local.requests is None or (cache is not None and not local.trailing):
+        local, step = self._local, self.plan.decode_step
+        if step is None or local.requests is None or (cache is not None and not local.trailing):
             return
         raise InputError(
-            f"{focus.method.slug} chooses at each decoding step what it attends to in the cache, "
+            f"{step.method.slug} chooses at each decoding step what it attends to in the cache, "
             "which needs one token a step and a cache; use greedy search, sampling or beam search "
             "with use_cache=True, or turn that step off"
         )
 
     def _check_slice(self) -> None:
-        if self.plan.llm or self.plan.waits or self.plan.focus:
+        if self.plan.llm or self.plan.waits or self.plan.decode_step:
             names = ", ".join(m.slug for m in self.plan.methods)
             raise InputError(
                 f"chunked prefill cannot be used with {names}: each chunk would choose tokens by "

@@ -58,7 +58,7 @@ class Plan:
         pre_llm: steps on image features.
         llm: steps between decoder layers, by layer.
         work: decoder layer -> what it computes of visual tokens, where that is not everything.
-        focus: the step that acts on decoding, if there is one.
+        decode_step: the step that acts on decoding, if there is one.
         extensions: classes of what forwards over a prompt do beyond dropping tokens.
         cached_extensions: the same of forwards after a pruned cache.
     """
@@ -68,7 +68,7 @@ class Plan:
     pre_llm: tuple[PlannedStep, ...]
     llm: tuple[PlannedStep, ...]
     work: Mapping[int, PartialCompute] = field(default_factory=dict)
-    focus: PlannedStep | None = None
+    decode_step: PlannedStep | None = None
     extensions: tuple[type, ...] = ()
     cached_extensions: tuple[type, ...] = ()
 

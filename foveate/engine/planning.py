@@ -48,16 +48,16 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
         names = entries([s.step for s in chosen])
         return tuple(replace(s, entry=name) for s, name in zip(chosen, names, strict=True))
 
-    focus = [s for s in steps if "decode" in s.step.effects]
-    if len(focus) > 1:
+    decoding = [s for s in steps if "decode" in s.step.effects]
+    if len(decoding) > 1:
         raise LayerError(
-            f"{focus[0].method.slug} and {focus[1].method.slug} both choose what decoding "
+            f"{decoding[0].method.slug} and {decoding[1].method.slug} both choose what decoding "
             "steps attend to; use one of them"
         )
     work = _work(family, methods)
     check_together(family, methods, steps)
     plan = Plan(
-        tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, next(iter(focus), None)
+        tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, next(iter(decoding), None)
     )
     extensions, cached = extensions_of(plan)
     return replace(plan, extensions=extensions, cached_extensions=cached)

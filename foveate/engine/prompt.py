@@ -21,7 +21,7 @@ IGNORED = -100  # the label of what is not supervised
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class QueryTokens:
     """Asking tokens.
 
     Args:
@@ -35,7 +35,7 @@ class Asked:
     sample: Tensor | None = None
 
     @classmethod
-    def last(cls, batch: int, length: int, real: Tensor | None, trailing: int) -> Asked:
+    def last(cls, batch: int, length: int, real: Tensor | None, trailing: int) -> QueryTokens:
         """The last token of each prompt.
 
         Args:
@@ -50,7 +50,7 @@ class Asked:
         return cls((real * order).amax(1, keepdim=True) - trailing)
 
     @classmethod
-    def last_of_samples(cls, sample: Tensor) -> Asked:
+    def last_of_samples(cls, sample: Tensor) -> QueryTokens:
         """The last token of each sample.
 
         Args:
@@ -62,7 +62,7 @@ class Asked:
     @classmethod
     def before_spans(
         cls, supervised: Tensor, real: Tensor | None, sample: Tensor | None = None
-    ) -> Asked:
+    ) -> QueryTokens:
         """The token before each supervised span; none where a span begins its sample.
 
         Args:
@@ -78,7 +78,7 @@ class Asked:
         return cls._where(asks, sample)
 
     @classmethod
-    def _where(cls, asks: Tensor, sample: Tensor | None) -> Asked:
+    def _where(cls, asks: Tensor, sample: Tensor | None) -> QueryTokens:
         """The tokens at which (B, T) is true."""
         width = max(int(asks.sum(1).max()), 1)
         columns = (~asks).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Slots
-from foveate.engine.prompt import Asked
-from foveate.engine.question import Question
+from foveate.engine.prompt import QueryTokens
+from foveate.engine.question import QuestionText
 from foveate.engine.readout import prompt_ends
 from foveate.engine.state import ForwardState
 
@@ -37,14 +37,14 @@ class PromptColumns:
         return window if window is not None and window < total else None
 
     @cached_property
-    def query_tokens(self) -> Asked:
+    def query_tokens(self) -> QueryTokens:
         """The query tokens."""
         prompt, real = self.prompt, self._real
         if prompt.supervised is not None:
-            return Asked.before_spans(prompt.supervised, real, prompt.sample)
+            return QueryTokens.before_spans(prompt.supervised, real, prompt.sample)
         if prompt.sample is not None:
-            return Asked.last_of_samples(prompt.sample)
-        asked = Asked.last(prompt.batch, prompt.length, real, prompt.trailing)
+            return QueryTokens.last_of_samples(prompt.sample)
+        asked = QueryTokens.last(prompt.batch, prompt.length, real, prompt.trailing)
         return replace(asked, columns=asked.columns.to(prompt.device))
 
     @property
@@ -60,7 +60,7 @@ class PromptColumns:
         return () if text is None else text.without
 
     @cached_property
-    def question_text(self) -> Question:
+    def question_text(self) -> QuestionText:
         """The text after the images, as far as it is not supervised."""
         prompt, real = self.prompt, self._real
         assert prompt.visual is not None  # there are images, or nobody would ask
@@ -71,7 +71,9 @@ class PromptColumns:
         last = None
         if prompt.supervised is None:
             last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
-        return Question.of(prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last)
+        return QuestionText.of(
+            prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last
+        )
 
     @property
     def _real(self) -> Tensor | None:

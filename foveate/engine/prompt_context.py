@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.core import Need
 from foveate.engine.images import Image, ImageGroup
-from foveate.engine.question import Question
+from foveate.engine.question import QuestionText
 from foveate.errors import InputError
 from foveate.signals import SIGNALS
 from foveate.signals.clip import ClipQuestions
@@ -32,7 +32,7 @@ class PromptContext:
 
     images: Sequence[Image]
     source: Sequence[int]
-    question: tuple[Question, Tensor] | None = None
+    question: tuple[QuestionText, Tensor] | None = None
     clip: ClipQuestions | None = None
     labelled: bool = False
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class QuestionText:
     """Columns of the text after images.
 
     Args:
@@ -41,7 +41,7 @@ class Question:
         ends: Sequence[int],
         sample: Tensor | None = None,
         last: Tensor | None = None,
-    ) -> Question:
+    ) -> QuestionText:
         """The question of a forward.
 
         Args:

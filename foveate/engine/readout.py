@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import Reduction
-from foveate.engine.prompt import Asked
+from foveate.engine.prompt import QueryTokens
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def prompt_ends(
 ) -> Tensor:
     """(B, T) the last token of each prompt; arguments as in `readout`."""
     batch, length = visual.shape
-    columns = Asked.last(batch, length, real, trailing).columns.to(visual.device)
+    columns = QueryTokens.last(batch, length, real, trailing).columns.to(visual.device)
     last = torch.zeros_like(visual).scatter(1, columns.clamp(min=0), True)
     return last if sample is None else last | F.pad(sample.diff(dim=1) != 0, (0, 1))
 

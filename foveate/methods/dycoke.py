@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import ModelFacts, Positions, Reduction, Step, VisualTokens, register
-from foveate.core.decode_selector import Focus, Focuser
+from foveate.core.decode_selector import DecodeChoice, DecodeSelector
 from foveate.core.fields import Positive, UnitFloat
 from foveate.core.ranking import ranked
 from foveate.core.video import (
@@ -40,7 +40,7 @@ WINDOW = 4
 
 @register("dycoke", stage="pre_llm", paper="Tao et al. 2025, arXiv:2411.15024")
 @dataclass(frozen=True)
-class DyCoke(VideoMethod, Focuser):
+class DyCoke(VideoMethod, DecodeSelector):
     """Keep every fourth frame whole, and of the others what is new.
 
     Of each four frames, the second is compared with the first, the fourth with the third and the
@@ -101,11 +101,11 @@ class DyCoke(VideoMethod, Focuser):
             (tuple(range(len(x))), Reduction(torch.cat(parts, 1), ordered=self.as_released)),
         ]
 
-    def watches(self, frames: int) -> bool:
+    def selects_from(self, frames: int) -> bool:
         """Decoding leaves out tokens of videos alone."""
         return frames > 1
 
-    def focus(self, attention: Tensor, real: Tensor, before: Focus | None) -> Focus:
+    def choose(self, attention: Tensor, real: Tensor, before: DecodeChoice | None) -> DecodeChoice:
         """Look at the most attended tokens, and at the same ones while attention stays alike."""
         now = attention.mean(1)
         order = now.masked_fill(~real, -1.0).argsort(dim=-1, descending=True, stable=True)
@@ -115,7 +115,7 @@ class DyCoke(VideoMethod, Focuser):
         if before is not None:
             alike = similarity(now, before.attention)[:, None] >= self.threshold
             seen = torch.where(alike, real if self.as_released else before.seen, seen)
-        return Focus(now, seen)
+        return DecodeChoice(now, seen)
 
 
 def _published(model: ModelFacts) -> int:

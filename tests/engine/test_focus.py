@@ -128,7 +128,7 @@ def test_a_new_image_is_watched_too(llava):
         cache = llava(**first, use_cache=True).past_key_values
         second.pop("attention_mask")
         llava(**second, past_key_values=cache)
-        assert cache.layers[3].attached["watched"].columns.shape == (1, 72)
+        assert cache.layers[3].attached["candidates"].columns.shape == (1, 72)
         got = llava(input_ids=token, past_key_values=cache).logits[0, -1]
     ids = torch.cat((both[0], token[0]))
     features = features_of(llava, {"pixel_values": pixels})

@@ -90,9 +90,9 @@ class Watching(Glance):
 
     noted: ClassVar[list] = []
 
-    def focus(self, attention, real, before):
+    def choose(self, attention, real, before):
         self.noted.append(attention)
-        return super().focus(attention, real, before)
+        return super().choose(attention, real, before)
 
 
 @pytest.mark.parametrize("rows", [[(5, 7)], [(5, 7), (2, 4)]])

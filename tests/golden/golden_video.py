@@ -102,7 +102,7 @@ def _check_decoding(case: Case) -> None:
     focus = None
     for step in range(params["steps"]):
         attention = arrays[f"attn{step}"]
-        focus = method.focus(attention[..., span], torch.ones(1, length, dtype=torch.bool), focus)
+        focus = method.choose(attention[..., span], torch.ones(1, length, dtype=torch.bool), focus)
         seen = torch.ones(attention.shape[-1], dtype=torch.bool)
         seen[span] = focus.seen[0]
         whole = torch.arange(len(seen))

@@ -92,7 +92,7 @@ def test_steps_choose_as_a_naive_loop(as_released):
     method, focus = DyCoke(p=p, as_released=as_released), None
     seen = []
     for attention in attentions:
-        focus = method.focus(attention, real, focus)
+        focus = method.choose(attention, real, focus)
         assert torch.equal(focus.attention, attention.mean(1))
         assert not (focus.seen & ~real).any()
         seen.append(focus.seen)
@@ -113,5 +113,5 @@ def test_the_step_is_behind_a_layer_that_sees_everything(facts):
 
 
 def test_images_are_not_watched():
-    assert not DyCoke().watches(1)
-    assert DyCoke().watches(8)
+    assert not DyCoke().selects_from(1)
+    assert DyCoke().selects_from(8)

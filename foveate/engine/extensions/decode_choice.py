@@ -14,23 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.decode_selector import Focuser, Watched
+from foveate.core.decode_selector import Candidates, DecodeSelector
 from foveate.engine.cache import PrunedLayer, pruned_layer
 from foveate.engine.extensions.base import Extension
 from foveate.engine.plan import Plan
 
-WATCHED = "watched"  # what decoding steps choose from, attached to the layer where they do
+CANDIDATES = "candidates"  # what decoding steps choose from, attached to the layer where they do
 
 
-class DecodeChoice(Extension):
+class DecodeSelection(Extension):
     """The decoding step of a method, in one forward."""
 
     def __init__(self, forward: Any, plan: Plan) -> None:
         super().__init__(forward, plan)
-        planned = plan.focus
+        planned = plan.decode_step
         assert planned is not None
         self.layer = planned.step.layer
-        self.method = cast(Focuser, planned.method)  # as the plan has checked
+        self.method = cast(DecodeSelector, planned.method)  # as the plan has checked
         self._unseen: Tensor | None = None  # (B, past + 1) logical positions
         self._masks: dict[int, tuple[Any, Tensor]] = {}  # id of a mask -> it, what it becomes
 
@@ -50,7 +50,7 @@ class DecodeChoice(Extension):
             return kwargs
         if self.forward.groups:
             if number == self.layer:
-                self._watch(cache)
+                self._note_candidates(cache)
             return kwargs
         if self.forward.prompt.length == 1 and number == self.layer - 1:
             self._choose(number, layer, hidden, kwargs)
@@ -58,12 +58,12 @@ class DecodeChoice(Extension):
             return kwargs
         return {**kwargs, "attention_mask": self._narrowed(kwargs.get("attention_mask"))}
 
-    def _watch(self, cache: Any) -> None:
+    def _note_candidates(self, cache: Any) -> None:
         """Note in the cache which visual tokens of this forward are alive."""
         forward, prompt = self.forward, self.forward.prompt
         alive = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
         for group in forward.groups:
-            if self.method.watches(group.shape.frames):
+            if self.method.selects_from(group.shape.frames):
                 alive[forward.row_index(group), group.columns] = True
         most = int(alive.sum(1).max())
         if not most:
@@ -72,17 +72,19 @@ class DecodeChoice(Extension):
         columns = (columns + prompt.past).masked_fill(~alive.gather(1, columns), -1)
         removed = prompt.length - forward.layout.index.shape[1]
         held = pruned_layer(cache, self.layer, forward.fresh, removed)
-        watched: Watched | None = held.attached.get(WATCHED)
-        held.attach(WATCHED, Watched(columns) if watched is None else watched.join(columns))
+        candidates: Candidates | None = held.attached.get(CANDIDATES)
+        held.attach(
+            CANDIDATES, Candidates(columns) if candidates is None else candidates.join(columns)
+        )
 
     def _choose(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Let the method choose by what this layer is about to attend to."""
         forward, cache = self.forward, kwargs["past_key_values"]
         held = cache.layers[self.layer] if len(cache.layers) > self.layer else None
-        if not isinstance(held, PrunedLayer) or WATCHED not in held.attached:
+        if not isinstance(held, PrunedLayer) or CANDIDATES not in held.attached:
             return
-        watched: Watched = held.attached[WATCHED]
-        columns = watched.columns
+        candidates: Candidates = held.attached[CANDIDATES]
+        columns = candidates.columns
         real = columns >= 0
         token = torch.zeros_like(columns[:, :1])
         signals = forward.decoder_signals
@@ -94,13 +96,13 @@ class DecodeChoice(Extension):
         attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))
         there = slots.gather(1, at) == columns  # not so where a window has left them behind
         attention = attention.masked_fill(~(real & there)[:, None], 0.0)
-        focus = self.method.focus(attention, real, watched.focus)
-        held.attach(WATCHED, replace(watched, focus=focus))
+        choice = self.method.choose(attention, real, candidates.choice)
+        held.attach(CANDIDATES, replace(candidates, choice=choice))
         unseen = torch.zeros(
             len(columns), forward.prompt.past + 1, dtype=torch.bool, device=columns.device
         )
         # Padding goes to the new token's own column, which is set right after.
-        unseen.scatter_(1, columns.masked_fill(~real, forward.prompt.past), real & ~focus.seen)
+        unseen.scatter_(1, columns.masked_fill(~real, forward.prompt.past), real & ~choice.seen)
         unseen[:, -1] = False
         self._unseen = unseen
 

@@ -143,7 +143,7 @@ class Full:
 
     def merge(self, keys, step, number):
         """Merge the r most similar pairs of even and odd groups."""
-        self.weigh = "proportional" in step.effects
+        self.weigh = step.proportional
         patches = torch.stack([keys[group[0]] for group in self.groups[self.special :]])
         into, order = matched(patches, self.special, step.r)
         into = {a + self.special: b + self.special for a, b in into.items()}

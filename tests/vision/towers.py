@@ -272,7 +272,7 @@ class Full:
 
     def merge(self, step, keys):
         """The first token of a group is the one that the others went into."""
-        self.weigh = "proportional" in step.effects
+        self.weigh = step.proportional
         for number, groups in enumerate(self.groups):
             unit = torch.stack([keys[self.tokens[number][g[0]]].mean(0) for g in groups])
             into, order = matched(unit, self.special, step.r)

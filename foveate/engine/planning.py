@@ -189,10 +189,11 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
             )
         signal = SIGNALS[need.name]
         stages = {"encoder": ("vision", "pre_llm"), "prompt": ("pre_llm",), "decoder": ("llm",)}
-        if planned.step.stage not in stages[signal.source]:
+        legal = ("pre_llm",) if signal.clip else stages[signal.source]
+        if planned.step.stage not in legal:
             raise LayerError(
                 f"{planned.method.slug} needs {need.name} at {planned.step.site}, but only "
-                f"{' and '.join(stages[signal.source])} steps can have it"
+                f"{' and '.join(legal)} steps can have it"
             )
         if signal.layered and not need.layers:
             raise LayerError(f"{planned.method.slug} needs {need.name}, but names no layer")

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import foveate
-from foveate.core import VisualTokens
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.core import Need, Step, VisualTokens
+from foveate.errors import InputError, LayerError, UnsupportedModelError
 from foveate.methods import CDPruner, DivPrune, RecoverableCompression
 from tests.engine.test_signals import ROWS
+from tests.methods_for_tests import EveryThird
 from tests.tinies import PATCHES, prompts, row_of, tiny_clip
 
 ASKED = ["a red door", "how many", "nothing to see", "what is this long question about"]
@@ -151,6 +152,24 @@ def test_what_is_missing_is_named(llava, clip):
         pytest.raises(UnsupportedModelError, match=r"width 48, .* width 32"),
     ):
         llava(**prompts([[3, 4]]))
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "match"),
+    [
+        (Step("pre_llm", 0, (Need("clip_patches", (1,)),)), InputError, "needs the CLIP"),
+        (Step("vision", 2, (Need("clip_patches", (1,)),)), LayerError, "only pre_llm steps"),
+    ],
+)
+def test_patches_in_clips_space_are_refused_where_nothing_is_asked(llava, step, error, match):
+    """They were asserted on at the first image."""
+
+    class Nearest(EveryThird):
+        def steps(self, model):
+            return (step,)
+
+    with pytest.raises(error, match=match):
+        foveate.use(llava, Nearest())
 
 
 def test_a_method_that_asks_clip_is_still_json():

@@ -86,7 +86,7 @@ def _total(tensors: dict[str, Tensor]) -> int:
 def reduce(method: Method, tokens: VisualTokens, keep: int) -> list[tuple[int, Any]]:
     """(image, its reduction) of all images."""
     if isinstance(method, Adaptive):
-        parts = method.split(tokens)
+        parts = method.reduce_each(tokens)
     else:
         parts = [(range(len(tokens.index)), method.reduce(tokens, keep))]
     return [(image, (made, i)) for members, made in parts for i, image in enumerate(members)]

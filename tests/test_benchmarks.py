@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from foveate.families import FAMILIES
 from foveate.families.plain import PlainEncoder
@@ -104,3 +105,16 @@ def test_what_was_not_measured_says_so(table, monkeypatch, tmp_path):
     text = table.speed()
     assert text.count("**not measured**") == len(table.ON_CPU) + len(table.ON_GPU)
     assert "qwen3-vl-4b, 1920 visual tokens, GPU" in text
+
+
+@torch.no_grad()
+def test_methods_choose_what_the_transcriptions_that_time_them_choose():
+    """What the benchmark of selection compares, at a small size."""
+    selection = _script("selection")
+    known = selection.cases()
+    assert len(known) > 20
+    for name, (transcription, inputs, make) in known.items():
+        tensors = inputs(64, 2, torch.Generator().manual_seed(0))
+        keep = selection._total(tensors) // 4
+        plain = [transcription(image, keep) for image in selection.alone(tensors)]
+        assert selection.agree(make(keep), tensors, keep, plain), name

@@ -118,16 +118,12 @@ def window_attention(
         (G, H, V, d).
     """
     (q, k, v), (common_k, common_v, may) = image, common
-    images, heads, _, d = q.shape
+    images, heads = q.shape[:2]
     alive = torch.ones(q.shape[::2], dtype=torch.bool, device=q.device) if seen is None else seen
     alive = alive[..., None]
     if index is not None:
-        where = index[:, None, :, None].expand_as(q)
-        q, k, v = (x.new_zeros(images, heads, grid.cells, d).scatter(2, where, x) for x in image)
-        places = torch.zeros(images, grid.cells, 1, dtype=torch.bool, device=q.device)
-        alive = places.scatter(1, index[..., None], alive)
-        common_seen = may.new_ones(images, grid.cells, may.shape[2])
-        may = common_seen.scatter(1, index[..., None].expand_as(may), may)
+        q, k, v = (_spread(x, index[:, None].expand(-1, heads, -1), grid.cells, 0) for x in image)
+        alive, may = _spread(alive, index, grid.cells, 0), _spread(may, index, grid.cells, 1)
 
     def tiles(x: Tensor, own: Tensor | None = None) -> Tensor:
         """(G frames n, H, q or K + k, d)."""
@@ -148,4 +144,10 @@ def window_attention(
     out = grid.join(out.flatten(0, 2)).unflatten(0, (images, heads))
     if index is None:
         return out
-    return out.gather(2, index[:, None, :, None].expand(-1, heads, -1, d))
+    return out.gather(2, index[:, None, :, None].expand(-1, heads, -1, out.shape[3]))
+
+
+def _spread(x: Tensor, index: Tensor, cells: int, fill: int) -> Tensor:
+    """(..., cells, d) of (..., V, d) at (..., V) cells; others hold `fill`."""
+    whole = x.new_full((*x.shape[:-2], cells, x.shape[-1]), fill)
+    return whole.scatter(-2, index[..., None].expand_as(x), x)

@@ -38,8 +38,8 @@ class Session(BaseSession):
             images: the images of the prompt, in order of appearance. A video is one of them: the
                 list of its frames. Of pictures that the processor cut into tiles, all tiles can be
                 passed instead.
-            geometry: how the processor mapped a picture on the token grid: `resize`, `crop`,
-            `pad`, or `auto`.
+            geometry: how the processor mapped an image to the token grid: `resize`, `crop`, `pad`,
+                or `auto`.
 
         Raises:
             InputError: no prompt with images was run, or the number of images differs.

@@ -1,10 +1,10 @@
 """BaseSession: attach methods to a model, and restore the model exactly.
 
-A session has a part for each part of the
-model that it touches: the text model, the vision encoder, or both. Everything is done by hooks and
-a few instance attributes (`get_image_features` of the base model, `generate` of the model,
-`forward` of the base and the text model, of decoder layers, of the rotary embedding, and of encoder
-layers within which tokens are removed); nothing else on the model is touched.
+A session has a part for each part of the model that it touches: the text model, the vision encoder,
+or both. Everything is done by hooks and a few instance attributes (`get_image_features` of the base
+model, `generate` of the model, `forward` of the base and the text model, of decoder layers, of the
+rotary embedding, and of encoder layers within which tokens are removed); nothing else on the model
+is touched.
 """
 
 from __future__ import annotations

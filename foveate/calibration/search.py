@@ -1,7 +1,7 @@
 """Search for hyper-parameters on calibration prompts, with Optuna.
 
-A search changes how well the pruned model says what the whole model says: the cosine similarity of
-the final states of the last prompt token, which calibration prompts need no answers for.
+A search maximises how well the pruned model agrees with the unpruned one: the cosine similarity of
+the final states of the last prompt token. Calibration prompts need no answers for it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,34 +23,44 @@ from foveate.io.writing import explained
 from foveate.run import use
 
 Sample = Mapping[str, Any]
-Propose = Callable[[Any], Method | None]
+M = TypeVar("M", bound=Method)
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """How long a search runs, and where its trials go.
+
+    Args:
+        trials: trials in all, those in the storage included.
+        startup: how many of them are drawn at random.
+        seed: of the draws.
+        storage: file that holds the trials, from which an interrupted search continues; `None`
+            keeps them in memory.
+        progress: whether to show a bar.
+    """
+
+    trials: int
+    startup: int
+    seed: int
+    storage: str | Path | None
+    progress: bool
 
 
 def search(
     model: Any,
     samples: Iterable[Sample],
-    propose: Propose,
-    *,
-    trials: int,
-    startup: int,
-    seed: int,
-    storage: str | Path | None,
+    propose: Callable[[Any], M | None],
+    options: SearchOptions,
     settings: Mapping[str, Any],
-    progress: bool,
-) -> Method:
+) -> M:
     """The best of the proposed methods.
 
     Args:
         model: a supported vision-language model.
         samples: model inputs, each with an image.
         propose: makes a method of an Optuna trial, or `None` where the trial has no method.
-        trials: how many to have in all, those in the storage included.
-        startup: how many of them are drawn at random.
-        seed: of the draws.
-        storage: file that holds the trials, so that a search can go on where it stopped; `None`
-            keeps them in memory.
-        settings: what must be the same for a search to go on.
-        progress: whether to show a bar.
+        options: length, seed and storage of the search.
+        settings: what must be the same for a search to continue.
 
     Raises:
         InputError: there are no samples, or the storage holds a search with other settings, or a
@@ -63,43 +74,54 @@ def search(
     prompts = list(samples)
     if not prompts:
         raise InputError("calibration needs at least one prompt")
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        journal = None if storage is None else _journal(optuna, Path(storage))
+    with _quiet(optuna):
+        journal = None if options.storage is None else _journal(optuna, Path(options.storage))
         with _told(journal):
-            study = _study(optuna, journal, storage, dict(settings))
-            best = _best(optuna, study, model, prompts, propose, trials, startup, seed, progress)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+            study = _study(optuna, journal, options.storage, dict(settings))
+            best = _best(optuna, study, model, prompts, propose, options)
     chosen = propose(optuna.trial.FixedTrial(best))
     assert chosen is not None  # it was run
     return chosen
 
 
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Let Optuna log warnings only."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
 def _best(
-    optuna: Any, study: Any, model: Any, prompts: list[Sample], propose: Propose,
-    trials: int, startup: int, seed: int, progress: bool,
+    optuna: Any, study: Any, model: Any, prompts: list[Sample],
+    propose: Callable[[Any], Method | None], options: SearchOptions,
 ) -> dict[str, Any]:  # fmt: skip
-    """Parameters of the best of so many trials."""
+    """Parameters of the best of all trials."""
     state = optuna.trial.TrialState
     done = len(study.get_trials(deepcopy=False, states=(state.COMPLETE, state.PRUNED)))
     # A search that goes on must not draw the same numbers again.
-    study.sampler = optuna.samplers.TPESampler(seed=seed + done, n_startup_trials=startup)
+    study.sampler = optuna.samplers.TPESampler(
+        seed=options.seed + done, n_startup_trials=options.startup
+    )
     base = find_family(model).base
-    whole = [last_state(base, inputs) for inputs in prompts]
+    unpruned = [last_state(base, inputs) for inputs in prompts]
 
     def objective(trial: Any) -> float:
         method = propose(trial)
         if method is None:
             raise optuna.TrialPruned
         with use(model, method):
-            return agreement(whole, [last_state(base, inputs) for inputs in prompts])
+            return agreement(unpruned, [last_state(base, inputs) for inputs in prompts])
 
-    if trials > done:
-        study.optimize(objective, n_trials=trials - done, show_progress_bar=progress)
+    if options.trials > done:
+        study.optimize(
+            objective, n_trials=options.trials - done, show_progress_bar=options.progress
+        )
     if not study.get_trials(deepcopy=False, states=(state.COMPLETE,)):
-        raise FoveateError(f"none of {trials} trials met the budget; allow more trials")
+        raise FoveateError(f"none of {options.trials} trials met the budget; allow more trials")
     return study.best_params
 
 
@@ -114,9 +136,9 @@ def last_state(base: Any, inputs: Sample) -> Tensor:
     return states[torch.arange(len(last)), last.to(states.device)].float()
 
 
-def agreement(whole: Iterable[Tensor], pruned: Iterable[Tensor]) -> float:
+def agreement(unpruned: Iterable[Tensor], pruned: Iterable[Tensor]) -> float:
     """Mean cosine similarity of states (B, D) with all tokens and with fewer."""
-    both = torch.cat(list(whole)), torch.cat(list(pruned))
+    both = torch.cat(list(unpruned)), torch.cat(list(pruned))
     return float(torch.nn.functional.cosine_similarity(*both, dim=-1).mean())
 
 

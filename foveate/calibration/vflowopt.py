@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate.calibration.search import search
+from foveate.calibration.search import SearchOptions, search
 from foveate.errors import BudgetError
-from foveate.families import find_family
+from foveate.families import Family, find_family
 from foveate.methods.vflowopt import VFlowOpt
 
 
@@ -47,11 +47,23 @@ class SearchSpace:
         average: the share, in (0, 1).
         layers: decoder layers before which tokens are dropped.
         depth: number of decoder layers.
+
+    Raises:
+        BudgetError: the share is outside (0, 1).
     """
 
     average: float
     layers: tuple[int, int]
     depth: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.average < 1:
+            raise BudgetError(f"average must be in (0, 1), got {self.average}")
+
+    @classmethod
+    def of(cls, family: Family, average: float) -> SearchSpace:
+        """The space of a model, with drops before the published layers."""
+        return cls(average, VFlowOpt().published_layers(family), family.text_layers)
 
     def propose(self, trial: Any) -> VFlowOpt | None:
         """The strategy of an Optuna trial; `None` if the first two numbers use up the budget."""
@@ -79,9 +91,9 @@ def calibrate(
 ) -> VFlowOpt:
     """Find the strategy that changes a model's answers least at a given cost.
 
-    Each trial runs the prompts once; what counts is the cosine similarity of the last prompt
-    token's final state with and without pruning. `SearchSpace` says what is searched. Optuna's TPE
-    sampler takes the place of the reference's Gaussian process.
+    Each trial runs the prompts once. Its score is the cosine similarity of the last prompt token's
+    final state with and without pruning. `SearchSpace` says what is searched. Optuna's TPE sampler
+    replaces the reference's Gaussian process.
 
     Args:
         model: a supported vision-language model with an encoder that methods can look into.
@@ -90,7 +102,7 @@ def calibrate(
         trials: trials in all, those in `storage` included.
         startup: trials drawn at random before the search follows what it found.
         seed: of the search.
-        storage: file to keep the trials in; a search that was interrupted goes on from it.
+        storage: file of the trials, from which an interrupted search continues.
         progress: whether to show a bar.
 
     Raises:
@@ -101,14 +113,8 @@ def calibrate(
         >>> best = calibrate(model, prompts, 0.25, storage="search.log")  # doctest: +SKIP
         >>> foveate.use(model, best)  # doctest: +SKIP
     """
-    if not 0 < average < 1:
-        raise BudgetError(f"average must be in (0, 1), got {average}")
     family = find_family(model)
-    space = SearchSpace(average, VFlowOpt().published_layers(family), family.text_layers)
+    propose = SearchSpace.of(family, average).propose
     settings = {"model": family.model_type, "layers": family.text_layers, "average": average}
-    best = search(
-        model, samples, space.propose, trials=trials, startup=startup, seed=seed, storage=storage,
-        settings=settings, progress=progress,
-    )  # fmt: skip
-    assert isinstance(best, VFlowOpt)
-    return best
+    options = SearchOptions(trials, startup, seed, storage, progress)
+    return search(model, samples, propose, options, settings)

@@ -5,7 +5,8 @@ Paper: Zhang et al., arXiv:2410.06169; the method itself is `foveate.methods.yop
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ def head_mask(
 ) -> tuple[tuple[bool, ...], ...]:
     """Find the heads that look at the image, on calibration prompts.
 
-    In each sample a head votes to stay where the attention that text tokens after the image pay to
-    visual tokens exceeds `threshold` times what they pay to text (which queries count is our
-    reading). It stays if more than `share` of the samples vote for it.
+    Text tokens after the image attend to visual tokens and to text. A sample votes for a head if
+    the attention to visual tokens exceeds `threshold` times that to text. The head stays if more
+    than `share` of the samples vote for it. Which queries count is our reading of the paper.
 
     Args:
         model: a vision-language model whose attention maps can be had with the eager kernel.
@@ -42,22 +43,28 @@ def head_mask(
     Raises:
         FoveateError: there are no samples.
     """
-    text = model.get_decoder()
-    kernel = text.config._attn_implementation
     votes: list[Tensor] = []
-    text.set_attn_implementation("eager")
-    try:
+    with _eager(model.get_decoder()):
         for inputs in samples:
             maps = model(**inputs, output_attentions=True).attentions
             visual = inputs["input_ids"] == model.config.image_token_id
             votes += [_ratios(maps, row, seen) > threshold for row, seen in enumerate(visual)]
-    finally:
-        text.set_attn_implementation(kernel)
     if not votes:
         raise FoveateError("head_mask needs at least one calibration prompt")
     stays = torch.stack(votes).double().mean(0) > share
     stays[:always] = True
     return tuple(tuple(layer) for layer in stays.tolist())
+
+
+@contextmanager
+def _eager(text: Any) -> Iterator[None]:
+    """While open, a text model runs the attention kernel that returns maps."""
+    kernel = text.config._attn_implementation
+    text.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        text.set_attn_implementation(kernel)
 
 
 def _ratios(maps: tuple[Tensor, ...], row: int, visual: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 A run is one prompt and some decoding steps, as plain forward calls of the model:
 
-    pictures -> vision tower, projector | choosing, prefill, head | decoding steps
-                      vision                   prefill                 decode
+    images -> vision tower, projector | selection, prefill, head | decoding steps
+                    vision                   prefill                 decode
     |------------------- TTFT -------------------|
 
 What a session reads inside the tower (attention of the class token, merging) counts as vision. All
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -164,15 +165,39 @@ def contenders(model: Any, methods: Sequence[Method]) -> dict[str, Contender]:
     return found
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """How often a cell is run.
+
+    Args:
+        repeats: timed rounds.
+        warmup: untimed rounds before them, on top of one run in which costs are noted.
+        seconds: time after which no further round begins, if `FEWEST` are done; `None` for no
+            limit.
+    """
+
+    repeats: int
+    warmup: int = 1
+    seconds: float | None = None
+
+    def numbers(self) -> Iterator[int]:
+        """Numbers of the rounds, until the time is up; the clock starts now."""
+        began = time.monotonic()
+        return itertools.takewhile(
+            lambda number: not self._late(began, number), range(self.warmup + self.repeats)
+        )
+
+    def _late(self, began: float, number: int) -> bool:
+        enough = number >= self.warmup + FEWEST
+        return enough and self.seconds is not None and time.monotonic() - began > self.seconds
+
+
 def measure_cell(
     bench: Bench,
     inputs: Mapping[str, Any],
     entrants: Mapping[str, Contender],
-    *,
-    repeats: int,
-    warmup: int = 1,
-    seconds: float | None = None,
-    tick: Callable[[], object] | None = None,
+    rounds: Rounds,
+    tick: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """All contenders on one batch of prompts.
 
@@ -180,10 +205,8 @@ def measure_cell(
         bench: the model.
         inputs: of the batch.
         entrants: from `contenders`.
-        repeats: timed rounds.
-        warmup: untimed rounds before them, on top of one run in which costs are noted.
-        seconds: do not begin another round after so long, if `FEWEST` are done.
-        tick: called after every run, also of rounds that were given up at once.
+        rounds: how often they run; its time limit includes the run in which costs are noted.
+        tick: called after every run.
 
     Returns:
         JSON values: `repeats`, and `rows` by contender.
@@ -191,24 +214,20 @@ def measure_cell(
     Raises:
         FoveateError: the cache holds another number of bytes than the report says.
     """
-    began = time.monotonic()
-    tick = tick or (lambda: None)
+    facts = {}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in entrants}
+    numbers = rounds.numbers()
     with torch.inference_mode(), bench.watching():
-        facts = {}
         for name, entrant in entrants.items():
             facts[name] = _costs(bench, inputs, entrant)
             tick()
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in entrants}
         runners = _runners(bench, inputs, entrants)
         with _short_collections():
-            for number in range(warmup + repeats):
-                late = seconds is not None and time.monotonic() - began > seconds
-                if late and number >= warmup + FEWEST:
-                    break
+            for number in numbers:
                 for name, times in one_round(runners, number):
                     runs[name].append(times)
                     tick()
-    timed = {name: of[warmup:] for name, of in runs.items()}
+    timed = {name: of[rounds.warmup :] for name, of in runs.items()}
     batch = inputs["input_ids"].shape[0]
     rows = {name: _row(bench, timed, name, facts, batch) for name in entrants}
     return {"repeats": len(timed[ALL]), "rows": rows}
@@ -278,27 +297,14 @@ def _row(
     batch: int,
 ) -> dict[str, Any]:
     """What one contender's runs say."""
-
-    def times(of: str, phase: str) -> list[float]:
-        return [run[phase] for run in runs[of]]
-
-    steps = bench.new_tokens
-    rates = {"decode_tokens_per_s": ("decode", steps), "tokens_per_s": ("total", steps + 1)}
-    row: dict[str, Any] = {
-        f"{phase}_ms": Spread.of(times(name, phase)).to_dict()
-        for phase in ("ttft", "vision", "prefill")
-    }
-    for key, (phase, tokens) in rates.items():
-        if tokens:
-            per_s = [batch * tokens / ms * 1e3 for ms in times(name, phase)]
-            row[key] = Spread.of(per_s).to_dict()
+    row = _times(runs[name], batch, bench.new_tokens)
     row |= {key: facts[name][key] for key in ("peak_bytes", "kv_bytes")}
     if name == ALL:
         return row
     speed = {
-        key: Spread.of_ratios(times(ALL, phase), times(name, phase))
+        key: Spread.of_ratios(_phase(runs[ALL], phase), _phase(runs[name], phase))
         for key, phase in SPEED_UPS.items()
-        if steps or phase != "decode"
+        if bench.new_tokens or phase != "decode"
     }
     report = facts[name]["report"]
     predicted = _predicted(report["flops"])
@@ -312,6 +318,24 @@ def _row(
         "perhaps_slower": [k for k, v in speed.items() if v.median < 1.0 <= v.q75],
         "notes": report["notes"],
     }
+
+
+def _phase(runs: Sequence[Mapping[str, float]], phase: str) -> list[float]:
+    return [run[phase] for run in runs]
+
+
+def _times(runs: Sequence[Mapping[str, float]], batch: int, steps: int) -> dict[str, Any]:
+    """Spreads of a contender's phases in milliseconds, and of its tokens per second."""
+    times: dict[str, Any] = {
+        f"{phase}_ms": Spread.of(_phase(runs, phase)).to_dict()
+        for phase in ("ttft", "vision", "prefill")
+    }
+    rates = {"decode_tokens_per_s": ("decode", steps), "tokens_per_s": ("total", steps + 1)}
+    for key, (phase, tokens) in rates.items():
+        if tokens:
+            per_s = [batch * tokens / ms * 1e3 for ms in _phase(runs, phase)]
+            times[key] = Spread.of(per_s).to_dict()
+    return times
 
 
 def _predicted(work: Mapping[str, Any]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from foveate.bench.speed import ALL, Bench, Contender, measure_cell
+from foveate.bench.speed import ALL, Bench, Contender, Rounds, measure_cell
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.quoting import quoted
@@ -139,10 +139,8 @@ def _cell(
         placeholder = find_family(bench.model).placeholder_ids["image"]
         found["visual_tokens"] = int((inputs["input_ids"] == placeholder).sum()) // batch
         found["prompt_tokens"] = inputs["input_ids"].shape[1]
-        found |= measure_cell(
-            bench, inputs, entrants,
-            repeats=sweep.repeats, warmup=sweep.warmup, seconds=seconds, tick=tick,
-        )  # fmt: skip
+        rounds = Rounds(sweep.repeats, sweep.warmup, seconds)
+        found |= measure_cell(bench, inputs, entrants, rounds, tick)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         found["error"] = "out of memory"

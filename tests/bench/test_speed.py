@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import foveate
-from foveate.bench.speed import ALL, Bench, Stopwatch, contenders, measure_cell
+from foveate.bench.speed import ALL, Bench, Rounds, Stopwatch, contenders, measure_cell
 from foveate.bench.sweep import Sweep, losses, run_sweep
 from foveate.bench.workload import fit_pictures, random_config, random_model, random_prompt
 from foveate.cli import bench_speed as command
@@ -44,7 +44,7 @@ def made(llava):
 
 def test_a_cell_holds_every_measure(bench, made):
     cell = measure_cell(
-        bench, made(36, 2), contenders(bench.model, METHODS), repeats=3, tick=lambda: None
+        bench, made(36, 2), contenders(bench.model, METHODS), Rounds(3), tick=lambda: None
     )
     assert cell["repeats"] == 3
     assert list(cell["rows"]) == [ALL, "fastv", "random"]
@@ -65,7 +65,7 @@ def test_a_cell_holds_every_measure(bench, made):
 
 
 def test_the_prefill_prediction_is_of_the_language_model(bench, made):
-    rows = measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), repeats=1)["rows"]
+    rows = measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), Rounds(1))["rows"]
     config = bench.model.config
     full = flops.prefill_flops(config, [[PATCHES + 7]] * LAYERS)
     half = flops.prefill_flops(config, [[PATCHES // 2 + 7]] * LAYERS)
@@ -80,11 +80,11 @@ def test_the_prefill_prediction_is_of_the_language_model(bench, made):
 def test_nothing_is_left_on_the_model(bench, made):
     before = dict(vars(bench.model.model))
     frozen = gc.get_freeze_count()
-    measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), repeats=1)
+    measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), Rounds(1))
     assert vars(bench.model.model) == before
     with pytest.raises(ValueError, match="exactly one"):
         measure_cell(
-            bench, {"input_ids": None, "nonsense": 1}, contenders(bench.model, []), repeats=1
+            bench, {"input_ids": None, "nonsense": 1}, contenders(bench.model, []), Rounds(1)
         )
     assert vars(bench.model.model) == before
     assert gc.get_freeze_count() == frozen
@@ -93,7 +93,7 @@ def test_nothing_is_left_on_the_model(bench, made):
 def test_a_session_that_was_there_stays(bench, made):
     with foveate.use(bench.model, "random", keep=0.25) as session:
         with pytest.raises(FoveateError, match="already carries"):
-            measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), repeats=1)
+            measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), Rounds(1))
         bench.model(**made(36, 1))
         assert [len(kept["pre_llm"]) for kept in session.kept] == [9]
 
@@ -101,7 +101,7 @@ def test_a_session_that_was_there_stays(bench, made):
 def test_a_cache_that_is_not_as_reported_is_an_error(bench, made, monkeypatch):
     monkeypatch.setattr("foveate.report.report.flops.kv_bytes", lambda *_: 12)
     with pytest.raises(FoveateError, match=r"fastv: the cache holds .* says 12"):
-        measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), repeats=1)
+        measure_cell(bench, made(36, 1), contenders(bench.model, METHODS), Rounds(1))
 
 
 def test_phases_are_the_times_between_marks():
@@ -247,7 +247,7 @@ def test_a_cell_on_cuda():
         Bench(model, 2, cpu_time=False),
         random_prompt(model, 576, 2),
         contenders(model, METHODS),
-        repeats=3,
+        Rounds(3),
     )
     assert all(row["ttft_ms"]["median"] > 0 for row in cell["rows"].values())
 

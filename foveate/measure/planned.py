@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from foveate.core.counting import TokenCount
+from foveate.core.step import Step
 from foveate.core.tokens import Shape
 from foveate.core.video import VideoMethod
 from foveate.engine.inputs import of_shapes
@@ -55,14 +56,8 @@ def planned(
             f"{family.model_type!r} is an encoder alone, for which no prompt can be planned"
         )
     stream = _Stream(family, shapes)
-    rows = _inside(family, plan, traced, stream)
-    for step in plan.pre_llm:
-        stream.act(step)
-    layer_tokens = []
-    for layer in range(family.text_layers):
-        for step in (s for s in plan.llm if s.step.layer == layer):
-            stream.act(step)
-        layer_tokens.append([text_tokens + stream.tokens])
+    encoder_tokens = _inside(family, plan, traced, stream)
+    layer_tokens = [[text_tokens + seen] for seen in _seen_by_layers(family, plan, stream)]
     images = [ImageRecord(0, s.total, s.grid, k) for s, k in zip(shapes, stream.kept, strict=True)]
     return Record(
         rows=1,
@@ -71,11 +66,9 @@ def planned(
         layer_tokens=layer_tokens,
         cache_slots=_held(family, plan, layer_tokens, text_tokens),
         unread=plan.unread,
-        evicted_before=max(
-            (s.step.layer for s in plan.llm if "evict_cache" in s.step.effects), default=0
-        ),
-        encoder_tokens=rows,
-        encoder_bounds=[None] * len(rows),
+        evicted_before=max((step.layer for step in _evictions(plan)), default=0),
+        encoder_tokens=encoder_tokens,
+        encoder_bounds=[None] * len(encoder_tokens),
         encoded={"image": arguments},
         projected=stream.projected,
         question_tokens=text_tokens,
@@ -106,6 +99,23 @@ class _Stream:
             self.projected["image"] = self.projected.get("image", 0) + self.tokens
 
 
+def _seen_by_layers(family: Family, plan: Plan, stream: _Stream) -> list[int]:
+    """Visual tokens that each decoder layer sees."""
+    for step in plan.pre_llm:
+        stream.act(step)
+    seen = []
+    for layer in range(family.text_layers):
+        for step in (s for s in plan.llm if s.step.layer == layer):
+            stream.act(step)
+        seen.append(stream.tokens)
+    return seen
+
+
+def _evictions(plan: Plan) -> list[Step]:
+    """Steps in the text model that evict from the caches of the layers before them."""
+    return [s.step for s in plan.llm if "evict_cache" in s.step.effects]
+
+
 def _held(
     family: Family, plan: Plan, layer_tokens: Sequence[Sequence[int]], text_tokens: int
 ) -> list[int]:
@@ -114,7 +124,7 @@ def _held(
     Which tokens of a window are evicted depends on the tokens; counted is the most that may stay.
     """
     slots = [tokens[0] for tokens in layer_tokens]
-    for step in (s.step for s in plan.llm if "evict_cache" in s.step.effects):
+    for step in _evictions(plan):
         slots[: step.layer] = [slots[step.layer]] * step.layer
     for layer in plan.unread:
         slots[layer] = text_tokens

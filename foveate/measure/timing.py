@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,8 +90,8 @@ def one_round(contenders: Mapping[str, Callable[[], T]], number: int) -> Iterato
 
     Args:
         contenders: by name, what is run.
-        number: of the round; every other one goes backwards, so that none always follows another's
-            cache and heap.
+        number: of the round. Every other round goes backwards, so that no contender always runs
+            after the same other one, whose traces in processor caches and memory it would find.
     """
     names = list(contenders)
     for name in names if number % 2 == 0 else reversed(names):
@@ -123,22 +124,26 @@ def interleave(
     Returns:
         One `Timing` for each setting.
     """
-
-    def timed(setting: Callable[[], AbstractContextManager[object]]) -> Callable[[], float]:
-        def run() -> float:
-            with setting():
-                return _clock(fn, torch.device(device))
-
-        return run
-
     runs: dict[str, list[float]] = {name: [] for name in settings}
-    contenders = {name: timed(setting) for name, setting in settings.items()}
+    contenders = {
+        name: functools.partial(_clock_within, setting, fn, torch.device(device))
+        for name, setting in settings.items()
+    }
     for number in range(warmup + repeats):
         for name, elapsed in one_round(contenders, number):
             runs[name].append(elapsed)
             if tick is not None:
                 tick()
     return {name: Timing(tuple(times[warmup:])) for name, times in runs.items()}
+
+
+def _clock_within(
+    setting: Callable[[], AbstractContextManager[object]],
+    fn: Callable[[], object],
+    device: torch.device,
+) -> float:
+    with setting():
+        return _clock(fn, device)
 
 
 def _clock(fn: Callable[[], object], device: torch.device) -> float:

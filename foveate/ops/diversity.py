@@ -103,11 +103,8 @@ def select_determinant(
     images = torch.arange(len(kernel), device=kernel.device)
     rest = kernel.diagonal(dim1=1, dim2=2).clone()
     scale = scale * rest.amax(-1, keepdim=True)
-    # A rest that is V roundings of its entry is none, nor is one that is a rounding of the largest;
-    # divided by its root, rounding would grow.
-    least = rest * (torch.finfo(kernel.dtype).eps * kernel.shape[-1])
     floor = (scale * TIE).expand_as(rest).clone()
-    least = torch.maximum(least, floor)
+    least = _least_gain(rest, floor)
     factors = kernel.new_empty(len(kernel), count, kernel.shape[-1])
     picks, gains = [], []
     for step in range(count):
@@ -115,11 +112,7 @@ def select_determinant(
         gain = rest.gather(1, pick)
         picks.append(pick)
         gains.append(gain)
-        row = kernel[images, pick[:, 0]]
-        if step:
-            known = factors[:, :step]
-            mixed = known[images, :, pick[:, 0]][:, None]
-            row = torch.baddbmm(row[:, None], mixed, known, alpha=-1)[:, 0]
+        row = _explain(kernel[images, pick[:, 0]], factors[:, :step], pick)
         root = torch.where(gain > least.gather(1, pick), gain, torch.inf).rsqrt()
         row = torch.mul(row, root, out=factors[:, step])
         floor.scatter_(1, pick, -torch.inf)  # which is never picked again
@@ -127,3 +120,21 @@ def select_determinant(
         torch.maximum(rest, floor, out=rest)  # below, rounding would order what says nothing
     order, gain = torch.cat(picks, dim=-1), torch.cat(gains, dim=-1)
     return order, gain.masked_fill(gain <= least.gather(1, order), 0.0)
+
+
+def _least_gain(diagonal: Tensor, floor: Tensor) -> Tensor:
+    """(G, V) the gain up to which a pick added rounding alone.
+
+    That is V roundings of its entry, or one of the largest entry. Divided by its root, rounding
+    would grow.
+    """
+    return torch.maximum(diagonal * (torch.finfo(diagonal.dtype).eps * diagonal.shape[-1]), floor)
+
+
+def _explain(row: Tensor, factors: Tensor, pick: Tensor) -> Tensor:
+    """(G, V) the kernel's row of a pick (G, 1), less what earlier picks' factors explain of it."""
+    if not factors.shape[1]:
+        return row
+    images = torch.arange(len(row), device=row.device)
+    mixed = factors[images, :, pick[:, 0]][:, None]
+    return torch.baddbmm(row[:, None], mixed, factors, alpha=-1)[:, 0]

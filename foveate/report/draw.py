@@ -63,18 +63,8 @@ def show(
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
     shown = _distinct(record)
-    groups = by_picture(shown)
-    if len(pictures) != len(groups):
-        if len(pictures) != len(shown):
-            cut = f", cut into {len(shown)} tiles" if len(groups) < len(shown) else ""
-            raise InputError(
-                f"the last forward had {len(groups)} images{cut}, but show got {len(pictures)}; "
-                "pass every picture of the batch, in order of appearance; a video is one list of "
-                "frames; of a picture that was cut, all tiles can be passed instead"
-            )
-        groups = [[alone(image)] for image in shown]
     strips, number = [], 0
-    for picture, group in zip(pictures, groups, strict=True):
+    for picture, group in zip(pictures, _matched(shown, len(pictures)), strict=True):
 
         def choose(frame: Image.Image, grid: tuple[int, int], number: int = number) -> str:
             if geometry != "auto":
@@ -84,6 +74,25 @@ def show(
         strips.append(_draw_image(picture, joined(group), choose))
         number += len(group)
     return strips
+
+
+def _matched(shown: list[ImageRecord], given: int) -> list[list[ImageRecord]]:
+    """For each given image its records: of all its tiles, or of the one tile that was given.
+
+    Raises:
+        InputError: the last forward had another number of images.
+    """
+    groups = by_picture(shown)
+    if given == len(groups):
+        return groups
+    if given == len(shown):
+        return [[alone(image)] for image in shown]
+    cut = f", cut into {len(shown)} tiles" if len(groups) < len(shown) else ""
+    raise InputError(
+        f"the last forward had {len(groups)} images{cut}, but show got {given}; "
+        "pass every picture of the batch, in order of appearance; a video is one list of "
+        "frames; of a picture that was cut, all tiles can be passed instead"
+    )
 
 
 def _draw_image(

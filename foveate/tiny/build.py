@@ -117,34 +117,42 @@ def build_config(
         layer but one without its class token.
     """
     return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=vision,
-            intermediate_size=4 * vision,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            image_size=SIZE,
-            patch_size=PATCH,
-            projection_dim=vision,
-            hidden_act="gelu_pytorch_tanh",
-        ),
-        text_config=LlamaConfig(
-            vocab_size=words,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden + hidden // 2 + hidden // 5,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=hidden // 4,
-            max_position_embeddings=2048,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            tie_word_embeddings=True,
-        ),
+        vision_config=_vision_config(vision),
+        text_config=_text_config(layers, hidden, words),
         image_token_index=IMAGE,
         image_seq_length=(SIZE // PATCH) ** 2,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+
+
+def _vision_config(width: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=width,
+        hidden_act="gelu_pytorch_tanh",
+    )
+
+
+def _text_config(layers: int, width: int, words: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=2 * width + width // 2 + width // 5,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=width // 4,
+        max_position_embeddings=2048,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
         tie_word_embeddings=True,
     )
 

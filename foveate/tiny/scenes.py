@@ -70,24 +70,27 @@ def draw_scene(
     Raises:
         ValueError: if `objects` is not an increasing pair of positive numbers.
     """
-    low, high = objects
-    if not 1 <= low <= high:
+    if not 1 <= objects[0] <= objects[1]:
         raise ValueError(f"objects must be (fewest, most) with 1 <= fewest <= most, got {objects}")
     rng = Random(seed)
-    noise = np.random.default_rng(seed % 2**63)
-    if isinstance(background, Image.Image):
-        canvas = _photo(background, size, rng, noise)
-    else:
-        canvas = texture(size, noise)
+    canvas = _ground(background, size, rng, np.random.default_rng(seed % 2**63))
     owner = np.full((size, size), -1, np.int8)
     placed: list[SceneObject] = []
-    for kind, colour, font in _cast(rng, rng.randint(low, high), mix):
+    for kind, colour, font in _cast(rng, rng.randint(*objects), mix):
         mask = object_mask(kind, font * scale)
         corner = find_room(rng, mask.size, placed, size, scale)
         if corner is not None:
             placed.append(paint(canvas, owner, len(placed), kind, colour, mask, corner, rng))
     image = Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB")
     return Scene(seed, image, tuple(placed), ask(tuple(placed), size, rng, per_kind, scale), owner)
+
+
+def _ground(
+    background: Literal["texture"] | Image.Image, size: int, rng: Random, noise: np.random.Generator
+) -> np.ndarray:
+    if isinstance(background, Image.Image):
+        return _photo(background, size, rng, noise)
+    return texture(size, noise)
 
 
 def _cast(rng: Random, count: int, mix: tuple[int, int, int, int]) -> list[tuple[str, str, int]]:

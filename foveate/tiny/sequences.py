@@ -80,6 +80,32 @@ class Cue:
     corners: tuple[tuple[int, int], ...]
 
 
+@dataclass
+class Room:
+    """Where objects stand on a square canvas, from its first frame to its last.
+
+    Args:
+        rng: of the places.
+        size: edge of the canvas in pixels.
+        scale: how many times larger than usual objects are.
+    """
+
+    rng: Random
+    size: int
+    scale: int
+    taken: list[SceneObject] = field(default_factory=list)
+
+    def reserve(self, kind: str, font: int) -> tuple[int, int] | None:
+        """A corner whose area stays free in all frames, or `None` if no object fits."""
+        extent = object_mask(kind, font * self.scale).size
+        corner = find_room(self.rng, extent, self.taken, self.size, self.scale)
+        if corner is not None:
+            left, top = corner
+            box = (left, top, left + extent[0], top + extent[1])
+            self.taken.append(SceneObject(kind, "", box))
+        return corner
+
+
 _Ask = Callable[[list[Cue], list[list[tuple[int, Box]]]], list[SequenceQuestion]]
 
 
@@ -111,7 +137,17 @@ def draw_album(
         )
         for _ in range(pictures)
     ]
-    questions = [
+    return Sequence(
+        tuple(scene.image for scene in scenes),
+        tuple(scene.objects for scene in scenes),
+        (*_in_image(scenes), *_search(scenes), *_which(scenes)),
+        tuple(scene.owner for scene in scenes),
+    )
+
+
+def _in_image(scenes: list[Scene]) -> list[SequenceQuestion]:
+    """Questions about one scene, which they name by its number."""
+    return [
         SequenceQuestion(
             f"in the {ORDINALS[n]} image {question.text}",
             question.answer,
@@ -122,13 +158,6 @@ def draw_album(
         for question in scene.questions
         if question.kind in _ABOUT_ONE
     ]
-    questions += _search(scenes) + _which(scenes)
-    return Sequence(
-        tuple(scene.image for scene in scenes),
-        tuple(scene.objects for scene in scenes),
-        tuple(questions),
-        tuple(scene.owner for scene in scenes),
-    )
 
 
 def _search(scenes: list[Scene]) -> list[SequenceQuestion]:
@@ -172,30 +201,27 @@ def draw_events(
         scale: how many times larger than usual objects are.
     """
     rng = Random(f"events {seed}")
-    count = rng.randint(*objects)
-    kinds = _kinds(rng, count)
-    cues: list[Cue] = []
-    taken: list[SceneObject] = []
-    for kind in kinds:
-        font = draw_font(rng, kind in SHAPES)
-        event = rng.choice(EVENTS)
-        when, before, after = rng.randint(1, frames - 1), *rng.sample(list(COLOURS), 2)
-        here = _reserve(rng, kind, font, taken, size, scale)
-        there = _reserve(rng, kind, font, taken, size, scale) if event == "moves" else here
-        if here is None or there is None:
-            continue
-        early = None if event == "appears" else before
-        late = {"disappears": None, "changes": after}.get(event, before)
-        cues.append(
-            Cue(
-                kind,
-                font,
-                event,
-                (early,) * when + (late,) * (frames - when),
-                (here,) * when + (there,) * (frames - when),
-            )
-        )
+    kinds = _kinds(rng, rng.randint(*objects))
+    room = Room(rng, size, scale)
+    cues = [cue for kind in kinds if (cue := _cue(rng, kind, frames, room)) is not None]
     return _film(seed, cues, frames, size, scale, _happenings)
+
+
+def _cue(rng: Random, kind: str, frames: int, room: Room) -> Cue | None:
+    """An object to which an event happens; `None` if there is no room for it."""
+    font = draw_font(rng, kind in SHAPES)
+    event = rng.choice(EVENTS)
+    when, before, after = rng.randint(1, frames - 1), *rng.sample(list(COLOURS), 2)
+    here = room.reserve(kind, font)
+    there = room.reserve(kind, font) if event == "moves" else here
+    if here is None or there is None:
+        return None
+    early = None if event == "appears" else before
+    late = {"disappears": None, "changes": after}.get(event, before)
+    rest = frames - when
+    return Cue(
+        kind, font, event, (early,) * when + (late,) * rest, (here,) * when + (there,) * rest
+    )
 
 
 def _happenings(cues: list[Cue], boxes: list[list[tuple[int, Box]]]) -> list[SequenceQuestion]:
@@ -230,12 +256,12 @@ def draw_order(
     """
     rng = Random(f"order {seed}")
     cues: list[Cue] = []
-    taken: list[SceneObject] = []
+    room = Room(rng, size, scale)
     still = [(rng.choice(DIGITS + NUMBERS), None) for _ in range(rng.randint(*objects))]
     passing = list(zip(rng.sample(SHAPES, frames), range(frames), strict=True))
     for kind, frame in (*passing, *still):
         font = draw_font(rng, kind in SHAPES)
-        corner = _reserve(rng, kind, font, taken, size, scale)
+        corner = room.reserve(kind, font)
         if corner is None:
             continue
         colour = rng.choice(list(COLOURS))
@@ -284,17 +310,7 @@ def draw_rule(
     rule, *others = rng.sample(SHAPES, len(SHAPES))
     films = []
     for _ in range(pictures):
-        count = rng.randint(*objects)
-        cast = [rule, *rng.sample(others, count - 1)]
-        colours = rng.sample(list(COLOURS), count)
-        cues: list[Cue] = []
-        taken: list[SceneObject] = []
-        for kind, colour in zip(cast, colours, strict=True):
-            font = draw_font(rng, True)
-            corner = _reserve(rng, kind, font, taken, size, scale)
-            if corner is not None:
-                cues.append(Cue(kind, font, "stays", (colour,), (corner,)))
-        rng.shuffle(cues)
+        cues = _still(rng, rule, others, rng.randint(*objects), Room(rng, size, scale))
         films.append(_film(rng.getrandbits(60), cues, 1, size, scale, None))
     questions = []
     for n, film in enumerate(films):
@@ -308,24 +324,26 @@ def draw_rule(
     )
 
 
+def _still(rng: Random, rule: str, others: list[str], count: int, room: Room) -> list[Cue]:
+    """Objects of one picture in drawing order: the rule's shape among others, no colour twice."""
+    cast = [rule, *rng.sample(others, count - 1)]
+    colours = rng.sample(list(COLOURS), count)
+    cues = []
+    for kind, colour in zip(cast, colours, strict=True):
+        font = draw_font(rng, True)
+        corner = room.reserve(kind, font)
+        if corner is not None:
+            cues.append(Cue(kind, font, "stays", (colour,), (corner,)))
+    rng.shuffle(cues)
+    return cues
+
+
 def _kinds(rng: Random, count: int) -> list[str]:
     """Distinct kinds of objects, as often shapes as written."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[rng.choice(rng.choices((SHAPES, DIGITS, NUMBERS, WORDS), (55, 15, 15, 15))[0])] = None
     return list(found)
-
-
-def _reserve(
-    rng: Random, kind: str, font: int, taken: list[SceneObject], size: int, scale: int
-) -> tuple[int, int] | None:
-    """Find a corner that stays free in all frames, and mark its place as taken."""
-    extent = object_mask(kind, font * scale).size
-    corner = find_room(rng, extent, taken, size, scale)
-    if corner is not None:
-        left, top = corner
-        taken.append(SceneObject(kind, "", (left, top, left + extent[0], top + extent[1])))
-    return corner
 
 
 def _film(

@@ -66,8 +66,7 @@ def measure(
         lambda name: campaign.find_task(name, settings.data, settings.max_pixels),
     )  # fmt: skip
     if workers is None:
-        small = settings.device == "cpu" and model.num_parameters() < campaign.SMALL
-        workers = min(2, os.cpu_count() or 1) if small else 1
+        workers = _workers(model, settings.device)
     with store.writing(), _bar() as progress:
         keys = campaign.execute(
             settings, runner, store, load=load_model, workers=workers, minutes=minutes,
@@ -78,6 +77,16 @@ def measure(
             _time(runner, store, summary)
             summary = summarise(store.get(keys))
         _finish(out, runner, summary, settings, command, len(keys))
+    _check_any_done(summary)
+
+
+def _workers(model: Any, device: str) -> int:
+    """Processes, where none were asked for: two if they can help."""
+    small = device == "cpu" and model.num_parameters() < campaign.SMALL
+    return min(2, os.cpu_count() or 1) if small else 1
+
+
+def _check_any_done(summary: Summary) -> None:
     if summary.rows and not summary.done:
         why = shown(next((row["error"] for row in summary.rows if row.get("error")), ""), 160)
         raise BenchError(f"no cell could be run; the first said: {why}")

@@ -1,18 +1,43 @@
-"""Words of options: what several commands say in their help, and what they read."""
+"""Options that several commands share, with what their help says."""
 
-METHOD = (
-    "A name that `foveate list` shows, or a JSON file. Given several times, methods act together, "
-    "in the order of the stream."
-)
-KEEP = (
-    "Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`. Of a method that drops "
-    "several times, one number is the mean over the layers after its first drop; without it, the "
-    "published schedule holds. With several methods: one for each, in their order."
-)
-SETTING = (
-    "A hyper-parameter, `field=value`, or `method.field=value` of one of several methods; may be "
-    "repeated."
-)
-MAX_PIXELS = "Most pixels of an image; by default Pillow's limit, 178,956,970."
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
 RANDOM = "random:"
 """Before the name of a model with random weights, in `foveate bench --speed`."""
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")]
+Methods = Annotated[
+    list[str],
+    typer.Option(
+        "--method",
+        "-m",
+        help="A name that `foveate list` shows, or a JSON file. Give it several times to combine "
+        "methods, in the order in which tokens meet them.",
+    ),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Share `0.25`, count per image `64`, or schedule `0.5,0.25,0.125`. If the method "
+        "drops several times, one number is the mean over the layers after its first drop. The "
+        "default is the published schedule. With several methods: one for each, in their order."
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A hyper-parameter, `field=value`, or `method.field=value` of one of several "
+        "methods; may be repeated.",
+    ),
+]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Most pixels of an image; by default Pillow's limit, 178,956,970."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import MAX_PIXELS
+from foveate.cli.options import Device, Dtype, MaxPixels
 
 HINT = "Answer with one word or number."
 
@@ -52,11 +52,11 @@ def bench(
     difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
     clutter: Annotated[float, typer.Option(min=0, max=1, help="0 is bare.")] = 0.5,
     data: Annotated[Path | None, typer.Option(help="Folder of data sets, for coco, nlvr.")] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
+    max_pixels: MaxPixels = None,
     out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
     batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
     minutes: Annotated[
         float | None, typer.Option(help="Begin no cell after so many; run again to go on.")
     ] = None,

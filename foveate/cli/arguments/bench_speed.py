@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import RANDOM
+from foveate.cli.options import RANDOM, Device, Dtype
 
 SIZES = ("llava-7b", "llava-next-7b", "qwen3-vl-4b", "llama-768x16")
 """Models with random weights, see `foveate.bench.workload`."""
@@ -56,8 +56,8 @@ def speed(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Math threads; with 1, CPU seconds are counted.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Saved after every cell, and gone on with.")
     ] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import MAX_PIXELS
+from foveate.cli.options import Device, Dtype, MaxPixels, Model
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 
@@ -29,7 +29,7 @@ called again it goes on from there, and with more --trials it searches on.
 
 
 def calibrate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    model: Model,
     prompts: Annotated[Path, typer.Argument(help="File of prompts, one JSON object a line.")],
     average: Annotated[
         float, typer.Option(help="Share of visual tokens that a layer sees on average, below 1.")
@@ -40,9 +40,9 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where the method goes, as JSON.")] = Path(
         "vflowopt.json"
     ),
-    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_pixels: MaxPixels = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
 ) -> None:
     """Search VFlowOpt's numbers."""
     from foveate.cli.calibrate import Calibration, calibrate

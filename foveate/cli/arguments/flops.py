@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import KEEP, METHOD, SETTING
+from foveate.cli.options import Keep, Methods, Model, Settings
 
 HELP = """Count what a method saves on a model, from its config alone; nothing is run.
 
@@ -28,10 +28,10 @@ convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the f
 
 
 def flops(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
-    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
-    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
+    model: Model,
+    method: Methods,
+    keep: Keep = None,
+    setting: Settings = None,
     images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
     image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import KEEP, MAX_PIXELS, METHOD, SETTING
+from foveate.cli.options import Device, Dtype, Keep, MaxPixels, Methods, Model, Settings
 from foveate.errors import InputError
 
 HELP = """Ask a model about pictures, with a method that removes visual tokens.
@@ -30,14 +30,14 @@ number of pictures, then the question.
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")],
+    model: Model,
     inputs: Annotated[
         list[str],
         typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
     ],
-    method: Annotated[list[str], typer.Option("--method", "-m", help=METHOD)],
-    keep: Annotated[list[str] | None, typer.Option(help=KEEP)] = None,
-    setting: Annotated[list[str] | None, typer.Option("--set", help=SETTING)] = None,
+    method: Methods,
+    keep: Keep = None,
+    setting: Settings = None,
     with_all: Annotated[
         bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
     ] = False,
@@ -47,11 +47,11 @@ def run(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")
     ] = None,
-    max_pixels: Annotated[int | None, typer.Option(min=1, help=MAX_PIXELS)] = None,
+    max_pixels: MaxPixels = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
 ) -> None:
     """Ask a model about pictures."""
     if len(inputs) < 2:

@@ -128,32 +128,45 @@ def filling(folder: str | Path) -> Iterator[Path]:
         InputError: they cannot be written; the folder is as it was.
     """
     check_folder(folder)
-    with explained(folder):
-        new = not os.path.lexists(folder)
-        os.makedirs(folder, exist_ok=True)
-        stage = Path(folder) / f".{secrets.token_hex(8)}"
-        try:
-            stage.mkdir()
-            card = Path(folder) / "README.md"
-            if card.is_file():  # PEFT goes on with a model card that is there
-                shutil.copyfile(card, stage / card.name)
-            yield stage
-            files = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
-            for name in files:
-                _sync(stage / name)
-            for name in files:
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                _finish(stage / name, _target(Path(folder) / name))
-            if any(name.name.startswith("model") for name in files):
-                stale = {path for path in Path(folder).iterdir() if _SHARD.fullmatch(path.name)}
-                for path in stale - {Path(folder) / name for name in files}:
-                    path.unlink()
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            if new:
-                with suppress(OSError):  # another process may write to it
-                    os.rmdir(folder)
-            raise
+    with explained(folder), _made(Path(folder)), _staging(Path(folder)) as stage:
+        yield stage
+        files = sorted(path.relative_to(stage) for path in stage.rglob("*") if path.is_file())
+        for name in files:
+            _sync(stage / name)
+        for name in files:
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            _finish(stage / name, _target(Path(folder) / name))
+        if any(name.name.startswith("model") for name in files):
+            stale = {path for path in Path(folder).iterdir() if _SHARD.fullmatch(path.name)}
+            for path in stale - {Path(folder) / name for name in files}:
+                path.unlink()
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder if need be; if the block fails, a new one that is empty is removed."""
+    new = not os.path.lexists(folder)
+    os.makedirs(folder, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # another process may write to it
+                os.rmdir(folder)
+        raise
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder in another one, for as long as the block lasts."""
+    stage = folder / f".{secrets.token_hex(8)}"
+    try:
+        stage.mkdir()
+        card = folder / "README.md"
+        if card.is_file():  # PEFT goes on with a model card that is there
+            shutil.copyfile(card, stage / card.name)
+        yield stage
+    finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,23 +80,27 @@ def check_method(method: MethodLike) -> Checks:
         raise FoveateError("check_method checks one method; check the others on their own")
     (subject,) = found
     checks = Checks(subject)
-    refusals = []
     _run(checks, "settings", lambda: _settings(subject))
-    for name, make in (("llava", models.llava), ("m-rope", models.mrope)):
-        model = make()
-        try:
-            use(model, subject)
-        except FoveateError as error:
-            checks.skipped[name] = f"refused: {error}"
-            refusals.append(error)
-            continue
-        for check in (_identity, _oracle, _batch, _degenerate, _removal):
-            _run(checks, f"{name}: {check.__name__[1:]}", functools.partial(check, subject, model))
-    if len(refusals) == 2:
+    families = (("llava", models.llava), ("m-rope", models.mrope))
+    refusals = [_check_on(name, make(), checks) for name, make in families]
+    if refusals[0] is not None and None not in refusals:
         raise refusals[0]
     if checks.failed:
         raise AssertionError(str(checks))
     return checks
+
+
+def _check_on(name: str, model: Any, checks: Checks) -> FoveateError | None:
+    """Run the checks on one model; returns why the model refuses the method, if it does."""
+    try:
+        use(model, checks.method)
+    except FoveateError as error:
+        checks.skipped[name] = f"refused: {error}"
+        return error
+    for check in (_identity, _oracle, _batch, _degenerate, _removal):
+        run = functools.partial(check, checks.method, model)
+        _run(checks, f"{name}: {check.__name__[1:]}", run)
+    return None
 
 
 def _run(checks: Checks, name: str, check: Callable[[], None]) -> None:
@@ -175,18 +179,9 @@ def check_oracle(methods: Sequence[Method], model: Any) -> None:
             return_dict_in_generate=True,
         )  # fmt: skip
         kept = run.kept[0]
-    total = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    if all(len(index) == total for index in kept.values()):
-        raise _SkipError("it removed nothing of this image")
-    if any(len(index) == 0 for index in kept.values()):
-        raise _SkipError("it removes all tokens of an image")
-    if model.config.model_type != "llava" and any(p.startswith("vision") for _, p, _ in log):
-        raise _SkipError("the oracle of the encoder knows CLIP only")
+    _check_replayable(model, inputs, kept, log)
     prompt = inputs["input_ids"].shape[1]
-    full = {**inputs, "input_ids": out.sequences[:, :-1]}
-    full["attention_mask"] = torch.ones_like(full["input_ids"])
-    if "mm_token_type_ids" in full:
-        full["mm_token_type_ids"] = (full["input_ids"] == model.config.image_token_id).int()
+    full = _full_length(inputs, out.sequences[:, :-1], model)
     states = Row(model, full).run(log, inputs.get("pixel_values"))
     want = model.lm_head(states[prompt - 1 :])
     got = torch.cat(out.logits)
@@ -194,6 +189,31 @@ def check_oracle(methods: Sequence[Method], model: Any) -> None:
     error, effect = _distance(got, want), _distance(got, bare)
     assert error <= TOLERANCE, f"logits are {error:.1e} from the oracle's"
     assert effect > 10 * TOLERANCE, "removing tokens changed nothing, so that nothing was checked"
+
+
+def _check_replayable(
+    model: Any, inputs: dict[str, Any], kept: Mapping[str, Tensor], log: Log
+) -> None:
+    """Refuse what the oracle cannot replay, or where it could tell nothing.
+
+    Raises:
+        _SkipError: says which.
+    """
+    total = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    if all(len(index) == total for index in kept.values()):
+        raise _SkipError("it removed nothing of this image")
+    if any(len(index) == 0 for index in kept.values()):
+        raise _SkipError("it removes all tokens of an image")
+    if model.config.model_type != "llava" and any(p.startswith("vision") for _, p, _ in log):
+        raise _SkipError("the oracle of the encoder knows CLIP only")
+
+
+def _full_length(inputs: dict[str, Any], ids: Tensor, model: Any) -> dict[str, Any]:
+    """The prompt and the generated tokens (1, T) as one prompt."""
+    full = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in full:
+        full["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return full
 
 
 def _batch(method: Method, model: Any) -> None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from foveate.core import Adaptive, Method, Reduction, VisualTokens
-from foveate.families import find_family
+from foveate.families import Family, find_family
+from foveate.families.family import Encoder
 
 Log = list[tuple[Method, str, Reduction]]
 
@@ -157,33 +158,61 @@ def encode(model: Any, pixels: Tensor | None, log: Log) -> tuple[Tensor, Tensor]
     encoder = family.encoder
     assert encoder is not None
     assert encoder.block is not None
+    stream = _Patches(family, _entering(family, encoder, pixels), encoder.special, log)
+    for number, layer in enumerate(encoder.layers[: family.feature_layer + 1]):
+        stream.reduce(number, inside=False)
+        mask = stream.mask(number)
+        stream.states = encoder.block.attend(layer, stream.states, attention_mask=mask)
+        stream.reduce(number, inside=True)
+        stream.states = encoder.block.feed(layer, stream.states)
+    order = stream.rows.argsort()
+    rows = stream.rows[order]
+    return rows - encoder.special, stream.states[:, rows]
+
+
+def _entering(family: Family, encoder: Encoder, pixels: Tensor) -> Tensor:
+    """(1, N, C) what enters the first layer of the encoder."""
     caught: list[Tensor] = []
     hook = encoder.layers[0].register_forward_pre_hook(lambda m, args: caught.append(args[0]))
     family.base.get_image_features(pixels)
     hook.remove()
-    states, special = caught[0].clone(), encoder.special
-    rows = torch.arange(special, states.shape[1])  # where the survivors stand
-    sizes = torch.ones(len(rows))
-    steps = {s.site: s for method, _, _ in log for s in method.steps(family)}
+    return caught[0].clone()
 
-    def reduce(number: int, inside: bool) -> None:
-        nonlocal rows, sizes
-        for _, site, made in log:
-            if site == f"vision:{number}" and steps[site].inside == inside:
-                values = made.apply(states[:, rows])
-                sizes = (made.matrix(len(rows))[0] > 0).float() @ sizes if made.merges else sizes
-                sizes = sizes if made.merges else sizes[made.index[0]]
-                rows = rows[made.index[0]]
-                states[:, rows] = values
 
-    for number, layer in enumerate(encoder.layers[: family.feature_layer + 1]):
-        reduce(number, inside=False)
-        bias = torch.full((states.shape[1],), torch.finfo(states.dtype).min)
-        bias[:special] = 0
-        weigh = any("proportional" in s.effects and s.layer <= number for s in steps.values())
-        bias[rows] = sizes.log() if weigh else 0.0
-        states = encoder.block.attend(layer, states, attention_mask=bias[None, None, None])
-        reduce(number, inside=True)
-        states = encoder.block.feed(layer, states)
-    order = rows.argsort()
-    return rows[order] - special, states[:, rows[order]]
+class _Patches:
+    """States of the encoder at full length, and which of its rows survive.
+
+    Args:
+        family: the model.
+        states: (1, N, C) what enters the first layer.
+        special: rows before the first patch.
+        log: what methods did inside the encoder.
+    """
+
+    def __init__(self, family: Family, states: Tensor, special: int, log: Log) -> None:
+        self.states, self.special, self.log = states, special, log
+        self.rows = torch.arange(self.special, states.shape[1])  # where the survivors stand
+        self.sizes = torch.ones(len(self.rows))
+        self.steps = {s.site: s for method, _, _ in log for s in method.steps(family)}
+
+    def reduce(self, number: int, *, inside: bool) -> None:
+        """Apply what was done before a layer, or inside it."""
+        for _, site, made in self.log:
+            if site == f"vision:{number}" and self.steps[site].inside == inside:
+                values = made.apply(self.states[:, self.rows])
+                if made.merges:
+                    sources = (made.matrix(len(self.rows))[0] > 0).float()
+                    self.sizes = sources @ self.sizes
+                else:
+                    self.sizes = self.sizes[made.index[0]]
+                self.rows = self.rows[made.index[0]]
+                self.states[:, self.rows] = values
+
+    def mask(self, number: int) -> Tensor:
+        """(1, 1, 1, N) additive attention mask of a layer."""
+        bias = torch.full((self.states.shape[1],), torch.finfo(self.states.dtype).min)
+        bias[: self.special] = 0
+        steps = self.steps.values()
+        weigh = any("proportional" in s.effects and s.layer <= number for s in steps)
+        bias[self.rows] = self.sizes.log() if weigh else 0.0
+        return bias[None, None, None]

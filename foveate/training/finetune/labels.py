@@ -1,9 +1,9 @@
 """Which tokens of a rendered conversation are answers, for any chat template.
 
-The conversation is rendered twice, once with marks in place of the answers. What stands around the
-marks must stand around the answers too, which tells where each answer begins and ends. Tokens are
-found by the offsets that a fast tokenizer gives, and followed to where they went when the
-processor blew up the placeholders of the pictures.
+The conversation is rendered twice, once with marks in place of the answers. The text around the
+marks must also surround the answers, which tells where each answer begins and ends. A fast
+tokenizer's offsets say which tokens lie there. The processor expands image placeholders, so those
+tokens are then found again in its token ids.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def label_ids(
     Args:
         tokenizer: a fast tokenizer.
         rendered: the row's text and where its answers are.
-        ids: token ids of the row without padding, placeholders of pictures blown up.
+        ids: token ids of the row without padding, with image placeholders expanded.
         example: the conversation, for errors.
 
     Returns:
@@ -89,24 +89,29 @@ def label_ids(
             f"load a fast tokenizer (tokenizer.json)"
         )
     plain = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
-    place = _follow(plain["input_ids"], ids)
+    moved = _follow(plain["input_ids"], ids)
     labels = [IGNORE] * len(ids)
-    for begin, end in rendered.spans:
-        inside = [
-            index
-            for index, (first, last) in enumerate(plain["offset_mapping"])
-            if first < end and last > begin and last > first
-        ]
-        found = [place.get(index) for index in inside]
+    for span in rendered.spans:
+        found = [moved.get(index) for index in _inside(plain["offset_mapping"], span)]
         if None in found or not found or found[-1] != found[0] + len(found) - 1:  # type: ignore[operator]
             raise InputError(
-                f"{example.where}: the tokens of {rendered.text[begin:end][:40]!r} are not in what "
-                f"the processor made of the conversation; was it cut off?"
+                f"{example.where}: the tokens of {rendered.text[slice(*span)][:40]!r} are not in "
+                "what the processor made of the conversation; was it cut off?"
             )
         for at in found:
             assert at is not None
             labels[at] = ids[at]
     return labels
+
+
+def _inside(offsets: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
+    """Tokens with at least one character in a span of the text."""
+    begin, end = span
+    return [
+        index
+        for index, (first, last) in enumerate(offsets)
+        if first < end and last > begin and last > first
+    ]
 
 
 def _mark(messages: Sequence[Message]) -> list[Message]:
@@ -165,7 +170,7 @@ def _close(processor: Any, text: str, spans: list[tuple[int, int]]) -> Rendered:
 
 
 def _follow(plain: Sequence[int], ids: Sequence[int]) -> dict[int, int]:
-    """Where each token went when placeholders were blown up: index in `plain` -> index in `ids`."""
+    """Where each token stands once placeholders are expanded: index in `plain` -> in `ids`."""
     matcher = SequenceMatcher(None, list(ids), list(plain), autojunk=False)
     return {
         block.b + step: block.a + step

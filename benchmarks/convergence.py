@@ -25,7 +25,7 @@ CURVE_STEPS, CURVE_QUESTIONS = 50, 240
 VISION_STEPS, WARM_STEPS = 800, 450
 RATE = 2e-3
 TASKS = ("attribute", "existence", "counting", "position")  # of FoveaBench, which arms are taught
-SHARE = 7 / 24  # what PyramidDrop's schedule as published keeps behind its first cut, on average
+SHARE = 7 / 24  # what PyramidDrop's schedule as published keeps after its first cut, on average
 
 
 def method(arm: str) -> Any:

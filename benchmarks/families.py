@@ -80,7 +80,7 @@ class Contender:
         return seconds
 
     def shorten(self) -> None:
-        """Cut slots off the cache, behind the prompt."""
+        """Cut slots off the cache, after the prompt."""
         for layer, count in zip(self.cache.layers if self.cut else [], self.cut, strict=True):
             layer.keys = layer.keys[:, :, count:].contiguous()
             layer.values = layer.values[:, :, count:].contiguous()
@@ -96,7 +96,7 @@ def in_turn(model: Any, contenders: dict[str, Contender], rounds: int, tokens: i
         model: the model.
         contenders: who runs; times are added to theirs.
         rounds: prompts, after one that warms up.
-        tokens: tokens decoded behind each prompt, of which the times are; 0 for those of prompts.
+        tokens: tokens decoded after each prompt, of which the times are; 0 for those of prompts.
     """
     draw = random.Random(0)
     gc.collect()

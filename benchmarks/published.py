@@ -36,8 +36,8 @@ class Row:
         why: how it was derived, or why it differs or cannot be.
         chosen: the assumption of ours that was chosen with the published figure in view, and what
             others would give; empty where there is none.
-        unit: behind both numbers.
-        digits: behind the point.
+        unit: after both numbers.
+        digits: after the point.
     """
 
     method: str
@@ -159,7 +159,7 @@ def encoders() -> list[Row]:
         Row("GTP-ViT", "DeiT-S, saved", 26, saved(384, 8), "class token, 12 layers", others(384)),
         Row("GTP-ViT", "DeiT-B, saved", 26, saved(768, 8), "the same", others(768)),
         Row("Zero-TPrune", "DeiT-S, saved", 34.7, None,
-            "layers and rates behind the figure are not public"),
+            "layers and rates of the figure are not public"),
     ]  # fmt: skip
 
 

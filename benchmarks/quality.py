@@ -30,7 +30,7 @@ INTRO = """# What methods keep, and what they lose
 
 Made by `benchmarks/quality.py` from `benchmarks/results/quality.json`. Each method answers the same
 questions as the model with all its tokens. `keep` is what survives a method's cut; methods that cut
-several times have their published schedule bent until the mean over the layers behind the first
+several times have their published schedule rescaled until the mean over the layers after the first
 cut is `keep` (FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it; so do CATP and VFlowOpt
 now, whose schedules were bent too when these numbers were measured). So compare at equal FLOPs,
 too.
@@ -40,7 +40,7 @@ too.
 - *change*: against all tokens on the same questions, with its 95 % interval.
 - *KL*: of the first word's distribution, from the whole model's, in nats.
 - *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
-  behind the first cut. A merged token counts where it stands, so merging methods and `downsample`
+  after the first cut. A merged token counts where it stands, so merging methods and `downsample`
   score low here although what they merged is not lost.
 - *upper, lower*: share of tokens alive in the upper and the lower half of the picture.
 

@@ -88,8 +88,8 @@ def pack(reader: Reader, scenes: Sequence[tuple[Scene, Sequence[Question]]], thi
     hidden = torch.cat((bos, *(x.to(bos.dtype) for x in (thumbnails, locals_)), text), 1)
     prefix = hidden.shape[1] - SLOTS * LENGTH
     real = ids != PAD
-    behind = prefix + (real.cumsum(-1) - 1).clamp(min=0).flatten(1)
-    positions = torch.cat((torch.arange(prefix).expand(len(ids), -1), behind), 1)
+    after = prefix + (real.cumsum(-1) - 1).clamp(min=0).flatten(1)
+    positions = torch.cat((torch.arange(prefix).expand(len(ids), -1), after), 1)
     rows = prefix + torch.arange(SLOTS) * LENGTH + LENGTH - 2
     local = slice(thumbnails.shape[1], prefix - 1)
     mask = _mask(prefix, real.flatten(1))

@@ -175,13 +175,13 @@ def answer_sequences(
     stride = batch.ink.shape[2] + extra
     starts = 1 + stride * torch.arange(pictures)
     places = kept + starts[:, None]
-    behind = starts[:-1, None] + batch.ink.shape[2] + torch.arange(extra)
+    after = starts[:-1, None] + batch.ink.shape[2] + torch.arange(extra)
     parts, positions = [], []
     for n in range(pictures):
         parts.append(visual[:, n])
         positions.append(places[:, n])
         if extra and n < pictures - 1:
             parts.append(text[:, n])
-            positions.append(behind[n].expand(count, -1))
+            positions.append(after[n].expand(count, -1))
     start = 1 + stride * pictures - extra
     return packed.read(model, torch.cat(parts, 1), torch.cat(positions, 1), batch.words, start)

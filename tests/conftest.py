@@ -23,7 +23,7 @@ OLDER = {
     "5.21": r"(test_pixels|test_boxes|test_patches|test_matrix|test_tower).*\[video_llava"
     r"|test_beams_share.*paddleocr",
     # Checkpointing replays hooks there, so a session within it ends in a CheckpointError.
-    # New images behind a cache: refused there on M-RoPE models, and not followed on Gemma 3.
+    # New images after a cache: refused there on M-RoPE models, and not followed on Gemma 3.
     "5.23": r"checkpointing_changes_nothing\[.*-True\]|test_new_images",
 }
 

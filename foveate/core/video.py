@@ -57,9 +57,9 @@ class VideoMethod(Adaptive):
                 f"{tokens.frames} frames of {tokens.grid[0]} x {tokens.grid[1]} of a video; put it "
                 "before methods that remove tokens"
             )
-        behind = tokens.count - cells
+        rest = tokens.count - cells
         return [
-            (members, _and_behind(reduction, cells, behind))
+            (members, _with_rest(reduction, cells, rest))
             for members, reduction in self.reduce_videos(tokens)
         ]
 
@@ -210,23 +210,23 @@ def _stack(reductions: Sequence[Reduction]) -> Reduction:
     )
 
 
-def _and_behind(reduction: Reduction, cells: int, behind: int) -> Reduction:
-    """The reduction of the first `cells` tokens, and `after` more that survive, labelled -1."""
-    if not behind:
+def _with_rest(reduction: Reduction, cells: int, rest: int) -> Reduction:
+    """The reduction of the first `cells` tokens, and `rest` more that survive, labelled -1."""
+    if not rest:
         return reduction
     images, kept = reduction.index.shape
     device = reduction.index.device
-    last = torch.arange(cells, cells + behind, device=device).expand(images, -1)
+    last = torch.arange(cells, cells + rest, device=device).expand(images, -1)
     result = replace(reduction, index=torch.cat((reduction.index, last), 1))
     if reduction.label is not None:
-        result = replace(result, label=F.pad(reduction.label, (0, behind), value=-1))
+        result = replace(result, label=F.pad(reduction.label, (0, rest), value=-1))
     if reduction.weights is not None:
-        weights = F.pad(reduction.weights, (0, behind, 0, behind))
-        weights[:, kept:, cells:] = torch.eye(behind, device=device, dtype=weights.dtype)
+        weights = F.pad(reduction.weights, (0, rest, 0, rest))
+        weights[:, kept:, cells:] = torch.eye(rest, device=device, dtype=weights.dtype)
         result = replace(result, weights=weights)
     if reduction.slot is not None and reduction.share is not None:
-        own = torch.arange(kept, kept + behind, device=device).expand(images, -1)
+        own = torch.arange(kept, kept + rest, device=device).expand(images, -1)
         slot = torch.cat((reduction.slot, own), 1)
-        share = F.pad(reduction.share, (0, behind), value=1.0)
+        share = F.pad(reduction.share, (0, rest), value=1.0)
         result = replace(result, slot=slot, share=share)
     return result

@@ -72,7 +72,7 @@ def _check_projector(family: Family, steps: Sequence[PlannedStep]) -> None:
             do = "use one of them alone" if first_whole else f"put {second.method.slug} first"
             raise LayerError(
                 f"{second.method.slug} merges what the projector is given, but "
-                f"{first.method.slug} before it merges tokens behind the projector; {do}"
+                f"{first.method.slug} before it merges tokens after the projector; {do}"
             )
 
 
@@ -156,7 +156,7 @@ def _outside(family: Family, span: range) -> str:
     if span.start > family.first_llm_layer:
         ways.append(f"before {span.start}")
     if span.stop < family.text_layers:
-        ways.append(f"behind {span[-1]}")
+        ways.append(f"after {span[-1]}")
     return f"give it a layer {' or '.join(ways)}" if ways else "use one of them alone"
 
 
@@ -174,7 +174,7 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
             raise LayerError(
                 f"{between[0].method.slug} acts at {between[0].step.site}, where "
                 f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
-                f"before {own[0][0]} or behind {own[-1][0]}, or give {planned.method.slug} "
+                f"before {own[0][0]} or after {own[-1][0]}, or give {planned.method.slug} "
                 "as_released=True"
             )
 

@@ -17,9 +17,9 @@ from foveate.errors import InputError
 from foveate.families import Family
 
 LATER_IMAGES = (
-    "behind a cache, {model} places a new image only if `generate` is given the features of the "
-    "new image, and ids, mm_token_type_ids and grids of the whole conversation, but {but}; encode "
-    "the new one within the session, new = model.get_image_features(pixel_values, "
+    "after a cached prompt, {model} places a new image only if `generate` is given the features of "
+    "the new image, and ids, mm_token_type_ids and grids of the whole conversation, but {but}; "
+    "encode the new one within the session, new = model.get_image_features(pixel_values, "
     "image_grid_thw=its_grid), and call model.generate(input_ids=all_ids, attention_mask=..., "
     "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
     "past_key_values=cache); likewise with videos"
@@ -190,7 +190,7 @@ def _hidden(sees: Tensor) -> Tensor:
     itself = torch.eye(sees.shape[1], dtype=torch.bool, device=sees.device)
     alone = ~(sees & ~itself).any(1)
     others = (sees & ~itself)[:, :-1]
-    lost = others & ~sees[:, 1:]  # at most what a window leaves behind, the first that it saw
+    lost = others & ~sees[:, 1:]  # at most what a window leaves out, the first that it saw
     first = others.to(torch.uint8).argmax(2, keepdim=True)
     lost = lost.scatter(2, first, False).any(2)
     alone[:, :-1] &= (others & sees[:, 1:]).any(2) & ~lost
@@ -210,7 +210,7 @@ def check_drafts(sees: Tensor | None, trailing: int) -> None:
     """
     if sees is not None and trailing and bool(sees[:, :-trailing, -trailing:].any()):
         raise InputError(
-            "assisted decoding puts the assistant's drafts behind the prompt, and this model's "
+            "assisted decoding puts the assistant's drafts after the prompt, and this model's "
             "prompt sees all of itself, the drafts too, so that the assistant would change the "
             "answer; generate without assistant_model and prompt_lookup_num_tokens"
         )
@@ -299,7 +299,7 @@ def supervised_text(
         )
     if real is not None and bool((supervised[:, 1:] & ~(real | visual)[:, :-1]).any()):
         raise InputError(
-            "the first token behind left padding (or hidden text) is supervised, but only padding "
+            "the first token after left padding (or hidden text) is supervised, but only padding "
             "is there to predict it; set its label to -100, or pad on the right"
         )
     return supervised
@@ -346,9 +346,9 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
         return
     if Version(transformers.__version__) < Version("5.23"):
         raise InputError(
-            f"a new image of {family.model_type} behind a cache was not seen to be placed rightly "
-            f"with transformers {transformers.__version__}; use 5.23 or newer, or run the whole "
-            "conversation anew"
+            f"a new image of {family.model_type} after a cached prompt was not seen to be placed "
+            f"rightly with transformers {transformers.__version__}; use 5.23 or newer, or run the "
+            "whole conversation anew"
         )
     grids = [kwargs[name] for m in tokens if kwargs.get(name := f"{m}_grid_thw") is not None]
     merge = family.config.vision_config.spatial_merge_size

@@ -209,7 +209,7 @@ def _apply(
     if not made[-1].shape[-1]:
         raise LayerError(
             f"{planned.method.slug} merges what the projector is given, but a method before it has "
-            f"merged tokens behind the projector; put {planned.method.slug} first"
+            f"merged tokens after the projector; put {planned.method.slug} first"
         )
     known = ~made[-1].isnan().any(-1, keepdim=True)
     altered = reduction.altered(sheets[0].shape[1])[..., None] & known

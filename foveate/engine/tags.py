@@ -114,7 +114,7 @@ class Tags:
         """What a record says of how the tokens of encoder output, by modality, were merged."""
         names = ", ".join(self.plan.before_projector)
         return [
-            f"{names} merged {modality} tokens behind the projector where this "
+            f"{names} merged {modality} tokens after the projector where this "
             f"{self.family.model_type} makes or mixes several of them together"
             for modality, output in outputs.items()
             if names and not features.is_slice(output) and output.encoded.mixes

@@ -38,8 +38,8 @@ class AyaVision(Family):
         """Tiles with a name in between are of one picture, after which stands an end token."""
         if ids is None:
             return [Tiling(len(spans))]
-        behind = spans[-1][1]
-        closing = ids[behind] if behind < len(ids) else None
+        after = spans[-1][1]
+        closing = ids[after] if after < len(ids) else None
 
         def together(end: int, start: int) -> bool:
             return start - end <= NAME and closing not in ids[end:start]

@@ -51,8 +51,8 @@ class Idefics3(Family):
         """Tiles are of one picture if one opens after the other and nothing closes before."""
         if ids is None:
             return [Tiling(len(spans))]
-        behind = spans[-1][1]
-        opening = ids[behind] if behind < len(ids) else -1
+        after = spans[-1][1]
+        opening = ids[after] if after < len(ids) else -1
         pictures = []
         for tiles in join(spans, lambda end, start: list(ids[end:start]).count(opening) == 1):
             grid, count = None, len(tiles) - 1

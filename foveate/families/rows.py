@@ -55,7 +55,7 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
 def packed(
     sizes: Iterable[tuple[int, int, int]], side: int, order: Tensor | None = None, *, raster: bool
 ) -> list[Picture]:
-    """Pictures whose rows lie behind one another in one sequence.
+    """Pictures whose rows lie one after another in one sequence.
 
     Args:
         sizes: (frames, height, width) of each in patches.

@@ -209,8 +209,8 @@ class Reader:
         positions = None
         if self.method.as_released:  # tokens stand where they would on the whole grid
             rows, columns = tokens.wide
-            behind = rows * columns + torch.arange(len(tail))
-            shifted = torch.cat((tokens.order, behind)) + len(head)
+            after = rows * columns + torch.arange(len(tail))
+            shifted = torch.cat((tokens.order, after)) + len(head)
             positions = torch.cat((torch.arange(len(head)), shifted))[None].to(hidden.device)
         return self.focus.scores(hidden, local, positions)[0].cpu()
 

@@ -75,8 +75,8 @@ class Downsample(Method):
             centres, shares = _pool(size, cells, device)
             index = (index[:, None] * size + centres).flatten()
             weights = torch.kron(weights, shares)
-        behind = torch.arange(tokens.count - extra, tokens.count - extra + room, device=device)
-        index = torch.cat((index, behind))
+        rest = torch.arange(tokens.count - extra, tokens.count - extra + room, device=device)
+        index = torch.cat((index, rest))
         weights = torch.block_diag(weights, torch.eye(room, extra, device=device))
         return Reduction(index.expand(images, -1), weights.expand(images, -1, -1))
 

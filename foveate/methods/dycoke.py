@@ -122,7 +122,7 @@ def _published(model: ModelFacts) -> int:
     legal = [i + 1 for i in model.attention_layers if i + 1 < model.text_layers]
     if not legal:
         raise LayerError(
-            "dycoke finds no layer of this model whose attention can choose for the layers behind "
+            "dycoke finds no layer of this model whose attention can choose for the layers after "
             "it; use p=0.0, which does without"
         )
     return min(legal, key=lambda layer: abs(layer - 3))

@@ -49,8 +49,8 @@ class EVS(VideoMethod):
         """Keep what changed most."""
         x = exact(by_frame(tokens.x, tokens))
         videos, frames, cells = x.shape[:3]
-        behind = tokens.count - frames * cells
-        count = max(tokens.quota - behind, cells)
+        rest = tokens.count - frames * cells
+        count = max(tokens.quota - rest, cells)
         order = change(x).flatten(1).argsort(dim=-1, descending=True, stable=True)
         return [(tuple(range(videos)), Reduction(order[:, :count].sort(-1).values))]
 

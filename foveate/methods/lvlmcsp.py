@@ -130,7 +130,7 @@ class LVLMCSP(Method):
         ranks = [layer for layer in model.attention_layers if layer > scatter]
         if not ranks:
             raise LayerError(
-                f"lvlm-csp needs a layer behind {scatter} that sees the whole sequence; this "
+                f"lvlm-csp needs a layer after {scatter} that sees the whole sequence; this "
                 f"{model.model_type} has none; give layers"
             )
         later = [layer for layer in ranks if layer >= 3 * depth // 4]

@@ -111,7 +111,7 @@ class PruneVid(VideoMethod):
         if not legal:
             raise LayerError(
                 "prunevid finds no layer of this model whose attention can rank tokens for a cut "
-                "behind it; use alpha=1.0, which does without"
+                "after it; use alpha=1.0, which does without"
             )
         return min(legal, key=lambda layer: abs(layer - model.text_layers * 11 / 32))
 
@@ -231,11 +231,11 @@ def windows(labels: Sequence[int]) -> list[int]:
     for (label, length), (following, ahead) in zip(
         stretches, [*stretches[1:], (None, 0)], strict=True
     ):
-        before, behind = result[-1] if result else (None, 0)
+        before, last = result[-1] if result else (None, 0)
         if label is None:
-            label = before if behind >= ahead else following
+            label = before if last >= ahead else following
         if result and label == before:
-            result[-1] = label, behind + length
+            result[-1] = label, last + length
         else:
             result.append((label, length))
     return [length for _, length in result]

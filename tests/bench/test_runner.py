@@ -49,7 +49,7 @@ def test_every_cell_has_a_row_and_baselines_are_in(finished):
     assert all("video" in r["error"] for r in store.rows if r["method"] == "evs")
 
 
-def test_further_turns_are_asked_behind_the_first(finished):
+def test_further_turns_are_asked_after_the_first(finished):
     _, store, _ = finished
     rows = [row for row in store.rows if row["task"] == "two-turns" and row["status"] == "done"]
     assert {row["n"] for row in rows} == {8}

@@ -38,7 +38,7 @@ class Recorded:
         self.outputs.append(output.clone())
 
     def added(self, number: int) -> Tensor | int:
-        """What the text model adds to the states behind a layer."""
+        """What the text model adds to the states after a layer."""
         if number + 1 >= len(self.inputs):
             return 0
         return self.inputs[number + 1] - self.outputs[number]

@@ -121,7 +121,7 @@ def test_methods_are_shown_the_cells_that_boxes_are_of(name, what):
         where = next(at for *seen, at in shown if tuple(seen) == grid and len(at) == image.total)
         assert (image.frames > 1) == video
         assert torch.equal(where[:, 0], image.frame)
-        if 1 in image.grid:  # a row of tiles, or behind a class token
+        if 1 in image.grid:  # a row of tiles, or after a class token
             continue
         _, height, width = grid
         cells = where[:, 1:].flip(-1) / torch.tensor([width, height])

@@ -33,7 +33,7 @@ VARIANTS = {
     "lvlm-csp: phases that touch": [LVLMCSP(layers=(1, 2, 3))],
     "sparsevlm: version 2": [SparseVLM(version=2)],
     "sparsevlm: by rank": [SparseVLM(rank=1.0)],
-    "sparsevlm behind others": [get_method("random")(keep=0.5), SparseVLM(keep=(0.4, 0.3, 0.2))],
+    "sparsevlm after others": [get_method("random")(keep=0.5), SparseVLM(keep=(0.4, 0.3, 0.2))],
     "dart: as released": [DART(as_released=True, image_pivots=1, text_pivots=1, keep=0.5)],
     "visionzip and what it leaves": [VisionZip(keep=0.5), FastV(keep=0.25)],
     "a drop that drops nothing": [PyramidDrop((1, 2, 4), (8, 8, 2))],

@@ -173,7 +173,7 @@ class Blend(Adaptive):
 
 
 BLENDS = {
-    "behind the projector": Blend(),
+    "after the projector": Blend(),
     "before the projector": Blend(before_projector=True),
     "between decoder layers": Blend(layer=2),
 }
@@ -277,7 +277,7 @@ def before_the_language_model(slug):
 )
 @torch.no_grad()
 def test_half_precision_leaves_ties_ties(slug):
-    """Choices behind the encoder, alone and among 1, 2, 3 and 5 images."""
+    """Choices after the encoder, alone and among 1, 2, 3 and 5 images."""
     model = unplaced(torch.bfloat16)
     everything = prompts(ROWS)
     everything["pixel_values"] = alike("six patches", 5).to(torch.bfloat16)

@@ -23,7 +23,7 @@ from tests.oracle import Drop, Spec
 
 STEPS = 8
 PAGE = Path(foveate.__file__).parent.parent / "docs" / "how-it-works.md"
-# Where images see what comes behind them, no forward over everything equals one turn after another.
+# Where images see what comes after them, no forward over everything equals one turn after another.
 TWO_WAY = ("paligemma", "paligemma2", "molmo2", "molmo2-o")
 FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY))]
 
@@ -72,7 +72,7 @@ def case(name, kind, counts, queries):
 @pytest.mark.parametrize("kind", ["llm", "pre_llm"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_new_image_in_the_second_turn_equals_the_oracle(name, kind):
-    """Image A, an answer, image B and a question behind it, eight steps; both images pruned."""
+    """Image A, an answer, image B and a question after it, eight steps; both images pruned."""
     member, model, eager = MEMBERS[name](), model_of(name), model_of(name, "eager")
     a, b, both, counts = images_of(name)
     ids, more = prompts(member, counts)
@@ -163,7 +163,7 @@ def test_a_new_image_that_would_be_misplaced_is_refused(name, what):
             call(**inputs, past_key_values=cache)
 
 
-def test_an_image_behind_a_turn_of_text_needs_nothing_special():
+def test_an_image_after_a_turn_of_text_needs_nothing_special():
     """No image is cached yet, so that the grids of the conversation are those of the pixels."""
     name = "qwen2_5_vl"
     member, model = MEMBERS[name](), model_of(name)
@@ -175,11 +175,11 @@ def test_an_image_behind_a_turn_of_text_needs_nothing_special():
         said = model.generate(**text_of(member, text, 0), **options)
         whole = torch.cat((said.sequences, more), 1)
         inputs = text_of(member, whole, 1)
-        behind = model.generate(
+        after = model.generate(
             **inputs, **fresh(pixels), **options, past_key_values=said.past_key_values
         )
         at_once = model.generate(**inputs, **fresh(pixels), **options)
-    assert torch.equal(behind.sequences, at_once.sequences)
+    assert torch.equal(after.sequences, at_once.sequences)
 
 
 def test_the_page_shows_how():

@@ -1,6 +1,6 @@
 """Several methods in one session: all of it works, or it is refused when planned.
 
-All pairs are tried, not a sample: each method inside the encoder with each method behind it on
+All pairs are tried, not a sample: each method inside the encoder with each method after it on
 every family, and all other pairs on families of each kind of positions, and on videos.
 """
 
@@ -112,7 +112,7 @@ def check(name, slugs, *, alone):
 
 @pytest.mark.parametrize("vision", STAGES["vision"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in LATE])
-def test_inside_and_behind_the_encoder(name, vision):
+def test_inside_and_after_the_encoder(name, vision):
     """A row of a padded batch gets what it gets alone; whole grids are there no more."""
     videos = "video" in find_family(model_of(name)).placeholder_ids
     for slug in STAGES["pre_llm"]:
@@ -149,9 +149,9 @@ def works_on_videos(slug):
 @pytest.mark.parametrize("name", KINDS)
 def test_three_in_a_row(name):
     """A reader of the encoder or of the prompt between the encoder and the decoder layers."""
-    behind = ("visionzip", "cdpruner")
+    after = ("visionzip", "cdpruner")
     for number, (vision, llm) in enumerate(product(STAGES["vision"], STAGES["llm"])):
-        check(name, (vision, behind[number % 2], llm), alone=False)
+        check(name, (vision, after[number % 2], llm), alone=False)
 
 
 READERS = [
@@ -207,13 +207,13 @@ def test_where_nothing_is_removed_or_nothing_whole_is_read_nothing_is_refused(na
     state(name, run, ragged(name)[0])
 
 
-def test_merging_before_the_projector_comes_before_merging_behind_it():
+def test_merging_before_the_projector_comes_before_merging_after_it():
     with pytest.raises(LayerError, match=r"downsample before it merges.*use one of them alone"):
         session_of("llava", method_of("downsample"), method_of("llava-prumerge"))
     with pytest.raises(LayerError, match=r"vflowopt before it merges.*put visionzip first"):
         session_of("llava", method_of("vflowopt"), method_of("visionzip"))
     session_of("llava", method_of("visionzip"), method_of("vflowopt"))
-    session_of("gemma3", method_of("downsample"), method_of("visionzip"))  # all merge behind it
+    session_of("gemma3", method_of("downsample"), method_of("visionzip"))  # all merge after it
 
 
 def test_how_much_a_layer_changes_tokens_is_not_asked_where_it_computes_parts():

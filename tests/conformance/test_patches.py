@@ -136,7 +136,7 @@ def planted(name, patches):
     if name in RESAMPLED:
         return tiled(name, [picture(*s, p) for s, p in zip(SIZES, patches, strict=True)])
     if name.startswith("molmo2"):
-        number = [0, 1, 1, 2]  # the second image has a crop of all of it behind its overview
+        number = [0, 1, 1, 2]  # the second image has a crop of all of it after its overview
         return {"pixel_values": crops([picture(32, 32, patches[n]) for n in number])}
     if member.modality == "video":
         values = pixels["pixel_values_videos"].clone()

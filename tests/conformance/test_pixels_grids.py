@@ -54,7 +54,7 @@ def prompt(name, what):
         if sizes is not None:
             grids = [(1, h // 2, w // 2) for _, h, w in sizes.tolist()]
         if name.startswith("molmo2"):
-            grids[1] = (1, 1, 32)  # an overview with a crop behind it
+            grids[1] = (1, 1, 32)  # an overview with a crop after it
     if what != "images":
         inputs |= member.clip()
         pooled = encoded(name, "video", member.clip())

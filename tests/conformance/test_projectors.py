@@ -67,8 +67,8 @@ def test_a_projector_that_a_family_names_makes_each_token_of_its_row(name):
 
 @pytest.mark.parametrize("name", ["aya_vision", "llava_onevision", "mistral3"])
 @torch.no_grad()
-def test_a_report_says_where_tokens_were_merged_behind_the_projector(name):
+def test_a_report_says_where_tokens_were_merged_after_the_projector(name):
     with foveate.use(model_of(name), VisionZip(keep=0.5)) as session:
         model_of(name)(**prompt(name)[0])
-    want = "visionzip merged image tokens behind the projector"
+    want = "visionzip merged image tokens after the projector"
     assert any(note.startswith(want) for note in session.report()["notes"])

@@ -16,7 +16,7 @@ STEPS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 @pytest.mark.parametrize("kind", ["pyramiddrop", "pre_llm"])
 @pytest.mark.parametrize("name", sorted(MEMBERS))
 def test_second_turn_equals_the_oracle(name, kind):
-    """Several text tokens at once behind pruned layers, and answers after them."""
+    """Several text tokens at once after pruned layers, and answers after them."""
     member, model = MEMBERS[name](), model_of(name)
     first = member.inputs([[5, 7]])
     method, spec = case(name, kind, 1)

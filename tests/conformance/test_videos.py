@@ -40,7 +40,7 @@ def test_all_readers_of_videos_are_here():
 
 @readers
 def test_dycoke_looks_away_while_decoding_only(name):
-    """The prompt is read alike; every token behind it sees less, also in a ragged batch."""
+    """The prompt is read alike; every token after it sees less, also in a ragged batch."""
     inputs, alone = inputs_of(name, (2, 0, 1))
     method = DyCoke(p=0.9, layer=1)
     got, _ = generate(name, method, inputs)

@@ -20,7 +20,7 @@ def test_tokens_of_an_image_have_a_row_and_a_column():
 
 
 def test_tokens_of_a_video_have_a_frame_and_a_cell_in_it():
-    """Three frames of 2 x 3; the last token is a newline behind them, below the last frame."""
+    """Three frames of 2 x 3; the last token is a newline after them, below the last frame."""
     video = tokens((2, 3), frames=3)
     assert video.frame.tolist() == [[0, 0, 0, 1, 1, 2, 2]]
     assert video.coordinates[0].tolist() == [

@@ -74,7 +74,7 @@ def test_assisted_decoding_says_what_greedy_search_says(main, second, method, fo
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_new_image_of_a_later_turn_is_ranked_by_its_prompt(main, second, method, form):
-    """By the last token of the prompt, not by a draft behind it."""
+    """By the last token of the prompt, not by a draft after it."""
     with foveate.use(main, METHODS[method]):
         first = main.generate(**prompts([[4, 6]]), **STEPS, return_dict_in_generate=True)
         more = prompts([[3, 5]], seed=7)

@@ -25,12 +25,12 @@ TOKENS = torch.tensor([[9, 30, 31, 8], [11, 7, 7, 5], [6, 40, 21, 3]])
 
 
 def seen_by(inputs, count):
-    """The prompt's attention mask, and that of the tokens behind it."""
+    """The prompt's attention mask, and that of the tokens after it."""
     return torch.nn.functional.pad(inputs["attention_mask"], (0, count), value=1)
 
 
 def one_by_one(model, inputs, tokens, cache=None):
-    """Logits of tokens that are decoded one at a time, and the cache behind them."""
+    """Logits of tokens that are decoded one at a time, and the cache after them."""
     cache = model(**inputs, use_cache=True, past_key_values=cache).past_key_values
     logits = []
     for i in range(tokens.shape[1]):
@@ -132,7 +132,7 @@ def test_survivors_in_layers_that_forget_stay_visual(llava):
 
 
 @torch.no_grad()
-def test_a_new_picture_goes_on_behind_layers_that_hold_text_alone(any_llava):
+def test_a_new_picture_goes_on_after_layers_that_hold_text_alone(any_llava):
     method, first, second = METHODS["no-heads"], prompts([[5, 7]]), prompts([[4, 6]], seed=1)
     ids = torch.cat((first["input_ids"], TOKENS[:1], second["input_ids"]), 1)
     pixels = torch.cat((first["pixel_values"], second["pixel_values"]))

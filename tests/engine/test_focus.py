@@ -22,11 +22,11 @@ GENERATE = {
 METHODS = {
     "alone": (Glance(), lambda n: {}),
     "at-1": (Glance(layer=1), lambda n: {}),
-    "behind-removal": (
+    "after-removal": (
         [EveryThird(keep=12), Glance()],
         lambda n: {"kept": [torch.arange(0, 36, 3)] * n},
     ),
-    "behind-renumbering": (
+    "after-renumbering": (
         [EveryThird(keep=12, positions="renumbered"), Glance()],
         lambda n: {"kept": [torch.arange(0, 36, 3)] * n, "renumber": True},
     ),
@@ -67,13 +67,13 @@ def test_generation_equals_the_oracle(any_llava, name, rows, cache):
     check(any_llava, name, rows, cache_implementation=cache)
 
 
-@pytest.mark.parametrize("name", ["alone", "behind-removal"])
+@pytest.mark.parametrize("name", ["alone", "after-removal"])
 def test_other_kernels_agree(flash_emulated, name):
     for attention in ("eager", flash_emulated):
         check(tiny_llava("llama-gqa", attention), name, BATCHES["ragged"])
 
 
-@pytest.mark.parametrize("name", ["alone", "behind-removal"])
+@pytest.mark.parametrize("name", ["alone", "after-removal"])
 def test_beams_carry_what_they_saw(any_llava, name):
     """The score of the best beam is that of its tokens, each choosing after the one before it."""
     method, fields = METHODS[name]
@@ -102,7 +102,7 @@ def test_every_token_stays_in_the_cache(llava):
     assert {layer.keys.shape[2] for layer in cache.layers} == {5 + 36 + 7 + STEPS}
 
 
-def test_more_text_behind_a_prompt_sees_everything(llava):
+def test_more_text_after_a_prompt_sees_everything(llava):
     """A later turn is no decoding step; what follows it is one again."""
     inputs, more = prompts([[5, 7]]), torch.tensor([[9, 8, 7]])
     with foveate.use(llava, Glance()):

@@ -22,8 +22,8 @@ GENERATE = {
 METHODS = {
     "alone": ([Forgetful()], None),
     "renumbered": ([Forgetful(positions="renumbered")], None),
-    "behind-another": ([EveryThird(keep=36), Forgetful()], None),
-    "behind-removal": ([EveryThird(keep=12), Forgetful(keep=0.5)], 12),
+    "after-another": ([EveryThird(keep=36), Forgetful()], None),
+    "after-removal": ([EveryThird(keep=12), Forgetful(keep=0.5)], 12),
 }
 
 
@@ -40,7 +40,7 @@ def spec_of(name, images, forget):
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("name", METHODS)
 def test_generation_equals_the_oracle(any_llava, name, rows, cache):
-    """The prompt is read in full before the cut; tokens behind it see survivors in all layers."""
+    """The prompt is read in full before the cut; tokens after it see survivors in all layers."""
     inputs = prompts(rows)
     with foveate.use(any_llava, METHODS[name][0]) as run:
         out = any_llava.generate(**inputs, **GENERATE, cache_implementation=cache)
@@ -78,7 +78,7 @@ def test_every_layer_is_as_short(any_llava, rows):
         any_llava(input_ids=torch.tensor([[5]] * len(rows)), past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", ["alone", "behind-removal"])
+@pytest.mark.parametrize("name", ["alone", "after-removal"])
 def test_bytes_before_are_those_of_the_whole_cache(any_llava, name):
     """What was in the caches before the cut counts as removed by it, not as never there."""
     inputs = prompts([[5, 7], [3, 2, 4]])

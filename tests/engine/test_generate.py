@@ -94,7 +94,7 @@ def test_sampling_is_reproducible_and_differs_from_unpruned(llava):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_prompt_lookup_equals_greedy(any_llava, method):
-    """Drafts stand behind the prompt already in the first forward; they must not choose."""
+    """Drafts stand after the prompt already in the first forward; they must not choose."""
     inputs = prompts([[12, 12]])
     ids = inputs["input_ids"]
     ids[0, -6:] = ids[0, :6]  # the prompt's end repeats its beginning, so that drafts are found
@@ -204,7 +204,7 @@ def test_padded_second_turn_agrees_with_rows_alone(llava, method, implementation
                 torch.testing.assert_close(got[row], want[0], rtol=0, atol=TOLERANCE)
 
 
-def test_crop_is_exact_behind_the_images_and_refused_inside(llava):
+def test_crop_is_exact_after_the_images_and_refused_inside(llava):
     inputs = prompts([[5, 7]])
     cache = DynamicCache(config=llava.config.text_config)
     with foveate.use(llava, PyramidDrop(layers=(2,), keep=0.5)):

@@ -53,7 +53,7 @@ class Beside(LogitsProcessor):
 
 
 def told(run):
-    """What a session says of its last prompt, without what was decoded behind it."""
+    """What a session says of its last prompt, without what was decoded after it."""
     report = dict(run.report())
     return report, [{e: index.tolist() for e, index in kept.items()} for kept in run.kept]
 

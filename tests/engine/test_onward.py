@@ -1,4 +1,4 @@
-"""Decoding behind a pruned cache: what each layer is told, against positions counted by hand."""
+"""Decoding after a pruned cache: what each layer is told, against positions counted by hand."""
 
 import gc
 import types

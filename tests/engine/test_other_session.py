@@ -20,7 +20,7 @@ METHODS = {
 
 @torch.no_grad()
 def go_on(model, cache, tokens):
-    """Logits of new tokens, and of two greedy ones behind them."""
+    """Logits of new tokens, and of two greedy ones after them."""
     ids, logits = torch.tensor([tokens]), []
     for _ in range(3):
         out = model(input_ids=ids, past_key_values=cache)

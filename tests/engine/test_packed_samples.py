@@ -15,7 +15,7 @@ METHODS = [
 
 
 def packed(rows):
-    """The rows behind one another, told apart by their positions."""
+    """The rows after one another, told apart by their positions."""
     ids = [row["input_ids"] for row in rows]
     return {
         "input_ids": torch.cat(ids, 1),

@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 
 def killed(layer, call):
-    """Run a call that dies in the MLP of a layer, behind its attention and its cache."""
+    """Run a call that dies in the MLP of a layer, after its attention and its cache."""
 
     def die(*_):
         raise Killed
@@ -47,7 +47,7 @@ def state(cache):
 
 @torch.no_grad()
 def go_on(model, cache, past, tokens=4):
-    """Logits of new tokens behind a cache."""
+    """Logits of new tokens after a cache."""
     batch = len(INPUTS["input_ids"])
     ids = torch.arange(20, 20 + tokens).expand(batch, -1)
     mask = torch.cat((INPUTS["attention_mask"], torch.ones(batch, past, dtype=torch.long)), 1)

@@ -222,10 +222,10 @@ def test_places_in_the_prompt_do_not_count_padding(model, batch):
         inputs, (columns,) = row_alone(batch, row)
         ((_, places, tokens),) = [i for i in spy.of("prompt_positions") if i[0] == row]
         assert places.tolist() == columns[kept[number]].tolist()
-        ((_, behind, _),) = [i for i in spy.of("question_positions") if i[0] == row]
+        ((_, after, _),) = [i for i in spy.of("question_positions") if i[0] == row]
         mask = tokens.signal("question_mask")[list(tokens.rows).index(row)]
         length = inputs["input_ids"].shape[1]
-        assert behind[mask].tolist() == list(range(int(columns[-1]) + 1, length))
+        assert after[mask].tolist() == list(range(int(columns[-1]) + 1, length))
 
 
 def test_transition_is_that_of_the_modules(model, batch):
@@ -307,7 +307,7 @@ def test_encoder_signals_equal_eager_attention(name):
 
 
 @pytest.mark.parametrize("way", ["forward", "generate"])
-def test_question_embeddings_are_those_of_the_text_behind_the_image(model, batch, way):
+def test_question_embeddings_are_those_of_the_text_after_the_image(model, batch, way):
     spy = Spy(Step("pre_llm", needs=(Need("question_embeddings"),)))
     with torch.no_grad(), foveate.use(model, spy):
         if way == "forward":
@@ -331,9 +331,9 @@ def test_text_is_paired_with_the_image_before_it(model, batch):
     with foveate.use(model, spy):
         model(**batch)
     lengths = [mask.sum().item() for _, mask, _ in spy.of("paired_mask")]
-    behind = [mask.sum().item() for _, mask, _ in spy.of("question_mask")]
+    after = [mask.sum().item() for _, mask, _ in spy.of("question_mask")]
     assert lengths == [4, 5, 2, 9]
-    assert behind == [4 + 5, 5, 2, 9]
+    assert after == [4 + 5, 5, 2, 9]
     first = spy.of("paired_mask")[0][1].nonzero()[:, 0]
     assert first.tolist() == [0, 1, 2, 3]
 
@@ -368,8 +368,8 @@ def ordered_by_hand(model, inputs, columns, layer, renumber):
     value = hidden[0, columns, 0]
     order = columns[value.argsort(descending=True)[: max(int((value > 0).sum()), 1)]]
     order = order if renumber else order.sort().values
-    before, behind = torch.arange(columns[0]), torch.arange(columns[-1] + 1, hidden.shape[1])
-    source = torch.cat((before, order, behind))
+    before, after = torch.arange(columns[0]), torch.arange(columns[-1] + 1, hidden.shape[1])
+    source = torch.cat((before, order, after))
     hidden = hidden[:, source]
     positions = torch.arange(len(source))[None] if renumber else source[None]
     rotary = text.rotary_emb(hidden, positions)

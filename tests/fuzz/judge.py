@@ -136,7 +136,7 @@ def _pooled(scene: Scene, claim: Claim, owned: list[int]) -> Any:
     told = iter(claim.told * 9)  # as many times as there are planes
 
     def averaged(feature: Tensor) -> Tensor:
-        """Of one image, or of several tiles behind one another."""
+        """Of one image, or of several tiles after one another."""
         made: list[Tensor] = []
         while (done := sum(map(len, made))) < len(feature):
             tile = next(told)

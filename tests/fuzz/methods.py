@@ -221,7 +221,7 @@ class Chosen:
     def begins(self) -> tuple[int, int]:
         """Where it begins, to be compared."""
         stage = ("encoder", "pre_llm", "llm").index(self.kind.where)
-        if self.slug == "tome":  # it acts within the encoder, the others behind it
+        if self.slug == "tome":  # it acts within the encoder, the others after it
             return -1, 0
         return stage, self.drops[0] if self.drops else 0
 

@@ -204,7 +204,7 @@ def sample(scene: Scene) -> list[Claim]:
 
 
 def packed(scene: Scene) -> list[Claim]:
-    """All rows behind one another in one, told apart by their positions."""
+    """All rows after one another in one, told apart by their positions."""
     prompt = scene.prompt
     lengths = [len(ids) for ids in prompt.rows]
     ids = torch.tensor([[i for row in prompt.rows for i in row]])

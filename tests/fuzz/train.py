@@ -34,12 +34,12 @@ def train(scene: Scene) -> list[Claim]:
     told, sums, claims = scene.said(), [], []
     for row, mine in enumerate(rows):
         asks = (mine[:-1] == -100) & (mine[1:] != -100)
-        behind = [
+        after = [
             tuple(c for c in asks.nonzero()[:, 0].tolist() if c >= int(span[-1]))
             for span in scene.prompt.spans[row]
         ]
         check = _loss(mine, sums, None if row + 1 < len(rows) else (loss.item(), total))
-        claims.append(Claim(row, scene.prompt, [], told[row], behind, check, training=True))
+        claims.append(Claim(row, scene.prompt, [], told[row], after, check, training=True))
     return claims
 
 

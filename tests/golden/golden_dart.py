@@ -96,8 +96,8 @@ def _check_model(case: Case) -> None:
             out = model.model(input_ids=ids, mm_encoder_outputs=encoded)
         ((kept,),) = [list(places.values()) for places in session.kept]
         assert_same(kept, expected["kept_image_positions"], f"kept of {run}")
-        before, behind = torch.arange(start), torch.arange(start + total, ids.shape[1])
-        alive = torch.cat((before, start + kept, behind))
+        before, after = torch.arange(start), torch.arange(start + total, ids.shape[1])
+        alive = torch.cat((before, start + kept, after))
         assert_same(alive, expected["kept_positions"], f"positions of {run}")
         states = out.last_hidden_state[:, alive]
         assert_close(states, expected["last_hidden_state"], STATES, f"states of {run}")

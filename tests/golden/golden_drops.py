@@ -181,7 +181,7 @@ class HoliTomReplay(Drops):
         assert_close(seen.scores, self.arrays["official_scores"], SCORES, "scores")
 
     def check_states(self) -> None:
-        """States and positions that enter the layer behind the merge."""
+        """States and positions that enter the layer after the merge."""
         got = {}
 
         def look(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:

@@ -236,8 +236,8 @@ class Replay:
             logits = self.model(**self.inputs()).logits[0]
         assert len(logits) == arrays["inputs_embeds"].shape[1]
         last = self.alive
-        behind = torch.arange(start + length, len(logits))
-        alive = torch.cat((torch.arange(start), start + last, behind))
+        after = torch.arange(start + length, len(logits))
+        alive = torch.cat((torch.arange(start), start + last, after))
         assert_close(logits[alive], arrays["prefill_logits"], LOGITS, "logits")
         assert_close(logits[-1], arrays["prefill_last_logits"], LOGITS, "last logits")
 

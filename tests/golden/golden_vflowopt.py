@@ -96,8 +96,8 @@ def _check_prefill(case: Case) -> None:
         logits = model(**inputs).logits[0]
     start, length = int(arrays["image_start"]), int(arrays["image_len"])
     last = list(run.kept[0].values())[-1]
-    behind = torch.arange(start + length, len(logits))
-    alive = torch.cat((torch.arange(start), start + last, behind))
+    after = torch.arange(start + length, len(logits))
+    alive = torch.cat((torch.arange(start), start + last, after))
     assert_close(logits[alive], arrays["causalfix_prefill_logits"], LOGITS, "logits")
     assert_close(logits[-1], arrays["causalfix_prefill_last_logits"], LOGITS, "last logits")
 

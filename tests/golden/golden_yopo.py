@@ -51,7 +51,7 @@ def _check_prefill(case: Case) -> None:
     inputs = _inputs(case, model)
     with foveate.use(model, _method(case)):
         logits = model(**inputs).logits[0]
-    assert_close(logits[-len(expected) :], expected, LOGITS, "logits of the text behind the image")
+    assert_close(logits[-len(expected) :], expected, LOGITS, "logits of the text after the image")
     assert_close(logits[-1], case.arrays["prefill_last_logits"], LOGITS, "last logits")
     with foveate.use(model, _method(case, as_released=False)):
         other = model(**_inputs(case, model)).logits[0, -1]

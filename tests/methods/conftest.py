@@ -56,11 +56,11 @@ def make_tokens() -> Callable[..., VisualTokens]:
 
 @pytest.fixture
 def make_videos() -> Callable[..., VisualTokens]:
-    """Videos of (G, T, P, D) tokens, with `behind` more behind the last frame; half may stay."""
+    """Videos of (G, T, P, D) tokens, with `after` more after the last frame; half may stay."""
 
-    def make(x: Tensor, behind: int = 0, **signals: Tensor) -> VisualTokens:
+    def make(x: Tensor, after: int = 0, **signals: Tensor) -> VisualTokens:
         videos, frames, cells, width = x.shape
-        rest = torch.randn(videos, behind, width)
+        rest = torch.randn(videos, after, width)
         features = torch.cat((x.flatten(1, 2), rest), 1)
         return VisualTokens(
             features=lambda: features,
@@ -70,7 +70,7 @@ def make_videos() -> Callable[..., VisualTokens]:
             signals=signals,
             frames=frames,
             site="pre_llm",
-            quota=frames * cells // 2 + behind,
+            quota=frames * cells // 2 + after,
         )
 
     return make

@@ -64,7 +64,7 @@ def test_logits_equal_those_of_a_plain_computation(name, llava, transcribed):
 
 @pytest.mark.parametrize("method", [VisionZip(), LLaVAPruMerge(), RecoverableCompression()])
 def test_gradients_reach_the_projector_and_stay_finite(method):
-    """Removed rows are marked behind the projector, where they meet no parameter."""
+    """Removed rows are marked after the projector, where they meet no parameter."""
     model, inputs = tiny_llava(), prompts([[5, 7], [3, 4]])
     with foveate.use(model, method):
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -75,25 +75,25 @@ def test_gradients_reach_the_projector_and_stay_finite(method):
 
 
 def test_gradients_stay_finite_where_the_projector_was_given_what_is_not_known():
-    """Tiles that the model mixes behind the projector are merged there; NaN stands for them."""
+    """Tiles that the model mixes after the projector are merged there; NaN stands for them."""
     member = MEMBERS["llava_onevision"]()
     model = member.build()
     inputs, _ = batch_of(member, model, (1,))
     with foveate.use(model, VisionZip(keep=0.5)) as session:
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    assert any("merged image tokens behind" in note for note in session.report()["notes"])
+    assert any("merged image tokens after" in note for note in session.report()["notes"])
     for name, parameter in model.named_parameters():
         if "projector" in name:
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
 
 
-def test_a_choice_may_come_first_and_a_merge_behind_the_projector_may_not(llava):
+def test_a_choice_may_come_first_and_a_merge_after_the_projector_may_not(llava):
     inputs = prompts([[5, 7]])
     with torch.no_grad(), foveate.use(llava, [DivPrune(keep=30), VisionZip(keep=8)]) as session:
         llava(**inputs)
     assert len(session.kept[0]["pre_llm"]) == 8
-    with pytest.raises(LayerError, match="downsample before it merges tokens behind the projector"):
+    with pytest.raises(LayerError, match="downsample before it merges tokens after the projector"):
         foveate.use(llava, [Downsample(keep=9), VisionZip(keep=4)])
 
 

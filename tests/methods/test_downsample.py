@@ -63,7 +63,7 @@ def tokens_on(grid, x, frames=1):
 )
 @pytest.mark.parametrize("newline", [0, 1])
 def test_frames_of_a_video_are_pooled_alike(kept, frames, cells, newline):
-    """Three frames of 2 x 5; a newline behind them keeps its value, and costs one token."""
+    """Three frames of 2 x 5; a newline after them keeps its value, and costs one token."""
     x = torch.randn(2, 30 + newline, 4)
     reduction = Downsample().reduce(tokens_on((2, 5), x, 3), kept + newline)
     video = x[:, :30].mT.reshape(2, 4, 3, 2, 5)

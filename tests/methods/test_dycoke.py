@@ -102,7 +102,7 @@ def test_steps_choose_as_a_naive_loop(as_released):
     assert any(s[0].all() or s[0].sum() == 20 for s in seen) == as_released
 
 
-def test_the_step_is_behind_a_layer_that_sees_everything(facts):
+def test_the_step_is_after_a_layer_that_sees_everything(facts):
     (drop, choose) = DyCoke().steps(facts())
     assert (drop.site, choose.site) == ("pre_llm", "decode:3")
     assert DyCoke().steps(facts(attention_layers=(5, 11)))[1].layer == 6

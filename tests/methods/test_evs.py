@@ -55,7 +55,7 @@ def test_low_precision_is_compared_in_full(make_videos):
 
 
 def test_a_newline_counts(make_videos):
-    (positions,) = kept(EVS(keep=0.5), make_videos(torch.randn(1, 6, 9, 8), behind=2))
+    (positions,) = kept(EVS(keep=0.5), make_videos(torch.randn(1, 6, 9, 8), after=2))
     assert len(positions) == 28
     assert positions[-2:] == [54, 55]
 

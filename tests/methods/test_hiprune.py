@@ -106,7 +106,7 @@ def test_neighbours_stay_in_their_frame(make_tokens):
     assert HiPrune(alpha=1.0).reduce(tokens, 4).index[0].tolist() == [1, 6, 7, 9]
 
 
-def test_a_token_behind_all_frames_is_no_neighbour(make_tokens):
+def test_a_token_after_all_frames_is_no_neighbour(make_tokens):
     signal = torch.full((1, 2, 13), 1e-3)
     signal[0, 0, 11] = 0.5
     signal[0, 1, 1] = 0.4

@@ -189,7 +189,7 @@ def test_constant_and_zero_signals_give_finite_values(grid, value, plus, make_to
     assert reduction.apply(x).isfinite().all()
 
 
-def test_it_scores_in_the_layer_behind_the_features(facts):
+def test_it_scores_in_the_layer_after_the_features(facts):
     def layers(**model):
         (step,) = LLaVAPruMerge().steps(facts(**model))
         assert [need.name for need in step.needs] == ["joint_cls_attention", "encoder_keys"]

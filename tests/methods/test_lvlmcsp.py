@@ -172,7 +172,7 @@ def test_errors(llava):
         foveate.use(llava, LVLMCSP(layers=(1, 3, LAYERS)))
 
 
-def test_another_method_may_act_behind(llava):
+def test_another_method_may_act_after(llava):
     with foveate.use(
         llava, [LVLMCSP(layers=(0, 2, 3), keep=(9, 0.5)), PyramidDrop((4,), 0.5)]
     ) as run:

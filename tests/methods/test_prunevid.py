@@ -116,7 +116,7 @@ def test_the_highest_of_each_set_stay(share):
 
 def test_each_scene_and_frame_has_its_quota(make_videos):
     """From merging to the cut: labels count scenes' static tokens and frames' dynamic ones."""
-    tokens = make_videos(scenes(2, 12, 36), behind=1)
+    tokens = make_videos(scenes(2, 12, 36), after=1)
     found = PruneVid(alpha=0.5).reduce_each(tokens)
     for members, reduction in found:
         for number in range(len(members)):
@@ -150,7 +150,7 @@ def test_images_pass_the_cut(make_tokens):
     assert torch.equal(reduction.index, torch.arange(24).expand(2, -1))
 
 
-def test_the_cut_is_behind_a_layer_that_can_rank(facts):
+def test_the_cut_is_after_a_layer_that_can_rank(facts):
     def layer(**fields):
         return PruneVid().steps(facts(**fields))[1].layer
 

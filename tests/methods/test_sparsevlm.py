@@ -15,7 +15,7 @@ from tests.ops.test_clustering import naive as naive_clusters
 
 @pytest.fixture
 def signals():
-    """Two images of 24 tokens; the second has three text tokens behind it, padded to five."""
+    """Two images of 24 tokens; the second has three text tokens after it, padded to five."""
     mask = torch.tensor([[True] * 5, [True, True, True, False, False]])
     relevance = torch.rand(2, 5).masked_fill(~mask, -torch.inf).softmax(-1)
     return {
@@ -40,7 +40,7 @@ def naive_scores(relevance, attention, mask, close=None, heads=None, floor=None)
 
 
 def naive_recycling(x, scores, kept):
-    """One image: values of the survivors, kept ones first and merged ones behind them."""
+    """One image: values of the survivors, kept ones first and merged ones after them."""
     total = len(x)
     order = sorted(range(total), key=lambda v: -float(scores[v]))
     first, rest = sorted(order[:kept]), order[kept:]
@@ -182,7 +182,7 @@ def test_images_do_not_see_each_other(make_tokens, signals):
 
 @pytest.mark.parametrize("quota", [24, 23])
 def test_a_budget_that_saves_nothing_changes_nothing(quota, make_tokens, signals):
-    """With one token dropped, recycling would put it back behind the others."""
+    """With one token dropped, recycling would put it back after the others."""
     tokens = replace(make_tokens(images=2, x=torch.randn(2, 24, 6), **signals), quota=quota)
     reduction = only(SparseVLM().reduce_each(tokens))
     assert reduction.index.tolist() == [list(range(24))] * 2
@@ -191,7 +191,7 @@ def test_a_budget_that_saves_nothing_changes_nothing(quota, make_tokens, signals
 
 
 def test_the_release_drops_one_token_at_least(make_tokens, signals):
-    """And recycles it: the last in rank moves behind the others."""
+    """And recycles it: the last in rank moves after the others."""
     x = torch.randn(2, 24, 6)
     tokens = replace(make_tokens(images=2, x=x, **signals), quota=24)
     method = SparseVLM(as_released=True)

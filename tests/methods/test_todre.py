@@ -1,4 +1,4 @@
-"""ToDRE: diversity behind the encoder, nothing in late layers."""
+"""ToDRE: diversity after the encoder, nothing in late layers."""
 
 import pytest
 import torch

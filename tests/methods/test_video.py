@@ -56,21 +56,21 @@ def test_videos_do_not_see_each_other(name, make_videos):
 
 
 @each
-@pytest.mark.parametrize("behind", [1, 3])
-def test_tokens_behind_the_last_frame_stay(name, behind, make_videos):
+@pytest.mark.parametrize("after", [1, 3])
+def test_tokens_after_the_last_frame_stay(name, after, make_videos):
     """They are not counted, change nothing else and keep their value."""
     x, attention = scenes(2, 8, 20), torch.rand(2, 1, 160)
-    more = torch.full((2, 1, behind), -torch.inf)
-    with_them = make_videos(x, behind=behind, received_attention=torch.cat((attention, more), -1))
+    more = torch.full((2, 1, after), -torch.inf)
+    with_them = make_videos(x, after=after, received_attention=torch.cat((attention, more), -1))
     without = split(method_of(name), make_videos(x, received_attention=attention))
     for video, (number, got) in split(method_of(name), with_them).items():
         n, want = without[video]
-        last = torch.arange(160, 160 + behind)
+        last = torch.arange(160, 160 + after)
         assert torch.equal(got.index[number], torch.cat((want.index[n], last)))
         members = [v for v, (_, r) in without.items() if r is want]
         values = got.apply(with_them.x[members])[number]
-        torch.testing.assert_close(values[-behind:], with_them.x[video, -behind:])
-        torch.testing.assert_close(values[:-behind], want.apply(with_them.x[members][:, :160])[n])
+        torch.testing.assert_close(values[-after:], with_them.x[video, -after:])
+        torch.testing.assert_close(values[:-after], want.apply(with_them.x[members][:, :160])[n])
 
 
 @each

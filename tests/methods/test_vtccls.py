@@ -49,7 +49,7 @@ def test_layer_outside_encoder_names_its_depth(layers, facts):
 
 
 @pytest.mark.parametrize("layers", [23, -1])
-def test_start_behind_feature_layer_is_refused(layers, facts):
+def test_start_after_feature_layer_is_refused(layers, facts):
     with pytest.raises(LayerError, match="24 layers"):
         VTCCLS(layers=layers).steps(facts())
 

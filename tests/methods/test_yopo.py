@@ -40,7 +40,7 @@ def expected(model, method, ids, features):
     }
     rotary = text.rotary_emb(hidden[None], torch.arange(len(ids))[None])
     cos, sin = (part[0] for part in rotary)
-    unseen = PartialCompute(0, 1, heads=(False,) * 4)  # behind the cut, for what text makes of it
+    unseen = PartialCompute(0, 1, heads=(False,) * 4)  # after the cut, for what text makes of it
     real = torch.ones(len(ids), dtype=torch.bool)
     for number, layer in enumerate(text.layers):
         hidden = masked(
@@ -74,7 +74,7 @@ def test_generation_equals_the_masked_model(any_llava, method, rows):
             assert (plain[row] - want[0]).abs().max() > 0.05, "the test does not bite"
 
 
-def test_the_cache_holds_no_visual_token_behind_the_cut(llava):
+def test_the_cache_holds_no_visual_token_after_the_cut(llava):
     inputs = prompts([[5, 7]])
     with foveate.use(llava, YOPO(layer=4)) as run:
         cache = llava(**inputs, use_cache=True).past_key_values

@@ -134,7 +134,7 @@ def test_under_autocast_the_loss_is_near_that_of_short_sequences(kind, model):
 
 
 def pack(kind, model, inputs, talks):
-    """All conversations behind one another in one row, told apart by their positions."""
+    """All conversations after one another in one row, told apart by their positions."""
     ids = torch.cat([ids for ids, _ in talks])[None]
     packed = {"input_ids": ids, "labels": torch.cat([labels for _, labels in talks])[None]}
     orders = [torch.arange(len(ids))[None] for ids, _ in talks]
@@ -236,7 +236,7 @@ def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, aft
     named = dict(zip(want[1], leaves, strict=True))
     torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     compare((loss, gradients(loss, named)), want)  # the second time too
-    assert not len(replays)  # nothing is kept behind the backward pass
+    assert not len(replays)  # nothing is kept after the backward pass
 
 
 @pytest.mark.parametrize("how", ["layers", "model"])

@@ -35,7 +35,7 @@ class Drop:
 
 @dataclass
 class Merge:
-    """In `layer`, merge `r` pairs; attention behind it counts sources unless `proportional` is
+    """In `layer`, merge `r` pairs; attention after it counts sources unless `proportional` is
     off.
     """
 

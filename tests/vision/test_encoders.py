@@ -81,7 +81,7 @@ def test_every_state_equals_the_full_length_oracle(name, case):
         worst = 0.0
         for number, states in enumerate(full.states):
             if number == 0 and case == "before-0":
-                continue  # captured behind the step; compared with the output of layer 0
+                continue  # captured after the step; compared with the output of layer 0
             worst = max(worst, distance(got.hidden_states[number][row], states))
         last = full.x if name == "clip" else norm(full.x)
         patches = full.alive.clone()

@@ -126,8 +126,8 @@ def test_prefill_and_decoding_equal_the_oracle(model, case, rows):
             inside = {place: index for place, index in mine.items() if place.startswith("vision")}
             assert list(inside) == list(full.kept)
             assert all(torch.equal(index, full.kept[place]) for place, index in inside.items())
-            behind = [index for place, index in mine.items() if place not in inside]
-            for index, step in zip(behind, history[1:], strict=True):
+            after = [index for place, index in mine.items() if place not in inside]
+            for index, step in zip(after, history[1:], strict=True):
                 assert torch.equal(index, step[image])
     print(f"distance to the oracle {worst:.1e}, to the unpruned model {bite:.2f}")
     assert worst <= TOLERANCE
@@ -178,7 +178,7 @@ def test_a_pre_llm_method_sees_only_the_survivors(llava):
     assert set(run.kept[0]["pre_llm"].tolist()) < set(index[0].tolist())
 
 
-def test_class_attention_behind_a_merge_is_that_of_the_survivors(llava):
+def test_class_attention_after_a_merge_is_that_of_the_survivors(llava):
     """FasterVLM after ToMe ranks by the attention row of the shortened, weighted encoder."""
     inputs = prompts([[5, 7], [3, 4]])
     seen = []

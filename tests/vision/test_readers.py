@@ -1,4 +1,4 @@
-"""Methods that read the encoder behind steps within it: signals are those of the full tower, in
+"""Methods that read the encoder after steps within it: signals are those of the full tower, in
 which nobody attends to what was removed, and merged tokens count as often as they have sources.
 """
 
@@ -117,7 +117,7 @@ PAIRS = [(n, c) for n in TOWERS for c in CHOSEN if c != "cls-drop" or n in WITH_
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
-def test_signals_behind_a_step_are_those_of_the_masked_tower(name, case):
+def test_signals_after_a_step_are_those_of_the_masked_tower(name, case):
     methods, steps = CASES[case]
     tower, _, calls, tokens, counts = known(name)
     full = Watched(tower, calls, pictures_of(name, calls, tokens, counts)).run(steps)

@@ -220,7 +220,7 @@ def test_a_row_gets_what_it_gets_alone_through_all_stages(name):
 
 @pytest.mark.parametrize("method", [EveryThird(3), Average(keep=0.5, layer=3)], ids=str)
 @pytest.mark.parametrize("name", SOME)
-def test_methods_behind_the_tower_see_what_it_left(name, method):
+def test_methods_after_the_tower_see_what_it_left(name, method):
     model, (inputs, counts) = model_of(name), prompt(name)
     with torch.no_grad(), foveate.use(model, [Listed(layer=0, keep=0.7), method]) as run:
         model.model(**fresh(inputs))

@@ -133,7 +133,7 @@ class Tower:
 
     @contextmanager
     def replaced(self, states):
-        """While open, the model reads these states behind its layers."""
+        """While open, the model reads these states after its layers."""
 
         def make(number):
             def hook(module, args, kwargs, output):
@@ -231,7 +231,7 @@ class Full:
 
     @torch.no_grad()
     def run(self, steps):
-        """States behind every layer."""
+        """States after every layer."""
         for number, layer in enumerate(self.tower.layers):
             due = [step for step in steps if step.layer == number]
             for step in due:

@@ -64,7 +64,8 @@ def bench(
         int | None, typer.Option(min=1, help="Processes; two for small models on a CPU.")
     ] = None,
     hint: Annotated[
-        str | None, typer.Option(help=f"Put behind questions; but for tiny: {HINT!r}")
+        str | None,
+        typer.Option(help=f"Put after each question; by default {HINT!r}, for tiny nothing."),
     ] = None,
     timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
 ) -> None:

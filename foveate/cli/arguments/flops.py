@@ -39,7 +39,7 @@ def flops(
         str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
     ] = "foveate",
     decode: Annotated[
-        bool, typer.Option("--decode", help="Show one decoding step behind the prompt too.")
+        bool, typer.Option("--decode", help="Also count one decoding step after the prompt.")
     ] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
 ) -> None:

@@ -94,7 +94,7 @@ class DecodeSelection(Extension):
         slots = past.index.contiguous()
         at = torch.searchsorted(slots, columns).clamp(max=slots.shape[1] - 1)
         attention = attention.gather(2, at[:, None].expand(-1, attention.shape[1], -1))
-        there = slots.gather(1, at) == columns  # not so where a window has left them behind
+        there = slots.gather(1, at) == columns  # not so where a window has dropped them
         attention = attention.masked_fill(~(real & there)[:, None], 0.0)
         choice = self.method.choose(attention, real, candidates.choice)
         held.attach(CANDIDATES, replace(candidates, choice=choice))

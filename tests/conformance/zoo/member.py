@@ -106,7 +106,7 @@ class Member:
         return alone
 
     def continued(self, inputs: dict[str, Any], more: torch.Tensor) -> dict[str, Any]:
-        """The inputs of a forward over a prompt and (B, N) tokens behind it."""
+        """The inputs of a forward over a prompt and (B, N) tokens after it."""
         ids = torch.cat((inputs["input_ids"], more), 1)
         images = int((ids == self.image_id).sum()) // self.visual
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

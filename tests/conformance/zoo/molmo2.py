@@ -42,7 +42,7 @@ class Molmo2(Member):
         return {"mm_token_type_ids": (ids == self.image_id).int()}
 
     def pixels(self, images, seed=0):
-        """Overviews of 8 x 8 patches in cells of four; every second image has a crop behind it."""
+        """Overviews of 8 x 8 patches in cells of four; every second image has a crop after it."""
         generator = torch.Generator().manual_seed(seed)
         grids = torch.tensor([[4, 4, 4 * (i % 2), 4 * (i % 2)] for i in range(images)])
         return self.cells(torch.randn(len(grids) + images // 2, 64, 48, generator=generator), grids)

@@ -42,7 +42,7 @@ too.
 - *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
   after the first cut. A merged token counts where it stands, so merging methods and `downsample`
   score low here although what they merged is not lost.
-- *upper, lower*: share of tokens alive in the upper and the lower half of the picture.
+- *upper, lower*: share of tokens that survive in the upper and the lower half of the picture.
 
 The tiny model was trained to align visual tokens with words and its class token with objects, which
 favours methods that read those; its first layers hardly look at the picture, which punishes

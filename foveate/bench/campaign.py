@@ -144,7 +144,7 @@ def _start(settings: Settings, load: Load, parent: int) -> None:
 
 
 def _watch(parent: int) -> None:
-    """End when the process that started this one is gone."""
+    """End when the process that started this one has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

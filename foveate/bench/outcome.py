@@ -56,7 +56,7 @@ class Totals:
     flops_after: int = 0
     kv_bytes_before: int = 0
     kv_bytes_after: int = 0
-    alive: float = 0.0
+    remaining: float = 0.0
 
     def add(self, report: Any) -> None:
         """Add the report of a batch."""
@@ -68,7 +68,7 @@ class Totals:
         self.kv_bytes_before += report["kv_bytes"]["before"]
         self.kv_bytes_after += report["kv_bytes"]["after"]
         layers = [sum(layer["visual_tokens"]) for layer in report["layers"]]
-        self.alive += sum(layers) / max(len(layers), 1)
+        self.remaining += sum(layers) / max(len(layers), 1)
 
 
 class Survival:
@@ -89,14 +89,14 @@ class Survival:
     def to_dict(self) -> dict[str, Any]:
         """Rows, columns, pictures and the mean lifetime of each cell, row by row."""
         if not self._counts:
-            return {"height": 0, "width": 0, "pictures": 0, "alive": []}
+            return {"height": 0, "width": 0, "pictures": 0, "lifetimes": []}
         grid = max(self._counts, key=lambda g: self._counts[g])
         mean = self._sums[grid] / self._counts[grid]
         return {
             "height": grid[0],
             "width": grid[1],
             "pictures": self._counts[grid],
-            "alive": [round(x, 4) for x in mean.tolist()],
+            "lifetimes": [round(x, 4) for x in mean.tolist()],
         }
 
 
@@ -147,7 +147,7 @@ class Outcome:
             "hit": _mean([a.hit for a in answers]),
             "recall_by_site": _by_site(answers),
             "visual_tokens": totals.visual_tokens / max(totals.rows, 1),
-            "tokens_ratio": totals.alive / max(totals.visual_tokens, 1),
+            "tokens_ratio": totals.remaining / max(totals.visual_tokens, 1),
             "flops_before": totals.flops_before / max(totals.rows, 1),
             "flops_after": totals.flops_after / max(totals.rows, 1),
             "kv_bytes_before": totals.kv_bytes_before / max(totals.rows, 1),
@@ -169,9 +169,9 @@ def _by_site(answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Mean recall after each site, in the order of the stream."""
     shares: dict[str, list[float]] = {}
     for answer in answers:
-        for place, share in answer.recall_by_site.items():
-            shares.setdefault(place, []).append(share)
-    return [{"place": place, "recall": _mean(found)} for place, found in shares.items()]
+        for site, share in answer.recall_by_site.items():
+            shares.setdefault(site, []).append(share)
+    return [{"site": site, "recall": _mean(found)} for site, found in shares.items()]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -1,7 +1,7 @@
 """Evidence recall: how much of what one must see to answer is left.
 
 It needs no trained weights: any model, and any photograph with boxes. A token stands for its cell
-of the picture; tokens that were merged into another are counted as gone, and the one they went
+of the picture; tokens that were merged into another count as dropped, and the one they went
 into stands for its own cell only.
 
 Shapes: `V` visual tokens of a picture, boxes in shares of the picture as the model saw it.
@@ -67,7 +67,7 @@ def _overlap(boxes: Tensor, box: Edges) -> Tensor:
 def _covered(boxes: Tensor, kept: Tensor, box: Edges) -> tuple[float, float]:
     """Area of a box that all tokens cover, and that survivors cover; passes count once."""
     near = _overlap(boxes, box) > 0
-    cells, alive = boxes[near].double(), kept[near]
+    cells, survive = boxes[near].double(), kept[near]
     if not len(cells):
         return 0.0, 0.0
     corner = torch.tensor(box, dtype=torch.float64)
@@ -79,7 +79,7 @@ def _covered(boxes: Tensor, kept: Tensor, box: Edges) -> tuple[float, float]:
     inside_y = (cells[:, 1:2] < down) & (down < cells[:, 3:4])
     area = (y[1:] - y[:-1])[:, None] * (x[1:] - x[:-1])
     hit = inside_y[:, :, None] & inside_x[:, None, :]
-    return float(area[hit.any(0)].sum()), float(area[hit[alive].any(0)].sum())
+    return float(area[hit.any(0)].sum()), float(area[hit[survive].any(0)].sum())
 
 
 @dataclass(frozen=True)
@@ -98,23 +98,23 @@ class Seen:
     layers: int
     pixels: Tensor | None = None
 
-    def alive(self) -> dict[str, Tensor]:
-        """Place -> (V,) which tokens are there after it."""
+    def surviving(self) -> dict[str, Tensor]:
+        """Entry of a step -> (V,) which tokens survive it."""
         found = {}
-        for place, index in self.image.kept.items():
-            found[place] = torch.zeros(self.image.total, dtype=torch.bool)
-            found[place][index.cpu()] = True
+        for entry, index in self.image.kept.items():
+            found[entry] = torch.zeros(self.image.total, dtype=torch.bool)
+            found[entry][index.cpu()] = True
         return found
 
     def lifetime(self) -> Tensor:
-        """(V,) share of the decoder layers after the first cut in which each token is alive."""
-        places = self.alive()
-        starts = [first_layer(place) for place in places]
+        """(V,) share of the decoder layers after the first cut that each token reaches."""
+        survivors = self.surviving()
+        starts = [first_layer(entry) for entry in survivors]
         if not starts:
             return torch.ones(self.image.total)
         ends = [*starts[1:], self.layers]
         lived = torch.zeros(self.image.total)
-        for tokens, start, end in zip(places.values(), starts, ends, strict=True):
+        for tokens, start, end in zip(survivors.values(), starts, ends, strict=True):
             lived += tokens * float(end - start)
         return lived / max(self.layers - starts[0], 1)
 
@@ -146,9 +146,9 @@ class Seen:
         return match_geometry(picture, seen)
 
 
-def first_layer(place: str) -> int:
-    """The first decoder layer that a place has an effect on."""
-    stage, layer, _ = site_of(place)
+def first_layer(entry: str) -> int:
+    """The first decoder layer that a step has an effect on."""
+    stage, layer, _ = site_of(entry)
     return layer if stage == "llm" else 0
 
 
@@ -202,18 +202,18 @@ def evidence_recall(
 
     Returns:
         Area recall after each site; its mean over the decoder layers after the first cut; and
-        the share of pieces of which a token survives the last place. `None` where none is known.
+        the share of pieces of which a token survives the last step. `None` where none is known.
     """
     pieces = [(look, *look.locate(e)) for e in evidence for look in seen if _shows(look, e)]
     if not pieces:
         return {}, None, None
-    places = list(pieces[0][0].image.kept)
-    if not places:
+    entries = list(pieces[0][0].image.kept)
+    if not entries:
         return {}, 1.0, 1.0
-    by_site = {place: _recall(pieces, place) for place in places}
-    known = {place: share for place, share in by_site.items() if share is not None}
+    by_site = {entry: _recall(pieces, entry) for entry in entries}
+    known = {entry: share for entry, share in by_site.items() if share is not None}
     hits = [
-        token_hit(look.image.boxes, look.alive()[places[-1]] & frame, [edges])
+        token_hit(look.image.boxes, look.surviving()[entries[-1]] & frame, [edges])
         for look, edges, frame in pieces
     ]
     counted = [hit for hit in hits if hit is not None]
@@ -227,12 +227,13 @@ def _shows(look: Seen, evidence: Evidence) -> bool:
     return look.shown.frame is None or look.shown.frame == evidence.frame
 
 
-def _recall(pieces: Sequence[Piece], place: str) -> float | None:
-    """Area recall of all pieces together after a place."""
+def _recall(pieces: Sequence[Piece], entry: str) -> float | None:
+    """Area recall of all pieces together after a step."""
     seen = covered = 0.0
     for look, edges, frame in pieces:
-        alive = look.alive().get(place, torch.ones(look.image.total, dtype=torch.bool))
-        everything, survivors = _covered(look.image.boxes[frame], alive[frame], edges)
+        all_tokens = torch.ones(look.image.total, dtype=torch.bool)
+        kept = look.surviving().get(entry, all_tokens)[frame]
+        everything, survivors = _covered(look.image.boxes[frame], kept, edges)
         seen += everything
         covered += survivors
     return min(covered / seen, 1.0) if seen else None
@@ -241,7 +242,7 @@ def _recall(pieces: Sequence[Piece], place: str) -> float | None:
 def _over_layers(by_site: dict[str, float], layers: int) -> float | None:
     if not by_site:
         return None
-    starts = [first_layer(place) for place in by_site]
+    starts = [first_layer(entry) for entry in by_site]
     ends = [*starts[1:], layers]
     total = sum(r * (e - s) for r, s, e in zip(by_site.values(), starts, ends, strict=True))
     weight = layers - starts[0]

@@ -39,9 +39,10 @@ def _schema(pa: Any) -> Any:
         ("kl", number),
     ])  # fmt: skip
     survival = pa.struct([
-        ("height", whole), ("width", whole), ("pictures", whole), ("alive", pa.list_(pa.float32())),
+        ("height", whole), ("width", whole), ("pictures", whole),
+        ("lifetimes", pa.list_(pa.float32())),
     ])  # fmt: skip
-    place = pa.struct([("place", text), ("recall", number)])
+    site = pa.struct([("site", text), ("recall", number)])
     texts = ("key", "model", "fingerprint", "method", "settings", "task", "split", "status",
              "error", "command", "versions", "machine", "finished")  # fmt: skip
     numbers = ("keep", "accuracy", "majority", "agreement", "kl", "recall", "hit", "visual_tokens",
@@ -50,7 +51,7 @@ def _schema(pa: Any) -> Any:
     return pa.schema([
         *((name, text) for name in texts), *((name, number) for name in numbers),
         ("n", whole), ("right", whole), ("samples", whole), ("seed", whole),
-        ("recall_by_site", pa.list_(place)), ("survival", survival),
+        ("recall_by_site", pa.list_(site)), ("survival", survival),
         ("notes", pa.list_(text)), ("answers", pa.list_(answer)),
     ])  # fmt: skip
 

@@ -137,7 +137,7 @@ class Summary:
         size = max(maps, key=lambda s: sum(m["pictures"] for m in maps[s]))
         total = sum(m["pictures"] for m in maps[size])
         mean = [
-            sum(m["alive"][cell] * m["pictures"] for m in maps[size]) / total
+            sum(m["lifetimes"][cell] * m["pictures"] for m in maps[size]) / total
             for cell in range(size[0] * size[1])
         ]
         return *size, mean

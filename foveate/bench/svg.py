@@ -108,18 +108,18 @@ def _series(name: str, lines: Sequence[Line], at, stage: str) -> str:  # type: i
     )
 
 
-def heat_map(height: int, width: int, alive: Sequence[float]) -> str:
+def heat_map(height: int, width: int, lifetimes: Sequence[float]) -> str:
     """How long tokens live at each cell, against the mean, and the mean of each row beside it."""
-    mean = sum(alive) / max(len(alive), 1)
+    mean = sum(lifetimes) / max(len(lifetimes), 1)
     top = max(2 * mean, 1e-6)
     cells = []
-    for number, share in enumerate(alive):
+    for number, share in enumerate(lifetimes):
         row, column = divmod(number, width)
         strength = round(min(share / top, 1.0), 2)
         cells.append(
             f'<rect x="{column}" y="{row}" width="1.02" height="1.02" fill-opacity="{strength}"/>'
         )
-    rows = [sum(alive[r * width : (r + 1) * width]) / width for r in range(height)]
+    rows = [sum(lifetimes[r * width : (r + 1) * width]) / width for r in range(height)]
     bars = [
         f'<rect class="bar" x="{width + 0.6}" y="{r + 0.15}" height="0.7" '
         f'width="{round(5 * min(value / top, 1.0), 2)}"/>'
@@ -129,7 +129,7 @@ def heat_map(height: int, width: int, alive: Sequence[float]) -> str:
     upper, lower = (
         sum(part) / max(len(part), 1) for part in (rows[: height // 2], rows[(height + 1) // 2 :])
     )
-    spoken = f"Upper half {percent(upper)} % alive, lower half {percent(lower)} %"
+    spoken = f"Upper half {percent(upper)} % of layers, lower half {percent(lower)} %"
     return (
         f'<svg class="map" viewBox="-0.1 -0.1 {width + 6} {height + 0.2}" role="img" '
         f'aria-label="{spoken}"><title>{spoken}</title>'
@@ -138,8 +138,8 @@ def heat_map(height: int, width: int, alive: Sequence[float]) -> str:
     )
 
 
-def halves(height: int, width: int, alive: Sequence[float]) -> tuple[float, float]:
+def halves(height: int, width: int, lifetimes: Sequence[float]) -> tuple[float, float]:
     """Mean lifetime in the upper and in the lower half."""
-    rows = [sum(alive[r * width : (r + 1) * width]) / width for r in range(height)]
+    rows = [sum(lifetimes[r * width : (r + 1) * width]) / width for r in range(height)]
     upper, lower = rows[: height // 2], rows[(height + 1) // 2 :]
     return sum(upper) / max(len(upper), 1), sum(lower) / max(len(lower), 1)

@@ -56,7 +56,7 @@ class SpeedJob:
         threads: math threads, or `None` for torch's choice.
         device: where the model runs.
         dtype: of its weights, or `auto`.
-        json_path: where the result is kept and gone on with, or `None`.
+        json_path: file of the results, from which an interrupted run continues, or `None`.
     """
 
     model: str

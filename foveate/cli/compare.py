@@ -80,7 +80,7 @@ def cost_table(report: Report, ttft: dict[str, Timing]) -> Table:
 
 
 def add_costs(table: Table, report: Report, ttft: dict[str, Timing]) -> None:
-    """Add rows for tokens alive in each layer, FLOPs, cache bytes and time to first token."""
+    """Add rows for visual tokens in each layer, FLOPs, cache bytes and time to first token."""
     total = _visual(report, report["prompt_tokens"])
     for name, first in layer_ranges([layer["tokens"] for layer in report["layers"]]):
         now = sum(report["layers"][first]["visual_tokens"])

@@ -89,8 +89,8 @@ def check_keep(keep: Keep, steps: int | None = None) -> None:
     for before, after in pairwise(shares):
         if type(before) is type(after) and after > before:
             raise BudgetError(
-                f"a keep schedule cannot grow, because removed tokens are gone: got {after} after "
-                f"{before} in {quoted(shares)}"
+                f"a keep schedule cannot grow, because removed tokens do not come back: got "
+                f"{after} after {before} in {quoted(shares)}"
             )
     if steps is not None and len(shares) != steps:
         raise BudgetError(

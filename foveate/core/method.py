@@ -90,11 +90,11 @@ class Method(ABC):
         """
         check_keep(cast(Keep, self.keep), steps)  # which refuses None, with a reason
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """Tokens of one image that survive a step.
 
         Args:
-            alive: tokens it has there.
+            remaining: tokens it has there.
             total: tokens it had where the method began.
             step: the step, as `steps` made it.
             number: which step of the method it is, 0-based.
@@ -102,7 +102,9 @@ class Method(ABC):
         """
         assert self.keep is not None  # methods without a `keep` have their own rule
         rounding = type(self).rounding
-        return min(budget_count(self.keep, total, step=number, row=row, rounding=rounding), alive)
+        return min(
+            budget_count(self.keep, total, step=number, row=row, rounding=rounding), remaining
+        )
 
     @abstractmethod
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
@@ -183,11 +185,11 @@ class Adaptive(Method):
         if self.keep is not None:
             super().check_budget(steps)
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """As in `Method`, or all without a `keep`; `reduce_each` finds it as `tokens.quota`."""
         if self.keep is None:
-            return alive
-        return super().count(alive, total, step, number, row)
+            return remaining
+        return super().count(remaining, total, step, number, row)
 
     @abstractmethod
     def reduce_each(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:

@@ -133,16 +133,18 @@ class Scheduled(Method):
         if self.budget is not None:
             check_keep(self.budget, None if self.is_mean else self.step_count)
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """As in `Method`; the entry of the budget is the step's."""
         if self.budget is None:
-            return alive
+            return remaining
         rounding = type(self).rounding
         if isinstance(step, Drop) and step.curve is not None:
             mean = self._mean(total, row)
-            return min(max(rounding(total * step.curve.rescaled(mean)[number]), 1), alive)
+            return min(max(rounding(total * step.curve.rescaled(mean)[number]), 1), remaining)
         entry = step.entry if isinstance(step, Drop) else number
-        return min(budget_count(self.budget, total, step=entry, row=row, rounding=rounding), alive)
+        return min(
+            budget_count(self.budget, total, step=entry, row=row, rounding=rounding), remaining
+        )
 
     def drops(self, model: ModelFacts) -> list[tuple[int, int]]:
         """(layer, entry of `keep`) of each drop, ascending.

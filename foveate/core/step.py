@@ -120,7 +120,7 @@ class Step:
 
 
 def entries(steps: Sequence[Step]) -> list[str]:
-    """The name of each step in records: its site, which says what is alive from there on; of
+    """The name of each step in records: its site, which says what survives from there on; of
     several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`.
 
     Args:

@@ -317,17 +317,17 @@ class Family:
         return rows.reshape(-1, rows.shape[-1]).split(list(lengths))
 
     def follow(
-        self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
+        self, modality: str, surviving: Sequence[Tensor], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:
-        """(V) whether each visual token is alive; of each image, or of all after one another.
+        """(V) whether each visual token survives; of each image, or of all after one another.
 
         Args:
             modality: `image` or `video`.
-            alive: (C) whether the tokens of each picture, tile or frame that went through the
+            surviving: (C) whether the tokens of each image, tile or frame that went through the
                 encoder are.
             arguments: what the features were made from.
         """
-        return alive
+        return surviving
 
     def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
         """(V) which token of the encoder, of all pictures after one another, each visual token of

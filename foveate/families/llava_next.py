@@ -68,14 +68,15 @@ class AnyRes(Llava):
         ]
 
     def follow(
-        self, modality: str, alive: Sequence[Tensor], arguments: Mapping[str, Any]
+        self, modality: str, surviving: Sequence[Tensor], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:
-        """Which tokens of the packed tiles are alive; a newline is if a token of its line is."""
+        """Which tokens of the packed tiles survive; a newline does if a token of its line does."""
         if modality == "video":
-            return alive
-        patches, sources = torch.cat(list(alive)), self._sources(arguments)
+            return surviving
+        patches, sources = torch.cat(list(surviving)), self._sources(arguments)
         return [
-            _with_newlines(patches, source.to(patches.device), len(alive[0])) for source in sources
+            _with_newlines(patches, source.to(patches.device), len(surviving[0]))
+            for source in sources
         ]
 
     def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
@@ -190,15 +191,15 @@ class AnyRes(Llava):
         return torch.cat((thumbnail, boxes))
 
 
-def _with_newlines(alive: Tensor, source: Tensor, thumbnail: int) -> Tensor:
-    """(V) which tokens of a packed image are alive.
+def _with_newlines(surviving: Tensor, source: Tensor, thumbnail: int) -> Tensor:
+    """(V) which tokens of a packed image survive.
 
     Args:
-        alive: (P) which patches of all tiles are.
+        surviving: (P) which patches of all tiles do.
         source: (V) the patch of each token, or -1 for a newline.
         thumbnail: patches of a thumbnail, which comes before the lines unless it is alone.
     """
-    newline, tokens = source < 0, alive[source.clamp(min=0)] & (source >= 0)
+    newline, tokens = source < 0, surviving[source.clamp(min=0)] & (source >= 0)
     line = newline.cumsum(0) - newline.long()
     in_line = tokens.clone()
     if len(source) > thumbnail + 1:

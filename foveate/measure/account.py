@@ -237,7 +237,7 @@ def _parts(
             pairs = shape.heads * flops.visible_keys(text)
             pairs += active * (text * visual + min(near, visual**2))
         else:
-            seen = [image for image in images if image.alive(work.layer)]
+            seen = [image for image in images if image.surviving(work.layer)]
             grids = [Grid(image.frames, *image.grid, work.window) for image in seen]
             pairs = shape.heads * text * count
             pairs += active * sum(grid.pairs(record.common_tokens) for grid in grids)

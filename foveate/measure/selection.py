@@ -77,7 +77,7 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
                 if _collected(record, acted, layer, layer if later else layer - 1):
                     cut = record.layer_tokens[layer] != _tokens_before(record, layer)
                     collected.setdefault((layer, later and cut), set()).add(signal)
-    visual = sum(image.alive(-1) for image in record.images)
+    visual = sum(image.surviving(-1) for image in record.images)
     total = flops_of(of_input, _sizes(shapes[0], visual, record.question_tokens))
     for (layer, later), signals in collected.items():
         counts = record.layer_tokens[layer] if later else _tokens_before(record, layer)
@@ -95,18 +95,18 @@ def _collected(record: Record, acted: Acted, layer: int, seen: int) -> bool:
     """
     images = [image for image in record.images if acted.entry in image.kept]
     if acted.method.adaptive:
-        return any(image.alive(seen) for image in images)
-    return any(0 < _wanted(record, acted, i, layer, seen) < i.alive(seen) for i in images)
+        return any(image.surviving(seen) for image in images)
+    return any(0 < _wanted(record, acted, i, layer, seen) < i.surviving(seen) for i in images)
 
 
 def _wanted(record: Record, acted: Acted, image: ImageRecord, layer: int, seen: int) -> int:
     """Tokens of an image that a step would leave of those there."""
-    alive, keep = image.alive(seen), acted.method.keep
+    remaining, keep = image.surviving(seen), acted.method.keep
     stage, begun, _ = site_of(acted.begun)
     began = stage != "llm" or begun < layer + (seen == layer)
-    total = image.before(acted.begun) if began else alive
+    total = image.before(acted.begun) if began else remaining
     row = image.row * len(keep.values) // record.rows if isinstance(keep, PerRequest) else 0
-    return acted.method.count(alive, total, acted.step, acted.number, row)
+    return acted.method.count(remaining, total, acted.step, acted.number, row)
 
 
 def _tokens_before(record: Record, layer: int) -> list[int]:
@@ -115,7 +115,7 @@ def _tokens_before(record: Record, layer: int) -> list[int]:
         return record.layer_tokens[layer - 1]
     tokens = list(record.prompt_tokens)
     for image in record.images:
-        tokens[image.row] -= image.total - image.alive(-1)
+        tokens[image.row] -= image.total - image.surviving(-1)
     return tokens
 
 

@@ -90,13 +90,13 @@ class DART(Method):
             needs += [Need("prompt_positions"), Need("question_positions")]
         return (Step("llm", layer, tuple(needs)),)
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """`keep`; as released, the image pivots and a whole quota for each of all pivots."""
-        budget = super().count(alive, total, step, number, row)
+        budget = super().count(remaining, total, step, number, row)
         if not self.as_released:
             return budget
         pivots = self.image_pivots + self.text_pivots
-        return min(self.image_pivots + budget // pivots * pivots, alive)
+        return min(self.image_pivots + budget // pivots * pivots, remaining)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep `count` tokens of each image, in raster order."""

@@ -82,14 +82,14 @@ class Feather(Scheduled, Adaptive):
         """
         check_keep(self.keep, self.step_count if steps_in(self.keep) > 1 else None)
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """Tokens that attention keeps of one image."""
         if steps_in(self.keep) > 1:
-            return super().count(alive, total, step, number, row)
+            return super().count(remaining, total, step, number, row)
         share = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
         if number and self.stride and isinstance(share, float):
             share *= share
-        return budget_count(share, alive, step=0, row=0, rounding=type(self).rounding)
+        return budget_count(share, remaining, step=0, row=0, rounding=type(self).rounding)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention of the last token without rotary positions, averaged over heads: (G, V)."""
@@ -99,11 +99,11 @@ class Feather(Scheduled, Adaptive):
         """Keep what attention ranks highest; at the first drop, the grid as well."""
         scores = self.scores(tokens)
         best = top(scores, tokens.quota)
-        alive = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
+        surviving = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
         if tokens.number == 0 and self.stride:
-            alive |= (tokens.coordinates % self.stride == 0).all(-1)
+            surviving |= (tokens.coordinates % self.stride == 0).all(-1)
         parts = []
-        for count, members in by_count(alive.sum(1)).items():
-            of = alive if len(members) == len(alive) else alive[members]
+        for count, members in by_count(surviving.sum(1)).items():
+            of = surviving if len(members) == len(surviving) else surviving[members]
             parts.append((members, Reduction(of.nonzero()[:, 1].view(-1, count))))
         return parts

@@ -121,10 +121,10 @@ class FlowCut(Method):
             if (last - layer) % self.every == 0
         )
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """What survives at least: the budget."""
         rounding = type(self).rounding
-        return min(budget_count(self.keep, total, step=0, row=row, rounding=rounding), alive)
+        return min(budget_count(self.keep, total, step=0, row=row, rounding=rounding), remaining)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Drop the patches that told least, down to `count` at the last step."""
@@ -145,12 +145,12 @@ class FlowCut(Method):
         """(G) tokens left of each image, at least `count`."""
         assert isinstance(tokens.step, Cut)
         attention = tokens.signal("cls_attention")[:, 0].float().mean(1)
-        alive = torch.full_like(attention[:, 0], tokens.count)
+        remaining = torch.full_like(attention[:, 0], tokens.count)
         if tokens.valid is not None:
-            alive = tokens.valid.sum(1).float()
-        spare = (alive - count) / math.sqrt(tokens.step.remaining)
-        gone = torch.round(spare * concentration(attention, alive))
-        return (alive - gone).long().clamp(min=count)
+            remaining = tokens.valid.sum(1).float()
+        spare = (remaining - count) / math.sqrt(tokens.step.remaining)
+        dropped = torch.round(spare * concentration(attention, remaining))
+        return (remaining - dropped).long().clamp(min=count)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Information flow of all layers so far, smoothed with `momentum`: (G, V)."""
@@ -160,13 +160,13 @@ class FlowCut(Method):
         return torch.einsum("l,glv->gv", weights.to(flow.dtype), flow)
 
 
-def concentration(attention: Tensor, alive: Tensor) -> Tensor:
+def concentration(attention: Tensor, remaining: Tensor) -> Tensor:
     """(G) 1 - (entropy of attention / that of even attention) squared.
 
     Args:
         attention: (G, V) attention of the class token; only its shares count.
-        alive: (G) how many of the V tokens there are; the others get none.
+        remaining: (G) how many of the V tokens there are; the others get none.
     """
     shares = attention / attention.sum(-1, keepdim=True).clamp(min=torch.finfo().tiny)
-    entropy = torch.special.entr(shares).sum(-1) / alive.clamp(min=2).log()
+    entropy = torch.special.entr(shares).sum(-1) / remaining.clamp(min=2).log()
     return 1 - entropy.square()

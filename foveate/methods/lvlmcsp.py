@@ -106,14 +106,14 @@ class LVLMCSP(Method):
         for value in values:
             check_keep(value, 2 if isinstance(value, tuple) else None)
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """Representatives, all tokens, or what is left at the end."""
         if "reinsert" in step.effects:
             return total
         keep = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
         both = keep if isinstance(keep, tuple) else (keep, keep)
         phase = replace(self, keep=both[1 if number else 0])
-        return Method.count(phase, alive, total, step, 0, row)
+        return Method.count(phase, remaining, total, step, 0, row)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """Take tokens out, bring them back, and drop all but a few."""

@@ -70,12 +70,12 @@ class ToDRE(Method):
             layer = max(3 * model.text_layers // 4, 1, model.first_llm_layer)
         return (Step("pre_llm"), *([] if layer == -1 else [Step("llm", layer)]))
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """`keep` after the encoder, nothing in the late layer."""
         if step.stage == "pre_llm":
-            return super().count(alive, total, step, number, row)
+            return super().count(remaining, total, step, number, row)
         keep = self.keep.values[row] if isinstance(self.keep, PerRequest) else self.keep
-        return alive if isinstance(keep, float) and keep == 1 else 0
+        return remaining if isinstance(keep, float) and keep == 1 else 0
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep the `count` most diverse tokens of each image, in raster order."""

@@ -131,7 +131,7 @@ class ToMe(Method):
             if r or self.keep is not None
         )
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """What is left after r merges, at most half of the tokens.
 
         Raises:
@@ -139,17 +139,19 @@ class ToMe(Method):
         """
         assert isinstance(step, Merge)
         if self.every is not None:
-            return alive // self.every or alive
+            return remaining // self.every or remaining
         if self.keep is None:
-            return alive - min(step.r, alive // 2)
-        gone = total - budget_count(self.keep, total, step=0, row=row, rounding=type(self).rounding)
+            return remaining - min(step.r, remaining // 2)
+        dropped = total - budget_count(
+            self.keep, total, step=0, row=row, rounding=type(self).rounding
+        )
         layer, layers = step.part
-        wanted = total - gone * layer // layers
-        if alive - wanted > alive // 2:
+        wanted = total - dropped * layer // layers
+        if remaining - wanted > remaining // 2:
             raise BudgetError(
                 f"tome merges at most half of the tokens in a layer; keep={self.keep} of {total} "
-                f"tokens needs {alive - wanted} of {alive} in layer {step.layer}. Keep at least "
-                f"{math.ceil(total / (layers + 1)) + 1}, or give r a schedule"
+                f"tokens needs {remaining - wanted} of {remaining} in layer {step.layer}. Keep at "
+                f"least {math.ceil(total / (layers + 1)) + 1}, or give r a schedule"
             )
         return wanted
 

@@ -137,8 +137,8 @@ class VFlowOpt(Adaptive):
         scores = tokens.label
         assert scores is not None  # the first step has left them
         shares = self._shares
-        gone = round(tokens.count * (1 - shares[tokens.number] / shares[tokens.number - 1]))
-        return [(tuple(range(len(scores))), Reduction.top(scores, max(tokens.count - gone, 1)))]
+        dropped = round(tokens.count * (1 - shares[tokens.number] / shares[tokens.number - 1]))
+        return [(tuple(range(len(scores))), Reduction.top(scores, max(tokens.count - dropped, 1)))]
 
     def _recycle(self, tokens: VisualTokens) -> list[tuple[tuple[int, ...], Reduction]]:
         scores = tokens.signal("global_attention")[:, 0]

@@ -89,7 +89,7 @@ class YOPO(Method):
                 f"{quoted(self.keep)}. Set window, layer, heads and ffn_factor"
             )
 
-    def count(self, alive: int, total: int, step: Step, number: int, row: int = 0) -> int:
+    def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """No visual token is left at the cut."""
         return 0
 

@@ -20,8 +20,8 @@ def pool_size(total: int, keep: float, cell: float) -> int:
         keep: share to keep; 1 takes out nothing.
         cell: side of a cell in tokens.
     """
-    gone = round(total * (1 - keep))
-    return min(gone + int(total / cell**2), total) if gone else 0
+    dropped = round(total * (1 - keep))
+    return min(dropped + int(total / cell**2), total) if dropped else 0
 
 
 def places(tokens: VisualTokens, newline: Tensor) -> Tensor:

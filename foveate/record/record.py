@@ -30,9 +30,9 @@ class ImageRecord:
         row: row of the batch it belongs to.
         total: visual tokens it had before anything was removed.
         grid: (height, width) of its token grid, of one frame in a video.
-        kept: for each step, in stream order, its entry -> the (K,) raster positions alive after it.
-            An entry is the step's site, as `llm:8`; of several steps at one site, those before
-            the last are `llm:8#1`, `llm:8#2`.
+        kept: for each step, in stream order, its entry -> the (K,) raster positions that
+            survive it. An entry is the step's site, as `llm:8`; of several steps at one site, those
+            before the last are `llm:8#1`, `llm:8#2`.
         locate: finds out where it is; without it, boxes are the cells of the grid. Called only when
             that is read.
         frames: frames of a video that its tokens tell apart; 1 for an image.
@@ -56,14 +56,14 @@ class ImageRecord:
         """
         return self._placed.boxes
 
-    def alive(self, layer: int) -> int:
+    def surviving(self, layer: int) -> int:
         """Tokens of it that a decoder layer sees; -1 for those that enter the language model."""
-        left = self.total
+        count = self.total
         for entry, kept in self.kept.items():
             stage, number, _ = site_of(entry)
             if stage != "llm" or number <= layer:
-                left = len(kept)
-        return left
+                count = len(kept)
+        return count
 
     def before(self, entry: str) -> int:
         """Tokens of it that a step found."""

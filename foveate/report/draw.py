@@ -106,7 +106,7 @@ def _draw_image(
     for number in range(seen.frames):
         members = (seen.frame == number).nonzero()[:, 0]
         boxes = seen.boxes[members]
-        alive = {
+        surviving = {
             site: torch.isin(members, index.cpu()).nonzero()[:, 0]
             for site, index in seen.kept.items()
         }
@@ -114,11 +114,11 @@ def _draw_image(
         placed = ~boxes[:, 0].isnan()
         grid = plain_grid(boxes[placed])
         if grid is None:
-            kept = {site: index.tolist() for site, index in alive.items()}
+            kept = {site: index.tolist() for site, index in surviving.items()}
             strips.append(draw_boxes(frame, boxes, kept))
         else:  # raster positions among the tokens that have a place
             rank = placed.cumsum(0) - 1
-            kept = {site: rank[index[placed[index]]].tolist() for site, index in alive.items()}
+            kept = {site: rank[index[placed[index]]].tolist() for site, index in surviving.items()}
             strips.append(draw_kept(frame, grid, kept, choose(frame, grid)))
     if len(strips) == 1:
         return strips[0]
@@ -136,7 +136,7 @@ def draw_kept(
     Args:
         image: the picture as the user has it.
         grid: (height, width) of its token grid.
-        kept_by_site: for each site, the raster positions alive after it.
+        kept_by_site: for each site, the raster positions that survive it.
         geometry: how the picture was mapped onto the grid.
 
     Returns:
@@ -174,7 +174,7 @@ def draw_boxes(
         image: the picture as the user has it.
         boxes: (V, 4) left, top, right and bottom edge of each token as shares of the picture; NaN
             where a token has no place.
-        kept_by_site: for each site, the tokens alive after it.
+        kept_by_site: for each site, the tokens that survive it.
 
     Raises:
         InputError: no token has a place.
@@ -193,9 +193,9 @@ def draw_boxes(
     corners = edges.round().int().tolist()
     panels, captions = [canvas], [("the picture", f"{len(boxes)} tokens")]
     for site, kept in kept_by_site.items():
-        alive = set(kept)
-        panels.append(_box_panel(canvas, corners, [layer.tolist() for layer in layers], alive))
-        captions.append((site_name(site), f"{len(alive)} of {len(boxes)} tokens"))
+        surviving = set(kept)
+        panels.append(_box_panel(canvas, corners, [layer.tolist() for layer in layers], surviving))
+        captions.append((site_name(site), f"{len(surviving)} of {len(boxes)} tokens"))
     return _strip(panels, captions)
 
 

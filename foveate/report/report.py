@@ -119,7 +119,7 @@ class Report(dict[str, Any]):
 
     @property
     def kept(self) -> list[dict[str, list[dict[str, Any]]]]:
-        """For each image, step -> the tokens alive after it, each with its box in the image.
+        """For each image, step -> the tokens that survive it, each with its box in the image.
 
         A token is a dict of `index`, its raster position; `box`, its left, top, right and bottom
         edge in [0, 1], or `None` if it shows no pixels; and in a video `frame`. Boxes are shares of

@@ -2,7 +2,7 @@
 
 A step declares `Need(name, layers)`; the engine delivers the tensor under that name. Signals taken
 at layers have the layer axis second, in the order of `Need.layers`, and their V columns are the
-tokens alive at the step. A signal is an object, defined in `encoder`, `prompt` or `decoder`.
+tokens that remain at the step. A signal is an object, defined in `encoder`, `prompt` or `decoder`.
 """
 
 from foveate.signals import decoder, encoder, prompt

@@ -32,7 +32,7 @@ class Shortened(Protocol):
         """Which of all rows each row of now is, ascending; `None` while all are there."""
 
     def widen(self, row: Tensor) -> Tensor:
-        """(B, C, V) of a signal of the tokens alive."""
+        """(B, C, V) of a signal of the surviving tokens."""
 
     def whole(self, states: Tensor) -> Tensor:
         """Rows of now at full length."""

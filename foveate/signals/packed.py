@@ -94,12 +94,12 @@ class PackedSignals(EncoderSignals):
         self._running.rows[signal.name, number] = found
 
     def _queries(self, picture: Picture, whole: Tensor) -> Tensor:
-        """(V) rows alive in the frame of each token of a picture, among (N, C) rows of all."""
-        alive = torch.ones(len(whole), device=whole.device)
+        """(V) rows surviving in the frame of each token of a picture, among (N, C) rows of all."""
+        surviving = torch.ones(len(whole), device=whole.device)
         shortened = self._pass()
         if shortened is not None and (order := shortened.order) is not None:
-            alive = torch.zeros_like(alive).index_fill(0, order, 1.0)
-        frames = alive[picture.rows.to(whole.device)].view(picture.frames, -1)
+            surviving = torch.zeros_like(surviving).index_fill(0, order, 1.0)
+        frames = surviving[picture.rows.to(whole.device)].view(picture.frames, -1)
         counts = frames.sum(1).clamp(min=1)
         return counts.repeat_interleave(len(picture.rows) // picture.frames)
 

@@ -246,7 +246,7 @@ class LayerInput(Protocol):
 
 
 class ImageTokens(Protocol):
-    """Images of a step, with the tokens that are alive of them."""
+    """Images of a step, with their surviving tokens."""
 
     @property
     def columns(self) -> Tensor:

@@ -95,8 +95,8 @@ def test_the_map_of_fastv_leans_to_one_half_and_that_of_a_grid_does_not(loaded):
     balance = {}
     for name in ("fastv", "uniform"):
         found = runner.run(Cell(name, 0.25, "color")).survival.to_dict()
-        assert sum(found["alive"]) / 256 == pytest.approx(0.25, abs=0.01)
-        upper, lower = halves(found["height"], found["width"], found["alive"])
+        assert sum(found["lifetimes"]) / 256 == pytest.approx(0.25, abs=0.01)
+        upper, lower = halves(found["height"], found["width"], found["lifetimes"])
         balance[name] = abs(upper - lower) / 0.25
     assert balance["uniform"] < 0.05 < balance["fastv"]
 

@@ -109,13 +109,13 @@ def test_records_read_the_last_entry_at_a_layer(model, name):
     image = pickle.loads(pickle.dumps(run.record.images[0]))
     text = run.record.prompt_tokens[0] - PATCHES
     seen = [layer["visual_tokens"] for layer in run.report()["layers"]]
-    assert [image.alive(n) for n in range(6)] == [row[0] for row in seen]
+    assert [image.surviving(n) for n in range(6)] == [row[0] for row in seen]
     assert [layer.keys.shape[2] - text for layer in cache.layers] == [row[0] for row in seen]
     assert [image.before(e) for e in want] == [PATCHES, *list(want.values())[:-1]]
     shown = Shown(0, None, 1, Image.new("RGB", (48, 48)))
     lived = seen_pictures(run.record, [[shown]], 6)[0][0].lifetime()
     first = first_layer(next(iter(want)))
-    total = sum(image.alive(n) for n in range(first, 6))
+    total = sum(image.surviving(n) for n in range(first, 6))
     assert float(lived.sum()) * (6 - first) == pytest.approx(total)
 
 

@@ -24,9 +24,9 @@ class Counting(PyramidDrop):
 
     asked: ClassVar[list] = []
 
-    def count(self, alive, total, step, number, row=0):
+    def count(self, remaining, total, step, number, row=0):
         self.asked.append((number, row))
-        return super().count(alive, total, step, number, row)
+        return super().count(remaining, total, step, number, row)
 
 
 def test_counts_are_worked_out_once_for_each_image_and_step():

@@ -408,7 +408,7 @@ class Nothing(Method):
     def steps(self, model):
         return (Step("llm", self.layer, (Need("text_attention", (self.layer,)),)),)
 
-    def count(self, alive, total, step, number, row=0):
+    def count(self, remaining, total, step, number, row=0):
         return 0
 
     def reduce(self, tokens, count):

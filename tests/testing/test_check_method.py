@@ -65,8 +65,8 @@ class Lossy(Sound):
 class Greedy(Sound):
     """Removes even if everything is to be kept."""
 
-    def count(self, alive, total, step, number, row=0):
-        return max(alive - 1, 1)
+    def count(self, remaining, total, step, number, row=0):
+        return max(remaining - 1, 1)
 
 
 class Unordered(Sound):

@@ -59,7 +59,10 @@ def speed(
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Saved after every cell, and gone on with.")
+        Path | None,
+        typer.Option(
+            "--json", help="Saved after every cell; an interrupted run continues from it."
+        ),
     ] = None,
 ) -> None:
     """How fast methods make a model, see `HELP`."""

@@ -59,17 +59,17 @@ class DecodeSelection(Extension):
         return {**kwargs, "attention_mask": self._narrowed(kwargs.get("attention_mask"))}
 
     def _note_candidates(self, cache: Any) -> None:
-        """Note in the cache which visual tokens of this forward are alive."""
+        """Note in the cache which visual tokens of this forward survive."""
         forward, prompt = self.forward, self.forward.prompt
-        alive = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
+        surviving = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
         for group in forward.groups:
             if self.method.selects_from(group.shape.frames):
-                alive[forward.row_index(group), group.columns] = True
-        most = int(alive.sum(1).max())
+                surviving[forward.row_index(group), group.columns] = True
+        most = int(surviving.sum(1).max())
         if not most:
             return
-        columns = (~alive).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        columns = (columns + prompt.past).masked_fill(~alive.gather(1, columns), -1)
+        columns = (~surviving).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+        columns = (columns + prompt.past).masked_fill(~surviving.gather(1, columns), -1)
         removed = prompt.length - forward.layout.index.shape[1]
         held = pruned_layer(cache, self.layer, forward.fresh, removed)
         candidates: Candidates | None = held.attached.get(CANDIDATES)

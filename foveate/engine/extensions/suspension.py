@@ -38,7 +38,7 @@ class Suspended:
     """A forward as it was before tokens were suspended.
 
     Args:
-        groups: images alive.
+        groups: images with tokens left.
         layout: physical columns.
         tokens: real tokens of each row.
         hidden: (B, P, D) states.

@@ -47,7 +47,7 @@ class Images:
     Args:
         rows: (G, 1) row of the batch of each image.
         columns: (G, V) physical columns.
-        index: (G, V) raster places alive; `None` if all are.
+        index: (G, V) surviving raster positions; `None` if all are.
         frames: frames of a video, 1 for images.
         grid: (height, width) of a frame.
         seen: (G, V) which tokens the caller has not hidden; `None` for all.

@@ -119,11 +119,16 @@ def window_attention(
     """
     (q, k, v), (common_k, common_v, may) = image, common
     images, heads = q.shape[:2]
-    alive = torch.ones(q.shape[::2], dtype=torch.bool, device=q.device) if seen is None else seen
-    alive = alive[..., None]
+    surviving = (
+        torch.ones(q.shape[::2], dtype=torch.bool, device=q.device) if seen is None else seen
+    )
+    surviving = surviving[..., None]
     if index is not None:
         q, k, v = (_spread(x, index[:, None].expand(-1, heads, -1), grid.cells, 0) for x in image)
-        alive, may = _spread(alive, index, grid.cells, 0), _spread(may, index, grid.cells, 1)
+        surviving, may = (
+            _spread(surviving, index, grid.cells, 0),
+            _spread(may, index, grid.cells, 1),
+        )
 
     def tiles(x: Tensor, own: Tensor | None = None) -> Tensor:
         """(G frames n, H, q or K + k, d)."""
@@ -133,7 +138,7 @@ def window_attention(
             x = torch.cat((own[:, None].expand(-1, x.shape[1], -1, -1, -1), x), dim=3)
         return x.flatten(0, 1)
 
-    window = grid.near(q.device) & grid.cut(alive.to(q.dtype), grid.halo).bool().transpose(1, 2)
+    window = grid.near(q.device) & grid.cut(surviving.to(q.dtype), grid.halo).bool().transpose(1, 2)
     mask = torch.cat((grid.cut(may.to(q.dtype), fill=1.0).bool(), window), dim=2)
     # Places without a token may see nothing; they look everywhere, and nobody reads them.
     mask = mask | ~mask.any(-1, keepdim=True)

@@ -18,7 +18,7 @@ export TOKENIZERS_PARALLELISM ?= false
 		hypothesis mypy peft pytest pytest-timeout pytest-xdist ruff trl
 	@touch $@
 
-demo: .venv/.ready  ## ask the embedded model about a picture, with all visual tokens and with PyramidDrop
+demo: .venv/.ready  ## ask the embedded model about an image, with all visual tokens and with PyramidDrop
 	$(BIN)/foveate demo
 
 test: .venv/.ready  ## the whole test suite

@@ -58,7 +58,7 @@ def scene_of(seed: int) -> Scene:
 def questions_of(scene: Scene, rng: Random, most: int) -> list[Question]:
     """Up to `most` questions of the chosen kinds, each kind equally likely where it can be asked.
 
-    Numbers stand in the pictures, but are not asked for: reading them takes longer to learn than
+    Numbers stand in the images, but are not asked for: reading them takes longer to learn than
     the study lasts.
     """
     by_kind: dict[str, list[Question]] = {kind: [] for kind in KINDS}
@@ -236,7 +236,7 @@ def untrained(seed: int, trained: dict[str, Tensor]) -> LlavaForConditionalGener
 
 
 def warm_up(seed: int, folder: Path, steps: int, size: int = 12, rate: float = 2e-3) -> None:
-    """Single questions over 112 tokens, until the language model begins to look at pictures."""
+    """Single questions over 112 tokens, until the language model begins to look at images."""
     path = folder / f"warm-{seed}.pt"
     if path.exists():
         return

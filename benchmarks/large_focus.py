@@ -1,4 +1,4 @@
-"""Does a trained Region Focus Module find what a question is about on large pictures?
+"""Does a trained Region Focus Module find what a question is about on large images?
 
     python -m recipes.region_focus --out RUN
     python benchmarks/large_focus.py --run RUN
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from foveate import tiny
-from foveate.large import Reader, RegionFocus, levels, open_picture
+from foveate.large import Reader, RegionFocus, levels, open_image
 from foveate.methods import LRSVQA
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene
@@ -31,7 +31,7 @@ from recipes.region_focus import KINDS, LAYERS, asked
 
 SCALE, SIDE = 3, 1152
 PER_SCENE = 8
-LARGEST = 1e-3  # share of the picture that an object may fill
+LARGEST = 1e-3  # share of the image that an object may fill
 FIRST_SEED = 5_000_000  # no training scene is drawn from it
 KEEPS = (0.05, 0.1, 0.25)
 
@@ -49,7 +49,7 @@ def scenes(count: int) -> list[tuple[Scene, list[Question]]]:
 
 
 def shown(boxes: Tensor, question: Question) -> bool:
-    """Whether one of (K, 4) boxes, as shares of the picture, overlaps the evidence."""
+    """Whether one of (K, 4) boxes, as shares of the image, overlaps the evidence."""
     left, top, right, bottom = (edge / SIDE for edge in question.boxes[0])
     overlaps = (boxes[:, 0] < right) & (boxes[:, 2] > left)
     return bool((overlaps & (boxes[:, 1] < bottom) & (boxes[:, 3] > top)).any())
@@ -61,10 +61,10 @@ def level_one(reader: Reader, made: list[tuple[Scene, list[Question]]]) -> dict[
     hits: dict[float, list[bool]] = {keep: [] for keep in KEEPS}
     embed = reader.model.get_input_embeddings()
     for scene, questions in made:
-        picture = open_picture(scene.image)
-        pyramid = levels(picture.size, reader.tile)
-        thumbnail = reader.encode(picture, pyramid[0], [[0, 0]]).flatten(0, 2)
-        tokens = reader.look(picture, pyramid[1], pyramid[1].tiles())
+        image = open_image(scene.image)
+        pyramid = levels(image.size, reader.tile)
+        thumbnail = reader.encode(image, pyramid[0], [[0, 0]]).flatten(0, 2)
+        tokens = reader.look(image, pyramid[1], pyramid[1].tiles())
         for question in questions:
             before, after = reader.text(f"<image> {question.text}")
             head = torch.cat((embed(before), thumbnail))

@@ -1,4 +1,4 @@
-"""How much memory reading a very large picture takes, and how long.
+"""How much memory reading a very large image takes, and how long.
 
 `python benchmarks/large_memory.py` writes a tiled TIFF of 27,328 pixels a side in strips, reads it
 for a question in a process of its own, and notes how far that process grew above what it held
@@ -29,16 +29,16 @@ def paint(path: Path, side: int) -> None:
     cells = pyvips.Image.perlin(side, side, cell_size=1024, uchar=True)
     grid = pyvips.Image.grey(64, 64, uchar=True).replicate(-(-side // 64), -(-side // 64))
     ground = (cells * 0.4 + grid.crop(0, 0, side, side) * 0.1).cast("uchar")
-    picture = ground.bandjoin([ground, ground]).copy(interpretation="srgb")
+    image = ground.bandjoin([ground, ground]).copy(interpretation="srgb")
     spot = side * 5 // 7, side * 2 // 7
     square = (pyvips.Image.black(side // 40, side // 40, bands=3) + RED).cast("uchar")
-    picture = picture.insert(square.copy(interpretation="srgb"), *spot)
-    picture.tiffsave(str(path), tile=True, tile_width=256, tile_height=256, compression="deflate",
+    image = image.insert(square.copy(interpretation="srgb"), *spot)
+    image.tiffsave(str(path), tile=True, tile_width=256, tile_height=256, compression="deflate",
                      bigtiff=True)  # fmt: skip
 
 
 def read(path: Path, keep: int) -> dict[str, object]:
-    """Read a picture in this process and say what it took."""
+    """Read an image in this process and say what it took."""
     import torch
 
     from foveate import large, tiny

@@ -42,10 +42,10 @@ too.
 - *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
   after the first cut. A merged token counts where it stands, so merging methods and `downsample`
   score low here although what they merged is not lost.
-- *upper, lower*: share of tokens that survive in the upper and the lower half of the picture.
+- *upper, lower*: share of tokens that survive in the upper and the lower half of the image.
 
 The tiny model was trained to align visual tokens with words and its class token with objects, which
-favours methods that read those; its first layers hardly look at the picture, which punishes
+favours methods that read those; its first layers hardly look at the image, which punishes
 methods that rank there. Nothing here says which method is best on a large model.
 """
 
@@ -58,20 +58,20 @@ Read with the intervals: 160 questions carry these figures; differences of a few
 - Recall of evidence is not accuracy. Methods that rank by the class token keep more than 90 % of
   the evidence at a quarter, and answer no better than `divprune`, which keeps less than half of it
   but some of everything; `tome` and `pyramiddrop` have merged or read what is gone.
-- `fastv` ranks before this model looks at pictures, and keeps twice as much of the lower half of a
-  picture as of the upper: the bias that FEATHER describes. `feather` costs as many FLOPs and loses
+- `fastv` ranks before this model looks at images, and keeps twice as much of the lower half of an
+  image as of the upper: the bias that FEATHER describes. `feather` costs as many FLOPs and loses
   a third as much.
 - `dart` and `lvlm-csp` fail here: what they keep says little in layers that do not look at the
-  picture yet.
+  image yet.
 - Tasks marked *no* tell nothing of methods, because this model cannot do them: it was trained on
-  one picture at a time, on numbers and not on words, and on drawn scenes. That includes the real
+  one image at a time, on numbers and not on words, and on drawn scenes. That includes the real
   data (NLVR, easy-VQA, COCO), for which only recall means something; see below for easy-VQA.
 """
 
 
 REAL = """## Real questions: easy-VQA
 
-The drawn questions above are our own. easy-VQA has 5,000 pictures of one coloured shape and 48,248
+The drawn questions above are our own. easy-VQA has 5,000 images of one coloured shape and 48,248
 questions, by its author; always saying the commonest answer is right for
 {majority} %. The tiny model after 160 steps on the train part
 (`python -m recipes.easy_vqa`) is right for {whole} % of {n} questions of the test part, so

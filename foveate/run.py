@@ -36,7 +36,7 @@ class Session(BaseSession):
 
         Args:
             images: the images of the prompt, in order of appearance. A video is one of them: the
-                list of its frames. Of pictures that the processor cut into tiles, all tiles can be
+                list of its frames. Of images that the processor cut into tiles, all tiles can be
                 passed instead.
             geometry: how the processor mapped an image to the token grid: `resize`, `crop`, `pad`,
                 or `auto`.

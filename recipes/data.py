@@ -86,7 +86,7 @@ class Batch:
         ink: (B, V) object pixels per patch.
         kinds: (B, V) index into `KINDS`; -1 for background, `IGNORE` where it is unclear.
         colours: (B, V) index of the colour, `IGNORE` off objects.
-        present: (B, 27) colours, shapes, numbers by leading digit, words, on the picture.
+        present: (B, 27) colours, shapes, numbers by leading digit, words, on the image.
     """
 
     pixels: Tensor
@@ -207,7 +207,7 @@ def _shuffle(questions: tuple[Question, ...], packing: Packing, rng: Random) -> 
 
 
 def _patches(scene: Scene) -> tuple[np.ndarray, ...]:
-    """Say what every patch shows, and what the picture contains."""
+    """Say what every patch shows, and what the image contains."""
     grid = scene.owner.reshape(_SIDE, PATCH, _SIDE, PATCH).swapaxes(1, 2).reshape(_SIDE**2, -1)
     ink = (grid[:, :, None] == np.arange(len(scene.objects))).sum(1)
     owner, most = ink.argmax(1), ink.max(1)

@@ -43,10 +43,10 @@ def vocabulary(start: Path, rows: tuple[files.Row, ...]) -> tuple[str, ...]:
 def batch(
     tokenizer: PreTrainedTokenizerFast, picked: list[tuple[Image.Image, list[files.Row]]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures (B, H, W, 3), words (B, S, C), and the positions (B, S) of the answers in them."""
+    """Images (B, H, W, 3), words (B, S, C), and the positions (B, S) of the answers in them."""
     pixels, words, places = [], [], []
-    for picture, rows in picked:
-        resized = picture.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    for image, rows in picked:
+        resized = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         pixels.append(np.array(resized))
         for row in rows:
             ids = tokenizer(f"{row.question} {row.answer}")["input_ids"][1:]
@@ -84,7 +84,7 @@ def finetune(folder: Path, out: Path, start: Path, steps: int, seed: int) -> Non
         folder: holds `easy-vqa/`.
         out: where to write.
         start: folder of the model to begin with.
-        steps: of 16 pictures with 12 questions each.
+        steps: of 16 images with 12 questions each.
         seed: of the order, and of new words.
 
     Raises:
@@ -132,7 +132,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the model.")],
     start: Annotated[Path, typer.Option(help="Folder of the model to begin with.")] = PATH,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 120,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the pictures.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the images.")] = 0,
 ) -> None:
     """Fine-tune the tiny VLM on easy-VQA."""
     torch.set_num_threads(1)

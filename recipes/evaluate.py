@@ -31,7 +31,7 @@ _READOUT = 512  # questions used to find the layer of the read-out
 
 @dataclass(frozen=True)
 class Item:
-    """A picture and one question about it."""
+    """An image and one question about it."""
 
     image: Image.Image
     question: Question
@@ -66,7 +66,7 @@ def held_out(
         photos: backgrounds; textures when left out.
 
     Returns:
-        The questions with their pictures.
+        The questions with their images.
     """
 
     def items() -> Iterator[Item]:
@@ -227,8 +227,8 @@ def main(
     processor = AutoProcessor.from_pretrained(model)
     columns = {"texture": held_out(n)}
     if photos is not None:
-        pictures = load_photos(photo_paths(photos, held_out=True))
-        columns["photo"] = held_out(n, first_seed=2 * 10**6, photos=pictures)
+        images = load_photos(photo_paths(photos, held_out=True))
+        columns["photo"] = held_out(n, first_seed=2 * 10**6, photos=images)
     results = {
         name: accuracy(vlm, processor, items, batch, name) for name, items in columns.items()
     }

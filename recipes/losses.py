@@ -78,7 +78,7 @@ def _labels(device: torch.device) -> tuple[Tensor, ...]:
 def vision_loss(
     model: LlavaForConditionalGeneration, probes: Probes, seen: Seen, batch: Batch
 ) -> tuple[Tensor, dict[str, float]]:
-    """Dense losses: kind, digits, colour, row and column of patches; words; picture contents.
+    """Dense losses: kind, digits, colour, row and column of patches; words; image contents.
 
     Args:
         model: the tiny VLM.
@@ -196,7 +196,7 @@ def answer_logits(
         skip: layers of the language model to leave out at the bottom.
 
     Returns:
-        (B, S * C, vocabulary) logits, and the attention that the early layers pay to the picture.
+        (B, S * C, vocabulary) logits, and the attention that the early layers pay to the image.
     """
     index = choose(batch, keep)
     visual = seen.visual.gather(1, index[..., None].expand(-1, -1, seen.visual.shape[-1]))

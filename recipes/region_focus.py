@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from foveate import tiny
 from foveate.io.writing import check_folder, filling
 from foveate.large.focus import Distillation, RegionFocus, attention_logits
-from foveate.large.picture import Held
+from foveate.large.image import Held
 from foveate.large.pyramid import levels
 from foveate.large.reader import Reader
 from foveate.tiny.build import BOS, EARLY, EOS, PAD
@@ -48,7 +48,7 @@ class Packed:
 
     Args:
         hidden: (B, T, D) <bos>, thumbnail, tiles' tokens, then `SLOTS` questions with answers.
-        positions: (B, T); every question follows the picture.
+        positions: (B, T); every question follows the image.
         mask: (B, 1, T, T) added to attention scores.
         rows: (R,) the last token of every question.
         visual: columns of visual tokens.
@@ -74,12 +74,12 @@ def pack(reader: Reader, scenes: Sequence[tuple[Scene, Sequence[Question]]], thi
         thin: leave out half of the tiles' tokens, the same ones in all scenes.
     """
     words, embed = [], reader.model.get_input_embeddings()
-    pictures = []
+    images = []
     for scene, questions in scenes:
-        pictures.append(_visual(reader, scene))
+        images.append(_visual(reader, scene))
         words.append(torch.stack([_words(question) for question in questions]))
     ids = torch.stack(words)
-    thumbnails, locals_ = (torch.stack(part) for part in zip(*pictures, strict=True))
+    thumbnails, locals_ = (torch.stack(part) for part in zip(*images, strict=True))
     if thin:
         count = locals_.shape[1]
         locals_ = locals_[:, torch.randperm(count)[: count // 2].sort().values]
@@ -98,10 +98,10 @@ def pack(reader: Reader, scenes: Sequence[tuple[Scene, Sequence[Question]]], thi
 
 def _visual(reader: Reader, scene: Scene) -> tuple[Tensor, Tensor]:
     """(V, D) tokens of the thumbnail, and of level 1."""
-    picture = Held(scene.image)
-    pyramid = levels(picture.size, reader.tile)
-    thumbnail = reader.encode(picture, pyramid[0], [[0, 0]]).flatten(0, 2)
-    return thumbnail, reader.look(picture, pyramid[1], pyramid[1].tiles()).values
+    image = Held(scene.image)
+    pyramid = levels(image.size, reader.tile)
+    thumbnail = reader.encode(image, pyramid[0], [[0, 0]]).flatten(0, 2)
+    return thumbnail, reader.look(image, pyramid[1], pyramid[1].tiles()).values
 
 
 def _words(question: Question) -> Tensor:
@@ -111,7 +111,7 @@ def _words(question: Question) -> Tensor:
 
 
 def _mask(prefix: int, real: Tensor) -> Tensor:
-    """(B, 1, T, T) causal; a question sees the picture and itself, nothing sees padding."""
+    """(B, 1, T, T) causal; a question sees the image and itself, nothing sees padding."""
     own = torch.arange(SLOTS).repeat_interleave(LENGTH)
     slot = torch.cat((torch.full((prefix,), -1), own))
     seen = (slot[:, None] == slot) | (slot == -1)

@@ -1,6 +1,6 @@
-"""Batches for training on several pictures per conversation.
+"""Batches for training on several images per conversation.
 
-All samples of a batch have one layout: pictures, after each but the last the same number of words
+All samples of a batch have one layout: images, after each but the last the same number of words
 (an answered example, or none), and then slots of questions that share all of that.
 """
 
@@ -34,12 +34,12 @@ _WORDY = (35, 15, 20, 30)
 
 @dataclass(frozen=True)
 class SequenceBatch:
-    """`B` samples of `N` pictures of `V` patches; `E` words between pictures; `S` slots of `C`.
+    """`B` samples of `N` images of `V` patches; `E` words between images; `S` slots of `C`.
 
     Args:
         pixels: (B, N, H, W, 3) uint8.
         ink: (B, N, V) object pixels per patch.
-        between: (B, N - 1, E) token ids after every picture but the last.
+        between: (B, N - 1, E) token ids after every image but the last.
         words: (B, S, C) token ids.
         labels: (B, S, C) the next token where it is part of an answer, else `IGNORE`.
         groups: (B, S, C) index into `GROUPS` where an answer is predicted, else -1.
@@ -61,7 +61,7 @@ class Lesson:
         draw: draws a sample from a seed.
         size: samples in a batch.
         slots: questions per sample.
-        keep: visual tokens of a picture while not all are shown.
+        keep: visual tokens of an image while not all are shown.
     """
 
     draw: Callable[[int], Sequence]
@@ -93,8 +93,8 @@ LESSONS = {
     "order": Lesson(_order, 10, 6, 32),
     "rule": Lesson(_rule, 20, 1, 32),
 }
-"""What is taught with several pictures. Seeds of one batch agree in `seed // 1024`, and with that
-in the number of pictures."""
+"""What is taught with several images. Seeds of one batch agree in `seed // 1024`, and with that
+in the number of images."""
 
 
 def make_sequences(lesson: Lesson, seeds: Listed[int]) -> SequenceBatch:
@@ -102,12 +102,12 @@ def make_sequences(lesson: Lesson, seeds: Listed[int]) -> SequenceBatch:
 
     Args:
         lesson: what to draw.
-        seeds: one sample each; all with the same number of pictures.
+        seeds: one sample each; all with the same number of images.
     """
     rows = []
     for seed in seeds:
         sample = lesson.draw(seed)
-        pixels = np.stack([np.array(picture) for picture in sample.pictures])
+        pixels = np.stack([np.array(image) for image in sample.images])
         ink = np.stack([_ink(owner) for owner in sample.owners])
         rows.append((pixels, ink, *_pack(sample, lesson, Random(seed))))
     return SequenceBatch(
@@ -131,7 +131,7 @@ def _pack(sample: Sequence, lesson: Lesson, rng: Random) -> tuple[np.ndarray, ..
         between = [[*_ids(question), EOS] for question in questions[:-1]]
         questions = questions[-1:]
     else:
-        between = [[] for _ in sample.pictures[1:]]
+        between = [[] for _ in sample.images[1:]]
     shape = (lesson.slots, _LENGTH)
     words, labels = np.full(shape, PAD, np.int64), np.full(shape, IGNORE, np.int64)
     groups = np.full(shape, -1, np.int64)
@@ -157,31 +157,31 @@ def answer_sequences(
     Args:
         model: the tiny VLM.
         batch: the batch.
-        keep: visual tokens of a picture: all that show an object as far as they fit, and random
+        keep: visual tokens of an image: all that show an object as far as they fit, and random
             others; None keeps all.
 
     Returns:
         (B, S * C, vocabulary) logits, and the attention that the early layers pay to the prefix.
     """
-    count, pictures = batch.ink.shape[:2]
+    count, images = batch.ink.shape[:2]
     with torch.no_grad():
         states, _ = packed.see(model.model.vision_tower, normalise(batch.pixels.flatten(0, 1)))
-    visual = packed.project(model, states).unflatten(0, (count, pictures))
+    visual = packed.project(model, states).unflatten(0, (count, images))
     order = (batch.ink > 0).float() + torch.rand(batch.ink.shape)
     kept = order.topk(keep or order.shape[-1], -1).indices.sort(-1).values
     visual = visual.gather(2, kept[..., None].expand(*kept.shape, visual.shape[-1]))
     text = model.get_input_embeddings()(batch.between).to(visual.dtype)
     extra = text.shape[2]
     stride = batch.ink.shape[2] + extra
-    starts = 1 + stride * torch.arange(pictures)
+    starts = 1 + stride * torch.arange(images)
     places = kept + starts[:, None]
     after = starts[:-1, None] + batch.ink.shape[2] + torch.arange(extra)
     parts, positions = [], []
-    for n in range(pictures):
+    for n in range(images):
         parts.append(visual[:, n])
         positions.append(places[:, n])
-        if extra and n < pictures - 1:
+        if extra and n < images - 1:
             parts.append(text[:, n])
             positions.append(after[n].expand(count, -1))
-    start = 1 + stride * pictures - extra
+    start = 1 + stride * images - extra
     return packed.read(model, torch.cat(parts, 1), torch.cat(positions, 1), batch.words, start)

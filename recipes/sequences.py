@@ -1,4 +1,4 @@
-"""Teach a trained tiny VLM words, small objects, and several pictures per conversation.
+"""Teach a trained tiny VLM words, small objects, and several images per conversation.
 
 `python -m recipes.sequences --start MODEL --out RUN --photos DIR` goes on from a trained model,
 whose vocabulary may be smaller. Steps on single scenes, as in the last phase of the training from

@@ -3,7 +3,7 @@
 The phases share one budget. First the vision tower alone learns what every patch shows. Then
 questions are answered from a reduced set of visual tokens, which is cheap. Then from all of
 them, in conversations of several turns. Last on photo backgrounds, and with two more layers below
-the others, which are kept from looking at the picture, so that the answer is read out of the
+the others, which are kept from looking at the image, so that the answer is read out of the
 visual tokens later. A run that is interrupted goes on where its last checkpoint was written.
 """
 
@@ -39,7 +39,7 @@ from recipes.data import (
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
-_LOOK_WEIGHT = 0.5  # of the attention that the early layers pay to the picture
+_LOOK_WEIGHT = 0.5  # of the attention that the early layers pay to the image
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def test_every_family_is_listed_and_no_other():
     assert (README.parent / page).is_file()
 
 
-def test_pictures_exist():
+def test_images_exist():
     for path in re.findall(r"!\[.*?\]\((.*?)\)", TEXT):
         assert (README.parent / path).is_file()
 

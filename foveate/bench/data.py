@@ -25,7 +25,7 @@ from foveate.io.quoting import shown
 from foveate.io.reading import parse_json, read_lines, read_text
 from foveate.tiny.objects import Box
 
-_BOX_STEP = 150  # pixels from one box of an NLVR picture to the next
+_BOX_STEP = 150  # pixels from one box of an NLVR image to the next
 _FAR = 20  # colour distance from which on a pixel of easy-VQA belongs to the shape
 
 
@@ -36,8 +36,8 @@ class Row:
     Args:
         question: as published.
         answer: as published.
-        image: name of its picture.
-        boxes: pixel boxes of what the picture shows, where the file tells them.
+        image: name of its image.
+        boxes: pixel boxes of what the image shows, where the file tells them.
     """
 
     question: str
@@ -93,7 +93,7 @@ def _placed(box: int, item: dict[str, Any]) -> Box:
 
 @lru_cache(maxsize=8)
 def easy_vqa(folder: Path, part: str) -> tuple[Row, ...]:
-    """Read questions about pictures of one shape.
+    """Read questions about images of one shape.
 
     Args:
         folder: the data folder.
@@ -156,7 +156,7 @@ def photo(folder: Path, file: str, max_pixels: int | None = None) -> Image.Image
 def packed_image(
     folder: Path, name: str, part: str, image: str, max_pixels: int | None = None
 ) -> Image.Image:
-    """Open one picture of a data set whose pictures are in a zip file, as RGB.
+    """Open one image of a data set whose images are in a zip file, as RGB.
 
     Args:
         folder: the data folder.
@@ -176,14 +176,14 @@ def packed_image(
         )  # fmt: skip
 
 
-def shape_box(picture: Image.Image) -> Box:
-    """The box of the one shape of an easy-VQA picture, which lies on a plain background."""
-    pixels = np.asarray(picture, np.int16)
+def shape_box(image: Image.Image) -> Box:
+    """The box of the one shape of an easy-VQA image, which lies on a plain background."""
+    pixels = np.asarray(image, np.int16)
     values, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     far = np.abs(pixels - values[counts.argmax()]).sum(-1) > _FAR
     rows, columns = (np.flatnonzero(far.any(axis)) for axis in (1, 0))
     if not len(rows):
-        return 0, 0, picture.width, picture.height
+        return 0, 0, image.width, image.height
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 

@@ -1,4 +1,4 @@
-"""Example pictures of a report, and times to first token: what needs the model once more."""
+"""Example images of a report, and times to first token: what needs the model once more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from foveate.bench.judge import is_right
 from foveate.bench.levels import ALL, method_at
 from foveate.bench.prompt import prompts
-from foveate.bench.report import picture
+from foveate.bench.report import inline_image
 from foveate.bench.runner import Runner
 from foveate.bench.summary import Summary
 from foveate.errors import FoveateError
@@ -22,7 +22,7 @@ TIMED = 5
 
 @torch.inference_mode()
 def draw(runner: Runner, summary: Summary, keep: float, tasks: int = 3) -> list[dict[str, Any]]:
-    """What some methods kept of the first picture of some tasks, and what was answered.
+    """What some methods kept of the first image of some tasks, and what was answered.
 
     Args:
         runner: on a loaded model.
@@ -55,11 +55,11 @@ def _shot(runner: Runner, task: str, name: str, keep: float) -> dict[str, Any]:
         out = runner.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     said = runner.prompter.decode(out[:, inputs["input_ids"].shape[1] :])[0]
     turn = prompt.asked
-    strip = run.show([shown.pixels for shown in prompt.pictures])[0]
+    strip = run.show([shown.pixels for shown in prompt.images])[0]
     return {
         "method": f"{name} {keep:g}", "question": turn.question, "said": said,
         "answer": turn.answer, "right": is_right(said, turn.answer, turn.choices),
-        "image": picture(strip),
+        "image": inline_image(strip),
     }  # fmt: skip
 
 

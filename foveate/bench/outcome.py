@@ -72,14 +72,14 @@ class Totals:
 
 
 class Survival:
-    """How long tokens live at each cell of the grid, summed over pictures of the commonest grid."""
+    """How long tokens live at each cell of the grid, summed over images of the commonest grid."""
 
     def __init__(self) -> None:
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._counts: dict[tuple[int, int], int] = defaultdict(int)
 
     def add(self, look: Seen) -> None:
-        """Add a picture, if its tokens form one grid."""
+        """Add an image, if its tokens form one grid."""
         if (grid := look.grid) is None:
             return
         lived = look.lifetime()
@@ -87,15 +87,15 @@ class Survival:
         self._counts[grid] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows, columns, pictures and the mean lifetime of each cell, row by row."""
+        """Rows, columns, images and the mean lifetime of each cell, row by row."""
         if not self._counts:
-            return {"height": 0, "width": 0, "pictures": 0, "lifetimes": []}
+            return {"height": 0, "width": 0, "images": 0, "lifetimes": []}
         grid = max(self._counts, key=lambda g: self._counts[g])
         mean = self._sums[grid] / self._counts[grid]
         return {
             "height": grid[0],
             "width": grid[1],
-            "pictures": self._counts[grid],
+            "images": self._counts[grid],
             "lifetimes": [round(x, 4) for x in mean.tolist()],
         }
 

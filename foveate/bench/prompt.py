@@ -1,7 +1,7 @@
 """From a sample to what a processor takes, for any model.
 
 A conversation is laid out with the processor's chat template, or as lines where there is none.
-Where a model takes no video, its frames are pictures.
+Where a model takes no video, its frames are images.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture or a video as one entry of a prompt.
+    """An image or a video as one entry of a prompt.
 
     Args:
-        picture: which of the sample's pictures.
+        image: which of the sample's images.
         frame: which frame of it, where a video is shown frame by frame.
         frames: frames of a video that is shown as one, else 1.
         pixels: what is shown.
     """
 
-    picture: int
+    image: int
     frame: int | None
     frames: int
     pixels: Image.Image | tuple[Image.Image, ...]
@@ -42,7 +42,7 @@ class Prompt:
 
     Args:
         turns: examples, then the turn that is asked.
-        shown: pictures in order of appearance.
+        shown: images in order of appearance.
         number: which turn of the sample is asked.
     """
 
@@ -56,9 +56,9 @@ class Prompt:
         return self.turns[-1]
 
     @property
-    def pictures(self) -> list[Shown]:
-        """All pictures of the prompt, in order of appearance."""
-        return [picture for turn in self.shown for picture in turn]
+    def images(self) -> list[Shown]:
+        """All images of the prompt, in order of appearance."""
+        return [image for turn in self.shown for image in turn]
 
 
 def prompts(sample: Sample, videos: bool) -> list[Prompt]:
@@ -86,14 +86,14 @@ def prompts(sample: Sample, videos: bool) -> list[Prompt]:
 
 def _shown(sample: Sample, turn: Turn, videos: bool) -> tuple[Shown, ...]:
     entries: list[Shown] = []
-    for number in turn.pictures:
-        picture = sample.pictures[number]
-        if isinstance(picture, Image.Image):
-            entries.append(Shown(number, None, 1, picture))
+    for number in turn.images:
+        image = sample.images[number]
+        if isinstance(image, Image.Image):
+            entries.append(Shown(number, None, 1, image))
         elif videos:
-            entries.append(Shown(number, None, len(picture), tuple(picture)))
+            entries.append(Shown(number, None, len(image), tuple(image)))
         else:
-            entries += [Shown(number, n, 1, frame) for n, frame in enumerate(picture)]
+            entries += [Shown(number, n, 1, frame) for n, frame in enumerate(image)]
     return tuple(entries)
 
 
@@ -166,8 +166,8 @@ class Prompter:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         bos = getattr(tokenizer, "bos_token", None)
         laid_out = bool(getattr(self.processor, "chat_template", None))
-        images = [[s.pixels for s in p.pictures if s.frames == 1] for p in batch]
-        films = [[list(s.pixels) for s in p.pictures if s.frames > 1] for p in batch]  # type: ignore[arg-type]
+        images = [[s.pixels for s in p.images if s.frames == 1] for p in batch]
+        films = [[list(s.pixels) for s in p.images if s.frames > 1] for p in batch]  # type: ignore[arg-type]
         media: dict[str, Any] = {}
         if any(images):
             media["images"] = images

@@ -1,10 +1,10 @@
 """Evidence recall: how much of what one must see to answer is left.
 
 It needs no trained weights: any model, and any photograph with boxes. A token stands for its cell
-of the picture; tokens that were merged into another count as dropped, and the one they went
+of the image; tokens that were merged into another count as dropped, and the one they went
 into stands for its own cell only.
 
-Shapes: `V` visual tokens of a picture, boxes in shares of the picture as the model saw it.
+Shapes: `V` visual tokens of an image, boxes in shares of the image as the model saw it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from foveate.bench.prompt import Shown
 from foveate.bench.sample import Evidence
 from foveate.core.step import site_of
 from foveate.record.boxes import plain_grid
-from foveate.record.record import ImageRecord, Record, by_picture, joined
+from foveate.record.record import ImageRecord, Record, by_image, joined
 from foveate.report.draw import match_geometry, place_grid
 
 Edges = tuple[float, float, float, float]
@@ -84,10 +84,10 @@ def _covered(boxes: Tensor, kept: Tensor, box: Edges) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture of a prompt, and what was left of it.
+    """An image of a prompt, and what was left of it.
 
     Args:
-        shown: the picture.
+        shown: the image.
         image: its tokens; tiles are joined.
         layers: decoder layers of the model.
         pixels: what the encoder saw of it, or `None`.
@@ -139,11 +139,11 @@ class Seen:
     def _aspect(self) -> float:
         return self.image.grid[1] / self.image.grid[0]
 
-    def _geometry(self, picture: Image.Image) -> str:
-        if self.pixels is None or self.pixels.dim() < 3 or picture.width == picture.height:
+    def _geometry(self, image: Image.Image) -> str:
+        if self.pixels is None or self.pixels.dim() < 3 or image.width == image.height:
             return "resize"
         seen = self.pixels if self.pixels.dim() == 3 else self.pixels[0]
-        return match_geometry(picture, seen)
+        return match_geometry(image, seen)
 
 
 def first_layer(entry: str) -> int:
@@ -152,11 +152,11 @@ def first_layer(entry: str) -> int:
     return layer if stage == "llm" else 0
 
 
-def seen_box(picture: Image.Image, box: Sequence[int], geometry: str, aspect: float) -> Edges:
+def seen_box(image: Image.Image, box: Sequence[int], geometry: str, aspect: float) -> Edges:
     """A box of pixels in shares of what the processor showed the model; may reach outside."""
-    canvas, grid = place_grid(picture, geometry, aspect)
-    right = (canvas.width - picture.width) // 2 if geometry == "pad" else 0
-    down = (canvas.height - picture.height) // 2 if geometry == "pad" else 0
+    canvas, grid = place_grid(image, geometry, aspect)
+    right = (canvas.width - image.width) // 2 if geometry == "pad" else 0
+    down = (canvas.height - image.height) // 2 if geometry == "pad" else 0
     width, height = grid[2] - grid[0], grid[3] - grid[1]
     x0, y0, x1, y1 = box
     return (
@@ -167,17 +167,17 @@ def seen_box(picture: Image.Image, box: Sequence[int], geometry: str, aspect: fl
     )
 
 
-def seen_pictures(record: Record, rows: Sequence[Sequence[Shown]], layers: int) -> list[list[Seen]]:
-    """What was left of the pictures of each row of a batch.
+def seen_images(record: Record, rows: Sequence[Sequence[Shown]], layers: int) -> list[list[Seen]]:
+    """What was left of the images of each row of a batch.
 
     Args:
         record: of the forward.
-        rows: the pictures of each row, in order of appearance.
+        rows: the images of each row, in order of appearance.
         layers: decoder layers.
     """
-    groups = by_picture(record.images)
-    wanted = [(row, shown) for row, pictures in enumerate(rows) for shown in pictures]
-    if len(groups) != len(wanted):  # e.g. tiles that do not say which picture they are of
+    groups = by_image(record.images)
+    wanted = [(row, shown) for row, images in enumerate(rows) for shown in images]
+    if len(groups) != len(wanted):  # e.g. tiles that do not say which image they are of
         return [[] for _ in rows]
     pixels = record.pixels
     single = pixels is not None and len(pixels) == len(groups)
@@ -197,7 +197,7 @@ def evidence_recall(
     """Recall of a question.
 
     Args:
-        seen: pictures that were shown up to the question.
+        seen: images that were shown up to the question.
         evidence: what one must see to answer.
 
     Returns:
@@ -222,7 +222,7 @@ def evidence_recall(
 
 
 def _shows(look: Seen, evidence: Evidence) -> bool:
-    if look.shown.picture != evidence.picture:
+    if look.shown.image != evidence.image:
         return False
     return look.shown.frame is None or look.shown.frame == evidence.frame
 

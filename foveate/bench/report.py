@@ -46,7 +46,7 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         path: of the HTML file.
         summary: of the finished cells.
         facts: about the run.
-        shots: example pictures, see `foveate.bench.examples`.
+        shots: example images, see `foveate.bench.examples`.
     """
     page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     whole = summary.line((ALL, None))
@@ -68,7 +68,7 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         tasks_note=f"Right answers in %. Greyed tasks tell nothing: the whole model is not "
         f"{MARGIN:.0%} above the commonest answer. Red: at least 10 points below all tokens.",
         tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
-        maps_note="How long tokens live at each place of the grid, averaged over pictures and over "
+        maps_note="How long tokens live at each place of the grid, averaged over images and over "
         "the decoder layers after a method's first cut: pale is dropped, full colour is twice the "
         "mean or more. Bars are rows; the dashed line is the method's mean.",
         maps="".join(_maps(summary, keep) for keep in [*summary.keeps, None]),
@@ -212,7 +212,7 @@ def _shots(shots: Sequence[Shot]) -> str:
     return f'<div class="shots">{"".join(figures)}</div>' if figures else "<p>None were drawn.</p>"
 
 
-def picture(image: Image.Image, width: int = 900) -> str:
+def inline_image(image: Image.Image, width: int = 900) -> str:
     """An image as a data URI."""
     small = image.convert("RGB")
     if small.width > width:
@@ -259,4 +259,4 @@ def _made(summary: Summary) -> str:
     )
 
 
-__all__ = ["Facts", "picture", "write"]
+__all__ = ["Facts", "inline_image", "write"]

@@ -19,7 +19,7 @@ from foveate.bench.judge import is_right, kl
 from foveate.bench.levels import ALL, method_at
 from foveate.bench.outcome import Answer, Outcome, Survival, Totals
 from foveate.bench.prompt import Prompt, Prompter, prompts
-from foveate.bench.recall import Seen, evidence_recall, seen_pictures
+from foveate.bench.recall import Seen, evidence_recall, seen_images
 from foveate.bench.sample import Sample, Task
 from foveate.bench.settings import Cell, Settings, fingerprint, key
 from foveate.core import Method
@@ -125,7 +125,7 @@ class Runner:
         """Refuse a method that would do nothing."""
         if not isinstance(method, VideoMethod):
             return
-        films = any(p.frames > 1 for p in self._prompts(samples[0])[0].pictures)
+        films = any(p.frames > 1 for p in self._prompts(samples[0])[0].images)
         if not films:
             raise InputError(
                 f"{method.slug} compares the frames of a video, and {self.settings.model} is given "
@@ -240,13 +240,13 @@ class _Batch:
         return texts, out.logits[0].float().log_softmax(-1).cpu(), following
 
     def _look(self, run: Any, asked: Sequence[Prompt], first: bool) -> None:
-        """Take down what was left of the pictures of this turn."""
+        """Take down what was left of the images of this turn."""
         if first:
             self.report = run.report()
-        if run.record is None or not any(prompt.pictures for prompt in asked):
+        if run.record is None or not any(prompt.images for prompt in asked):
             return
-        rows = seen_pictures(
-            run.record, [prompt.pictures for prompt in asked], self.runner.family.text_layers
+        rows = seen_images(
+            run.record, [prompt.images for prompt in asked], self.runner.family.text_layers
         )
         for before, now in zip(self.seen, rows, strict=True):
             before += now

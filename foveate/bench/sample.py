@@ -1,6 +1,6 @@
-"""What a benchmark asks: pictures, turns about them, and where in the pictures the answer is.
+"""What a benchmark asks: images, turns about them, and where in the images the answer is.
 
-A task draws a `Sample` from a seed. It says nothing of models: how pictures and turns become a
+A task draws a `Sample` from a seed. It says nothing of models: how images and turns become a
 prompt, and how an answer is judged, is the runner's.
 """
 
@@ -22,13 +22,13 @@ class Evidence:
     """A rectangle of pixels that holds (part of) an answer.
 
     Args:
-        box: left, top, right, bottom in pixels of its picture; right and bottom are exclusive.
-        picture: which of the sample's pictures.
-        frame: which frame, where the picture is a video.
+        box: left, top, right, bottom in pixels of its image; right and bottom are exclusive.
+        image: which of the sample's images.
+        frame: which frame, where the image is a video.
     """
 
     box: Box
-    picture: int = 0
+    image: int = 0
     frame: int = 0
 
 
@@ -39,7 +39,7 @@ class Turn:
     Args:
         question: what is asked.
         answer: the right answer.
-        pictures: which of the sample's pictures stand before the question.
+        images: which of the sample's images stand before the question.
         evidence: what one must see to answer; empty where the answer is about absence.
         choices: answers that would be possible, the right one among them; empty where open.
         given: the answer stands in the prompt (an in-context example) and is not asked for.
@@ -47,7 +47,7 @@ class Turn:
 
     question: str
     answer: str
-    pictures: tuple[int, ...] = ()
+    images: tuple[int, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     choices: tuple[str, ...] = ()
     given: bool = False
@@ -55,18 +55,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation about pictures.
+    """A conversation about images.
 
     Args:
         task: the task's name.
         seed: the seed that it was drawn from, or its number in a data set.
-        pictures: pictures in order of appearance; a video is the sequence of its frames.
+        images: images in order of appearance; a video is the sequence of its frames.
         turns: questions in order; later ones are asked after the answers to earlier ones.
     """
 
     task: str
     seed: int
-    pictures: tuple[Image | Sequence[Image], ...] = field(repr=False)
+    images: tuple[Image | Sequence[Image], ...] = field(repr=False)
     turns: tuple[Turn, ...]
 
 

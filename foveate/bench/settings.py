@@ -48,7 +48,7 @@ class Settings:
         dtype: of its weights, or `auto`.
         max_new_tokens: longest answer.
         hint: put after every question.
-        max_pixels: most pixels of a picture in a data set.
+        max_pixels: most pixels of an image in a data set.
     """
 
     model: str

@@ -39,7 +39,7 @@ def _schema(pa: Any) -> Any:
         ("kl", number),
     ])  # fmt: skip
     survival = pa.struct([
-        ("height", whole), ("width", whole), ("pictures", whole),
+        ("height", whole), ("width", whole), ("images", whole),
         ("lifetimes", pa.list_(pa.float32())),
     ])  # fmt: skip
     site = pa.struct([("site", text), ("recall", number)])

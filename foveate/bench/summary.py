@@ -129,15 +129,15 @@ class Summary:
         """(height, width, mean lifetime of each cell) over the tasks of the commonest grid."""
         maps: dict[tuple[int, int], list[Row]] = {}
         for row in self.done:
-            if (row["method"], row["keep"]) == config and row["survival"]["pictures"]:
+            if (row["method"], row["keep"]) == config and row["survival"]["images"]:
                 size = row["survival"]["height"], row["survival"]["width"]
                 maps.setdefault(size, []).append(row["survival"])
         if not maps:
             return None
-        size = max(maps, key=lambda s: sum(m["pictures"] for m in maps[s]))
-        total = sum(m["pictures"] for m in maps[size])
+        size = max(maps, key=lambda s: sum(m["images"] for m in maps[s]))
+        total = sum(m["images"] for m in maps[size])
         mean = [
-            sum(m["lifetimes"][cell] * m["pictures"] for m in maps[size]) / total
+            sum(m["lifetimes"][cell] * m["images"] for m in maps[size]) / total
             for cell in range(size[0] * size[1])
         ]
         return *size, mean

@@ -65,11 +65,11 @@ def random_model(name: str, device: torch.device | str, dtype: torch.dtype) -> A
 def random_prompt(
     model: Any, tokens: int, batch: int, text: int = TEXT, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Inputs of a random model: random pictures amid random text, rows of equal length.
+    """Inputs of a random model: random images amid random text, rows of equal length.
 
-    LLaVA repeats pictures of its size until the tokens are there (2,880 are five of 576, the tiles
-    of a LLaVA-NeXT picture); LLaVA-NeXT takes the picture size, and number of them, that comes
-    nearest; Qwen's encoder takes one picture of exactly that many tokens.
+    LLaVA repeats images of its size until the tokens are there (2,880 are five of 576, the tiles
+    of a LLaVA-NeXT image); LLaVA-NeXT takes the image size, and number of them, that comes
+    nearest; Qwen's encoder takes one image of exactly that many tokens.
 
     Args:
         model: from `random_model`.
@@ -79,11 +79,11 @@ def random_prompt(
         seed: of text and pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    pictures, count = _PICTURES[model.config.model_type](model.config, tokens, batch, generator)
+    images, count = _IMAGES[model.config.model_type](model.config, tokens, batch, generator)
     ids = torch.randint(3, 1000, (batch, text), generator=generator)
     half = text // 2
     visual = torch.full((batch, count), model.config.image_token_id)
-    inputs = {**pictures, "input_ids": torch.cat((ids[:, :half], visual, ids[:, half:]), 1)}
+    inputs = {**images, "input_ids": torch.cat((ids[:, :half], visual, ids[:, half:]), 1)}
     if model.config.model_type == "qwen3_vl":
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).int()
     return {
@@ -100,11 +100,11 @@ def repeat_rows(inputs: dict[str, Any], batch: int) -> dict[str, Any]:
     }
 
 
-def fit_pictures(count: Callable[[int, int], int], tokens: int) -> tuple[int, int]:
-    """Side and number of square pictures whose visual tokens come nearest to a wish.
+def fit_images(count: Callable[[int, int], int], tokens: int) -> tuple[int, int]:
+    """Side and number of square images whose visual tokens come nearest to a wish.
 
     Args:
-        count: visual tokens of so many pictures of such a side in pixels.
+        count: visual tokens of so many images of such a side in pixels.
         tokens: the wish.
     """
     side, seen = 336, {}
@@ -173,13 +173,13 @@ _SIZES: dict[str, Callable[[], Any]] = {
     "qwen3-vl-4b": _qwen3_vl_4b,
 }
 
-# -- pictures: model inputs, and the visual tokens of a row
+# -- images: model inputs, and the visual tokens of a row
 
-Pictures = tuple[dict[str, Tensor], int]
+Images = tuple[dict[str, Tensor], int]
 
 
-def _tiles(config: Any, tokens: int, batch: int, generator: torch.Generator) -> Pictures:
-    """Pictures of the tower's size."""
+def _tiles(config: Any, tokens: int, batch: int, generator: torch.Generator) -> Images:
+    """Images of the tower's size."""
     vision = config.vision_config
     each = (vision.image_size // vision.patch_size) ** 2
     number = max(1, round(tokens / each))
@@ -187,8 +187,8 @@ def _tiles(config: Any, tokens: int, batch: int, generator: torch.Generator) -> 
     return {"pixel_values": torch.randn(shape, generator=generator)}, number * each
 
 
-def _anyres(config: Any, tokens: int, batch: int, generator: torch.Generator) -> Pictures:
-    """Pictures of LLaVA-NeXT that fill their tiles: thumbnail, tiles, a newline for every row."""
+def _anyres(config: Any, tokens: int, batch: int, generator: torch.Generator) -> Images:
+    """Images of LLaVA-NeXT that fill their tiles: thumbnail, tiles, a newline for every row."""
     vision = config.vision_config
     tile, side = vision.image_size, vision.image_size // vision.patch_size
 
@@ -209,8 +209,8 @@ def _anyres(config: Any, tokens: int, batch: int, generator: torch.Generator) ->
     return {"pixel_values": pixels, "image_sizes": sizes}, number * cost((height, width))
 
 
-def _packed(config: Any, tokens: int, batch: int, generator: torch.Generator) -> Pictures:
-    """One picture of exactly so many tokens in a Qwen encoder, as square as can be."""
+def _packed(config: Any, tokens: int, batch: int, generator: torch.Generator) -> Images:
+    """One image of exactly so many tokens in a Qwen encoder, as square as can be."""
     vision = config.vision_config
     merge = vision.spatial_merge_size
     height = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
@@ -220,7 +220,7 @@ def _packed(config: Any, tokens: int, batch: int, generator: torch.Generator) ->
     return {"pixel_values": pixels, "image_grid_thw": grid}, tokens
 
 
-_PICTURES: dict[str, Callable[[Any, int, int, torch.Generator], Pictures]] = {
+_IMAGES: dict[str, Callable[[Any, int, int, torch.Generator], Images]] = {
     "llava": _tiles,
     "llava_next": _anyres,
     "qwen3_vl": _packed,

@@ -18,7 +18,7 @@ from foveate.bench.speed import ALL, Bench, contenders
 from foveate.bench.sweep import Prompts, Sweep, losses, run_sweep
 from foveate.bench.workload import (
     TEXT,
-    fit_pictures,
+    fit_images,
     random_model,
     random_prompt,
     repeat_rows,
@@ -168,18 +168,18 @@ def _load(job: SpeedJob) -> tuple[Any, Prompts]:
 
 
 def processed_prompts(model: Any, processor: Any) -> Prompts:
-    """Prompts of a model that was loaded: noise pictures through its processor, equal rows."""
+    """Prompts of a model that was loaded: noise images through its processor, equal rows."""
     placeholder = find_family(model).placeholder_ids["image"]
 
     def made(side: int, number: int) -> Any:
-        picture = Image.effect_noise((side, side), 80).convert("RGB")
-        return encode(processor, [picture] * number, QUESTION, model)
+        image = Image.effect_noise((side, side), 80).convert("RGB")
+        return encode(processor, [image] * number, QUESTION, model)
 
     def count(side: int, number: int) -> int:
         return int((made(side, number)["input_ids"] == placeholder).sum())
 
     def prompts(tokens: int, batch: int) -> Mapping[str, Any]:
-        return repeat_rows(dict(made(*fit_pictures(count, tokens))), batch)
+        return repeat_rows(dict(made(*fit_images(count, tokens))), batch)
 
     return prompts
 

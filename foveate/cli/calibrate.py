@@ -76,14 +76,14 @@ def calibrate(job: Calibration) -> None:
 
 
 def read_prompts(path: Path, max_pixels: int | None = None) -> list[tuple[list[Image.Image], str]]:
-    """Pictures and question of each line of a file.
+    """Images and question of each line of a file.
 
     Args:
         path: lines of JSON objects with `question` and `image` or `images`, relative to its folder.
         max_pixels: most pixels of an image, see `foveate.io.images.load_image`.
 
     Raises:
-        InputError: the file or a picture cannot be read, or a line is no such object.
+        InputError: the file or an image cannot be read, or a line is no such object.
     """
     file = shown(path)
     try:

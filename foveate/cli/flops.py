@@ -39,7 +39,7 @@ class Question:
         model: hub id, local folder or `tiny`; facts of well-known checkpoints are bundled.
         methods: what removes tokens, in stream order.
         convention: what counts.
-        images: pictures in the prompt.
+        images: images in the prompt.
         size: width and height of each.
         text_tokens: of the prompt.
         decode: whether to show one decoding step too.

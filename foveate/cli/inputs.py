@@ -1,4 +1,4 @@
-"""Loading what a command names: a model, its processor, pictures, a prompt."""
+"""Loading what a command names: a model, its processor, images, a prompt."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
 
 
 def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:
-    """Model inputs for one question about some pictures, on the model's device.
+    """Model inputs for one question about some images, on the model's device.
 
-    Uses the processor's chat template; without one the prompt is an image placeholder per picture,
+    Uses the processor's chat template; without one the prompt is an image placeholder per image,
     each on its own line, and the question.
     """
     if getattr(processor, "chat_template", None):

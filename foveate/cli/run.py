@@ -27,8 +27,8 @@ class Job:
 
     Args:
         model: hub id, local folder or `tiny`.
-        pictures: in the order of the prompt.
-        question: asked after the pictures.
+        images: in the order of the prompt.
+        question: asked after the images.
         methods: what removes tokens, in stream order.
         max_new_tokens: longest answer.
         repeats: timed rounds of a comparison with all tokens; 0 for none.
@@ -37,7 +37,7 @@ class Job:
     """
 
     model: str
-    pictures: list[Image.Image]
+    images: list[Image.Image]
     question: str
     methods: tuple[Method, ...]
     max_new_tokens: int
@@ -83,8 +83,8 @@ class Outcome:
             console.print(f"[yellow]note: {escape(note)}[/]")
 
     def save_drawing(self, path: Path) -> None:
-        """Draw what was kept of every picture."""
-        write_image(path, stack(self.session.show(self.job.pictures)))
+        """Draw what was kept of every image."""
+        write_image(path, stack(self.session.show(self.job.images)))
 
     def save_json(self, path: Path) -> None:
         """Write the report with question, answer and comparison beside it."""
@@ -99,7 +99,7 @@ def execute(job: Job) -> Outcome:
     with progress() as steps:
         steps.say(f"loading {job.model}")
         model, processor = load_model(job.model, job.device, job.dtype)
-        inputs = encode(processor, job.pictures, job.question, model)
+        inputs = encode(processor, job.images, job.question, model)
         steps.say(f"answering with {job.name}")
         with use(model, job.methods) as session:
             answered = answer(model, processor, inputs, job.max_new_tokens)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.engine.features import EncoderOutputInfo
 from foveate.families import Family
-from foveate.record.tiles import Placed, Tiling, in_picture, match_grid
+from foveate.record.tiles import Placed, Tiling, in_image, match_grid
 
 
 class ImageBoxes:
@@ -53,7 +53,7 @@ class ImageBoxes:
         grid = self._grid(first, tiling)
         if grid is None:
             return Placed(boxes, (tile, count), False)
-        return Placed(in_picture(boxes, tile - (tile > thumbnail), grid), (tile, count))
+        return Placed(in_image(boxes, tile - (tile > thumbnail), grid), (tile, count))
 
     def _boxes(self, image: int) -> Tensor:
         """(V, 4) boxes of an image of the encoder."""
@@ -81,7 +81,7 @@ class ImageBoxes:
         tilings: list[tuple[int, Tiling]] = []
         for row, spans in rows.items():
             ids = None if self.ids is None else self.ids[row].tolist()
-            for tiling in self.family.pictures(ids, spans):
+            for tiling in self.family.tilings(ids, spans):
                 tilings += [(len(tilings), tiling)] * tiling.tiles
         return tilings
 

@@ -1,7 +1,7 @@
 """Aya Vision and Command A Vision: SigLIP tiles, pixel shuffle, and a Cohere2 text model.
 
 Full-attention layers of Cohere2 have no positions; sliding ones have. Each tile counts as an image,
-and the last of a picture is its thumbnail.
+and the last of an image is its thumbnail.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class AyaVision(Family):
         attention: Any = self.layers[layer].self_attn
         return getattr(attention, "sliding_window", True) is not None
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles with a name in between are of one picture, after which stands an end token."""
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles with a name in between are of one image, after which stands an end token."""
         if ids is None:
             return [Tiling(len(spans))]
         after = spans[-1][1]
@@ -51,6 +51,6 @@ class AyaVision(Family):
 class Cohere2Vision(AyaVision):
     """`Cohere2VisionForConditionalGeneration` and `Cohere2VisionModel`."""
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles with one token in between, a line break, are of one picture."""
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles with one token in between, a line break, are of one image."""
         return [Tiling(len(tiles)) for tiles in join(spans, lambda end, start: start - end == 1)]

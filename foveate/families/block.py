@@ -53,7 +53,7 @@ class Block:
 
         Args:
             layer: the layer.
-            hidden: (B, N, D) states, or (N, D) of pictures in segments.
+            hidden: (B, N, D) states, or (N, D) of images in segments.
             bias: (N) what is added to the scores of each key, where the attention has segments and
                 takes no mask.
             **kwargs: what the layer hands to its attention.

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from foveate.core.tokens import Shape
 from foveate.errors import UnsupportedModelError
 from foveate.families.block import Block
-from foveate.families.rows import Picture, raster_rows
+from foveate.families.rows import EncoderImage, raster_rows
 from foveate.record.boxes import cells_of
 from foveate.record.tiles import Tiling
 
@@ -38,8 +38,8 @@ class Encoder:
             patch belongs to one visual token.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
-        packed: where the rows of all pictures lie in one sequence, says from the tower's arguments
-            and `Family.side` which rows each picture has; `None` where each picture is a row of a
+        packed: where the rows of all images lie in one sequence, says from the tower's arguments
+            and `Family.side` which rows each image has; `None` where each image is a row of a
             batch.
         readers: modules within the tower that read rows after layers, and need all of them.
         returns_rows: whether what the tower returns are rows that no reader has read.
@@ -55,7 +55,7 @@ class Encoder:
     block: Block | None = None
     extra: int = 0
     head: Any = None
-    packed: Callable[[Mapping[str, Any], int], list[Picture]] | None = None
+    packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
     readers: tuple[Any, ...] = ()
     returns_rows: bool = True
     masks_layers: bool = True
@@ -108,7 +108,7 @@ class Family:
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     thumbnail: ClassVar[int] = -1
-    """Which tile of a picture shows all of it, where each tile counts as an image."""
+    """Which tile of an image shows all of it, where each tile counts as an image."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -205,9 +205,9 @@ class Family:
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
-        """(V, 4) left, top, right and bottom edge of an image's tokens, as shares of the picture.
+        """(V, 4) left, top, right and bottom edge of an image's tokens, as shares of the image.
 
-        NaN stands for tokens without a place, such as newlines. The picture is what one entry of
+        NaN stands for tokens without a place, such as newlines. The image is what one entry of
         the features was made from: the whole image, or a tile where each tile counts as an image;
         for a video, the token's frame.
 
@@ -220,8 +220,8 @@ class Family:
         """
         return cells_of(shape)
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Which images of a row are tiles of one picture, in order; each is one by default.
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Which images of a row are tiles of one image, in order; each is one by default.
 
         Args:
             ids: the row's token ids, if they are known.
@@ -280,7 +280,7 @@ class Family:
 
         Args:
             modality: `image` or `video`.
-            rows: (N, C, P) of the P patches of all N pictures, tiles or frames that went through
+            rows: (N, C, P) of the P patches of all N images, tiles or frames that went through
                 the encoder; where these lie in one sequence, (C, V) of each.
             arguments: what the features were made from.
             newline: what tokens get that are no patches.
@@ -330,7 +330,7 @@ class Family:
         return surviving
 
     def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
-        """(V) which token of the encoder, of all pictures after one another, each visual token of
+        """(V) which token of the encoder, of all images after one another, each visual token of
         all images stands for; a token that is made of none, such as a newline, for the last before.
 
         Args:

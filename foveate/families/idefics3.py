@@ -1,6 +1,6 @@
 """Idefics3 and SmolVLM: tiles of a SigLIP tower, pixel shuffle. Each tile counts as an image.
 
-The same token opens every tile, and closes a picture after its last, the thumbnail; before it
+The same token opens every tile, and closes an image after its last, the thumbnail; before it
 there is a line break at the end of a row of tiles.
 """
 
@@ -47,17 +47,17 @@ class Idefics3(Family):
         tokens = sum(feature.shape[:-1].numel() for feature in pooled)
         return [Shape(side * side, (side, side))] * (tokens // (side * side))
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles are of one picture if one opens after the other and nothing closes before."""
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles are of one image if one opens after the other and nothing closes before."""
         if ids is None:
             return [Tiling(len(spans))]
         after = spans[-1][1]
         opening = ids[after] if after < len(ids) else -1
-        pictures = []
+        images = []
         for tiles in join(spans, lambda end, start: list(ids[end:start]).count(opening) == 1):
             grid, count = None, len(tiles) - 1
             ends = [n for n, (_, end) in enumerate(tiles[:-1], 1) if ids[end] != opening]
             if ends and ends == list(range(ends[0], count + 1, ends[0])):
                 grid = (len(ends), ends[0])
-            pictures.append(Tiling(len(tiles), grid))
-        return pictures
+            images.append(Tiling(len(tiles), grid))
+        return images

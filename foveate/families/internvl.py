@@ -1,6 +1,6 @@
 """InternVL: an InternViT tower, pixel shuffle, an MLP projector. Each tile counts as an image.
 
-Tiles of a picture follow one another without text; its thumbnail is the last.
+Tiles of an image follow one another without text; its thumbnail is the last.
 """
 
 from __future__ import annotations
@@ -20,6 +20,6 @@ class InternVL(Llava):
         """Side of the cells that pixel shuffle puts into one token."""
         return round(1 / self.config.downsample_ratio)
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles without a token in between are of one picture."""
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles without a token in between are of one image."""
         return [Tiling(len(tiles)) for tiles in join(spans, lambda end, start: end == start)]

@@ -183,10 +183,10 @@ class AnyRes(Llava):
             size, self.config.image_grid_pinpoints, vision.image_size
         )
         canvas = torch.tensor([columns, rows, columns, rows]) * vision.image_size
-        picture = torch.tensor([size[1], size[0], size[1], size[0]])
-        scale = (canvas / picture).min()
-        margin = (canvas - picture * scale) / 2
-        boxes = (cells(rows * side, columns * side) * canvas - margin) / (picture * scale)
+        image = torch.tensor([size[1], size[0], size[1], size[0]])
+        scale = (canvas / image).min()
+        margin = (canvas - image * scale) / 2
+        boxes = (cells(rows * side, columns * side) * canvas - margin) / (image * scale)
         boxes = boxes.view(rows, side, columns, side, 4).transpose(1, 2).reshape(-1, side**2, 4)
         return torch.cat((thumbnail, boxes))
 

@@ -21,7 +21,7 @@ class MRope(Family):
 
     @property
     def encoder(self) -> Encoder | None:
-        """The tower, which has no class token; all pictures are in one sequence."""
+        """The tower, which has no class token; all images are in one sequence."""
         return tower(self, "visual")
 
     def side(self, modality: str) -> int:

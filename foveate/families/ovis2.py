@@ -27,14 +27,14 @@ class Ovis2(Family):
         """Side of the cells of patches that share a visual word."""
         return self.config.vision_config.hidden_stride
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles with one indicator in between are of one picture: the end of a column or row."""
-        pictures = []
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles with one indicator in between are of one image: the end of a column or row."""
+        images = []
         for tiles in join(spans, lambda end, start: start - end == 1):
             grid, count = None, len(tiles) - 1
             if ids is not None and count:
                 _, _, _, row, _ = self.config.visual_indicator_token_ids
                 rows = 1 + [ids[end] for _, end in tiles[1:-1]].count(row)
                 grid = (rows, count // rows) if count % rows == 0 else None
-            pictures.append(Tiling(len(tiles), grid))
-        return pictures
+            images.append(Tiling(len(tiles), grid))
+        return images

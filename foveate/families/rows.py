@@ -1,7 +1,7 @@
 """Rows: which rows of an encoder hold the patches of each visual token.
 
 A visual token is a patch, or a cell of `side` x `side` patches that the model merges after the
-encoder. Shapes: `V` visual tokens of a picture, `R` rows of each: side squared.
+encoder. Shapes: `V` visual tokens of an image, `R` rows of each: side squared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from foveate.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class EncoderImage:
     """An image, tile, frame or video as the encoder sees it.
 
     Args:
@@ -46,7 +46,7 @@ def token_grid(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
-    """(V, R) rows of the tokens of a picture whose patches come in raster order."""
+    """(V, R) rows of the tokens of an image whose patches come in raster order."""
     rows, columns = token_grid(height, width, side)
     patches = torch.arange(height * width).view(rows, side, columns, side)
     return patches.transpose(1, 2).reshape(-1, side**2)
@@ -54,17 +54,17 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
 
 def packed(
     sizes: Iterable[tuple[int, int, int]], side: int, order: Tensor | None = None, *, raster: bool
-) -> list[Picture]:
-    """Pictures whose rows lie one after another in one sequence.
+) -> list[EncoderImage]:
+    """Images whose rows lie one after another in one sequence.
 
     Args:
         sizes: (frames, height, width) of each in patches.
         side: side of a token in patches.
-        order: (tokens) the token at each place, where the encoder reorders those of all pictures.
+        order: (tokens) the token at each place, where the encoder reorders those of all images.
         raster: whether patches come in raster order; else token by token.
     """
     place = None if order is None else order.argsort().cpu()
-    pictures, start = [], 0
+    images, start = [], 0
     for frames, height, width in sizes:
         grid, count = token_grid(height, width, side), frames * height * width
         rows = (
@@ -75,6 +75,6 @@ def packed(
         rows = rows + start
         if place is not None:
             rows = place[rows // side**2] * side**2 + rows % side**2
-        pictures.append(Picture(grid, rows, frames))
+        images.append(EncoderImage(grid, rows, frames))
         start += count
-    return pictures
+    return images

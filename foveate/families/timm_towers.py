@@ -18,7 +18,7 @@ class TimmTower(Family):
     """`PerceptionLMForConditionalGeneration`, `FastVlmForConditionalGeneration`, and base models.
 
     Methods cannot look inside these towers. Videos of Perception LM, which the model
-    encodes as images, are refused. Tiles of a picture follow its thumbnail without text.
+    encodes as images, are refused. Tiles of an image follow its thumbnail without text.
 
     Raises:
         UnsupportedModelError: timm is not installed.
@@ -39,6 +39,6 @@ class TimmTower(Family):
         """Layers of timm's towers differ from one to the next, and some are convolutions."""
         return "layers of towers from timm are of many kinds"
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles without a token in between are of one picture."""
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles without a token in between are of one image."""
         return [Tiling(len(tiles)) for tiles in join(spans, lambda end, start: end == start)]

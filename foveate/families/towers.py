@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_window_index
 from foveate.families.block import Block
 from foveate.families.family import Encoder, Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
-from foveate.families.rows import Picture, packed
+from foveate.families.rows import EncoderImage, packed
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Tower:
         block: how they are made.
         root: the module within it whose output are rows; itself by default.
         class_token: whether row 0 is a class token.
-        packed: which rows each picture has, from the tower's arguments, the side of a cell and the
-            tower; `None` where each picture is a row of a batch.
+        packed: which rows each image has, from the tower's arguments, the side of a cell and the
+            tower; `None` where each image is a row of a batch.
         readers: modules, within the root, that read rows after layers: a module, or a list.
         returns_rows: see `Encoder`.
         masks_layers: see `Encoder`.
@@ -35,18 +35,18 @@ class Tower:
     block: Block
     root: str = ""
     class_token: bool = False
-    packed: Callable[[Mapping[str, Any], int, Any], list[Picture]] | None = None
+    packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     readers: tuple[str, ...] = ()
     returns_rows: bool = True
     masks_layers: bool = True
 
 
-def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Picture]:
+def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells."""
     return packed(_sizes(arguments), side, raster=False)
 
 
-def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Picture]:
+def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells, and cells in the order of windows."""
     config = tower.config
     order, _ = get_vision_window_index(
@@ -59,7 +59,7 @@ def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Pic
     return packed(_sizes(arguments), side, order, raster=False)
 
 
-def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Picture]:
+def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
     if "grid_thw" in arguments:
         return packed(_sizes(arguments), side, raster=True)

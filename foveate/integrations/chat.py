@@ -1,7 +1,7 @@
 """A model that answers batches of conversations, with a method that removes visual tokens.
 
 What evaluation harnesses need, without any of them: `foveate.integrations.lmms_eval` is made of it.
-Messages are those of chat templates: a role, and parts of type `text`, `image` (a picture or a
+Messages are those of chat templates: a role, and parts of type `text`, `image` (an image or a
 file) or `video` (a file).
 """
 
@@ -29,7 +29,7 @@ Message = Mapping[str, Any]
 Conversation = Sequence[Message]
 GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample")
 """Generation settings that are passed on."""
-_BASE64 = 64  # letters from which on a text that is no file may be a picture itself
+_BASE64 = 64  # letters from which on a text that is no file may be an image itself
 
 
 class ChatModel:
@@ -40,7 +40,7 @@ class ChatModel:
         processor: its processor.
         method: what removes visual tokens, as `foveate.use` takes it; `None` for all of them.
         frames: frames that are taken from a video.
-        max_pixels: most pixels of a file's picture, see `foveate.io.images.load_image`.
+        max_pixels: most pixels of a file's image, see `foveate.io.images.load_image`.
 
     Raises:
         FoveateError: the method does not work on the model.
@@ -115,12 +115,12 @@ class ChatModel:
         """Inputs of conversations, padded on the left, on the model's device.
 
         Raises:
-            InputError: a picture cannot be read, or the model takes no such medium.
+            InputError: an image cannot be read, or the model takes no such medium.
         """
         media = [kind for one in batch for kind, _ in _media(one)]
         for kind in set(media) - set(self._placeholders):
             raise InputError(f"{self.model.config.model_type} takes no {kind} in a prompt")
-        batch = [[self._with_pictures(message) for message in one] for one in batch]
+        batch = [[self._with_images(message) for message in one] for one in batch]
         if getattr(self.processor, "chat_template", None):
             frames = {"num_frames": self.frames} if "video" in media else {}
             encoded = self.processor.apply_chat_template(
@@ -136,24 +136,22 @@ class ChatModel:
         return dict(encoded.to(self.model.device, self.model.dtype))
 
     def _plain(self, batch: Sequence[Conversation]) -> Any:
-        """Without a chat template: an image placeholder per picture, each on its line, and the
+        """Without a chat template: an image placeholder per image, each on its line, and the
         text.
         """
         token = getattr(self.processor, "image_token", "<image>")
         found = [_media(one) for one in batch]
         if any(kind != "image" for row in found for kind, _ in row):
-            raise InputError(
-                "this processor has no chat template; only pictures can be asked about"
-            )
-        pictures = [value for row in found for _, value in row]
+            raise InputError("this processor has no chat template; only images can be asked about")
+        images = [value for row in found for _, value in row]
         texts = [
             f"{token}\n" * len(row) + _text(one) for row, one in zip(found, batch, strict=True)
         ]
-        given = {"images": pictures} if pictures else {}
+        given = {"images": images} if images else {}
         return self.processor(text=texts, padding=True, return_tensors="pt", **given)
 
-    def _with_pictures(self, message: Message) -> Message:
-        """The message with its picture files opened, as all of foveate opens them."""
+    def _with_images(self, message: Message) -> Message:
+        """The message with its image files opened, as all of foveate opens them."""
         if isinstance(message["content"], str):
             return message
         parts = [
@@ -173,7 +171,7 @@ class ChatModel:
 
 
 def _open(value: Any, max_pixels: int | None) -> Any:
-    """A picture of a message: a file, an address, base64 text or an image; arrays stay."""
+    """An image of a message: a file, an address, base64 text or an image; arrays stay."""
     if isinstance(value, Image.Image):
         return as_rgb(value)
     if isinstance(value, Path):
@@ -216,7 +214,7 @@ def _alike(batch: Sequence[Conversation]) -> list[list[int]]:
 
 
 def _media(conversation: Conversation) -> list[tuple[str, Any]]:
-    """(kind, value) of the pictures and videos of a conversation, in order."""
+    """(kind, value) of the images and videos of a conversation, in order."""
     parts = (p for m in conversation if not isinstance(m["content"], str) for p in m["content"])
     return [(part["type"], part[part["type"]]) for part in parts if part["type"] != "text"]
 

@@ -85,7 +85,7 @@ class _Foveate(lmms):
         batch_size: requests that are answered together.
         max_num_frames: frames of a video.
         max_batch_size: not used; batches have one size.
-        max_pixels: most pixels of a file's picture, see `foveate.io.images.load_image`.
+        max_pixels: most pixels of a file's image, see `foveate.io.images.load_image`.
         **fields: hyper-parameters of the method.
     """
 
@@ -192,12 +192,12 @@ class FoveateChat(_Foveate):
 
 
 class FoveateSimple(_Foveate):
-    """Tasks that hand over a text and pictures."""
+    """Tasks that hand over a text and images."""
 
     is_simple = True
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
-        """Answers to requests (context, settings, pictures of a document, document...)."""
+        """Answers to requests (context, settings, images of a document, document...)."""
         given = [request.args for request in requests]
         conversations = [
             user_turn(visual(self._document(task, split, number)), context)
@@ -224,7 +224,7 @@ class FoveateSimple(_Foveate):
         return results
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
-        """(loss, greedy) of requests (context, continuation, pictures of a document, document...).
+        """(loss, greedy) of requests (context, continuation, images of a document, document...).
 
         The loss is the mean negative log-likelihood of a token, of which lmms-eval takes the
         smallest. A request without a document asks for the continuation alone. Pairs are wrapped,
@@ -262,10 +262,10 @@ def to_messages(given: Any) -> list[dict[str, Any]]:
 
 
 def user_turn(visuals: Any, text: str) -> list[dict[str, Any]]:
-    """Pictures and videos, then a text, in one turn.
+    """Images and videos, then a text, in one turn.
 
     Args:
-        visuals: pictures, file names, or `None`.
+        visuals: images, file names, or `None`.
         text: what is asked.
     """
     parts = [
@@ -277,7 +277,7 @@ def user_turn(visuals: Any, text: str) -> list[dict[str, Any]]:
 
 def _part(kind: str, value: Any) -> dict[str, Any]:
     if kind not in ("image", "video"):
-        raise InputError(f"foveate's models take pictures and videos, and no {kind}")
+        raise InputError(f"foveate's models take images and videos, and no {kind}")
     if isinstance(value, dict):
         raise InputError(
             f"a {kind} with {', '.join(sorted(value))} was given; only whole files are supported"

@@ -1,4 +1,4 @@
-"""Questions about pictures of any size, read by windows (LRS-VQA's Dynamic Image Pyramid).
+"""Questions about images of any size, read by windows (LRS-VQA's Dynamic Image Pyramid).
 
 Example:
     >>> from foveate import large, tiny
@@ -11,21 +11,21 @@ Example:
 """
 
 from foveate.large.focus import Distillation, RegionFocus
-from foveate.large.picture import Held, Picture, Stored, open_picture
+from foveate.large.image import Held, LargeImage, Stored, open_image
 from foveate.large.pyramid import Level, Local, levels
 from foveate.large.reader import Reader, Reading, Round
 
 __all__ = [
     "Distillation",
     "Held",
+    "LargeImage",
     "Level",
     "Local",
-    "Picture",
     "Reader",
     "Reading",
     "RegionFocus",
     "Round",
     "Stored",
     "levels",
-    "open_picture",
+    "open_image",
 ]

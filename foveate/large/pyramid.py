@@ -1,6 +1,6 @@
-"""The Dynamic Image Pyramid: a picture at increasing resolution, cut into square tiles.
+"""The Dynamic Image Pyramid: an image at increasing resolution, cut into square tiles.
 
-Nothing here touches pixels; a level only says how large the picture is there and where its tiles
+Nothing here touches pixels; a level only says how large the image is there and where its tiles
 and their tokens lie. Shapes: `N` tokens of a level, `K` of them chosen, `D` hidden, `S` tokens
 along the side of a tile.
 """
@@ -22,10 +22,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of a picture. The picture lies top left on a canvas of whole tiles.
+    """One resolution of an image. The image lies top left on a canvas of whole tiles.
 
     Args:
-        size: (height, width) of the picture at this level, in pixels.
+        size: (height, width) of the image at this level, in pixels.
         tile: side of a tile in pixels.
     """
 
@@ -44,7 +44,7 @@ class Level:
         return torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
 
     def cells(self, side: int) -> Size:
-        """Rows and columns of tokens that show some of the picture, `side` tokens along a tile."""
+        """Rows and columns of tokens that show some of the image, `side` tokens along a tile."""
         height, width = self.size
         return -(-height * side // self.tile), -(-width * side // self.tile)
 
@@ -52,28 +52,28 @@ class Level:
 def levels(
     size: Size, tile: int, shortest: int | None = None, measured: Literal["long", "short"] = "long"
 ) -> list[Level]:
-    """The levels of a picture, coarse to fine: the thumbnail, which is one tile, then level 1 to P.
+    """The levels of an image, coarse to fine: the thumbnail, which is one tile, then level 1 to P.
 
-    Resolution doubles from level to level up to that of the picture; level 1 is the one at which
+    Resolution doubles from level to level up to that of the image; level 1 is the one at which
     the measured side has `shortest` pixels. Every level is enlarged until it fills its tiles along
     one side.
 
     Args:
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         tile: side of a tile in pixels.
         shortest: pixels of the measured side at level 1; three tiles when left out.
         measured: the side that `shortest` speaks of: the longer, as the released code has it, or
             the shorter, as the paper has it.
 
     Returns:
-        One level alone where the picture fits into a tile, since nothing is finer there.
+        One level alone where the image fits into a tile, since nothing is finer there.
 
     Raises:
         InputError: a side is not positive.
     """
     height, width = size
     if min(height, width, tile) < 1:
-        raise InputError(f"a pyramid needs a picture and tiles of at least 1 pixel, got {size}")
+        raise InputError(f"a pyramid needs an image and tiles of at least 1 pixel, got {size}")
     thumbnail = min(tile / height, tile / width)
     side = max(size) if measured == "long" else min(size)
     least = min(1.0, (3 * tile if shortest is None else shortest) / side)
@@ -102,11 +102,11 @@ def pool(tokens: Tensor) -> Tensor:
 def unpadded_as_released(original: Size, cells: Size) -> Size:
     """Rows and columns of a token grid that the released code leaves after unpadding.
 
-    It compares the picture's aspect ratio with that of the grid and cuts down to whole tokens in
+    It compares the image's aspect ratio with that of the grid and cuts down to whole tokens in
     floating point, so that it can lose a token that is fully covered (53.99 of 54 become 53).
 
     Args:
-        original: (height, width) of the picture.
+        original: (height, width) of the image.
         cells: rows and columns of tokens of the whole canvas.
     """
     (height, width), (rows, columns) = original, cells
@@ -150,7 +150,7 @@ class Local:
         return self.cell[:, 0] * self.wide[1] + self.cell[:, 1]
 
     def boxes(self) -> Tensor:
-        """(N, 4) left, top, right and bottom edge as shares of the picture; NaN for newlines."""
+        """(N, 4) left, top, right and bottom edge as shares of the image; NaN for newlines."""
         scale = self.level.tile / self.side
         row, column = self.cell.unbind(1)
         height, width = self.level.size
@@ -179,7 +179,7 @@ def lay_out(
         tiles: (n, 2) row and column of each tile.
         values: (n, S, S, D) their tokens.
         newline: (D,) what ends a row of tokens; `None` for models without such.
-        grid: rows and columns that show the picture; `Level.cells` when left out.
+        grid: rows and columns that show the image; `Level.cells` when left out.
         every_row: end rows of which no tile is there with a newline too.
     """
     side = values.shape[1]

@@ -1,4 +1,4 @@
-"""Reading a picture of any size: from coarse to fine, and only where the question points.
+"""Reading an image of any size: from coarse to fine, and only where the question points.
 
 The thumbnail and the tiles of level 1 are encoded; a Region Focus Module ranks the tiles' tokens by
 the prompt; the best call for tiles of the next level, and so on, until the last level or until too
@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, find_family
 from foveate.large.focus import RegionFocus
-from foveate.large.picture import Picture, open_picture, read_tile
+from foveate.large.image import LargeImage, open_image, read_tile
 from foveate.large.pyramid import (
     Level,
     Local,
@@ -56,19 +56,19 @@ class Round:
 
     @property
     def boxes(self) -> Tensor:
-        """(K, 4) what the survivors show, as shares of the picture; NaN for newlines."""
+        """(K, 4) what the survivors show, as shares of the image; NaN for newlines."""
         return self.tokens.take(self.kept).boxes()
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A picture as the language model gets it.
+    """An image as the language model gets it.
 
     Args:
         inputs: for `model.generate(**inputs)` or `model(**inputs)`: the prompt with a placeholder
             for each visual token, and their features.
-        rounds: what was done, level by level; empty for a picture that is no larger than a tile.
-        levels: the picture's pyramid, coarse to fine, the thumbnail first.
+        rounds: what was done, level by level; empty for an image that is no larger than a tile.
+        levels: the image's pyramid, coarse to fine, the thumbnail first.
     """
 
     inputs: dict[str, Any]
@@ -82,7 +82,7 @@ class Reading:
 
 
 class Reader:
-    """Reads pictures of any size for a model.
+    """Reads images of any size for a model.
 
     Args:
         model: a LLaVA, LLaVA-NeXT or LLaVA-OneVision around a Llama, Mistral or Qwen2.
@@ -109,8 +109,8 @@ class Reader:
         pixtral = getattr(self.family.config.vision_config, "model_type", "") == "pixtral"
         if self.family.model_type not in FAMILIES or not isinstance(side, int) or pixtral:
             raise UnsupportedModelError(
-                f"large pictures are read in square tiles by {', '.join(FAMILIES)}; this is "
-                f"{self.family.model_type!r}. Scale the picture down for it, and use a session"
+                f"large images are read in square tiles by {', '.join(FAMILIES)}; this is "
+                f"{self.family.model_type!r}. Scale the image down for it, and use a session"
             )
         self.model, self.processor, self.batch, self.tile = model, processor, batch, side
         self.method = method or LRSVQA()
@@ -120,20 +120,20 @@ class Reader:
         self._newline = getattr(self.family.base, "image_newline", None)
 
     @torch.no_grad()
-    def read(self, picture: str | Path | Image.Image | Picture, prompt: str) -> Reading:
-        """Look at a picture for a prompt.
+    def read(self, image: str | Path | Image.Image | LargeImage, prompt: str) -> Reading:
+        """Look at an image for a prompt.
 
         Args:
-            picture: a file, an image, or anything that gives windows of itself.
+            image: a file, an image, or anything that gives windows of itself.
             prompt: text with one image placeholder, such as "<image> what number is red ?".
 
         Returns:
             Inputs for the model, and what was looked at.
 
         Raises:
-            InputError: the picture cannot be read, or the prompt has not one placeholder.
+            InputError: the image cannot be read, or the prompt has not one placeholder.
         """
-        source, method = open_picture(picture), self.method
+        source, method = open_image(image), self.method
         pyramid = levels(source.size, self.tile, method.shortest, method.measured)
         before, after = self.text(prompt)
         embed = self.model.get_input_embeddings()
@@ -170,11 +170,11 @@ class Reader:
         places = torch.where(ids == self.family.placeholder_ids["image"])[0].tolist()
         if len(places) != 1:
             raise InputError(
-                f"a prompt about a large picture has one image placeholder, this has {len(places)}"
+                f"a prompt about a large image has one image placeholder, this has {len(places)}"
             )
         return ids[: places[0]], ids[places[0] + 1 :]
 
-    def encode(self, source: Picture, level: Level, tiles: list[list[int]]) -> Tensor:
+    def encode(self, source: LargeImage, level: Level, tiles: list[list[int]]) -> Tensor:
         """(n, S, S, D) features of tiles, `batch` of them at a time."""
         features = []
         for start in range(0, len(tiles), self.batch):
@@ -183,8 +183,8 @@ class Reader:
             features.append(tile_features(self.family, pixels.to(self.model.device)))
         return torch.cat(features)
 
-    def _pixels(self, source: Picture, level: Level, row: int, column: int) -> Tensor:
-        """(3, tile, tile) normalised pixels; 0, the mean colour, outside the picture."""
+    def _pixels(self, source: LargeImage, level: Level, row: int, column: int) -> Tensor:
+        """(3, tile, tile) normalised pixels; 0, the mean colour, outside the image."""
         shown = read_tile(source, level, row, column, smooth=not self.method.as_released)
         images = self.processor.image_processor
         mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
@@ -192,7 +192,7 @@ class Reader:
         pixels[: shown.shape[0], : shown.shape[1]] = (torch.from_numpy(shown) / 255 - mean) / std
         return pixels.permute(2, 0, 1).to(self.model.dtype)
 
-    def look(self, source: Picture, level: Level, tiles: Tensor) -> Local:
+    def look(self, source: LargeImage, level: Level, tiles: Tensor) -> Local:
         """Tokens of a level's tiles, pooled, in raster order."""
         values = pool(self.encode(source, level, tiles.tolist()))
         grid = None

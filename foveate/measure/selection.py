@@ -4,7 +4,7 @@ Only matrix products count, as everywhere: norms, softmaxes, sums and sorting do
 does a method's own arithmetic on its signals. A signal that several steps share is taken once.
 
 Symbols: `T` tokens of a row, `Q` text tokens after the image, `V` visual tokens; `N` rows of a
-picture in the encoder, and its width `D`.
+image in the encoder, and its width `D`.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ def _shortens(record: Record, entry: str) -> bool:
 
 
 def _rows(record: Record, traced: Traced, layer: int) -> int:
-    """Rows of a picture that a layer's attention sees."""
+    """Rows of an image that a layer's attention sees."""
     return record.encoder_tokens[layer][0] if record.encoder_tokens else traced.rows[1]
 
 
 def _pairs(record: Record, traced: Traced, layer: int) -> int:
-    """Pairs of rows of a picture, or of all that lie in one sequence, that may see each other."""
+    """Pairs of rows of an image, or of all that lie in one sequence, that may see each other."""
     bounds = record.encoder_bounds[layer] if record.encoder_bounds else None
     if bounds is not None:
         return int((bounds.diff().long() ** 2).sum())

@@ -42,9 +42,9 @@ class Traced:
         projector: all after the last layer, and what reads layers: mergers, projector, heads. Of
             a tower that methods cannot look into, what is after the tower.
         shapes: visual tokens of each image; empty for an encoder alone.
-        rows: pictures, and rows of each, that the first layer is given; one picture where all lie
+        rows: images, and rows of each, that the first layer is given; one image where all lie
             in one sequence.
-        pairs: of each layer, pairs of rows of a picture that may see each other: all of it, or of
+        pairs: of each layer, pairs of rows of an image that may see each other: all of it, or of
             its segments.
         weights: of a layer's matrices, those of the attention and all others.
         width: of the encoder's rows.
@@ -69,16 +69,16 @@ class Traced:
 
         Args:
             number: the layer.
-            rows: rows that its attention and its MLP see, of each picture.
+            rows: rows that its attention and its MLP see, of each image.
             bounds: boundaries of the segments within which rows attend; `None` for all in all.
         """
-        pictures, full = self.rows
+        images, full = self.rows
         if rows == (full, full):
             return self.layers[number]
         attention, mlp = rows
         pairs = attention**2 if bounds is None else int((bounds.diff().long() ** 2).sum())
         linear = 2 * (self.weights[0] * attention + self.weights[1] * mlp)
-        return pictures * (linear + 4 * self.width * pairs)
+        return images * (linear + 4 * self.width * pairs)
 
 
 def trace(family: Family, modality: str, arguments: Mapping[str, Any]) -> Traced:
@@ -183,7 +183,7 @@ class _Run:
         self._entered: int | None = None  # what was counted when the tower was entered
         self.rows = 0, 0
         self.pairs: dict[int, int] = {}
-        self._pictures: list[int] = []  # rows of each picture, where all lie in one sequence
+        self._image_rows: list[int] = []  # rows of each image, where all lie in one sequence
         self._seen: dict[Any, tuple[Any, int]] = {}
 
     @property
@@ -240,8 +240,8 @@ class _Run:
             self._entered = None
 
     def _look(self, packed: Any, side: int, module: nn.Module, args: Any, kwargs: Any) -> None:
-        pictures = packed(bound(module.forward, args, kwargs), side)
-        self._pictures = [picture.rows.numel() for picture in pictures]
+        images = packed(bound(module.forward, args, kwargs), side)
+        self._image_rows = [image.rows.numel() for image in images]
 
     def _layer(
         self, number: int, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
@@ -252,7 +252,7 @@ class _Run:
         if number == 0:
             self.rows = args[0].shape[:-1].numel() // args[0].shape[-2], args[0].shape[-2]
         bounds = boundaries(kwargs)
-        lengths = self._pictures or [args[0].shape[-2]]
+        lengths = self._image_rows or [args[0].shape[-2]]
         if bounds is not None:
             lengths = bounds.diff().tolist()
         self.pairs[number] = sum(length**2 for length in lengths)
@@ -294,7 +294,7 @@ def _towers(family: Family, modality: str) -> list[Any]:
 class Shapes(TorchDispatchMode):
     """Run code on shapes: floating-point tensors stay on the meta device, integers are real.
 
-    What is compared with floats that have no data is taken to be different, so that no picture
+    What is compared with floats that have no data is taken to be different, so that no image
     counts as padding.
     """
 

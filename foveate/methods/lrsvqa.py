@@ -1,4 +1,4 @@
-"""LRS-VQA: read a very large picture from coarse to fine, where the question points.
+"""LRS-VQA: read a very large image from coarse to fine, where the question points.
 
 Paper: Luo et al., "When Large Vision-Language Model Meets Large Remote Sensing Imagery:
 Coarse-to-Fine Text-Guided Token Pruning", arXiv:2503.07588. Reference code: VisionXLab/LRS-VQA @
@@ -7,7 +7,7 @@ Differs from the reference: levels are read until the next would need more than 
 the paper has it (theirs: always two); newlines are not ranked, do not call for tiles and stay only
 in rows that keep a token (theirs: all stay, and call for the last tile of every row); a token calls
 for the tile that its centre lies in (theirs: equal shares of the grid, padding included); coarse
-levels are averages of the picture (theirs: four of its pixels for each of theirs); partly covered
+levels are averages of the image (theirs: four of its pixels for each of theirs); partly covered
 tokens stay (theirs: cut off, with rounding errors). `as_released=True` brings all of that back.
 """
 
@@ -51,7 +51,7 @@ RELEASED_ROUNDS = 2
 class LRSVQA(Scorer):
     """Keep the tokens that the last prompt token attends to, and look closer only there.
 
-    `foveate.large.Reader` runs the whole method on pictures of any size: which tiles of a finer
+    `foveate.large.Reader` runs the whole method on images of any size: which tiles of a finer
     level are encoded at all is decided by a small module on the tokens of the coarser level. In a
     session the tiles are given already, and there is no module; tokens are then ranked by what the
     module is taught, the attention in a middle layer of the language model, before that layer.
@@ -61,12 +61,12 @@ class LRSVQA(Scorer):
         tiles: most tiles that a finer level may need; where it needs more, reading stops.
         rounds: most levels after the thumbnail; `None` for all there are.
         threshold: instead of `keep`, keep what scores above this once the level's 5 % and 95 %
-            quantiles are 0 and 1; large pictures only.
-        shortest: pixels of the picture's measured side at level 1; `None` takes three tiles.
+            quantiles are 0 and 1; large images only.
+        shortest: pixels of the image's measured side at level 1; `None` takes three tiles.
         measured: which side that is: `long` as the released code, `short` as the paper.
         layer: in a session, the decoder layer before which tokens go; `None` takes the 14th of 32,
             scaled to the model.
-        as_released: what the released code does where this is a defect; large pictures only.
+        as_released: what the released code does where this is a defect; large images only.
         positions: `None` gives survivors consecutive positions, as published.
 
     Cost: of a level, the module's few decoder layers on its tokens; in a session one key
@@ -100,11 +100,11 @@ class LRSVQA(Scorer):
         """One drop before the layer whose attention ranks.
 
         Raises:
-            FoveateError: a setting that only large pictures have.
+            FoveateError: a setting that only large images have.
         """
         if self.threshold is not None or self.as_released:
             raise FoveateError(
-                "threshold and as_released of lrs-vqa are for large pictures; read them with "
+                "threshold and as_released of lrs-vqa are for large images; read them with "
                 "foveate.large.Reader, or leave these fields out in a session"
             )
         layer = self.layer
@@ -129,7 +129,7 @@ class LRSVQA(Scorer):
             released rule newlines are ranked like others, and all stay unless a threshold is given.
 
         Raises:
-            BudgetError: `keep` is given for each request, but there is one picture.
+            BudgetError: `keep` is given for each request, but there is one image.
         """
         ranked = torch.arange(len(scores), device=scores.device)
         if not self.as_released:
@@ -149,7 +149,7 @@ class LRSVQA(Scorer):
             above = rated > self.threshold
             return torch.where(above)[0] if bool(above.any()) else highest(rated)[None]
         if isinstance(self.keep, PerRequest | tuple):
-            raise BudgetError(f"a large picture takes one keep, got {quoted(self.keep)}")
+            raise BudgetError(f"a large image takes one keep, got {quoted(self.keep)}")
         rounding = type(self).rounding
         count = budget_count(self.keep, len(scores), step=0, row=0, rounding=rounding)
         return top(scores, count)

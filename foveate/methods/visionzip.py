@@ -95,7 +95,7 @@ class VisionZip(Method):
         if not contextual:
             return Reduction(dominant)
         taken = torch.zeros_like(scores, dtype=torch.bool).scatter(1, dominant, True)
-        # Newlines between tiles are no patches of the picture: they are merged into nothing.
+        # Newlines between tiles are no patches of the image: they are merged into nothing.
         rest = ~taken & ~scores.isneginf()
         targets = _targets(taken, rest, contextual)
         keys = F.normalize(tokens.signal("encoder_keys")[:, 0].float().mean(1), dim=-1)

@@ -159,14 +159,14 @@ def site_name(entry: str) -> str:
     return names.get(stage, entry) + (f", step {number}" if number else "")
 
 
-def by_picture(images: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
-    """Images in order of appearance, tiles of one image together."""
-    pictures: list[list[ImageRecord]] = []
-    for image in images:
-        if image.tile[0] == 0:
-            pictures.append([])
-        pictures[-1].append(image)
-    return pictures
+def by_image(records: Sequence[ImageRecord]) -> list[list[ImageRecord]]:
+    """Records in order of appearance, tiles of one image together."""
+    images: list[list[ImageRecord]] = []
+    for record in records:
+        if record.tile[0] == 0:
+            images.append([])
+        images[-1].append(record)
+    return images
 
 
 def alone(image: ImageRecord) -> ImageRecord:
@@ -185,7 +185,7 @@ def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
         return first
     if not all(tile.whole for tile in tiles):
         raise InputError(
-            f"a picture was cut into {len(tiles)} tiles, and neither the prompt nor the pixels say "
+            f"an image was cut into {len(tiles)} tiles, and neither the prompt nor the pixels say "
             "how they are arranged; pass the tiles, each as an image"
         )
     starts = [0, *accumulate(tile.total for tile in tiles)]

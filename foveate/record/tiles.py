@@ -52,13 +52,13 @@ def join(
         together: whether a tile that ends before one column, and the next, which begins at another,
             are of one image.
     """
-    pictures: list[list[tuple[int, int]]] = []
+    images: list[list[tuple[int, int]]] = []
     for number, span in enumerate(spans):
         if number and together(spans[number - 1][1], span[0]):
-            pictures[-1].append(span)
+            images[-1].append(span)
         else:
-            pictures.append([span])
-    return pictures
+            images.append([span])
+    return images
 
 
 def match_grid(tiles: Tensor, thumbnail: Tensor) -> tuple[int, int] | None:
@@ -74,15 +74,15 @@ def match_grid(tiles: Tensor, thumbnail: Tensor) -> tuple[int, int] | None:
     errors: dict[tuple[int, int], float] = {}
     for rows in (n for n in range(1, count + 1) if count % n == 0):
         columns = count // rows
-        picture = tiles.view(rows, columns, -1, height, width).permute(2, 0, 3, 1, 4)
-        small = F.adaptive_avg_pool2d(picture.reshape(-1, rows * height, columns * width), PROBE)
+        image = tiles.view(rows, columns, -1, height, width).permute(2, 0, 3, 1, 4)
+        small = F.adaptive_avg_pool2d(image.reshape(-1, rows * height, columns * width), PROBE)
         errors[rows, columns] = float((small - seen).square().mean())
     best, *others = sorted(errors, key=lambda grid: errors[grid])
     clear = not others or errors[best] < 0.5 * errors[others[0]]
     return best if clear else None
 
 
-def in_picture(boxes: Tensor, tile: int, grid: tuple[int, int]) -> Tensor:
+def in_image(boxes: Tensor, tile: int, grid: tuple[int, int]) -> Tensor:
     """Boxes of a tile as shares of its image.
 
     Args:

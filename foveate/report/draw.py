@@ -20,11 +20,11 @@ from torch import Tensor
 from foveate.errors import InputError
 from foveate.io.images import to_rgb
 from foveate.record.boxes import passes, plain_grid
-from foveate.record.record import ImageRecord, Record, alone, by_picture, joined, site_name
+from foveate.record.record import ImageRecord, Record, alone, by_image, joined, site_name
 
 Geometry = Literal["resize", "crop", "pad"]
 Box = tuple[float, float, float, float]
-Picture = Image.Image | Sequence[Image.Image]
+ImageOrVideo = Image.Image | Sequence[Image.Image]
 
 PANEL = 320  # least height of a panel in pixels
 GAP = 14
@@ -33,13 +33,13 @@ PAPER = (255, 255, 255)
 INK = (33, 37, 41)
 FAINT = (108, 117, 125)
 EDGE = (240, 101, 0)
-FILL = (123, 117, 104)  # what `pad` pads with: the mean colour of CLIP's training pictures
+FILL = (123, 117, 104)  # what `pad` pads with: the mean colour of CLIP's training images
 PROBE = 24  # edge in pixels at which geometries are compared
 
 
 def show(
     record: Record | None,
-    images: Image.Image | Sequence[Picture],
+    images: Image.Image | Sequence[ImageOrVideo],
     geometry: str = "auto",
 ) -> list[Image.Image]:
     """Draw what one forward kept of each image.
@@ -59,19 +59,19 @@ def show(
         InputError: no forward has run, there are more or fewer images than the prompts had, or
             the geometry is unknown and cannot be found out.
     """
-    pictures: list[Picture] = [images] if isinstance(images, Image.Image) else list(images)
+    given: list[ImageOrVideo] = [images] if isinstance(images, Image.Image) else list(images)
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
     shown = _distinct(record)
     strips, number = [], 0
-    for picture, group in zip(pictures, _matched(shown, len(pictures)), strict=True):
+    for image, group in zip(given, _matched(shown, len(given)), strict=True):
 
         def choose(frame: Image.Image, grid: tuple[int, int], number: int = number) -> str:
             if geometry != "auto":
                 return geometry
             return _choose(record.pixels, frame, number, len(shown), grid)
 
-        strips.append(_draw_image(picture, joined(group), choose))
+        strips.append(_draw_image(image, joined(group), choose))
         number += len(group)
     return strips
 
@@ -82,7 +82,7 @@ def _matched(shown: list[ImageRecord], given: int) -> list[list[ImageRecord]]:
     Raises:
         InputError: the last forward had another number of images.
     """
-    groups = by_picture(shown)
+    groups = by_image(shown)
     if given == len(groups):
         return groups
     if given == len(shown):
@@ -90,16 +90,16 @@ def _matched(shown: list[ImageRecord], given: int) -> list[list[ImageRecord]]:
     cut = f", cut into {len(shown)} tiles" if len(groups) < len(shown) else ""
     raise InputError(
         f"the last forward had {len(groups)} images{cut}, but show got {given}; "
-        "pass every picture of the batch, in order of appearance; a video is one list of "
-        "frames; of a picture that was cut, all tiles can be passed instead"
+        "pass every image of the batch, in order of appearance; a video is one list of "
+        "frames; of an image that was cut, all tiles can be passed instead"
     )
 
 
 def _draw_image(
-    picture: Picture, seen: ImageRecord, choose: Callable[[Image.Image, tuple[int, int]], str]
+    image: ImageOrVideo, seen: ImageRecord, choose: Callable[[Image.Image, tuple[int, int]], str]
 ) -> Image.Image:
     """The strip of an image, or those of a video's frames below each other."""
-    frames = [picture] if isinstance(picture, Image.Image) else list(picture)
+    frames = [image] if isinstance(image, Image.Image) else list(image)
     if not frames:
         raise InputError("a video without frames cannot be drawn")
     strips = []
@@ -134,13 +134,13 @@ def draw_kept(
     """A strip of panels: kept tokens in colour with an outline, dropped ones in pale grey.
 
     Args:
-        image: the picture as the user has it.
+        image: the image as the user has it.
         grid: (height, width) of its token grid.
         kept_by_site: for each site, the raster positions that survive it.
-        geometry: how the picture was mapped onto the grid.
+        geometry: how the image was mapped onto the grid.
 
     Returns:
-        An RGB image. Parts of the picture that the model never saw are dark.
+        An RGB image. Parts of the image that the model never saw are dark.
 
     Raises:
         InputError: the geometry is none of the three.
@@ -148,7 +148,7 @@ def draw_kept(
     canvas, box = place_grid(image, geometry, grid[1] / grid[0])
     height = max(PANEL, 10 * grid[0])
     width = round(canvas.width * height / canvas.height)
-    width = min(max(width, 10 * grid[1]), 4 * height)  # very thin pictures are stretched
+    width = min(max(width, 10 * grid[1]), 4 * height)  # very thin images are stretched
     left, right = (x * width / canvas.width for x in box[::2])
     top, bottom = (y * height / canvas.height for y in box[1::2])
     columns = [round(left + (right - left) * n / grid[1]) for n in range(grid[1] + 1)]
@@ -156,7 +156,7 @@ def draw_kept(
     canvas = canvas.resize((width, height), Image.Resampling.BICUBIC)
     total = grid[0] * grid[1]
     panels = [_panel(canvas, columns, rows, None)]
-    captions = [("the picture", f"{total} tokens")]
+    captions = [("the image", f"{total} tokens")]
     for site, kept in kept_by_site.items():
         panels.append(_panel(canvas, columns, rows, set(kept)))
         captions.append((site_name(site), f"{len(kept)} of {total} tokens"))
@@ -168,11 +168,11 @@ def draw_boxes(
 ) -> Image.Image:
     """A strip of panels for tokens that form no single grid: kept boxes in colour with an outline.
 
-    Boxes of a first, coarse pass over the picture are half as colourful as those of the finest.
+    Boxes of a first, coarse pass over the image are half as colourful as those of the finest.
 
     Args:
-        image: the picture as the user has it.
-        boxes: (V, 4) left, top, right and bottom edge of each token as shares of the picture; NaN
+        image: the image as the user has it.
+        boxes: (V, 4) left, top, right and bottom edge of each token as shares of the image; NaN
             where a token has no place.
         kept_by_site: for each site, the tokens that survive it.
 
@@ -182,7 +182,7 @@ def draw_boxes(
     layers = passes(boxes)
     if not len(layers[-1]):
         raise InputError(
-            "it is not known where visual tokens lie in the picture; pass the processor's "
+            "it is not known where visual tokens lie in the image; pass the processor's "
             "image_sizes with the features"
         )
     finest = boxes[layers[-1]]
@@ -191,7 +191,7 @@ def draw_boxes(
     canvas = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     edges = boxes.nan_to_num() * torch.tensor([width, height, width, height])
     corners = edges.round().int().tolist()
-    panels, captions = [canvas], [("the picture", f"{len(boxes)} tokens")]
+    panels, captions = [canvas], [("the image", f"{len(boxes)} tokens")]
     for site, kept in kept_by_site.items():
         surviving = set(kept)
         panels.append(_box_panel(canvas, corners, [layer.tolist() for layer in layers], surviving))
@@ -200,10 +200,10 @@ def draw_boxes(
 
 
 def place_grid(image: Image.Image, geometry: str, aspect: float = 1.0) -> tuple[Image.Image, Box]:
-    """The canvas that a geometry makes of a picture, and the box on it that the grid covers.
+    """The canvas that a geometry makes of an image, and the box on it that the grid covers.
 
     Args:
-        image: the picture.
+        image: the image.
         geometry: how the processor maps it.
         aspect: width of the grid over its height.
 
@@ -229,13 +229,13 @@ def place_grid(image: Image.Image, geometry: str, aspect: float = 1.0) -> tuple[
 
 
 def match_geometry(image: Image.Image, pixels: Tensor) -> Geometry:
-    """Find out how the processor mapped a picture.
+    """Find out how the processor mapped an image.
 
     Each geometry is rendered small and grey, and the one that correlates best with what the encoder
-    saw is taken. Of a square picture all three are the same: `resize`.
+    saw is taken. Of a square image all three are the same: `resize`.
 
     Args:
-        image: the picture as the user has it.
+        image: the image as the user has it.
         pixels: (C, H, W) what the vision encoder was fed, normalised in any way.
     """
     if image.width == image.height:
@@ -286,23 +286,23 @@ def _distinct(record: Record) -> list[ImageRecord]:
 
 def _choose(
     pixels: Tensor | None,
-    picture: Image.Image,
+    image: Image.Image,
     number: int,
     count: int,
     grid: tuple[int, int],
 ) -> Geometry:
-    """The geometry of one of `count` pictures, given what the encoder saw of all, and the grid."""
+    """The geometry of one of `count` images, given what the encoder saw of all, and the grid."""
     if pixels is not None and len(pixels) == count:
         seen = pixels[number]
-        return match_geometry(picture, seen if seen.dim() == 3 else seen[0])  # the thumbnail
+        return match_geometry(image, seen if seen.dim() == 3 else seen[0])  # the thumbnail
     height, width = grid
-    if picture.width == picture.height or (
-        # A grid of the picture's own shape, but for the rounding to whole cells.
-        height != width and abs(picture.width / picture.height * height - width) <= 1
+    if image.width == image.height or (
+        # A grid of the image's own shape, but for the rounding to whole cells.
+        height != width and abs(image.width / image.height * height - width) <= 1
     ):
         return "resize"
     raise InputError(
-        "cannot tell how the processor mapped the picture, because it is not known what the vision "
+        "cannot tell how the processor mapped the image, because it is not known what the vision "
         "encoder saw of it; pass geometry='resize', 'crop' or 'pad'"
     )
 

@@ -125,7 +125,7 @@ class Report(dict[str, Any]):
         edge in [0, 1], or `None` if it shows no pixels; and in a video `frame`. Boxes are shares of
         what the processor showed the model: of the image, after it was cropped or padded; of the
         frame in a video. Where an image was cut into tiles, each has its own entry: `tile` says
-        which of how many it is, and `boxes_in` whether boxes are of the whole `picture`, or of the
+        which of how many it is, and `boxes_in` whether boxes are of the whole `image`, or of the
         `tile` because it is not known how tiles are arranged.
 
         In the report itself an image holds the indices in `kept`, and in `boxes` and `frame` those
@@ -238,7 +238,7 @@ def _image(image: ImageRecord) -> dict[str, Any]:
         "boxes": boxes,
         "frame": image.frame.tolist() if image.frames > 1 else None,
         "tile": list(image.tile),
-        "boxes_in": "picture" if image.whole else "tile",
+        "boxes_in": "image" if image.whole else "tile",
     }
 
 

@@ -1,6 +1,6 @@
 """Sums over attention maps of an encoder layer, whose rows are never held together.
 
-Shapes: `B` pictures, `S` special tokens before the `V` patches, `N = S + V`, `H` heads.
+Shapes: `B` images, `S` special tokens before the `V` patches, `N = S + V`, `H` heads.
 """
 
 from __future__ import annotations

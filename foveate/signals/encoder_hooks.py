@@ -1,6 +1,6 @@
 """Hooks that collect the signals of a vision encoder while it runs.
 
-Shapes: `B` pictures, `S` special tokens before the `V` patches, `N = S + V`, `H` heads.
+Shapes: `B` images, `S` special tokens before the `V` patches, `N = S + V`, `H` heads.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class EncoderSignals:
 
     @contextmanager
     def collect(self) -> Iterator[dict[tuple[str, int], Tensor]]:
-        """While open, fill a dict of (signal, layer) -> (pictures, C, V), in this thread only."""
+        """While open, fill a dict of (signal, layer) -> (images, C, V), in this thread only."""
         rows: dict[tuple[str, int], Tensor] = {}
         self._running.rows, self._running.pending = rows, {}
         try:

@@ -1,7 +1,7 @@
-"""Signals of vision encoders whose pictures lie in one sequence: rotary positions, windows, cells.
+"""Signals of vision encoders whose images lie in one sequence: rotary positions, windows, cells.
 
-A token made of a cell of patches gets the mean of its rows. Shapes: `N` rows of all pictures, `H`
-heads, `d` of a head, `V` visual tokens of a picture, `C` channels of a signal.
+A token made of a cell of patches gets the mean of its rows. Shapes: `N` rows of all images, `H`
+heads, `d` of a head, `V` visual tokens of an image, `C` channels of a signal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.families import Encoder
-from foveate.families.rows import Picture
+from foveate.families.rows import EncoderImage
 from foveate.signals import EncoderSignal
 from foveate.signals.attention_maps import attention_sums, queries
 from foveate.signals.encoder_hooks import Attaching, EncoderSignals, Shortened
@@ -26,7 +26,7 @@ ROWS = 2**14  # rows whose attention is summed up together
 
 @dataclass(frozen=True, eq=False)
 class PackedProjections(Projections):
-    """Projections (N, D) of pictures in one sequence; what is made of them is (N, C).
+    """Projections (N, D) of images in one sequence; what is made of them is (N, C).
 
     Args:
         sums: (N) attention that rows receive, from queries, keys and bias.
@@ -51,7 +51,7 @@ class PackedProjections(Projections):
 
 
 class PackedSignals(EncoderSignals):
-    """Collects signals while an encoder of packed pictures runs: (C, V) of each picture.
+    """Collects signals while an encoder of packed images runs: (C, V) of each image.
 
     Args:
         encoder: the encoder.
@@ -79,29 +79,29 @@ class PackedSignals(EncoderSignals):
         assert self.encoder.packed is not None
         names = inspect.signature(type(module).forward.__get__(module)).parameters
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        self._running.pictures = self.encoder.packed(arguments, self.side)
+        self._running.images = self.encoder.packed(arguments, self.side)
 
     def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
-        """Note (N, C) values as (C, V) of each picture."""
+        """Note (N, C) values as (C, V) of each image."""
         shortened = self._pass()
         whole = row if shortened is None else _flat(shortened.whole(row))
         found = []
-        for picture in self._running.pictures:
-            values = whole[picture.rows.to(whole.device)].mean(1).T
+        for image in self._running.images:
+            values = whole[image.rows.to(whole.device)].mean(1).T
             if signal.summed:
-                values = values / self._queries(picture, whole)
+                values = values / self._queries(image, whole)
             found.append(values)
         self._running.rows[signal.name, number] = found
 
-    def _queries(self, picture: Picture, whole: Tensor) -> Tensor:
-        """(V) rows surviving in the frame of each token of a picture, among (N, C) rows of all."""
+    def _queries(self, image: EncoderImage, whole: Tensor) -> Tensor:
+        """(V) rows surviving in the frame of each token of an image, among (N, C) rows of all."""
         surviving = torch.ones(len(whole), device=whole.device)
         shortened = self._pass()
         if shortened is not None and (order := shortened.order) is not None:
             surviving = torch.zeros_like(surviving).index_fill(0, order, 1.0)
-        frames = surviving[picture.rows.to(whole.device)].view(picture.frames, -1)
+        frames = surviving[image.rows.to(whole.device)].view(image.frames, -1)
         counts = frames.sum(1).clamp(min=1)
-        return counts.repeat_interleave(len(picture.rows) // picture.frames)
+        return counts.repeat_interleave(len(image.rows) // image.frames)
 
     def _states(self, output: Any) -> Tensor:
         states = output if isinstance(output, Tensor) else output[0]
@@ -131,8 +131,8 @@ class PackedSignals(EncoderSignals):
         """(S + 1) where segments that see each other begin and end."""
         if "cu_seqlens" in told:
             return told["cu_seqlens"].long()
-        pictures: Sequence[Picture] = self._running.pictures
-        lengths = torch.tensor([0, *(picture.rows.numel() for picture in pictures)])
+        images: Sequence[EncoderImage] = self._running.images
+        lengths = torch.tensor([0, *(image.rows.numel() for image in images)])
         bounds, shortened = lengths.cumsum(0).to(key.device), self._pass()
         order = None if shortened is None else shortened.order
         return bounds if order is None else torch.searchsorted(order, bounds)

@@ -1,6 +1,6 @@
 """What an encoder layer projects its rows to, which signals are computed from.
 
-Shapes: `B` pictures, `S` special tokens before the `V` patches, `N = S + V`.
+Shapes: `B` images, `S` special tokens before the `V` patches, `N = S + V`.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class EncoderSizes:
     """What a signal of an encoder layer costs by.
 
     Args:
-        rows: rows of a picture, N.
+        rows: rows of an image, N.
         pairs: pairs of rows that may see each other.
         width: hidden width, C.
     """

@@ -26,11 +26,11 @@ MIX = (50, 15, 35, 0)
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture together with everything that is true about it.
+    """A drawn image together with everything that is true about it.
 
     Args:
         seed: the seed it was drawn from.
-        image: the RGB picture.
+        image: the RGB image.
         objects: what is on it, in drawing order; objects never overlap.
         questions: questions with unambiguous answers.
         owner: (height, width) int8 array; which object a pixel shows, or -1 for background.
@@ -65,7 +65,7 @@ def draw_scene(
         mix: how often objects are shapes, digits, two-digit numbers and words.
 
     Returns:
-        The picture, its objects and its questions.
+        The image, its objects and its questions.
 
     Raises:
         ValueError: if `objects` is not an increasing pair of positive numbers.

@@ -1,6 +1,6 @@
-"""Several pictures in one conversation: albums, short videos, and examples that set a rule.
+"""Several images in one conversation: albums, short videos, and examples that set a rule.
 
-Each comes with questions whose answers lie in particular pictures, at known boxes. The pictures
+Each comes with questions whose answers lie in particular images, at known boxes. The images
 are drawn like the scenes, from the same objects.
 """
 
@@ -29,20 +29,20 @@ from foveate.tiny.shapes import object_mask
 from foveate.tiny.words import COLOURS, DIGITS, EVENTS, NUMBERS, ORDINALS, SHAPES, WORDS
 
 SEQUENCE_KINDS = ("in-image", "search", "which", "event", "which-event", "ends", "next", "rule")
-"""Groups of questions about several pictures."""
+"""Groups of questions about several images."""
 
 _ABOUT_ONE = ("color", "shape", "number", "word", "where", "exists", "count")
 
 
 @dataclass(frozen=True)
 class SequenceQuestion:
-    """A question about several pictures.
+    """A question about several images.
 
     Args:
         text: what is asked.
         answer: one word.
         kind: one of `SEQUENCE_KINDS`.
-        sights: which picture, and which box of pixels in it, for every piece of evidence.
+        sights: which image, and which box of pixels in it, for every piece of evidence.
     """
 
     text: str
@@ -53,17 +53,17 @@ class SequenceQuestion:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Pictures in order, with questions about them.
+    """Images in order, with questions about them.
 
     Args:
-        pictures: RGB pictures of equal size.
+        images: RGB images of equal size.
         objects: what each of them shows.
         questions: with unambiguous answers.
-        owners: for every picture a (height, width) array: which of its objects a pixel shows, or
+        owners: for every image a (height, width) array: which of its objects a pixel shows, or
             -1 for background.
     """
 
-    pictures: tuple[Image.Image, ...] = field(repr=False)
+    images: tuple[Image.Image, ...] = field(repr=False)
     objects: tuple[tuple[SceneObject, ...], ...] = field(repr=False)
     questions: tuple[SequenceQuestion, ...] = field(repr=False)
     owners: tuple[np.ndarray, ...] = field(repr=False, compare=False)
@@ -111,7 +111,7 @@ _Ask = Callable[[list[Cue], list[list[tuple[int, Box]]]], list[SequenceQuestion]
 
 def draw_album(
     seed: int,
-    pictures: int,
+    images: int,
     *,
     objects: tuple[int, int] = (3, 6),
     size: int = 128,
@@ -123,19 +123,19 @@ def draw_album(
 
     Args:
         seed: any integer.
-        pictures: how many, up to four.
-        objects: fewest and most objects in a picture.
-        size: edge of the square pictures in pixels.
+        images: how many, up to four.
+        objects: fewest and most objects in an image.
+        size: edge of the square images in pixels.
         scale: how many times larger than usual objects are.
         mix: how often objects are shapes, digits, two-digit numbers and words.
-        per_kind: most questions of one kind about one picture.
+        per_kind: most questions of one kind about one image.
     """
     rng = Random(f"album {seed}")
     scenes = [
         draw_scene(
             rng.getrandbits(60), objects=objects, size=size, scale=scale, mix=mix, per_kind=per_kind
         )
-        for _ in range(pictures)
+        for _ in range(images)
     ]
     return Sequence(
         tuple(scene.image for scene in scenes),
@@ -161,7 +161,7 @@ def _in_image(scenes: list[Scene]) -> list[SequenceQuestion]:
 
 
 def _search(scenes: list[Scene]) -> list[SequenceQuestion]:
-    """Colours of objects whose kind occurs once in all pictures."""
+    """Colours of objects whose kind occurs once in all images."""
     kinds = Counter(o.kind for scene in scenes for o in scene.objects)
     return [
         SequenceQuestion(f"what color is the {o.kind} ?", o.colour, "search", ((n, o.box),))
@@ -288,28 +288,28 @@ def _ordering(cues: list[Cue], boxes: list[list[tuple[int, Box]]]) -> list[Seque
 
 def draw_rule(
     seed: int,
-    pictures: int = 2,
+    images: int = 2,
     *,
     objects: tuple[int, int] = (2, 4),
     size: int = 128,
     scale: int = 1,
 ) -> Sequence:
-    """Draw pictures that all show one kind of shape; "it" is that kind, which nobody names.
+    """Draw images that all show one kind of shape; "it" is that kind, which nobody names.
 
-    Every question asks for its colour in one picture, in order: all but the last are examples. In
-    each picture the answer's colour occurs once, so that an answered example tells the kind.
+    Every question asks for its colour in one image, in order: all but the last are examples. In
+    each image the answer's colour occurs once, so that an answered example tells the kind.
 
     Args:
         seed: any integer.
-        pictures: how many, two or more.
-        objects: fewest and most objects in a picture.
-        size: edge of the square pictures in pixels.
+        images: how many, two or more.
+        objects: fewest and most objects in an image.
+        size: edge of the square images in pixels.
         scale: how many times larger than usual objects are.
     """
     rng = Random(f"rule {seed}")
     rule, *others = rng.sample(SHAPES, len(SHAPES))
     films = []
-    for _ in range(pictures):
+    for _ in range(images):
         cues = _still(rng, rule, others, rng.randint(*objects), Room(rng, size, scale))
         films.append(_film(rng.getrandbits(60), cues, 1, size, scale, None))
     questions = []
@@ -317,7 +317,7 @@ def draw_rule(
         it = next(o for o in film.objects[0] if o.kind == rule)
         questions.append(SequenceQuestion("what color is it ?", it.colour, "rule", ((n, it.box),)))
     return Sequence(
-        tuple(film.pictures[0] for film in films),
+        tuple(film.images[0] for film in films),
         tuple(film.objects[0] for film in films),
         tuple(questions),
         tuple(film.owners[0] for film in films),
@@ -325,7 +325,7 @@ def draw_rule(
 
 
 def _still(rng: Random, rule: str, others: list[str], count: int, room: Room) -> list[Cue]:
-    """Objects of one picture in drawing order: the rule's shape among others, no colour twice."""
+    """Objects of one image in drawing order: the rule's shape among others, no colour twice."""
     cast = [rule, *rng.sample(others, count - 1)]
     colours = rng.sample(list(COLOURS), count)
     cues = []
@@ -352,7 +352,7 @@ def _film(
     """Paint the frames on one background; an object keeps its ink in all of them."""
     noise = np.random.default_rng(seed % 2**63)
     background = texture(size, noise)
-    pictures, shown, owners = [], [], []
+    images, shown, owners = [], [], []
     boxes: list[list[tuple[int, Box]]] = [[] for _ in cues]
     for frame in range(frames):
         canvas, owner = background.copy(), np.full((size, size), -1, np.int8)
@@ -366,8 +366,8 @@ def _film(
                 o = paint(canvas, owner, len(there), cue.kind, colour, mask, corner, rng)
                 there.append(o)
                 boxes[index].append((frame, o.box))
-        pictures.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB"))
+        images.append(Image.fromarray(canvas.clip(0, 255).astype(np.uint8), "RGB"))
         shown.append(tuple(there))
         owners.append(owner)
     questions = tuple(ask(cues, boxes)) if ask else ()
-    return Sequence(tuple(pictures), tuple(shown), questions, tuple(owners))
+    return Sequence(tuple(images), tuple(shown), questions, tuple(owners))

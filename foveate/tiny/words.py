@@ -38,7 +38,7 @@ RELATIONS = {
 """Relation phrases and the direction in which they look, as (dx, dy) with y pointing down."""
 
 ORDINALS = ("first", "second", "third", "fourth")
-"""Names of the pictures of a conversation, in order."""
+"""Names of the images of a conversation, in order."""
 
 EVENTS = ("stays", "appears", "disappears", "moves", "changes")
 """What can happen to an object in a video; what changes is its colour."""

@@ -21,7 +21,7 @@ def test_a_box_over_two_cells_is_recalled_by_the_area_that_survives():
     assert area_recall(cells(4, 4), kept(15), [box]) == 0
 
 
-def test_two_passes_over_a_picture_count_once():
+def test_two_passes_over_an_image_count_once():
     boxes = torch.cat((cells(1, 1), cells(2, 2)))
     box = (0.0, 0.0, 0.5, 0.5)
     assert area_recall(boxes, kept(0, total=5), [box]) == pytest.approx(1)

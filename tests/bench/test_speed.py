@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import foveate
 from foveate.bench.speed import ALL, Bench, Rounds, Stopwatch, contenders, measure_cell
 from foveate.bench.sweep import Sweep, losses, run_sweep
-from foveate.bench.workload import fit_pictures, random_config, random_model, random_prompt
+from foveate.bench.workload import fit_images, random_config, random_model, random_prompt
 from foveate.cli import bench_speed as command
 from foveate.cli.commands import app
 from foveate.errors import BudgetError, FoveateError, InputError
@@ -253,7 +253,7 @@ def test_a_cell_on_cuda():
 
 
 @pytest.mark.parametrize(("tokens", "batch"), [(576, 1), (1100, 2)])
-def test_random_llava_sees_pictures_of_576(tokens, batch):
+def test_random_llava_sees_images_of_576(tokens, batch):
     model = random_model("llama-64x4", "cpu", torch.float32)
     inputs = random_prompt(model, tokens, batch, text=10)
     count = {576: 576, 1100: 1152}[tokens]
@@ -321,8 +321,8 @@ def test_unknown_sizes_are_refused(name):
     ],
     ids=["fixed tiles", "any size", "never none"],
 )
-def test_pictures_fit_the_wish(count, tokens, want):
-    assert fit_pictures(count, tokens) == want
+def test_images_fit_the_wish(count, tokens, want):
+    assert fit_images(count, tokens) == want
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 def _key(sample: Sample) -> tuple:
     pictures = []
-    for picture in sample.pictures:
+    for picture in sample.images:
         frames = [picture] if isinstance(picture, Image.Image) else picture
         pictures.append(tuple(frame.tobytes() for frame in frames))
     return tuple(pictures), sample.turns
@@ -74,7 +74,7 @@ def test_guessing_scores_low_and_words_are_known(name: str) -> None:
             assert set(turn.question.split()) <= set(VOCABULARY)
             assert turn.answer in turn.choices
             assert turn.evidence or turn.answer in ("no", "0")
-            assert all(0 <= n < len(sample.pictures) for n in turn.pictures)
+            assert all(0 <= n < len(sample.images) for n in turn.images)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -84,7 +84,7 @@ def test_knobs_reach_their_ends(name: str, knobs: tuple[float, float]) -> None:
         sample = TASKS[name].sample(seed, difficulty=knobs[0], clutter=knobs[1])
         for turn in sample.turns:
             for item in turn.evidence:
-                picture = sample.pictures[item.picture]
+                picture = sample.images[item.image]
                 frame = picture if isinstance(picture, Image.Image) else picture[item.frame]
                 left, top, right, bottom = item.box
                 assert 0 <= left < right <= frame.width
@@ -127,12 +127,12 @@ def test_second_turn_asks_about_what_the_first_does_not_show() -> None:
         first, second = TASKS["multi-turn"].sample(seed).turns
         a, b = first.evidence[0].box, second.evidence[0].box
         assert apart(a, b, 16)
-        assert second.pictures == ()
+        assert second.images == ()
 
 
-def test_a_harder_picture_is_larger_and_clutter_adds_objects(drawn: list[Scene]) -> None:
+def test_a_harder_image_is_larger_and_clutter_adds_objects(drawn: list[Scene]) -> None:
     task = TASKS["attribute"]
-    easy, hard = (task.sample(0, difficulty=d).pictures[0] for d in (0.0, 1.0))
+    easy, hard = (task.sample(0, difficulty=d).images[0] for d in (0.0, 1.0))
     assert (easy.width, hard.width) == (96, 160)
     counts = []
     for clutter in (0.0, 1.0):
@@ -141,20 +141,20 @@ def test_a_harder_picture_is_larger_and_clutter_adds_objects(drawn: list[Scene])
             task.sample(seed, clutter=clutter)
         counts.append(np.mean([len(scene.objects) for scene in drawn]))
     assert counts[0] + 5 < counts[1]
-    assert get_task("small-object", scale=2).sample(0, difficulty=0).pictures[0].width == 256
+    assert get_task("small-object", scale=2).sample(0, difficulty=0).images[0].width == 256
 
 
 def test_examples_in_context_are_given_and_only_the_last_is_asked() -> None:
     sample = TASKS["in-context"].sample(1)
     assert [turn.given for turn in sample.turns] == [True, True, False]
-    assert [turn.pictures for turn in sample.turns] == [(0,), (1,), (2,)]
-    assert [item.picture for item in sample.turns[-1].evidence] == [0, 1, 2]
+    assert [turn.images for turn in sample.turns] == [(0,), (1,), (2,)]
+    assert [item.image for item in sample.turns[-1].evidence] == [0, 1, 2]
 
 
 def test_videos_are_frames_and_order_needs_two_of_them() -> None:
     for seed in range(20):
         for name in ("video-event", "video-order"):
-            (turn,), (video,) = (lambda s: (s.turns, s.pictures))(TASKS[name].sample(seed))
+            (turn,), (video,) = (lambda s: (s.turns, s.images))(TASKS[name].sample(seed))
             assert isinstance(video, Listed)
             assert len(video) == 3
             frames = [item.frame for item in turn.evidence]
@@ -222,7 +222,7 @@ def folder(tmp_path: Path) -> Path:
 def test_data_sets_are_read_from_the_folder_named(name: str, folder: Path) -> None:
     for split in ("train", "test"):
         sample = get_task(name, data=folder).sample(4, split=split)
-        assert sample.pictures[0].mode == "RGB"
+        assert sample.images[0].mode == "RGB"
         box = {"nlvr": (160, 20, 190, 50), "easy-vqa": (5, 10, 25, 40), "coco": (1, 2, 31, 42)}
         assert [item.box for item in sample.turns[0].evidence] in ([box[name]], [])
         assert sample.turns[0].evidence or sample.turns[0].answer == "no"

@@ -15,7 +15,7 @@ from tests.disks import fill, mounted
 
 @pytest.fixture
 def prompts(tmp_path):
-    """A file of two prompts, with pictures beside it."""
+    """A file of two prompts, with images beside it."""
     lines = []
     for seed in range(2):
         scene = tiny.draw_scene(seed)

@@ -38,7 +38,7 @@ def scene(tmp_path):
 
 @pytest.fixture
 def photo(tmp_path):
-    """A wide picture with smooth colours, stored as JPEG."""
+    """A wide image with smooth colours, stored as JPEG."""
     path = tmp_path / "photo.jpg"
     coarse = torch.randint(0, 255, (4, 6, 3), generator=torch.Generator().manual_seed(0))
     picture = Image.fromarray(coarse.to(torch.uint8).numpy())
@@ -150,7 +150,7 @@ def test_prompt_without_a_chat_template(embedded, scene):
 )
 def test_errors_are_one_line_and_code_2(arguments, words, scene, tmp_path):
     notes = tmp_path / "notes.txt"
-    notes.write_text("no picture")
+    notes.write_text("no image")
     names = {"SCENE": scene, "TEXT": str(notes), "FOLDER": str(tmp_path)}
     result = call("run", *(names.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2
@@ -255,7 +255,7 @@ def test_list_refuses_a_text_model(tmp_path):
     assert "as a vision-language model" in result.stderr
 
 
-def test_demo_shows_both_answers_and_saves_the_picture(tmp_path):
+def test_demo_shows_both_answers_and_saves_the_image(tmp_path):
     out = tmp_path / "kept.png"
     result = call("demo", "--repeats", "1", "--out", str(out))
     assert result.exit_code == 0, result.output

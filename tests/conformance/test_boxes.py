@@ -31,7 +31,7 @@ FULL = 250  # what the last pixel of a ramp holds
 
 
 def ramps(height, width):
-    """A picture whose red says how far right, and whose green how far down a pixel is."""
+    """An image whose red says how far right, and whose green how far down a pixel is."""
     across = np.broadcast_to((np.arange(width) + 0.5) / width, (height, width))
     down = np.broadcast_to(((np.arange(height) + 0.5) / height)[:, None], (height, width))
     planes = np.stack((across, down, np.zeros((height, width))), -1) * FULL
@@ -40,7 +40,7 @@ def ramps(height, width):
 
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_boxes_of_tiled_images_lie_where_the_processor_put_them(name):
-    """Centres of boxes are where the ramps in each token's patch say it was in the picture."""
+    """Centres of boxes are where the ramps in each token's patch say it was in the image."""
     kind = LlavaNextImageProcessorPil if name == "llava_next" else LlavaOnevisionImageProcessorPil
     square = {"height": SIDE, "width": SIDE}
     processor = kind(
@@ -78,9 +78,9 @@ def test_boxes_of_tiled_images_lie_where_the_processor_put_them(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_visual_token_has_a_box(name):
-    """Boxes lie within the picture and cover it: once, or a second time with tiles, or by frames.
+    """Boxes lie within the image and cover it: once, or a second time with tiles, or by frames.
 
-    Unpadding takes away whole rows of patches, and with them up to a quarter of these pictures.
+    Unpadding takes away whole rows of patches, and with them up to a quarter of these images.
     """
     inputs, counts = prompt(name)
     with torch.no_grad(), foveate.use(model_of(name), EveryThird(1)) as run:
@@ -133,7 +133,7 @@ def test_methods_are_shown_the_cells_that_boxes_are_of(name, what):
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 @pytest.mark.parametrize("sizes", [None, [SIZES[0], SIZES[0]]])
 def test_tokens_made_elsewhere_have_a_place_only_if_it_is_known(name, sizes):
-    """Sixteen hand-made features of each image are not what a large picture is encoded to."""
+    """Sixteen hand-made features of each image are not what a large image is encoded to."""
     inputs, model = MEMBERS[name]().inputs([[3, 4, 5]]), find_family(model_of(name)).model
     given = {} if sizes is None else {"image_sizes": torch.tensor(sizes)}
     with torch.no_grad(), foveate.use(model, EveryThird(4)) as run:
@@ -142,7 +142,7 @@ def test_tokens_made_elsewhere_have_a_place_only_if_it_is_known(name, sizes):
     assert run.report().kept[1]["pre_llm"][1] == {"index": 3, "box": None}
 
 
-def test_beams_have_the_boxes_of_their_pictures():
+def test_beams_have_the_boxes_of_their_images():
     """Each image of a row has its own boxes, in every beam and in copies of a record."""
     model, (inputs, counts) = model_of("llava_next"), prompt("llava_next")
     options = {"num_beams": 2, "max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}

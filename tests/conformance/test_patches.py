@@ -1,6 +1,6 @@
-"""A bright patch in a blank picture changes the tokens whose boxes show it, and no others as much.
+"""A bright patch in a blank image changes the tokens whose boxes show it, and no others as much.
 
-Pictures take the way of the family's image processor, where what it makes is more than pixels.
+Images take the way of the family's image processor, where what it makes is more than pixels.
 """
 
 import copy
@@ -35,7 +35,7 @@ from tests.conformance.zoo.member import fresh
 from tests.conformance.zoo.towers import SIDE
 from tests.methods_for_tests import EveryThird
 
-# left, top, right and bottom edge of each picture's patch; none is its own transpose
+# left, top, right and bottom edge of each image's patch; none is its own transpose
 PATCHES = [(0.5, 0.25, 1, 0.5), (0, 0.75, 0.5, 1), (0.25, 0, 0.5, 0.5)]
 ONEVISION = ("llava_onevision", "llava_onevision-tiles")
 RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
@@ -49,7 +49,7 @@ MROPE = ("qwen", "glm", "paddle")
 
 @dataclass(frozen=True)
 class Changed(Scorer):
-    """Keep the tokens whose features differ most from those of the blank picture."""
+    """Keep the tokens whose features differ most from those of the blank image."""
 
     blank: dict = field(default_factory=dict)  # (tokens, grid) -> (V, D)
     keep: Keep = 1
@@ -76,7 +76,7 @@ def local_model(name):
 
 
 def picture(height, width, patch):
-    """(H, W, 3) a blank picture with a bright patch, or without."""
+    """(H, W, 3) a blank image with a bright patch, or without."""
     pixels = np.full((height, width, 3), BLANK, np.uint8)
     if patch is not None:
         left, top, right, bottom = patch
@@ -86,7 +86,7 @@ def picture(height, width, patch):
 
 
 def tensor(pixels):
-    """(3, H, W) of a picture."""
+    """(3, H, W) of an image."""
     return torch.from_numpy(pixels.astype(np.float32) / 64).permute(2, 0, 1)
 
 
@@ -123,7 +123,7 @@ def crops(pictures):
 
 
 def planted(name, patches):
-    """What the encoder eats for pictures with these patches."""
+    """What the encoder eats for images with these patches."""
     member = MEMBERS[name]()
     pixels = member.pixels(IMAGES)
     if name.startswith(MROPE):
@@ -171,7 +171,7 @@ def planted_on_grids(name, patch):
 
 
 def features_of(model, modality, inputs, counts):
-    """(V, D) features of each picture from the model as it is."""
+    """(V, D) features of each image from the model as it is."""
     given = {n: v for n, v in fresh(inputs).items() if n.startswith(("pixel", f"{modality}_"))}
     with torch.no_grad():
         pooled = getattr(model.model, f"get_{modality}_features")(**given, return_dict=True)
@@ -189,7 +189,7 @@ def shown(image, patch, frame):
 
 
 def check(name, modality, blank, bright, patches, frames):
-    """Check that the tokens that the patch of a picture changes are those that show it."""
+    """Check that the tokens that the patch of an image changes are those that show it."""
     model = local_model(name)
     with torch.no_grad(), foveate.use(model, EveryThird(1)) as run:
         model.model(**fresh(blank))

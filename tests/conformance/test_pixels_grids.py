@@ -110,7 +110,7 @@ def test_pruning_what_a_real_tower_saw_equals_the_oracle(name, what, kind):
         model.generate(**fresh(inputs), max_new_tokens=1, do_sample=False)
     hook.remove()
     assert [(image.frames, *image.grid) for image in run.record.images] == grids
-    assert run.record.pixels is None, "patches and crops are no pictures"
+    assert run.record.pixels is None, "patches and crops are no images"
     length = inputs["input_ids"].shape[1]
     want, history = oracle.run(member, eager, fresh(inputs), spec, length, counts)
     plain, _ = oracle.run(member, eager, fresh(inputs), Spec(), length, counts)

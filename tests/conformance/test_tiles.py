@@ -1,6 +1,6 @@
-"""Pictures that are cut into tiles: tokens' boxes lie in the picture, whoever cut it.
+"""Images that are cut into tiles: tokens' boxes lie in the image, whoever cut it.
 
-A bright patch in a blank picture, cut by the family's image processor, changes the tokens whose
+A bright patch in a blank image, cut by the family's image processor, changes the tokens whose
 boxes show it. Processors without a Pillow backend are stood in for by what they say they do.
 """
 
@@ -16,7 +16,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 import foveate
 from foveate.errors import InputError
 from foveate.families import find_family
-from foveate.record.tiles import Tiling, in_picture, match_grid
+from foveate.record.tiles import Tiling, in_image, match_grid
 from tests.conformance.test_patches import local_model
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
@@ -36,7 +36,7 @@ START, GRID, COLUMN, ROW, END = 85, 86, 87, 88, 89  # Ovis2's indicators, as its
 
 
 def picture(size, patch):
-    """A picture with a bright patch, or without; shaded, so that no two parts are alike."""
+    """An image with a bright patch, or without; shaded, so that no two parts are alike."""
     height, width = size
     down, across = np.mgrid[:height, :width]
     pixels = np.stack([40 + 20 * down / height, 40 + 20 * across / width, 50 + 0 * down], -1)
@@ -72,7 +72,7 @@ def cut(name, images):
     if name in ("idefics3", "smolvlm"):
         kind = Idefics3ImageProcessorPil if name == "idefics3" else SmolVLMImageProcessorPil
         samples = []
-        for image in images:  # without scaling: the longest edge is the picture's own
+        for image in images:  # without scaling: the longest edge is the image's own
             processor = kind(
                 size={"longest_edge": max(image.size)}, max_image_size={"longest_edge": SIDE}
             )
@@ -85,7 +85,7 @@ def cut(name, images):
 
 
 def prompt_of(name, grids):
-    """Ids of text with pictures cut into so many tiles, as the family's processor writes them."""
+    """Ids of text with images cut into so many tiles, as the family's processor writes them."""
     member, ids = MEMBERS[name](), [5, 7, 11]
     tile = [member.image_id] * member.visual
     for rows, columns in [grid[::-1] for grid in grids] if name == "ovis2" else grids:
@@ -124,7 +124,7 @@ def changes(model, blank, bright):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_patch_is_found_in_the_picture(name):
+def test_the_patch_is_found_in_the_image(name):
     model, inputs = local_model(name), prompt_of(name, GRIDS)
     blank = cut(name, [picture(size, None) for size in SIZES])
     bright = cut(name, [picture(*pair) for pair in zip(SIZES, PATCHES, strict=True)])
@@ -138,7 +138,7 @@ def test_the_patch_is_found_in_the_picture(name):
     assert all(image.whole for image in images)
     listed = run.report()["images"]
     assert [entry["tile"] for entry in listed] == [list(image.tile) for image in images]
-    assert {entry["boxes_in"] for entry in listed} == {"picture"}
+    assert {entry["boxes_in"] for entry in listed} == {"image"}
     parts = zip(PATCHES, torch.arange(sum(counts)).split(counts), strict=True)
     change = changes(model, blank, bright)
     for patch, tiles in parts:
@@ -157,7 +157,7 @@ def test_the_patch_is_found_in_the_picture(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_are_drawn_whole_or_by_their_tiles(name):
+def test_images_are_drawn_whole_or_by_their_tiles(name):
     model, inputs = local_model(name), prompt_of(name, GRIDS)
     pictures = [picture(*pair) for pair in zip(SIZES, PATCHES, strict=True)]
     with torch.no_grad(), foveate.use(model, EveryThird(4)) as run:
@@ -168,11 +168,11 @@ def test_pictures_are_drawn_whole_or_by_their_tiles(name):
         with pytest.raises(InputError, match=r"had 3 images, cut into 14 tiles, but show got 2"):
             run.show(pictures[:2])
     assert len(strips) == len(pictures)
-    assert strips[0].width > strips[1].width, "the shapes of the pictures"
+    assert strips[0].width > strips[1].width, "the shapes of the images"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_picture_of_one_tile_is_whole(name):
+def test_an_image_of_one_tile_is_whole(name):
     model, member = local_model(name), MEMBERS[name]()
     ids = torch.tensor([[5, OPENING, 19, *[member.image_id] * member.visual, OPENING, 6, 7]])
     given = cut(name, [picture(SIZES[0], None)])["pixel_values"]
@@ -185,8 +185,8 @@ def test_a_picture_of_one_tile_is_whole(name):
 
 
 @pytest.mark.parametrize("name", ["internvl", "aya_vision"])
-def test_tiles_of_a_flat_picture_say_that_they_are_not_arranged(name):
-    """Nothing tells 2 x 3 from 3 x 2; only the thumbnail is of the whole picture."""
+def test_tiles_of_a_flat_image_say_that_they_are_not_arranged(name):
+    """Nothing tells 2 x 3 from 3 x 2; only the thumbnail is of the whole image."""
     model, inputs = local_model(name), prompt_of(name, [(2, 3)])
     flat = [Image.new("RGB", (3 * SIDE, 2 * SIDE), "grey")]
     with torch.no_grad(), foveate.use(model, EveryThird(4)) as run:
@@ -204,7 +204,7 @@ def test_tiles_of_a_flat_picture_say_that_they_are_not_arranged(name):
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm", "ovis2"])
 @pytest.mark.parametrize("grid", [(2, 3), (1, 4), (4, 1), (1, 2), (3, 1)])
 def test_some_prompts_say_how_tiles_are_arranged(name, grid):
-    """Two pictures next to each other, the second of the same tiles the other way round."""
+    """Two images next to each other, the second of the same tiles the other way round."""
     inputs, member = prompt_of(name, [grid, grid[::-1]]), MEMBERS[name]()
     ids = inputs["input_ids"][0].tolist()
     starts = [n for n in range(1, len(ids)) if ids[n] == 90 and ids[n - 1] != 90]
@@ -212,15 +212,15 @@ def test_some_prompts_say_how_tiles_are_arranged(name, grid):
     count = grid[0] * grid[1] + 1
     order = -1 if name == "ovis2" else 1
     want = [Tiling(count, grid[::order]), Tiling(count, grid[::-order])]
-    assert find_family(local_model(name)).pictures(ids, spans) == want
+    assert find_family(local_model(name)).tilings(ids, spans) == want
 
 
 def test_prompts_without_ids_do_not_say_which_tiles_belong_together():
     spans = [(3, 19), (20, 36), (40, 56)]
-    assert find_family(local_model("idefics3")).pictures(None, spans) == [Tiling(3)]
-    assert find_family(local_model("aya_vision")).pictures(None, spans) == [Tiling(3)]
+    assert find_family(local_model("idefics3")).tilings(None, spans) == [Tiling(3)]
+    assert find_family(local_model("aya_vision")).tilings(None, spans) == [Tiling(3)]
     cohere = find_family(local_model("cohere2_vision"))
-    assert cohere.pictures(None, spans) == [Tiling(2), Tiling(1)]
+    assert cohere.tilings(None, spans) == [Tiling(2), Tiling(1)]
 
 
 @pytest.mark.parametrize("grid", [(1, 4), (2, 2), (4, 1), (3, 4), (12, 1)])
@@ -233,9 +233,9 @@ def test_tiles_are_matched_with_their_thumbnail(grid):
     small = torch.nn.functional.interpolate(whole[None], (32, 32), mode="area")[0]
     assert match_grid(tiles, small) == grid
     assert match_grid(torch.ones_like(tiles), torch.ones(3, 32, 32)) is None
-    assert match_grid(tiles, torch.rand(3, 32, 32, generator=generator)) is None, "another picture"
+    assert match_grid(tiles, torch.rand(3, 32, 32, generator=generator)) is None, "another image"
 
 
-def test_boxes_of_a_tile_are_moved_into_the_picture():
+def test_boxes_of_a_tile_are_moved_into_the_image():
     boxes = torch.tensor([[0.0, 0.5, 0.5, 1.0]])
-    assert in_picture(boxes, 5, (2, 4)).tolist() == [[0.25, 0.75, 0.375, 1.0]]
+    assert in_image(boxes, 5, (2, 4)).tolist() == [[0.25, 0.75, 0.375, 1.0]]

@@ -132,7 +132,7 @@ def test_survivors_in_layers_that_forget_stay_visual(llava):
 
 
 @torch.no_grad()
-def test_a_new_picture_goes_on_after_layers_that_hold_text_alone(any_llava):
+def test_a_new_image_goes_on_after_layers_that_hold_text_alone(any_llava):
     method, first, second = METHODS["no-heads"], prompts([[5, 7]]), prompts([[4, 6]], seed=1)
     ids = torch.cat((first["input_ids"], TOKENS[:1], second["input_ids"]), 1)
     pixels = torch.cat((first["pixel_values"], second["pixel_values"]))

@@ -11,7 +11,7 @@ from PIL import Image
 
 import foveate
 from foveate.bench.prompt import Shown
-from foveate.bench.recall import first_layer, seen_pictures
+from foveate.bench.recall import first_layer, seen_images
 from foveate.core import Keep, Need, Scorer, Step
 from foveate.core import Step as AnyStep
 from foveate.core.step import entries, site_of
@@ -113,7 +113,7 @@ def test_records_read_the_last_entry_at_a_layer(model, name):
     assert [layer.keys.shape[2] - text for layer in cache.layers] == [row[0] for row in seen]
     assert [image.before(e) for e in want] == [PATCHES, *list(want.values())[:-1]]
     shown = Shown(0, None, 1, Image.new("RGB", (48, 48)))
-    lived = seen_pictures(run.record, [[shown]], 6)[0][0].lifetime()
+    lived = seen_images(run.record, [[shown]], 6)[0][0].lifetime()
     first = first_layer(next(iter(want)))
     total = sum(image.surviving(n) for n in range(first, 6))
     assert float(lived.sum()) * (6 - first) == pytest.approx(total)

@@ -1,4 +1,4 @@
-"""Signals of encoders whose pictures lie in one sequence equal those of whole attention maps."""
+"""Signals of encoders whose images lie in one sequence equal those of whole attention maps."""
 
 import sys
 from dataclasses import dataclass, field

@@ -54,7 +54,7 @@ def paid(inputs, window):
 def test_tokens_outside_the_window_get_no_attention(attention, rows):
     inputs = prompts(rows)
     want = paid(inputs, 24)
-    assert (want == 0).any(1).all()  # it cuts the pictures
+    assert (want == 0).any(1).all()  # it cuts the images
     got = noted(tiny_llava("mistral", attention, window=24), inputs)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 

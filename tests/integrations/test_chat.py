@@ -27,7 +27,7 @@ def turn(text, *images):
 
 @pytest.fixture(scope="module")
 def batch(scenes):
-    """One picture, none, two, one with a longer question."""
+    """One image, none, two, one with a longer question."""
     one, two, three = scenes
     return [
         turn(one.questions[0].text, one.image),
@@ -123,7 +123,7 @@ def test_generation_settings(given, want):
     assert _generation(given) == want
 
 
-def test_without_a_template_pictures_come_first(loaded, scenes, monkeypatch):
+def test_without_a_template_images_come_first(loaded, scenes, monkeypatch):
     model, processor = loaded
     monkeypatch.setattr(processor, "chat_template", None)
     chat = ChatModel(model, processor)

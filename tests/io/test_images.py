@@ -21,7 +21,7 @@ from foveate.cli.inputs import load_image as cli_image
 from foveate.errors import BenchError, InputError
 from foveate.integrations.chat import _open as chat_image
 from foveate.io.images import as_rgb, load_image, to_rgb
-from foveate.large.picture import Stored, open_picture
+from foveate.large.image import Stored, open_image
 from foveate.training.finetune import Conversations
 from recipes.data import load_photos
 
@@ -44,7 +44,7 @@ def saved(tmp_path, values, name="image.tif", **options):
 
 
 def windows(path):
-    """The whole of a stored picture as `foveate.large` reads it."""
+    """The whole of a stored image as `foveate.large` reads it."""
     picture = Stored(path)
     height, width = picture.size
     return Image.fromarray(picture.window((0, 0, width, height), 1))
@@ -54,7 +54,7 @@ def conversation(path):
     said = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "this"}]
     data = path.with_suffix(".jsonl")
     data.write_text(json.dumps({"messages": said, "images": [path.name]}))
-    return Conversations(data)[0].pictures()[0]
+    return Conversations(data)[0].open_images()[0]
 
 
 def zipped(path):
@@ -266,7 +266,7 @@ def test_a_stored_pyramid_is_no_animation(tmp_path):
         assert len(Stored(tmp_path / "a.tif")._stored) > 1
 
 
-def test_reductions_of_floats_have_the_range_of_the_picture(tmp_path):
+def test_reductions_of_floats_have_the_range_of_the_image(tmp_path):
     ramp = np.tile(np.linspace(0, 1000, 512, dtype=np.float32), (512, 1))
     ramp[:2] = 4000  # gone once it is averaged
     pyvips.Image.new_from_array(ramp).tiffsave(
@@ -368,7 +368,7 @@ def damaged(tmp_path):
     made["unpacks.png"] = png[:33] + packed + png[33:]
     made["empty.png"] = b""
     made["zeros.png"] = bytes(4096)
-    made["words.png"] = b"no picture"
+    made["words.png"] = b"no image"
     made["nothing.ppm"] = b"P6 0 0 255\n"
     for name, data in made.items():
         (tmp_path / name).write_bytes(data)
@@ -397,7 +397,7 @@ def test_damaged_files_are_one_line_that_names_them(tmp_path, opener):
 
 @pytest.mark.parametrize("name", ["none.png", "", "a\0b.png", "x" * 5000, "line\nbreak.png", "."])
 def test_names_that_lead_nowhere_are_one_line(tmp_path, name):
-    for opened in (load_image, cli_image, open_picture, lambda p: chat_image(str(p), None)):
+    for opened in (load_image, cli_image, open_image, lambda p: chat_image(str(p), None)):
         with pytest.raises(InputError) as caught:
             opened(f"{tmp_path}/{name}")
         assert len(str(caught.value).splitlines()) == 1
@@ -411,7 +411,7 @@ def test_images_without_pixels_or_values_are_refused():
         as_rgb(Image.fromarray(np.full((2, 2), np.nan, np.float32)))
 
 
-def test_pictures_of_kept_tokens_show_deep_images():
+def test_images_of_kept_tokens_show_deep_images():
     from foveate.report.draw import draw_kept
 
     deep = Image.fromarray(np.full((40, 40), 30000, np.uint16))

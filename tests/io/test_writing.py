@@ -301,7 +301,7 @@ def nowhere(tmp_path):
 
 COMMANDS = {
     "run": ("run", "tiny", "SCENE", "why ?", "-m", "fastv", "--json"),
-    "run, picture": ("run", "tiny", "SCENE", "why ?", "-m", "fastv", "--show"),
+    "run, image": ("run", "tiny", "SCENE", "why ?", "-m", "fastv", "--show"),
     "flops": ("flops", "tiny", "-m", "fastv", "--json"),
     "demo": ("demo", "--out"),
     "calibrate": ("calibrate", "tiny", "PROMPTS", "--out"),
@@ -338,7 +338,7 @@ def test_commands_refuse_a_path_before_the_work(command, nowhere, tmp_path, monk
 
 @pytest.mark.parametrize("suffix", ["", ".xyz", ".psd", ".xbm", ".wmf", ".json"])
 @pytest.mark.parametrize("option", [("run", "--show"), ("demo", "--out")])
-def test_pictures_need_a_format_that_can_be_written(option, suffix, tmp_path, monkeypatch):
+def test_images_need_a_format_that_can_be_written(option, suffix, tmp_path, monkeypatch):
     no_work(monkeypatch)
     scene = tmp_path / "scene.png"
     tiny.draw_scene(3).image.save(scene)

@@ -1,4 +1,4 @@
-"""The page about large pictures says what was measured."""
+"""The page about large images says what was measured."""
 
 import json
 from pathlib import Path

@@ -61,7 +61,7 @@ def test_the_first_level_is_one_tile():
     assert levels((5000, 300), 336)[0].blocks == (1, 1)
 
 
-def test_a_picture_within_a_tile_has_one_level():
+def test_an_image_within_a_tile_has_one_level():
     assert [level.size for level in levels((100, 168), 336)] == [(200, 336)]
 
 
@@ -71,7 +71,7 @@ def test_the_measured_side():
     assert short.size == (4000, 1008)
 
 
-def test_no_picture():
+def test_no_image():
     with pytest.raises(InputError, match="at least 1 pixel"):
         levels((0, 10), 336)
 
@@ -118,7 +118,7 @@ def test_some_tiles_leave_gaps_in_the_layout():
     assert whole.newline.sum() == 5
 
 
-def test_boxes_are_shares_of_the_picture():
+def test_boxes_are_shares_of_the_image():
     tiles = LEVEL.tiles()
     local = lay_out(LEVEL, tiles, grid_values(tiles), newline=torch.zeros(2))
     boxes = local.boxes()

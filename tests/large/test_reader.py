@@ -1,4 +1,4 @@
-"""Reading pictures from coarse to fine: which tiles are encoded, and what the model gets."""
+"""Reading images from coarse to fine: which tiles are encoded, and what the model gets."""
 
 import numpy as np
 import pytest
@@ -42,8 +42,8 @@ def seen_tiles(reader, monkeypatch):
     return seen
 
 
-def test_a_picture_of_one_tile_is_read_as_without_a_reader(small):
-    """Here the processor's picture is the thumbnail itself."""
+def test_an_image_of_one_tile_is_read_as_without_a_reader(small):
+    """Here the processor's image is the thumbnail itself."""
     model, processor = small
     image = tiny.draw_scene(5).image
     reading = Reader(model, processor).read(image, PROMPT)
@@ -167,7 +167,7 @@ def test_sessions_work_on_what_was_read(small, picture):
 
 
 class Endless:
-    """A picture of 27,328 pixels a side that is nowhere: grey, with what was asked of it."""
+    """An image of 27,328 pixels a side that is nowhere: grey, with what was asked of it."""
 
     size = (27_328, 27_328)
 
@@ -183,7 +183,7 @@ class Endless:
 
 
 def test_no_window_is_much_larger_than_a_tile(small):
-    """So memory does not grow with the picture: twice a tile's side, and a margin."""
+    """So memory does not grow with the image: twice a tile's side, and a margin."""
     model, processor = small
     picture = Endless()
     reading = Reader(model, processor, method=LRSVQA(keep=2)).read(picture, PROMPT)

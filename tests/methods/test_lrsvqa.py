@@ -1,4 +1,4 @@
-"""LRS-VQA: ranking in a session, and what survives of a level of a large picture."""
+"""LRS-VQA: ranking in a session, and what survives of a level of a large image."""
 
 import pytest
 import torch

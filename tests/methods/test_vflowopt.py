@@ -17,7 +17,7 @@ from tests.tinies import PATCHES, prompts, row_of
 
 
 def votes(query, key, heads, special, above):
-    """Attention from global rows, one picture, with loops."""
+    """Attention from global rows, one image, with loops."""
     rows, width = len(query), query.shape[1] // heads
     table = torch.zeros(rows, rows)
     for head in range(heads):
@@ -90,7 +90,7 @@ def test_places_of_a_tiled_image(make_tokens):
     """A thumbnail of 2 x 2, and a map of 3 rows with 4 columns and a newline each."""
     newline = torch.zeros(2, 19, dtype=torch.bool)
     newline[0, [8, 13, 18]] = True
-    newline[1, 18] = True  # a picture without tiles: what precedes the newline is its thumbnail
+    newline[1, 18] = True  # an image without tiles: what precedes the newline is its thumbnail
     got = places(make_tokens(grid=(1, 19), images=2), newline)
     want = [[0, row, column] for row in range(2) for column in range(2)]
     want += [[1, row, column] for row in range(3) for column in range(5)]

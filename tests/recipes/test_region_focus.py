@@ -5,7 +5,7 @@ import json
 import torch
 
 from foveate import large, tiny
-from foveate.large.picture import Held
+from foveate.large.image import Held
 from foveate.large.pyramid import levels
 from recipes.region_focus import KINDS, LAYERS, LENGTH, SIDE, SLOTS, _scene, pack, taught, train
 

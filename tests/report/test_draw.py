@@ -1,4 +1,4 @@
-"""Kept tokens are drawn where they are in the picture, whatever the processor did to it."""
+"""Kept tokens are drawn where they are in the image, whatever the processor did to it."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ RED = (220, 30, 30)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A smooth colourful picture without symmetry."""
+    """A smooth colourful image without symmetry."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(0, 255, (6, 7, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(coarse.numpy()).resize((width, height), Image.Resampling.BICUBIC)
@@ -54,14 +54,14 @@ def test_padding_may_have_any_colour(colour, size):
 
 
 @pytest.mark.parametrize("size", [(1000, 8), (3, 400)])
-def test_thin_pictures_can_be_drawn(size):
+def test_thin_images_can_be_drawn(size):
     thin = picture(*size)
     match_geometry(thin, seen_by_encoder(thin, "resize"))
     for geometry in ("resize", "crop", "pad"):
         assert max(draw_kept(thin, (24, 24), {"llm:2": [0, 575]}, geometry).size) < 3000
 
 
-def test_square_picture_is_resized():
+def test_square_image_is_resized():
     assert match_geometry(picture(50, 50), torch.rand(3, 32, 32)) == "resize"
 
 
@@ -75,7 +75,7 @@ def test_only_kept_cells_keep_their_colour(cell):
 
 
 def test_crop_marks_what_the_model_never_saw():
-    """The grid of a wide picture covers its central square; the sides are dark in every panel."""
+    """The grid of a wide image covers its central square; the sides are dark in every panel."""
     strip = draw_kept(Image.new("RGB", (200, 100), RED), GRID, {"pre_llm": list(range(16))}, "crop")
     left = GAP + 640 + GAP
     sides = [strip.getpixel((left + x, 170)) for x in (20, 620)]
@@ -106,7 +106,7 @@ def test_panels_differ_between_places():
 
 
 @pytest.mark.parametrize("geometry", ["resize", "crop", "pad"])
-def test_show_finds_the_geometry_of_each_picture(geometry):
+def test_show_finds_the_geometry_of_each_image(geometry):
     pictures = [picture(120, 64), picture(64, 120, 1)]
     record = pyramid_record()
     seen = torch.stack([seen_by_encoder(p, geometry) for p in pictures])
@@ -123,11 +123,11 @@ def test_show_finds_the_geometry_of_each_picture(geometry):
 
 
 @pytest.mark.parametrize(("size", "fits"), [((120, 61), True), ((120, 100), False)])
-def test_a_grid_of_the_pictures_own_shape_is_a_resize(size, fits):
+def test_a_grid_of_the_images_own_shape_is_a_resize(size, fits):
     """Models that take any resolution see patches; what the processor did shows in the grid."""
     record = Record(1, [40], [image(0, ("pre_llm", [0, 7]), grid=(4, 8))], [[40]], [40])
     if not fits:
-        with pytest.raises(InputError, match="cannot tell how the processor mapped the picture"):
+        with pytest.raises(InputError, match="cannot tell how the processor mapped the image"):
             show(record, picture(*size))
         return
     auto, told = show(record, picture(*size)), show(record, picture(*size), "resize")
@@ -135,7 +135,7 @@ def test_a_grid_of_the_pictures_own_shape_is_a_resize(size, fits):
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_number_of_pictures_must_fit(count):
+def test_number_of_images_must_fit(count):
     with pytest.raises(InputError, match=f"had 2 images, but show got {count}"):
         show(pyramid_record(), [picture(64, 64)] * count)
 
@@ -156,13 +156,13 @@ def test_geometry_must_be_given_when_nothing_was_encoded():
     assert len(show(pyramid_record(), [picture(64, 32)] * 2, "crop")) == 2
 
 
-def test_single_picture_needs_no_list():
+def test_single_image_needs_no_list():
     record = Record(1, [20], [image(0, ("pre_llm", [1]))], [[5]], [5])
     assert len(show(record, picture(64, 64))) == 1
 
 
 def test_beams_are_drawn_once():
-    """Three beams of two pictures, both in the same row: rows are repeated one after another."""
+    """Three beams of two images, both in the same row: rows are repeated one after another."""
     images = [image(row, ("pre_llm", [n])) for row in range(3) for n in (1, 2)]
     record = Record(3, [40] * 3, images, [[10] * 3], [10], pixels=torch.rand(2, 3, 8, 8))
     pictures = [picture(64, 64), picture(64, 64, 1)]
@@ -200,7 +200,7 @@ def test_tiles_are_drawn_over_the_thumbnail():
 
 
 @pytest.mark.parametrize("size", [(640, 480), (1000, 8), (3, 400)])
-def test_tiles_can_be_drawn_on_pictures_of_any_shape(size):
+def test_tiles_can_be_drawn_on_images_of_any_shape(size):
     assert max(show(placed(TILED, [0, 4]), picture(*size))[0].size) < 3000
 
 

@@ -90,8 +90,8 @@ def test_held_out_questions_are_answered(loaded: Loaded) -> None:
     assert right / asked >= 0.90, result
 
 
-def test_without_the_picture_the_answers_are_guesses(loaded: Loaded) -> None:
-    """The same questions about blank pictures: the accuracy above comes from looking."""
+def test_without_the_image_the_answers_are_guesses(loaded: Loaded) -> None:
+    """The same questions about blank images: the accuracy above comes from looking."""
     items = held_out(64, first_seed=78_000_000)
     blank = [type(i)(Image.new("RGB", (128, 128), (40, 40, 40)), i.question) for i in items]
     right, asked = accuracy(*loaded, blank)["all"]
@@ -132,7 +132,7 @@ def test_places_stay_one_word_and_strangers_are_unknown(loaded: Loaded) -> None:
     assert tokenizer.decode(ids) == "<bos> what is at the top-left <unk> ?"
 
 
-def test_any_picture_is_resized(loaded: Loaded) -> None:
+def test_any_image_is_resized(loaded: Loaded) -> None:
     for size, mode in (((640, 480), "RGB"), ((31, 77), "L"), ((200, 200), "RGBA")):
         image = Image.new(mode, size)
         inputs = loaded[1](images=image, text="<image> where is it ?", return_tensors="pt")
@@ -168,7 +168,7 @@ def test_second_turns_are_answered_too(loaded: Loaded) -> None:
     assert right / asked >= 0.8
 
 
-def test_two_pictures_in_one_message(loaded: Loaded) -> None:
+def test_two_images_in_one_message(loaded: Loaded) -> None:
     one, two = (tiny.draw_scene(seed) for seed in (91, 92))
     answer = _say(loaded, [_user("how many red objects are there ?", 2)], [one.image, two.image])
     assert len(answer.split()) <= 4

@@ -32,7 +32,7 @@ def test_same_seed_same_scene(photo: Image.Image) -> None:
 
 
 def test_the_background_does_not_move_the_objects(photo: Image.Image) -> None:
-    """Different pixels behind the same cast are still a fair picture of the listed objects."""
+    """Different pixels behind the same cast are still a fair image of the listed objects."""
     scene = draw_scene(5, background=photo)
     assert 6 <= len(scene.objects) <= 14
     assert scene.image.size == (128, 128)

@@ -1,4 +1,4 @@
-"""Several pictures: deterministic, with true answers and evidence in the picture it is in."""
+"""Several images: deterministic, with true answers and evidence in the image it is in."""
 
 import numpy as np
 import pytest
@@ -27,11 +27,11 @@ DRAW = {
 
 
 @pytest.mark.parametrize("name", DRAW)
-def test_same_seed_same_pictures(name: str) -> None:
+def test_same_seed_same_images(name: str) -> None:
     one, two, other = (DRAW[name](seed) for seed in (3, 3, 4))
-    assert [p.tobytes() for p in one.pictures] == [p.tobytes() for p in two.pictures]
+    assert [p.tobytes() for p in one.images] == [p.tobytes() for p in two.images]
     assert one.questions == two.questions
-    assert one.pictures[0].tobytes() != other.pictures[0].tobytes()
+    assert one.images[0].tobytes() != other.images[0].tobytes()
 
 
 def test_every_kind_of_question_occurs_in_known_words() -> None:
@@ -42,7 +42,7 @@ def test_every_kind_of_question_occurs_in_known_words() -> None:
 
 
 @pytest.mark.parametrize("name", DRAW)
-def test_evidence_holds_all_ink_of_an_object_in_its_picture(name: str) -> None:
+def test_evidence_holds_all_ink_of_an_object_in_its_image(name: str) -> None:
     for seed in range(8):
         drawn = DRAW[name](seed)
         for n, box in {sight for q in drawn.questions for sight in q.sights}:

@@ -1,4 +1,4 @@
-"""Questions that share a picture and do not see each other, by a 4-D mask of blocks."""
+"""Questions that share an image and do not see each other, by a 4-D mask of blocks."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ PREFIX = [1] + [IMAGE] * PATCHES
 
 
 def packed(questions, asks):
-    """One row: the picture, then every question in a block of its own; some have labels."""
+    """One row: the image, then every question in a block of its own; some have labels."""
     ids, places, blocks, labels = (
         [*PREFIX], list(range(len(PREFIX))), [0] * len(PREFIX), [IGNORED] * len(PREFIX)
     )  # fmt: skip

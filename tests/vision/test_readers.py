@@ -14,7 +14,7 @@ from foveate.signals import SIGNALS
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.vision.test_towers import CASES, TOWERS, WITH_CLASS, known, pictures_of, seen
+from tests.vision.test_towers import CASES, TOWERS, WITH_CLASS, images_of, known, seen
 from tests.vision.towers import Full
 
 NAMES = (
@@ -70,7 +70,7 @@ class Watched(Full):
         }
 
     def signal(self, name, number, picture):
-        """(rows of the picture's tokens in a layer) -> a signal of each, as (C)."""
+        """(rows of the image's tokens in a layer) -> a signal of each, as (C)."""
         cells, width = self.cells(number, picture), self.number // self.batch
         patches = [row for token in self.tokens[picture] for row in token]
         first, shown = picture * width, self.visible(number)
@@ -120,7 +120,7 @@ PAIRS = [(n, c) for n in TOWERS for c in CHOSEN if c != "cls-drop" or n in WITH_
 def test_signals_after_a_step_are_those_of_the_masked_tower(name, case):
     methods, steps = CASES[case]
     tower, _, calls, tokens, counts = known(name)
-    full = Watched(tower, calls, pictures_of(name, calls, tokens, counts)).run(steps)
+    full = Watched(tower, calls, images_of(name, calls, tokens, counts)).run(steps)
     model, (inputs, _) = model_of(name), seen(name)
     methods = methods if isinstance(methods, list) else [methods]
     found, _ = read(model, methods, lambda: model.model(**fresh(inputs)))

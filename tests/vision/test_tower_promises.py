@@ -105,7 +105,7 @@ def test_kernels_with_segments_are_told_those_that_are_left(name, case, monkeypa
 
 
 def test_windows_lose_what_lies_in_them():
-    """Of an 8 x 8 picture in windows of 2 x 2 tokens, every window that is left keeps its own."""
+    """Of an 8 x 8 image in windows of 2 x 2 tokens, every window that is left keeps its own."""
     model, member = model_of("qwen2_5_vl"), MEMBERS["qwen2_5_vl"]()
     told = []
 
@@ -126,8 +126,8 @@ def test_windows_lose_what_lies_in_them():
 
 @pytest.mark.parametrize("case", ["twice", "tome"])
 @pytest.mark.parametrize("name", PACKED)
-def test_pictures_of_one_size_in_a_sequence_keep_what_they_keep_alone(name, case):
-    """The first and the third of three pictures are reduced together."""
+def test_images_of_one_size_in_a_sequence_keep_what_they_keep_alone(name, case):
+    """The first and the third of three images are reduced together."""
     model, member = model_of(name), MEMBERS[name]()
     if name in SEGMENTS:
         grids = torch.tensor([(1, 8, 8), (1, 4, 12), (1, 8, 8)])
@@ -148,7 +148,7 @@ def test_pictures_of_one_size_in_a_sequence_keep_what_they_keep_alone(name, case
 
 
 def video_tokens(name):
-    """Visual tokens of the video of a member, as pictures of its encoder."""
+    """Visual tokens of the video of a member, as images of its encoder."""
     frame = 8
     return [frame] * 3 if name.startswith("glm") else [3 * frame]
 
@@ -156,7 +156,7 @@ def video_tokens(name):
 @pytest.mark.parametrize("case", ["inside", "tome", "merge-then-drop"])
 @pytest.mark.parametrize("name", GRIDS)
 def test_videos_on_grids_equal_the_oracle(name, case):
-    """GLM's frames are pictures of their own, Qwen's are one picture in segments."""
+    """GLM's frames are images of their own, Qwen's are one image in segments."""
     model, clip = model_of(name), MEMBERS[name]().clip()
     tower, encode = Tower(model), encoder_of(model, "video", clip)
     tokens, calls = tower.tokens(encode), tower.record(encode)

@@ -74,8 +74,8 @@ def member_pixels(name, inputs):
     return {k: v for k, v in inputs.items() if k in MEMBERS[name]().pixels(1)}
 
 
-def pictures_of(name, calls, tokens, counts):
-    """Rows of each token of each picture that goes through the encoder."""
+def images_of(name, calls, tokens, counts):
+    """Rows of each token of each image that goes through the encoder."""
     hidden = calls[0][0][0]
     if name in TILED:
         special = hidden.shape[1] - 16
@@ -114,7 +114,7 @@ def survivors(full, tokens, counts):
 
 def run_oracle(name, case):
     _, _, calls, tokens, counts = known(name)
-    full = Full(known(name)[0], calls, pictures_of(name, calls, tokens, counts))
+    full = Full(known(name)[0], calls, images_of(name, calls, tokens, counts))
     full.run(CASES[case][1])
     return full, survivors(full, tokens, counts)
 
@@ -130,7 +130,7 @@ def sheets(output):
 @pytest.mark.parametrize("name", TOWERS)
 def test_the_oracle_itself_equals_the_tower(name):
     tower, encode, calls, tokens, counts = known(name)
-    full = Full(tower, calls, pictures_of(name, calls, tokens, counts)).run([])
+    full = Full(tower, calls, images_of(name, calls, tokens, counts)).run([])
     with torch.no_grad():
         want = encode()
         with tower.replaced(full.states):

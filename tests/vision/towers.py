@@ -43,7 +43,7 @@ PATHS = ("vision_tower", "vision_model", "visual", "image_tower")
 
 @dataclass
 class Drop:
-    """Before a layer, or inside it, keep a share of what each picture has: the tokens at positions
+    """Before a layer, or inside it, keep a share of what each image has: the tokens at positions
     0, 3, 6, ... first; or inside it those that the class token attends to most.
     """
 
@@ -55,7 +55,7 @@ class Drop:
 
 @dataclass
 class Merge:
-    """Inside a layer, merge `r` pairs of each picture; each counts its sources if proportional."""
+    """Inside a layer, merge `r` pairs of each image; each counts its sources if proportional."""
 
     layer: int
     r: int
@@ -146,12 +146,12 @@ class Tower:
 
 
 class Full:
-    """All pictures of a pass at full length.
+    """All images of a pass at full length.
 
     Args:
         tower: the tower.
         calls: what its layers are handed.
-        pictures: rows of each token of each picture: [pictures][tokens][rows].
+        images: rows of each token of each image: [images][tokens][rows].
     """
 
     def __init__(self, tower, calls, pictures):
@@ -286,7 +286,7 @@ class Full:
             self.groups[number] = [groups[g] for g in order]
 
     def kept(self, number):
-        """Tokens of a picture that are left, ascending."""
+        """Tokens of an image that are left, ascending."""
         return sorted(group[0] for group in self.groups[number])
 
 

@@ -32,8 +32,8 @@ def get_task(
     Args:
         name: its name.
         data: folder of the data sets; only tasks that read one use it.
-        scale: how many times larger than 128 pixels drawn pictures are; ignored elsewhere.
-        max_pixels: most pixels of a picture in a data set; ignored elsewhere.
+        scale: how many times larger than 128 pixels drawn images are; ignored elsewhere.
+        max_pixels: most pixels of an image in a data set; ignored elsewhere.
 
     Returns:
         The task.

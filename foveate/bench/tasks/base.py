@@ -52,7 +52,7 @@ class DrawnTask(ABC):
         """Choose what to ask.
 
         Returns:
-            What draws the pictures of a seed, and asks about them; `None` where they do not show
+            What draws the images of a seed, and asks about them; `None` where they do not show
             what is to be asked about.
         """
 
@@ -71,24 +71,24 @@ def check(split: Split, difficulty: float, clutter: float) -> None:
 
 
 def draws(task: str, split: Split, seed: int) -> Iterator[int]:
-    """Seeds of pictures to try for a sample, until one shows what is to be asked about.
+    """Seeds of images to try for a sample, until one shows what is to be asked about.
 
     Every split has a range of its own.
 
     Raises:
-        BenchError: when the pictures run out.
+        BenchError: when the images run out.
     """
     for attempt in range(_ATTEMPTS):
         digest = sha256(f"{task} {split} {seed} {attempt}".encode()).digest()
         yield _FIRST[split] + int.from_bytes(digest[:8], "big") % _WIDTH
     raise BenchError(
-        f"task {task!r} found nothing to ask about in {_ATTEMPTS} pictures for seed {seed}; "
+        f"task {task!r} found nothing to ask about in {_ATTEMPTS} images for seed {seed}; "
         "lower its difficulty, or change its clutter"
     )
 
 
 def evidence(question: SequenceQuestion, *, video: bool = False) -> tuple[Evidence, ...]:
-    """Evidence of a question about several pictures, which are frames of one where `video`."""
+    """Evidence of a question about several images, which are frames of one where `video`."""
     return tuple(Evidence(box, 0 if video else n, n if video else 0) for n, box in question.sights)
 
 

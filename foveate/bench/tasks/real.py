@@ -39,7 +39,7 @@ class DataTask(ABC, Generic[T]):
         name: the task's name.
         summary: what it tests.
         data: folder that holds the data set's own folder.
-        max_pixels: most pixels of a picture, see `foveate.io.images.load_image`.
+        max_pixels: most pixels of an image, see `foveate.io.images.load_image`.
     """
 
     name: str
@@ -55,8 +55,8 @@ class DataTask(ABC, Generic[T]):
         items = self.items(split)
         item = items[_order(self.name, split, len(items))[seed % len(items)]]
         rng = Random(f"{self.name} {split} {seed}")
-        picture, asked = self.ask(item, split, rng, difficulty)
-        return Sample(self.name, seed, (picture,), (asked,))
+        image, asked = self.ask(item, split, rng, difficulty)
+        return Sample(self.name, seed, (image,), (asked,))
 
     @property
     def folder(self) -> Path:
@@ -75,7 +75,7 @@ class DataTask(ABC, Generic[T]):
 
     @abstractmethod
     def ask(self, item: T, split: Split, rng: Random, difficulty: float) -> Asked:
-        """The picture of an item, and a question about it."""
+        """The image of an item, and a question about it."""
 
 
 class NlvrTask(DataTask[files.Row]):
@@ -87,9 +87,9 @@ class NlvrTask(DataTask[files.Row]):
 
     def ask(self, item: files.Row, split: Split, rng: Random, difficulty: float) -> Asked:
         """Difficulty changes nothing; every object is evidence."""
-        picture = files.packed_image(self.folder, "nlvr", _NLVR[split], item.image, self.max_pixels)
+        image = files.packed_image(self.folder, "nlvr", _NLVR[split], item.image, self.max_pixels)
         seen = tuple(Evidence(box) for box in item.boxes)
-        return picture, Turn(item.question, item.answer, (0,), seen, ("true", "false"))
+        return image, Turn(item.question, item.answer, (0,), seen, ("true", "false"))
 
 
 class EasyTask(DataTask[files.Row]):
@@ -107,10 +107,10 @@ class EasyTask(DataTask[files.Row]):
 
     def ask(self, item: files.Row, split: Split, rng: Random, difficulty: float) -> Asked:
         """Difficulty changes nothing; the shape is the evidence."""
-        picture = files.packed_image(self.folder, "easy-vqa", split, item.image, self.max_pixels)
+        image = files.packed_image(self.folder, "easy-vqa", split, item.image, self.max_pixels)
         choices = ("yes", "no") if item.answer in ("yes", "no") else ()
-        seen = (Evidence(files.shape_box(picture)),)
-        return picture, Turn(item.question, item.answer, (0,), seen, choices)
+        seen = (Evidence(files.shape_box(image)),)
+        return image, Turn(item.question, item.answer, (0,), seen, choices)
 
 
 class CocoTask(DataTask[files.Photo]):
@@ -149,7 +149,7 @@ def _large(photo: files.Photo, categories: list[str], least: float) -> list[str]
 
 
 REAL_TASKS = (
-    NlvrTask("nlvr", "NLVR v1.0: is a human-written sentence true of a drawn picture?"),
-    EasyTask("easy-vqa", "easy-VQA: colour, shape or presence of the one shape of a picture"),
+    NlvrTask("nlvr", "NLVR v1.0: is a human-written sentence true of a drawn image?"),
+    EasyTask("easy-vqa", "easy-VQA: colour, shape or presence of the one shape of an image"),
     CocoTask("coco", "is there a thing of a category on a photograph?"),
 )

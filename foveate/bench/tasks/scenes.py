@@ -1,4 +1,4 @@
-"""Questions about one drawn picture, and about two of its objects in turn."""
+"""Questions about one drawn image, and about two of its objects in turn."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
 """Possible answers by kind of question."""
 
 
-def turn(question: Question, pictures: tuple[int, ...] = ()) -> Turn:
-    """A turn that asks one question about the first picture."""
+def turn(question: Question, images: tuple[int, ...] = ()) -> Turn:
+    """A turn that asks one question about the first image."""
     seen = tuple(Evidence(box) for box in question.boxes)
-    return Turn(question.text, question.answer, pictures, seen, CHOICES[question.kind])
+    return Turn(question.text, question.answer, images, seen, CHOICES[question.kind])
 
 
 @dataclass(frozen=True)
 class SceneTask(DrawnTask):
-    """One question about one picture.
+    """One question about one image.
 
     Args:
         kinds: kinds of questions, each asked equally often.
         mix: how often objects are shapes, digits, two-digit numbers and words.
         few: whether there are about half as many objects.
         scale: how many times larger everything is drawn, for models that see more than 128 pixels.
-        base: edge in pixels of the picture at difficulty 0, at scale 1.
+        base: edge in pixels of the image at difficulty 0, at scale 1.
         growth: pixels by which the edge grows up to difficulty 1, at scale 1, while objects keep
             their size.
     """
@@ -58,13 +58,13 @@ class SceneTask(DrawnTask):
     growth: int = 64
 
     def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
-        """Difficulty makes the picture larger around objects of the same size, and counts higher;
+        """Difficulty makes the image larger around objects of the same size, and counts higher;
         clutter sets the number of objects, 6 to 14 at one half.
         """
         return _one_question(self.kinds, rng, difficulty, self.drawer(difficulty, clutter))
 
     def drawer(self, difficulty: float, clutter: float) -> Callable[[int], Scene]:
-        """What draws the picture of a seed as the knobs say."""
+        """What draws the image of a seed as the knobs say."""
         share = 0.5 if self.few else 1.0
         return lambda seed: draw_scene(
             seed,
@@ -76,14 +76,14 @@ class SceneTask(DrawnTask):
 
 
 def _objects(clutter: float, share: float = 1.0) -> tuple[int, int]:
-    """Fewest and most objects of a picture."""
+    """Fewest and most objects of an image."""
     return round((2 + 8 * clutter) * share), round((6 + 16 * clutter) * share)
 
 
 def _one_question(
     kinds: tuple[str, ...], rng: Random, difficulty: float, draw: Callable[[int], Scene]
 ) -> Look:
-    """Ask one question of a kind about the picture of a seed."""
+    """Ask one question of a kind about the image of a seed."""
     kind = rng.choice(kinds)
     answer = _wanted(kind, rng, difficulty)
 
@@ -106,10 +106,10 @@ def _wanted(kind: str, rng: Random, difficulty: float) -> str | None:
 
 @dataclass(frozen=True)
 class LargeTask(DrawnTask):
-    """One question about a picture of many pixels, for models that see its parts.
+    """One question about an image of many pixels, for models that see its parts.
 
     Args:
-        edge: of the picture, in pixels.
+        edge: of the image, in pixels.
     """
 
     edge: int = 1024
@@ -125,7 +125,7 @@ class LargeTask(DrawnTask):
 
 
 class TurnsTask(SceneTask):
-    """Two questions in turn about one picture, the second about what the first did not ask for."""
+    """Two questions in turn about one image, the second about what the first did not ask for."""
 
     def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
         """The knobs are those of the tasks with one question."""
@@ -159,7 +159,7 @@ SCENE_TASKS = (
     SceneTask("words", "which short word is written in a colour?", ("word",), mix=_WORDY),
     SceneTask(
         "small-object",
-        "colour of a shape in a picture that grows from 128 to 320 pixels",
+        "colour of a shape in an image that grows from 128 to 320 pixels",
         ("color",),
         mix=_ONLY_SHAPES,
         few=True,
@@ -167,7 +167,7 @@ SCENE_TASKS = (
         growth=192,
     ),
     LargeTask(
-        "large-image", "colour, place or number of an object in a picture of 1,024 x 1,024 pixels"
+        "large-image", "colour, place or number of an object in an image of 1,024 x 1,024 pixels"
     ),
     TurnsTask(
         "multi-turn",

@@ -1,4 +1,4 @@
-"""Questions about several pictures, examples in context, and videos."""
+"""Questions about several images, examples in context, and videos."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Draw = Callable[[int], Sequence]
 
 @dataclass(frozen=True)
 class SequenceTask(DrawnTask):
-    """A task with several pictures, or frames of one video.
+    """A task with several images, or frames of one video.
 
     Args:
         scale: how many times larger everything is drawn.
@@ -25,7 +25,7 @@ class SequenceTask(DrawnTask):
     scale: int = 1
 
     def drawer(self, draw: Callable[..., Sequence], count: int, least: float, most: float) -> Draw:
-        """What draws the pictures of a seed.
+        """What draws the images of a seed.
 
         Args:
             draw: draws so many of them.
@@ -38,10 +38,10 @@ class SequenceTask(DrawnTask):
 
 
 class AlbumTask(SequenceTask):
-    """A question about one of several pictures."""
+    """A question about one of several images."""
 
     def look(self, rng: Random, difficulty: float, clutter: float) -> Look:
-        """Difficulty sets the number of pictures, two to four; clutter that of objects."""
+        """Difficulty sets the number of images, two to four; clutter that of objects."""
         count = 2 + round(2 * difficulty)
         kind = rng.choice(("in-image", "which"))
         choices = tuple(COLOURS) if kind == "in-image" else ORDINALS[:count]
@@ -56,7 +56,7 @@ class AlbumTask(SequenceTask):
                 return None
             q = rng.choice(found)
             asked = Turn(q.text, q.answer, tuple(range(count)), evidence(q), choices)
-            return album.pictures, (asked,)
+            return album.images, (asked,)
 
         return look
 
@@ -72,13 +72,13 @@ class ContextTask(SequenceTask):
         def look(seed: int) -> Shown | None:
             drawn = draw(seed)
             right = drawn.questions[-1].answer == answer
-            return (drawn.pictures, _lesson(drawn)) if right else None
+            return (drawn.images, _lesson(drawn)) if right else None
 
         return look
 
 
 def _lesson(drawn: Sequence) -> tuple[Turn, ...]:
-    """Examples, then the question, whose evidence lies in all pictures."""
+    """Examples, then the question, whose evidence lies in all images."""
     *shown, last = drawn.questions
     choices = tuple(COLOURS)
     given = tuple(
@@ -126,17 +126,15 @@ def _film(kind: str, choices: tuple[str, ...], rng: Random, draw: Draw) -> Look:
             return None
         q = rng.choice(found)
         asked = Turn(q.text, q.answer, (0,), evidence(q, video=True), choices)
-        return (video.pictures,), (asked,)
+        return (video.images,), (asked,)
 
     return look
 
 
 SEQUENCE_TASKS = (
-    AlbumTask(
-        "multi-image", "a colour in the picture of a given number, or the number of a picture"
-    ),
+    AlbumTask("multi-image", "a colour in the image of a given number, or the number of an image"),
     ContextTask(
-        "in-context", "examples with pictures show which kind of object's colour is asked for"
+        "in-context", "examples with images show which kind of object's colour is asked for"
     ),
     EventTask(
         "video-event",

@@ -12,7 +12,7 @@ from foveate.cli.options import Device, Dtype, MaxPixels, Model
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 
 PROMPTS is a file with one prompt a line, as JSON: [bold]{"image": "cat.jpg", "question": "What is
-this?"}[/], or `images` with a list. Pictures are found beside the file. Answers are not needed:
+this?"}[/], or `images` with a list. Images are found beside the file. Answers are not needed:
 what counts is how little the last prompt token's final state changes. A few dozen prompts like
 those that you will ask are enough.
 

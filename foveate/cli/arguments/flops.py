@@ -32,7 +32,7 @@ def flops(
     method: Methods,
     keep: Keep = None,
     setting: Settings = None,
-    images: Annotated[int, typer.Option(min=1, help="Pictures in the prompt.")] = 1,
+    images: Annotated[int, typer.Option(min=1, help="Images in the prompt.")] = 1,
     image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
     convention: Annotated[

@@ -10,10 +10,10 @@ import typer
 from foveate.cli.options import Device, Dtype, Keep, MaxPixels, Methods, Model, Settings
 from foveate.errors import InputError
 
-HELP = """Ask a model about pictures, with a method that removes visual tokens.
+HELP = """Ask a model about images, with a method that removes visual tokens.
 
 MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Any
-number of pictures, then the question.
+number of images, then the question.
 
 [bold]Examples[/]
 
@@ -33,7 +33,7 @@ def run(
     model: Model,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar='IMAGE... "QUESTION"', help="Picture files, then the question."),
+        typer.Argument(metavar='IMAGE... "QUESTION"', help="Image files, then the question."),
     ],
     method: Methods,
     keep: Keep = None,
@@ -42,7 +42,7 @@ def run(
         bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
     ] = False,
     show: Annotated[
-        Path | None, typer.Option(help="Save a picture of the kept tokens here.")
+        Path | None, typer.Option(help="Save an image of the kept tokens here.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")
@@ -53,7 +53,7 @@ def run(
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask a model about pictures."""
+    """Ask a model about images."""
     if len(inputs) < 2:
         raise InputError(
             f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
@@ -66,7 +66,7 @@ def run(
     chosen = make_methods(method, keep or (), setting or ())
     *paths, question = inputs
     check_paths(show, json_path)
-    pictures = [load_image(path, max_pixels) for path in paths]
+    images = [load_image(path, max_pixels) for path in paths]
     rounds = repeats if with_all else 0
-    job = Job(model, pictures, question, chosen, max_new_tokens, rounds, device, dtype)
+    job = Job(model, images, question, chosen, max_new_tokens, rounds, device, dtype)
     execute(job).deliver(stdout(), show, json_path)

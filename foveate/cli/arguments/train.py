@@ -36,7 +36,7 @@ trainer:               # any argument of transformers.TrainingArguments
 """
 
 HELP = (
-    """Train a model on conversations about pictures, with a method that removes visual tokens.
+    """Train a model on conversations about images, with a method that removes visual tokens.
 
 CONFIG is a YAML file. [bold]foveate train --example > config.yaml[/] writes the one below, which
 trains the model that comes with foveate on drawn scenes, offline, in about a minute. A run that

@@ -17,7 +17,7 @@ from foveate.core import Reduction
 from foveate.core.tokens import Shape
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
-from foveate.families.rows import Picture
+from foveate.families.rows import EncoderImage
 
 
 @dataclass(eq=False)
@@ -114,16 +114,16 @@ class EncoderGroup:
 
 
 def encoder_groups(
-    pictures: Sequence[Picture], device: torch.device, required: Tensor | None = None
+    encoder_images: Sequence[EncoderImage], device: torch.device, required: Tensor | None = None
 ) -> list[EncoderGroup]:
     """Group the images of a pass that have the same grid.
 
     Args:
-        pictures: the images, as the encoder sees them.
+        encoder_images: the images, as the encoder sees them.
         device: where the states live.
         required: numbers, among the tokens of all images, of those that may not be removed.
     """
-    shapes = [Shape(len(picture.rows), picture.grid, picture.frames) for picture in pictures]
+    shapes = [Shape(len(image.rows), image.grid, image.frames) for image in encoder_images]
     starts = [0, *accumulate(shape.total for shape in shapes)]
     tokens = [] if required is None else required.tolist()
     images = [
@@ -137,7 +137,7 @@ def encoder_groups(
     return [
         EncoderGroup(
             replace(group, ordered=True),  # what happens inside an encoder need not keep order
-            torch.stack([pictures[n].rows for n in group.numbers]).to(device),
+            torch.stack([encoder_images[n].rows for n in group.numbers]).to(device),
         )
         for group in group_images(images, shapes, device)
     ]

@@ -27,7 +27,7 @@ from foveate.engine.vision.patch_layout import PatchLayout, Point
 from foveate.engine.vision.segments import PackedRows
 from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
-from foveate.families.rows import Picture, raster_rows, token_grid
+from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
 from foveate.signals.encoder_hooks import hides, signal_of
 
@@ -75,24 +75,24 @@ class Encoding:
         """
         if self.groups:
             return
-        pictures = self._pictures(*states.shape[:2])
-        groups = encoder_groups(pictures, states.device, self.readout)
+        encoder_images = self._encoder_images(*states.shape[:2])
+        groups = encoder_groups(encoder_images, states.device, self.readout)
         self.layout = PatchLayout(
             groups, states.shape[:-1], self.encoder.special, self.layout.packed
         )
         if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
-        visible = (~hidden).expand(len(pictures), -1).flatten().float()
+        visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
 
-    def _pictures(self, images: int, length: int) -> list[Picture]:
+    def _encoder_images(self, images: int, length: int) -> list[EncoderImage]:
         """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
         special = self.encoder.special
         grid = self._patches(length - special)
         rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
-        return [Picture(tokens, rows + n * length) for n in range(images)]
+        return [EncoderImage(tokens, rows + n * length) for n in range(images)]
 
     def _patches(self, count: int) -> tuple[int, int]:
         """(height, width) of an image's patches."""

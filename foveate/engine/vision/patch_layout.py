@@ -39,7 +39,7 @@ class PatchLayout:
     Args:
         groups: the images; one group where they are rows of a batch.
         shape: (B, N), or (N) or (1, N) of a sequence: that of the states, less their width.
-        special: rows before the tokens of each picture.
+        special: rows before the tokens of each image.
         packed: whether the images lie in one sequence.
     """
 

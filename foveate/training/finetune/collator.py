@@ -16,7 +16,7 @@ class Collator:
     """Turn conversations into the inputs of any family, through its own processor.
 
     Rows are padded on the right. Labels are set on the assistant's answers and the token that ends
-    each; everything else, pictures included, is `-100`.
+    each; everything else, images included, is `-100`.
 
     Args:
         processor: the model's processor; it needs a chat template and a fast tokenizer.
@@ -42,16 +42,16 @@ class Collator:
             The processor's tensors and `labels` (B, T).
 
         Raises:
-            InputError: a picture cannot be read, or answers cannot be found.
+            InputError: an image cannot be read, or answers cannot be found.
         """
         rendered = [render(self.processor, example) for example in examples]
-        pictures = [example.pictures() for example in examples]
+        images = [example.open_images() for example in examples]
         bos: str = getattr(self.processor.tokenizer, "bos_token", None) or ""
         begun = bos != "" and rendered[0].text.startswith(bos)
         try:
             batch = dict(
                 self.processor(
-                    images=pictures if any(pictures) else None,
+                    images=images if any(images) else None,
                     text=[row.text for row in rendered],
                     padding=True,
                     padding_side="right",

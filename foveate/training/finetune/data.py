@@ -1,9 +1,9 @@
-"""Training examples: conversations about pictures, from a jsonl file or from drawn scenes.
+"""Training examples: conversations about images, from a jsonl file or from drawn scenes.
 
 A line of a jsonl file is an object with `messages` (roles `user`, `assistant`, `system`; content a
 string or a list of parts) or with LLaVA's `conversations` (`from`, `value`), and with `images` or
-`image`: paths relative to the file. `<image>` in a text says where a picture stands; without any,
-the pictures stand before the first question.
+`image`: paths relative to the file. `<image>` in a text says where an image stands; without any,
+the images stand before the first question.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _TRAIN_SEEDS = 2**40  # scenes below are held out, as in `recipes.data`
 
 Part = dict[str, str]
 """`{"type": "image"}` or `{"type": "text", "text": ...}`."""
-_IMAGE: Part = {"type": "image"}  # one for all places of pictures, of which a row may have many
+_IMAGE: Part = {"type": "image"}  # one for all places of images, of which a row may have many
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Message:
 
     Args:
         role: `system`, `user` or `assistant`.
-        parts: texts and places of pictures, in order.
+        parts: texts and places of images, in order.
     """
 
     role: str
@@ -65,10 +65,10 @@ class Example:
     """One conversation.
 
     Args:
-        images: its pictures, or where they lie, in the order of the image parts.
+        images: its images, or where they lie, in the order of the image parts.
         messages: at least one of them is the assistant's.
         where: what to call it in an error.
-        max_pixels: most pixels of a picture, see `foveate.io.images.load_image`.
+        max_pixels: most pixels of an image, see `foveate.io.images.load_image`.
     """
 
     images: tuple[Path | Image.Image, ...]
@@ -76,8 +76,8 @@ class Example:
     where: str = "example"
     max_pixels: int | None = None
 
-    def pictures(self) -> list[Image.Image]:
-        """Open its pictures, upright and in RGB, as `foveate.io.images` does.
+    def open_images(self) -> list[Image.Image]:
+        """Open its images, upright and in RGB, as `foveate.io.images` does.
 
         Raises:
             InputError: one cannot be read, or has too many pixels.
@@ -94,14 +94,14 @@ class Example:
 
 
 class Conversations(Sequence[Example]):
-    """The conversations of a jsonl file; every line is checked at once, pictures load later.
+    """The conversations of a jsonl file; every line is checked at once, images load later.
 
     Args:
         path: the file.
-        max_pixels: most pixels of a picture, see `foveate.io.images.load_image`.
+        max_pixels: most pixels of an image, see `foveate.io.images.load_image`.
 
     Raises:
-        InputError: the file or a picture is missing, or a line is not as it must be; the message
+        InputError: the file or an image is missing, or a line is not as it must be; the message
             names the line.
     """
 
@@ -193,15 +193,15 @@ def _image_names(row: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _find_all(names: Sequence[str], path: Path, where: str) -> list[Path]:
-    """Paths of pictures; one that is named often is looked up once."""
+    """Paths of images; one that is named often is looked up once."""
     found = {name: _find(name, path, where) for name in dict.fromkeys(names)}
     return [found[name] for name in names]
 
 
 def _find(name: str, path: Path, where: str) -> Path:
-    """A picture's path; it must exist."""
+    """An image's path; it must exist."""
     if name.startswith(("http://", "https://", "data:")):
-        raise InputError(f"{where}: {quoted(name)} is no file; download pictures before training")
+        raise InputError(f"{where}: {quoted(name)} is no file; download images before training")
     found = path.parent / name.removeprefix("file://")
     try:
         there = found.is_file()
@@ -213,7 +213,7 @@ def _find(name: str, path: Path, where: str) -> Path:
 
 
 def _message(entry: Any, where: str) -> tuple[Message, list[str]]:
-    """A message, and the paths of pictures that stand in its parts."""
+    """A message, and the paths of images that stand in its parts."""
     if not isinstance(entry, dict):
         raise InputError(f"{where} must be an object, got {type(entry).__name__}")
     role, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
@@ -230,7 +230,7 @@ def _message(entry: Any, where: str) -> tuple[Message, list[str]]:
             f"{where}: the content must be a text or a list of parts, got {quoted(content)}"
         )
     if _ROLES[role] == "assistant" and any(part["type"] == "image" for part in parts):
-        raise InputError(f"{where}: an assistant's message cannot hold a picture")
+        raise InputError(f"{where}: an assistant's message cannot hold an image")
     return Message(_ROLES[role], tuple(parts)), inline
 
 
@@ -254,7 +254,7 @@ def _parts(content: list[Any], where: str) -> tuple[list[Part], list[str]]:
 
 
 def _split(text: str) -> Iterator[Part]:
-    """Cut a text at `<image>`; a line break beside a picture goes, templates add their own."""
+    """Cut a text at `<image>`; a line break beside an image goes, templates add their own."""
     for number, piece in enumerate(text.split(PLACEHOLDER)):
         if number:
             yield _IMAGE
@@ -264,13 +264,13 @@ def _split(text: str) -> Iterator[Part]:
 
 
 def _place(messages: list[Message], images: int, where: str) -> tuple[Message, ...]:
-    """Put pictures without a place before the first question."""
+    """Put images without a place before the first question."""
     places = sum(part["type"] == "image" for m in messages for part in m.parts)
     if places == images:
         return tuple(messages)
     first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
     if places or first is None:
-        raise InputError(f"{where} has {images} pictures, but {places} places for them")
+        raise InputError(f"{where} has {images} images, but {places} places for them")
     before: tuple[Part, ...] = (_IMAGE,) * images
     messages[first] = Message("user", (*before, *messages[first].parts))
     return tuple(messages)

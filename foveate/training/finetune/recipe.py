@@ -24,7 +24,7 @@ class Data:
         scenes: how many scenes to draw, where there is no file.
         turns: most questions about one scene.
         seed: data of another seed shows other scenes.
-        max_pixels: most pixels of a picture of the file; None for Pillow's limit.
+        max_pixels: most pixels of an image of the file; None for Pillow's limit.
     """
 
     file: Path | None = None
@@ -45,7 +45,7 @@ class Data:
         """Read the file, or prepare to draw.
 
         Raises:
-            InputError: the file, a line or a picture is not as it must be.
+            InputError: the file, a line or an image is not as it must be.
         """
         if self.file is not None:
             return Conversations(self.file, self.max_pixels)

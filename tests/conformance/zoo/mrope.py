@@ -52,7 +52,7 @@ class MRopeMember(Member):
         }
 
     def clip(self, seed=0):
-        """A video of three frames (pairs of pictures) of 4 x 8 patches."""
+        """A video of three frames (pairs of images) of 4 x 8 patches."""
         grid = torch.tensor([[3, 4, 8]])
         return {"pixel_values_videos": self.patches(grid, seed), "video_grid_thw": grid}
 

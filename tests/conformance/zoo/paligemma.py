@@ -18,7 +18,7 @@ SIGLIP = {
 
 
 def pixels(images, seed=0):
-    """Random pictures for the tower above."""
+    """Random images for the tower above."""
     generator = torch.Generator().manual_seed(seed)
     return {"pixel_values": torch.randn(images, 3, 32, 32, generator=generator)}
 

@@ -1,4 +1,4 @@
-"""A small untrained model with the packaged processor, pictures, and files of conversations."""
+"""A small untrained model with the packaged processor, images, and files of conversations."""
 
 import json
 
@@ -27,7 +27,7 @@ def model_folder(tmp_path_factory, processor):
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory):
-    """Eight conversations; every second one is about two pictures, in LLaVA's style."""
+    """Eight conversations; every second one is about two images, in LLaVA's style."""
     folder = tmp_path_factory.mktemp("data")
     lines = []
     for seed in range(8):

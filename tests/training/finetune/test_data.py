@@ -59,10 +59,10 @@ def test_both_styles_read_the_same(read):
     assert kinds(rows[0]) == ["image", "text", "text"]
 
 
-def test_pictures_stand_where_the_text_says(read):
+def test_images_stand_where_the_text_says(read):
     row = read(chat("left <image> right <image>", images=["a.png", "b.png"]))[0]
     assert kinds(row) == ["text", "image", "text", "image", "text"]
-    assert [picture.mode for picture in row.pictures()] == ["RGB", "RGB"]
+    assert [picture.mode for picture in row.open_images()] == ["RGB", "RGB"]
 
 
 def test_blank_lines_are_passed_over_and_counted(read):
@@ -81,10 +81,10 @@ def test_blank_lines_are_passed_over_and_counted(read):
         (chat(images=["none.png"]), "line 2: no such image file: .*none.png"),
         (chat(images=["http://x/y.png"]), "is no file; download"),
         (chat(images=3), "`images` must be a list of paths"),
-        (chat("<image> <image>", images=["a.png"]), "has 1 pictures, but 2 places"),
+        (chat("<image> <image>", images=["a.png"]), "has 1 images, but 2 places"),
         (chat([{"type": "audio"}]), "a part must be a text or an image"),
         (chat(7), "the content must be a text or a list of parts"),
-        (chat(answer="<image>", images=["a.png"]), "an assistant's message cannot hold a picture"),
+        (chat(answer="<image>", images=["a.png"]), "an assistant's message cannot hold an image"),
     ],
 )
 def test_errors_name_the_line(read, row, reason):
@@ -100,10 +100,10 @@ def test_missing_and_empty_files_are_refused(tmp_path):
         Conversations(tmp_path / "empty.jsonl")
 
 
-def test_a_picture_that_cannot_be_read_names_the_line(read, tmp_path):
-    (tmp_path / "bad.png").write_text("no picture")
+def test_an_image_that_cannot_be_read_names_the_line(read, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
     with pytest.raises(InputError, match=r"line 1: cannot read .*bad\.png"):
-        read(chat(images=["bad.png"]))[0].pictures()
+        read(chat(images=["bad.png"]))[0].open_images()
 
 
 def test_scenes_are_the_same_each_time_and_differ_by_seed():

@@ -50,7 +50,7 @@ class Chat:
         )
 
     def ids(self, text, *counts):
-        """Ids with the placeholder of each picture repeated."""
+        """Ids with the placeholder of each image repeated."""
         pieces = text.split("<|image_pad|>")
         for piece, count in zip(pieces[1:], counts, strict=True):
             pieces[0] += "<|image_pad|>" * count + piece
@@ -84,7 +84,7 @@ def test_labels_of_the_embedded_model_equal_hand_made_spans(processor):
         assert batch["attention_mask"][row].sum() == at
 
 
-def test_pictures_of_several_turns_shift_later_answers():
+def test_images_of_several_turns_shift_later_answers():
     chat = Chat()
     example = talk(
         say("system", "You see."), say("user", "what?", 1), say("assistant", "a cat"),

@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP and FSDP2 on gloo, with unlike picture counts per rank."""
+"""Two processes train as one does: DDP and FSDP2 on gloo, with unlike image counts per rank."""
 
 import json
 import os

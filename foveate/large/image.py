@@ -1,6 +1,6 @@
-"""Pictures that are read by windows, so that one of any size needs little memory.
+"""Images that are read by windows, so that one of any size needs little memory.
 
-A `Picture` gives windows of itself, reduced by a power of two; `read_tile` makes the tiles of a
+A `LargeImage` gives windows of itself, reduced by a power of two; `read_tile` makes the tiles of a
 pyramid's levels from them.
 """
 
@@ -26,13 +26,13 @@ from foveate.large.pyramid import Level, Size
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels; right and bottom are exclusive."""
 
-_OVERVIEW = 2**22  # pixels of the reduced copy that a stored picture keeps
+_OVERVIEW = 2**22  # pixels of the reduced copy that a stored image keeps
 _BAND = 2**24  # pixels that are read at once where every pixel is sampled by itself
 _MARGIN = 3  # pixels around a window that its interpolation looks at
 
 
-class Picture(Protocol):
-    """A picture of which windows can be read."""
+class LargeImage(Protocol):
+    """An image of which windows can be read."""
 
     @property
     def size(self) -> Size:
@@ -42,13 +42,13 @@ class Picture(Protocol):
         """(height, width, 3) uint8 RGB of a box.
 
         Args:
-            box: in pixels of the reduced picture, which has ceil(side / reduce) pixels a side.
+            box: in pixels of the reduced image, which has ceil(side / reduce) pixels a side.
             reduce: a power of two; every pixel is the mean of `reduce` x `reduce` pixels.
         """
 
 
 class Held:
-    """A picture in memory.
+    """An image in memory.
 
     Args:
         image: any mode; `foveate.io.images` says how it becomes RGB.
@@ -63,7 +63,7 @@ class Held:
         return self._image.height, self._image.width
 
     def window(self, box: Box, reduce: int) -> np.ndarray:
-        """A box of the reduced picture; see `Picture`."""
+        """A box of the reduced image; see `LargeImage`."""
         left, top, right, bottom = (edge * reduce for edge in box)
         height, width = self.size
         full = (left, top, min(right, width), min(bottom, height))
@@ -72,7 +72,7 @@ class Held:
 
 
 class Stored:
-    """A picture in a file, of which only windows and a small overview come into memory.
+    """An image in a file, of which only windows and a small overview come into memory.
 
     Tiled TIFF is read tile by tile, with its stored reductions if it has some; what a format cannot
     give by windows libvips unpacks once into a temporary file.
@@ -111,7 +111,7 @@ class Stored:
         return self._image.height, self._image.width
 
     def window(self, box: Box, reduce: int) -> np.ndarray:
-        """A box of the reduced picture; see `Picture`."""
+        """A box of the reduced image; see `LargeImage`."""
         factor, image = max(
             ((f, i) for f, i in self._stored.items() if f <= reduce), key=lambda item: item[0]
         )
@@ -158,7 +158,7 @@ class Stored:
         return image if image.bands == 3 else image.bandjoin([image, image])
 
     def _span(self, image: Any) -> tuple[float, float]:
-        """What becomes black and what white; reductions have what the picture itself has."""
+        """What becomes black and what white; reductions have what the image itself has."""
         if self._range is None and image.format == "ushort":
             self._range = 0.0, 65535.0
         elif self._range is None:
@@ -182,11 +182,11 @@ class Stored:
             yield
         except self._vips.Error as error:
             raise InputError(
-                f"libvips cannot read {shown(self._path, 100)} as a picture: {shown(error, 100)}"
+                f"libvips cannot read {shown(self._path, 100)} as an image: {shown(error, 100)}"
             ) from None
 
     def _reductions(self) -> dict[int, Any]:
-        """Factor -> the picture's stored reductions by powers of two."""
+        """Factor -> the image's stored reductions by powers of two."""
         found: dict[int, Any] = {}
         for kind in ("subifd", "page"):
             name = f"n-{kind}s"
@@ -200,14 +200,14 @@ class Stored:
         return found
 
 
-def open_picture(
-    source: str | Path | Image.Image | Picture, max_pixels: int | None = None
-) -> Picture:
-    """A picture by windows.
+def open_image(
+    source: str | Path | Image.Image | LargeImage, max_pixels: int | None = None
+) -> LargeImage:
+    """An image by windows.
 
     Args:
         source: a file, read through libvips if pyvips is installed and else by Pillow; an image in
-            memory; or a picture already.
+            memory; or an image already.
         max_pixels: most pixels of a file that Pillow reads, see `foveate.io.images.load_image`; a
             file that is read by windows may have any number of them.
 
@@ -219,54 +219,54 @@ def open_picture(
     if not isinstance(source, str | Path):
         return source
     if "\0" in str(source) or not os.path.isfile(source):
-        raise InputError(f"there is no picture {shown(source, 100)}")
+        raise InputError(f"there is no image {shown(source, 100)}")
     try:
         return Stored(source)
     except FoveateError as error:
         if isinstance(error, InputError):
             raise
-    option = "pip install 'foveate[large]' reads it by windows, and open_picture's max_pixels"
+    option = "pip install 'foveate[large]' reads it by windows, and open_image's max_pixels"
     return Held(load_image(source, max_pixels=max_pixels, option=option))
 
 
 def read_tile(
-    picture: Picture, level: Level, row: int, column: int, smooth: bool = True
+    image: LargeImage, level: Level, row: int, column: int, smooth: bool = True
 ) -> np.ndarray:
     """What a tile of a level shows: (height, width, 3) float32 in 0 to 255, without padding.
 
     Args:
-        picture: where from.
-        level: of the picture's pyramid.
+        image: where from.
+        level: of the image's pyramid.
         row: of the tile.
         column: of the tile.
         smooth: average over all pixels that an output pixel covers (bilinear with antialiasing);
             else interpolate between the four nearest, as the released code does, which skips most
-            of a large picture.
+            of a large image.
     """
     (height, width), side = level.size, level.tile
     rows = (row * side, min((row + 1) * side, height))
     columns = (column * side, min((column + 1) * side, width))
-    return (_smooth if smooth else _sampled)(picture, level, rows, columns)
+    return (_smooth if smooth else _sampled)(image, level, rows, columns)
 
 
-def _smooth(picture: Picture, level: Level, rows: Size, columns: Size) -> np.ndarray:
-    step = picture.size[0] / level.size[0], picture.size[1] / level.size[1]
+def _smooth(image: LargeImage, level: Level, rows: Size, columns: Size) -> np.ndarray:
+    step = image.size[0] / level.size[0], image.size[1] / level.size[1]
     reduce = 2 ** max(0, math.floor(math.log2(max(min(step), 1))))
     spans, starts = [], []
-    for span, scale, whole in zip((rows, columns), step, picture.size, strict=True):
+    for span, scale, whole in zip((rows, columns), step, image.size, strict=True):
         first, last = (edge * scale / reduce for edge in span)
         start = max(0, math.floor(first) - _MARGIN)
         spans.append((start, min(-(-whole // reduce), math.ceil(last) + _MARGIN)))
         starts.append((first - start, min(last, whole / reduce) - start))
     (top, bottom), (left, right) = spans
-    part = Image.fromarray(picture.window((left, top, right, bottom), reduce))
+    part = Image.fromarray(image.window((left, top, right, bottom), reduce))
     box = (starts[1][0], starts[0][0], starts[1][1], starts[0][1])
     out = (columns[1] - columns[0], rows[1] - rows[0])
     return np.asarray(part.resize(out, Image.Resampling.BILINEAR, box=box), np.float32)
 
 
-def _sampled(picture: Picture, level: Level, rows: Size, columns: Size) -> np.ndarray:
-    height, width = picture.size
+def _sampled(image: LargeImage, level: Level, rows: Size, columns: Size) -> np.ndarray:
+    height, width = image.size
     x0, x1, right = _neighbours(columns, width / level.size[1], width)
     left, end = int(x0[0]), int(x1[-1]) + 1
     per_band = max(1, int(_BAND / (end - left) * level.size[0] / height))
@@ -275,7 +275,7 @@ def _sampled(picture: Picture, level: Level, rows: Size, columns: Size) -> np.nd
         span = (start, min(start + per_band, rows[1]))
         y0, y1, below = _neighbours(span, height / level.size[0], height)
         top = int(y0[0])
-        part = picture.window((left, top, end, int(y1[-1]) + 1), 1)
+        part = image.window((left, top, end, int(y1[-1]) + 1), 1)
         lines = _mix(part[y0 - top], part[y1 - top], below[:, None, None])
         bands.append(_mix(lines[:, x0 - left], lines[:, x1 - left], right[None, :, None]))
     return np.concatenate(bands)
@@ -297,6 +297,6 @@ def _pyvips() -> Any:
         import pyvips
     except (ImportError, OSError):
         raise FoveateError(
-            "large pictures are read through pyvips; pip install 'foveate[large]'"
+            "large images are read through pyvips; pip install 'foveate[large]'"
         ) from None
     return pyvips

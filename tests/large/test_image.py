@@ -1,4 +1,4 @@
-"""Windows of pictures give what the whole picture would."""
+"""Windows of images give what the whole image would."""
 
 import builtins
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from foveate.errors import InputError
-from foveate.large.picture import Held, Stored, open_picture, read_tile
+from foveate.large.image import Held, Stored, open_image, read_tile
 from foveate.large.pyramid import levels
 
 TILE = 64
@@ -47,7 +47,7 @@ def test_sampling_in_bands_changes_nothing(monkeypatch):
     picture = Held(noise())
     level = levels(picture.size, TILE, 128)[1]
     want = put_together(picture, level, smooth=False)
-    monkeypatch.setattr("foveate.large.picture._BAND", 3000)
+    monkeypatch.setattr("foveate.large.image._BAND", 3000)
     np.testing.assert_array_equal(put_together(picture, level, smooth=False), want)
 
 
@@ -74,16 +74,16 @@ def test_smooth_tiles_average_what_they_cover():
 
 
 @pytest.mark.parametrize("kind", ["png", "tiled", "pages", "subifds"])
-def test_files_read_by_windows_equal_pictures_in_memory(tmp_path, kind):
+def test_files_read_by_windows_equal_images_in_memory(tmp_path, kind):
     image = noise()
-    path = tmp_path / f"picture.{'png' if kind == 'png' else 'tif'}"
+    path = tmp_path / f"image.{'png' if kind == 'png' else 'tif'}"
     if kind == "png":
         image.save(path)
     else:
         pyramid = {"pyramid": kind != "tiled", "subifd": kind == "subifds"}
         tiles = {"tile": True, "tile_width": 64, "tile_height": 64}
         pyvips.Image.new_from_array(np.array(image)).tiffsave(str(path), **tiles, **pyramid)
-    held, stored = Held(image), open_picture(path)
+    held, stored = Held(image), open_image(path)
     assert isinstance(stored, Stored)
     assert stored.size == held.size
     assert (len(stored._stored) > 1) == (kind in ("pages", "subifds"))
@@ -96,10 +96,10 @@ def test_files_read_by_windows_equal_pictures_in_memory(tmp_path, kind):
 def test_coarse_windows_come_from_an_overview(tmp_path, monkeypatch):
     """A large file is gone through once for all coarse levels."""
     image = noise()
-    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "image.png")
     held = Held(image)
-    monkeypatch.setattr("foveate.large.picture._OVERVIEW", 350 * 550 // 20)
-    stored = Stored(tmp_path / "picture.png")
+    monkeypatch.setattr("foveate.large.image._OVERVIEW", 350 * 550 // 20)
+    stored = Stored(tmp_path / "image.png")
     assert stored._overview[0] == 8
     for reduce in (4, 8, 16):
         box = (3, 2, 12, 11)
@@ -110,13 +110,13 @@ def test_coarse_windows_come_from_an_overview(tmp_path, monkeypatch):
 
 
 def test_the_overview_comes_from_stored_reductions(tmp_path, monkeypatch):
-    path = tmp_path / "picture.tif"
+    path = tmp_path / "image.tif"
     pyvips.Image.new_from_array(np.array(noise())).tiffsave(
         str(path), tile=True, tile_width=64, tile_height=64, pyramid=True
     )
-    monkeypatch.setattr("foveate.large.picture._OVERVIEW", 350 * 550 // 20)
+    monkeypatch.setattr("foveate.large.image._OVERVIEW", 350 * 550 // 20)
     stored = Stored(path)
-    stored._stored[1] = None  # the whole picture is not looked at
+    stored._stored[1] = None  # the whole image is not looked at
     assert stored._overview[0] == 8
     assert stored.window((0, 0, 4, 4), 16).shape == (4, 4, 3)
 
@@ -138,11 +138,11 @@ def test_alpha_and_sixteen_bits(tmp_path):
 
 
 def test_what_cannot_be_read(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="there is no picture"):
-        open_picture(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(InputError, match="there is no image"):
+        open_image(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InputError, match="cannot read"):
-        open_picture(tmp_path / "text.png")
+        open_image(tmp_path / "text.png")
 
 
 def test_without_pyvips_small_files_are_held_and_large_ones_refused(tmp_path, monkeypatch):
@@ -153,9 +153,9 @@ def test_without_pyvips_small_files_are_held_and_large_ones_refused(tmp_path, mo
             raise ImportError(name)
         return real(name, *args, **kwargs)
 
-    noise().save(tmp_path / "picture.png")
+    noise().save(tmp_path / "image.png")
     monkeypatch.setattr(builtins, "__import__", missing)
-    assert isinstance(open_picture(tmp_path / "picture.png"), Held)
+    assert isinstance(open_image(tmp_path / "image.png"), Held)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match=r"foveate\[large\]"):
-        open_picture(tmp_path / "picture.png")
+        open_image(tmp_path / "image.png")

@@ -68,7 +68,7 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         tasks_note=f"Right answers in %. Greyed tasks tell nothing: the whole model is not "
         f"{MARGIN:.0%} above the commonest answer. Red: at least 10 points below all tokens.",
         tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
-        maps_note="How long tokens live at each place of the grid, averaged over images and over "
+        maps_note="How long tokens live at each cell of the grid, averaged over images and over "
         "the decoder layers after a method's first cut: pale is dropped, full colour is twice the "
         "mean or more. Bars are rows; the dashed line is the method's mean.",
         maps="".join(_maps(summary, keep) for keep in [*summary.keeps, None]),

@@ -89,8 +89,8 @@ class Runner:
             outcome = Outcome(status="refused", error=str(error))
         except Exception as error:  # a method may fail in any way; the other cells go on
             where = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
-            text = f"{type(error).__name__}: {error} ({place})"
+            location = f"{where.filename.rpartition('/')[2]}:{where.lineno}"
+            text = f"{type(error).__name__}: {error} ({location})"
             outcome = Outcome(status="failed", error=text)
         outcome.seconds = time.perf_counter() - start
         return outcome

@@ -188,9 +188,9 @@ def _study(optuna: Any, journal: Any, storage: str | Path | None, settings: dict
     Raises:
         InputError: the file's study has other settings.
     """
-    place = None if journal is None else optuna.storages.JournalStorage(journal)
+    backend = None if journal is None else optuna.storages.JournalStorage(journal)
     study = optuna.create_study(
-        storage=place, study_name="foveate", direction="maximize", load_if_exists=True
+        storage=backend, study_name="foveate", direction="maximize", load_if_exists=True
     )
     known = study.user_attrs.get("settings")
     if known is None:

@@ -47,9 +47,9 @@ def top(scores: Tensor, count: int, scale: Scale = None) -> Tensor:
     if scores.device.type == "cpu" and int((scores >= least - near).sum()) == value.numel():
         return order.sort(dim=-1).values
     chosen = _chosen(scores, count, least, near)
-    place = torch.arange(total, device=scores.device).expand(scores.shape)
+    position = torch.arange(total, device=scores.device).expand(scores.shape)
     target = torch.where(chosen, chosen.cumsum(-1) - 1, count)
-    index = place.new_zeros(*scores.shape[:-1], count + 1).scatter_(-1, target, place)
+    index = position.new_zeros(*scores.shape[:-1], count + 1).scatter_(-1, target, position)
     return index[..., :count]
 
 

@@ -91,8 +91,8 @@ class Reduction:
             return Reduction(index, self.weights.gather(1, rows), label=label)
         if self.slot is None:
             return Reduction(index, label=label)
-        place = order.argsort(dim=1).gather(1, self.slot.clamp(min=0))
-        slot = torch.where(self.slot < 0, self.slot, place)
+        position = order.argsort(dim=1).gather(1, self.slot.clamp(min=0))
+        slot = torch.where(self.slot < 0, self.slot, position)
         return Reduction(index, slot=slot, share=self.share, label=label)
 
     def apply(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Curve:
 
     def rescaled(self, mean: float) -> tuple[float, ...]:
         """The shares, each raised to one and the same power, so that they have a mean."""
-        return _bent(self.shares, self.layers, mean)
+        return _rescaled(self.shares, self.layers, mean)
 
 
 @dataclass(frozen=True)
@@ -202,12 +202,12 @@ class Scheduled(Method):
     def legal(self, model: ModelFacts) -> list[int]:
         """Layers before which the method can drop tokens on a model, ascending."""
         first = max(model.first_llm_layer, self._first)
-        places = (layer + self.ranked_before for layer in model.attention_layers)
-        return [layer for layer in places if first <= layer < model.text_layers]
+        layers = (layer + self.ranked_before for layer in model.attention_layers)
+        return [layer for layer in layers if first <= layer < model.text_layers]
 
 
 @functools.lru_cache(maxsize=256)
-def _bent(shares: tuple[float, ...], layers: tuple[int, ...], mean: float) -> tuple[float, ...]:
+def _rescaled(shares: tuple[float, ...], layers: tuple[int, ...], mean: float) -> tuple[float, ...]:
     """See `Curve.rescaled`."""
     low, high = 0.0, 1.0
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.engine.features import EncoderOutputInfo
 from foveate.families import Family
-from foveate.record.tiles import Placed, Tiling, in_image, match_grid
+from foveate.record.tiles import Tiling, TokenBoxes, in_image, match_grid
 
 
 class ImageBoxes:
@@ -40,20 +40,20 @@ class ImageBoxes:
         self.family, self.modality, self.encoded, self.source = family, modality, encoded, source
         self.visual, self.ids = visual, ids
 
-    def of(self, image: int) -> Placed:
+    def of(self, image: int) -> TokenBoxes:
         """Where an image of the forward is."""
         boxes = self._boxes(self.source[image])
         first, tiling = self._tilings[image]
         tile, count = image - first, tiling.tiles
         if count == 1:
-            return Placed(boxes)
+            return TokenBoxes(boxes)
         thumbnail = self.family.thumbnail % count
         if tile == thumbnail:
-            return Placed(boxes, (tile, count))
+            return TokenBoxes(boxes, (tile, count))
         grid = self._grid(first, tiling)
         if grid is None:
-            return Placed(boxes, (tile, count), False)
-        return Placed(in_image(boxes, tile - (tile > thumbnail), grid), (tile, count))
+            return TokenBoxes(boxes, (tile, count), False)
+        return TokenBoxes(in_image(boxes, tile - (tile > thumbnail), grid), (tile, count))
 
     def _boxes(self, image: int) -> Tensor:
         """(V, 4) boxes of an image of the encoder."""

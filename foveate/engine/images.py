@@ -18,10 +18,10 @@ from torch import Tensor
 from foveate.core import Reduction, VisualTokens
 from foveate.core.tokens import Shape
 from foveate.engine.plan import PlannedStep
-from foveate.record.tiles import Placed
+from foveate.record.tiles import TokenBoxes
 
 Kept = Mapping[str, Tensor]
-Locate = Callable[[], Placed]
+Locate = Callable[[], TokenBoxes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""One small file per model family: where the places of the stream are in that model."""
+"""One small file per model family: where the sites of the stream are in that model."""
 
 from typing import TYPE_CHECKING
 

@@ -207,7 +207,7 @@ class Family:
     ) -> Tensor:
         """(V, 4) left, top, right and bottom edge of an image's tokens, as shares of the image.
 
-        NaN stands for tokens without a place, such as newlines. The image is what one entry of
+        NaN stands for tokens that show no pixels, such as newlines. The image is what one entry of
         the features was made from: the whole image, or a tile where each tile counts as an image;
         for a video, the token's frame.
 

@@ -60,10 +60,10 @@ def packed(
     Args:
         sizes: (frames, height, width) of each in patches.
         side: side of a token in patches.
-        order: (tokens) the token at each place, where the encoder reorders those of all images.
+        order: (tokens) the token at each position, where the encoder reorders those of all images.
         raster: whether patches come in raster order; else token by token.
     """
-    place = None if order is None else order.argsort().cpu()
+    position = None if order is None else order.argsort().cpu()
     images, start = [], 0
     for frames, height, width in sizes:
         grid, count = token_grid(height, width, side), frames * height * width
@@ -73,8 +73,8 @@ def packed(
             else torch.arange(count).view(-1, side**2)
         )
         rows = rows + start
-        if place is not None:
-            rows = place[rows // side**2] * side**2 + rows % side**2
+        if position is not None:
+            rows = position[rows // side**2] * side**2 + rows % side**2
         images.append(EncoderImage(grid, rows, frames))
         start += count
     return images

@@ -20,14 +20,14 @@ UNSUPPORTED: dict[str, str] = {
     "gemma4_unified": _SHARED,
     "kimi_k25": _LATENT,
     "kimi_vl": _LATENT,
-    "lfm2_vl": "its text model has convolution layers, which mix neighbours by their place, so "
+    "lfm2_vl": "its text model has convolution layers, which mix neighbours by their position, so "
     "removing a token would change what its neighbours become",
     "llama4": "its attention works in chunks of the sequence, and its layers take rotary "
     "positions as one complex tensor, which the engine cannot shorten",
     "mllama": "its visual tokens are not in the sequence: the text model reads them by "
     "cross-attention",
     "phi4_multimodal": "its vision encoder is a part of the text model's embedding, so there is "
-    "no place between the two at which tokens could be removed",
+    "no site between the two at which tokens could be removed",
     "qwen3_5": _RECURRENT,
     "qwen3_5_moe": _RECURRENT,
 }

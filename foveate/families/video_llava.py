@@ -49,7 +49,7 @@ class VideoLlava(Family):
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
-        """Boxes of an image, or of frames after one another; class tokens have no place."""
+        """Boxes of an image, or of frames after one another; class tokens have no box."""
         if modality == "image":
             return super().boxes(modality, number, shape, arguments)
         frame = torch.cat((torch.full((1, 4), torch.nan), cells(self._side, self._side)))

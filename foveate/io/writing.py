@@ -1,7 +1,8 @@
 """Writing results: paths are checked before the work, and a file is replaced whole or not at all.
 
-A result goes into a file beside its place, which takes the place once it is on the disk. So a full
-disk, an error or a kill leaves the earlier file as it was.
+A result is first written to a temporary file beside its destination. That file replaces the
+destination once it is on the disk, so a full disk, an error or a kill leaves the earlier file as it
+was.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")  # written to, never replaced
-_MOUNTED = (errno.EBUSY, errno.EXDEV, errno.EPERM, errno.EACCES)  # no other file takes the place
+_MOUNTED = (
+    errno.EBUSY,
+    errno.EXDEV,
+    errno.EPERM,
+    errno.EACCES,
+)  # no other file can replace it
 _FULL = ("No space left", "os error 28", "PytorchStreamWriter", "inline_container")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -50,11 +56,15 @@ def check_file(path: str | Path | None, *, image: bool = False) -> None:
             raise InputError(f"cannot save {shown(path, 100)}: a name cannot hold a null byte")
         if image:
             _check_format(Path(path))
-        for place in dict.fromkeys((Path(path).absolute(), _target(path))):
-            if not place.parent.is_dir():
-                above = Path(path).parent if place == Path(path).absolute() else place.parent
+        for destination in dict.fromkeys((Path(path).absolute(), _target(path))):
+            if not destination.parent.is_dir():
+                above = (
+                    Path(path).parent
+                    if destination == Path(path).absolute()
+                    else destination.parent
+                )
                 where = shown(above, 100)
-                missing = not place.parent.exists()
+                missing = not destination.parent.exists()
                 reason = f"there is no folder {where}" if missing else f"{where} is a file"
                 raise InputError(f"cannot save {shown(path, 100)}: {reason}")
         _try_file(path)
@@ -92,7 +102,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path: of the file.
 
     Yields:
-        Where to write. When the block ends well, that file takes the place of `path`.
+        Where to write. When the block ends well, that file replaces `path`.
 
     Raises:
         InputError: the file cannot be written; what was there before is as it was.
@@ -269,7 +279,7 @@ def _try_file(path: str | Path) -> None:
 
 
 def _finish(part: Path, target: Path) -> None:
-    """Put a written file into its place."""
+    """Move a written file to its destination."""
     _sync(part)
     if target.exists():
         before = target.stat()

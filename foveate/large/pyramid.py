@@ -146,7 +146,7 @@ class Local:
 
     @property
     def order(self) -> Tensor:
-        """(N,) place of each token on the whole grid, row by row."""
+        """(N,) position of each token on the whole grid, row by row."""
         return self.cell[:, 0] * self.wide[1] + self.cell[:, 1]
 
     def boxes(self) -> Tensor:
@@ -200,7 +200,7 @@ def lay_out(
 def tiles_below(tokens: Local, finer: Level) -> Tensor:
     """(n, 2) tiles of a finer level that the centres of tokens lie in, distinct, in raster order.
 
-    Newlines stand for no place and call for no tile.
+    Newlines stand for no position and call for no tile.
     """
     cell = tokens.cell[~tokens.newline]
     share = (cell + 0.5) * (tokens.level.tile / tokens.side) / torch.tensor(tokens.level.size)

@@ -167,12 +167,13 @@ class Reader:
         """Token ids in front of the placeholder and after it."""
         tokenized = self.processor.tokenizer(prompt, return_tensors="pt")
         ids = tokenized["input_ids"][0].to(self.model.device)
-        places = torch.where(ids == self.family.placeholder_ids["image"])[0].tolist()
-        if len(places) != 1:
+        placeholders = torch.where(ids == self.family.placeholder_ids["image"])[0].tolist()
+        if len(placeholders) != 1:
             raise InputError(
-                f"a prompt about a large image has one image placeholder, this has {len(places)}"
+                "a prompt about a large image has one image placeholder, this has "
+                f"{len(placeholders)}"
             )
-        return ids[: places[0]], ids[places[0] + 1 :]
+        return ids[: placeholders[0]], ids[placeholders[0] + 1 :]
 
     def encode(self, source: LargeImage, level: Level, tiles: list[list[int]]) -> Tensor:
         """(n, S, S, D) features of tiles, `batch` of them at a time."""

@@ -153,12 +153,12 @@ def _take_unlike(taken: Tensor, similarity: Tensor, quota: Tensor, most: int) ->
 
 
 def _hash_order(tokens: VisualTokens, pivots: Tensor, asked: Tensor, real: Tensor) -> Tensor:
-    """(G, P) the order in which Python iterates over a set of the pivots' places in the prompt."""
+    """(G, P) the order in which Python iterates over a set of the pivots' prompt positions."""
     image = tokens.signal("prompt_positions").gather(1, pivots)
-    places = torch.cat((image, tokens.signal("question_positions").gather(1, asked)), 1)
+    positions = torch.cat((image, tokens.signal("question_positions").gather(1, asked)), 1)
     orders = []
-    for row, mask in zip(places.tolist(), real.tolist(), strict=True):
-        there = {place for place, here in zip(row, mask, strict=True) if here}
-        visited = [row.index(place) for place in there]
+    for row, mask in zip(positions.tolist(), real.tolist(), strict=True):
+        there = {position for position, here in zip(row, mask, strict=True) if here}
+        visited = [row.index(position) for position in there]
         orders.append(visited + [i for i, here in enumerate(mask) if not here])
     return torch.tensor(orders, device=pivots.device)

@@ -44,7 +44,7 @@ class DyCoke(VideoMethod, DecodeSelector):
     """Keep every fourth frame whole, and of the others what is new.
 
     Of each four frames, the second is compared with the first, the fourth with the third and the
-    third with the first, place by place; they keep what is least similar. Images pass untouched.
+    third with the first, cell by cell; they keep what is least similar. Images pass untouched.
 
     Args:
         k: share of the tokens that a compared frame loses.

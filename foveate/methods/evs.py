@@ -26,7 +26,7 @@ from foveate.core.video import Parts, VideoMethod, by_frame, exact, similarity
 @register("evs", stage="pre_llm", paper="NVIDIA 2025, arXiv:2510.14624")
 @dataclass(frozen=True)
 class EVS(VideoMethod):
-    """Rank tokens by how little they resemble the token at their place in the frame before.
+    """Rank tokens by how little they resemble the token at their cell in the frame before.
 
     The first frame always stays whole, so that a video keeps at least one frame's tokens. A frame
     after it keeps as many as changed, which may be none. Images pass untouched.
@@ -56,7 +56,7 @@ class EVS(VideoMethod):
 
 
 def change(x: Tensor) -> Tensor:
-    """One minus the cosine to the token at the same place one frame before.
+    """One minus the cosine to the token at the same cell one frame before.
 
     Args:
         x: (G, T, P, D) tokens by frame.

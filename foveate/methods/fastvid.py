@@ -103,11 +103,11 @@ class FastVID(VideoMethod):
             budget: tokens of a frame, R.
         """
         total, salient = attention.numel(), budget - int(budget * self.d)
-        place = torch.arange(total, device=x.device).view_as(attention)
+        position = torch.arange(total, device=x.device).view_as(attention)
         order = ranked(attention)
-        kept = place.gather(1, order[:, :salient]).flatten()
+        kept = position.gather(1, order[:, :salient]).flatten()
         rest = order[:, salient:].sort(-1).values
-        x, place = take_rows(x, rest), place.gather(1, rest)  # (T, N, D) and (T, N)
+        x, position = take_rows(x, rest), position.gather(1, rest)  # (T, N, D) and (T, N)
         rank = peaks(squared_distances(x), NEIGHBOURS)
         index, weights = [kept], [_at(kept, x.new_ones(len(kept)), total)]
         for first, last in segments_of(frame, self.segments, self.tau):
@@ -116,10 +116,10 @@ class FastVID(VideoMethod):
             if not count:
                 continue
             best = top(rank[anchors], min(count, x.shape[1]), 1.0)
-            target = place[anchors].gather(1, best).flatten()
+            target = position[anchors].gather(1, best).flatten()
             own, shares = self._shares(take_rows(x[anchors], best), x[members].flatten(0, 1))
             rows = _at(target, own, total)
-            rows[:, place[members].flatten()] += shares
+            rows[:, position[members].flatten()] += shares
             index.append(target)
             weights.append(rows)
         positions, ascending = torch.cat(index).sort()

@@ -105,15 +105,15 @@ def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
     """(G, V) whether a token is one of the (G, A) anchors or next to one in its frame's grid."""
     height, width = tokens.grid
     cells, line = height * width, width + 1
-    # Places in grids with an empty column beside each and an empty row between them; one place
+    # Cells of grids with an empty column beside each and an empty row between them; one cell
     # after the last grid is for all tokens that are in none.
-    place = tokens.index.clamp(max=tokens.frames * cells)
-    place = torch.add(place + place // width, place // cells, alpha=line)
-    offsets = torch.tensor([line, line - 1, line + 1, 0, 2 * line], device=place.device)
-    near = (place.gather(1, anchors)[..., None] + offsets).flatten(1)
+    cell = tokens.index.clamp(max=tokens.frames * cells)
+    cell = torch.add(cell + cell // width, cell // cells, alpha=line)
+    offsets = torch.tensor([line, line - 1, line + 1, 0, 2 * line], device=cell.device)
+    near = (cell.gather(1, anchors)[..., None] + offsets).flatten(1)
     room = (tokens.frames * (height + 1) + 3) * line
-    marks = torch.zeros(len(near), room, dtype=torch.bool, device=place.device)
-    return marks.scatter_(1, near, True)[:, line:].gather(1, place)
+    marks = torch.zeros(len(near), room, dtype=torch.bool, device=cell.device)
+    return marks.scatter_(1, near, True)[:, line:].gather(1, cell)
 
 
 def _flat_neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
@@ -132,8 +132,8 @@ def _released_union(near: Tensor, deep: Tensor, count: int) -> Tensor:
     """
     sums = deep / deep.mean(-1, keepdim=True)
     order = ranked(sums - near.float(), 1.0)
-    place = order.argsort(dim=-1)
-    kept = near | (place < count - near.sum(-1, keepdim=True))
+    rank = order.argsort(dim=-1)
+    kept = near | (rank < count - near.sum(-1, keepdim=True))
     if int(kept.sum(-1).unique().numel()) > 1:
         raise InputError(
             "hiprune as released keeps different numbers of tokens of these images, which have "

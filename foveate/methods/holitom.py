@@ -46,7 +46,7 @@ from foveate.ops.clustering import dpc_knn
 class HoliTom(VideoMethod):
     """Cut a video into segments that repeat themselves most, merge over time, then in space.
 
-    A place of the grid is static in a segment if every frame there resembles the next. Static
+    A cell of the grid is static in a segment if every frame there resembles the next. Static
     tokens become one over time, and are clustered; of the others, each frame keeps those that the
     encoder attends to most. Images pass untouched.
 
@@ -62,7 +62,7 @@ class HoliTom(VideoMethod):
             only runs with 0.
         positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
             does, where positions are single numbers; `original` puts merged tokens at their
-            center's place in their segment's first frame.
+            center's position in their segment's first frame.
 
     Cost: cosines of neighbouring frames, O(V·D), and O(P²·D) for each segment.
     """
@@ -105,38 +105,42 @@ class HoliTom(VideoMethod):
         segments, saved = best_segments(runs, self.window)
         share = min(self.keep / ((total - saved) / total), 1)
         survivors = Survivors(total, x.device)
-        place = torch.arange(total, device=x.device).view(x.shape[:2])
+        position = torch.arange(total, device=x.device).view(x.shape[:2])
         for first, last in segments:
             static = (runs[last] >= last - first) & (last > first)
             frames, still, moving = slice(first, last + 1), static.sum().item(), ~static
             kept = math.ceil((len(static) - still) * share)
             if merged := max(round(still * share), int(not kept)):
-                self._merge(survivors, x[frames][:, static], place[frames][:, static], merged)
+                self._merge(survivors, x[frames][:, static], position[frames][:, static], merged)
             if kept:
                 ranks = attention[frames][:, moving]
-                self._thin(survivors, x[frames][:, moving], place[frames][:, moving], ranks, kept)
+                self._thin(
+                    survivors, x[frames][:, moving], position[frames][:, moving], ranks, kept
+                )
         return survivors.reduction()
 
-    def _merge(self, survivors: Survivors, x: Tensor, place: Tensor, count: int) -> None:
+    def _merge(self, survivors: Survivors, x: Tensor, position: Tensor, count: int) -> None:
         """Merge the (W, N, D) static tokens of a segment over time, then in clusters."""
-        frames = len(place)
+        frames = len(position)
         centers, joined, weight = self._clusters(x.mean(0, keepdim=True), count)
         joined, weight = joined.expand(frames, -1), weight.expand(frames, -1) / frames
-        survivors.merge(place[0, centers[0]], place.flatten(), joined.flatten(), weight.flatten())
+        survivors.merge(
+            position[0, centers[0]], position.flatten(), joined.flatten(), weight.flatten()
+        )
 
     def _thin(
-        self, survivors: Survivors, x: Tensor, place: Tensor, attention: Tensor, count: int
+        self, survivors: Survivors, x: Tensor, position: Tensor, attention: Tensor, count: int
     ) -> None:
         """Keep of the (W, N, D) dynamic tokens of each frame the most attended, and clusters."""
         dominant = round(count * (1 - self.d))
         order = ranked(attention)
-        kept = place.gather(1, order[:, :dominant].sort(-1).values)
-        start = torch.arange(len(place), device=x.device)[:, None] * count
+        kept = position.gather(1, order[:, :dominant].sort(-1).values)
+        start = torch.arange(len(position), device=x.device)[:, None] * count
         own = start + torch.arange(dominant, device=x.device)
         index, members, joined, weight = kept, kept, own, torch.ones_like(kept, dtype=x.dtype)
         if dominant < count:
             rest = order[:, dominant:].sort(-1).values
-            others = place.gather(1, rest)
+            others = position.gather(1, rest)
             centers, slot, share = self._clusters(take_rows(x, rest), count - dominant)
             index = torch.cat((kept, others.gather(1, centers)), 1)
             members = torch.cat((kept, others), 1)
@@ -162,7 +166,7 @@ class HoliTom(VideoMethod):
 
 
 def run_lengths(same: Tensor) -> Tensor:
-    """For how many frames, up to each, every place has resembled the next frame.
+    """For how many frames, up to each, every cell has resembled the next frame.
 
     Args:
         same: (T - 1, P) whether a token resembles that of the next frame.
@@ -178,7 +182,7 @@ def run_lengths(same: Tensor) -> Tensor:
 def best_segments(runs: Tensor, window: int) -> tuple[list[tuple[int, int]], int]:
     """Cut a video where most tokens can be merged over time.
 
-    A segment saves its static places times its length less one. Of cuts that save as much, the
+    A segment saves its static cells times its length less one. Of cuts that save as much, the
     one with the shorter last segment wins.
 
     Args:
@@ -190,7 +194,7 @@ def best_segments(runs: Tensor, window: int) -> tuple[list[tuple[int, int]], int
     """
     frames = len(runs)
     histogram = runs.new_zeros(frames, frames).scatter_add(1, runs, torch.ones_like(runs))
-    static = histogram.flip(1).cumsum(1).flip(1).tolist()  # [t][n]: places still for n frames
+    static = histogram.flip(1).cumsum(1).flip(1).tolist()  # [t][n]: cells still for n frames
     saved, lengths = [0], []
     for last in range(frames):
         gains = [saved[last - n] + static[last][n] * n for n in range(min(last + 1, window))]

@@ -104,6 +104,6 @@ def folded_shares(index: Tensor, slot: Tensor) -> Tensor:
     order = (2 * slot - own).argsort(dim=-1, stable=True)
     segment = slot.gather(1, order)
     end = torch.searchsorted(segment, segment, right=True)
-    place = torch.arange(slot.shape[1], device=slot.device)
-    folds = end - place - own.gather(1, order)
+    position = torch.arange(slot.shape[1], device=slot.device)
+    folds = end - position - own.gather(1, order)
     return torch.exp2(-folds.float()).gather(1, order.argsort(dim=-1))

@@ -128,16 +128,16 @@ class LLaVAPruMerge(Adaptive):
         rank = order.argsort(dim=1)
         if not self.plus:
             return order, outliers[:, 0]
-        place = torch.arange(total, device=rank.device).expand_as(rank)
+        position = torch.arange(total, device=rank.device).expand_as(rank)
         if self.ratio is None:  # a third of the mean distance between outliers, as released
             patches = attention.isfinite().sum(1, keepdim=True)
             first, stride = 0, (patches // outliers // 3).clamp(min=1)
         else:
             first, stride = int(1 / self.ratio) // 2, torch.tensor(int(1 / self.ratio))
-        on_grid = (place >= first) & ((place - first) % stride.to(place.device) == 0)
-        on_grid &= place < total - self.as_released
+        on_grid = (position >= first) & ((position - first) % stride.to(position.device) == 0)
+        on_grid &= position < total - self.as_released
         top = rank < outliers
-        key = torch.where(on_grid, place + total, rank + 2 * total)
+        key = torch.where(on_grid, position + total, rank + 2 * total)
         return torch.where(top, rank, key).argsort(dim=1), (top | on_grid).sum(1)
 
     def _outliers(self, attention: Tensor) -> Tensor:

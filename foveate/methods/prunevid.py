@@ -55,13 +55,13 @@ from foveate.ops.clustering import dpc_knn
 class PruneVid(VideoMethod):
     """Merge the tokens of a video scene by scene, then keep those that the question attends to.
 
-    Before the language model, frames are clustered into scenes. Where a place of the grid hardly
+    Before the language model, frames are clustered into scenes. Where a cell of the grid hardly
     changes over a scene its tokens are averaged, and both these static tokens and the dynamic ones
     of each frame are clustered and averaged. Inside, the static tokens of a scene and the dynamic
     ones of a frame are cut to a share each, in the caches of all layers. Images pass untouched.
 
     Args:
-        tau: mean cosine over the frames of a scene above which a place is static.
+        tau: mean cosine over the frames of a scene above which a cell is static.
         frame_ratio: clusters of frames, as a share of the frames.
         cluster_ratio: what clustering leaves of static tokens, or of a frame's dynamic ones; at
             most 2k tokens stay as they are.
@@ -141,25 +141,25 @@ class PruneVid(VideoMethod):
         scenes = max(int(frames * self.frame_ratio), 1)
         _, labels = dpc_knn(x.mean(1)[None], scenes, self.k)
         survivors = Survivors(total, x.device)
-        place = torch.arange(total, device=x.device).view(x.shape[:2])
+        position = torch.arange(total, device=x.device).view(x.shape[:2])
         start = 0
         for length in windows(labels[0].tolist()):
             window = slice(start, start + length)
             static = likeness_over_time(x[window]) > self.tau
             still = x[window][:, static]
-            self._cluster(survivors, still.mean(0, keepdim=True), place[window][:, static])
-            self._cluster(survivors, x[window][:, ~static], place[window][:, ~static])
+            self._cluster(survivors, still.mean(0, keepdim=True), position[window][:, static])
+            self._cluster(survivors, x[window][:, ~static], position[window][:, ~static])
             start += length
         return survivors.reduction()
 
-    def _cluster(self, survivors: Survivors, x: Tensor, place: Tensor) -> None:
+    def _cluster(self, survivors: Survivors, x: Tensor, position: Tensor) -> None:
         """Merge (B, N, D) points within each of B groups.
 
         Args:
             survivors: where they go.
             x: the points.
-            place: (W, N) tokens of W frames that make up the points: one frame for each group, or
-                all of them for a single group.
+            position: (W, N) tokens of W frames that make up the points: one frame for each group,
+                or all of them for a single group.
         """
         groups, points = x.shape[:2]
         if not points:
@@ -169,9 +169,9 @@ class PruneVid(VideoMethod):
         if points > 2 * self.k:
             center, joined = dpc_knn(x, max(int(points * self.cluster_ratio), 1), self.k)
         joined = joined + torch.arange(groups, device=x.device)[:, None] * center.shape[1]
-        index = place[:groups].gather(1, center)
+        index = position[:groups].gather(1, center)
         survivors.average(
-            index.flatten(), place.flatten(), joined.expand_as(place).flatten(), groups
+            index.flatten(), position.flatten(), joined.expand_as(position).flatten(), groups
         )
 
 
@@ -197,7 +197,7 @@ def highest(scores: Tensor, label: Tensor, share: float) -> Tensor:
 
 
 def likeness_over_time(x: Tensor) -> Tensor:
-    """Mean cosine of all pairs of frames at each place.
+    """Mean cosine of all pairs of frames at each cell.
 
     Args:
         x: (W, P, D) tokens of a window.

@@ -8,7 +8,7 @@ Differs from the reference: any batch and several images work; at least one toke
 survives; few tokens make few neighbours and small clusters, where the release fails; counts are
 exact integers, where a product of rounded shares can fall one short; clusters compare their own
 keys, and there are as many centres as outliers among the remaining tokens, where the release looks
-keys up at wrong places and takes that share of the feature width (`as_released=True` does both).
+keys up at wrong positions and takes that share of the feature width (`as_released=True` does both).
 Like the release it merges what the projector is given, where that makes one token of each row;
 where it mixes rows, which the release does not serve, tokens are merged after it.
 By default the text is the one after the image, in the language model's own embedding space: our
@@ -98,13 +98,13 @@ class RecoverableCompression(Adaptive):
         rest = patch & ~main
         if self.as_released:
             keys = take_rows(keys, (rest.long().cumsum(1) - 1).clamp(min=0))
-        place = _rank(seen.masked_fill(~rest, -torch.inf))
+        rank = _rank(seen.masked_fill(~rest, -torch.inf))
         centres = self._centres(seen, rest, keys.shape[-1])
-        centre = place < centres
-        # The first of what is left lends its place to the token that stands for all of it.
-        left = rest & (place == centres) & (centres > 0)
+        centre = rank < centres
+        # The first of the rest lends its position to the token that stands for all of it.
+        left = rest & (rank == centres) & (centres > 0)
         survivors = main | centre | left
-        order = torch.where(main, 0, 1 + place).masked_fill(~survivors, tokens.count + 1)
+        order = torch.where(main, 0, 1 + rank).masked_fill(~survivors, tokens.count + 1)
         order = order.argsort(dim=1, stable=True)
         parts = []
         for count, members in by_count(survivors.sum(1)).items():
@@ -148,7 +148,7 @@ class RecoverableCompression(Adaptive):
         centre: Tensor,
         left: Tensor,
     ) -> Reduction:
-        """Survivors at (G, K) places, of G images with equally many."""
+        """Survivors at (G, K) positions, of G images with equally many."""
         keys = normalize(keys)
         likeness = take_rows(keys, index) @ keys.mT + self.text_weight * asked[:, None].to(keys)
         likeness = likeness.masked_fill(~rest[:, None], -torch.inf)
@@ -164,7 +164,7 @@ class RecoverableCompression(Adaptive):
 
 
 def _rank(scores: Tensor) -> Tensor:
-    """(G, V) place of each token among (G, V) scores, 0 for the highest."""
+    """(G, V) rank of each token among (G, V) scores, 0 for the highest."""
     order = ranked(scores)
-    place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
-    return torch.empty_like(order).scatter(1, order, place)
+    rank = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, rank)

@@ -33,7 +33,7 @@ from foveate.core import (
 from foveate.core.fields import Natural, Range
 from foveate.errors import BudgetError, LayerError
 from foveate.io.quoting import quoted
-from foveate.ops.cell_merging import cells, merged, places, pool_size, recycle
+from foveate.ops.cell_merging import cells, merged, pool_size, recycle, tile_coordinates
 
 STRATEGIES: dict[float, dict[str, Any]] = {
     0.5: {"keep": (0.7233, 0.7233 * 0.7487, 0.7233 * 0.7487 * 0.487), "threshold": 28.683,
@@ -145,7 +145,7 @@ class VFlowOpt(Adaptive):
         newline = scores == -torch.inf
         scores = scores.masked_fill(newline, 1.0)  # which keeps them, as in the release
         pool = pool_size(tokens.count, self._shares[0], self.cell)
-        into, mass = recycle(scores, cells(places(tokens, newline), self.cell), pool)
+        into, mass = recycle(scores, cells(tile_coordinates(tokens, newline), self.cell), pool)
         stays = into == torch.arange(tokens.count, device=into.device)
         parts = []
         for count, members in by_count(stays.sum(1)).items():

@@ -24,7 +24,7 @@ def pool_size(total: int, keep: float, cell: float) -> int:
     return min(dropped + int(total / cell**2), total) if dropped else 0
 
 
-def places(tokens: VisualTokens, newline: Tensor) -> Tensor:
+def tile_coordinates(tokens: VisualTokens, newline: Tensor) -> Tensor:
     """(G, V, 3) frame or part of each token's image, and row and column there.
 
     A tiled image has two parts: its thumbnail, a square, and the map of its tiles, whose rows end
@@ -58,9 +58,9 @@ def cells(coordinates: Tensor, cell: float) -> Tensor:
             keeps cells apart.
         cell: side of a cell in tokens.
     """
-    place = torch.cat((coordinates[..., :-2].long(), (coordinates[..., -2:] / cell).long()), -1)
-    number = torch.zeros_like(place[..., 0])
-    for axis in place.unbind(-1):
+    numbers = torch.cat((coordinates[..., :-2].long(), (coordinates[..., -2:] / cell).long()), -1)
+    number = torch.zeros_like(numbers[..., 0])
+    for axis in numbers.unbind(-1):
         number = number * (int(axis.max()) + 1) + axis
     return number
 
@@ -82,12 +82,12 @@ def recycle(scores: Tensor, cell: Tensor, pool: int) -> tuple[Tensor, Tensor]:
     pooled = torch.zeros_like(cell, dtype=torch.bool)
     pooled = pooled.scatter(1, bottom(scores, pool), True)
     first = int(cell.max()) + 1
-    place = torch.where(pooled, cell, first + own)  # who stays has a place to itself
+    group = torch.where(pooled, cell, first + own)  # a token that stays is a group of its own
     order = ranked(scores)
     rank = torch.empty_like(order).scatter(1, order, own)
-    best = rank.new_full((len(rank), first + total), total).scatter_reduce(1, place, rank, "amin")
-    into = order.gather(1, best.gather(1, place))
-    mass = scores.new_zeros(best.shape).scatter_add(1, place, scores).gather(1, place)
+    best = rank.new_full((len(rank), first + total), total).scatter_reduce(1, group, rank, "amin")
+    into = order.gather(1, best.gather(1, group))
+    mass = scores.new_zeros(best.shape).scatter_add(1, group, scores).gather(1, group)
     return into, torch.where(mass > 0, scores, 1.0)
 
 

@@ -14,7 +14,7 @@ from foveate.core.ranking import TIE
 def local_outliers(
     values: Tensor, neighbours: int, among: Tensor | None = None, threshold: float = 1.5
 ) -> Tensor:
-    """Numbers that lie in a sparser place than their neighbours do, whether low or high.
+    """Numbers that lie in a sparser region than their neighbours do, whether low or high.
 
     Source: Breunig et al., "LOF: Identifying Density-Based Local Outliers", SIGMOD 2000; a factor
     above 1.5 counts as an outlier, which is what scikit-learn's "auto" contamination means. In one
@@ -46,7 +46,7 @@ def local_outliers(
 
 
 def _neighbours(ranked: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Distances to the nearest other numbers, ascending, and their places; (G, N, k) each.
+    """Distances to the nearest other numbers, ascending, and their indices; (G, N, k) each.
 
     Args:
         ranked: (G, N) ascending; those that take no part are infinite.
@@ -66,5 +66,5 @@ def _neighbours(ranked: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _pick(values: Tensor, who: Tensor) -> Tensor:
-    """(G, N, k) of (G, N), at (G, N, k) places."""
+    """(G, N, k) of (G, N), at (G, N, k) indices."""
     return values.gather(1, who.flatten(1)).view(who.shape)

@@ -19,7 +19,7 @@ from foveate.core.step import site_of
 from foveate.core.tokens import Shape, frame_of
 from foveate.errors import InputError
 from foveate.record.boxes import cells_of
-from foveate.record.tiles import Placed
+from foveate.record.tiles import TokenBoxes
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class ImageRecord:
     total: int
     grid: tuple[int, int]
     kept: dict[str, Tensor] = field(default_factory=dict)
-    locate: Callable[[], Placed] | None = field(default=None, repr=False)
+    locate: Callable[[], TokenBoxes] | None = field(default=None, repr=False)
     frames: int = 1
 
     @property
@@ -54,7 +54,7 @@ class ImageRecord:
         where a token shows no pixels, such as a newline, and where features were made outside the
         session from unknown pixels.
         """
-        return self._placed.boxes
+        return self._token_boxes.boxes
 
     def surviving(self, layer: int) -> int:
         """Tokens of it that a decoder layer sees; -1 for those that enter the language model."""
@@ -74,7 +74,7 @@ class ImageRecord:
     @property
     def tile(self) -> tuple[int, int]:
         """Which of how many tiles it is, where an image was cut into tiles; else (0, 1)."""
-        return self._placed.tile
+        return self._token_boxes.tile
 
     @property
     def whole(self) -> bool:
@@ -82,7 +82,7 @@ class ImageRecord:
 
         False for a tile if neither the prompt nor the pixels say how tiles are arranged.
         """
-        return self._placed.whole
+        return self._token_boxes.whole
 
     @property
     def frame(self) -> Tensor:
@@ -91,13 +91,13 @@ class ImageRecord:
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles hold: the boxes, not the model that knows them."""
-        return {**vars(self), "_placed": self._placed, "locate": None}
+        return {**vars(self), "_token_boxes": self._token_boxes, "locate": None}
 
     @cached_property
-    def _placed(self) -> Placed:
+    def _token_boxes(self) -> TokenBoxes:
         if self.locate is not None:
             return self.locate()
-        return Placed(cells_of(Shape(self.total, self.grid, self.frames)))
+        return TokenBoxes(cells_of(Shape(self.total, self.grid, self.frames)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,5 +193,5 @@ def joined(tiles: Sequence[ImageRecord]) -> ImageRecord:
         site: torch.cat([t.kept[site] + start for t, start in zip(tiles, starts, strict=False)])
         for site in first.kept
     }
-    boxes = Placed(torch.cat([tile.boxes for tile in tiles]))
+    boxes = TokenBoxes(torch.cat([tile.boxes for tile in tiles]))
     return ImageRecord(first.row, starts[-1], (1, starts[-1]), kept, lambda: boxes)

@@ -28,7 +28,7 @@ class Tiling(NamedTuple):
     grid: tuple[int, int] | None = None
 
 
-class Placed(NamedTuple):
+class TokenBoxes(NamedTuple):
     """Where the tokens of an image or a tile lie.
 
     Args:

@@ -111,14 +111,14 @@ def _draw_image(
             for site, index in seen.kept.items()
         }
         frame = frames[(2 * number + 1) * len(frames) // (2 * seen.frames)]
-        placed = ~boxes[:, 0].isnan()
-        grid = plain_grid(boxes[placed])
+        located = ~boxes[:, 0].isnan()
+        grid = plain_grid(boxes[located])
         if grid is None:
             kept = {site: index.tolist() for site, index in surviving.items()}
             strips.append(draw_boxes(frame, boxes, kept))
-        else:  # raster positions among the tokens that have a place
-            rank = placed.cumsum(0) - 1
-            kept = {site: rank[index[placed[index]]].tolist() for site, index in surviving.items()}
+        else:  # raster positions among the tokens that have a box
+            rank = located.cumsum(0) - 1
+            kept = {site: rank[index[located[index]]].tolist() for site, index in surviving.items()}
             strips.append(draw_kept(frame, grid, kept, choose(frame, grid)))
     if len(strips) == 1:
         return strips[0]
@@ -173,11 +173,11 @@ def draw_boxes(
     Args:
         image: the image as the user has it.
         boxes: (V, 4) left, top, right and bottom edge of each token as shares of the image; NaN
-            where a token has no place.
+            where a token has none.
         kept_by_site: for each site, the tokens that survive it.
 
     Raises:
-        InputError: no token has a place.
+        InputError: no token has a box.
     """
     layers = passes(boxes)
     if not len(layers[-1]):

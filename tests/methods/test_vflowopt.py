@@ -11,7 +11,7 @@ import foveate
 from foveate.calibration.vflowopt import calibrate, second_ratio
 from foveate.errors import BudgetError, FoveateError, InputError, LayerError
 from foveate.methods.vflowopt import STRATEGIES, VFlowOpt
-from foveate.ops.cell_merging import cells, merged, places, pool_size, recycle
+from foveate.ops.cell_merging import cells, merged, pool_size, recycle, tile_coordinates
 from foveate.signals.attention_maps import global_attention
 from tests.tinies import PATCHES, prompts, row_of
 
@@ -67,7 +67,7 @@ def test_recycling(make_tokens, side, pool):
     scores = torch.rand(2, 77)
     scores[0, :20] = 0
     tokens = make_tokens(grid=(11, 7), images=2)
-    place = cells(places(tokens, torch.zeros(2, 77, dtype=torch.bool)), side)
+    place = cells(tile_coordinates(tokens, torch.zeros(2, 77, dtype=torch.bool)), side)
     row, column = torch.arange(77) // 7, torch.arange(77) % 7
     for image in range(2):
         known = {}
@@ -91,7 +91,7 @@ def test_places_of_a_tiled_image(make_tokens):
     newline = torch.zeros(2, 19, dtype=torch.bool)
     newline[0, [8, 13, 18]] = True
     newline[1, 18] = True  # an image without tiles: what precedes the newline is its thumbnail
-    got = places(make_tokens(grid=(1, 19), images=2), newline)
+    got = tile_coordinates(make_tokens(grid=(1, 19), images=2), newline)
     want = [[0, row, column] for row in range(2) for column in range(2)]
     want += [[1, row, column] for row in range(3) for column in range(5)]
     assert got[0].tolist() == want

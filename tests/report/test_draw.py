@@ -8,7 +8,7 @@ from transformers import CLIPImageProcessorPil
 from foveate.errors import InputError
 from foveate.record.boxes import cells
 from foveate.record.record import ImageRecord, Record
-from foveate.record.tiles import Placed
+from foveate.record.tiles import TokenBoxes
 from foveate.report.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
 from tests.records import image, pyramid_record
 
@@ -179,7 +179,7 @@ def placed(boxes, kept, frames=1):
     """A record of one image whose tokens lie in these boxes."""
     total = len(boxes)
     grid, alive = (1, total // frames), {"llm:2": torch.tensor(kept)}
-    seen = ImageRecord(0, total, grid, alive, lambda: Placed(boxes), frames)
+    seen = ImageRecord(0, total, grid, alive, lambda: TokenBoxes(boxes), frames)
     return Record(1, [total], [seen], [[total]], [total])
 
 

@@ -34,7 +34,7 @@ _TRAIN_SEEDS = 2**40  # scenes below are held out, as in `recipes.data`
 
 Part = dict[str, str]
 """`{"type": "image"}` or `{"type": "text", "text": ...}`."""
-_IMAGE: Part = {"type": "image"}  # one for all places of images, of which a row may have many
+_IMAGE: Part = {"type": "image"}  # shared by all image parts, of which a row may have many
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Message:
 
     Args:
         role: `system`, `user` or `assistant`.
-        parts: texts and places of images, in order.
+        parts: texts and images, in order.
     """
 
     role: str
@@ -264,13 +264,13 @@ def _split(text: str) -> Iterator[Part]:
 
 
 def _place(messages: list[Message], images: int, where: str) -> tuple[Message, ...]:
-    """Put images without a place before the first question."""
-    places = sum(part["type"] == "image" for m in messages for part in m.parts)
-    if places == images:
+    """Put images without a placeholder before the first question."""
+    placeholders = sum(part["type"] == "image" for m in messages for part in m.parts)
+    if placeholders == images:
         return tuple(messages)
     first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
-    if places or first is None:
-        raise InputError(f"{where} has {images} images, but {places} places for them")
+    if placeholders or first is None:
+        raise InputError(f"{where} has {images} images, but {placeholders} placeholders for them")
     before: tuple[Part, ...] = (_IMAGE,) * images
     messages[first] = Message("user", (*before, *messages[first].parts))
     return tuple(messages)

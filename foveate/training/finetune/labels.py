@@ -144,7 +144,7 @@ def _lost(example: Example, reason: str) -> InputError:
 
 
 def _match(text: str, at: int, answer: str, after: str) -> int | None:
-    """Length of the answer at a place, as it is or stripped, if the right text follows."""
+    """Length of the answer at an offset, as it is or stripped, if the right text follows."""
     for form in dict.fromkeys((answer, answer.rstrip(), answer.lstrip(), answer.strip())):
         if text.startswith(form, at) and text.startswith(after, at + len(form)):
             return len(form)

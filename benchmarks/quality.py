@@ -35,10 +35,10 @@ cut is `keep` (FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it; so do
 now, whose schedules were bent too when these numbers were measured). So compare at equal FLOPs,
 too.
 
-- *right*: share of right answers over tasks that tell something (the whole model is at least ten
+- *right*: share of right answers over tasks that tell something (the unpruned model is at least ten
   points above the commonest answer), with its 95 % interval (Wilson).
 - *change*: against all tokens on the same questions, with its 95 % interval.
-- *KL*: of the first word's distribution, from the whole model's, in nats.
+- *KL*: of the first word's distribution, from the unpruned model's, in nats.
 - *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
   after the first cut. A merged token counts where it stands, so merging methods and `downsample`
   score low here although what they merged is not lost.

@@ -1,4 +1,4 @@
-"""Judging: is an answer right, and does a model with fewer tokens say what the whole one says?
+"""Judging: is an answer right, and does a model with fewer tokens say what the unpruned one says?
 
 Shapes: `N` questions, `W` words of the vocabulary.
 """
@@ -51,15 +51,15 @@ def is_right(said: str, answer: str, choices: Sequence[str] = ()) -> bool:
     return named == {right}
 
 
-def kl(whole: Tensor, pruned: Tensor) -> Tensor:
-    """(N,) KL divergence in nats of first words, from the whole model's to the pruned one's.
+def kl(unpruned: Tensor, pruned: Tensor) -> Tensor:
+    """(N,) KL divergence in nats of first words, from the unpruned model's to the pruned one's.
 
     Args:
-        whole: (N, W) log-probabilities with all visual tokens.
+        unpruned: (N, W) log-probabilities with all visual tokens.
         pruned: (N, W) log-probabilities with fewer.
     """
-    share = whole.exp()
-    return (share * (whole - pruned)).masked_fill(share == 0, 0).sum(-1).clamp(min=0)
+    share = unpruned.exp()
+    return (share * (unpruned - pruned)).masked_fill(share == 0, 0).sum(-1).clamp(min=0)
 
 
 def majority(answers: Sequence[str]) -> float:

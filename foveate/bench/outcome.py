@@ -28,8 +28,8 @@ class Answer:
         recall: share of the evidence's area left, averaged over decoder layers after the first
             cut; `None` where there is no evidence.
         hit: share of the pieces of evidence of which a token survives.
-        agrees: whether the whole model says the same.
-        kl: divergence of the first word from the whole model's, in nats.
+        agrees: whether the unpruned model says the same.
+        kl: divergence of the first word from the unpruned model's, in nats.
         recall_by_site: recall after each site.
     """
 
@@ -61,8 +61,8 @@ class Totals:
     def add(self, report: Any) -> None:
         """Add the report of a batch."""
         self.rows += report["rows"]
-        whole = sum(image["tokens"] for image in report["images"])
-        self.visual_tokens += whole
+        total = sum(image["tokens"] for image in report["images"])
+        self.visual_tokens += total
         self.flops_before += report["flops"]["before"]
         self.flops_after += report["flops"]["after"]
         self.kv_bytes_before += report["kv_bytes"]["before"]
@@ -124,9 +124,9 @@ class Outcome:
     method: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def compare(self, whole: Sequence[Answer], divergence: Sequence[float]) -> None:
-        """Say of each answer whether the whole model gives it too, and how first words differ."""
-        for mine, other, nats in zip(self.answers, whole, divergence, strict=True):
+    def compare(self, unpruned: Sequence[Answer], divergence: Sequence[float]) -> None:
+        """Note of each answer whether the unpruned model agrees, and how first words differ."""
+        for mine, other, nats in zip(self.answers, unpruned, divergence, strict=True):
             mine.agrees = normalise(mine.said) == normalise(other.said)
             mine.kl = nats
 

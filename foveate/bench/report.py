@@ -49,23 +49,23 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         shots: example images, see `foveate.bench.examples`.
     """
     page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    whole = summary.line((ALL, None))
+    unpruned = summary.line((ALL, None))
     lines = [summary.line(config) for config in summary.configs if config[0] != ALL]
     lines = [line for line in lines if line.n]
     front = summary.front([line for line in lines if line.flops is not None])
     names = sorted({line.config[0] for line in lines})
     text = page.substitute(
         model=escape(facts.model),
-        headline=escape(_headline(summary, facts, whole)),
+        headline=escape(_headline(summary, facts, unpruned)),
         plot_note=_plot_note(summary),
         key="".join(_key(kind, words) for kind, words in STAGES.items()),
         options="".join(f"<option>{escape(name)}</option>" for name in names),
-        pareto=pareto(lines, front, whole, summary.stages) if lines else "",
+        pareto=pareto(lines, front, unpruned, summary.stages) if lines else "",
         numbers_note="Over the tasks that tell something. In brackets 95 % intervals; "
         "“against all tokens” pairs answers to the same questions. Recall, hit, agreement and "
         "KL are explained in docs/results.md.",
-        numbers=_numbers(summary, lines, whole),
-        tasks_note=f"Right answers in %. Greyed tasks tell nothing: the whole model is not "
+        numbers=_numbers(summary, lines, unpruned),
+        tasks_note=f"Right answers in %. Greyed tasks tell nothing: the unpruned model is not "
         f"{MARGIN:.0%} above the commonest answer. Red: at least 10 points below all tokens.",
         tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
         maps_note="How long tokens live at each cell of the grid, averaged over images and over "
@@ -80,12 +80,12 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
     write_text(path, text)
 
 
-def _headline(summary: Summary, facts: Facts, whole: Line) -> str:
+def _headline(summary: Summary, facts: Facts, unpruned: Line) -> str:
     rest = facts.planned - len(summary.rows)
     left = f"; {rest} of {facts.planned} cells have not been run yet" if rest > 0 else ""
     return (
         f"{len(summary.rows)} cells, {len(summary.tasks)} tasks; with all its visual tokens the "
-        f"model is right on {percent(whole.accuracy)} % of {whole.n} questions{left}."
+        f"model is right on {percent(unpruned.accuracy)} % of {unpruned.n} questions{left}."
     )
 
 
@@ -96,7 +96,9 @@ def _key(kind: str, words: str) -> str:
 def _plot_note(summary: Summary) -> str:
     silent = [task.name for task in summary.tasks if not task.telling]
     out = (
-        f" Left out, because the whole model cannot do them: {', '.join(silent)}." if silent else ""
+        f" Left out, because the unpruned model cannot do them: {', '.join(silent)}."
+        if silent
+        else ""
     )
     return (
         "Each dot is a method at a budget; lines join the budgets of a method. The bold line is "
@@ -112,7 +114,7 @@ def _table(head: Sequence[str], rows: Sequence[str]) -> str:
     )
 
 
-def _numbers(summary: Summary, lines: Sequence[Line], whole: Line) -> str:
+def _numbers(summary: Summary, lines: Sequence[Line], unpruned: Line) -> str:
     head = ["method", "right, %", "against all tokens", "agreement, %", "KL, nats", "recall, %",
             "hit, %", "tokens, %", "FLOPs, %", "KV cache, %", "TTFT, %", "n"]  # fmt: skip
     parts = []
@@ -120,7 +122,7 @@ def _numbers(summary: Summary, lines: Sequence[Line], whole: Line) -> str:
         mine = sorted((x for x in lines if x.config[1] == keep), key=lambda x: -x.accuracy)
         if mine:
             title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
-            rows = [_number_row(line) for line in [whole, *mine]]
+            rows = [_number_row(line) for line in [unpruned, *mine]]
             parts.append(f"<h3>{title}</h3>{_table(head, rows)}")
     return "".join(parts)
 

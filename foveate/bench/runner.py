@@ -33,8 +33,8 @@ _REMEMBERED = 2  # tasks whose samples and unpruned answers a process holds
 
 
 @dataclass
-class _Whole:
-    """The samples of a task, and what the whole model says of them."""
+class _Reference:
+    """The samples of a task, and what the unpruned model says of them."""
 
     samples: list[Sample]
     answers: list[Answer] = field(default_factory=list)
@@ -60,10 +60,10 @@ class Runner:
         self.prompter = Prompter(processor, settings.hint)
         self.fingerprint = fingerprint(model)
         self._find_task = find_task
-        self._whole: dict[str, _Whole] = {}
+        self._references: dict[str, _Reference] = {}
 
     def method(self, cell: Cell) -> Method | None:
-        """The method of a cell at its budget, or `None` for the whole model.
+        """The method of a cell at its budget, or `None` for the unpruned model.
 
         Raises:
             FoveateError: it does not take that budget.
@@ -100,26 +100,26 @@ class Runner:
         return self._remember(task).samples
 
     def _run(self, cell: Cell) -> Outcome:
-        whole = self._remember(cell.task)
+        reference = self._remember(cell.task)
         method = self.method(cell)
-        if whole.outcome is None:
-            whole.outcome = self._ask(whole, None)
+        if reference.outcome is None:
+            reference.outcome = self._ask(reference, None)
         if method is None:
-            return whole.outcome
-        self._check(method, whole.samples)
-        return self._ask(whole, method)
+            return reference.outcome
+        self._check(method, reference.samples)
+        return self._ask(reference, method)
 
-    def _remember(self, name: str) -> _Whole:
-        if name not in self._whole:
+    def _remember(self, name: str) -> _Reference:
+        if name not in self._references:
             task, s = self._find_task(name), self.settings
             drawn = [
                 task.sample(s.seed + n, split=s.split, difficulty=s.difficulty, clutter=s.clutter)
                 for n in range(s.samples)
             ]
-            while len(self._whole) >= _REMEMBERED:
-                del self._whole[next(iter(self._whole))]
-            self._whole[name] = _Whole(drawn)
-        return self._whole[name]
+            while len(self._references) >= _REMEMBERED:
+                del self._references[next(iter(self._references))]
+            self._references[name] = _Reference(drawn)
+        return self._references[name]
 
     def _check(self, method: Method, samples: Sequence[Sample]) -> None:
         """Refuse a method that would do nothing."""
@@ -135,14 +135,14 @@ class Runner:
     def _prompts(self, sample: Sample) -> list[Prompt]:
         return prompts(sample, self.prompter.videos)
 
-    def _ask(self, whole: _Whole, method: Method | None) -> Outcome:
+    def _ask(self, reference: _Reference, method: Method | None) -> Outcome:
         """All questions of a task, with a method or without."""
         answers: list[Answer] = []
         words: list[Tensor] = []
         totals, survival = Totals(), Survival()
         notes: list[str] = []
-        for first in range(0, len(whole.samples), self.settings.batch):
-            part = whole.samples[first : first + self.settings.batch]
+        for first in range(0, len(reference.samples), self.settings.batch):
+            part = reference.samples[first : first + self.settings.batch]
             for group in _by_length([self._prompts(sample) for sample in part]):
                 chosen = [part[n] for n in group]
                 batch = _Batch(self, chosen, [self._prompts(sample) for sample in chosen])
@@ -161,9 +161,9 @@ class Runner:
             method={} if method is None else method.to_dict(),
         )  # fmt: skip
         if method is None:
-            whole.answers, whole.words = answers, words
-        pairs = zip(whole.words, words, strict=True)
-        outcome.compare(whole.answers, [float(kl(a, b)) for a, b in pairs])
+            reference.answers, reference.words = answers, words
+        pairs = zip(reference.words, words, strict=True)
+        outcome.compare(reference.answers, [float(kl(a, b)) for a, b in pairs])
         return outcome
 
 
@@ -191,7 +191,7 @@ class _Batch:
         word.
         """
         prompter = self.runner.prompter
-        # One that keeps everything changes nothing, and counts what the whole model costs.
+        # One that keeps everything changes nothing, and counts what the unpruned model costs.
         session = use(self.runner.model, method or Uniform(keep=1.0))
         said: list[list[Answer]] = [[] for _ in self.samples]
         words: list[list[Tensor]] = [[] for _ in self.samples]

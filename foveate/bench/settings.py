@@ -81,7 +81,7 @@ class Cell:
     """A method at a budget on a task.
 
     Args:
-        method: its name, or `ALL` for the whole model.
+        method: its name, or `ALL` for the unpruned model.
         keep: share that survives; `None` where the method decides.
         task: the task's name.
     """
@@ -96,7 +96,7 @@ class Cell:
 
 
 def cells(settings: Settings) -> Iterator[Cell]:
-    """All cells of a run, task by task, the whole model and the baselines first."""
+    """All cells of a run, task by task, the unpruned model and the baselines first."""
     names = [*BASELINES, *(name for name in settings.methods if name not in BASELINES)]
     for task in settings.tasks:
         yield Cell(ALL, None, task)

@@ -12,17 +12,17 @@ from foveate.bench.stats import Paired, wilson
 Row = dict[str, Any]
 Config = tuple[str, float | None]
 MARGIN = 0.1
-"""A task tells nothing where the whole model is not better than the majority by this much."""
+"""A task tells nothing where the unpruned model is not better than the majority by this much."""
 
 
 @dataclass(frozen=True)
 class TaskFacts:
-    """What the whole model does on a task.
+    """What the unpruned model does on a task.
 
     Args:
         name: of the task.
         n: questions.
-        accuracy: of the whole model.
+        accuracy: of the unpruned model.
         majority: share that the commonest answer gets right.
         telling: whether the model is clearly better than that.
     """
@@ -43,15 +43,15 @@ class Line:
         n: questions; 0 where it never ran.
         accuracy: share of right answers.
         interval: its 95 % interval.
-        paired: against the whole model on the same questions.
-        agreement: share of answers that the whole model gives too.
+        paired: against the unpruned model on the same questions.
+        agreement: share of answers that the unpruned model gives too.
         kl: divergence of first words, in nats.
         recall: evidence recall.
         hit: share of pieces of evidence of which a token survives.
         tokens: share of visual tokens, over all decoder layers.
-        flops: share of the whole model's FLOPs.
-        kv_bytes: share of the whole model's cache.
-        ttft: share of the whole model's time to first token, or `None`.
+        flops: share of the unpruned model's FLOPs.
+        kv_bytes: share of the unpruned model's cache.
+        ttft: share of the unpruned model's time to first token, or `None`.
     """
 
     config: Config
@@ -85,7 +85,7 @@ class Summary:
 
     @property
     def configs(self) -> list[Config]:
-        """Methods and budgets of which some cell is done, the whole model first."""
+        """Methods and budgets of which some cell is done, the unpruned model first."""
         found = dict.fromkeys((r["method"], r["keep"]) for r in self.done)
         return list(found)
 
@@ -99,16 +99,16 @@ class Summary:
         if tasks is None:
             telling = [task.name for task in self.tasks if task.telling]
             tasks = telling or [task.name for task in self.tasks]
-        mine, whole = [], []
+        mine, unpruned = [], []
         for task in tasks:
             row, other = self.by_cell.get((*config, task)), self.by_cell.get((ALL, None, task))
             if row and other and row["status"] == "done":
                 mine.append(row)
-                whole.append(other)
+                unpruned.append(other)
         n = sum(row["n"] for row in mine)
         right = sum(row["right"] for row in mine)
         pairs = Paired.of(
-            [a["right"] for row in whole for a in row["answers"]],
+            [a["right"] for row in unpruned for a in row["answers"]],
             [a["right"] for row in mine for a in row["answers"]],
         )
         mean = {name: _weighted(mine, name) for name in ("agreement", "kl", "recall", "hit")}

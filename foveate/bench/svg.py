@@ -22,12 +22,14 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def pareto(lines: Sequence[Line], front: Sequence[Line], whole: Line, stage: dict[str, str]) -> str:
+def pareto(
+    lines: Sequence[Line], front: Sequence[Line], unpruned: Line, stage: dict[str, str]
+) -> str:
     """Accuracy against FLOPs, both in per cent; a line for each method, the front in bold."""
     shown = [line for line in lines if line.n and line.flops is not None]
-    low = min((line.accuracy for line in [*shown, whole]), default=0.0)
+    low = min((line.accuracy for line in [*shown, unpruned]), default=0.0)
     low = max(0.0, int(low * 10) / 10)
-    left = max(0.0, int(min((line.flops or 1.0) for line in [*shown, whole]) * 10) / 10)
+    left = max(0.0, int(min((line.flops or 1.0) for line in [*shown, unpruned]) * 10) / 10)
 
     def at(flops: float, accuracy: float) -> tuple[float, float]:
         x = LEFT + (flops - left) / max(1.02 - left, 0.01) * (WIDTH - LEFT - RIGHT)
@@ -39,8 +41,8 @@ def pareto(lines: Sequence[Line], front: Sequence[Line], whole: Line, stage: dic
         'aria-label="Accuracy against FLOPs; the table below has the numbers">'
     ]
     parts += _axes(at, left, low)
-    x, y = at(left, whole.accuracy)
-    parts.append(f'<path class="whole" d="M{x} {y}H{WIDTH - RIGHT}"/>')
+    x, y = at(left, unpruned.accuracy)
+    parts.append(f'<path class="unpruned" d="M{x} {y}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="note" x="{x + 6}" y="{y - 6}">all tokens</text>')
     steps = " L".join("{} {}".format(*at(p.flops or 1.0, p.accuracy)) for p in front)
     parts.append(f'<path class="front" d="M{steps}"/>')

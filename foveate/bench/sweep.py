@@ -100,13 +100,13 @@ def run_sweep(
     """
     result = _begin(_head(sweep, bench, entrants), path)
     done = {(cell["tokens"], cell["batch"]) for cell in result["cells"]}
-    left = [cell for cell in sweep.cells if cell not in done]
+    remaining = [cell for cell in sweep.cells if cell not in done]
     ends = None if sweep.minutes is None else time.monotonic() + 60 * sweep.minutes
-    while left:
-        (tokens, batch), weight = left[0], sum(t * b for t, b in left)
+    while remaining:
+        (tokens, batch), weight = remaining[0], sum(t * b for t, b in remaining)
         share = tokens * batch / weight
         seconds = None if ends is None else max(ends - time.monotonic(), 0) * share
-        cell = _cell(sweep, bench, entrants, prompts, left.pop(0), seconds, say)
+        cell = _cell(sweep, bench, entrants, prompts, remaining.pop(0), seconds, say)
         result["cells"].append(cell)
         result["cells"].sort(key=lambda cell: (cell["tokens"], cell["batch"]))
         if path is not None:

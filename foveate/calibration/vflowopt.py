@@ -32,8 +32,8 @@ def second_ratio(
         At most 1; not positive where the layers before the last drop use up the budget.
     """
     first, second = layers
-    left = depth * average - first * keep - (second - first) * keep * ratio
-    return min(1.0, left / (depth - second) / (keep * ratio))
+    remaining = depth * average - first * keep - (second - first) * keep * ratio
+    return min(1.0, remaining / (depth - second) / (keep * ratio))
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,9 @@ def _time(runner: Runner, store: Store, summary: Summary) -> None:
         return
     task = summary.tasks[0].name
     wanted = [c for c in wanted if summary.by_cell.get((*c, task), {}).get("status") == "done"]
-    for config, (mine, whole) in time_first_tokens(runner, task, wanted).items():
+    for config, (mine, unpruned) in time_first_tokens(runner, task, wanted).items():
         row = summary.by_cell[(*config, task)]
-        store.add({**row, "ttft_ms": mine, "ttft_all_ms": whole})
+        store.add({**row, "ttft_ms": mine, "ttft_all_ms": unpruned})
 
 
 def _finish(
@@ -123,9 +123,11 @@ def _finish(
     shots = draw(runner, summary, middle) if summary.tasks else []
     write(out / REPORT, summary, Facts(settings.model, command, planned), shots)
     console = stdout()
-    left = planned - len(summary.rows)
-    if left:
-        console.print(f"[yellow]{left} of {planned} cells are left; the same command goes on[/]")
+    remaining = planned - len(summary.rows)
+    if remaining:
+        console.print(
+            f"[yellow]{remaining} of {planned} cells remain; run the same command to continue[/]"
+        )
     bad = sum(row["status"] == "failed" for row in summary.rows)
     refused = sum(row["status"] == "refused" for row in summary.rows)
     console.print(
@@ -137,7 +139,7 @@ def _finish(
 
 @contextmanager
 def _bar() -> Iterator[campaign.Progress]:
-    """A bar with the time that is left; one line for every tenth where there is no terminal."""
+    """A bar with the remaining time; one line for every tenth where there is no terminal."""
     console = stderr()
     columns: list[Any] = [
         TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),

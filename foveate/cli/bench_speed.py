@@ -234,8 +234,8 @@ def _cells(name: str, row: Mapping[str, Any]) -> list[str]:
         rates = (row.get("decode_tokens_per_s"), row["tokens_per_s"])
         times = (row["ttft_ms"], row["prefill_ms"])
         ttft, prefill = (f"{value['median']:.1f} ms" for value in times)
-        decode, whole = (f"{rate['median']:.0f}/s" if rate else "" for rate in rates)
-        return [name, ttft, prefill, "", decode, whole, *sizes]
+        decode, total = (f"{rate['median']:.0f}/s" if rate else "" for rate in rates)
+        return [name, ttft, prefill, "", decode, total, *sizes]
     speed = {key: _times(value) for key, value in row["speed_up"].items()}
     share = f"{row['prefill_of_predicted']:.2f}"
     decode = speed.get("decode", "")

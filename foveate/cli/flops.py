@@ -19,7 +19,7 @@ from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.writing import write_json
 from foveate.loading import load_image_processor, load_skeleton
-from foveate.measure.account import Account, account, visual_tokens, whole
+from foveate.measure.account import Account, account, unpruned, visual_tokens
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import Convention
 from foveate.measure.flops import kv_bytes
@@ -142,7 +142,7 @@ def count(question: Question) -> Answer:
     record = planned(
         family, plan, fed(processor, question.images, question.size), question.text_tokens
     )
-    full, idle = whole(record), idle_notes(record, family, question.methods)
+    full, idle = unpruned(record), idle_notes(record, family, question.methods)
     before = account(full, family, (), question.convention)
     after = account(record, family, question.methods, question.convention)
     stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]

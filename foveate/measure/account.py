@@ -75,7 +75,7 @@ def account(
     """The FLOPs of a forward, as it was.
 
     Args:
-        record: the forward; see `whole` for the same with all tokens.
+        record: the forward; see `unpruned` for the same with all tokens.
         family: the model.
         methods: those that ran.
         convention: what counts.
@@ -103,7 +103,7 @@ def account(
     return found if convention.multiply_add == 2 else _halved(found)
 
 
-def whole(record: Record) -> Record:
+def unpruned(record: Record) -> Record:
     """The same forward if nothing had been removed; where layers have windows, `cache_slots` are
     those without.
     """

@@ -134,14 +134,14 @@ class FlowCut(Method):
             scores = scores.masked_fill(~tokens.valid, -torch.inf)
         if not tokens.step.remaining:
             return Reduction.top(scores, count)
-        left = self._left(tokens, count)
-        most, least = int(left.max()), int(left.min())
+        counts = self._counts(tokens, count)
+        most, least = int(counts.max()), int(counts.min())
         if self.as_released or most == least:
             return Reduction.top(scores, least)
         index, order = ranked(scores)[:, :most].sort(dim=-1)
-        return Reduction(index, valid=order < left[:, None])
+        return Reduction(index, valid=order < counts[:, None])
 
-    def _left(self, tokens: VisualTokens, count: int) -> Tensor:
+    def _counts(self, tokens: VisualTokens, count: int) -> Tensor:
         """(G) tokens left of each image, at least `count`."""
         assert isinstance(tokens.step, Cut)
         attention = tokens.signal("cls_attention")[:, 0].float().mean(1)

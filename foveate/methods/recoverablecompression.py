@@ -102,14 +102,14 @@ class RecoverableCompression(Adaptive):
         centres = self._centres(seen, rest, keys.shape[-1])
         centre = rank < centres
         # The first of the rest lends its position to the token that stands for all of it.
-        left = rest & (rank == centres) & (centres > 0)
-        survivors = main | centre | left
+        other = rest & (rank == centres) & (centres > 0)
+        survivors = main | centre | other
         order = torch.where(main, 0, 1 + rank).masked_fill(~survivors, tokens.count + 1)
         order = order.argsort(dim=1, stable=True)
         parts = []
         for count, members in by_count(survivors.sum(1)).items():
             of = torch.tensor(members, device=order.device)
-            given = (part[of] for part in (seen, asked, keys, rest, centre, left))
+            given = (part[of] for part in (seen, asked, keys, rest, centre, other))
             parts.append((members, self._merged(order[of, :count], *given)))
         return parts
 
@@ -146,7 +146,7 @@ class RecoverableCompression(Adaptive):
         keys: Tensor,
         rest: Tensor,
         centre: Tensor,
-        left: Tensor,
+        other: Tensor,
     ) -> Reduction:
         """Survivors at (G, K) positions, of G images with equally many."""
         keys = normalize(keys)
@@ -157,9 +157,9 @@ class RecoverableCompression(Adaptive):
         member = torch.zeros_like(likeness, dtype=torch.bool).scatter(2, best, True)
         member &= likeness > -torch.inf
         of_centre = member & centre.gather(1, index)[..., None]
-        of_left = (rest & ~centre)[:, None] & left.gather(1, index)[..., None]
-        weights = (of_centre | of_left) * seen[:, None]
-        itself = (~left).gather(1, index)[..., None].to(weights)
+        of_other = (rest & ~centre)[:, None] & other.gather(1, index)[..., None]
+        weights = (of_centre | of_other) * seen[:, None]
+        itself = (~other).gather(1, index)[..., None].to(weights)
         return Reduction(index, weights.scatter_add(2, index[..., None], itself), ordered=True)
 
 

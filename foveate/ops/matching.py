@@ -1,6 +1,6 @@
 """Matchings: which tokens merge into which.
 
-Shapes: `G` images of equal size, `V` tokens of an image, `K` left, `d` width of a key.
+Shapes: `G` images of equal size, `V` tokens of an image, `K` remaining, `d` width of a key.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def match(keys: Tensor, r: int, special: int) -> tuple[Tensor, Tensor]:
     rest = order[:, r:]
     if special:
         rest = rest.sort(-1).values
-    left, second = rest.shape[1], torch.arange(scores.shape[2], device=keys.device)
+    remaining, second = rest.shape[1], torch.arange(scores.shape[2], device=keys.device)
     second = second.expand(len(keys), -1)
-    stays = torch.arange(left, device=keys.device).expand_as(rest)
+    stays = torch.arange(remaining, device=keys.device).expand_as(rest)
     slot = keys.new_empty(keys.shape[:2], dtype=torch.long)
-    slot[:, first::2] = (partner + left).scatter(1, rest, stays)
-    slot[:, 1 - first :: 2] = second + left
+    slot[:, first::2] = (partner + remaining).scatter(1, rest, stays)
+    slot[:, 1 - first :: 2] = second + remaining
     return torch.cat((rest * 2 + first, second * 2 + 1 - first), 1), slot
 
 

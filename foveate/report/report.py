@@ -28,7 +28,7 @@ from foveate.core.video import VideoMethod
 from foveate.io.quoting import shown
 from foveate.io.writing import write_text
 from foveate.measure import flops
-from foveate.measure.account import account, visual_tokens, whole
+from foveate.measure.account import account, unpruned, visual_tokens
 from foveate.measure.selection import acted
 from foveate.measure.units import human_bytes, human_flops
 from foveate.record.record import ImageRecord, Record, site_name
@@ -78,8 +78,8 @@ class Report(dict[str, Any]):
         """
         report = cls.empty(family, methods)
         if not record.layer_tokens:  # nothing acted, so every layer saw the whole prompt
-            whole = [list(record.prompt_tokens)] * family.text_layers
-            record = dataclasses.replace(record, layer_tokens=whole)
+            prompt = [list(record.prompt_tokens)] * family.text_layers
+            record = dataclasses.replace(record, layer_tokens=prompt)
         visual = visual_tokens(record) if family.text_layers else []
         report.update(
             dtype=str(dtype).removeprefix("torch."),
@@ -219,8 +219,8 @@ def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) ->
 
 def _removing(image: ImageRecord) -> list[str]:
     """Entries of steps after which fewer tokens of an image are left than before."""
-    left = [image.total, *(len(kept) for kept in image.kept.values())]
-    return [entry for entry, (a, b) in zip(image.kept, pairwise(left), strict=True) if b < a]
+    counts = [image.total, *(len(kept) for kept in image.kept.values())]
+    return [entry for entry, (a, b) in zip(image.kept, pairwise(counts), strict=True) if b < a]
 
 
 def _image(image: ImageRecord) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def _token(image: Mapping[str, Any], index: int) -> dict[str, Any]:
 
 def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[str, Any]:
     """FLOPs of the prefill with all tokens and as it was, vision included."""
-    before, after = account(whole(record), family), account(record, family, methods)
+    before, after = account(unpruned(record), family), account(record, family, methods)
     total = before.total
     return {
         "before": total,
@@ -272,7 +272,7 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
     if not record.cache_slots:
         return {"before": 0, "after": 0, "ratio": 1.0}
     after = flops.kv_bytes(config, record.cache_slots, record.rows, dtype)
-    before = flops.kv_bytes(config, whole(record).cache_slots, record.rows, dtype)
+    before = flops.kv_bytes(config, unpruned(record).cache_slots, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
 
 

@@ -34,7 +34,7 @@ class Shortened(Protocol):
     def widen(self, row: Tensor) -> Tensor:
         """(B, C, V) of a signal of the surviving tokens."""
 
-    def whole(self, states: Tensor) -> Tensor:
+    def unpruned(self, states: Tensor) -> Tensor:
         """Rows of now at full length."""
 
 

@@ -84,7 +84,7 @@ class PackedSignals(EncoderSignals):
     def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
         """Note (N, C) values as (C, V) of each image."""
         shortened = self._pass()
-        whole = row if shortened is None else _flat(shortened.whole(row))
+        whole = row if shortened is None else _flat(shortened.unpruned(row))
         found = []
         for image in self._running.images:
             values = whole[image.rows.to(whole.device)].mean(1).T

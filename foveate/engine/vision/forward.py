@@ -306,7 +306,7 @@ class Encoding:
 
     # -- the way out
 
-    def whole(self, states: Tensor) -> Tensor:
+    def unpruned(self, states: Tensor) -> Tensor:
         """States of now at full length."""
         return self.layout.full_length(states, self.layout.now) if self.reduced else states
 
@@ -316,7 +316,7 @@ class Encoding:
             return output
         merged = None  # what is made of the last rows, which may stand for the last hidden state
         if self.encoder.returns_rows:
-            output.last_hidden_state = self.whole(output.last_hidden_state)
+            output.last_hidden_state = self.unpruned(output.last_hidden_state)
         else:
             merged = output.last_hidden_state
         if output.get("hidden_states") is not None:

@@ -286,7 +286,7 @@ class VisionPart(Part):
         encoding = self._local.encoding
         if encoding is None or not encoding.reduced:
             return None
-        return (encoding.whole(args[0]), *args[1:]), kwargs
+        return (encoding.unpruned(args[0]), *args[1:]), kwargs
 
     @untraced
     def _halves(

@@ -42,7 +42,7 @@ def masked(layer, hidden, rotary, images, work, real, grid):
     mixed = torch.zeros(len(q), length, width)
     for head in range(len(q)):
         works = work.heads is None or work.heads[head]
-        reads, may = works and work.seen, allowed.clone()
+        reads, may = works and work.reads_visual, allowed.clone()
         if not reads and work.renormalize:
             may &= ~visual | visual[:, None]
         scores = (q[head] @ k[head].T) / math.sqrt(width)

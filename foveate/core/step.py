@@ -160,7 +160,7 @@ class PartialCompute:
         heads: which attention heads work on visual tokens; `None` for all. Others neither compute
             them nor let text read them.
         mlp_divisor: visual tokens pass the first 1 / `mlp_divisor` of the MLP's neurons.
-        seen: whether any head reads values of visual tokens.
+        reads_visual: whether any head reads values of visual tokens.
         renormalize: whether what a head does not read leaves its softmax; else its probability is
             lost.
     """
@@ -169,16 +169,16 @@ class PartialCompute:
     window: int
     heads: tuple[bool, ...] | None = None
     mlp_divisor: float = 1.0
-    seen: bool = True
+    reads_visual: bool = True
     renormalize: bool = True
 
     @property
-    def blind(self) -> bool:
+    def visual_blind(self) -> bool:
         """Whether some head does not read visual tokens."""
-        return not self.seen or (self.heads is not None and not all(self.heads))
+        return not self.reads_visual or (self.heads is not None and not all(self.heads))
 
     @property
-    def unread(self) -> bool:
+    def text_only_cache(self) -> bool:
         """Whether no head has anything to do with visual tokens of earlier forwards."""
-        nobody = not self.seen or (self.heads is not None and not any(self.heads))
+        nobody = not self.reads_visual or (self.heads is not None and not any(self.heads))
         return nobody and self.renormalize

@@ -233,7 +233,7 @@ class Hooks(FeatureHooks):
             "evict_cache" in planned.step.effects for planned in self.plan.llm
         )
         now.rollback = Rollback.of(cache, past, rewritten=evicts)
-        if now.encoded or (self.plan.blind and is_pruned(cache)):
+        if now.encoded or (self.plan.visual_blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
         if now.visual and now.encoded:
             check_cache(cache)
@@ -246,7 +246,7 @@ class Hooks(FeatureHooks):
             cache is not None
             and past
             and self.plan.decode_step is None
-            and (sequence.shape[1] == 1 or not self.plan.blind)
+            and (sequence.shape[1] == 1 or not self.plan.visual_blind)
         ):
             now.cached = CachedForward.after(self.plan, self.family, cache, before, sequence)
             return args, kwargs

@@ -98,17 +98,21 @@ class Plan:
         return tuple(dict.fromkeys(slug for slug, name in steps if SIGNALS[name].text))
 
     @cached_property
-    def blind(self) -> dict[int, PartialCompute]:
+    def visual_blind(self) -> dict[int, PartialCompute]:
         """Of `work`, layers in which some heads read visual tokens, or what they weigh, and others
         do not.
         """
         layers = self.work.items()
-        return {number: work for number, work in layers if work.blind and not work.unread}
+        return {
+            number: work
+            for number, work in layers
+            if work.visual_blind and not work.text_only_cache
+        }
 
     @cached_property
-    def unread(self) -> tuple[int, ...]:
+    def text_only_layers(self) -> tuple[int, ...]:
         """Decoder layers whose caches hold text alone, as no head reads visual tokens there."""
-        return tuple(number for number, work in self.work.items() if work.unread)
+        return tuple(number for number, work in self.work.items() if work.text_only_cache)
 
     @property
     def marks(self) -> bool:

@@ -19,7 +19,7 @@ from foveate.core import (
 from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
-from foveate.engine.extensions.partial.prefill import why_whole
+from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Family
@@ -278,7 +278,7 @@ def _work(family: Family, methods: Sequence[Method]) -> dict[int, PartialCompute
     found: dict[int, PartialCompute] = {}
     for method in methods:
         for work in method.partial_compute(family):
-            if why := why_whole(family, work):
+            if why := why_unsupported(family, work):
                 raise UnsupportedModelError(
                     f"{method.slug!r} computes decoder layers of this {family.model_type} in "
                     f"parts, but {why}. Methods that work here: "
@@ -334,7 +334,7 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
     def works(name: str) -> bool:
         method = get_method(name)
         if method.partial_compute is not Method.partial_compute and any(
-            why_whole(family, work) for work in layers
+            why_unsupported(family, work) for work in layers
         ):
             return False
         return method.stage in stages and all(has(method, need) for need in method.needs)

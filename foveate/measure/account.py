@@ -111,11 +111,11 @@ def unpruned(record: Record) -> Record:
     held = record.layer_tokens
     if record.evicted_before:  # what was given to the caches before, and is still there
         held = [held[record.evicted_before]] * record.evicted_before + held[record.evicted_before :]
-    if record.unread:  # caches of text alone
+    if record.text_only_layers:  # caches of text alone
         text = list(record.prompt_tokens)
         for image in record.images:
             text[image.row] -= image.total
-        held = [text if n in record.unread else tokens for n, tokens in enumerate(held)]
+        held = [text if n in record.text_only_layers else tokens for n, tokens in enumerate(held)]
     slots = record.cache_slots
     return replace(
         record,
@@ -125,7 +125,7 @@ def unpruned(record: Record) -> Record:
             for count, tokens in zip(slots, held, strict=bool(slots))
         ],
         evicted_before=0,
-        unread=(),
+        text_only_layers=(),
         encoder_tokens=[],
         encoder_bounds=[],
         projected={},
@@ -222,7 +222,7 @@ def _parts(
     group = shape.heads // shape.kv_heads
     groups = len({n // group for n, on in enumerate(given) if on})
     keys = groups if work.renormalize else shape.kv_heads
-    values = groups if work.seen else 0
+    values = groups if work.reads_visual else 0
     projected = 2 * shape.hidden * shape.head_dim * (2 * active + keys + values)
     neurons = int(shape.mlp / work.mlp_divisor)
     total = 0

@@ -65,7 +65,7 @@ def planned(
         images=images,
         layer_tokens=layer_tokens,
         cache_slots=_held(family, plan, layer_tokens, text_tokens),
-        unread=plan.unread,
+        text_only_layers=plan.text_only_layers,
         evicted_before=max((step.layer for step in _evictions(plan)), default=0),
         encoder_tokens=encoder_tokens,
         encoder_bounds=[None] * len(encoder_tokens),
@@ -126,7 +126,7 @@ def _held(
     slots = [tokens[0] for tokens in layer_tokens]
     for step in _evictions(plan):
         slots[: step.layer] = [slots[step.layer]] * step.layer
-    for layer in plan.unread:
+    for layer in plan.text_only_layers:
         slots[layer] = text_tokens
     shapes = TextShape.all(family.config)
     return [shape.held(count) for shape, count in zip(shapes, slots, strict=True)]

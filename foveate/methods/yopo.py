@@ -116,7 +116,7 @@ class YOPO(Method):
                 self.window,
                 heads=None if self.heads is None else tuple(map(bool, self.heads[layer])),
                 mlp_divisor=self.ffn_factor,
-                seen=layer < cut,
+                reads_visual=layer < cut,
                 renormalize=not self.as_released,
             )
             for layer in range(model.text_layers if self.as_released else cut)

@@ -112,7 +112,7 @@ class Record:
         layer_tokens: for each decoder layer, real tokens of each row that it saw: [layers][rows].
         cache_slots: for each decoder layer, slots of its KV cache afterwards, padding included;
             earlier turns count.
-        unread: decoder layers whose caches hold text alone.
+        text_only_layers: decoder layers whose caches hold text alone.
         evicted_before: the decoder layer before which caches of earlier layers evicted what is
             removed there, the last if there are several; 0 for none.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
@@ -138,7 +138,7 @@ class Record:
     layer_tokens: list[list[int]]
     cache_slots: list[int]
     evicted_before: int = 0
-    unread: tuple[int, ...] = ()
+    text_only_layers: tuple[int, ...] = ()
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
     encoder_bounds: list[Tensor | None] = field(default_factory=list)

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from foveate.core import PartialCompute
-from foveate.engine.extensions.partial.prefill import Images, Split, run_layer, why_whole
+from foveate.engine.extensions.partial.prefill import Images, Split, run_layer, why_unsupported
 from foveate.families import find_family
 from tests.masked_layer import masked
 from tests.tinies import tiny_llava
@@ -81,7 +81,9 @@ WORKS = {
     "group-of-heads": PartialCompute(0, 5, heads=(True, True, False, False)),
     "no-head": PartialCompute(0, 5, heads=(False,) * 4),
     "lost-mass": PartialCompute(0, 5, heads=(True, False, False, True), renormalize=False),
-    "unseen": PartialCompute(0, 5, heads=(False, True, True, True), seen=False, renormalize=False),
+    "unseen": PartialCompute(
+        0, 5, heads=(False, True, True, True), reads_visual=False, renormalize=False
+    ),
 }
 
 
@@ -149,17 +151,17 @@ def test_gradients_reach_the_weights_that_work():
 
 def test_other_layers_stay_whole():
     family = find_family(tiny_llava())
-    assert why_whole(family, PartialCompute(0, 5)) is None
+    assert why_unsupported(family, PartialCompute(0, 5)) is None
     assert (
-        why_whole(family, PartialCompute(0, 5, heads=(True,) * 3))
+        why_unsupported(family, PartialCompute(0, 5, heads=(True,) * 3))
         == "the mask has 3 heads, and layer 0 has 4"
     )
     family.attention_layers = (1, 2)
-    assert "only a window of the sequence" in why_whole(family, PartialCompute(0, 5))
+    assert "only a window of the sequence" in why_unsupported(family, PartialCompute(0, 5))
     mlp = family.layers[1].mlp
     mlp.up_proj = torch.nn.Sequential(mlp.up_proj)
-    assert "mlp.up_proj is a Sequential" in why_whole(family, PartialCompute(1, 5))
+    assert "mlp.up_proj is a Sequential" in why_unsupported(family, PartialCompute(1, 5))
     family.layers[2] = torch.nn.Identity()
-    assert "not made like those of Llama" in why_whole(family, PartialCompute(2, 5))
+    assert "not made like those of Llama" in why_unsupported(family, PartialCompute(2, 5))
     family.planar = False
-    assert "no single grid" in why_whole(family, PartialCompute(2, 5))
+    assert "no single grid" in why_unsupported(family, PartialCompute(2, 5))

@@ -22,4 +22,4 @@ def extensions_of(plan: Plan) -> tuple[tuple[type[Extension], ...], tuple[type[E
     found = [EFFECTS[effect] for effect in effects if effect in EFFECTS]
     if plan.work:
         found.append(PartialPrefill)
-    return tuple(found), (PartialDecode,) if plan.blind else ()
+    return tuple(found), (PartialDecode,) if plan.visual_blind else ()

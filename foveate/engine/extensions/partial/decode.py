@@ -49,7 +49,7 @@ class Unread:
             dtype: of the mask.
         """
         active = work.heads or (True,) * attention.config.num_attention_heads
-        blind = torch.tensor([not (work.seen and on) for on in active])
+        blind = torch.tensor([not (work.reads_visual and on) for on in active])
         blind = blind.view(-1, attention.num_key_value_groups, 1)
         # What is not read stays in the softmax, with values of zero if no head of its group reads.
         lost = not work.renormalize and bool((blind.all(1) == blind.any(1)).all())

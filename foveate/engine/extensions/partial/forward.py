@@ -41,7 +41,7 @@ class PartialPrefill(Extension):
         if id(slots) not in self._made:
             self._made[id(slots)] = slots, self._split(slots)
         split = self._made[id(slots)][1]
-        if split is not None and (split.images or work.blind):
+        if split is not None and (split.images or work.visual_blind):
             self._splits[number] = split
 
     def run(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor | None:
@@ -56,7 +56,7 @@ class PartialPrefill(Extension):
         """Layers whose caches hold text alone, and text tokens that images look at."""
         split = next(iter(self._splits.values()), None)
         common = split.text_keys[0].shape[1] if split is not None and split.images else 0
-        return {"unread": self.plan.unread, "common_tokens": common}
+        return {"text_only_layers": self.plan.text_only_layers, "common_tokens": common}
 
     def _split(self, slots: Slots) -> Split | None:
         visual, forward = slots.all_visual, self.forward
@@ -93,7 +93,7 @@ class PartialDecode(Extension):
 
     def run(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor | None:
         """Run a layer for one token of each row, if heads of it read less than the layer would."""
-        work, held = self.plan.blind.get(number), self.forward.held(number)
+        work, held = self.plan.visual_blind.get(number), self.forward.held(number)
         if work is None or held is None or held.incoming.visual is None:
             return None
         mask, visual = kwargs.get("attention_mask"), held.incoming.visual

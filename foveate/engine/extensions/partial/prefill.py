@@ -128,7 +128,7 @@ def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
     return order.gather(1, torch.minimum(number, (counts - 1).clamp(min=0))), fresh
 
 
-def why_whole(family: Family, work: PartialCompute) -> str | None:
+def why_unsupported(family: Family, work: PartialCompute) -> str | None:
     """Why a decoder layer cannot be computed in parts, or `None` if it can.
 
     Args:
@@ -255,8 +255,8 @@ class _Attention:
         every = tuple(range(self.heads))
         given = work.heads or (True,) * self.heads
         self.active = tuple(i for i in every if given[i])
-        self.readers = self.active if work.seen else ()  # heads that read visual values
-        self.blind = tuple(i for i in every if i not in self.readers)
+        self.readers = self.active if work.reads_visual else ()  # heads that read visual values
+        self.visual_blind = tuple(i for i in every if i not in self.readers)
         self.parts = _Parts(split, x)
 
     def run(self, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any) -> Tensor:
@@ -277,7 +277,7 @@ class _Attention:
                 seen = self._images(part, q, k, v).transpose(1, 2)
                 columns = part.rows[..., None], part.columns[..., None], heads
                 out = out.index_put(columns, seen)
-        if cache is not None and self.work.unread and self.split.images:
+        if cache is not None and self.work.text_only_cache and self.split.images:
             held = cache.layers[module.layer_idx]
             held.evict(*held.slots.keep(self.split.text_slots))
         return self._output(out.flatten(2))
@@ -344,7 +344,7 @@ class _Attention:
         allowed = self._allowed(mask, k.shape[2])
         visual = F.pad(split.visual, (0, k.shape[2] - split.visual.shape[1]))
         out = q.new_zeros(q.shape)
-        for heads, reads in ((self.readers, True), (self.blind, False)):
+        for heads, reads in ((self.readers, True), (self.visual_blind, False)):
             if not heads:
                 continue
             which = torch.tensor(heads, device=q.device)

@@ -9,7 +9,6 @@ and FLOPs of every cell.
 from __future__ import annotations
 
 from foveate.core import Method, ModelFacts, get_method
-from foveate.core.counting import TokenCount
 from foveate.errors import BudgetError
 
 ALL = "none"
@@ -17,8 +16,6 @@ ALL = "none"
 
 BASELINES = ("random", "uniform", "downsample")
 """Methods that are always run; what does not beat them has not found out what matters."""
-
-_TOTAL = 576  # tokens of the image that is planned for
 
 
 def takes_keep(name: str) -> bool:
@@ -45,19 +42,3 @@ def method_at(name: str, keep: float | None, model: ModelFacts) -> Method:
     method = cls() if keep is None else cls(keep=keep)  # type: ignore[call-arg]
     method.check_budget(len(method.steps(model)))
     return method
-
-
-def mean_share(method: Method, model: ModelFacts) -> float:
-    """Planned share of an image's tokens that survive, averaged over the layers from the first cut
-    on.
-    """
-    steps = [step for step in method.steps(model) if "decode" not in step.effects]
-    sites = [step.layer if step.stage == "llm" else 0 for step in steps]
-    image, done, first = TokenCount(_TOTAL), 0, min(sites, default=0)
-    surviving = []
-    for layer in range(model.text_layers):
-        while done < len(steps) and sites[done] <= layer:
-            image.take(method, steps[done], done)
-            done += 1
-        surviving.append(image.tokens / _TOTAL)
-    return sum(surviving[first:]) / max(len(surviving) - first, 1)

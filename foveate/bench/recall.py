@@ -27,25 +27,6 @@ from foveate.report.draw import match_geometry, place_grid
 Edges = tuple[float, float, float, float]
 
 
-def area_recall(boxes: Tensor, kept: Tensor, evidence: Sequence[Edges]) -> float | None:
-    """Share of the evidence's area that cells of surviving tokens cover.
-
-    Args:
-        boxes: (V, 4) left, top, right and bottom of each token's cell; NaN where it has none.
-        kept: (V,) which tokens survive.
-        evidence: rectangles in the same units; overlapping ones count twice.
-
-    Returns:
-        A share in [0, 1], or `None` where no token covers any evidence.
-    """
-    seen = covered = 0.0
-    for box in evidence:
-        all_tokens, survivors = _covered(boxes, kept, box)
-        seen += all_tokens
-        covered += survivors
-    return min(covered / seen, 1.0) if seen > 0 else None
-
-
 def token_hit(boxes: Tensor, kept: Tensor, evidence: Sequence[Edges]) -> float | None:
     """Share of the pieces of evidence of which at least one token survives."""
     touched = [_overlap(boxes, box) > 0 for box in evidence]
@@ -64,7 +45,7 @@ def _overlap(boxes: Tensor, box: Edges) -> Tensor:
     return (high - low).clamp(min=0).prod(1).nan_to_num()
 
 
-def _covered(boxes: Tensor, kept: Tensor, box: Edges) -> tuple[float, float]:
+def covered_area(boxes: Tensor, kept: Tensor, box: Edges) -> tuple[float, float]:
     """Area of a box that all tokens cover, and that survivors cover; passes count once."""
     near = _overlap(boxes, box) > 0
     cells, survive = boxes[near].double(), kept[near]
@@ -233,7 +214,7 @@ def _recall(pieces: Sequence[Piece], entry: str) -> float | None:
     for look, edges, frame in pieces:
         all_tokens = torch.ones(look.image.total, dtype=torch.bool)
         kept = look.surviving().get(entry, all_tokens)[frame]
-        everything, survivors = _covered(look.image.boxes[frame], kept, edges)
+        everything, survivors = covered_area(look.image.boxes[frame], kept, edges)
         seen += everything
         covered += survivors
     return min(covered / seen, 1.0) if seen else None

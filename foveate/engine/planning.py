@@ -298,15 +298,6 @@ def _suspending(steps: Sequence[Step]) -> list[bool]:
     return ["reinsert" in step.effects for step in (*steps[1:], Step("llm"))][: len(steps)]
 
 
-def why_not(family: Family, name: str) -> str | None:
-    """Why a method with default settings does not work on a model, or `None` if it does."""
-    try:
-        make_plan(family, [get_method(name)()])
-    except FoveateError as error:
-        return str(error)
-    return None
-
-
 def working_methods(family: Family, *, encoder: bool = True, vision: bool = True) -> list[str]:
     """Registered methods that need no stage and no signal the model lacks.
 

@@ -3,14 +3,21 @@
 import pytest
 import torch
 
-from foveate.bench.recall import area_recall, seen_box, token_hit
+from foveate.bench.recall import covered_area, seen_box, token_hit
 from foveate.record.boxes import cells
 
 
+def area_recall(boxes, kept, evidence):
+    """Share of the evidence's area that survivors cover; `None` where no token covers any."""
+    areas = [covered_area(boxes, kept, box) for box in evidence]
+    seen, covered = (sum(column) for column in zip(*areas, strict=True))
+    return min(covered / seen, 1.0) if seen > 0 else None
+
+
 def kept(*index, total=16):
-    alive = torch.zeros(total, dtype=torch.bool)
-    alive[list(index)] = True
-    return alive
+    survivors = torch.zeros(total, dtype=torch.bool)
+    survivors[list(index)] = True
+    return survivors
 
 
 def test_a_box_over_two_cells_is_recalled_by_the_area_that_survives():

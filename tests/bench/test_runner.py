@@ -10,7 +10,7 @@ import pytest
 from foveate import tiny
 from foveate.bench import campaign
 from foveate.bench.examples import draw, time_first_tokens
-from foveate.bench.levels import mean_share, method_at
+from foveate.bench.levels import method_at
 from foveate.bench.report import Facts, write
 from foveate.bench.runner import Runner
 from foveate.bench.settings import Cell, Settings, cells
@@ -18,6 +18,7 @@ from foveate.bench.store import Store
 from foveate.bench.svg import halves
 from foveate.cli.bench import summarise
 from tests.bench.tasks_for_tests import TASKS
+from tests.shares import mean_share
 
 
 def make(loaded, **fields):

@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from foveate.core import get_method, list_methods
-from foveate.engine.planning import why_not
+from foveate.engine.planning import make_plan
+from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.signals import SIGNALS
 
@@ -32,6 +33,15 @@ SIZES = {
     "video_llava": (32, 24, 22, True),
     "vipllava": (32, 24, 22, True),
 }
+
+
+def why_not(family, method):
+    """Why a method with default settings does not work on a model, or `None` if it does."""
+    try:
+        make_plan(family, [get_method(method)()])
+    except FoveateError as error:
+        return str(error)
+    return None
 
 
 @functools.cache

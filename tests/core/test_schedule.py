@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import pytest
 
 from foveate import per_request
-from foveate.bench.levels import mean_share, method_at
+from foveate.bench.levels import method_at
 from foveate.cli.bench_speed import read_methods
 from foveate.core.from_text import make_method, make_methods
 from foveate.core.resolve import methods_of
 from foveate.core.schedule import nearest
 from foveate.errors import BudgetError, LayerError
 from foveate.methods import CATP, AdaToken3D, PyramidDrop, SparseVLM, TransPrune
+from tests.shares import mean_share
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 INTRO = """# What methods keep, and what they lose
 
 Made by `benchmarks/quality.py` from `benchmarks/results/quality.json`. Each method answers the same
-questions as the model with all its tokens. `keep` is what survives a method's cut; methods that cut
-several times have their published schedule rescaled until the mean over the layers after the first
-cut is `keep` (FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it; so do CATP and VFlowOpt
-now, whose schedules were bent too when these numbers were measured). So compare at equal FLOPs,
+questions as the model with all its tokens. `keep` is what survives a method's cut. If a method cuts
+several times, its published schedule is rescaled so that the mean over the layers after the first
+cut is `keep`. FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it. So do CATP and VFlowOpt
+today, but their schedules were rescaled when these numbers were measured. So compare at equal FLOPs
 too.
 
 - *right*: share of right answers over tasks that tell something (the unpruned model is at least ten
@@ -40,44 +40,45 @@ too.
 - *change*: against all tokens on the same questions, with its 95 % interval.
 - *KL*: of the first word's distribution, from the unpruned model's, in nats.
 - *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
-  after the first cut. A merged token counts where it stands, so merging methods and `downsample`
-  score low here although what they merged is not lost.
+  after the first cut. A merged token counts only at its own position, so merging methods and
+  `downsample` score low here although the tokens they merged are not lost.
 - *upper, lower*: share of tokens that survive in the upper and the lower half of the image.
 
-The tiny model was trained to align visual tokens with words and its class token with objects, which
-favours methods that read those; its first layers hardly look at the image, which punishes
-methods that rank there. Nothing here says which method is best on a large model.
+The tiny model was trained to align visual tokens with words and its class token with objects. This
+favours methods that read those. Its first layers hardly attend to the image, which punishes methods
+that rank there. Nothing here says which method is best on a large model.
 """
 
 LESSONS = """## What they teach
 
-Read with the intervals: 160 questions carry these figures; differences of a few points are noise.
+Read the figures with their intervals. They come from 160 questions, so differences of a few points
+are noise.
 
-- At half of the tokens most methods lose little; what tells them apart is a quarter and less. Both
-  baselines that look at nothing, `random` and `downsample`, are then far below.
+- At half of the tokens most methods lose little. They differ at a quarter and less. Both baselines
+  that ignore the content, `random` and `downsample`, are then far below.
 - Recall of evidence is not accuracy. Methods that rank by the class token keep more than 90 % of
   the evidence at a quarter, and answer no better than `divprune`, which keeps less than half of it
-  but some of everything; `tome` and `pyramiddrop` have merged or read what is gone.
-- `fastv` ranks before this model looks at images, and keeps twice as much of the lower half of an
-  image as of the upper: the bias that FEATHER describes. `feather` costs as many FLOPs and loses
-  a third as much.
-- `dart` and `lvlm-csp` fail here: what they keep says little in layers that do not look at the
-  image yet.
-- Tasks marked *no* tell nothing of methods, because this model cannot do them: it was trained on
-  one image at a time, on numbers and not on words, and on drawn scenes. That includes the real
-  data (NLVR, easy-VQA, COCO), for which only recall means something; see below for easy-VQA.
+  but some of everything. `tome` and `pyramiddrop` have merged or read what they drop.
+- `fastv` ranks in layers where this model does not attend to images yet. It keeps twice as much of
+  the lower half of an image as of the upper, the bias that FEATHER describes. `feather` costs as
+  many FLOPs and loses a third as much.
+- `dart` and `lvlm-csp` fail here. They rank in layers that do not attend to the image yet, so what
+  they keep says little.
+- Tasks marked *no* tell nothing about methods, because this model cannot do them. It was trained on
+  drawn scenes, one image at a time, with numbers and not with words. The real data (NLVR, easy-VQA,
+  COCO) is among them; only its recall means something. See below for easy-VQA.
 """
 
 
 REAL = """## Real questions: easy-VQA
 
 The drawn questions above are our own. easy-VQA has 5,000 images of one coloured shape and 48,248
-questions, by its author; always saying the commonest answer is right for
+questions, by its author; always giving the commonest answer is right for
 {majority} %. The tiny model after 160 steps on the train part
-(`python -m recipes.easy_vqa`) is right for {whole} % of {n} questions of the test part, so
-this task tells something. One large object, and mostly questions about all of it: nearly
-any choice of tokens will do, which is what such data hides.
-NLVR's train part was not at hand, so no model was trained for it.
+(`python -m recipes.easy_vqa`) is right for {unpruned} % of {n} questions of the test part, so
+this task tells something. Each image shows one large object, and most questions are about all of
+it. So nearly any choice of tokens will do; such data hides differences between methods.
+NLVR's train part was not available, so no model was trained for it.
 
 """
 
@@ -85,7 +86,7 @@ NLVR's train part was not at hand, so no model was trained for it.
 def real(easy: dict[str, Any]) -> str:
     """The section on easy-VQA."""
     (task,) = easy["tasks"]
-    shares = {"whole": task["accuracy"], "majority": task["majority"]}
+    shares = {"unpruned": task["accuracy"], "majority": task["majority"]}
     told = REAL.format(**{k: percent(v) for k, v in shares.items()}, n=task["n"])
     return told + _lines(sorted(easy["lines"], key=lambda x: (x["method"] != ALL, -x["accuracy"])))
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 class Session(BaseSession):
-    """Methods on a model, with reports of what they did. Use `use` or `apply` rather than this
-    class; it takes the same arguments as `BaseSession`.
+    """Methods on a model, with reports of what they did.
+
+    `use` and `apply` make sessions; the arguments are those of `BaseSession`.
     """
 
     def report(self) -> Report:
@@ -60,14 +61,14 @@ def use(
 
     Args:
         model: a supported vision-language model or vision encoder.
-        method: a method, its name or class, what its `to_dict` says or a JSON file with that, or
-            a list of those in stream order.
-        clip: what is asked of the images, for methods with `relevance="clip"`: what
-            `foveate.ClipText` makes of the questions.
-        **fields: with a name, the method's hyper-parameters.
+        method: a method, its name or class, the dict of its `to_dict` or a JSON file that holds
+            it, or a list of those in stream order.
+        clip: the questions as `foveate.ClipText` encodes them, for methods with
+            `relevance="clip"`.
+        **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
-        A session that attaches when the block is entered, and restores the model when it is left.
+        A session. Entering the `with` block attaches it; leaving the block restores the model.
 
     Raises:
         FoveateError: see `Session`; raised here, before anything runs.
@@ -87,7 +88,8 @@ def apply(
     clip: ClipQuestions | None = None,
     **fields: Any,
 ) -> Session:
-    """Use methods on a model until `remove()` is called on the returned handle. Arguments as in
-    `use`.
+    """Use methods on a model until `remove()` of the returned session is called.
+
+    Takes the arguments of `use`.
     """
     return use(model, method, clip=clip, **fields).attach()

@@ -34,17 +34,18 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) -> M:
-    """Attach methods to a model that is going to be trained.
+    """Attach methods to a model before it is trained.
 
-    Adapters may be put on it before or after; so may DDP, FSDP and accelerate's wrappers. What
-    `save_pretrained` of this object writes, as a Trainer's checkpoints do, gets a foveate.json.
+    Adapters may be put on it before or after, and so may DDP, FSDP and accelerate's wrappers.
+    `save_pretrained` of this object, and so a Trainer's checkpoint, writes a foveate.json too.
 
     Args:
         model: a supported model, or a PEFT model around one.
         method: a method, its name, or a list of those in stream order; see `foveate.use`.
-        head: `all` makes logits of every token; `labels` in training (`model.train()`) only where
-            a label is to be predicted, at the same loss. Logits are then (N, vocabulary).
-        **fields: with a name, the method's hyper-parameters.
+        head: `all` makes logits of every token. `labels` makes them in training
+            (`model.train()`) only where a label is to be predicted; the loss is the same, and
+            logits are (N, vocabulary).
+        **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
         The same object.
@@ -76,7 +77,7 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
 
 
 def save(model: nn.Module, folder: str | Path, processor: Any = None, **options: Any) -> None:
-    """Save a prepared model: what `save_pretrained` writes, and foveate.json beside it.
+    """Save a prepared model with `save_pretrained`, and foveate.json beside it.
 
     Of a PEFT model only the adapters are saved. The checkpoint loads without foveate too.
 
@@ -101,7 +102,7 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None, **options:
 
 
 def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
-    """Load what `save` has saved, and prepare it.
+    """Load a model that `save` has saved, and prepare it.
 
     Args:
         folder: a folder, or a repository of the Hugging Face hub.

@@ -14,8 +14,8 @@ HINT = "Answer with one word or number."
 HELP = """Measure what methods cost in accuracy and save in work, on tasks whose evidence is known.
 
 Results go to OUT/results.parquet, one row for each cell (a method at a budget on a task), and to
-OUT/report.html, which needs no network. The same command goes on where it was interrupted; what is
-finished is not run again. Baselines (random, uniform, downsample) are always in.
+OUT/report.html, which needs no network. Run the same command again to continue an interrupted run;
+finished cells are not repeated. Baselines (random, uniform, downsample) are always included.
 
 [bold]Examples[/]
 
@@ -34,15 +34,18 @@ finished is not run again. Baselines (random, uniform, downsample) are always in
 def bench(
     quality: Annotated[
         bool,
-        typer.Option("--quality/--speed", help="For the other: `foveate bench --speed --help`."),
+        typer.Option(
+            "--quality/--speed",
+            help="Measure accuracy or speed; see `foveate bench --speed --help`.",
+        ),
     ] = True,
     model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")] = "tiny",
     methods: Annotated[str, typer.Option(help="`all`, or names: `fastv,divprune`.")] = "all",
     keep: Annotated[
         str,
         typer.Option(
-            help="Shares that survive; of a method that drops several times, the mean over the "
-            "layers after its first drop."
+            help="Shares of tokens that survive. If a method drops several times, its mean over "
+            "the layers after its first drop."
         ),
     ] = "0.5,0.25,0.125",
     tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
@@ -50,18 +53,21 @@ def bench(
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     split: Annotated[str, typer.Option(help="train, test or hidden.")] = "test",
     difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
-    clutter: Annotated[float, typer.Option(min=0, max=1, help="0 is bare.")] = 0.5,
-    data: Annotated[Path | None, typer.Option(help="Folder of data sets, for coco, nlvr.")] = None,
+    clutter: Annotated[float, typer.Option(min=0, max=1, help="0 shows nothing else.")] = 0.5,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data sets of coco and nlvr.")
+    ] = None,
     max_pixels: MaxPixels = None,
     out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
     batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     minutes: Annotated[
-        float | None, typer.Option(help="Begin no cell after so many; run again to go on.")
+        float | None, typer.Option(help="Start no cell after this time; run again to continue.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; two for small models on a CPU.")
+        int | None,
+        typer.Option(min=1, help="Processes; by default two for small models on a CPU, else one."),
     ] = None,
     hint: Annotated[
         str | None,

@@ -12,10 +12,11 @@ from foveate.cli.options import RANDOM, Device, Dtype
 SIZES = ("llava-7b", "llava-next-7b", "qwen3-vl-4b", "llama-768x16")
 """Models with random weights, see `foveate.bench.workload`."""
 
-HELP = f"""How fast methods make a model: TTFT with the vision tower, prefill, decoding, peak memory
-and KV cache, by prompt length and batch size. A method that is slower than all tokens is red.
+HELP = f"""Measure how fast methods make a model: TTFT with the vision tower, prefill, decoding,
+peak memory and KV cache, by prompt length and batch size. A method that is slower than all tokens
+is red.
 
-MODEL is a hub id, a folder, [bold]tiny[/], or random weights of a known size:
+MODEL is a hub id, a folder, [bold]tiny[/], or one of these sizes with random weights:
 {", ".join(RANDOM + name for name in SIZES)}.
 
 [bold]Example[/]
@@ -32,15 +33,15 @@ def speed(
         typer.Option(
             "--methods",
             "-m",
-            help="Names that `foveate list` shows, by commas or one by one; "
-            "pyramiddrop,fastv if there are none.",
+            help="Names that `foveate list` shows, separated by commas or given one by one; by "
+            "default pyramiddrop,fastv.",
         ),
     ] = None,
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Of all methods, as in `foveate run`: of one that drops several times, a number "
-            "is the mean over the layers after its first drop."
+            help="Budget of all methods, as in `foveate run`. If a method drops several times, one "
+            "number is the mean over the layers after its first drop."
         ),
     ] = None,
     setting: Annotated[
@@ -51,10 +52,10 @@ def speed(
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each cell.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=0, help="Decoding steps.")] = 16,
     minutes: Annotated[
-        float | None, typer.Option(help="Time limit; repeats are cut to keep it.")
+        float | None, typer.Option(help="Time limit; fewer rounds are run to keep it.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Math threads; with 1, CPU seconds are counted.")
+        int | None, typer.Option(min=1, help="Threads of torch; with 1, CPU seconds are measured.")
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -65,7 +66,7 @@ def speed(
         ),
     ] = None,
 ) -> None:
-    """How fast methods make a model, see `HELP`."""
+    """Measure how fast methods make a model, see `HELP`."""
     from foveate.cli.bench_speed import SpeedJob, bench_speed
 
     bench_speed(

@@ -11,13 +11,13 @@ from foveate.cli.options import Device, Dtype, MaxPixels, Model
 
 HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
 
-PROMPTS is a file with one prompt a line, as JSON: [bold]{"image": "cat.jpg", "question": "What is
-this?"}[/], or `images` with a list. Images are found beside the file. Answers are not needed:
-what counts is how little the last prompt token's final state changes. A few dozen prompts like
-those that you will ask are enough.
+PROMPTS is a file with one JSON prompt a line: [bold]{"image": "cat.jpg", "question": "What is
+this?"}[/], or `images` with a list. Paths of images are relative to the file. Answers are not
+needed: the search minimises how much the last prompt token's final state changes. A few dozen
+prompts like those that you will ask are enough.
 
-Every trial is kept in a file beside the result, NAME.trials. Interrupt the command when you like:
-called again it goes on from there, and with more --trials it searches on.
+Every trial is saved in a file beside the result, NAME.trials. You can interrupt the command: called
+again, it continues from there. With more --trials it searches further.
 
 [bold]Examples[/]
 
@@ -35,9 +35,9 @@ def calibrate(
         float, typer.Option(help="Share of visual tokens that a layer sees on average, below 1.")
     ] = 0.25,
     trials: Annotated[int, typer.Option(min=1, help="Trials in all.")] = 300,
-    startup: Annotated[int, typer.Option(min=1, help="How many are drawn at random.")] = 27,
-    seed: Annotated[int, typer.Option(help="Of the search.")] = 42,
-    out: Annotated[Path, typer.Option(help="Where the method goes, as JSON.")] = Path(
+    startup: Annotated[int, typer.Option(min=1, help="Trials that are drawn at random.")] = 27,
+    seed: Annotated[int, typer.Option(help="Seed of the search.")] = 42,
+    out: Annotated[Path, typer.Option(help="Where to save the method, as JSON.")] = Path(
         "vflowopt.json"
     ),
     max_pixels: MaxPixels = None,

@@ -12,10 +12,12 @@ DEMO = "As in `foveate run`; pyramiddrop if none is named."
 
 
 def demo(
-    seed: Annotated[int, typer.Option(help="Which scene to draw.")] = SEED,
+    seed: Annotated[int, typer.Option(help="Number of the drawn scene.")] = SEED,
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help=DEMO)] = None,
     keep: Annotated[list[str] | None, typer.Option(help="As in `foveate run`.")] = None,
-    out: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("demo-kept.png"),
+    out: Annotated[Path, typer.Option(help="Where to save the drawing of the kept tokens.")] = Path(
+        "demo-kept.png"
+    ),
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
 ) -> None:
     """Ask the embedded model about a drawn scene, with all tokens and with a method. Offline.

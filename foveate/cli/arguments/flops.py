@@ -12,10 +12,10 @@ from foveate.cli.options import Keep, Methods, Model, Settings
 HELP = """Count what a method saves on a model, from its config alone; nothing is run.
 
 MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
-so that these need no network. FLOPs are split into vision tower, projector, selection and language
-model; a multiply-add is 2 and causal attention is what the mask lets through, unless another
-convention is named: [bold]dense[/] (what torch counts), [bold]macs[/], or the formulas of papers,
-[bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
+so these need no network. FLOPs are split into vision tower, projector, selection and language
+model. By default a multiply-add counts 2, and attention counts the pairs that the causal mask lets
+through. Other conventions: [bold]dense[/] (what torch counts), [bold]macs[/], and the formulas of two
+papers, [bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
 
 [bold]Examples[/]
 
@@ -33,7 +33,9 @@ def flops(
     keep: Keep = None,
     setting: Settings = None,
     images: Annotated[int, typer.Option(min=1, help="Images in the prompt.")] = 1,
-    image_size: Annotated[str, typer.Option(help="Of each, WIDTHxHEIGHT in pixels.")] = "672x672",
+    image_size: Annotated[
+        str, typer.Option(help="Size of each image, WIDTHxHEIGHT in pixels.")
+    ] = "672x672",
     text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
     convention: Annotated[
         str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")

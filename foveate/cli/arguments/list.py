@@ -10,10 +10,15 @@ import typer
 def list_(
     model: Annotated[
         str | None,
-        typer.Option(help="Say what works on this model and why not; reads only its config."),
+        typer.Option(
+            help="Show what works on this model, and why others do not; reads only its config."
+        ),
     ] = None,
     families: Annotated[
-        bool, typer.Option("--families", help="Say what works on which family of models instead.")
+        bool,
+        typer.Option(
+            "--families", help="Show which method works on which family of models instead."
+        ),
     ] = False,
 ) -> None:
     """List methods: where they act, what they need, the paper.

@@ -12,7 +12,7 @@ from foveate.errors import InputError
 
 HELP = """Ask a model about images, with a method that removes visual tokens.
 
-MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Any
+MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Give any
 number of images, then the question.
 
 [bold]Examples[/]
@@ -39,10 +39,10 @@ def run(
     keep: Keep = None,
     setting: Settings = None,
     with_all: Annotated[
-        bool, typer.Option("--compare", help="Run with all tokens too, and time both.")
+        bool, typer.Option("--compare", help="Also run with all tokens, and time both.")
     ] = False,
     show: Annotated[
-        Path | None, typer.Option(help="Save an image of the kept tokens here.")
+        Path | None, typer.Option(help="Save a drawing of the kept tokens here.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")

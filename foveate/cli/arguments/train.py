@@ -38,9 +38,9 @@ trainer:               # any argument of transformers.TrainingArguments
 HELP = (
     """Train a model on conversations about images, with a method that removes visual tokens.
 
-CONFIG is a YAML file. [bold]foveate train --example > config.yaml[/] writes the one below, which
-trains the model that comes with foveate on drawn scenes, offline, in about a minute. A run that
-was interrupted goes on from its last checkpoint when the same command is given again.
+CONFIG is a YAML file. [bold]foveate train --example > config.yaml[/] writes the one below. It
+trains the model that comes with foveate on drawn scenes, offline, in about a minute. Give the same
+command again to continue an interrupted run from its last checkpoint.
 
 [bold]Example[/]
 
@@ -50,8 +50,8 @@ was interrupted goes on from its last checkpoint when the same command is given 
     + """
 [bold]Data[/]
 
-A jsonl file: one conversation per line, with messages (role, content) or LLaVA's conversations
-(from, value), and images, paths relative to the file.
+A jsonl file with one conversation per line: messages (role, content) or LLaVA's conversations
+(from, value), and images. Paths are relative to the file.
 
 \b
 {"images": \\["cat.jpg"], "messages": \\[{"role": "user", "content": "<image>\\\\nWhat is this?"},
@@ -67,10 +67,8 @@ A jsonl file: one conversation per line, with messages (role, content) or LLaVA'
 
 
 def train(
-    config: Annotated[Path | None, typer.Argument(help="A YAML file.")] = None,
-    example: Annotated[
-        bool, typer.Option("--example", help="Print a YAML file to begin with.")
-    ] = False,
+    config: Annotated[Path | None, typer.Argument(help="YAML file that describes the run.")] = None,
+    example: Annotated[bool, typer.Option("--example", help="Print an example of CONFIG.")] = False,
 ) -> None:
     """Train a model with a method."""
     if example:

@@ -50,9 +50,15 @@ def pareto(
     for name in names:
         mine = sorted((s for s in shown if s.config[0] == name), key=lambda s: s.flops or 0)
         parts.append(_series(name, mine, at, stage.get(name, "")))
+    parts += _labels(front, [at(line.flops or 1.0, line.accuracy) for line in front])
+    return "".join([*parts, "</svg>"])
+
+
+def _labels(lines: Sequence[Line], points: Sequence[tuple[float, float]]) -> list[str]:
+    """Labels of points, moved down until none covers another."""
+    parts: list[str] = []
     taken: list[tuple[float, float]] = []
-    for line in front:
-        x, y = at(line.flops or 1.0, line.accuracy)
+    for line, (x, y) in zip(lines, points, strict=True):
         while any(abs(x - a) < 110 and abs(y - b) < 13 for a, b in taken):
             y += 13
         taken.append((x, y))
@@ -62,7 +68,7 @@ def pareto(
             f'<text class="tag" x="{x + dx}" y="{y + 4}" text-anchor="{anchor}">'
             f"{escape(label(line))}</text>"
         )
-    return "".join([*parts, "</svg>"])
+    return parts
 
 
 def _axes(at, left: float, low: float) -> list[str]:  # type: ignore[no-untyped-def]

@@ -42,9 +42,8 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
     Args:
         model: a supported model, or a PEFT model around one.
         method: a method, its name, or a list of those in stream order; see `foveate.use`.
-        head: `all` makes logits of every token. `labels` makes them in training
-            (`model.train()`) only where a label is to be predicted; the loss is the same, and
-            logits are (N, vocabulary).
+        head: `all` makes logits of every token. In training, `labels` makes them only where a
+            label is to be predicted, (N, vocabulary); the loss is the same.
         **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:

@@ -40,9 +40,7 @@ def flops(
     convention: Annotated[
         str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
     ] = "foveate",
-    decode: Annotated[
-        bool, typer.Option("--decode", help="Also count one decoding step after the prompt.")
-    ] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Also count a decoding step.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
 ) -> None:
     """Count what a method saves."""

@@ -41,9 +41,7 @@ def run(
     with_all: Annotated[
         bool, typer.Option("--compare", help="Also run with all tokens, and time both.")
     ] = False,
-    show: Annotated[
-        Path | None, typer.Option(help="Save a drawing of the kept tokens here.")
-    ] = None,
+    show: Annotated[Path | None, typer.Option(help="Save a drawing of the kept tokens.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")
     ] = None,

@@ -30,7 +30,7 @@ class CacheError(FoveateError):
 
 
 class InputError(FoveateError, ValueError):
-    """The inputs of a forward pass cannot be served as asked."""
+    """The inputs of a forward pass cannot be served."""
 
 
 class BenchError(FoveateError, ValueError):

@@ -44,7 +44,7 @@ def measure(
     """Run what is not finished of a benchmark, and write its report.
 
     Args:
-        settings: what is asked.
+        settings: of the run.
         out: folder of results and report.
         workers: processes; `None` for two where a small model runs on a CPU.
         minutes: no cell is begun after so many.
@@ -81,7 +81,7 @@ def measure(
 
 
 def _workers(model: Any, device: str) -> int:
-    """Processes, where none were asked for: two if they can help."""
+    """Default number of processes: two if they can help."""
     small = device == "cpu" and model.num_parameters() < campaign.SMALL
     return min(2, os.cpu_count() or 1) if small else 1
 

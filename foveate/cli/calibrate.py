@@ -57,12 +57,12 @@ def calibrate(job: Calibration) -> None:
         raise InputError(f"--out cannot be {out}: the file of that name holds the trials")
     check_file(out)
     check_file(trials_file)
-    asked = read_prompts(job.prompts, job.max_pixels)
+    questions = read_prompts(job.prompts, job.max_pixels)
     console = stdout()
     with progress() as steps:
         steps.say(f"loading {job.model}")
         loaded, processor = load_model(job.model, job.device, job.dtype)
-        samples = [encode(processor, images, text, loaded) for images, text in asked]
+        samples = [encode(processor, images, text, loaded) for images, text in questions]
     if trials_file.exists():
         console.print(f"going on from {escape(str(trials_file))}", soft_wrap=True)
     found = search(

@@ -32,7 +32,7 @@ LONGEST_ANSWER = 8
 
 
 @dataclass(frozen=True)
-class Asked:
+class Answered:
     """A question, both answers, and what was kept for it."""
 
     question: Question
@@ -60,21 +60,21 @@ def demo(seed: int, methods: Sequence[Method], out: Path, repeats: int) -> None:
         scene = draw_scene(seed)
         questions = one_of_each_kind(scene.questions)
         steps.say("asking", len(questions))
-        asked = []
+        answered = []
         for question in questions:
-            asked.append(ask(model, processor, scene.image, question, methods))
+            answered.append(ask(model, processor, scene.image, question, methods))
             steps.tick()
         steps.say("timing the first token", 2 * (repeats + WARMUP))
         inputs = encode(processor, [scene.image], questions[0].text, model)
         ttft = time_first_token(model, inputs, methods, repeats=repeats, tick=steps.tick)
     described = " + ".join(describe(method.to_dict()) for method in methods)
     console.print(f"scene {seed}, {escape(described)}")
-    console.print(answer_table(asked, " + ".join(method.slug for method in methods)))
-    console.print(cost_table(asked[0].report, ttft))
-    console.print(ttft_remark(ttft, asked[0].report), style="dim")
-    for note in asked[0].report["notes"]:
+    console.print(answer_table(answered, " + ".join(method.slug for method in methods)))
+    console.print(cost_table(answered[0].report, ttft))
+    console.print(ttft_remark(ttft, answered[0].report), style="dim")
+    for note in answered[0].report["notes"]:
         console.print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
-    drawn = asked[:DRAWN]
+    drawn = answered[:DRAWN]
     headings = [f"{a.question.text}  {a.pruned}" for a in drawn]
     write_image(out, stack([a.drawing for a in drawn], headings))
     console.print(
@@ -96,30 +96,30 @@ def ask(
     image: Image.Image,
     question: Question,
     methods: Sequence[Method],
-) -> Asked:
+) -> Answered:
     """Ask one question with all tokens and with the methods."""
     inputs = encode(processor, [image], question.text, model)
     plain = answer(model, processor, inputs, LONGEST_ANSWER)
     with use(model, methods) as session:
         pruned = answer(model, processor, inputs, LONGEST_ANSWER)
-    return Asked(question, plain, pruned, session.report(), session.show([image])[0])
+    return Answered(question, plain, pruned, session.report(), session.show([image])[0])
 
 
-def answer_table(asked: Sequence[Asked], name: str) -> Table:
+def answer_table(answered: Sequence[Answered], name: str) -> Table:
     """Questions with the true answer and both given ones; wrong ones are red."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
     for heading in ("question", "true answer", ALL, name):
         table.add_column(heading)
-    for item in asked:
+    for item in answered:
         truth = item.question.answer
         cells = [_mark(given, truth) for given in (item.plain, item.pruned)]
         table.add_row(escape(item.question.text), truth, *cells)
     table.add_section()
     rights = [
-        sum(getattr(item, side) == item.question.answer for item in asked)
+        sum(getattr(item, side) == item.question.answer for item in answered)
         for side in ("plain", "pruned")
     ]
-    table.add_row("right", "", *(f"{right} of {len(asked)}" for right in rights))
+    table.add_row("right", "", *(f"{right} of {len(answered)}" for right in rights))
     return table
 
 

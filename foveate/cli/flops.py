@@ -67,14 +67,14 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; FLOPs and bytes are whole numbers."""
-        asked, record = self.question, self.record
-        described = [method.to_dict() for method in asked.methods]
+        question, record = self.question, self.record
+        described = [method.to_dict() for method in question.methods]
         return {
-            "model": asked.model,
+            "model": question.model,
             "method": described[0] if len(described) == 1 else described,
-            "convention": asked.convention.name,
-            "images": asked.images,
-            "size": list(asked.size),
+            "convention": question.convention.name,
+            "images": question.images,
+            "size": list(question.size),
             "prompt_tokens": record.prompt_tokens[0],
             "image_tokens": [image.total for image in record.images],
             "visual_tokens": [row[0] for row in visual_tokens(record)],
@@ -85,9 +85,9 @@ class Answer:
 
     def show(self, console: Console) -> None:
         """Print the tables."""
-        asked, convention = self.question, self.question.convention
-        names = " + ".join(method.slug for method in asked.methods)
-        console.print(f"[bold]{escape(asked.model)}[/] with [bold]{names}[/]")
+        question, convention = self.question, self.question.convention
+        names = " + ".join(method.slug for method in question.methods)
+        console.print(f"[bold]{escape(question.model)}[/] with [bold]{names}[/]")
         console.print(f"[dim]{convention.name}: {escape(convention.what)}[/]", soft_wrap=True)
         console.print(self._layers())
         console.print(self._costs())
@@ -178,7 +178,7 @@ def _notes(question: Question, idle: Sequence[str]) -> list[str]:
         if method.adaptive and not any(note.startswith(f"{method.slug} ") for note in idle):
             notes.append(
                 f"{method.slug} decides by the tokens how many survive; counted is {found}. Run it "
-                "and ask for the report to know"
+                "and read the report of a run to know"
             )
         if method.note:
             notes.append(f"{method.slug}: {method.note}")

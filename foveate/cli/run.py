@@ -23,7 +23,7 @@ from foveate.run import Session, use
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of which model.
+    """One question to a model.
 
     Args:
         model: hub id, local folder or `tiny`.
@@ -95,7 +95,7 @@ class Outcome:
 
 
 def execute(job: Job) -> Outcome:
-    """Load, answer, and compare if asked to; shows progress."""
+    """Load, answer, and compare if wanted; shows progress."""
     with progress() as steps:
         steps.say(f"loading {job.model}")
         model, processor = load_model(job.model, job.device, job.dtype)

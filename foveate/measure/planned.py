@@ -142,7 +142,7 @@ def _inside(family: Family, plan: Plan, traced: Any, stream: _Stream) -> list[tu
     if encoder.packed is not None or len(set(totals)) > 1:
         raise UnsupportedModelError(
             f"what {plan.vision[0].method.slug} does inside the encoder of {family.model_type!r} "
-            "depends on the images; run it and ask for the report instead"
+            "depends on the images; run it and read the report instead"
         )
     _, full = traced.rows
     image = TokenCount(full - encoder.special)

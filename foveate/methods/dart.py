@@ -103,14 +103,14 @@ class DART(Method):
         own = min(self.image_pivots, count)
         strength = _strength(tokens.signal("llm_keys"))
         pivots = ranked(strength)[:, :own]
-        asked, asks = self._text_pivots(tokens)
+        words, real_words = self._text_pivots(tokens)
         x, lengths = with_lengths(tokens.signal("normed_states")[:, 0])
-        text = take_rows(tokens.signal("question_normed_states")[:, 0], asked)
+        text = take_rows(tokens.signal("question_normed_states")[:, 0], words)
         both = normalize(torch.cat((take_rows(x, pivots), text.to(x)), 1))
         similarity = (both @ x.mT) / lengths.mT
-        real = torch.cat((torch.ones_like(pivots, dtype=torch.bool), asks), 1)
+        real = torch.cat((torch.ones_like(pivots, dtype=torch.bool), real_words), 1)
         if self.as_released:
-            order = _hash_order(tokens, pivots, asked, real)
+            order = _hash_order(tokens, pivots, words, real)
             similarity, real = take_rows(similarity, order), real.gather(1, order)
         taken = torch.zeros_like(tokens.index, dtype=torch.bool).scatter(1, pivots, True)
         _take_unlike(taken, similarity, _shares(count - own, real), -(-(count - own) // own))
@@ -152,10 +152,10 @@ def _take_unlike(taken: Tensor, similarity: Tensor, quota: Tensor, most: int) ->
         taken |= among_top(unlike, quota[:, pivot, None], most, scale=1.0)
 
 
-def _hash_order(tokens: VisualTokens, pivots: Tensor, asked: Tensor, real: Tensor) -> Tensor:
+def _hash_order(tokens: VisualTokens, pivots: Tensor, words: Tensor, real: Tensor) -> Tensor:
     """(G, P) the order in which Python iterates over a set of the pivots' prompt positions."""
     image = tokens.signal("prompt_positions").gather(1, pivots)
-    positions = torch.cat((image, tokens.signal("question_positions").gather(1, asked)), 1)
+    positions = torch.cat((image, tokens.signal("question_positions").gather(1, words)), 1)
     orders = []
     for row, mask in zip(positions.tolist(), real.tolist(), strict=True):
         there = {position for position, here in zip(row, mask, strict=True) if here}

@@ -28,10 +28,10 @@ from foveate.errors import InputError
 @register("downsample", stage="pre_llm", paper="baseline")
 @dataclass(frozen=True)
 class Downsample(Method):
-    """Average-pool the token grid to at most the number of tokens asked for.
+    """Average-pool the token grid to at most the wanted number of tokens.
 
     The pooled grid is the largest whose aspect ratio is that of the image to within one cell, so
-    it may hold somewhat fewer tokens than asked for (56 = 7 x 8 where 58 of 24 x 24 are asked).
+    it may hold somewhat fewer tokens than wanted (56 = 7 x 8 where 58 of 24 x 24 are wanted).
     Frames of a video share the tokens equally; where each has less than one, neighbouring frames
     are averaged. A newline token after the frames stays while there is room.
 

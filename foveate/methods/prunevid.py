@@ -101,8 +101,8 @@ class PruneVid(VideoMethod):
         if self.alpha == 1 or self.keep == 1.0:
             return (merge,)
         layer = self._published(model) if self.layer is None else self.layer
-        asked = Need("question_attention", (layer - 1,))
-        return (merge, Step("llm", layer, (asked,), effects=("keep_positions", "evict_cache")))
+        attention = Need("question_attention", (layer - 1,))
+        return (merge, Step("llm", layer, (attention,), effects=("keep_positions", "evict_cache")))
 
     def _published(self, model: ModelFacts) -> int:
         """The layer after the one that can rank tokens and is nearest to the release's."""

@@ -51,5 +51,5 @@ class PyramidDrop(Scheduled, Scorer):
     published_layers: ClassVar[tuple[int, ...]] = (8, 16, 24)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
-        """Attention of the tokens that ask, averaged over heads: (G, V)."""
+        """Attention of the query tokens, averaged over heads: (G, V)."""
         return tokens.signal("text_attention")[:, 0].mean(1)

@@ -1,4 +1,4 @@
-"""Recoverable Compression: keep what the class token sees, recover what the text asks for, merge
+"""Recoverable Compression: keep what the class token sees, recover what the text is about, merge
 the rest into a few tokens.
 
 Paper: Chen et al., "Recoverable Compression: A Multimodal Vision Token Recovery Mechanism Guided by
@@ -92,9 +92,9 @@ class RecoverableCompression(Adaptive):
         """Reduce each image to a number of tokens of its own."""
         seen = tokens.signal("joint_cls_attention")[:, 0].float()
         patch = seen > -torch.inf  # newlines are none
-        seen, asked = seen.masked_fill(~patch, 0.0), self.text_scores(tokens)
+        seen, relevance = seen.masked_fill(~patch, 0.0), self.text_scores(tokens)
         keys = tokens.signal("encoder_keys")[:, 0].transpose(1, 2).flatten(2)
-        main = self._filters(seen, asked, patch)
+        main = self._filters(seen, relevance, patch)
         rest = patch & ~main
         if self.as_released:
             keys = take_rows(keys, (rest.long().cumsum(1) - 1).clamp(min=0))
@@ -109,7 +109,7 @@ class RecoverableCompression(Adaptive):
         parts = []
         for count, members in by_count(survivors.sum(1)).items():
             of = torch.tensor(members, device=order.device)
-            given = (part[of] for part in (seen, asked, keys, rest, centre, other))
+            given = (part[of] for part in (seen, relevance, keys, rest, centre, other))
             parts.append((members, self._merged(order[of, :count], *given)))
         return parts
 
@@ -118,17 +118,19 @@ class RecoverableCompression(Adaptive):
         likeness, width = token_relevance(tokens, self.relevance, "clip_plain_patches")
         return likeness / math.sqrt(width)
 
-    def _filters(self, seen: Tensor, asked: Tensor, patch: Tensor) -> Tensor:
+    def _filters(self, seen: Tensor, relevance: Tensor, patch: Tensor) -> Tensor:
         """(G, V) tokens that the class token or the text keeps."""
         total = patch.sum(1)
         visual = local_outliers(seen, self.neighbours, patch).sum(1).clamp(min=1)
         kept = patch & (_rank(seen.masked_fill(~patch, -torch.inf)) < visual[:, None])
-        lowest = asked.masked_fill(~patch, torch.inf).amin(1, keepdim=True)
-        asked = torch.where(kept, lowest, asked)
-        recovered = local_outliers(asked, self.neighbours, patch).sum(1)
+        lowest = relevance.masked_fill(~patch, torch.inf).amin(1, keepdim=True)
+        relevance = torch.where(kept, lowest, relevance)
+        recovered = local_outliers(relevance, self.neighbours, patch).sum(1)
         recovered = (total - visual) * recovered // total.clamp(min=1)
         open_ = patch & ~kept
-        return kept | open_ & (_rank(asked.masked_fill(~open_, -torch.inf)) < recovered[:, None])
+        return kept | open_ & (
+            _rank(relevance.masked_fill(~open_, -torch.inf)) < recovered[:, None]
+        )
 
     def _centres(self, seen: Tensor, rest: Tensor, width: int) -> Tensor:
         """(G, 1) cluster centres among the remaining tokens."""
@@ -142,7 +144,7 @@ class RecoverableCompression(Adaptive):
         self,
         index: Tensor,
         seen: Tensor,
-        asked: Tensor,
+        relevance: Tensor,
         keys: Tensor,
         rest: Tensor,
         centre: Tensor,
@@ -150,7 +152,7 @@ class RecoverableCompression(Adaptive):
     ) -> Reduction:
         """Survivors at (G, K) positions, of G images with equally many."""
         keys = normalize(keys)
-        likeness = take_rows(keys, index) @ keys.mT + self.text_weight * asked[:, None].to(keys)
+        likeness = take_rows(keys, index) @ keys.mT + self.text_weight * relevance[:, None].to(keys)
         likeness = likeness.masked_fill(~rest[:, None], -torch.inf)
         likeness = likeness.scatter(2, index[..., None], -torch.inf)
         best = top(likeness, min(self.cluster_size, likeness.shape[-1]), 1.0)

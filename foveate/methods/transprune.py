@@ -94,8 +94,8 @@ class TransPrune(Scheduled, Scorer):
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Share of the image's transitions plus share of its attention: (G, V)."""
         changed = tokens.signal("transition").sum(1)
-        asked = tokens.signal("question_mask").sum(1).clamp(min=1)
-        seen = tokens.signal("question_attention")[:, 0].mean(1).sum(1) / asked[:, None]
+        query_tokens = tokens.signal("question_mask").sum(1).clamp(min=1)
+        seen = tokens.signal("question_attention")[:, 0].mean(1).sum(1) / query_tokens[:, None]
         return _share(changed) + _share(seen)
 
     def _needs(self, layer: int, summed: tuple[int, ...]) -> tuple[Need, ...]:

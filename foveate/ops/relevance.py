@@ -1,4 +1,4 @@
-"""Relevance: how much visual tokens have to do with the text that asks about them.
+"""Relevance: how much visual tokens have to do with the text of the question.
 
 Shapes: `G` images, `V` visual tokens of each, `Q` text tokens.
 """
@@ -60,7 +60,7 @@ def similarity_to_text(x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (G, V), in float32 or better; zero where an image has no text.
     """
-    asked = normalize(text).masked_fill(~mask[..., None], 0.0).sum(1)
-    asked = asked / mask.sum(1, keepdim=True).clamp(min=1)
+    question = normalize(text).masked_fill(~mask[..., None], 0.0).sum(1)
+    question = question / mask.sum(1, keepdim=True).clamp(min=1)
     x, length = with_lengths(x)
-    return (torch.matmul(x, asked[..., None].to(x)) / length)[..., 0]
+    return (torch.matmul(x, question[..., None].to(x)) / length)[..., 0]

@@ -39,7 +39,7 @@ def attention_sums(
 
 
 def queries(key: Tensor, bias: Tensor | None) -> Tensor | int:
-    """How many of (B, N, D) rows ask, (B, 1): those that the encoder's bias does not hide."""
+    """(B, 1) how many of (B, N, D) rows are queries: those that the encoder's bias shows."""
     seen = _visible(bias)
     return key.shape[1] if seen is None else seen.sum(1, keepdim=True)
 

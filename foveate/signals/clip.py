@@ -55,13 +55,13 @@ class ClipText:
 
     @torch.no_grad()
     def __call__(self, questions: str | Sequence[str]) -> ClipQuestions:
-        """Embed what is asked.
+        """Embed questions.
 
         A text too long for CLIP is cut into segments, each with its own begin and end.
 
         Args:
             questions: one for each row of the batch, also for rows without an image; a single one
-                is asked of all rows.
+                stands for all rows.
 
         Raises:
             InputError: there is no question.
@@ -92,7 +92,7 @@ class ClipText:
 
 @dataclass(frozen=True, eq=False)
 class ClipQuestions:
-    """What is asked of each row of a batch, and how patches get to where the answer is sought.
+    """The question of each row of a batch in CLIP's space, and how patches are mapped there.
 
     Args:
         embeddings: (M, E) for each row, or one for all rows.

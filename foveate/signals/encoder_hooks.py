@@ -107,7 +107,7 @@ class EncoderSignals:
             self._running.rows = None
 
     def deliver(self, name: str, values: Tensor, clip: ClipQuestions | None = None) -> Tensor:
-        """(G, L, C, V) as collected, as the signal is for methods; `clip` is what is asked."""
+        """(G, L, C, V) as collected, as the signal is for methods; `clip` holds the questions."""
         signal = signal_of(name)
         values = signal.shape(values, self.encoder.heads)
         return values if signal.of_states is None else signal.of_states(values, clip)

@@ -1,14 +1,13 @@
-"""Training: prepare a model, train it with whatever trains models, save it and load it.
+"""Training: prepare a model, train it with any training loop, save it and load it.
 
-Nothing of a training loop is here: a prepared model is the same object with hooks on its inner
-modules, so a stock Trainer, TRL or a bare loop train it, and it generates with the same methods.
+There is no training loop here. A prepared model is the same object with hooks on its inner modules,
+so a stock Trainer, TRL or a bare loop train it, and it generates with the same methods.
 
-What differs from inference is what is asked. The labels that reach the model say where prompts end:
-where a method ranks by the last token of the prompt, in training it ranks by the token before each
-supervised span after the image, averaged over spans; what a method calls the question is the text
-after the image that is not supervised. Images after which nothing is supervised are left alone by
-methods that ask. Choices carry no gradient; what survives does. Random choices are the same at each
-step, as in inference.
+Training has other query tokens than inference, because the labels say where prompts end. A method
+that ranks by the last token of the prompt ranks by the token before each supervised span after the
+image, averaged over spans. The question is the text after the image that is not supervised. Methods
+that read the prompt leave images alone after which nothing is supervised. The choice carries no
+gradient; the survivors do. Random choices are the same at each step, as in inference.
 """
 
 from __future__ import annotations

@@ -24,6 +24,13 @@ from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
+from foveate.engine.extensions.labels import (
+    IGNORED,
+    check_labels,
+    labels_of,
+    only_labelled,
+    supervised_text,
+)
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
@@ -32,20 +39,16 @@ from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import (
     check_drafts,
     check_early_exit,
-    check_labels,
     check_later_images,
     check_positions,
-    labels_of,
     numbered_positions,
-    only_labelled,
     placeholders,
     prompt_of,
     real_positions,
     seen_positions,
-    supervised_text,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.prompt import IGNORED, samples
+from foveate.engine.prompt import samples
 from foveate.engine.readout import check_readout
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from foveate.errors import InputError
 
-IGNORED = -100  # the label of what is not supervised
-
 
 @dataclass(frozen=True, eq=False)
 class QueryTokens:

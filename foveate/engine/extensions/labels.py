@@ -1,0 +1,96 @@
+"""Labels: what only training with labels needs of a forward.
+
+Labels say where prompts end, and so which tokens rank the visual tokens. They come to the model
+with its head, before any layer runs: hooks call these functions, and no forward makes an extension
+for them.
+Shapes: `B` rows, `T` logical length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.engine.inputs import bound
+from foveate.errors import InputError
+
+IGNORED = -100  # the label of what is not supervised
+
+
+def labels_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """(B, T) labels that a model is called with, if any."""
+    labels = kwargs.get("labels")
+    if labels is None and len(args) > 1:
+        labels = bound(model.forward, args, kwargs).get("labels")
+    return labels
+
+
+def check_labels(model: nn.Module, slugs: Sequence[str]) -> None:
+    """Refuse to rank by the prompt in training if nothing says where prompts end.
+
+    Args:
+        model: the base model.
+        slugs: methods that rank by the prompt.
+
+    Raises:
+        InputError: the model trains, and was called without labels.
+    """
+    if model.training and torch.is_grad_enabled():
+        raise InputError(
+            f"{', '.join(slugs)} ranks visual tokens by what the prompt asks, and in training only "
+            "labels say where prompts end; pass `labels` to the model (a loss of your own may "
+            "ignore the one that it returns), call eval() if this is not training, or use a method "
+            "that does not look at the prompt"
+        )
+
+
+def supervised_text(
+    model: nn.Module, supervised: Tensor, visual: Tensor, real: Tensor | None
+) -> Tensor:
+    """(B, T) which text is supervised.
+
+    Args:
+        model: the base model.
+        supervised: (B, T) positions with a label.
+        visual: (B, T) placeholders.
+        real: (B, T) positions that are no padding; `None` for all.
+
+    Raises:
+        InputError: the model trains, and labels stand where nothing predicts them once tokens are
+            removed.
+    """
+    if not (model.training and torch.is_grad_enabled()):
+        return supervised & ~visual
+    if bool((supervised & visual).any()):
+        raise InputError(
+            "the labels supervise visual tokens, which no model is to predict; set "
+            "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
+            "(with TRL, assistant_only_loss=True or prompt-completion data)"
+        )
+    if real is not None and bool((supervised[:, 1:] & ~(real | visual)[:, :-1]).any()):
+        raise InputError(
+            "the first token behind left padding (or hidden text) is supervised, but only padding "
+            "is there to predict it; set its label to -100, or pad on the right"
+        )
+    return supervised
+
+
+def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments with which a model makes logits only where there is a label, at the same loss.
+
+    Args:
+        labels: (B, T) of each token, -100 where there is none.
+        kwargs: what the model is called with.
+    """
+    chosen = kwargs.get("logits_to_keep", 0)
+    fused = kwargs.get("fused_lm_head")  # TRL's, which makes no logits at all
+    if fused or kwargs.get("shift_labels") is not None or not isinstance(chosen, int) or chosen:
+        return dict(kwargs)  # the caller has chosen
+    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    kept = following != IGNORED
+    if not bool(kept.any()):
+        return dict(kwargs)
+    return {**kwargs, "logits_to_keep": kept, "shift_labels": following[kept]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from foveate.engine.extensions.labels import (
     only_labelled,
     supervised_text,
 )
-from foveate.engine.feature_hooks import FeatureHooks, anywhere
+from foveate.engine.feature_hooks import FeatureHooks, prompt_tokens
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
 from foveate.engine.grouping import ModalityImages, find_images
@@ -45,10 +46,10 @@ from foveate.engine.inputs import (
     placeholders,
     prompt_of,
     real_positions,
+    samples,
     seen_positions,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.prompt import samples
 from foveate.engine.readout import check_readout
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt
@@ -163,16 +164,8 @@ class Hooks(FeatureHooks):
         if not now.visual:
             return kwargs
         now.prompt = (ids, kwargs)
-        if takes_2d_masks(self.family.text.config._attn_implementation) or not self._caches(kwargs):
-            now.sample = samples(kwargs)
         check_positions(self.family, kwargs)
-        if local.supervised is not None:
-            real = self._real(local.supervised.shape[1])
-            visual = anywhere(now.visual)
-            local.supervised = supervised_text(module, local.supervised, visual, real)
-        elif local.requests is None and self.plan.asks_text:
-            check_labels(module, self.plan.asks_text)
-        now.readout = self._read_from(now.visual, (ids, kwargs))
+        self._read_prompt(module, kwargs)
         self._check_requests(next(iter(now.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -191,6 +184,22 @@ class Hooks(FeatureHooks):
                 self._mark(modality, given[modality])
             now.encoded[modality] = given[modality]
         return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
+
+    def _read_prompt(self, module: nn.Module, kwargs: Kwargs) -> None:
+        """Note what each token of the prompt is; arguments are those of the base model."""
+        local, now = self._local, self._local.now
+        kernel = self.family.text.config._attn_implementation
+        splits = takes_2d_masks(kernel) or not self._caches(kwargs)
+        sample = samples(kwargs) if splits else None
+        tokens = prompt_tokens(now.visual, kwargs, trailing=local.trailing, sample=sample)
+        if local.supervised is not None:
+            text = supervised_text(module, local.supervised, tokens.visual, tokens.real)
+            tokens = replace(tokens, supervised=text)
+        elif local.requests is None and self.plan.asks_text:
+            check_labels(module, self.plan.asks_text)
+        now.tokens = tokens
+        if tokens.supervised is None or not (module.training and torch.is_grad_enabled()):
+            now.readout = tokens.readout  # in training each token is read from the one before it
 
     def _caches(self, kwargs: Kwargs) -> bool:
         """Whether the text model is given a cache, or makes one."""
@@ -267,6 +276,7 @@ class Hooks(FeatureHooks):
         """What a forward of the text model is about."""
         local, now, (batch, length) = self._local, self._local.now, sequence.shape[:2]
         mask, real = kwargs.get("attention_mask"), None
+        tokens = now.tokens if groups else None
         if groups or self.plan.decode_step:
             real = real_positions(mask, past + length)
             real = None if real is None else real.expand(batch, -1)
@@ -280,9 +290,9 @@ class Hooks(FeatureHooks):
             sees=seen_positions(mask, past, length) if groups else None,
             trailing=local.trailing if groups else 0,
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=anywhere(now.visual) if groups else None,
-            supervised=local.supervised if groups else None,
-            sample=now.sample if groups else None,
+            visual=tokens.visual if tokens else None,
+            supervised=tokens.supervised if tokens else None,
+            sample=tokens.sample if tokens else None,
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
         )
         check_drafts(prompt.sees, prompt.trailing)

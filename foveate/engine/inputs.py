@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from torch import Tensor
@@ -244,6 +245,40 @@ def _square(mask: Any) -> Tensor | None:
         return None
     mask = mask[:, 0]
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Which sample of its row each position is of, where several are packed after one another.
+
+    As in transformers, without a mask a sample begins wherever positions do not go on by one. The
+    caller has to know whether the text model looks at that: with a cache, only flash kernels do.
+
+    Args:
+        kwargs: what the base model is called with.
+
+    Returns:
+        (B, T) numbers, or `None` where every row is one sample.
+
+    Raises:
+        InputError: samples are told apart by lengths that only kernels see.
+    """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        raise InputError(
+            "cu_seq_lens_q tells the attention kernel where packed samples begin, in lengths that "
+            "do not hold once tokens are removed; leave it out and pass position_ids that begin "
+            "anew with each sample, without an attention mask"
+        )
+    position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if position_ids is None or mask is not None:
+        return None
+    if position_ids.dim() == 3:  # on M-RoPE models, positions of text come first if they are given
+        if position_ids.shape[0] != 4:
+            return None
+        position_ids = position_ids[0]
+    jumps = position_ids.diff(dim=1) != 1
+    if not bool(jumps.any()):
+        return None
+    return F.pad(jumps.cumsum(1), (1, 0))
 
 
 def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> None:

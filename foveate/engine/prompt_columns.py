@@ -5,7 +5,6 @@ Shapes: `B` rows, `T` logical length, `P` physical columns, `Q` query or text to
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor
 
 from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Slots
-from foveate.engine.prompt import QueryTokens
-from foveate.engine.question import QuestionText
-from foveate.engine.readout import prompt_ends
+from foveate.engine.prompt import PromptTokens, QueryTokens, QuestionText, ends_of
 from foveate.engine.state import ForwardState
 
 
@@ -37,15 +34,17 @@ class PromptColumns:
         return window if window is not None and window < total else None
 
     @cached_property
+    def tokens(self) -> PromptTokens:
+        """What each token of the forward is."""
+        prompt = self.prompt
+        assert prompt.visual is not None  # there are images, or no step would read signals
+        visual = prompt.visual.to(prompt.device)
+        return PromptTokens(visual, self._real, prompt.trailing, prompt.supervised, prompt.sample)
+
+    @property
     def query_tokens(self) -> QueryTokens:
         """The query tokens."""
-        prompt, real = self.prompt, self._real
-        if prompt.supervised is not None:
-            return QueryTokens.before_spans(prompt.supervised, real, prompt.sample)
-        if prompt.sample is not None:
-            return QueryTokens.last_of_samples(prompt.sample)
-        asked = QueryTokens.last(prompt.batch, prompt.length, real, prompt.trailing)
-        return replace(asked, columns=asked.columns.to(prompt.device))
+        return self.tokens.query
 
     @property
     def question_tokens(self) -> int:
@@ -62,18 +61,9 @@ class PromptColumns:
     @cached_property
     def question_text(self) -> QuestionText:
         """The text after the images, as far as it is not supervised."""
-        prompt, real = self.prompt, self._real
-        assert prompt.visual is not None  # there are images, or nobody would ask
-        if prompt.supervised is not None:
-            real = ~prompt.supervised if real is None else real & ~prompt.supervised
-        rows = [row for group in prompt.groups for row in group.rows]
-        ends = [end for group in prompt.groups for end in group.ends]
-        last = None
-        if prompt.supervised is None:
-            last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
-        return QuestionText.of(
-            prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last
-        )
+        groups = self.prompt.groups
+        rows = [row for group in groups for row in group.rows]
+        return self.tokens.question_text(rows, [end for group in groups for end in group.ends])
 
     @property
     def _real(self) -> Tensor | None:
@@ -149,8 +139,7 @@ class PromptColumns:
 
     def ends_of(self, group: ImageGroup) -> tuple[Tensor, Tensor]:
         """(G) rows of a group's images, and (G) columns at which they end."""
-        rows = self.state.row_index(group)[:, 0]
-        return rows, torch.tensor(group.ends, device=rows.device)
+        return ends_of(group, self.prompt.device)
 
     def text_mask(self, group: ImageGroup) -> Tensor:
         """(G, Q) which text comes after each image of a group."""

@@ -3,7 +3,7 @@
 Where a prompt ends in its image, the image's last token is the prompt's last. It survives every
 step, at its own position: a token that the method keeps makes room for it, so that counts stay.
 Where the method merges it into another token, what they become stands at its position.
-Shapes: `B` rows, `T` logical length, `G` images of equal size, `V` tokens of each, `K` survivors.
+Shapes: `G` images of equal size, `V` tokens of each, `K` survivors.
 """
 
 from __future__ import annotations
@@ -17,47 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import Reduction
-from foveate.engine.prompt import QueryTokens
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
     from foveate.engine.images import Image, ImageGroup
     from foveate.engine.plan import Plan
-
-
-def readout(
-    visual: Tensor,
-    real: Tensor | None,
-    trailing: int,
-    supervised: Tensor | None = None,
-    sample: Tensor | None = None,
-) -> Tensor | None:
-    """(B, T) visual tokens that a next token is read from; `None` if there are none.
-
-    Args:
-        visual: (B, T) placeholders of all images.
-        real: (B, T) positions that are neither padding nor hidden; `None` for all.
-        trailing: drafted tokens after the prompt.
-        supervised: (B, T) text with a label, where labels are given: they are read from the token
-            before each.
-        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
-    """
-    if supervised is not None:
-        last = F.pad(~supervised[:, :-1] & supervised[:, 1:], (0, 1))
-    else:
-        last = prompt_ends(visual, None if real is None else real | visual, trailing, sample)
-    last &= visual
-    return last if bool(last.any()) else None
-
-
-def prompt_ends(
-    visual: Tensor, real: Tensor | None, trailing: int, sample: Tensor | None = None
-) -> Tensor:
-    """(B, T) the last token of each prompt; arguments as in `readout`."""
-    batch, length = visual.shape
-    columns = QueryTokens.last(batch, length, real, trailing).columns.to(visual.device)
-    last = torch.zeros_like(visual).scatter(1, columns.clamp(min=0), True)
-    return last if sample is None else last | F.pad(sample.diff(dim=1) != 0, (0, 1))
 
 
 def check_readout(groups: Sequence[ImageGroup], plan: Plan) -> None:

@@ -16,6 +16,9 @@ from transformers.cache_utils import Cache
 from foveate.errors import InputError
 from foveate.families import Family
 
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""Modality -> the argument that its pixels come in."""
+
 LATER_IMAGES = (
     "behind a cache, {model} places a new image only if `generate` is given the features of the "
     "new image, and ids, mm_token_type_ids and grids of the whole conversation, but {but}; encode "
@@ -69,27 +72,33 @@ def placeholders(
     Raises:
         InputError: embeddings alone, which do not say which rows are visual tokens.
     """
-    if ids is not None and ids.shape[1] == 1 and not given:
+    if ids is None:
+        masks = _embedded_placeholders(family, kwargs, given)
+    elif ids.shape[1] == 1 and not given:
         return {}
-    tokens = family.placeholder_ids
-    if ids is not None:
-        masks = {modality: ids == token for modality, token in tokens.items()}
     else:
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is None or embeds.shape[1] == 1:
-            return {}
-        if not given and not any(
-            kwargs.get(f"pixel_values{s}") is not None for s in ("", "_videos")
-        ):
-            raise InputError(
-                "inputs_embeds without input_ids do not say which rows are visual tokens; "
-                "pass input_ids with pixel_values, or with mm_encoder_outputs for features "
-                "you have already"
-            )
-        table = family.base.get_input_embeddings()
-        one = {m: table(torch.tensor(token, device=embeds.device)) for m, token in tokens.items()}
-        masks = {modality: (embeds == row).all(-1) for modality, row in one.items()}
+        masks = {modality: ids == token for modality, token in family.placeholder_ids.items()}
     return {modality: mask for modality, mask in masks.items() if bool(mask.any())}
+
+
+def _embedded_placeholders(
+    family: Family, kwargs: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """The same of embeddings: where they equal that of the placeholder."""
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None or embeds.shape[1] == 1:
+        return {}
+    if not given and all(kwargs.get(name) is None for name in PIXELS.values()):
+        raise InputError(
+            "inputs_embeds without input_ids do not say which rows are visual tokens; "
+            "pass input_ids with pixel_values, or with mm_encoder_outputs for features "
+            "you have already"
+        )
+    table, masks = family.base.get_input_embeddings(), {}
+    for modality, token in family.placeholder_ids.items():
+        placeholder = table(torch.tensor(token, device=embeds.device))
+        masks[modality] = (embeds == placeholder).all(-1)
+    return masks
 
 
 def cached(cache: Any) -> int:
@@ -298,9 +307,8 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     past = cached(kwargs.get("past_key_values"))
     if family.one_dimensional or not past or not isinstance(ids, Tensor) or ids.dim() != 2:
         return
-    tokens = family.placeholder_ids
-    seen = torch.isin(ids, torch.tensor(list(tokens.values()), device=ids.device))
-    if not bool(seen[:, past:].any()):
+    tokens = torch.tensor(list(family.placeholder_ids.values()), device=ids.device)
+    if not bool(torch.isin(ids[:, past:], tokens).any()):
         return
     if Version(transformers.__version__) < Version("5.23"):
         raise InputError(
@@ -308,20 +316,34 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
             f"with transformers {transformers.__version__}; use 5.23 or newer, or run the whole "
             "conversation anew"
         )
-    grids = [kwargs[name] for m in tokens if kwargs.get(name := f"{m}_grid_thw") is not None]
-    merge = family.config.vision_config.spatial_merge_size
-    said = sum(int(grid.prod(1).sum()) for grid in grids) // merge**2
-    but = None
-    if kwargs.get("mm_token_type_ids") is None:
-        but = "mm_token_type_ids are missing"
-    elif said != int(seen.sum()):
-        but = f"the grids say {said} visual tokens where the ids have {int(seen.sum())}"
-    for modality, suffix in (("image", ""), ("video", "_videos")):
-        before = modality in tokens and bool((ids[:, :past] == tokens[modality]).any())
-        if before and kwargs.get(f"pixel_values{suffix}") is not None:
-            but = but or f"it was given pixel_values{suffix}"
+    but = _why_misplaced(family, ids, past, kwargs)
     if but is not None:
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))
+
+
+def _why_misplaced(family: Family, ids: Tensor, past: int, kwargs: Mapping[str, Any]) -> str | None:
+    """Why new images after a cache would be placed wrongly; `None` if they would not.
+
+    Args:
+        family: the model.
+        ids: (B, T) token ids of the conversation.
+        past: how many of them the cache holds.
+        kwargs: arguments of `generate`.
+    """
+    if kwargs.get("mm_token_type_ids") is None:
+        return "mm_token_type_ids are missing"
+    tokens = family.placeholder_ids
+    grids = [kwargs[name] for m in tokens if kwargs.get(name := f"{m}_grid_thw") is not None]
+    merge = family.config.vision_config.spatial_merge_size
+    in_grids = sum(int(grid.prod(1).sum()) for grid in grids) // merge**2
+    in_ids = int(torch.isin(ids, torch.tensor(list(tokens.values()), device=ids.device)).sum())
+    if in_grids != in_ids:
+        return f"the grids say {in_grids} visual tokens where the ids have {in_ids}"
+    for modality, pixels in PIXELS.items():
+        before = modality in tokens and bool((ids[:, :past] == tokens[modality]).any())
+        if before and kwargs.get(pixels) is not None:
+            return f"it was given {pixels}"
+    return None
 
 
 def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:

@@ -22,8 +22,8 @@ from foveate.engine.inputs import (
     bound,
     cached,
     placeholders,
-    real_positions,
 )
+from foveate.engine.masks import real_positions
 from foveate.engine.plan import Plan
 from foveate.engine.prompt import PromptContext, PromptTokens, QuestionText
 from foveate.engine.reduce_features import mark

@@ -42,14 +42,11 @@ from foveate.engine.inputs import (
     check_early_exit,
     check_later_images,
     check_positions,
-    numbered_positions,
     placeholders,
     prompt_of,
-    real_positions,
-    samples,
-    seen_positions,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.masks import numbered_positions, real_positions, samples, seen_positions
 from foveate.engine.readout import check_readout
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt

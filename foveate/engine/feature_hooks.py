@@ -5,8 +5,7 @@ Signals are collected there, and tokens removed as soon as all is known that bud
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,14 +17,9 @@ from foveate.engine.attachment import bypassed, is_compiled, untraced
 from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
-from foveate.engine.inputs import (
-    bound,
-    cached,
-    placeholders,
-)
-from foveate.engine.masks import real_positions
+from foveate.engine.inputs import bound, placeholders, prompt_tokens
 from foveate.engine.plan import Plan
-from foveate.engine.prompt import PromptContext, PromptTokens, QuestionText
+from foveate.engine.prompt import PromptContext, QuestionText
 from foveate.engine.reduce_features import mark
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
@@ -251,18 +245,3 @@ class FeatureHooks:
             f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
             "encodes videos as images cannot be served with videos: run them without a session"
         )
-
-
-def prompt_tokens(visual: Mapping[str, Tensor], arguments: Kwargs, **known: Any) -> PromptTokens:
-    """What each token of a forward, or of a call of `generate`, is.
-
-    Args:
-        visual: modality -> (B, T) placeholders.
-        arguments: those of the base model, or of `generate`.
-        **known: further fields of the value.
-    """
-    everything = functools.reduce(torch.logical_or, visual.values())
-    length = everything.shape[1]
-    total = length + cached(arguments.get("past_key_values"))
-    real = real_positions(arguments.get("attention_mask"), total)
-    return PromptTokens(everything, None if real is None else real[:, -length:], **known)

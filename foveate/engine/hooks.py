@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,11 +27,12 @@ from foveate.engine.cached_forward import CachedForward
 from foveate.engine.extensions.labels import (
     IGNORED,
     check_labels,
+    is_training,
     labels_of,
     only_labelled,
-    supervised_text,
+    supervise,
 )
-from foveate.engine.feature_hooks import FeatureHooks, prompt_tokens
+from foveate.engine.feature_hooks import FeatureHooks
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
 from foveate.engine.grouping import ModalityImages, find_images
@@ -44,6 +44,7 @@ from foveate.engine.inputs import (
     check_positions,
     placeholders,
     prompt_of,
+    prompt_tokens,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.masks import numbered_positions, real_positions, samples, seen_positions
@@ -190,12 +191,11 @@ class Hooks(FeatureHooks):
         sample = samples(kwargs) if splits else None
         tokens = prompt_tokens(now.visual, kwargs, trailing=local.trailing, sample=sample)
         if local.supervised is not None:
-            text = supervised_text(module, local.supervised, tokens.visual, tokens.real)
-            tokens = replace(tokens, supervised=text)
+            tokens = supervise(tokens, module, local.supervised)
         elif local.requests is None and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
         now.tokens = tokens
-        if tokens.supervised is None or not (module.training and torch.is_grad_enabled()):
+        if tokens.supervised is None or not is_training(module):
             now.readout = tokens.readout  # in training each token is read from the one before it
 
     def _caches(self, kwargs: Kwargs) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.engine.masks import real_positions
+from foveate.engine.prompt import PromptTokens
 from foveate.errors import InputError
 from foveate.families import Family
 
@@ -98,6 +101,23 @@ def _embedded_placeholders(
         placeholder = table(torch.tensor(token, device=embeds.device))
         masks[modality] = (embeds == placeholder).all(-1)
     return masks
+
+
+def prompt_tokens(
+    visual: Mapping[str, Tensor], arguments: Mapping[str, Any], **known: Any
+) -> PromptTokens:
+    """What each token of a forward, or of a call of `generate`, is.
+
+    Args:
+        visual: modality -> (B, T) placeholders.
+        arguments: those of the base model, or of `generate`.
+        **known: further fields of the value.
+    """
+    everything = functools.reduce(torch.logical_or, visual.values())
+    length = everything.shape[1]
+    total = length + cached(arguments.get("past_key_values"))
+    real = real_positions(arguments.get("attention_mask"), total)
+    return PromptTokens(everything, None if real is None else real[:, -length:], **known)
 
 
 def cached(cache: Any) -> int:

@@ -9,15 +9,23 @@ Shapes: `B` rows, `T` logical length.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.engine.inputs import bound
+from foveate.engine.prompt import PromptTokens
 from foveate.errors import InputError
 
 IGNORED = -100  # the label of what is not supervised
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether a forward of the base model is one of training."""
+    return model.training and torch.is_grad_enabled()
 
 
 def labels_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -38,7 +46,7 @@ def check_labels(model: nn.Module, slugs: Sequence[str]) -> None:
     Raises:
         InputError: the model trains, and was called without labels.
     """
-    if model.training and torch.is_grad_enabled():
+    if is_training(model):
         raise InputError(
             f"{', '.join(slugs)} ranks visual tokens by what the prompt asks, and in training only "
             "labels say where prompts end; pass `labels` to the model (a loss of your own may "
@@ -47,35 +55,33 @@ def check_labels(model: nn.Module, slugs: Sequence[str]) -> None:
         )
 
 
-def supervised_text(
-    model: nn.Module, supervised: Tensor, visual: Tensor, real: Tensor | None
-) -> Tensor:
-    """(B, T) which text is supervised.
+def supervise(tokens: PromptTokens, model: nn.Module, labelled: Tensor) -> PromptTokens:
+    """The tokens of a prompt, of which some are supervised.
 
     Args:
+        tokens: what each token is, without labels.
         model: the base model.
-        supervised: (B, T) positions with a label.
-        visual: (B, T) placeholders.
-        real: (B, T) positions that are no padding; `None` for all.
+        labelled: (B, T) positions with a label.
 
     Raises:
         InputError: the model trains, and labels stand where nothing predicts them once tokens are
             removed.
     """
-    if not (model.training and torch.is_grad_enabled()):
-        return supervised & ~visual
-    if bool((supervised & visual).any()):
+    if not is_training(model):
+        return replace(tokens, supervised=labelled & ~tokens.visual)
+    if bool((labelled & tokens.visual).any()):
         raise InputError(
             "the labels supervise visual tokens, which no model is to predict; set "
             "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
             "(with TRL, assistant_only_loss=True or prompt-completion data)"
         )
-    if real is not None and bool((supervised[:, 1:] & ~(real | visual)[:, :-1]).any()):
+    present = None if tokens.real is None else tokens.real | tokens.visual
+    if present is not None and bool((labelled[:, 1:] & ~present[:, :-1]).any()):
         raise InputError(
             "the first token behind left padding (or hidden text) is supervised, but only padding "
             "is there to predict it; set its label to -100, or pad on the right"
         )
-    return supervised
+    return replace(tokens, supervised=labelled)
 
 
 def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,7 +95,7 @@ def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     fused = kwargs.get("fused_lm_head")  # TRL's, which makes no logits at all
     if fused or kwargs.get("shift_labels") is not None or not isinstance(chosen, int) or chosen:
         return dict(kwargs)  # the caller has chosen
-    following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     kept = following != IGNORED
     if not bool(kept.any()):
         return dict(kwargs)

@@ -1,4 +1,7 @@
-"""What the arguments of a forward say: where visual tokens stand, and what is padding."""
+"""Inputs: what the caller's arguments say of a forward, and which of them are refused.
+
+Shapes: `B` rows, `T` logical length.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Modality -> the argument that its pixels come in."""
 
 LATER_IMAGES = (
-    "behind a cache, {model} places a new image only if `generate` is given the features of the "
-    "new image, and ids, mm_token_type_ids and grids of the whole conversation, but {but}; encode "
-    "the new one within the session, new = model.get_image_features(pixel_values, "
+    "after a cached prompt, {model} places a new image only if `generate` is given the features of "
+    "the new image, and ids, mm_token_type_ids and grids of the whole conversation, but {but}; "
+    "encode the new one within the session, new = model.get_image_features(pixel_values, "
     "image_grid_thw=its_grid), and call model.generate(input_ids=all_ids, attention_mask=..., "
     "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
     "past_key_values=cache); likewise with videos"
@@ -34,17 +37,19 @@ LATER_IMAGES = (
 def bound(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call by name, without defaults."""
+    """The arguments of a call, by name; those left at their defaults are missing."""
     return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
 
 
 def of_shapes(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What features are made from, to count work by: floating-point tensors without their data."""
-    said = {"return_dict"} | {name for name in arguments if name.startswith("output_")}
+    """The arguments that features are made from, floating-point tensors without their data: what
+    counting FLOPs needs.
+    """
+    outputs = {"return_dict"} | {name for name in arguments if name.startswith("output_")}
     return {
         name: _shape(value)
         for name, value in arguments.items()
-        if name not in said and isinstance(value, Tensor | int | float | str | list | tuple)
+        if name not in outputs and isinstance(value, Tensor | int | float | str | list | tuple)
     }
 
 
@@ -60,19 +65,19 @@ def placeholders(
     kwargs: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Where visual tokens stand in a forward.
+    """The placeholders of visual tokens in a forward.
 
     Args:
         family: the model.
         ids: (B, T) token ids, or `None` where embeddings are given.
-        kwargs: what the base model was called with.
+        kwargs: arguments of the base model.
         given: modality -> features that were encoded before.
 
     Returns:
-        Modality -> (B, T) placeholders, for modalities that have some.
+        Modality -> (B, T) mask, for modalities that have some. A decoding step has none.
 
     Raises:
-        InputError: embeddings alone, which do not say which rows are visual tokens.
+        InputError: there are embeddings only, which do not show where visual tokens are.
     """
     if ids is None:
         masks = _embedded_placeholders(family, kwargs, given)
@@ -86,7 +91,7 @@ def placeholders(
 def _embedded_placeholders(
     family: Family, kwargs: Mapping[str, Any], given: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The same of embeddings: where they equal that of the placeholder."""
+    """The placeholders of a forward that is given embeddings: those that equal a placeholder's."""
     embeds = kwargs.get("inputs_embeds")
     if embeds is None or embeds.shape[1] == 1:
         return {}
@@ -121,13 +126,13 @@ def prompt_tokens(
 
 
 def cached(cache: Any) -> int:
-    """Logical length of what a cache holds; 0 of none."""
+    """Logical length of a cache; 0 without one."""
     return int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
 
 
 def prompt_of(inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, dict[str, Any]]:
-    """Ids of the prompt that `generate` is called with, without what a cache holds, if there are
-    any, and its arguments.
+    """The prompt of a call of `generate`: the (B, T) ids that are not cached yet, `None` if it is
+    given none; and its arguments.
     """
     given = [x for x in (inputs, kwargs.get("input_ids")) if isinstance(x, Tensor)]
     ids = next((x for x in given if x.dim() == 2 and not x.is_floating_point()), None)
@@ -138,53 +143,53 @@ def prompt_of(inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, di
 
 
 def check_drafts(sees: Tensor | None, trailing: int) -> None:
-    """Refuse drafts that the prompt before them sees.
+    """Refuse drafted tokens that the prompt attends to.
 
     Args:
         sees: (B or 1, T, T) as in `seen_positions`.
         trailing: drafted tokens at the end.
 
     Raises:
-        InputError: it does, so that answers would depend on the assistant.
+        InputError: the prompt sees them, so the answer would depend on the assistant.
     """
     if sees is not None and trailing and bool(sees[:, :-trailing, -trailing:].any()):
         raise InputError(
-            "assisted decoding puts the assistant's drafts behind the prompt, and this model's "
-            "prompt sees all of itself, the drafts too, so that the assistant would change the "
-            "answer; generate without assistant_model and prompt_lookup_num_tokens"
+            "assisted decoding puts the assistant's drafts after the prompt, and this model's "
+            "prompt attends to all of its input, drafts included, so the assistant would change "
+            "the answer; generate without assistant_model and prompt_lookup_num_tokens"
         )
 
 
 def check_early_exit(family: Family, arguments: Mapping[str, Any]) -> None:
-    """Refuse to let a model assist itself by leaving early where transformers cannot.
+    """Refuse a model as its own assistant, by an early exit, where transformers cannot do that.
 
     Args:
         family: the model.
-        arguments: what `generate` is called with.
+        arguments: those of `generate`.
 
     Raises:
-        InputError: transformers looks for the number of layers where the model does not have it.
+        InputError: transformers sets the number of layers on a config that has none.
     """
     given = arguments.get("generation_config") or getattr(family.model, "generation_config", None)
     layers = arguments.get("assistant_early_exit", getattr(given, "assistant_early_exit", None))
     config = family.base.config
     if layers is not None and not hasattr(config, "num_hidden_layers"):
         raise InputError(
-            f"assistant_early_exit cannot make an assistant of this model: transformers sets the "
-            f"number of layers on its {type(config).__name__}, which has none; use "
+            "assistant_early_exit does not work with this model: transformers sets the number of "
+            f"layers on its {type(config).__name__}, which has none; use "
             "prompt_lookup_num_tokens, or another model as assistant_model"
         )
 
 
 def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse calls of `generate` that would place new images after a cache wrongly.
+    """Refuse a call of `generate` that would give new images after a cache wrong positions.
 
-    Where positions are in time, height and width, they are made from the grids of all images of
-    the conversation, while the encoder wants those of its pixels.
+    Positions in time, height and width are made from the grids of all images of the conversation,
+    but the encoder needs the grids of the new pixels alone.
 
     Args:
         family: the model.
-        ids: (B, T) token ids of the conversation, as far as they are given.
+        ids: (B, T) token ids of the conversation, if `generate` is given any.
         kwargs: arguments of `generate`.
 
     Raises:
@@ -198,9 +203,9 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
         return
     if Version(transformers.__version__) < Version("5.23"):
         raise InputError(
-            f"a new image of {family.model_type} behind a cache was not seen to be placed rightly "
-            f"with transformers {transformers.__version__}; use 5.23 or newer, or run the whole "
-            "conversation anew"
+            f"new images of {family.model_type} after a cached prompt have not been tested with "
+            f"transformers {transformers.__version__}; use 5.23 or newer, or run the whole "
+            "conversation again without a cache"
         )
     but = _why_misplaced(family, ids, past, kwargs)
     if but is not None:
@@ -208,7 +213,7 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
 
 
 def _why_misplaced(family: Family, ids: Tensor, past: int, kwargs: Mapping[str, Any]) -> str | None:
-    """Why new images after a cache would be placed wrongly; `None` if they would not.
+    """Why new images after a cache would get wrong positions; `None` if they would not.
 
     Args:
         family: the model.
@@ -233,16 +238,17 @@ def _why_misplaced(family: Family, ids: Tensor, past: int, kwargs: Mapping[str, 
 
 
 def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a forward whose new images would get positions of text.
+    """Refuse a forward that would give new images after a cache the positions of text.
 
     Args:
         family: the model.
-        kwargs: arguments of the base model, which sees new images.
+        kwargs: arguments of the base model, in a forward with new images.
 
     Raises:
-        InputError: there is a cache and no positions, where they are no plain numbers.
+        InputError: there are a cache and no position ids, on a model whose positions are in time,
+            height and width.
     """
     past = cached(kwargs.get("past_key_values"))
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
-        but = "the model was called by itself, without position_ids"
+        but = "the model was called directly, without position_ids"
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))

@@ -16,10 +16,10 @@ from foveate.errors import InputError
 
 
 def real_positions(mask: Any, total: int) -> Tensor | None:
-    """(B, total) positions that are neither padding nor hidden, or `None` if all are real.
+    """(B, total) positions that are neither padding nor hidden by the caller; `None` for all.
 
     Args:
-        mask: what the text model was given: 2-D, 4-D, a dict of those by kind of layer, or `None`.
+        mask: an attention mask: 2-D, 4-D, a dict of those by kind of layer, or `None`.
         total: logical length, cached positions included.
     """
     sees = _square(mask)
@@ -35,8 +35,8 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
 
 
 def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
-    """(B or 1, T, T) which positions of a forward each of its positions sees, or `None` where it
-    is those before it: masks that are built beforehand may hold blocks or prefixes.
+    """(B or 1, T, T) which positions of a forward each of its positions sees; `None` where it is
+    those before it. Only a 4-D mask can say otherwise: it may hold blocks or prefixes.
 
     Args:
         mask: as in `real_positions`.
@@ -48,14 +48,14 @@ def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
 
 
 def numbered_positions(positions: Any, real: Tensor | None, length: int) -> Tensor | None:
-    """(B, T) which positions make those after them go on by one; `None` if all do.
+    """(B, T) which tokens have a position id of their own; `None` if all do.
 
-    What a caller hides in the middle takes a number of its own, or does not where positions are
-    counts of what is not hidden, as in `generate`.
+    A token that the caller hides in the middle of a prompt has one, unless position ids count only
+    what is not hidden, as in `generate`.
 
     Args:
-        positions: (B or 1, T) position ids that the text model is given, if it is given plain ones.
-        real: as `real_positions` finds it.
+        positions: (B or 1, T) position ids of the text model; other shapes are ignored.
+        real: (B, past + T) as `real_positions` returns it.
         length: T.
     """
     if real is None or not isinstance(positions, Tensor) or positions.dim() != 2:
@@ -68,12 +68,13 @@ def numbered_positions(positions: Any, real: Tensor | None, length: int) -> Tens
 
 
 def from_first(positions: Tensor | None, real: Tensor | None, past: int) -> Tensor | None:
-    """Positions counted from the first token of each row, where a model was given none and counts
-    the padding before it too; `None` where they are so.
+    """Position ids counted from the first real token of each row; `None` where they are already.
+
+    A model that is given no position ids counts the padding before that token too.
 
     Args:
-        positions: (B or 1, T) positions of a forward; `None` where layers are told none.
-        real: (B, past + T) positions of the sequence that are no padding; `None` for all.
+        positions: (B or 1, T) position ids of a forward; `None` where layers are given none.
+        real: (B, past + T) as `real_positions` returns it.
         past: cached positions.
     """
     if positions is None or positions.dim() != 2 or real is None:
@@ -86,24 +87,24 @@ def from_first(positions: Tensor | None, real: Tensor | None, past: int) -> Tens
 
 
 def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Which sample of its row each position is of, where several are packed after one another.
+    """Which sample of its row each position is of, where a row holds several packed samples.
 
-    As in transformers, without a mask a sample begins wherever positions do not go on by one. The
-    caller has to know whether the text model looks at that: with a cache, only flash kernels do.
+    As in transformers, if there is no mask, a sample begins wherever position ids do not grow by
+    one. Not every text model looks at that: with a cache, only those with flash kernels do.
 
     Args:
-        kwargs: what the base model is called with.
+        kwargs: arguments of the base model.
 
     Returns:
-        (B, T) numbers, or `None` where every row is one sample.
+        (B, T) numbers; `None` where every row is one sample.
 
     Raises:
-        InputError: samples are told apart by lengths that only kernels see.
+        InputError: samples are given as lengths, which only the attention kernel reads.
     """
     if kwargs.get("cu_seq_lens_q") is not None:
         raise InputError(
             "cu_seq_lens_q tells the attention kernel where packed samples begin, in lengths that "
-            "do not hold once tokens are removed; leave it out and pass position_ids that begin "
+            "are wrong once tokens are removed; leave it out and pass position_ids that begin "
             "anew with each sample, without an attention mask"
         )
     position_ids, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
@@ -120,7 +121,7 @@ def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _square(mask: Any) -> Tensor | None:
-    """(B or 1, T, K) bool of a mask that says what each position sees."""
+    """(B or 1, T, K) which columns each position sees, of a 4-D mask; `None` of other masks."""
     if isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None or mask.dim() != 4:
@@ -130,9 +131,9 @@ def _square(mask: Any) -> Tensor | None:
 
 
 def _hidden(sees: Tensor) -> Tensor:
-    """(B or 1, T) which positions only see themselves be seen, while the next one goes on where
-    they are. So it is with tokens that a caller hides; a sample of several in a row ends so as
-    well, but the next one begins anew.
+    """(B or 1, T) which positions the caller hides: no other position sees them, and the next one
+    sees what they saw. The last token of a packed sample is also seen by none, but the next sample
+    sees nothing of it.
 
     Args:
         sees: (B or 1, T, T) what each position sees.
@@ -140,7 +141,7 @@ def _hidden(sees: Tensor) -> Tensor:
     itself = torch.eye(sees.shape[1], dtype=torch.bool, device=sees.device)
     alone = ~(sees & ~itself).any(1)
     others = (sees & ~itself)[:, :-1]
-    lost = others & ~sees[:, 1:]  # at most what a window leaves behind, the first that it saw
+    lost = others & ~sees[:, 1:]  # a window may lose one position: the first that it saw
     first = others.to(torch.uint8).argmax(2, keepdim=True)
     lost = lost.scatter(2, first, False).any(2)
     alone[:, :-1] &= (others & sees[:, 1:]).any(2) & ~lost

@@ -258,9 +258,8 @@ class PromptContext:
         images: the images of one modality; of the batch's first row where the prompt is not known.
         source: which image of the encoder each image is.
         question: the text after the images, and its (B, Q, D) embeddings.
-        clip: what is asked, as CLIP embeds it.
-        labelled: whether labels say what is asked; images about which nothing is asked then stay as
-            they are.
+        clip: the questions, as CLIP embeds them.
+        labelled: whether labels are given; images without question text then stay as they are.
     """
 
     images: Sequence[Image]
@@ -271,17 +270,17 @@ class PromptContext:
 
     @property
     def without_text(self) -> tuple[int, ...]:
-        """Rows in which no text follows an image, and none of it is supervised."""
+        """Rows in which no text follows an image, if no labels are given."""
         return () if self.question is None else self.question[0].without
 
     def without_query(self, needs: Sequence[Need], group: ImageGroup) -> set[int]:
-        """Members of a group about which nothing is asked that a step needs to know."""
+        """Members without question text, where labels are given and a step reads that text."""
         if not self.labelled or not any(SIGNALS[need.name].text for need in needs):
             return set()
         assert self.question is not None  # reduction waits until the prompt is known
         question = self.question[0]
-        asked = question.mask(*ends_of(group, question.real.device)).any(1).tolist()
-        return {i for i, asks in enumerate(asked) if not asks}
+        has_text = question.mask(*ends_of(group, question.real.device)).any(1).tolist()
+        return {i for i, has in enumerate(has_text) if not has}
 
     def clip_segments(self, group: ImageGroup) -> tuple[Tensor, Tensor]:
         """(G, M, E) segments of the question of each image of a group in CLIP's space, and (G, M)
@@ -295,7 +294,7 @@ class PromptContext:
         all the text there is and of what comes before another image.
 
         Raises:
-            InputError: what stands for the text is a visual token that is not known yet.
+            InputError: a visual token stands for the text, and its features are not known yet.
         """
         assert self.question is not None  # reduction waits until the prompt is known
         question, embeds = self.question
@@ -307,8 +306,8 @@ class PromptContext:
         if question.last is not None and bool(text.isnan().any()):
             raise InputError(
                 "a method compares visual tokens with the text after them, but none follows an "
-                "image, and the prompt ends in a visual token that is encoded apart from it; put "
-                "text after the image, or use a method that does not look at the prompt"
+                "image, and the prompt ends in a visual token that is encoded separately; put text "
+                "after the image, or use a method that does not read the prompt"
             )
         return text, mask, question.paired(rows, ends, torch.tensor(nexts, device=embeds.device))
 

@@ -175,12 +175,12 @@ def test_supervised_placeholders_are_refused(model):
         model(**inputs)
 
 
-def test_a_supervised_token_behind_padding_is_refused(model):
+def test_a_supervised_token_after_padding_is_refused(model):
     inputs = called(batch(KIND, "text", "left")[0])
     first = inputs["attention_mask"].argmax(1)
     row = int(first.argmax())
     assert first[row]
     inputs["labels"][row, first[row]] = 5
     foveate.prepare(model, "divprune")
-    with pytest.raises(InputError, match="first token behind left padding"):
+    with pytest.raises(InputError, match="first token after left padding"):
         model(**inputs)

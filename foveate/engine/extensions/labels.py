@@ -29,7 +29,7 @@ def is_training(model: nn.Module) -> bool:
 
 
 def labels_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """(B, T) labels that a model is called with, if any."""
+    """(B, T) labels that a model with its head is called with; `None` if it is given none."""
     labels = kwargs.get("labels")
     if labels is None and len(args) > 1:
         labels = bound(model.forward, args, kwargs).get("labels")
@@ -37,21 +37,21 @@ def labels_of(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 def check_labels(model: nn.Module, slugs: Sequence[str]) -> None:
-    """Refuse to rank by the prompt in training if nothing says where prompts end.
+    """Refuse training without labels where visual tokens are ranked by the prompt.
 
     Args:
         model: the base model.
         slugs: methods that rank by the prompt.
 
     Raises:
-        InputError: the model trains, and was called without labels.
+        InputError: the model trains, so that only labels could say where prompts end.
     """
     if is_training(model):
         raise InputError(
             f"{', '.join(slugs)} ranks visual tokens by what the prompt asks, and in training only "
-            "labels say where prompts end; pass `labels` to the model (a loss of your own may "
-            "ignore the one that it returns), call eval() if this is not training, or use a method "
-            "that does not look at the prompt"
+            "labels say where prompts end; pass `labels` to the model (you may ignore the loss "
+            "that it returns), call eval() if this is not training, or use a method that does not "
+            "read the prompt"
         )
 
 
@@ -64,32 +64,31 @@ def supervise(tokens: PromptTokens, model: nn.Module, labelled: Tensor) -> Promp
         labelled: (B, T) positions with a label.
 
     Raises:
-        InputError: the model trains, and labels stand where nothing predicts them once tokens are
-            removed.
+        InputError: the model trains, and labels supervise a visual token or one after padding.
     """
     if not is_training(model):
         return replace(tokens, supervised=labelled & ~tokens.visual)
     if bool((labelled & tokens.visual).any()):
         raise InputError(
-            "the labels supervise visual tokens, which no model is to predict; set "
+            "the labels supervise visual tokens, which no model should predict; set "
             "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
             "(with TRL, assistant_only_loss=True or prompt-completion data)"
         )
     present = None if tokens.real is None else tokens.real | tokens.visual
     if present is not None and bool((labelled[:, 1:] & ~present[:, :-1]).any()):
         raise InputError(
-            "the first token behind left padding (or hidden text) is supervised, but only padding "
+            "the first token after left padding (or hidden text) is supervised, but only padding "
             "is there to predict it; set its label to -100, or pad on the right"
         )
     return replace(tokens, supervised=labelled)
 
 
 def only_labelled(labels: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with which a model makes logits only where there is a label, at the same loss.
+    """Arguments with which a model makes logits only where there is a label, and the same loss.
 
     Args:
         labels: (B, T) of each token, -100 where there is none.
-        kwargs: what the model is called with.
+        kwargs: arguments of the model with its head.
     """
     chosen = kwargs.get("logits_to_keep", 0)
     fused = kwargs.get("fused_lm_head")  # TRL's, which makes no logits at all

@@ -120,6 +120,15 @@ def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
     return F.pad(jumps.cumsum(1), (1, 0))
 
 
+def left_align(mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor]:
+    """(B, Q) columns at which a (B, T) mask is true, ascending and before all others, and (B, Q)
+    which of them are no padding; Q is the longest row's number of them, and at least `least`.
+    """
+    width = max(int(mask.sum(1).max()), least)
+    columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+    return columns, mask.gather(1, columns)
+
+
 def _square(mask: Any) -> Tensor | None:
     """(B or 1, T, K) which columns each position sees, of a 4-D mask; `None` of other masks."""
     if isinstance(mask, dict):

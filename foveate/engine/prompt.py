@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foveate.core import Need
 from foveate.engine.images import Image, ImageGroup
+from foveate.engine.masks import left_align
 from foveate.errors import InputError
 from foveate.signals import SIGNALS
 from foveate.signals.clip import ClipQuestions
@@ -318,15 +319,6 @@ class PromptContext:
             (row, end): after if row == same else torch.iinfo(torch.int64).max
             for (row, end), (same, after) in pairwise([*images, (-1, 0)])
         }
-
-
-def left_align(mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor]:
-    """(B, Q) columns at which a (B, T) mask is true, ascending and before all others, and (B, Q)
-    which of them are no padding; Q is the longest row's number of them, and at least `least`.
-    """
-    width = max(int(mask.sum(1).max()), least)
-    columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    return columns, mask.gather(1, columns)
 
 
 def starts(sample: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from itertools import groupby
 import pytest
 import torch
 
-from foveate.engine.prompt import PromptTokens, left_align
+from foveate.engine.masks import left_align
+from foveate.engine.prompt import PromptTokens
 
 BATCH, LENGTH = 3, 30
 KINDS = {

@@ -17,8 +17,8 @@ from torch import Tensor
 from foveate.core.decode_selector import Candidates, DecodeSelector
 from foveate.engine.cache import PrunedLayer, pruned_layer
 from foveate.engine.extensions.base import Extension
+from foveate.engine.masks import left_align
 from foveate.engine.plan import Plan
-from foveate.engine.prompt import left_align
 
 CANDIDATES = "candidates"  # what decoding steps choose from, attached to the layer where they do
 

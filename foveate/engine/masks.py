@@ -121,12 +121,20 @@ def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def left_align(mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor]:
-    """(B, Q) columns at which a (B, T) mask is true, ascending and before all others, and (B, Q)
-    which of them are no padding; Q is the longest row's number of them, and at least `least`.
+    """Columns at which a mask is true, aligned to the left.
+
+    Args:
+        mask: (B, T) mask.
+        least: entries of each row, at least.
+
+    Returns:
+        (B, Q) columns, ascending, where short rows repeat their last one; and (B, Q) which entries
+        are no repetition.
     """
-    width = max(int(mask.sum(1).max()), least)
-    columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    return columns, mask.gather(1, columns)
+    counts = mask.sum(1, keepdim=True)
+    number = torch.arange(max(int(counts.max()), least), device=mask.device)
+    columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+    return columns.gather(1, torch.minimum(number, (counts - 1).clamp(min=0))), number < counts
 
 
 def _square(mask: Any) -> Tensor | None:

@@ -84,8 +84,8 @@ class PromptTokens:
         last = self._standing(text, row, end)
         if last is None:
             return QuestionText(*left_align(text), self.sample)
-        columns, _ = left_align(text | last)
-        real, last = text.gather(1, columns), last.gather(1, columns)
+        columns, found = left_align(text | last)
+        real, last = (found & mask.gather(1, columns) for mask in (text, last))
         without = tuple(last.any(1).nonzero()[:, 0].tolist())
         return QuestionText(columns, real, self.sample, last, without)
 
@@ -138,8 +138,8 @@ class QueryTokens:
     """Query tokens: the tokens whose attention ranks the visual tokens.
 
     Args:
-        columns: (B, Q) logical columns, ascending; padding repeats some column.
-        real: (B, Q) which of them are no padding; `None` for all.
+        columns: (B, Q) logical columns, ascending; short rows repeat their last one.
+        real: (B, Q) which of them are query tokens; `None` for all.
         sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
     """
 
@@ -166,7 +166,7 @@ class QuestionText:
     """Question text: the text after images.
 
     Args:
-        columns: (B, Q) logical columns, ascending; padding repeats some column.
+        columns: (B, Q) logical columns, ascending; short rows repeat their last one.
         real: (B, Q) which of them are text.
         sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
         last: (B, Q) which of them stand for the text where an image has none; `None` for none.

@@ -45,6 +45,11 @@ class PromptTokens:
     supervised: Tensor | None = None
     sample: Tensor | None = None
 
+    @property
+    def present(self) -> Tensor | None:
+        """(B, T) real positions, and visual tokens that the caller hides; `None` for all."""
+        return None if self.real is None else self.real | self.visual
+
     @cached_property
     def query(self) -> QueryTokens:
         """The query tokens; none before a span that begins its sample."""
@@ -65,8 +70,8 @@ class PromptTokens:
 
         Where labels are given, supervised text is read from the token before each span.
         """
-        present = None if self.real is None else self.real | self.visual
-        last = self._last_tokens(present) if self.supervised is None else self._before_spans
+        supervised = self.supervised is not None
+        last = self._before_spans if supervised else self._last_tokens(self.present)
         last = last & self.visual
         return last if bool(last.any()) else None
 

@@ -74,7 +74,7 @@ def supervise(tokens: PromptTokens, model: nn.Module, labelled: Tensor) -> Promp
             "labels[input_ids == model.config.image_token_id] = -100, or supervise answers alone "
             "(with TRL, assistant_only_loss=True or prompt-completion data)"
         )
-    present = None if tokens.real is None else tokens.real | tokens.visual
+    present = tokens.present
     if present is not None and bool((labelled[:, 1:] & ~present[:, :-1]).any()):
         raise InputError(
             "the first token after left padding (or hidden text) is supervised, but only padding "

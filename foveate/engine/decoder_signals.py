@@ -17,8 +17,8 @@ from torch import Tensor
 
 from foveate.core import Need
 from foveate.engine.images import ImageGroup
-from foveate.engine.inputs import from_first
 from foveate.engine.layout import Layout, Slots
+from foveate.engine.masks import from_first
 from foveate.engine.prompt import starts
 from foveate.engine.prompt_columns import PromptColumns
 from foveate.engine.state import ForwardState

@@ -5,8 +5,7 @@ Signals are collected there, and tokens removed as soon as all is known that bud
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,16 +17,9 @@ from foveate.engine.attachment import bypassed, is_compiled, untraced
 from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
-from foveate.engine.inputs import (
-    bound,
-    cached,
-    placeholders,
-    real_positions,
-)
+from foveate.engine.inputs import bound, placeholders, prompt_tokens
 from foveate.engine.plan import Plan
-from foveate.engine.prompt_context import PromptContext
-from foveate.engine.question import QuestionText
-from foveate.engine.readout import prompt_ends, readout
+from foveate.engine.prompt import PromptContext, QuestionText
 from foveate.engine.reduce_features import mark
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
@@ -196,41 +188,18 @@ class FeatureHooks:
         self, images: Sequence[Image], output: Any, source: Sequence[int]
     ) -> tuple[QuestionText, Tensor]:
         """The text after images of an encoder's output, and its (B, Q, D) embeddings."""
-        local, now = self._local, self._local.now
+        now = self._local.now
         rows, ends = [image.row for image in images], [image.end for image in images]
         assert now.prompt is not None  # as in every forward over a prompt
+        assert now.tokens is not None
         ids, arguments = now.prompt
-        visual = anywhere(now.visual)
-        real = self._real(visual.shape[1])
-        if local.supervised is not None:
-            real = ~local.supervised if real is None else real & ~local.supervised
-        last = None
-        if local.supervised is None:
-            last = prompt_ends(visual, real, local.trailing, now.sample)
-        question = QuestionText.of(visual, real, local.trailing, rows, ends, now.sample, last)
+        question = now.tokens.question_text(rows, ends)
         table = self.family.base.get_input_embeddings()
         embeds = question.embeddings(table, ids, arguments.get("inputs_embeds"))
         if question.last is None:
             return question, embeds
         tokens = features.tokens_of(output, source)
-        return question, question.with_images(embeds, visual, rows, ends, tokens)
-
-    def _read_from(
-        self, visual: Mapping[str, Tensor], prompt: tuple[Tensor | None, Kwargs]
-    ) -> Tensor | None:
-        """(B, T) visual tokens that a next token is read from; `None` if there are none.
-
-        Args:
-            visual: modality -> (B, T) placeholders.
-            prompt: ids and arguments of the base model, or of `generate`.
-        """
-        local, everything = self._local, anywhere(visual) if visual else None
-        training = self.family.base.training and torch.is_grad_enabled()
-        if everything is None or (training and local.supervised is not None):
-            return None  # the loss is that of what is left, each token read from the one before
-        real = _real_of(prompt[1], everything.shape[1])
-        drafts = local.trailing if local.now.inside else 0
-        return readout(everything, real, drafts, local.supervised, local.now.sample)
+        return question, question.with_images(embeds, now.tokens.visual, rows, ends, tokens)
 
     def _read_of(self, modality: str) -> Tensor | None:
         """(N) which of the N visual tokens of a modality a next token is read from, in order of
@@ -242,13 +211,8 @@ class FeatureHooks:
             if local.asked is None:
                 return None
             visual = placeholders(self.family, *local.asked, {})
-            read = self._read_from(visual, local.asked)
+            read = prompt_tokens(visual, local.asked[1]).readout if visual else None
         return None if read is None or modality not in visual else read[visual[modality]]
-
-    def _real(self, length: int) -> Tensor | None:
-        """(B, T) positions of the forward that are no padding, or `None` for all."""
-        assert self._local.now.prompt is not None  # as in every forward over a prompt
-        return _real_of(self._local.now.prompt[1], length)
 
     def _expanded(self, batch: int) -> int:
         """Rows per request: more than one under beam search or several returned sequences."""
@@ -281,15 +245,3 @@ class FeatureHooks:
             f"placeholders; supported here: {', '.join(self.family.placeholder_ids)}. A model that "
             "encodes videos as images cannot be served with videos: run them without a session"
         )
-
-
-def _real_of(arguments: Kwargs, length: int) -> Tensor | None:
-    """(B, T) positions of a forward, or of a call of `generate`, that are no padding."""
-    total = length + cached(arguments.get("past_key_values"))
-    real = real_positions(arguments.get("attention_mask"), total)
-    return None if real is None else real[:, -length:]
-
-
-def anywhere(masks: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) where some modality has a placeholder."""
-    return functools.reduce(torch.logical_or, masks.values())

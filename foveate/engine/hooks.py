@@ -24,7 +24,15 @@ from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
-from foveate.engine.feature_hooks import FeatureHooks, anywhere
+from foveate.engine.extensions.labels import (
+    IGNORED,
+    check_labels,
+    is_training,
+    labels_of,
+    only_labelled,
+    supervise,
+)
+from foveate.engine.feature_hooks import FeatureHooks
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
 from foveate.engine.grouping import ModalityImages, find_images
@@ -32,20 +40,14 @@ from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import (
     check_drafts,
     check_early_exit,
-    check_labels,
     check_later_images,
     check_positions,
-    labels_of,
-    numbered_positions,
-    only_labelled,
     placeholders,
     prompt_of,
-    real_positions,
-    seen_positions,
-    supervised_text,
+    prompt_tokens,
 )
 from foveate.engine.kernels import check_kernel, takes_2d_masks
-from foveate.engine.prompt import IGNORED, samples
+from foveate.engine.masks import numbered_positions, real_positions, samples, seen_positions
 from foveate.engine.readout import check_readout
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt
@@ -160,16 +162,8 @@ class Hooks(FeatureHooks):
         if not now.visual:
             return kwargs
         now.prompt = (ids, kwargs)
-        if takes_2d_masks(self.family.text.config._attn_implementation) or not self._caches(kwargs):
-            now.sample = samples(kwargs)
         check_positions(self.family, kwargs)
-        if local.supervised is not None:
-            real = self._real(local.supervised.shape[1])
-            visual = anywhere(now.visual)
-            local.supervised = supervised_text(module, local.supervised, visual, real)
-        elif local.requests is None and self.plan.asks_text:
-            check_labels(module, self.plan.asks_text)
-        now.readout = self._read_from(now.visual, (ids, kwargs))
+        self._read_prompt(module, kwargs)
         self._check_requests(next(iter(now.visual.values())).shape[0])
         if not given:
             if local.awaited:
@@ -188,6 +182,21 @@ class Hooks(FeatureHooks):
                 self._mark(modality, given[modality])
             now.encoded[modality] = given[modality]
         return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
+
+    def _read_prompt(self, module: nn.Module, kwargs: Kwargs) -> None:
+        """Note what each token of the prompt is; arguments are those of the base model."""
+        local, now = self._local, self._local.now
+        kernel = self.family.text.config._attn_implementation
+        splits = takes_2d_masks(kernel) or not self._caches(kwargs)
+        sample = samples(kwargs) if splits else None
+        tokens = prompt_tokens(now.visual, kwargs, trailing=local.trailing, sample=sample)
+        if local.supervised is not None:
+            tokens = supervise(tokens, module, local.supervised)
+        elif local.requests is None and self.plan.asks_text:
+            check_labels(module, self.plan.asks_text)
+        now.tokens = tokens
+        if tokens.supervised is None or not is_training(module):
+            now.readout = tokens.readout  # in training each token is read from the one before it
 
     def _caches(self, kwargs: Kwargs) -> bool:
         """Whether the text model is given a cache, or makes one."""
@@ -264,6 +273,7 @@ class Hooks(FeatureHooks):
         """What a forward of the text model is about."""
         local, now, (batch, length) = self._local, self._local.now, sequence.shape[:2]
         mask, real = kwargs.get("attention_mask"), None
+        tokens = now.tokens if groups else None
         if groups or self.plan.decode_step:
             real = real_positions(mask, past + length)
             real = None if real is None else real.expand(batch, -1)
@@ -277,9 +287,9 @@ class Hooks(FeatureHooks):
             sees=seen_positions(mask, past, length) if groups else None,
             trailing=local.trailing if groups else 0,
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=anywhere(now.visual) if groups else None,
-            supervised=local.supervised if groups else None,
-            sample=now.sample if groups else None,
+            visual=tokens.visual if tokens else None,
+            supervised=tokens.supervised if tokens else None,
+            sample=tokens.sample if tokens else None,
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
         )
         check_drafts(prompt.sees, prompt.trailing)

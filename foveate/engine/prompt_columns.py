@@ -1,11 +1,10 @@
-"""Prompt columns: where query tokens and the text after images stand, and what they see.
+"""Prompt columns: where query tokens and the text after images are, and what they see.
 
 Shapes: `B` rows, `T` logical length, `P` physical columns, `Q` query or text tokens, `G` images.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -13,14 +12,12 @@ from torch import Tensor
 
 from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Slots
-from foveate.engine.prompt import QueryTokens
-from foveate.engine.question import QuestionText
-from foveate.engine.readout import prompt_ends
+from foveate.engine.prompt import PromptTokens, QueryTokens, QuestionText, ends_of
 from foveate.engine.state import ForwardState
 
 
 class PromptColumns:
-    """Columns of one forward that signals are told of.
+    """Columns of one forward that signals are taken at.
 
     Args:
         state: the forward.
@@ -32,64 +29,57 @@ class PromptColumns:
 
     @property
     def _window(self) -> int | None:
-        """Positions that a token sees at most, where there are more."""
+        """How many positions a token sees at most; `None` for all."""
         window, total = self.state.family.window, self.prompt.past + self.prompt.length
         return window if window is not None and window < total else None
 
     @cached_property
+    def tokens(self) -> PromptTokens:
+        """What each token of the forward is."""
+        prompt = self.prompt
+        assert prompt.visual is not None  # there are images, or no step would read signals
+        visual = prompt.visual.to(prompt.device)
+        return PromptTokens(visual, self._real, prompt.trailing, prompt.supervised, prompt.sample)
+
+    @property
     def query_tokens(self) -> QueryTokens:
         """The query tokens."""
-        prompt, real = self.prompt, self._real
-        if prompt.supervised is not None:
-            return QueryTokens.before_spans(prompt.supervised, real, prompt.sample)
-        if prompt.sample is not None:
-            return QueryTokens.last_of_samples(prompt.sample)
-        asked = QueryTokens.last(prompt.batch, prompt.length, real, prompt.trailing)
-        return replace(asked, columns=asked.columns.to(prompt.device))
+        return self.tokens.query
 
     @property
     def question_tokens(self) -> int:
-        """Text tokens after images in the longest row; 0 if no signal was told of them."""
+        """Text tokens after images in the longest row; 0 if no signal reads them."""
         text = vars(self).get("question_text")
         return 0 if text is None else text.columns.shape[1]
 
     @property
     def without_text(self) -> tuple[int, ...]:
-        """Rows in which no text follows an image that some signal was told of."""
+        """Rows in which no text follows an image, if a signal reads that text."""
         text = vars(self).get("question_text")
         return () if text is None else text.without
 
     @cached_property
     def question_text(self) -> QuestionText:
         """The text after the images, as far as it is not supervised."""
-        prompt, real = self.prompt, self._real
-        assert prompt.visual is not None  # there are images, or nobody would ask
-        if prompt.supervised is not None:
-            real = ~prompt.supervised if real is None else real & ~prompt.supervised
-        rows = [row for group in prompt.groups for row in group.rows]
-        ends = [end for group in prompt.groups for end in group.ends]
-        last = None
-        if prompt.supervised is None:
-            last = prompt_ends(prompt.visual, real, prompt.trailing, prompt.sample)
-        return QuestionText.of(
-            prompt.visual, real, prompt.trailing, rows, ends, prompt.sample, last
-        )
+        groups = self.prompt.groups
+        rows = [row for group in groups for row in group.rows]
+        return self.tokens.question_text(rows, [end for group in groups for end in group.ends])
 
     @property
     def _real(self) -> Tensor | None:
-        """(B, T) positions of this forward that are no padding, or `None` for all."""
+        """(B, T) positions of this forward that are no padding; `None` for all."""
         real = self.prompt.real
         return None if real is None else real[:, self.prompt.past :]
 
     def physical(self, columns: Tensor) -> Tensor:
-        """Columns that stand for logical ones: the nearest alive at or before each."""
+        """Physical columns of the nearest surviving tokens at or before logical ones."""
         index = self.state.layout.index.contiguous()
         found = torch.searchsorted(index, columns.contiguous(), right=True) - 1
         return found.clamp(min=0)
 
     @property
-    def _alive(self) -> Tensor | None:
-        """(B, P) columns that are no padding, or `None` for all."""
+    def _surviving(self) -> Tensor | None:
+        """(B, P) physical columns that are no padding; `None` for all."""
         real, layout = self._real, self.state.layout
         if real is None:
             return layout.index >= 0 if layout.ragged else None
@@ -103,7 +93,7 @@ class PromptColumns:
         return seen & (self.state.layout.index[:, None] > columns[..., None] - self._window)
 
     def _known_to(self, columns: Tensor) -> Tensor:
-        """The same, whether or not they lie within a window."""
+        """The same, without regard to sliding windows."""
         index, sample = self.state.layout.index, self.prompt.sample
         if self.prompt.sees is None:
             seen = index[:, None] <= columns[..., None]
@@ -111,8 +101,8 @@ class PromptColumns:
             sees = self.prompt.sees.expand(len(index), -1, -1)
             sees = sees[torch.arange(len(index), device=sees.device)[:, None], columns]
             seen = sees.gather(2, index.clamp(min=0)[:, None].expand(-1, columns.shape[1], -1))
-        if self._alive is not None:
-            seen = seen & self._alive[:, None]
+        if self._surviving is not None:
+            seen = seen & self._surviving[:, None]
         if sample is not None:
             own = sample.gather(1, index.clamp(min=0))
             seen = seen & (own[:, None] == sample.gather(1, columns)[..., None])
@@ -120,27 +110,27 @@ class PromptColumns:
 
     @property
     def visible_to_query(self) -> Tensor | None:
-        """(B, Q, P) columns that the query tokens see, or `None` for all."""
+        """(B, Q, P) physical columns that the query tokens see; `None` for all."""
         if self._plain and self._window is None:
             return None
         return self.visible_to(self.query_tokens.columns)
 
     @property
     def _plain(self) -> bool:
-        """Whether the query tokens are the last of their rows, and these are all there is."""
+        """Whether each row is one prompt without padding, and its last token the query token."""
         prompt = self.prompt
         usual = prompt.supervised is None and prompt.sample is None
         plain = usual and not prompt.trailing and prompt.sees is None
-        return plain and self._alive is None
+        return plain and self._surviving is None
 
     @property
     def of_prompt(self) -> Tensor | None:
-        """(B, P) columns of the prompt: neither drafted nor supervised; `None` for all."""
+        """(B, P) physical columns of the prompt, neither drafted nor supervised; `None` for all."""
         prompt, index = self.prompt, self.state.layout.index
         if prompt.supervised is None:
             return None if self._plain else self._known_to(self.query_tokens.columns)[:, 0]
-        told = ~prompt.supervised.gather(1, index.clamp(min=0))
-        return told if self._alive is None else told & self._alive
+        unsupervised = ~prompt.supervised.gather(1, index.clamp(min=0))
+        return unsupervised if self._surviving is None else unsupervised & self._surviving
 
     def at_text(self, states: Tensor) -> Tensor:
         """(B, Q, ...) of (B, P, ...) at the text after images."""
@@ -149,17 +139,14 @@ class PromptColumns:
 
     def ends_of(self, group: ImageGroup) -> tuple[Tensor, Tensor]:
         """(G) rows of a group's images, and (G) columns at which they end."""
-        rows = self.state.row_index(group)[:, 0]
-        return rows, torch.tensor(group.ends, device=rows.device)
+        return ends_of(group, self.prompt.device)
 
     def text_mask(self, group: ImageGroup) -> Tensor:
         """(G, Q) which text comes after each image of a group."""
         return self.question_text.mask(*self.ends_of(group))
 
     def visible_past(self, columns: Tensor, past: Slots) -> Tensor | None:
-        """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see, or `None` for
-        all.
-        """
+        """(B, Q or 1, S) cached slots that tokens in (B, Q) logical columns see; `None` for all."""
         real = self.prompt.real
         if real is None and not past.ragged and self._window is None:
             return None
@@ -167,6 +154,6 @@ class PromptColumns:
         if real is not None:
             seen = seen & real.gather(1, past.index.clamp(min=0))[:, None]
         if self._window is not None:
-            asking = columns[..., None] + self.prompt.past
-            seen = seen & (past.index[:, None] > asking - self._window)
+            position = columns[..., None] + self.prompt.past
+            seen = seen & (past.index[:, None] > position - self._window)
         return seen

@@ -1,9 +1,9 @@
-"""Readout: the visual tokens that a next token is read from, which no step may remove.
+"""Readout: no step removes a visual token that the next token of the text is read from.
 
 Where a prompt ends in its image, the image's last token is the prompt's last. It survives every
-step, at its own position: a token that the method keeps makes room for it, so that counts stay.
-Where the method merges it into another token, what they become stands at its position.
-Shapes: `B` rows, `T` logical length, `G` images of equal size, `V` tokens of each, `K` survivors.
+step, at its own position. It takes the place of a token that the method would keep, so that counts
+stay. Where the method merges it into another token, the merged token stands at its position.
+Shapes: `G` images of equal size, `V` tokens of each, `K` survivors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import Reduction
-from foveate.engine.prompt import QueryTokens
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,46 +24,15 @@ if TYPE_CHECKING:
     from foveate.engine.plan import Plan
 
 
-def readout(
-    visual: Tensor,
-    real: Tensor | None,
-    trailing: int,
-    supervised: Tensor | None = None,
-    sample: Tensor | None = None,
-) -> Tensor | None:
-    """(B, T) visual tokens that a next token is read from; `None` if there are none.
+def check_readout(groups: Sequence[ImageGroup], plan: Plan) -> None:
+    """Refuse features that lost a required token because the prompt was not known.
 
     Args:
-        visual: (B, T) placeholders of all images.
-        real: (B, T) positions that are neither padding nor hidden; `None` for all.
-        trailing: drafted tokens after the prompt.
-        supervised: (B, T) text with a label, where labels are given: they are read from the token
-            before each.
-        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
-    """
-    if supervised is not None:
-        last = F.pad(~supervised[:, :-1] & supervised[:, 1:], (0, 1))
-    else:
-        last = prompt_ends(visual, None if real is None else real | visual, trailing, sample)
-    last &= visual
-    return last if bool(last.any()) else None
-
-
-def prompt_ends(
-    visual: Tensor, real: Tensor | None, trailing: int, sample: Tensor | None = None
-) -> Tensor:
-    """(B, T) the last token of each prompt; arguments as in `readout`."""
-    batch, length = visual.shape
-    columns = QueryTokens.last(batch, length, real, trailing).columns.to(visual.device)
-    last = torch.zeros_like(visual).scatter(1, columns.clamp(min=0), True)
-    return last if sample is None else last | F.pad(sample.diff(dim=1) != 0, (0, 1))
-
-
-def check_readout(groups: Sequence[ImageGroup], plan: Plan) -> None:
-    """Refuse features that were reduced without regard to the prompt, where it is read from them.
+        groups: the images of the forward.
+        plan: the session's plan.
 
     Raises:
-        InputError: a token that a next one is read from was removed before the prompt was known.
+        InputError: a token that the next token of the text is read from was removed.
     """
     for group in groups:
         required = group.required
@@ -89,7 +57,7 @@ def reduce_around(
     total: int,
     ascending: bool = True,
 ) -> Reduction:
-    """What a method makes of tokens if one of each image must survive.
+    """A method's reduction, changed so that one token of each image survives.
 
     Args:
         reduce: the method's reduction to a number of tokens.
@@ -114,8 +82,8 @@ def reduce_around(
 
 
 def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup, Reduction]]:
-    """A reduction of a group, in parts of equal counts, without the loss of what a next token is
-    read from: also where no token at all would survive.
+    """A reduction of a group in which required tokens survive, in parts of equal counts: where no
+    token would survive at all, images keep their required one.
     """
     at = group.required
     if at is None or reduction.kept:
@@ -131,13 +99,14 @@ def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup
 def surviving(
     reduction: Reduction, at: Tensor | None, total: int, ascending: bool = True
 ) -> Reduction:
-    """A reduction after which one token of each image survives, as the last where order is meant.
+    """A reduction in which one token of each image survives, after all others if the method orders
+    its survivors.
 
-    A token that the method has merged stands for what it was merged into. One that was dropped
-    takes the place of the survivor nearest to it in raster order.
+    If the method has merged the token, the merged token stands at its position. If it has dropped
+    the token, the token takes the place of the survivor nearest to it in raster order.
 
     Args:
-        reduction: what the method makes, with at least one survivor.
+        reduction: the method's, with at least one survivor.
         at: (G) which of the V tokens must survive, -1 for images without one; `None` for no image.
         total: V.
         ascending: as in `reduce_around`.
@@ -156,7 +125,7 @@ def surviving(
 
 
 def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
-    """Give a token of some images the seat of a survivor."""
+    """A reduction in which the required token of some images takes the place of a survivor."""
     index, at = reduction.index.clone(), at[images]
     distance = (index[images] - at[:, None]).abs()
     valid = None if reduction.valid is None else reduction.valid.clone()
@@ -181,7 +150,7 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
         slot[images] = slot[images].masked_fill(lost, -1)
         slot[images, at] = seat
         share[images, at] = torch.where(joined, share[images, at], 1.0)
-    if valid is not None:  # it may fill up the row already, and then the two change places
+    if valid is not None:  # where it is the row's padding already, the two change places
         filler = index[images] == at[:, None]
         index[images] = torch.where(filler, index[images, seat][:, None], index[images])
     index[images, seat] = at
@@ -189,7 +158,7 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
 
 
 def _last(reduction: Reduction, at: Tensor, total: int) -> Reduction:
-    """The same survivors, those that must survive after all others."""
+    """The same survivors, with the required one after all others."""
     order = (reduction.index == at[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
     index = reduction.index.gather(1, order)
     label = None if reduction.label is None else reduction.label.gather(1, order)

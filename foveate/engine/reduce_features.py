@@ -21,7 +21,7 @@ from foveate.engine.apply_step import apply_step
 from foveate.engine.features import EncoderOutputInfo, feature_rows
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
-from foveate.engine.prompt_context import PromptContext
+from foveate.engine.prompt import PromptContext
 from foveate.errors import LayerError
 from foveate.signals import SIGNALS, PromptSignal
 
@@ -171,7 +171,7 @@ def _step(
                 found[need.name] = deliver(need.name, _signal(need, encoded, prompt.source, part))
         return found
 
-    unasked = prompt.unasked(needs, of.group)
+    unasked = prompt.without_query(needs, of.group)
     parts = apply_step(planned, of.group, features, signals, unasked)
     return [
         _FeatureGroup(

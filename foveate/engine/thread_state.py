@@ -9,6 +9,7 @@ from torch import Tensor
 
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.forward import ForwardPass
+from foveate.engine.prompt import PromptTokens
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Kwargs
 from foveate.record.record import Record
@@ -21,7 +22,7 @@ class ModelCall:
     inside: bool = False  # within the base model's forward
     entered: bool = False  # has come to the text model
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments
-    sample: Tensor | None = None  # (B, T) packed sample of each position, where rows hold several
+    tokens: PromptTokens | None = None  # what each token of its prompt is, where it has images
     readout: Tensor | None = None  # (B, T) visual tokens that a next token is read from, if any
     forward: ForwardPass | None = None
     cached: CachedForward | None = None  # instead of a forward, where nothing can be removed

@@ -125,7 +125,7 @@ WRONG = {
     "new grid": "the grids say 12 visual tokens where the ids have 28",
     "no grid": "the grids say 0 visual tokens where the ids have 28",
     "no types": "mm_token_type_ids are missing",
-    "alone": "called by itself, without position_ids",
+    "alone": "called directly, without position_ids",
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.engine.prompt import IGNORED
+from foveate.engine.extensions.labels import IGNORED
 from foveate.methods import PyramidDrop
 from tests.tinies import IMAGE, PATCHES, prompts, tiny_llava
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.core.decode_selector import Candidates, DecodeSelector
 from foveate.engine.cache import PrunedLayer, pruned_layer
 from foveate.engine.extensions.base import Extension
+from foveate.engine.masks import left_align
 from foveate.engine.plan import Plan
 
 CANDIDATES = "candidates"  # what decoding steps choose from, attached to the layer where they do
@@ -65,11 +66,10 @@ class DecodeSelection(Extension):
         for group in forward.groups:
             if self.method.selects_from(group.shape.frames):
                 surviving[forward.row_index(group), group.columns] = True
-        most = int(surviving.sum(1).max())
-        if not most:
+        columns, real = left_align(surviving)
+        if not columns.shape[1]:
             return
-        columns = (~surviving).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
-        columns = (columns + prompt.past).masked_fill(~surviving.gather(1, columns), -1)
+        columns = (columns + prompt.past).masked_fill(~real, -1)
         removed = prompt.length - forward.layout.index.shape[1]
         held = pruned_layer(cache, self.layer, forward.fresh, removed)
         candidates: Candidates | None = held.attached.get(CANDIDATES)

@@ -21,6 +21,7 @@ from foveate.core import PartialCompute
 from foveate.engine.attachment import has_own_forward
 from foveate.engine.extensions.partial.window import Grid, window_attention
 from foveate.engine.layout import take
+from foveate.engine.masks import left_align
 from foveate.families import Family
 from foveate.signals.layer_view import rotary_function
 
@@ -94,7 +95,7 @@ class Split:
         seen = torch.zeros_like(position, dtype=torch.bool)
         for part in images:
             seen[part.rows, part.columns] = True
-        text, fresh = _packed(~seen) if images else _all(position)
+        text, fresh = left_align(~seen) if images else _all(position)
         return cls(images, text, fresh, position, keys, visual)
 
     @cached_property
@@ -109,23 +110,13 @@ class Split:
         for part in self.images:
             end = self.position[part.rows, part.columns].amax(1)
             last = last.scatter_reduce(0, part.rows, end[:, None], "amax")
-        slots, fresh = _packed(self.text_slots & (self.keys < last))
+        slots, fresh = left_align(self.text_slots & (self.keys < last))
         return slots, self.keys.gather(1, slots).masked_fill(~fresh, -1)
 
 
 def _all(position: Tensor) -> tuple[Tensor, Tensor]:
     columns = torch.arange(position.shape[1], device=position.device).expand_as(position)
     return columns, torch.ones_like(columns, dtype=torch.bool)
-
-
-def _packed(chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N) columns of a (B, P) choice, in order and packed to the left, and which are real."""
-    counts = chosen.sum(1, keepdim=True)
-    order = chosen.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-    order = order[:, : int(counts.max())]
-    number = torch.arange(order.shape[1], device=order.device)
-    fresh = number < counts
-    return order.gather(1, torch.minimum(number, (counts - 1).clamp(min=0))), fresh
 
 
 def why_unsupported(family: Family, work: PartialCompute) -> str | None:

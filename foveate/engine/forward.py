@@ -27,7 +27,7 @@ from foveate.engine.layout import (
     take_positions,
     translate_mask,
 )
-from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.plan import Due, Plan, PlannedStep
 from foveate.engine.prompt import starts
 from foveate.engine.state import Prompt
 from foveate.families import Family
@@ -81,7 +81,10 @@ class ForwardPass:
         if self.groups:
             if number != len(self.layer_layouts):  # those before it have come by otherwise
                 raise bypassed(self.family.layers[number - 1])
-            hidden = self._reduce(number, layer, hidden, kwargs)
+            if number == 0 and self._entry is not None:
+                hidden = self._take(hidden, self._entry)
+            if (due := self.plan.due.get(number)) is not None:
+                hidden = self._act(due, number, layer, hidden, kwargs)
             self.layer_layouts.append(self.layout)
             self.layer_tokens.append(self.tokens)
         for extension in self.extensions:
@@ -210,15 +213,13 @@ class ForwardPass:
         planes = [plane[kept.to(plane.device)] for plane in planes]
         return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
 
-    def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        if number == 0 and self._entry is not None:
-            hidden = self._take(hidden, self._entry)
-        collects = number in self.plan.decoder_signals
-        if collects:
-            self.decoder_signals.collect(number, layer, hidden, kwargs)
-        for planned in self.plan.llm:
-            if planned.step.layer != number:
-                continue
+    def _act(
+        self, due: Due, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Collect what is due before a layer, and let steps act; arguments as in `enter`."""
+        if due.signals:
+            self.decoder_signals.collect(due.signals, number, layer, hidden, kwargs)
+        for planned in due.steps:
             replaced = [extension.before_step(planned, hidden) for extension in self.extensions]
             states = next((states for states in replaced if states is not None), None)
             if states is not None:
@@ -229,8 +230,8 @@ class ForwardPass:
             if self.layout is not before:
                 for extension in self.extensions:
                     extension.after_step(planned, kwargs.get("past_key_values"))
-        if collects:
-            self.decoder_signals.collect(number, layer, hidden, kwargs, later=True)
+        if due.later:
+            self.decoder_signals.collect(due.later, number, layer, hidden, kwargs)
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:

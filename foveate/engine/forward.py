@@ -6,6 +6,7 @@ Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,23 @@ from foveate.engine.layout import (
 )
 from foveate.engine.plan import Due, Plan, PlannedStep
 from foveate.engine.prompt import starts
-from foveate.engine.state import Prompt
+from foveate.engine.state import Kwargs, Prompt
 from foveate.families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What layers are handed that share slots, columns and arguments.
+
+    Args:
+        changes: keyword arguments that change from logical to physical terms.
+        seen: what they attend with.
+        named: what the key of the view is ids of, which must last as long as the view.
+    """
+
+    changes: Kwargs
+    seen: Seen
+    named: tuple[Any, ...]
 
 
 class ForwardPass:
@@ -58,16 +74,17 @@ class ForwardPass:
         self.extensions: list[Extension] = [extension(self, plan) for extension in plan.extensions]
         self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
-        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, tuple[Any, ...]]] = {}
+        self._views: dict[tuple[int, ...], View] = {}
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
         self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
 
+    @torch.compiler.disable
     def enter(
-        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Reduce what is due before a layer, and translate what the layer is handed.
+        self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor | None, Tensor, Kwargs]:
+        """Reduce what is due before a layer, and tell the layer what is alive.
 
         Args:
             number: the decoder layer.
@@ -76,53 +93,73 @@ class ForwardPass:
             kwargs: its keyword arguments, in logical terms.
 
         Returns:
-            hidden and keyword arguments in physical terms; the same objects where nothing changes.
+            Its output, where an extension has run it; its input; and its keyword arguments, in
+            physical terms.
         """
         if self.groups:
-            if number != len(self.layer_layouts):  # those before it have come by otherwise
-                raise bypassed(self.family.layers[number - 1])
-            if number == 0 and self._entry is not None:
-                hidden = self._take(hidden, self._entry)
-            if (due := self.plan.due.get(number)) is not None:
-                hidden = self._act(due, number, layer, hidden, kwargs)
-            self.layer_layouts.append(self.layout)
-            self.layer_tokens.append(self.tokens)
+            hidden = self._reduce(number, layer, hidden, kwargs)
         for extension in self.extensions:
             kwargs = extension.enter(number, layer, hidden, kwargs)
-        cache = kwargs.get("past_key_values")
-        runs = any(extension.runs(number) for extension in self.extensions)
-        if self.layout is self.full and not runs and not _is_pruned(cache, number):
-            return hidden, kwargs
-        before, width, held = self.fresh, 0, None
+        if self.layout is self.full and self._is_whole(number, kwargs.get("past_key_values")):
+            return None, hidden, kwargs
+        held, view = self._view(number, hidden, kwargs)
+        self._attended[number] = view.seen
+        kwargs = {**kwargs, **view.changes}
+        for extension in self.extensions:
+            extension.see(number, view.seen.slots, held)
+        for extension in self.extensions:
+            if (output := extension.run(number, layer, hidden, kwargs)) is not None:
+                return output, hidden, kwargs
+        return None, hidden, kwargs
+
+    def _is_whole(self, number: int, cache: Any) -> bool:
+        """Whether a layer lacks nothing, if no column does: neither in the cache, nor because an
+        extension runs it.
+        """
+        if any(extension.runs(number) for extension in self.extensions):
+            return False
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+        return not isinstance(held, PrunedLayer)
+
+    def _view(self, number: int, hidden: Tensor, kwargs: Kwargs) -> tuple[PrunedLayer | None, View]:
+        """The cache layer that a layer fills, if there is a cache, and what the layer is handed.
+
+        Layers that share slots, columns and arguments share that.
+        """
+        cache, held, before = kwargs.get("past_key_values"), None, self.fresh
         if cache is not None:
             removed = self.prompt.length - self.layout.index.shape[1]
             held = pruned_layer(cache, number, self.fresh, removed)
             assert held.slots is not None
-            before, width = (
-                held.slots,
-                held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0,
-            )
+            before = held.slots
         # The mask and the rotary embedding differ between kinds of layers in some models.
         logical = kwargs.get("attention_mask"), kwargs["position_embeddings"]
-        key = (id(before), id(self.layout), *map(id, logical))
-        view = None if self.recomputed else self._views.get(key)
+        named = type(held), before, self.layout, *logical
+        key = tuple(map(id, named))
+        view = self._views.get(key)
         if view is None:
-            view = *self._view(number, before, width, hidden, kwargs), (before, logical)
+            width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
+            changes, after = self._physical(number, before, width, hidden, kwargs)
+            seen = Seen.of(self.layout, after, held, self.prompt.length)
+            view = View(changes, seen, named)
             if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
                 self._views[key] = view
-        changes, after, _ = view
         if held is not None:
-            held.incoming = after
-        self._attended[number] = Seen.of(self.layout, after, held, self.prompt.length)
-        for extension in self.extensions:
-            extension.see(number, after, held)
-        return hidden, {**kwargs, **changes} if changes else kwargs
+            held.incoming = view.seen.slots
+        return held, view
 
-    def _view(
-        self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Slots]:
-        """Keyword arguments that change for layers that share slots and layout, and their slots
-        afterwards.
+    def _physical(
+        self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Kwargs, Slots]:
+        """Keyword arguments of a layer that have an entry for each position, in physical terms, as
+        far as they change; and its slots after the forward.
+
+        Args:
+            number: the decoder layer.
+            before: its slots before the forward.
+            width: slots of a static cache; 0 for any other.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in logical terms.
         """
         tracked = any(extension.tracks_visual for extension in self.extensions)
         visual = self.prompt.visual if tracked else None
@@ -147,7 +184,7 @@ class ForwardPass:
         return ~hidden[self.row_index(group), group.columns]
 
     def positions(
-        self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns."""
         rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
@@ -195,7 +232,7 @@ class ForwardPass:
             self._entry = self._compact(marked, self.plan.renumber_features)
             self._entrance = self.layout
 
-    def deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def deepstack(self, kwargs: Kwargs) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
 
         Args:
@@ -213,9 +250,19 @@ class ForwardPass:
         planes = [plane[kept.to(plane.device)] for plane in planes]
         return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
 
-    def _act(
-        self, due: Due, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """Let steps act that are due before a layer, and note what is alive there."""
+        if number != len(self.layer_layouts):  # those before it have come by otherwise
+            raise bypassed(self.family.layers[number - 1])
+        if number == 0 and self._entry is not None:
+            hidden = self._take(hidden, self._entry)
+        if (due := self.plan.due.get(number)) is not None:
+            hidden = self._act(due, number, layer, hidden, kwargs)
+        self.layer_layouts.append(self.layout)
+        self.layer_tokens.append(self.tokens)
+        return hidden
+
+    def _act(self, due: Due, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """Collect what is due before a layer, and let steps act; arguments as in `enter`."""
         if due.signals:
             self.decoder_signals.collect(due.signals, number, layer, hidden, kwargs)
@@ -362,11 +409,3 @@ class ForwardPass:
         if layout is self.full or states is None:
             return states
         return take(states, expansion(layout, self.prompt.length))
-
-
-def _is_pruned(cache: Any, number: int) -> bool:
-    return (
-        cache is not None
-        and len(cache.layers) > number
-        and isinstance(cache.layers[number], PrunedLayer)
-    )

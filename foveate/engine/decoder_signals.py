@@ -119,7 +119,7 @@ class DecoderSignals:
         """A signal of one layer, (G, ...) at the tokens alive of a group."""
         collected, layout = self._collected[signal, number]
         group, axis = images.group, signal.column_axis
-        rows = self.state.row_index(group).to(collected.device)
+        rows = images.rows.to(collected.device)
         if axis is None:
             return signal.finish(collected[rows[:, 0]], images)
         columns = self.state.columns_of(group, layout).to(collected.device)
@@ -264,7 +264,7 @@ class _ImageTokens:
 
     def __init__(self, columns: PromptColumns, group: ImageGroup) -> None:
         self._columns, self.group = columns, group
-        self._rows = columns.state.row_index(group)
+        self.rows = columns.state.row_index(group)  # (G, 1)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -273,14 +273,14 @@ class _ImageTokens:
 
     @cached_property
     def text_columns(self) -> Tensor:
-        return self._columns.question_text.columns[self._rows[:, 0]]
+        return self._columns.question_text.columns[self.rows[:, 0]]
 
     @cached_property
     def text_mask(self) -> Tensor:
         return self._columns.text_mask(self.group)
 
     def positions(self, columns: Tensor) -> Tensor:
-        prompt, rows = self._columns.prompt, self._rows
+        prompt, rows = self._columns.prompt, self.rows
         if prompt.sample is not None:
             return columns - starts(prompt.sample)[rows, columns]
         columns, real = columns + prompt.past, prompt.real

@@ -75,6 +75,8 @@ class ForwardPass:
         self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], View] = {}
+        self._positions: dict[tuple[int, ...], tuple[Any, Tensor | None, tuple[Any, ...]]] = {}
+        self._rows: dict[tuple[int, ...], Tensor] = {}  # rows of a group -> them as a column
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
         self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
@@ -186,25 +188,44 @@ class ForwardPass:
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
-        """(cos, sin) and position ids of the physical columns."""
+        """(cos, sin) and position ids of the physical columns; arguments as in `_physical`."""
         rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        renumbered = self._shift is not None or before.renumbered is not None
-        if self.layout is self.full and not renumbered:
+        if self.layout is self.full and self._shift is None and before.renumbered is None:
             return rotary, position_ids
-        positions = position_ids
-        if self.layout is not self.full:
-            columns = self.layout.index.clamp(min=0)
-            positions = None if position_ids is None else take_positions(position_ids, columns)
-        if renumbered:
+        named = self.layout, before.renumbered, rotary, position_ids
+        key = tuple(map(id, named))
+        found = self._positions.get(key)
+        if found is None:
+            found = (
+                *self._positions_of(number, before.renumbered, hidden, rotary, position_ids),
+                named,
+            )
+            if not self.recomputed:
+                self._positions[key] = found
+        return found[:2]
+
+    def _positions_of(
+        self,
+        number: int,
+        earlier: Tensor | None,
+        hidden: Tensor,
+        rotary: Any,
+        position_ids: Tensor | None,
+    ) -> tuple[Any, Tensor | None]:
+        """The same of logical ones; `earlier` is what renumbering took off before the forward."""
+        columns, positions = self.layout.index.clamp(min=0), position_ids
+        if positions is not None and self.layout is not self.full:
+            positions = take_positions(positions, columns)
+        if self._shift is None and earlier is None:
+            rotary = tuple(take(part, columns) for part in rotary)
+        else:
             # Every supported text model hands position_ids to its layers.
             assert positions is not None
             if self._shift is not None:
-                positions = positions - self._shift.gather(1, self.layout.index.clamp(min=0))
-            if before.renumbered is not None:
-                positions = positions - before.renumbered
+                positions = positions - self._shift.gather(1, columns)
+            if earlier is not None:
+                positions = positions - earlier
             rotary = self.family.rotary(hidden, positions, number)
-        else:
-            rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
         return rotary, self._packed() if self.prompt.flash else positions
 
@@ -370,7 +391,11 @@ class ForwardPass:
 
     def row_index(self, part: ImageGroup) -> Tensor:
         """(G, 1) row of the batch of each image."""
-        return torch.tensor(part.rows, device=self.prompt.device)[:, None]
+        rows = self._rows.get(part.rows)
+        if rows is None:
+            rows = torch.tensor(part.rows, device=self.prompt.device)[:, None]
+            self._rows[part.rows] = rows
+        return rows
 
     def _count_tokens(self) -> list[int]:
         if self.prompt.present is None or not self.groups:
@@ -383,7 +408,8 @@ class ForwardPass:
         Args:
             output: the text model's output.
         """
-        self._views.clear()  # they keep alive what they are known by
+        for known in (self._views, self._positions):  # they keep alive what they are known by
+            known.clear()
         widen_maps(output, self.family, self._attended, self.prompt.length)
         if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
             return output

@@ -63,7 +63,7 @@ class Replays:
 def _copy(forward: ForwardPass) -> ForwardPass:
     """The same state, apart: what happens to one does not happen to the other."""
     twin = _twin(forward)
-    twin.recomputed, twin._views = True, {}
+    twin.recomputed, twin._views, twin._positions = True, {}, {}
     twin.decoder_signals = forward.decoder_signals.on(twin)
     twin.extensions = [_twin(extension) for extension in forward.extensions]
     for extension in twin.extensions:

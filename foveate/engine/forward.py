@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.engine.apply_step import apply_step
 from foveate.engine.attachment import bypassed
-from foveate.engine.attentions import Seen, widen_maps
+from foveate.engine.attentions import Seen, widen_maps, widen_states
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
@@ -23,13 +23,12 @@ from foveate.engine.layout import (
     Layout,
     Slots,
     compact,
-    expansion,
     take,
     take_positions,
     translate_mask,
 )
 from foveate.engine.plan import Due, Plan, PlannedStep
-from foveate.engine.prompt import starts
+from foveate.engine.renumbering import Renumbering, places_in_samples
 from foveate.engine.state import Kwargs, Prompt
 from foveate.families import Family
 
@@ -79,8 +78,7 @@ class ForwardPass:
         self._rows: dict[tuple[int, ...], Tensor] = {}  # rows of a group -> them as a column
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
-        self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
-        self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
+        self._renumbering: Renumbering | None = None
 
     @torch.compiler.disable
     def enter(
@@ -165,7 +163,8 @@ class ForwardPass:
         """
         tracked = any(extension.tracks_visual for extension in self.extensions)
         visual = self.prompt.visual if tracked else None
-        after = before.extend(self.layout, self.prompt.length, self._renumbered, visual)
+        total = None if self._renumbering is None else self._renumbering.total
+        after = before.extend(self.layout, self.prompt.length, total, visual)
         mask = kwargs.get("attention_mask")
         rotary, position_ids = self.positions(number, before, hidden, kwargs)
         physical = {
@@ -190,7 +189,7 @@ class ForwardPass:
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns; arguments as in `_physical`."""
         rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        if self.layout is self.full and self._shift is None and before.renumbered is None:
+        if self.layout is self.full and self._renumbering is None and before.renumbered is None:
             return rotary, position_ids
         named = self.layout, before.renumbered, rotary, position_ids
         key = tuple(map(id, named))
@@ -216,25 +215,20 @@ class ForwardPass:
         columns, positions = self.layout.index.clamp(min=0), position_ids
         if positions is not None and self.layout is not self.full:
             positions = take_positions(positions, columns)
-        if self._shift is None and earlier is None:
+        if self._renumbering is None and earlier is None:
             rotary = tuple(take(part, columns) for part in rotary)
         else:
             # Every supported text model hands position_ids to its layers.
             assert positions is not None
-            if self._shift is not None:
-                positions = positions - self._shift.gather(1, columns)
+            if self._renumbering is not None:
+                positions = positions - self._renumbering.shift.gather(1, columns)
             if earlier is not None:
                 positions = positions - earlier
             rotary = self.family.rotary(hidden, positions, number)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
-        return rotary, self._packed() if self.prompt.flash else positions
-
-    def _packed(self) -> Tensor | None:
-        """(B, P) places of the columns in packed samples, for kernels that tell these apart so."""
-        if self.prompt.sample is None:
-            return None
-        sample = self.prompt.sample.gather(1, self.layout.index.clamp(min=0))
-        return torch.arange(sample.shape[1], device=sample.device) - starts(sample)
+        if self.prompt.flash:
+            positions = places_in_samples(self.prompt.sample, columns)
+        return rotary, positions
 
     def begin(self, embeds: Tensor) -> None:
         """Drop what was removed from the image features.
@@ -349,13 +343,7 @@ class ForwardPass:
             (B, P') which column of now each new column is.
         """
         if renumber:
-            count = (gone if self.prompt.numbered is None else gone & self.prompt.numbered).long()
-            behind = count.cumsum(1)
-            shift, total = behind - count, behind[:, -1:]
-            if self.prompt.sample is not None:  # each sample has positions of its own
-                shift = shift - shift.gather(1, starts(self.prompt.sample))
-            self._shift = shift if self._shift is None else self._shift + shift
-            self._renumbered = total if self._renumbered is None else self._renumbered + total
+            self._renumbering = Renumbering.of(gone, self.prompt, self._renumbering)
         alive = ~gone
         if self.prompt.present is not None:
             alive &= self.prompt.present
@@ -411,27 +399,6 @@ class ForwardPass:
         for known in (self._views, self._positions):  # they keep alive what they are known by
             known.clear()
         widen_maps(output, self.family, self._attended, self.prompt.length)
-        if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
-            return output
-        states = output.last_hidden_state
-        output.last_hidden_state = self._expand(states, self.layout)
-        if output.get("hidden_states") is not None:
-            layouts, inner = self.layer_layouts, output.hidden_states[1:-1]
-            output.hidden_states = (
-                self._entered(output.hidden_states[0]),
-                *(self._expand(h, layout) for h, layout in zip(inner, layouts, strict=False)),
-                output.last_hidden_state,
-            )
+        layouts = (*self.layer_layouts, self.layout)
+        widen_states(output, self.full, self._entrance, layouts, self.prompt.length)
         return output
-
-    def _entered(self, states: Tensor) -> Tensor:
-        """What layer 0 was given, which has all positions: removed ones show what is left."""
-        if self._entrance is self.full or states is None:
-            return states
-        column = expansion(self._entrance, self.prompt.length)
-        return take(states, self._entrance.index.gather(1, column).clamp(min=0))
-
-    def _expand(self, states: Tensor, layout: Layout) -> Tensor:
-        if layout is self.full or states is None:
-            return states
-        return take(states, expansion(layout, self.prompt.length))

@@ -126,14 +126,12 @@ def entries(steps: Sequence[Step]) -> list[str]:
     Args:
         steps: in stream order.
     """
-    total = Counter(step.site for step in steps)
-    seen: Counter[str] = Counter()
+    sites = [step.site for step in steps]
+    total, seen = Counter(sites), Counter[str]()
     names = []
-    for step in steps:
-        seen[step.site] += 1
-        number = seen[step.site]
-        last = number == total[step.site]
-        names.append(step.site if last else f"{step.site}#{number}")
+    for site in sites:
+        seen[site] += 1
+        names.append(site if seen[site] == total[site] else f"{site}#{seen[site]}")
     return names
 
 

@@ -1,13 +1,14 @@
-"""Attention maps that come back: from the rows and columns that there were to all that there are.
+"""Attention maps and hidden states that come back: from what there was to all that there is.
 
-A removed token attended to nothing and nothing attended to it: its row and its column are zero.
+A removed token attended to nothing and nothing attended to it: its row and its column are zero. Its
+states are those of the nearest token before it that was kept.
 Shapes: `B` batch, `H` heads, `P` physical queries, `S` physical keys, `T` logical queries, `K`
-logical keys.
+logical keys, `D` hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from foveate.engine.cache import PrunedStaticLayer
-from foveate.engine.layout import Layout, Slots
+from foveate.engine.layout import Layout, Slots, expansion, take
 from foveate.engine.plan import Plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
@@ -97,6 +98,36 @@ def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: in
         _widened(of, seen[number], length) if of is not None and number in seen else of
         for number, of in zip(numbers, maps, strict=True)
     )
+
+
+def widen_states(
+    output: Any, full: Layout, entrance: Layout, layouts: Sequence[Layout], length: int
+) -> None:
+    """Bring the hidden states of a text model's output to logical length, in place.
+
+    Args:
+        output: the output, with (B, P, D) of its last layer, and of all layers where asked for.
+        full: the layout in which nothing is missing.
+        entrance: what the first layer kept of its input, all of which it was given.
+        layouts: what was there in each layer, and in the end.
+        length: T, tokens of this forward.
+    """
+    if all(layout is full for layout in layouts):
+        return
+
+    def widened(states: Tensor | None, layout: Layout) -> Tensor | None:
+        if layout is full or states is None:
+            return states
+        return take(states, expansion(layout, length))
+
+    output.last_hidden_state = widened(output.last_hidden_state, layouts[-1])
+    if output.get("hidden_states") is None:
+        return
+    first, *inner = output.hidden_states[:-1]
+    if entrance is not full and first is not None:
+        first = take(first, entrance.index.gather(1, expansion(entrance, length)).clamp(min=0))
+    inner = [widened(states, at) for states, at in zip(inner, layouts[:-1], strict=False)]
+    output.hidden_states = first, *inner, output.last_hidden_state
 
 
 def _widened(of: Tensor, seen: Seen, length: int) -> Tensor:

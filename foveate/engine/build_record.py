@@ -45,7 +45,7 @@ def describe(
         prompt_tokens=forward.prompt_tokens,
         images=[] if sliced else _images(forward),
         layer_tokens=forward.layer_tokens,
-        cache_slots=[] if cache is None else [slots_held(layer) for layer in cache.layers],
+        cache_slots=[] if cache is None else slots_held(cache.layers),
         pixels=known["image"].pixels if "image" in known else None,
         encoder_tokens=[] if vision is None else vision.tokens,
         encoder_bounds=[] if vision is None else vision.bounds,

@@ -6,7 +6,7 @@ Everything outside the text model (mask builders, `generate`) goes on reasoning 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -53,7 +53,7 @@ class PrunedLayer(CacheLayerMixin):
                 "with a new cache"
             )
         states = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]
-        self.slots, self.incoming = self._held(self.incoming), None
+        self.slots, self.incoming = self.incoming, None
         return states
 
     def attach(self, name: str, value: Any) -> None:
@@ -61,10 +61,6 @@ class PrunedLayer(CacheLayerMixin):
         `rows(pick)` follows the rows of the batch.
         """
         self.attached = {**self.attached, name: value}
-
-    def _held(self, slots: Slots) -> Slots:
-        """Slots that stay in the layer after an update."""
-        return slots
 
     def get_seq_length(self) -> int:
         """Logical length: tokens seen, removed ones included."""
@@ -153,9 +149,10 @@ class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append columns; `cumulative_length` counts logical positions."""
+        """Append columns, and keep a window; `cumulative_length` counts logical positions."""
         states = super().update(key_states, value_states, *args, **kwargs)
         assert self.slots is not None
+        self.slots = self.slots.last(self.sliding_window - 1)
         self.cumulative_length = self.slots.length
         return states
 
@@ -176,9 +173,6 @@ class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
             assert self.values is not None  # as it is initialised
             first = self.keys.shape[2] - self.slots.count
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
-
-    def _held(self, slots: Slots) -> Slots:
-        return slots.last(self.sliding_window - 1)
 
 
 class PrunedStaticLayer(PrunedLayer, StaticLayer):
@@ -303,7 +297,9 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
     kind = PRUNED[type(layer)]
     pruned = kind.__new__(kind)
     pruned.__dict__.update(layer.__dict__)
-    pruned.slots, pruned.incoming = pruned._held(fresh), None
+    pruned.slots, pruned.incoming = fresh, None
+    if isinstance(pruned, PrunedSlidingLayer):
+        pruned.slots = fresh.last(pruned.sliding_window - 1)
     if isinstance(pruned, PrunedStaticLayer):
         pruned.logical_max = pruned.max_cache_len
         if not pruned.is_initialized:
@@ -317,10 +313,13 @@ def is_pruned(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, PrunedLayer) for layer in cache.layers)
 
 
-def slots_held(layer: Any) -> int:
-    """Physical slots of a cache layer, pruned or not."""
-    if isinstance(layer, PrunedLayer) and layer.slots is not None:
-        return layer.slots.count
-    window = getattr(layer, "sliding_window", None)
-    held = int(layer.get_seq_length())
-    return held if window is None else min(held, window - 1)
+def slots_held(layers: Iterable[Any]) -> list[int]:
+    """Physical slots of each layer of a cache, pruned or not."""
+    counts = []
+    for layer in layers:
+        if isinstance(layer, PrunedLayer) and layer.slots is not None:
+            counts.append(layer.slots.count)
+            continue
+        window, held = getattr(layer, "sliding_window", None), int(layer.get_seq_length())
+        counts.append(held if window is None else min(held, window - 1))
+    return counts

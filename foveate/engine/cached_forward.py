@@ -20,6 +20,7 @@ from foveate.engine.extensions.base import Extension
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout, Slots, translate_mask
 from foveate.engine.plan import Plan
+from foveate.engine.state import Kwargs
 from foveate.families import Family
 
 
@@ -42,7 +43,7 @@ class CachedForward:
         self._layers: list[Any] = cache.layers
         self._before = before
         self._after: dict[int, Slots] = {}  # id of slots before the forward -> those after it
-        self._views: dict[tuple[int, ...], dict[str, Any]] = {}
+        self._views: dict[tuple[int, ...], Kwargs] = {}
         self._rotary: dict[tuple[int, int], Any] = {}
         self._named: list[Any] = []  # what keys are ids of, which must last as long as the keys
         self.extensions: list[Extension] = []
@@ -69,24 +70,25 @@ class CachedForward:
                     after = self._after[id(before)] = before.grow(key, self._length)
                 held.incoming = after
 
-    def enter(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> None:
-        """Tell a layer what it is about to see.
-
-        Args:
-            number: the decoder layer.
-            hidden: (B, T, D) its input.
-            kwargs: its keyword arguments in logical terms; afterwards in physical ones.
-        """
+    @torch.compiler.disable
+    def enter(
+        self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor | None, Tensor, Kwargs]:
+        """Tell a layer what it is about to see; arguments and returns as in `ForwardPass.enter`."""
         before = self._before[number]
-        if before is None:
-            return
-        # The mask and the rotary embedding differ between kinds of layers in some models.
-        key = id(before), id(kwargs.get("attention_mask")), id(kwargs["position_embeddings"])
-        changes = self._views.get(key)
-        if changes is None:
-            changes = self._views[key] = self._view(number, before, hidden, kwargs)
-            self._named.append((kwargs.get("attention_mask"), kwargs["position_embeddings"]))
-        kwargs.update(changes)
+        if before is not None:
+            # The mask and the rotary embedding differ between kinds of layers in some models.
+            mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+            key = id(before), id(mask), id(rotary)
+            changes = self._views.get(key)
+            if changes is None:
+                changes = self._views[key] = self._view(number, before, hidden, kwargs)
+                self._named.append((mask, rotary))
+            kwargs.update(changes)
+        for extension in self.extensions:
+            if (output := extension.run(number, layer, hidden, kwargs)) is not None:
+                return output, hidden, kwargs
+        return None, hidden, kwargs
 
     def leave(self, output: Any) -> Any:
         """Bring attention maps back to logical length, in place."""
@@ -104,12 +106,10 @@ class CachedForward:
         """The cache layer of a decoder layer, if it is pruned."""
         return None if self._before[number] is None else self._layers[number]
 
-    def _view(
-        self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _view(self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs) -> dict[str, Any]:
         """What layers are told that share slots."""
         after = self._after[id(before)]
-        changes: dict[str, Any] = {}
+        changes: Kwargs = {}
         mask = kwargs.get("attention_mask")
         static = isinstance(self._layers[number], PrunedStaticLayer)
         if mask is not None or after.ragged or static:
@@ -148,7 +148,7 @@ class CachedForward:
         return given
 
     def _renumbered(
-        self, number: int, shift: Tensor, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, shift: Tensor, hidden: Tensor, kwargs: Kwargs
     ) -> dict[str, Any]:
         """Rotary embeddings of position ids less a (B, 1) shift."""
         key = id(kwargs["position_embeddings"]), id(shift)

@@ -7,8 +7,6 @@ Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of eac
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +17,7 @@ from foveate.core import Need
 from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Layout, Slots
 from foveate.engine.masks import from_first
+from foveate.engine.plan import PlannedStep, Wanted
 from foveate.engine.prompt import starts
 from foveate.engine.prompt_columns import PromptColumns
 from foveate.engine.state import ForwardState
@@ -40,51 +39,51 @@ class DecoderSignals:
         self.columns = PromptColumns(state)
         self._collected: dict[tuple[DecoderSignal, int], tuple[Tensor, Layout]] = {}
         self._of_input: dict[tuple[DecoderSignal, int], Tensor] = {}  # signal, image
-        self._layer_input: _LayerInput | None = None  # of the layer that is about to run
 
     def collect(
-        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any], later: bool = False
+        self,
+        wanted: Wanted,
+        number: int,
+        layer: Any,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
     ) -> None:
-        """Collect what steps need of a layer that is about to run: what those before it need, of
-        what is there; and `later`, once they have acted, what those before later layers need, of
-        what the layer will see.
+        """Collect what steps need of a layer that is about to run, as it is now.
 
         Args:
+            wanted: the signals, and which steps need them.
             number: the decoder layer.
             layer: its module.
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
-            later: for which of them.
         """
-        if not later:
-            self._collect_of_input(number, hidden.detach())
-        for signal in self._due(number, operator.gt if later else operator.eq):
-            if signal.before_layer is None or self._is_collected(signal, number):
+        about: _LayerInput | None = None
+        layout = self.state.layout
+        for signal, steps in wanted.items():
+            _, collected = self._collected.get((signal, number), (None, None))
+            if collected is layout or not any(map(self._drops, steps)):
                 continue
-            view = self._layer_input
-            if view is None or view.number != number or view.layout is not self.state.layout:
-                view = self._layer_input = _LayerInput(self, number, layer, hidden, kwargs)
-            self._collected[signal, number] = signal.before_layer(view), self.state.layout
-        if later:  # it holds what a recomputation of the layer is known by
-            self._layer_input = None
+            if signal.of_input is not None:
+                self._collect_of_input(signal, hidden.detach())
+            elif signal.before_layer is not None:
+                about = about or _LayerInput(self, number, layer, hidden, kwargs)
+                self._collected[signal, number] = signal.before_layer(about), layout
 
-    def _collect_of_input(self, number: int, hidden: Tensor) -> None:
+    def _collect_of_input(self, signal: DecoderSignal, hidden: Tensor) -> None:
         """Collect what is told of the input of the language model, for all later steps."""
-        for signal in self._due(number):
-            if signal.of_input is None:
-                continue
-            text = self.columns.at_text(hidden)
-            for group in self.state.groups:
-                rows = self.state.row_index(group)
-                visual = hidden[rows, self.state.columns_of(group, self.state.layout)]
-                values = signal.of_input(visual, text[rows[:, 0]], self.columns.text_mask(group))
-                keys = ((signal, image) for image in group.numbers)
-                self._of_input |= dict(zip(keys, values, strict=True))
+        assert signal.of_input is not None
+        text = self.columns.at_text(hidden)
+        for group in self.state.groups:
+            rows = self.state.row_index(group)
+            visual = hidden[rows, self.state.columns_of(group, self.state.layout)]
+            values = signal.of_input(visual, text[rows[:, 0]], self.columns.text_mask(group))
+            keys = ((signal, image) for image in group.numbers)
+            self._of_input |= dict(zip(keys, values, strict=True))
 
     def collect_module(self, number: int, given: Tensor, made: Tensor) -> None:
         """Collect what a module of a layer made of its input, both (B, P, D)."""
-        for signal in self._due(number):
-            if signal.of_module is None:
+        for signal, steps in self.state.plan.decoder_signals.get(number, {}).items():
+            if signal.of_module is None or not any(map(self._drops, steps)):
                 continue
             if self.prompt.sample is not None:
                 raise InputError(
@@ -120,7 +119,7 @@ class DecoderSignals:
         """A signal of one layer, (G, ...) at the tokens alive of a group."""
         collected, layout = self._collected[signal, number]
         group, axis = images.group, signal.column_axis
-        rows = self.state.row_index(group).to(collected.device)
+        rows = images.rows.to(collected.device)
         if axis is None:
             return signal.finish(collected[rows[:, 0]], images)
         columns = self.state.columns_of(group, layout).to(collected.device)
@@ -132,25 +131,8 @@ class DecoderSignals:
 
     # -- what is due
 
-    def _due(
-        self, number: int, chosen: Callable[[int, int], bool] = operator.ge
-    ) -> list[DecoderSignal]:
-        """Signals of a layer that some step needs which removes anything; `chosen` compares the
-        layer of a step with it.
-        """
-        signals = self.state.plan.decoder_signals.get(number, {})
-        return [
-            signal
-            for signal, steps in signals.items()
-            if any(self._drops(s) for s in steps if chosen(s.step.layer, number))
-        ]
-
-    def _is_collected(self, signal: DecoderSignal, number: int) -> bool:
-        """Whether a signal of a layer was collected of what is there now."""
-        collected = self._collected.get((signal, number))
-        return collected is not None and collected[1] is self.state.layout
-
-    def _drops(self, planned: Any) -> bool:
+    def _drops(self, planned: PlannedStep) -> bool:
+        """Whether a step removes anything."""
         if planned.method.adaptive:
             return any(group.index.shape[1] for group in self.state.groups)
         return any(
@@ -282,7 +264,7 @@ class _ImageTokens:
 
     def __init__(self, columns: PromptColumns, group: ImageGroup) -> None:
         self._columns, self.group = columns, group
-        self._rows = columns.state.row_index(group)
+        self.rows = columns.state.row_index(group)  # (G, 1)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -291,14 +273,14 @@ class _ImageTokens:
 
     @cached_property
     def text_columns(self) -> Tensor:
-        return self._columns.question_text.columns[self._rows[:, 0]]
+        return self._columns.question_text.columns[self.rows[:, 0]]
 
     @cached_property
     def text_mask(self) -> Tensor:
         return self._columns.text_mask(self.group)
 
     def positions(self, columns: Tensor) -> Tensor:
-        prompt, rows = self._columns.prompt, self._rows
+        prompt, rows = self._columns.prompt, self.rows
         if prompt.sample is not None:
             return columns - starts(prompt.sample)[rows, columns]
         columns, real = columns + prompt.past, prompt.real

@@ -6,6 +6,7 @@ Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from foveate.engine.apply_step import apply_step
 from foveate.engine.attachment import bypassed
-from foveate.engine.attentions import Seen, widen_maps
+from foveate.engine.attentions import Seen, widen_maps, widen_states
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
@@ -22,15 +23,29 @@ from foveate.engine.layout import (
     Layout,
     Slots,
     compact,
-    expansion,
     take,
     take_positions,
     translate_mask,
 )
-from foveate.engine.plan import Plan, PlannedStep
-from foveate.engine.prompt import starts
-from foveate.engine.state import Prompt
+from foveate.engine.plan import Due, Plan, PlannedStep
+from foveate.engine.renumbering import Renumbering, places_in_samples
+from foveate.engine.state import Kwargs, Prompt
 from foveate.families import Family
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What layers are handed that share slots, columns and arguments.
+
+    Args:
+        changes: keyword arguments that change from logical to physical terms.
+        seen: what they attend with.
+        named: what the key of the view is ids of, which must last as long as the view.
+    """
+
+    changes: Kwargs
+    seen: Seen
+    named: tuple[Any, ...]
 
 
 class ForwardPass:
@@ -58,16 +73,18 @@ class ForwardPass:
         self.extensions: list[Extension] = [extension(self, plan) for extension in plan.extensions]
         self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
-        self._views: dict[tuple[int, ...], tuple[dict[str, Any], Slots, tuple[Any, ...]]] = {}
+        self._views: dict[tuple[int, ...], View] = {}
+        self._positions: dict[tuple[int, ...], tuple[Any, Tensor | None, tuple[Any, ...]]] = {}
+        self._rows: dict[tuple[int, ...], Tensor] = {}  # rows of a group -> them as a column
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
-        self._shift: Tensor | None = None  # (B, T) what renumbering takes off each position
-        self._renumbered: Tensor | None = None  # (B, 1) the same for what follows
+        self._renumbering: Renumbering | None = None
 
+    @torch.compiler.disable
     def enter(
-        self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Reduce what is due before a layer, and translate what the layer is handed.
+        self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Tensor | None, Tensor, Kwargs]:
+        """Reduce what is due before a layer, and tell the layer what is alive.
 
         Args:
             number: the decoder layer.
@@ -76,54 +93,78 @@ class ForwardPass:
             kwargs: its keyword arguments, in logical terms.
 
         Returns:
-            hidden and keyword arguments in physical terms; the same objects where nothing changes.
+            Its output, where an extension has run it; its input; and its keyword arguments, in
+            physical terms.
         """
         if self.groups:
-            if number != len(self.layer_layouts):  # those before it have come by otherwise
-                raise bypassed(self.family.layers[number - 1])
             hidden = self._reduce(number, layer, hidden, kwargs)
-            self.layer_layouts.append(self.layout)
-            self.layer_tokens.append(self.tokens)
         for extension in self.extensions:
             kwargs = extension.enter(number, layer, hidden, kwargs)
-        cache = kwargs.get("past_key_values")
-        runs = any(extension.runs(number) for extension in self.extensions)
-        if self.layout is self.full and not runs and not _is_pruned(cache, number):
-            return hidden, kwargs
-        before, width, held = self.fresh, 0, None
+        if self.layout is self.full and self._is_whole(number, kwargs.get("past_key_values")):
+            return None, hidden, kwargs
+        held, view = self._view(number, hidden, kwargs)
+        self._attended[number] = view.seen
+        kwargs = {**kwargs, **view.changes}
+        for extension in self.extensions:
+            extension.see(number, view.seen.slots, held)
+        for extension in self.extensions:
+            if (output := extension.run(number, layer, hidden, kwargs)) is not None:
+                return output, hidden, kwargs
+        return None, hidden, kwargs
+
+    def _is_whole(self, number: int, cache: Any) -> bool:
+        """Whether a layer lacks nothing, if no column does: neither in the cache, nor because an
+        extension runs it.
+        """
+        if any(extension.runs(number) for extension in self.extensions):
+            return False
+        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
+        return not isinstance(held, PrunedLayer)
+
+    def _view(self, number: int, hidden: Tensor, kwargs: Kwargs) -> tuple[PrunedLayer | None, View]:
+        """The cache layer that a layer fills, if there is a cache, and what the layer is handed.
+
+        Layers that share slots, columns and arguments share that.
+        """
+        cache, held, before = kwargs.get("past_key_values"), None, self.fresh
         if cache is not None:
             removed = self.prompt.length - self.layout.index.shape[1]
             held = pruned_layer(cache, number, self.fresh, removed)
             assert held.slots is not None
-            before, width = (
-                held.slots,
-                held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0,
-            )
+            before = held.slots
         # The mask and the rotary embedding differ between kinds of layers in some models.
         logical = kwargs.get("attention_mask"), kwargs["position_embeddings"]
-        key = (id(before), id(self.layout), *map(id, logical))
-        view = None if self.recomputed else self._views.get(key)
+        named = type(held), before, self.layout, *logical
+        key = tuple(map(id, named))
+        view = self._views.get(key)
         if view is None:
-            view = *self._view(number, before, width, hidden, kwargs), (before, logical)
+            width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
+            changes, after = self._physical(number, before, width, hidden, kwargs)
+            seen = Seen.of(self.layout, after, held, self.prompt.length)
+            view = View(changes, seen, named)
             if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
                 self._views[key] = view
-        changes, after, _ = view
         if held is not None:
-            held.incoming = after
-        self._attended[number] = Seen.of(self.layout, after, held, self.prompt.length)
-        for extension in self.extensions:
-            extension.see(number, after, held)
-        return hidden, {**kwargs, **changes} if changes else kwargs
+            held.incoming = view.seen.slots
+        return held, view
 
-    def _view(
-        self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Any], Slots]:
-        """Keyword arguments that change for layers that share slots and layout, and their slots
-        afterwards.
+    def _physical(
+        self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: Kwargs
+    ) -> tuple[Kwargs, Slots]:
+        """Keyword arguments of a layer that have an entry for each position, in physical terms, as
+        far as they change; and its slots after the forward.
+
+        Args:
+            number: the decoder layer.
+            before: its slots before the forward.
+            width: slots of a static cache; 0 for any other.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in logical terms.
         """
         tracked = any(extension.tracks_visual for extension in self.extensions)
         visual = self.prompt.visual if tracked else None
-        after = before.extend(self.layout, self.prompt.length, self._renumbered, visual)
+        total = None if self._renumbering is None else self._renumbering.total
+        after = before.extend(self.layout, self.prompt.length, total, visual)
         mask = kwargs.get("attention_mask")
         rotary, position_ids = self.positions(number, before, hidden, kwargs)
         physical = {
@@ -144,36 +185,50 @@ class ForwardPass:
         return ~hidden[self.row_index(group), group.columns]
 
     def positions(
-        self, number: int, before: Slots, hidden: Tensor, kwargs: dict[str, Any]
+        self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
-        """(cos, sin) and position ids of the physical columns."""
+        """(cos, sin) and position ids of the physical columns; arguments as in `_physical`."""
         rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        renumbered = self._shift is not None or before.renumbered is not None
-        if self.layout is self.full and not renumbered:
+        if self.layout is self.full and self._renumbering is None and before.renumbered is None:
             return rotary, position_ids
-        positions = position_ids
-        if self.layout is not self.full:
-            columns = self.layout.index.clamp(min=0)
-            positions = None if position_ids is None else take_positions(position_ids, columns)
-        if renumbered:
+        named = self.layout, before.renumbered, rotary, position_ids
+        key = tuple(map(id, named))
+        found = self._positions.get(key)
+        if found is None:
+            found = (
+                *self._positions_of(number, before.renumbered, hidden, rotary, position_ids),
+                named,
+            )
+            if not self.recomputed:
+                self._positions[key] = found
+        return found[:2]
+
+    def _positions_of(
+        self,
+        number: int,
+        earlier: Tensor | None,
+        hidden: Tensor,
+        rotary: Any,
+        position_ids: Tensor | None,
+    ) -> tuple[Any, Tensor | None]:
+        """The same of logical ones; `earlier` is what renumbering took off before the forward."""
+        columns, positions = self.layout.index.clamp(min=0), position_ids
+        if positions is not None and self.layout is not self.full:
+            positions = take_positions(positions, columns)
+        if self._renumbering is None and earlier is None:
+            rotary = tuple(take(part, columns) for part in rotary)
+        else:
             # Every supported text model hands position_ids to its layers.
             assert positions is not None
-            if self._shift is not None:
-                positions = positions - self._shift.gather(1, self.layout.index.clamp(min=0))
-            if before.renumbered is not None:
-                positions = positions - before.renumbered
+            if self._renumbering is not None:
+                positions = positions - self._renumbering.shift.gather(1, columns)
+            if earlier is not None:
+                positions = positions - earlier
             rotary = self.family.rotary(hidden, positions, number)
-        else:
-            rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
-        return rotary, self._packed() if self.prompt.flash else positions
-
-    def _packed(self) -> Tensor | None:
-        """(B, P) places of the columns in packed samples, for kernels that tell these apart so."""
-        if self.prompt.sample is None:
-            return None
-        sample = self.prompt.sample.gather(1, self.layout.index.clamp(min=0))
-        return torch.arange(sample.shape[1], device=sample.device) - starts(sample)
+        if self.prompt.flash:
+            positions = places_in_samples(self.prompt.sample, columns)
+        return rotary, positions
 
     def begin(self, embeds: Tensor) -> None:
         """Drop what was removed from the image features.
@@ -192,7 +247,7 @@ class ForwardPass:
             self._entry = self._compact(marked, self.plan.renumber_features)
             self._entrance = self.layout
 
-    def deepstack(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def deepstack(self, kwargs: Kwargs) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
 
         Args:
@@ -210,15 +265,23 @@ class ForwardPass:
         planes = [plane[kept.to(plane.device)] for plane in planes]
         return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
 
-    def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """Let steps act that are due before a layer, and note what is alive there."""
+        if number != len(self.layer_layouts):  # those before it have come by otherwise
+            raise bypassed(self.family.layers[number - 1])
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        collects = number in self.plan.decoder_signals
-        if collects:
-            self.decoder_signals.collect(number, layer, hidden, kwargs)
-        for planned in self.plan.llm:
-            if planned.step.layer != number:
-                continue
+        if (due := self.plan.due.get(number)) is not None:
+            hidden = self._act(due, number, layer, hidden, kwargs)
+        self.layer_layouts.append(self.layout)
+        self.layer_tokens.append(self.tokens)
+        return hidden
+
+    def _act(self, due: Due, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
+        """Collect what is due before a layer, and let steps act; arguments as in `enter`."""
+        if due.signals:
+            self.decoder_signals.collect(due.signals, number, layer, hidden, kwargs)
+        for planned in due.steps:
             replaced = [extension.before_step(planned, hidden) for extension in self.extensions]
             states = next((states for states in replaced if states is not None), None)
             if states is not None:
@@ -229,8 +292,8 @@ class ForwardPass:
             if self.layout is not before:
                 for extension in self.extensions:
                     extension.after_step(planned, kwargs.get("past_key_values"))
-        if collects:
-            self.decoder_signals.collect(number, layer, hidden, kwargs, later=True)
+        if due.later:
+            self.decoder_signals.collect(due.later, number, layer, hidden, kwargs)
         return hidden
 
     def _step(self, planned: PlannedStep, hidden: Tensor) -> Tensor:
@@ -280,13 +343,7 @@ class ForwardPass:
             (B, P') which column of now each new column is.
         """
         if renumber:
-            count = (gone if self.prompt.numbered is None else gone & self.prompt.numbered).long()
-            behind = count.cumsum(1)
-            shift, total = behind - count, behind[:, -1:]
-            if self.prompt.sample is not None:  # each sample has positions of its own
-                shift = shift - shift.gather(1, starts(self.prompt.sample))
-            self._shift = shift if self._shift is None else self._shift + shift
-            self._renumbered = total if self._renumbered is None else self._renumbered + total
+            self._renumbering = Renumbering.of(gone, self.prompt, self._renumbering)
         alive = ~gone
         if self.prompt.present is not None:
             alive &= self.prompt.present
@@ -322,7 +379,11 @@ class ForwardPass:
 
     def row_index(self, part: ImageGroup) -> Tensor:
         """(G, 1) row of the batch of each image."""
-        return torch.tensor(part.rows, device=self.prompt.device)[:, None]
+        rows = self._rows.get(part.rows)
+        if rows is None:
+            rows = torch.tensor(part.rows, device=self.prompt.device)[:, None]
+            self._rows[part.rows] = rows
+        return rows
 
     def _count_tokens(self) -> list[int]:
         if self.prompt.present is None or not self.groups:
@@ -335,37 +396,9 @@ class ForwardPass:
         Args:
             output: the text model's output.
         """
-        self._views.clear()  # they keep alive what they are known by
+        for known in (self._views, self._positions):  # they keep alive what they are known by
+            known.clear()
         widen_maps(output, self.family, self._attended, self.prompt.length)
-        if all(layout is self.full for layout in (self.layout, *self.layer_layouts)):
-            return output
-        states = output.last_hidden_state
-        output.last_hidden_state = self._expand(states, self.layout)
-        if output.get("hidden_states") is not None:
-            layouts, inner = self.layer_layouts, output.hidden_states[1:-1]
-            output.hidden_states = (
-                self._entered(output.hidden_states[0]),
-                *(self._expand(h, layout) for h, layout in zip(inner, layouts, strict=False)),
-                output.last_hidden_state,
-            )
+        layouts = (*self.layer_layouts, self.layout)
+        widen_states(output, self.full, self._entrance, layouts, self.prompt.length)
         return output
-
-    def _entered(self, states: Tensor) -> Tensor:
-        """What layer 0 was given, which has all positions: removed ones show what is left."""
-        if self._entrance is self.full or states is None:
-            return states
-        column = expansion(self._entrance, self.prompt.length)
-        return take(states, self._entrance.index.gather(1, column).clamp(min=0))
-
-    def _expand(self, states: Tensor, layout: Layout) -> Tensor:
-        if layout is self.full or states is None:
-            return states
-        return take(states, expansion(layout, self.prompt.length))
-
-
-def _is_pruned(cache: Any, number: int) -> bool:
-    return (
-        cache is not None
-        and len(cache.layers) > number
-        and isinstance(cache.layers[number], PrunedLayer)
-    )

@@ -332,37 +332,18 @@ class Hooks(FeatureHooks):
             **kwargs: its keyword arguments, in logical terms.
         """
         now = self._local.now
-        if now.cached is not None or now.forward is not None or self.replays.any:
-            output, hidden, kwargs = self.enter_layer(number, module, hidden, kwargs)
+        forward = now.cached or now.forward
+        if forward is None:
+            forward = self.replays.find(number, kwargs) if self.replays.any else None
+        elif forward is now.forward and module is not self.family.layers[number]:
+            self.replays.keep(number, forward, kwargs)  # as something is around the layer
+        if forward is not None:
+            output, hidden, kwargs = forward.enter(number, module, hidden, kwargs)
             if output is not None:
                 return output
         if before is not None:
             return before(hidden, *args, **kwargs)
         return type(module).forward(module, hidden, *args, **kwargs)
-
-    @torch.compiler.disable
-    def enter_layer(
-        self, number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
-    ) -> tuple[Tensor | None, Tensor, Kwargs]:
-        """Before a layer: its output, if it is known already, and what it is handed."""
-        forward, cached = self._local.now.forward, self._local.now.cached
-        if cached is not None:
-            cached.enter(number, hidden, kwargs)
-            for extension in cached.extensions:
-                if (output := extension.run(number, module, hidden, kwargs)) is not None:
-                    return output, hidden, kwargs
-            return None, hidden, kwargs
-        if forward is None:
-            forward = self.replays.find(number, kwargs)
-        elif module is not self.family.layers[number] and forward.groups:  # something is around it
-            self.replays.keep(number, forward, kwargs)
-        if forward is None:
-            return None, hidden, kwargs
-        hidden, kwargs = forward.enter(number, module, hidden, kwargs)
-        for extension in forward.extensions:
-            if (output := extension.run(number, module, hidden, kwargs)) is not None:
-                return output, hidden, kwargs
-        return None, hidden, kwargs
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any

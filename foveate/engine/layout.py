@@ -131,7 +131,7 @@ class Slots:
         head = torch.empty(batch, 0, dtype=torch.long, device=device)
         return cls(head, length, False, None, length)
 
-    @property
+    @functools.cached_property
     def count(self) -> int:
         """Slots of a row, S."""
         return self.head.shape[1] + self.tail

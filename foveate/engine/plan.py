@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -46,6 +46,47 @@ class PlannedStep:
             request: its entry of a per-request budget.
         """
         return self.method.count(tokens, start, self.step, self.number, request)
+
+
+Wanted = Mapping[DecoderSignal, Sequence[PlannedStep]]  # signal -> steps that need it
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is due before a decoder layer.
+
+    Args:
+        steps: the steps there, in stream order.
+        signals: signal of the layer -> steps that need it as it is before they act: those there,
+            and of what is told of the input of the language model, all.
+        later: signal of what the layer will see -> steps before later layers that need it.
+    """
+
+    steps: tuple[PlannedStep, ...]
+    signals: Wanted
+    later: Wanted
+
+    @classmethod
+    def of(cls, number: int, steps: Iterable[PlannedStep], wanted: Wanted) -> Due | None:
+        """What is due before a decoder layer, if anything is.
+
+        Args:
+            number: the layer.
+            steps: all steps between decoder layers.
+            wanted: signals of the layer.
+        """
+
+        def asked(by: Callable[[DecoderSignal, int], object]) -> Wanted:
+            asking = {
+                signal: [s for s in found if by(signal, s.step.layer)]
+                for signal, found in wanted.items()
+            }
+            return {signal: found for signal, found in asking.items() if found}
+
+        here = tuple(s for s in steps if s.step.layer == number)
+        now = asked(lambda signal, at: signal.of_input or (signal.before_layer and at == number))
+        later = asked(lambda signal, at: signal.before_layer and at > number)
+        return cls(here, now, later) if here or now or later else None
 
 
 @dataclass(frozen=True)
@@ -150,6 +191,14 @@ class Plan:
                 for layer in need.layers if signal.layered else (0,):
                     found.setdefault(layer, {}).setdefault(signal, []).append(planned)
         return found
+
+    @cached_property
+    def due(self) -> dict[int, Due]:
+        """Decoder layer -> what is due before it, of layers where anything is."""
+        wanted = self.decoder_signals
+        layers = sorted({s.step.layer for s in self.llm} | set(wanted))
+        found = {number: Due.of(number, self.llm, wanted.get(number, {})) for number in layers}
+        return {number: due for number, due in found.items() if due is not None}
 
     @property
     def watched_layers(self) -> tuple[int, ...]:

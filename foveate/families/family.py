@@ -124,7 +124,7 @@ class Family:
 
     # -- the text model
 
-    @property
+    @cached_property
     def text_layers(self) -> int:
         """Number of decoder layers."""
         return len(self.layers)

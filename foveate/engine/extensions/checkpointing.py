@@ -26,17 +26,20 @@ class Replays:
     def __init__(self) -> None:
         self._states = WeakIdKeyDictionary()  # cos -> decoder layer -> the forward before it
 
+    @torch.compiler.disable
     def keep(self, number: int, forward: ForwardPass, kwargs: dict[str, Any]) -> None:
-        """Keep a forward as it is before a layer, if gradients are going to be asked for.
+        """Keep a forward over images as it is before a layer, if gradients are going to be asked
+        for.
 
         Args:
             number: the decoder layer.
             forward: the forward.
             kwargs: what the layer is called with.
         """
-        if torch.is_grad_enabled():
+        if forward.groups and torch.is_grad_enabled():
             self._states.setdefault(kwargs["position_embeddings"][0], {})[number] = _copy(forward)
 
+    @torch.compiler.disable
     def find(self, number: int, kwargs: dict[str, Any]) -> ForwardPass | None:
         """The forward before a layer that is recomputed, if it is.
 
@@ -60,7 +63,7 @@ class Replays:
 def _copy(forward: ForwardPass) -> ForwardPass:
     """The same state, apart: what happens to one does not happen to the other."""
     twin = _twin(forward)
-    twin.recomputed, twin._views = True, {}
+    twin.recomputed, twin._views, twin._positions = True, {}, {}
     twin.decoder_signals = forward.decoder_signals.on(twin)
     twin.extensions = [_twin(extension) for extension in forward.extensions]
     for extension in twin.extensions:

@@ -41,6 +41,10 @@ class ModelFacts(Protocol):
         """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
 
     @property
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Decoder layers that make keys and values of single tokens."""
+
+    @property
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees."""
 

@@ -16,8 +16,10 @@ from torch import LongTensor, Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
@@ -218,6 +220,8 @@ PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicSlidingWindowLayer: PrunedSlidingLayer,
     StaticLayer: PrunedStaticLayer,
 }
+WITHOUT_SLOTS = frozenset({LinearAttentionLayer, DummyLayer})
+"""Cache layers that are left as they are: of a running state, or of layers that keep nothing."""
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -236,7 +240,7 @@ def check_cache(cache: Cache | None) -> None:
     layers = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         layers.add(cache.layer_class_to_replicate)
-    for kind in layers:
+    for kind in layers - WITHOUT_SLOTS:
         if kind not in PRUNED and not issubclass(kind, PrunedLayer):
             raise CacheError(
                 f"a KV cache with {kind.__name__} layers cannot be pruned; use "
@@ -318,7 +322,9 @@ def is_pruned(cache: Cache | None) -> bool:
 
 
 def slots_held(layer: Any) -> int:
-    """Physical slots of a cache layer, pruned or not."""
+    """Physical slots of a cache layer, pruned or not; 0 where it has none."""
+    if type(layer) in WITHOUT_SLOTS:
+        return 0
     if isinstance(layer, PrunedLayer) and layer.slots is not None:
         return layer.slots.count
     window = getattr(layer, "sliding_window", None)

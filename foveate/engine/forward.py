@@ -26,10 +26,12 @@ from foveate.engine.layout import (
     take,
     take_positions,
     translate_mask,
+    translate_padding,
 )
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt import starts
 from foveate.engine.state import Prompt
+from foveate.errors import InputError
 from foveate.families import Family
 
 
@@ -86,6 +88,8 @@ class ForwardPass:
             self.layer_tokens.append(self.tokens)
         for extension in self.extensions:
             kwargs = extension.enter(number, layer, hidden, kwargs)
+        if number in self.family.recurrent_layers:
+            return hidden, self._of_state(kwargs)
         cache = kwargs.get("past_key_values")
         runs = any(extension.runs(number) for extension in self.extensions)
         if self.layout is self.full and not runs and not _is_pruned(cache, number):
@@ -114,6 +118,23 @@ class ForwardPass:
         for extension in self.extensions:
             extension.see(number, after, held)
         return hidden, {**kwargs, **changes} if changes else kwargs
+
+    def _of_state(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a layer that mixes its columns into a running state.
+
+        Raises:
+            InputError: padding would come between the state and the columns, and fade the state.
+        """
+        if self.layout is self.full:
+            return kwargs
+        if self.layout.ragged and self.prompt.past:
+            raise InputError(
+                f"rows of this batch keep different numbers of tokens after a KV cache, so padding "
+                f"would run through the recurrent layers of {self.family.model_type}; give every "
+                "row as many visual tokens and as much text, or run the rows one by one"
+            )
+        mask = translate_padding(kwargs.get("attention_mask"), self.layout)
+        return {**kwargs, "attention_mask": mask}
 
     def _view(
         self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: dict[str, Any]

@@ -281,6 +281,7 @@ class Hooks(FeatureHooks):
             supervised=local.supervised if groups else None,
             sample=now.sample if groups else None,
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
+            recurrent=bool(self.family.recurrent_layers),
         )
         check_drafts(prompt.sees, prompt.trailing)
         return prompt

@@ -20,6 +20,8 @@ from foveate.record.boxes import cells_of
 from foveate.record.tiles import Tiling
 
 FAMILIES: dict[str, type[Family]] = {}
+RECURRENT = frozenset({"linear_attention", "conv"})
+"""Kinds of decoder layers, in transformers' words, that mix tokens into a running state."""
 F = TypeVar("F", bound="type[Family]")
 
 
@@ -135,14 +137,27 @@ class Family:
         return 0
 
     @cached_property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """How each decoder layer mixes tokens, in transformers' words: `full_attention`,
+        `sliding_attention`, `linear_attention`, `conv`, ...
+        """
+        kinds = getattr(self.text.config, "layer_types", None)
+        return tuple(kinds or ["full_attention"] * self.text_layers)[: self.text_layers]
+
+    @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
-        types = (
-            getattr(self.text.config, "layer_types", None) or ["full_attention"] * self.text_layers
-        )
-        return tuple(
-            i for i, kind in enumerate(types[: self.text_layers]) if kind == "full_attention"
-        )
+        return tuple(i for i, kind in enumerate(self.layer_kinds) if kind == "full_attention")
+
+    @cached_property
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Decoder layers that make keys and values of single tokens."""
+        return tuple(i for i in range(self.text_layers) if i not in self.recurrent_layers)
+
+    @cached_property
+    def recurrent_layers(self) -> frozenset[int]:
+        """Decoder layers that mix tokens into a running state and have no keys of single tokens."""
+        return frozenset(i for i, kind in enumerate(self.layer_kinds) if kind in RECURRENT)
 
     @property
     def window(self) -> int | None:

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
+from foveate.families.decoder_layer import mixer_of, norm_of
 
 
 class LayerView:
     """A decoder layer about to run.
 
     Args:
-        layer: the layer.
+        layer: the layer; of one without attention, `hidden` is all that can be read.
         hidden: (B, P, D) its input.
         rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
         past: cached keys (B, Hkv, S, d), already rotated.
 
-    Raises:
-        UnsupportedModelError: the layer's weights are offloaded and nothing brings them back, or
-            its projections are fused.
+    What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
+    brings them back, or its projections are fused.
     """
 
     def __init__(
@@ -41,14 +41,7 @@ class LayerView:
         past: Tensor | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
-        self.attention_module = layer.self_attn
-        projection = self._projection("k_proj")
-        weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(projection):
-            raise UnsupportedModelError(
-                "attention scores need the weights of the decoder layer, but they are offloaded "
-                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
-            )
+        self.attention_module = mixer_of(layer)
         self._rotary = rotary
 
     @cached_property
@@ -56,7 +49,7 @@ class LayerView:
     def _normed(self) -> Tensor:
         # Where norms follow the sublayers, attention reads the states as they are.
         after = getattr(self.layer, "norm_after", False)
-        return self.hidden if after else self.layer.input_layernorm(self.hidden)
+        return self.hidden if after else norm_of(self.layer)(self.hidden)
 
     @cached_property
     @torch.no_grad()
@@ -94,7 +87,8 @@ class LayerView:
         """(B, H, Q, d) queries of (B, Q) columns."""
         columns = columns.to(self.hidden.device)
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        q = self._heads(self._projection("q_proj")(self._normed[rows, columns]), "q_norm")
+        projected = self._projection("q_proj")(self._normed[rows, columns])
+        q = self._heads(self._without_gate(projected), "q_norm")
         if self._rotary is None or not rotate:
             return q
         cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
@@ -165,7 +159,23 @@ class LayerView:
                 f"{type(self.attention_module).__name__} has no {name} (fused by a quantised "
                 "model?); load the model without fused modules, or use a pre_llm method"
             )
+        weight = getattr(found, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(found):
+            raise UnsupportedModelError(
+                "attention scores need the weights of the decoder layer, but they are offloaded "
+                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
+            )
         return found
+
+    def _without_gate(self, projected: Tensor) -> Tensor:
+        """Queries (B, Q, H d) of a projection that makes a gate of each head's output too, after
+        the head's queries: (B, Q, H 2d), as in Qwen3.5.
+        """
+        heads = getattr(self.attention_module.config, "num_attention_heads", 0)
+        width = self.attention_module.head_dim
+        if projected.shape[-1] != 2 * heads * width:
+            return projected
+        return projected.unflatten(-1, (heads, 2 * width))[..., :width].flatten(-2)
 
     def _heads(self, x: Tensor, norm: str) -> Tensor:
         width = self.attention_module.head_dim

@@ -24,6 +24,37 @@ def model_of(name, attention="sdpa"):
     return MEMBERS[name]().build(attention)
 
 
+@functools.cache
+@torch.no_grad()
+def tolerance_of(name, batch):
+    """Allowed distance to an oracle: twice the model's own, where it computes a prompt in chunks
+    and a new token step by step.
+    """
+    member, model, rows = MEMBERS[name](), model_of(name), BATCHES[batch]
+    if not find_family(model).recurrent_layers:
+        return TOLERANCE
+    inputs = member.inputs(rows)
+    states, out = states_of(model, inputs)
+    own = 0.0
+    for row in range(len(rows)):
+        more = out[row : row + 1, inputs["input_ids"].shape[1] : -1]
+        whole = member.continued(member.row(inputs, row), more)
+        want = model.model(**whole).last_hidden_state[0, -STEPS - 1 :]
+        own = max(own, (want - states[row]).abs().max().item())
+    return max(TOLERANCE, 2 * own)
+
+
+def states_of(model, inputs):
+    """(B, STEPS + 1, D) last states of a prompt and of the tokens generated after it, and these."""
+    states = []
+    handle = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+    out = model.generate(
+        **fresh(inputs), max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False
+    )
+    handle.remove()
+    return torch.cat([state[:, -1:] for state in states], 1), out
+
+
 def layers_of(name):
     """Two layers at which tokens may be ranked and removed, and one whose attention ranks FastV."""
     family = find_family(model_of(name))
@@ -81,14 +112,8 @@ def test_prefill_and_decoding_equal_the_oracle(name, kind, batch):
         return
     rows = BATCHES[batch]
     inputs = member.inputs(rows)
-    states = []
-    handle = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
     with foveate.use(model, case(name, kind, 1)[0]) as run:
-        out = model.generate(
-            **fresh(inputs), max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False
-        )
-    handle.remove()
-    states = torch.cat([state[:, -1:] for state in states], 1)
+        states, out = states_of(model, inputs)
     kept = iter(run.kept)
     worst = bite = 0.0
     for row, pieces in enumerate(rows):
@@ -107,7 +132,7 @@ def test_prefill_and_decoding_equal_the_oracle(name, kind, batch):
             for place, indices in zip(next(kept).values(), history, strict=True):
                 assert torch.equal(place, indices[image])
     print(f"{name} {kind}: distance to the oracle {worst:.1e}, to the unpruned model {bite:.2f}")
-    assert worst <= TOLERANCE
+    assert worst <= tolerance_of(name, batch)
     assert bite > 0.02, "the test does not bite"
 
 

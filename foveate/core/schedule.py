@@ -201,7 +201,7 @@ class Scheduled(Method):
         """Layers before which the method can drop tokens on a model, ascending."""
         first = max(model.first_llm_layer, self._first)
         places = (layer + self.ranked_before for layer in model.attention_layers)
-        return [layer for layer in places if first <= layer < model.text_layers]
+        return [layer for layer in places if first <= layer <= model.last_llm_layer]
 
 
 @functools.lru_cache(maxsize=256)
@@ -245,7 +245,7 @@ def keyed_before(wanted: int, model: ModelFacts, slug: str) -> int:
 
 def _following(layers: Sequence[int], wanted: int, model: ModelFacts, slug: str) -> int:
     first = max(model.first_llm_layer, 1)
-    legal = [i + 1 for i in layers if first <= i + 1 < model.text_layers]
+    legal = [i + 1 for i in layers if first <= i + 1 <= model.last_llm_layer]
     return nearest((wanted,), legal, slug)[0][0]
 
 
@@ -259,8 +259,10 @@ def moved(published: int, layer: int, model: ModelFacts) -> str:
 
 def why_not_ranked(model: ModelFacts, layer: int) -> str:
     """Why a decoder layer cannot give what ranks tokens, as a predicate."""
-    if layer not in model.keyed_layers:
+    if layer in model.recurrent_layers:
         return "keeps a running state and has no keys of single tokens"
+    if layer not in model.keyed_layers:
+        return "reads the keys of an earlier layer and makes none"
     if layer not in model.attention_layers:
         return "sees only a window of the sequence"
     return (

@@ -198,6 +198,14 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"(DeepStack); the first layer before which tokens may be removed is "
             f"{family.first_llm_layer}"
         )
+    if step.layer > family.last_llm_layer:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but layers from "
+            f"{family.last_llm_layer + 1} on of this {family.model_type} read the keys and values "
+            "of earlier layers and compute only the last token of a prompt, so that nothing would be "
+            f"saved; the last layer before which removing tokens saves anything is "
+            f"{family.last_llm_layer}"
+        )
 
 
 def _check_needs(family: Family, planned: PlannedStep) -> None:

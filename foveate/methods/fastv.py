@@ -17,6 +17,7 @@ from foveate.core import Keep, ModelFacts, Need, Positions, Scorer, Step, Visual
 from foveate.core.fields import Positive
 from foveate.core.schedule import moved, ranked_before
 from foveate.errors import LayerError
+from foveate.io.quoting import quoted
 
 PUBLISHED_LAYER = 2
 
@@ -56,7 +57,8 @@ class FastV(Scorer):
         """
         if isinstance(self.layer, int) and self.layer < 1:
             raise LayerError(
-                f"FastV scores tokens in layer - 1, so layer must be at least 1, got {self.layer}; "
+                f"FastV scores tokens in layer - 1, so layer must be at least 1, got "
+                f"{quoted(self.layer)}; "
                 "for a random choice at the input use the method 'random'"
             )
         super().check_fields()

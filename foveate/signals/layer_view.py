@@ -8,6 +8,7 @@ Shapes: `B` rows, `P` columns, `Q` queries of a row, `H` heads and `Hkv` key hea
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -70,7 +71,10 @@ class LayerView:
     @torch.no_grad()
     def values(self) -> Tensor:
         """(B, Hkv, P, d) values."""
-        return self._heads(self._projection("v_proj")(self._normed), "v_norm")
+        # Where keys are values (Gemma 4), they are so before the norm.
+        shared = getattr(self.attention_module, "use_alternative_attention", False)
+        projection = self._projection("k_proj" if shared else "v_proj")
+        return self._heads(projection(self._normed), "v_norm")
 
     @torch.no_grad()
     def value_logits(self, columns: Tensor) -> Tensor:
@@ -213,4 +217,10 @@ def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
             f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot be "
             "computed"
         )
-    return function
+    if "q" in inspect.signature(function).parameters:
+        return function
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return function(q, cos, sin), function(k, cos, sin)
+
+    return both

@@ -202,8 +202,8 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but layers from "
             f"{family.last_llm_layer + 1} on of this {family.model_type} read the keys and values "
-            "of earlier layers and compute only the last token of a prompt, so that nothing would be "
-            f"saved; the last layer before which removing tokens saves anything is "
+            "of earlier layers and compute only the last token of a prompt, so that nothing would "
+            f"be saved; the last layer before which removing tokens saves anything is "
             f"{family.last_llm_layer}"
         )
 

@@ -108,7 +108,7 @@ class Family:
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
     per_position: ClassVar[tuple[str, ...]] = ()
-    """Arguments of decoder layers, beyond the usual, with an entry for each position: (B, T, ...)."""
+    """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     thumbnail: ClassVar[int] = -1

@@ -36,7 +36,9 @@ class FakeFamily:
     feature_layer = 0
     one_dimensional = True
     first_llm_layer = 0
-    attention_layers = (0, 1, 2, 3)
+    last_llm_layer = 3
+    attention_layers = keyed_layers = (0, 1, 2, 3)
+    recurrent_layers: frozenset[int] = frozenset()
 
 
 def image(row: int, *kept: tuple[str, list[int]], grid: tuple[int, int] = (4, 4)) -> ImageRecord:

@@ -16,7 +16,7 @@ from rich.table import Table
 from foveate.core import Method
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError
-from foveate.families import find_family
+from foveate.families import Family, find_family
 from foveate.io.writing import write_json
 from foveate.loading import load_image_processor, load_skeleton
 from foveate.measure.account import Account, account, unpruned, visual_tokens
@@ -146,9 +146,8 @@ def count(question: Question) -> Answer:
     before = account(full, family, (), question.convention)
     after = account(record, family, question.methods, question.convention)
     stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]
-    return Answer(
-        question, record, before, after, (stored[0], stored[1]), tuple(_notes(question, idle))
-    )
+    notes = tuple(_notes(question, family, idle))
+    return Answer(question, record, before, after, (stored[0], stored[1]), notes)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -168,7 +167,7 @@ def save(answer: Answer, path: Path) -> None:
     write_json(path, answer.to_dict())
 
 
-def _notes(question: Question, idle: Sequence[str]) -> list[str]:
+def _notes(question: Question, family: Family, idle: Sequence[str]) -> list[str]:
     notes = list(idle)
     if question.model in checkpoints():
         notes.append("counted from bundled facts of the config; nothing was downloaded")
@@ -180,8 +179,8 @@ def _notes(question: Question, idle: Sequence[str]) -> list[str]:
                 f"{method.slug} decides by the tokens how many survive; counted is {found}. Run it "
                 "and read the report of a run to know"
             )
-        if method.note:
-            notes.append(f"{method.slug}: {method.note}")
+        if note := method.note_on(family):
+            notes.append(f"{method.slug}: {note}")
     return notes
 
 

@@ -39,7 +39,7 @@ class Method(ABC):
     paper: ClassVar[str]
     rounding: ClassVar[Callable[[float], int]] = math.floor
     published_positions: ClassVar[Positions] = "renumbered"
-    note: ClassVar[str] = ""  # what every report must say of the method
+    note: ClassVar[str] = ""  # what every report must say of the method; see `note_on`
     field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
     adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
     keep: Keep | None
@@ -134,6 +134,10 @@ class Method(ABC):
     def learned(self, model: ModelFacts) -> nn.Module | None:
         """New parameters of a method that learns. `prepare` makes them part of the model."""
         return None
+
+    def note_on(self, model: ModelFacts) -> str:
+        """What a report of a model must say of the method; empty for nothing."""
+        return self.note
 
     def positions_on(self, model: ModelFacts) -> Positions:
         """What becomes of positions on a model: the field if it is given, else what is published.

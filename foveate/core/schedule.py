@@ -203,7 +203,7 @@ class Scheduled(Method):
         """Layers before which the method can drop tokens on a model, ascending."""
         first = max(model.first_llm_layer, self._first)
         layers = (layer + self.ranked_before for layer in model.attention_layers)
-        return [layer for layer in layers if first <= layer < model.text_layers]
+        return [layer for layer in layers if first <= layer <= model.last_llm_layer]
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,6 +224,52 @@ def _rescaled(shares: tuple[float, ...], layers: tuple[int, ...], mean: float) -
         middle = (low + high) / 2
         low, high = (middle, high) if above(middle) else (low, middle)
     return rescaled(high) if mean < 1 else tuple(1.0 for _ in shares)
+
+
+def ranked_before(wanted: int, model: ModelFacts, slug: str) -> int:
+    """The layer nearest to a wanted one that follows a layer whose attention can rank tokens.
+
+    Args:
+        wanted: the layer.
+        model: the model's facts.
+        slug: the method, for the message.
+
+    Raises:
+        LayerError: there is none.
+    """
+    return _following(model.attention_layers, wanted, model, slug)
+
+
+def keyed_before(wanted: int, model: ModelFacts, slug: str) -> int:
+    """The same for a layer that follows one with keys of single tokens."""
+    return _following(model.keyed_layers, wanted, model, slug)
+
+
+def _following(layers: Sequence[int], wanted: int, model: ModelFacts, slug: str) -> int:
+    first = max(model.first_llm_layer, 1)
+    legal = [i + 1 for i in layers if first <= i + 1 <= model.last_llm_layer]
+    return nearest((wanted,), legal, slug)[0][0]
+
+
+def moved(published: int, layer: int, model: ModelFacts) -> str:
+    """What a report says where a method acts before another layer than published."""
+    return (
+        f"it acts before layer {layer} of this {model.model_type}; the published layer {published} "
+        f"follows one that {why_not_ranked(model, published - 1)}"
+    )
+
+
+def why_not_ranked(model: ModelFacts, layer: int) -> str:
+    """Why a decoder layer cannot give what ranks tokens, as a predicate."""
+    if layer in model.recurrent_layers:
+        return "keeps a running state and has no keys of single tokens"
+    if layer not in model.keyed_layers:
+        return "reads the keys of an earlier layer and makes none"
+    if layer not in model.attention_layers:
+        return "sees only a window of the sequence"
+    return (
+        f"comes before layer {model.first_llm_layer}, the first that tokens may be dropped before"
+    )
 
 
 def nearest(wanted: Sequence[int], legal: Sequence[int], slug: str) -> list[tuple[int, int]]:

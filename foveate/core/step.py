@@ -37,8 +37,20 @@ class ModelFacts(Protocol):
         """First decoder layer before which tokens may be removed."""
 
     @property
+    def last_llm_layer(self) -> int:
+        """Last decoder layer before which tokens may be removed."""
+
+    @property
     def attention_layers(self) -> tuple[int, ...]:
         """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
+
+    @property
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Decoder layers that make keys and values of single tokens."""
+
+    @property
+    def recurrent_layers(self) -> frozenset[int]:
+        """Decoder layers that mix tokens into a running state."""
 
     @property
     def feature_layer(self) -> int:

@@ -16,8 +16,10 @@ from torch import LongTensor, Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
@@ -212,6 +214,8 @@ PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicSlidingWindowLayer: PrunedSlidingLayer,
     StaticLayer: PrunedStaticLayer,
 }
+WITHOUT_SLOTS = frozenset({LinearAttentionLayer, DummyLayer})
+"""Cache layers that are left as they are: of a running state, or of layers that keep nothing."""
 
 
 def check_cache(cache: Cache | None) -> None:
@@ -230,7 +234,7 @@ def check_cache(cache: Cache | None) -> None:
     layers = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         layers.add(cache.layer_class_to_replicate)
-    for kind in layers:
+    for kind in layers - WITHOUT_SLOTS:
         if kind not in PRUNED and not issubclass(kind, PrunedLayer):
             raise CacheError(
                 f"a KV cache with {kind.__name__} layers cannot be pruned; use "
@@ -314,9 +318,12 @@ def is_pruned(cache: Cache | None) -> bool:
 
 
 def slots_held(layers: Iterable[Any]) -> list[int]:
-    """Physical slots of each layer of a cache, pruned or not."""
+    """Physical slots of each layer of a cache, pruned or not; 0 where it has none."""
     counts = []
     for layer in layers:
+        if type(layer) in WITHOUT_SLOTS:
+            counts.append(0)
+            continue
         if isinstance(layer, PrunedLayer) and layer.slots is not None:
             counts.append(layer.slots.count)
             continue

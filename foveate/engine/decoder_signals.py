@@ -173,6 +173,8 @@ class DecoderSignals:
         cached; arguments as in `collect`.
         """
         state, prompt = self.state, self.prompt
+        if number in state.family.recurrent_layers:
+            return LayerView(layer, hidden, None), state.slots_of(None, number)
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         before = state.slots_of(cache, number)

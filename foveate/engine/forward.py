@@ -26,10 +26,12 @@ from foveate.engine.layout import (
     take,
     take_positions,
     translate_mask,
+    translate_padding,
 )
 from foveate.engine.plan import Due, Plan, PlannedStep
 from foveate.engine.renumbering import Renumbering, places_in_samples
 from foveate.engine.state import Kwargs, Prompt
+from foveate.errors import InputError
 from foveate.families import Family
 
 
@@ -100,6 +102,8 @@ class ForwardPass:
             hidden = self._reduce(number, layer, hidden, kwargs)
         for extension in self.extensions:
             kwargs = extension.enter(number, layer, hidden, kwargs)
+        if number in self.family.recurrent_layers:
+            return None, hidden, self._of_state(kwargs)
         if self.layout is self.full and self._is_whole(number, kwargs.get("past_key_values")):
             return None, hidden, kwargs
         held, view = self._view(number, hidden, kwargs)
@@ -111,6 +115,23 @@ class ForwardPass:
             if (output := extension.run(number, layer, hidden, kwargs)) is not None:
                 return output, hidden, kwargs
         return None, hidden, kwargs
+
+    def _of_state(self, kwargs: Kwargs) -> Kwargs:
+        """Keyword arguments of a layer that mixes its columns into a running state.
+
+        Raises:
+            InputError: padding would come between the state and the columns, and fade the state.
+        """
+        if self.layout is self.full:
+            return kwargs
+        if self.layout.ragged and self.prompt.past:
+            raise InputError(
+                f"rows of this batch keep different numbers of tokens after a KV cache, so padding "
+                f"would run through the recurrent layers of {self.family.model_type}; give every "
+                "row as many visual tokens and as much text, or run the rows one by one"
+            )
+        mask = translate_padding(kwargs.get("attention_mask"), self.layout)
+        return {**kwargs, "attention_mask": mask}
 
     def _is_whole(self, number: int, cache: Any) -> bool:
         """Whether a layer lacks nothing, if no column does: neither in the cache, nor because an

@@ -291,6 +291,7 @@ class Hooks(FeatureHooks):
             supervised=tokens.supervised if tokens else None,
             sample=tokens.sample if tokens else None,
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
+            recurrent=bool(self.family.recurrent_layers),
         )
         check_drafts(prompt.sees, prompt.trailing)
         return prompt

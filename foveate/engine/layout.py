@@ -344,6 +344,22 @@ def translate_mask(
     return physical
 
 
+def translate_padding(mask: Tensor | None, layout: Layout) -> Tensor | None:
+    """The padding mask of the physical columns, for layers that mix tokens into a running state.
+
+    Args:
+        mask: (B, T) real positions, as the text model made it; `None` for all.
+        layout: (B, P) columns of this forward.
+
+    Returns:
+        (B, P), or `None` where every column is real.
+    """
+    if mask is None:
+        return layout.index >= 0 if layout.ragged else None
+    real = mask.gather(1, layout.index.clamp(min=0).to(mask.device))
+    return real * (layout.index >= 0).to(real) if layout.ragged else real
+
+
 def _causal(layout: Layout, slots: Slots, keys: Tensor, length: int, *, two_d: bool) -> Tensor:
     """The mask of causal attention by logical position, where there was no mask to translate."""
     real = keys >= 0

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from foveate.core import (
-    STAGES,
     Method,
     Need,
     PartialCompute,
@@ -16,6 +15,7 @@ from foveate.core import (
     get_method,
     list_methods,
 )
+from foveate.core.schedule import why_not_ranked
 from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
@@ -35,6 +35,13 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
             methods that work.
         BudgetError: a schedule does not have one entry for each step.
     """
+    try:
+        return _plan(family, methods)
+    except UnsupportedModelError as error:
+        raise _offering(error, working_methods(family)) from None
+
+
+def _plan(family: Family, methods: Sequence[Method]) -> Plan:
     steps: list[PlannedStep] = []
     for number, method in enumerate(methods):
         planned = _steps(family, number, method)
@@ -95,15 +102,14 @@ def _check_stage(family: Family, method: Method, stage: str) -> None:
     if stage != "vision" and not family.text_layers:
         raise UnsupportedModelError(
             f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
-            f"encoder alone. Methods that work here: {', '.join(working_methods(family))}."
+            "encoder alone"
         )
     if stage == "vision":
-        check_mixing(family, [method], "image", {})
+        _check_mixing(family, [method], "image", {})
         if family.encoder is None or family.encoder.block is None:
             raise UnsupportedModelError(
                 f"{method.slug!r} acts inside the encoder, which is not supported on this "
-                f"{family.model_type!r}. Methods that work here: "
-                f"{', '.join(working_methods(family))}."
+                f"{family.model_type!r}"
             )
 
 
@@ -115,12 +121,20 @@ def check_mixing(
     Raises:
         UnsupportedModelError: so it is for this modality, or for what is to be encoded.
     """
+    try:
+        _check_mixing(family, methods, modality, arguments)
+    except UnsupportedModelError as error:
+        raise _offering(error, working_methods(family, vision=False)) from None
+
+
+def _check_mixing(
+    family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
+) -> None:
     if methods and (why := family.mixing(modality, arguments)):
         names = ", ".join(dict.fromkeys(method.slug for method in methods))
         raise UnsupportedModelError(
             f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
-            f"this {family.model_type!r}: {why}. Methods that work here: "
-            f"{', '.join(working_methods(family, vision=False))}."
+            f"this {family.model_type!r}: {why}"
         )
 
 
@@ -163,6 +177,12 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
             f"layers 0 to {family.text_layers - 1}"
         )
+    if "evict_cache" in step.effects and any(i < step.layer for i in family.recurrent_layers):
+        raise UnsupportedModelError(
+            f"{slug!r} takes tokens out of what the layers before {step.layer} have cached, but "
+            f"recurrent layers of this {family.model_type} have mixed them into a running state, "
+            "from which no token can be taken"
+        )
     if "decode" in step.effects:
         if step.layer < 1 or step.layer - 1 not in family.attention_layers:
             raise LayerError(
@@ -177,6 +197,14 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"features to the visual tokens after its first {family.first_llm_layer} layers "
             f"(DeepStack); the first layer before which tokens may be removed is "
             f"{family.first_llm_layer}"
+        )
+    if step.layer > family.last_llm_layer:
+        raise LayerError(
+            f"{slug} acts before decoder layer {step.layer}, but layers from "
+            f"{family.last_llm_layer + 1} on of this {family.model_type} read the keys and values "
+            "of earlier layers and compute only the last token of a prompt, so that nothing would "
+            f"be saved; the last layer before which removing tokens saves anything is "
+            f"{family.last_llm_layer}"
         )
 
 
@@ -208,17 +236,14 @@ def _check_encoder_signal(
 ) -> None:
     slug, step = planned.method.slug, planned.step
     encoder = family.encoder
-    works = "Methods that work here: "
     if signal.class_token and (encoder is None or not encoder.class_token):
         raise UnsupportedModelError(
             f"{slug!r} needs class-token attention, but the encoder of this {family.model_type} "
-            "has no class token that methods can read. "
-            f"{works}{', '.join(working_methods(family))}."
+            "has no class token that methods can read"
         )
     if encoder is None or (encoder.packed is not None and not signal.varlen):
         raise UnsupportedModelError(
-            f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot "
-            f"give. {works}{', '.join(working_methods(family))}."
+            f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot give"
         )
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
@@ -259,12 +284,16 @@ def _check_decoder_signal(
             f"{slug} acts at {step.site} and needs {need.name} of layer {outside[0]}, but there "
             f"it is known of layers 0 to {last}"
         )
-    windowed = [i for i in need.layers if i not in family.attention_layers]
-    if signal.full_attention and windowed:
-        legal = ", ".join(map(str, family.attention_layers))
+    if not signal.keyed:
+        return
+    legal = family.attention_layers if signal.full_attention else family.keyed_layers
+    unable = [i for i in need.layers if i not in legal]
+    if unable:
+        nearest = min(legal, key=lambda layer: abs(layer - unable[0]), default=None)
         raise LayerError(
-            f"{slug} ranks tokens by the attention of layer {windowed[0]}, which sees only a "
-            f"window of the sequence; layers that see all of it are {legal}"
+            f"{slug} needs {need.name} of layer {unable[0]}, which "
+            f"{why_not_ranked(family, unable[0])}; the nearest layer that can give it is "
+            f"{nearest}, of {', '.join(map(str, legal))}"
         )
 
 
@@ -281,8 +310,7 @@ def _work(family: Family, methods: Sequence[Method]) -> dict[int, PartialCompute
             if why := why_unsupported(family, work):
                 raise UnsupportedModelError(
                     f"{method.slug!r} computes decoder layers of this {family.model_type} in "
-                    f"parts, but {why}. Methods that work here: "
-                    f"{', '.join(working_methods(family))}."
+                    f"parts, but {why}"
                 )
             if work.layer in found:
                 raise LayerError(
@@ -298,36 +326,33 @@ def _suspending(steps: Sequence[Step]) -> list[bool]:
     return ["reinsert" in step.effects for step in (*steps[1:], Step("llm"))][: len(steps)]
 
 
+def why_not(family: Family, name: str) -> str | None:
+    """Why a method with default settings does not work on a model, or `None` if it does."""
+    try:
+        _plan(family, [get_method(name)()])
+    except FoveateError as error:
+        return str(error)
+    return None
+
+
 def working_methods(family: Family, *, encoder: bool = True, vision: bool = True) -> list[str]:
-    """Registered methods that need no stage and no signal the model lacks.
+    """Registered methods that work on a model with default settings.
 
     Args:
         family: the model.
         encoder: whether signals of the encoder may be read after it.
         vision: whether methods may act inside the encoder, if they can.
     """
-    tower, reads = family.encoder, encoder
-    layers = [PartialCompute(number, window=1) for number in range(family.text_layers)]
-    stages = set(STAGES if family.text_layers else STAGES[:1])
-    if tower is None or tower.block is None or not vision:
-        stages.discard("vision")
 
-    def has(method: type[Method], name: str) -> bool:
-        signal = SIGNALS[name]
-        if signal.source != "encoder":
-            return True
-        if tower is None or (signal.class_token and not tower.class_token):
-            return False
-        if tower.packed is not None and not signal.varlen:
-            return False
-        return method.stage == "vision" or reads
+    def wanted(method: type[Method]) -> bool:
+        if method.stage == "vision":
+            return vision
+        return encoder or all(SIGNALS[need].source != "encoder" for need in method.needs)
 
-    def works(name: str) -> bool:
-        method = get_method(name)
-        if method.partial_compute is not Method.partial_compute and any(
-            why_unsupported(family, work) for work in layers
-        ):
-            return False
-        return method.stage in stages and all(has(method, need) for need in method.needs)
+    names = (name for name in list_methods() if wanted(get_method(name)))
+    return [name for name in names if why_not(family, name) is None]
 
-    return [name for name in list_methods() if works(name)]
+
+def _offering(error: UnsupportedModelError, methods: Sequence[str]) -> UnsupportedModelError:
+    """A refusal that says what works instead."""
+    return UnsupportedModelError(f"{error}. Methods that work here: {', '.join(methods)}.")

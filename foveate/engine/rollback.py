@@ -11,17 +11,18 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
-from foveate.engine.cache import PRUNED
+from foveate.engine.cache import PRUNED, WITHOUT_SLOTS
 
 Attributes = dict[str, Any]
-KINDS = {*PRUNED, *PRUNED.values()}
+KINDS = {*PRUNED, *PRUNED.values(), *WITHOUT_SLOTS}
 
 
 class Rollback:
     """What a cache holds before a forward.
 
     Keys and values that only grow are not held on to, as that would double the memory of the cache
-    as long as the forward runs: what was appended is cut off again.
+    as long as the forward runs: what was appended is cut off again. A running state is copied, as
+    it is written in place.
 
     Args:
         cache: the cache.
@@ -64,6 +65,8 @@ def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | Non
     keys and values are left out then, unless they are written in place.
     """
     attributes = dict(vars(layer))
+    if type(layer) in WITHOUT_SLOTS:
+        return {name: _copy(value) for name, value in attributes.items()}, None
     if isinstance(layer, StaticLayer):
         slots = attributes.get("slots")
         return attributes, past if slots is None else slots.count
@@ -71,3 +74,10 @@ def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | Non
         return attributes, None
     del attributes["values"]
     return attributes, attributes.pop("keys").shape[2]
+
+
+def _copy(value: Any) -> Any:
+    """An attribute of a layer with a running state: tables of tensors and of flags are copied."""
+    if not isinstance(value, dict):
+        return value
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}

@@ -39,6 +39,8 @@ class Prompt:
         supervised: (B, T) positions with a label; `None` without labels.
         sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
         numbered: (B, T) which positions make those after them go on by one; `None` for all.
+        recurrent: whether some layers mix tokens into a running state; a hidden position is a step
+            of zeros there.
     """
 
     batch: int
@@ -54,16 +56,22 @@ class Prompt:
     supervised: Tensor | None = None
     sample: Tensor | None = None
     numbered: Tensor | None = None
+    recurrent: bool = False
 
     @cached_property
     def present(self) -> Tensor | None:
         """(B, T) which positions have a column once any is removed: real ones, and visual tokens
-        that nobody sees because the caller hides them; `None` for all.
+        that nobody sees because the caller hides them; `None` for all. Where a running state steps
+        over hidden positions, all but padding around a row.
         """
-        if self.real is None:
+        if self.real is None or (self.recurrent and self.past):
             return None
         real = self.real[:, self.past :]
-        return real if self.visual is None else real | self.visual
+        real = real if self.visual is None else real | self.visual
+        if not self.recurrent:
+            return real
+        begun, goes_on = real.cumsum(1), real.flip(1).cumsum(1).flip(1)
+        return (begun > 0) & (goes_on > 0)
 
     @cached_property
     def hidden(self) -> Tensor | None:

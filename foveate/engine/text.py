@@ -12,6 +12,7 @@ from foveate.engine.kernels import check_kernel
 from foveate.engine.plan import Plan
 from foveate.engine.vision.hooks import VisionPart
 from foveate.families import Family
+from foveate.families.decoder_layer import mixer_of, mlp_of
 from foveate.signals.clip import ClipQuestions
 
 
@@ -73,8 +74,8 @@ class TextPart(Hooks, Part):
         for number in range(family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(self.layer, number))
         for number in self.plan.watched_layers:
-            for name in ("self_attn", "mlp"):
-                module = family._child(family.layers[number], name)
+            layer = family.layers[number]
+            for module in (mixer_of(layer), mlp_of(layer)):
                 self.after(module, functools.partial(self.leave_module, number))
         if self.tags.signals is not None:
             self.tags.signals.attach(self)

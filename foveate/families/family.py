@@ -20,6 +20,8 @@ from foveate.record.boxes import cells_of
 from foveate.record.tiles import Tiling
 
 FAMILIES: dict[str, type[Family]] = {}
+RECURRENT = frozenset({"linear_attention", "conv"})
+"""Kinds of decoder layers, in transformers' words, that mix tokens into a running state."""
 F = TypeVar("F", bound="type[Family]")
 
 
@@ -105,6 +107,8 @@ class Family:
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
+    per_position: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     thumbnail: ClassVar[int] = -1
@@ -135,14 +139,53 @@ class Family:
         return 0
 
     @cached_property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """How each decoder layer mixes tokens, in transformers' words: `full_attention`,
+        `sliding_attention`, `linear_attention`, `conv`, ...
+        """
+        kinds = getattr(self.text.config, "layer_types", None)
+        return tuple(kinds or ["full_attention"] * self.text_layers)[: self.text_layers]
+
+    @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
-        types = (
-            getattr(self.text.config, "layer_types", None) or ["full_attention"] * self.text_layers
-        )
-        return tuple(
-            i for i, kind in enumerate(types[: self.text_layers]) if kind == "full_attention"
-        )
+        return tuple(i for i in self.keyed_layers if self.layer_kinds[i] == "full_attention")
+
+    @cached_property
+    def keyed_layers(self) -> tuple[int, ...]:
+        """Decoder layers that make keys and values of single tokens."""
+        own = (i for i, donor in enumerate(self.donors) if donor == i)
+        return tuple(i for i in own if i not in self.recurrent_layers)
+
+    @cached_property
+    def donors(self) -> tuple[int, ...]:
+        """For each decoder layer, the one whose keys and values it reads: itself, or the last layer
+        of its kind that makes some.
+        """
+        modes = getattr(self.text.config, "kv_sharing_modes", [None] * self.text_layers)
+        found, last = [], {}
+        for number, (kind, mode) in enumerate(zip(self.layer_kinds, modes, strict=True)):
+            if mode != "reuse":
+                last[kind] = number
+            found.append(last[kind])
+        return tuple(found)
+
+    @cached_property
+    def last_llm_layer(self) -> int:
+        """Last decoder layer before which tokens may be removed. Those after it make no keys and
+        values, and in generation compute nothing but the last token.
+        """
+        return max(self.donors, default=-1)
+
+    @cached_property
+    def recurrent_layers(self) -> frozenset[int]:
+        """Decoder layers that mix tokens into a running state and have no keys of single tokens."""
+        return frozenset(i for i, kind in enumerate(self.layer_kinds) if kind in RECURRENT)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether the text model makes more of its input embeddings than the input of layer 0."""
+        return False
 
     @property
     def window(self) -> int | None:

@@ -121,6 +121,8 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "pixtral": _PIXTRAL,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
+    "qwen3_5_moe_vision": _QWEN,
+    "qwen3_5_vision": _QWEN,
     "qwen3_vl_moe_vision": _QWEN3,
     "qwen3_vl_vision": _QWEN3,
     "smolvlm_vision": _IDEFICS,

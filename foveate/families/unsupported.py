@@ -6,10 +6,6 @@ _SHARED = (
     "its last decoder layers reuse the keys of earlier ones, so tokens cannot be removed in between"
 )
 _PER_LAYER = "its decoder layers take inputs of their own for every token, and " + _SHARED
-_RECURRENT = (
-    "its text model has recurrent layers, which mix every token into a running state, so a token "
-    "cannot be taken out again"
-)
 _LATENT = (
     "its attention keeps compressed keys (MLA), from which attention to single tokens cannot be "
     "read"
@@ -28,8 +24,6 @@ UNSUPPORTED: dict[str, str] = {
     "cross-attention",
     "phi4_multimodal": "its vision encoder is a part of the text model's embedding, so there is "
     "no site between the two at which tokens could be removed",
-    "qwen3_5": _RECURRENT,
-    "qwen3_5_moe": _RECURRENT,
 }
 
 

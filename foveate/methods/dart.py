@@ -32,6 +32,7 @@ from foveate.core import (
 from foveate.core.fields import Natural, Positive
 from foveate.core.ranking import among_top, ranked
 from foveate.core.reduction import take_rows
+from foveate.core.schedule import keyed_before
 from foveate.ops.diversity import normalize, with_lengths
 
 PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32
@@ -79,7 +80,7 @@ class DART(Method):
         layer = self.layer
         if layer is None:
             scaled = round(model.text_layers * PUBLISHED_LAYER / PUBLISHED_DEPTH)
-            layer = max(scaled, 1, model.first_llm_layer)
+            layer = keyed_before(scaled, model, self.slug)
         needs = [
             Need("llm_keys", (layer - 1,)),
             Need("question_keys", (layer - 1,)),

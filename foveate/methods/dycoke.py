@@ -119,7 +119,7 @@ class DyCoke(VideoMethod, DecodeSelector):
 
 
 def _published(model: ModelFacts) -> int:
-    legal = [i + 1 for i in model.attention_layers if i + 1 < model.text_layers]
+    legal = [i + 1 for i in model.attention_layers if i + 1 <= model.last_llm_layer]
     if not legal:
         raise LayerError(
             "dycoke finds no layer of this model whose attention can choose for the layers after "

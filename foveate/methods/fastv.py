@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveate.core import Keep, ModelFacts, Need, Positions, Scorer, Step, VisualTokens, register
+from foveate.core.fields import Positive
+from foveate.core.schedule import moved, ranked_before
 from foveate.errors import LayerError
+from foveate.io.quoting import quoted
+
+PUBLISHED_LAYER = 2
 
 
 @register(
@@ -26,7 +31,8 @@ class FastV(Scorer):
 
     Args:
         layer: K of the paper: layers 0 to K-1 see all tokens, tokens are dropped before layer K.
-            At least 1.
+            `None` is the published 2, or the nearest layer to it after one whose attention can rank
+            tokens.
         keep: what survives, 1 - R of the paper; shares are rounded half to even, as in the
             reference.
         positions: `None` leaves survivors at their positions (`original`), as the reference does;
@@ -35,7 +41,7 @@ class FastV(Scorer):
     Cost: one key projection of all tokens and one query row; no attention map.
     """
 
-    layer: int = 2
+    layer: Positive | None = None
     keep: Keep = 0.5
     positions: Positions | None = None
     published_positions = "original"
@@ -49,16 +55,27 @@ class FastV(Scorer):
             `random`.
             FoveateError: another field does not fit its annotation.
         """
-        super().check_fields()
-        if self.layer < 1:
+        if isinstance(self.layer, int) and self.layer < 1:
             raise LayerError(
-                f"FastV scores tokens in layer - 1, so layer must be at least 1, got {self.layer}; "
+                f"FastV scores tokens in layer - 1, so layer must be at least 1, got "
+                f"{quoted(self.layer)}; "
                 "for a random choice at the input use the method 'random'"
             )
+        super().check_fields()
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One drop before `layer`, scored with the weights of the layer before it."""
-        return (Step("llm", self.layer, (Need("text_attention", (self.layer - 1,)),)),)
+        layer = self._published(model) if self.layer is None else self.layer
+        return (Step("llm", layer, (Need("text_attention", (layer - 1,)),)),)
+
+    def note_on(self, model: ModelFacts) -> str:
+        """That the default layer is not the paper's, where it is not."""
+        if self.layer is not None or (layer := self._published(model)) == PUBLISHED_LAYER:
+            return ""
+        return moved(PUBLISHED_LAYER, layer, model)
+
+    def _published(self, model: ModelFacts) -> int:
+        return ranked_before(PUBLISHED_LAYER, model, self.slug)
 
     def scores(self, tokens: VisualTokens) -> Tensor:
         """Attention of the last token, averaged over heads: (G, V)."""

@@ -106,7 +106,7 @@ class PruneVid(VideoMethod):
 
     def _published(self, model: ModelFacts) -> int:
         """The layer after the one that can rank tokens and is nearest to the release's."""
-        first, last = max(model.first_llm_layer, 1), model.text_layers - 1
+        first, last = max(model.first_llm_layer, 1), model.last_llm_layer
         legal = [i + 1 for i in model.attention_layers if first <= i + 1 <= last]
         if not legal:
             raise LayerError(

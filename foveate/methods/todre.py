@@ -68,6 +68,7 @@ class ToDRE(Method):
         layer = self.drop_layer
         if layer is None:
             layer = max(3 * model.text_layers // 4, 1, model.first_llm_layer)
+            layer = min(layer, model.last_llm_layer)
         return (Step("pre_llm"), *([] if layer == -1 else [Step("llm", layer)]))
 
     def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:

@@ -128,7 +128,7 @@ class VFlowOpt(Adaptive):
         """The published decoder layers before which tokens are dropped, scaled to a model."""
         lowest = model.first_llm_layer
         first = max(9 * model.text_layers // 28, lowest)
-        return first, max(18 * model.text_layers // 28, min(first + 1, model.text_layers - 1))
+        return first, min(max(18 * model.text_layers // 28, first + 1), model.last_llm_layer)
 
     def reduce_each(self, tokens: VisualTokens) -> list[tuple[tuple[int, ...], Reduction]]:
         """Recycle after the projector; drop by the same scores in the language model."""

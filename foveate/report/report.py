@@ -92,7 +92,11 @@ class Report(dict[str, Any]):
             ],
             flops=_flops(record, family, methods),
             kv_bytes=_kv_bytes(record, family.config, dtype),
-            notes=[*record.notes, *idle_notes(record, family, methods), *_method_notes(methods)],
+            notes=[
+                *record.notes,
+                *idle_notes(record, family, methods),
+                *_method_notes(family, methods),
+            ],
         )
         if report["flops"]["vision"] is None:
             report["notes"].append(
@@ -188,9 +192,9 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _method_notes(methods: Sequence[Method]) -> list[str]:
-    """What methods say about themselves in every report, in a class attribute `note`."""
-    return [f"{m.slug}: {note}" for m in methods if (note := m.note)]
+def _method_notes(family: ModelFacts, methods: Sequence[Method]) -> list[str]:
+    """What methods say about themselves in every report."""
+    return [f"{m.slug}: {note}" for m in methods if (note := m.note_on(family))]
 
 
 def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) -> list[str]:

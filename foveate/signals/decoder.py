@@ -70,6 +70,7 @@ _ALONE: dict[str, Any] = {"finish": _query_mean_of_shares, "hidden_value": -torc
     **_QUERY,
     finish=_query_mean,
     full_attention=True,
+    keyed=True,
     flops=_query,
     shares=(_keys,),
 )
@@ -84,6 +85,7 @@ def text_attention(layer: LayerInput) -> Tensor:
     **_QUERY,
     **_ALONE,
     full_attention=True,
+    keyed=True,
     flops=_query,
     shares=(_keys,),
 )
@@ -99,6 +101,7 @@ def content_attention(layer: LayerInput) -> Tensor:
     column_axis=3,
     finish=_without_padding,
     full_attention=True,
+    keyed=True,
     flops=lambda sizes: sizes.text * _query(sizes),
     shares=(_keys,),
 )
@@ -114,6 +117,7 @@ def question_attention(layer: LayerInput) -> Tensor:
     "before_layer",
     **_TEXT,
     column_axis=2,
+    keyed=True,
     flops=lambda sizes: 2 * sizes.text * sizes.tokens * sizes.head,
 )
 def question_closeness(layer: LayerInput) -> Tensor:
@@ -129,13 +133,13 @@ def llm_states(layer: LayerInput) -> Tensor:
     return layer.view.hidden
 
 
-@define(DecoderSignal, "before_layer", column_axis=2, shares=(_keys,))
+@define(DecoderSignal, "before_layer", column_axis=2, keyed=True, shares=(_keys,))
 def llm_keys(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, V, d): keys of decoder layers, rotated."""
     return layer.counted_view.keys
 
 
-@define(DecoderSignal, "before_layer", column_axis=2, shares=(_values,))
+@define(DecoderSignal, "before_layer", column_axis=2, keyed=True, shares=(_values,))
 def llm_values(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, V, d): values of decoder layers."""
     return layer.view.values
@@ -146,6 +150,7 @@ def llm_values(layer: LayerInput) -> Tensor:
     "before_layer",
     **_QUERY,
     **_ALONE,
+    keyed=True,
     flops=lambda sizes: 2 * sizes.tokens * sizes.held,
     shares=(_values,),
 )
@@ -168,7 +173,9 @@ def question_states(layer: LayerInput) -> Tensor:
     return layer.at_text(layer.view.hidden)
 
 
-@define(DecoderSignal, "before_layer", **_TEXT, finish=_without_padding, shares=(_keys,))
+@define(
+    DecoderSignal, "before_layer", **_TEXT, finish=_without_padding, keyed=True, shares=(_keys,)
+)
 def question_keys(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, Q, d), and (G, Q) `question_mask`: its keys, rotated."""
     return layer.at_text(layer.counted_view.keys.transpose(1, 2)).transpose(1, 2)

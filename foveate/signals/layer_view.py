@@ -8,6 +8,7 @@ Shapes: `B` rows, `P` columns, `Q` queries of a row, `H` heads and `Hkv` key hea
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import cached_property
@@ -17,20 +18,20 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
+from foveate.families.decoder_layer import mixer_of, norm_of
 
 
 class LayerView:
     """A decoder layer about to run.
 
     Args:
-        layer: the layer.
+        layer: the layer; of one without attention, `hidden` is all that can be read.
         hidden: (B, P, D) its input.
         rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
         past: cached keys (B, Hkv, S, d), already rotated.
 
-    Raises:
-        UnsupportedModelError: the layer's weights are offloaded and nothing brings them back, or
-            its projections are fused.
+    What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
+    brings them back, or its projections are fused.
     """
 
     def __init__(
@@ -41,14 +42,7 @@ class LayerView:
         past: Tensor | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
-        self.attention_module = layer.self_attn
-        projection = self._projection("k_proj")
-        weight = getattr(projection, "weight", None)
-        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(projection):
-            raise UnsupportedModelError(
-                "attention scores need the weights of the decoder layer, but they are offloaded "
-                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
-            )
+        self.attention_module = mixer_of(layer)
         self._rotary = rotary
 
     @cached_property
@@ -56,7 +50,7 @@ class LayerView:
     def _normed(self) -> Tensor:
         # Where norms follow the sublayers, attention reads the states as they are.
         after = getattr(self.layer, "norm_after", False)
-        return self.hidden if after else self.layer.input_layernorm(self.hidden)
+        return self.hidden if after else norm_of(self.layer)(self.hidden)
 
     @cached_property
     @torch.no_grad()
@@ -77,7 +71,10 @@ class LayerView:
     @torch.no_grad()
     def values(self) -> Tensor:
         """(B, Hkv, P, d) values."""
-        return self._heads(self._projection("v_proj")(self._normed), "v_norm")
+        # Where keys are values (Gemma 4), they are so before the norm.
+        shared = getattr(self.attention_module, "use_alternative_attention", False)
+        projection = self._projection("k_proj" if shared else "v_proj")
+        return self._heads(projection(self._normed), "v_norm")
 
     @torch.no_grad()
     def value_logits(self, columns: Tensor) -> Tensor:
@@ -94,7 +91,8 @@ class LayerView:
         """(B, H, Q, d) queries of (B, Q) columns."""
         columns = columns.to(self.hidden.device)
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
-        q = self._heads(self._projection("q_proj")(self._normed[rows, columns]), "q_norm")
+        projected = self._projection("q_proj")(self._normed[rows, columns])
+        q = self._heads(self._without_gate(projected), "q_norm")
         if self._rotary is None or not rotate:
             return q
         cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
@@ -165,7 +163,23 @@ class LayerView:
                 f"{type(self.attention_module).__name__} has no {name} (fused by a quantised "
                 "model?); load the model without fused modules, or use a pre_llm method"
             )
+        weight = getattr(found, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta and "_hf_hook" not in vars(found):
+            raise UnsupportedModelError(
+                "attention scores need the weights of the decoder layer, but they are offloaded "
+                "without accelerate's hooks; load the model onto one device or use a pre_llm method"
+            )
         return found
+
+    def _without_gate(self, projected: Tensor) -> Tensor:
+        """Queries (B, Q, H d) of a projection that makes a gate of each head's output too, after
+        the head's queries: (B, Q, H 2d), as in Qwen3.5.
+        """
+        heads = getattr(self.attention_module.config, "num_attention_heads", 0)
+        width = self.attention_module.head_dim
+        if projected.shape[-1] != 2 * heads * width:
+            return projected
+        return projected.unflatten(-1, (heads, 2 * width))[..., :width].flatten(-2)
 
     def _heads(self, x: Tensor, norm: str) -> Tensor:
         width = self.attention_module.head_dim
@@ -203,4 +217,10 @@ def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:
             f"{kind.__name__} has no apply_rotary_pos_emb beside it, so its attention cannot be "
             "computed"
         )
-    return function
+    if "q" in inspect.signature(function).parameters:
+        return function
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return function(q, cos, sin), function(k, cos, sin)
+
+    return both

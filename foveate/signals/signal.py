@@ -283,6 +283,7 @@ class DecoderSignal(Signal):
         hidden_value: what tokens get that the caller hides.
         query: whether it tells what query tokens attend to.
         full_attention: whether the layers must see the whole sequence.
+        keyed: whether it is made of the layers' keys, values or rotary positions.
         flops: what it costs.
         shares: what computations it shares with others of its layer cost.
     """
@@ -297,5 +298,6 @@ class DecoderSignal(Signal):
     hidden_value: float = 0.0
     query: bool = False
     full_attention: bool = False
+    keyed: bool = False
     flops: Callable[[DecoderSizes], int] = free
     shares: tuple[Callable[[DecoderSizes], int], ...] = ()

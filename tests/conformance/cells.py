@@ -21,7 +21,8 @@ from foveate.methods import Downsample
 from foveate.run import Session
 from foveate.signals import SIGNALS
 from tests.conformance.batches import batch_of
-from tests.conformance.test_pixels import TOLERANCE, model_of
+from tests.conformance.test_pixels import model_of
+from tests.conformance.tolerance import TOLERANCE, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.vision import encoders
@@ -68,7 +69,7 @@ class Reader:
         check_cache(session, out.past_key_values)
         for state, row in zip(states[0][:, -1], alone, strict=True):
             want = model.model(**fresh(row)).last_hidden_state[0, -1]
-            torch.testing.assert_close(state, want, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(state, want, rtol=0, atol=tolerance_of(self.name, model))
 
 
 class Tower:

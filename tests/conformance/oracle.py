@@ -2,7 +2,8 @@
 
 What each layer is handed (mask, rotary embedding) is recorded from the unpatched model, and so is
 what the text model adds between layers (DeepStack). The oracle then runs the layers itself, one
-row, no cache, no compaction; removed tokens stay in place, but nobody attends to them.
+row, no cache, no compaction; removed tokens stay in place, but nobody attends to them. A layer
+without attention, which mixes tokens into a running state, is run on the others alone.
 """
 
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from tests.oracle import Spec
 
@@ -92,8 +94,10 @@ def run(
             shift = shift + gone.cumsum(0) - gone
 
     def step(number: int) -> tuple[Tensor, Tensor]:
-        """Output of a layer, and its attention probabilities (H, T, T)."""
+        """Output of a layer, and its attention probabilities (H, T, T); none of a recurrent one."""
         kwargs = dict(recorded.kwargs[number])
+        if not hasattr(text.layers[number], "self_attn"):
+            return over_survivors(text, number, hidden, alive, prompt, kwargs), torch.empty(0)
         mask = kwargs["attention_mask"].clone()
         seen = alive & ~forgotten if number < spec.evict_cache else alive
         kwargs["attention_mask"] = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
@@ -129,6 +133,22 @@ def run(
             probabilities[number] = step(number)[1]
         hidden = step(number)[0] + recorded.added(number)
     return text.norm(hidden)[0], history
+
+
+def over_survivors(
+    text: Any, number: int, hidden: Tensor, alive: Tensor, prompt: int, kwargs: dict[str, Any]
+) -> Tensor:
+    """Output of a recurrent layer: the prompt's survivors at once, then token by token, as models
+    generate; the two ways differ in rounding. What the caller hides is a step of zeros.
+    """
+    mask, cache = kwargs["attention_mask"], DynamicCache(config=text.config)
+    output, columns = hidden.clone(), alive.nonzero()[:, 0]
+    for part in (columns[columns < prompt], *columns[columns >= prompt].split(1)):
+        if len(part):
+            seen = None if mask is None else mask[:, part]
+            own = {**kwargs, "attention_mask": seen, "past_key_values": cache}
+            output[:, part] = text.layers[number](hidden[:, part], **own)
+    return output
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

@@ -61,23 +61,23 @@ def test_maps_equal_those_of_the_layers_where_tokens_are(name, kind):
         "output_attentions": True, "return_dict_in_generate": True,
     }  # fmt: skip
     bare = model.generate(**fresh(inputs), **settings).attentions
-    layers = find_family(model).layers
+    layers, keyed = find_family(model).layers, find_family(model).keyed_layers
     with (
         foveate.use(model, method) as run,
-        watched([layer.self_attn for layer in layers]) as physical,
+        watched([layers[number].self_attn for number in keyed]) as physical,
     ):
         got = model.generate(**fresh(inputs), **settings).attentions
     real = inputs["attention_mask"].bool()
     length = real.shape[1]
-    for number in range(len(layers)):
+    for map_number, number in enumerate(keyed):  # recurrent layers have none
         for step in range(STEPS):
-            want, of = bare[step][number], got[step][number]
+            want, of = bare[step][map_number], got[step][map_number]
             assert of.shape == want.shape
-            seen = physical[number][step]
+            seen = physical[map_number][step]
             start = length + step - want.shape[-1] if step else 0
             # Caches before a layer may have forgotten, once the prompt is read.
             later = layers_of(name)[0][1] if kind == "forgetful" and step else 0
-            if physical[number][0].shape[2] == length and number >= later:
+            if physical[map_number][0].shape[2] == length and number >= later:
                 assert torch.equal(of, seen)  # nothing was removed so far
                 continue
             for row in range(len(ROWS)):

@@ -9,12 +9,12 @@ import foveate
 from foveate.families import find_family
 from foveate.methods import FastV, PyramidDrop
 from tests.conformance import oracle
+from tests.conformance.tolerance import states_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird, Forgetful
 from tests.oracle import Drop, Spec
 
-TOLERANCE = 5e-5
 STEPS = 8
 BATCHES = {"one": [[5, 7]], "two-images": [[3, 2, 6]], "ragged": [[5, 7], [4], [2, 3, 9]]}
 
@@ -59,6 +59,16 @@ def case(name, kind, images):
     return methods, Spec(kept=third, drops=drops)
 
 
+def refused(model, kind):
+    """Why a family refuses a case, or nothing."""
+    family = find_family(model)
+    if kind.endswith("renumbered") and not family.one_dimensional:
+        return "M-RoPE"
+    if kind == "forgetful" and family.recurrent_layers:
+        return "recurrent layers of this .* have mixed them into a running state"
+    return ""
+
+
 KINDS = (
     "pyramiddrop",
     "renumbered",
@@ -75,20 +85,14 @@ KINDS = (
 @pytest.mark.parametrize("name", sorted(MEMBERS))
 def test_prefill_and_decoding_equal_the_oracle(name, kind, batch):
     member, model = MEMBERS[name](), model_of(name)
-    if kind.endswith("renumbered") and not find_family(model).one_dimensional:
-        with pytest.raises(foveate.FoveateError, match="M-RoPE"):
+    if why := refused(model, kind):
+        with pytest.raises(foveate.FoveateError, match=why):
             foveate.use(model, case(name, kind, 1)[0])
         return
     rows = BATCHES[batch]
     inputs = member.inputs(rows)
-    states = []
-    handle = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
     with foveate.use(model, case(name, kind, 1)[0]) as run:
-        out = model.generate(
-            **fresh(inputs), max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False
-        )
-    handle.remove()
-    states = torch.cat([state[:, -1:] for state in states], 1)
+        states, out = states_of(model, inputs, STEPS + 1)
     kept = iter(run.kept)
     worst = bite = 0.0
     for row, pieces in enumerate(rows):
@@ -107,7 +111,7 @@ def test_prefill_and_decoding_equal_the_oracle(name, kind, batch):
             for place, indices in zip(next(kept).values(), history, strict=True):
                 assert torch.equal(place, indices[image])
     print(f"{name} {kind}: distance to the oracle {worst:.1e}, to the unpruned model {bite:.2f}")
-    assert worst <= TOLERANCE
+    assert worst <= tolerance_of(name, model)
     assert bite > 0.02, "the test does not bite"
 
 
@@ -166,6 +170,8 @@ def test_cache_is_really_smaller(name, kind):
     length = inputs["input_ids"].shape[1]
     assert tokens[-1] < length
     for number, layer in enumerate(out.past_key_values.layers):
+        if number in find_family(model).recurrent_layers:
+            continue
         window = getattr(layer, "sliding_window", None) or 10**9
         assert layer.get_seq_length() == length + 2
         assert layer.keys.shape[2] == min(tokens[number] + 2, window - 1)

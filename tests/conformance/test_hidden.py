@@ -10,11 +10,11 @@ import foveate
 from foveate.families import find_family
 from tests.conformance import oracle
 from tests.conformance.test_families import case, model_of
+from tests.conformance.tolerance import tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.oracle import Spec
 
-TOLERANCE = 5e-5
 ROWS = [[5, 7], [2, 3, 9], [6]]
 KINDS = ("pyramiddrop", "fastv", "pre_llm", "composed", "renumbered", "pre_llm-renumbered")
 HIDDEN = {"some": slice(1, None, 5), "all": slice(None), "last": slice(-3, None)}
@@ -82,7 +82,7 @@ def test_hidden_tokens_are_unseen_and_all_others_stay(name, kind, which):
         for image in range(images):
             for place, indices in zip(next(kept).values(), history, strict=True):
                 assert torch.equal(place, indices[image])
-    assert worst <= TOLERANCE
+    assert worst <= tolerance_of(name, model)
 
 
 @torch.no_grad()
@@ -121,7 +121,8 @@ def test_they_stay_unseen_in_decoding(name, kind):
             told |= {n: v for n, v in member.extras(token, 0).items() if "grid" not in n}
             out = model.model(input_ids=token, past_key_values=out.past_key_values, **told)
             states.append(out.last_hidden_state[0, -1])
-    torch.testing.assert_close(torch.stack(states), want[prompt - 1 :], rtol=0, atol=TOLERANCE)
+    bound = tolerance_of(name, model)
+    torch.testing.assert_close(torch.stack(states), want[prompt - 1 :], rtol=0, atol=bound)
 
 
 @torch.no_grad()
@@ -130,6 +131,8 @@ def test_they_stay_unseen_in_decoding(name, kind):
 @pytest.mark.parametrize("name", sorted(MEMBERS))
 def test_masks_of_two_and_four_dimensions_agree(name, kind, itself):
     member, model = MEMBERS[name](), model_of(name)
+    if find_family(model).recurrent_layers:
+        return  # their layers take two dimensions alone: the bare model differs from itself
     _, alone = batched(member, model, "some")
     row = alone[0]
     seen = row["attention_mask"][0].bool() & (row["input_ids"][0] < 80)

@@ -12,10 +12,11 @@ from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.methods import PyramidDrop
 from tests.conformance import oracle
-from tests.conformance.test_pixels import NAMES, TOLERANCE
+from tests.conformance.test_pixels import NAMES
 from tests.conformance.test_pixels import model_of as pixels_model
 from tests.conformance.test_pixels_grids import MROPE
 from tests.conformance.test_pixels_grids import model_of as grids_model
+from tests.conformance.tolerance import tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird
@@ -115,7 +116,7 @@ def test_a_new_image_in_the_second_turn_equals_the_oracle(name, kind):
     distance = (want[queries[1] :] - got).abs().max().item()
     bite = (plain[queries[1] :] - got).abs().max().item()
     print(f"{name} {kind}: {counts} tokens, {distance:.1e}, bite {bite:.2f}")
-    assert distance <= TOLERANCE
+    assert distance <= tolerance_of(name, model)
     assert bite > 0.02, "the test does not bite"
 
 

@@ -19,7 +19,8 @@ from foveate.run import Session
 from foveate.signals import SIGNALS
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
-from tests.conformance.test_pixels import NAMES, TOLERANCE, model_of
+from tests.conformance.test_pixels import NAMES, model_of
+from tests.conformance.tolerance import tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 
@@ -105,7 +106,7 @@ def check(name, slugs, *, alone):
         assert list(mine) == list(theirs)
         for place, index in mine.items():
             assert torch.equal(index, theirs[place]), f"{slugs} at {place}"
-    bound = TOLERANCE * max(1.0, want.abs().mean().item())
+    bound = tolerance_of(name, model_of(name)) * max(1.0, want.abs().mean().item())
     torch.testing.assert_close(got, want, rtol=0, atol=bound, msg=lambda m: f"{slugs}: {m}")
     return True
 

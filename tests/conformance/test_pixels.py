@@ -12,12 +12,12 @@ from foveate.families import find_family
 from foveate.methods import FasterVLM, PyramidDrop
 from tests.conformance import oracle
 from tests.conformance.batches import batch_of
+from tests.conformance.tolerance import TOLERANCE, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh, loud
 from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
-TOLERANCE = 5e-5
 IMAGES = 3
 NAMES = [name for name in sorted(MEMBERS) if MEMBERS[name]().pixels(1) is not None]
 WITH_CLASS_TOKEN = [name for name in NAMES if MEMBERS[name].class_attention]
@@ -114,7 +114,7 @@ def test_pruning_after_a_real_tower_equals_the_oracle(name, kind):
     encoded_first = (want[-1] - seen[-1]).abs().max().item()
     bite = (plain - got)[alive].abs().max().item()
     print(f"{name} {kind}: {counts} tokens, {distance:.1e} {encoded_first:.1e}, bite {bite:.2f}")
-    assert max(distance, encoded_first) <= TOLERANCE
+    assert max(distance, encoded_first) <= tolerance_of(name, model)
     assert bite > 0.02, "the test does not bite"
 
 
@@ -161,7 +161,7 @@ def test_a_row_of_a_batch_gets_what_it_gets_alone(name, kind):
         together = model.model(**fresh(inputs)).last_hidden_state[:, -1]
         for state, alone in zip(together, rows, strict=True):
             want = model.model(**fresh(alone)).last_hidden_state[0, -1]
-            torch.testing.assert_close(state, want, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(state, want, rtol=0, atol=tolerance_of(name, model))
 
 
 @pytest.mark.parametrize("kind", ["llm", "pre_llm"])

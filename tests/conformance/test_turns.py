@@ -5,7 +5,8 @@ import torch
 
 import foveate
 from tests.conformance import oracle
-from tests.conformance.test_families import TOLERANCE, case, model_of
+from tests.conformance.test_families import case, model_of
+from tests.conformance.tolerance import tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.oracle import Spec
@@ -39,7 +40,7 @@ def test_second_turn_equals_the_oracle(name, kind):
     distance = (want[length - 1 :] - got).abs().max().item()
     bite = (plain[length - 1 :] - got).abs().max().item()
     print(f"{name} {kind}: distance {distance:.1e}, bite {bite:.2f}")
-    assert distance <= TOLERANCE
+    assert distance <= tolerance_of(name, model)
     assert bite > 0.02, "the test does not bite"
 
 
@@ -79,4 +80,6 @@ def test_scores_of_beams_equal_the_oracle(name, kind):
             states, _ = oracle.run(member, eager, fresh(whole), spec, prompt)
             logits = scored(model, states, whole)[prompt - 1 : -1].log_softmax(-1)
         want = logits.gather(1, said[0, :, None]).sum()
-        torch.testing.assert_close(out.sequences_scores[row], want, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(
+            out.sequences_scores[row], want, rtol=0, atol=tolerance_of(name, model)
+        )

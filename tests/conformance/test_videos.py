@@ -9,7 +9,8 @@ from foveate.methods.holitom import HoliTom
 from foveate.methods.holitom_inner import HoliTomInner
 from foveate.methods.prunevid import PruneVid
 from tests.conformance.batches import batch_of
-from tests.conformance.test_pixels import TOLERANCE, model_of
+from tests.conformance.test_pixels import model_of
+from tests.conformance.tolerance import TOLERANCE
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 

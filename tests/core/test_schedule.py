@@ -22,6 +22,14 @@ class Text:
     windowed: tuple[int, ...] = ()
 
     @property
+    def last_llm_layer(self):
+        return self.text_layers - 1
+
+    @property
+    def keyed_layers(self):
+        return tuple(range(self.text_layers))
+
+    @property
     def attention_layers(self):
         return tuple(i for i in range(self.text_layers) if i not in self.windowed)
 

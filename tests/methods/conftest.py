@@ -24,6 +24,14 @@ class Facts:
     class_token: bool = True
     attention_layers: tuple[int, ...] = tuple(range(32))
 
+    @property
+    def last_llm_layer(self) -> int:
+        return self.text_layers - 1
+
+    @property
+    def keyed_layers(self) -> tuple[int, ...]:
+        return tuple(range(self.text_layers))
+
 
 @pytest.fixture
 def facts() -> type[Facts]:

@@ -185,7 +185,9 @@ def test_published_strategies():
     """They keep what they say on average, at the published layers."""
     for average, fields in STRATEGIES.items():
         method = VFlowOpt(**fields)
-        steps = method.steps(SimpleNamespace(text_layers=28, first_llm_layer=0, feature_layer=25))
+        steps = method.steps(
+            SimpleNamespace(text_layers=28, first_llm_layer=0, last_llm_layer=27, feature_layer=25)
+        )
         assert [step.site for step in steps] == ["pre_llm", "llm:9", "llm:18"]
         first, second, third = method.keep
         assert (9 * first + 9 * second + 10 * third) / 28 == pytest.approx(average, abs=2e-3)

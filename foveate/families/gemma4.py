@@ -1,0 +1,52 @@
+"""Gemma 4: sliding and full attention with a rotary base each; the small models give every layer
+inputs of its own, and their last layers read the keys and values of earlier ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.core.tokens import Shape
+from foveate.families.family import Family, register_family
+
+
+@register_family("gemma4")
+class Gemma4(Family):
+    """`Gemma4ForConditionalGeneration` and `Gemma4Model`."""
+
+    per_position = ("per_layer_input",)
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether every layer has inputs that are projected from them."""
+        return bool(self.text.config.hidden_size_per_layer_input)
+
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
+        """Token counts, and grids of pooled patches as the positions of patches give them."""
+        counts = [len(feature) for feature in pooled]
+        positions = arguments.get(f"{modality}_position_ids")
+        if positions is None:
+            return super().shapes(modality, pooled, arguments)
+        side = self.side(modality)
+        widths = (positions[..., 0].amax(1) // side + 1).tolist()  # of each image or frame
+        frames = [1] * len(counts)
+        if modality == "video":
+            frames = torch.as_tensor(arguments["num_frames_per_video"]).tolist()
+        shapes, first = [], 0
+        for count, number in zip(counts, frames, strict=True):
+            width = widths[first]
+            shapes.append(Shape(count, (count // (width * number), width), number))
+            first += number
+        return shapes
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches whose mean becomes a token."""
+        return self.config.vision_config.pooling_kernel_size
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
+        """Rotary (cos, sin) of the layer's kind of attention."""
+        return self.text.rotary_emb(hidden, position_ids, self.layer_kinds[layer])

@@ -10,7 +10,7 @@ from foveate.engine.cache import slots_held
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.record.record import ImageRecord, Record
 
 
@@ -18,7 +18,7 @@ def describe(
     forward: ForwardPass,
     output: Any,
     encoded: Mapping[str, Any],
-    vision: VisionPart | None,
+    vision: VisionAttachment | None,
     tags: Tags,
 ) -> Record | None:
     """The record of a forward; `None` of a decoding step, which has none.

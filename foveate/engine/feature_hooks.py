@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.engine import features
-from foveate.engine.attachment import bypassed, is_compiled, untraced
+from foveate.engine.compilation import is_compiled, untraced
 from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
@@ -29,11 +29,12 @@ from foveate.engine.prompt_context import PromptContext
 from foveate.engine.question import QuestionText
 from foveate.engine.readout import prompt_ends, readout
 from foveate.engine.reduce_features import mark
+from foveate.engine.replaced_forward import bypassed
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import BudgetError, InputError
 from foveate.families import Family
 from foveate.record.record import Record
@@ -57,7 +58,7 @@ class FeatureHooks:
         self,
         plan: Plan,
         family: Family,
-        vision: VisionPart | None = None,
+        vision: VisionAttachment | None = None,
         clip: ClipQuestions | None = None,
     ) -> None:
         self.plan = plan

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from foveate.engine.apply_step import apply_step
-from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
@@ -29,6 +28,7 @@ from foveate.engine.layout import (
 )
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt import starts
+from foveate.engine.replaced_forward import bypassed
 from foveate.engine.state import Prompt
 from foveate.families import Family
 

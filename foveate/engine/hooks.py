@@ -18,12 +18,12 @@ from transformers.cache_utils import Cache
 
 from foveate.core.tokens import Shape
 from foveate.engine import features
-from foveate.engine.attachment import bypassed, forward_of, is_compiled, untraced
 from foveate.engine.attentions import check_maps
 from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
+from foveate.engine.compilation import is_compiled, untraced
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
@@ -47,6 +47,7 @@ from foveate.engine.inputs import (
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.prompt import IGNORED, samples
 from foveate.engine.readout import check_readout
+from foveate.engine.replaced_forward import bypassed, forward_of
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt
 from foveate.engine.thread_state import ModelCall

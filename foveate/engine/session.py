@@ -21,12 +21,12 @@ from transformers import PreTrainedModel
 
 from foveate.core import Method
 from foveate.core.resolve import MethodLike, methods_of
-from foveate.engine.attachment import Part
+from foveate.engine.attachment import Attachment
 from foveate.engine.gate import Gate, is_within
 from foveate.engine.plan import Plan
 from foveate.engine.planning import make_plan
-from foveate.engine.text import TextPart
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.text import TextAttachment
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import AttachError, InputError, UnsupportedModelError
 from foveate.families import Family, find_family, unwrap
 from foveate.record.record import Record
@@ -82,13 +82,13 @@ class BaseSession:
         prompt that asks something else; it holds for the thread that sets it.
         """
         last = self._parts[-1]
-        return last.clip if isinstance(last, TextPart) else None
+        return last.clip if isinstance(last, TextAttachment) else None
 
     @clip.setter
     def clip(self, questions: ClipQuestions) -> None:
         _check_clip(self.plan, questions)
         last = self._parts[-1]
-        assert isinstance(last, TextPart)  # what asks CLIP acts before a language model
+        assert isinstance(last, TextAttachment)  # what asks CLIP acts before a language model
         last.clip = questions
 
     # -- training
@@ -106,7 +106,7 @@ class BaseSession:
     def labelled_logits(self) -> bool:
         """Whether in training logits are made only where there are labels."""
         last = self._parts[-1]
-        return isinstance(last, TextPart) and last.labelled_logits
+        return isinstance(last, TextAttachment) and last.labelled_logits
 
     def label_logits(self) -> None:
         """Make logits in training only where there are labels.
@@ -116,7 +116,7 @@ class BaseSession:
         """
         last = self._parts[-1]
         forward = inspect.signature(self._model.forward).parameters
-        if not isinstance(last, TextPart) or not {"labels", "logits_to_keep"} <= set(forward):
+        if not isinstance(last, TextAttachment) or not {"labels", "logits_to_keep"} <= set(forward):
             raise UnsupportedModelError(
                 f"head='labels' needs a model that makes logits of some tokens alone, which "
                 f"{type(self._model).__name__} does not; use head='all'"
@@ -167,7 +167,7 @@ class BaseSession:
                 "a foveate session cannot be attached within a forward of its model; attach it "
                 "before the model is called"
             )
-        claimed: list[TextPart | VisionPart] = []
+        claimed: list[TextAttachment | VisionAttachment] = []
         try:
             for part in self._parts:
                 if not part.claim():
@@ -194,7 +194,7 @@ class BaseSession:
         entries = [entry for part in self._parts for entry in part.entries]
         self._gate.close(entries, lambda: self._take_off(self._parts))
 
-    def _take_off(self, parts: Sequence[Part]) -> None:
+    def _take_off(self, parts: Sequence[Attachment]) -> None:
         for part in reversed(parts):
             part.remove()
 
@@ -255,8 +255,10 @@ def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:
         )
 
 
-def _parts(plan: Plan, family: Family, clip: ClipQuestions | None) -> list[TextPart | VisionPart]:
+def _parts(
+    plan: Plan, family: Family, clip: ClipQuestions | None
+) -> list[TextAttachment | VisionAttachment]:
     """What a plan touches, the language model last."""
-    vision = VisionPart(plan, family) if plan.vision or not family.text_layers else None
-    text = TextPart(plan, family, vision, clip) if family.text_layers else None
+    vision = VisionAttachment(plan, family) if plan.vision or not family.text_layers else None
+    text = TextAttachment(plan, family, vision, clip) if family.text_layers else None
     return [part for part in (vision, text) if part is not None]

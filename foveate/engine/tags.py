@@ -19,7 +19,7 @@ from foveate.engine.plan import Plan
 from foveate.engine.planning import working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.vision.forward import Encoding
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 from foveate.signals.encoder_hooks import EncoderSignals, signal_of
@@ -35,7 +35,7 @@ class Tags:
         vision: the part that shortens the stream inside the encoder, if one does.
     """
 
-    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None) -> None:
+    def __init__(self, plan: Plan, family: Family, vision: VisionAttachment | None) -> None:
         self.plan, self.family = plan, family
         self.signals: EncoderSignals | None = None
         if plan.encoder_signals:

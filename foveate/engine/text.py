@@ -6,16 +6,16 @@ import functools
 
 from torch import nn
 
-from foveate.engine.attachment import Part
+from foveate.engine.attachment import Attachment
 from foveate.engine.hooks import Hooks, refuse_late
 from foveate.engine.kernels import check_kernel
 from foveate.engine.plan import Plan
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.families import Family
 from foveate.signals.clip import ClipQuestions
 
 
-class TextPart(Hooks, Part):
+class TextAttachment(Hooks, Attachment):
     """Steps on image features and between decoder layers.
 
     Args:
@@ -29,10 +29,10 @@ class TextPart(Hooks, Part):
         self,
         plan: Plan,
         family: Family,
-        vision: VisionPart | None = None,
+        vision: VisionAttachment | None = None,
         clip: ClipQuestions | None = None,
     ) -> None:
-        Part.__init__(self)
+        Attachment.__init__(self)
         Hooks.__init__(self, plan, family, vision, clip)
 
     @property

@@ -19,17 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import Need
-from foveate.engine.attachment import (
-    Part,
-    bypassed,
-    forward_of,
-    has_own_forward,
-    is_compiled,
-    untraced,
-)
+from foveate.engine.attachment import Attachment
+from foveate.engine.compilation import is_compiled, untraced
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
+from foveate.engine.replaced_forward import bypassed, forward_of, has_own_forward
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.segments import boundaries
@@ -57,7 +52,7 @@ class _Local(threading.local):
         self.rows: dict[tuple[str, int], Tensor] = {}
 
 
-class VisionPart(Part):
+class VisionAttachment(Attachment):
     """Steps inside an encoder, in an encoder alone or in the tower of a larger model.
 
     Args:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.engine.compilation import untraced
+from foveate.engine.compilation import is_compiled, untraced
 from foveate.engine.gate import Gate, is_within
 from foveate.engine.replaced_forward import (
     Life,
@@ -48,7 +48,7 @@ class Attachment(ABC):
         self.session: object = None  # the session that it belongs to
         self.gate = Gate()  # the session's
         self.entries: list[Callable[..., Any]] = []  # methods that threads are started with
-        self.compiled = False  # whether compiled code has come by
+        self._compiled = False  # whether compiled code has come by
         self._life = Life()
         self._undo: list[Callable[[], object]] = []
         self._placed: list[ReplacedForward] = []
@@ -88,9 +88,9 @@ class Attachment(ABC):
         while self._undo:
             self._undo[-1]()  # again if this is interrupted
             self._undo.pop()
-        if self.compiled:  # it is full of this session's graph breaks, and would be used further on
+        if self._compiled:  # it is full of graph breaks of this session, and would be used further
             torch.compiler.reset()
-            self.compiled = False
+            self._compiled = False
         for things in (self._placed, self._taps, self.entries):
             things.clear()
 
@@ -170,6 +170,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
+                        self._compiled |= is_compiled()
                         return forward(module, placed.before, *args, **kwargs)
             elif life.on:
                 return forward(module, placed.before, *args, **kwargs)
@@ -283,6 +284,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
+                        self._compiled |= is_compiled()
                         return around(original, *args, **kwargs)
             elif life.on:
                 return around(original, *args, **kwargs)

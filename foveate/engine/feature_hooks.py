@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.engine import features
-from foveate.engine.compilation import is_compiled, untraced
+from foveate.engine.compilation import untraced
 from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
@@ -51,8 +51,7 @@ class FeatureHooks:
         clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
 
-    look_after: Callable[[], None]  # this and the next are the part's
-    compiled: bool
+    look_after: Callable[[], None]  # the attachment's
 
     def __init__(
         self,
@@ -97,7 +96,6 @@ class FeatureHooks:
         if local.encoding:  # a model that encodes videos as images
             return original(*args, **kwargs)
         stack = ExitStack()
-        self.compiled |= is_compiled()
         try:
             arguments, rows, passes = self._collect(stack, modality, original, args, kwargs)
             output = original(*args, **kwargs)

@@ -23,7 +23,7 @@ from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
 from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
-from foveate.engine.compilation import is_compiled, untraced
+from foveate.engine.compilation import untraced
 from foveate.engine.feature_hooks import FeatureHooks, anywhere
 from foveate.engine.forward import ForwardPass
 from foveate.engine.gate import is_generating
@@ -131,7 +131,6 @@ class Hooks(FeatureHooks):
     ) -> Any:
         """In place of the base model's forward: all that is known of it is forgotten after it."""
         rope = getattr(module, ROPE, None)
-        self.compiled |= is_compiled()
         try:
             kwargs = self.enter_base(module, args, kwargs)
             output = forward_of(module, before)(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from foveate.core import Need
 from foveate.engine.attachment import Attachment
-from foveate.engine.compilation import is_compiled, untraced
+from foveate.engine.compilation import untraced
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
@@ -196,7 +196,6 @@ class VisionAttachment(Attachment):
     ) -> Any:
         """In place of the encoder's forward: one pass."""
         output = None
-        self.compiled |= is_compiled()
         kwargs = self._enter(module, args, kwargs)
         try:
             output = forward_of(module, before)(*args, **kwargs)

@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.engine.compilation import is_compiled, untraced
+from foveate.engine.compilation import tracing, untraced
 from foveate.engine.gate import Gate, is_within
 from foveate.engine.replaced_forward import (
+    PLACED,
+    WITHIN,
     Life,
     ReplacedForward,
     bypassed,
     forward_of,
-    name_of_forward,
-    set_or_remove,
+    take_off,
 )
 from foveate.errors import AttachError
 
@@ -42,11 +43,15 @@ class _Tap:
 
 
 class Attachment(ABC):
-    """One side of a session: what it touches on one part of the model, and how to undo it."""
+    """One side of a session: what it touches on one part of the model, and how to undo it.
 
-    def __init__(self) -> None:
+    Args:
+        gate: counts the threads inside the model; it is the session's.
+    """
+
+    def __init__(self, gate: Gate) -> None:
         self.session: object = None  # the session that it belongs to
-        self.gate = Gate()  # the session's
+        self.gate = gate
         self.entries: list[Callable[..., Any]] = []  # methods that threads are started with
         self._compiled = False  # whether compiled code has come by
         self._life = Life()
@@ -75,11 +80,13 @@ class Attachment(ABC):
 
     def claim(self) -> bool:
         """Mark the root as taken until the attachment is removed. Returns whether it was free."""
-        if vars(self.root).setdefault(MARK, self) is not self:
+        root = self.root
+        if vars(root).setdefault(MARK, self) is not self:
             return False
         self._life = Life()
-        self.undo(lambda: vars(self.root).pop(MARK, None))
-        self.put(self.root, "_replicate_for_data_parallel", self._refuse_replicas)
+        self.undo(lambda: vars(root).pop(MARK, None))
+        self.undo(lambda: take_off(self._placed))
+        self.put(root, "_replicate_for_data_parallel", self._refuse_replicas)
         return True
 
     def remove(self) -> None:
@@ -91,8 +98,8 @@ class Attachment(ABC):
         if self._compiled:  # it is full of graph breaks of this session, and would be used further
             torch.compiler.reset()
             self._compiled = False
-        for things in (self._placed, self._taps, self.entries):
-            things.clear()
+        self._taps.clear()
+        self.entries.clear()
 
     def undo(self, last: Callable[[], object]) -> None:
         """Call something on removal; more than once if that is interrupted."""
@@ -120,9 +127,10 @@ class Attachment(ABC):
             "attach methods in each"
         )
 
-    def uncopied(self, module: nn.Module) -> None:
-        """Refuse copies of a module that share its parts, as `copy.copy` makes them."""
-        self.put(module, "__getstate__", self._refuse_copies)
+    def uncopied(self, *modules: nn.Module) -> None:
+        """Refuse copies of modules that share their parts, as `copy.copy` makes them."""
+        for module in modules:
+            self.put(module, "__getstate__", self._refuse_copies)
 
     # -- putting things on
 
@@ -132,8 +140,12 @@ class Attachment(ABC):
         had, before = name in mine, mine.get(name)
 
         def back() -> None:
-            if mine.get(name) is value:
-                set_or_remove(mine, name, before if had else None)
+            if mine.get(name) is not value:
+                return
+            if had:
+                mine[name] = before
+            else:
+                del mine[name]
 
         self.undo(back)
         mine[name] = value
@@ -160,7 +172,7 @@ class Attachment(ABC):
                 before the session was attached, and goes on without.
             anchor: whether to refuse what the module returns if a call does not come there.
         """
-        name = name_of_forward(module)
+        name = WITHIN if "_hf_hook" in vars(module) and WITHIN in vars(module) else "forward"
         life, gate = self._life, self.gate if outer else None
         arrived = self._anchor(module) if anchor else None
 
@@ -170,7 +182,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
-                        self._compiled |= is_compiled()
+                        self._compiled |= tracing() not in (None, False)
                         return forward(module, placed.before, *args, **kwargs)
             elif life.on:
                 return forward(module, placed.before, *args, **kwargs)
@@ -178,9 +190,9 @@ class Attachment(ABC):
 
         placed = ReplacedForward(module, name, vars(module).get(name), replaced, life)
         functools.update_wrapper(untraced(replaced), placed.before or module.forward)
+        vars(replaced)[PLACED] = placed
         self._placed.append(placed)
-        self.undo(placed.take_off)
-        placed.put_on()
+        vars(module)[name] = replaced
 
     def _anchor(self, module: nn.Module) -> Callable[[], None]:
         """See which calls of a module come to the forward in its place, which says so by what is
@@ -284,7 +296,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
-                        self._compiled |= is_compiled()
+                        self._compiled |= tracing() not in (None, False)
                         return around(original, *args, **kwargs)
             elif life.on:
                 return around(original, *args, **kwargs)

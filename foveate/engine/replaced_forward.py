@@ -44,11 +44,6 @@ class ReplacedForward:
     forward: Callable[..., Any]
     life: Life
 
-    def put_on(self) -> None:
-        """Give the module this forward."""
-        vars(self.forward)[PLACED] = self
-        vars(self.module)[self.name] = self.forward
-
     def put_back(self) -> None:
         """Put the forward on again if it is known that nothing leads to it any more."""
         mine = vars(self.module)
@@ -71,7 +66,16 @@ class ReplacedForward:
         mine = vars(self.module)
         for name in [name for name, value in mine.items() if value is self.forward]:
             kept = name == self.name == "forward" or self.before is not None
-            set_or_remove(mine, name, self.before if kept else _own(self.module))
+            _set(mine, name, self.before if kept else _own(self.module))
+
+
+def take_off(placed: list[ReplacedForward]) -> None:
+    """Take forwards off, the last first, and out of the list; what is left there if this is
+    interrupted is still to be taken off.
+    """
+    while placed:
+        placed[-1].take_off()
+        placed.pop()
 
 
 def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -83,22 +87,9 @@ def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether somebody other than accelerate has given a module a forward of its own."""
-    own = vars(module).get(name_of_forward(module))
-    return own is not None and own != _own(module)
-
-
-def name_of_forward(module: nn.Module) -> str:
-    """The attribute that holds a module's forward; accelerate keeps it within its own."""
     mine = vars(module)
-    return WITHIN if "_hf_hook" in mine and WITHIN in mine else "forward"
-
-
-def set_or_remove(attributes: dict[str, Any], name: str, value: object) -> None:
-    """Set an attribute, or remove it where the value is `None`."""
-    if value is None:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
+    own = mine.get(WITHIN if "_hf_hook" in mine and WITHIN in mine else "forward")
+    return own is not None and own != _own(module)
 
 
 def bypassed(module: nn.Module) -> AttachError:
@@ -113,3 +104,10 @@ def bypassed(module: nn.Module) -> AttachError:
 def _own(module: nn.Module) -> Callable[..., Any]:
     """The forward of a module's class, as others keep it."""
     return MethodType(type(module).forward, module)
+
+
+def _set(attributes: dict[str, Any], name: str, value: object) -> None:
+    if value is None:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value

@@ -66,10 +66,10 @@ class BaseSession:
         self.plan = make_plan(self.family, methods_of(methods))
         _check_clip(self.plan, clip)
         self._model = model
-        self._parts = _parts(self.plan, self.family, clip)
         self._gate = Gate()
+        self._parts = _parts(self.plan, self.family, self._gate, clip)
         for part in self._parts:
-            part.session, part.gate = self, self._gate
+            part.session = self
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -256,9 +256,10 @@ def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:
 
 
 def _parts(
-    plan: Plan, family: Family, clip: ClipQuestions | None
+    plan: Plan, family: Family, gate: Gate, clip: ClipQuestions | None
 ) -> list[TextAttachment | VisionAttachment]:
     """What a plan touches, the language model last."""
-    vision = VisionAttachment(plan, family) if plan.vision or not family.text_layers else None
-    text = TextAttachment(plan, family, vision, clip) if family.text_layers else None
+    with_vision = plan.vision or not family.text_layers
+    vision = VisionAttachment(plan, family, gate) if with_vision else None
+    text = TextAttachment(plan, family, gate, vision, clip) if family.text_layers else None
     return [part for part in (vision, text) if part is not None]

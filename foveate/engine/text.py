@@ -7,6 +7,7 @@ import functools
 from torch import nn
 
 from foveate.engine.attachment import Attachment
+from foveate.engine.gate import Gate
 from foveate.engine.hooks import Hooks, refuse_late
 from foveate.engine.kernels import check_kernel
 from foveate.engine.plan import Plan
@@ -21,6 +22,7 @@ class TextAttachment(Hooks, Attachment):
     Args:
         plan: what to do where.
         family: the model.
+        gate: counts the threads inside the model.
         vision: the part that shortens the stream inside the encoder, if one does.
         clip: what is asked, as CLIP embeds it, if a method wants to know.
     """
@@ -29,10 +31,11 @@ class TextAttachment(Hooks, Attachment):
         self,
         plan: Plan,
         family: Family,
+        gate: Gate,
         vision: VisionAttachment | None = None,
         clip: ClipQuestions | None = None,
     ) -> None:
-        Attachment.__init__(self)
+        Attachment.__init__(self, gate)
         Hooks.__init__(self, plan, family, vision, clip)
 
     @property
@@ -51,8 +54,7 @@ class TextAttachment(Hooks, Attachment):
     def attach(self) -> None:
         """Install the hooks, and wrap `generate` and what makes image and video features."""
         family = self.family
-        for module in (family.model, family.base, family.text):
-            self.uncopied(module)
+        self.uncopied(family.model, family.base, family.text)
         self.replace_forward(family.base, self.base, outer=True, anchor=True)
         self.replace_forward(family.text, self.text, outer=True, below=family.base)
         if family.model is not family.base:

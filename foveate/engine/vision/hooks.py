@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from foveate.core import Need
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
+from foveate.engine.gate import Gate
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
@@ -58,10 +59,11 @@ class VisionAttachment(Attachment):
     Args:
         plan: what to do where.
         family: the model.
+        gate: counts the threads inside the model.
     """
 
-    def __init__(self, plan: Plan, family: Family) -> None:
-        super().__init__()
+    def __init__(self, plan: Plan, family: Family, gate: Gate) -> None:
+        super().__init__(gate)
         self.family = family
         self.methods = [s.method for s in plan.vision]
         assert family.encoder is not None  # the plan has checked it

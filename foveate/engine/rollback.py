@@ -1,19 +1,21 @@
 """Rollback: a forward that dies leaves the key-value cache as it found it.
 
 Layers of a cache are extended one by one, so a forward that is interrupted (out of memory, Ctrl-C)
-would leave layers of unequal length, and nobody outside could tell.
+would leave layers of unequal length, and nobody outside could tell. The same goes for where M-RoPE
+models say that positions go on after the cache.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from foveate.engine.cache import PRUNED
 
 Attributes = dict[str, Any]
+ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
 KINDS = {*PRUNED, *PRUNED.values()}
 
 
@@ -71,3 +73,9 @@ def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | Non
         return attributes, None
     del attributes["values"]
     return attributes, attributes.pop("keys").shape[2]
+
+
+def reset_rope(base: nn.Module, before: Tensor | None) -> None:
+    """After a call that has raised: where the cache goes on, on M-RoPE models."""
+    if hasattr(base, ROPE):
+        setattr(base, ROPE, before)

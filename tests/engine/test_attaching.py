@@ -102,7 +102,7 @@ def test_a_missing_module_leaves_the_model_as_it_was(model):
 
 def test_an_interrupted_removal_can_be_done_again(model):
     before, session = outside(model), foveate.apply(model, METHODS["llm"])
-    undo = session._parts[-1]._undo
+    undo = session.text._undo
 
     def interrupt():
         undo.remove(interrupt)

@@ -1,9 +1,9 @@
-"""Part: what a session puts on a model, and how it takes that off again.
+"""Attachment: what one side of a session puts on a model, and how it takes that off again.
 
 Everything goes on a module as an attribute of its own: a `forward`, or another method. Hooks of
 torch would be lost on code that was compiled before, and cost more. Others put their own things on
 the same modules, before and within a session (accelerate, profilers), and take them off when they
-like. So what a part has put on acts only while the part is attached, and is looked after till then.
+like. So what is put on acts only while the attachment lasts, and is looked after till then.
 """
 
 from __future__ import annotations
@@ -13,47 +13,25 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo import eval_frame
-from torch._dynamo.decorators import skip
 
+from foveate.engine.compilation import tracing, untraced
 from foveate.engine.gate import Gate, is_within
+from foveate.engine.replaced_forward import (
+    PLACED,
+    WITHIN,
+    Life,
+    ReplacedForward,
+    bypassed,
+    forward_of,
+    take_off,
+)
 from foveate.errors import AttachError
 
-_callback = getattr(eval_frame, "get_eval_frame_callback", lambda: None)
-MARK = "_foveate_part"  # the attribute of a root that holds the part on it
-F = TypeVar("F", bound=Callable[..., Any])
-PLACED = "_foveate_placed"  # what a forward that was put on knows of itself
-WITHIN = "_old_forward"  # where accelerate's hooks keep the forward that they call
-
-
-class _Life:
-    """Whether what a part has put on still acts; each time it is attached has its own."""
-
-    on = True
-
-
-@dataclass(eq=False)
-class _Placed:
-    """A forward in place of a module's.
-
-    Args:
-        module: the module.
-        name: the attribute that was set.
-        before: the value of that attribute, if the module had one of its own.
-        forward: what it was set to.
-        life: whether that still acts.
-    """
-
-    module: nn.Module
-    name: str
-    before: Callable[..., Any] | None
-    forward: Callable[..., Any]
-    life: _Life
+MARK = "_foveate_attachment"  # the attribute of a root that holds what is attached to it
 
 
 @dataclass
@@ -64,23 +42,27 @@ class _Tap:
     module: nn.Module
 
 
-class Part(ABC):
-    """One part of a session: what it touches on one part of the model, and how to undo it."""
+class Attachment(ABC):
+    """One side of a session: what it touches on one part of the model, and how to undo it.
 
-    def __init__(self) -> None:
-        self.session: object = None  # the session that it is a part of
-        self.gate = Gate()  # the session's
+    Args:
+        gate: counts the threads inside the model; it is the session's.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self.session: object = None  # the session that it belongs to
+        self.gate = gate
         self.entries: list[Callable[..., Any]] = []  # methods that threads are started with
-        self.compiled = False  # whether compiled code has come by
-        self._life = _Life()
+        self._compiled = False  # whether compiled code has come by
+        self._life = Life()
         self._undo: list[Callable[[], object]] = []
-        self._placed: list[_Placed] = []
+        self._placed: list[ReplacedForward] = []
         self._taps: list[_Tap] = []
 
     @property
     @abstractmethod
     def root(self) -> nn.Module:
-        """The module that carries the part; it can carry only one."""
+        """The module that carries the attachment; it can carry only one."""
 
     @abstractmethod
     def check(self) -> None:
@@ -97,14 +79,14 @@ class Part(ABC):
     # -- life
 
     def claim(self) -> bool:
-        """Put the part on its root, as long as it is attached. Returns whether the root was
-        free.
-        """
-        if vars(self.root).setdefault(MARK, self) is not self:
+        """Mark the root as taken until the attachment is removed. Returns whether it was free."""
+        root = self.root
+        if vars(root).setdefault(MARK, self) is not self:
             return False
-        self._life = _Life()
-        self.undo(lambda: vars(self.root).pop(MARK, None))
-        self.put(self.root, "_replicate_for_data_parallel", self._refuse_replicas)
+        self._life = Life()
+        self.undo(lambda: vars(root).pop(MARK, None))
+        self.undo(lambda: take_off(self._placed))
+        self.put(root, "_replicate_for_data_parallel", self._refuse_replicas)
         return True
 
     def remove(self) -> None:
@@ -113,14 +95,14 @@ class Part(ABC):
         while self._undo:
             self._undo[-1]()  # again if this is interrupted
             self._undo.pop()
-        if self.compiled:  # it is full of this session's graph breaks, and would be used further on
+        if self._compiled:  # it is full of graph breaks of this session, and would be used further
             torch.compiler.reset()
-            self.compiled = False
-        for things in (self._placed, self._taps, self.entries):
-            things.clear()
+            self._compiled = False
+        self._taps.clear()
+        self.entries.clear()
 
     def undo(self, last: Callable[[], object]) -> None:
-        """Call something when the part is taken off; more than once if that is interrupted."""
+        """Call something on removal; more than once if that is interrupted."""
         self._undo.append(last)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -145,20 +127,25 @@ class Part(ABC):
             "attach methods in each"
         )
 
-    def uncopied(self, module: nn.Module) -> None:
-        """Refuse copies of a module that share its parts, as `copy.copy` makes them."""
-        self.put(module, "__getstate__", self._refuse_copies)
+    def uncopied(self, *modules: nn.Module) -> None:
+        """Refuse copies of modules that share their parts, as `copy.copy` makes them."""
+        for module in modules:
+            self.put(module, "__getstate__", self._refuse_copies)
 
     # -- putting things on
 
     def put(self, module: object, name: str, value: object) -> None:
-        """Give a module an attribute of its own, until the part is taken off."""
+        """Give a module an attribute of its own, until it is taken off."""
         mine = vars(module)
         had, before = name in mine, mine.get(name)
 
         def back() -> None:
-            if mine.get(name) is value:
-                _set(mine, name, before if had else None)
+            if mine.get(name) is not value:
+                return
+            if had:
+                mine[name] = before
+            else:
+                del mine[name]
 
         self.undo(back)
         mine[name] = value
@@ -182,7 +169,7 @@ class Part(ABC):
             forward: what to call.
             outer: whether a thread may come into the model there.
             below: a module that calls this one; if a thread comes from there, its call has begun
-                before the part was attached, and goes on without.
+                before the session was attached, and goes on without.
             anchor: whether to refuse what the module returns if a call does not come there.
         """
         name = WITHIN if "_hf_hook" in vars(module) and WITHIN in vars(module) else "forward"
@@ -195,16 +182,16 @@ class Part(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
+                        self._compiled |= tracing() not in (None, False)
                         return forward(module, placed.before, *args, **kwargs)
             elif life.on:
                 return forward(module, placed.before, *args, **kwargs)
             return forward_of(module, placed.before)(*args, **kwargs)
 
-        placed = _Placed(module, name, vars(module).get(name), replaced, life)
+        placed = ReplacedForward(module, name, vars(module).get(name), replaced, life)
         functools.update_wrapper(untraced(replaced), placed.before or module.forward)
         vars(replaced)[PLACED] = placed
         self._placed.append(placed)
-        self.undo(functools.partial(_take_off, placed))
         vars(module)[name] = replaced
 
     def _anchor(self, module: nn.Module) -> Callable[[], None]:
@@ -309,6 +296,7 @@ class Part(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
+                        self._compiled |= tracing() not in (None, False)
                         return around(original, *args, **kwargs)
             elif life.on:
                 return around(original, *args, **kwargs)
@@ -328,90 +316,17 @@ class Part(ABC):
         """
         for placed in self._placed:
             if vars(placed.module).get(placed.name) is not placed.forward:
-                _put_back(placed)
+                placed.put_back()
         for tap in self._taps:
             module = getattr(tap.parent, tap.name)
             if module is not tap.module:
                 for placed in [p for p in self._placed if p.module is tap.module]:
-                    _take_off(placed)
+                    placed.take_off()
                     self._placed.remove(placed)
                 tap.module = module
                 self.after(module, tap.hook)
 
 
-def bypassed(module: nn.Module) -> AttachError:
-    """What to raise of an answer that was made without the forward put on a module."""
-    return AttachError(
-        f"the forward that foveate put on a {type(module).__name__} was replaced or taken off "
-        "within the session, so this answer was not made with the tokens that were kept; put other "
-        "forwards on before the session, or let them call what was there"
-    )
-
-
-def untraced(function: F) -> F:
-    """Keep torch.compile from tracing a function, which keeps state, but not what it calls."""
-    return skip(function)  # type: ignore[return-value]
-
-
 @untraced
 def _same(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
     return forward_of(module, before)(*args, **kwargs)
-
-
-def is_compiled() -> bool:
-    """Whether torch.compile would trace what is called now: what calls this was reached by code
-    that it has compiled.
-    """
-    return _callback() not in (None, False)
-
-
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody other than accelerate has given a module a forward of its own."""
-    mine = vars(module)
-    own = mine.get(WITHIN if "_hf_hook" in mine and WITHIN in mine else "forward")
-    return own is not None and own != _own(module)
-
-
-def forward_of(module: nn.Module, before: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The forward that a module had before it was replaced: its own, or its class's, which is
-    looked up at each call because classes change under FSDP2.
-    """
-    return before or functools.partial(type(module).forward, module)
-
-
-def _set(attributes: dict[str, Any], name: str, value: object) -> None:
-    if value is None:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
-
-
-def _take_off(placed: _Placed) -> None:
-    """Put a module's forward back wherever it was kept. One that others have wrapped stays within,
-    and does nothing any more.
-    """
-    mine = vars(placed.module)
-    for name in [name for name, value in mine.items() if value is placed.forward]:
-        kept = name == placed.name == "forward" or placed.before is not None
-        _set(mine, name, placed.before if kept else _own(placed.module))
-
-
-def _put_back(placed: _Placed) -> None:
-    """Put a forward on again if it is known that nothing leads to it any more."""
-    mine = vars(placed.module)
-    if any(value is placed.forward for value in mine.values()):
-        return  # accelerate has put its own around it
-    now = mine.get("forward")
-    within: Any = now
-    while within is not None and within is not placed.forward:
-        within = getattr(within, "__wrapped__", None)
-    earlier = getattr(now, PLACED, None)
-    bare = now is None or now == _own(placed.module) or (earlier and not earlier.life.on)
-    if within is None and (bare or now is placed.before):
-        placed.before = None if now == _own(placed.module) else now
-        mine["forward"] = placed.forward
-
-
-def _own(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module's class, as others keep it."""
-    return MethodType(type(module).forward, module)

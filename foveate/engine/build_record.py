@@ -10,7 +10,6 @@ from foveate.engine.cache import slots_held
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags
-from foveate.engine.vision.hooks import VisionPart
 from foveate.record.record import ImageRecord, Record
 
 
@@ -18,7 +17,7 @@ def describe(
     forward: ForwardPass,
     output: Any,
     encoded: Mapping[str, Any],
-    vision: VisionPart | None,
+    passed: Record | None,
     tags: Tags,
 ) -> Record | None:
     """The record of a forward; `None` of a decoding step, which has none.
@@ -27,7 +26,7 @@ def describe(
         forward: the forward.
         output: the text model's, with the cache that it filled.
         encoded: modality -> its features, a tagged ModelOutput, whole or a slice.
-        vision: the part that shortens the stream inside the encoder, if one does.
+        passed: the record of the encoder's last pass, if tokens are removed inside it.
         tags: what tagged the features.
     """
     prompt = forward.prompt
@@ -47,8 +46,8 @@ def describe(
         layer_tokens=forward.layer_tokens,
         cache_slots=[] if cache is None else slots_held(cache.layers),
         pixels=known["image"].pixels if "image" in known else None,
-        encoder_tokens=[] if vision is None else vision.tokens,
-        encoder_bounds=[] if vision is None else vision.bounds,
+        encoder_tokens=[] if passed is None else passed.encoder_tokens,
+        encoder_bounds=[] if passed is None else passed.encoder_bounds,
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
         projected={modality: of.projected for modality, of in known.items() if of.projected},
         question_tokens=forward.decoder_signals.columns.question_tokens,

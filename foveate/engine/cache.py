@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 )
 
 from foveate.core import PartialCompute
-from foveate.engine.attachment import untraced
+from foveate.engine.compilation import untraced
 from foveate.engine.layout import Slots
 from foveate.errors import CacheError
 

@@ -1,101 +1,72 @@
-"""Hooks on image features: what happens when a model's encoder has run.
+"""FeatureHooks: what happens where a model makes features of images and videos.
 
-Signals are collected there, and tokens removed as soon as all is known that budgets need.
+Signals of the encoder are collected there, and tokens removed as soon as all is known that budgets
+need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from foveate.engine import features
-from foveate.engine.attachment import bypassed, is_compiled, untraced
-from foveate.engine.extensions.checkpointing import Replays
-from foveate.engine.grouping import images_in
-from foveate.engine.images import Image
-from foveate.engine.inputs import bound, placeholders, prompt_tokens
-from foveate.engine.plan import Plan
-from foveate.engine.prompt import PromptContext, QuestionText
-from foveate.engine.reduce_features import mark
+from foveate.engine.compilation import untraced
+from foveate.engine.feature_reducer import FeatureReducer
+from foveate.engine.inputs import bound
+from foveate.engine.replaced_forward import bypassed
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
-from foveate.engine.vision.hooks import VisionPart
-from foveate.errors import BudgetError, InputError
+from foveate.engine.vision.hooks import VisionAttachment
+from foveate.errors import InputError
 from foveate.families import Family
-from foveate.record.record import Record
-from foveate.signals.clip import ClipQuestions
+
+Rows = dict[tuple[str, int], Tensor]  # (signal, encoder layer) -> what was collected of it
 
 
 class FeatureHooks:
-    """What a session knows, and its hooks where features are made.
+    """Hooks around `get_image_features` and `get_video_features`, and before the projector.
 
     Args:
-        plan: what to do where.
         family: the model.
-        vision: the part that shortens the stream inside the encoder, if one does.
-        clip: what is asked, as CLIP embeds it, if a method wants to know.
+        state: what each thread is doing with the model.
+        tags: what tags encoder output.
+        reducer: what removes tokens from it.
+        vision: the side that shortens the stream inside the encoder, if a method does.
+        look_after: puts back hooks of the text side that others have taken off.
     """
-
-    look_after: Callable[[], None]  # this and the next are the part's
-    compiled: bool
 
     def __init__(
         self,
-        plan: Plan,
         family: Family,
-        vision: VisionPart | None = None,
-        clip: ClipQuestions | None = None,
+        state: ThreadState,
+        tags: Tags,
+        reducer: FeatureReducer,
+        vision: VisionAttachment | None,
+        look_after: Callable[[], None],
     ) -> None:
-        self.plan = plan
-        self.family = family
-        self.vision = vision
-        self.tags = Tags(plan, family, vision)
-        self.replays = Replays()
-        self.labelled_logits = False  # whether logits are made for labels alone, in training
-        self._local = ThreadState()
-        self._last: Record | None = None
-        self._clip = clip
-
-    @property
-    def record(self) -> Record | None:
-        """The last forward over a prompt: this thread's, or else any thread's."""
-        return self._local.record or self._last
-
-    @property
-    def clip(self) -> ClipQuestions | None:
-        """What is asked: what this thread was told, or else what the session began with."""
-        return self._local.clip or self._clip
-
-    @clip.setter
-    def clip(self, questions: ClipQuestions) -> None:
-        self._local.clip = questions
+        self.family, self.state, self.tags = family, state, tags
+        self._reducer, self._vision, self._look_after = reducer, vision, look_after
 
     @untraced
     def features(
         self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Around `get_image_features` and `get_video_features`.
-
-        Signals are collected, and tokens removed as soon as all is known that budgets need.
-        """
-        local = self._local
-        if local.encoding:  # a model that encodes videos as images
+        """Around the method of the base model that makes the features of a modality."""
+        if self.state.making_features:  # a model that encodes videos as images
             return original(*args, **kwargs)
         stack = ExitStack()
-        self.compiled |= is_compiled()
         try:
             arguments, rows, passes = self._collect(stack, modality, original, args, kwargs)
             output = original(*args, **kwargs)
         finally:
-            self._local.encoding = False
+            self.state.making_features = False
             stack.close()
-        return self._encoded(modality, output, arguments, rows, passes)
+        return self._made(modality, output, arguments, rows, passes)
 
     @torch.compiler.disable
     def _collect(
@@ -105,139 +76,56 @@ class FeatureHooks:
         original: Callable[..., Any],
         args: Args,
         kwargs: Kwargs,
-    ) -> tuple[Kwargs, dict[tuple[str, int], Tensor], list[Encoding]]:
+    ) -> tuple[Kwargs, Rows, list[Encoding]]:
         """Before features are made: the arguments by name, and what fills with signals and with
         passes of the encoder as long as the stack is open.
         """
-        self.look_after()
-        if self.vision is not None:
-            self.vision.look_after()
-        self._check_encoding(modality)
+        self._look_after()
+        if self._vision is not None:
+            self._vision.look_after()
+        self._check_placed(modality)
         arguments = bound(original, args, kwargs)
-        local, signals, vision = self._local, self.tags.signals, self.vision
-        local.encoding, local.given = True, None
+        state, signals, vision = self.state, self.tags.signals, self._vision
+        state.making_features, state.projector_input = True, None
         rows = {} if signals is None else stack.enter_context(signals.collect())
         if vision is None:
             return arguments, rows, []
-        read = self._read_of(modality)
+        read = self._reducer.read_of(modality)
         return arguments, rows, stack.enter_context(vision.collect(modality, arguments, read))
 
     @torch.compiler.disable
-    def _encoded(
+    def _made(
         self,
         modality: str,
         output: Any,
         arguments: dict[str, Any],
-        rows: dict[tuple[str, int], Tensor],
+        rows: Rows,
         passes: list[Encoding],
     ) -> Any:
         """After features were made: tag them, and remove tokens if budgets can be known."""
-        local, signals = self._local, self.tags.signals
+        state, signals = self.state, self.tags.signals
         if signals is not None and len(rows) < signals.count:
             raise self.tags.unmapped(modality)
-        if self.vision is not None and not passes:
-            raise bypassed(self.vision.root)
+        if self._vision is not None and not passes:
+            raise bypassed(self._vision.root)
         if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
             return output
-        self.tags.tag(modality, output, arguments, rows, passes, local.given)
-        local.given = None
-        if local.now.inside or not self.plan.waits:
-            self._mark(modality, output)
-        if local.now.inside:
-            local.now.encoded[modality] = output
-        local.awaited = not local.now.inside and local.requests is not None
+        self.tags.tag(modality, output, arguments, rows, passes, state.projector_input)
+        state.projector_input = None
+        self._reducer.reduce(modality, output)
+        if state.now.inside:
+            state.now.encoded[modality] = output
+        state.generate.awaited = not state.now.inside and state.generate.requests is not None
         return output
 
     def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the projector: keep what it is given, for methods that merge that."""
-        if self._local.encoding:
-            self._local.given = args[0]
+        if self.state.making_features:
+            self.state.projector_input = args[0]
 
-    def _mark(self, modality: str, output: Any) -> None:
-        """Run the pre_llm steps on encoder output, and mark what is dropped, once."""
-        local = self._local
-        visual = local.now.visual.get(modality)
-        if visual is None:  # `generate` encodes before it calls the model
-            lengths = output.encoded.lengths
-            read, last = self._read_of(modality), torch.tensor(lengths).cumsum(0) - 1
-            is_read = [False] * len(lengths)
-            if read is not None and len(read) == sum(lengths):
-                is_read = read[last].tolist()
-            required = [n - 1 if of else -1 for n, of in zip(lengths, is_read, strict=True)]
-            images = [Image(number, 0, required=token) for number, token in enumerate(required)]
-            context = PromptContext(images, range(len(images)))
-            mark(output, self.plan, context, self._deliver)
-            return
-        source = features.members(output, visual, self._expanded(visual.shape[0]))
-        request = self._request(visual.shape[0])
-        shapes = [output.encoded.shapes[i] for i in source]
-        images = images_in(visual, shapes, request, local.now.readout)
-        question = None
-        if self.plan.waits and not output.marked:
-            question = self._question(images, output, source)
-        labelled = local.supervised is not None
-        context = PromptContext(images, source, question, self.clip, labelled)
-        mark(output, self.plan, context, self._deliver)
-
-    def _deliver(self, name: str, values: Tensor) -> Tensor:
-        """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""
-        assert self.tags.signals is not None
-        return self.tags.signals.deliver(name, values, self.clip)
-
-    def _question(
-        self, images: Sequence[Image], output: Any, source: Sequence[int]
-    ) -> tuple[QuestionText, Tensor]:
-        """The text after images of an encoder's output, and its (B, Q, D) embeddings."""
-        now = self._local.now
-        rows, ends = [image.row for image in images], [image.end for image in images]
-        assert now.prompt is not None  # as in every forward over a prompt
-        assert now.tokens is not None
-        ids, arguments = now.prompt
-        question = now.tokens.question_text(rows, ends)
-        table = self.family.base.get_input_embeddings()
-        embeds = question.embeddings(table, ids, arguments.get("inputs_embeds"))
-        if question.last is None:
-            return question, embeds
-        tokens = features.tokens_of(output, source)
-        return question, question.with_images(embeds, now.tokens.visual, rows, ends, tokens)
-
-    def _read_of(self, modality: str) -> Tensor | None:
-        """(N) which of the N visual tokens of a modality a next token is read from, in order of
-        appearance; `None` if none is, or the prompt is not known.
-        """
-        local, now = self._local, self._local.now
-        visual, read = now.visual, now.readout
-        if not now.inside:
-            if local.asked is None:
-                return None
-            visual = placeholders(self.family, *local.asked, {})
-            read = prompt_tokens(visual, local.asked[1]).readout if visual else None
-        return None if read is None or modality not in visual else read[visual[modality]]
-
-    def _expanded(self, batch: int) -> int:
-        """Rows per request: more than one under beam search or several returned sequences."""
-        requests = self._local.requests
-        return batch // requests if requests and batch % requests == 0 else 1
-
-    def _request(self, batch: int) -> Callable[[int], int]:
-        expanded = self._expanded(batch)
-        return lambda row: row // expanded
-
-    def _check_requests(self, batch: int) -> None:
-        rows = batch // self._expanded(batch)
-        if self.clip is not None:
-            self.clip.check(rows)
-        for keep in self.plan.per_request:
-            if len(keep.values) != rows:
-                raise BudgetError(
-                    f"per_request has {len(keep.values)} entries, but the batch has {rows} rows; "
-                    "give one for each row, "
-                    "also for rows without an image"
-                )
-
-    def _check_encoding(self, modality: str) -> None:
+    def _check_placed(self, modality: str) -> None:
         """Refuse features whose place in the prompt is not known."""
-        now = self._local.now
+        now = self.state.now
         if not now.inside or (modality in now.visual and modality not in now.encoded):
             return
         raise InputError(

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from foveate.engine.apply_step import apply_step
-from foveate.engine.attachment import bypassed
 from foveate.engine.attentions import Seen, widen_maps, widen_states
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
@@ -30,6 +29,7 @@ from foveate.engine.layout import (
 )
 from foveate.engine.plan import Due, Plan, PlannedStep
 from foveate.engine.renumbering import Renumbering, places_in_samples
+from foveate.engine.replaced_forward import bypassed
 from foveate.engine.state import Kwargs, Prompt
 from foveate.errors import InputError
 from foveate.families import Family

@@ -1,19 +1,21 @@
 """Rollback: a forward that dies leaves the key-value cache as it found it.
 
 Layers of a cache are extended one by one, so a forward that is interrupted (out of memory, Ctrl-C)
-would leave layers of unequal length, and nobody outside could tell.
+would leave layers of unequal length, and nobody outside could tell. The same goes for where M-RoPE
+models say that positions go on after the cache.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 from foveate.engine.cache import PRUNED, WITHOUT_SLOTS
 
 Attributes = dict[str, Any]
+ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
 KINDS = {*PRUNED, *PRUNED.values(), *WITHOUT_SLOTS}
 
 
@@ -81,3 +83,9 @@ def _copy(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
+
+
+def reset_rope(base: nn.Module, before: Tensor | None) -> None:
+    """After a call that has raised: where the cache goes on, on M-RoPE models."""
+    if hasattr(base, ROPE):
+        setattr(base, ROPE, before)

@@ -1,6 +1,6 @@
 """BaseSession: attach methods to a model, and restore the model exactly.
 
-A session has a part for each part of the model that it touches: the text model, the vision encoder,
+A session has a side for each part of the model that it touches: the text model, the vision encoder,
 or both. Everything is done by hooks and a few instance attributes (`get_image_features` of the base
 model, `generate` of the model, `forward` of the base and the text model, of decoder layers, of the
 rotary embedding, and of encoder layers within which tokens are removed); nothing else on the model
@@ -21,14 +21,15 @@ from transformers import PreTrainedModel
 
 from foveate.core import Method
 from foveate.core.resolve import MethodLike, methods_of
-from foveate.engine.attachment import Part
+from foveate.engine.attachment import Attachment
 from foveate.engine.gate import Gate, is_within
 from foveate.engine.plan import Plan
 from foveate.engine.planning import make_plan
-from foveate.engine.text import TextPart
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.text import TextAttachment
+from foveate.engine.thread_state import ThreadState
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import AttachError, InputError, UnsupportedModelError
-from foveate.families import Family, find_family, unwrap
+from foveate.families import find_family, unwrap
 from foveate.record.record import Record
 from foveate.signals.clip import ClipQuestions
 
@@ -66,10 +67,17 @@ class BaseSession:
         self.plan = make_plan(self.family, methods_of(methods))
         _check_clip(self.plan, clip)
         self._model = model
-        self._parts = _parts(self.plan, self.family, clip)
-        self._gate = Gate()
-        for part in self._parts:
-            part.session, part.gate = self, self._gate
+        self._state, self._gate = ThreadState(clip), Gate()
+        common = (self.plan, self.family, self._state, self._gate)
+        with_text = bool(self.family.text_layers)
+        with_vision = bool(self.plan.vision) or not with_text
+        self.vision = VisionAttachment(*common) if with_vision else None
+        self.text = TextAttachment(*common, self.vision) if with_text else None
+        self._sides: list[Attachment] = [
+            side for side in (self.vision, self.text) if side is not None
+        ]
+        for side in self._sides:
+            side.session = self
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -81,15 +89,12 @@ class BaseSession:
         """What is asked of the images, for methods with `relevance="clip"`. Set it before each
         prompt that asks something else; it holds for the thread that sets it.
         """
-        last = self._parts[-1]
-        return last.clip if isinstance(last, TextPart) else None
+        return self._state.clip
 
     @clip.setter
     def clip(self, questions: ClipQuestions) -> None:
         _check_clip(self.plan, questions)
-        last = self._parts[-1]
-        assert isinstance(last, TextPart)  # what asks CLIP acts before a language model
-        last.clip = questions
+        self._state.clip = questions
 
     # -- training
 
@@ -105,8 +110,7 @@ class BaseSession:
     @property
     def labelled_logits(self) -> bool:
         """Whether in training logits are made only where there are labels."""
-        last = self._parts[-1]
-        return isinstance(last, TextPart) and last.labelled_logits
+        return self.text is not None and self.text.model.labelled_logits
 
     def label_logits(self) -> None:
         """Make logits in training only where there are labels.
@@ -114,9 +118,8 @@ class BaseSession:
         Raises:
             UnsupportedModelError: the model cannot.
         """
-        last = self._parts[-1]
         forward = inspect.signature(self._model.forward).parameters
-        if not isinstance(last, TextPart) or not {"labels", "logits_to_keep"} <= set(forward):
+        if self.text is None or not {"labels", "logits_to_keep"} <= set(forward):
             raise UnsupportedModelError(
                 f"head='labels' needs a model that makes logits of some tokens alone, which "
                 f"{type(self._model).__name__} does not; use head='all'"
@@ -126,7 +129,7 @@ class BaseSession:
                 f"head='labels' needs transformers 5.23 or newer, got {transformers.__version__}; "
                 "use head='all'"
             )
-        last.labelled_logits = True
+        self.text.model.labelled_logits = True
 
     @property
     def learned(self) -> nn.ModuleDict:
@@ -141,7 +144,7 @@ class BaseSession:
         if not len(self.learned):
             return
         modules = self._model._modules
-        self._parts[-1].undo(lambda: modules.pop(LEARNED, None))
+        self._sides[-1].undo(lambda: modules.pop(LEARNED, None))
         self._model.add_module(LEARNED, self.learned.to(self._model.device))
         self.learned.train(self._model.training)
 
@@ -149,7 +152,7 @@ class BaseSession:
         """Call `around(save_pretrained, ...)` in place of a module's `save_pretrained`, as long as
         the session is attached.
         """
-        self._parts[-1].wrap(module, "save_pretrained", around)
+        self._sides[-1].wrap(module, "save_pretrained", around)
 
     # -- attach and remove
 
@@ -162,22 +165,22 @@ class BaseSession:
             AttachError: the model already carries a session, or this is called within its forward.
             UnsupportedModelError: the attention kernel is not supported.
         """
-        if any(map(is_within, (self.family.model, self.family.base, self._parts[0].root))):
+        if any(map(is_within, (self.family.model, self.family.base, self._sides[0].root))):
             raise AttachError(
                 "a foveate session cannot be attached within a forward of its model; attach it "
                 "before the model is called"
             )
-        claimed: list[TextPart | VisionPart] = []
+        claimed: list[Attachment] = []
         try:
-            for part in self._parts:
-                if not part.claim():
+            for side in self._sides:
+                if not side.claim():
                     raise AttachError(self._taken)
-                claimed.append(part)
-            for part in claimed:
-                part.check()
+                claimed.append(side)
+            for side in claimed:
+                side.check()
             with self._gate.opening():
-                for part in claimed:
-                    part.attach()
+                for side in claimed:
+                    side.attach()
         except BaseException:
             self._take_off(claimed)
             raise
@@ -191,12 +194,12 @@ class BaseSession:
         Raises:
             AttachError: this is called within a forward of the model.
         """
-        entries = [entry for part in self._parts for entry in part.entries]
-        self._gate.close(entries, lambda: self._take_off(self._parts))
+        entries = [entry for side in self._sides for entry in side.entries]
+        self._gate.close(entries, lambda: self._take_off(self._sides))
 
-    def _take_off(self, parts: Sequence[Part]) -> None:
-        for part in reversed(parts):
-            part.remove()
+    def _take_off(self, sides: Sequence[Attachment]) -> None:
+        for side in reversed(sides):
+            side.remove()
 
     @property
     def _taken(self) -> str:
@@ -226,7 +229,8 @@ class BaseSession:
         """The last forward over a prompt, or over images where there is no language model: this
         thread's, or else any thread's.
         """
-        return self._parts[-1].record
+        side = self.text or self.vision
+        return None if side is None else side.record
 
     @property
     def kept(self) -> list[dict[str, Tensor]]:
@@ -253,10 +257,3 @@ def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:
             f"clip was given, but {names} does not ask it; leave it out, or set relevance='clip' "
             "on a method that has this field"
         )
-
-
-def _parts(plan: Plan, family: Family, clip: ClipQuestions | None) -> list[TextPart | VisionPart]:
-    """What a plan touches, the language model last."""
-    vision = VisionPart(plan, family) if plan.vision or not family.text_layers else None
-    text = TextPart(plan, family, vision, clip) if family.text_layers else None
-    return [part for part in (vision, text) if part is not None]

@@ -18,8 +18,8 @@ from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
 from foveate.engine.planning import working_methods
 from foveate.engine.survivors import survivors
+from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
-from foveate.engine.vision.hooks import VisionPart
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 from foveate.signals.encoder_hooks import EncoderSignals, signal_of
@@ -32,23 +32,22 @@ class Tags:
     Args:
         plan: what to do where.
         family: the model.
-        vision: the part that shortens the stream inside the encoder, if one does.
+        state: what each thread is doing with the model.
     """
 
-    def __init__(self, plan: Plan, family: Family, vision: VisionPart | None) -> None:
+    def __init__(self, plan: Plan, family: Family, state: ThreadState) -> None:
         self.plan, self.family = plan, family
         self.signals: EncoderSignals | None = None
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
-            running = (lambda: None) if vision is None else (lambda: vision.running)
             wanted = plan.encoder_signals
             if family.encoder.packed is None:
                 self.signals = EncoderSignals(
-                    family.encoder, wanted, running, plan.global_threshold
+                    family.encoder, wanted, lambda: state.encoding, plan.global_threshold
                 )
             else:
                 side = family.side("image")
-                self.signals = PackedSignals(family.encoder, wanted, running, side)
+                self.signals = PackedSignals(family.encoder, wanted, lambda: state.encoding, side)
 
     def tag(
         self,

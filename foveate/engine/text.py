@@ -1,4 +1,4 @@
-"""The text part of a session: where its hooks go on a vision-language model."""
+"""The text side of a session: where its hooks go on a vision-language model."""
 
 from __future__ import annotations
 
@@ -6,40 +6,60 @@ import functools
 
 from torch import nn
 
-from foveate.engine.attachment import Part
-from foveate.engine.hooks import Hooks, refuse_late
+from foveate.engine.attachment import Attachment
+from foveate.engine.feature_hooks import FeatureHooks
+from foveate.engine.feature_reducer import FeatureReducer
+from foveate.engine.gate import Gate
+from foveate.engine.generate_hooks import GenerateHooks, refuse_late
+from foveate.engine.hooks import ForwardHooks
 from foveate.engine.kernels import check_kernel
+from foveate.engine.model_hooks import ModelHooks
 from foveate.engine.plan import Plan
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.tags import Tags
+from foveate.engine.thread_state import ThreadState
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.families import Family
 from foveate.families.decoder_layer import mixer_of, mlp_of
-from foveate.signals.clip import ClipQuestions
+from foveate.record.record import Record
 
 
-class TextPart(Hooks, Part):
+class TextAttachment(Attachment):
     """Steps on image features and between decoder layers.
 
     Args:
         plan: what to do where.
         family: the model.
-        vision: the part that shortens the stream inside the encoder, if one does.
-        clip: what is asked, as CLIP embeds it, if a method wants to know.
+        state: what each thread is doing with the model.
+        gate: counts the threads inside the model.
+        vision: the side that shortens the stream inside the encoder, if a method does.
     """
 
     def __init__(
         self,
         plan: Plan,
         family: Family,
-        vision: VisionPart | None = None,
-        clip: ClipQuestions | None = None,
+        state: ThreadState,
+        gate: Gate,
+        vision: VisionAttachment | None = None,
     ) -> None:
-        Part.__init__(self)
-        Hooks.__init__(self, plan, family, vision, clip)
+        super().__init__(gate)
+        self.plan, self.family = plan, family
+        self.tags = tags = Tags(plan, family, state)
+        reducer = FeatureReducer(plan, family, state, tags.signals)
+        self.generate = GenerateHooks(family, state, tags, reducer, self.look_after)
+        self.features = FeatureHooks(family, state, tags, reducer, vision, self.look_after)
+        self.model = ModelHooks(plan, family, state, tags, reducer, self.look_after)
+        self.forward = ForwardHooks(plan, family, state, tags, vision)
 
     @property
     def root(self) -> nn.Module:
         """The text model."""
         return self.family.text
+
+    @property
+    def record(self) -> Record | None:
+        """The last forward over a prompt: this thread's, or else any thread's."""
+        return self.forward.record
 
     def check(self) -> None:
         """Refuse attention kernels that cannot be served.
@@ -52,30 +72,38 @@ class TextPart(Hooks, Part):
     def attach(self) -> None:
         """Install the hooks, and wrap `generate` and what makes image and video features."""
         family = self.family
-        for module in (family.model, family.base, family.text):
-            self.uncopied(module)
-        self.replace_forward(family.base, self.base, outer=True, anchor=True)
-        self.replace_forward(family.text, self.text, outer=True, below=family.base)
+        self.uncopied(family.model, family.base, family.text)
+        self.replace_forward(family.base, self.model.base, outer=True, anchor=True)
+        self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
         if family.model is not family.base:
-            self.hook(family.model, self.enter_top)
-            wrapped = self.wrap(
-                family.model, "generate", self.generate, outer=True, late=refuse_late
-            )
+            self.hook(family.model, self.model.enter_top)
+            around = self.generate.generate
+            wrapped = self.wrap(family.model, "generate", around, outer=True, late=refuse_late)
             self.entries.append(wrapped)
+        self._attach_to_features()
+        self._attach_to_layers()
+        if self.tags.signals is not None:
+            self.tags.signals.attach(self)
+
+    def _attach_to_features(self) -> None:
+        family = self.family
         for modality in family.placeholder_ids:
-            around = functools.partial(self.features, modality)
+            around = functools.partial(self.features.features, modality)
             name = f"get_{modality}_features"
             self.wrap(family.base, name, around, outer=True, below=family.base)
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
-                self.before(projector, self.enter_projector)
+                self.before(projector, self.features.enter_projector)
+
+    def _attach_to_layers(self) -> None:
+        family, hooks = self.family, self.forward
         if family.one_dimensional:
-            self.replace_forward(family.text.rotary_emb, self.rotate)
+            self.replace_forward(family.text.rotary_emb, hooks.rotate)
         for number in range(family.text_layers):
-            self.replace_forward(family.layers[number], functools.partial(self.layer, number))
+            self.replace_forward(family.layers[number], functools.partial(hooks.layer, number))
         for number in self.plan.watched_layers:
             layer = family.layers[number]
             for module in (mixer_of(layer), mlp_of(layer)):
-                self.after(module, functools.partial(self.leave_module, number))
+                self.after(module, functools.partial(hooks.leave_module, number))
         if self.tags.signals is not None:
             self.tags.signals.attach(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from foveate.engine.forward import ForwardPass
 from foveate.engine.prompt import PromptTokens
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Kwargs
+from foveate.engine.vision.forward import Encoding
 from foveate.record.record import Record
 from foveate.signals.clip import ClipQuestions
 
@@ -27,26 +29,65 @@ class ModelCall:
     forward: ForwardPass | None = None
     cached: CachedForward | None = None  # instead of a forward, where nothing can be removed
     rollback: Rollback | None = None  # what the cache is brought back to if it dies
+    expanded: int = 1  # rows per request: beams, or returned sequences
 
     def __init__(self) -> None:
         self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders
         self.encoded: dict[str, Any] = {}  # modality -> its features, a tagged ModelOutput
 
+    def request_of(self, row: int) -> int:
+        """The request that a row of the batch belongs to."""
+        return row // self.expanded
+
+
+class GenerateCall:
+    """One call of `generate`; without arguments, the time outside of all calls.
+
+    Args:
+        inputs: ids or embeddings that it was called with.
+        prompt: ids and arguments that it was called with.
+        told: rows and length of the prompt whose record stands there.
+    """
+
+    trailing: int = 0  # drafted tokens after the prompt
+    awaited: bool = False  # it has encoded images that no forward was given yet
+
+    def __init__(
+        self,
+        inputs: Tensor | None = None,
+        prompt: tuple[Tensor | None, Kwargs] | None = None,
+        told: tuple[int, int] | None = None,
+    ) -> None:
+        self.requests = None if inputs is None else inputs.shape[0]
+        self.prompt, self.told = prompt, told
+        self.running = prompt is not None
+
 
 class ThreadState(threading.local):
-    """What one thread is doing with the model."""
+    """What one thread is doing with the model.
 
-    encoding: bool = False  # within get_image_features or get_video_features
-    given: Tensor | None = None  # what the projector was given there
-    requests: int | None = None  # rows that `generate` was called with, while it runs
-    asked: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments that it was called with
-    trailing: int = 0  # drafted tokens after the prompt
+    Args:
+        clip: what is asked, as CLIP embeds it, until the thread is told otherwise.
+    """
+
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
-    awaited: bool = False  # `generate` has encoded images that no forward was given yet
-    generating: bool = False  # within `generate`
-    told: tuple[int, int] | None = None  # rows and length of the prompt whose record stands there
-    record: Record | None = None
-    clip: ClipQuestions | None = None
+    record: Record | None = None  # of the last forward over a prompt
+    encoder_record: Record | None = None  # of the last pass through the encoder
 
-    def __init__(self) -> None:
+    # While features are made:
+    making_features: bool = False  # within get_image_features or get_video_features
+    projector_input: Tensor | None = None  # what the projector was given there
+    modality: str = "image"  # what they are of
+    passes: list[Encoding] | None = None  # finished passes of the encoder, where they are wanted
+    readout: Tensor | None = None  # which of the encoder's tokens may not be removed
+
+    # While the encoder runs, for features or alone:
+    encoding: Encoding | None = None  # its pass
+    as_tuple: bool = False  # the caller wants a tuple of it
+
+    def __init__(self, clip: ClipQuestions | None = None) -> None:
+        self.clip = clip
         self.now = ModelCall()
+        self.generate = GenerateCall()
+        self.collecting = ExitStack()  # signals of the encoder layers that have run
+        self.signals: dict[tuple[str, int], Tensor] = {}  # what was collected of them

@@ -145,9 +145,9 @@ def session_of(model: nn.Module) -> Session:
         AttachError: there is none.
     """
     for module in unwrap(model).modules():
-        part = vars(module).get(MARK)
-        if part is not None:
-            return part.session
+        attachment = vars(module).get(MARK)
+        if attachment is not None:
+            return attachment.session
     raise AttachError(
         f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"
     )

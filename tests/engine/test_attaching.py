@@ -15,8 +15,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import foveate
 from foveate.engine.gate import Gate
-from foveate.engine.text import TextPart
-from foveate.engine.vision.hooks import VisionPart
+from foveate.engine.text import TextAttachment
+from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import AttachError, FoveateError, UnsupportedModelError
 from foveate.methods import DivPrune, FastV, ToMe, VisionZip
 from tests.tinies import prompts, tiny_llava
@@ -59,7 +59,7 @@ def outside(model):
 def test_whatever_is_raised_while_attaching_leaves_the_model_as_it_was(model, stage, monkeypatch):
     """An interrupt at each thing that is put on."""
     bare, before = logits(model), outside(model)
-    placed = TextPart.replace_forward
+    placed = TextAttachment.replace_forward
     left = 0
 
     def counted(self, *args, **kwargs):
@@ -69,8 +69,8 @@ def test_whatever_is_raised_while_attaching_leaves_the_model_as_it_was(model, st
         left -= 1
         placed(self, *args, **kwargs)
 
-    for part in (TextPart, VisionPart):
-        monkeypatch.setattr(part, "replace_forward", counted)
+    for side in (TextAttachment, VisionAttachment):
+        monkeypatch.setattr(side, "replace_forward", counted)
     for number in range(200):
         left = number
         try:
@@ -102,7 +102,7 @@ def test_a_missing_module_leaves_the_model_as_it_was(model):
 
 def test_an_interrupted_removal_can_be_done_again(model):
     before, session = outside(model), foveate.apply(model, METHODS["llm"])
-    undo = session._parts[-1]._undo
+    undo = session.text._undo
 
     def interrupt():
         undo.remove(interrupt)

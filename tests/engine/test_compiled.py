@@ -140,6 +140,20 @@ def test_a_compiled_model_is_one_graph_again_after_the_session(compiled_within):
     assert again == len(runs)
 
 
+@pytest.mark.parametrize(
+    ("stage", "level"), [("llm", None), ("llm", "model"), ("llm", "text"), ("vision", "tower")]
+)
+def test_compiled_code_is_forgotten_with_the_session_wherever_it_led(stage, level, monkeypatch):
+    """Code of the text model alone too: the session breaks up its graph as well."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(level))
+    model = compile_(small(), level) if level else small()
+    with foveate.use(model, METHODS[stage]):
+        logits(model)
+        assert not resets
+    assert resets == [level] * (level is not None)
+
+
 @pytest.mark.parametrize("level", ["model"])
 def test_a_compiled_model_generates_as_it_does_uncompiled(level):
     plain = small()

@@ -239,8 +239,7 @@ def _check_layers(case: Case) -> None:
             layer.register_forward_hook(lambda module, args, output: outputs.append(output))
             for layer in encoder.layers
         ]
-        last = run._parts[-1]
-        with last.collect("image", {}) as passes:
+        with run.vision.collect("image", {}) as passes:
             model(case.arrays["image"])
         for handle in handles:
             handle.remove()

@@ -230,7 +230,7 @@ def test_layers_within_checkpoint_wrappers_are_recomputed_alike(kind, model, aft
         layers[number] = checkpoint_wrapper(layer)
     if after:
         foveate.prepare(model, METHOD)
-    replays = session_of(model)._parts[-1].replays
+    replays = session_of(model).text.forward.replays
     loss = model(**called(inputs), use_cache=False).loss
     assert len(replays) == (0 if after else 1)
     named = dict(zip(want[1], leaves, strict=True))

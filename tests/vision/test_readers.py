@@ -99,7 +99,7 @@ class Watched(Full):
 def read(model, methods, run):
     """(signal, layer) -> what was collected while something runs, and passes of the encoder."""
     session = foveate.use(model, [*methods, Reader()])
-    found, tags = [], session._parts[-1].tags
+    found, tags = [], session.text.tags
     tag = tags.tag
 
     def noted(modality, output, arguments, rows, passes, *rest):

@@ -1,4 +1,4 @@
-"""The vision part of a session: shorten the stream inside the encoder.
+"""The vision side of a session: shorten the stream inside the encoder.
 
 Layers in which nothing is removed keep their own forward. A layer in which tokens are removed
 between attention and MLP is run in two halves; that needs an instance-level forward, because hooks
@@ -9,27 +9,23 @@ often as they have sources.
 from __future__ import annotations
 
 import functools
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.core import Need
-from foveate.engine.attachment import (
-    Part,
-    bypassed,
-    forward_of,
-    has_own_forward,
-    is_compiled,
-    untraced,
-)
+from foveate.engine.attachment import Attachment
+from foveate.engine.compilation import untraced
+from foveate.engine.gate import Gate
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
+from foveate.engine.replaced_forward import bypassed, forward_of, has_own_forward
+from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.segments import boundaries
@@ -42,31 +38,18 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-class _Local(threading.local):
-    """What one thread is doing with the encoder."""
-
-    encoding: Encoding | None = None
-    collected: list[Encoding] | None = None  # finished passes, while somebody collects them
-    modality: str = "image"  # what they are of
-    readout: Tensor | None = None  # which of the encoder's tokens may not be removed
-    as_tuple: bool = False  # the caller wants a tuple
-    record: Record | None = None
-
-    def __init__(self) -> None:
-        self.collecting = ExitStack()  # signals of the layers that have run
-        self.rows: dict[tuple[str, int], Tensor] = {}
-
-
-class VisionPart(Part):
+class VisionAttachment(Attachment):
     """Steps inside an encoder, in an encoder alone or in the tower of a larger model.
 
     Args:
         plan: what to do where.
         family: the model.
+        state: what each thread is doing with the model.
+        gate: counts the threads inside the model.
     """
 
-    def __init__(self, plan: Plan, family: Family) -> None:
-        super().__init__()
+    def __init__(self, plan: Plan, family: Family, state: ThreadState, gate: Gate) -> None:
+        super().__init__(gate)
         self.family = family
         self.methods = [s.method for s in plan.vision]
         assert family.encoder is not None  # the plan has checked it
@@ -80,9 +63,9 @@ class VisionPart(Part):
         self._unmasked = self._without_masks(plan)
         earlier = plan.earlier_signals
         self._signals = (
-            EncoderSignals(self.encoder, earlier, lambda: self.running) if earlier else None
+            EncoderSignals(self.encoder, earlier, lambda: state.encoding) if earlier else None
         )
-        self._local = _Local()
+        self.state = state
         self._last: Record | None = None
 
     @property
@@ -93,22 +76,7 @@ class VisionPart(Part):
     @property
     def record(self) -> Record | None:
         """The last pass: this thread's, or else any thread's."""
-        return self._local.record or self._last
-
-    @property
-    def tokens(self) -> list[tuple[int, int]]:
-        """Rows that each layer of the last pass saw."""
-        return [] if self.record is None else self.record.encoder_tokens
-
-    @property
-    def bounds(self) -> list[Tensor | None]:
-        """Boundaries of the segments of each layer of the last pass."""
-        return [] if self.record is None else self.record.encoder_bounds
-
-    @property
-    def running(self) -> Encoding | None:
-        """The pass that this thread is in."""
-        return self._local.encoding
+        return self.state.encoder_record or self._last
 
     @contextmanager
     def collect(
@@ -126,15 +94,15 @@ class VisionPart(Part):
         """
         check_mixing(self.family, self.methods, modality, arguments)
         passes: list[Encoding] = []
-        self._local.collected, self._local.modality = passes, modality
+        self.state.passes, self.state.modality = passes, modality
         if read is not None:
             sources = self.family.sources(modality, len(read), arguments)
-            self._local.readout = sources[read.cpu()] if len(sources) == len(read) else None
+            self.state.readout = sources[read.cpu()] if len(sources) == len(read) else None
         try:
             yield passes
         finally:
-            self._local.collected, self._local.modality = None, "image"
-            self._local.readout = None
+            self.state.passes, self.state.modality = None, "image"
+            self.state.readout = None
 
     def _without_masks(self, plan: Plan) -> frozenset[int]:
         """Layers that may get a bias and cannot take it as a mask."""
@@ -201,7 +169,6 @@ class VisionPart(Part):
     ) -> Any:
         """In place of the encoder's forward: one pass."""
         output = None
-        self.compiled |= is_compiled()
         kwargs = self._enter(module, args, kwargs)
         try:
             output = forward_of(module, before)(*args, **kwargs)
@@ -213,34 +180,34 @@ class VisionPart(Part):
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
         arguments = bound(type(module).forward.__get__(module), args, kwargs)
-        side = self.family.side(self._local.modality)
-        read = self._local.readout
-        self._local.encoding = Encoding(self.family, self.encoder, arguments, side, read)
+        side = self.family.side(self.state.modality)
+        read = self.state.readout
+        self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)
         if self._signals is not None:
-            self._local.rows = self._local.collecting.enter_context(self._signals.collect())
-        self._local.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
-        return {**kwargs, "return_dict": True} if self._local.as_tuple else kwargs
+            self.state.signals = self.state.collecting.enter_context(self._signals.collect())
+        self.state.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
+        return {**kwargs, "return_dict": True} if self.state.as_tuple else kwargs
 
     @torch.compiler.disable
     def _leave(self, output: Any) -> Any:
-        encoding, self._local.encoding = self._local.encoding, None
-        self._local.collecting.close()
+        encoding, self.state.encoding = self.state.encoding, None
+        self.state.collecting.close()
         if encoding is None or output is None:  # it raised
             return None
         if len(encoding.rows) < len(self.encoder.layers) - self._first:
             raise bypassed(self.encoder.layers[-1])
         encoding.see(output.last_hidden_state)
-        if self._local.collected is not None:
-            self._local.collected.append(encoding)
-        self._local.record = self._last = self._describe(encoding)
+        if self.state.passes is not None:
+            self.state.passes.append(encoding)
+        self.state.encoder_record = self._last = self._describe(encoding)
         output = encoding.leave(output)
-        return output.to_tuple() if self._local.as_tuple else output
+        return output.to_tuple() if self.state.as_tuple else output
 
     # -- around a layer
 
     def _enter_layer(self, number: int, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a layer: run the steps due there, and hand it the mask that fits."""
-        encoding = self._local.encoding
+        encoding = self.state.encoding
         if encoding is None:
             return None
         hidden = args[0]
@@ -271,19 +238,19 @@ class VisionPart(Part):
         if need.layers == (number,):
             return encoding.ahead(layer, hidden, of)
         assert self._signals is not None  # as planned
-        rows = [encoding.at_tokens(self._local.rows[need.name, i], of) for i in need.layers]
+        rows = [encoding.at_tokens(self.state.signals[need.name, i], of) for i in need.layers]
         return self._signals.deliver(need.name, torch.stack(rows, 1))
 
     def _enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the attention of a layer that takes no mask: hand it one."""
-        encoding = self._local.encoding
+        encoding = self.state.encoding
         if encoding is None or encoding.bias is None:
             return None
         return args, {**kwargs, "attention_mask": encoding.bias}
 
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""
-        encoding = self._local.encoding
+        encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
         return (encoding.unpruned(args[0]), *args[1:]), kwargs
@@ -299,7 +266,7 @@ class VisionPart(Part):
         **kwargs: Any,
     ) -> Tensor:
         """A layer's forward with steps between its attention and its MLP."""
-        encoding, block = self._local.encoding, self.encoder.block
+        encoding, block = self.state.encoding, self.encoder.block
         assert block is not None  # checked in the plan
         bias, removes = (None, False) if encoding is None else self._due(encoding, steps)
         if encoding is None or (bias is None and not removes):
@@ -330,7 +297,7 @@ class VisionPart(Part):
     def _tap(
         self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
     ) -> None:
-        encoding = self._local.encoding
+        encoding = self.state.encoding
         if encoding is not None and encoding.taps is not None:
             encoding.taps[name] = output
 
@@ -338,7 +305,7 @@ class VisionPart(Part):
 
     def _enter_head(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the head: its mask of all tokens no longer fits; its attention gets another."""
-        encoding = self._local.encoding
+        encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
         return args[:1], {}
@@ -347,7 +314,7 @@ class VisionPart(Part):
         """Before the head's attention: count a merged token as often as it has sources, and padding
         not at all.
         """
-        encoding = self._local.encoding
+        encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
         counts = encoding.counts(args[1], merged=True)

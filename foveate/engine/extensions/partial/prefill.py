@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.core import PartialCompute
-from foveate.engine.attachment import has_own_forward
 from foveate.engine.extensions.partial.window import Grid, window_attention
 from foveate.engine.layout import take
 from foveate.engine.masks import left_align
+from foveate.engine.replaced_forward import has_own_forward
 from foveate.families import Family
 from foveate.signals.layer_view import rotary_function
 

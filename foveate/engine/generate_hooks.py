@@ -1,0 +1,99 @@
+"""GenerateHooks: what happens around a call of `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from foveate.engine import features
+from foveate.engine.compilation import untraced
+from foveate.engine.feature_reducer import FeatureReducer
+from foveate.engine.inputs import check_early_exit, check_later_images, prompt_of
+from foveate.engine.rollback import ROPE, reset_rope
+from foveate.engine.state import Kwargs
+from foveate.engine.tags import Tags
+from foveate.engine.thread_state import GenerateCall, ThreadState
+from foveate.errors import AttachError
+from foveate.families import Family
+
+
+class GenerateHooks:
+    """Hooks around `generate`.
+
+    Args:
+        family: the model.
+        state: what each thread is doing with the model.
+        tags: what tags encoder output.
+        reducer: what removes tokens from it.
+        look_after: puts back hooks that others have taken off.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        state: ThreadState,
+        tags: Tags,
+        reducer: FeatureReducer,
+        look_after: Callable[[], None],
+    ) -> None:
+        self.family, self.state, self.tags = family, state, tags
+        self._reducer, self._look_after = reducer, look_after
+
+    @untraced
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around `generate`: note its rows, and keep it from compiling the decoding step. A stream
+        ends if it fails, or its reader would wait for ever.
+        """
+        names = ("inputs", "input_ids", "inputs_embeds")
+        inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
+        kwargs.setdefault("disable_compile", True)  # slots change shape with every token
+        state, base = self.state, self.family.base
+        rope, outer = getattr(base, ROPE, None), state.generate
+        try:
+            self._look_after()
+            check_later_images(self.family, inputs, kwargs)
+            check_early_exit(self.family, kwargs)
+            state.generate = GenerateCall(inputs, prompt_of(inputs, kwargs), outer.told)
+            self._adopt_whole(kwargs)
+            return original(*args, **kwargs)
+        except BaseException:
+            reset_rope(base, rope)
+            end_stream(kwargs)
+            raise
+        finally:
+            state.generate = outer
+
+    def _adopt_whole(self, kwargs: Kwargs) -> None:
+        """Reduce features that were made outside, before a prefill in chunks cuts images apart."""
+        config = kwargs.get("generation_config") or self.family.model.generation_config
+        given = kwargs.get("mm_encoder_outputs") or {}
+        if not given or kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is None:
+            return
+        given = dict(given)
+        for modality, output in given.items():
+            if output is not None and not features.is_tagged(output):
+                given[modality] = self.tags.adopt(modality, output, kwargs)
+                self._reducer.reduce(modality, given[modality])
+        kwargs["mm_encoder_outputs"] = given
+
+
+def end_stream(kwargs: Mapping[str, Any]) -> None:
+    """Let whoever reads the stream of a `generate` that fails go on."""
+    streamer = kwargs.get("streamer")
+    if streamer is not None:
+        with suppress(Exception):  # the error that matters is on its way
+            streamer.end()
+
+
+def refuse_late(*args: Any, **kwargs: Any) -> None:
+    """Refuse a `generate` that was taken from the model within a session and begins after it.
+
+    Raises:
+        AttachError: always.
+    """
+    end_stream(kwargs)
+    raise AttachError(
+        "this `generate` was taken from the model within a foveate session that has been left "
+        "since; begin within the block (join threads there), or take `model.generate` anew"
+    )

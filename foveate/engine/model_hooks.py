@@ -1,0 +1,192 @@
+"""ModelHooks: what happens where a forward enters the model, before it comes to the text model.
+
+The model with its head calls the base model, which encodes images, puts their features in the
+prompt and calls the text model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.engine import features
+from foveate.engine.compilation import untraced
+from foveate.engine.extensions.labels import (
+    IGNORED,
+    check_labels,
+    is_training,
+    labels_of,
+    only_labelled,
+    supervise,
+)
+from foveate.engine.feature_reducer import FeatureReducer
+from foveate.engine.gate import is_generating
+from foveate.engine.inputs import check_positions, placeholders, prompt_tokens
+from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.masks import samples
+from foveate.engine.plan import Plan
+from foveate.engine.replaced_forward import bypassed, forward_of
+from foveate.engine.rollback import ROPE, reset_rope
+from foveate.engine.state import Args, Kwargs
+from foveate.engine.tags import Tags
+from foveate.engine.thread_state import ModelCall, ThreadState
+from foveate.errors import BudgetError, InputError
+from foveate.families import Family
+
+
+class ModelHooks:
+    """Hooks before the model with its head, and around the base model.
+
+    Args:
+        plan: what to do where.
+        family: the model.
+        state: what each thread is doing with the model.
+        tags: what tags encoder output.
+        reducer: what removes tokens from it.
+        look_after: puts back hooks that others have taken off.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        family: Family,
+        state: ThreadState,
+        tags: Tags,
+        reducer: FeatureReducer,
+        look_after: Callable[[], None],
+    ) -> None:
+        self.plan, self.family, self.state, self.tags = plan, family, state, tags
+        self.labelled_logits = False  # whether logits are made for labels alone, in training
+        self._reducer, self._look_after = reducer, look_after
+
+    def enter_top(
+        self, module: nn.Module, args: Args, kwargs: Kwargs
+    ) -> tuple[Args, Kwargs] | None:
+        """Before the model with its head: see what is supervised, and how many tokens after the
+        prompt are drafts.
+
+        In assisted decoding the first forward holds drafts already, and logits are kept for each
+        of them.
+        """
+        self._look_after()
+        keep, call = kwargs.get("logits_to_keep", 0), self.state.generate
+        drafting = call.requests is not None and isinstance(keep, int)
+        call.trailing = max(keep - 1, 0) if drafting else 0
+        labels = labels_of(module, args, kwargs)
+        self.state.supervised = None if labels is None else labels != IGNORED
+        if not self.labelled_logits or labels is None or not module.training:
+            return None
+        return args, only_labelled(labels, kwargs)
+
+    @untraced
+    def base(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the base model's forward: all that is known of it is forgotten after it."""
+        rope, state = getattr(module, ROPE, None), self.state
+        try:
+            kwargs = self.enter_base(module, args, kwargs)
+            output = forward_of(module, before)(*args, **kwargs)
+            if state.now.visual and not state.now.entered:
+                raise bypassed(self.family.text)
+            return output
+        except BaseException:
+            reset_rope(module, rope)
+            raise
+        finally:
+            state.now, state.supervised = ModelCall(), None
+
+    @torch.compiler.disable
+    def enter_base(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
+        """Before the base model: find placeholders, and reduce features encoded before."""
+        state = self.state
+        state.now = now = ModelCall()
+        ids = args[0] if args else kwargs.get("input_ids")
+        given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
+        now.inside = True
+        if ids is None or ids.shape[1] > 1:
+            check_kernel(self.family)
+        untagged = [output for output in given.values() if not features.is_tagged(output)]
+        if untagged and state.generate.requests is None and is_generating(self.family.model):
+            return kwargs  # it has begun before the session
+        now.visual = placeholders(self.family, ids, kwargs, given)
+        if not now.visual:
+            return kwargs
+        self._enter_prompt(module, now, ids, kwargs)
+        if given:
+            return self._take(given, now, kwargs)
+        if state.generate.awaited:
+            raise InputError(
+                "the images that generate has encoded did not reach the model: chunked prefill "
+                "of the installed transformers loses them; use prefill_chunk_size=None"
+            )
+        return kwargs
+
+    def _enter_prompt(
+        self, module: nn.Module, now: ModelCall, ids: Tensor | None, kwargs: Kwargs
+    ) -> None:
+        """See what the prompt of a forward with images says of them, and refuse what does not go
+        with the plan.
+        """
+        state = self.state
+        now.prompt = (ids, kwargs)
+        check_positions(self.family, kwargs)
+        kernel = self.family.text.config._attn_implementation
+        splits = takes_2d_masks(kernel) or not self._caches(kwargs)
+        sample, trailing = samples(kwargs) if splits else None, state.generate.trailing
+        tokens = prompt_tokens(now.visual, kwargs, trailing=trailing, sample=sample)
+        if state.supervised is not None:
+            tokens = supervise(tokens, module, state.supervised)
+        elif state.generate.requests is None and self.plan.asks_text:
+            check_labels(module, self.plan.asks_text)
+        now.tokens = tokens
+        if tokens.supervised is None or not is_training(module):
+            now.readout = tokens.readout  # in training each token is read from the one before it
+        batch, requests = next(iter(now.visual.values())).shape[0], state.generate.requests
+        if requests and batch % requests == 0:
+            now.expanded = batch // requests
+        self._check_requests(batch // now.expanded)
+
+    def _take(self, given: dict[str, Any], now: ModelCall, kwargs: Kwargs) -> Kwargs:
+        """Reduce features that were encoded before: the arguments with them."""
+        self.state.generate.awaited = changed = False
+        for modality in [m for m in given if m in now.visual]:
+            if features.is_slice(given[modality]):
+                self._check_slice()
+            elif not features.is_tagged(given[modality]):
+                given[modality], changed = self.tags.adopt(modality, given[modality], kwargs), True
+            if not features.is_slice(given[modality]):
+                self._reducer.reduce(modality, given[modality])
+            now.encoded[modality] = given[modality]
+        return {**kwargs, "mm_encoder_outputs": given} if changed else kwargs
+
+    def _caches(self, kwargs: Kwargs) -> bool:
+        """Whether the text model is given a cache, or makes one."""
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.family.text.config, "use_cache", False)
+        return kwargs.get("past_key_values") is not None or bool(use_cache)
+
+    def _check_requests(self, rows: int) -> None:
+        if self.state.clip is not None:
+            self.state.clip.check(rows)
+        for keep in self.plan.per_request:
+            if len(keep.values) != rows:
+                raise BudgetError(
+                    f"per_request has {len(keep.values)} entries, but the batch has {rows} rows; "
+                    "give one for each row, "
+                    "also for rows without an image"
+                )
+
+    def _check_slice(self) -> None:
+        if self.plan.llm or self.plan.waits or self.plan.decode_step:
+            names = ", ".join(m.slug for m in self.plan.methods)
+            raise InputError(
+                f"chunked prefill cannot be used with {names}: each chunk would choose tokens by "
+                "its own last token, or "
+                "without knowing its row; use prefill_chunk_size=None, or a pre_llm method with "
+                "one keep for all"
+            )

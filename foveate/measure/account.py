@@ -13,8 +13,9 @@ from foveate.core import Method, ModelFacts, PartialCompute
 from foveate.engine.extensions.partial.window import Grid
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
-from foveate.measure.flops import TextShape
+from foveate.measure.mixers import Attention, visible_keys
 from foveate.measure.selection import acted, decoder_flops, encoder_flops
+from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced, skeleton, trace
 from foveate.record.record import Record
 
@@ -190,14 +191,10 @@ def _layers(
     if convention.visual_only:
         rows = zip(shapes, visual_tokens(record), strict=True)
         return tuple(sum(paper_layer(shape, n, convention) for n in row) for shape, row in rows)
-    work = {w.layer: w for method in methods for w in method.partial_compute(family)}
-    found = []
-    for number, (shape, tokens) in enumerate(zip(shapes, record.layer_tokens, strict=True)):
-        if number in work:
-            found.append(_parts(record, shape, tokens, work[number], convention.causal))
-        else:
-            causal = convention.causal
-            found.append(sum(flops.layer_flops(shape, t, causal=causal) for t in tokens))
+    found = list(flops.layers_flops(shapes, record.layer_tokens, causal=convention.causal))
+    for method in methods:
+        for work in method.partial_compute(family):
+            found[work.layer] = _parts(record, shapes[work.layer], work, convention.causal)
     return tuple(found)
 
 
@@ -208,40 +205,40 @@ def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 
-def _parts(
-    record: Record, shape: TextShape, tokens: Sequence[int], work: PartialCompute, causal: bool
-) -> int:
+def _parts(record: Record, shape: TextShape, work: PartialCompute, causal: bool) -> int:
     """A decoder layer that computes less of visual tokens: what the engine computes of it.
 
     Text before an image is seen by the image and text after it sees the image, so each pair of a
     text and a visual token counts once. If all attention counts, text sees all in every head, and
     tiles of an image all around them and all text before the last image.
     """
-    active = shape.heads if work.heads is None else sum(work.heads)
-    given = work.heads or (True,) * shape.heads
-    group = shape.heads // shape.kv_heads
+    mixer = shape.mixer
+    assert isinstance(mixer, Attention)  # the plan has checked it
+    active = mixer.heads if work.heads is None else sum(work.heads)
+    given = work.heads or (True,) * mixer.heads
+    group = mixer.heads // mixer.kv_heads
     groups = len({n // group for n, on in enumerate(given) if on})
-    keys = groups if work.renormalize else shape.kv_heads
+    keys = groups if work.renormalize else mixer.kv_heads
     values = groups if work.seen else 0
-    projected = 2 * shape.hidden * shape.head_dim * (2 * active + keys + values)
+    projected = 2 * shape.hidden * mixer.head_dim * (2 * active + keys + values)
     neurons = int(shape.mlp / work.mlp_divisor)
     total = 0
-    for row, count in enumerate(tokens):
+    for row, count in enumerate(record.layer_tokens[work.layer]):
         images = [image for image in record.images if image.row == row]
         text = record.prompt_tokens[row] - sum(image.total for image in images)
         visual = count - text
-        total += flops.projection_flops(shape, text) + flops.mlp_flops(shape, text)
+        total += mixer.projections(text) + shape.mlp_flops(text)
         total += visual * (projected + 6 * shape.hidden * neurons)
         if causal:
             near = sum(_neighbours(*i.grid, work.window) * i.frames for i in images)
-            pairs = shape.heads * flops.visible_keys(text)
+            pairs = mixer.heads * visible_keys(text)
             pairs += active * (text * visual + min(near, visual**2))
         else:
             seen = [image for image in images if image.alive(work.layer)]
             grids = [Grid(image.frames, *image.grid, work.window) for image in seen]
-            pairs = shape.heads * text * count
+            pairs = mixer.heads * text * count
             pairs += active * sum(grid.pairs(record.common_tokens) for grid in grids)
-        total += 4 * shape.head_dim * pairs
+        total += 4 * mixer.head_dim * pairs
     return total
 
 

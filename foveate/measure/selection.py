@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from foveate.core import Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, site_of
-from foveate.measure.flops import TextShape
+from foveate.measure.mixers import Attention
+from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced
 from foveate.record.record import ImageRecord, Record
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal
@@ -120,8 +121,10 @@ def _tokens_before(record: Record, layer: int) -> list[int]:
 
 
 def _sizes(shape: TextShape, tokens: int, text: int) -> DecoderSizes:
-    queries, held = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return DecoderSizes(shape.hidden, queries, held, shape.head_dim, tokens, text)
+    mixer = shape.mixer
+    assert isinstance(mixer, Attention)
+    queries, held = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    return DecoderSizes(shape.hidden, queries, held, mixer.head_dim, tokens, text)
 
 
 def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int:

@@ -9,8 +9,9 @@ from foveate.engine.planning import make_plan
 from foveate.families import find_family
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
-from foveate.measure.flops import TextShape, kv_bytes
+from foveate.measure.flops import kv_bytes
 from foveate.measure.planned import planned
+from foveate.measure.shapes import TextShape
 from foveate.methods import FastV, PyramidDrop
 from tests.conformance.batches import batch_of
 from tests.conformance.test_families import layers_of, model_of
@@ -58,7 +59,7 @@ def test_planned_cache_bytes_equal_the_cache(name, kind):
         plain = model(**fresh(inputs), use_cache=True).past_key_values
         with foveate.use(model, methods):
             pruned = model(**fresh(inputs), use_cache=True).past_key_values
-    windows = any(shape.window for shape in TextShape.all(family.config))
+    windows = any(shape.mixer.window for shape in TextShape.all(family.config))
     for want, cache in ((whole(record), plain), (record, pruned)):
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         counted = kv_bytes(family.config, want.cache_slots, 1, torch.float32)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from foveate.core import Method, ModelFacts, PartialCompute
 from foveate.engine.extensions.partial.window import Grid
+from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.mixers import Attention, visible_keys
@@ -39,6 +40,8 @@ class Account:
         projector: what is between the tower and the language model, mergers included; of an
             encoder alone, what pools its rows.
         selection: signals that methods asked for.
+        entry: what the language model computes of each token before its first layer; most compute
+            nothing there. A step at its input does not shorten it.
         layers: each decoder layer.
         head: the language-model head at one position of each row.
         decode: one new token of each row, head included.
@@ -47,6 +50,7 @@ class Account:
     tower: int | None
     projector: int | None
     selection: int
+    entry: int
     layers: tuple[int, ...]
     head: int
     decode: int
@@ -59,7 +63,7 @@ class Account:
     @property
     def prefill(self) -> int:
         """The language model on the prompt."""
-        return sum(self.layers) + self.head
+        return self.entry + sum(self.layers) + self.head
 
     @property
     def total(self) -> int:
@@ -84,7 +88,7 @@ def account(
     shapes = TextShape.all(family.config) if family.text_layers else ()
     layers = _layers(record, family, methods, shapes, convention)
     if convention.visual_only:
-        return Account(None, None, 0, layers, 0, 0)
+        return Account(None, None, 0, 0, layers, 0, 0)
     steps = acted(methods, family)
     traced = encoder(record, family)
     selection = decoder_flops(record, shapes, steps) if shapes else 0
@@ -95,6 +99,7 @@ def account(
         tower=_tower(record, traced) if traced or not record.images else None,
         projector=_projector(record, family, traced) if traced or not record.images else None,
         selection=selection,
+        entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
         layers=layers,
         head=flops.head_flops(shapes[0], record.rows) if shapes else 0,
         decode=record.rows * flops.decode_flops(family.config, [n + 1 for n in slots])
@@ -164,7 +169,8 @@ def _halved(counted: Account) -> Account:
 
     return Account(
         half(counted.tower), half(counted.projector), half(counted.selection),
-        tuple(half(n) for n in counted.layers), half(counted.head), half(counted.decode),
+        half(counted.entry), tuple(half(n) for n in counted.layers), half(counted.head),
+        half(counted.decode),
     )  # fmt: skip
 
 
@@ -189,6 +195,7 @@ def _layers(
     if not shapes:
         return ()
     if convention.visual_only:
+        _check_papers(shapes, family, convention)
         rows = zip(shapes, visual_tokens(record), strict=True)
         return tuple(sum(paper_layer(shape, n, convention) for n in row) for shape, row in rows)
     found = list(flops.layers_flops(shapes, record.layer_tokens, causal=convention.causal))
@@ -196,6 +203,21 @@ def _layers(
         for work in method.partial_compute(family):
             found[work.layer] = _parts(record, shapes[work.layer], work, convention.causal)
     return tuple(found)
+
+
+def _check_papers(shapes: Sequence[TextShape], family: Counted, convention: Convention) -> None:
+    """Refuse a formula of attention where layers do something else.
+
+    Raises:
+        UnsupportedModelError: some layers are recurrent or compress their keys.
+    """
+    kinds = {type(shape.mixer).__name__ for shape in shapes} - {Attention.__name__}
+    if kinds:
+        raise UnsupportedModelError(
+            f"the convention {convention.name!r} is a formula of layers with attention, and this "
+            f"{family.model_type} has layers of {', '.join(sorted(kinds))}; count by 'foveate' or "
+            "'dense'"
+        )
 
 
 def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:

@@ -35,7 +35,8 @@ def layer_flops(
 def layers_flops(
     shapes: Sequence[TextShape], layer_tokens: Sequence[Sequence[int]], *, causal: bool = True
 ) -> tuple[int, ...]:
-    """Each decoder layer on a prompt.
+    """Each decoder layer on a prompt. One that shares keys sees those of its donor, however many
+    tokens it was given itself; keys of tokens that it no longer has count as before them.
 
     Args:
         shapes: of all layers.
@@ -43,9 +44,19 @@ def layers_flops(
         causal: see `mixers`.
     """
     return tuple(
-        sum(layer_flops(shape, tokens, causal=causal) for tokens in row)
+        sum(
+            layer_flops(shape, t, None if shape.donor is None else s, causal=causal)
+            for t, s in zip(row, layer_tokens[shape.donor or 0], strict=True)
+        )
         for shape, row in zip(shapes, layer_tokens, strict=True)
     )
+
+
+def entry_flops(shapes: Sequence[TextShape], tokens: int) -> int:
+    """What the text model computes of T tokens before its first layer: with inputs of each layer
+    for each token, as in Gemma 4, 2 T D times their width in all layers.
+    """
+    return sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
 
 
 def head_flops(shape: TextShape, positions: int = 1) -> int:
@@ -66,7 +77,8 @@ def prefill_flops(
     """
     shapes = TextShape.all(config)
     body = sum(layers_flops(shapes, layer_tokens, causal=causal))
-    return body + head_flops(shapes[0], len(layer_tokens[0]))
+    entry = entry_flops(shapes, sum(layer_tokens[0]))
+    return entry + body + head_flops(shapes[0], len(layer_tokens[0]))
 
 
 def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
@@ -74,16 +86,19 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
 
     Args:
         config: text config, or a multimodal one.
-        slots_per_layer: keys that the token sees in each layer, itself included.
+        slots_per_layer: keys that the token sees in each layer, itself included; of a layer that
+            shares keys, those of its donor count, and of one with a running state none.
     """
     shapes = TextShape.all(config)
-    layers = zip(shapes, slots_per_layer, strict=True)
-    return sum(layer_flops(shape, 1, keys) for shape, keys in layers) + head_flops(shapes[0])
+    total = entry_flops(shapes, 1) + head_flops(shapes[0])
+    for shape, own in zip(shapes, slots_per_layer, strict=True):
+        total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
+    return total
 
 
 def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
     """Bytes of the key-value cache: what a slot of a layer holds times its slots, the rows and the
-    item size.
+    item size. Layers that share keys and layers with a running state have no slots.
 
     Args:
         config: text config, or a multimodal one.
@@ -97,13 +112,25 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
     return batch * values * dtype.itemsize
 
 
-def text_attention_flops(config: Any, tokens: int) -> int:
-    """The signal `text_attention` for one row: keys of all tokens, one query, one row of scores.
+def state_bytes(config: Any, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of the running states of recurrent layers, which no removal of tokens makes smaller.
 
-    2 T D g d for the keys, 2 D h d for the query and 2 h d T for the scores.
+    Args:
+        config: text config, or a multimodal one.
+        batch: B, rows.
+        dtype: of the model; some states are kept in 32 bits all the same.
     """
-    one = TextShape.of(config).mixer
-    assert isinstance(one, Attention)
-    queries = one.heads * one.head_dim
+    return batch * sum(shape.mixer.state_bytes(dtype) for shape in TextShape.all(config))
+
+
+def text_attention_flops(config: Any, tokens: int) -> int:
+    """The signal `text_attention` for one row, of the first layer with attention: keys of all
+    tokens, one query, one row of scores.
+
+    2 T D g d for the keys, 2 D h d for the query, twice that if it comes with a gate, and 2 h d T
+    for the scores.
+    """
+    mixers = (shape.mixer for shape in TextShape.all(config))
+    one = next(mixer for mixer in mixers if isinstance(mixer, Attention) and not mixer.shared)
     keys = 2 * tokens * one.hidden * one.kv_heads * one.head_dim
-    return keys + 2 * one.hidden * queries + 2 * queries * tokens
+    return keys + 2 * one.hidden * one.query_width + 2 * one.heads * one.head_dim * tokens

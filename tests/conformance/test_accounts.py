@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
 from foveate.engine.planning import make_plan
+from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
@@ -56,7 +57,7 @@ def test_planned_cache_bytes_equal_the_cache(name, kind):
     fed = member.batch(member.pixels(1), [1])
     text = int((inputs["input_ids"] != member.image_id).sum())
     if kind == "forgetful" and family.recurrent_layers:
-        with pytest.raises(foveate.UnsupportedModelError, match="running state"):
+        with pytest.raises(UnsupportedModelError, match="running state"):
             make_plan(family, methods)
         return
     record = planned(family, make_plan(family, methods), fed, text)

@@ -15,7 +15,8 @@ from pathlib import Path
 from foveate.measure.account import paper_layer
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import CONVENTIONS
-from foveate.measure.flops import TextShape
+from foveate.measure.mixers import Attention
+from foveate.measure.shapes import TextShape
 from foveate.methods import AdaToken3D, ToMe, TransPrune, VFlowOpt
 
 PAGE = Path(__file__).parents[1] / "docs" / "numbers.md"
@@ -63,11 +64,12 @@ class Row:
 def shape_of(name: str) -> TextShape:
     config = NAMES[name].config["text_config"]
     heads = config["num_attention_heads"]
-    return TextShape(
-        config["num_hidden_layers"], config["hidden_size"], heads,
-        config.get("num_key_value_heads", heads), config["hidden_size"] // heads,
-        config["intermediate_size"], config["vocab_size"],
-    )  # fmt: skip
+    hidden, kv_heads = config["hidden_size"], config.get("num_key_value_heads", heads)
+    mixer = Attention(hidden, heads, kv_heads, hidden // heads)
+    layers, mlp, vocabulary = (
+        config[name] for name in ("num_hidden_layers", "intermediate_size", "vocab_size")
+    )
+    return TextShape(layers, hidden, mixer, mlp, vocabulary)
 
 
 def paper(name: str, tokens: Sequence[float], convention=THREE) -> float:
@@ -203,7 +205,7 @@ def yopo() -> list[Row]:
     width = shape.hidden
     full = 2 * 576 * (4 * width**2 + 3 * width * shape.mlp) + 4 * width * 576**2
     for heads in (20, 30):
-        part = heads / shape.heads
+        part = heads / shape.mixer.heads
         neurons = shape.mlp / 2
         linear = 2 * 576 * (4 * width**2 * part + 3 * width * neurons)
         layer = linear + 4 * width * part * 576 * 5**2

@@ -59,6 +59,7 @@ def predicted(model: Any, visual: int) -> float:
     """Ratio of the FLOPs of a step."""
     from foveate.families import find_family
     from foveate.measure import flops
+    from foveate.measure.shapes import TextShape
     from foveate.methods import PyramidDrop
 
     config, facts, method = model.config, find_family(model), PyramidDrop()
@@ -70,7 +71,7 @@ def predicted(model: Any, visual: int) -> float:
         for share, (low, high) in zip(shares, pairwise(bounds), strict=True)
         for _ in range(high - low)
     ]
-    shape = flops.TextShape.of(config)
+    shape = TextShape.of(config)
     head = flops.head_flops(shape, visual + TEXT) - flops.head_flops(shape)
     before = 3 * (flops.prefill_flops(config, [[visual + TEXT]] * layers) + head)
     after = 3 * (flops.prefill_flops(config, [[count] for count in tokens]) + head)

@@ -26,7 +26,7 @@ import torch
 from foveate.core import Method
 from foveate.errors import FoveateError
 from foveate.families import find_family
-from foveate.measure.memory import peak_memory
+from foveate.measure.memory import cache_bytes, peak_memory
 from foveate.measure.timing import Spread, one_round
 from foveate.run import use
 
@@ -268,11 +268,7 @@ def _costs(bench: Bench, inputs: Mapping[str, Any], entrant: Contender) -> dict[
     with entrant.setting() as session:
         peak = peak_memory(prompt, bench.model.device)
     bench.watch.phases_ms()
-    cache = sum(
-        part.numel() * part.element_size()
-        for layer in held["cache"].layers
-        for part in (layer.keys, layer.values)
-    )
+    cache, _ = cache_bytes(held["cache"])
     costs = {"peak_bytes": peak, "kv_bytes": cache}
     if session is not None:
         report = session.report()

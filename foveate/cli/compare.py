@@ -100,6 +100,9 @@ def add_costs(table: Table, report: Report, ttft: dict[str, Timing]) -> None:
         human_bytes(memory["after"], memory["before"]),
         _share(memory["after"], memory["before"]),
     )
+    if report["state_bytes"]:
+        held = human_bytes(report["state_bytes"])
+        table.add_row("state of recurrent layers", held, held, "100.0%")
     medians = [timing.median_ms for timing in ttft.values()]
     cells = [f"{timing.median_ms:.1f} ms" for timing in ttft.values()]
     table.add_row("time to first token, median", *cells, _share(medians[1], medians[0]))

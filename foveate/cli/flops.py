@@ -22,7 +22,7 @@ from foveate.loading import load_image_processor, load_skeleton
 from foveate.measure.account import Account, account, unpruned, visual_tokens
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import Convention
-from foveate.measure.flops import kv_bytes
+from foveate.measure.flops import kv_bytes, state_bytes
 from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
 from foveate.record.record import Record
@@ -56,13 +56,16 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """FLOPs, cache bytes and tokens with all tokens and with a method."""
+    """FLOPs, cache bytes and tokens with all tokens and with a method; the bytes of running states
+    are the same in both.
+    """
 
     question: Question
     record: Record
     before: Account
     after: Account
     kv_bytes: tuple[int, int]
+    state_bytes: int
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class Answer:
             "visual_tokens": [row[0] for row in visual_tokens(record)],
             "flops": {"before": _plain(self.before), "after": _plain(self.after)},
             "kv_bytes": {"before": self.kv_bytes[0], "after": self.kv_bytes[1]},
+            "state_bytes": self.state_bytes,
             "notes": list(self.notes),
         }
 
@@ -101,10 +105,14 @@ class Answer:
         table.add_column("each layer", justify="right")
         total = sum(image.total for image in self.record.images)
         seen = [row[0] for row in visual_tokens(self.record)]
-        each = list(zip(seen, self.after.layers, strict=True))
-        for name, first in layer_ranges(each):
+        ranges = layer_ranges(seen)
+        for (name, first), end in zip(
+            ranges, [*(i for _, i in ranges[1:]), len(seen)], strict=True
+        ):
             share = f"{seen[first] / total:.1%}"
-            table.add_row(name, str(seen[first]), share, human_flops(each[first][1]))
+            each = self.after.layers[first:end]
+            costs = dict.fromkeys(human_flops(cost) for cost in (min(each), max(each)))
+            table.add_row(name, str(seen[first]), share, " to ".join(costs))
         return table
 
     def _costs(self) -> Table:
@@ -127,6 +135,9 @@ class Answer:
                 table.add_row(name, human_flops(old), human_flops(new), share)
         old, new = self.kv_bytes
         table.add_row("KV cache, 16 bit", human_bytes(old), human_bytes(new), f"{new / old:.1%}")
+        if self.state_bytes:
+            held = human_bytes(self.state_bytes)
+            table.add_row("state of recurrent layers", held, held, "100.0%")
         return table
 
 
@@ -147,7 +158,8 @@ def count(question: Question) -> Answer:
     after = account(record, family, question.methods, question.convention)
     stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]
     notes = tuple(_notes(question, family, idle))
-    return Answer(question, record, before, after, (stored[0], stored[1]), notes)
+    state = state_bytes(family.config, 1, HALF)
+    return Answer(question, record, before, after, (stored[0], stored[1]), state, notes)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -191,6 +203,7 @@ def _plain(counted: Account) -> dict[str, Any]:
         "projector": counted.projector,
         "selection": counted.selection,
         "prefill": counted.prefill,
+        "entry": counted.entry,
         "head": counted.head,
         "layers": list(counted.layers),
         "decode": counted.decode,

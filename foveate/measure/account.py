@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 from foveate.core import Method, ModelFacts, PartialCompute
 from foveate.engine.extensions.partial.window import Grid
+from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
-from foveate.measure.flops import TextShape
+from foveate.measure.mixers import Attention, visible_keys
 from foveate.measure.selection import acted, decoder_flops, encoder_flops
+from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced, skeleton, trace
 from foveate.record.record import Record
 
@@ -38,6 +40,8 @@ class Account:
         projector: what is between the tower and the language model, mergers included; of an
             encoder alone, what pools its rows.
         selection: signals that methods asked for.
+        entry: what the language model computes of each token before its first layer; most compute
+            nothing there. A step at its input does not shorten it.
         layers: each decoder layer.
         head: the language-model head at one position of each row.
         decode: one new token of each row, head included.
@@ -46,6 +50,7 @@ class Account:
     tower: int | None
     projector: int | None
     selection: int
+    entry: int
     layers: tuple[int, ...]
     head: int
     decode: int
@@ -58,7 +63,7 @@ class Account:
     @property
     def prefill(self) -> int:
         """The language model on the prompt."""
-        return sum(self.layers) + self.head
+        return self.entry + sum(self.layers) + self.head
 
     @property
     def total(self) -> int:
@@ -83,7 +88,7 @@ def account(
     shapes = TextShape.all(family.config) if family.text_layers else ()
     layers = _layers(record, family, methods, shapes, convention)
     if convention.visual_only:
-        return Account(None, None, 0, layers, 0, 0)
+        return Account(None, None, 0, 0, layers, 0, 0)
     steps = acted(methods, family)
     traced = encoder(record, family)
     selection = decoder_flops(record, shapes, steps) if shapes else 0
@@ -94,6 +99,7 @@ def account(
         tower=_tower(record, traced) if traced or not record.images else None,
         projector=_projector(record, family, traced) if traced or not record.images else None,
         selection=selection,
+        entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
         layers=layers,
         head=flops.head_flops(shapes[0], record.rows) if shapes else 0,
         decode=record.rows * flops.decode_flops(family.config, [n + 1 for n in slots])
@@ -163,7 +169,8 @@ def _halved(counted: Account) -> Account:
 
     return Account(
         half(counted.tower), half(counted.projector), half(counted.selection),
-        tuple(half(n) for n in counted.layers), half(counted.head), half(counted.decode),
+        half(counted.entry), tuple(half(n) for n in counted.layers), half(counted.head),
+        half(counted.decode),
     )  # fmt: skip
 
 
@@ -188,17 +195,29 @@ def _layers(
     if not shapes:
         return ()
     if convention.visual_only:
+        _check_papers(shapes, family, convention)
         rows = zip(shapes, visual_tokens(record), strict=True)
         return tuple(sum(paper_layer(shape, n, convention) for n in row) for shape, row in rows)
-    work = {w.layer: w for method in methods for w in method.partial_compute(family)}
-    found = []
-    for number, (shape, tokens) in enumerate(zip(shapes, record.layer_tokens, strict=True)):
-        if number in work:
-            found.append(_parts(record, shape, tokens, work[number], convention.causal))
-        else:
-            causal = convention.causal
-            found.append(sum(flops.layer_flops(shape, t, causal=causal) for t in tokens))
+    found = list(flops.layers_flops(shapes, record.layer_tokens, causal=convention.causal))
+    for method in methods:
+        for work in method.partial_compute(family):
+            found[work.layer] = _parts(record, shapes[work.layer], work, convention.causal)
     return tuple(found)
+
+
+def _check_papers(shapes: Sequence[TextShape], family: Counted, convention: Convention) -> None:
+    """Refuse a formula of attention where layers do something else.
+
+    Raises:
+        UnsupportedModelError: some layers are recurrent or compress their keys.
+    """
+    kinds = {type(shape.mixer).__name__ for shape in shapes} - {Attention.__name__}
+    if kinds:
+        raise UnsupportedModelError(
+            f"the convention {convention.name!r} is a formula of layers with attention, and this "
+            f"{family.model_type} has layers of {', '.join(sorted(kinds))}; count by 'foveate' or "
+            "'dense'"
+        )
 
 
 def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
@@ -208,40 +227,40 @@ def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 
-def _parts(
-    record: Record, shape: TextShape, tokens: Sequence[int], work: PartialCompute, causal: bool
-) -> int:
+def _parts(record: Record, shape: TextShape, work: PartialCompute, causal: bool) -> int:
     """A decoder layer that computes less of visual tokens: what the engine computes of it.
 
     Text before an image is seen by the image and text after it sees the image, so each pair of a
     text and a visual token counts once. If all attention counts, text sees all in every head, and
     tiles of an image all around them and all text before the last image.
     """
-    active = shape.heads if work.heads is None else sum(work.heads)
-    given = work.heads or (True,) * shape.heads
-    group = shape.heads // shape.kv_heads
+    mixer = shape.mixer
+    assert isinstance(mixer, Attention)  # the plan has checked it
+    active = mixer.heads if work.heads is None else sum(work.heads)
+    given = work.heads or (True,) * mixer.heads
+    group = mixer.heads // mixer.kv_heads
     groups = len({n // group for n, on in enumerate(given) if on})
-    keys = groups if work.renormalize else shape.kv_heads
+    keys = groups if work.renormalize else mixer.kv_heads
     values = groups if work.reads_visual else 0
-    projected = 2 * shape.hidden * shape.head_dim * (2 * active + keys + values)
+    projected = 2 * shape.hidden * mixer.head_dim * (2 * active + keys + values)
     neurons = int(shape.mlp / work.mlp_divisor)
     total = 0
-    for row, count in enumerate(tokens):
+    for row, count in enumerate(record.layer_tokens[work.layer]):
         images = [image for image in record.images if image.row == row]
         text = record.prompt_tokens[row] - sum(image.total for image in images)
         visual = count - text
-        total += flops.projection_flops(shape, text) + flops.mlp_flops(shape, text)
+        total += mixer.projections(text) + shape.mlp_flops(text)
         total += visual * (projected + 6 * shape.hidden * neurons)
         if causal:
             near = sum(_neighbours(*i.grid, work.window) * i.frames for i in images)
-            pairs = shape.heads * flops.visible_keys(text)
+            pairs = mixer.heads * visible_keys(text)
             pairs += active * (text * visual + min(near, visual**2))
         else:
             seen = [image for image in images if image.surviving(work.layer)]
             grids = [Grid(image.frames, *image.grid, work.window) for image in seen]
-            pairs = shape.heads * text * count
+            pairs = mixer.heads * text * count
             pairs += active * sum(grid.pairs(record.common_tokens) for grid in grids)
-        total += 4 * shape.head_dim * pairs
+        total += 4 * mixer.head_dim * pairs
     return total
 
 

@@ -3,141 +3,60 @@
 A multiply-add counts as 2. Norms, activations, softmax, biases, rotary embeddings and the embedding
 lookup are left out: they are below one percent of a decoder layer.
 
-Symbols: `T` tokens of a row in this forward, `S` keys it may see, `D` hidden, `h` query heads, `g`
-key-value heads, `d` head width, `M` MLP width, `L` layers, `P` patches.
+Symbols: `T` tokens of a row in this forward, `S` keys it may see, `D` hidden, `L` layers, `B` rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from foveate.families.family import window_of
-
-
-@dataclass(frozen=True)
-class TextShape:
-    """The sizes of a decoder layer like Llama's or Qwen2's: three MLP matrices, grouped key-value
-    heads.
-
-    Args:
-        layers: L, of the whole decoder.
-        hidden: D.
-        heads: h.
-        kv_heads: g.
-        head_dim: d.
-        mlp: M, the neurons that a token passes: of a mixture, those of its experts.
-        vocabulary: tokens of the language-model head.
-        router: experts that a token is rated for; 0 without a mixture.
-        window: keys that a query sees at most, itself included; `None` for all.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocabulary: int
-    router: int = 0
-    window: int | None = None
-
-    @classmethod
-    def of(cls, config: Any, layer: int = 0) -> TextShape:
-        """Read the sizes from a text config, or from the `text_config` of a multimodal one.
-
-        Args:
-            config: the config.
-            layer: the decoder layer; they may differ in MLP and window.
-        """
-        text = getattr(config, "text_config", config)
-        heads = text.num_attention_heads
-        mlp, router = _mlp(text, layer)
-        return cls(
-            layers=text.num_hidden_layers,
-            hidden=text.hidden_size,
-            heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            mlp=mlp,
-            vocabulary=text.vocab_size,
-            router=router,
-            window=window_of(text, layer),
-        )
-
-    @classmethod
-    def all(cls, config: Any) -> tuple[TextShape, ...]:
-        """The sizes of every layer."""
-        text = getattr(config, "text_config", config)
-        return tuple(cls.of(text, layer) for layer in range(text.num_hidden_layers))
-
-    def held(self, tokens: int) -> int:
-        """Slots that the layer's cache keeps of so many tokens: all, or one less than the window,
-        to which the next query adds itself.
-        """
-        return tokens if self.window is None else min(tokens, self.window - 1)
-
-
-def _mlp(text: Any, layer: int) -> tuple[int, int]:
-    """Neurons of the MLP that a token passes in a layer, and experts that it is rated for."""
-    active = getattr(text, "num_experts_per_tok", None)
-    dense = layer in (getattr(text, "mlp_only_layers", None) or ())
-    dense |= layer < getattr(text, "first_k_dense_replace", 0)
-    dense |= (layer + 1) % getattr(text, "decoder_sparse_step", 1) != 0
-    if not active or dense:
-        return text.intermediate_size, 0
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    experts = next(n for name in names if (n := getattr(text, name, None)))
-    return (active + getattr(text, "n_shared_experts", 0)) * text.moe_intermediate_size, experts
-
-
-def visible_keys(
-    tokens: int, keys: int | None = None, *, causal: bool = True, window: int | None = None
-) -> int:
-    """Query-key pairs of one row: sum over the `T` queries of the keys each may see.
-
-    Args:
-        tokens: T, the last T of the keys are the queries' own.
-        keys: S, keys in all; `None` means T, a prompt without a past.
-        causal: whether a query sees only keys up to itself: T (S - T) + T (T + 1) / 2, else T S.
-        window: keys that a query sees at most, if it is causal.
-    """
-    total = tokens if keys is None else keys
-    if not causal:
-        return tokens * total
-    if window is None or total <= window:
-        return tokens * (total - tokens) + tokens * (tokens + 1) // 2
-    short = max(min(window - (total - tokens), tokens), 0)  # queries that see all before them
-    return visible_keys(short, total - tokens + short) + (tokens - short) * window
-
-
-def projection_flops(shape: TextShape, tokens: int) -> int:
-    """q, k, v and output projections of one layer: 2 T D (2 h d + 2 g d)."""
-    widths = 2 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
-    return 2 * tokens * shape.hidden * widths
-
-
-def attention_flops(shape: TextShape, pairs: int) -> int:
-    """Q K^T and the weighted sum of values in one layer: 4 h d for each visible query-key pair."""
-    return 4 * shape.heads * shape.head_dim * pairs
-
-
-def mlp_flops(shape: TextShape, tokens: int) -> int:
-    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert in choice."""
-    return 2 * tokens * shape.hidden * (3 * shape.mlp + shape.router)
+from foveate.measure.mixers import Attention
+from foveate.measure.shapes import TextShape
 
 
 def layer_flops(
     shape: TextShape, tokens: int, keys: int | None = None, *, causal: bool = True
 ) -> int:
-    """One decoder layer on T tokens of one row."""
-    pairs = visible_keys(tokens, keys, causal=causal, window=shape.window)
-    return (
-        projection_flops(shape, tokens) + attention_flops(shape, pairs) + mlp_flops(shape, tokens)
+    """One decoder layer on T tokens of one row.
+
+    Args:
+        shape: the layer.
+        tokens: T.
+        keys: S; `None` for a prompt without a past.
+        causal: see `mixers`.
+    """
+    mixing = shape.mixer.mixing(tokens, keys, causal=causal)
+    return shape.mixer.projections(tokens) + mixing + shape.mlp_flops(tokens)
+
+
+def layers_flops(
+    shapes: Sequence[TextShape], layer_tokens: Sequence[Sequence[int]], *, causal: bool = True
+) -> tuple[int, ...]:
+    """Each decoder layer on a prompt. One that shares keys sees those of its donor, however many
+    tokens it was given itself; keys of tokens that it no longer has count as before them.
+
+    Args:
+        shapes: of all layers.
+        layer_tokens: tokens of each row at each layer, [layers][rows].
+        causal: see `mixers`.
+    """
+    return tuple(
+        sum(
+            layer_flops(shape, t, None if shape.donor is None else s, causal=causal)
+            for t, s in zip(row, layer_tokens[shape.donor or 0], strict=True)
+        )
+        for shape, row in zip(shapes, layer_tokens, strict=True)
     )
+
+
+def entry_flops(shapes: Sequence[TextShape], tokens: int) -> int:
+    """What the text model computes of T tokens before its first layer: with inputs of each layer
+    for each token, as in Gemma 4, 2 T D times their width in all layers.
+    """
+    return sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
 
 
 def head_flops(shape: TextShape, positions: int = 1) -> int:
@@ -157,12 +76,9 @@ def prefill_flops(
             x T (what dense kernels do).
     """
     shapes = TextShape.all(config)
-    body = sum(
-        layer_flops(shape, t, causal=causal)
-        for shape, row in zip(shapes, layer_tokens, strict=True)
-        for t in row
-    )
-    return body + head_flops(shapes[0], len(layer_tokens[0]))
+    body = sum(layers_flops(shapes, layer_tokens, causal=causal))
+    entry = entry_flops(shapes, sum(layer_tokens[0]))
+    return entry + body + head_flops(shapes[0], len(layer_tokens[0]))
 
 
 def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
@@ -170,15 +86,19 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
 
     Args:
         config: text config, or a multimodal one.
-        slots_per_layer: keys that the token sees in each layer, itself included.
+        slots_per_layer: keys that the token sees in each layer, itself included; of a layer that
+            shares keys, those of its donor count, and of one with a running state none.
     """
     shapes = TextShape.all(config)
-    layers = zip(shapes, slots_per_layer, strict=True)
-    return sum(layer_flops(shape, 1, keys) for shape, keys in layers) + head_flops(shapes[0])
+    total = entry_flops(shapes, 1) + head_flops(shapes[0])
+    for shape, own in zip(shapes, slots_per_layer, strict=True):
+        total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
+    return total
 
 
 def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
-    """Bytes of the key-value cache: 2 B g d for each slot of each layer, times the item size.
+    """Bytes of the key-value cache: what a slot of a layer holds times its slots, the rows and the
+    item size. Layers that share keys and layers with a running state have no slots.
 
     Args:
         config: text config, or a multimodal one.
@@ -188,16 +108,29 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
         dtype: what the cache holds.
     """
     layers = zip(TextShape.all(config), slots_per_layer, strict=True)
-    values = sum(2 * s.kv_heads * s.head_dim * s.held(slots) for s, slots in layers)
+    values = sum(shape.mixer.slot * shape.mixer.held(slots) for shape, slots in layers)
     return batch * values * dtype.itemsize
 
 
-def text_attention_flops(config: Any, tokens: int) -> int:
-    """The signal `text_attention` for one row: keys of all tokens, one query, one row of scores.
+def state_bytes(config: Any, batch: int, dtype: torch.dtype) -> int:
+    """Bytes of the running states of recurrent layers, which no removal of tokens makes smaller.
 
-    2 T D g d for the keys, 2 D h d for the query and 2 h d T for the scores.
+    Args:
+        config: text config, or a multimodal one.
+        batch: B, rows.
+        dtype: of the model; some states are kept in 32 bits all the same.
     """
-    shape = TextShape.of(config)
-    queries = shape.heads * shape.head_dim
-    keys = 2 * tokens * shape.hidden * shape.kv_heads * shape.head_dim
-    return keys + 2 * shape.hidden * queries + 2 * queries * tokens
+    return batch * sum(shape.mixer.state_bytes(dtype) for shape in TextShape.all(config))
+
+
+def text_attention_flops(config: Any, tokens: int) -> int:
+    """The signal `text_attention` for one row, of the first layer with attention: keys of all
+    tokens, one query, one row of scores.
+
+    2 T D g d for the keys, 2 D h d for the query, twice that if it comes with a gate, and 2 h d T
+    for the scores.
+    """
+    mixers = (shape.mixer for shape in TextShape.all(config))
+    one = next(mixer for mixer in mixers if isinstance(mixer, Attention) and not mixer.shared)
+    keys = 2 * tokens * one.hidden * one.kv_heads * one.head_dim
+    return keys + 2 * one.hidden * one.query_width + 2 * one.heads * one.head_dim * tokens

@@ -1,12 +1,34 @@
-"""Peak memory of a call: what it needs beyond what was there before, such as weights."""
+"""Peak memory of a call, beyond what was there before, such as weights; and what a cache holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+
+def cache_bytes(cache: Any) -> tuple[int, int]:
+    """Bytes that a cache holds in slots of tokens, and in running states.
+
+    Args:
+        cache: a KV cache of transformers, filled.
+    """
+    slots = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
+    tables = [
+        getattr(layer, part, {})
+        for layer in cache.layers
+        for part in ("conv_states", "recurrent_states")
+    ]
+    states = [state for table in tables for state in table.values()]
+    return _bytes(slots), _bytes(states)
+
+
+def _bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:

@@ -16,7 +16,7 @@ from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
-from foveate.measure.flops import TextShape
+from foveate.measure.shapes import TextShape
 from foveate.measure.trace import trace
 from foveate.record.record import ImageRecord, Record
 
@@ -129,7 +129,7 @@ def _held(
     for layer in plan.text_only_layers:
         slots[layer] = text_tokens
     shapes = TextShape.all(family.config)
-    return [shape.held(count) for shape, count in zip(shapes, slots, strict=True)]
+    return [shape.mixer.held(count) for shape, count in zip(shapes, slots, strict=True)]
 
 
 def _inside(family: Family, plan: Plan, traced: Any, stream: _Stream) -> list[tuple[int, int]]:

@@ -9,12 +9,14 @@ image in the encoder, and its width `D`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from foveate.core import Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, site_of
-from foveate.measure.flops import TextShape
+from foveate.errors import UnsupportedModelError
+from foveate.measure.mixers import Attention
+from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced
 from foveate.record.record import ImageRecord, Record
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal
@@ -81,6 +83,7 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
     total = flops_of(of_input, _sizes(shapes[0], visual, record.question_tokens))
     for (layer, later), signals in collected.items():
         counts = record.layer_tokens[layer] if later else _tokens_before(record, layer)
+        _check_counted(shapes[layer], layer, signals)
         for row, tokens in enumerate(counts):
             if any(image.row == row for image in record.images):
                 sizes = _sizes(shapes[layer], tokens, record.question_tokens)
@@ -119,9 +122,28 @@ def _tokens_before(record: Record, layer: int) -> list[int]:
     return tokens
 
 
+def _check_counted(shape: TextShape, layer: int, signals: Collection[DecoderSignal]) -> None:
+    """Refuse to call free what costs products that nothing here counts.
+
+    Raises:
+        UnsupportedModelError: keys are read of a layer whose keys are made in another way.
+    """
+    keyed = sorted(signal.name for signal in signals if signal.keyed)
+    if keyed and not isinstance(shape.mixer, Attention):
+        raise UnsupportedModelError(
+            f"what {', '.join(keyed)} of layer {layer} costs is not known: its "
+            f"{type(shape.mixer).__name__} makes keys in another way than grouped attention"
+        )
+
+
 def _sizes(shape: TextShape, tokens: int, text: int) -> DecoderSizes:
-    queries, held = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    return DecoderSizes(shape.hidden, queries, held, shape.head_dim, tokens, text)
+    mixer = shape.mixer
+    if not isinstance(mixer, Attention):  # what is read there has no queries, keys or values
+        return DecoderSizes(shape.hidden, 0, 0, 0, 0, tokens, text)
+    queries, held = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    return DecoderSizes(
+        shape.hidden, queries, mixer.query_width, held, mixer.head_dim, tokens, text
+    )
 
 
 def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int:

@@ -54,14 +54,15 @@ class Report(dict[str, Any]):
 
     Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
     frames, tokens, tokens after each step, and what `kept` shows), `layers` (tokens and visual
-    tokens of each row in each decoder layer), `flops`, `kv_bytes` and `notes`. `flops` and
-    `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `flops` also shows apart what
-    it includes: `vision` (tower and projector with all tokens; `None` where features were handed
-    in, which a note says), `vision_after` (as they were) and `selection` (the signals that methods
+    tokens of each row in each decoder layer), `flops`, `kv_bytes`, `state_bytes` and `notes`.
+    `flops` and `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `state_bytes` is
+    what recurrent layers keep of all rows, before as after. `flops` also shows apart what it
+    includes: `vision` (tower and projector with all tokens; `None` where features were handed in,
+    which a note says), `vision_after` (as they were) and `selection` (the signals that methods
     asked for; a method's own arithmetic is not counted). `tower`, `projector`, `prefill` (the
-    language model), `layers` (each decoder layer) and `decode` (one new token of each row, which
-    is not in the sum) hold `before` and `after`. Of an encoder without a language model,
-    `rows` counts images, and `prompt_tokens` and `layers` are empty.
+    language model), `layers` (each decoder layer) and `decode` (one new token of each row, which is
+    not in the sum) hold `before` and `after`. Of an encoder without a language model, `rows` counts
+    images, and `prompt_tokens` and `layers` are empty.
     """
 
     @classmethod
@@ -92,6 +93,7 @@ class Report(dict[str, Any]):
             ],
             flops=_flops(record, family, methods),
             kv_bytes=_kv_bytes(record, family.config, dtype),
+            state_bytes=_state_bytes(record, family.config, dtype),
             notes=[
                 *record.notes,
                 *idle_notes(record, family, methods),
@@ -118,6 +120,7 @@ class Report(dict[str, Any]):
             layers=[],
             flops={},
             kv_bytes={},
+            state_bytes=0,
             notes=["no forward has run yet: call the model or generate inside the session"],
         )
 
@@ -280,6 +283,11 @@ def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
 
 
+def _state_bytes(record: Record, config: Any, dtype: torch.dtype) -> int:
+    """Bytes of the running states in the cache."""
+    return flops.state_bytes(config, record.rows, dtype) if record.cache_slots else 0
+
+
 def describe(method: Mapping[str, Any]) -> str:
     """A method of a report in one line: `pyramiddrop (keep=[0.5, 0.25])`."""
     shown = {key: value for key, value in method.items() if key != "method" and value is not None}
@@ -378,4 +386,7 @@ def _cost_table(report: Report) -> Table:
             human_bytes(memory["after"], memory["before"]),
             f"{memory['ratio']:.1%}",
         )
+    if report["state_bytes"]:
+        held = human_bytes(report["state_bytes"])
+        table.add_row("state of recurrent layers", held, held, "100.0%")
     return table

@@ -33,7 +33,7 @@ def _values(sizes: DecoderSizes) -> int:
 
 def _query(sizes: DecoderSizes) -> int:
     """A query, and its scores of all keys."""
-    return 2 * sizes.hidden * sizes.queries + 2 * sizes.queries * sizes.tokens
+    return 2 * sizes.hidden * sizes.projected + 2 * sizes.queries * sizes.tokens
 
 
 # -- aggregation

@@ -120,6 +120,7 @@ class DecoderSizes:
     Args:
         hidden: hidden width, D.
         queries: width of all query heads, H d.
+        projected: width of the matrix that makes queries: H d, with a gate twice that.
         held: width of all key heads, Hkv d.
         head: width of a head, d.
         tokens: tokens of a row; visual tokens alone for what is computed `of_input`.
@@ -128,6 +129,7 @@ class DecoderSizes:
 
     hidden: int
     queries: int
+    projected: int
     held: int
     head: int
     tokens: int

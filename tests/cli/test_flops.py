@@ -73,3 +73,30 @@ def test_every_bundled_checkpoint_is_counted(tmp_path, name):
     found = numbers(tmp_path, name, "-m", "pyramiddrop", "--image-size", "448x336")
     assert found["flops"]["after"]["total"] < found["flops"]["before"]["total"]
     assert found["kv_bytes"]["after"] < found["kv_bytes"]["before"]
+
+
+def test_a_running_state_is_as_large_with_fewer_tokens(tmp_path):
+    """Three of four layers of Qwen3.5 hold no slots, but 48 matrices of 128 by 128 in 32 bits, and
+    four tokens of a convolution in 16.
+    """
+    name = "Qwen/Qwen3.5-27B"
+    found = numbers(tmp_path, name, "-m", "fastv", "--set", "keep=0.25")
+    slots = sum(n + 64 for n in found["visual_tokens"][3::4])
+    assert found["kv_bytes"]["after"] == slots * 2 * 4 * 256 * 2
+    assert found["kv_bytes"]["before"] == 16 * (found["visual_tokens"][0] + 64) * 2 * 4 * 256 * 2
+    channels = 2 * 16 * 128 + 48 * 128
+    assert found["state_bytes"] == 48 * (48 * 128 * 128 * 4 + channels * 4 * 2)
+    assert numbers(tmp_path, LLAVA, "-m", "fastv")["state_bytes"] == 0
+    shown = run(name, "-m", "fastv").output
+    assert re.search(r"state of recurrent layers +147\.75 MiB +147\.75 MiB +100\.0%", shown)
+
+
+def test_layers_that_see_as_many_tokens_share_a_line():
+    shown = run("Qwen/Qwen3.5-27B", "-m", "fastv", "--set", "keep=0.25").output
+    assert re.search(r"4-63 +110 +24\.9% +129\.92 GFLOPs to 134\.39 GFLOPs", shown)
+
+
+def test_formulas_of_papers_are_refused_where_layers_have_no_attention():
+    done = run("Qwen/Qwen3.5-35B-A3B", "-m", "pyramiddrop", "--convention", "fastv")
+    assert done.exit_code == 2
+    assert "layers of GatedDeltaNet" in " ".join(done.output.split())

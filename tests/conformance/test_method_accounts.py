@@ -14,6 +14,7 @@ from foveate.engine.planning import working_methods
 from foveate.families import find_family
 from foveate.measure.account import account, whole
 from foveate.measure.conventions import CONVENTIONS
+from foveate.measure.memory import cache_bytes
 from foveate.methods import DART, LVLMCSP, YOPO, FastV, PyramidDrop, SparseVLM, VisionZip
 from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
@@ -83,7 +84,7 @@ def run(model, inputs, methods):
         apart(counter, methods) as spent,
     ):
         cache = model(**fresh(inputs), logits_to_keep=1, use_cache=True).past_key_values
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    held, _ = cache_bytes(cache)
     return counter.get_total_flops() - sum(spent), held
 
 
@@ -107,7 +108,8 @@ def prompt_of(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llava", "internvl", "qwen2_vl", "qwen2_5_vl", "gemma3", "llava_next_video-video"]
+    "name",
+    ["llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "llava_next_video-video"],
 )
 def test_every_method_costs_what_torch_counts(name):
     model, inputs, plain = prompt_of(name)

@@ -5,26 +5,31 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
+from foveate.errors import UnsupportedModelError
+from foveate.families import find_family
 from foveate.measure import flops
+from foveate.measure.memory import cache_bytes
 from tests.conformance.test_families import case, model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-
-
-def cached_bytes(cache):
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 @pytest.mark.parametrize("kind", ["pyramiddrop", "forgetful", "pre_llm"])
 @pytest.mark.parametrize("name", sorted(MEMBERS))
 def test_cache_bytes_equal_the_cache(name, kind):
     member, model = MEMBERS[name](), model_of(name)
-    inputs = member.inputs([[5, 7]])
+    inputs, methods = member.inputs([[5, 7]]), case(name, kind, 1)[0]
+    if kind == "forgetful" and find_family(model).recurrent_layers:
+        with pytest.raises(UnsupportedModelError, match="running state"):
+            foveate.use(model, methods)
+        return
     with torch.no_grad():
-        whole = cached_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
-        with foveate.use(model, case(name, kind, 1)[0]) as run:
-            pruned = cached_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
+        whole, _ = cache_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
+        with foveate.use(model, methods) as run:
+            pruned, state = cache_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
     report = run.report()
+    assert report["state_bytes"] == state
+    assert ("state of recurrent layers" in str(report)) == (state > 0)
     assert report["kv_bytes"]["before"] == whole
     assert report["kv_bytes"]["after"] == pruned < whole
     assert report["flops"]["after"] < report["flops"]["before"]

@@ -29,6 +29,8 @@ EXPECTED = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (2, (7, 14, 21)),
     "Qwen/Qwen3-VL-4B-Instruct": ((3, DEEPSTACK), (9, 18, 27)),
     "Qwen/Qwen3-VL-8B-Instruct": ((3, DEEPSTACK), (9, 18, 27)),
+    "Qwen/Qwen3.5-27B": (4, (15, 31, 47)),
+    "Qwen/Qwen3.5-35B-A3B": (4, (11, 19, 31)),
     "zai-org/GLM-4.1V-9B-Thinking": (2, (10, 20, 30)),
     "google/gemma-3-4b-it": (
         (6, "only a window of the sequence; layers that see all of it are 5, 11, 17, 23, 29"),

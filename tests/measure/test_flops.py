@@ -17,6 +17,8 @@ from transformers import (
 
 from foveate.families import find_family
 from foveate.measure import flops
+from foveate.measure.mixers import visible_keys
+from foveate.measure.shapes import TextShape
 from foveate.measure.trace import trace
 
 SIZES = {
@@ -100,14 +102,14 @@ def test_vision_and_projector_equal_counted(layers):
 def test_causal_pairs_are_the_lower_triangle():
     for tokens, keys in [(1, 1), (5, 5), (4, 9), (1, 8)]:
         mask = torch.ones(tokens, keys).tril(keys - tokens)
-        assert flops.visible_keys(tokens, keys) == int(mask.sum())
-        assert flops.visible_keys(tokens, keys, causal=False) == tokens * keys
+        assert visible_keys(tokens, keys) == int(mask.sum())
+        assert visible_keys(tokens, keys, causal=False) == tokens * keys
 
 
 def test_prefill_follows_the_layers():
     """Fewer tokens in one layer save exactly that layer's difference."""
     config = TEXT["qwen2-gqa"][1]
-    shape = flops.TextShape.of(config)
+    shape = TextShape.of(config)
     full = flops.prefill_flops(config, [[20], [20], [20]])
     less = flops.prefill_flops(config, [[20], [20], [11]])
     assert full - less == flops.layer_flops(shape, 20) - flops.layer_flops(shape, 11)
@@ -153,4 +155,4 @@ def test_text_attention_is_key_projection_plus_one_query():
 def test_windows_hide_what_lies_before_them():
     for tokens, keys, window in [(7, 7, 3), (5, 9, 4), (4, 4, 9), (1, 8, 3)]:
         mask = torch.ones(tokens, keys).tril(keys - tokens).triu(keys - tokens - window + 1)
-        assert flops.visible_keys(tokens, keys, window=window) == int(mask.sum())
+        assert visible_keys(tokens, keys, window=window) == int(mask.sum())

@@ -9,7 +9,7 @@ from foveate.core import PartialCompute
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
-from foveate.measure.flops import TextShape, mlp_flops, projection_flops
+from foveate.measure.shapes import TextShape
 from foveate.methods import FastV
 from foveate.methods.yopo import YOPO
 from tests.masked_layer import masked
@@ -107,8 +107,8 @@ def test_an_account_counts_no_more_neighbours_than_there_are_tokens(llava):
     family = find_family(llava)
     shape, text, visual = TextShape.all(family.config)[0], 12, 3
     pairs = text * (text + 1) // 2 + text * visual + visual**2
-    products = projection_flops(shape, text + visual) + mlp_flops(shape, text + visual)
-    want = products + 4 * shape.heads * shape.head_dim * pairs
+    products = shape.mixer.projections(text + visual) + shape.mlp_flops(text + visual)
+    want = products + 4 * shape.mixer.heads * shape.mixer.head_dim * pairs
     assert account(run.record, family, methods).layers == (want,) * LAYERS
 
 

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import foveate
 from foveate.core.budget import per_request
 from foveate.measure import flops
+from foveate.measure.shapes import TextShape
 from foveate.measure.units import human_bytes, human_flops
 from foveate.methods import FastV, PyramidDrop
 from foveate.record.record import ImageRecord, Record
@@ -84,7 +85,7 @@ def test_flops_are_the_parts_added_up(report):
     assert work["after"] == selection + now
     assert work["ratio"] == work["after"] / work["before"]
     assert work["prefill"] == {"before": work["before"], "after": now}
-    assert sum(work["layers"]["after"]) == now - flops.head_flops(flops.TextShape.of(CONFIG), 2)
+    assert sum(work["layers"]["after"]) == now - flops.head_flops(TextShape.of(CONFIG), 2)
     one = 2 * flops.decode_flops(CONFIG, [26, 18, 14, 12])
     assert work["decode"]["after"] == one
 

@@ -202,7 +202,7 @@ class DecoderSignals:
         past = None
         if held is not None and prompt.past:
             before = before.last(held.keys.shape[2])  # all that a layer with a window holds
-            past = held.keys[:, :, : before.count]
+            past = held.keys[:, :, : before.count], held.values[:, :, : before.count]
         return LayerView(layer, hidden, rotary, past), before
 
     def from_first(

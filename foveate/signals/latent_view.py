@@ -28,7 +28,8 @@ def view_of(
     past: tuple[Tensor, Tensor] | None = None,
 ) -> LayerView:
     """The view that suits the attention of a layer; arguments as in `LayerView`."""
-    kind = LatentView if hasattr(mixer_of(layer), "kv_a_proj_with_mqa") else LayerView
+    # The method says that latents are cached: releases without it cache whole keys and values.
+    kind = LatentView if hasattr(mixer_of(layer), "expand_kv") else LayerView
     return kind(layer, hidden, rotary, past)
 
 

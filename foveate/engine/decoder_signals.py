@@ -23,6 +23,7 @@ from foveate.engine.prompt_columns import PromptColumns
 from foveate.engine.state import ForwardState
 from foveate.errors import InputError
 from foveate.signals import SIGNALS, DecoderSignal
+from foveate.signals.latent_view import view_of
 from foveate.signals.layer_view import LayerView
 
 
@@ -174,7 +175,7 @@ class DecoderSignals:
         """
         state, prompt = self.state, self.prompt
         if number in state.family.recurrent_layers:
-            return LayerView(layer, hidden, None), state.slots_of(None, number)
+            return view_of(layer, hidden, None), state.slots_of(None, number)
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         before = state.slots_of(cache, number)
@@ -184,8 +185,8 @@ class DecoderSignals:
         past = None
         if held is not None and prompt.past:
             before = before.last(held.keys.shape[2])  # all that a layer with a window holds
-            past = held.keys[:, :, : before.count]
-        return LayerView(layer, hidden, rotary, past), before
+            past = held.keys[:, :, : before.count], held.values[:, :, : before.count]
+        return view_of(layer, hidden, rotary, past), before
 
     def from_first(
         self, number: int, hidden: Tensor, kwargs: dict[str, Any]

@@ -70,6 +70,13 @@ def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enco
     return packed([(1, int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
 
 
+def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in raster order, frame by frame; a token is pooled over the frames of its chunk."""
+    frames = packed(_sizes(arguments), side, raster=True)
+    chunks = (one.rows.unflatten(0, (one.frames, -1)).transpose(0, 1) for one in frames)
+    return [EncoderImage(one.grid, rows.flatten(1)) for one, rows in zip(frames, chunks, strict=True)]
+
+
 def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return arguments["grid_thw"].tolist()
 
@@ -96,6 +103,13 @@ _INTERNVL = Tower(
     class_token=True,
     masks_layers=False,
 )
+_MOONVIT = Tower(
+    "layers",
+    Block("norm1", "attn", "norm2", output="proj"),
+    packed=_by_chunks,
+    readers=("final_layernorm",),
+    returns_rows=False,
+)
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
@@ -116,6 +130,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "glm4v_vision": _GLM,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
+    "kimi_k25_vision": _MOONVIT,
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,

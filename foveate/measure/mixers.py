@@ -159,23 +159,40 @@ class LatentAttention(Mixer):
     plain: int
     value: int
 
-    def projections(self, tokens: int) -> int:
-        """Queries 2 T D h (n + p), or through their rank q 2 T q (D + h (n + p)); the compressed
-        2 T D (r + p); output 2 T h v D.
+    @property
+    def query_width(self) -> int:
+        """Width of all queries: h (n + p)."""
+        return self.heads * (self.plain + self.rotary)
+
+    @property
+    def query(self) -> int:
+        """Multiply-adds that make the queries of a token: D h (n + p), or through their rank q
+        q (D + h (n + p)).
         """
-        width = self.heads * (self.plain + self.rotary)
-        queries = self.hidden * width
-        if self.query_rank is not None:
-            queries = self.query_rank * (self.hidden + width)
-        compressed = self.hidden * (self.rank + self.rotary)
-        return 2 * tokens * (queries + compressed + self.heads * self.value * self.hidden)
+        if self.query_rank is None:
+            return self.hidden * self.query_width
+        return self.query_rank * (self.hidden + self.query_width)
+
+    @property
+    def compressed(self) -> int:
+        """Multiply-adds that make what the cache holds of a token: D (r + p)."""
+        return self.hidden * (self.rank + self.rotary)
+
+    @property
+    def expanded(self) -> int:
+        """Multiply-adds that make keys and values of it: r h (n + v)."""
+        return self.rank * self.heads * (self.plain + self.value)
+
+    def projections(self, tokens: int) -> int:
+        """Queries, the compressed, and output 2 T h v D."""
+        output = self.heads * self.value * self.hidden
+        return 2 * tokens * (self.query + self.compressed + output)
 
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
         """Expanding all keys and values, 2 S r h (n + v), and 2 h (n + p + v) for each pair."""
         total = tokens if keys is None else keys
-        expanded = 2 * total * self.rank * self.heads * (self.plain + self.value)
-        width = self.heads * (self.plain + self.rotary + self.value)
-        return expanded + 2 * width * visible_keys(tokens, keys, causal=causal)
+        width = self.query_width + self.heads * self.value
+        return 2 * total * self.expanded + 2 * width * visible_keys(tokens, keys, causal=causal)
 
     def held(self, tokens: int) -> int:
         """All tokens."""

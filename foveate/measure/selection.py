@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from foveate.core import Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, site_of
 from foveate.errors import UnsupportedModelError
-from foveate.measure.mixers import Attention
+from foveate.measure.mixers import Attention, LatentAttention
 from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced
 from foveate.record.record import ImageRecord, Record
@@ -129,7 +129,7 @@ def _check_counted(shape: TextShape, layer: int, signals: Collection[DecoderSign
         UnsupportedModelError: keys are read of a layer whose keys are made in another way.
     """
     keyed = sorted(signal.name for signal in signals if signal.keyed)
-    if keyed and not isinstance(shape.mixer, Attention):
+    if keyed and not isinstance(shape.mixer, Attention | LatentAttention):
         raise UnsupportedModelError(
             f"what {', '.join(keyed)} of layer {layer} costs is not known: its "
             f"{type(shape.mixer).__name__} makes keys in another way than grouped attention"
@@ -137,13 +137,17 @@ def _check_counted(shape: TextShape, layer: int, signals: Collection[DecoderSign
 
 
 def _sizes(shape: TextShape, tokens: int, text: int) -> DecoderSizes:
-    mixer = shape.mixer
-    if not isinstance(mixer, Attention):  # what is read there has no queries, keys or values
-        return DecoderSizes(shape.hidden, 0, 0, 0, 0, tokens, text)
-    queries, held = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-    return DecoderSizes(
-        shape.hidden, queries, mixer.query_width, held, mixer.head_dim, tokens, text
-    )
+    mixer, hidden = shape.mixer, shape.hidden
+    if isinstance(mixer, Attention):
+        queries, held = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+        made = hidden * mixer.query_width, hidden * held, hidden * held, 0
+        return DecoderSizes(hidden, *made, queries, held, mixer.head_dim, tokens, text)
+    if isinstance(mixer, LatentAttention):
+        made = mixer.query, 0, 0, mixer.compressed + mixer.expanded
+        queries, held = mixer.query_width, mixer.heads * mixer.value
+        return DecoderSizes(hidden, *made, queries, held, mixer.rotary, tokens, text)
+    # What is read there has no queries, keys or values.
+    return DecoderSizes(hidden, 0, 0, 0, 0, 0, 0, 0, tokens, text)
 
 
 def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int:

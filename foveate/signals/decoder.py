@@ -23,17 +23,22 @@ from foveate.signals.signal import (
 
 def _keys(sizes: DecoderSizes) -> int:
     """The keys of all tokens."""
-    return 2 * sizes.tokens * sizes.hidden * sizes.held
+    return 2 * sizes.tokens * sizes.keys
 
 
 def _values(sizes: DecoderSizes) -> int:
     """The values of all tokens."""
-    return 2 * sizes.tokens * sizes.hidden * sizes.held
+    return 2 * sizes.tokens * sizes.values
+
+
+def _both(sizes: DecoderSizes) -> int:
+    """What makes keys and values of all tokens together."""
+    return 2 * sizes.tokens * sizes.both
 
 
 def _query(sizes: DecoderSizes) -> int:
     """A query, and its scores of all keys."""
-    return 2 * sizes.hidden * sizes.projected + 2 * sizes.queries * sizes.tokens
+    return 2 * sizes.query + 2 * sizes.queries * sizes.tokens
 
 
 # -- aggregation
@@ -72,7 +77,7 @@ _ALONE: dict[str, Any] = {"finish": _query_mean_of_shares, "hidden_value": -torc
     full_attention=True,
     keyed=True,
     flops=_query,
-    shares=(_keys,),
+    shares=(_keys, _both),
 )
 def text_attention(layer: LayerInput) -> Tensor:
     """(G, L, H, V): attention of the last prompt token to the visual tokens."""
@@ -87,7 +92,7 @@ def text_attention(layer: LayerInput) -> Tensor:
     full_attention=True,
     keyed=True,
     flops=_query,
-    shares=(_keys,),
+    shares=(_keys, _both),
 )
 def content_attention(layer: LayerInput) -> Tensor:
     """(G, L, H, V): the same without rotary positions, over the image's tokens alone."""
@@ -103,7 +108,7 @@ def content_attention(layer: LayerInput) -> Tensor:
     full_attention=True,
     keyed=True,
     flops=lambda sizes: sizes.text * _query(sizes),
-    shares=(_keys,),
+    shares=(_keys, _both),
 )
 def question_attention(layer: LayerInput) -> Tensor:
     """(G, L, H, Q, V), and (G, Q) `question_mask`: attention of the text after the image to
@@ -133,13 +138,13 @@ def llm_states(layer: LayerInput) -> Tensor:
     return layer.view.hidden
 
 
-@define(DecoderSignal, "before_layer", column_axis=2, keyed=True, shares=(_keys,))
+@define(DecoderSignal, "before_layer", column_axis=2, keyed=True, shares=(_keys, _both))
 def llm_keys(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, V, d): keys of decoder layers, rotated."""
     return layer.counted_view.keys
 
 
-@define(DecoderSignal, "before_layer", column_axis=2, keyed=True, shares=(_values,))
+@define(DecoderSignal, "before_layer", column_axis=2, keyed=True, shares=(_values, _both))
 def llm_values(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, V, d): values of decoder layers."""
     return layer.view.values
@@ -152,7 +157,7 @@ def llm_values(layer: LayerInput) -> Tensor:
     **_ALONE,
     keyed=True,
     flops=lambda sizes: 2 * sizes.tokens * sizes.held,
-    shares=(_values,),
+    shares=(_values, _both),
 )
 def value_attention(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, V): softmax, over the image's tokens alone, of the products of the last
@@ -174,7 +179,12 @@ def question_states(layer: LayerInput) -> Tensor:
 
 
 @define(
-    DecoderSignal, "before_layer", **_TEXT, finish=_without_padding, keyed=True, shares=(_keys,)
+    DecoderSignal,
+    "before_layer",
+    **_TEXT,
+    finish=_without_padding,
+    keyed=True,
+    shares=(_keys, _both),
 )
 def question_keys(layer: LayerInput) -> Tensor:
     """(G, L, Hkv, Q, d), and (G, Q) `question_mask`: its keys, rotated."""

@@ -28,7 +28,7 @@ class LayerView:
         layer: the layer; of one without attention, `hidden` is all that can be read.
         hidden: (B, P, D) its input.
         rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
-        past: cached keys (B, Hkv, S, d), already rotated.
+        past: cached keys (B, Hkv, S, d), already rotated, and values, as the cache holds them.
 
     What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
     brings them back, or its projections are fused.
@@ -39,7 +39,7 @@ class LayerView:
         layer: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        past: Tensor | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
         self.attention_module = mixer_of(layer)
@@ -51,6 +51,21 @@ class LayerView:
         # Where norms follow the sublayers, attention reads the states as they are.
         after = getattr(self.layer, "norm_after", False)
         return self.hidden if after else norm_of(self.layer)(self.hidden)
+
+    @property
+    def past_keys(self) -> Tensor | None:
+        """(B, Hkv, S, d) cached keys, rotated; `None` without a cache."""
+        return None if self.past is None else self.past[0]
+
+    @property
+    def rotation(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """What rotates queries and keys: of both, and cos and sin."""
+        return rotary_function(self.attention_module)
+
+    @property
+    def rotary_width(self) -> int:
+        """Width of what it rotates of a head."""
+        return self.attention_module.head_dim
 
     @cached_property
     @torch.no_grad()
@@ -65,7 +80,7 @@ class LayerView:
         if self._rotary is None:
             return k
         cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
-        return rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
+        return self.rotation(k[:, :1], k, cos, sin)[1]
 
     @cached_property
     @torch.no_grad()
@@ -96,7 +111,7 @@ class LayerView:
         if self._rotary is None or not rotate:
             return q
         cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
-        return rotary_function(self.attention_module)(q, q, cos, sin)[0]
+        return self.rotation(q, q, cos, sin)[0]
 
     @torch.no_grad()
     def attention(
@@ -125,9 +140,9 @@ class LayerView:
     ) -> tuple[Tensor, Tensor]:
         q = self.queries(columns)
         logits = self._logits(q, self.keys, visible)
-        if self.past is None:
+        if self.past_keys is None:
             return logits[..., :0], logits.softmax(-1)
-        earlier = self._logits(q, self.past.to(q.dtype), cached)
+        earlier = self._logits(q, self.past_keys.to(q.dtype), cached)
         shares = torch.cat((earlier, logits), dim=-1).softmax(-1)
         return shares[..., : earlier.shape[-1]], shares[..., earlier.shape[-1] :]
 
@@ -145,11 +160,11 @@ class LayerView:
             columns: (B, Q) columns of the queries.
         """
         batch, total = self.hidden.shape[:2]
-        width = self.attention_module.head_dim
+        width = self.rotary_width
         ones = torch.ones(batch, 1, total, width, device=self.hidden.device)
         if self._rotary is not None:
             cos, sin = (part.float().expand(batch, -1, -1) for part in self._rotary)
-            ones = rotary_function(self.attention_module)(ones, ones, cos, sin)[1]
+            ones = self.rotation(ones, ones, cos, sin)[1]
         keys = ones[:, 0]
         rows = torch.arange(batch, device=keys.device)[:, None]
         return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width

@@ -119,17 +119,23 @@ class DecoderSizes:
 
     Args:
         hidden: hidden width, D.
+        query: multiply-adds that make the queries of a token, and their gate where there is one.
+        keys: multiply-adds that make its keys.
+        values: multiply-adds that make its values.
+        both: multiply-adds that make both together, as latent attention does.
         queries: width of all query heads, H d.
-        projected: width of the matrix that makes queries: H d, with a gate twice that.
-        held: width of all key heads, Hkv d.
-        head: width of a head, d.
+        held: width of all value heads, Hkv d.
+        head: width of a head that is rotated.
         tokens: tokens of a row; visual tokens alone for what is computed `of_input`.
         text: text tokens after the image, Q.
     """
 
     hidden: int
+    query: int
+    keys: int
+    values: int
+    both: int
     queries: int
-    projected: int
     held: int
     head: int
     tokens: int

@@ -18,6 +18,7 @@ SIZES = {
     "glm4v": (40, 24, 23, False),
     "idefics3": (32, 12, 11, False),
     "internvl": (32, 24, 23, True),
+    "kimi_k25": (61, 27, 26, False),
     "llava": (32, 24, 22, True),
     "llava_next": (32, 24, 22, True),
     "llava_next_video": (32, 24, 22, True),

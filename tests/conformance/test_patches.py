@@ -44,7 +44,7 @@ OUTPUT = re.compile(
     r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
-MROPE = ("qwen", "glm", "paddle")
+MROPE = ("qwen", "glm", "paddle", "kimi")  # Kimi has grids too, and patches as PaddleOCR-VL
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ MROPE = [
 VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["molmo2"]
 BOTH = [name for name in MROPE if name.startswith("qwen")]
 CELLS = [
-    *((name, "images") for name in [*MROPE, "molmo2"]),
+    *((name, "images") for name in [*MROPE, "kimi_k25", "molmo2"]),
     *((name, "video") for name in VIDEO),
     *((name, "both") for name in BOTH),
 ]

@@ -116,8 +116,8 @@ def widen_states(
         return
 
     def widened(states: Tensor | None, layout: Layout) -> Tensor | None:
-        if layout is full or states is None:
-            return states
+        if layout is full or states is None or states.shape[1] < layout.index.shape[1]:
+            return states  # as they are, or those of the last tokens alone
         return take(states, expansion(layout, length))
 
     output.last_hidden_state = widened(output.last_hidden_state, layouts[-1])

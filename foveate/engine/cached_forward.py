@@ -75,14 +75,15 @@ class CachedForward:
         self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor | None, Tensor, Kwargs]:
         """Tell a layer what it is about to see; arguments and returns as in `ForwardPass.enter`."""
-        before = self._before[number]
+        donor = self.family.donors[number]  # whose keys the layer reads
+        before = self._before[donor]
         if before is not None:
             # The mask and the rotary embedding differ between kinds of layers in some models.
-            mask, rotary = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+            mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
             key = id(before), id(mask), id(rotary)
             changes = self._views.get(key)
             if changes is None:
-                changes = self._views[key] = self._view(number, before, hidden, kwargs)
+                changes = self._views[key] = self._view(donor, before, hidden, kwargs)
                 self._named.append((mask, rotary))
             kwargs.update(changes)
         for extension in self.extensions:
@@ -95,9 +96,9 @@ class CachedForward:
         if output.get("attentions"):
             layout = Layout.full(self._batch, self._length, self._device)
             seen = {
-                number: Seen.of(layout, self._after[id(before)], self._layers[number], self._length)
-                for number, before in enumerate(self._before)
-                if before is not None
+                number: Seen.of(layout, self._after[id(before)], self._layers[donor], self._length)
+                for number, donor in enumerate(self.family.donors)
+                if (before := self._before[donor]) is not None
             }
             widen_maps(output, self.family, seen, self._length)
         return output

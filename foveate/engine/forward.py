@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import StaticLayer
 
 from foveate.engine.apply_step import apply_step
 from foveate.engine.attentions import Seen, widen_maps, widen_states
-from foveate.engine.cache import PrunedLayer, PrunedStaticLayer, pruned_layer
+from foveate.engine.cache import PrunedLayer, pruned_layer
 from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
 from foveate.engine.images import ImageGroup
@@ -36,8 +37,25 @@ from foveate.families import Family
 
 
 @dataclass(frozen=True, eq=False)
+class Keys:
+    """The keys that a layer attends to: its own, or those of an earlier layer.
+
+    Args:
+        before: their slots before the forward.
+        after: their slots after it.
+        renumbering: what was taken off positions in this forward by the time they were made.
+        held: the cache layer that holds them; `None` without a cache.
+    """
+
+    before: Slots
+    after: Slots
+    renumbering: Renumbering | None
+    held: Any
+
+
+@dataclass(frozen=True, eq=False)
 class View:
-    """What layers are handed that share slots, columns and arguments.
+    """What layers are handed that share keys, columns and arguments.
 
     Args:
         changes: keyword arguments that change from logical to physical terms.
@@ -76,7 +94,9 @@ class ForwardPass:
         self.recomputed = False  # whether a checkpoint runs it again
         self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
         self._views: dict[tuple[int, ...], View] = {}
-        self._positions: dict[tuple[int, ...], tuple[Any, Tensor | None, tuple[Any, ...]]] = {}
+        self._positions_by_key: dict[tuple[int, ...], tuple[Any, Tensor | None, Any]] = {}
+        self._keys: dict[int, Keys] = {}  # of layers that lack columns or slots
+        self._last_queries: Layout | None = None  # where layers are given the last columns alone
         self._rows: dict[tuple[int, ...], Tensor] = {}  # rows of a group -> them as a column
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
@@ -104,13 +124,15 @@ class ForwardPass:
             kwargs = extension.enter(number, layer, hidden, kwargs)
         if number in self.family.recurrent_layers:
             return None, hidden, self._of_state(kwargs)
-        if self.layout is self.full and self._is_whole(number, kwargs.get("past_key_values")):
+        cache = kwargs.get("past_key_values")
+        if self.layout is self.full and self._is_whole(number, cache):
             return None, hidden, kwargs
-        held, view = self._view(number, hidden, kwargs)
+        keys, queries = self._keys_of(number, cache), self._queries(hidden.shape[1])
+        view = self._view(number, keys, queries, hidden, kwargs)
         self._attended[number] = view.seen
-        kwargs = {**kwargs, **view.changes}
+        kwargs = {**kwargs, **view.changes, **self._per_position(queries, kwargs)}
         for extension in self.extensions:
-            extension.see(number, view.seen.slots, held)
+            extension.see(number, view.seen.slots, keys.held)
         for extension in self.extensions:
             if (output := extension.run(number, layer, hidden, kwargs)) is not None:
                 return output, hidden, kwargs
@@ -139,64 +161,112 @@ class ForwardPass:
         """
         if any(extension.runs(number) for extension in self.extensions):
             return False
+        if (donor := self.family.donors[number]) != number:
+            return donor not in self._keys
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         return not isinstance(held, PrunedLayer)
 
-    def _view(self, number: int, hidden: Tensor, kwargs: Kwargs) -> tuple[PrunedLayer | None, View]:
-        """The cache layer that a layer fills, if there is a cache, and what the layer is handed.
-
-        Layers that share slots, columns and arguments share that.
-        """
-        cache, held, before = kwargs.get("past_key_values"), None, self.fresh
+    def _keys_of(self, number: int, cache: Any) -> Keys:
+        """The keys of a layer; its layer of the cache learns which columns it is about to get."""
+        if (donor := self.family.donors[number]) != number:
+            return self._keys.get(donor) or self._unpruned_keys(donor, cache)
+        held, before = None, self.fresh
         if cache is not None:
             removed = self.prompt.length - self.layout.index.shape[1]
             held = pruned_layer(cache, number, self.fresh, removed)
             assert held.slots is not None
             before = held.slots
-        # The mask and the rotary embedding differ between kinds of layers in some models.
-        logical = kwargs.get("attention_mask"), kwargs["position_embeddings"]
-        named = type(held), before, self.layout, *logical
-        key = tuple(map(id, named))
-        view = self._views.get(key)
-        if view is None:
-            width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
-            changes, after = self._physical(number, before, width, hidden, kwargs)
-            seen = Seen.of(self.layout, after, held, self.prompt.length)
-            view = View(changes, seen, named)
-            if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
-                self._views[key] = view
-        if held is not None:
-            held.incoming = view.seen.slots
-        return held, view
-
-    def _physical(
-        self, number: int, before: Slots, width: int, hidden: Tensor, kwargs: Kwargs
-    ) -> tuple[Kwargs, Slots]:
-        """Keyword arguments of a layer that have an entry for each position, in physical terms, as
-        far as they change; and its slots after the forward.
-
-        Args:
-            number: the decoder layer.
-            before: its slots before the forward.
-            width: slots of a static cache; 0 for any other.
-            hidden: (B, P, D) its input.
-            kwargs: its keyword arguments, in logical terms.
-        """
         tracked = any(extension.tracks_visual for extension in self.extensions)
         visual = self.prompt.visual if tracked else None
         total = None if self._renumbering is None else self._renumbering.total
         after = before.extend(self.layout, self.prompt.length, total, visual)
-        mask = kwargs.get("attention_mask")
-        rotary, position_ids = self.positions(number, before, hidden, kwargs)
+        if held is not None:
+            held.incoming = after
+        keys = self._keys[number] = Keys(before, after, self._renumbering, held)
+        return keys
+
+    def _unpruned_keys(self, donor: int, cache: Any) -> Keys:
+        """The keys of a layer from which nothing was removed, as a later layer reads them."""
+        held = None if cache is None else cache.layers[donor]
+        window = getattr(held, "sliding_window", None)
+        before = self.fresh if window is None else self.fresh.last(window - 1)
+        return Keys(before, before.extend(self.full, self.prompt.length, None), None, held)
+
+    def _queries(self, count: int) -> Layout:
+        """The columns that a layer is given: all, or the last ones where the text model goes on
+        with these alone. They are the last positions too, and numbered from the first of them.
+
+        Raises:
+            InputError: some of the last positions were removed.
+        """
+        if count == self.layout.index.shape[1]:
+            return self.layout
+        if self._last_queries is None or self._last_queries.index.shape[1] != count:
+            index = self.layout.index[:, -count:] - (self.prompt.length - count)
+            if not bool((index == torch.arange(count, device=index.device)).all()):
+                raise InputError(
+                    f"logits of the last {count} tokens are wanted, but some of these are visual "
+                    "tokens that were removed; use a smaller logits_to_keep"
+                )
+            self._last_queries = Layout(index, ragged=False)
+        return self._last_queries
+
+    def _view(
+        self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
+    ) -> View:
+        """What a layer is handed; layers that share keys, columns and arguments share that."""
+        # The mask and the rotary embedding differ between kinds of layers in some models.
+        logical = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        named = type(keys.held), keys.before, keys.renumbering, queries, *logical
+        key = tuple(map(id, named))
+        view = self._views.get(key)
+        if view is None:
+            length = self.prompt.length if queries is self.layout else queries.index.shape[1]
+            seen = Seen.of(queries, keys.after, keys.held, length)
+            view = View(self._physical(number, keys, queries, hidden, kwargs), seen, named)
+            if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
+                self._views[key] = view
+        return view
+
+    def _physical(
+        self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
+    ) -> Kwargs:
+        """Keyword arguments that change for layers that share a view, in physical terms.
+
+        Args:
+            number: the decoder layer.
+            keys: its keys.
+            queries: its columns.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in logical terms.
+        """
+        width = keys.held.max_cache_len if isinstance(keys.held, StaticLayer) else 0
+        length = self.prompt.length if queries is self.layout else queries.index.shape[1]
+        mask = translate_mask(
+            kwargs.get("attention_mask"),
+            queries,
+            keys.after,
+            length,
+            two_d=self.prompt.flash,
+            width=width,
+        )
+        rotary, position_ids = self._positions(
+            number, queries, keys.before.renumbered, keys.renumbering, hidden, kwargs
+        )
         physical = {
-            "attention_mask": translate_mask(
-                mask, self.layout, after, self.prompt.length, two_d=self.prompt.flash, width=width
-            ),
+            "attention_mask": mask,
             "position_embeddings": rotary,
             "position_ids": position_ids,
         }
-        changes = {name: value for name, value in physical.items() if value is not kwargs.get(name)}
-        return changes, after
+        return {name: value for name, value in physical.items() if value is not kwargs.get(name)}
+
+    def _per_position(self, queries: Layout, kwargs: Kwargs) -> Kwargs:
+        """Arguments of a layer that only some families have, at its columns."""
+        if queries is not self.layout or self.layout is self.full:
+            return {}
+        columns = queries.index.clamp(min=0)
+        given = ((name, kwargs.get(name)) for name in self.family.per_position)
+        return {name: take(value, columns) for name, value in given if value is not None}
 
     def seen(self, group: ImageGroup) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
@@ -208,54 +278,80 @@ class ForwardPass:
     def positions(
         self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
-        """(cos, sin) and position ids of the physical columns; arguments as in `_physical`."""
-        rotary, position_ids = kwargs["position_embeddings"], kwargs.get("position_ids")
-        if self.layout is self.full and self._renumbering is None and before.renumbered is None:
-            return rotary, position_ids
-        named = self.layout, before.renumbered, rotary, position_ids
-        key = tuple(map(id, named))
-        found = self._positions.get(key)
-        if found is None:
-            found = (
-                *self._positions_of(number, before.renumbered, hidden, rotary, position_ids),
-                named,
-            )
-            if not self.recomputed:
-                self._positions[key] = found
-        return found[:2]
+        """(cos, sin) and position ids of the physical columns, of a layer with keys of its own."""
+        return self._positions(
+            number, self.layout, before.renumbered, self._renumbering, hidden, kwargs
+        )
 
-    def _positions_of(
+    def _positions(
         self,
         number: int,
+        queries: Layout,
         earlier: Tensor | None,
+        renumbering: Renumbering | None,
+        hidden: Tensor,
+        kwargs: Kwargs,
+    ) -> tuple[Any, Tensor | None]:
+        """The same of any layer; `earlier` is what renumbering took off before the forward, and
+        `renumbering` what it took off in it.
+        """
+        rotary, position_ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
+        if queries is self.full and renumbering is None and earlier is None:
+            return rotary, position_ids
+        named = queries, earlier, renumbering, rotary, position_ids
+        key = tuple(map(id, named))
+        found = self._positions_by_key.get(key)
+        if found is None:
+            made = self._make_positions(
+                number, queries, earlier, renumbering, hidden, rotary, position_ids
+            )
+            found = (*made, named)
+            if not self.recomputed:
+                self._positions_by_key[key] = found
+        return found[:2]
+
+    def _make_positions(
+        self,
+        number: int,
+        queries: Layout,
+        earlier: Tensor | None,
+        renumbering: Renumbering | None,
         hidden: Tensor,
         rotary: Any,
         position_ids: Tensor | None,
     ) -> tuple[Any, Tensor | None]:
-        """The same of logical ones; `earlier` is what renumbering took off before the forward."""
-        columns, positions = self.layout.index.clamp(min=0), position_ids
-        if positions is not None and self.layout is not self.full:
+        count, columns = queries.index.shape[1], queries.index.clamp(min=0)
+        last = queries is not self.layout  # rotary embeddings are those of the last positions
+        positions = position_ids
+        if positions is not None and last:
+            positions = positions[..., -count:]
+        elif positions is not None and queries is not self.full:
             positions = take_positions(positions, columns)
-        if self._renumbering is None and earlier is None:
-            rotary = tuple(take(part, columns) for part in rotary)
-        else:
+        if renumbering is not None or earlier is not None:
             # Every supported text model hands position_ids to its layers.
             assert positions is not None
-            if self._renumbering is not None:
-                positions = positions - self._renumbering.shift.gather(1, columns)
+            if renumbering is not None:
+                shift = renumbering.shift
+                shift = shift[:, -count:] if last else shift.gather(1, columns)
+                positions = positions - shift
             if earlier is not None:
                 positions = positions - earlier
             rotary = self.family.rotary(hidden, positions, number)
+        elif rotary is not None and not last:
+            rotary = tuple(take(part, columns) for part in rotary)
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
         if self.prompt.flash:
             positions = places_in_samples(self.prompt.sample, columns)
         return rotary, positions
 
-    def begin(self, embeds: Tensor) -> None:
+    def begin(self, embeds: Tensor) -> Tensor | None:
         """Drop what was removed from the image features.
 
         Args:
             embeds: (B, T, D) input of the text model; rows that were removed hold NaN.
+
+        Returns:
+            (B, T) which were removed; `None` if none was.
         """
         lost = False
         for group in self.groups:
@@ -263,10 +359,12 @@ class ForwardPass:
             lost |= gone > 0
             for row in group.rows:
                 self.tokens[row] -= gone
-        if lost:
-            marked = embeds[..., 0].isnan().to(self.prompt.device)
-            self._entry = self._compact(marked, self.plan.renumber_features)
-            self._entrance = self.layout
+        if not lost:
+            return None
+        marked = embeds[..., 0].isnan().to(self.prompt.device)
+        self._entry = self._compact(marked, self.plan.renumber_features)
+        self._entrance = self.layout
+        return marked
 
     def deepstack(self, kwargs: Kwargs) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
@@ -295,7 +393,9 @@ class ForwardPass:
         if (due := self.plan.due.get(number)) is not None:
             hidden = self._act(due, number, layer, hidden, kwargs)
         self.layer_layouts.append(self.layout)
-        self.layer_tokens.append(self.tokens)
+        last = hidden.shape[1] < self.layout.index.shape[1]  # the text model goes on with these
+        tokens = [hidden.shape[1]] * self.prompt.batch if last else self.tokens
+        self.layer_tokens.append(tokens)
         return hidden
 
     def _act(self, due: Due, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
@@ -417,7 +517,10 @@ class ForwardPass:
         Args:
             output: the text model's output.
         """
-        for known in (self._views, self._positions):  # they keep alive what they are known by
+        for known in (
+            self._views,
+            self._positions_by_key,
+        ):  # they keep alive what they are known by
             known.clear()
         widen_maps(output, self.family, self._attended, self.prompt.length)
         layouts = (*self.layer_layouts, self.layout)

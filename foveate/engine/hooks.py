@@ -38,6 +38,7 @@ from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import InputError
 from foveate.families import Family
+from foveate.families.decoder_layer import named_arguments
 from foveate.record.record import Record
 
 
@@ -129,7 +130,9 @@ class ForwardHooks:
         )
         if not groups or not self.plan.marks:
             return args, kwargs
-        now.forward.begin(sequence)
+        marked = now.forward.begin(sequence)
+        if marked is not None and self.family.reads_embeddings:  # marks would become gradients
+            kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 0.0)}
         return args, now.forward.deepstack(kwargs)
 
     def _prompt(
@@ -204,36 +207,14 @@ class ForwardHooks:
         elif forward is now.forward and module is not self.family.layers[number]:
             self.replays.keep(number, forward, kwargs)  # as something is around the layer
         if forward is not None:
+            if args:
+                kwargs, args = {**kwargs, **named_arguments(type(module), args)}, ()
             output, hidden, kwargs = forward.enter(number, module, hidden, kwargs)
             if output is not None:
                 return output
         if before is not None:
             return before(hidden, *args, **kwargs)
         return type(module).forward(module, hidden, *args, **kwargs)
-
-    @torch.compiler.disable
-    def enter_layer(
-        self, number: int, module: nn.Module, hidden: Tensor, kwargs: Kwargs
-    ) -> tuple[Tensor | None, Tensor, Kwargs]:
-        """Before a layer: its output, if it is known already, and what it is handed."""
-        forward, cached = self.state.now.forward, self.state.now.cached
-        if cached is not None:
-            cached.enter(number, hidden, kwargs)
-            for extension in cached.extensions:
-                if (output := extension.run(number, module, hidden, kwargs)) is not None:
-                    return output, hidden, kwargs
-            return None, hidden, kwargs
-        if forward is None:
-            forward = self.replays.find(number, kwargs)
-        elif module is not self.family.layers[number] and forward.groups:  # something is around it
-            self.replays.keep(number, forward, kwargs)
-        if forward is None:
-            return None, hidden, kwargs
-        hidden, kwargs = forward.enter(number, module, hidden, kwargs)
-        for extension in forward.extensions:
-            if (output := extension.run(number, module, hidden, kwargs)) is not None:
-                return output, hidden, kwargs
-        return None, hidden, kwargs
 
     def leave_module(
         self, number: int, module: nn.Module, args: Args, kwargs: Kwargs, output: Any

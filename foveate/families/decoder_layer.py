@@ -1,7 +1,12 @@
-"""The modules of a decoder layer, under the names that transformers' models give them."""
+"""The modules and the arguments of a decoder layer, under the names that transformers' models give
+them.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from foveate.errors import UnsupportedModelError
@@ -24,6 +29,21 @@ def mixer_of(layer: Any) -> Any:
 def mlp_of(layer: Any) -> Any:
     """The MLP, or the mixture of experts."""
     return _first(layer, MLPS)
+
+
+def named_arguments(kind: type, args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments of a layer, after its input, by name.
+
+    Args:
+        kind: the layer's class.
+        args: the arguments.
+    """
+    return dict(zip(_parameters(kind), args, strict=False))
+
+
+@functools.cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[2:]
 
 
 def _first(layer: Any, names: tuple[str, ...]) -> Any:

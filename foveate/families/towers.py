@@ -74,7 +74,9 @@ def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enco
     """Patches in raster order, frame by frame; a token is pooled over the frames of its chunk."""
     frames = packed(_sizes(arguments), side, raster=True)
     chunks = (one.rows.unflatten(0, (one.frames, -1)).transpose(0, 1) for one in frames)
-    return [EncoderImage(one.grid, rows.flatten(1)) for one, rows in zip(frames, chunks, strict=True)]
+    return [
+        EncoderImage(one.grid, rows.flatten(1)) for one, rows in zip(frames, chunks, strict=True)
+    ]
 
 
 def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:

@@ -3,7 +3,8 @@
 What each layer is handed (mask, rotary embedding) is recorded from the unpatched model, and so is
 what the text model adds between layers (DeepStack). The oracle then runs the layers itself, one
 row, no cache, no compaction; removed tokens stay in place, but nobody attends to them. A layer
-without attention, which mixes tokens into a running state, is run on the others alone.
+without attention, which mixes tokens into a running state, is run on the others alone. A layer that
+reads the keys of an earlier one sees what that one saw, in its numbering.
 """
 
 from dataclasses import replace
@@ -22,6 +23,7 @@ class Recorded:
     def __init__(self, model: Any, text: Any, inputs: dict[str, Any]) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.args: list[tuple[Any, ...]] = []
         self.kwargs: list[dict[str, Any]] = []
         handles = []
         for layer in text.layers:
@@ -34,6 +36,7 @@ class Recorded:
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.inputs.append(args[0].clone())
+        self.args.append(args[1:])
         self.kwargs.append(dict(kwargs))
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
@@ -81,6 +84,9 @@ def run(
         left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
         forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
 
+    keys: dict[Any, tuple[int, Tensor, Tensor]] = {}  # kind -> last layer with keys, alive, shift
+    shared: dict[Any, Any] = {}  # kind of layer -> keys and values that later ones read
+
     def remove(image: int, chosen: Tensor, renumber: bool) -> None:
         nonlocal shift
         alive[columns[image]] = False
@@ -99,15 +105,22 @@ def run(
         if not hasattr(text.layers[number], "self_attn"):
             return over_survivors(text, number, hidden, alive, prompt, kwargs), torch.empty(0)
         mask = kwargs["attention_mask"].clone()
-        seen = alive & ~forgotten if number < spec.evict_cache else alive
+        attention = text.layers[number].self_attn
+        own = not getattr(attention, "is_kv_shared_layer", False)
+        if own:
+            keys[getattr(attention, "layer_type", None)] = number, alive.clone(), shift
+        donor, there, moved = keys[getattr(attention, "layer_type", None)]
+        if "shared_kv_states" in kwargs:
+            kwargs["shared_kv_states"] = shared
+        seen = there & ~forgotten if donor < spec.evict_cache else there
         kwargs["attention_mask"] = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
-        if shift.any():
-            positions = kwargs["position_ids"] - shift
+        if moved.any():
+            positions = kwargs["position_ids"] - moved
             kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)
         weights = []
         layer = text.layers[number]
         handle = layer.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
-        output = layer(hidden, **kwargs)
+        output = layer(hidden, *recorded.args[number], **kwargs)
         handle.remove()
         return output, weights[0][0]
 

@@ -170,7 +170,7 @@ def test_cache_is_really_smaller(name, kind):
     length = inputs["input_ids"].shape[1]
     assert tokens[-1] < length
     for number, layer in enumerate(out.past_key_values.layers):
-        if number in find_family(model).recurrent_layers:
+        if number not in find_family(model).keyed_layers:
             continue
         window = getattr(layer, "sliding_window", None) or 10**9
         assert layer.get_seq_length() == length + 2

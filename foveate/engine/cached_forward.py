@@ -114,16 +114,17 @@ class CachedForward:
         mask = kwargs.get("attention_mask")
         static = isinstance(self._layers[number], PrunedStaticLayer)
         if mask is not None or after.ragged or static:
-            changes = {"attention_mask": self._mask(number, mask, after)}
+            changes = {"attention_mask": self._mask(number, mask, after, hidden.shape[1])}
         if before.renumbered is not None:
             changes |= self._renumbered(number, before.renumbered, hidden, kwargs)
         return changes
 
-    def _mask(self, number: int, mask: Tensor | None, after: Slots) -> Tensor | None:
+    def _mask(self, number: int, mask: Tensor | None, after: Slots, count: int) -> Tensor | None:
+        """The mask of the tokens, or of the last `count` where the text model goes on with these."""
         held = self._layers[number]
         width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
-        layout = Layout.full(self._batch, self._length, self._device)
-        return translate_mask(mask, layout, after, self._length, two_d=self._flash, width=width)
+        layout = Layout.full(self._batch, count, self._device)
+        return translate_mask(mask, layout, after, count, two_d=self._flash, width=width)
 
     @property
     def _flash(self) -> bool:
@@ -155,7 +156,7 @@ class CachedForward:
         key = id(kwargs["position_embeddings"]), id(shift)
         if key not in self._rotary:
             # Text models with plain positions hand them on to their layers.
-            positions = kwargs["position_ids"] - shift
+            positions = kwargs["position_ids"][..., -hidden.shape[1] :] - shift
             self._rotary[key] = self.family.rotary(hidden, positions, number)
             self._named.append(kwargs["position_embeddings"])
         # What position ids are left to tell is for flash kernels, which read gaps in those of a

@@ -11,6 +11,7 @@ from foveate.families import find_family
 from foveate.methods import ClsDrop, ToMe
 from tests.conformance import oracle
 from tests.conformance.test_pixels import NAMES, model_of, prompt
+from tests.conformance.tolerance import tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import Listed
@@ -196,7 +197,7 @@ def test_from_pixels_to_states_equals_both_oracles(name, case):
     worst = (want - got)[left].abs().max().item()
     bite = (plain - got)[left].abs().max().item()
     print(f"{name} {case}: {worst:.1e}, bite {bite:.2f}")
-    assert worst <= TOLERANCE
+    assert worst <= tolerance_of(name, model)
     assert bite > 0.02, "the test does not bite"
 
 

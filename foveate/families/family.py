@@ -217,6 +217,19 @@ class Family:
         """
         return dict(arguments)
 
+    def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
+        """(N, C, H, W) what the encoder is fed of so many images, or (N, tiles, C, H, W); `None`
+        where these are patches and no pictures.
+
+        Args:
+            images: how many.
+            arguments: what their features are made from.
+        """
+        pixels = arguments.get("pixel_values")
+        if pixels is not None and len(pixels) != images and pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)  # tiles of all samples
+        return None if pixels is None or len(pixels) != images else pixels
+
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from foveate.core.tokens import Shape
 from foveate.errors import InputError
 from foveate.families.family import Encoder, Family
@@ -12,11 +14,13 @@ from foveate.families.towers import tower
 
 
 class Gridded(Family):
-    """Base of families whose processor hands over `image_grid_thw` and `video_grid_thw`.
+    """Base of families whose processor hands over grids of patches.
 
     What counts as a frame are the pairs of frames that the encoder merges.
     """
 
+    grid_names: ClassVar[Mapping[str, str]] = {"image": "image_grid_thw", "video": "video_grid_thw"}
+    """Modality -> argument with (frames, height, width), or (height, width), of each image."""
     tower_path: ClassVar[str] = "visual"
 
     @property
@@ -35,22 +39,25 @@ class Gridded(Family):
             InputError: a grid does not have as many cells as the image has features.
         """
         counts = [len(feature) for feature in pooled]
-        grids = arguments.get(f"{modality}_grid_thw")
+        name = self.grid_names[modality]
+        grids = arguments.get(name)
         if grids is None:
             return super().shapes(modality, pooled, arguments)
-        merge = self.config.vision_config.spatial_merge_size
+        side = self.side(modality)
         # In a later turn the grids are those of the whole conversation, the features the new ones.
         shapes = [
-            Shape(count, (height // merge, width // merge), frames)
-            for count, (frames, height, width) in zip(
-                counts, grids[-len(counts) :].tolist(), strict=True
-            )
+            Shape(count, (row[-2] // side, row[-1] // side), row[0] if len(row) > 2 else 1)
+            for count, row in zip(counts, grids[-len(counts) :].tolist(), strict=True)
         ]
         for count, (height, width), frames in shapes:
             if count != frames * height * width:
                 raise InputError(
-                    f"{modality}_grid_thw says {frames} x {height} x {width} visual tokens, but "
+                    f"{name} says {frames} x {height} x {width} visual tokens, but "
                     f"there are {count} features; pass the grids that the processor returned with "
                     "them"
                 )
         return shapes
+
+    def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
+        """None: processors hand over patches."""
+        return None

@@ -16,8 +16,6 @@ UNSUPPORTED: dict[str, str] = {
     "gemma4_unified": _SHARED,
     "kimi_k25": _LATENT,
     "kimi_vl": _LATENT,
-    "lfm2_vl": "its text model has convolution layers, which mix neighbours by their place, so "
-    "removing a token would change what its neighbours become",
     "llama4": "its attention works in chunks of the sequence, and its layers take rotary "
     "positions as one complex tensor, which the engine cannot shorten",
     "mllama": "its visual tokens are not in the sequence: the text model reads them by "

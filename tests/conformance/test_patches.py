@@ -45,6 +45,7 @@ OUTPUT = re.compile(
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
 MROPE = ("qwen", "glm", "paddle")
+SEEN = {"image": ("pixel", "image_", "spatial_"), "video": ("pixel", "video_")}  # by encoders
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,24 @@ def crops(pictures):
     return torch.stack([p.permute(1, 2, 3, 4, 0).reshape(64, 48) for p in patches])
 
 
+def padded(grids, pictures):
+    """(N, 64, 48) patches of 4 x 4 pixels, channels last, as LFM2-VL's processor pads them."""
+    images = []
+    for (height, width), pixels in zip(grids, pictures, strict=True):
+        cut = tensor(pixels).reshape(3, height, 4, width, 4).permute(1, 3, 2, 4, 0).reshape(-1, 48)
+        images.append(torch.nn.functional.pad(cut, (0, 0, 0, 64 - len(cut))))
+    return torch.stack(images)
+
+
 def planted(name, patches):
     """What the encoder eats for pictures with these patches."""
     member = MEMBERS[name]()
     pixels = member.pixels(IMAGES)
+    if name == "lfm2_vl":
+        grids = pixels["spatial_shapes"].tolist()
+        sizes = [(4 * height, 4 * width) for height, width in grids]
+        images = [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]
+        return {"pixel_values": padded(grids, images)}
     if name.startswith(MROPE):
         sizes = [(4 * h, 4 * w) for _, h, w in pixels["image_grid_thw"].tolist()]
         values, grids = on_grids(
@@ -172,7 +187,7 @@ def planted_on_grids(name, patch):
 
 def features_of(model, modality, inputs, counts):
     """(V, D) features of each picture from the model as it is."""
-    given = {n: v for n, v in fresh(inputs).items() if n.startswith(("pixel", f"{modality}_"))}
+    given = {n: v for n, v in fresh(inputs).items() if n.startswith(SEEN[modality])}
     with torch.no_grad():
         pooled = getattr(model.model, f"get_{modality}_features")(**given, return_dict=True)
     rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled.pooler_output]

@@ -41,10 +41,10 @@ ONEVISION = ("llava_onevision", "llava_onevision-tiles")
 RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
 BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
-    r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention)"
+    r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
-MROPE = ("qwen", "glm", "paddle")
+GRIDDED = ("qwen", "glm", "paddle", "lfm3")
 SEEN = {"image": ("pixel", "image_", "spatial_"), "video": ("pixel", "video_")}  # by encoders
 
 
@@ -93,7 +93,10 @@ def tensor(pixels):
 
 def on_grids(name, pictures):
     """(N, ...) patches in the order of the family's processor, and grids."""
-    kinds = {"glm": Glm4vImageProcessorPil, "qwe": Qwen2VLImageProcessorPil}
+    kinds = {
+        "glm": Glm4vImageProcessorPil, "lfm": Qwen2VLImageProcessorPil,
+        "qwe": Qwen2VLImageProcessorPil,
+    }  # fmt: skip
     kind = kinds.get(name[:3], PaddleOCRVLImageProcessorPil)
     processor = kind(
         patch_size=4, merge_size=2, temporal_patch_size=2 if name[:3] in kinds else 1,
@@ -141,7 +144,7 @@ def planted(name, patches):
         sizes = [(4 * height, 4 * width) for height, width in grids]
         images = [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]
         return {"pixel_values": padded(grids, images)}
-    if name.startswith(MROPE):
+    if name.startswith(GRIDDED):
         sizes = [(4 * h, 4 * w) for _, h, w in pixels["image_grid_thw"].tolist()]
         values, grids = on_grids(
             name, [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]

@@ -19,10 +19,10 @@ MROPE = [
     "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
     "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
 ]  # fmt: skip
-VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["molmo2"]
-BOTH = [name for name in MROPE if name.startswith("qwen")]
+VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["lfm3_vl", "molmo2"]
+BOTH = [name for name in [*MROPE, "lfm3_vl"] if name.startswith(("lfm3", "qwen"))]
 CELLS = [
-    *((name, "images") for name in [*MROPE, "molmo2"]),
+    *((name, "images") for name in [*MROPE, "lfm3_vl", "molmo2"]),
     *((name, "video") for name in VIDEO),
     *((name, "both") for name in BOTH),
 ]

@@ -32,3 +32,26 @@ def test_the_short_head_has_the_same_loss_and_gradients(name):
         scale = max(float(gradient.abs().max()) for gradient in found[0][1].values())
         for (path, got), want in zip(found[1][1].items(), found[0][1].values(), strict=True):
             assert float((got - want).abs().max()) <= 1e-5 * scale, path
+
+
+@pytest.mark.parametrize("name", ["lfm2_vl", "lfm3_vl", "qwen3_5"])
+def test_recurrent_layers_within_checkpoint_wrappers_are_recomputed_alike(name):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    member = MEMBERS[name]()
+    found = []
+    for wraps in (False, True):
+        model = member.build().train()
+        inputs = member.inputs([[4, 6], [3, 5, 7]])
+        inputs["labels"] = inputs["input_ids"].clone()
+        inputs["labels"][:, :-4] = -100
+        foveate.prepare(model, PyramidDrop())
+        layers = model.model.language_model.layers
+        for number, layer in enumerate(layers if wraps else ()):
+            layers[number] = checkpoint_wrapper(layer)
+        loss = model(**fresh(inputs), use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+    assert torch.equal(found[0][0], found[1][0])
+    for got, want in zip(found[1][1], found[0][1], strict=True):
+        torch.testing.assert_close(got, want)

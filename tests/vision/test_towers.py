@@ -21,7 +21,7 @@ from tests.vision.towers import Drop, Full, Merge, Tower, encoder_of
 TOLERANCE = 5e-5
 TILED = ("llava_next", "llava_next_video", "llava_onevision-tiles")
 REFUSED = ("llava_onevision", "llava_onevision-video", "video_llava-video", "molmo2", "molmo2-o")
-WITHOUT = ("fast_vlm", "lfm2_vl", "perception_lm")
+WITHOUT = ("fast_vlm", "lfm2_vl", "lfm3_vl", "perception_lm")
 TOWERS = [name for name in NAMES if name not in (*REFUSED, *WITHOUT)]
 
 CASES = {

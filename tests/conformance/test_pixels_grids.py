@@ -9,7 +9,7 @@ import foveate
 from foveate.families import find_family
 from foveate.methods import PyramidDrop
 from tests.conformance import oracle
-from tests.conformance.tolerance import tolerance_of
+from tests.conformance.tolerance import kernel_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird
@@ -98,6 +98,7 @@ def case(name, kind, counts):
 @pytest.mark.parametrize(("name", "what"), CELLS)
 def test_pruning_what_a_real_tower_saw_equals_the_oracle(name, what, kind):
     member, model, eager = MEMBERS[name](), model_of(name), model_of(name, "eager")
+    model = model_of(name, kernel_of(model))
     member.others = (getattr(member, "video_id", member.image_id),)
     inputs, counts, grids = prompt(name, what)
     method, spec = case(name, kind, counts)

@@ -105,6 +105,8 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    places_later_images: ClassVar[bool] = True
+    """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
     placed_by: ClassVar[tuple[str, ...]] = ()

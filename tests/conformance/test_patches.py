@@ -45,7 +45,14 @@ OUTPUT = re.compile(
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
 GRIDDED = ("qwen", "glm", "paddle", "lfm3")
-SEEN = {"image": ("pixel", "image_", "spatial_"), "video": ("pixel", "video_")}  # by encoders
+STRIPS = {  # argument with the grids of patches
+    "lfm2_vl": "spatial_shapes", "minicpm_ocr": "target_sizes", "minicpmv4_6": "target_sizes",
+    "minicpmv4_7": "target_sizes",
+}  # fmt: skip
+SEEN = {
+    "image": ("pixel", "image_", "spatial_", "target_"),
+    "video": ("pixel", "video_"),
+}  # by encoders
 
 
 @dataclass(frozen=True)
@@ -135,15 +142,25 @@ def padded(grids, pictures):
     return torch.stack(images)
 
 
+def in_one_row(grids, pictures):
+    """(1, 3, 4, W) patches of 4 x 4 pixels in raster order, side by side, as MiniCPM-V has it."""
+    images = [
+        tensor(pixels).reshape(3, height, 4, width, 4).permute(0, 2, 1, 3, 4).reshape(3, 4, -1)
+        for (height, width), pixels in zip(grids, pictures, strict=True)
+    ]
+    return torch.cat(images, -1)[None]
+
+
 def planted(name, patches):
     """What the encoder eats for pictures with these patches."""
     member = MEMBERS[name]()
     pixels = member.pixels(IMAGES)
-    if name == "lfm2_vl":
-        grids = pixels["spatial_shapes"].tolist()
+    if name in STRIPS:
+        grids = pixels[STRIPS[name]].tolist()
         sizes = [(4 * height, 4 * width) for height, width in grids]
         images = [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]
-        return {"pixel_values": padded(grids, images)}
+        cut = padded if name == "lfm2_vl" else in_one_row
+        return {"pixel_values": cut(grids, images)}
     if name.startswith(GRIDDED):
         sizes = [(4 * h, 4 * w) for _, h, w in pixels["image_grid_thw"].tolist()]
         values, grids = on_grids(

@@ -1,12 +1,14 @@
 """LFM2-VL: a SigLIP2 tower on images of any shape, cells merged into tokens, and a text model with
 short convolutions between its attention layers. Each tile counts as an image.
 
-A named token stands before every tile; the last tile of a picture is its thumbnail.
+A token that names it stands before every tile; names are numbered by rows, with gaps between these.
+The last tile of a picture is its thumbnail, unless the processor leaves it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -47,4 +49,28 @@ class Lfm2VL(Gridded):
 
     def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
         """Tiles with one token in between, the name of a tile, are of one picture."""
-        return [Tiling(len(tiles)) for tiles in join(spans, lambda end, start: start - end == 1)]
+        pictures = join(spans, lambda end, start: start - end == 1)
+        if ids is None:
+            return [Tiling(len(tiles)) for tiles in pictures]
+        return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in pictures]
+
+
+def _tiling(names: Sequence[int]) -> Tiling:
+    """The arrangement of tiles with these names, the thumbnail's last if there is one."""
+    count = len(names)
+    for tiles, thumbnail in ((names, False), (names[:-1], True)):
+        if len(tiles) > 1 and (columns := _columns(tiles)):
+            return Tiling(count, (len(tiles) // columns, columns), thumbnail)
+    return Tiling(count)
+
+
+def _columns(names: Sequence[int]) -> int:
+    """Tiles in a row, if names go on by 1 within rows and by one larger step between; else 0."""
+    steps = [after - before for before, after in pairwise(names)]
+    columns = next((n for n, step in enumerate(steps, 1) if step != 1), len(names))
+    rows, rest = divmod(len(names), columns)
+    jump = steps[columns - 1] if rows > 1 else 1
+    regular = not rest and steps == ([1] * (columns - 1) + [jump]) * (rows - 1) + [1] * (
+        columns - 1
+    )
+    return columns if regular and (rows == 1 or jump > 1) else 0

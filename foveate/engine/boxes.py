@@ -47,7 +47,7 @@ class ImageBoxes:
         tile, count = image - first, tiling.tiles
         if count == 1:
             return TokenBoxes(boxes)
-        thumbnail = self.family.thumbnail % count
+        thumbnail = self.family.thumbnail % count if tiling.thumbnail else count
         if tile == thumbnail:
             return TokenBoxes(boxes, (tile, count))
         grid = self._grid(first, tiling)
@@ -88,8 +88,10 @@ class ImageBoxes:
     def _grid(self, first: int, tiling: Tiling) -> tuple[int, int] | None:
         """(rows, columns) of an image's tiles: what the prompt says, or else their pixels."""
         pixels = self.encoded.pixels
-        if tiling.grid is not None or pixels is None or pixels.dim() != 4:  # padded with tiles
+        if tiling.grid is not None or not tiling.thumbnail:
             return tiling.grid
+        if pixels is None or pixels.dim() != 4:  # padded with tiles
+            return None
         images = [self.source[first + n] for n in range(tiling.tiles)]
         thumbnail = images.pop(self.family.thumbnail)
         return match_grid(pixels[images], pixels[thumbnail])

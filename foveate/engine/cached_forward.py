@@ -120,7 +120,7 @@ class CachedForward:
         return changes
 
     def _mask(self, number: int, mask: Tensor | None, after: Slots, count: int) -> Tensor | None:
-        """The mask of the tokens, or of the last `count` where the text model goes on with these."""
+        """The mask of the last `count` tokens, with which the text model goes on."""
         held = self._layers[number]
         width = held.max_cache_len if isinstance(held, PrunedStaticLayer) else 0
         layout = Layout.full(self._batch, count, self._device)

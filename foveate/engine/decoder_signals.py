@@ -22,6 +22,7 @@ from foveate.engine.prompt import starts
 from foveate.engine.prompt_columns import PromptColumns
 from foveate.engine.state import ForwardState
 from foveate.errors import InputError
+from foveate.families.decoder_layer import last_norm_of
 from foveate.signals import SIGNALS, DecoderSignal
 from foveate.signals.latent_view import view_of
 from foveate.signals.layer_view import LayerView
@@ -259,7 +260,7 @@ class _LayerInput:
 
     @torch.no_grad()
     def final_norm(self, states: Tensor) -> Tensor:
-        return self._signals.state.family.text.norm(states)
+        return last_norm_of(self._signals.state.family.text)(states)
 
 
 class _ImageTokens:

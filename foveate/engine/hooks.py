@@ -172,13 +172,14 @@ class ForwardHooks:
         hidden: Tensor,
         position_ids: Tensor,
         *args: Any,
+        **kwargs: Any,
     ) -> Any:
         """In place of the forward of rotary embeddings: make those of renumbered layers too."""
         embed = functools.partial(forward_of(module, before), hidden)
         cached = self.state.now.cached
         if cached is None:
-            return embed(position_ids, *args)
-        return cached.rotate(lambda positions: embed(positions, *args), position_ids)
+            return embed(position_ids, *args, **kwargs)
+        return cached.rotate(lambda positions: embed(positions, *args, **kwargs), position_ids)
 
     @untraced
     def layer(

@@ -32,6 +32,10 @@ LATER_IMAGES = (
     "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
     "past_key_values=cache); likewise with videos"
 )
+AS_TEXT = (
+    "behind a cache, {model} gives the tokens of a new image positions of text; run the whole "
+    "conversation anew, without the cache"
+)
 
 
 def bound(
@@ -201,6 +205,8 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     tokens = torch.tensor(list(family.placeholder_ids.values()), device=ids.device)
     if not bool(torch.isin(ids[:, past:], tokens).any()):
         return
+    if not family.places_later_images:
+        raise InputError(AS_TEXT.format(model=family.model_type))
     if Version(transformers.__version__) < Version("5.23"):
         raise InputError(
             f"new images of {family.model_type} after a cached prompt have not been tested with "
@@ -251,4 +257,5 @@ def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
     past = cached(kwargs.get("past_key_values"))
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
         but = "the model was called directly, without position_ids"
-        raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))
+        why = LATER_IMAGES if family.places_later_images else AS_TEXT
+        raise InputError(why.format(model=family.model_type, but=but))

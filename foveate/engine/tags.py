@@ -75,11 +75,7 @@ class Tags:
         """
         shapes = self.family.shapes(modality, output.pooler_output, arguments)
         lengths = [shape.total for shape in shapes]
-        pixels = arguments.get("pixel_values") if modality == "image" else None
-        if pixels is not None and len(pixels) != len(lengths) and pixels.dim() == 5:
-            pixels = pixels.flatten(0, 1)  # tiles of all samples
-        if pixels is not None and len(pixels) != len(lengths):  # patches, not images
-            pixels = None
+        pixels = self.family.pixels(len(lengths), arguments) if modality == "image" else None
         signals = {
             (name, layer): self._per_token(modality, lengths, name, row, arguments)
             for (name, layer), row in rows.items()

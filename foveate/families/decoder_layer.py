@@ -1,5 +1,5 @@
-"""The modules and the arguments of a decoder layer, under the names that transformers' models give
-them.
+"""The modules of a text model and the arguments of its layers, under the names that transformers'
+models give them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from foveate.errors import UnsupportedModelError
 NORMS = ("input_layernorm", "operator_norm")
 MIXERS = ("self_attn", "linear_attn", "conv")
 MLPS = ("mlp", "feed_forward")
+LAST_NORMS = ("norm", "embedding_norm")
+HEAD_NORMS = ("{}_norm", "{}_layernorm")
 
 
 def norm_of(layer: Any) -> Any:
@@ -46,12 +48,26 @@ def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[2:]
 
 
-def _first(layer: Any, names: tuple[str, ...]) -> Any:
-    found = (module for name in names if (module := getattr(layer, name, None)) is not None)
-    module = next(found, None)
-    if module is None:
+def last_norm_of(text: Any) -> Any:
+    """The norm of a text model after its last decoder layer."""
+    return _first(text, LAST_NORMS)
+
+
+def head_norm_of(attention: Any, part: str) -> Any:
+    """The norm of an attention's queries (`q`), keys (`k`) or values (`v`); `None` without one."""
+    return _find(attention, tuple(name.format(part) for name in HEAD_NORMS))
+
+
+def _first(module: Any, names: tuple[str, ...]) -> Any:
+    found = _find(module, names)
+    if found is None:
         raise UnsupportedModelError(
-            f"{type(layer).__name__} has none of {', '.join(names)}: the installed transformers "
-            "lays out its decoder layers in a way this version of foveate does not know"
+            f"{type(module).__name__} has none of {', '.join(names)}: the installed transformers "
+            "lays out its modules in a way this version of foveate does not know"
         )
-    return module
+    return found
+
+
+def _find(module: Any, names: tuple[str, ...]) -> Any:
+    found = (child for name in names if (child := getattr(module, name, None)) is not None)
+    return next(found, None)

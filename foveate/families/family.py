@@ -105,6 +105,8 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    places_later_images: ClassVar[bool] = True
+    """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
     per_position: ClassVar[tuple[str, ...]] = ()
@@ -244,6 +246,19 @@ class Family:
             arguments: what features are to be made from.
         """
         return dict(arguments)
+
+    def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
+        """(N, C, H, W) what the encoder is fed of so many images, or (N, tiles, C, H, W); `None`
+        where these are patches and no pictures.
+
+        Args:
+            images: how many.
+            arguments: what their features are made from.
+        """
+        pixels = arguments.get("pixel_values")
+        if pixels is not None and len(pixels) != images and pixels.dim() == 5:
+            pixels = pixels.flatten(0, 1)  # tiles of all samples
+        return None if pixels is None or len(pixels) != images else pixels
 
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]

@@ -11,8 +11,6 @@ UNSUPPORTED: dict[str, str] = {
     "gemma4_unified": _SHARED,
     "kimi_vl": "its code comes with the checkpoint and is no part of transformers, so that foveate "
     "cannot be tested on it",
-    "lfm2_vl": "its text model has convolution layers, which mix neighbours by their position, so "
-    "removing a token would change what its neighbours become",
     "llama4": "its attention works in chunks of the sequence, and its layers take rotary "
     "positions as one complex tensor, which the engine cannot shorten",
     "mllama": "its visual tokens are not in the sequence: the text model reads them by "

@@ -22,10 +22,12 @@ class Tiling(NamedTuple):
     Args:
         tiles: tiles that it was cut into, its thumbnail included; 1 if it was not cut.
         grid: (rows, columns) of its tiles without the thumbnail; `None` if the prompt does not say.
+        thumbnail: whether one of the tiles is the thumbnail.
     """
 
     tiles: int
     grid: tuple[int, int] | None = None
+    thumbnail: bool = True
 
 
 class TokenBoxes(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.decoder_layer import mixer_of, norm_of
+from foveate.families.decoder_layer import head_norm_of, mixer_of, norm_of
 
 
 class LayerView:
@@ -70,7 +70,7 @@ class LayerView:
     @cached_property
     @torch.no_grad()
     def _plain_keys(self) -> Tensor:
-        return self._heads(self._projection("k_proj")(self._normed), "k_norm")
+        return self._heads(self._projection("k_proj")(self._normed), "k")
 
     @cached_property
     @torch.no_grad()
@@ -89,7 +89,7 @@ class LayerView:
         # Where keys are values (Gemma 4), they are so before the norm.
         shared = getattr(self.attention_module, "use_alternative_attention", False)
         projection = self._projection("k_proj" if shared else "v_proj")
-        return self._heads(projection(self._normed), "v_norm")
+        return self._heads(projection(self._normed), "v")
 
     @torch.no_grad()
     def value_logits(self, columns: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class LayerView:
         columns = columns.to(self.hidden.device)
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
         projected = self._projection("q_proj")(self._normed[rows, columns])
-        q = self._heads(self._without_gate(projected), "q_norm")
+        q = self._heads(self._without_gate(projected), "q")
         if self._rotary is None or not rotate:
             return q
         cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
@@ -196,9 +196,9 @@ class LayerView:
             return projected
         return projected.unflatten(-1, (heads, 2 * width))[..., :width].flatten(-2)
 
-    def _heads(self, x: Tensor, norm: str) -> Tensor:
+    def _heads(self, x: Tensor, part: str) -> Tensor:
         width = self.attention_module.head_dim
-        module = getattr(self.attention_module, norm, None) or torch.nn.Identity()
+        module = head_norm_of(self.attention_module, part) or torch.nn.Identity()
         weight = getattr(module, "weight", None)
         over_heads = isinstance(weight, Tensor) and weight.shape[-1] != width
         if over_heads:

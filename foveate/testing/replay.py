@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foveate.core import Adaptive, Method, Reduction, VisualTokens
 from foveate.families import Family, find_family
+from foveate.families.decoder_layer import last_norm_of
 from foveate.families.family import Encoder
 
 Log = list[tuple[Method, str, Reduction]]
@@ -96,7 +97,7 @@ class Row:
             lost = torch.finfo(self.states.dtype).min
             given["attention_mask"] = torch.zeros(1, 1, *seen.shape).masked_fill(~seen, lost)
             self.states = layer(self.states, **given)
-        return self.family.text.norm(self.states)[0]
+        return last_norm_of(self.family.text)(self.states)[0]
 
     def _enter(self, index: Tensor, rows: Tensor, method: Method) -> None:
         """Begin with the survivors of the encoder: (K) positions and their (1, K, C) rows."""

@@ -201,7 +201,8 @@ def check_cache(session, cache):
     for step in method.steps(session.family):
         if "evict_cache" in step.effects:
             held[: step.layer] = [held[step.layer]] * step.layer
-    for layer, tokens in zip(cache.layers, held, strict=True):
+    keyed = session.family.keyed_layers  # the others have a state and no slots
+    for layer, tokens in ((cache.layers[number], held[number]) for number in keyed):
         window = getattr(layer, "sliding_window", None) or 10**9
         assert layer.keys.shape[2] == min(max(tokens) + TOKENS - 1, window - 1)
 

@@ -145,7 +145,7 @@ def run(
         if any(drop.layer == number for drop in spec.drops):  # later layers rank by what it sees
             probabilities[number] = step(number)[1]
         hidden = step(number)[0] + recorded.added(number)
-    return text.norm(hidden)[0], history
+    return member.norm(text)(hidden)[0], history
 
 
 def over_survivors(

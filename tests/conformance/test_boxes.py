@@ -17,6 +17,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 import foveate
 from foveate.core.tokens import Shape
 from foveate.families import find_family
+from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import NAMES, model_of, prompt
 from tests.conformance.test_pixels_grids import VIDEO
 from tests.conformance.test_pixels_grids import model_of as on_grids_model
@@ -27,6 +28,7 @@ from tests.conformance.zoo.member import fresh
 from tests.conformance.zoo.towers import SIDE
 from tests.methods_for_tests import EveryThird
 
+PATCHED = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
 FULL = 250  # what the last pixel of a ramp holds
 
 
@@ -95,6 +97,18 @@ def test_every_visual_token_has_a_box(name):
         assert (area > 0).all()
         covered = area.sum().item()
         assert math.ceil(covered - 0.01) - covered < 0.26
+
+
+@pytest.mark.parametrize("images", [1, 2])
+@pytest.mark.parametrize("name", PATCHED)
+def test_patches_are_not_taken_for_pictures(name, images):
+    """Also where there are as many tensors of patches as images."""
+    model, member = model_of(name), MEMBERS[name]()
+    inputs, _ = batch_of(member, model, (images,))
+    with torch.no_grad(), foveate.use(model, EveryThird(1)) as run:
+        model.model(**fresh(inputs))
+    assert len(run.record.images) == images
+    assert run.record.pixels is None
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,16 @@ SIZES = {
     "vipllava": (32, 24, 22, True),
 }
 
+# model type: decoder layers, every how many of them one sees all, and the first of those
+HYBRID = {
+    "lfm3_vl": (24, 4, 2),
+    "minicpm_ocr": (32, 4, 3),
+    "minicpmv4_6": (32, 4, 3),
+    "minicpmv4_7": (32, 4, 3),
+    "qwen3_5": (32, 4, 3),
+    "qwen3_5_moe": (40, 4, 3),
+}
+
 
 def why_not(family, method):
     """Why a method with default settings does not work on a model, or `None` if it does."""
@@ -58,6 +68,31 @@ def test_layers_are_found(model_type):
     layers = family.text_layers, family.vision_layers, family.feature_layer
     assert (*layers, family.encoder.class_token) == SIZES[model_type]
     assert family.attention_layers == tuple(range(family.text_layers))
+
+
+@pytest.mark.parametrize("model_type", HYBRID)
+def test_layers_that_see_all_are_found(model_type):
+    family, (layers, step, first) = family_of(model_type), HYBRID[model_type]
+    assert family.text_layers == layers
+    assert family.attention_layers == tuple(range(first, layers, step))
+    assert family.recurrent_layers.isdisjoint(family.attention_layers)
+
+
+@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("model_type", [*HYBRID, "lfm2_vl"])
+def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
+    family, reason = family_of(model_type), why_not(family_of(model_type), method)
+    if reason is None:
+        return
+    signals = [SIGNALS[need] for need in get_method(method).needs]
+    if any(signal.class_token for signal in signals):
+        assert "no class token" in reason or "acts inside the encoder" in reason
+    elif method == "yopo":
+        assert "not made like those of Llama" in reason
+    elif method == "prunevid" and family.recurrent_layers:
+        assert "a running state" in reason
+    else:
+        assert "encoder" in reason
 
 
 @pytest.mark.parametrize("method", list_methods())

@@ -31,9 +31,8 @@ def with_positions(member, model, row):
     """Inputs of a row with positions that do not depend on what is hidden."""
     if find_family(model).one_dimensional:
         return row
-    arguments = {
-        n: row[n] for n in ("mm_token_type_ids", "image_grid_thw", "attention_mask") if n in row
-    }
+    names = ("mm_token_type_ids", "image_grid_thw", "target_sizes", "attention_mask")
+    arguments = {n: row[n] for n in names if n in row}
     positions, _ = model.model.get_rope_index(row["input_ids"], **arguments)
     return {**row, "position_ids": positions}
 

@@ -16,7 +16,7 @@ from tests.conformance.test_pixels import NAMES
 from tests.conformance.test_pixels import model_of as pixels_model
 from tests.conformance.test_pixels_grids import MROPE
 from tests.conformance.test_pixels_grids import model_of as grids_model
-from tests.conformance.tolerance import tolerance_of
+from tests.conformance.tolerance import kernel_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird
@@ -26,7 +26,8 @@ STEPS = 8
 PAGE = Path(foveate.__file__).parent.parent / "docs" / "how-it-works.md"
 # Where images see what comes after them, no forward over everything equals one turn after another.
 TWO_WAY = ("paligemma", "paligemma2", "molmo2", "molmo2-o")
-FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY))]
+AS_TEXT = ("minicpmv4_7",)  # whose new images get positions of text behind a cache
+FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY, *AS_TEXT))]
 
 
 def model_of(name, attention="sdpa"):
@@ -75,6 +76,7 @@ def case(name, kind, counts, queries):
 def test_a_new_image_in_the_second_turn_equals_the_oracle(name, kind):
     """Image A, an answer, image B and a question after it, eight steps; both images pruned."""
     member, model, eager = MEMBERS[name](), model_of(name), model_of(name, "eager")
+    model = model_of(name, kernel_of(model))
     a, b, both, counts = images_of(name)
     ids, more = prompts(member, counts)
     options = {"do_sample": False, "return_dict_in_generate": True}
@@ -162,6 +164,34 @@ def test_a_new_image_that_would_be_misplaced_is_refused(name, what):
             inputs["input_ids"] = whole[:, past:]
         with pytest.raises(InputError, match=rf"{WRONG[what]}.*get_image_features"):
             call(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize("how", ["generate", "forward"])
+@pytest.mark.parametrize("name", AS_TEXT)
+def test_a_new_image_that_would_be_placed_as_text_is_refused(name, how):
+    """The bare model says nothing, and gives it positions of text."""
+    member, model = MEMBERS[name](), model_of(name)
+    a, b, _, counts = images_of(name)
+    ids, more = prompts(member, counts)
+    options = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
+    first = {**text_of(member, ids, 1), **fresh(a)}
+    positions = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    said = model.generate(**first, **options)
+    second = {**text_of(member, torch.cat((said.sequences, more), 1), 2), **fresh(b)}
+    model.generate(**second, past_key_values=said.past_key_values, **options)
+    hook.remove()
+    assert (positions[3].diff() == 1).all(), "the bare model gives it positions of text"
+    with torch.no_grad(), foveate.use(model, EveryThird(4)):
+        said = model.generate(**first, **options)
+        second |= {"past_key_values": said.past_key_values}
+        if how == "forward":
+            past = said.past_key_values.get_seq_length()
+            second |= {n: second[n][:, past:] for n in ("input_ids", "mm_token_type_ids")}
+        with pytest.raises(InputError, match=r"positions of text.*without the cache"):
+            model(**second) if how == "forward" else model.generate(**second, **options)
 
 
 def test_an_image_after_a_turn_of_text_needs_nothing_special():

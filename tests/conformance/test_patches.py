@@ -41,10 +41,18 @@ ONEVISION = ("llava_onevision", "llava_onevision-tiles")
 RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
 BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
-    r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention)"
+    r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
-MROPE = ("qwen", "glm", "paddle", "kimi")  # Kimi has grids too, and patches as PaddleOCR-VL
+GRIDDED = ("qwen", "glm", "paddle", "lfm3", "kimi")
+STRIPS = {  # argument with the grids of patches
+    "lfm2_vl": "spatial_shapes", "minicpm_ocr": "target_sizes", "minicpmv4_6": "target_sizes",
+    "minicpmv4_7": "target_sizes",
+}  # fmt: skip
+SEEN = {
+    "image": ("pixel", "image_", "spatial_", "target_"),
+    "video": ("pixel", "video_"),
+}  # by encoders
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,10 @@ def tensor(pixels):
 
 def on_grids(name, pictures):
     """(N, ...) patches in the order of the family's processor, and grids."""
-    kinds = {"glm": Glm4vImageProcessorPil, "qwe": Qwen2VLImageProcessorPil}
+    kinds = {
+        "glm": Glm4vImageProcessorPil, "lfm": Qwen2VLImageProcessorPil,
+        "qwe": Qwen2VLImageProcessorPil,
+    }  # fmt: skip
     kind = kinds.get(name[:3], PaddleOCRVLImageProcessorPil)
     processor = kind(
         patch_size=4, merge_size=2, temporal_patch_size=2 if name[:3] in kinds else 1,
@@ -122,11 +133,35 @@ def crops(pictures):
     return torch.stack([p.permute(1, 2, 3, 4, 0).reshape(64, 48) for p in patches])
 
 
+def padded(grids, pictures):
+    """(N, 64, 48) patches of 4 x 4 pixels, channels last, as LFM2-VL's processor pads them."""
+    images = []
+    for (height, width), pixels in zip(grids, pictures, strict=True):
+        cut = tensor(pixels).reshape(3, height, 4, width, 4).permute(1, 3, 2, 4, 0).reshape(-1, 48)
+        images.append(torch.nn.functional.pad(cut, (0, 0, 0, 64 - len(cut))))
+    return torch.stack(images)
+
+
+def in_one_row(grids, pictures):
+    """(1, 3, 4, W) patches of 4 x 4 pixels in raster order, side by side, as MiniCPM-V has it."""
+    images = [
+        tensor(pixels).reshape(3, height, 4, width, 4).permute(0, 2, 1, 3, 4).reshape(3, 4, -1)
+        for (height, width), pixels in zip(grids, pictures, strict=True)
+    ]
+    return torch.cat(images, -1)[None]
+
+
 def planted(name, patches):
     """What the encoder eats for images with these patches."""
     member = MEMBERS[name]()
     pixels = member.pixels(IMAGES)
-    if name.startswith(MROPE):
+    if name in STRIPS:
+        grids = pixels[STRIPS[name]].tolist()
+        sizes = [(4 * height, 4 * width) for height, width in grids]
+        images = [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]
+        cut = padded if name == "lfm2_vl" else in_one_row
+        return {"pixel_values": cut(grids, images)}
+    if name.startswith(GRIDDED):
         sizes = [(4 * h, 4 * w) for _, h, w in pixels["image_grid_thw"].tolist()]
         values, grids = on_grids(
             name, [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]
@@ -172,7 +207,7 @@ def planted_on_grids(name, patch):
 
 def features_of(model, modality, inputs, counts):
     """(V, D) features of each image from the model as it is."""
-    given = {n: v for n, v in fresh(inputs).items() if n.startswith(("pixel", f"{modality}_"))}
+    given = {n: v for n, v in fresh(inputs).items() if n.startswith(SEEN[modality])}
     with torch.no_grad():
         pooled = getattr(model.model, f"get_{modality}_features")(**given, return_dict=True)
     rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled.pooler_output]

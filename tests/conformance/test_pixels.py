@@ -12,7 +12,7 @@ from foveate.families import find_family
 from foveate.methods import FasterVLM, PyramidDrop
 from tests.conformance import oracle
 from tests.conformance.batches import batch_of
-from tests.conformance.tolerance import TOLERANCE, tolerance_of
+from tests.conformance.tolerance import TOLERANCE, kernel_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh, loud
 from tests.methods_for_tests import EveryThird
@@ -79,6 +79,7 @@ def case(name, kind, counts):
 @pytest.mark.parametrize("name", NAMES)
 def test_pruning_after_a_real_tower_equals_the_oracle(name, kind):
     member, model, eager = MEMBERS[name](), model_of(name), model_of(name, "eager")
+    model = model_of(name, kernel_of(model))
     inputs, counts = prompt(name)
     if kind == "cls_attention" and not member.class_attention:
         with (

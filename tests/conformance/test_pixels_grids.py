@@ -9,7 +9,7 @@ import foveate
 from foveate.families import find_family
 from foveate.methods import PyramidDrop
 from tests.conformance import oracle
-from tests.conformance.tolerance import tolerance_of
+from tests.conformance.tolerance import kernel_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird
@@ -19,10 +19,10 @@ MROPE = [
     "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
     "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
 ]  # fmt: skip
-VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["molmo2"]
-BOTH = [name for name in MROPE if name.startswith("qwen")]
+VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["lfm3_vl", "molmo2"]
+BOTH = [name for name in [*MROPE, "lfm3_vl"] if name.startswith(("lfm3", "qwen"))]
 CELLS = [
-    *((name, "images") for name in [*MROPE, "kimi_k25", "molmo2"]),
+    *((name, "images") for name in [*MROPE, "kimi_k25", "lfm3_vl", "molmo2"]),
     *((name, "video") for name in VIDEO),
     *((name, "both") for name in BOTH),
 ]
@@ -98,6 +98,7 @@ def case(name, kind, counts):
 @pytest.mark.parametrize(("name", "what"), CELLS)
 def test_pruning_what_a_real_tower_saw_equals_the_oracle(name, what, kind):
     member, model, eager = MEMBERS[name](), model_of(name), model_of(name, "eager")
+    model = model_of(name, kernel_of(model))
     member.others = (getattr(member, "video_id", member.image_id),)
     inputs, counts, grids = prompt(name, what)
     method, spec = case(name, kind, counts)

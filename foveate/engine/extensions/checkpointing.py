@@ -11,6 +11,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 if TYPE_CHECKING:
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 class Replays:
     """States of forwards before layers that may be recomputed.
 
-    A forward is known by its rotary embedding, which its layers are handed again.
+    A forward is known by its rotary embedding, or else by its position ids, which its layers are
+    handed again.
     """
 
     def __init__(self) -> None:
-        self._states = WeakIdKeyDictionary()  # cos -> decoder layer -> the forward before it
+        self._states = WeakIdKeyDictionary()  # name -> decoder layer -> the forward before it
 
     @torch.compiler.disable
     def keep(self, number: int, forward: ForwardPass, kwargs: dict[str, Any]) -> None:
@@ -37,7 +39,7 @@ class Replays:
             kwargs: what the layer is called with.
         """
         if forward.groups and torch.is_grad_enabled():
-            self._states.setdefault(kwargs["position_embeddings"][0], {})[number] = _copy(forward)
+            self._states.setdefault(_name(kwargs), {})[number] = _copy(forward)
 
     @torch.compiler.disable
     def find(self, number: int, kwargs: dict[str, Any]) -> ForwardPass | None:
@@ -47,7 +49,7 @@ class Replays:
             number: the decoder layer.
             kwargs: what the layer is called with.
         """
-        kept = self._states.get(kwargs["position_embeddings"][0], {}).get(number)
+        kept = self._states.get(_name(kwargs), {}).get(number)
         return None if kept is None else _copy(kept)
 
     @property
@@ -58,6 +60,12 @@ class Replays:
     def __len__(self) -> int:
         """Forwards that may be recomputed."""
         return len(self._states)
+
+
+def _name(kwargs: dict[str, Any]) -> Tensor:
+    """The tensor that a layer's forward is known by: layers without attention may lack rotary."""
+    rotary = kwargs["position_embeddings"]
+    return kwargs["position_ids"] if rotary is None else rotary[0]
 
 
 def _copy(forward: ForwardPass) -> ForwardPass:

@@ -158,6 +158,10 @@ class Member:
         """The text model."""
         return model.model.language_model
 
+    def norm(self, text: Any) -> Any:
+        """The norm after the text model's last layer."""
+        return text.norm
+
     def rotary(self, text: Any, hidden: torch.Tensor, positions: torch.Tensor, layer: int) -> Any:
         """(cos, sin) of a layer for (1, T) positions."""
         return text.rotary_emb(hidden, position_ids=positions)

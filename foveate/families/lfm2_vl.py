@@ -1,0 +1,76 @@
+"""LFM2-VL: a SigLIP2 tower on images of any shape, cells merged into tokens, and a text model with
+short convolutions between its attention layers. Each tile counts as an image.
+
+A token that names it stands before every tile; names are numbered by rows, with gaps between these.
+The last tile of a picture is its thumbnail, unless the processor leaves it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from foveate.families.family import register_family
+from foveate.families.gridded import Gridded
+from foveate.families.rows import raster_rows
+from foveate.record.tiles import Tiling, join
+
+
+@register_family("lfm2_vl")
+class Lfm2VL(Gridded):
+    """`Lfm2VlForConditionalGeneration` and `Lfm2VlModel`."""
+
+    grid_names: ClassVar[Mapping[str, str]] = {"image": "spatial_shapes"}
+    tower_path = "vision_tower"
+
+    def side(self, modality: str) -> int:
+        """Side of the cells that pixel unshuffle puts into one token."""
+        return self.config.downsample_factor
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Images are rows of a padded batch, which would lose different numbers of tokens."""
+        return (
+            "its encoder pads images of different sizes to rows of one length, from which only "
+            "equally many tokens could be removed"
+        )
+
+    def per_token(
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """Means of cells, of the patches before each image's padding."""
+        cells = [
+            raster_rows(height, width, self.side(modality)).to(rows.device)
+            for height, width in arguments["spatial_shapes"].tolist()
+        ]
+        return [row[:, cell].mean(-1) for row, cell in zip(rows, cells, strict=True)]
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Tiles with one token in between, the name of a tile, are of one picture."""
+        pictures = join(spans, lambda end, start: start - end == 1)
+        if ids is None:
+            return [Tiling(len(tiles)) for tiles in pictures]
+        return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in pictures]
+
+
+def _tiling(names: Sequence[int]) -> Tiling:
+    """The arrangement of tiles with these names, the thumbnail's last if there is one."""
+    count = len(names)
+    for tiles, thumbnail in ((names, False), (names[:-1], True)):
+        if len(tiles) > 1 and (columns := _columns(tiles)):
+            return Tiling(count, (len(tiles) // columns, columns), thumbnail)
+    return Tiling(count)
+
+
+def _columns(names: Sequence[int]) -> int:
+    """Tiles in a row, if names go on by 1 within rows and by one larger step between; else 0."""
+    steps = [after - before for before, after in pairwise(names)]
+    columns = next((n for n, step in enumerate(steps, 1) if step != 1), len(names))
+    rows, rest = divmod(len(names), columns)
+    jump = steps[columns - 1] if rows > 1 else 1
+    regular = not rest and steps == ([1] * (columns - 1) + [jump]) * (rows - 1) + [1] * (
+        columns - 1
+    )
+    return columns if regular and (rows == 1 or jump > 1) else 0

@@ -1,0 +1,89 @@
+"""MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: a SigLIP tower on images of any shape, cells merged into
+tokens, and Qwen3.5's text model. Each slice, and each frame of a video, counts as an image.
+
+A picture's thumbnail comes first; its slices follow, between tokens that open and close each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar
+
+from foveate.families.family import Encoder, register_family
+from foveate.families.gridded import Gridded
+from foveate.record.tiles import Tiling
+
+GAP = 3  # tokens between two slices of a picture at most: closing, line break, opening
+
+
+@register_family("minicpmv4_6", "minicpm_ocr")
+class MiniCPM(Gridded):
+    """`MiniCPMV4_6ForConditionalGeneration`, `MiniCPMOcrForConditionalGeneration`, their models."""
+
+    grid_names: ClassVar[Mapping[str, str]] = {
+        "image": "target_sizes",
+        "video": "target_sizes_videos",
+    }
+    tower_path = "vision_tower"
+    thumbnail = 0
+
+    def side(self, modality: str) -> int:
+        """Side of the cells that become one token, with the config's `downsample_mode`."""
+        return self._side(self.config.downsample_mode)
+
+    def sides(self, modality: str, images: int, arguments: Mapping[str, Any]) -> Sequence[int]:
+        """The same with the mode of a call."""
+        return [self._side(self._mode(arguments))] * images
+
+    def _side(self, mode: str) -> int:
+        merged = self.config.merge_kernel_size[0] ** self.config.merger_times
+        return merged if mode == "4x" else 2 * merged
+
+    def _mode(self, arguments: Mapping[str, Any]) -> str:
+        return arguments.get("downsample_mode") or self.config.downsample_mode
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """None: in the mode with fewer tokens the tower has fewer rows from some layer on."""
+        return None
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """All modes but one have an attention between layers, which merges windows."""
+        if self._mode(arguments) == "4x":
+            return ""
+        return "its encoder merges windows of 2 x 2 patches between two of its layers"
+
+    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+        """Slices follow a thumbnail closely, and another token opens them."""
+        if ids is None:
+            return [Tiling(1)] * len(spans)
+        pictures: list[list[tuple[int, int]]] = []
+        for start, end in spans:
+            near = bool(pictures) and start - pictures[-1][-1][1] in (2, GAP)
+            if near and ids[start - 1] != ids[pictures[-1][0][0] - 1]:
+                pictures[-1].append((start, end))
+            else:
+                pictures.append([(start, end)])
+        return [Tiling(len(tiles), _grid(tiles)) for tiles in pictures]
+
+
+def _grid(tiles: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
+    """(rows, columns) of slices after their thumbnail: rows end with a line break."""
+    slices = tiles[1:]
+    ends = [
+        number
+        for number, (before, after) in enumerate(pairwise(slices), 1)
+        if after[0] - before[1] == GAP
+    ]
+    columns = ends[0] if ends else len(slices)
+    regular = [*ends, len(slices)] == list(range(columns, len(slices) + 1, columns or 1))
+    return (len(slices) // columns, columns) if slices and regular else None
+
+
+@register_family("minicpmv4_7")
+class MiniCPMV47(MiniCPM):
+    """`MiniCPMV4_7ForConditionalGeneration` and `MiniCPMV4_7Model`: positions on a canvas."""
+
+    one_dimensional = False
+    places_later_images = False

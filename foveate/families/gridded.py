@@ -1,0 +1,56 @@
+"""What families share whose processor says the grid of patches of every image and video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from foveate.core.tokens import Shape
+from foveate.errors import InputError
+from foveate.families.family import Encoder, Family
+from foveate.families.towers import tower
+
+
+class Gridded(Family):
+    """Base of families whose processor hands over `image_grid_thw` and `video_grid_thw`.
+
+    What counts as a frame are the pairs of frames that the encoder merges.
+    """
+
+    tower_path: ClassVar[str] = "visual"
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token; all pictures are in one sequence."""
+        return tower(self, self.tower_path)
+
+    def side(self, modality: str) -> int:
+        """Side of the cells of patches that are merged into a token."""
+        return self.config.vision_config.spatial_merge_size
+
+    def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
+        """Token counts, and grids in merged patches.
+
+        Raises:
+            InputError: a grid does not have as many cells as the image has features.
+        """
+        counts = [len(feature) for feature in pooled]
+        grids = arguments.get(f"{modality}_grid_thw")
+        if grids is None:
+            return super().shapes(modality, pooled, arguments)
+        merge = self.config.vision_config.spatial_merge_size
+        # In a later turn the grids are those of the whole conversation, the features the new ones.
+        shapes = [
+            Shape(count, (height // merge, width // merge), frames)
+            for count, (frames, height, width) in zip(
+                counts, grids[-len(counts) :].tolist(), strict=True
+            )
+        ]
+        for count, (height, width), frames in shapes:
+            if count != frames * height * width:
+                raise InputError(
+                    f"{modality}_grid_thw says {frames} x {height} x {width} visual tokens, but "
+                    f"there are {count} features; pass the grids that the processor returned with "
+                    "them"
+                )
+        return shapes

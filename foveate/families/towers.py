@@ -96,6 +96,15 @@ _INTERNVL = Tower(
     class_token=True,
     masks_layers=False,
 )
+_QIANFAN = replace(
+    _INTERNVL,
+    layers="layers",
+    block=replace(
+        _INTERNVL.block,
+        scale1=("lambda_1", "drop_path1"),
+        scale2=("dropout", "lambda_2", "drop_path2"),
+    ),
+)
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
@@ -116,9 +125,11 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "glm4v_vision": _GLM,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
+    "janus_vision_model": _IDEFICS,
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,
+    "qianfan_ocr_vision": _QIANFAN,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
     "qwen3_vl_moe_vision": _QWEN3,

@@ -24,12 +24,16 @@ NAMES = {
     "internvl_vision": (
         "encoder.layer", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
+    "janus_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "ovis2_vision": ("transformer.encoder.layers", "rms_norm1", "attention", "rms_norm2", "ffn"),
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
     ),
     "pixtral": (
         "transformer.layers", "attention_norm", "attention", "ffn_norm", "feed_forward",
+    ),
+    "qianfan_ocr_vision": (
+        "layers", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
@@ -38,7 +42,7 @@ NAMES = {
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
-PATHS = ("vision_tower", "vision_model", "visual", "image_tower")
+PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
 
 
 @dataclass

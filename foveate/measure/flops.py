@@ -17,11 +17,12 @@ import torch
 
 from foveate.families.family import window_of
 
+_UNGATED = ("cosmos3_edge_text",)  # text models whose MLP has no gate
+
 
 @dataclass(frozen=True)
 class TextShape:
-    """The sizes of a decoder layer like Llama's or Qwen2's: three MLP matrices, grouped key-value
-    heads.
+    """The sizes of a decoder layer like Llama's or Qwen2's, with grouped key-value heads.
 
     Args:
         layers: L, of the whole decoder.
@@ -33,6 +34,7 @@ class TextShape:
         vocabulary: tokens of the language-model head.
         router: experts that a token is rated for; 0 without a mixture.
         window: keys that a query sees at most, itself included; `None` for all.
+        matrices: of the MLP: gate, up and down, or two where it has no gate.
     """
 
     layers: int
@@ -44,6 +46,7 @@ class TextShape:
     vocabulary: int
     router: int = 0
     window: int | None = None
+    matrices: int = 3
 
     @classmethod
     def of(cls, config: Any, layer: int = 0) -> TextShape:
@@ -66,6 +69,7 @@ class TextShape:
             vocabulary=text.vocab_size,
             router=router,
             window=window_of(text, layer),
+            matrices=2 if getattr(text, "model_type", None) in _UNGATED else 3,
         )
 
     @classmethod
@@ -83,15 +87,23 @@ class TextShape:
 
 def _mlp(text: Any, layer: int) -> tuple[int, int]:
     """Neurons of the MLP that a token passes in a layer, and experts that it is rated for."""
-    active = getattr(text, "num_experts_per_tok", None)
+    active = _first(text, "num_experts_per_tok", "moe_topk")
     dense = layer in (getattr(text, "mlp_only_layers", None) or ())
     dense |= layer < getattr(text, "first_k_dense_replace", 0)
+    if kinds := getattr(text, "mlp_layer_types", None):
+        dense |= kinds[layer] == "dense"
     dense |= (layer + 1) % getattr(text, "decoder_sparse_step", 1) != 0
     if not active or dense:
         return text.intermediate_size, 0
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    experts = next(n for name in names if (n := getattr(text, name, None)))
-    return (active + getattr(text, "n_shared_experts", 0)) * text.moe_intermediate_size, experts
+    names = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+    shared = _first(text, "n_shared_experts", "moe_num_shared_experts") or 0
+    width = _first(text, "moe_intermediate_size", "intermediate_size")
+    return (active + shared) * width, _first(text, *names)
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of some settings that a config has."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def visible_keys(
@@ -126,8 +138,8 @@ def attention_flops(shape: TextShape, pairs: int) -> int:
 
 
 def mlp_flops(shape: TextShape, tokens: int) -> int:
-    """Gate, up and down matrices of one layer, 6 T D M, and 2 T D for each expert in choice."""
-    return 2 * tokens * shape.hidden * (3 * shape.mlp + shape.router)
+    """The matrices of one layer's MLP, 2 T D M each, and 2 T D for each expert in choice."""
+    return 2 * tokens * shape.hidden * (shape.matrices * shape.mlp + shape.router)
 
 
 def layer_flops(

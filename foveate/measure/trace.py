@@ -160,7 +160,8 @@ def _build(recipe: _Recipe) -> _Skeleton:
     config = copy.deepcopy(recipe.config)
     with Shapes(), torch.device("meta"):
         model = kind._from_config(config, attn_implementation="eager")
-    return _Skeleton(find_family(model.eval()))
+    # The counter wants to know what made an input that needs a gradient; here nothing needs one.
+    return _Skeleton(find_family(model.eval().requires_grad_(False)))
 
 
 @functools.lru_cache(maxsize=256)

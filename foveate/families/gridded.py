@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from foveate.core.tokens import Shape
@@ -28,6 +28,16 @@ class Gridded(Family):
         """Side of the cells of patches that are merged into a token."""
         return self.config.vision_config.spatial_merge_size
 
+    def sides(self, modality: str, images: int, arguments: Mapping[str, Any]) -> Sequence[int]:
+        """The same for each of the last images.
+
+        Args:
+            modality: `image` or `video`.
+            images: how many.
+            arguments: what the features were made from.
+        """
+        return [self.side(modality)] * images
+
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, and grids in merged patches.
 
@@ -38,12 +48,12 @@ class Gridded(Family):
         grids = arguments.get(f"{modality}_grid_thw")
         if grids is None:
             return super().shapes(modality, pooled, arguments)
-        merge = self.config.vision_config.spatial_merge_size
+        sides = self.sides(modality, len(counts), arguments)
         # In a later turn the grids are those of the whole conversation, the features the new ones.
         shapes = [
-            Shape(count, (height // merge, width // merge), frames)
-            for count, (frames, height, width) in zip(
-                counts, grids[-len(counts) :].tolist(), strict=True
+            Shape(count, (height // side, width // side), frames)
+            for count, side, (frames, height, width) in zip(
+                counts, sides, grids[-len(counts) :].tolist(), strict=True
             )
         ]
         for count, (height, width), frames in shapes:

@@ -54,9 +54,7 @@ class LayerView:
     @cached_property
     @torch.no_grad()
     def _normed(self) -> Tensor:
-        # Where norms follow the sublayers, attention reads the states as they are.
-        after = getattr(self.layer, "norm_after", False)
-        return self.hidden if after else self.layer.input_layernorm(self.hidden)
+        return self.hidden if _norms_after(self.layer) else self.layer.input_layernorm(self.hidden)
 
     @cached_property
     @torch.no_grad()
@@ -188,6 +186,13 @@ class LayerView:
             logits = (logits / cap).tanh() * cap
         logits = logits.float().view(batch, heads, queries, k.shape[-2])
         return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
+
+
+def _norms_after(layer: Any) -> bool:
+    """Whether norms follow the sublayers of a layer, so that attention reads states as they are."""
+    if hasattr(layer, "input_layernorm"):
+        return getattr(layer, "norm_after", False)
+    return hasattr(layer, "post_feedforward_layernorm")
 
 
 def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:

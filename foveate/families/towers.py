@@ -132,6 +132,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "qianfan_ocr_vision": _QIANFAN,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
+    "qwen3_omni_moe_vision_encoder": _QWEN3,
     "qwen3_vl_moe_vision": _QWEN3,
     "qwen3_vl_vision": _QWEN3,
     "smolvlm_vision": _IDEFICS,

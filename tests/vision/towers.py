@@ -37,6 +37,7 @@ NAMES = {
     ),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "qwen3_omni_moe_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),

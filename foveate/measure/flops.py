@@ -35,6 +35,7 @@ class TextShape:
         router: experts that a token is rated for; 0 without a mixture.
         window: keys that a query sees at most, itself included; `None` for all.
         matrices: of the MLP: gate, up and down, or two where it has no gate.
+        gate: factors that a layer computes for what its heads have mixed.
     """
 
     layers: int
@@ -47,6 +48,7 @@ class TextShape:
     router: int = 0
     window: int | None = None
     matrices: int = 3
+    gate: int = 0
 
     @classmethod
     def of(cls, config: Any, layer: int = 0) -> TextShape:
@@ -56,20 +58,22 @@ class TextShape:
             config: the config.
             layer: the decoder layer; they may differ in MLP and window.
         """
-        text = getattr(config, "text_config", config)
+        text = of_layer(getattr(config, "text_config", config), layer)
         heads = text.num_attention_heads
         mlp, router = _mlp(text, layer)
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             heads=heads,
             kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_dim=head_dim,
             mlp=mlp,
             vocabulary=text.vocab_size,
             router=router,
             window=window_of(text, layer),
             matrices=2 if getattr(text, "model_type", None) in _UNGATED else 3,
+            gate=_gate(text, heads, head_dim),
         )
 
     @classmethod
@@ -98,7 +102,21 @@ def _mlp(text: Any, layer: int) -> tuple[int, int]:
     names = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
     shared = _first(text, "n_shared_experts", "moe_num_shared_experts") or 0
     width = _first(text, "moe_intermediate_size", "intermediate_size")
-    return (active + shared) * width, _first(text, *names)
+    beside = getattr(text, "share_expert_dim", 0)
+    return (active + shared) * width + beside, _first(text, *names)
+
+
+def _gate(text: Any, heads: int, head_dim: int) -> int:
+    """Factors that the attention of a layer computes: one for each head, or for each of its
+    channels.
+    """
+    gating = getattr(text, "gating", False)
+    return 0 if not gating else heads if gating in (True, "per-head") else heads * head_dim
+
+
+def of_layer(text: Any, layer: int) -> Any:
+    """The config of one decoder layer, where layers of a text model differ in size."""
+    return text.per_layer_config[layer] if getattr(text, "is_heterogeneous", False) else text
 
 
 def _first(config: Any, *names: str) -> Any:
@@ -127,9 +145,9 @@ def visible_keys(
 
 
 def projection_flops(shape: TextShape, tokens: int) -> int:
-    """q, k, v and output projections of one layer: 2 T D (2 h d + 2 g d)."""
+    """q, k, v and output projections of one layer: 2 T D (2 h d + 2 g d), and its gate."""
     widths = 2 * shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
-    return 2 * tokens * shape.hidden * widths
+    return 2 * tokens * shape.hidden * (widths + shape.gate)
 
 
 def attention_flops(shape: TextShape, pairs: int) -> int:

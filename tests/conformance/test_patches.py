@@ -16,6 +16,9 @@ from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import (
     Cosmos3EdgeImageProcessorPil,
 )
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.hunyuan_vl.image_processing_pil_hunyuan_vl import (
+    HunYuanVLImageProcessorPil,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -33,7 +36,7 @@ from transformers.models.video_llama_3.image_processing_pil_video_llama_3 import
 import foveate
 from foveate.core import Keep, Scorer, Step
 from tests.conformance.test_pixels import IMAGES, NAMES, model_of, prompt
-from tests.conformance.test_pixels_grids import GRIDS, VIDEO
+from tests.conformance.test_pixels_grids import VIDEO
 from tests.conformance.test_pixels_grids import prompt as prompt_on_grids
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.llava_next import PINPOINTS, SIZES
@@ -98,7 +101,8 @@ def tensor(pixels):
 def on_grids(name, pictures, sides=None):
     """(N, ...) patches in the order of the family's processor, and grids."""
     kinds = {
-        "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "paddleocr_vl": PaddleOCRVLImageProcessorPil,
+        "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "hunyuan_vl": HunYuanVLImageProcessorPil,
+        "paddleocr_vl": PaddleOCRVLImageProcessorPil,
         "video_llama_3": VideoLlama3ImageProcessorPil,
     }  # fmt: skip
     other = Glm4vImageProcessorPil if name.startswith("glm") else Qwen2VLImageProcessorPil
@@ -138,7 +142,7 @@ def planted(name, patches):
     """What the encoder eats for pictures with these patches."""
     member = MEMBERS[name]()
     pixels = member.pixels(IMAGES)
-    if name in GRIDS:
+    if "image_grid_thw" in pixels:
         sizes = [(4 * h, 4 * w) for _, h, w in pixels["image_grid_thw"].tolist()]
         sides = pixels["image_merge_sizes"].tolist() if "image_merge_sizes" in pixels else None
         seen = [picture(*s, p) for s, p in zip(sizes, patches, strict=True)]
@@ -164,7 +168,7 @@ def planted(name, patches):
         tiles[image] = 0
         tiles[image, :, :height, :width] = tensor(picture(int(height), int(width), patch))
     given = {"pixel_values": values}
-    if "pixel_attention_mask" in pixels:
+    if "pixel_attention_mask" in pixels and pixels["pixel_attention_mask"].dim() == 4:
         given["pixel_attention_mask"] = torch.ones_like(pixels["pixel_attention_mask"])
     return given
 

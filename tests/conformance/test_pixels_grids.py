@@ -16,7 +16,8 @@ from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
 TOLERANCE = 5e-5
-GRIDS = sorted(name for name, member in MEMBERS.items() if issubclass(member, MRopeMember))
+GRIDS = [name for name in sorted(MEMBERS) if issubclass(MEMBERS[name], MRopeMember)]
+GRIDS.remove("hunyuan_vl")  # whose rows end in newlines
 VIDEO = [name for name in GRIDS if name != "paddleocr_vl"] + ["molmo2"]
 BOTH = [name for name in GRIDS if name in VIDEO and not name.startswith("glm")]
 CELLS = [

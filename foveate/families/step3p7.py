@@ -1,4 +1,4 @@
-"""Step 3.7: local views and one of the whole image, sliding and full attention, a rotary base each."""
+"""Step 3.7: local views and one of the whole image; each kind of attention has a rotary base."""
 
 from __future__ import annotations
 

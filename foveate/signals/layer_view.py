@@ -66,10 +66,10 @@ class LayerView:
     def keys(self) -> Tensor:
         """(B, Hkv, P, d) rotated keys."""
         k = self._plain_keys
-        if self._rotary is None:
-            return k
-        cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
-        return rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
+        if self._rotary is not None:
+            cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
+            k = rotary_function(self.attention_module)(k[:, :1], k, cos, sin)[1]
+        return self._normed_last(k, "key_layernorm")
 
     @cached_property
     @torch.no_grad()
@@ -93,10 +93,10 @@ class LayerView:
         columns = columns.to(self.hidden.device)
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
         q = self._heads(self._projection("q_proj")(self._normed[rows, columns]), "q_norm")
-        if self._rotary is None or not rotate:
-            return q
-        cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
-        return rotary_function(self.attention_module)(q, q, cos, sin)[0]
+        if self._rotary is not None and rotate:
+            cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
+            q = rotary_function(self.attention_module)(q, q, cos, sin)[0]
+        return self._normed_last(q, "query_layernorm")
 
     @torch.no_grad()
     def attention(
@@ -134,7 +134,8 @@ class LayerView:
     @torch.no_grad()
     def content_logits(self, columns: Tensor) -> Tensor:
         """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
-        return self._logits(self.queries(columns, rotate=False), self._plain_keys, None)
+        keys = self._normed_last(self._plain_keys, "key_layernorm")
+        return self._logits(self.queries(columns, rotate=False), keys, None)
 
     @torch.no_grad()
     def closeness(self, columns: Tensor) -> Tensor:
@@ -176,6 +177,11 @@ class LayerView:
         if not over_heads:
             x = module(x)
         return x.transpose(1, 2)
+
+    def _normed_last(self, x: Tensor, name: str) -> Tensor:
+        """(B, H, P, d) as HunyuanVL norms heads, after it has rotated them."""
+        module: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
+        return x if module is None else module(x)
 
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape

@@ -20,8 +20,8 @@ class HunyuanVL(MRopeMember):
         vision = {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
             "num_attention_heads": 4, "patch_size": 4, "out_hidden_size": 64,
-            "text_hidden_size": 64, "min_image_size": 16, "max_image_size": 64, "img_max_token_num": 256,
-            "max_vit_seq_len": 256,
+            "text_hidden_size": 64, "min_image_size": 16, "max_image_size": 64,
+            "img_max_token_num": 256, "max_vit_seq_len": 256,
         }  # fmt: skip
         text = {**TEXT, "head_dim": 16, "rope_parameters": rope(2, 2, 2, 2)}
         return HunYuanVLConfig(

@@ -6,11 +6,14 @@ from transformers import ShieldGemma2ForImageClassification
 
 import foveate
 from foveate.core.tokens import Shape
+from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.record.boxes import cells
 from tests.conformance import oracle
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import TOLERANCE, model_of, prompt
+from tests.conformance.test_pixels_grids import model_of as grids_model
+from tests.conformance.test_pixels_grids import prompt as on_grids
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh, loud
 from tests.methods_for_tests import EveryThird
@@ -97,3 +100,18 @@ def test_rows_of_hunyuan_have_the_positions_that_transformers_gives_them_in_the_
     spec = Spec(kept=[torch.arange(0, 12, 3)])
     want, _ = oracle.run(member, eager, whole, spec, length, [count])
     torch.testing.assert_close(got, want[-1], rtol=0, atol=TOLERANCE)
+
+
+def test_frames_that_video_llama_has_compressed_are_refused():
+    """A mask of the processor leaves tokens out after the encoder; one that leaves none is fine."""
+    model, (inputs, (count,), _) = grids_model("video_llama_3"), on_grids("video_llama_3", "video")
+    (ids,), mask = inputs["input_ids"], torch.ones(count, dtype=torch.bool)
+    with torch.no_grad(), foveate.use(model, EveryThird(4)) as run:
+        model.model(**fresh(inputs), video_compression_mask=mask)
+        assert [image.total for image in run.record.images] == [count]
+        mask[9:16] = False
+        left = torch.ones_like(ids, dtype=torch.bool)
+        left[(ids == model.config.video_token_id).nonzero()[9:16, 0]] = False
+        given = {"input_ids": ids[left][None], "video_compression_mask": mask}
+        with pytest.raises(InputError, match=r"17 image placeholders.*24 visual tokens"):
+            model.model(**{**fresh(inputs), **given, "attention_mask": None})

@@ -19,6 +19,7 @@ from tests.conformance.test_pixels_grids import model_of as grids_model
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.gridded import Gridded
 from tests.conformance.zoo.member import fresh
+from tests.conformance.zoo.mrope import UNPLACED
 from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
@@ -26,8 +27,6 @@ STEPS = 8
 PAGE = Path(foveate.__file__).parent.parent / "docs" / "how-it-works.md"
 # Where images see what comes behind them, no forward over everything equals one turn after another.
 TWO_WAY = ("paligemma", "paligemma2", "molmo2", "molmo2-o")
-# Behind a cache, transformers 5.23 numbers images of these like text, whatever they are given.
-UNPLACED = ("cosmos3_edge", "hunyuan_vl", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 MROPE = [n for n in GRIDS if not issubclass(MEMBERS[n], Gridded) and n not in UNPLACED]
 FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY, *UNPLACED))]
 

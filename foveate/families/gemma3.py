@@ -1,4 +1,5 @@
-"""Gemma3: SigLIP pooled to a fixed grid, sliding and full attention with a rotary base each.
+"""Gemma3 and ShieldGemma 2: SigLIP pooled to a fixed grid, sliding and full attention with a rotary
+base each.
 
 Rows of an image see each other; that is in the masks, which the engine translates.
 """
@@ -9,6 +10,7 @@ import math
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from foveate.families.family import Encoder, Family, register_family
 from foveate.families.towers import tower
@@ -31,3 +33,12 @@ class Gemma3(Family):
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin) of the layer's kind of attention."""
         return self.text.rotary_emb(hidden, position_ids, self.text.config.layer_types[layer])
+
+
+@register_family("shieldgemma2")
+class ShieldGemma2(Gemma3):
+    """`ShieldGemma2ForImageClassification`, and the Gemma3 within that does all but pick logits."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        within: Any = model if hasattr(model, "lm_head") else getattr(model, "model", model)
+        super().__init__(within)

@@ -1,10 +1,10 @@
-"""GLM-4.1V, GLM-4.5V and GLM-4.6V: patches of any grid merged 2 x 2, M-RoPE, a GLM text model."""
+"""GLM-4.1V, 4.5V, 4.6V and GA: patches of any grid merged 2 x 2, M-RoPE, a GLM text model."""
 
 from foveate.families.family import register_family
 from foveate.families.mrope import MRope
 
 
-@register_family("glm4v", "glm4v_moe", "glm46v")
+@register_family("glm4v", "glm4v_moe", "glm46v", "glmga")
 class Glm4V(MRope):
     """`Glm4v`, `Glm4vMoe` and `Glm46VForConditionalGeneration`, and their models."""
 

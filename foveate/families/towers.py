@@ -112,6 +112,15 @@ _MOONVIT = Tower(
     readers=("final_layernorm",),
     returns_rows=False,
 )
+_QIANFAN = replace(
+    _INTERNVL,
+    layers="layers",
+    block=replace(
+        _INTERNVL.block,
+        scale1=("lambda_1", "drop_path1"),
+        scale2=("dropout", "lambda_2", "drop_path2"),
+    ),
+)
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
@@ -133,13 +142,16 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
+    "janus_vision_model": _IDEFICS,
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,
+    "qianfan_ocr_vision": _QIANFAN,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
     "qwen3_5_moe_vision": _QWEN,
     "qwen3_5_vision": _QWEN,
+    "qwen3_omni_moe_vision_encoder": _QWEN3,
     "qwen3_vl_moe_vision": _QWEN3,
     "qwen3_vl_vision": _QWEN3,
     "smolvlm_vision": _IDEFICS,

@@ -92,6 +92,7 @@ class Attention(Mixer):
         shared: whether keys and values are those of an earlier layer, which caches them, as in the
             last layers of Gemma 4.
         keys_are_values: whether one matrix makes both, as in full layers of Gemma 4 26B.
+        gate: columns of a matrix of its own that makes a gate of the output, as in Step 3.7.
     """
 
     heads: int
@@ -101,6 +102,7 @@ class Attention(Mixer):
     gated: bool = False
     shared: bool = False
     keys_are_values: bool = False
+    gate: int = 0
 
     @property
     def query_width(self) -> int:
@@ -109,11 +111,11 @@ class Attention(Mixer):
 
     def projections(self, tokens: int) -> int:
         """Queries, keys, values and output: 2 T D (2 h d + 2 g d); with a gate h d more, with one
-        matrix for keys and values g d less, with another layer's 2 g d less.
+        matrix for keys and values g d less, with another layer's 2 g d less; and a gate's own.
         """
         made = 0 if self.shared else 1 if self.keys_are_values else 2
         output = self.heads * self.head_dim
-        widths = self.query_width + output + made * self.kv_heads * self.head_dim
+        widths = self.query_width + output + made * self.kv_heads * self.head_dim + self.gate
         return 2 * tokens * self.hidden * widths
 
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:

@@ -17,12 +17,14 @@ from foveate.measure.mixers import (
 
 GATED = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """Text models whose query matrix makes a gate of the output too; their configs do not say so."""
+UNGATED = frozenset({"cosmos3_edge_text"})
+"""Text models whose MLP has no gate."""
 ATTENTION = frozenset({"full_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True)
 class TextShape:
-    """The sizes of a decoder layer: what mixes its tokens, and an MLP of three matrices.
+    """The sizes of a decoder layer: what mixes its tokens, and an MLP.
 
     Symbols: `T` tokens, `D` hidden, `M` width of the MLP.
 
@@ -38,6 +40,7 @@ class TextShape:
         per_layer: width of what each token brings to the layer beside the hidden state, as in
             Gemma 4; 0 for nothing.
         donor: the earlier layer whose keys and values this one uses; `None` if it has its own.
+        matrices: of the MLP: gate, up and down, or two where it has no gate.
     """
 
     layers: int
@@ -48,6 +51,7 @@ class TextShape:
     router: int = 0
     per_layer: int = 0
     donor: int | None = None
+    matrices: int = 3
 
     @classmethod
     def of(cls, config: Any, layer: int = 0) -> TextShape:
@@ -72,6 +76,7 @@ class TextShape:
             router=router,
             per_layer=getattr(text, "hidden_size_per_layer_input", None) or 0,
             donor=donor,
+            matrices=2 if getattr(text, "model_type", "") in UNGATED else 3,
         )
 
     @classmethod
@@ -81,10 +86,11 @@ class TextShape:
         return tuple(cls.of(text, layer) for layer in range(text.num_hidden_layers))
 
     def mlp_flops(self, tokens: int) -> int:
-        """Gate, up and down matrices, 6 T D M, 2 T D for each number of the router, and 4 T D times
-        the width of inputs per layer, for their gate and their way back.
+        """The matrices of the MLP, 2 T D M each, 2 T D for each number of the router, and 4 T D
+        times the width of inputs per layer, for their gate and their way back.
         """
-        return 2 * tokens * self.hidden * (3 * self.mlp + self.router + 2 * self.per_layer)
+        widths = self.matrices * self.mlp + self.router + 2 * self.per_layer
+        return 2 * tokens * self.hidden * widths
 
 
 # -- what mixes tokens
@@ -124,15 +130,18 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
             plain=own.qk_nope_head_dim,
             value=own.v_head_dim,
         )
+    head_dim = getattr(own, "head_dim", None) or text.hidden_size // heads
+    gating = getattr(own, "gating", False)  # of each head, or of each of its channels
     return Attention(
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=getattr(own, "num_key_value_heads", None) or heads,
-        head_dim=getattr(own, "head_dim", None) or text.hidden_size // heads,
+        head_dim=head_dim,
         window=window_of(own, layer),
         gated=getattr(text, "model_type", "") in GATED,
         shared=shared,
         keys_are_values=getattr(own, "attention_k_eq_v", False) and kind == "full_attention",
+        gate=0 if not gating else heads if gating in (True, "per-head") else heads * head_dim,
     )
 
 
@@ -159,17 +168,27 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     if getattr(text, "enable_moe_block", False):  # beside an MLP, as in Gemma 4
         chosen = text.top_k_experts * text.moe_intermediate_size
         return _dense(text, shared) + chosen, text.num_experts
-    active = getattr(text, "num_experts_per_tok", None)
+    active = _first(text, "num_experts_per_tok", "moe_topk")
     dense = layer in (getattr(text, "mlp_only_layers", None) or ())
     dense |= layer < (getattr(text, "first_k_dense_replace", None) or 0)
+    if kinds := getattr(text, "mlp_layer_types", None):
+        dense |= kinds[layer] == "dense"
     dense |= (layer + 1) % getattr(text, "decoder_sparse_step", 1) != 0
     if not active or dense:
         return _dense(text, shared), 0
-    names = ("n_routed_experts", "num_experts", "num_local_experts")
-    experts = next(n for name in names if (n := getattr(text, name, None)))
-    chosen = active + (getattr(text, "n_shared_experts", None) or 0)
-    beside = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
-    return chosen * text.moe_intermediate_size + beside, experts + (beside > 0)
+    experts = _first(
+        text, "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"
+    )
+    chosen = active + (_first(text, "n_shared_experts", "moe_num_shared_experts") or 0)
+    width = _first(text, "moe_intermediate_size", "intermediate_size")
+    rated = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
+    beside = rated + (getattr(text, "share_expert_dim", None) or 0)
+    return chosen * width + beside, experts + (rated > 0)
+
+
+def _first(config: Any, *names: str) -> Any:
+    """The first of some settings that a config has."""
+    return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
 def _dense(text: Any, shared: bool) -> int:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -160,7 +161,8 @@ def _build(recipe: _Recipe) -> _Skeleton:
     config = copy.deepcopy(recipe.config)
     with Shapes(), torch.device("meta"):
         model = kind._from_config(config, attn_implementation="eager")
-    return _Skeleton(find_family(model.eval()))
+    # The counter wants to know what made an input that needs a gradient; here nothing needs one.
+    return _Skeleton(find_family(model.eval().requires_grad_(False)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -205,7 +207,7 @@ class _Run:
         for number, layer in enumerate(layers):
             layer.forward = functools.partial(self._layer, number, layer, layer.forward)
         try:
-            with torch.no_grad(), self.counter, Shapes():
+            with torch.no_grad(), self.counter, Shapes(), _Made():
                 shapes = self._encode(modality, arguments)
         finally:
             for handle in handles:
@@ -314,6 +316,17 @@ class Shapes(TorchDispatchMode):
         if kwargs.get("device") is not None and _whole(func, args, kwargs.get("dtype")):
             kwargs["device"] = torch.device("cpu")
         return func(*args, **kwargs)
+
+
+class _Made(TorchFunctionMode):
+    """Make tensors of integers from Python's real, which no operator does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.tensor or "device" not in kwargs:
+            return func(*args, **kwargs)
+        made = func(*args, **{**kwargs, "device": "cpu"})
+        return made.to(kwargs["device"]) if made.is_floating_point() else made
 
 
 def _meta(leaf: Any) -> Any:

@@ -48,9 +48,7 @@ class LayerView:
     @cached_property
     @torch.no_grad()
     def _normed(self) -> Tensor:
-        # Where norms follow the sublayers, attention reads the states as they are.
-        after = getattr(self.layer, "norm_after", False)
-        return self.hidden if after else norm_of(self.layer)(self.hidden)
+        return self.hidden if _norms_after(self.layer) else norm_of(self.layer)(self.hidden)
 
     @property
     def past_keys(self) -> Tensor | None:
@@ -77,10 +75,10 @@ class LayerView:
     def keys(self) -> Tensor:
         """(B, Hkv, P, d) rotated keys."""
         k = self._plain_keys
-        if self._rotary is None:
-            return k
-        cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
-        return self.rotation(k[:, :1], k, cos, sin)[1]
+        if self._rotary is not None:
+            cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
+            k = self.rotation(k[:, :1], k, cos, sin)[1]
+        return self._normed_last(k, "key_layernorm")
 
     @cached_property
     @torch.no_grad()
@@ -108,10 +106,10 @@ class LayerView:
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
         projected = self._projection("q_proj")(self._normed[rows, columns])
         q = self._heads(self._without_gate(projected), "q")
-        if self._rotary is None or not rotate:
-            return q
-        cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
-        return self.rotation(q, q, cos, sin)[0]
+        if self._rotary is not None and rotate:
+            cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
+            q = self.rotation(q, q, cos, sin)[0]
+        return self._normed_last(q, "query_layernorm")
 
     @torch.no_grad()
     def attention(
@@ -149,7 +147,8 @@ class LayerView:
     @torch.no_grad()
     def content_logits(self, columns: Tensor) -> Tensor:
         """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
-        return self._logits(self.queries(columns, rotate=False), self._plain_keys, None)
+        keys = self._normed_last(self._plain_keys, "key_layernorm")
+        return self._logits(self.queries(columns, rotate=False), keys, None)
 
     @torch.no_grad()
     def closeness(self, columns: Tensor) -> Tensor:
@@ -208,6 +207,11 @@ class LayerView:
             x = module(x)
         return x.transpose(1, 2)
 
+    def _normed_last(self, x: Tensor, name: str) -> Tensor:
+        """(B, H, P, d) as HunyuanVL norms heads, after it has rotated them."""
+        module: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
+        return x if module is None else module(x)
+
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape
         together = heads // k.shape[1] * queries  # query heads of one key head
@@ -217,6 +221,13 @@ class LayerView:
             logits = (logits / cap).tanh() * cap
         logits = logits.float().view(batch, heads, queries, k.shape[-2])
         return logits if visible is None else logits.masked_fill(~visible[:, None], -torch.inf)
+
+
+def _norms_after(layer: Any) -> bool:
+    """Whether norms follow the sublayers of a layer, so that attention reads states as they are."""
+    if hasattr(layer, "input_layernorm"):
+        return getattr(layer, "norm_after", False)
+    return hasattr(layer, "post_feedforward_layernorm")
 
 
 def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:

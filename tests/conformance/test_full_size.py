@@ -14,11 +14,16 @@ from foveate.signals import SIGNALS
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
+    "cosmos3_omni": (32, 27, 26, False),
     "deepseek_vl": (32, 12, 11, False),
     "glm4v": (40, 24, 23, False),
+    "glmga": (40, 24, 23, False),
+    "hyperclovax_vision_v2": (32, 32, 31, False),
     "idefics3": (32, 12, 11, False),
     "internvl": (32, 24, 23, True),
     "kimi_k25": (61, 27, 26, False),
+    "janus": (32, 24, 23, False),
+    "lighton_ocr": (28, 24, 23, False),
     "llava": (32, 24, 22, True),
     "llava_next": (32, 24, 22, True),
     "llava_next_video": (32, 24, 22, True),
@@ -27,12 +32,39 @@ SIZES = {
     "ovis2": (32, 24, 23, False),
     "paddleocr_vl": (18, 27, 26, False),
     "paligemma": (18, 27, 26, False),
+    "qianfan_ocr": (32, 24, 23, True),
     "qwen2_5_vl": (80, 32, 31, False),
     "qwen2_vl": (80, 32, 31, False),
+    "qwen3_omni_moe_thinker": (28, 27, 26, False),
     "qwen3_vl": (32, 27, 26, False),
     "smolvlm": (32, 12, 11, False),
     "video_llava": (32, 24, 22, True),
     "vipllava": (32, 24, 22, True),
+}
+# The same of towers that methods cannot act inside: decoder layers, the first before which tokens
+# may be removed, and those whose attention can rank them.
+CLOSED = {
+    "aria": (32, 0, range(32)),
+    "cosmos3_edge": (28, 0, range(28)),
+    "deepseek_ocr2": (32, 0, range(32)),
+    "deepseek_vl_hybrid": (32, 0, range(32)),
+    "exaone4_5": (32, 0, range(3, 32, 4)),
+    "glm_ocr": (16, 0, range(16)),
+    "got_ocr2": (24, 0, range(24)),
+    "granite_docling": (28, 3, range(28)),
+    "hunyuan_vl": (32, 0, range(32)),
+    "idefics2": (32, 0, range(32)),
+    "pp_chart2table": (24, 0, range(24)),
+    "qwen2_5_omni_thinker": (28, 0, range(28)),
+    "step3p7": (45, 0, range(45)),
+    "video_llama_3": (32, 0, range(32)),
+}
+MISSING = {  # what configs of these do not say of themselves
+    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
+    "hunyuan_vl": {
+        "head_dim": 128,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16] * 4, "rope_theta": 1e4},
+    },
 }
 
 # model type: decoder layers, every how many of them one sees all, and the first of those
@@ -58,7 +90,8 @@ def why_not(family, method):
 @functools.cache
 def family_of(model_type):
     with torch.device("meta"):
-        config = AutoConfig.for_model(model_type)
+        more = {"text_config": MISSING[model_type]} if model_type in MISSING else {}
+        config = AutoConfig.for_model(model_type, **more)
         return find_family(AutoModelForImageTextToText.from_config(config))
 
 
@@ -93,6 +126,16 @@ def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
         assert "a running state" in reason
     else:
         assert "encoder" in reason
+
+
+@pytest.mark.parametrize("model_type", CLOSED)
+def test_methods_that_need_no_tower_plan_where_it_is_closed(model_type):
+    family, (layers, first, ranking) = family_of(model_type), CLOSED[model_type]
+    assert (family.text_layers, family.first_llm_layer) == (layers, first)
+    assert family.attention_layers == tuple(ranking)
+    for method in ("divprune", "pyramiddrop"):
+        assert why_not(family, method) is None
+    assert "acts inside the encoder" in why_not(family, "tome")
 
 
 @pytest.mark.parametrize("method", list_methods())

@@ -12,7 +12,7 @@ from foveate.core import Reduction, get_method, list_methods
 from foveate.core.budget import per_request
 from foveate.engine.planning import working_methods
 from foveate.families import find_family
-from foveate.measure.account import account, whole
+from foveate.measure.account import account, unpruned
 from foveate.measure.conventions import CONVENTIONS
 from foveate.measure.memory import cache_bytes
 from foveate.methods import DART, LVLMCSP, YOPO, FastV, PyramidDrop, SparseVLM, VisionZip
@@ -94,7 +94,7 @@ def errors(model, inputs, methods, plain):
     with foveate.use(model, methods) as session:
         got, held = run(model, inputs, methods)
     after = account(session.record, family, methods, DENSE).total
-    before = account(whole(session.record), family, (), DENSE).total
+    before = account(unpruned(session.record), family, (), DENSE).total
     stored = session.report()["kv_bytes"]
     return after - got, before - plain[0], stored["after"] - held, stored["before"] - plain[1]
 

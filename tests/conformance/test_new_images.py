@@ -14,11 +14,13 @@ from foveate.methods import PyramidDrop
 from tests.conformance import oracle
 from tests.conformance.test_pixels import NAMES
 from tests.conformance.test_pixels import model_of as pixels_model
-from tests.conformance.test_pixels_grids import MROPE
+from tests.conformance.test_pixels_grids import GRIDS
 from tests.conformance.test_pixels_grids import model_of as grids_model
 from tests.conformance.tolerance import kernel_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
+from tests.conformance.zoo.gridded import Gridded
 from tests.conformance.zoo.member import fresh
+from tests.conformance.zoo.mrope import UNPLACED
 from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
@@ -26,8 +28,13 @@ STEPS = 8
 PAGE = Path(foveate.__file__).parent.parent / "docs" / "how-it-works.md"
 # Where images see what comes after them, no forward over everything equals one turn after another.
 TWO_WAY = ("paligemma", "paligemma2", "molmo2", "molmo2-o")
-AS_TEXT = ("minicpmv4_7",)  # whose new images get positions of text behind a cache
-FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY, *AS_TEXT))]
+AS_TEXT = (
+    "cosmos3_edge",
+    "minicpmv4_7",
+)  # to whose new images the bare model gives positions of text
+PLAIN = ("kimi_k25", "kimi_k25-halves", "lfm3_vl")  # grids, and positions that are numbers
+MROPE = [n for n in GRIDS if not issubclass(MEMBERS[n], Gridded) and n not in (*UNPLACED, *PLAIN)]
+FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY, *UNPLACED))]
 
 
 def model_of(name, attention="sdpa"):
@@ -51,7 +58,9 @@ def prompts(member, counts):
 
 def text_of(member, ids, images):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | {
-        name: value for name, value in member.extras(ids, images).items() if "grid" not in name
+        name: value
+        for name, value in member.extras(ids, images).items()
+        if "grid" not in name and "merge" not in name
     }
 
 
@@ -192,6 +201,20 @@ def test_a_new_image_that_would_be_placed_as_text_is_refused(name, how):
             second |= {n: second[n][:, past:] for n in ("input_ids", "mm_token_type_ids")}
         with pytest.raises(InputError, match=r"positions of text.*without the cache"):
             model(**second) if how == "forward" else model.generate(**second, **options)
+
+
+@pytest.mark.parametrize("name", UNPLACED)
+def test_a_new_image_that_transformers_cannot_place_is_refused(name):
+    member, model = MEMBERS[name](), model_of(name)
+    a, b, _, counts = images_of(name)
+    ids, more = prompts(member, counts)
+    options = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
+    with torch.no_grad(), foveate.use(model, EveryThird(4)):
+        said = model.generate(**text_of(member, ids, 1), **fresh(a), **options)
+        whole = torch.cat((said.sequences, more), 1)
+        second = text_of(member, whole, 2) | fresh(b)
+        with pytest.raises(InputError, match=r"positions of text.*without the cache"):
+            model.generate(**second, past_key_values=said.past_key_values)
 
 
 def test_an_image_after_a_turn_of_text_needs_nothing_special():

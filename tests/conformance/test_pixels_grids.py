@@ -12,17 +12,17 @@ from tests.conformance import oracle
 from tests.conformance.tolerance import kernel_of, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
+from tests.conformance.zoo.mrope import MRopeMember
 from tests.methods_for_tests import EveryThird
 from tests.oracle import Drop, Spec
 
-MROPE = [
-    "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_5",
-    "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe",
-]  # fmt: skip
-VIDEO = [name for name in MROPE if name != "paddleocr_vl"] + ["lfm3_vl", "molmo2"]
-BOTH = [name for name in [*MROPE, "lfm3_vl"] if name.startswith(("lfm3", "qwen"))]
+GRIDS = [name for name in sorted(MEMBERS) if issubclass(MEMBERS[name], MRopeMember)]
+GRIDS.remove("hunyuan_vl")  # whose rows end in newlines
+STILLS = ("kimi_k25", "kimi_k25-halves", "paddleocr_vl")
+VIDEO = [name for name in GRIDS if name not in STILLS] + ["molmo2"]
+BOTH = [name for name in GRIDS if name in VIDEO and not name.startswith("glm")]
 CELLS = [
-    *((name, "images") for name in [*MROPE, "kimi_k25", "lfm3_vl", "molmo2"]),
+    *((name, "images") for name in [*GRIDS, "molmo2"]),
     *((name, "video") for name in VIDEO),
     *((name, "both") for name in BOTH),
 ]
@@ -52,7 +52,11 @@ def prompt(name, what):
         sizes = inputs.get("image_grid_thw")
         grids = [(1, 4, 4)] * 2
         if sizes is not None:
-            grids = [(1, h // 2, w // 2) for _, h, w in sizes.tolist()]
+            sides = inputs.get("image_merge_sizes", torch.tensor([2, 2])).tolist()
+            grids = [
+                (1, h // side, w // side)
+                for (_, h, w), side in zip(sizes.tolist(), sides, strict=True)
+            ]
         if name.startswith("molmo2"):
             grids[1] = (1, 1, 32)  # an overview with a crop after it
     if what != "images":

@@ -13,10 +13,10 @@ from tests.conformance.test_pixels import NAMES, model_of, prompt
 from tests.conformance.zoo import MEMBERS
 
 ONE_BY_ONE = {
-    "deepseek_vl", "internvl", "internvl-norms", "llava", "llava-pixtral", "llava-siglip",
-    "llava_next", "llava_next_video", "llava_next_video-video", "llava_onevision",
-    "llava_onevision-tiles", "paligemma", "paligemma2", "video_llava", "video_llava-video",
-    "vipllava",
+    "deepseek_vl", "hyperclovax_vision_v2", "internvl", "internvl-norms", "janus", "llava",
+    "llava-pixtral", "llava-siglip", "llava_next", "llava_next_video", "llava_next_video-video",
+    "llava_onevision", "llava_onevision-tiles", "paligemma", "paligemma2", "qianfan_ocr",
+    "video_llama_3", "video_llava", "video_llava-video", "vipllava",
 }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ from tests.methods_for_tests import EveryThird, Listed
 INSIDE = (Listed(layer=1, keep=0.4), ToMe(keep=0.7))
 METHODS = (*INSIDE, EveryThird(keep=0.4), FastV(2, keep=3))
 SEEING = [name for name in sorted(MEMBERS) if MEMBERS[name]().pixels(1) is not None]
-MIXING = {  # patches within the encoder, or several of them into one token after it
-    "lfm2_vl", "lfm3_vl", "llava_onevision", "llava_onevision-video", "minicpm_ocr", "minicpmv4_6",
-    "minicpmv4_7", "molmo2", "molmo2-o", "perception_lm", "video_llava-video",
+MIXING = {name for name, member in MEMBERS.items() if member.closed or member.mixes}
+MIXING |= {  # patches within the encoder, or several of them into one token after it
+    "llava_onevision", "llava_onevision-video", "molmo2", "molmo2-o", "perception_lm",
+    "video_llava-video",
 }  # fmt: skip
 CELLS = [(n, m) for n in SEEING for m in METHODS if n not in MIXING or m not in INSIDE]
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from foveate.errors import UnsupportedModelError
 from foveate.families import find_family, list_families, unsupported_families
@@ -29,3 +30,9 @@ def test_types_are_those_of_configs():
 
 def test_no_family_is_served_and_refused():
     assert not set(unsupported_families()) & set(list_families())
+
+
+def test_every_type_that_transformers_reads_images_with_is_served_or_refused():
+    """A type that a newer transformers brings is to be looked at, and named."""
+    known = {*list_families(), *unsupported_families()}
+    assert sorted(set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) - known) == []

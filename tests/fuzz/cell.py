@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from random import Random
 
+from tests.conformance.zoo.mrope import UNPLACED
 from tests.fuzz.methods import Chosen, Facts, draw, merges
 from tests.fuzz.models import BLOCKS, FAMILIES, MROPE, TWO_WAY, Shape, kinds_of, planes_of
 
@@ -138,7 +139,7 @@ def _mode(r: Random, family: str) -> str:
             continue
         if mode == "packed" and family in MROPE | BLOCKS | {"llava-window"}:
             continue
-        if mode == "new-image" and (family in BLOCKS or "-video" in family):
+        if mode == "new-image" and (family in BLOCKS or family in UNPLACED or "-video" in family):
             continue
         return mode
 

@@ -9,18 +9,25 @@ from typing import Any
 from transformers import CLIPVisionConfig, LlavaConfig, MistralConfig
 
 from tests.conformance.zoo import MEMBERS, Member
+from tests.conformance.zoo.gridded import Gridded
 from tests.conformance.zoo.llava import CLIP, TEXT
 from tests.conformance.zoo.member import loud
+from tests.conformance.zoo.mrope import MRopeMember
 
-MROPE = {
-    "glm46v", "glm4v", "glm4v_moe", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
-    "qwen3_vl_moe",
-}  # fmt: skip
+ON_GRIDS = {name for name, member in MEMBERS.items() if issubclass(member, MRopeMember)}
+MROPE = {name for name in ON_GRIDS if not issubclass(MEMBERS[name], Gridded)}
 # Prompts that see what comes after: no forward over everything equals one turn after another.
 TWO_WAY = {"paligemma", "paligemma2", "molmo2", "molmo2-o"}
-BLOCKS = TWO_WAY | {"gemma3"}  # masks are built before the text model
+BLOCKS = TWO_WAY | {"gemma3", "shieldgemma2"}  # masks are built before the text model
 TILED = {"llava_next", "llava_next_video", "llava_onevision", "llava_onevision-tiles"}
-OF_ONE_SIZE = {"ovis2", "idefics3", "smolvlm", *MROPE}  # images of features made by hand
+OF_ONE_SIZE = {
+    "ovis2",
+    "idefics2",
+    "idefics3",
+    "granite_docling",
+    "smolvlm",
+    *ON_GRIDS,
+}  # images of features made by hand
 
 
 class Windowed(MEMBERS["llava"]):
@@ -57,6 +64,8 @@ def member_of(shape: Shape) -> Member:
         kinds = getattr(text, "layer_types", None)
         if kinds:
             text.layer_types = (list(kinds) * shape.depth)[: shape.depth]
+        if blocks := getattr(text, "mlp_layer_types", None):
+            text.mlp_layer_types = (list(blocks) * shape.depth)[: shape.depth]
         return made
 
     member: Member = type(kind.__name__, (kind,), {"config": config})()

@@ -46,7 +46,7 @@ def test_a_seed_always_makes_the_same_cell():
 
 @pytest.mark.parametrize("mode", ["forward", "generate", "beams", "turn", "train"])
 def test_the_oracle_itself_is_the_bare_model(mode):
-    cells = (cell_of(5, number) for number in range(999))
+    cells = (cell_of(5, number) for number in range(9999))
     families = ("internvl", "llava", "mistral3", "deepseek_vl", "qwen3_vl")
     alike = (c for c in cells if c.mode == mode and c.shape.family in families)
     cell = next(c for c in alike if c.mode != "forward" or (c.positions and not any(c.unseen)))

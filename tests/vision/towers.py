@@ -25,6 +25,7 @@ NAMES = {
         "encoder.layer", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
     "kimi_k25_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
+    "janus_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "ovis2_vision": ("transformer.encoder.layers", "rms_norm1", "attention", "rms_norm2", "ffn"),
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
@@ -32,16 +33,20 @@ NAMES = {
     "pixtral": (
         "transformer.layers", "attention_norm", "attention", "ffn_norm", "feed_forward",
     ),
+    "qianfan_ocr_vision": (
+        "layers", "layernorm_before", "attention", "layernorm_after", "mlp",
+    ),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_5_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_5_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "qwen3_omni_moe_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
-PATHS = ("vision_tower", "vision_model", "visual", "image_tower")
+PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
 
 
 @dataclass

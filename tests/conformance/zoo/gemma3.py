@@ -1,6 +1,6 @@
-"""Gemma3: images see themselves, windows shorter than the prompt, two rotary bases."""
+"""Gemma3 and ShieldGemma 2: images see themselves, windows below the prompt, two rotary bases."""
 
-from transformers import Gemma3Config
+from transformers import Gemma3Config, ShieldGemma2Config
 
 from tests.conformance.zoo.member import Member
 from tests.conformance.zoo.paligemma import SIGLIP, TEXT, pixels
@@ -9,6 +9,7 @@ from tests.conformance.zoo.paligemma import SIGLIP, TEXT, pixels
 class Gemma3(Member):
     name = "gemma3"
     stacked = True
+    kind_of_config = Gemma3Config
 
     def pixels(self, images, seed=0):
         return pixels(images, seed)
@@ -22,7 +23,7 @@ class Gemma3(Member):
                 "full_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         }  # fmt: skip
-        return Gemma3Config(
+        return self.kind_of_config(
             vision_config=SIGLIP, text_config=text, image_token_index=self.image_id,
             boi_token_index=91, eoi_token_index=92, mm_tokens_per_image=self.visual,
         )  # fmt: skip
@@ -32,3 +33,8 @@ class Gemma3(Member):
 
     def rotary(self, text, hidden, positions, layer):
         return text.rotary_emb(hidden, positions, text.config.layer_types[layer])
+
+
+class ShieldGemma2(Gemma3):
+    name = "shieldgemma2"
+    kind_of_config = ShieldGemma2Config

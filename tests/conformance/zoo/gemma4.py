@@ -36,6 +36,7 @@ PLACEHOLDERS = {
 class Gemma4(Member):
     """As E2B and E4B are."""
 
+    closed = True
     name = "gemma4"
     text_config: ClassVar = {**TEXT, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 4}
 

@@ -1,6 +1,6 @@
-"""GLM-4.1V, GLM-4.5V (a mixture of experts) and GLM-4.6V."""
+"""GLM-4.1V, GLM-4.5V (a mixture of experts), GLM-4.6V, GLM-GA and GLM-OCR."""
 
-from transformers import Glm4vConfig, Glm4vMoeConfig, Glm46VConfig
+from transformers import Glm4vConfig, Glm4vMoeConfig, Glm46VConfig, GlmgaConfig, GlmOcrConfig
 
 from tests.conformance.zoo.mrope import TEXT, VISION, MRopeMember, rope
 
@@ -16,6 +16,7 @@ PARTS = {
     "image_token_id": 90, "video_token_id": 91, "image_start_token_id": 92,
     "image_end_token_id": 93, "video_start_token_id": 94, "video_end_token_id": 95,
 }  # fmt: skip
+SHORT = {"num_hidden_layers": 4}
 
 
 class Glm4V(MRopeMember):
@@ -33,6 +34,23 @@ class Glm46V(Glm4V):
 
     def config(self):
         return Glm46VConfig(**PARTS)
+
+
+class Glmga(Glm46V):
+    name = "glmga"
+
+    def config(self):
+        return GlmgaConfig(**{**PARTS, "text_config": {**PARTS["text_config"], **SHORT}})
+
+
+class GlmOCR(Glm4V):
+    name = "glm_ocr"
+    closed = True
+
+    def config(self):
+        text = {**PARTS["text_config"], **SHORT, "model_type": "glm_ocr_text"}
+        vision = {**PARTS["vision_config"], "model_type": "glm_ocr_vision"}
+        return GlmOcrConfig(**{**PARTS, "text_config": text, "vision_config": vision})
 
 
 class Glm4VMoe(Glm4V):

@@ -19,6 +19,7 @@ GRIDS = [(8, 8), (4, 12), (12, 4)]  # patches
 
 
 class Lfm2VL(Member):
+    closed = True
     name = "lfm2_vl"
 
     def config(self):
@@ -47,6 +48,7 @@ class Lfm2VL(Member):
 
 
 class Lfm3VL(MRopeMember):
+    closed = True
     name = "lfm3_vl"
     timestamps = True
 

@@ -17,6 +17,7 @@ VISION = {
 class MiniCPM(Member):
     """Images of three shapes, of which the first is that of features made by hand."""
 
+    closed = True
     name = "minicpmv4_6"
     kind_of_config = MiniCPMV4_6Config
     grids = ((16, 16), (8, 24), (24, 8))  # patches

@@ -17,6 +17,10 @@ PLACEHOLDERS = {
     "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92,
     "vision_end_token_id": 93,
 }  # fmt: skip
+# Behind a cache, transformers 5.23 numbers new images of these like text, whatever they are given.
+UNPLACED = (
+    "cosmos3_edge", "hunyuan_vl", "minicpmv4_7", "qwen2_5_omni_thinker", "qwen3_omni_moe_thinker",
+)  # fmt: skip
 
 
 def rope(*sections, **more):

@@ -44,13 +44,11 @@ class Keys:
         before: their slots before the forward.
         after: their slots after it.
         renumbering: what was taken off positions in this forward by the time they were made.
-        held: the cache layer that holds them; `None` without a cache.
     """
 
     before: Slots
     after: Slots
     renumbering: Renumbering | None
-    held: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +125,13 @@ class ForwardPass:
         cache = kwargs.get("past_key_values")
         if self.layout is self.full and self._is_whole(number, cache):
             return None, hidden, kwargs
-        keys, queries = self._keys_of(number, cache), self._queries(hidden.shape[1])
-        view = self._view(number, keys, queries, hidden, kwargs)
+        held = self._held(number, cache)
+        keys, queries = self._keys_of(number, held), self._queries(hidden.shape[1])
+        view = self._view(number, keys, held, queries, hidden, kwargs)
         self._attended[number] = view.seen
         kwargs = {**kwargs, **view.changes, **self._per_position(queries, kwargs)}
         for extension in self.extensions:
-            extension.see(number, view.seen.slots, keys.held)
+            extension.see(number, view.seen.slots, held)
         for extension in self.extensions:
             if (output := extension.run(number, layer, hidden, kwargs)) is not None:
                 return output, hidden, kwargs
@@ -166,31 +165,36 @@ class ForwardPass:
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         return not isinstance(held, PrunedLayer)
 
-    def _keys_of(self, number: int, cache: Any) -> Keys:
-        """The keys of a layer; its layer of the cache learns which columns it is about to get."""
+    def _held(self, number: int, cache: Any) -> Any:
+        """The cache layer with the keys of a layer, made a pruned one if they are its own; `None`
+        without a cache. Nothing here may hold on to it: it must go when the cache does.
+        """
+        if cache is None:
+            return None
         if (donor := self.family.donors[number]) != number:
-            return self._keys.get(donor) or self._unpruned_keys(donor, cache)
-        held, before = None, self.fresh
-        if cache is not None:
-            removed = self.prompt.length - self.layout.index.shape[1]
-            held = pruned_layer(cache, number, self.fresh, removed)
-            assert held.slots is not None
-            before = held.slots
+            return cache.layers[donor]
+        return pruned_layer(
+            cache, number, self.fresh, self.prompt.length - self.layout.index.shape[1]
+        )
+
+    def _keys_of(self, number: int, held: Any) -> Keys:
+        """The keys of a layer; its layer of the cache learns which columns it is about to get."""
+        length, donor = self.prompt.length, self.family.donors[number]
+        if donor in self._keys and donor != number:
+            return self._keys[donor]
+        if donor != number:  # from which nothing was removed
+            window = getattr(held, "sliding_window", None)
+            before = self.fresh if window is None else self.fresh.last(window - 1)
+            return Keys(before, before.extend(self.full, length, None), None)
         tracked = any(extension.tracks_visual for extension in self.extensions)
         visual = self.prompt.visual if tracked else None
         total = None if self._renumbering is None else self._renumbering.total
-        after = before.extend(self.layout, self.prompt.length, total, visual)
+        before = self.fresh if held is None else held.slots
+        after = before.extend(self.layout, length, total, visual)
         if held is not None:
             held.incoming = after
-        keys = self._keys[number] = Keys(before, after, self._renumbering, held)
+        keys = self._keys[number] = Keys(before, after, self._renumbering)
         return keys
-
-    def _unpruned_keys(self, donor: int, cache: Any) -> Keys:
-        """The keys of a layer from which nothing was removed, as a later layer reads them."""
-        held = None if cache is None else cache.layers[donor]
-        window = getattr(held, "sliding_window", None)
-        before = self.fresh if window is None else self.fresh.last(window - 1)
-        return Keys(before, before.extend(self.full, self.prompt.length, None), None, held)
 
     def _queries(self, count: int) -> Layout:
         """The columns that a layer is given: all, or the last ones where the text model goes on
@@ -212,35 +216,37 @@ class ForwardPass:
         return self._last_queries
 
     def _view(
-        self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
+        self, number: int, keys: Keys, held: Any, queries: Layout, hidden: Tensor, kwargs: Kwargs
     ) -> View:
         """What a layer is handed; layers that share keys, columns and arguments share that."""
         # The mask and the rotary embedding differ between kinds of layers in some models.
         logical = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        named = type(keys.held), keys.before, keys.renumbering, queries, *logical
+        named = type(held), keys.before, keys.renumbering, queries, *logical
         key = tuple(map(id, named))
         view = self._views.get(key)
         if view is None:
             length = self.prompt.length if queries is self.layout else queries.index.shape[1]
-            seen = Seen.of(queries, keys.after, keys.held, length)
-            view = View(self._physical(number, keys, queries, hidden, kwargs), seen, named)
+            seen = Seen.of(queries, keys.after, held, length)
+            width = held.max_cache_len if isinstance(held, StaticLayer) else 0
+            changes = self._physical(number, keys, width, queries, hidden, kwargs)
+            view = View(changes, seen, named)
             if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
                 self._views[key] = view
         return view
 
     def _physical(
-        self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
+        self, number: int, keys: Keys, width: int, queries: Layout, hidden: Tensor, kwargs: Kwargs
     ) -> Kwargs:
         """Keyword arguments that change for layers that share a view, in physical terms.
 
         Args:
             number: the decoder layer.
             keys: its keys.
+            width: slots of a static cache; 0 for any other.
             queries: its columns.
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
         """
-        width = keys.held.max_cache_len if isinstance(keys.held, StaticLayer) else 0
         length = self.prompt.length if queries is self.layout else queries.index.shape[1]
         mask = translate_mask(
             kwargs.get("attention_mask"),

@@ -189,7 +189,8 @@ class LayerView:
         """Queries (B, Q, H d) of a projection that makes a gate of each head's output too, after
         the head's queries: (B, Q, H 2d), as in Qwen3.5.
         """
-        heads = getattr(self.attention_module.config, "num_attention_heads", 0)
+        groups = getattr(self.attention_module, "num_key_value_groups", 1)
+        heads = groups * self._plain_keys.shape[1]
         width = self.attention_module.head_dim
         if projected.shape[-1] != 2 * heads * width:
             return projected

@@ -105,5 +105,3 @@ class TextAttachment(Attachment):
             layer = family.layers[number]
             for module in (mixer_of(layer), mlp_of(layer)):
                 self.after(module, functools.partial(hooks.leave_module, number))
-        if self.tags.signals is not None:
-            self.tags.signals.attach(self)

@@ -6,64 +6,29 @@ Shapes: `B` batch, `T` logical length of this forward, `P` physical columns, `H`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
 
 from foveate.engine.apply_step import apply_step
-from foveate.engine.attentions import Seen, widen_maps, widen_states
-from foveate.engine.cache import PrunedLayer, pruned_layer
+from foveate.engine.attentions import widen_maps, widen_states
+from foveate.engine.cache import PrunedLayer
 from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
 from foveate.engine.images import ImageGroup
+from foveate.engine.layer_arguments import Keys, LayerArguments
 from foveate.engine.layout import (
     Layout,
     Slots,
     compact,
     take,
-    take_positions,
-    translate_mask,
-    translate_padding,
 )
 from foveate.engine.plan import Due, Plan, PlannedStep
-from foveate.engine.renumbering import Renumbering, places_in_samples
+from foveate.engine.renumbering import Renumbering
 from foveate.engine.replaced_forward import bypassed
 from foveate.engine.state import Kwargs, Prompt
-from foveate.errors import InputError
 from foveate.families import Family
-
-
-@dataclass(frozen=True, eq=False)
-class Keys:
-    """The keys that a layer attends to: its own, or those of an earlier layer.
-
-    Args:
-        before: their slots before the forward.
-        after: their slots after it.
-        renumbering: what was taken off positions in this forward by the time they were made.
-    """
-
-    before: Slots
-    after: Slots
-    renumbering: Renumbering | None
-
-
-@dataclass(frozen=True, eq=False)
-class View:
-    """What layers are handed that share keys, columns and arguments.
-
-    Args:
-        changes: keyword arguments that change from logical to physical terms.
-        seen: what they attend with.
-        named: what the key of the view is ids of, which must last as long as the view.
-    """
-
-    changes: Kwargs
-    seen: Seen
-    named: tuple[Any, ...]
 
 
 class ForwardPass:
@@ -86,15 +51,9 @@ class ForwardPass:
         self.layer_tokens: list[list[int]] = []
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
-        self.fresh = Slots.full(prompt.batch, prompt.past, prompt.device)
+        self.arguments = LayerArguments(family, prompt, self.full)
         self.decoder_signals = DecoderSignals(self)
         self.extensions: list[Extension] = [extension(self, plan) for extension in plan.extensions]
-        self.recomputed = False  # whether a checkpoint runs it again
-        self._attended: dict[int, Seen] = {}  # what layers attend with, where columns are missing
-        self._views: dict[tuple[int, ...], View] = {}
-        self._positions_by_key: dict[tuple[int, ...], tuple[Any, Tensor | None, Any]] = {}
-        self._keys: dict[int, Keys] = {}  # of layers that lack columns or slots
-        self._last_queries: Layout | None = None  # where layers are given the last columns alone
         self._rows: dict[tuple[int, ...], Tensor] = {}  # rows of a group -> them as a column
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
@@ -121,158 +80,21 @@ class ForwardPass:
         for extension in self.extensions:
             kwargs = extension.enter(number, layer, hidden, kwargs)
         if number in self.family.recurrent_layers:
-            return None, hidden, self._of_state(kwargs)
+            return None, hidden, self.arguments.of_state(self.layout, kwargs)
+        runs = any(extension.runs(number) for extension in self.extensions)
         cache = kwargs.get("past_key_values")
-        if self.layout is self.full and self._is_whole(number, cache):
+        if self.layout is self.full and not runs and self.arguments.is_unpruned(number, cache):
             return None, hidden, kwargs
-        held = self._held(number, cache)
-        keys, queries = self._keys_of(number, held), self._queries(hidden.shape[1])
-        view = self._view(number, keys, held, queries, hidden, kwargs)
-        self._attended[number] = view.seen
-        kwargs = {**kwargs, **view.changes, **self._per_position(queries, kwargs)}
+        tracked = any(extension.tracks_visual for extension in self.extensions)
+        held, slots, kwargs = self.arguments.translate(
+            number, self.layout, self._renumbering, hidden, kwargs, tracked=tracked
+        )
         for extension in self.extensions:
-            extension.see(number, view.seen.slots, held)
+            extension.see(number, slots, held)
         for extension in self.extensions:
             if (output := extension.run(number, layer, hidden, kwargs)) is not None:
                 return output, hidden, kwargs
         return None, hidden, kwargs
-
-    def _of_state(self, kwargs: Kwargs) -> Kwargs:
-        """Keyword arguments of a layer that mixes its columns into a running state.
-
-        Raises:
-            InputError: padding would come between the state and the columns, and fade the state.
-        """
-        if self.layout is self.full:
-            return kwargs
-        if self.layout.ragged and self.prompt.past:
-            raise InputError(
-                f"rows of this batch keep different numbers of tokens after a KV cache, so padding "
-                f"would run through the recurrent layers of {self.family.model_type}; give every "
-                "row as many visual tokens and as much text, or run the rows one by one"
-            )
-        mask = translate_padding(kwargs.get("attention_mask"), self.layout)
-        return {**kwargs, "attention_mask": mask}
-
-    def _is_whole(self, number: int, cache: Any) -> bool:
-        """Whether a layer lacks nothing, if no column does: neither in the cache, nor because an
-        extension runs it.
-        """
-        if any(extension.runs(number) for extension in self.extensions):
-            return False
-        if (donor := self.family.donors[number]) != number:
-            return donor not in self._keys
-        held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        return not isinstance(held, PrunedLayer)
-
-    def _held(self, number: int, cache: Any) -> Any:
-        """The cache layer with the keys of a layer, made a pruned one if they are its own; `None`
-        without a cache. Nothing here may hold on to it: it must go when the cache does.
-        """
-        if cache is None:
-            return None
-        if (donor := self.family.donors[number]) != number:
-            return cache.layers[donor]
-        return pruned_layer(
-            cache, number, self.fresh, self.prompt.length - self.layout.index.shape[1]
-        )
-
-    def _keys_of(self, number: int, held: Any) -> Keys:
-        """The keys of a layer; its layer of the cache learns which columns it is about to get."""
-        length, donor = self.prompt.length, self.family.donors[number]
-        if donor in self._keys and donor != number:
-            return self._keys[donor]
-        if donor != number:  # from which nothing was removed
-            window = getattr(held, "sliding_window", None)
-            before = self.fresh if window is None else self.fresh.last(window - 1)
-            return Keys(before, before.extend(self.full, length, None), None)
-        tracked = any(extension.tracks_visual for extension in self.extensions)
-        visual = self.prompt.visual if tracked else None
-        total = None if self._renumbering is None else self._renumbering.total
-        before = self.fresh if held is None else held.slots
-        after = before.extend(self.layout, length, total, visual)
-        if held is not None:
-            held.incoming = after
-        keys = self._keys[number] = Keys(before, after, self._renumbering)
-        return keys
-
-    def _queries(self, count: int) -> Layout:
-        """The columns that a layer is given: all, or the last ones where the text model goes on
-        with these alone. They are the last positions too, and numbered from the first of them.
-
-        Raises:
-            InputError: some of the last positions were removed.
-        """
-        if count == self.layout.index.shape[1]:
-            return self.layout
-        if self._last_queries is None or self._last_queries.index.shape[1] != count:
-            index = self.layout.index[:, -count:] - (self.prompt.length - count)
-            if not bool((index == torch.arange(count, device=index.device)).all()):
-                raise InputError(
-                    f"logits of the last {count} tokens are wanted, but some of these are visual "
-                    "tokens that were removed; use a smaller logits_to_keep"
-                )
-            self._last_queries = Layout(index, ragged=False)
-        return self._last_queries
-
-    def _view(
-        self, number: int, keys: Keys, held: Any, queries: Layout, hidden: Tensor, kwargs: Kwargs
-    ) -> View:
-        """What a layer is handed; layers that share keys, columns and arguments share that."""
-        # The mask and the rotary embedding differ between kinds of layers in some models.
-        logical = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        named = type(held), keys.before, keys.renumbering, queries, *logical
-        key = tuple(map(id, named))
-        view = self._views.get(key)
-        if view is None:
-            length = self.prompt.length if queries is self.layout else queries.index.shape[1]
-            seen = Seen.of(queries, keys.after, held, length)
-            width = held.max_cache_len if isinstance(held, StaticLayer) else 0
-            changes = self._physical(number, keys, width, queries, hidden, kwargs)
-            view = View(changes, seen, named)
-            if not self.recomputed:  # else nobody asks again, and a checkpoint waits for its end
-                self._views[key] = view
-        return view
-
-    def _physical(
-        self, number: int, keys: Keys, width: int, queries: Layout, hidden: Tensor, kwargs: Kwargs
-    ) -> Kwargs:
-        """Keyword arguments that change for layers that share a view, in physical terms.
-
-        Args:
-            number: the decoder layer.
-            keys: its keys.
-            width: slots of a static cache; 0 for any other.
-            queries: its columns.
-            hidden: (B, P, D) its input.
-            kwargs: its keyword arguments, in logical terms.
-        """
-        length = self.prompt.length if queries is self.layout else queries.index.shape[1]
-        mask = translate_mask(
-            kwargs.get("attention_mask"),
-            queries,
-            keys.after,
-            length,
-            two_d=self.prompt.flash,
-            width=width,
-        )
-        rotary, position_ids = self._positions(
-            number, queries, keys.before.renumbered, keys.renumbering, hidden, kwargs
-        )
-        physical = {
-            "attention_mask": mask,
-            "position_embeddings": rotary,
-            "position_ids": position_ids,
-        }
-        return {name: value for name, value in physical.items() if value is not kwargs.get(name)}
-
-    def _per_position(self, queries: Layout, kwargs: Kwargs) -> Kwargs:
-        """Arguments of a layer that only some families have, at its columns."""
-        if queries is not self.layout or self.layout is self.full:
-            return {}
-        columns = queries.index.clamp(min=0)
-        given = ((name, kwargs.get(name)) for name in self.family.per_position)
-        return {name: take(value, columns) for name, value in given if value is not None}
 
     def seen(self, group: ImageGroup) -> Tensor | None:
         """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
@@ -285,70 +107,8 @@ class ForwardPass:
         self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns, of a layer with keys of its own."""
-        return self._positions(
-            number, self.layout, before.renumbered, self._renumbering, hidden, kwargs
-        )
-
-    def _positions(
-        self,
-        number: int,
-        queries: Layout,
-        earlier: Tensor | None,
-        renumbering: Renumbering | None,
-        hidden: Tensor,
-        kwargs: Kwargs,
-    ) -> tuple[Any, Tensor | None]:
-        """The same of any layer; `earlier` is what renumbering took off before the forward, and
-        `renumbering` what it took off in it.
-        """
-        rotary, position_ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
-        if queries is self.full and renumbering is None and earlier is None:
-            return rotary, position_ids
-        named = queries, earlier, renumbering, rotary, position_ids
-        key = tuple(map(id, named))
-        found = self._positions_by_key.get(key)
-        if found is None:
-            made = self._make_positions(
-                number, queries, earlier, renumbering, hidden, rotary, position_ids
-            )
-            found = (*made, named)
-            if not self.recomputed:
-                self._positions_by_key[key] = found
-        return found[:2]
-
-    def _make_positions(
-        self,
-        number: int,
-        queries: Layout,
-        earlier: Tensor | None,
-        renumbering: Renumbering | None,
-        hidden: Tensor,
-        rotary: Any,
-        position_ids: Tensor | None,
-    ) -> tuple[Any, Tensor | None]:
-        count, columns = queries.index.shape[1], queries.index.clamp(min=0)
-        last = queries is not self.layout  # rotary embeddings are those of the last positions
-        positions = position_ids
-        if positions is not None and last:
-            positions = positions[..., -count:]
-        elif positions is not None and queries is not self.full:
-            positions = take_positions(positions, columns)
-        if renumbering is not None or earlier is not None:
-            # Every supported text model hands position_ids to its layers.
-            assert positions is not None
-            if renumbering is not None:
-                shift = renumbering.shift
-                shift = shift[:, -count:] if last else shift.gather(1, columns)
-                positions = positions - shift
-            if earlier is not None:
-                positions = positions - earlier
-            rotary = self.family.rotary(hidden, positions, number)
-        elif rotary is not None and not last:
-            rotary = tuple(take(part, columns) for part in rotary)
-        # Flash kernels read gaps in the position ids of a single row as packed sequences.
-        if self.prompt.flash:
-            positions = places_in_samples(self.prompt.sample, columns)
-        return rotary, positions
+        keys = Keys(before, before, self._renumbering)
+        return self.arguments.positions(number, keys, self.layout, hidden, kwargs)
 
     def begin(self, embeds: Tensor) -> Tensor | None:
         """Drop what was removed from the image features.
@@ -502,7 +262,7 @@ class ForwardPass:
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         if isinstance(held, PrunedLayer) and held.slots is not None:
             return held.slots
-        return self.fresh
+        return self.arguments.fresh
 
     def row_index(self, part: ImageGroup) -> Tensor:
         """(G, 1) row of the batch of each image."""
@@ -523,12 +283,8 @@ class ForwardPass:
         Args:
             output: the text model's output.
         """
-        for known in (
-            self._views,
-            self._positions_by_key,
-        ):  # they keep alive what they are known by
-            known.clear()
-        widen_maps(output, self.family, self._attended, self.prompt.length)
+        self.arguments.forget()
+        widen_maps(output, self.family, self.arguments.attended, self.prompt.length)
         layouts = (*self.layer_layouts, self.layout)
         widen_states(output, self.full, self._entrance, layouts, self.prompt.length)
         return output

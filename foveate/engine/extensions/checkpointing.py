@@ -71,7 +71,9 @@ def _name(kwargs: dict[str, Any]) -> Tensor:
 def _copy(forward: ForwardPass) -> ForwardPass:
     """The same state, apart: what happens to one does not happen to the other."""
     twin = _twin(forward)
-    twin.recomputed, twin._views, twin._positions_by_key = True, {}, {}
+    twin.arguments = _twin(forward.arguments)
+    twin.arguments.remembers = False
+    twin.arguments.forget()
     twin.decoder_signals = forward.decoder_signals.on(twin)
     twin.extensions = [_twin(extension) for extension in forward.extensions]
     for extension in twin.extensions:

@@ -72,7 +72,7 @@ class DecodeSelection(Extension):
             return
         columns = (columns + prompt.past).masked_fill(~real, -1)
         removed = prompt.length - forward.layout.index.shape[1]
-        held = pruned_layer(cache, self.layer, forward.fresh, removed)
+        held = pruned_layer(cache, self.layer, forward.arguments.fresh, removed)
         candidates: Candidates | None = held.attached.get(CANDIDATES)
         held.attach(
             CANDIDATES, Candidates(columns) if candidates is None else candidates.join(columns)

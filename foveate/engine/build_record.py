@@ -44,6 +44,7 @@ def describe(
         prompt_tokens=forward.prompt_tokens,
         images=[] if sliced else _images(forward),
         layer_tokens=forward.layer_tokens,
+        last_tokens_from=forward.last_tokens_from,
         cache_slots=[] if cache is None else slots_held(cache.layers),
         pixels=known["image"].pixels if "image" in known else None,
         encoder_tokens=[] if passed is None else passed.encoder_tokens,

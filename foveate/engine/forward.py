@@ -49,6 +49,7 @@ class ForwardPass:
         self.layout = self.full
         self.layer_layouts: list[Layout] = []
         self.layer_tokens: list[list[int]] = []
+        self.last_tokens_from: int | None = None  # layer that is given the last tokens alone
         self.prompt_tokens = self._count_tokens()
         self.tokens = list(self.prompt_tokens)
         self.arguments = LayerArguments(family, prompt, self.full)
@@ -159,8 +160,9 @@ class ForwardPass:
         if (due := self.plan.due.get(number)) is not None:
             hidden = self._act(due, number, layer, hidden, kwargs)
         self.layer_layouts.append(self.layout)
-        last = hidden.shape[1] < self.layout.index.shape[1]  # the text model goes on with these
-        tokens = [hidden.shape[1]] * self.prompt.batch if last else self.tokens
+        count, tokens = hidden.shape[1], self.tokens
+        if count < self.layout.index.shape[1]:  # the text model goes on with the last ones
+            self.last_tokens_from, tokens = self.last_tokens_from or number, [count] * len(tokens)
         self.layer_tokens.append(tokens)
         return hidden
 

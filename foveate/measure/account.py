@@ -122,10 +122,13 @@ def unpruned(record: Record) -> Record:
         for image in record.images:
             text[image.row] -= image.total
         held = [text if n in record.text_only_layers else tokens for n, tokens in enumerate(held)]
-    slots = record.cache_slots
+    slots, first = record.cache_slots, record.last_tokens_from
     return replace(
         record,
-        layer_tokens=[list(record.prompt_tokens)] * len(record.layer_tokens),
+        layer_tokens=[
+            list(record.prompt_tokens) if first is None or n < first else tokens
+            for n, tokens in enumerate(record.layer_tokens)
+        ],
         cache_slots=[
             count + full - max(tokens) if count else 0
             for count, tokens in zip(slots, held, strict=bool(slots))
@@ -182,7 +185,7 @@ def visual_tokens(record: Record) -> list[list[int]]:
     text = list(record.prompt_tokens)
     for image in record.images:
         text[image.row] -= image.total
-    return [[t - x for t, x in zip(row, text, strict=True)] for row in record.layer_tokens]
+    return [[max(t - x, 0) for t, x in zip(row, text, strict=True)] for row in record.layer_tokens]
 
 
 def _layers(

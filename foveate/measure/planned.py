@@ -58,6 +58,8 @@ def planned(
     stream = _Stream(family, shapes)
     encoder_tokens = _inside(family, plan, traced, stream)
     layer_tokens = [[text_tokens + seen] for seen in _seen_by_layers(family, plan, stream)]
+    shared = family.last_llm_layer + 1  # layers from here on see the last token alone
+    layer_tokens[shared:] = [[1]] * (family.text_layers - shared)
     images = [ImageRecord(0, s.total, s.grid, k) for s, k in zip(shapes, stream.kept, strict=True)]
     return Record(
         rows=1,
@@ -67,6 +69,7 @@ def planned(
         cache_slots=_held(family, plan, layer_tokens, text_tokens),
         text_only_layers=plan.text_only_layers,
         evicted_before=max((step.layer for step in _evictions(plan)), default=0),
+        last_tokens_from=shared if shared < family.text_layers else None,
         encoder_tokens=encoder_tokens,
         encoder_bounds=[None] * len(encoder_tokens),
         encoded={"image": arguments},

@@ -115,6 +115,8 @@ class Record:
         text_only_layers: decoder layers whose caches hold text alone.
         evicted_before: the decoder layer before which caches of earlier layers evicted what is
             removed there, the last if there are several; 0 for none.
+        last_tokens_from: the decoder layer from which on the text model went on with the last
+            tokens alone, as it does without removal too; `None` for none.
         pixels: what the vision encoder was fed within the session, (images, C, H, W), or `None`.
         encoder_tokens: for each encoder layer, rows of each image that its attention and its MLP
             saw, special tokens included, or rows of all images where they lie in one sequence;
@@ -139,6 +141,7 @@ class Record:
     cache_slots: list[int]
     evicted_before: int = 0
     text_only_layers: tuple[int, ...] = ()
+    last_tokens_from: int | None = None
     pixels: Tensor | None = None
     encoder_tokens: list[tuple[int, int]] = field(default_factory=list)
     encoder_bounds: list[Tensor | None] = field(default_factory=list)

@@ -125,7 +125,7 @@ class LVLMCSP(Method):
         )
 
     def _phases(self, model: ModelFacts) -> tuple[int, int, int]:
-        first, depth = model.first_llm_layer, model.text_layers
+        first, depth = model.first_llm_layer, model.last_llm_layer + 1
         scatter = max(depth // 2, first + 1)
         ranks = [layer for layer in model.attention_layers if layer > scatter]
         if not ranks:

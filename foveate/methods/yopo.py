@@ -128,7 +128,8 @@ class YOPO(Method):
 
     def _cut(self, model: ModelFacts) -> int:
         if self.layer is None:
-            return max(model.text_layers // 2, model.first_llm_layer)
+            half = max(model.text_layers // 2, model.first_llm_layer)
+            return min(half, model.last_llm_layer)
         if not 0 <= self.layer <= model.text_layers:
             raise LayerError(
                 f"yopo cuts before decoder layer {self.layer}, but this {model.model_type} has "

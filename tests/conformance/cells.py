@@ -189,7 +189,8 @@ def check_tokens(record, inputs):
     assert record.prompt_tokens == left
     for image in record.images:
         left[image.row] -= image.total - len(list(image.kept.values())[-1])
-    assert record.layer_tokens[-1] == left
+    last = record.last_tokens_from or len(record.layer_tokens)
+    assert record.layer_tokens[last - 1] == left
 
 
 def check_cache(session, cache):

@@ -71,7 +71,7 @@ class FastV(Scorer):
     def note_on(self, model: ModelFacts) -> str:
         """That the default layer is not the paper's, where it is not."""
         if self.layer is not None or (layer := self._published(model)) == PUBLISHED_LAYER:
-            return ""
+            return super().note_on(model)
         return moved(PUBLISHED_LAYER, layer, model)
 
     def _published(self, model: ModelFacts) -> int:

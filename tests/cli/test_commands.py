@@ -132,7 +132,7 @@ def test_prompt_without_a_chat_template(embedded, scene):
         (["tiny", "SCENE", "why ?", "-m", "fastvee"], ["unknown method 'fastvee'", "fastv"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--keep", "1.5"], ["(0, 1]", "1.5"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--keep", "most"], ["keep", "'most'"]),
-        (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "depth=1"], ["'depth'", "layer=2"]),
+        (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "depth=1"], ["'depth'", "layer=None"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "layer=x"], ["layer=x", "int"]),
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "layer=99"], ["99"]),
         (["tiny", "none.png", "why ?", "-m", "fastv"], ["no such image file", "none.png"]),

@@ -104,7 +104,7 @@ def test_value_of_the_wrong_type(setting):
 
 
 def test_unknown_field_lists_the_fields():
-    with pytest.raises(InputError, match=r"no field 'layers'.*layer=2, keep=0.5, positions="):
+    with pytest.raises(InputError, match=r"no field 'layers'.*layer=None, keep=0.5, positions="):
         make_method("fastv", None, ["layers=2"])
 
 

@@ -181,7 +181,7 @@ def test_method_may_add_a_note():
 
 
 def test_empty_report_says_that_nothing_ran():
-    report = Report.empty(FakeFamily(), [FastV()])
+    report = Report.empty(FakeFamily(), [FastV(layer=2)])
     assert "no forward has run yet" in str(report)
     assert "fastv (layer=2, keep=0.5, positions=original) on llava" in str(report)
     assert json.loads(report.to_json()) == report

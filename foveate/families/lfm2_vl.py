@@ -47,7 +47,7 @@ class Lfm2VL(Gridded):
         ]
         return [row[:, cell].mean(-1) for row, cell in zip(rows, cells, strict=True)]
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
         """Tiles with one token in between, the name of a tile, are of one picture."""
         pictures = join(spans, lambda end, start: start - end == 1)
         if ids is None:

@@ -54,7 +54,7 @@ class MiniCPM(Gridded):
             return ""
         return "its encoder merges windows of 2 x 2 patches between two of its layers"
 
-    def pictures(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
+    def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
         """Slices follow a thumbnail closely, and another token opens them."""
         if ids is None:
             return [Tiling(1)] * len(spans)

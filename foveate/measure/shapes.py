@@ -131,7 +131,8 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
             value=own.v_head_dim,
         )
     head_dim = getattr(own, "head_dim", None) or text.hidden_size // heads
-    gating = getattr(own, "gating", False)  # of each head, or of each of its channels
+    # Of each head, or of each of its channels.
+    gating = getattr(own, "gating", None) or getattr(own, "use_attention_gate", False)
     return Attention(
         hidden=text.hidden_size,
         heads=heads,

@@ -210,7 +210,7 @@ def test_a_new_image_that_transformers_cannot_place_is_refused(name):
     ids, more = prompts(member, counts)
     options = {"do_sample": False, "max_new_tokens": 3, "return_dict_in_generate": True}
     with torch.no_grad(), foveate.use(model, EveryThird(4)):
-        said = model.generate(**text_of(member, ids, 1), **fresh(a), **options)
+        said = model.generate(**text_of(member, ids, 1) | fresh(a), **options)
         whole = torch.cat((said.sequences, more), 1)
         second = text_of(member, whole, 2) | fresh(b)
         with pytest.raises(InputError, match=r"positions of text.*without the cache"):

@@ -41,7 +41,7 @@ def written(grids, tokens=1):
     "grids", [[(0, 0)], [(2, 3)], [(1, 2), (0, 0), (3, 1)], [(0, 0), (0, 0), (2, 2)]], ids=str
 )
 def test_slices_follow_their_thumbnail(name, grids):
-    found = find_family(model_of(name)).pictures(*written(grids))
+    found = find_family(model_of(name)).tilings(*written(grids))
     assert found == [Tiling(1 + r * c, (r, c) if r else None) for r, c in grids]
 
 
@@ -51,7 +51,7 @@ def test_frames_of_a_video_are_no_slices():
         while label in ids:
             ids.remove(label)
     spans = [(number, number + 1) for number, token in enumerate(ids) if token == 90]
-    assert find_family(model_of("minicpmv4_6")).pictures(ids, spans) == [Tiling(1)] * 3
+    assert find_family(model_of("minicpmv4_6")).tilings(ids, spans) == [Tiling(1)] * 3
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def tiles_of(grids, thumbnail):
     "grids", [[(2, 3), (0, 0), (1, 4)], [(3, 1), (1, 2)], [(2, 1)], [(2, 2), (5, 2)]], ids=str
 )
 def test_names_say_how_tiles_are_arranged(grids, thumbnail):
-    found = find_family(model_of("lfm2_vl")).pictures(*tiles_of(grids, thumbnail))
+    found = find_family(model_of("lfm2_vl")).tilings(*tiles_of(grids, thumbnail))
     assert found == [
         Tiling(r * c + thumbnail, (r, c), thumbnail) if r else Tiling(1) for r, c in grids
     ]
@@ -100,7 +100,7 @@ def test_other_names_say_nothing():
     ids, spans = tiles_of([(2, 2)], thumbnail=True)
     for (start, _), name in zip(spans, (7, 3, 12, 6, 9), strict=True):
         ids[start - 1] = name
-    assert find_family(model_of("lfm2_vl")).pictures(ids, spans) == [Tiling(5)]
+    assert find_family(model_of("lfm2_vl")).tilings(ids, spans) == [Tiling(5)]
 
 
 @pytest.mark.parametrize("thumbnail", [True, False])

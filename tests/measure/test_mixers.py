@@ -173,8 +173,7 @@ def test_kinds_whose_cost_is_not_known_are_refused():
 def test_signals_of_compressed_keys_are_not_called_free():
     shapes = TextShape.all(DeepseekV3Config(**{**LATENT, "num_hidden_layers": 4}))
     steps = acted([PyramidDrop()], FakeFamily())
-    with pytest.raises(UnsupportedModelError, match=r"text_attention of layer \d costs is not"):
-        decoder_flops(pyramid_record(), shapes, steps)
+    assert decoder_flops(pyramid_record(), shapes, steps) > 0
 
 
 def test_text_attention_is_of_a_layer_that_has_attention():

@@ -18,6 +18,7 @@ class MiniCPM(Member):
     """Images of three shapes, of which the first is that of features made by hand."""
 
     closed = True
+    some_logits = False  # logits of all tokens, whatever is asked for
     name = "minicpmv4_6"
     kind_of_config = MiniCPMV4_6Config
     grids = ((16, 16), (8, 24), (24, 8))  # patches
@@ -51,6 +52,7 @@ class MiniCPMOcr(MiniCPM):
 
 
 class MiniCPMV47(MiniCPM):
+    some_logits = True
     name = "minicpmv4_7"
     kind_of_config = MiniCPMV4_7Config
 

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test fuzz lint clean
+.PHONY: demo test matrix fuzz lint clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -23,6 +23,9 @@ demo: .venv/.ready  ## ask the embedded model about an image, with all visual to
 
 test: .venv/.ready  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
+
+matrix: .venv/.ready  ## every cell of every table of tests; takes about an hour
+	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)
 
 CELLS ?= 5000
 SEED ?= 1

@@ -8,6 +8,7 @@ import transformers
 from hypothesis import HealthCheck, settings
 from packaging.version import Version
 
+from tests import drawing
 from tests.tinies import tiny_llava
 
 torch.set_num_threads(1)
@@ -28,8 +29,13 @@ OLDER = {
 }
 
 
-def pytest_collection_modifyitems(items):
-    """Skip what older versions of transformers cannot do."""
+def pytest_collection_modifyitems(config, items):
+    """Draw cells of large tables, and skip what older versions of transformers cannot do."""
+    if drawing.is_drawn(config):
+        kept = drawing.draw(items, drawing.seed_of(config))
+        there = {item.nodeid for item in kept}
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in there])
+        items[:] = kept
     for version, pattern in OLDER.items():
         if Version(transformers.__version__) < Version(version):
             skip = pytest.mark.skip(reason=f"transformers before {version} differs here")
@@ -38,7 +44,31 @@ def pytest_collection_modifyitems(items):
                     item.add_marker(skip)
 
 
+def pytest_configure(config):
+    """Settle the seed before workers start."""
+    if drawing.is_drawn(config):
+        drawing.seed_of(config)
+
+
+def pytest_report_header(config):
+    """How to run what this run runs."""
+    if drawing.is_drawn(config):
+        seed = drawing.seed_of(config)
+        return f"cells of large tables: drawn with --draw-seed {seed}; --all-cells runs all"
+    return None
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The seed once more, where something failed."""
+    if drawing.is_drawn(config) and terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"again with the same cells: --draw-seed {drawing.seed_of(config)}")
+
+
 def pytest_addoption(parser):
+    parser.addoption(
+        "--all-cells", action="store_true", help="run all cells of large tables, not some of them"
+    )
+    parser.addoption("--draw-seed", type=int, help="seed by which cells of large tables are drawn")
     parser.addoption(
         "--write-support",
         action="store_true",

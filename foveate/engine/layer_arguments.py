@@ -144,7 +144,8 @@ class LayerArguments:
         """
         held = self._held(number, layout, kwargs.get("past_key_values"))
         keys = self._keys_of(number, layout, renumbering, held, tracked)
-        queries = self._queries(layout, hidden.shape[1])
+        count = hidden.shape[1]
+        queries = layout if count == layout.index.shape[1] else self._last_columns(layout, count)
         view = self._view(number, keys, held, queries, hidden, kwargs)
         self.attended[number] = view.seen
         kwargs = {**kwargs, **view.changes}
@@ -186,15 +187,13 @@ class LayerArguments:
         keys = self._keys[number] = Keys(before, after, renumbering)
         return keys
 
-    def _queries(self, layout: Layout, count: int) -> Layout:
-        """The columns that a layer is given: all, or the last ones where the text model goes on
-        with these alone. They are the last positions too, and numbered from the first of them.
+    def _last_columns(self, layout: Layout, count: int) -> Layout:
+        """The last columns, where the text model goes on with these alone. They are the last
+        positions too, and numbered from the first of them.
 
         Raises:
             InputError: some of the last positions were removed.
         """
-        if count == layout.index.shape[1]:
-            return layout
         if self._last is None or self._last.index.shape[1] != count:
             index = layout.index[:, -count:] - (self.prompt.length - count)
             if not bool((index == torch.arange(count, device=index.device)).all()):
@@ -210,8 +209,8 @@ class LayerArguments:
     ) -> View:
         """What layers are handed that share keys, columns and arguments."""
         # The mask and the rotary embedding differ between kinds of layers in some models.
-        mask = kwargs.get("attention_mask")
-        named = type(held), keys.before, keys.renumbering, queries, mask, _rotary(kwargs)
+        mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
+        named = type(held), keys.before, keys.renumbering, queries, mask, rotary
         key = tuple(map(id, named))
         view = self._views.get(key)
         if view is None:
@@ -237,7 +236,7 @@ class LayerArguments:
         self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the columns of a layer, in the numbering of its keys."""
-        rotary, position_ids = _rotary(kwargs), kwargs.get("position_ids")
+        rotary, position_ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
         earlier = keys.before.renumbered
         if queries is self.full and keys.renumbering is None and earlier is None:
             return rotary, position_ids
@@ -253,7 +252,7 @@ class LayerArguments:
     def _make_positions(
         self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
-        rotary, positions = _rotary(kwargs), kwargs.get("position_ids")
+        rotary, positions = kwargs.get("position_embeddings"), kwargs.get("position_ids")
         last = queries is self._last  # whose rotary embeddings the text model has cut already
         count, columns = queries.index.shape[1], queries.index.clamp(min=0)
         if positions is not None and last:
@@ -276,8 +275,3 @@ class LayerArguments:
         if self.prompt.flash:
             positions = places_in_samples(self.prompt.sample, columns)
         return rotary, positions
-
-
-def _rotary(kwargs: Kwargs) -> Any:
-    """The rotary embeddings that a layer is handed; `None` where it has no rotary positions."""
-    return kwargs.get("position_embeddings")

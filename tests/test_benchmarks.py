@@ -69,6 +69,21 @@ def test_every_family_was_measured():
     assert set(result["rows"]) >= set(FAMILIES) - towers
 
 
+def test_a_row_measured_later_leaves_the_others(monkeypatch, tmp_path):
+    """And says which effort and machine are not those of the file."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr("_bench.warm_heap", lambda: None)
+    script = _script("families")
+    monkeypatch.setattr(script, "RESULTS", tmp_path)
+    here = script.machine()
+    old = {"machine": {**here, "cpu": "another"}, "runs": 3, "rounds": 3, "rows": {"b": {"x": 1}}}
+    (tmp_path / "families.json").write_text(json.dumps(old))
+    script.save_row("a", {"x": 2}, {"runs": 1, "rounds": 3})
+    new = json.loads((tmp_path / "families.json").read_text())
+    row = {"x": 2, "runs": 1, "machine": {"cpu": here["cpu"]}}
+    assert new == {**old, "rows": {"a": row, "b": {"x": 1}}}
+
+
 SPREAD = {"median": 2.0, "q25": 1.9, "q75": 2.1}
 SLOW = {"median": 0.9, "q25": 0.8, "q75": 0.95}
 SIZES = {"peak_bytes": 3 << 20, "kv_bytes": 1 << 20}

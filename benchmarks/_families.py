@@ -19,14 +19,21 @@ VISION = {
     "num_key_value_heads": 2, "head_dim": 16, "depth": 2, "num_heads": 2, "embed_dim": 32,
     "image_size": 28, "patch_size": 14, "vocab_size": 40, "deepstack_visual_indexes": [0, 1],
     "fullatt_block_indexes": [1], "num_position_embeddings": 16,
+    "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+    "downsample_hidden_size": 8,
 }  # fmt: skip
 # Where a default tower is none that transformers itself can build, another stands in.
 CLIP = {**VISION, "model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}
 TOWERS = {"perception_lm": CLIP, "fast_vlm": CLIP}
-TILES = {"idefics3": 672, "smolvlm": 672}  # pixels of a tile of 576 tokens, where tiles are images
+TILES = {
+    "granite_docling": 1344,
+    "idefics3": 672,
+    "smolvlm": 672,
+}  # pixels of a tile of 576 tokens, where tiles are images
 STACKED = (  # features of all images in one tensor, not in a list
-    "aya_vision", "cohere2_vision", "deepseek_vl", "fast_vlm", "gemma3", "idefics3", "internvl",
-    "ovis2", "paligemma", "perception_lm", "smolvlm", "video_llava", "vipllava",
+    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm",
+    "gemma3", "got_ocr2", "idefics3", "internvl", "janus", "ovis2", "paligemma", "perception_lm",
+    "pp_chart2table", "qianfan_ocr", "shieldgemma2", "smolvlm", "video_llava", "vipllava",
 )  # fmt: skip
 
 
@@ -41,6 +48,15 @@ def text_sizes(hidden: int, layers: int) -> dict[str, Any]:
         # mixtures of experts
         "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": hidden, "n_group": 1, "topk_group": 1,
+        "share_expert_dim": hidden, "top_k_experts": 2,
+        # latent attention
+        "q_lora_rank": hidden // 2, "kv_lora_rank": hidden // 2, "v_head_dim": hidden // HEADS,
+        "qk_nope_head_dim": hidden // HEADS, "qk_rope_head_dim": hidden // HEADS,
+        # inputs of layers
+        "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": hidden // HEADS,
+        # linear attention
+        "linear_num_key_heads": HEADS, "linear_num_value_heads": HEADS,
+        "linear_key_head_dim": hidden // HEADS, "linear_value_head_dim": hidden // HEADS,
     }  # fmt: skip
 
 
@@ -99,6 +115,11 @@ def _scaled(config: Any, sizes: dict[str, Any], mrope: bool) -> dict[str, Any]:
         if values.get(name):
             count = values["num_hidden_layers"]
             values[name] = (values[name] * count)[:count]
+    values.pop("per_layer_config", None)  # heads of layers by number; here all are of one size
+    if "kv_lora_rank" in values:
+        values["num_key_value_heads"] = HEADS  # latents are expanded to all heads
+    if "sliding_attention" in (values.get("layer_types") or ()):
+        values["sliding_window"] = 4096  # no prompt is longer
     if mrope:
         share = 0.5 if config.model_type.startswith("glm") else 1.0
         total = int(values["hidden_size"] // HEADS * share) // 2
@@ -109,6 +130,16 @@ def _scaled(config: Any, sizes: dict[str, Any], mrope: bool) -> dict[str, Any]:
             "mrope_section": [total - 2 * high, high, high],
         }
     return values
+
+
+def _grid(model_type: str, visual: int) -> tuple[int, int]:
+    """Height and width of an image of so many tokens: a square if there is one."""
+    if model_type == "hunyuan_vl":  # a newline after every row, and a token at each end
+        inner = visual - 2
+        height = max(n for n in range(1, math.isqrt(inner) + 1) if inner % n == 0)
+        return height, inner // height - 1
+    side = math.isqrt(visual)
+    return (side, side) if side * side == visual else (1, visual)
 
 
 @functools.cache
@@ -152,8 +183,7 @@ def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     if "token_type_ids" in names:
         inputs["token_type_ids"] = visible
     if "image_grid_thw" in names:
-        side = math.isqrt(visual)
-        height, width = (side, side) if side * side == visual else (1, visual)
-        merge = model.config.vision_config.spatial_merge_size
+        height, width = _grid(family.model_type, visual)
+        merge = family.side("image")
         inputs["image_grid_thw"] = torch.tensor([[1, height * merge, width * merge]])
     return inputs

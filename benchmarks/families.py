@@ -10,12 +10,17 @@ session, each of whose cache layers holds as many slots as PyramidDrop leaves th
 
 Where objects happen to lie in memory moves such small times by a few microseconds for as long as a
 process lives. So each family is measured in several processes, and their times are taken together.
+
+With `--family`, each row is saved when it is done, in place of the one that was there, and the rows
+of other families stay. A row that was measured with another machine or effort than the file's says
+so. Without it, the file is written anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import multiprocessing
 import random
 import statistics
@@ -24,7 +29,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from _bench import ratios, save, warm_heap
+from _bench import RESULTS, machine, ratios, save, warm_heap
 
 warm_heap()
 
@@ -80,10 +85,15 @@ class Contender:
         return seconds
 
     def shorten(self) -> None:
-        """Cut slots off the cache, after the prompt."""
-        for layer, count in zip(self.cache.layers if self.cut else [], self.cut, strict=True):
-            layer.keys = layer.keys[:, :, count:].contiguous()
-            layer.values = layer.values[:, :, count:].contiguous()
+        """Cut slots off the cache, after the prompt.
+
+        Recurrent and convolutional layers have none, and layers that read the keys of earlier
+        ones, the last of a model, have no cache layer.
+        """
+        for layer, count in zip(self.cache.layers, self.cut, strict=False):
+            if hasattr(layer, "keys"):
+                layer.keys = layer.keys[:, :, count:].contiguous()
+                layer.values = layer.values[:, :, count:].contiguous()
 
 
 def in_turn(model: Any, contenders: dict[str, Contender], rounds: int, tokens: int) -> None:
@@ -170,12 +180,26 @@ def summary(runs: list[dict[str, list[float]]]) -> dict[str, Any]:
     }
 
 
+def save_row(name: str, row: dict[str, Any], effort: dict[str, int]) -> None:
+    """Put a family's row into the result file, with the effort and machine that differ."""
+    path = RESULTS / "families.json"
+    result = json.loads(path.read_text())
+    differs = {n: value for n, value in effort.items() if value != result[n]}
+    here = machine()
+    other = {n: value for n, value in here.items() if value != result["machine"].get(n)}
+    if other:
+        differs["machine"] = other
+    result["rows"] = dict(sorted({**result["rows"], name: {**row, **differs}}.items()))
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3, help="processes for each family")
     parser.add_argument("--rounds", type=int, default=3, help="prompts in each process")
     parser.add_argument("--family", nargs="*")
     options = parser.parse_args()
+    effort = {"runs": options.runs, "rounds": options.rounds}
     rows = {}
     for name in options.family or family_names():
         rows[name] = row = summary(in_processes(name, options.runs, options.rounds))
@@ -186,12 +210,13 @@ def main() -> None:
             f"({extra['runs'][0]:+.1f} to {extra['runs'][-1]:+.1f}) on {row['plain_us']:.0f}",
             flush=True,
         )
+        if options.family:
+            save_row(name, row, effort)
     if not options.family:
         wide, deep = ("{} x {}".format(*size) for size in (WIDE, DEEP))
         size = (
             f"Random models, {wide} for the prefill and {deep} for decoding; {VISUAL} visual tokens"
         )
-        effort = {"runs": options.runs, "rounds": options.rounds}
         save("families", {"model": size, **effort, "rows": rows})
 
 

@@ -122,6 +122,15 @@ def tome() -> str:
     ])  # fmt: skip
 
 
+def _label(name: str, result: dict[str, Any], row: dict[str, Any]) -> str:
+    """A family's name, and what its row was measured with where that is not the table's."""
+    effort = {what: row.get(what, result[what]) for what in ("runs", "rounds")}
+    same = all(effort[what] == result[what] for what in effort)
+    notes = [] if same else [f"{effort['runs']} x {effort['rounds']}"]
+    notes += [value for what, value in row.get("machine", {}).items() if what != "commit"]
+    return f"`{name}`" + (f" ({', '.join(notes)})" if notes else "")
+
+
 def families() -> str:
     """Cost of a session in every family."""
     result = load("families")
@@ -133,7 +142,8 @@ def families() -> str:
         ]
         extra = row["overhead_us"]
         rows.append([
-            f"`{name}`", *kept, f"{extra['median']:.0f} ({extra['q25']:.0f} to {extra['q75']:.0f})",
+            _label(name, result, row), *kept,
+            f"{extra['median']:.0f} ({extra['q25']:.0f} to {extra['q75']:.0f})",
             f"{extra['runs'][0]:.0f} to {extra['runs'][-1]:.0f}", f"{row['plain_us']:.0f}",
         ])  # fmt: skip
     head = [
@@ -146,8 +156,9 @@ def families() -> str:
         "are times of a session that removes nothing over times without a session. Then what a "
         "session of PyramidDrop adds per layer and generated token, in microseconds, beyond a "
         "model without one whose cache layers are cut as short, and what a layer takes there. "
-        "Models for decoding are so narrow that Python fills the time. "
-        f"{about(result)}",
+        "Models for decoding are so narrow that Python fills the time. Each family was measured in "
+        f"{result['runs']} processes with {result['rounds']} rounds each, unless its name is "
+        f"followed by other numbers. {about(result)}",
         table(head, rows),
     ])  # fmt: skip
 

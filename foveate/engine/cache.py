@@ -13,13 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
-    LinearAttentionLayer,
     StaticLayer,
 )
 
@@ -214,7 +213,11 @@ PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicSlidingWindowLayer: PrunedSlidingLayer,
     StaticLayer: PrunedStaticLayer,
 }
-WITHOUT_SLOTS = frozenset({LinearAttentionLayer, DummyLayer})
+WITHOUT_SLOTS = frozenset(
+    kind
+    for name in ("LinearAttentionLayer", "DummyLayer")  # the latter is not in transformers 5.20
+    if (kind := getattr(cache_utils, name, None)) is not None
+)
 """Cache layers that are left as they are: of a running state, or of layers that keep nothing."""
 
 

@@ -137,6 +137,7 @@ _PIXTRAL = Tower(
 )
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
+    "cohere_compass_vision": _QWEN3,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "idefics3_vision": _IDEFICS,

@@ -27,7 +27,6 @@ UNSUPPORTED: dict[str, str] = {
     "blip": _MEMORY,
     "blip-2": _QUERIES,
     "chameleon": f"its text model is the base model too, {_YET} one that places images by itself",
-    "cohere_compass": _NO_ROTARY,
     "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of another "
     f"model, {_YET} masks that know what is gone from there",
     "dots3_note": _INDEXED,

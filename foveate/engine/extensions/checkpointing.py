@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from foveate.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from foveate.engine.forward import ForwardPass
 
@@ -63,9 +65,21 @@ class Replays:
 
 
 def _name(kwargs: dict[str, Any]) -> Tensor:
-    """The tensor that a layer's forward is known by: layers without attention may lack rotary."""
-    rotary = kwargs["position_embeddings"]
-    return kwargs["position_ids"] if rotary is None else rotary[0]
+    """The tensor that a layer's forward is known by: some layers have no rotary positions.
+
+    Raises:
+        UnsupportedModelError: the layer is handed no tensor at all beside its input.
+    """
+    rotary = kwargs.get("position_embeddings")
+    known = (None if rotary is None else rotary[0], kwargs.get("position_ids"))
+    found = next((x for x in (*known, kwargs.get("attention_mask")) if x is not None), None)
+    if found is None:
+        raise UnsupportedModelError(
+            "a decoder layer without rotary positions and without a mask cannot be told apart when "
+            "a wrapper checkpoints it; use the model's own gradient checkpointing, or train "
+            "without it"
+        )
+    return found
 
 
 def _copy(forward: ForwardPass) -> ForwardPass:

@@ -66,6 +66,7 @@ def _script(name):
 # Still to be measured, with `python benchmarks/families.py --family NAME`.
 UNMEASURED = (
     "aria",
+    "cohere_compass",
     "cosmos3_edge",
     "cosmos3_omni",
     "deepseek_ocr2",

@@ -24,7 +24,7 @@ demo: .venv/.ready  ## ask the embedded model about an image, with all visual to
 test: .venv/.ready  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
 
-matrix: .venv/.ready  ## every cell of every table of tests; takes about an hour
+matrix: .venv/.ready  ## every cell of every table of tests
 	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)
 
 CELLS ?= 5000

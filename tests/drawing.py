@@ -20,8 +20,9 @@ SEED = "FOVEATE_DRAW_SEED"
 def seed_of(config):
     """The seed of a run, the same for all its workers."""
     given = config.getoption("--draw-seed")
-    today = datetime.date.today().toordinal()
-    return int(os.environ.setdefault(SEED, str(today if given is None else given)))
+    if given is not None:
+        return given
+    return int(os.environ.setdefault(SEED, str(datetime.date.today().toordinal())))
 
 
 def is_drawn(config):

@@ -79,12 +79,14 @@ class LayerArguments:
         self._keys: dict[int, Keys] = {}
         self._views: dict[tuple[int, ...], View] = {}
         self._positions: dict[tuple[int, ...], tuple[Any, Tensor | None, tuple[Any, ...]]] = {}
+        self._unpruned: dict[int, Keys] = {}  # keys of earlier layers that lack nothing
+        self._paddings: dict[tuple[int, int], tuple[Tensor | None, tuple[Any, ...]]] = {}
         self._last: Layout | None = None  # where layers are given the last columns alone
 
     def forget(self) -> None:
         """Let go of what views are known by; a checkpoint waits for the end of some of it."""
-        self._views.clear()
-        self._positions.clear()
+        for known in (self._views, self._positions, self._paddings):
+            known.clear()
 
     # -- layers without keys
 
@@ -106,8 +108,11 @@ class LayerArguments:
                 f"would run through the recurrent layers of {self.family.model_type}; give every "
                 "row as many visual tokens and as much text, or run the rows one by one"
             )
-        mask = translate_padding(kwargs.get("attention_mask"), layout)
-        return {**kwargs, "attention_mask": mask}
+        named = layout, kwargs.get("attention_mask")
+        key = id(layout), id(named[1])
+        if key not in self._paddings:  # layers share it
+            self._paddings[key] = translate_padding(named[1], layout), named
+        return {**kwargs, "attention_mask": self._paddings[key][0]}
 
     # -- layers with keys
 
@@ -150,10 +155,9 @@ class LayerArguments:
         self.attended[number] = view.seen
         kwargs = {**kwargs, **view.changes}
         if queries is layout and layout is not self.full:
-            columns = queries.index.clamp(min=0)
             for name in self.family.per_position:
                 if (value := kwargs.get(name)) is not None:
-                    kwargs[name] = take(value, columns)
+                    kwargs[name] = take(value, layout.index.clamp(min=0))
         return held, keys.after, kwargs
 
     def _held(self, number: int, layout: Layout, cache: Any) -> Any:
@@ -176,9 +180,12 @@ class LayerArguments:
         if donor != number:
             if donor in self._keys:
                 return self._keys[donor]
-            window = getattr(held, "sliding_window", None)  # nothing was removed from these
-            before = self.fresh if window is None else self.fresh.last(window - 1)
-            return Keys(before, before.extend(self.full, length, None), None)
+            if donor not in self._unpruned:
+                window = getattr(held, "sliding_window", None)
+                before = self.fresh if window is None else self.fresh.last(window - 1)
+                after = before.extend(self.full, length, None)
+                self._unpruned[donor] = Keys(before, after, None)
+            return self._unpruned[donor]
         before = self.fresh if held is None else held.slots
         total = None if renumbering is None else renumbering.total
         after = before.extend(layout, length, total, self.prompt.visual if tracked else None)
@@ -210,7 +217,7 @@ class LayerArguments:
         """What layers are handed that share keys, columns and arguments."""
         # The mask and the rotary embedding differ between kinds of layers in some models.
         mask, rotary = kwargs.get("attention_mask"), kwargs.get("position_embeddings")
-        named = type(held), keys.before, keys.renumbering, queries, mask, rotary
+        named = type(held), keys.before, keys.after, keys.renumbering, queries, mask, rotary
         key = tuple(map(id, named))
         view = self._views.get(key)
         if view is None:

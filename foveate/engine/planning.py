@@ -289,11 +289,15 @@ def _check_decoder_signal(
     legal = family.attention_layers if signal.full_attention else family.keyed_layers
     unable = [i for i in need.layers if i not in legal]
     if unable:
-        nearest = min(legal, key=lambda layer: abs(layer - unable[0]), default=None)
+        can = "no layer of this model can give it"
+        if legal:
+            nearest = min(legal, key=lambda layer: abs(layer - unable[0]))
+            can = (
+                f"the nearest layer that can give it is {nearest}, of {', '.join(map(str, legal))}"
+            )
         raise LayerError(
             f"{slug} needs {need.name} of layer {unable[0]}, which "
-            f"{why_not_ranked(family, unable[0])}; the nearest layer that can give it is "
-            f"{nearest}, of {', '.join(map(str, legal))}"
+            f"{why_not_ranked(family, unable[0])}; {can}"
         )
 
 

@@ -39,13 +39,24 @@ def named_arguments(kind: type, args: Sequence[Any]) -> dict[str, Any]:
     Args:
         kind: the layer's class.
         args: the arguments.
+
+    Raises:
+        UnsupportedModelError: the layer has no names for so many.
     """
-    return dict(zip(_parameters(kind), args, strict=False))
+    names = _parameters(kind)
+    if len(args) > len(names):
+        raise UnsupportedModelError(
+            f"{kind.__name__} was called with {len(args)} positional arguments after its input, "
+            f"but names only {', '.join(names) or 'none'}: the installed transformers calls its "
+            "decoder layers in a way this version of foveate does not know"
+        )
+    return dict(zip(names, args, strict=False))
 
 
 @functools.cache
 def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[2:]
+    parameters = tuple(inspect.signature(kind.forward).parameters.values())[2:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def last_norm_of(text: Any) -> Any:

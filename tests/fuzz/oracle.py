@@ -158,7 +158,7 @@ class Watch:
     def _try(self, what: str, number: int, layer: Any, hidden: Tensor, kwargs: Any) -> None:
         """See what a layer would attend to, with all that is alive now."""
         told = self._told(number, hidden, kwargs)
-        if what == "content":
+        if what == "content" and told["position_embeddings"] is not None:
             cos, sin = told["position_embeddings"]
             told["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
         with torch.no_grad():
@@ -172,7 +172,7 @@ class Watch:
         itself = torch.eye(len(self.now), dtype=torch.bool)
         mask = mask.masked_fill(~(self.now | itself), torch.finfo(mask.dtype).min)
         told["attention_mask"] = mask.masked_fill(itself & ~self.now[:, None], 0.0)
-        if self.shift.any():
+        if self.shift.any() and kwargs["position_embeddings"] is not None:
             positions = kwargs["position_ids"] - self.shift
             told["position_embeddings"] = self.rotary(hidden, positions, number)
         return told

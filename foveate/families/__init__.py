@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING
 from foveate.lazy import exports
 
 if TYPE_CHECKING:
-    from foveate.families.family import Encoder, Family
+    from foveate.families.encoder import Encoder
+    from foveate.families.family import Family
     from foveate.families.find import FAMILIES, find_family, list_families, unwrap
     from foveate.families.unsupported import unsupported_families
 else:
     __getattr__, __dir__ = exports(
         __name__,
         {
-            "foveate.families.family": ("Encoder", "Family"),
+            "foveate.families.encoder": ("Encoder",),
+            "foveate.families.family": ("Family",),
             "foveate.families.find": ("FAMILIES", "find_family", "list_families", "unwrap"),
             "foveate.families.unsupported": ("unsupported_families",),
         },

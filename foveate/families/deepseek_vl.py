@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 
 

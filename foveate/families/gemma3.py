@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from foveate.core.tokens import Shape
 from foveate.errors import InputError
-from foveate.families.family import Encoder, Family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family
 from foveate.families.towers import tower
 
 

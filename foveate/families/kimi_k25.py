@@ -9,7 +9,8 @@ from typing import Any
 
 from foveate.core.tokens import Shape
 from foveate.errors import InputError
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from foveate.families.family import Encoder, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import register_family
 from foveate.families.mistral3 import Mistral3
 from foveate.families.towers import tower
 

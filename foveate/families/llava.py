@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from foveate.core.tokens import Shape
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from foveate.families.family import Encoder, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
 from foveate.record.tiles import Tiling
 

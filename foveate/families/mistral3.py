@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.families.family import Encoder, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import register_family
 from foveate.families.llava import Llava
 from foveate.families.towers import tower
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 from foveate.record.tiles import Tiling, join
 

@@ -6,7 +6,8 @@ translates.
 
 from typing import Any
 
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
 from foveate.families.block import Block
-from foveate.families.family import FAMILIES, Encoder, Family
+from foveate.families.encoder import Encoder
+from foveate.families.family import FAMILIES, Family
 
 CLIP_BLOCK = Block("layer_norm1", "self_attn", "layer_norm2")
 VIT_BLOCK = Block(

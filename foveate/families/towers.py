@@ -10,7 +10,8 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from foveate.families.block import Block
-from foveate.families.family import Encoder, Family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
 from foveate.families.rows import EncoderImage, packed
 

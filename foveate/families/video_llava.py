@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.families.family import Encoder, Family, register_family
+from foveate.families.encoder import Encoder
+from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
 from foveate.record.boxes import cells
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.core import Adaptive, Method, Reduction, VisualTokens
 from foveate.families import Family, find_family
 from foveate.families.decoder_layer import last_norm_of
-from foveate.families.family import Encoder
+from foveate.families.encoder import Encoder
 
 Log = list[tuple[Method, str, Reduction]]
 

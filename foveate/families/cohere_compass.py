@@ -22,6 +22,5 @@ class CohereCompass(Qwen3VL):
         return self.text.config.rope_parameters[self.layer_kinds[layer]] is not None
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of the layer's kind of attention, if it rotates."""
-        kind = self.layer_kinds[layer]
-        return self.text.rotary_emb(hidden, position_ids, kind) if self.rotates(layer) else None
+        """Rotary (cos, sin) of layers that rotate; the others are handed none."""
+        return super().rotary(hidden, position_ids, layer) if self.rotates(layer) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -153,7 +154,13 @@ class Family:
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
-        return self.text.rotary_emb(hidden, position_ids=position_ids)
+        kind = {"layer_type": self.layer_kinds[layer]} if self._rotary_by_kind else {}
+        return self.text.rotary_emb(hidden, position_ids=position_ids, **kind)
+
+    @cached_property
+    def _rotary_by_kind(self) -> bool:
+        """Whether each kind of layer has a rotary embedding of its own."""
+        return "layer_type" in signature(type(self.text.rotary_emb).forward).parameters
 
     @property
     def rotary_by_length(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from foveate.families.encoder import Encoder
@@ -30,10 +29,6 @@ class Gemma3(Family):
         """Side of the cells of patches whose mean becomes a token."""
         vision = self.config.vision_config
         return vision.image_size // vision.patch_size // math.isqrt(self.config.mm_tokens_per_image)
-
-    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of the layer's kind of attention."""
-        return self.text.rotary_emb(hidden, position_ids, self.text.config.layer_types[layer])
 
 
 @register_family("shieldgemma2")

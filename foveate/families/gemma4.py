@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from foveate.core.tokens import Shape
 from foveate.families.family import Family, register_family
@@ -46,7 +45,3 @@ class Gemma4(Family):
     def side(self, modality: str) -> int:
         """Side of the cells of patches whose mean becomes a token."""
         return self.config.vision_config.pooling_kernel_size
-
-    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of the layer's kind of attention."""
-        return self.text.rotary_emb(hidden, position_ids, self.layer_kinds[layer])

@@ -62,10 +62,10 @@ class Gridded(Family):
         ]
         for count, (height, width), frames in shapes:
             if count != frames * height * width:
+                said = " x ".join(map(str, (frames, height, width)[-grids.shape[-1] :]))
                 raise InputError(
-                    f"{name} says {frames} x {height} x {width} visual tokens, but "
-                    f"there are {count} features; pass the grids that the processor returned with "
-                    "them"
+                    f"{name} says {said} visual tokens, but there are {count} features; pass the "
+                    "grids that the processor returned with them"
                 )
         return shapes
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
 
@@ -22,8 +20,3 @@ class Lfm3VL(Gridded):
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Layers of the tower need the whole grid."""
         return "convolutions between the layers of its encoder mix neighbouring patches"
-
-    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of the layer's kind of attention."""
-        kind = self.text.config.layer_types[layer]
-        return self.text.rotary_emb(hidden, position_ids=position_ids, layer_type=kind)

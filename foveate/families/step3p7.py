@@ -31,10 +31,6 @@ class Step37(Family):
         """The tower ends in convolutions wider than a cell."""
         return "visual tokens are made by convolutions over neighbouring patches"
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of the layer's kind of attention."""
-        return self.text.rotary_emb(hidden, position_ids, self.text.config.layer_types[layer])
-
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:

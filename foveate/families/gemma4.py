@@ -5,7 +5,7 @@ inputs of its own, and their last layers read the keys and values of earlier one
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ from foveate.families.family import Family, register_family
 class Gemma4(Family):
     """`Gemma4ForConditionalGeneration` and `Gemma4Model`."""
 
-    per_position = ("per_layer_input",)
+    per_position: ClassVar[tuple[str, ...]] = ("per_layer_input",)
 
     @property
     def reads_embeddings(self) -> bool:
@@ -45,3 +45,21 @@ class Gemma4(Family):
     def side(self, modality: str) -> int:
         """Side of the cells of patches whose mean becomes a token."""
         return self.config.vision_config.pooling_kernel_size
+
+
+@register_family("gemma4_unified")
+class Gemma4Unified(Gemma4):
+    """`Gemma4UnifiedForConditionalGeneration` and `Gemma4UnifiedModel`: no tower, but patches that
+    are projected as they are.
+    """
+
+    per_position: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Not so: layers have no inputs of their own."""
+        return False
+
+    def side(self, modality: str) -> int:
+        """1: the processor merges patches, and counts positions after that."""
+        return 1

@@ -40,8 +40,6 @@ UNSUPPORTED: dict[str, str] = {
     "features found elsewhere",
     "gemma3n": f"its decoder layers take inputs of their own for every token and carry several "
     f"streams of states, {_YET} arguments by token and another axis for tokens",
-    "gemma4_unified": f"its last decoder layers may reuse keys of earlier ones, {_YET} layers "
-    "without a cache",
     "git": _WITHIN,
     "glm5_next": _INDEXED,
     "granite4_vision": f"its image features are added before several decoder layers, and its "

@@ -49,6 +49,7 @@ CLOSED = {
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "exaone4_5": (32, 0, range(3, 32, 4)),
+    "gemma4_unified": (30, 0, range(5, 30, 6)),
     "glm_ocr": (16, 0, range(16)),
     "got_ocr2": (24, 0, range(24)),
     "granite_docling": (28, 3, range(28)),

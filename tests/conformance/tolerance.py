@@ -49,7 +49,7 @@ def kernel_of(model):
 
 def amplifies(model):
     """Whether rounding grows within a model."""
-    return bool(find_family(model).recurrent_layers) or model.config.model_type == "gemma4"
+    return bool(find_family(model).recurrent_layers) or model.config.model_type.startswith("gemma4")
 
 
 def states_of(model, inputs, tokens):

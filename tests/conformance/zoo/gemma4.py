@@ -5,7 +5,7 @@ inputs of their own, and larger ones, in which keys are values and images see th
 from typing import ClassVar
 
 import torch
-from transformers import Gemma4Config
+from transformers import Gemma4Config, Gemma4UnifiedConfig
 
 from tests.conformance.zoo.member import Member
 
@@ -73,3 +73,21 @@ class Gemma4Large(Gemma4):
         "use_bidirectional_attention": "vision", "enable_moe_block": True, "num_experts": 4,
         "top_k_experts": 2, "moe_intermediate_size": 32,
     }  # fmt: skip
+
+
+class Gemma4Unified(Gemma4):
+    """As 12B is: patches without a tower, images that see themselves."""
+
+    name = "gemma4_unified"
+    text_config: ClassVar = {
+        name: value for name, value in TEXT.items() if name != "vocab_size_per_layer_input"
+    }
+
+    def config(self):
+        vision = {
+            "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 32, "mm_posemb_size": 32,
+            "output_proj_dims": 32, "initializer_range": 0.15,
+        }  # fmt: skip
+        return Gemma4UnifiedConfig(
+            text_config=self.text_config, vision_config=vision, audio_config=None, **PLACEHOLDERS
+        )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from foveate.core.tokens import Shape
 from foveate.families.family import Family, register_family
@@ -23,6 +24,10 @@ class Gemma4(Family):
     def reads_embeddings(self) -> bool:
         """Whether every layer has inputs that are projected from them."""
         return bool(self.text.config.hidden_size_per_layer_input)
+
+    def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
+        """None: processors hand over patches."""
+        return None
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, and grids of pooled patches as the positions of patches give them."""

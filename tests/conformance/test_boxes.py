@@ -28,7 +28,8 @@ from tests.conformance.zoo.member import fresh
 from tests.conformance.zoo.towers import SIDE
 from tests.methods_for_tests import EveryThird
 
-PATCHED = ("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
+PATCHED = ("gemma4", "gemma4_unified", "lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6",
+           "minicpmv4_7")  # fmt: skip
 FULL = 250  # what the last pixel of a ramp holds
 
 

@@ -1,7 +1,8 @@
 """Block: how an encoder layer is made, by the names of its modules.
 
-Every encoder here is pre-norm: x + attention(norm(x)), then x + mlp(norm(x)). With the names, a
-layer can be run in two halves, so that tokens can be removed in between.
+Every encoder here is pre-norm: x + attention(norm(x)), then x + mlp(norm(x)), where norms may
+follow too. With the names, a layer can be run in two halves, so that tokens can be removed in
+between.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Block:
         norm2: norm before the MLP.
         mlp: the MLP.
         scale1: what the attention's output passes on its way to the sum: layer scale (a module, or
-            a parameter to multiply with), dropout.
+            a parameter to multiply with), dropout, a norm.
         scale2: the same for the MLP's output.
-        projections: modules of the attention that make queries and keys: one for each, or one for
-            queries, keys and values together.
+        projections: modules of the attention that make queries and keys, or norm them: one for
+            each, or one for queries, keys and values together.
         output: module of the attention that mixes its heads.
     """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.families.block import Block
 from foveate.families.rows import EncoderImage
@@ -27,12 +27,16 @@ class Encoder:
             patch belongs to one visual token.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
-        packed: where the rows of all images lie in one sequence, says from the tower's arguments
-            and `Family.side` which rows each image has; `None` where each image is a row of a
-            batch.
+        packed: where the rows of all images lie in one sequence, or are padded to one length, says
+            from the tower's arguments and `Family.side` which rows each image has, among those of
+            all; `None` where each image is a row of a batch, and as large as the others.
+        padded: whether each image is a row of a batch, in which a mask hides padding.
         readers: modules within the tower that read rows after layers, and need all of them.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
+        scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
+            head. Read where images are packed or padded.
+        axes: parts of a head that are rotated each for itself, such as one for each axis.
     """
 
     layers: Sequence[nn.Module]
@@ -48,6 +52,17 @@ class Encoder:
     readers: tuple[Any, ...] = ()
     returns_rows: bool = True
     masks_layers: bool = True
+    padded: bool = False
+    scaling: float | None = None
+    axes: int = 1
+
+    def by_rows(self, projected: Tensor) -> Tensor:
+        """(..., H d) queries or keys of a row, from what a projection makes, or a norm of heads:
+        (B, N, heads, d). Keys that heads share are repeated.
+        """
+        if projected.dim() < 4:
+            return projected
+        return projected.repeat_interleave(self.heads // projected.shape[2], 2).flatten(2)
 
     @property
     def special(self) -> int:

@@ -4,26 +4,24 @@ inputs of its own, and their last layers read the keys and values of earlier one
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
+from foveate.families.encoder import Encoder
 from foveate.families.family import Family, register_family
+from foveate.families.towers import tower
 
 
-@register_family("gemma4")
-class Gemma4(Family):
-    """`Gemma4ForConditionalGeneration` and `Gemma4Model`."""
-
-    per_position: ClassVar[tuple[str, ...]] = ("per_layer_input",)
-
-    @property
-    def reads_embeddings(self) -> bool:
-        """Whether every layer has inputs that are projected from them."""
-        return bool(self.text.config.hidden_size_per_layer_input)
+@register_family("gemma4_unified")
+class Gemma4Unified(Family):
+    """`Gemma4UnifiedForConditionalGeneration` and `Gemma4UnifiedModel`: no tower, but
+    patches that are projected as they are, once the processor has merged them.
+    """
 
     def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
         """None: processors hand over patches."""
@@ -47,24 +45,40 @@ class Gemma4(Family):
             first += number
         return shapes
 
-    def side(self, modality: str) -> int:
-        """Side of the cells of patches whose mean becomes a token."""
-        return self.config.vision_config.pooling_kernel_size
 
+@register_family("gemma4")
+class Gemma4(Gemma4Unified):
+    """`Gemma4ForConditionalGeneration` and `Gemma4Model`."""
 
-@register_family("gemma4_unified")
-class Gemma4Unified(Gemma4):
-    """`Gemma4UnifiedForConditionalGeneration` and `Gemma4UnifiedModel`: no tower, but patches that
-    are projected as they are.
-    """
-
-    per_position: ClassVar[tuple[str, ...]] = ()
+    per_position: ClassVar[tuple[str, ...]] = ("per_layer_input",)
 
     @property
     def reads_embeddings(self) -> bool:
-        """Not so: layers have no inputs of their own."""
-        return False
+        """Whether every layer has inputs that are projected from them."""
+        return bool(self.text.config.hidden_size_per_layer_input)
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token; frames of a video are images to it."""
+        return None if self.config.vision_config is None else tower(self, "vision_tower")
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Images are rows of a padded batch, which would lose different numbers of tokens."""
+        return (
+            "its encoder pads images of different sizes to rows of one length, from which only "
+            "equally many tokens could be removed"
+        )
+
+    def per_token(
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """As the encoder says it of each image; of each video, its frames one after another."""
+        if modality == "image":
+            return list(rows)
+        frames = torch.as_tensor(arguments["num_frames_per_video"]).tolist()
+        ends = accumulate(frames)
+        return [torch.cat(rows[e - n : e], -1) for n, e in zip(frames, ends, strict=True)]
 
     def side(self, modality: str) -> int:
-        """1: the processor merges patches, and counts positions after that."""
-        return 1
+        """Side of the cells of patches whose mean becomes a token."""
+        return self.config.vision_config.pooling_kernel_size

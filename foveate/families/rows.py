@@ -52,6 +52,34 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, side**2)
 
 
+def placed(places: Tensor, side: int) -> list[EncoderImage]:
+    """Images that are rows of a batch and padded to one length.
+
+    Args:
+        places: (B, N, 2) column and row of each patch in its image; -1 for padding.
+        side: side of a token in patches.
+
+    Raises:
+        InputError: the patches of an image do not fill cells.
+    """
+    images, length = [], places.shape[1]
+    for number, image in enumerate(places.cpu()):
+        patches = (image >= 0).all(-1).nonzero()[:, 0]
+        column, row = image[patches].T
+        width = int(column.max()) // side + 1
+        key = ((row // side * width + column // side) * side + row % side) * side + column % side
+        key, order = key.sort()
+        if not torch.equal(key, torch.arange(len(key))) or len(key) % (width * side**2):
+            raise InputError(
+                f"the {len(key)} patches of image {number} do not fill cells of {side} x {side}, "
+                "so that tokens cannot be told from patches inside the encoder; resize images to "
+                "multiples of a cell, as the model's processor does"
+            )
+        rows = patches[order].view(-1, side**2) + number * length
+        images.append(EncoderImage((len(rows) // width, width), rows))
+    return images
+
+
 def packed(
     sizes: Iterable[tuple[int, int, int]], side: int, order: Tensor | None = None, *, raster: bool
 ) -> list[EncoderImage]:

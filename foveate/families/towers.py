@@ -13,7 +13,7 @@ from foveate.families.block import Block
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
-from foveate.families.rows import EncoderImage, packed
+from foveate.families.rows import EncoderImage, packed, placed
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,8 @@ class Tower:
         root: the module within it whose output are rows; itself by default.
         class_token: whether row 0 is a class token.
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
-            tower; `None` where each image is a row of a batch.
+            tower; see `Encoder`, as for the others.
         readers: modules, within the root, that read rows after layers: a module, or a list.
-        returns_rows: see `Encoder`.
-        masks_layers: see `Encoder`.
     """
 
     layers: str
@@ -40,6 +38,14 @@ class Tower:
     readers: tuple[str, ...] = ()
     returns_rows: bool = True
     masks_layers: bool = True
+    padded: bool = False
+    scaling: float | None = None
+    axes: int = 1
+
+
+def _by_places(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches wherever their places say."""
+    return placed(arguments["pixel_position_ids"], side)
 
 
 def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
@@ -92,6 +98,23 @@ _QWEN = Tower(
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
+_GEMMA4 = Tower(
+    "encoder.layers",
+    Block(
+        "input_layernorm",
+        "self_attn",
+        "pre_feedforward_layernorm",
+        scale1=("post_attention_layernorm",),
+        scale2=("post_feedforward_layernorm",),
+        projections=("q_norm", "k_norm"),
+    ),
+    packed=_by_places,
+    readers=("pooler",),
+    returns_rows=False,
+    padded=True,
+    scaling=1.0,
+    axes=2,
+)
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
     "encoder.layer",
@@ -139,6 +162,7 @@ _PIXTRAL = Tower(
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
+    "gemma4_vision": _GEMMA4,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "idefics3_vision": _IDEFICS,
@@ -195,4 +219,7 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         readers=tuple(readers),
         returns_rows=kind.returns_rows,
         masks_layers=kind.masks_layers,
+        padded=kind.padded,
+        scaling=kind.scaling,
+        axes=kind.axes,
     )

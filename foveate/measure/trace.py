@@ -201,7 +201,7 @@ class _Run:
         for tower in {*_towers(family, modality), *([] if encoder is None else [encoder.tower])}:
             handles.append(tower.register_forward_pre_hook(self._enter))
             handles.append(tower.register_forward_hook(self._leave))
-        if encoder is not None and encoder.packed is not None:
+        if encoder is not None and encoder.packed is not None and not encoder.padded:
             look = functools.partial(self._look, encoder.packed, family.side(modality))
             handles.append(encoder.tower.register_forward_pre_hook(look, with_kwargs=True))
         for number, layer in enumerate(layers):

@@ -124,7 +124,9 @@ class EncoderSignals:
         if shortened is not None and shortened.bias is not None:
             return shortened.bias
         mask = self._running.told.get("attention_mask")
-        if mask is None or self.encoder.packed is not None or (hidden := hides(mask)) is None:
+        if self.encoder.packed is not None and not self.encoder.padded:
+            return None  # the mask keeps images apart
+        if mask is None or (hidden := hides(mask)) is None:
             return None
         least = torch.finfo(torch.float32).min
         return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, least)[
@@ -156,7 +158,7 @@ class EncoderSignals:
             if getattr(self._running, "rows", None) is None:
                 return
             pending = self._running.pending.setdefault(number, {})
-            pending[part] = output.detach()
+            pending[part] = self.encoder.by_rows(output.detach())
             if len(pending) == len(parts):
                 del self._running.pending[number]
                 projections = self._projections([pending[p] for p in parts])

@@ -1,12 +1,15 @@
-"""Signals of vision encoders whose images lie in one sequence: rotary positions, windows, cells.
+"""Signals of vision encoders whose images lie in one sequence, or are rows padded to one length:
+rotary positions, windows, cells.
 
-A token made of a cell of patches gets the mean of its rows. Shapes: `N` rows of all images, `H`
-heads, `d` of a head, `V` visual tokens of an image, `C` channels of a signal.
+The rows of a batch are taken one after another, padding included, which a bias hides. A token made
+of a cell of patches gets the mean of its rows. Shapes: `N` rows of all images, `H` heads, `d` of a
+head, `V` visual tokens of an image, `C` channels of a signal.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,28 +112,32 @@ class PackedSignals(EncoderSignals):
 
     def _projections(self, parts: list[Tensor]) -> Projections:
         query, key = (_flat(p) for p in (parts if len(parts) > 1 else parts[0].chunk(3, -1)[:2]))
-        return PackedProjections(
-            query, key, None, self.encoder.heads, bias=self._bias, sums=self._sums
-        )
+        bias = None if self._bias is None else self._bias.flatten()
+        return PackedProjections(query, key, None, self.encoder.heads, bias=bias, sums=self._sums)
 
     def _sums(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """(N) attention that rows receive, summed over queries."""
         told = self._running.told
         query, key = (self._rotated(part, told) for part in (query, key))
+        if (scaling := self.encoder.scaling) is not None:  # in place of that of `attention_sums`
+            query = query * (scaling * math.sqrt(query.shape[-1] // self.encoder.heads))
         return segment_sums(query, key, self._bounds(told, key), self.encoder.heads, bias)
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
         """(N, H d) with rotary positions."""
         cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
         heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
-        first, second = heads.chunk(2, -1)
-        rotated = heads * cos + torch.cat((-second, first), -1) * sin
+        first, second = heads.unflatten(-1, (self.encoder.axes, -1)).chunk(2, -1)
+        rotated = heads * cos + torch.cat((-second, first), -1).flatten(-2) * sin
         return rotated.to(x.dtype).flatten(1)
 
     def _bounds(self, told: Mapping[str, Any], key: Tensor) -> Tensor:
         """(S + 1) where segments that see each other begin and end."""
         if "cu_seqlens" in told:
             return told["cu_seqlens"].long()
+        if self.encoder.padded:
+            length = told["position_embeddings"][0].shape[-2]
+            return torch.arange(0, len(key) + 1, length, device=key.device)
         images: Sequence[EncoderImage] = self._running.images
         lengths = torch.tensor([0, *(image.rows.numel() for image in images)])
         bounds, shortened = lengths.cumsum(0).to(key.device), self._pass()
@@ -167,5 +174,5 @@ def segment_sums(
 
 
 def _flat(states: Tensor) -> Tensor:
-    """(N, D) of states that may have a batch of one."""
-    return states.squeeze(0) if states.dim() == 3 else states
+    """(N, D) of states that may be those of a batch, whose rows follow one another."""
+    return states.flatten(0, 1) if states.dim() == 3 else states

@@ -62,13 +62,6 @@ class Gemma4(Gemma4Unified):
         """The tower, which has no class token; frames of a video are images to it."""
         return None if self.config.vision_config is None else tower(self, "vision_tower")
 
-    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
-        """Images are rows of a padded batch, which would lose different numbers of tokens."""
-        return (
-            "its encoder pads images of different sizes to rows of one length, from which only "
-            "equally many tokens could be removed"
-        )
-
     def per_token(
         self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:

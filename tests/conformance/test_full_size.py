@@ -70,6 +70,7 @@ MISSING = {  # what configs of these do not say of themselves
 
 # model type: decoder layers, every how many of them one sees all, and the first of those
 HYBRID = {
+    "gemma4": (30, 6, 5),
     "lfm3_vl": (24, 4, 2),
     "minicpm_ocr": (32, 4, 3),
     "minicpmv4_6": (32, 4, 3),

@@ -1,16 +1,22 @@
-"""Images that an encoder pads to rows of one length: signals are of their own patches."""
+"""Images that an encoder pads to rows of one length: signals are of their own patches, and steps
+inside the encoder remove patches of each as of an image alone.
+"""
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 import foveate
 from foveate.core import Need
+from foveate.errors import InputError
+from foveate.methods import ToMe
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.methods_for_tests import EveryThird
+from tests.methods_for_tests import EveryThird, Listed
+from tests.vision.towers import Drop, Full, Tower, encoder_of
 
 LAYER = 1
 NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
@@ -126,11 +132,7 @@ def test_frames_of_gemma_4_are_images_to_its_encoder():
     member, model, eager = MEMBERS["gemma4"](), model_of("gemma4"), model_of("gemma4", "eager")
     taken = {name: value[[0, 0, 1]] for name, value in member.pixels(2).items()}
     taken["pixel_values"][1] += 0.5
-    pixels = {
-        "pixel_values_videos": taken["pixel_values"],
-        "video_position_ids": taken["image_position_ids"],
-        "num_frames_per_video": torch.tensor([2, 1]),
-    }
+    pixels = as_video(taken, [2, 1])
     maps, _, _ = watched(eager, pixels, "video")
     ids = torch.tensor([[5] + [91] * 32 + [6] + [91] * 12 + [7]])
     spy = Spy(2)
@@ -146,6 +148,66 @@ def test_frames_of_gemma_4_are_images_to_its_encoder():
         first, second = torch.cat(received[:2]), received[2]
         close(shown[4, 4].signal("received_attention")[0, layer], first)
         close(shown[2, 6].signal("received_attention")[0, layer], second)
+
+
+def as_video(pixels, frames):
+    """Images as the frames of videos."""
+    return {
+        "pixel_values_videos": pixels["pixel_values"],
+        "video_position_ids": pixels["image_position_ids"],
+        "num_frames_per_video": torch.tensor(frames),
+    }
+
+
+@torch.no_grad()
+def test_frames_lose_inside_the_encoder_what_images_lose():
+    model, pixels = model_of("gemma4").model, MEMBERS["gemma4"]().pixels(3)
+    with foveate.use(model_of("gemma4"), ToMe(r=(2, 1))):
+        images = model.get_image_features(**fresh(pixels), return_dict=True).pooler_output
+        videos = model.get_video_features(**as_video(pixels, [1, 2]), return_dict=True)
+    assert [len(image) for image in images] == [16, 12, 12]
+    first, second = videos.pooler_output
+    for got, want in ((first, images[0]), (second, torch.cat(images[1:]))):
+        assert 0 < want.isnan().any(1).sum() < len(want)
+        assert torch.equal(got.isnan(), want.isnan())
+        close(got.nan_to_num(), want.nan_to_num())
+
+
+@torch.no_grad()
+def test_attention_maps_come_back_with_the_padding_that_there_was():
+    """Images that lose different numbers of patches go on as rows of one length."""
+    model, pixels = model_of("gemma4", "eager"), MEMBERS["gemma4"]().pixels(3)
+    encode = encoder_of(model, "image", pixels)
+    tower = Tower(model)
+    rows = [cells(p) + 64 * n for n, p in enumerate(pixels["image_position_ids"])]
+    full = Full(tower, tower.record(encode), [of.tolist() for of in rows])
+    wanted = []
+    attend = full.attend
+    full.attend = lambda number: wanted.append(attend(number)) or wanted[-1]
+    full.run([Drop(1, 0.5)])
+    with foveate.use(model, Listed(layer=1, keep=0.5)):
+        maps = encoder_of(model, "image", {**pixels, "output_attentions": True})().attentions
+    gone = ~full.alive.view(3, -1)
+    padding = (pixels["image_position_ids"] < 0).all(-1)
+    for number, (of, (weights, _, _)) in enumerate(zip(maps, wanted, strict=True)):
+        hidden = padding | gone if number else padding
+        for image in range(3):
+            alive = (~hidden[image]).nonzero()[:, 0]
+            want = weights[:, image * 64 + alive][..., image * 64 + alive]
+            close(of[image][:, alive][..., alive], want)
+            assert not of[image][..., hidden[image]].any()
+    assert gone.sum(1).tolist() == [32, 24, 24]
+
+
+@torch.no_grad()
+def test_patches_that_do_not_fill_cells_are_refused():
+    pixels = MEMBERS["gemma4"]().pixels(1)
+    pixels["image_position_ids"][0, 5] = -1
+    with (
+        foveate.use(model_of("gemma4"), ToMe()),
+        pytest.raises(InputError, match="63 patches of image 0 do not fill cells of 2 x 2"),
+    ):
+        model_of("gemma4").model.get_image_features(**pixels, return_dict=True)
 
 
 def close(got, want):

@@ -230,7 +230,7 @@ def test_methods_after_the_tower_see_what_it_left(name, method):
         assert bool(torch.isin(last, first).all())
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "mistral3"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl", "mistral3", "gemma4"])
 def test_beams_share_what_the_encoder_left(name):
     model, (inputs, _) = model_of(name), prompt(name)
     with torch.no_grad(), foveate.use(model, ToMe(r=2)) as run:
@@ -246,7 +246,7 @@ def test_beams_share_what_the_encoder_left(name):
 
 
 @pytest.mark.parametrize("method", [ToMe(r=2), Listed(layer=1, keep=0.5), Mix(keep=2)], ids=str)
-@pytest.mark.parametrize("name", [*SOME, "glm4v", "paddleocr_vl", "gemma3"])
+@pytest.mark.parametrize("name", [*SOME, "glm4v", "paddleocr_vl", "gemma3", "gemma4"])
 def test_gradients_are_finite_and_reach_the_tower(name, method):
     """Mixing into a few tokens is dense, and runs on every kind of tower as well."""
     model, (inputs, _) = model_of(name), prompt(name)

@@ -19,6 +19,9 @@ from tests.vision.oracle import matched
 NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "gemma4_vision": (
+        "encoder.layers", "input_layernorm", "self_attn", "pre_feedforward_layernorm", "mlp",
+    ),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "idefics3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
@@ -176,7 +179,9 @@ class Full:
         self.stand = torch.arange(self.number)  # the row at whose place each row is
         self.weigh = True
         self.states = []
-        self.special = int(self.number > sum(len(t) for picture in self.tokens for t in picture))
+        self.padded = "position_ids" in calls[0][1]  # which say where each patch stands
+        rows = sum(len(token) for picture in self.tokens for token in picture)
+        self.special = int(self.number > rows and not self.padded)
 
     def seen(self, number):
         """(N, N) which rows a layer lets each row attend to, but for padding, and rotary (cos, sin)
@@ -193,6 +198,8 @@ class Full:
             )
             allowed &= segment[:, None] == segment
         rotary = kwargs.get("position_embeddings")
+        if self.padded:
+            return allowed, [part.flatten(0, 1) for part in rotary]
         if mask is not None and rotary is not None:
             allowed &= mask[0, 0] == 0
         return allowed, rotary
@@ -207,14 +214,17 @@ class Full:
             parts = module.qkv(normed).chunk(3, -1)
         else:
             parts = [getattr(module, f"{name}_proj")(normed) for name in "qkv"]
-            if hasattr(module, "q_norm"):
+            if hasattr(module, "v_norm"):  # of each head; heads share keys, and no score is scaled
+                parts = [self.heads_of(module, n, x) for n, x in zip("qkv", parts, strict=True)]
+            elif hasattr(module, "q_norm"):
                 parts[:2] = module.q_norm(parts[0]), module.k_norm(parts[1])
         q, k, v = (part.view(self.number, self.tower.heads, -1).transpose(0, 1) for part in parts)
         projected = k.transpose(0, 1)
         allowed, rotary = self.seen(number)
         if rotary is not None:
             cos, sin = (part[self.stand] for part in rotary)
-            q, k = (x * cos + rotated(x) * sin for x in (q, k))
+            turned = by_axis if self.padded else rotated
+            q, k = (x * cos + turned(x) * sin for x in (q, k))
         allowed = allowed[self.stand][:, self.stand]
         # Padding is hidden row by row, not where its token stands.
         allowed &= self.visible(number) & self.alive
@@ -223,17 +233,25 @@ class Full:
             for row in self.stand[self.alive & self.visible(number)].unique():
                 once[(self.alive & self.visible(number) & (self.stand == row)).nonzero()[0]] = True
             allowed &= once
-        scores = (q @ k.transpose(1, 2)) / q.shape[-1] ** 0.5
+        scores = (q @ k.transpose(1, 2)) / (1 if self.padded else q.shape[-1] ** 0.5)
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
         mixed = (weights @ v).transpose(0, 1).reshape(self.number, -1)
         out = next(n for n in ("proj", "out_proj", "o_proj", "projection_layer")
                    if hasattr(module, n))  # fmt: skip
         return weights, projected, getattr(module, out)(mixed)
 
+    def heads_of(self, module, name, projected):
+        """(N, H d) of a projection after the norm of each head, shared ones repeated."""
+        split = projected.view(self.number, -1, module.head_dim)
+        normed = getattr(module, f"{name}_norm")(split)
+        return normed.repeat_interleave(self.tower.heads // split.shape[1], 1).flatten(1)
+
     def visible(self, number):
         """(N) rows that are no padding."""
         args, kwargs = self.calls[number]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+        if self.padded:
+            return (kwargs["position_ids"] >= 0).all(-1).flatten()
         if mask is None or mask.shape[0] != self.batch or "position_embeddings" in kwargs:
             return torch.ones(self.number, dtype=torch.bool)
         return (mask if mask.dtype == torch.bool else mask == 0)[:, 0, 0].flatten()
@@ -249,6 +267,8 @@ class Full:
             weights, keys, output = self.attend(number)
             if hasattr(layer, "lambda_1"):
                 output = output * layer.lambda_1
+            if self.padded:
+                output = layer.post_attention_layernorm(output)
             self.x = self.x + output
             for step in due:
                 if isinstance(step, Merge):
@@ -258,6 +278,8 @@ class Full:
             fed = getattr(layer, self.tower.names[3])(getattr(layer, self.tower.names[2])(self.x))
             if hasattr(layer, "lambda_2"):
                 fed = fed * layer.lambda_2
+            if self.padded:
+                fed = layer.post_feedforward_layernorm(fed)
             self.x = self.x + fed
             self.states.append(self.x.clone())
         return self
@@ -302,6 +324,11 @@ class Full:
 def rotated(x):
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def by_axis(x):
+    """The same for each half of a head, which one axis rotates."""
+    return torch.cat([rotated(part) for part in x.chunk(2, -1)], -1)
 
 
 def encoder_of(model, modality, pixels):

@@ -2,9 +2,10 @@
 
 The images of a pass may be the rows of a batch. Then all have equally many tokens, and lose equally
 many or are padded with tokens to which nothing attends. Or they follow one another in one sequence,
-and each group of them has counts of its own. Shapes: `G` images of a group, `S` special rows before
-the patches, `V` visual tokens of an image, `K` of them surviving, `R` rows of a token, `D` hidden,
-`H` heads; `N` rows of one image of a batch, or of all the sequence.
+or are rows that the encoder pads, and each group of them has counts of its own. Shapes: `G` images
+of a group, `S` special rows before the patches, `V` visual tokens of an image, `K` of them
+surviving, `R` rows of a token, `D` hidden, `H` heads; `N` rows of one image of a batch, or of all
+the sequence.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups
 from foveate.engine.vision.patch_layout import PatchLayout, Point
-from foveate.engine.vision.segments import PackedRows
+from foveate.engine.vision.segments import PackedRows, PaddedRows
 from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import EncoderImage, raster_rows, token_grid
@@ -56,13 +57,14 @@ class Encoding:
         self.arguments = arguments
         self.side = side
         self.readout = readout
-        self.layout = PatchLayout((), (), encoder.special, encoder.packed is not None)
+        self.layout = PatchLayout((), (), encoder)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
         self.points: dict[int, Point] = {}  # what the attention of each layer sees
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False
+        self._told: PackedRows | PaddedRows | None = None  # for the rows that remain
 
     # -- what there is
 
@@ -77,9 +79,7 @@ class Encoding:
             return
         encoder_images = self._encoder_images(*states.shape[:2])
         groups = encoder_groups(encoder_images, states.device, self.readout)
-        self.layout = PatchLayout(
-            groups, states.shape[:-1], self.encoder.special, self.layout.packed
-        )
+        self.layout = PatchLayout(groups, states.shape[:-1], self.encoder)
         if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
         visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
@@ -204,8 +204,10 @@ class Encoding:
         self.bias = None
         if counts is not None:
             bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
-            self.bias = bias.flatten() if self.layout.packed else bias[:, None, None]
-        if self.layout.packed and (order := self.layout.now.order) is not None:
+            self.bias = bias.flatten() if self.layout.sequence else bias[:, None, None]
+        if self.layout.padded:
+            self._told = PaddedRows(self.layout.rows_of(self.layout.now).clamp(min=0))
+        elif self.layout.packed and (order := self.layout.now.order) is not None:
             self._told = PackedRows(order, self.bias)
 
     def counts(self, hidden: Tensor, *, merged: bool) -> Tensor | None:
@@ -216,7 +218,7 @@ class Encoding:
             merged: whether merged tokens count as often as they have sources, or once.
         """
         parts = [of.counts(of.layout, merged=merged) for of in self.groups]
-        if all(part is None for part in parts):
+        if all(part is None for part in parts) and not self.layout.padding:
             return None
         ones = hidden.new_ones(*hidden.shape[:-1], 1, dtype=torch.float32)
         values = [
@@ -227,11 +229,11 @@ class Encoding:
 
     def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer must be told, once tokens have been removed."""
-        if self.layout.packed:
-            return self._told.translate(kwargs)
-        given = kwargs.get("attention_mask")
-        if not self.encoder.masks_layers:
+        if self._told is not None:
+            kwargs = self._told.translate(kwargs)
+        if not self.encoder.masks_layers or self.layout.sequence:
             return dict(kwargs)
+        given = kwargs.get("attention_mask")
         mask = self.bias
         if mask is not None and given is not None and given.dim() == 2:  # as flash kernels take it
             mask = mask[:, 0, 0] > -1

@@ -253,7 +253,9 @@ class VisionAttachment(Attachment):
         encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
-        return (encoding.unpruned(args[0]), *args[1:]), kwargs
+        if args:
+            return (encoding.unpruned(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": encoding.unpruned(kwargs["hidden_states"])}
 
     @untraced
     def _halves(
@@ -299,7 +301,7 @@ class VisionAttachment(Attachment):
     ) -> None:
         encoding = self.state.encoding
         if encoding is not None and encoding.taps is not None:
-            encoding.taps[name] = output
+            encoding.taps[name] = self.encoder.by_rows(output)
 
     # -- around a head that pools by attention
 

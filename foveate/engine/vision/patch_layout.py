@@ -1,7 +1,8 @@
 """Patch layout: where the tokens of a pass lie among the rows of the encoder, at any point of it.
 
 Images are rows of a batch, after special rows; or they lie in one sequence, whose order stays
-(windows are runs of it). Shapes: `G` images of a group, `V` tokens of each, `K` of them surviving,
+(windows are runs of it); or they are rows of a batch with padding, and go on as rows that are as
+long as the longest. Shapes: `G` images of a group, `V` tokens of each, `K` of them surviving,
 `R` rows of a token, `D` width, `B` images of a batch, `S` special rows, `N` rows of an image of a
 batch or of all the sequence.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from foveate.core import Reduction
 from foveate.engine.vision.encoder_group import EncoderGroup
+from foveate.families import Encoder
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,13 +26,18 @@ class Point:
 
     Args:
         layouts: of each group, from all tokens to those that survive.
-        order: which of all rows each row is; `None` while all are there.
-        unsort: for a sequence, which row of all groups, one after the other, each row is.
+        order: which of all rows each row is, without padding; `None` while all are there.
+        unsort: for a sequence or padded images, which row of all groups, one after the other, each
+            row is.
+        slots: for padded images, the place of each row among those of the batch.
+        length: for padded images, rows of each.
     """
 
     layouts: tuple[Reduction | None, ...]
     order: Tensor | None = None
     unsort: Tensor | None = None
+    slots: Tensor | None = None
+    length: int = 0
 
 
 class PatchLayout:
@@ -39,17 +46,17 @@ class PatchLayout:
     Args:
         groups: the images; one group where they are rows of a batch.
         shape: (B, N), or (N) or (1, N) of a sequence: that of the states, less their width.
-        special: rows before the tokens of each image.
-        packed: whether the images lie in one sequence.
+        encoder: how its rows are laid out.
     """
 
     def __init__(
-        self, groups: Sequence[EncoderGroup], shape: Sequence[int], special: int, packed: bool
+        self, groups: Sequence[EncoderGroup], shape: Sequence[int], encoder: Encoder
     ) -> None:
         self.groups = groups
         self.shape = tuple(shape)
-        self.special = special
-        self.packed = packed
+        self.special = encoder.special
+        self.packed = encoder.packed is not None
+        self.padded = encoder.padded
         self.now = Point(tuple(None for _ in groups))
         self._points: list[tuple[int, Point]] = []
 
@@ -69,6 +76,8 @@ class PatchLayout:
         rows = of.rows_at(layout)
         if point.order is not None:
             rows = torch.searchsorted(point.order, rows)
+        if point.slots is not None:
+            rows = point.slots[rows]
         taken = states.reshape(-1, states.shape[-1]).index_select(0, rows.flatten())
         return taken.view(*rows.shape[:2], -1)
 
@@ -83,7 +92,8 @@ class PatchLayout:
         layouts = tuple(of.layout for of in self.groups)
         rows = [of.rows_at(of.layout).flatten(1) for of in self.groups]
         if self.packed:
-            self.now = Point(layouts, *torch.cat([row.flatten() for row in rows]).sort())
+            order, unsort = torch.cat([row.flatten() for row in rows]).sort()
+            self.now = Point(layouts, order, unsort, *self._slots(order))
         else:
             start = torch.arange(self.shape[0], device=states.device)[:, None] * self.shape[1]
             specials = start + torch.arange(self.special, device=states.device)
@@ -91,14 +101,41 @@ class PatchLayout:
         self._points.append((first, self.now))
         return self.lay(states, values)
 
+    def _slots(self, order: Tensor) -> tuple[Tensor | None, int]:
+        """The place of each row of an order in a batch of padded images, and rows of each image."""
+        if not self.padded:
+            return None, 0
+        image = order // self.shape[1]
+        counts = torch.bincount(image, minlength=self.shape[0])
+        length = int(counts.max())
+        start = counts.cumsum(0) - counts
+        number = torch.arange(len(order), device=order.device) - start[image]
+        return image * length + number, length
+
     def lay(self, states: Tensor, values: Sequence[Tensor]) -> Tensor:
-        """Rows of all tokens in the encoder's order, after the special rows of some states."""
+        """Rows of all tokens in the encoder's order, after the special rows of some states; zeros
+        for padding.
+        """
         width, unsort = states.shape[-1], self.now.unsort
         if unsort is None:
             tokens = values[0].unflatten(2, (-1, width)).flatten(1, 2)
             return torch.cat((states[:, : self.special], tokens), 1)
-        flat = torch.cat([value.reshape(-1, width) for value in values])
-        return flat.index_select(0, unsort).view(*states.shape[:-2], -1, width)
+        flat = torch.cat([value.reshape(-1, width) for value in values]).index_select(0, unsort)
+        if self.now.slots is not None:
+            rows = flat.new_zeros(self.shape[0] * self.now.length, width)
+            flat = rows.index_copy(0, self.now.slots, flat)
+        return flat.view(*states.shape[:-2], -1, width)
+
+    @property
+    def sequence(self) -> bool:
+        """Whether all images lie in one sequence."""
+        return self.packed and not self.padded
+
+    @property
+    def padding(self) -> bool:
+        """Whether rows of now are padding."""
+        slots = self.now.slots
+        return slots is not None and len(slots) < self.shape[0] * self.now.length
 
     def at(self, number: int) -> Point | None:
         """The point that a hidden state of the encoder's output is from; `None` for full length."""
@@ -118,7 +155,11 @@ class PatchLayout:
         ]
         if point.unsort is not None:
             survives = torch.cat([part.flatten() for part in valid])[point.unsort]
-            return point.order.masked_fill(~survives, -1)[None]
+            if point.slots is None:
+                return point.order.masked_fill(~survives, -1)[None]
+            rows = point.order.new_full((self.shape[0] * point.length,), -1)
+            rows[point.slots] = (point.order % self.shape[1]).masked_fill(~survives, -1)
+            return rows.view(self.shape[0], -1)
         survives = torch.nn.functional.pad(valid[0].flatten(1), (self.special, 0), value=True)
         rows = point.order.view(self.shape[0], -1) % self.shape[1]
         return rows.masked_fill(~survives, -1)

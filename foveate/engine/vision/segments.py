@@ -1,4 +1,4 @@
-"""Sequence: what layers are told about rows of images that follow one another.
+"""Segments: what layers are told about rows of images that follow one another, or are padded.
 
 Boundaries of segments are counts of rows, rotary embeddings and block masks have one entry for each
 row. Once rows have been removed, all of them are translated by the rows that remain, once for all
@@ -76,3 +76,28 @@ class PackedRows:
         if mask.dtype == torch.bool:
             return torch.where(mask, self._bias, torch.finfo(self._bias.dtype).min)
         return (mask + self._bias).clamp(min=torch.finfo(mask.dtype).min)
+
+
+class PaddedRows:
+    """The translation for images that are rows of a batch with padding; masks are made elsewhere.
+
+    Args:
+        rows: (B, N') which row of its image each row of now is; any for padding.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def translate(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a layer, for the rows that remain."""
+        changed = dict(kwargs)
+        if (rotary := kwargs.get("position_embeddings")) is not None:
+            changed["position_embeddings"] = tuple(map(self._take, rotary))
+        if (places := kwargs.get("position_ids")) is not None:
+            changed["position_ids"] = self._take(places)
+        return changed
+
+    def _take(self, given: Tensor) -> Tensor:
+        """(B, N', d) of (B, N, d)."""
+        index = self._rows.to(given.device)[..., None].expand(-1, -1, given.shape[-1])
+        return given.gather(1, index)

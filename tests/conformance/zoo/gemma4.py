@@ -36,7 +36,6 @@ PLACEHOLDERS = {
 class Gemma4(Member):
     """As E2B and E4B are."""
 
-    closed = True
     name = "gemma4"
     text_config: ClassVar = {**TEXT, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 4}
 
@@ -78,6 +77,7 @@ class Gemma4Large(Gemma4):
 class Gemma4Unified(Gemma4):
     """As 12B is: patches without a tower, images that see themselves."""
 
+    closed = True
     name = "gemma4_unified"
     text_config: ClassVar = {
         name: value for name, value in TEXT.items() if name != "vocab_size_per_layer_input"

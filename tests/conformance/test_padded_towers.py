@@ -200,6 +200,23 @@ def test_attention_maps_come_back_with_the_padding_that_there_was():
 
 
 @torch.no_grad()
+def test_layers_are_told_where_the_patches_that_remain_stand():
+    model, pixels = model_of("gemma4"), MEMBERS["gemma4"]().pixels(3)
+    told = []
+    hook = model.model.vision_tower.encoder.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: told.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    with foveate.use(model, Listed(layer=1, keep=0.5)):
+        output = model.model.get_image_features(**fresh(pixels), return_dict=True)
+    hook.remove()
+    for image, features in enumerate(output.pooler_output):
+        places = pixels["image_position_ids"][image]
+        rows = cells(places)[~features[:, 0].isnan()].flatten().sort().values
+        assert torch.equal(told[0][image, : len(rows)], places[rows])
+    assert told[0].shape[1] == 32
+
+
+@torch.no_grad()
 def test_patches_that_do_not_fill_cells_are_refused():
     pixels = MEMBERS["gemma4"]().pixels(1)
     pixels["image_position_ids"][0, 5] = -1

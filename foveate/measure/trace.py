@@ -28,7 +28,7 @@ from foveate.engine.vision.segments import boundaries
 from foveate.families import Family, find_family
 
 Frozen: TypeAlias = tuple[tuple[str, Any], ...]
-_VALUES = 4096  # larger integer tensors are masks of pixels, on which no count depends
+_VALUES = 4096  # larger tensors of zeros and ones are masks of pixels, on which no count depends
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 _TOWERS = ("vision_tower", "vision_model", "visual")
 
@@ -108,9 +108,14 @@ def _frozen(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return _Value(value)
     shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-    if value.is_floating_point() or value.is_meta or value.numel() > _VALUES:
+    if value.is_floating_point() or value.is_meta or (value.numel() > _VALUES and _is_mask(value)):
         return shape, dtype, None
     return shape, dtype, tuple(value.flatten().tolist())
+
+
+def _is_mask(value: Tensor) -> bool:
+    low, high = value.aminmax()
+    return int(low) >= 0 and int(high) <= 1
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from foveate.families import find_family
 from foveate.measure import flops
 from foveate.measure.mixers import visible_keys
 from foveate.measure.shapes import TextShape
-from foveate.measure.trace import trace
+from foveate.measure.trace import freeze, trace
 
 SIZES = {
     "hidden_size": 48,
@@ -156,3 +156,11 @@ def test_windows_hide_what_lies_before_them():
     for tokens, keys, window in [(7, 7, 3), (5, 9, 4), (4, 4, 9), (1, 8, 3)]:
         mask = torch.ones(tokens, keys).tril(keys - tokens).triu(keys - tokens - window + 1)
         assert visible_keys(tokens, keys, window=window) == int(mask.sum())
+
+
+def test_places_of_patches_count_however_many_there_are():
+    """Only masks of pixels, which no count depends on, are told by their shape."""
+    places = torch.arange(-1, 5039).view(1, 2520, 2)
+    assert freeze({"places": places}) != freeze({"places": places + 1})
+    mask = torch.ones(1, 72, 72, dtype=torch.long)
+    assert freeze({"mask": mask}) == freeze({"mask": mask.tril()})

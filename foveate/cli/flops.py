@@ -109,10 +109,12 @@ class Answer:
         for (name, first), end in zip(
             ranges, [*(i for _, i in ranges[1:]), len(seen)], strict=True
         ):
-            share = f"{seen[first] / total:.1%}"
+            visual, share = str(seen[first]), f"{seen[first] / total:.1%}"
+            if self.record.last_tokens_from is not None and first >= self.record.last_tokens_from:
+                visual, share = "last token", ""
             each = self.after.layers[first:end]
             costs = dict.fromkeys(human_flops(cost) for cost in (min(each), max(each)))
-            table.add_row(name, str(seen[first]), share, " to ".join(costs))
+            table.add_row(name, visual, share, " to ".join(costs))
         return table
 
     def _costs(self) -> Table:
@@ -157,7 +159,7 @@ def count(question: Question) -> Answer:
     before = account(full, family, (), question.convention)
     after = account(record, family, question.methods, question.convention)
     stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]
-    notes = tuple(_notes(question, family, idle))
+    notes = tuple(_notes(question, family, idle, record.last_tokens_from))
     state = state_bytes(family.config, 1, HALF)
     return Answer(question, record, before, after, (stored[0], stored[1]), state, notes)
 
@@ -179,10 +181,19 @@ def save(answer: Answer, path: Path) -> None:
     write_json(path, answer.to_dict())
 
 
-def _notes(question: Question, family: Family, idle: Sequence[str]) -> list[str]:
+def _notes(
+    question: Question, family: Family, idle: Sequence[str], shared: int | None
+) -> list[str]:
     notes = list(idle)
-    if question.model in checkpoints():
-        notes.append("counted from bundled facts of the config; nothing was downloaded")
+    if (known := checkpoints().get(question.model)) is not None:
+        remark = f"; {known.remark}" if known.remark else ""
+        notes.append(f"counted from bundled facts of the config; nothing was downloaded{remark}")
+    if shared is not None:
+        notes.append(
+            f"layers from {shared} on read keys of earlier layers, and of a prompt compute the "
+            "last token alone, with all tokens too: there, removing tokens saves nothing but "
+            "reading their keys"
+        )
     for method in question.methods:
         keep = method.keep
         found = "without a keep, so all tokens are counted" if keep is None else f"keep={keep}"

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from foveate.errors import UnsupportedModelError
+
 PATH = Path(__file__).with_name("checkpoints.json")
 
 
@@ -25,6 +27,7 @@ class Checkpoint:
         config: fields of the config that differ from the family's defaults, as far as they decide
             how much is computed.
         processor: the same of its image processor.
+        remark: what is left out, or was not compared with the checkpoint.
     """
 
     id: str
@@ -33,6 +36,7 @@ class Checkpoint:
     model_type: str
     config: dict[str, Any]
     processor: dict[str, Any]
+    remark: str = ""
 
     def skeleton(self) -> Any:
         """The model without weights, on the meta device."""
@@ -45,14 +49,27 @@ class Checkpoint:
             return kind.from_config(config)
 
     def image_processor(self) -> Any:
-        """Its image processor."""
+        """Its image processor.
+
+        Raises:
+            UnsupportedModelError: it needs torchvision, which is not installed.
+        """
         import transformers
         from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
         names: Any = IMAGE_PROCESSOR_MAPPING_NAMES[self.model_type]
-        # The form that needs no torchvision; older releases have a tuple of slow and fast.
-        name = names["pil"] if isinstance(names, dict) else names[0]
-        return getattr(transformers, name)(**self.processor)
+        # The form that needs no torchvision, if there is one; older releases have a tuple of slow
+        # and fast.
+        if isinstance(names, dict):
+            names = [names.get("pil") or names["torchvision"]]
+        name: str = names[0]
+        try:
+            return getattr(transformers, name)(**self.processor)
+        except ImportError as error:
+            raise UnsupportedModelError(
+                f"the image processor of {self.id} needs torchvision, which is not installed; "
+                "install the build that matches torch"
+            ) from error
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """`foveate flops` counts from configs alone."""
 
+import importlib.util
 import json
 import re
 
@@ -68,11 +69,45 @@ def test_caches_of_layers_with_windows_hold_no_more(tmp_path):
     assert found["kv_bytes"]["before"] == slot * (5 * (8 * 256 + 64) + 29 * 1023)
 
 
-@pytest.mark.parametrize("name", [n for n, c in checkpoints().items() if c.model_type != "vit"])
+VISION = importlib.util.find_spec("torchvision") is not None
+NEEDING = ("moonshotai/Kimi-K2.6", "LiquidAI/LFM2-VL-1.6B")  # torchvision, for their processors
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n, c in checkpoints().items() if c.model_type != "vit" and (VISION or n not in NEEDING)],
+)
 def test_every_bundled_checkpoint_is_counted(tmp_path, name):
     found = numbers(tmp_path, name, "-m", "pyramiddrop", "--image-size", "448x336")
     assert found["flops"]["after"]["total"] < found["flops"]["before"]["total"]
     assert found["kv_bytes"]["after"] < found["kv_bytes"]["before"]
+
+
+@pytest.mark.skipif(VISION, reason="torchvision is installed")
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_processor_that_needs_torchvision_says_so(name):
+    done = run(name, "-m", "pyramiddrop")
+    assert done.exit_code == 2
+    assert f"processor of {name} needs torchvision" in " ".join(done.output.split())
+
+
+def test_layers_that_share_keys_promise_no_saving(tmp_path):
+    """The last 18 of 42 layers of Gemma 4 E4B compute the last token of a prompt alone."""
+    name = "google/gemma-4-E4B-it"
+    found = numbers(tmp_path, name, "-m", "fastv", "--set", "keep=0.25")
+    assert found["visual_tokens"] == [256] * 6 + [64] * 18 + [0] * 18
+    before, after = (found["flops"][when]["layers"] for when in ("before", "after"))
+    for layer in range(24, 42):  # one query fewer keys of its donor, of 8 heads
+        head = 512 if layer % 6 == 5 else 256
+        assert before[layer] - after[layer] == 4 * 8 * head * (256 - 64)
+        assert before[layer] < before[layer % 6 + 6] / 100
+    slots = [(2 if layer % 6 == 5 else 1) * 2 * 2 * 256 * 2 for layer in range(24)]
+    assert found["kv_bytes"]["before"] == sum(slots) * (256 + 64)
+    assert found["kv_bytes"]["after"] == sum(slots[:6]) * (256 + 64) + sum(slots[6:]) * (64 + 64)
+    shown = " ".join(run(name, "-m", "fastv", "--set", "keep=0.25").output.split())
+    assert re.search(r"24-41 last token 181\.93 MFLOPs to 203\.95 MFLOPs", shown)
+    assert "layers from 24 on read keys of earlier layers" in shown
+    assert "nothing was downloaded; its audio encoder is left out" in shown
 
 
 def test_a_running_state_is_as_large_with_fewer_tokens(tmp_path):

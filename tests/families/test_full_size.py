@@ -16,6 +16,8 @@ from foveate.methods import DivPrune, FastV, PyramidDrop
 # Hub id -> FastV's default layer, with the error of the published 2 if that does not work, and
 # PyramidDrop's layers. The facts of a checkpoint are those that `foveate flops` counts with.
 DEEPSTACK = "first layer before which tokens may be removed is 3"
+SLIDING = "only a window of the sequence; the nearest layer that can give it is 5, of 5, 11, 17, 23"
+STATE = "a running state and has no keys of single tokens; the nearest layer that can give it is "
 WINDOW = "only a window of the sequence; the nearest .* is 3, of "
 EXPECTED = {
     "llava-hf/llava-1.5-7b-hf": (2, (8, 16, 24)),
@@ -36,6 +38,11 @@ EXPECTED = {
         (6, "only a window of the sequence; the nearest .* is 5, of 5, 11, 17, 23, 29"),
         (5, 17, 23),
     ),
+    "google/gemma-4-E4B-it": ((6, SLIDING), (11, 17, 23)),
+    "google/gemma-4-26B-A4B-it": ((6, SLIDING), (5, 17, 23)),
+    "moonshotai/Kimi-K2.6": (2, (15, 30, 45)),
+    "openbmb/MiniCPM-V-4.6": ((4, f"{STATE}3, of 3, 7"), (7, 11, 19)),
+    "LiquidAI/LFM2-VL-1.6B": ((3, f"{STATE}2, of 2, 5"), (5, 8, 12)),
     "google/paligemma2-3b-pt-224": (2, (5, 13, 19)),
     "CohereLabs/aya-vision-8b": ((4, f"{WINDOW}3, 7, 11, 15"), (7, 15, 23)),
 }

@@ -16,6 +16,7 @@ from foveate.engine.cache import PRUNED, WITHOUT_SLOTS
 
 Attributes = dict[str, Any]
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
+STATES = "recurrent_states"  # attribute of cache layers with a running state
 KINDS = {*PRUNED, *PRUNED.values(), *WITHOUT_SLOTS}
 
 
@@ -37,11 +38,21 @@ class Rollback:
         self._layers = [(layer, *_held(layer, past, rewritten)) for layer in cache.layers]
 
     @classmethod
-    def of(cls, cache: Cache | None, past: int, *, rewritten: bool = False) -> Rollback | None:
+    def of(
+        cls, cache: Cache | None, past: int, *, rewritten: bool = False, copies: bool = True
+    ) -> Rollback | None:
         """What a cache holds; `None` without one, or where a layer is of a kind that is never
-        pruned. Arguments as above.
+        pruned.
+
+        Args:
+            cache: as above.
+            past: as above.
+            rewritten: as above.
+            copies: whether running states may be copied; if not, `None` where there are any.
         """
         if cache is None or not {type(layer) for layer in cache.layers} <= KINDS:
+            return None
+        if not copies and any(hasattr(layer, STATES) for layer in cache.layers):
             return None
         return cls(cache, past, rewritten=rewritten)
 

@@ -1,13 +1,17 @@
 """A forward that dies leaves the cache as it found it; so going on is right."""
 
 import copy
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
 from foveate.methods import LVLMCSP, DivPrune, DyCoke, FastV, PruneVid, PyramidDrop
 from foveate.testing import models
+from tests.conformance.zoo import MEMBERS
 from tests.tinies import LAYERS, prompts, tiny_llava
 
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -153,3 +157,47 @@ def test_a_forward_that_died_outside_its_session_is_told_within():
         pytest.raises(foveate.errors.CacheError, match="disagree on its length"),
     ):
         go_on(model, cache, 4)
+
+
+class Clones(TorchDispatchMode):
+    """Counts copies of tensors, by their shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.clone.default:
+            self.shapes[args[0].shape] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def states(cache):
+    """Copies of all running states of a cache."""
+    return [
+        state.clone()
+        for layer in cache.layers
+        for table in ("conv_states", "recurrent_states")
+        for state in getattr(layer, table, {}).values()
+        if state is not None
+    ]
+
+
+def clones(model, cache, ids):
+    """Copies that one forward of text after a cache makes of tensors as large as its states."""
+    shapes = {state.shape for state in states(cache)}
+    with torch.no_grad(), Clones() as counted:
+        model(input_ids=ids, past_key_values=cache)
+    return {shape: counted.shapes[shape] for shape in shapes}
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_running_states_are_not_copied_where_nothing_was_removed(tokens):
+    model = MEMBERS["qwen3_5"]().build()
+    ids = torch.arange(20, 20 + tokens)[None]
+    counts = []
+    for attached in (False, True):
+        with foveate.use(model, DivPrune(keep=0.3)) if attached else nullcontext():
+            cache = model(input_ids=torch.arange(10, 18)[None], use_cache=True).past_key_values
+            counts.append(clones(model, cache, ids))
+    assert counts[0] == counts[1]

@@ -145,7 +145,13 @@ class ForwardHooks:
         evicts = bool(self.state.now.visual) and any(
             "evict_cache" in planned.step.effects for planned in self.plan.llm
         )
-        return Rollback.of(cache, past, rewritten=evicts, copies=shortened)
+        return Rollback.of(
+            cache,
+            past,
+            rewritten=evicts,
+            copies=shortened,
+            replaced=self.family.replaces_state,
+        )
 
     def _prompt(
         self, sequence: Tensor, past: int, groups: list[ImageGroup], kwargs: Kwargs

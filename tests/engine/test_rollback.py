@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
+from foveate.families.qwen3_5 import Qwen35
 from foveate.methods import LVLMCSP, DivPrune, DyCoke, FastV, PruneVid, PyramidDrop
 from foveate.testing import models
 from tests.conformance.zoo import MEMBERS
@@ -27,13 +28,13 @@ class Killed(BaseException):
     """Ctrl-C, or memory that has run out."""
 
 
-def killed(layer, call):
+def killed(layer, call, mlp="mlp"):
     """Run a call that dies in the MLP of a layer, after its attention and its cache."""
 
     def die(*_):
         raise Killed
 
-    hook = layer.mlp.register_forward_pre_hook(die)
+    hook = getattr(layer, mlp).register_forward_pre_hook(die)
     try:
         with pytest.raises(Killed):
             call()
@@ -201,3 +202,44 @@ def test_running_states_are_not_copied_where_nothing_was_removed(tokens):
             cache = model(input_ids=torch.arange(10, 18)[None], use_cache=True).past_key_values
             counts.append(clones(model, cache, ids))
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_running_states_that_a_model_replaces_are_not_copied(tokens):
+    """Of a pruned cache; states of convolutions are, which are small."""
+    model = MEMBERS["qwen3_5"]().build()
+    ids = torch.arange(20, 20 + tokens)[None]
+    bare = model(input_ids=torch.arange(10, 18)[None], use_cache=True).past_key_values
+    want = clones(model, bare, ids)
+    with foveate.use(model, DivPrune(keep=0.3)):
+        inputs = MEMBERS["qwen3_5"]().inputs([[4, 6]])
+        cache = model(**inputs, use_cache=True).past_key_values
+        got = clones(model, cache, ids)
+    large = cache.layers[0].recurrent_states[0].shape
+    assert got[large] == want[large]
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("number", [0, 2, 4])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_running_states_are_brought_back_after_a_forward_that_died(
+    monkeypatch, name, number, tokens, replaces
+):
+    """Bit for bit, copied or replaced."""
+    member = MEMBERS[name]()
+    model = member.build()
+    if name == "qwen3_5":
+        monkeypatch.setattr(Qwen35, "replaces_state", replaces)
+    ids = torch.arange(20, 20 + tokens)[None]
+    layer = model.model.language_model.layers[number]
+    mlp = "mlp" if hasattr(layer, "mlp") else "feed_forward"
+    with foveate.use(model, DivPrune(keep=0.3)), torch.no_grad():
+        cache = model(**member.inputs([[4, 6]]), use_cache=True).past_key_values
+        twin = copy.deepcopy(cache)
+        want = model(input_ids=ids, past_key_values=twin).logits
+        before = states(cache)
+        killed(layer, lambda: model(input_ids=ids, past_key_values=cache), mlp)
+        assert all(map(torch.equal, states(cache), before))
+        assert not all(map(torch.equal, states(twin), before)), "the test does not bite"
+        assert torch.equal(model(input_ids=ids, past_key_values=cache).logits, want)

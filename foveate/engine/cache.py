@@ -19,12 +19,14 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
 from foveate.core import PartialCompute
 from foveate.engine.compilation import untraced
 from foveate.engine.layout import Slots
+from foveate.engine.running_state import ReplacedStateLayer
 from foveate.errors import CacheError
 
 WORK = "work"  # attached where a session computes less of visual tokens: what it computes
@@ -214,10 +216,8 @@ PRUNED: dict[type, type[PrunedLayer]] = {
     StaticLayer: PrunedStaticLayer,
 }
 WITHOUT_SLOTS = frozenset(
-    kind
-    for name in ("LinearAttentionLayer", "DummyLayer")  # the latter is not in transformers 5.20
-    if (kind := getattr(cache_utils, name, None)) is not None
-)
+    {LinearAttentionLayer, ReplacedStateLayer, getattr(cache_utils, "DummyLayer", None)} - {None}
+)  # transformers 5.20 has no DummyLayer
 """Cache layers that are left as they are: of a running state, or of layers that keep nothing."""
 
 

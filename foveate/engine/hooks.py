@@ -101,24 +101,16 @@ class ForwardHooks:
             sequence = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        groups: list[ImageGroup] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
-        evicts = bool(now.visual) and any(
-            "evict_cache" in planned.step.effects for planned in self.plan.llm
-        )
-        now.rollback = Rollback.of(cache, past, rewritten=evicts)
         if now.encoded or (self.plan.visual_blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
-        if now.visual and now.encoded:
-            check_cache(cache)
-            sliced = any(map(features.is_slice, now.encoded.values()))
-            readout = None if sliced else now.readout
-            parts = self._parts(now.visual, now.encoded, sequence)
-            groups = find_images(parts, now.request_of, readout)
-            check_readout(groups, self.plan)
-        elif (
-            cache is not None
+        with_images = bool(now.visual and now.encoded)
+        groups = self._groups(sequence, cache) if with_images else []
+        now.rollback = self._rollback(cache, past, shortened=bool(groups) or any(before))
+        if (
+            not with_images
+            and cache is not None
             and past
             and self.plan.decode_step is None
             and (sequence.shape[1] == 1 or not self.plan.visual_blind)
@@ -134,6 +126,32 @@ class ForwardHooks:
         if marked is not None and self.family.reads_embeddings:  # marks would become gradients
             kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 0.0)}
         return args, now.forward.deepstack(kwargs)
+
+    def _groups(self, sequence: Tensor, cache: Cache | None) -> list[ImageGroup]:
+        """The images of a forward, by (B, T, D) embeddings in which removed tokens are marked."""
+        now = self.state.now
+        check_cache(cache)
+        sliced = any(map(features.is_slice, now.encoded.values()))
+        parts = self._parts(now.visual, now.encoded, sequence)
+        groups = find_images(parts, now.request_of, None if sliced else now.readout)
+        check_readout(groups, self.plan)
+        return groups
+
+    def _rollback(self, cache: Cache | None, past: int, *, shortened: bool) -> Rollback | None:
+        """What a cache of some logical length is brought back to if this forward dies.
+
+        Where tokens are neither removed now nor were before, running states are not worth a copy.
+        """
+        evicts = bool(self.state.now.visual) and any(
+            "evict_cache" in planned.step.effects for planned in self.plan.llm
+        )
+        return Rollback.of(
+            cache,
+            past,
+            rewritten=evicts,
+            copies=shortened,
+            replaced=self.family.replaces_state,
+        )
 
     def _prompt(
         self, sequence: Tensor, past: int, groups: list[ImageGroup], kwargs: Kwargs

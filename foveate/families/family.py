@@ -70,6 +70,8 @@ class Family:
     """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    replaces_state: ClassVar[bool] = False
+    """Whether recurrent layers hand each new running state to the cache, and write over none."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
 

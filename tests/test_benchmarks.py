@@ -81,6 +81,8 @@ UNMEASURED = (
     "lfm3_vl",
     "minicpm_ocr",
     "minicpmv4_7",
+    "muse_glimmer",
+    "muse_spark",
     "pp_chart2table",
     "qianfan_ocr",
     "qwen2_5_omni_thinker",

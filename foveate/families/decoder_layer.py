@@ -15,7 +15,11 @@ NORMS = ("input_layernorm", "operator_norm")
 MIXERS = ("self_attn", "linear_attn", "conv")
 MLPS = ("mlp", "feed_forward")
 LAST_NORMS = ("norm", "embedding_norm")
-HEAD_NORMS = ("{}_norm", "{}_layernorm")
+HEAD_NORMS = {  # of queries, keys and values
+    "q": ("q_norm", "q_layernorm", "qk_norm"),
+    "k": ("k_norm", "k_layernorm", "qk_norm"),
+    "v": ("v_norm", "v_layernorm"),
+}
 
 
 def norm_of(layer: Any) -> Any:
@@ -66,7 +70,7 @@ def last_norm_of(text: Any) -> Any:
 
 def head_norm_of(attention: Any, part: str) -> Any:
     """The norm of an attention's queries (`q`), keys (`k`) or values (`v`); `None` without one."""
-    return _find(attention, tuple(name.format(part) for name in HEAD_NORMS))
+    return _find(attention, HEAD_NORMS[part])
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:

@@ -66,6 +66,8 @@ class Family:
     """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
+    rotary_where_rotated: ClassVar[bool] = False
+    """Whether layers that do not rotate are handed no rotary positions, rather than ignore them."""
     per_position: ClassVar[tuple[str, ...]] = ()
     """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
@@ -155,7 +157,9 @@ class Family:
         return None if getattr(config, "layer_types", None) else window_of(config, 0)
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
+        """Rotary (cos, sin) of a decoder layer for (B, T) positions; `None` if handed none."""
+        if self.rotary_where_rotated and not self.rotates(layer):
+            return None
         kind = {"layer_type": self.layer_kinds[layer]} if self._rotary_by_kind else {}
         return self.text.rotary_emb(hidden, position_ids=position_ids, **kind)
 

@@ -7,7 +7,6 @@ it where foveate does not act.
 from __future__ import annotations
 
 _YET = "so it is not supported yet: it needs"
-_NO_ROTARY = f"its full-attention layers are handed no rotary positions, {_YET} layers without them"
 _INDEXED = (
     f"its attention chooses what to read by an index of keys beside the cache, {_YET} a cache that "
     "shortens both"
@@ -62,8 +61,6 @@ UNSUPPORTED: dict[str, str] = {
     "mistral4": "its config has no vision encoder: it is a text model",
     "mistral_large4": _INDEXED,
     "mllama": _CROSS,
-    "muse_glimmer": _NO_ROTARY,
-    "muse_spark": _NO_ROTARY,
     "nemotron_h_omni": f"its text model has Mamba layers and no base model around it, {_YET} both",
     "phi4_multimodal": f"its vision encoder is a part of the text model's embedding, {_YET} "
     "removal after that",

@@ -226,7 +226,7 @@ def _check_papers(shapes: Sequence[TextShape], family: Counted, convention: Conv
 def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     """4 n d^2 + 2 n^2 d + 2 or 3 n d m, as papers count a decoder layer."""
     width = shape.hidden
-    mlp = convention.mlp * tokens * width * shape.mlp
+    mlp = convention.mlp * tokens * (shape.narrow or width) * shape.mlp
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 

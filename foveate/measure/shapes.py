@@ -17,6 +17,8 @@ from foveate.measure.mixers import (
 
 GATED = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """Text models whose query matrix makes a gate of the output too; their configs do not say so."""
+GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
+"""Text models with a matrix of its own for such a gate; their configs do not say so either."""
 UNGATED = frozenset({"cosmos3_edge_text"})
 """Text models whose MLP has no gate."""
 ATTENTION = frozenset({"full_attention", "sliding_attention"})
@@ -26,7 +28,7 @@ ATTENTION = frozenset({"full_attention", "sliding_attention"})
 class TextShape:
     """The sizes of a decoder layer: what mixes its tokens, and an MLP.
 
-    Symbols: `T` tokens, `D` hidden, `M` width of the MLP.
+    Symbols: `T` tokens, `D` hidden, `M` width of the MLP, `N` width of what its experts read.
 
     Args:
         layers: L, of the whole decoder.
@@ -41,6 +43,8 @@ class TextShape:
             Gemma 4; 0 for nothing.
         donor: the earlier layer whose keys and values this one uses; `None` if it has its own.
         matrices: of the MLP: gate, up and down, or two where it has no gate.
+        narrow: N, to which a matrix brings tokens before experts, and another back from it, as in
+            Muse Spark; 0 where experts read D.
     """
 
     layers: int
@@ -52,6 +56,7 @@ class TextShape:
     per_layer: int = 0
     donor: int | None = None
     matrices: int = 3
+    narrow: int = 0
 
     @classmethod
     def of(cls, config: Any, layer: int = 0) -> TextShape:
@@ -77,6 +82,7 @@ class TextShape:
             per_layer=getattr(text, "hidden_size_per_layer_input", None) or 0,
             donor=donor,
             matrices=2 if getattr(text, "model_type", "") in UNGATED else 3,
+            narrow=(getattr(text, "moe_hidden_size", None) or 0) if router else 0,
         )
 
     @classmethod
@@ -87,10 +93,12 @@ class TextShape:
 
     def mlp_flops(self, tokens: int) -> int:
         """The matrices of the MLP, 2 T D M each, 2 T D for each number of the router, and 4 T D
-        times the width of inputs per layer, for their gate and their way back.
+        times the width of inputs per layer, for their gate and their way back. Where experts read
+        N, 2 T N M each, and 4 T D N for the way there and back.
         """
-        widths = self.matrices * self.mlp + self.router + 2 * self.per_layer
-        return 2 * tokens * self.hidden * widths
+        neurons = self.matrices * self.mlp * (self.narrow or self.hidden)
+        widths = self.router + 2 * self.per_layer + 2 * self.narrow
+        return 2 * tokens * (neurons + self.hidden * widths)
 
 
 # -- what mixes tokens
@@ -133,6 +141,8 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
     head_dim = getattr(own, "head_dim", None) or text.hidden_size // heads
     # Of each head, or of each of its channels.
     gating = getattr(own, "gating", None) or getattr(own, "use_attention_gate", False)
+    if getattr(text, "model_type", "") in GATED_APART:
+        gating = "per-channel"
     return Attention(
         hidden=text.hidden_size,
         heads=heads,

@@ -106,6 +106,8 @@ class LayerView:
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
         projected = self._projection("q_proj")(self._normed[rows, columns])
         q = self._heads(self._without_gate(projected), "q")
+        if (factor := getattr(self.attention_module, "qk_scale_factor", None)) is not None:
+            q = q * factor  # Muse scales queries once more after their norm
         if self._rotary is not None and rotate:
             cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
             q = self.rotation(q, q, cos, sin)[0]

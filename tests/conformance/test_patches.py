@@ -112,6 +112,7 @@ def on_grids(name, pictures, sides=None):
     kinds = {
         "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "hunyuan_vl": HunYuanVLImageProcessorPil,
         "kimi_k25": PaddleOCRVLImageProcessorPil, "kimi_k25-halves": PaddleOCRVLImageProcessorPil,
+        "muse_glimmer": PaddleOCRVLImageProcessorPil, "muse_spark": PaddleOCRVLImageProcessorPil,
         "paddleocr_vl": PaddleOCRVLImageProcessorPil,
         "video_llama_3": VideoLlama3ImageProcessorPil,
     }  # fmt: skip
@@ -125,7 +126,10 @@ def on_grids(name, pictures, sides=None):
         given = processor([Image.fromarray(pixels)], return_tensors="pt")
         patches.append(given["pixel_values"].float())
         grids.append(given["image_grid_thw"])
-    return torch.cat(patches), torch.cat(grids)
+    values = torch.cat(patches)
+    if name.startswith("muse"):  # both frames of a pair, of all channels each
+        values = values.flatten(1).repeat(1, 2)
+    return values, torch.cat(grids)
 
 
 def tiled(name, pictures):

@@ -69,11 +69,9 @@ def member_of(shape: Shape) -> Member:
         made = kind.config(self)
         text = made.get_text_config()
         text.num_hidden_layers, text.num_key_value_heads = shape.depth, shape.key_heads
-        kinds = getattr(text, "layer_types", None)
-        if kinds:
-            text.layer_types = (list(kinds) * shape.depth)[: shape.depth]
-        if blocks := getattr(text, "mlp_layer_types", None):
-            text.mlp_layer_types = (list(blocks) * shape.depth)[: shape.depth]
+        for name in ("layer_types", "mlp_layer_types", "layer_rope_theta"):
+            if said := getattr(text, name, None):
+                setattr(text, name, (list(said) * shape.depth)[: shape.depth])
         return made
 
     member: Member = type(kind.__name__, (kind,), {"config": config})()

@@ -75,7 +75,7 @@ class TextAttachment(Attachment):
         self.uncopied(family.model, family.base, family.text)
         self.replace_forward(family.base, self.model.base, outer=True, anchor=True)
         self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
-        if family.model is not family.base:
+        if family.generates:
             self.hook(family.model, self.model.enter_top)
             around = self.generate.generate
             wrapped = self.wrap(family.model, "generate", around, outer=True, late=refuse_late)

@@ -51,6 +51,9 @@ def window_of(text: Any, layer: int) -> int | None:
 class Family:
     """Base of all families: a multimodal `base` model around a `text` model with `layers`.
 
+    The base model makes features and puts them in the prompt. Where the model with `generate` does
+    that itself, and its text model brings the language-model head, both are one.
+
     Args:
         model: a model of this family, with or without its language-model head.
 
@@ -84,6 +87,11 @@ class Family:
     def model_type(self) -> str:
         """The config's model type."""
         return self.config.model_type
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model has a language-model head, and so `generate`."""
+        return hasattr(self.model, "generate")
 
     # -- the text model
 

@@ -94,6 +94,9 @@ class TextAttachment(Attachment):
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.features.enter_projector)
+            if (late := family.late_projector(modality)) is not None:
+                replaced = functools.partial(self.features.late_projector, modality)
+                self.replace_forward(late, replaced)
 
     def _attach_to_layers(self) -> None:
         family, hooks = self.family, self.forward

@@ -329,6 +329,16 @@ class Family:
         """
         return None
 
+    def late_projector(self, modality: str) -> Any:
+        """The module that the base model puts what `get_image_features` returns through, its
+        `last_hidden_state`, before it places that in the prompt; `None` where features are returned
+        as they are placed, as `pooler_output`.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
     def unprojected(
         self, modality: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:

@@ -25,7 +25,7 @@ from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.forward import ForwardPass
 from foveate.engine.grouping import ModalityImages, find_images
 from foveate.engine.images import ImageGroup
-from foveate.engine.inputs import check_drafts
+from foveate.engine.inputs import check_drafts, check_length
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.masks import numbered_positions, real_positions, seen_positions
 from foveate.engine.plan import Plan
@@ -112,6 +112,7 @@ class ForwardHooks:
             check_maps(self.plan, self.family, kwargs)
         if now.visual and now.encoded:
             check_cache(cache)
+            check_length(self.family, past + sequence.shape[1])
             sliced = any(map(features.is_slice, now.encoded.values()))
             readout = None if sliced else now.readout
             parts = self._parts(now.visual, now.encoded, sequence)
@@ -225,6 +226,7 @@ class ForwardHooks:
         if forward is not None and forward.groups:
             given = args[0] if args else kwargs["hidden_states"]
             made = output[0] if isinstance(output, tuple) else output
+            made = made.view(given.shape)  # some mixtures of experts return all rows as one
             forward.decoder_signals.collect_module(number, given, made)
 
     @torch.compiler.disable

@@ -177,6 +177,13 @@ class Family:
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
+    @property
+    def tempered_from(self) -> int | None:
+        """First position from which layers sharpen attention by where a token stands among those
+        that they are given, rather than by its position; `None` if they do not.
+        """
+        return None
+
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
         return True

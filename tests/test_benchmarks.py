@@ -79,6 +79,7 @@ UNMEASURED = (
     "idefics2",
     "janus",
     "lfm3_vl",
+    "llama4",
     "minicpm_ocr",
     "minicpmv4_7",
     "muse_glimmer",

@@ -134,7 +134,7 @@ class CachedForward:
         """Rotary embeddings of a forward, with which those of renumbered layers are made at once.
 
         Args:
-            embed: makes (cos, sin) of positions.
+            embed: makes (cos, sin) of positions, or one complex tensor.
             positions: (B or 1, T) those of the forward.
         """
         shifts = self._shifts
@@ -142,8 +142,11 @@ class CachedForward:
             return embed(positions)
         rows = [positions, *(positions - shift for shift in shifts)]
         sizes = [len(row) for row in rows]
-        cos, sin = embed(torch.cat(rows))
-        given, *others = zip(cos.split(sizes), sin.split(sizes), strict=True)
+        made = embed(torch.cat(rows))
+        if isinstance(made, Tensor):
+            given, *others = made.split(sizes)
+        else:
+            given, *others = zip(*(part.split(sizes) for part in made), strict=True)
         for shift, rotary in zip(shifts, others, strict=True):
             self._rotary[id(given), id(shift)] = rotary
         self._named.append(given)

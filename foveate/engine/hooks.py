@@ -25,7 +25,7 @@ from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.forward import ForwardPass
 from foveate.engine.grouping import ModalityImages, find_images
 from foveate.engine.images import ImageGroup
-from foveate.engine.inputs import check_drafts
+from foveate.engine.inputs import check_drafts, check_length
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.masks import numbered_positions, real_positions, seen_positions
 from foveate.engine.plan import Plan
@@ -106,7 +106,7 @@ class ForwardHooks:
         if now.encoded or (self.plan.visual_blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
         with_images = bool(now.visual and now.encoded)
-        groups = self._groups(sequence, cache) if with_images else []
+        groups = self._groups(sequence, cache, past) if with_images else []
         now.rollback = self._rollback(cache, past, shortened=bool(groups) or any(before))
         if (
             not with_images
@@ -127,10 +127,13 @@ class ForwardHooks:
             kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 0.0)}
         return args, now.forward.deepstack(kwargs)
 
-    def _groups(self, sequence: Tensor, cache: Cache | None) -> list[ImageGroup]:
-        """The images of a forward, by (B, T, D) embeddings in which removed tokens are marked."""
+    def _groups(self, sequence: Tensor, cache: Cache | None, past: int) -> list[ImageGroup]:
+        """The images of a forward, by (B, T, D) embeddings in which removed tokens are marked, after
+        a cache of some logical length.
+        """
         now = self.state.now
         check_cache(cache)
+        check_length(self.family, past + sequence.shape[1])
         sliced = any(map(features.is_slice, now.encoded.values()))
         parts = self._parts(now.visual, now.encoded, sequence)
         groups = find_images(parts, now.request_of, None if sliced else now.readout)
@@ -243,6 +246,7 @@ class ForwardHooks:
         if forward is not None and forward.groups:
             given = args[0] if args else kwargs["hidden_states"]
             made = output[0] if isinstance(output, tuple) else output
+            made = made.view(given.shape)  # some mixtures of experts return all rows as one
             forward.decoder_signals.collect_module(number, given, made)
 
     @torch.compiler.disable

@@ -164,6 +164,26 @@ def check_drafts(sees: Tensor | None, trailing: int) -> None:
         )
 
 
+def check_length(family: Family, total: int) -> None:
+    """Refuse prompts with images in which a token's place among survivors would count.
+
+    Args:
+        family: the model.
+        total: tokens of the prompt, cached ones included.
+
+    Raises:
+        InputError: layers sharpen attention by places, and the prompt is so long that they do.
+    """
+    first = family.tempered_from
+    if first is not None and total > first:
+        raise InputError(
+            f"layers of {family.model_type} sharpen their attention from position {first} on by "
+            "where a token stands among those that they are given, which is not its position once "
+            f"visual tokens are removed, and this prompt has {total} tokens; shorten it to {first} "
+            "with those that are cached, or run it without a session"
+        )
+
+
 def check_early_exit(family: Family, arguments: Mapping[str, Any]) -> None:
     """Refuse a model as its own assistant, by an early exit, where transformers cannot do that.
 

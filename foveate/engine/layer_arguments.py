@@ -19,6 +19,7 @@ from foveate.engine.cache import PrunedLayer, pruned_layer
 from foveate.engine.layout import (
     Layout,
     Slots,
+    each_part,
     take,
     take_positions,
     translate_mask,
@@ -242,7 +243,7 @@ class LayerArguments:
     def positions(
         self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
-        """(cos, sin) and position ids of the columns of a layer, in the numbering of its keys."""
+        """Rotary embeddings and position ids of a layer's columns, as its keys are numbered."""
         rotary, position_ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
         earlier = keys.before.renumbered
         if queries is self.full and keys.renumbering is None and earlier is None:
@@ -277,7 +278,7 @@ class LayerArguments:
                 positions = positions - earlier
             rotary = self.family.rotary(hidden, positions, number)
         elif rotary is not None and not last:
-            rotary = tuple(take(part, columns) for part in rotary)
+            rotary = each_part(rotary, lambda part: take(part, columns))
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
         if self.prompt.flash:
             positions = places_in_samples(self.prompt.sample, columns)

@@ -73,6 +73,11 @@ def take(x: Tensor, source: Tensor) -> Tensor:
     return x[rows, source]
 
 
+def each_part(rotary: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Rotary embeddings, each part of which is changed: (cos, sin), or one complex tensor."""
+    return change(rotary) if isinstance(rotary, Tensor) else tuple(map(change, rotary))
+
+
 def take_positions(positions: Tensor, source: Tensor) -> Tensor:
     """Columns of (B, T) positions, or of (axes, B, T) where layers are handed every axis."""
     if positions.dim() == 2:

@@ -22,6 +22,7 @@ from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
+from foveate.families.projection import project
 from foveate.signals.encoder_hooks import EncoderSignals, signal_of
 from foveate.signals.packed import PackedSignals
 
@@ -154,5 +155,6 @@ class Tags:
                 "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
+        project(self.family, modality, copy)
         self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [], made_outside=True)
         return copy

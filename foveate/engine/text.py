@@ -75,7 +75,7 @@ class TextAttachment(Attachment):
         self.uncopied(family.model, family.base, family.text)
         self.replace_forward(family.base, self.model.base, outer=True, anchor=True)
         self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
-        if family.model is not family.base:
+        if family.generates:
             self.hook(family.model, self.model.enter_top)
             around = self.generate.generate
             wrapped = self.wrap(family.model, "generate", around, outer=True, late=refuse_late)
@@ -94,6 +94,9 @@ class TextAttachment(Attachment):
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.features.enter_projector)
+            if (late := family.late_projector(modality)) is not None:
+                replaced = functools.partial(self.features.late_projector, modality)
+                self.replace_forward(late, replaced)
 
     def _attach_to_layers(self) -> None:
         family, hooks = self.family, self.forward

@@ -51,6 +51,9 @@ def window_of(text: Any, layer: int) -> int | None:
 class Family:
     """Base of all families: a multimodal `base` model around a `text` model with `layers`.
 
+    The base model makes features and puts them in the prompt. Where the model with `generate` does
+    that itself, and its text model brings the language-model head, both are one.
+
     Args:
         model: a model of this family, with or without its language-model head.
 
@@ -88,6 +91,11 @@ class Family:
     def model_type(self) -> str:
         """The config's model type."""
         return self.config.model_type
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model has a language-model head, and so `generate`."""
+        return hasattr(self.model, "generate")
 
     # -- the text model
 
@@ -174,6 +182,13 @@ class Family:
         kinds = getattr(self.text.rotary_emb, "rope_type", "default")
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+    @property
+    def tempered_from(self) -> int | None:
+        """First position from which layers sharpen attention by where a token stands among those
+        that they are given, rather than by its position; `None` if they do not.
+        """
+        return None
 
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
@@ -321,6 +336,16 @@ class Family:
     def projector(self, modality: str) -> Any:
         """The module that makes one visual token of each row it is given; `None` if there is none,
         because tokens are made of several rows or mixed afterwards.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
+    def late_projector(self, modality: str) -> Any:
+        """The module that the base model puts what `get_image_features` returns through, its
+        `last_hidden_state`, before it places that in the prompt; `None` where features are returned
+        as they are placed, as `pooler_output`.
 
         Args:
             modality: `image` or `video`.

@@ -21,7 +21,7 @@ GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
 UNGATED = frozenset({"cosmos3_edge_text"})
 """Text models whose MLP has no gate."""
-ATTENTION = frozenset({"full_attention", "sliding_attention"})
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
         shared=shared,
         keys_are_values=getattr(own, "attention_k_eq_v", False) and kind == "full_attention",
         gate=0 if not gating else heads if gating in (True, "per-head") else heads * head_dim,
+        chunk=own.attention_chunk_size if kind == "chunked_attention" else None,
     )
 
 
@@ -179,6 +180,8 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     if getattr(text, "enable_moe_block", False):  # beside an MLP, as in Gemma 4
         chosen = text.top_k_experts * text.moe_intermediate_size
         return _dense(text, shared) + chosen, text.num_experts
+    if (sparse := getattr(text, "moe_layers", None)) is not None:  # of Llama 4
+        return _of_all_experts(text, layer in sparse)
     active = _first(text, "num_experts_per_tok", "moe_topk")
     dense = layer in (getattr(text, "mlp_only_layers", None) or ())
     dense |= layer < (getattr(text, "first_k_dense_replace", None) or 0)
@@ -195,6 +198,15 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     rated = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
     beside = rated + (getattr(text, "share_expert_dim", None) or 0)
     return chosen * width + beside, experts + (rated > 0)
+
+
+def _of_all_experts(text: Any, sparse: bool) -> tuple[int, int]:
+    """As `_mlp`, where transformers puts each token through all experts and through a shared one,
+    and weights those that are not its own with zero.
+    """
+    if not sparse:
+        return text.intermediate_size_mlp, 0
+    return (text.num_local_experts + 1) * text.intermediate_size, text.num_local_experts
 
 
 def _first(config: Any, *names: str) -> Any:

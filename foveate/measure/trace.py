@@ -26,6 +26,7 @@ from foveate.core.tokens import Shape
 from foveate.engine.inputs import bound
 from foveate.engine.vision.segments import boundaries
 from foveate.families import Family, find_family
+from foveate.families.projection import project
 
 Frozen: TypeAlias = tuple[tuple[str, Any], ...]
 _VALUES = 4096  # larger integer tensors are masks of pixels, on which no count depends
@@ -230,6 +231,7 @@ class _Run:
             return ()
         encode = getattr(self.family.base, f"get_{modality}_features")
         output = encode(**arguments, return_dict=True)
+        project(self.family, modality, output)
         return tuple(self.family.shapes(modality, output.pooler_output, arguments))
 
     def _enter(self, module: nn.Module, args: Any) -> None:

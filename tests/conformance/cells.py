@@ -51,7 +51,8 @@ class Reader:
         model = self.model
         inputs, alone = batch_of(self.member, model, rows)
         states = []
-        hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+        head = self.member.head(model)
+        hook = head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
         try:
             out = model.generate(
                 **fresh(inputs), max_new_tokens=TOKENS, min_new_tokens=TOKENS, do_sample=False,
@@ -68,7 +69,7 @@ class Reader:
         check_tokens(record, inputs)
         check_cache(session, out.past_key_values)
         for state, row in zip(states[0][:, -1], alone, strict=True):
-            want = model.model(**fresh(row)).last_hidden_state[0, -1]
+            want = self.member.run(model, **fresh(row)).last_hidden_state[0, -1]
             torch.testing.assert_close(state, want, rtol=0, atol=tolerance_of(self.name, model))
 
 

@@ -20,17 +20,17 @@ from tests.oracle import Spec
 class Recorded:
     """What the text model of an unpatched, eager model does in one forward."""
 
-    def __init__(self, model: Any, text: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, member: Any, model: Any, inputs: dict[str, Any]) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.args: list[tuple[Any, ...]] = []
         self.kwargs: list[dict[str, Any]] = []
         handles = []
-        for layer in text.layers:
+        for layer in member.text(model).layers:
             handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
             handles.append(layer.register_forward_hook(self._after))
         with torch.no_grad():
-            model.model(**inputs, use_cache=False)
+            member.run(model, **inputs, use_cache=False)
         for handle in handles:
             handle.remove()
 
@@ -69,7 +69,7 @@ def run(
         counts: visual tokens of each image; all the member's own count by default.
     """
     text = member.text(model)
-    recorded = Recorded(model, text, inputs)
+    recorded = Recorded(member, model, inputs)
     hidden = recorded.inputs[0]
     length = hidden.shape[1]
     placeholders = torch.tensor([member.image_id, *member.others])

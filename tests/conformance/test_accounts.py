@@ -65,7 +65,8 @@ def test_planned_cache_bytes_equal_the_cache(name, kind):
         plain = model(**fresh(inputs), use_cache=True).past_key_values
         with foveate.use(model, methods):
             pruned = model(**fresh(inputs), use_cache=True).past_key_values
-    windows = any(getattr(shape.mixer, "window", None) for shape in TextShape.all(family.config))
+    mixers = [shape.mixer for shape in TextShape.all(family.config)]
+    windows = any(getattr(m, "window", None) or getattr(m, "chunk", None) for m in mixers)
     for want, cache in ((unpruned(record), plain), (record, pruned)):
         held, state = cache_bytes(cache)
         assert state_bytes(family.config, 1, torch.float32) == state

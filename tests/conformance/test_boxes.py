@@ -86,7 +86,7 @@ def test_every_visual_token_has_a_box(name):
     """
     inputs, counts = prompt(name)
     with torch.no_grad(), foveate.use(model_of(name), EveryThird(1)) as run:
-        model_of(name).model(**fresh(inputs))
+        model_of(name)(**fresh(inputs))
     for image, count in zip(run.record.images, counts, strict=True):
         boxes = image.boxes
         assert boxes.shape == (count, 4)
@@ -106,7 +106,7 @@ def test_patches_are_not_taken_for_pictures(name, images):
     model, member = model_of(name), MEMBERS[name]()
     inputs, _ = batch_of(member, model, (images,))
     with torch.no_grad(), foveate.use(model, EveryThird(1)) as run:
-        model.model(**fresh(inputs))
+        model(**fresh(inputs))
     assert len(run.record.images) == images
     assert run.record.pixels is None
 
@@ -127,7 +127,7 @@ def test_methods_are_shown_the_cells_that_boxes_are_of(name, what):
     model = on_grids_model(name) if what else model_of(name)
     inputs = prompt_on_grids(name, what)[0] if what else prompt(name)[0]
     with torch.no_grad(), foveate.use(model, Spy(1)) as run:
-        model.model(**fresh(inputs))
+        model(**fresh(inputs))
     assert len(shown) == len(run.record.images)
     video = what == "video" or name.endswith("-video")
     for image in run.record.images:

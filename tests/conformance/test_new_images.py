@@ -90,7 +90,8 @@ def test_a_new_image_in_the_second_turn_equals_the_oracle(name, kind):
     ids, more = prompts(member, counts)
     options = {"do_sample": False, "return_dict_in_generate": True}
     turns = []
-    hook = model.lm_head.register_forward_pre_hook(lambda m, args: turns[-1].append(args[0][0, -1]))
+    head = member.head(model)
+    hook = head.register_forward_pre_hook(lambda m, args: turns[-1].append(args[0][0, -1]))
     method, _ = case(name, kind, counts, (0, 0))
     with torch.no_grad(), foveate.use(model, method) as run:
         turns.append([])

@@ -50,7 +50,7 @@ ONEVISION = ("llava_onevision", "llava_onevision-tiles")
 RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
 BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
-    r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
+    r"(model\.)?(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
 
@@ -230,12 +230,12 @@ def planted_on_grids(name, patch):
     return {"pixel_values_videos": on_grids(name, frames)[0]}
 
 
-def features_of(model, modality, inputs, counts):
+def features_of(name, model, modality, inputs, counts):
     """(V, D) features of each image from the model as it is."""
     given = {n: v for n, v in fresh(inputs).items() if n.startswith(SEEN[modality])}
     with torch.no_grad():
-        pooled = getattr(model.model, f"get_{modality}_features")(**given, return_dict=True)
-    rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled.pooler_output]
+        pooled = MEMBERS[name]().encode(model, given, modality)
+    rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled]
     return torch.cat(rows).split(counts)
 
 
@@ -252,12 +252,12 @@ def check(name, modality, blank, bright, patches, frames):
     """Check that the tokens that the patch of an image changes are those that show it."""
     model = local_model(name)
     with torch.no_grad(), foveate.use(model, EveryThird(1)) as run:
-        model.model(**fresh(blank))
+        model(**fresh(blank))
     images = run.record.images
     assert [image.frames > 1 for image in images] == [modality == "video"] * len(patches)
     shares = [shown(*seen) for seen in zip(images, patches, frames, strict=True)]
     counts = [image.total for image in images]
-    before, after = (features_of(model, modality, given, counts) for given in (blank, bright))
+    before, after = (features_of(name, model, modality, given, counts) for given in (blank, bright))
     for old, new, share in zip(before, after, shares, strict=True):
         change = (new - old).norm(dim=1)
         if name not in RESAMPLED:
@@ -266,7 +266,7 @@ def check(name, modality, blank, bright, patches, frames):
     assert keep > 0
     seen = {(image.total, image.grid): old for image, old in zip(images, before, strict=True)}
     with torch.no_grad(), foveate.use(model, Changed(seen, keep)) as run:
-        model.model(**fresh(bright))
+        model(**fresh(bright))
     report = run.report()
     for number, (image, share) in enumerate(zip(run.record.images, shares, strict=True)):
         kept = image.kept["pre_llm"]

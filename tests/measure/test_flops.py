@@ -156,3 +156,10 @@ def test_windows_hide_what_lies_before_them():
     for tokens, keys, window in [(7, 7, 3), (5, 9, 4), (4, 4, 9), (1, 8, 3)]:
         mask = torch.ones(tokens, keys).tril(keys - tokens).triu(keys - tokens - window + 1)
         assert visible_keys(tokens, keys, window=window) == int(mask.sum())
+
+
+def test_chunks_hide_what_lies_before_them():
+    for tokens, keys, chunk in [(7, 7, 3), (5, 9, 4), (4, 4, 9), (1, 8, 3), (1, 9, 3)]:
+        of = torch.arange(keys) // chunk
+        mask = (of == of[-tokens:, None]).tril(keys - tokens)
+        assert visible_keys(tokens, keys, chunk=chunk) == int(mask.sum())

@@ -138,9 +138,8 @@ class Member:
 
     def counts(self, model: Any, pixels: dict[str, Any]) -> list[int]:
         """Visual tokens of each image that `pixels` makes, as an unpatched model encodes them."""
-        encode = getattr(model.model, f"get_{self.modality}_features")
         with torch.no_grad():
-            pooled = encode(**fresh(pixels), return_dict=True).pooler_output
+            pooled = self.encode(model, pixels)
         return [feature.shape[:-1].numel() for feature in pooled]
 
     class_attention: ClassVar[str | None] = None  # attention whose row 0 is the class token's
@@ -155,6 +154,31 @@ class Member:
         code that is tested.
         """
         return list(rows)
+
+    # -- the parts of a model
+
+    def base(self, model: Any) -> Any:
+        """The model that makes features and puts them in the prompt."""
+        return model.model
+
+    def head(self, model: Any) -> Any:
+        """The language-model head."""
+        return model.lm_head
+
+    def run(self, model: Any, **inputs: Any) -> Any:
+        """The base model's output, with `last_hidden_state`."""
+        return self.base(model)(**inputs)
+
+    def below_head(self, model: Any) -> Any:
+        """The model whose last hidden states the head reads."""
+        return self.base(model)
+
+    def encode(self, model: Any, pixels: dict[str, Any], modality: str | None = None) -> Any:
+        """Features of some images as they are put in the prompt, as an unpatched model makes them:
+        a list of (V, D), or (images, V, D).
+        """
+        encode = getattr(self.base(model), f"get_{modality or self.modality}_features")
+        return encode(**fresh(pixels), return_dict=True).pooler_output
 
     # -- what the oracle asks
 

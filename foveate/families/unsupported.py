@@ -12,44 +12,56 @@ _INDEXED = (
     "shortens both"
 )
 _INKLING = (
-    f"its attention takes positions from the length of its own cache layers, {_YET} those layers "
-    "told where each slot stood"
+    f"its attention numbers keys and queries by the length of its cache layers, which also hold "
+    f"states of convolutions, {_YET} such layers told where each slot stood"
 )
 _QUERIES = (
-    "its images are 32 tokens of a Q-Former each, of which there is next to nothing to remove"
+    "its Q-Former makes 32 tokens of an image by default, of which there is next to nothing to "
+    "remove"
 )
 _CROSS = "its visual tokens are not in the sequence: the text model reads them by cross-attention"
-_MEMORY = "its images are what a decoder reads by cross-attention, and not in a sequence with text"
-_WITHIN = "its visual tokens are placed within the text model, and not before it"
+_MEMORY = (
+    "its visual tokens are what an encoder makes and a decoder reads by cross-attention: they are "
+    "not in a sequence with text"
+)
+_WITHIN = (
+    f"its text model puts visual tokens in the sequence itself, {_YET} removal within the text "
+    "model after that"
+)
+_ENCODED = (
+    f"its visual tokens stand in the sequence of an encoder, which a decoder reads, {_YET} removal "
+    "in encoders of text"
+)
 
 UNSUPPORTED: dict[str, str] = {
-    "blip": _MEMORY,
+    "blip": _CROSS,
     "blip-2": _QUERIES,
     "chameleon": f"its text model is the base model too, {_YET} one that places images by itself",
-    "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of another "
-    f"model, {_YET} masks that know what is gone from there",
+    "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of its "
+    f"encoder with a mask of the full prompt, {_YET} masks that know what is gone from there",
     "dots3_note": _INDEXED,
-    "emu3": f"its images are codes of a vocabulary with ends of rows, {_YET} a grid of those",
     "ernie4_5_vl_moe": f"its decoder layers are told the kind of every token, {_YET} arguments by "
     "token that shorten with the sequence",
     "evolla": "its text model reads proteins, and no images",
-    "florence2": f"its images stand in an encoder that a decoder reads, {_YET} removal in encoders "
-    "of text",
+    "florence2": _ENCODED,
     "fuyu": f"its patches have no encoder and no features of their own in its output, {_YET} "
     "features found elsewhere",
     "gemma3n": f"its decoder layers take inputs of their own for every token and carry several "
     f"streams of states, {_YET} arguments by token and another axis for tokens",
     "gemma4_unified": f"its last decoder layers may reuse keys of earlier ones, {_YET} layers "
     "without a cache",
-    "git": _WITHIN,
-    "glm5_next": _INDEXED,
+    "git": f"its images have no placeholders in the prompt, as the model itself puts them before "
+    f"the text, {_YET} positions of tokens without ids",
+    "glm5_next": f"its indexed layers read pools of neighbouring cache slots and count queries by "
+    f"the length of the cache, {_YET} pools of the slots that are left",
     "granite4_vision": f"its image features are added before several decoder layers, and its "
     f"placeholders are empty until then, {_YET} features by layer",
     "idefics": _CROSS,
     "inkling2": _INKLING,
     "inkling_mm_model": _INKLING,
     "instructblip": _QUERIES,
-    "instructblipvideo": _QUERIES,
+    "instructblipvideo": f"its Q-Former makes 32 tokens of each of four frames by default, and its "
+    f"text model comes with a head, {_YET} a base model around a text model without one",
     "kimi_vl": "its code comes with the checkpoint and is no part of transformers, so that foveate "
     "cannot be tested on it",
     "kosmos-2": _WITHIN,
@@ -66,12 +78,11 @@ UNSUPPORTED: dict[str, str] = {
     f"{_YET} masks that know what is gone from there",
     "pix2struct": _MEMORY,
     "pp_formulanet": _MEMORY,
-    "qwen4_exp": f"its text model has recurrent layers, reads indexed keys and mixes the ids of "
-    f"neighbours into every token, {_YET} all of these shortened together",
-    "t5gemma2": f"its images stand in an encoder that a decoder reads, {_YET} removal in encoders "
-    "of text",
-    "udop": f"its patches and its text share an encoder that a decoder reads, {_YET} removal in "
-    "encoders of text",
+    "qwen4_exp": f"its indexed layers are handed rotary positions of the whole cache, which the "
+    f"text model keeps beside the keys, {_YET} those of the slots that are left",
+    "t5gemma2": _ENCODED,
+    "udop": f"its encoder, which a decoder reads, adds patches to the words that lie on them and "
+    f"puts the others after the text, {_YET} removal in encoders of text",
     "unlimited_ocr": f"its cache layers keep the prompt and a window after it, {_YET} such layers "
     "that hold fewer slots",
     "vision-encoder-decoder": _MEMORY,

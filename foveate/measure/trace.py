@@ -310,6 +310,8 @@ class Shapes(TorchDispatchMode):
                 args = (args[0], _by_number(args[1]), *args[2:])
             leaves, spec = tree_flatten((args, kwargs))
             args, kwargs = tree_unflatten([_meta(leaf) for leaf in leaves], spec)
+            if kwargs.get("device") is not None:  # codes that an encoder looks up on the CPU
+                kwargs["device"] = torch.device("meta")
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and result.dtype == torch.bool:
                 made = torch.zeros if func._schema.name == "aten::eq" else torch.ones

@@ -40,7 +40,8 @@ class Reader:
         config = self.member.config()
         self.model_type = config.model_type
         what = self.member.what or f"{self.member.modality}s"
-        self.variant = f"{what} through {config.vision_config.model_type}"
+        tower = getattr(config, "vision_config", None) or config.vq_config
+        self.variant = f"{what} through {tower.model_type}"
 
     @property
     def model(self):

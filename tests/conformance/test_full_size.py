@@ -48,6 +48,7 @@ CLOSED = {
     "cosmos3_edge": (28, 0, range(28)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
+    "emu3": (32, 0, range(32)),
     "exaone4_5": (32, 0, range(3, 32, 4)),
     "glm_ocr": (16, 0, range(16)),
     "got_ocr2": (24, 0, range(24)),
@@ -63,12 +64,21 @@ CLOSED = {
     "video_llama_3": (32, 0, range(32)),
 }
 MISSING = {  # what configs of these do not say of themselves
-    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
-    "hunyuan_vl": {
-        "head_dim": 128,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16] * 4, "rope_theta": 1e4},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6,
+        }
     },
-}
+    "emu3": {"vocabulary_map": {"<image>": 151858}},
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [16] * 4, "rope_theta": 1e4,
+            },
+        }
+    },
+}  # fmt: skip
 
 # model type: decoder layers, every how many of them one sees all, and the first of those
 HYBRID = {
@@ -93,8 +103,7 @@ def why_not(family, method):
 @functools.cache
 def family_of(model_type):
     with torch.device("meta"):
-        more = {"text_config": MISSING[model_type]} if model_type in MISSING else {}
-        config = AutoConfig.for_model(model_type, **more)
+        config = AutoConfig.for_model(model_type, **MISSING.get(model_type, {}))
         return find_family(AutoModelForImageTextToText.from_config(config))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.families.block import Block
 from foveate.families.rows import EncoderImage
@@ -21,7 +21,9 @@ class Encoder:
         attention: the attention module of a layer.
         heads: attention heads.
         class_token: whether row 0 is a class token.
-        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
+        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each, or
+            one for queries, keys and values together.
+        by_head: whether these outputs are (B, N, H, d).
         tower: the module whose output is the encoder's; needed to act inside the encoder.
         block: how a layer is made; needed to act inside the encoder, and only given where each
             patch belongs to one visual token.
@@ -40,6 +42,7 @@ class Encoder:
     heads: int
     class_token: bool
     projections: tuple[str, ...] = ("q_proj", "k_proj")
+    by_head: bool = False
     tower: Any = None
     block: Block | None = None
     extra: int = 0
@@ -53,3 +56,8 @@ class Encoder:
     def special(self) -> int:
         """Rows before the patches."""
         return int(self.class_token) + self.extra
+
+    def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """(..., H d) queries, keys and what else there is, from what the projections return."""
+        parts = outputs[0].chunk(3, -1) if len(outputs) == 1 else outputs
+        return [part.flatten(-2) if self.by_head else part for part in parts]

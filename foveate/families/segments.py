@@ -18,32 +18,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 def attend_segments(
     attention: Any,
-    projections: tuple[str, ...],
+    parts: tuple[Tensor, ...],
     output: str,
-    normed: Tensor,
     bias: Tensor,
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     """(N, D) what an attention module returns, had it taken a bias.
 
     Args:
-        attention: the module, with `num_heads`, `scaling` and a rotary function beside it.
-        projections: its module for queries, keys and values together, or for queries and keys,
-            beside one named `v_proj`.
+        attention: the module, with `scaling` and a rotary function beside it.
+        parts: (N, H, d) its queries, keys and values, without rotary positions.
         output: its module that mixes the heads.
-        normed: (N, D) input.
         bias: (N) what is added to the scores of each key.
         kwargs: with `cu_seqlens` (S + 1) and `position_embeddings`, cos and sin (N, d).
     """
     module = sys.modules[type(attention).__module__]
-    if len(projections) == 1:
-        parts = getattr(attention, projections[0])(normed).chunk(3, -1)
-    else:
-        parts = tuple(getattr(attention, name)(normed) for name in (*projections, "v_proj"))
-    query, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in parts)
+    query, key, value = parts
     query, key = module.apply_rotary_pos_emb_vision(query, key, *kwargs["position_embeddings"])
     starts, lengths = kwargs["cu_seqlens"][:-1, None].long(), kwargs["cu_seqlens"].diff()[:, None]
-    order = torch.arange(int(lengths.max()), device=normed.device)
+    order = torch.arange(int(lengths.max()), device=bias.device)
     real = order < lengths
     slots = torch.where(real, starts + order, 0)
     mask = bias[slots].masked_fill(~real, torch.finfo(bias.dtype).min)[:, None, None]

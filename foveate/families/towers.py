@@ -86,11 +86,12 @@ def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 _QWEN = Tower(
     "blocks",
-    Block("norm1", "attn", "norm2", projections=("qkv",), output="proj"),
+    Block("norm1", "attn", "norm2", matrices=("qkv",), output="proj"),
     packed=_by_cells,
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
+_GLM_OCR = replace(_GLM, block=replace(_GLM.block, norms=("q_norm", "k_norm"), norms_heads=True))
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
@@ -101,7 +102,7 @@ _INTERNVL = Tower(
         "layernorm_after",
         scale1=("lambda_1",),
         scale2=("dropout", "lambda_2"),
-        projections=("q_norm", "k_norm"),
+        norms=("q_norm", "k_norm"),
     ),
     class_token=True,
     masks_layers=False,
@@ -141,6 +142,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
+    "glm_ocr_vision": _GLM_OCR,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
@@ -189,6 +191,7 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         heads=heads or root.config.num_attention_heads,
         class_token=kind.class_token,
         projections=kind.block.projections,
+        by_head=kind.block.norms_heads,
         tower=root,
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),

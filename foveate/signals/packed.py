@@ -108,7 +108,7 @@ class PackedSignals(EncoderSignals):
         return _flat(states.detach())
 
     def _projections(self, parts: list[Tensor]) -> Projections:
-        query, key = (_flat(p) for p in (parts if len(parts) > 1 else parts[0].chunk(3, -1)[:2]))
+        query, key, *_ = (_flat(part) for part in self.encoder.projected(parts))
         return PackedProjections(
             query, key, None, self.encoder.heads, bias=self._bias, sums=self._sums
         )

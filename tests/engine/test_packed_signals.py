@@ -15,7 +15,10 @@ from foveate.signals.packed import segment_sums
 from tests.conformance.zoo.member import MEMBERS, fresh
 
 NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "kimi_k25", "paddleocr_vl", "mistral3")
+FAMILIES = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
+    "mistral3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,11 @@ def whole_map(attention, hidden, told, lengths):
         query, key, _ = attention.qkv(hidden).chunk(3, -1)
     else:
         query, key = attention.q_proj(hidden), attention.k_proj(hidden)
-    q, k = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in (query, key))
+    q, k = (part.unflatten(-1, (heads, -1)) for part in (query, key))
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    key = k.flatten(1)
+    q, k = q.transpose(0, 1), k.transpose(0, 1)
     module = sys.modules[type(attention).__module__]
     cos, sin = (two_dimensional(part) for part in told["position_embeddings"])
     q = q * cos + module.rotate_half(q) * sin

@@ -21,6 +21,7 @@ NAMES = {
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "idefics3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "internvl_vision": (
         "encoder.layer", "layernorm_before", "attention", "layernorm_after", "mlp",
@@ -204,11 +205,10 @@ class Full:
         module = getattr(layer, attention)
         normed = getattr(layer, norm1)(self.x)
         if hasattr(module, "qkv"):
-            parts = module.qkv(normed).chunk(3, -1)
+            parts = list(module.qkv(normed).chunk(3, -1))
         else:
             parts = [getattr(module, f"{name}_proj")(normed) for name in "qkv"]
-            if hasattr(module, "q_norm"):
-                parts[:2] = module.q_norm(parts[0]), module.k_norm(parts[1])
+        parts[:2] = self.normed(module, "q", parts[0]), self.normed(module, "k", parts[1])
         q, k, v = (part.view(self.number, self.tower.heads, -1).transpose(0, 1) for part in parts)
         projected = k.transpose(0, 1)
         allowed, rotary = self.seen(number)
@@ -229,6 +229,14 @@ class Full:
         out = next(n for n in ("proj", "out_proj", "o_proj", "projection_layer")
                    if hasattr(module, n))  # fmt: skip
         return weights, projected, getattr(module, out)(mixed)
+
+    def normed(self, module, of, part):
+        """(N, D) queries or keys under their norm, which is of all heads or of each by itself."""
+        norm = getattr(module, f"{of}_norm", None)
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            return part
+        return norm(part.view(self.number, -1, len(weight))).flatten(1)
 
     def visible(self, number):
         """(N) rows that are no padding."""

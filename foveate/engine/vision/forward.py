@@ -248,10 +248,8 @@ class Encoding:
     def keys(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K, d) keys of tokens in the layer that is running: the mean of their rows'."""
         assert self.taps is not None  # only asked for between the halves of a layer
-        names = self.encoder.projections
-        key = self.taps[names[-1]].detach()
-        key = key if len(names) > 1 else key.chunk(3, -1)[1]
-        key = _mean(self._of(key, of), of)
+        _, key, *_ = self.encoder.projected([self.taps[name] for name in self.encoder.projections])
+        key = _mean(self._of(key.detach(), of), of)
         return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
 
     def class_attention(self, of: EncoderGroup) -> Tensor:
@@ -267,10 +265,10 @@ class Encoding:
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
         query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-        if self.encoder.projections != ("q_proj", "k_proj"):  # norms after them
+        if block.norms:
             query, key = (
                 getattr(attention, name)(part)
-                for name, part in zip(self.encoder.projections, (query, key), strict=True)
+                for name, part in zip(block.norms, (query, key), strict=True)
             )
         return self._of_class(query, key, of)
 

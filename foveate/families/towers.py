@@ -91,6 +91,7 @@ _QWEN = Tower(
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
+_OMNI = replace(_QWEN, block=replace(_QWEN.block, matrices=("q", "k", "v")), packed=_by_windows)
 _GLM_OCR = replace(_GLM, block=replace(_GLM.block, norms=("q_norm", "k_norm"), norms_heads=True))
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
@@ -126,6 +127,7 @@ _QIANFAN = replace(
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
+_EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
@@ -140,6 +142,7 @@ _PIXTRAL = Tower(
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
+    "cosmos3_edge_vision": _EDGE,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "glm_ocr_vision": _GLM_OCR,
@@ -151,6 +154,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,
     "qianfan_ocr_vision": _QIANFAN,
+    "qwen2_5_omni_vision_encoder": _OMNI,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
     "qwen3_5_moe_vision": _QWEN,

@@ -120,7 +120,9 @@ class PackedSignals(EncoderSignals):
         return segment_sums(query, key, self._bounds(told, key), self.encoder.heads, bias)
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
-        """(N, H d) with rotary positions."""
+        """(N, H d) with rotary positions, where the layer has them."""
+        if told.get("position_embeddings") is None:
+            return x
         cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
         heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
         first, second = heads.chunk(2, -1)

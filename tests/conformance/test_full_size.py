@@ -14,6 +14,7 @@ from foveate.signals import SIGNALS
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
+    "cosmos3_edge": (28, 27, 26, False),
     "cosmos3_omni": (32, 27, 26, False),
     "deepseek_vl": (32, 12, 11, False),
     "glm4v": (40, 24, 23, False),
@@ -34,6 +35,7 @@ SIZES = {
     "paddleocr_vl": (18, 27, 26, False),
     "paligemma": (18, 27, 26, False),
     "qianfan_ocr": (32, 24, 23, True),
+    "qwen2_5_omni_thinker": (28, 32, 31, False),
     "qwen2_5_vl": (80, 32, 31, False),
     "qwen2_vl": (80, 32, 31, False),
     "qwen3_omni_moe_thinker": (28, 27, 26, False),
@@ -46,7 +48,6 @@ SIZES = {
 # may be removed, and those whose attention can rank them.
 CLOSED = {
     "aria": (32, 0, range(32)),
-    "cosmos3_edge": (28, 0, range(28)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "exaone4_5": (32, 0, range(3, 32, 4)),
@@ -55,7 +56,6 @@ CLOSED = {
     "hunyuan_vl": (32, 0, range(32)),
     "idefics2": (32, 0, range(32)),
     "pp_chart2table": (24, 0, range(24)),
-    "qwen2_5_omni_thinker": (28, 0, range(28)),
     "step3p7": (45, 0, range(45)),
     "video_llama_3": (32, 0, range(32)),
 }

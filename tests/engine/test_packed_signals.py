@@ -17,7 +17,7 @@ from tests.conformance.zoo.member import MEMBERS, fresh
 NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
-    "mistral3",
+    "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge",
 )  # fmt: skip
 
 
@@ -49,19 +49,21 @@ def whole_map(attention, hidden, told, lengths):
     if hasattr(attention, "qkv"):
         query, key, _ = attention.qkv(hidden).chunk(3, -1)
     else:
-        query, key = attention.q_proj(hidden), attention.k_proj(hidden)
+        names = ("q", "k") if hasattr(attention, "q") else ("q_proj", "k_proj")
+        query, key = (getattr(attention, name)(hidden) for name in names)
     q, k = (part.unflatten(-1, (heads, -1)) for part in (query, key))
     if hasattr(attention, "q_norm"):
         q, k = attention.q_norm(q), attention.k_norm(k)
     key = k.flatten(1)
     q, k = q.transpose(0, 1), k.transpose(0, 1)
     module = sys.modules[type(attention).__module__]
-    cos, sin = (two_dimensional(part) for part in told["position_embeddings"])
-    q = q * cos + module.rotate_half(q) * sin
-    k = k * cos + module.rotate_half(k) * sin
+    if "position_embeddings" in told:
+        cos, sin = (two_dimensional(part) for part in told["position_embeddings"])
+        q = q * cos + module.rotate_half(q) * sin
+        k = k * cos + module.rotate_half(k) * sin
     bounds = told["cu_seqlens"].diff().tolist() if "cu_seqlens" in told else lengths
     segment = torch.repeat_interleave(torch.arange(len(bounds)), torch.tensor(bounds))
-    logits = q @ k.mT * attention.scaling
+    logits = q @ k.mT / q.shape[-1] ** 0.5
     logits = logits.masked_fill(segment[:, None] != segment, -torch.inf)
     return logits.softmax(-1).mean(0), key
 

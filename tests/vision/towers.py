@@ -19,6 +19,7 @@ from tests.vision.oracle import matched
 NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "cosmos3_edge_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
@@ -38,6 +39,7 @@ NAMES = {
     "qianfan_ocr_vision": (
         "layers", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
+    "qwen2_5_omni_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_5_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
@@ -207,7 +209,8 @@ class Full:
         if hasattr(module, "qkv"):
             parts = list(module.qkv(normed).chunk(3, -1))
         else:
-            parts = [getattr(module, f"{name}_proj")(normed) for name in "qkv"]
+            names = "qkv" if hasattr(module, "q") else ("q_proj", "k_proj", "v_proj")
+            parts = [getattr(module, name)(normed) for name in names]
         parts[:2] = self.normed(module, "q", parts[0]), self.normed(module, "k", parts[1])
         q, k, v = (part.view(self.number, self.tower.heads, -1).transpose(0, 1) for part in parts)
         projected = k.transpose(0, 1)

@@ -82,10 +82,16 @@ class Block:
         return hidden + _scaled(layer, self.scale1, mixed)
 
     def _by_heads(self, attention: Any, normed: Tensor) -> tuple[Tensor, ...]:
-        """(N, H, d) queries, keys and values, without rotary positions."""
+        """(N, H, d) queries, and keys and values of as many heads as there are, without rotary
+        positions.
+        """
         made = [getattr(attention, name)(normed) for name in self.matrices]
-        parts = made[0].chunk(3, -1) if len(made) == 1 else made
-        query, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in parts)
+        heads, groups = attention.num_heads, attention.num_key_value_groups
+        parts = split(made[0], heads, groups) if len(made) == 1 else made
+        counts = (heads, heads // groups, heads // groups)
+        query, key, value = (
+            part.unflatten(-1, (of, -1)) for part, of in zip(parts, counts, strict=True)
+        )
         if self.norms:
             assert self.norms_heads  # as all do where images lie in one sequence
             query, key = (
@@ -98,6 +104,19 @@ class Block:
         """The second half: states after the MLP."""
         fed = getattr(layer, self.mlp)(getattr(layer, self.norm2)(hidden))
         return hidden + _scaled(layer, self.scale2, fed)
+
+
+def split(made: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values that one matrix makes.
+
+    Args:
+        made: (..., (H + 2 H / groups) d).
+        heads: H.
+        groups: query heads that share a head of keys and values.
+    """
+    width = made.shape[-1] // (heads + 2 * heads // groups)
+    shared = width * heads // groups
+    return made.split((width * heads, shared, shared), -1)
 
 
 def _scaled(layer: Any, names: tuple[str, ...], states: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.families.block import Block
+from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
 
 
@@ -24,6 +24,7 @@ class Encoder:
         projections: modules of the attention whose outputs are queries and keys, (B, N, D) each, or
             one for queries, keys and values together.
         by_head: whether these outputs are (B, N, H, d).
+        groups: query heads that share a head of keys and values.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
         block: how a layer is made; needed to act inside the encoder, and only given where each
             patch belongs to one visual token.
@@ -43,6 +44,7 @@ class Encoder:
     class_token: bool
     projections: tuple[str, ...] = ("q_proj", "k_proj")
     by_head: bool = False
+    groups: int = 1
     tower: Any = None
     block: Block | None = None
     extra: int = 0
@@ -58,6 +60,15 @@ class Encoder:
         return int(self.class_token) + self.extra
 
     def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """(..., H d) queries, keys and what else there is, from what the projections return."""
-        parts = outputs[0].chunk(3, -1) if len(outputs) == 1 else outputs
-        return [part.flatten(-2) if self.by_head else part for part in parts]
+        """(..., H d) queries, keys and what else there is, from what the projections return; keys
+        that several heads share are repeated.
+        """
+        parts = split(outputs[0], self.heads, self.groups) if len(outputs) == 1 else outputs
+        query, *others = (part.flatten(-2) if self.by_head else part for part in parts)
+        return [query, *(self._repeated(part) for part in others)]
+
+    def _repeated(self, part: Tensor) -> Tensor:
+        if self.groups == 1:
+            return part
+        heads = part.unflatten(-1, (self.heads // self.groups, -1))
+        return heads.repeat_interleave(self.groups, -2).flatten(-2)

@@ -30,7 +30,8 @@ def attend_segments(
 
     Args:
         attention: the module, with a scale and, where it rotates, a rotary function beside it.
-        parts: (N, H, d) its queries, keys and values, without rotary positions.
+        parts: (N, H, d) its queries, keys and values, these of fewer heads where some share them;
+            without rotary positions.
         output: its module that mixes the heads.
         bias: (N) what is added to the scores of each key.
         kwargs: with `cu_seqlens` (S + 1) and, where it rotates, `position_embeddings`: cos and sin

@@ -143,6 +143,7 @@ _PIXTRAL = Tower(
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
     "cosmos3_edge_vision": _EDGE,
+    "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "glm_ocr_vision": _GLM_OCR,
@@ -189,13 +190,15 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
     for name in kind.readers:
         reader = family._child(root, name)
         readers += reader if isinstance(reader, nn.ModuleList) else [reader]
+    layers = family._child(root, kind.layers)
     return Encoder(
-        layers=family._child(root, kind.layers),
+        layers=layers,
         attention=lambda layer: getattr(layer, kind.block.attention),
         heads=heads or root.config.num_attention_heads,
         class_token=kind.class_token,
         projections=kind.block.projections,
         by_head=kind.block.norms_heads,
+        groups=getattr(getattr(layers[0], kind.block.attention), "num_key_value_groups", 1),
         tower=root,
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),

@@ -50,7 +50,6 @@ CLOSED = {
     "aria": (32, 0, range(32)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
-    "exaone4_5": (32, 0, range(3, 32, 4)),
     "got_ocr2": (24, 0, range(24)),
     "granite_docling": (28, 3, range(28)),
     "hunyuan_vl": (32, 0, range(32)),
@@ -69,6 +68,7 @@ MISSING = {  # what configs of these do not say of themselves
 
 # model type: decoder layers, every how many of them one sees all, and the first of those
 HYBRID = {
+    "exaone4_5": (32, 4, 3),
     "lfm3_vl": (24, 4, 2),
     "minicpm_ocr": (32, 4, 3),
     "minicpmv4_6": (32, 4, 3),

@@ -17,7 +17,7 @@ from tests.conformance.zoo.member import MEMBERS, fresh
 NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
-    "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge",
+    "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge", "exaone4_5",
 )  # fmt: skip
 
 
@@ -47,7 +47,10 @@ def whole_map(attention, hidden, told, lengths):
     """(N, N) attention of a layer, mean over heads, from (N, D) normed states; and (N, D) keys."""
     heads = attention.num_heads
     if hasattr(attention, "qkv"):
-        query, key, _ = attention.qkv(hidden).chunk(3, -1)
+        groups = attention.num_key_value_groups
+        made = attention.qkv(hidden).unflatten(-1, (heads + 2 * heads // groups, -1))
+        query, key = made[:, :heads].flatten(1), made[:, heads : heads + heads // groups]
+        key = key[:, torch.arange(heads) // groups].flatten(1)
     else:
         names = ("q", "k") if hasattr(attention, "q") else ("q_proj", "k_proj")
         query, key = (getattr(attention, name)(hidden) for name in names)

@@ -22,8 +22,8 @@ from tests.vision.towers import Full, Tower, encoder_of
 
 GRIDS = [name for name in VIDEO if name in TOWERS]
 SEGMENTS = [
-    "cosmos3_edge", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl", "qwen2_5_omni_thinker",
-    "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "cosmos3_edge", "exaone4_5", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
+    "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
 ]  # fmt: skip
 PACKED = [*SEGMENTS, "mistral3", "llava-pixtral"]
 SOME = ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl", "llava_next", "idefics3", "ovis2"]
@@ -73,7 +73,8 @@ def segments_kernel(calls):
         assert bounds[-1] == query.shape[2]
         assert bool((bounds.diff() > 0).all())
         calls.append(bounds.tolist())
-        mixed = torch.empty_like(query)
+        each = torch.arange(query.shape[1]) // (query.shape[1] // key.shape[1])
+        key, value, mixed = key[:, each], value[:, each], torch.empty_like(query)
         for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             part = slice(start, stop)
             scores = query[:, :, part] @ key[:, :, part].transpose(2, 3) * scaling

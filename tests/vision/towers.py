@@ -20,6 +20,7 @@ NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "cosmos3_edge_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "exaone4_5_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
@@ -207,7 +208,7 @@ class Full:
         module = getattr(layer, attention)
         normed = getattr(layer, norm1)(self.x)
         if hasattr(module, "qkv"):
-            parts = list(module.qkv(normed).chunk(3, -1))
+            parts = list(self.apart(module, module.qkv(normed)))
         else:
             names = "qkv" if hasattr(module, "q") else ("q_proj", "k_proj", "v_proj")
             parts = [getattr(module, name)(normed) for name in names]
@@ -232,6 +233,15 @@ class Full:
         out = next(n for n in ("proj", "out_proj", "o_proj", "projection_layer")
                    if hasattr(module, n))  # fmt: skip
         return weights, projected, getattr(module, out)(mixed)
+
+    def apart(self, module, made):
+        """(N, D) queries, keys and values; keys and values of heads that share them, for each."""
+        groups = getattr(module, "num_key_value_groups", 1)
+        count = self.tower.heads // groups
+        heads = made.view(self.number, self.tower.heads + 2 * count, -1)
+        query, key, value = heads.split([self.tower.heads, count, count], 1)
+        each = torch.arange(self.tower.heads) // groups
+        return (part.flatten(1) for part in (query, key[:, each], value[:, each]))
 
     def normed(self, module, of, part):
         """(N, D) queries or keys under their norm, which is of all heads or of each by itself."""

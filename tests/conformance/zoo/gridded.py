@@ -42,7 +42,6 @@ class Exaone45(Gridded):
     """Windows of twelve tokens in every second layer; the others do not rotate."""
 
     name = "exaone4_5"
-    closed = True
 
     def config(self):
         text = Exaone4Config(

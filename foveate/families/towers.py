@@ -44,12 +44,18 @@ class Tower:
 
 def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells."""
-    return packed(_sizes(arguments), side, raster=False)
+    sizes = _sizes(arguments)
+    return packed(sizes, [side] * len(sizes), raster=False)
+
+
+def _by_given_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of cells, whose side is given for each image."""
+    return packed(_sizes(arguments), arguments["merge_sizes"].tolist(), raster=False)
 
 
 def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells, and cells in the order of windows."""
-    config = tower.config
+    config, sizes = tower.config, _sizes(arguments)
     order, _ = get_vision_window_index(
         arguments["grid_thw"],
         spatial_merge_size=side,
@@ -57,23 +63,24 @@ def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enc
         patch_size=config.patch_size,
         kwargs=dict(arguments),
     )
-    return packed(_sizes(arguments), side, order, raster=False)
+    return packed(sizes, [side] * len(sizes), order, raster=False)
 
 
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
     if "grid_thw" in arguments:
-        return packed(_sizes(arguments), side, raster=True)
-    sizes, pixels = arguments.get("image_sizes"), arguments["pixel_values"]
-    if sizes is None:
-        sizes = [pixels.shape[-2:]] * len(pixels)
-    patch = tower.config.patch_size
-    return packed([(1, int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
+        sizes = _sizes(arguments)
+    else:
+        pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
+        given = [pixels.shape[-2:]] * len(pixels) if given is None else given
+        patch = tower.config.patch_size
+        sizes = [(1, int(h) // patch, int(w) // patch) for h, w in given]
+    return packed(sizes, [side] * len(sizes), raster=True)
 
 
 def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, frame by frame; a token is pooled over the frames of its chunk."""
-    frames = packed(_sizes(arguments), side, raster=True)
+    frames = _by_raster(arguments, side, tower)
     chunks = (one.rows.unflatten(0, (one.frames, -1)).transpose(0, 1) for one in frames)
     return [
         EncoderImage(one.grid, rows.flatten(1)) for one, rows in zip(frames, chunks, strict=True)
@@ -128,6 +135,9 @@ _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
 _EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells)
+_VIDEO_LLAMA = replace(
+    _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
+)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
@@ -164,6 +174,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "qwen3_vl_moe_vision": _QWEN3,
     "qwen3_vl_vision": _QWEN3,
     "smolvlm_vision": _IDEFICS,
+    "video_llama_3_vision": _VIDEO_LLAMA,
 }
 
 

@@ -41,6 +41,7 @@ SIZES = {
     "qwen3_omni_moe_thinker": (28, 27, 26, False),
     "qwen3_vl": (32, 27, 26, False),
     "smolvlm": (32, 12, 11, False),
+    "video_llama_3": (32, 12, 11, False),
     "video_llava": (32, 24, 22, True),
     "vipllava": (32, 24, 22, True),
 }
@@ -56,7 +57,6 @@ CLOSED = {
     "idefics2": (32, 0, range(32)),
     "pp_chart2table": (24, 0, range(24)),
     "step3p7": (45, 0, range(45)),
-    "video_llama_3": (32, 0, range(32)),
 }
 MISSING = {  # what configs of these do not say of themselves
     "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},

@@ -17,7 +17,7 @@ from tests.conformance.zoo.member import MEMBERS, fresh
 NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
-    "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge", "exaone4_5",
+    "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge", "exaone4_5", "video_llama_3",
 )  # fmt: skip
 
 

@@ -148,6 +148,23 @@ def test_images_of_one_size_in_a_sequence_keep_what_they_keep_alone(name, case):
     assert not torch.equal(together[0].isnan(), together[2].isnan()) or case == "twice"
 
 
+@pytest.mark.parametrize("case", ["twice", "tome"])
+def test_images_of_one_grid_whose_cells_differ_keep_what_they_keep_alone(case):
+    """Tokens of the first and third image are 2 x 2 patches, of the second one patch."""
+    model, member = model_of("video_llama_3"), MEMBERS["video_llama_3"]()
+    grids, sides = torch.tensor([(1, 8, 8), (1, 4, 4), (1, 8, 8)]), torch.tensor([2, 1, 2])
+    pixels = {"pixel_values": member.patches(grids, 0), "image_grid_thw": grids}
+    pixels["image_merge_sizes"] = sides
+    with torch.no_grad(), foveate.use(model, CASES[case][0]):
+        together = encoder_of(model, "image", pixels)().pooler_output
+        assert [len(feature) for feature in together] == [16, 16, 16]
+        for number, feature in enumerate(together):
+            one = member.take(pixels, number, number + 1)
+            (alone,) = encoder_of(model, "image", one)().pooler_output
+            torch.testing.assert_close(feature, alone, rtol=0, atol=TOLERANCE, equal_nan=True)
+            assert feature.isnan().any()
+
+
 # -- videos
 
 

@@ -49,6 +49,7 @@ NAMES = {
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "video_llama_3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
 PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")

@@ -54,7 +54,6 @@ class Exaone45(Gridded):
 
 class VideoLlama3(Gridded):
     name = "video_llama_3"
-    closed = True
     some_logits = False
     timestamps = True
     patch = (48,)

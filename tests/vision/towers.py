@@ -50,6 +50,7 @@ NAMES = {
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "video_llama_3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "siglip2_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
 PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
@@ -181,7 +182,9 @@ class Full:
         self.stand = torch.arange(self.number)  # the row at whose place each row is
         self.weigh = True
         self.states = []
-        self.special = int(self.number > sum(len(t) for picture in self.tokens for t in picture))
+        width = self.number // self.batch
+        of_pictures = {sum(len(token) for token in picture) for picture in self.tokens}
+        self.special = int(of_pictures == {width - 1})
 
     def seen(self, number):
         """(N, N) which rows a layer lets each row attend to, but for padding, and rotary (cos, sin)

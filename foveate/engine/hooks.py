@@ -128,8 +128,8 @@ class ForwardHooks:
         return args, now.forward.deepstack(kwargs)
 
     def _groups(self, sequence: Tensor, cache: Cache | None, past: int) -> list[ImageGroup]:
-        """The images of a forward, by (B, T, D) embeddings in which removed tokens are marked, after
-        a cache of some logical length.
+        """The images of a forward after a cache of some logical length; removed tokens are marked
+        in its (B, T, D) embeddings.
         """
         now = self.state.now
         check_cache(cache)

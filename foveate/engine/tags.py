@@ -41,14 +41,12 @@ class Tags:
         self.signals: EncoderSignals | None = None
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
-            wanted = plan.encoder_signals
+            known = family.encoder, plan.encoder_signals, lambda: state.encoding
+            threshold = plan.global_threshold
             if family.encoder.packed is None:
-                self.signals = EncoderSignals(
-                    family.encoder, wanted, lambda: state.encoding, plan.global_threshold
-                )
+                self.signals = EncoderSignals(*known, threshold)
             else:
-                side = family.side("image")
-                self.signals = PackedSignals(family.encoder, wanted, lambda: state.encoding, side)
+                self.signals = PackedSignals(*known, threshold, family.side("image"))
 
     def tag(
         self,

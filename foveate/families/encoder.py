@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from foveate.families.block import Block
+from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
 
 
@@ -21,7 +21,10 @@ class Encoder:
         attention: the attention module of a layer.
         heads: attention heads.
         class_token: whether row 0 is a class token.
-        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
+        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each, or
+            one for queries, keys and values together.
+        by_head: whether these outputs are (B, N, H, d).
+        groups: query heads that share a head of keys and values.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
         block: how a layer is made; needed to act inside the encoder, and only given where each
             patch belongs to one visual token.
@@ -30,6 +33,8 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, says from the tower's arguments
             and `Family.side` which rows each image has; `None` where each image is a row of a
             batch.
+        sizes: where images are rows of a batch, padded to one length, says from the tower's
+            arguments (height, width) of each in patches.
         readers: modules within the tower that read rows after layers, and need all of them.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
@@ -40,11 +45,14 @@ class Encoder:
     heads: int
     class_token: bool
     projections: tuple[str, ...] = ("q_proj", "k_proj")
+    by_head: bool = False
+    groups: int = 1
     tower: Any = None
     block: Block | None = None
     extra: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    sizes: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
     readers: tuple[Any, ...] = ()
     returns_rows: bool = True
     masks_layers: bool = True
@@ -53,3 +61,17 @@ class Encoder:
     def special(self) -> int:
         """Rows before the patches."""
         return int(self.class_token) + self.extra
+
+    def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """(..., H d) queries, keys and what else there is, from what the projections return; keys
+        that several heads share are repeated.
+        """
+        parts = split(outputs[0], self.heads, self.groups) if len(outputs) == 1 else outputs
+        query, *others = (part.flatten(-2) if self.by_head else part for part in parts)
+        return [query, *(self._repeated(part) for part in others)]
+
+    def _repeated(self, part: Tensor) -> Tensor:
+        if self.groups == 1:
+            return part
+        heads = part.unflatten(-1, (self.heads // self.groups, -1))
+        return heads.repeat_interleave(self.groups, -2).flatten(-2)

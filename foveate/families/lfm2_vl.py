@@ -8,11 +8,13 @@ The last tile of a picture is its thumbnail, unless the processor leaves it out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor
 
+from foveate.families.encoder import Encoder
 from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
 from foveate.families.rows import raster_rows
@@ -30,12 +32,11 @@ class Lfm2VL(Gridded):
         """Side of the cells that pixel unshuffle puts into one token."""
         return self.config.downsample_factor
 
-    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
-        """Images are rows of a padded batch, which would lose different numbers of tokens."""
-        return (
-            "its encoder pads images of different sizes to rows of one length, from which only "
-            "equally many tokens could be removed"
-        )
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token; images are rows of one length, with padding."""
+        found = super().encoder
+        return None if found is None else replace(found, sizes=_sizes)
 
     def per_token(
         self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
@@ -53,6 +54,11 @@ class Lfm2VL(Gridded):
         if ids is None:
             return [Tiling(len(tiles)) for tiles in pictures]
         return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in pictures]
+
+
+def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """(height, width) of each image in patches."""
+    return arguments["spatial_shapes"].tolist()
 
 
 def _tiling(names: Sequence[int]) -> Tiling:

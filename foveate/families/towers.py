@@ -44,12 +44,18 @@ class Tower:
 
 def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells."""
-    return packed(_sizes(arguments), side, raster=False)
+    sizes = _sizes(arguments)
+    return packed(sizes, [side] * len(sizes), raster=False)
+
+
+def _by_given_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of cells, whose side is given for each image."""
+    return packed(_sizes(arguments), arguments["merge_sizes"].tolist(), raster=False)
 
 
 def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells, and cells in the order of windows."""
-    config = tower.config
+    config, sizes = tower.config, _sizes(arguments)
     order, _ = get_vision_window_index(
         arguments["grid_thw"],
         spatial_merge_size=side,
@@ -57,23 +63,24 @@ def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enc
         patch_size=config.patch_size,
         kwargs=dict(arguments),
     )
-    return packed(_sizes(arguments), side, order, raster=False)
+    return packed(sizes, [side] * len(sizes), order, raster=False)
 
 
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
     if "grid_thw" in arguments:
-        return packed(_sizes(arguments), side, raster=True)
-    sizes, pixels = arguments.get("image_sizes"), arguments["pixel_values"]
-    if sizes is None:
-        sizes = [pixels.shape[-2:]] * len(pixels)
-    patch = tower.config.patch_size
-    return packed([(1, int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
+        sizes = _sizes(arguments)
+    else:
+        pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
+        given = [pixels.shape[-2:]] * len(pixels) if given is None else given
+        patch = tower.config.patch_size
+        sizes = [(1, int(h) // patch, int(w) // patch) for h, w in given]
+    return packed(sizes, [side] * len(sizes), raster=True)
 
 
 def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, frame by frame; a token is pooled over the frames of its chunk."""
-    frames = packed(_sizes(arguments), side, raster=True)
+    frames = _by_raster(arguments, side, tower)
     chunks = (one.rows.unflatten(0, (one.frames, -1)).transpose(0, 1) for one in frames)
     return [
         EncoderImage(one.grid, rows.flatten(1)) for one, rows in zip(frames, chunks, strict=True)
@@ -86,11 +93,13 @@ def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 _QWEN = Tower(
     "blocks",
-    Block("norm1", "attn", "norm2", projections=("qkv",), output="proj"),
+    Block("norm1", "attn", "norm2", matrices=("qkv",), output="proj"),
     packed=_by_cells,
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
+_OMNI = replace(_QWEN, block=replace(_QWEN.block, matrices=("q", "k", "v")), packed=_by_windows)
+_GLM_OCR = replace(_GLM, block=replace(_GLM.block, norms=("q_norm", "k_norm"), norms_heads=True))
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
@@ -101,7 +110,7 @@ _INTERNVL = Tower(
         "layernorm_after",
         scale1=("lambda_1",),
         scale2=("dropout", "lambda_2"),
-        projections=("q_norm", "k_norm"),
+        norms=("q_norm", "k_norm"),
     ),
     class_token=True,
     masks_layers=False,
@@ -125,6 +134,10 @@ _QIANFAN = replace(
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
+_EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells)
+_VIDEO_LLAMA = replace(
+    _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
+)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
@@ -139,8 +152,11 @@ _PIXTRAL = Tower(
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
+    "cosmos3_edge_vision": _EDGE,
+    "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
+    "glm_ocr_vision": _GLM_OCR,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
@@ -149,6 +165,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,
     "qianfan_ocr_vision": _QIANFAN,
+    "qwen2_5_omni_vision_encoder": _OMNI,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
     "qwen3_5_moe_vision": _QWEN,
@@ -157,6 +174,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "qwen3_vl_moe_vision": _QWEN3,
     "qwen3_vl_vision": _QWEN3,
     "smolvlm_vision": _IDEFICS,
+    "video_llama_3_vision": _VIDEO_LLAMA,
 }
 
 
@@ -183,12 +201,15 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
     for name in kind.readers:
         reader = family._child(root, name)
         readers += reader if isinstance(reader, nn.ModuleList) else [reader]
+    layers = family._child(root, kind.layers)
     return Encoder(
-        layers=family._child(root, kind.layers),
+        layers=layers,
         attention=lambda layer: getattr(layer, kind.block.attention),
         heads=heads or root.config.num_attention_heads,
         class_token=kind.class_token,
         projections=kind.block.projections,
+        by_head=kind.block.norms_heads,
+        groups=getattr(getattr(layers[0], kind.block.attention), "num_key_value_groups", 1),
         tower=root,
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),

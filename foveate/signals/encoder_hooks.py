@@ -168,7 +168,7 @@ class EncoderSignals:
 
     def _projections(self, parts: list[Tensor]) -> Projections:
         """Of queries, keys, and values if a signal reads them."""
-        query, key, value = (*parts, None)[:3]
+        query, key, value = (*self.encoder.projected(parts), None)[:3]
         assert query is not None
         assert key is not None
         encoder = self.encoder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from foveate.families import Encoder
 from foveate.families.rows import EncoderImage
 from foveate.signals import EncoderSignal
-from foveate.signals.attention_maps import attention_sums, queries
+from foveate.signals.attention_maps import attention_sums, global_attention, queries
 from foveate.signals.encoder_hooks import Attaching, EncoderSignals, Shortened
 from foveate.signals.projections import Projections
 
 ROWS = 2**14  # rows whose attention is summed up together
+Attention = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+"""Makes (B, N) of (B, N, H d) queries and keys of segments, H and a bias (B, 1, 1, N)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +32,10 @@ class PackedProjections(Projections):
     """Projections (N, D) of images in one sequence; what is made of them is (N, C).
 
     Args:
-        sums: (N) attention that rows receive, from queries, keys and bias.
+        in_segments: makes (N) of the attention within each segment.
     """
 
-    sums: Callable[[Tensor, Tensor, Tensor | None], Tensor] = field(kw_only=True)
+    in_segments: Callable[[Attention], Tensor] = field(kw_only=True)
 
     @property
     def patch_keys(self) -> Tensor:
@@ -42,7 +45,12 @@ class PackedProjections(Projections):
     @property
     def received(self) -> Tensor:
         """(N, 1) attention that rows receive, summed over queries."""
-        return self.sums(self.query, self.key, self.bias)[:, None]
+        return self.in_segments(received_sums)[:, None]
+
+    @property
+    def from_global(self) -> Tensor:
+        """(N, 1) attention that rows receive from global rows of their segment."""
+        return self.in_segments(partial(_from_global, self.threshold))[:, None]
 
     @property
     def given(self) -> Tensor:
@@ -57,6 +65,7 @@ class PackedSignals(EncoderSignals):
         encoder: the encoder.
         wanted: signal -> 0-based layers.
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
+        threshold: how many times the mean global patches receive at least.
         side: side of a visual token in patches.
     """
 
@@ -65,9 +74,10 @@ class PackedSignals(EncoderSignals):
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
+        threshold: float = 0.0,
         side: int = 1,
     ) -> None:
-        super().__init__(encoder, wanted, running)
+        super().__init__(encoder, wanted, running, threshold)
         self.side = side
 
     def attach(self, on: Attaching) -> None:
@@ -108,19 +118,21 @@ class PackedSignals(EncoderSignals):
         return _flat(states.detach())
 
     def _projections(self, parts: list[Tensor]) -> Projections:
-        query, key = (_flat(p) for p in (parts if len(parts) > 1 else parts[0].chunk(3, -1)[:2]))
+        query, key, *_ = (_flat(part) for part in self.encoder.projected(parts))
+        told, bias, heads = self._running.told, self._bias, self.encoder.heads
+
+        def in_segments(of: Attention) -> Tensor:
+            q, k = (self._rotated(part, told) for part in (query, key))
+            return by_segments(of, q, k, self._bounds(told, key), heads, bias)
+
         return PackedProjections(
-            query, key, None, self.encoder.heads, bias=self._bias, sums=self._sums
+            query, key, None, heads, bias=bias, threshold=self.threshold, in_segments=in_segments
         )
 
-    def _sums(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        """(N) attention that rows receive, summed over queries."""
-        told = self._running.told
-        query, key = (self._rotated(part, told) for part in (query, key))
-        return segment_sums(query, key, self._bounds(told, key), self.encoder.heads, bias)
-
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
-        """(N, H d) with rotary positions."""
+        """(N, H d) with rotary positions, where the layer has them."""
+        if told.get("position_embeddings") is None:
+            return x
         cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
         heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
         first, second = heads.chunk(2, -1)
@@ -139,12 +151,18 @@ class PackedSignals(EncoderSignals):
 
 
 @torch.no_grad()
-def segment_sums(
-    query: Tensor, key: Tensor, bounds: Tensor, heads: int, bias: Tensor | None = None
+def by_segments(
+    of: Attention,
+    query: Tensor,
+    key: Tensor,
+    bounds: Tensor,
+    heads: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention that rows receive within segments: head mean, summed over queries.
+    """What is made of the attention of each segment by itself.
 
     Args:
+        of: makes it of segments of equal length.
         query: (N, H d) queries, rotated.
         key: (N, H d) keys, rotated.
         bounds: (S + 1) where segments begin and end.
@@ -154,16 +172,28 @@ def segment_sums(
     Returns:
         (N) float32.
     """
-    sums = torch.zeros(len(key), device=key.device)
+    found = torch.zeros(len(key), device=key.device)
     starts, lengths = bounds[:-1], bounds.diff()
     for length in lengths.unique().tolist():
         alike = starts[lengths == length].split(max(ROWS // max(length, 1), 1))
         for begin in alike if length else ():
             rows = begin[:, None] + torch.arange(length, device=key.device)
             added = None if bias is None else bias[rows][:, None, None]
-            received, _ = attention_sums(query[rows], key[rows], heads, 0, added)
-            sums[rows.flatten()] = (received * queries(key[rows], added)).flatten()
-    return sums
+            found[rows.flatten()] = of(query[rows], key[rows], heads, added).flatten()
+    return found
+
+
+def received_sums(query: Tensor, key: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """(B, N) attention that rows receive: head mean, summed over queries."""
+    received, _ = attention_sums(query, key, heads, 0, bias)
+    return received * queries(key, bias)
+
+
+def _from_global(
+    threshold: float, query: Tensor, key: Tensor, heads: int, bias: Tensor | None
+) -> Tensor:
+    """(B, N) attention that rows receive from global rows."""
+    return global_attention(query, key, heads, 0, bias, threshold)
 
 
 def _flat(states: Tensor) -> Tensor:

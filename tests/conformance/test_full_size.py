@@ -14,9 +14,11 @@ from foveate.signals import SIGNALS
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
+    "cosmos3_edge": (28, 27, 26, False),
     "cosmos3_omni": (32, 27, 26, False),
     "deepseek_vl": (32, 12, 11, False),
     "glm4v": (40, 24, 23, False),
+    "glm_ocr": (16, 24, 23, False),
     "glmga": (40, 24, 23, False),
     "hyperclovax_vision_v2": (32, 32, 31, False),
     "idefics3": (32, 12, 11, False),
@@ -33,11 +35,13 @@ SIZES = {
     "paddleocr_vl": (18, 27, 26, False),
     "paligemma": (18, 27, 26, False),
     "qianfan_ocr": (32, 24, 23, True),
+    "qwen2_5_omni_thinker": (28, 32, 31, False),
     "qwen2_5_vl": (80, 32, 31, False),
     "qwen2_vl": (80, 32, 31, False),
     "qwen3_omni_moe_thinker": (28, 27, 26, False),
     "qwen3_vl": (32, 27, 26, False),
     "smolvlm": (32, 12, 11, False),
+    "video_llama_3": (32, 12, 11, False),
     "video_llava": (32, 24, 22, True),
     "vipllava": (32, 24, 22, True),
 }
@@ -45,12 +49,9 @@ SIZES = {
 # may be removed, and those whose attention can rank them.
 CLOSED = {
     "aria": (32, 0, range(32)),
-    "cosmos3_edge": (28, 0, range(28)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "emu3": (32, 0, range(32)),
-    "exaone4_5": (32, 0, range(3, 32, 4)),
-    "glm_ocr": (16, 0, range(16)),
     "got_ocr2": (24, 0, range(24)),
     "granite_docling": (28, 3, range(28)),
     "hunyuan_vl": (32, 0, range(32)),
@@ -59,9 +60,7 @@ CLOSED = {
     "muse_glimmer": (52, 0, range(3, 52, 4)),
     "muse_spark": (62, 0, range(1, 62, 4)),
     "pp_chart2table": (24, 0, range(24)),
-    "qwen2_5_omni_thinker": (28, 0, range(28)),
     "step3p7": (45, 0, range(45)),
-    "video_llama_3": (32, 0, range(32)),
 }
 MISSING = {  # what configs of these do not say of themselves
     "deepseek_ocr2": {
@@ -82,6 +81,7 @@ MISSING = {  # what configs of these do not say of themselves
 
 # model type: decoder layers, every how many of them one sees all, and the first of those
 HYBRID = {
+    "exaone4_5": (32, 4, 3),
     "lfm3_vl": (24, 4, 2),
     "minicpm_ocr": (32, 4, 3),
     "minicpmv4_6": (32, 4, 3),

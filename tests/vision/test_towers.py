@@ -57,6 +57,9 @@ def seen(name):
             inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(3)
         )
         real = inputs["pixel_attention_mask"][:, :, None]
+        if real.dim() == 3:  # of patches
+            inputs["pixel_values"] += noise * (1 - real)
+            return inputs, counts
         empty = inputs["pixel_values"].flatten(2).eq(0).all(2)[..., None, None, None]
         inputs["pixel_values"] += noise * ~real * ~empty
     return inputs, counts

@@ -19,8 +19,11 @@ from tests.vision.oracle import matched
 NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "cosmos3_edge_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "exaone4_5_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "idefics3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "internvl_vision": (
         "encoder.layer", "layernorm_before", "attention", "layernorm_after", "mlp",
@@ -37,6 +40,7 @@ NAMES = {
     "qianfan_ocr_vision": (
         "layers", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
+    "qwen2_5_omni_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_5_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
@@ -45,6 +49,8 @@ NAMES = {
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "video_llama_3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "siglip2_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
 PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
@@ -176,7 +182,9 @@ class Full:
         self.stand = torch.arange(self.number)  # the row at whose place each row is
         self.weigh = True
         self.states = []
-        self.special = int(self.number > sum(len(t) for picture in self.tokens for t in picture))
+        width = self.number // self.batch
+        of_pictures = {sum(len(token) for token in picture) for picture in self.tokens}
+        self.special = int(of_pictures == {width - 1})
 
     def seen(self, number):
         """(N, N) which rows a layer lets each row attend to, but for padding, and rotary (cos, sin)
@@ -204,11 +212,11 @@ class Full:
         module = getattr(layer, attention)
         normed = getattr(layer, norm1)(self.x)
         if hasattr(module, "qkv"):
-            parts = module.qkv(normed).chunk(3, -1)
+            parts = list(self.apart(module, module.qkv(normed)))
         else:
-            parts = [getattr(module, f"{name}_proj")(normed) for name in "qkv"]
-            if hasattr(module, "q_norm"):
-                parts[:2] = module.q_norm(parts[0]), module.k_norm(parts[1])
+            names = "qkv" if hasattr(module, "q") else ("q_proj", "k_proj", "v_proj")
+            parts = [getattr(module, name)(normed) for name in names]
+        parts[:2] = self.normed(module, "q", parts[0]), self.normed(module, "k", parts[1])
         q, k, v = (part.view(self.number, self.tower.heads, -1).transpose(0, 1) for part in parts)
         projected = k.transpose(0, 1)
         allowed, rotary = self.seen(number)
@@ -229,6 +237,23 @@ class Full:
         out = next(n for n in ("proj", "out_proj", "o_proj", "projection_layer")
                    if hasattr(module, n))  # fmt: skip
         return weights, projected, getattr(module, out)(mixed)
+
+    def apart(self, module, made):
+        """(N, D) queries, keys and values; keys and values of heads that share them, for each."""
+        groups = getattr(module, "num_key_value_groups", 1)
+        count = self.tower.heads // groups
+        heads = made.view(self.number, self.tower.heads + 2 * count, -1)
+        query, key, value = heads.split([self.tower.heads, count, count], 1)
+        each = torch.arange(self.tower.heads) // groups
+        return (part.flatten(1) for part in (query, key[:, each], value[:, each]))
+
+    def normed(self, module, of, part):
+        """(N, D) queries or keys under their norm, which is of all heads or of each by itself."""
+        norm = getattr(module, f"{of}_norm", None)
+        weight = getattr(norm, "weight", None)
+        if weight is None:
+            return part
+        return norm(part.view(self.number, -1, len(weight))).flatten(1)
 
     def visible(self, number):
         """(N) rows that are no padding."""

@@ -1,8 +1,8 @@
 """Encoding: the state of one pass through a vision encoder, which ends with the pass.
 
-The images of a pass may be the rows of a batch. Then all have equally many tokens, and lose equally
-many or are padded with tokens to which nothing attends. Or they follow one another in one sequence,
-and each group of them has counts of its own. Shapes: `G` images of a group, `S` special rows before
+The images of a pass may be the rows of a batch; where they have different numbers of tokens, they
+are padded with rows to which nothing attends. Or they follow one another in one sequence. Each
+group of them has counts of its own. Shapes: `G` images of a group, `S` special rows before
 the patches, `V` visual tokens of an image, `K` of them surviving, `R` rows of a token, `D` hidden,
 `H` heads; `N` rows of one image of a batch, or of all the sequence.
 """
@@ -80,7 +80,9 @@ class Encoding:
         self.layout = PatchLayout(
             groups, states.shape[:-1], self.encoder.special, self.layout.packed
         )
-        if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
+        if mask is None or self.layout.packed or self.layout.padded:
+            return
+        if (hidden := hides(mask)) is None:
             return
         visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
@@ -89,10 +91,14 @@ class Encoding:
         """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
-        special = self.encoder.special
-        grid = self._patches(length - special)
-        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
-        return [EncoderImage(tokens, rows + n * length) for n in range(images)]
+        special, sizes = self.encoder.special, self.encoder.sizes
+        alike = [] if sizes else [self._patches(length - special)] * images
+        return [
+            EncoderImage(
+                token_grid(*grid, self.side), special + n * length + raster_rows(*grid, self.side)
+            )
+            for n, grid in enumerate(sizes(self.arguments) if sizes else alike)
+        ]
 
     def _patches(self, count: int) -> tuple[int, int]:
         """(height, width) of an image's patches."""
@@ -216,14 +222,16 @@ class Encoding:
             merged: whether merged tokens count as often as they have sources, or once.
         """
         parts = [of.counts(of.layout, merged=merged) for of in self.groups]
-        if all(part is None for part in parts):
+        padding = self.layout.padding
+        if padding is None and all(part is None for part in parts):
             return None
         ones = hidden.new_ones(*hidden.shape[:-1], 1, dtype=torch.float32)
         values = [
             torch.ones(of.rows_at(of.layout).shape, device=hidden.device) if part is None else part
             for part, of in zip(parts, self.groups, strict=True)
         ]
-        return self.layout.lay(ones, values)[..., 0]
+        counts = self.layout.lay(ones, values)[..., 0]
+        return counts if padding is None else counts.masked_fill(padding, 0)
 
     def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """What a layer must be told, once tokens have been removed."""
@@ -248,10 +256,8 @@ class Encoding:
     def keys(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K, d) keys of tokens in the layer that is running: the mean of their rows'."""
         assert self.taps is not None  # only asked for between the halves of a layer
-        names = self.encoder.projections
-        key = self.taps[names[-1]].detach()
-        key = key if len(names) > 1 else key.chunk(3, -1)[1]
-        key = _mean(self._of(key, of), of)
+        _, key, *_ = self.encoder.projected([self.taps[name] for name in self.encoder.projections])
+        key = _mean(self._of(key.detach(), of), of)
         return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
 
     def class_attention(self, of: EncoderGroup) -> Tensor:
@@ -267,10 +273,10 @@ class Encoding:
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
         query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-        if self.encoder.projections != ("q_proj", "k_proj"):  # norms after them
+        if block.norms:
             query, key = (
                 getattr(attention, name)(part)
-                for name, part in zip(self.encoder.projections, (query, key), strict=True)
+                for name, part in zip(block.norms, (query, key), strict=True)
             )
         return self._of_class(query, key, of)
 

@@ -186,6 +186,10 @@ class Member:
         """The text model."""
         return model.model.language_model
 
+    def attention(self, layer: Any) -> Any:
+        """The attention of a decoder layer; `None` of one in which no token attends to another."""
+        return getattr(layer, "self_attn", None)
+
     def norm(self, text: Any) -> Any:
         """The norm after the text model's last layer."""
         return text.norm

@@ -82,6 +82,7 @@ UNMEASURED = (
     "llama4",
     "minicpm_ocr",
     "minicpmv4_7",
+    "nemotron_h_omni",
     "pp_chart2table",
     "qianfan_ocr",
     "qwen2_5_omni_thinker",

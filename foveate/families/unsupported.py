@@ -62,7 +62,6 @@ UNSUPPORTED: dict[str, str] = {
     "mllama": _CROSS,
     "muse_glimmer": _NO_ROTARY,
     "muse_spark": _NO_ROTARY,
-    "nemotron_h_omni": f"its text model has Mamba layers and no base model around it, {_YET} both",
     "phi4_multimodal": f"its vision encoder is a part of the text model's embedding, {_YET} "
     "removal after that",
     "pi0": "its action expert reads the cache of the prompt with a mask of its full length, "

@@ -60,7 +60,14 @@ CLOSED = {
     "step3p7": (45, 0, range(45)),
     "video_llama_3": (32, 0, range(32)),
 }
+MAMBA, MOE = "linear_attention", "moe"
 MISSING = {  # what configs of these do not say of themselves
+    "nemotron_h_omni": {
+        "layers_block_type": [MAMBA, MOE, MAMBA, MOE, MAMBA, "full_attention", MOE] * 7,
+        "num_experts_per_tok": 6,
+        "n_routed_experts": 128,
+        "hidden_size": 2688,
+    },
     "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
     "hunyuan_vl": {
         "head_dim": 128,
@@ -74,6 +81,7 @@ HYBRID = {
     "minicpm_ocr": (32, 4, 3),
     "minicpmv4_6": (32, 4, 3),
     "minicpmv4_7": (32, 4, 3),
+    "nemotron_h_omni": (49, 7, 5),
     "qwen3_5": (32, 4, 3),
     "qwen3_5_moe": (40, 4, 3),
 }
@@ -123,6 +131,8 @@ def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
         assert "no class token" in reason or "acts inside the encoder" in reason
     elif method == "yopo":
         assert "not made like those of Llama" in reason
+    elif method == "transprune" and family.keyless_layers > family.recurrent_layers:
+        assert "one or the other" in reason
     elif method == "prunevid" and family.recurrent_layers:
         assert "a running state" in reason
     else:

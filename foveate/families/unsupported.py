@@ -62,8 +62,8 @@ UNSUPPORTED: dict[str, str] = {
     "mllama": _CROSS,
     "muse_glimmer": _NO_ROTARY,
     "muse_spark": _NO_ROTARY,
-    "phi4_multimodal": f"its vision encoder is a part of the text model's embedding, {_YET} "
-    "removal after that",
+    "phi4_multimodal": f"its text model encodes images within its own embedding, and nothing "
+    f"returns their features, {_YET} features that are taken from that embedding",
     "pi0": "its action expert reads the cache of the prompt with a mask of its full length, "
     f"{_YET} masks that know what is gone from there",
     "pix2struct": _MEMORY,

@@ -85,6 +85,7 @@ UNMEASURED = (
     "minicpmv4_7",
     "muse_glimmer",
     "muse_spark",
+    "nemotron_h_omni",
     "pp_chart2table",
     "qianfan_ocr",
     "qwen2_5_omni_thinker",

@@ -263,6 +263,8 @@ def why_not_ranked(model: ModelFacts, layer: int) -> str:
     """Why a decoder layer cannot give what ranks tokens, as a predicate."""
     if layer in model.recurrent_layers:
         return "keeps a running state and has no keys of single tokens"
+    if layer in model.keyless_layers:
+        return "mixes no tokens"
     if layer not in model.keyed_layers:
         return "reads the keys of an earlier layer and makes none"
     if layer not in model.attention_layers:

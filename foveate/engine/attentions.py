@@ -88,7 +88,7 @@ def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: in
     maps = output.get("attentions")
     if not maps or not seen:
         return
-    numbers = [n for n, layer in enumerate(family.layers) if hasattr(layer, "self_attn")]
+    numbers = [n for n in range(family.text_layers) if n not in family.keyless_layers]
     if len(maps) != len(numbers):
         raise UnsupportedModelError(
             f"this {family.model_type} returns {len(maps)} attention maps of {len(numbers)} layers "

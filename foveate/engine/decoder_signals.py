@@ -175,7 +175,7 @@ class DecoderSignals:
         cached; arguments as in `collect`.
         """
         state, prompt = self.state, self.prompt
-        if number in state.family.recurrent_layers:
+        if number in state.family.keyless_layers:
             return view_of(layer, hidden, None), state.slots_of(None, number)
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None

@@ -82,6 +82,8 @@ class ForwardPass:
             kwargs = extension.enter(number, layer, hidden, kwargs)
         if number in self.family.recurrent_layers:
             return None, hidden, self.arguments.of_state(self.layout, kwargs)
+        if number in self.family.keyless_layers:
+            return None, hidden, kwargs
         runs = any(extension.runs(number) for extension in self.extensions)
         cache = kwargs.get("past_key_values")
         if self.layout is self.full and not runs and self.arguments.is_unpruned(number, cache):

@@ -23,6 +23,7 @@ from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Family
+from foveate.families.decoder_layer import has_mlp
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
 
 
@@ -283,6 +284,11 @@ def _check_decoder_signal(
         raise LayerError(
             f"{slug} acts at {step.site} and needs {need.name} of layer {outside[0]}, but there "
             f"it is known of layers 0 to {last}"
+        )
+    if signal.of_module is not None and not all(has_mlp(family.layers[i]) for i in need.layers):
+        raise UnsupportedModelError(
+            f"{slug!r} compares what attention and MLP make of a token in one decoder layer, but "
+            f"layers of this {family.model_type} are one or the other"
         )
     if not signal.keyed:
         return

@@ -100,8 +100,9 @@ class TextAttachment(Attachment):
 
     def _attach_to_layers(self) -> None:
         family, hooks = self.family, self.forward
-        if family.one_dimensional:
-            self.replace_forward(family.text.rotary_emb, hooks.rotate)
+        rotary = getattr(family.text, "rotary_emb", None)
+        if family.one_dimensional and rotary is not None:
+            self.replace_forward(rotary, hooks.rotate)
         for number in range(family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(hooks.layer, number))
         for number in self.plan.watched_layers:

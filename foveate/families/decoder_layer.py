@@ -11,10 +11,10 @@ from typing import Any
 
 from foveate.errors import UnsupportedModelError
 
-NORMS = ("input_layernorm", "operator_norm")
-MIXERS = ("self_attn", "linear_attn", "conv")
+NORMS = ("input_layernorm", "operator_norm", "norm")
+MIXERS = ("self_attn", "linear_attn", "conv", "mixer")
 MLPS = ("mlp", "feed_forward")
-LAST_NORMS = ("norm", "embedding_norm")
+LAST_NORMS = ("norm", "embedding_norm", "norm_f")
 HEAD_NORMS = {  # of queries, keys and values, before queries and keys are rotated
     "q": ("q_norm", "q_layernorm", "qk_norm"),
     "k": ("k_norm", "k_layernorm", "qk_norm"),
@@ -36,6 +36,11 @@ def mixer_of(layer: Any) -> Any:
 def mlp_of(layer: Any) -> Any:
     """The MLP, or the mixture of experts."""
     return _first(layer, MLPS)
+
+
+def has_mlp(layer: Any) -> bool:
+    """Whether there is one beside what mixes tokens."""
+    return _find(layer, MLPS) is not None
 
 
 def named_arguments(kind: type, args: Sequence[Any]) -> dict[str, Any]:

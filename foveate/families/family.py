@@ -22,6 +22,8 @@ from foveate.record.tiles import Tiling
 FAMILIES: dict[str, type[Family]] = {}
 RECURRENT = frozenset({"linear_attention", "conv"})
 """Kinds of decoder layers, in transformers' words, that mix tokens into a running state."""
+TOKENWISE = frozenset({"mlp", "moe"})
+"""Kinds of decoder layers that mix no tokens, where each layer is one module."""
 F = TypeVar("F", bound="type[Family]")
 
 
@@ -126,7 +128,7 @@ class Family:
     def keyed_layers(self) -> tuple[int, ...]:
         """Decoder layers that make keys and values of single tokens."""
         own = (i for i, donor in enumerate(self.donors) if donor == i)
-        return tuple(i for i in own if i not in self.recurrent_layers)
+        return tuple(i for i in own if i not in self.keyless_layers)
 
     @cached_property
     def donors(self) -> tuple[int, ...]:
@@ -152,6 +154,14 @@ class Family:
     def recurrent_layers(self) -> frozenset[int]:
         """Decoder layers that mix tokens into a running state and have no keys of single tokens."""
         return frozenset(i for i, kind in enumerate(self.layer_kinds) if kind in RECURRENT)
+
+    @cached_property
+    def keyless_layers(self) -> frozenset[int]:
+        """Decoder layers in which no token attends to another: recurrent ones, and those that mix
+        none.
+        """
+        alone = (i for i, kind in enumerate(self.layer_kinds) if kind in TOKENWISE)
+        return self.recurrent_layers.union(alone)
 
     @property
     def reads_embeddings(self) -> bool:

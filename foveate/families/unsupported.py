@@ -71,9 +71,8 @@ UNSUPPORTED: dict[str, str] = {
     "mistral4": "its config has no vision encoder: it is a text model",
     "mistral_large4": _INDEXED,
     "mllama": _CROSS,
-    "nemotron_h_omni": f"its text model has Mamba layers and no base model around it, {_YET} both",
-    "phi4_multimodal": f"its vision encoder is a part of the text model's embedding, {_YET} "
-    "removal after that",
+    "phi4_multimodal": f"its text model encodes images within its own embedding, and nothing "
+    f"returns their features, {_YET} features that are taken from that embedding",
     "pi0": "its action expert reads the cache of the prompt with a mask of its full length, "
     f"{_YET} masks that know what is gone from there",
     "pix2struct": _MEMORY,

@@ -6,20 +6,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.family import window_of
+from foveate.families.family import TOKENWISE, window_of
 from foveate.measure.mixers import (
     Attention,
     GatedDeltaNet,
     LatentAttention,
+    Mamba2,
     Mixer,
     ShortConvolution,
+    Unmixed,
 )
 
 GATED = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """Text models whose query matrix makes a gate of the output too; their configs do not say so."""
 GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
-UNGATED = frozenset({"cosmos3_edge_text"})
+UNGATED = frozenset({"cosmos3_edge_text", "nemotron_h"})
 """Text models whose MLP has no gate."""
 ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
@@ -115,6 +117,18 @@ def _mixer(text: Any, layer: int, shared: bool) -> Mixer:
             value_dim=text.linear_value_head_dim,
             taps=text.linear_conv_kernel_dim,
         )
+    if kind == "linear_attention" and hasattr(text, "mamba_num_heads"):
+        return Mamba2(
+            hidden=text.hidden_size,
+            heads=text.mamba_num_heads,
+            head_dim=text.mamba_head_dim,
+            state=text.ssm_state_size,
+            groups=text.n_groups,
+            taps=text.conv_kernel,
+            chunk=text.chunk_size,
+        )
+    if kind in TOKENWISE:
+        return Unmixed(text.hidden_size)
     if kind == "conv" and hasattr(text, "conv_L_cache"):
         return ShortConvolution(text.hidden_size, text.conv_L_cache)
     if kind not in ATTENTION:
@@ -180,6 +194,8 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     if getattr(text, "enable_moe_block", False):  # beside an MLP, as in Gemma 4
         chosen = text.top_k_experts * text.moe_intermediate_size
         return _dense(text, shared) + chosen, text.num_experts
+    if getattr(text, "model_type", "") == "nemotron_h":
+        return _of_one_module(text, text.layer_types[layer])
     if (sparse := getattr(text, "moe_layers", None)) is not None:  # of Llama 4
         return _of_all_experts(text, layer in sparse)
     active = _first(text, "num_experts_per_tok", "moe_topk")
@@ -198,6 +214,21 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     rated = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
     beside = rated + (getattr(text, "share_expert_dim", None) or 0)
     return chosen * width + beside, experts + (rated > 0)
+
+
+def _of_one_module(text: Any, kind: str) -> tuple[int, int]:
+    """As `_mlp`, in Nemotron-H, whose layers mix tokens or are an MLP; experts may work in a latent
+    space, whose way there and back counts as neurons.
+    """
+    if kind not in TOKENWISE:
+        return 0, 0
+    if kind == "mlp":
+        return text.intermediate_size, 0
+    shared, latent = text.moe_shared_expert_intermediate_size, text.moe_latent_size
+    chosen = text.num_experts_per_tok * text.moe_intermediate_size
+    if latent is not None:
+        chosen = latent + chosen * latent // text.hidden_size
+    return shared + chosen, text.n_routed_experts
 
 
 def _of_all_experts(text: Any, sparse: bool) -> tuple[int, int]:

@@ -102,10 +102,10 @@ def run(
     def step(number: int) -> tuple[Tensor, Tensor]:
         """Output of a layer, and its attention probabilities (H, T, T); none of a recurrent one."""
         kwargs = dict(recorded.kwargs[number])
-        if not hasattr(text.layers[number], "self_attn"):
+        layer = text.layers[number]
+        if (attention := member.attention(layer)) is None:
             return over_survivors(text, number, hidden, alive, prompt, kwargs), torch.empty(0)
         mask = kwargs["attention_mask"].clone()
-        attention = text.layers[number].self_attn
         own = not getattr(attention, "is_kv_shared_layer", False)
         if own:
             keys[getattr(attention, "layer_type", None)] = number, alive.clone(), shift
@@ -118,8 +118,7 @@ def run(
             positions = kwargs["position_ids"] - moved
             kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)
         weights = []
-        layer = text.layers[number]
-        handle = layer.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
+        handle = attention.register_forward_hook(lambda m, a, out: weights.append(out[1]))
         output = layer(hidden, *recorded.args[number], **kwargs)
         handle.remove()
         return output, weights[0][0]

@@ -99,7 +99,7 @@ def test_accounts_equal_what_torch_counts(name, kind):
     want = account(session.record, family, methods, DENSE)
     assert want.tower is not None
     more = 0
-    if not member.some_logits:
+    if not member.cuts_logits:
         more = head_flops(TextShape.of(family.config), inputs["input_ids"].shape[1] - 1)
     assert want.total + more == got
     plain = counted(model, inputs)

@@ -62,6 +62,7 @@ CLOSED = {
     "pp_chart2table": (24, 0, range(24)),
     "step3p7": (45, 0, range(45)),
 }
+MAMBA, MOE = "linear_attention", "moe"
 MISSING = {  # what configs of these do not say of themselves
     "deepseek_ocr2": {
         "text_config": {
@@ -69,6 +70,12 @@ MISSING = {  # what configs of these do not say of themselves
         }
     },
     "emu3": {"vocabulary_map": {"<image>": 151858}},
+    "nemotron_h_omni": {
+        "text_config": {
+            "layers_block_type": [MAMBA, MOE, MAMBA, MOE, MAMBA, "full_attention", MOE] * 7,
+            "num_experts_per_tok": 6, "n_routed_experts": 128, "hidden_size": 2688,
+        }
+    },
     "hunyuan_vl": {
         "text_config": {
             "head_dim": 128,
@@ -86,6 +93,7 @@ HYBRID = {
     "minicpm_ocr": (32, 4, 3),
     "minicpmv4_6": (32, 4, 3),
     "minicpmv4_7": (32, 4, 3),
+    "nemotron_h_omni": (49, 7, 5),
     "qwen3_5": (32, 4, 3),
     "qwen3_5_moe": (40, 4, 3),
 }
@@ -134,6 +142,8 @@ def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
         assert "no class token" in reason or "acts inside the encoder" in reason
     elif method == "yopo":
         assert "not made like those of Llama" in reason
+    elif method == "transprune" and family.keyless_layers > family.recurrent_layers:
+        assert "one or the other" in reason
     elif method == "prunevid" and family.recurrent_layers:
         assert "a running state" in reason
     else:

@@ -193,6 +193,11 @@ def planted(name, patches):
         values, grids = on_grids(name, seen, sides)
         assert torch.equal(grids, pixels["image_grid_thw"])
         return {"pixel_values": values}
+    if "image_grid_hw" in pixels:
+        sizes = [(4 * h, 4 * w) for h, w in pixels["image_grid_hw"].tolist()]
+        seen = [tensor(picture(*s, p)) for s, p in zip(sizes, patches, strict=True)]
+        cut = [x.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(2) for x in seen]
+        return {"pixel_values": torch.cat([rows.flatten(0, 1) for rows in cut])}
     if name in RESAMPLED:
         return tiled(name, [picture(*s, p) for s, p in zip(SIZES, patches, strict=True)])
     if name.startswith("molmo2"):

@@ -51,6 +51,6 @@ def test_prefill_flops_equal_the_counted_ones(name):
     family = find_family(model)
     seen = [[tokens if n <= family.last_llm_layer else 1] for n in range(family.text_layers)]
     want = flops.prefill_flops(model.config, seen, causal=False)
-    if not member.some_logits:
+    if not member.cuts_logits:
         want += flops.head_flops(flops.TextShape.of(model.config), tokens - 1)
     assert counter.get_total_flops() == pytest.approx(want, rel=0.01)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.calibration.search import last_state
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.methods import PyramidDrop
@@ -159,3 +160,11 @@ def test_keys_of_layers_that_rotate_are_those_of_the_cache():
         closeness = view.closeness(torch.tensor([[3, 9]]))
         assert torch.allclose(closeness[0, [0, 1], [3, 9]], torch.ones(2))
         assert bool((closeness < 0.9).any()) == family.rotates(number)
+
+
+@torch.no_grad()
+def test_calibration_reads_the_states_that_the_head_reads():
+    member = MEMBERS["llama4"]()
+    model, inputs = member.build(), member.inputs([[5, 7], [4]])
+    want = member.run(model, **fresh(inputs)).last_hidden_state[:, -1]
+    torch.testing.assert_close(last_state(find_family(model), fresh(inputs)), want)

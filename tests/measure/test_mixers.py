@@ -7,9 +7,11 @@ from transformers import (
     DeepseekV3ForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GraniteMoeHybridConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
     NemotronHConfig,
+    NemotronHForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
@@ -19,7 +21,7 @@ from transformers import (
 from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
 from foveate.measure.memory import cache_bytes
-from foveate.measure.mixers import GatedDeltaNet, ShortConvolution
+from foveate.measure.mixers import GatedDeltaNet, Mamba2, ShortConvolution
 from foveate.measure.selection import acted, decoder_flops
 from foveate.measure.shapes import TextShape
 from foveate.methods import PyramidDrop
@@ -48,6 +50,12 @@ LATENT = {
     "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "n_shared_experts": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
+}  # fmt: skip
+MAMBA = {
+    **SIZES, "head_dim": 12, "intermediate_size": 80, "mamba_num_heads": 6, "mamba_head_dim": 16,
+    "ssm_state_size": 8, "n_groups": 2, "chunk_size": 32, "n_routed_experts": 5,
+    "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
 }  # fmt: skip
 MODELS = {
     "gated delta net": (
@@ -82,6 +90,8 @@ MODELS = {
             num_experts=5, top_k_experts=2, moe_intermediate_size=24, hidden_size_per_layer_input=0,
         ),
     ),
+    "mamba": (NemotronHForCausalLM, NemotronHConfig(**MAMBA)),
+    "mamba, latent experts": (NemotronHForCausalLM, NemotronHConfig(**MAMBA, moe_latent_size=16)),
     "compressed keys": (DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=16)),
     "compressed keys, one query matrix": (
         DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=None),
@@ -126,8 +136,8 @@ def test_layers_that_share_keys_may_be_given_all_tokens():
 @pytest.mark.parametrize("past", [3, 70])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decoding_step_costs_what_torch_counts(name, past):
-    """But for what torch does not count: the products of a step of the gated delta rule, which are
-    written out; and for convolutions over a token more, which is dropped.
+    """But for what torch does not count: the products of a step of the gated delta rule and of
+    Mamba-2, which are written out; and for convolutions over a token more, which is dropped.
     """
     model, config = build(name)
     cache = filled(model, past)
@@ -137,6 +147,9 @@ def test_a_decoding_step_costs_what_torch_counts(name, past):
         if isinstance(mixer := shape.mixer, GatedDeltaNet):
             got += mixer.value_heads * 6 * mixer.key_dim * mixer.value_dim
             got -= 2 * 4 * (2 * 2 * 8 + 6 * 12)
+        elif isinstance(mixer, Mamba2):
+            got += 6 * 2 * 16 * 8
+            got -= 2 * 4 * (6 * 16 + 2 * 2 * 8)
         elif isinstance(mixer, ShortConvolution):
             got -= 2 * 3 * 48
     slots = [past + 1 if shape.donor is None else 1 for shape in shapes]  # as caches hold them
@@ -153,7 +166,7 @@ def test_bytes_equal_the_cache(name, tokens, dtype):
     layers = [tokens] * config.num_hidden_layers
     assert flops.kv_bytes(config, layers, 2, dtype) == slots
     assert flops.state_bytes(config, 2, dtype) == state
-    assert (state > 0) == ("delta" in name or "convolution" in name)
+    assert (state > 0) == any(kind in name for kind in ("delta", "convolution", "mamba"))
 
 
 def test_the_rule_counts_pairs_of_a_chunk_once_if_causal():
@@ -165,8 +178,8 @@ def test_the_rule_counts_pairs_of_a_chunk_once_if_causal():
 
 
 def test_kinds_whose_cost_is_not_known_are_refused():
-    config = NemotronHConfig(layers_block_type=["mamba", "attention"], num_hidden_layers=2)
-    with pytest.raises(UnsupportedModelError, match="layer 0 of this nemotron_h is of kind"):
+    config = GraniteMoeHybridConfig(layer_types=["mamba", "attention"], num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match="layer 0 of this granitemoehybrid is of kind"):
         TextShape.all(config)
 
 

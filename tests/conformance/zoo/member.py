@@ -28,7 +28,7 @@ class Member:
     kind: ClassVar[Any] = AutoModelForImageTextToText
     closed: ClassVar[bool] = False  # whether methods cannot act inside the tower
     mixes: ClassVar[bool] = False  # nor is a token made of patches of its own; such are closed too
-    some_logits: ClassVar[bool] = True  # whether the model makes logits of some tokens alone
+    some_logits: ClassVar[bool] = True  # whether it says that it makes logits of some tokens alone
     placed: ClassVar[bool] = True  # whether visual tokens have a place in the picture
     beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row
 
@@ -57,6 +57,11 @@ class Member:
         # No special token is generated: the oracle would take it for an image.
         model.generation_config.suppress_tokens = list(range(80, self.vocabulary))
         return model
+
+    @property
+    def cuts_logits(self) -> bool:
+        """Whether it makes those of the tokens alone that it is told."""
+        return self.some_logits
 
     # -- prompts
 
@@ -185,6 +190,10 @@ class Member:
     def text(self, model: Any) -> Any:
         """The text model."""
         return model.model.language_model
+
+    def attention(self, layer: Any) -> Any:
+        """The attention of a decoder layer; `None` of one in which no token attends to another."""
+        return getattr(layer, "self_attn", None)
 
     def norm(self, text: Any) -> Any:
         """The norm after the text model's last layer."""

@@ -5,6 +5,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
     Lfm2Config,
@@ -80,6 +82,13 @@ MODELS = {
         Gemma4TextConfig(
             **GEMMA, num_global_key_value_heads=1, attention_k_eq_v=True, enable_moe_block=True,
             num_experts=5, top_k_experts=2, moe_intermediate_size=24, hidden_size_per_layer_input=0,
+        ),
+    ),
+    "streams of states": (
+        Gemma3nForCausalLM,
+        Gemma3nTextConfig(
+            **{**GEMMA, "intermediate_size": [48, 56, 64, 72, 80, 88]}, num_kv_shared_layers=0,
+            hidden_size_per_layer_input=7, altup_num_inputs=3, laurel_rank=5,
         ),
     ),
     "compressed keys": (DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=16)),

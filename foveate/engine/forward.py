@@ -108,7 +108,7 @@ class ForwardPass:
         self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns, of a layer with keys of its own."""
-        keys = Keys(before, before, self._renumbering)
+        keys = Keys(before, before, self.layout, self._renumbering)
         return self.arguments.positions(number, keys, self.layout, hidden, kwargs)
 
     def begin(self, embeds: Tensor) -> Tensor | None:

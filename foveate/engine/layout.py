@@ -299,7 +299,14 @@ def _tail(index: Tensor, end: int) -> int:
 
 
 def translate_mask(
-    mask: Tensor | None, layout: Layout, slots: Slots, length: int, *, two_d: bool, width: int = 0
+    mask: Tensor | None,
+    layout: Layout,
+    slots: Slots,
+    length: int,
+    *,
+    two_d: bool,
+    width: int = 0,
+    foreign: bool = False,
 ) -> Tensor | None:
     """The attention mask of the physical columns.
 
@@ -311,6 +318,7 @@ def translate_mask(
         length: T, logical length of this forward.
         two_d: whether the kernel takes 2-D masks.
         width: columns the keys really have, where a static cache holds more than S.
+        foreign: whether an earlier layer made the keys, of other columns than these.
 
     Returns:
         `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
@@ -318,7 +326,8 @@ def translate_mask(
     """
     batch, queries = layout.index.shape
     unfilled = max(width - slots.count, 0)
-    if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
+    ragged = slots.ragged or layout.ragged or (unfilled and queries == 1)
+    if mask is None and not ragged and (queries == 1 or not foreign):
         return None
     keys = F.pad(slots.index, (0, unfilled), value=-1)
     if mask is None:

@@ -73,6 +73,16 @@ def take(x: Tensor, source: Tensor) -> Tensor:
     return x[rows, source]
 
 
+def tokens_second(states: Tensor, axis: int) -> Tensor:
+    """(B, P, ...) a view of states whose tokens lie on another axis, with the batch before them."""
+    return states if axis == 1 else states.movedim((axis - 1, axis), (0, 1))
+
+
+def tokens_on(states: Tensor, axis: int) -> Tensor:
+    """The way back: a view of (B, P, ...) with tokens on an axis, and the batch before them."""
+    return states if axis == 1 else states.movedim((0, 1), (axis - 1, axis))
+
+
 def take_positions(positions: Tensor, source: Tensor) -> Tensor:
     """Columns of (B, T) positions, or of (axes, B, T) where layers are handed every axis."""
     if positions.dim() == 2:

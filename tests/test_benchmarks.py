@@ -72,6 +72,7 @@ UNMEASURED = (
     "deepseek_ocr2",
     "deepseek_vl_hybrid",
     "exaone4_5",
+    "gemma3n",
     "glmga",
     "got_ocr2",
     "granite_docling",

@@ -11,6 +11,7 @@ from foveate.engine.planning import make_plan
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.signals import SIGNALS
+from tests.conformance.zoo.gemma3n import TowerConfig
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
@@ -49,6 +50,7 @@ CLOSED = {
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "exaone4_5": (32, 0, range(3, 32, 4)),
+    "gemma3n": (35, 0, range(4, 20, 5)),
     "glm_ocr": (16, 0, range(16)),
     "got_ocr2": (24, 0, range(24)),
     "granite_docling": (28, 3, range(28)),
@@ -60,10 +62,22 @@ CLOSED = {
     "video_llama_3": (32, 0, range(32)),
 }
 MISSING = {  # what configs of these do not say of themselves
-    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense"] + ["sparse"] * 31,
+            "num_experts_per_tok": 6,
+        },
+    },
+    "gemma3n": {"vision_config": TowerConfig()},
     "hunyuan_vl": {
-        "head_dim": 128,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16] * 4, "rope_theta": 1e4},
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "default",
+                "mrope_section": [16] * 4,
+                "rope_theta": 1e4,
+            },
+        },
     },
 }
 
@@ -90,8 +104,7 @@ def why_not(family, method):
 @functools.cache
 def family_of(model_type):
     with torch.device("meta"):
-        more = {"text_config": MISSING[model_type]} if model_type in MISSING else {}
-        config = AutoConfig.for_model(model_type, **more)
+        config = AutoConfig.for_model(model_type, **MISSING.get(model_type, {}))
         return find_family(AutoModelForImageTextToText.from_config(config))
 
 
@@ -112,7 +125,7 @@ def test_layers_that_see_all_are_found(model_type):
 
 
 @pytest.mark.parametrize("method", list_methods())
-@pytest.mark.parametrize("model_type", [*HYBRID, "lfm2_vl"])
+@pytest.mark.parametrize("model_type", [*HYBRID, "gemma3n", "lfm2_vl"])
 def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
     family, reason = family_of(model_type), why_not(family_of(model_type), method)
     if reason is None:

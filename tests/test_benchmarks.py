@@ -73,6 +73,7 @@ UNMEASURED = (
     "deepseek_vl_hybrid",
     "emu3",
     "exaone4_5",
+    "gemma3n",
     "glmga",
     "got_ocr2",
     "granite_docling",

@@ -56,7 +56,7 @@ class DecoderSignals:
             wanted: the signals, and which steps need them.
             number: the decoder layer.
             layer: its module.
-            hidden: (B, P, D) its input.
+            hidden: (B, P, ...) its input.
             kwargs: its keyword arguments, in logical terms.
         """
         about: _LayerInput | None = None
@@ -66,7 +66,7 @@ class DecoderSignals:
             if collected is layout or not any(map(self._drops, steps)):
                 continue
             if signal.of_input is not None:
-                self._collect_of_input(signal, hidden.detach())
+                self._collect_of_input(signal, self.state.family.embedded(hidden).detach())
             elif signal.before_layer is not None:
                 about = about or _LayerInput(self, number, layer, hidden, kwargs)
                 self._collected[signal, number] = signal.before_layer(about), layout
@@ -168,11 +168,22 @@ class DecoderSignals:
 
     # -- layers
 
+    @torch.no_grad()
+    def attended(self, layer: Any, hidden: Tensor) -> Tensor:
+        """(B, P, D) what a layer norms and projects of its input (B, P, ...)."""
+        return self.state.family.attended(layer, hidden.detach())
+
     def view(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[LayerView, Slots]:
         """What a layer that is about to run attends with, and the slots of the keys that it has
-        cached; arguments as in `collect`.
+        cached.
+
+        Args:
+            number: the decoder layer.
+            layer: its module.
+            hidden: (B, P, D) what it norms and projects.
+            kwargs: its keyword arguments, in logical terms.
         """
         state, prompt = self.state, self.prompt
         if number in state.family.keyless_layers:
@@ -227,6 +238,7 @@ class _LayerInput:
     ) -> None:
         self.number, self.layout = number, signals.state.layout
         self._signals, self._columns = signals, signals.columns
+        hidden = signals.attended(layer, hidden)
         self._arguments = number, layer, hidden, kwargs
         self.view, self._past = signals.view(*self._arguments)
 

@@ -69,7 +69,7 @@ class ForwardPass:
         Args:
             number: the decoder layer.
             layer: its module.
-            hidden: (B, P, D) its input.
+            hidden: (B, P, D) its input, or (B, P, S, D) where each token has several streams.
             kwargs: its keyword arguments, in logical terms.
 
         Returns:
@@ -110,7 +110,7 @@ class ForwardPass:
         self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns, of a layer with keys of its own."""
-        keys = Keys(before, before, self._renumbering)
+        keys = Keys(before, before, self.layout, self._renumbering)
         return self.arguments.positions(number, keys, self.layout, hidden, kwargs)
 
     def begin(self, embeds: Tensor) -> Tensor | None:
@@ -172,6 +172,8 @@ class ForwardPass:
         """Collect what is due before a layer, and let steps act; arguments as in `enter`."""
         if due.signals:
             self.decoder_signals.collect(due.signals, number, layer, hidden, kwargs)
+        streams = hidden.shape[2:]
+        hidden = hidden.flatten(2)  # those of a token are one to steps
         for planned in due.steps:
             replaced = [extension.before_step(planned, hidden) for extension in self.extensions]
             states = next((states for states in replaced if states is not None), None)
@@ -183,6 +185,7 @@ class ForwardPass:
             if self.layout is not before:
                 for extension in self.extensions:
                     extension.after_step(planned, kwargs.get("past_key_values"))
+        hidden = hidden.unflatten(2, streams)
         if due.later:
             self.decoder_signals.collect(due.later, number, layer, hidden, kwargs)
         return hidden
@@ -249,7 +252,8 @@ class ForwardPass:
         """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
         if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
-            hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
+            padding = (self.layout.index < 0)[(...,) + (None,) * (hidden.dim() - 2)]
+            hidden = hidden.masked_fill(padding.to(hidden.device), 0.0)
         return hidden
 
     def columns_of(self, part: ImageGroup, layout: Layout) -> Tensor:
@@ -290,5 +294,6 @@ class ForwardPass:
         self.arguments.forget()
         widen_maps(output, self.family, self.arguments.attended, self.prompt.length)
         layouts = (*self.layer_layouts, self.layout)
-        widen_states(output, self.full, self._entrance, layouts, self.prompt.length)
+        axis, length = self.family.token_axis, self.prompt.length
+        widen_states(output, self.full, self._entrance, layouts, length, axis)
         return output

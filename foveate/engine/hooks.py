@@ -27,6 +27,7 @@ from foveate.engine.grouping import ModalityImages, find_images
 from foveate.engine.images import ImageGroup
 from foveate.engine.inputs import check_drafts, check_length
 from foveate.engine.kernels import takes_2d_masks
+from foveate.engine.layout import tokens_on, tokens_second
 from foveate.engine.masks import numbered_positions, real_positions, seen_positions
 from foveate.engine.plan import Plan
 from foveate.engine.readout import check_readout
@@ -123,8 +124,9 @@ class ForwardHooks:
         if not groups or not self.plan.marks:
             return args, kwargs
         marked = now.forward.begin(sequence)
-        if marked is not None and self.family.reads_embeddings:  # marks would become gradients
-            kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 0.0)}
+        if marked is not None and self.family.reads_embeddings:
+            # Marks would become gradients, and so would zeros under the root of their mean square.
+            kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 1.0)}
         return args, now.forward.deepstack(kwargs)
 
     def _groups(self, sequence: Tensor, cache: Cache | None, past: int) -> list[ImageGroup]:
@@ -218,7 +220,7 @@ class ForwardHooks:
             number: the decoder layer.
             module: its module.
             before: its forward, if that is not its class's; classes change under FSDP2.
-            hidden: (B, T, D) its input.
+            hidden: its input, (B, T, D) or with tokens on the family's own axis.
             *args: its further arguments.
             **kwargs: its keyword arguments, in logical terms.
         """
@@ -231,7 +233,10 @@ class ForwardHooks:
         if forward is not None:
             if args:
                 kwargs, args = {**kwargs, **named_arguments(type(module), args)}, ()
+            axis = self.family.token_axis
+            hidden = tokens_second(hidden, axis)
             output, hidden, kwargs = forward.enter(number, module, hidden, kwargs)
+            hidden = tokens_on(hidden, axis)
             if output is not None:
                 return output
         if before is not None:

@@ -27,7 +27,7 @@ from foveate.engine.layout import (
 )
 from foveate.engine.renumbering import Renumbering, places_in_samples
 from foveate.engine.state import Kwargs, Prompt
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 
 
@@ -38,11 +38,13 @@ class Keys:
     Args:
         before: their slots before the forward.
         after: their slots after it.
+        layout: the columns that they were made of.
         renumbering: what was taken off positions in this forward by the time they were made.
     """
 
     before: Slots
     after: Slots
+    layout: Layout
     renumbering: Renumbering | None
 
 
@@ -185,14 +187,14 @@ class LayerArguments:
                 window = getattr(held, "sliding_window", None)
                 before = self.fresh if window is None else self.fresh.last(window - 1)
                 after = before.extend(self.full, length, None)
-                self._unpruned[donor] = Keys(before, after, None)
+                self._unpruned[donor] = Keys(before, after, self.full, None)
             return self._unpruned[donor]
         before = self.fresh if held is None else held.slots
         total = None if renumbering is None else renumbering.total
         after = before.extend(layout, length, total, self.prompt.visual if tracked else None)
         if held is not None:
             held.incoming = after
-        keys = self._keys[number] = Keys(before, after, renumbering)
+        keys = self._keys[number] = Keys(before, after, layout, renumbering)
         return keys
 
     def _last_columns(self, layout: Layout, count: int) -> Layout:
@@ -225,9 +227,18 @@ class LayerArguments:
             width = held.max_cache_len if isinstance(held, StaticLayer) else 0
             length = queries.index.shape[1] if queries is self._last else self.prompt.length
             rotary, position_ids = self.positions(number, keys, queries, hidden, kwargs)
+            foreign = queries is not keys.layout
+            if foreign and queries is not self._last and self.prompt.flash:
+                raise self._unaligned(number)
             physical = {
                 "attention_mask": translate_mask(
-                    mask, queries, keys.after, length, two_d=self.prompt.flash, width=width
+                    mask,
+                    queries,
+                    keys.after,
+                    length,
+                    two_d=self.prompt.flash,
+                    width=width,
+                    foreign=foreign,
                 ),
                 "position_embeddings": rotary,
                 "position_ids": position_ids,
@@ -237,6 +248,15 @@ class LayerArguments:
             if self.remembers:
                 self._views[key] = view
         return view
+
+    def _unaligned(self, number: int) -> UnsupportedModelError:
+        donor, kernel = self.family.donors[number], self.family.text.config._attn_implementation
+        return UnsupportedModelError(
+            f"layer {number} of this {self.family.model_type} reads the keys of layer {donor}, "
+            f"from which fewer tokens were removed, and {kernel!r} attention takes no mask that "
+            "says which of them come later; set the attention to 'sdpa', or remove tokens before "
+            f"layer {donor}"
+        )
 
     # -- positions
 

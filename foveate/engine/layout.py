@@ -78,6 +78,16 @@ def each_part(rotary: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(rotary) if isinstance(rotary, Tensor) else tuple(map(change, rotary))
 
 
+def tokens_second(states: Tensor, axis: int) -> Tensor:
+    """(B, P, ...) a view of states whose tokens lie on another axis, with the batch before them."""
+    return states if axis == 1 else states.movedim((axis - 1, axis), (0, 1))
+
+
+def tokens_on(states: Tensor, axis: int) -> Tensor:
+    """The way back: a view of (B, P, ...) with tokens on an axis, and the batch before them."""
+    return states if axis == 1 else states.movedim((0, 1), (axis - 1, axis))
+
+
 def take_positions(positions: Tensor, source: Tensor) -> Tensor:
     """Columns of (B, T) positions, or of (axes, B, T) where layers are handed every axis."""
     if positions.dim() == 2:
@@ -304,7 +314,14 @@ def _tail(index: Tensor, end: int) -> int:
 
 
 def translate_mask(
-    mask: Tensor | None, layout: Layout, slots: Slots, length: int, *, two_d: bool, width: int = 0
+    mask: Tensor | None,
+    layout: Layout,
+    slots: Slots,
+    length: int,
+    *,
+    two_d: bool,
+    width: int = 0,
+    foreign: bool = False,
 ) -> Tensor | None:
     """The attention mask of the physical columns.
 
@@ -316,6 +333,7 @@ def translate_mask(
         length: T, logical length of this forward.
         two_d: whether the kernel takes 2-D masks.
         width: columns the keys really have, where a static cache holds more than S.
+        foreign: whether an earlier layer made the keys, of other columns than these.
 
     Returns:
         `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
@@ -323,7 +341,8 @@ def translate_mask(
     """
     batch, queries = layout.index.shape
     unfilled = max(width - slots.count, 0)
-    if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
+    ragged = slots.ragged or layout.ragged or (unfilled and queries == 1)
+    if mask is None and not ragged and (queries == 1 or not foreign):
         return None
     keys = F.pad(slots.index, (0, unfilled), value=-1)
     if mask is None:

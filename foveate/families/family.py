@@ -73,6 +73,8 @@ class Family:
     """Whether the visual tokens of an image or a frame lie on one grid."""
     rotary_where_rotated: ClassVar[bool] = False
     """Whether layers that do not rotate are handed no rotary positions, rather than ignore them."""
+    token_axis: ClassVar[int] = 1
+    """Axis of tokens in states between decoder layers; the one before it is that of the batch."""
     per_position: ClassVar[tuple[str, ...]] = ()
     """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
@@ -167,6 +169,19 @@ class Family:
     def reads_embeddings(self) -> bool:
         """Whether the text model makes more of its input embeddings than the input of layer 0."""
         return False
+
+    def embedded(self, states: Tensor) -> Tensor:
+        """(B, P, D) input embeddings, of the states (B, P, ...) before the first decoder layer."""
+        return states
+
+    def attended(self, layer: Any, states: Tensor) -> Tensor:
+        """(B, P, D) what a decoder layer norms and projects, of the states (B, P, ...) before it.
+
+        Args:
+            layer: its module.
+            states: with the axes of the batch and of tokens first.
+        """
+        return states
 
     @property
     def window(self) -> int | None:

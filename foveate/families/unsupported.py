@@ -46,8 +46,6 @@ UNSUPPORTED: dict[str, str] = {
     "florence2": _ENCODED,
     "fuyu": f"its patches have no encoder and no features of their own in its output, {_YET} "
     "features found elsewhere",
-    "gemma3n": f"its decoder layers take inputs of their own for every token and carry several "
-    f"streams of states, {_YET} arguments by token and another axis for tokens",
     "gemma4_unified": f"its last decoder layers may reuse keys of earlier ones, {_YET} layers "
     "without a cache",
     "git": f"its images have no placeholders in the prompt, as the model itself puts them before "

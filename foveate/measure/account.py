@@ -42,7 +42,7 @@ class Account:
         selection: signals that methods asked for.
         entry: what the language model computes of each token before its first layer; most compute
             nothing there. A step at its input does not shorten it.
-        layers: each decoder layer.
+        layers: each decoder layer; with the last, what joins several streams of states after it.
         head: the language-model head at one position of each row.
         decode: one new token of each row, head included.
     """

@@ -29,34 +29,38 @@ def layer_flops(
         causal: see `mixers`.
     """
     mixing = shape.mixer.mixing(tokens, keys, causal=causal)
-    return shape.mixer.projections(tokens) + mixing + shape.mlp_flops(tokens)
+    made = shape.mixer.projections(tokens) + shape.mlp_flops(tokens)
+    return made + mixing + shape.streams_flops(tokens)
 
 
 def layers_flops(
     shapes: Sequence[TextShape], layer_tokens: Sequence[Sequence[int]], *, causal: bool = True
 ) -> tuple[int, ...]:
     """Each decoder layer on a prompt. One that shares keys sees those of its donor, however many
-    tokens it was given itself; keys of tokens that it no longer has count as before them.
+    tokens it was given itself; keys of tokens that it no longer has count as before them. What the
+    text model makes of several streams of states after its last layer counts with that.
 
     Args:
         shapes: of all layers.
         layer_tokens: tokens of each row at each layer, [layers][rows].
         causal: see `mixers`.
     """
-    return tuple(
+    *others, last = (
         sum(
             layer_flops(shape, t, None if shape.donor is None else s, causal=causal)
             for t, s in zip(row, layer_tokens[shape.donor or 0], strict=True)
         )
         for shape, row in zip(shapes, layer_tokens, strict=True)
     )
+    return *others, last + shapes[-1].joining_flops(sum(layer_tokens[-1]))
 
 
 def entry_flops(shapes: Sequence[TextShape], tokens: int) -> int:
     """What the text model computes of T tokens before its first layer: with inputs of each layer
-    for each token, as in Gemma 4, 2 T D times their width in all layers.
+    for each token, as in Gemma 4, 2 T D times their width in all layers; and what `TextShape` says.
     """
-    return sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
+    inputs = sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
+    return inputs + sum(shape.entry_flops(tokens) for shape in shapes[:1])
 
 
 def head_flops(shape: TextShape, positions: int = 1) -> int:
@@ -90,7 +94,7 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
             shares keys, those of its donor count, and of one with a running state none.
     """
     shapes = TextShape.all(config)
-    total = entry_flops(shapes, 1) + head_flops(shapes[0])
+    total = entry_flops(shapes, 1) + shapes[-1].joining_flops(1) + head_flops(shapes[0])
     for shape, own in zip(shapes, slots_per_layer, strict=True):
         total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
     return total

@@ -47,6 +47,11 @@ class TextShape:
         matrices: of the MLP: gate, up and down, or two where it has no gate.
         narrow: N, to which a matrix brings tokens before experts, and another back from it, as in
             Muse Spark; 0 where experts read D.
+        streams: S, of states that a layer predicts and corrects, as in Gemma 3n (AltUp); 1 where
+            each token has one state.
+        bypass: rank of a way around the attention (LAuReL); 0 for none.
+        tables: width of further embedding tables, for ids of other modalities; each token is looked
+            up in all and projected.
     """
 
     layers: int
@@ -59,6 +64,9 @@ class TextShape:
     donor: int | None = None
     matrices: int = 3
     narrow: int = 0
+    streams: int = 1
+    bypass: int = 0
+    tables: int = 0
 
     @classmethod
     def of(cls, config: Any, layer: int = 0) -> TextShape:
@@ -85,22 +93,61 @@ class TextShape:
             donor=donor,
             matrices=2 if getattr(text, "model_type", "") in UNGATED else 3,
             narrow=(getattr(text, "moe_hidden_size", None) or 0) if router else 0,
+            streams=getattr(text, "altup_num_inputs", 1),
+            bypass=getattr(text, "laurel_rank", 0),
+            tables=_tables(config),
         )
 
     @classmethod
     def all(cls, config: Any) -> tuple[TextShape, ...]:
         """The sizes of every layer."""
         text = getattr(config, "text_config", config)
-        return tuple(cls.of(text, layer) for layer in range(text.num_hidden_layers))
+        return tuple(cls.of(config, layer) for layer in range(text.num_hidden_layers))
 
     def mlp_flops(self, tokens: int) -> int:
         """The matrices of the MLP, 2 T D M each, 2 T D for each number of the router, and 4 T D
-        times the width of inputs per layer, for their gate and their way back. Where experts read
-        N, 2 T N M each, and 4 T D N for the way there and back.
+        times the width of inputs per layer, for their gate and their way back, and times the rank
+        of a bypass. Where experts read N, 2 T N M each, and 4 T D N for the way there and back.
         """
         neurons = self.matrices * self.mlp * (self.narrow or self.hidden)
-        widths = self.router + 2 * self.per_layer + 2 * self.narrow
+        widths = self.router + 2 * (self.per_layer + self.bypass + self.narrow)
         return 2 * tokens * (neurons + self.hidden * widths)
+
+    def prediction_flops(self, tokens: int) -> int:
+        """What a layer predicts of S streams before its attention: weights by a router,
+        2 T (D S + S^3), and a sum of all S for each, 2 T D S^2.
+        """
+        if self.streams == 1:
+            return 0
+        routed = self.hidden * self.streams + self.streams**3
+        return 2 * tokens * (routed + self.hidden * self.streams**2)
+
+    def streams_flops(self, tokens: int) -> int:
+        """The prediction, and how much each of S streams follows what attention and MLP have
+        changed, 2 T (D S + S^2).
+        """
+        if self.streams == 1:
+            return 0
+        corrected = 2 * tokens * (self.hidden * self.streams + self.streams**2)
+        return self.prediction_flops(tokens) + corrected
+
+    def entry_flops(self, tokens: int) -> int:
+        """Before the first layer, once: streams, and ids of other modalities, 2 T D times the width
+        of their tables.
+        """
+        return self.joining_flops(tokens) + 2 * tokens * self.hidden * self.tables
+
+    def joining_flops(self, tokens: int) -> int:
+        """A matrix for each stream but the first, which makes it of the input embedding, or brings
+        it back after the last layer: 2 T D^2 (S - 1).
+        """
+        return 2 * tokens * self.hidden**2 * (self.streams - 1)
+
+
+def _tables(config: Any) -> int:
+    """Width of embedding tables of other modalities, which configs name by their first id."""
+    parts: list[Any] = [getattr(config, f"{name}_config", None) for name in ("vision", "audio")]
+    return sum(part.hidden_size for part in parts if hasattr(part, "vocab_offset"))
 
 
 # -- what mixes tokens
@@ -193,7 +240,7 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     """Neurons of the MLP that a token passes in a layer, and numbers that it is rated by."""
     if getattr(text, "enable_moe_block", False):  # beside an MLP, as in Gemma 4
         chosen = text.top_k_experts * text.moe_intermediate_size
-        return _dense(text, shared) + chosen, text.num_experts
+        return _dense(text, layer, shared) + chosen, text.num_experts
     if getattr(text, "model_type", "") == "nemotron_h":
         return _of_one_module(text, text.layer_types[layer])
     if (sparse := getattr(text, "moe_layers", None)) is not None:  # of Llama 4
@@ -205,7 +252,7 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
         dense |= kinds[layer] == "dense"
     dense |= (layer + 1) % getattr(text, "decoder_sparse_step", 1) != 0
     if not active or dense:
-        return _dense(text, shared), 0
+        return _dense(text, layer, shared), 0
     experts = _first(
         text, "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"
     )
@@ -245,7 +292,7 @@ def _first(config: Any, *names: str) -> Any:
     return next((value for name in names if (value := getattr(config, name, None))), None)
 
 
-def _dense(text: Any, shared: bool) -> int:
+def _dense(text: Any, layer: int, shared: bool) -> int:
     """Width of an MLP that all tokens pass."""
     if getattr(text, "block_auto_adjust_ff_dim", False):  # LFM2 names a width and takes another
         width = int(2 * text.intermediate_size / 3)
@@ -254,4 +301,5 @@ def _dense(text: Any, shared: bool) -> int:
         step = text.block_multiple_of
         return step * -(-int(text.block_ffn_dim_multiplier * width) // step)
     wide = shared and getattr(text, "use_double_wide_mlp", False)
-    return text.intermediate_size * (2 if wide else 1)
+    width = text.intermediate_size  # a list of all layers' in Gemma 3n
+    return (width[layer] if isinstance(width, list) else width) * (2 if wide else 1)

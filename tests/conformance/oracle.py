@@ -7,6 +7,7 @@ without attention, which mixes tokens into a running state, is run on the others
 reads the keys of an earlier one sees what that one saw, in its numbering.
 """
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,6 @@ class Recorded:
     def __init__(self, member: Any, model: Any, inputs: dict[str, Any]) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self.args: list[tuple[Any, ...]] = []
         self.kwargs: list[dict[str, Any]] = []
         handles = []
         for layer in member.text(model).layers:
@@ -36,8 +36,8 @@ class Recorded:
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.inputs.append(args[0].clone())
-        self.args.append(args[1:])
-        self.kwargs.append(dict(kwargs))
+        names = list(inspect.signature(type(module).forward).parameters)[2:]
+        self.kwargs.append({**dict(zip(names, args[1:], strict=False)), **kwargs})
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
         self.outputs.append(output.clone())
@@ -71,7 +71,7 @@ def run(
     text = member.text(model)
     recorded = Recorded(member, model, inputs)
     hidden = recorded.inputs[0]
-    length = hidden.shape[1]
+    length = hidden.shape[-2]  # the axis of tokens, whatever comes before it
     placeholders = torch.tensor([member.image_id, *member.others])
     visual = torch.isin(inputs["input_ids"][0], placeholders).nonzero()[:, 0]
     columns = list(visual.split(counts or member.visual))
@@ -119,7 +119,7 @@ def run(
             kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)
         weights = []
         handle = attention.register_forward_hook(lambda m, a, out: weights.append(out[1]))
-        output = layer(hidden, *recorded.args[number], **kwargs)
+        output = layer(hidden, **kwargs)
         handle.remove()
         return output, weights[0][0]
 

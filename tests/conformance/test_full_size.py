@@ -11,6 +11,7 @@ from foveate.engine.planning import make_plan
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.signals import SIGNALS
+from tests.conformance.zoo.gemma3n import TowerConfig
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
@@ -52,6 +53,7 @@ CLOSED = {
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "emu3": (32, 0, range(32)),
+    "gemma3n": (35, 0, range(4, 20, 5)),
     "got_ocr2": (24, 0, range(24)),
     "granite_docling": (28, 3, range(28)),
     "hunyuan_vl": (32, 0, range(32)),
@@ -70,6 +72,7 @@ MISSING = {  # what configs of these do not say of themselves
         }
     },
     "emu3": {"vocabulary_map": {"<image>": 151858}},
+    "gemma3n": {"vision_config": TowerConfig()},
     "nemotron_h_omni": {
         "text_config": {
             "layers_block_type": [MAMBA, MOE, MAMBA, MOE, MAMBA, "full_attention", MOE] * 7,
@@ -132,7 +135,7 @@ def test_layers_that_see_all_are_found(model_type):
 
 
 @pytest.mark.parametrize("method", list_methods())
-@pytest.mark.parametrize("model_type", [*HYBRID, "lfm2_vl"])
+@pytest.mark.parametrize("model_type", [*HYBRID, "gemma3n", "lfm2_vl"])
 def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
     family, reason = family_of(model_type), why_not(family_of(model_type), method)
     if reason is None:

@@ -5,6 +5,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
     GraniteMoeHybridConfig,
@@ -92,6 +94,13 @@ MODELS = {
     ),
     "mamba": (NemotronHForCausalLM, NemotronHConfig(**MAMBA)),
     "mamba, latent experts": (NemotronHForCausalLM, NemotronHConfig(**MAMBA, moe_latent_size=16)),
+    "streams of states": (
+        Gemma3nForCausalLM,
+        Gemma3nTextConfig(
+            **{**GEMMA, "intermediate_size": [48, 56, 64, 72, 80, 88]}, num_kv_shared_layers=0,
+            hidden_size_per_layer_input=7, altup_num_inputs=3, laurel_rank=5,
+        ),
+    ),
     "compressed keys": (DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=16)),
     "compressed keys, one query matrix": (
         DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=None),

@@ -89,7 +89,8 @@ class DecodeSelection(Extension):
         real = columns >= 0
         token = torch.zeros_like(columns[:, :1])
         signals = forward.decoder_signals
-        view, past = signals.view(number, layer, hidden, kwargs)
+        attended = signals.attended(layer, hidden)
+        view, past = signals.view(number, layer, attended, kwargs)
         visible = signals.columns.visible_past(token, past)
         attention = view.attention_to_past(token, visible)[:, :, 0]
         slots = past.index.contiguous()

@@ -71,6 +71,7 @@ UNMEASURED = (
     "cosmos3_omni",
     "deepseek_ocr2",
     "deepseek_vl_hybrid",
+    "ernie4_5_vl_moe",
     "exaone4_5",
     "glmga",
     "got_ocr2",

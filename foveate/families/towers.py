@@ -80,6 +80,17 @@ def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enco
     ]
 
 
+def _by_frames(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of cells; a token of a video is made of as many frames as are merged."""
+    together, images = tower.config.temporal_merge_size, []
+    for one in packed(_sizes(arguments), side, raster=False):
+        merged = together if one.frames > 1 else 1
+        frames = one.frames // merged
+        rows = one.rows.unflatten(0, (frames, merged, -1)).transpose(1, 2)
+        images.append(EncoderImage(one.grid, rows.flatten(2).flatten(0, 1), frames))
+    return images
+
+
 def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return arguments["grid_thw"].tolist()
 
@@ -92,6 +103,7 @@ _QWEN = Tower(
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
+_ERNIE = replace(_QWEN, packed=_by_frames, readers=("ln",), returns_rows=False)
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
     "encoder.layer",
@@ -139,6 +151,7 @@ _PIXTRAL = Tower(
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
+    "ernie4_5_vl_moe_vision": _ERNIE,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "idefics3_vision": _IDEFICS,

@@ -30,8 +30,6 @@ UNSUPPORTED: dict[str, str] = {
     f"model, {_YET} masks that know what is gone from there",
     "dots3_note": _INDEXED,
     "emu3": f"its images are codes of a vocabulary with ends of rows, {_YET} a grid of those",
-    "ernie4_5_vl_moe": f"its decoder layers are told the kind of every token, {_YET} arguments by "
-    "token that shorten with the sequence",
     "evolla": "its text model reads proteins, and no images",
     "florence2": f"its images stand in an encoder that a decoder reads, {_YET} removal in encoders "
     "of text",

@@ -16,6 +16,7 @@ from foveate.signals import SIGNALS
 SIZES = {
     "cosmos3_omni": (32, 27, 26, False),
     "deepseek_vl": (32, 12, 11, False),
+    "ernie4_5_vl_moe": (28, 32, 31, False),
     "glm4v": (40, 24, 23, False),
     "glmga": (40, 24, 23, False),
     "hyperclovax_vision_v2": (32, 32, 31, False),

@@ -15,7 +15,10 @@ from foveate.signals.packed import segment_sums
 from tests.conformance.zoo.member import MEMBERS, fresh
 
 NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "kimi_k25", "paddleocr_vl", "mistral3")
+FAMILIES = (
+    "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "kimi_k25", "paddleocr_vl", "mistral3",
+    "ernie4_5_vl_moe",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

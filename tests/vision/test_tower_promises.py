@@ -21,7 +21,15 @@ from tests.vision.test_towers import CASES, TOLERANCE, TOWERS, member_pixels, ro
 from tests.vision.towers import Full, Tower, encoder_of
 
 GRIDS = [name for name in VIDEO if name in TOWERS]
-SEGMENTS = ["glm4v", "kimi_k25", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+SEGMENTS = [
+    "ernie4_5_vl_moe",
+    "glm4v",
+    "kimi_k25",
+    "paddleocr_vl",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+]
 PACKED = [*SEGMENTS, "mistral3", "llava-pixtral"]
 SOME = ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl", "llava_next", "idefics3", "ovis2"]
 

@@ -72,6 +72,7 @@ UNMEASURED = (
     "deepseek_ocr2",
     "deepseek_vl_hybrid",
     "emu3",
+    "ernie4_5_vl_moe",
     "exaone4_5",
     "gemma3n",
     "glmga",

@@ -87,6 +87,17 @@ def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enco
     ]
 
 
+def _by_frames(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of cells; a token of a video is made of as many frames as are merged."""
+    together, images = tower.config.temporal_merge_size, []
+    for one in _by_cells(arguments, side, tower):
+        merged = together if one.frames > 1 else 1
+        frames = one.frames // merged
+        rows = one.rows.unflatten(0, (frames, merged, -1)).transpose(1, 2)
+        images.append(EncoderImage(one.grid, rows.flatten(2).flatten(0, 1), frames))
+    return images
+
+
 def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return arguments["grid_thw"].tolist()
 
@@ -101,6 +112,7 @@ _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
 _OMNI = replace(_QWEN, block=replace(_QWEN.block, matrices=("q", "k", "v")), packed=_by_windows)
 _GLM_OCR = replace(_GLM, block=replace(_GLM.block, norms=("q_norm", "k_norm"), norms_heads=True))
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
+_ERNIE = replace(_QWEN, packed=_by_frames, readers=("ln",), returns_rows=False)
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
     "encoder.layer",
@@ -153,6 +165,7 @@ _PIXTRAL = Tower(
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
     "cosmos3_edge_vision": _EDGE,
+    "ernie4_5_vl_moe_vision": _ERNIE,
     "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,8 @@ class TextShape:
         bypass: rank of a way around the attention (LAuReL); 0 for none.
         tables: width of further embedding tables, for ids of other modalities; each token is looked
             up in all and projected.
+        visual_mlp: M of visual tokens, which have experts of their own in ERNIE 4.5 VL; `None` for
+            that of all.
     """
 
     layers: int
@@ -67,6 +70,7 @@ class TextShape:
     streams: int = 1
     bypass: int = 0
     tables: int = 0
+    visual_mlp: int | None = None
 
     @classmethod
     def of(cls, config: Any, layer: int = 0) -> TextShape:
@@ -92,6 +96,7 @@ class TextShape:
             per_layer=getattr(text, "hidden_size_per_layer_input", None) or 0,
             donor=donor,
             matrices=2 if getattr(text, "model_type", "") in UNGATED else 3,
+            visual_mlp=None if not router else _visual_mlp(text, mlp),
             narrow=(getattr(text, "moe_hidden_size", None) or 0) if router else 0,
             streams=getattr(text, "altup_num_inputs", 1),
             bypass=getattr(text, "laurel_rank", 0),
@@ -104,14 +109,20 @@ class TextShape:
         text = getattr(config, "text_config", config)
         return tuple(cls.of(config, layer) for layer in range(text.num_hidden_layers))
 
-    def mlp_flops(self, tokens: int) -> int:
+    def mlp_flops(self, tokens: int, visual: int = 0) -> int:
         """The matrices of the MLP, 2 T D M each, 2 T D for each number of the router, and 4 T D
         times the width of inputs per layer, for their gate and their way back, and times the rank
         of a bypass. Where experts read N, 2 T N M each, and 4 T D N for the way there and back.
+
+        Args:
+            tokens: T.
+            visual: how many of them are visual tokens.
         """
-        neurons = self.matrices * self.mlp * (self.narrow or self.hidden)
+        own = self.mlp if self.visual_mlp is None else self.visual_mlp
+        neurons = (tokens - visual) * self.mlp + visual * own
+        read = self.narrow or self.hidden
         widths = self.router + 2 * (self.per_layer + self.bypass + self.narrow)
-        return 2 * tokens * (neurons + self.hidden * widths)
+        return 2 * (self.matrices * read * neurons + tokens * self.hidden * widths)
 
     def prediction_flops(self, tokens: int) -> int:
         """What a layer predicts of S streams before its attention: weights by a router,
@@ -257,7 +268,7 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
         text, "n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts"
     )
     chosen = active + (_first(text, "n_shared_experts", "moe_num_shared_experts") or 0)
-    width = _first(text, "moe_intermediate_size", "intermediate_size")
+    width = _widths(text)[0]
     rated = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
     beside = rated + (getattr(text, "share_expert_dim", None) or 0)
     return chosen * width + beside, experts + (rated > 0)
@@ -285,6 +296,20 @@ def _of_all_experts(text: Any, sparse: bool) -> tuple[int, int]:
     if not sparse:
         return text.intermediate_size_mlp, 0
     return (text.num_local_experts + 1) * text.intermediate_size, text.num_local_experts
+
+
+def _widths(text: Any) -> Sequence[int]:
+    """Neurons of an expert: of all, or of one of text and of one of visual tokens."""
+    width = _first(text, "moe_intermediate_size", "intermediate_size")
+    return [width] if isinstance(width, int) else width
+
+
+def _visual_mlp(text: Any, mlp: int) -> int | None:
+    """What `_mlp` says, for visual tokens; shared experts are as wide as those of text."""
+    text_width, *others = _widths(text)
+    if not others:
+        return None
+    return mlp + text.num_experts_per_tok * (others[0] - text_width)
 
 
 def _first(config: Any, *names: str) -> Any:

@@ -18,6 +18,7 @@ SIZES = {
     "cosmos3_edge": (28, 27, 26, False),
     "cosmos3_omni": (32, 27, 26, False),
     "deepseek_vl": (32, 12, 11, False),
+    "ernie4_5_vl_moe": (28, 32, 31, False),
     "glm4v": (40, 24, 23, False),
     "glm_ocr": (16, 24, 23, False),
     "glmga": (40, 24, 23, False),

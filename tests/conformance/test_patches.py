@@ -15,6 +15,9 @@ from PIL import Image
 from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import (
     Cosmos3EdgeImageProcessorPil,
 )
+from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeImageProcessorPil,
+)
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.hunyuan_vl.image_processing_pil_hunyuan_vl import (
     HunYuanVLImageProcessorPil,
@@ -110,7 +113,9 @@ def tensor(pixels):
 def on_grids(name, pictures, sides=None):
     """(N, ...) patches in the order of the family's processor, and grids."""
     kinds = {
-        "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "hunyuan_vl": HunYuanVLImageProcessorPil,
+        "cosmos3_edge": Cosmos3EdgeImageProcessorPil,
+        "ernie4_5_vl_moe": Ernie4_5_VLMoeImageProcessorPil,
+        "hunyuan_vl": HunYuanVLImageProcessorPil,
         "kimi_k25": PaddleOCRVLImageProcessorPil, "kimi_k25-halves": PaddleOCRVLImageProcessorPil,
         "muse_glimmer": PaddleOCRVLImageProcessorPil, "muse_spark": PaddleOCRVLImageProcessorPil,
         "paddleocr_vl": PaddleOCRVLImageProcessorPil,
@@ -231,7 +236,8 @@ def planted_on_grids(name, patch):
     """What the encoder eats for a video of three frames, the second with a patch."""
     if name.startswith("molmo2"):
         return {"pixel_values_videos": crops([picture(32, 32, p) for p in (None, patch, None)])}
-    frames = [picture(16, 32, p) for p in (None, patch, None)]
+    times = 2 if name == "ernie4_5_vl_moe" else 1  # whose tokens are of two frames
+    frames = [picture(16, 32, p) for p in (None, patch, None) for _ in range(times)]
     return {"pixel_values_videos": on_grids(name, frames)[0]}
 
 

@@ -84,6 +84,12 @@ class Tags:
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         fed = {} if made_outside else of_shapes(self.family.fed(arguments))
         encoded = EncoderOutputInfo(shapes, signals, pixels, kept, placed, fed=fed)
+        if passes:
+            encoded = replace(
+                encoded,
+                encoder_tokens=passes[-1].layer_rows,
+                encoder_bounds=passes[-1].layer_bounds,
+            )
         projector = self.family.projector(modality)
         if projector is not None and given is not None:
             unprojected = self.family.unprojected(modality, given, lengths, arguments)

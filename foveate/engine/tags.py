@@ -16,7 +16,7 @@ from foveate.engine import features
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
-from foveate.engine.planning import working_methods
+from foveate.engine.planning import offering, working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
@@ -123,11 +123,11 @@ class Tags:
 
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""
-        return UnsupportedModelError(
+        error = UnsupportedModelError(
             f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
-            f"cannot be told for the {modality} tokens of this {self.family.model_type}; methods "
-            f"that work here: {', '.join(working_methods(self.family, encoder=False))}"
+            f"cannot be told for the {modality} tokens of this {self.family.model_type}"
         )
+        return offering(error, working_methods(self.family, encoder=False))
 
     @property
     def _readers(self) -> str:

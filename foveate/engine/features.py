@@ -33,6 +33,8 @@ class EncoderOutputInfo:
         without_text: rows in which an image had no text after it that a method asked for.
         projected: rows that the projector was given once more, because they were merged.
         states: what the pre_llm steps have made of each image; empty before they ran.
+        encoder_tokens: as in `Record`.
+        encoder_bounds: as in `Record`.
     """
 
     shapes: Sequence[Shape]
@@ -47,6 +49,8 @@ class EncoderOutputInfo:
     projected: int = 0
     fed: Mapping[str, Any] = field(default_factory=dict)
     without_text: tuple[int, ...] = ()
+    encoder_tokens: Sequence[tuple[int, int]] = ()
+    encoder_bounds: Sequence[Tensor | None] = ()
 
     @property
     def lengths(self) -> list[int]:

@@ -36,7 +36,6 @@ from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
-from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import InputError
 from foveate.families import Family
 from foveate.families.decoder_layer import named_arguments
@@ -51,20 +50,11 @@ class ForwardHooks:
         family: the model.
         state: what each thread is doing with the model.
         tags: what tags encoder output.
-        vision: the side that shortens the stream inside the encoder, if a method does.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        family: Family,
-        state: ThreadState,
-        tags: Tags,
-        vision: VisionAttachment | None,
-    ) -> None:
+    def __init__(self, plan: Plan, family: Family, state: ThreadState, tags: Tags) -> None:
         self.plan, self.family, self.state, self.tags = plan, family, state, tags
         self.replays = Replays()
-        self._vision = vision
         self._last: Record | None = None
 
     @property
@@ -266,8 +256,7 @@ class ForwardHooks:
             return output
         if forward.groups and len(forward.layer_layouts) < self.family.text_layers:
             raise bypassed(self.family.layers[0])
-        passed = None if self._vision is None else self._vision.record
-        record = describe(forward, output, now.encoded, passed, self.tags)
+        record = describe(forward, output, now.encoded, self.tags)
         if record is not None and self._tells(forward, output):
             self.state.record = self._last = record
         output = forward.leave(output)

@@ -39,7 +39,7 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
     try:
         return _plan(family, methods)
     except UnsupportedModelError as error:
-        raise _offering(error, working_methods(family)) from None
+        raise offering(error, working_methods(family)) from None
 
 
 def _plan(family: Family, methods: Sequence[Method]) -> Plan:
@@ -125,7 +125,7 @@ def check_mixing(
     try:
         _check_mixing(family, methods, modality, arguments)
     except UnsupportedModelError as error:
-        raise _offering(error, working_methods(family, vision=False)) from None
+        raise offering(error, working_methods(family, vision=False)) from None
 
 
 def _check_mixing(
@@ -363,6 +363,8 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
     return [name for name in names if why_not(family, name) is None]
 
 
-def _offering(error: UnsupportedModelError, methods: Sequence[str]) -> UnsupportedModelError:
-    """A refusal that says what works instead."""
+def offering(error: UnsupportedModelError, methods: Sequence[str]) -> UnsupportedModelError:
+    """A refusal that says what works instead, as `working_methods` has it."""
+    if not methods:
+        return UnsupportedModelError(f"{error}. No method works here with its default settings.")
     return UnsupportedModelError(f"{error}. Methods that work here: {', '.join(methods)}.")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from foveate.engine.masks import present_positions
+
 if TYPE_CHECKING:
     from foveate.engine.images import ImageGroup
     from foveate.engine.layout import Layout, Slots
@@ -60,17 +62,16 @@ class Prompt:
 
     @cached_property
     def present(self) -> Tensor | None:
-        """(B, T) which positions have a column once any is removed: real ones, and visual tokens
-        that nobody sees because the caller hides them; `None` for all. Where a running state steps
-        over hidden positions, all but padding around a row.
+        """(B, T) which positions have a column once any is removed: those of
+        `present_positions`; where a running state steps over hidden positions, all but padding
+        around a row.
         """
         if self.real is None or (self.recurrent and self.past):
             return None
-        real = self.real[:, self.past :]
-        real = real if self.visual is None else real | self.visual
-        if not self.recurrent:
-            return real
-        begun, goes_on = real.cumsum(1), real.flip(1).cumsum(1).flip(1)
+        present = present_positions(self.real[:, self.past :], self.visual)
+        if present is None or not self.recurrent:
+            return present
+        begun, goes_on = present.cumsum(1), present.flip(1).cumsum(1).flip(1)
         return (begun > 0) & (goes_on > 0)
 
     @cached_property

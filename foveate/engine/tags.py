@@ -16,7 +16,7 @@ from foveate.engine import features
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
-from foveate.engine.planning import working_methods
+from foveate.engine.planning import offering, working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
@@ -83,6 +83,12 @@ class Tags:
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
         fed = {} if made_outside else of_shapes(self.family.fed(arguments))
         encoded = EncoderOutputInfo(shapes, signals, pixels, kept, placed, fed=fed)
+        if passes:
+            encoded = replace(
+                encoded,
+                encoder_tokens=passes[-1].layer_rows,
+                encoder_bounds=passes[-1].layer_bounds,
+            )
         projector = self.family.projector(modality)
         if projector is not None and given is not None:
             unprojected = self.family.unprojected(modality, given, lengths, arguments)
@@ -116,11 +122,11 @@ class Tags:
 
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""
-        return UnsupportedModelError(
+        error = UnsupportedModelError(
             f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
-            f"cannot be told for the {modality} tokens of this {self.family.model_type}; methods "
-            f"that work here: {', '.join(working_methods(self.family, encoder=False))}"
+            f"cannot be told for the {modality} tokens of this {self.family.model_type}"
         )
+        return offering(error, working_methods(self.family, encoder=False))
 
     @property
     def _readers(self) -> str:

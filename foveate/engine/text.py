@@ -49,7 +49,7 @@ class TextAttachment(Attachment):
         self.generate = GenerateHooks(family, state, tags, reducer, self.look_after)
         self.features = FeatureHooks(family, state, tags, reducer, vision, self.look_after)
         self.model = ModelHooks(plan, family, state, tags, reducer, self.look_after)
-        self.forward = ForwardHooks(plan, family, state, tags, vision)
+        self.forward = ForwardHooks(plan, family, state, tags)
 
     @property
     def root(self) -> nn.Module:

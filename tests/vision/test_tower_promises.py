@@ -1,5 +1,7 @@
 """What sessions inside towers keep: bits, kernels, videos, batches, beams, gradients, the model."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -295,3 +297,38 @@ def test_leaving_restores_the_model(name):
             assert snapshot(model) != before
         assert snapshot(model) == before
         assert torch.equal(model(**fresh(inputs)).logits, want)
+
+
+@pytest.mark.parametrize("where", ["this thread", "another thread"])
+def test_a_record_tells_the_encoder_pass_of_its_own_features(where):
+    """Not the last pass: of another image, or of another thread's."""
+    model, member = model_of("qwen2_5_vl"), MEMBERS["qwen2_5_vl"]()
+    pixels = member.pixels(2)
+    images = [member.take(pixels, 0, 1), member.take(pixels, 1, 2)]
+    count, other = (member.counts(model, image)[0] for image in images)
+    assert count != other
+    ids = torch.tensor([[5, *[member.image_id] * count, 6, 7]])
+    inputs = {"input_ids": ids, **member.extras(ids, 1)}
+    with torch.no_grad(), foveate.use(model, ToMe(keep=0.5)) as run:
+        model(**fresh(inputs | images[0]))
+        want, flops = run.record, str(run.report())
+        made = model.model.get_image_features(**fresh(images[0]), return_dict=True)
+        model.model.get_image_features(**fresh(images[1]), return_dict=True)
+        given = inputs | {k: v for k, v in images[0].items() if k != "pixel_values"}
+        found = []
+
+        def ask():
+            with torch.no_grad():
+                model(**fresh(given), mm_encoder_outputs={"image": made})
+                found.append((run.record, str(run.report())))
+
+        if where == "this thread":
+            ask()
+        else:
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+    got, told = found[0]
+    assert got.encoder_tokens == want.encoder_tokens
+    assert all(map(torch.equal, got.encoder_bounds, want.encoder_bounds))
+    assert told == flops

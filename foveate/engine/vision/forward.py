@@ -66,6 +66,22 @@ class Encoding:
 
     # -- what there is
 
+    @property
+    def layer_rows(self) -> list[tuple[int, int]]:
+        """N of the attention and of the MLP of every layer, those before the first step too."""
+        length = self.layout.shape[-1] if self.groups else 0
+        return [(length, length)] * self._untouched + self.rows
+
+    @property
+    def layer_bounds(self) -> list[Tensor | None]:
+        """Boundaries of every layer's segments; `None` before the first step."""
+        return [None] * self._untouched + self.bounds
+
+    @property
+    def _untouched(self) -> int:
+        """Layers before the first step."""
+        return len(self.encoder.layers) - len(self.rows)
+
     def see(self, states: Tensor, mask: Tensor | None = None) -> None:
         """Learn the images from (B, S + V R, D) or (N, D) states at full length.
 

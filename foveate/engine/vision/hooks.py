@@ -330,8 +330,6 @@ class VisionAttachment(Attachment):
             ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
             for n, (shape, kept) in enumerate(encoding.survivors())
         ]
-        length = encoding.layout.shape[-1] if images else 0
-        rows = [(length, length)] * min(self._first, len(self.encoder.layers))
         return Record(
             rows=len(images),
             prompt_tokens=[],
@@ -339,7 +337,7 @@ class VisionAttachment(Attachment):
             layer_tokens=[],
             cache_slots=[],
             pixels=encoding.pixels,
-            encoder_tokens=rows + encoding.rows,
-            encoder_bounds=[*(None for _ in rows), *encoding.bounds],
+            encoder_tokens=encoding.layer_rows,
+            encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
         )

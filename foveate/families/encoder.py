@@ -33,6 +33,8 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, says from the tower's arguments
             and `Family.side` which rows each image has; `None` where each image is a row of a
             batch.
+        later: the first layer before which rows are merged, and what says from then on which rows
+            each image has, as `packed` does; `None` where rows stay as they are.
         sizes: where images are rows of a batch, padded to one length, says from the tower's
             arguments (height, width) of each in patches.
         readers: modules within the tower that read rows after layers, and need all of them.
@@ -52,6 +54,7 @@ class Encoder:
     extra: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     sizes: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
     readers: tuple[Any, ...] = ()
     returns_rows: bool = True

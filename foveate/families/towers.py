@@ -138,6 +138,7 @@ _EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_
 _VIDEO_LLAMA = replace(
     _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
 )
+_MINICPM = replace(_EDGE, packed=None)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
@@ -161,6 +162,9 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
     "janus_vision_model": _IDEFICS,
+    "minicpm_ocr_vision": _MINICPM,
+    "minicpmv4_6_vision": _MINICPM,
+    "minicpmv4_7_vision": _MINICPM,
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,

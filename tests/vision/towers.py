@@ -30,6 +30,7 @@ NAMES = {
     ),
     "kimi_k25_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
     "janus_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "minicpm_ocr_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "ovis2_vision": ("transformer.encoder.layers", "rms_norm1", "attention", "rms_norm2", "ffn"),
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",

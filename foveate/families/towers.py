@@ -28,6 +28,7 @@ class Tower:
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; `None` where each image is a row of a batch.
         readers: modules, within the root, that read rows after layers: a module, or a list.
+        whole_after_layers: see `Encoder`.
         returns_rows: see `Encoder`.
         masks_layers: see `Encoder`.
     """
@@ -38,6 +39,7 @@ class Tower:
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     readers: tuple[str, ...] = ()
+    whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
 
@@ -138,6 +140,13 @@ _EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_
 _VIDEO_LLAMA = replace(
     _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
 )
+_HUNYUAN = Tower(
+    "layers",
+    replace(CLIP_BLOCK, output="o_proj"),
+    packed=_by_raster,
+    whole_after_layers=True,
+    returns_rows=False,
+)
 _MINICPM = replace(_EDGE, packed=None)
 _PADDLE = Tower(
     "encoder.layers",
@@ -158,6 +167,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "glm_ocr_vision": _GLM_OCR,
+    "hunyuan_vl_vision": _HUNYUAN,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
@@ -218,6 +228,7 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),
         readers=tuple(readers),
+        whole_after_layers=kind.whole_after_layers,
         returns_rows=kind.returns_rows,
         masks_layers=kind.masks_layers,
     )

@@ -89,7 +89,7 @@ def images_of(name, calls, tokens, counts):
         ]
     if name == "llava_next_video-video":
         counts = [4] * (len(tokens) // 4)
-    return [list(part) for part in split(tokens, counts)]
+    return [[token for token in part if token] for part in split(tokens, counts)]
 
 
 def split(items, counts):
@@ -98,7 +98,9 @@ def split(items, counts):
 
 
 def survivors(full, tokens, counts):
-    """Whether each visual token is alive: its rows are, or it is a newline whose line lives."""
+    """Whether each visual token is alive: its rows are, or it is a newline whose line lives, or it
+    begins or ends an image.
+    """
     rows = {
         row: full.tokens[p][t]
         for p in range(len(full.tokens)) for t in range(len(full.tokens[p]))
@@ -110,6 +112,9 @@ def survivors(full, tokens, counts):
         alive = [bool(token) and rows[token[0]][0] in stands for token in image]
         newlines = [i for i, token in enumerate(image) if not token]
         start = 16 if newlines and len(image) > 17 else 0
+        if newlines[:1] == [0]:
+            alive[0] = alive[-1] = True
+            start, newlines = 1, newlines[1:-1]
         for newline in newlines:
             alive[newline] = any(alive[start:newline])
             start = newline + 1
@@ -229,6 +234,22 @@ def test_a_newline_lives_with_its_line():
     first, second = family.follow("image", list(alive), arguments)
     assert not first.any()
     assert second.nonzero()[:, 0].tolist() == [3, 16]
+
+
+def test_newlines_and_ends_around_cells():
+    """Two images of 2 x 3 and 1 x 2 cells: signals, survivors and sources of their tokens."""
+    family = find_family(model_of("hunyuan_vl"))
+    arguments = {"image_grid_thw": torch.tensor([(1, 4, 6), (1, 2, 4)])}
+    signal = [torch.arange(6.0)[None], torch.tensor([[7.0, 8.0]])]
+    first, second = family.per_token("image", signal, arguments, -1.0)
+    assert first.tolist() == [[-1, 0, 1, 2, -1, 3, 4, 5, -1, -1]]
+    assert second.tolist() == [[-1, 7, 8, -1, -1]]
+    alive = [torch.tensor([0, 0, 0, 0, 1, 0]).bool(), torch.tensor([0, 0]).bool()]
+    first, second = family.follow("image", alive, arguments)
+    assert first.nonzero()[:, 0].tolist() == [0, 6, 8, 9]
+    assert second.nonzero()[:, 0].tolist() == [0, 4]
+    sources = family.sources("image", 15, arguments).tolist()
+    assert sources == [0, 0, 1, 2, 2, 3, 4, 5, 5, 5, 6, 6, 7, 7, 7]
 
 
 # -- refusals

@@ -313,8 +313,10 @@ class Encoding:
     # -- the way out
 
     def unpruned(self, states: Tensor) -> Tensor:
-        """States of now at full length."""
-        return self.layout.full_length(states, self.layout.now) if self.reduced else states
+        """States of now at full length, or at full length already."""
+        if not self.reduced or (self.layout.packed and states.shape[-2] == self.layout.shape[-1]):
+            return states
+        return self.layout.full_length(states, self.layout.now)
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""

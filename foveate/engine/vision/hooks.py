@@ -151,6 +151,8 @@ class VisionAttachment(Attachment):
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
+        if self.encoder.whole_after_layers and self._first < len(self.encoder.layers):
+            self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
         if self._signals is not None:
@@ -247,6 +249,18 @@ class VisionAttachment(Attachment):
         if encoding is None or encoding.bias is None:
             return None
         return args, {**kwargs, "attention_mask": encoding.bias}
+
+    @untraced
+    def _last_layer(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of the last layer's forward, where a tower takes all rows apart after it."""
+        return self._whole(forward_of(module, before)(*args, **kwargs))
+
+    @torch.compiler.disable
+    def _whole(self, output: Tensor) -> Tensor:
+        encoding = self.state.encoding
+        return output if encoding is None else encoding.unpruned(output)
 
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""

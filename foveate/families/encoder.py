@@ -38,6 +38,7 @@ class Encoder:
         sizes: where images are rows of a batch, padded to one length, says from the tower's
             arguments (height, width) of each in patches.
         readers: modules within the tower that read rows after layers, and need all of them.
+        taps: layers whose outputs the readers are handed as well, in a list.
         whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
@@ -58,6 +59,7 @@ class Encoder:
     later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     sizes: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
     readers: tuple[Any, ...] = ()
+    taps: tuple[int, ...] = ()
     whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True

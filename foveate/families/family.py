@@ -261,6 +261,15 @@ class Family:
         """Side of a visual token in patches: the model merges cells of them after the encoder."""
         return 1
 
+    def tower_side(self, modality: str, arguments: Mapping[str, Any]) -> int:
+        """The same in a call of the tower.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what the tower is called with.
+        """
+        return self.side(modality)
+
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Why patches do not belong to one visual token each, if so; methods cannot act inside the
         encoder then.

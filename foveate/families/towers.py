@@ -28,6 +28,7 @@ class Tower:
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; `None` where each image is a row of a batch.
         readers: modules, within the root, that read rows after layers: a module, or a list.
+        taps: what the config calls the layers whose outputs the readers are handed as well.
         whole_after_layers: see `Encoder`.
         returns_rows: see `Encoder`.
         masks_layers: see `Encoder`.
@@ -39,6 +40,7 @@ class Tower:
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     readers: tuple[str, ...] = ()
+    taps: str = ""
     whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
@@ -140,6 +142,7 @@ _EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_
 _VIDEO_LLAMA = replace(
     _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
 )
+_GRANITE = replace(_IDEFICS, readers=("connector",), taps="deepstack_visual_indexes")
 _HUNYUAN = Tower(
     "layers",
     replace(CLIP_BLOCK, output="o_proj"),
@@ -167,6 +170,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "glm_ocr_vision": _GLM_OCR,
+    "granite_docling_vision": _GRANITE,
     "hunyuan_vl_vision": _HUNYUAN,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
@@ -228,6 +232,7 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),
         readers=tuple(readers),
+        taps=tuple(sorted(getattr(root.config, kind.taps))) if kind.taps else (),
         whole_after_layers=kind.whole_after_layers,
         returns_rows=kind.returns_rows,
         masks_layers=kind.masks_layers,

@@ -57,8 +57,9 @@ def seen(name):
             inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(3)
         )
         real = inputs["pixel_attention_mask"][:, :, None]
-        if real.dim() == 3:  # of patches
-            inputs["pixel_values"] += noise * (1 - real)
+        if real.dim() == 3:  # of patches, or of tiles, which the model leaves out
+            if inputs["pixel_values"].dim() == 3:
+                inputs["pixel_values"] += noise * (1 - real)
             return inputs, counts
         empty = inputs["pixel_values"].flatten(2).eq(0).all(2)[..., None, None, None]
         inputs["pixel_values"] += noise * ~real * ~empty
@@ -307,3 +308,24 @@ def test_hidden_states_can_be_asked_for_where_a_tower_merges_its_last_rows(name)
     with torch.no_grad(), foveate.use(model, ToMe(r=(2, 1))):
         out = model(**fresh(seen(name)[0]), output_hidden_states=True)
     assert all(states.isfinite().all() for states in out.hidden_states)
+
+
+@pytest.mark.parametrize("case", ["before-0", "twice", "tome"])
+def test_the_route_of_a_call_says_the_side_of_tokens(case):
+    """Granite Docling's tokens are single patches on the fine route."""
+    model, member = model_of("granite_docling"), MEMBERS["granite_docling"]()
+    pixels = {**member.pixels(2), "tile_fine_mask": torch.ones(1, dtype=torch.bool)}
+    encode, tower = encoder_of(model, "image", pixels), Tower(model)
+    tokens, calls = tower.tokens(encode), tower.record(encode)
+    counts = [4 * member.visual] * 2
+    full = Full(tower, calls, split(tokens, counts)).run(CASES[case][1])
+    mask = torch.cat(survivors(full, tokens, counts))
+    assert all(len(rows) == 1 for rows in tokens)
+    with torch.no_grad():
+        with tower.replaced(full.states):
+            want = encode()
+        with foveate.use(model, CASES[case][0]):
+            got = encoder_of(model, "image", pixels)()
+    for mine, theirs in zip(sheets(got), sheets(want), strict=True):
+        assert torch.equal(~rows(mine)[:, 0].isnan(), mask)
+        torch.testing.assert_close(rows(mine)[mask], rows(theirs)[mask], rtol=0, atol=TOLERANCE)

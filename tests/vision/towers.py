@@ -24,6 +24,7 @@ NAMES = {
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "granite_docling_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "hunyuan_vl_vision": ("layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "idefics3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "internvl_vision": (

@@ -318,6 +318,14 @@ class Encoding:
             return states
         return self.layout.full_length(states, self.layout.now)
 
+    def whole(self, outputs: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of layers at full length."""
+        points = [self.layout.at(number + 1) for number in layers]
+        return [
+            states if point is None else self.layout.full_length(states, point)
+            for states, point in zip(outputs, points, strict=True)
+        ]
+
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""
         if not self.reduced:

@@ -182,7 +182,7 @@ class VisionAttachment(Attachment):
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
         arguments = bound(type(module).forward.__get__(module), args, kwargs)
-        side = self.family.side(self.state.modality)
+        side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout
         self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)
         if self._signals is not None:
@@ -267,7 +267,10 @@ class VisionAttachment(Attachment):
         encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
-        return (encoding.unpruned(args[0]), *args[1:]), kwargs
+        states, *others = args
+        if self.encoder.taps:
+            others[0] = encoding.whole(others[0], self.encoder.taps)
+        return (encoding.unpruned(states), *others), kwargs
 
     @untraced
     def _halves(

@@ -179,6 +179,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "minicpm_ocr_vision": _MINICPM,
     "minicpmv4_6_vision": _MINICPM,
     "minicpmv4_7_vision": _MINICPM,
+    "molmo2_vision": replace(_IDEFICS, layers="layers"),
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,

@@ -26,8 +26,7 @@ class Encoder:
         by_head: whether these outputs are (B, N, H, d).
         groups: query heads that share a head of keys and values.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
-        block: how a layer is made; needed to act inside the encoder, and only given where each
-            patch belongs to one visual token.
+        block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
         packed: where the rows of all images lie in one sequence, says from the tower's arguments

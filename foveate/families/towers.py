@@ -201,16 +201,14 @@ def tower(family: Family, path: str) -> Encoder | None:
     """The vision tower of a family, or `None` if its kind is not known.
 
     Args:
-        family: the family; where it says that its model mixes patches, methods cannot act inside.
+        family: the family.
         path: where the tower is in the base model.
     """
     vision, module = family.config.vision_config, family._child(family.base, path)
     encoder = tower_encoder(module)
-    if encoder is None:
-        if vision.model_type not in TOWERS:
-            return None
+    if encoder is None and vision.model_type in TOWERS:
         encoder = _encoder(TOWERS[vision.model_type], family, module)
-    return replace(encoder, block=None if family.mixing("image", {}) else encoder.block)
+    return encoder
 
 
 def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:

@@ -281,6 +281,11 @@ class Family:
         return ""
 
     @property
+    def unread(self) -> str:
+        """Why nothing can be read of an encoder that methods cannot look into, if that is known."""
+        return self.mixing("image", {})
+
+    @property
     def vision_layers(self) -> int:
         """Number of encoder layers; 0 if methods cannot look inside."""
         return 0 if self.encoder is None else len(self.encoder.layers)

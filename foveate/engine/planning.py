@@ -243,8 +243,10 @@ def _check_encoder_signal(
             "has no class token that methods can read"
         )
     if encoder is None or (encoder.packed is not None and not signal.varlen):
+        why = family.unread if encoder is None else ""
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot give"
+            + (f": {why}" if why else "")
         )
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)

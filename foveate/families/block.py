@@ -65,7 +65,7 @@ class Block:
 
         Args:
             layer: the layer.
-            hidden: (B, N, D) states, or (N, D) of images in segments.
+            hidden: (B, N, D) states, or (N, D) or (1, N, D) of images in segments.
             bias: (N) what is added to the scores of each key, where the attention has segments and
                 takes no mask.
             **kwargs: what the layer hands to its attention.
@@ -77,8 +77,8 @@ class Block:
             mixed = mixed if isinstance(mixed, Tensor) else mixed[0]
         else:
             assert self.output is not None
-            parts = self._by_heads(attention, normed)
-            mixed = attend_segments(attention, parts, self.output, bias, kwargs)
+            parts = self._by_heads(attention, normed.flatten(0, -2))
+            mixed = attend_segments(attention, parts, self.output, bias, kwargs).view_as(normed)
         return hidden + _scaled(layer, self.scale1, mixed)
 
     def _by_heads(self, attention: Any, normed: Tensor) -> tuple[Tensor, ...]:

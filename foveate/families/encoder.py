@@ -26,16 +26,19 @@ class Encoder:
         by_head: whether these outputs are (B, N, H, d).
         groups: query heads that share a head of keys and values.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
-        block: how a layer is made; needed to act inside the encoder, and only given where each
-            patch belongs to one visual token.
+        block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
         packed: where the rows of all images lie in one sequence, says from the tower's arguments
             and `Family.side` which rows each image has; `None` where each image is a row of a
             batch.
+        later: the first layer before which rows are merged, and what says from then on which rows
+            each image has, as `packed` does; `None` where rows stay as they are.
         sizes: where images are rows of a batch, padded to one length, says from the tower's
             arguments (height, width) of each in patches.
         readers: modules within the tower that read rows after layers, and need all of them.
+        taps: layers whose outputs the readers are handed as well, in a list.
+        whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
     """
@@ -52,8 +55,11 @@ class Encoder:
     extra: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     sizes: Callable[[Mapping[str, Any]], Sequence[tuple[int, int]]] | None = None
     readers: tuple[Any, ...] = ()
+    taps: tuple[int, ...] = ()
+    whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
 

@@ -307,6 +307,15 @@ class Family:
         """Side of a visual token in patches: the model merges cells of them after the encoder."""
         return 1
 
+    def tower_side(self, modality: str, arguments: Mapping[str, Any]) -> int:
+        """The same in a call of the tower.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what the tower is called with.
+        """
+        return self.side(modality)
+
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Why patches do not belong to one visual token each, if so; methods cannot act inside the
         encoder then.
@@ -316,6 +325,11 @@ class Family:
             arguments: what features are to be made from; empty if unknown.
         """
         return ""
+
+    @property
+    def unread(self) -> str:
+        """Why nothing can be read of an encoder that methods cannot look into, if that is known."""
+        return self.mixing("image", {})
 
     @property
     def vision_layers(self) -> int:

@@ -279,6 +279,17 @@ class LlavaOnevision(AnyRes):
             return "frames are interpolated to fewer tokens"
         return super().mixing(modality, arguments)
 
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """Rows of a video's frames, interpolated as the model does with their features."""
+        if modality == "image":
+            return super().per_token(modality, rows, arguments, newline)
+        pooled = self.base.apply_pooling(rows.transpose(1, 2))
+        frames = arguments["pixel_values_videos"].shape[1]
+        videos = pooled.unflatten(0, (-1, frames)).flatten(1, 2).transpose(1, 2)
+        return list(torch.nn.functional.pad(videos, (0, 1), value=newline))
+
     @property
     def video_side(self) -> int:
         """Side of a video frame's grid after pooling to half, rounded up."""

@@ -49,13 +49,13 @@ def attend_segments(
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, module.eager_attention_forward
     )
-    scaling, rate = (_of(attention, *names) for names in (_SCALING, _DROPOUT))
-    dropout = rate if attention.training else 0.0
+    scaling, rate = (_of(attention, names) for names in (_SCALING, _DROPOUT))
+    dropout = rate or 0.0 if attention.training else 0.0
     laid = (part[slots].transpose(1, 2) for part in (query, key, value))
     mixed, _ = kernel(attention, *laid, mask, scaling=scaling, dropout=dropout, is_causal=False)
     return getattr(attention, output)(mixed[real].flatten(1))
 
 
-def _of(attention: Any, *names: str) -> float:
+def _of(attention: Any, names: tuple[str, ...]) -> float | None:
     """What an attention module has under one of some names."""
-    return next(getattr(attention, name) for name in names if hasattr(attention, name))
+    return next((getattr(attention, name) for name in names if hasattr(attention, name)), None)

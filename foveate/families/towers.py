@@ -28,6 +28,8 @@ class Tower:
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; `None` where each image is a row of a batch.
         readers: modules, within the root, that read rows after layers: a module, or a list.
+        taps: what the config calls the layers whose outputs the readers are handed as well.
+        whole_after_layers: see `Encoder`.
         returns_rows: see `Encoder`.
         masks_layers: see `Encoder`.
     """
@@ -38,6 +40,8 @@ class Tower:
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     readers: tuple[str, ...] = ()
+    taps: str = ""
+    whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
 
@@ -150,6 +154,15 @@ _EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_
 _VIDEO_LLAMA = replace(
     _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
 )
+_GRANITE = replace(_IDEFICS, readers=("connector",), taps="deepstack_visual_indexes")
+_HUNYUAN = Tower(
+    "layers",
+    replace(CLIP_BLOCK, output="o_proj"),
+    packed=_by_raster,
+    whole_after_layers=True,
+    returns_rows=False,
+)
+_MINICPM = replace(_EDGE, packed=None)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
@@ -170,10 +183,16 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
     "glm_ocr_vision": _GLM_OCR,
+    "granite_docling_vision": _GRANITE,
+    "hunyuan_vl_vision": _HUNYUAN,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
     "janus_vision_model": _IDEFICS,
+    "minicpm_ocr_vision": _MINICPM,
+    "minicpmv4_6_vision": _MINICPM,
+    "minicpmv4_7_vision": _MINICPM,
+    "molmo2_vision": replace(_IDEFICS, layers="layers"),
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,
@@ -195,16 +214,14 @@ def tower(family: Family, path: str) -> Encoder | None:
     """The vision tower of a family, or `None` if its kind is not known.
 
     Args:
-        family: the family; where it says that its model mixes patches, methods cannot act inside.
+        family: the family.
         path: where the tower is in the base model.
     """
     vision, module = family.config.vision_config, family._child(family.base, path)
     encoder = tower_encoder(module)
-    if encoder is None:
-        if vision.model_type not in TOWERS:
-            return None
+    if encoder is None and vision.model_type in TOWERS:
         encoder = _encoder(TOWERS[vision.model_type], family, module)
-    return replace(encoder, block=None if family.mixing("image", {}) else encoder.block)
+    return encoder
 
 
 def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
@@ -227,6 +244,8 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),
         readers=tuple(readers),
+        taps=tuple(sorted(getattr(root.config, kind.taps))) if kind.taps else (),
+        whole_after_layers=kind.whole_after_layers,
         returns_rows=kind.returns_rows,
         masks_layers=kind.masks_layers,
     )

@@ -90,13 +90,21 @@ class PackedSignals(EncoderSignals):
         names = inspect.signature(type(module).forward.__get__(module)).parameters
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._running.images = self.encoder.packed(arguments, self.side)
+        if self.encoder.later is not None:
+            _, packed = self.encoder.later
+            self._running.later = packed(arguments, self.side)
+
+    def _images(self, number: int) -> Sequence[EncoderImage]:
+        """The images as a layer has them."""
+        later = self.encoder.later is not None and number >= self.encoder.later[0]
+        return self._running.later if later else self._running.images
 
     def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
         """Note (N, C) values as (C, V) of each image."""
         shortened = self._pass()
         whole = row if shortened is None else _flat(shortened.unpruned(row))
         found = []
-        for image in self._running.images:
+        for image in self._images(number):
             values = whole[image.rows.to(whole.device)].mean(1).T
             if signal.summed:
                 values = values / self._queries(image, whole)

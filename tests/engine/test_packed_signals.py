@@ -21,7 +21,7 @@ ABOVE = 1.0
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
     "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge", "exaone4_5", "video_llama_3",
-    "ernie4_5_vl_moe",
+    "ernie4_5_vl_moe", "minicpm_ocr", "minicpmv4_6",
 )  # fmt: skip
 
 
@@ -124,13 +124,18 @@ def test_signals_are_those_of_whole_maps(name):
         model.model.get_image_features(**fresh(member.pixels(3)), return_dict=True)
     for handle in handles:
         handle.remove()
-    pictures = encoder.packed(told, find_family(model).side("image"))
+    made = told, find_family(model).side("image")
+    pictures = encoder.packed(*made)
+    by_layer = [pictures] * len(encoder.layers)
+    if encoder.later is not None:
+        first, later = encoder.later
+        by_layer[first:] = [later(*made)] * (len(by_layer) - first)
     lengths = [picture.rows.numel() for picture in pictures]
     assert sum(tokens.index.shape[0] for tokens in spy.seen) == 3
     for tokens in spy.seen:
         for i, image in enumerate(images_of(tokens, pictures)):
-            picture = pictures[image]
             for number in range(len(encoder.layers)):
+                picture = by_layer[number][image]
                 attention, key, segment = whole_map(
                     encoder.attention(encoder.layers[number]), *entered[number], lengths
                 )

@@ -25,12 +25,15 @@ NAMES = {
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "granite_docling_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "hunyuan_vl_vision": ("layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "idefics3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "internvl_vision": (
         "encoder.layer", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
     "kimi_k25_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
     "janus_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "minicpm_ocr_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "ovis2_vision": ("transformer.encoder.layers", "rms_norm1", "attention", "rms_norm2", "ffn"),
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",

@@ -329,8 +329,18 @@ class Encoding:
     # -- the way out
 
     def unpruned(self, states: Tensor) -> Tensor:
-        """States of now at full length."""
-        return self.layout.full_length(states, self.layout.now) if self.reduced else states
+        """States of now at full length, or at full length already."""
+        if not self.reduced or (self.layout.packed and states.shape[-2] == self.layout.shape[-1]):
+            return states
+        return self.layout.full_length(states, self.layout.now)
+
+    def whole(self, outputs: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of layers at full length."""
+        points = [self.layout.at(number + 1) for number in layers]
+        return [
+            states if point is None else self.layout.full_length(states, point)
+            for states, point in zip(outputs, points, strict=True)
+        ]
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""

@@ -151,6 +151,8 @@ class VisionAttachment(Attachment):
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
+        if self.encoder.whole_after_layers and self._first < len(self.encoder.layers):
+            self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
         if self._signals is not None:
@@ -180,7 +182,7 @@ class VisionAttachment(Attachment):
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
         arguments = bound(type(module).forward.__get__(module), args, kwargs)
-        side = self.family.side(self.state.modality)
+        side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout
         self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)
         if self._signals is not None:
@@ -248,12 +250,27 @@ class VisionAttachment(Attachment):
             return None
         return args, {**kwargs, "attention_mask": encoding.bias}
 
+    @untraced
+    def _last_layer(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of the last layer's forward, where a tower takes all rows apart after it."""
+        return self._whole(forward_of(module, before)(*args, **kwargs))
+
+    @torch.compiler.disable
+    def _whole(self, output: Tensor) -> Tensor:
+        encoding = self.state.encoding
+        return output if encoding is None else encoding.unpruned(output)
+
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""
         encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
-        return (encoding.unpruned(args[0]), *args[1:]), kwargs
+        states, *others = args
+        if self.encoder.taps:
+            others[0] = encoding.whole(others[0], self.encoder.taps)
+        return (encoding.unpruned(states), *others), kwargs
 
     @untraced
     def _halves(

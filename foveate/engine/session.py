@@ -3,8 +3,8 @@
 A session has a side for each part of the model that it touches: the text model, the vision encoder,
 or both. Everything is done by hooks and a few instance attributes (`get_image_features` of the base
 model, `generate` of the model, `forward` of the base and the text model, of decoder layers, of the
-rotary embedding, and of encoder layers within which tokens are removed); nothing else on the model
-is touched.
+rotary embedding, of a projector that the base model calls itself, and of encoder layers within
+which tokens are removed); nothing else on the model is touched.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ cache, which knows original positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from foveate.families.family import Family, register_family
@@ -45,6 +45,13 @@ class Llama4(Family):
     def side(self, modality: str) -> int:
         """Side of the cells that pixel shuffle puts into one token."""
         return round(1 / self.config.vision_config.pixel_shuffle_ratio)
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Why methods cannot act inside; each token has patches of its own all the same."""
+        return (
+            "its class token is the last row of the encoder and not the first, and rows are "
+            "rotated by one table of all of them, which methods cannot act on yet"
+        )
 
     def late_projector(self, modality: str) -> Any:
         """A matrix, one row at a time."""

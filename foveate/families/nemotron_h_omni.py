@@ -48,10 +48,15 @@ class NemotronHOmni(Gridded):
 
     @property
     def encoder(self) -> Encoder | None:
-        """None: methods cannot look inside RADIO, whose images have rows of summaries before their
-        patches, in one sequence.
-        """
+        """None: methods cannot look inside RADIO."""
         return None
+
+    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
+        """Why methods cannot act inside; each token has patches of its own all the same."""
+        return (
+            "its RADIO encoder puts rows of summaries before the patches of each image, all in one "
+            "sequence, which methods cannot act on yet"
+        )
 
     def side(self, modality: str) -> int:
         """Side of the cells that pixel shuffle puts into one token."""

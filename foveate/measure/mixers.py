@@ -271,9 +271,9 @@ class GatedDeltaNet(Mixer):
         A step after a cache has no pairs; transformers writes its products element by element,
         which torch does not count.
         """
-        moved = _convolved(self._channels, self.taps, tokens, keys, causal)
+        moved = convolved(self._channels, self.taps, tokens, keys, causal)
         alone = keys is not None and tokens == 1
-        steps, pairs = (1, 0) if alone else _chunked(tokens, self.CHUNK, causal)
+        steps, pairs = (1, 0) if alone else chunked(tokens, self.CHUNK, causal)
         state = 6 * self.key_dim * self.value_dim * steps
         inside = (4 * self.key_dim + 2 * self.value_dim) * pairs
         return moved + self.value_heads * (state + inside)
@@ -283,65 +283,6 @@ class GatedDeltaNet(Mixer):
         keeps the state of every model.
         """
         matrix = self.value_heads * self.key_dim * self.value_dim * torch.float32.itemsize
-        return self._channels * self.taps * dtype.itemsize + matrix
-
-
-@dataclass(frozen=True)
-class Mamba2(Mixer):
-    """A state-space model (Mamba-2), as in Nemotron-H: a short convolution, and a state of a matrix
-    for each head that fades with every token.
-
-    A prompt runs over chunks; one new token after a cache updates the state alone. Decays and skips
-    are single numbers of a channel, left out like norms.
-
-    Args:
-        hidden: D.
-        heads: h.
-        head_dim: p, the width of a head.
-        state: n, numbers that a channel of a head keeps.
-        groups: heads of one group share what they write to the state with, and read it with.
-        taps: w.
-        chunk: C, tokens of a chunk.
-    """
-
-    heads: int
-    head_dim: int
-    state: int
-    groups: int
-    taps: int
-    chunk: int
-
-    @property
-    def _channels(self) -> int:
-        """Values, and two vectors of each group, which pass the convolution: h p + 2 g n."""
-        return self.heads * self.head_dim + 2 * self.groups * self.state
-
-    def projections(self, tokens: int) -> int:
-        """What passes the convolution, a gate, a number of each head, and output:
-        2 T D (3 h p + 2 g n + h), with g groups.
-        """
-        widths = self._channels + 2 * self.heads * self.head_dim + self.heads
-        return 2 * tokens * self.hidden * widths
-
-    def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
-        """The convolution, and in each head 4 p n for each token (what it writes to the state, and
-        reads of it) and 2 (n + p) for each pair in a chunk. Torch also carries the states of chunks
-        on to all others, 2 p n for each pair of chunks, the end among them.
-
-        A step after a cache has no pairs; transformers writes to the state element by element,
-        which torch does not count.
-        """
-        moved = _convolved(self._channels, self.taps, tokens, keys, causal)
-        alone = keys is not None and tokens == 1
-        steps, pairs = (1, 0) if alone else _chunked(tokens, self.chunk, causal)
-        ends = 0 if alone or causal else (steps // self.chunk + 1) ** 2
-        of_state = 2 * self.head_dim * self.state * (2 * steps + ends)
-        inside = 2 * (self.state + self.head_dim) * pairs
-        return moved + self.heads * (of_state + inside)
-
-    def state_bytes(self, dtype: torch.dtype) -> int:
-        """The last w tokens of the convolution, and h p n numbers in 32 bits."""
-        matrix = self.heads * self.head_dim * self.state * torch.float32.itemsize
         return self._channels * self.taps * dtype.itemsize + matrix
 
 
@@ -375,14 +316,14 @@ class ShortConvolution(Mixer):
 
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
         """The convolution: 2 w D for each token."""
-        return _convolved(self.hidden, self.taps, tokens, keys, causal)
+        return convolved(self.hidden, self.taps, tokens, keys, causal)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """The last w tokens."""
         return self.hidden * self.taps * dtype.itemsize
 
 
-def _convolved(channels: int, taps: int, tokens: int, keys: int | None, causal: bool) -> int:
+def convolved(channels: int, taps: int, tokens: int, keys: int | None, causal: bool) -> int:
     """A convolution of each channel by itself: 2 w for each token; torch pads both sides by w - 1
     and computes w - 1 tokens more, of which it drops the last.
     """
@@ -391,7 +332,7 @@ def _convolved(channels: int, taps: int, tokens: int, keys: int | None, causal: 
     return 2 * channels * taps * (max(tokens, taps) + taps - 1)
 
 
-def _chunked(tokens: int, chunk: int, causal: bool) -> tuple[int, int]:
+def chunked(tokens: int, chunk: int, causal: bool) -> tuple[int, int]:
     """Tokens, and pairs of tokens of one chunk; torch fills up the last chunk and computes all
     pairs.
     """

@@ -8,11 +8,11 @@ from typing import Any
 
 from foveate.errors import UnsupportedModelError
 from foveate.families.family import TOKENWISE, window_of
+from foveate.measure.mamba import Mamba2
 from foveate.measure.mixers import (
     Attention,
     GatedDeltaNet,
     LatentAttention,
-    Mamba2,
     Mixer,
     ShortConvolution,
     Unmixed,

@@ -22,8 +22,9 @@ from transformers import (
 
 from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
+from foveate.measure.mamba import Mamba2
 from foveate.measure.memory import cache_bytes
-from foveate.measure.mixers import GatedDeltaNet, Mamba2, ShortConvolution
+from foveate.measure.mixers import GatedDeltaNet, ShortConvolution
 from foveate.measure.selection import acted, decoder_flops
 from foveate.measure.shapes import TextShape
 from foveate.methods import PyramidDrop

@@ -91,6 +91,7 @@ UNMEASURED = (
     "qwen3_omni_moe_thinker",
     "shieldgemma2",
     "step3p7",
+    "unlimited_ocr",
     "video_llama_3",
 )
 

@@ -111,7 +111,7 @@ class ForwardHooks:
         if now.encoded or (self.plan.visual_blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
         if now.visual and now.encoded:
-            check_cache(cache)
+            check_cache(cache, past)
             sliced = any(map(features.is_slice, now.encoded.values()))
             readout = None if sliced else now.readout
             parts = self._parts(now.visual, now.encoded, sequence)

@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from foveate.engine.cache import PRUNED, WITHOUT_SLOTS
+from foveate.engine.cache import WITHOUT_SLOTS, is_known
 
 Attributes = dict[str, Any]
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
-KINDS = {*PRUNED, *PRUNED.values(), *WITHOUT_SLOTS}
 
 
 class Rollback:
@@ -41,7 +40,7 @@ class Rollback:
         """What a cache holds; `None` without one, or where a layer is of a kind that is never
         pruned. Arguments as above.
         """
-        if cache is None or not {type(layer) for layer in cache.layers} <= KINDS:
+        if cache is None or not all(is_known(type(layer)) for layer in cache.layers):
             return None
         return cls(cache, past, rewritten=rewritten)
 

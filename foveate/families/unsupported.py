@@ -72,8 +72,6 @@ UNSUPPORTED: dict[str, str] = {
     "of text",
     "udop": f"its patches and its text share an encoder that a decoder reads, {_YET} removal in "
     "encoders of text",
-    "unlimited_ocr": f"its cache layers keep the prompt and a window after it, {_YET} such layers "
-    "that hold fewer slots",
     "vision-encoder-decoder": _MEMORY,
 }
 

@@ -22,7 +22,7 @@ GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
 UNGATED = frozenset({"cosmos3_edge_text"})
 """Text models whose MLP has no gate."""
-ATTENTION = frozenset({"full_attention", "sliding_attention"})
+ATTENTION = frozenset({"full_attention", "reference_sliding_attention", "sliding_attention"})
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ CLOSED = {
     "pp_chart2table": (24, 0, range(24)),
     "qwen2_5_omni_thinker": (28, 0, range(28)),
     "step3p7": (45, 0, range(45)),
+    "unlimited_ocr": (12, 0, range(12)),
     "video_llama_3": (32, 0, range(32)),
 }
 MISSING = {  # what configs of these do not say of themselves

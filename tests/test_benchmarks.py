@@ -82,6 +82,7 @@ UNMEASURED = (
     "lfm3_vl",
     "minicpm_ocr",
     "minicpmv4_7",
+    "minimax_m3_vl",
     "muse_glimmer",
     "muse_spark",
     "pp_chart2table",

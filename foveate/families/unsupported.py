@@ -54,8 +54,6 @@ UNSUPPORTED: dict[str, str] = {
     "kosmos-2.5": _WITHIN,
     "llama4": f"its layers take rotary positions as one complex tensor, and there is no base model "
     f"between the text model and its head, {_YET} both",
-    "minimax_m3_vl": f"its sparse layers read blocks of cache slots, {_YET} a cache that keeps "
-    "blocks where they were",
     "mistral4": "its config has no vision encoder: it is a text model",
     "mistral_large4": _INDEXED,
     "mllama": _CROSS,

@@ -204,7 +204,7 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     chosen = active + (_first(text, "n_shared_experts", "moe_num_shared_experts") or 0)
     width = _widths(text)[0]
     rated = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
-    beside = rated + (getattr(text, "share_expert_dim", None) or 0)
+    beside = rated + (_first(text, "share_expert_dim", "shared_intermediate_size") or 0)
     return chosen * width + beside, experts + (rated > 0)
 
 
@@ -236,4 +236,6 @@ def _dense(text: Any, shared: bool) -> int:
         step = text.block_multiple_of
         return step * -(-int(text.block_ffn_dim_multiplier * width) // step)
     wide = shared and getattr(text, "use_double_wide_mlp", False)
-    return text.intermediate_size * (2 if wide else 1)
+    # Where experts have the plain name, an MLP for all has this.
+    width = _first(text, "dense_intermediate_size", "intermediate_size")
+    return width * (2 if wide else 1)

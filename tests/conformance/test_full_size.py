@@ -55,6 +55,7 @@ CLOSED = {
     "granite_docling": (28, 3, range(28)),
     "hunyuan_vl": (32, 0, range(32)),
     "idefics2": (32, 0, range(32)),
+    "minimax_m3_vl": (60, 0, range(60)),
     "muse_glimmer": (52, 0, range(3, 52, 4)),
     "muse_spark": (62, 0, range(1, 62, 4)),
     "pp_chart2table": (24, 0, range(24)),

@@ -85,6 +85,7 @@ UNMEASURED = (
     "llama4",
     "minicpm_ocr",
     "minicpmv4_7",
+    "minimax_m3_vl",
     "muse_glimmer",
     "muse_spark",
     "nemotron_h_omni",
@@ -95,6 +96,7 @@ UNMEASURED = (
     "qwen3_omni_moe_thinker",
     "shieldgemma2",
     "step3p7",
+    "unlimited_ocr",
     "video_llama_3",
 )
 

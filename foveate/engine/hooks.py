@@ -124,7 +124,7 @@ class ForwardHooks:
         in its (B, T, D) embeddings.
         """
         now = self.state.now
-        check_cache(cache)
+        check_cache(cache, past)
         check_length(self.family, past + sequence.shape[1])
         sliced = any(map(features.is_slice, now.encoded.values()))
         parts = self._parts(now.visual, now.encoded, sequence)

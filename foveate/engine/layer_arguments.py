@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from foveate.engine.attentions import Seen
-from foveate.engine.cache import PrunedLayer, pruned_layer
+from foveate.engine.cache import PrunedLayer, is_reference, pruned_layer
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -124,7 +124,8 @@ class LayerArguments:
         if (donor := self.family.donors[number]) != number:
             return donor not in self._keys
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        return not isinstance(held, PrunedLayer)
+        images = self.prompt.visual is not None
+        return not isinstance(held, PrunedLayer) and not (images and is_reference(held))
 
     def translate(
         self,

@@ -242,6 +242,21 @@ class Slots:
             ),
         )
 
+    def skip(self, first: int, count: int) -> Slots:
+        """Forget `count` slots after the `first`."""
+
+        def make() -> Slots:
+            def left(x: Tensor) -> Tensor:
+                return torch.cat((x[:, :first], x[:, first + count :]), dim=1)
+
+            tail = min(self.tail, self.count - first - count)
+            head = left(self.index)[:, : self.count - count - tail]
+            marks = self.all_visual
+            visual = None if marks is None else left(marks)
+            return Slots(head, self.length, self.ragged, self.renumbered, tail, visual)
+
+        return self._derive(("skip", first, count), make)
+
     def without(self, gone: Tensor) -> tuple[Slots, Tensor]:
         """Forget some logical positions, and all padding.
 

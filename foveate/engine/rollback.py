@@ -12,13 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
-from foveate.engine.cache import PRUNED, WITHOUT_SLOTS
+from foveate.engine.cache import WITHOUT_SLOTS, is_known
 from foveate.engine.running_state import ReplacedStateLayer
 
 Attributes = dict[str, Any]
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
 STATES = "recurrent_states"  # attribute of cache layers with a running state
-KINDS = {*PRUNED, *PRUNED.values(), *WITHOUT_SLOTS}
 
 
 class Rollback:
@@ -57,7 +56,7 @@ class Rollback:
             copies: whether running states may be copied; if not, `None` where there are any.
             **options: as above.
         """
-        if cache is None or not {type(layer) for layer in cache.layers} <= KINDS:
+        if cache is None or not all(is_known(type(layer)) for layer in cache.layers):
             return None
         if not copies and any(hasattr(layer, STATES) for layer in cache.layers):
             return None

@@ -62,8 +62,6 @@ UNSUPPORTED: dict[str, str] = {
     "cannot be tested on it",
     "kosmos-2": _WITHIN,
     "kosmos-2.5": _WITHIN,
-    "minimax_m3_vl": f"its sparse layers read blocks of cache slots, {_YET} a cache that keeps "
-    "blocks where they were",
     "mistral4": "its config has no vision encoder: it is a text model",
     "mistral_large4": _INDEXED,
     "mllama": _CROSS,
@@ -78,8 +76,6 @@ UNSUPPORTED: dict[str, str] = {
     "t5gemma2": _ENCODED,
     "udop": f"its encoder, which a decoder reads, adds patches to the words that lie on them and "
     f"puts the others after the text, {_YET} removal in encoders of text",
-    "unlimited_ocr": f"its cache layers keep the prompt and a window after it, {_YET} such layers "
-    "that hold fewer slots",
     "vision-encoder-decoder": _MEMORY,
 }
 

@@ -24,7 +24,9 @@ GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
 UNGATED = frozenset({"cosmos3_edge_text", "nemotron_h"})
 """Text models whose MLP has no gate."""
-ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+ATTENTION = frozenset(
+    {"chunked_attention", "full_attention", "reference_sliding_attention", "sliding_attention"}
+)
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def _mlp(text: Any, layer: int, shared: bool) -> tuple[int, int]:
     chosen = active + (_first(text, "n_shared_experts", "moe_num_shared_experts") or 0)
     width = _widths(text)[0]
     rated = getattr(text, "shared_expert_intermediate_size", None) or 0  # with a gate of its own
-    beside = rated + (getattr(text, "share_expert_dim", None) or 0)
+    beside = rated + (_first(text, "share_expert_dim", "shared_intermediate_size") or 0)
     return chosen * width + beside, experts + (rated > 0)
 
 
@@ -326,5 +328,6 @@ def _dense(text: Any, layer: int, shared: bool) -> int:
         step = text.block_multiple_of
         return step * -(-int(text.block_ffn_dim_multiplier * width) // step)
     wide = shared and getattr(text, "use_double_wide_mlp", False)
-    width = text.intermediate_size  # a list of all layers' in Gemma 3n
+    # A list of all layers' in Gemma 3n; where experts have the plain name, an MLP for all has another.
+    width = _first(text, "dense_intermediate_size", "intermediate_size")
     return (width[layer] if isinstance(width, list) else width) * (2 if wide else 1)

@@ -60,10 +60,12 @@ CLOSED = {
     "got_ocr2": (24, 0, range(24)),
     "idefics2": (32, 0, range(32)),
     "llama4": (48, 0, range(3, 48, 4)),
+    "minimax_m3_vl": (60, 0, range(60)),
     "muse_glimmer": (52, 0, range(3, 52, 4)),
     "muse_spark": (62, 0, range(1, 62, 4)),
     "pp_chart2table": (24, 0, range(24)),
     "step3p7": (45, 0, range(45)),
+    "unlimited_ocr": (12, 0, range(12)),
 }
 MAMBA, MOE = "linear_attention", "moe"
 MISSING = {  # what configs of these do not say of themselves

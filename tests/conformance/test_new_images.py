@@ -28,13 +28,15 @@ STEPS = 8
 PAGE = Path(foveate.__file__).parent.parent / "docs" / "how-it-works.md"
 # Where images see what comes after them, no forward over everything equals one turn after another.
 TWO_WAY = ("paligemma", "paligemma2", "molmo2", "molmo2-o")
+FIRST_ALONE = ("unlimited_ocr",)  # whose later images stand in a window
 AS_TEXT = (
     "cosmos3_edge",
     "minicpmv4_7",
 )  # to whose new images the bare model gives positions of text
 PLAIN = ("kimi_k25", "kimi_k25-halves", "lfm3_vl")  # grids, and positions that are numbers
 MROPE = [n for n in GRIDS if not issubclass(MEMBERS[n], Gridded) and n not in (*UNPLACED, *PLAIN)]
-FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY, *UNPLACED))]
+EXCEPT = (*MROPE, *TWO_WAY, *UNPLACED, *FIRST_ALONE)
+FAMILIES = [*MROPE, *(name for name in NAMES if name not in EXCEPT)]
 
 
 def model_of(name, attention="sdpa"):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.engine import features
 from foveate.engine.compilation import untraced
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.inputs import bound
@@ -108,7 +109,7 @@ class FeatureHooks:
             raise self.tags.unmapped(modality)
         if self._vision is not None and not passes:
             raise bypassed(self._vision.root)
-        if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
+        if features.pooled(output) is None:  # a tuple, asked for by a user's call
             return output
         self.tags.tag(modality, output, arguments, rows, passes, state.projector_input)
         state.projector_input = None

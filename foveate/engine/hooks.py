@@ -103,6 +103,7 @@ class ForwardHooks:
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         groups: list[ImageGroup] = []
+        marked: Tensor | None = None
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
         evicts = bool(now.visual) and any(
@@ -115,7 +116,8 @@ class ForwardHooks:
             check_cache(cache)
             sliced = any(map(features.is_slice, now.encoded.values()))
             readout = None if sliced else now.readout
-            parts = self._parts(now.visual, now.encoded, sequence)
+            marked = self.family.marked(sequence, kwargs) if self.plan.marks else None
+            parts = self._parts(now.visual, now.encoded, marked)
             groups = find_images(parts, now.request_of, readout)
             check_readout(groups, self.plan)
         elif (
@@ -129,10 +131,9 @@ class ForwardHooks:
         now.forward = ForwardPass(
             self.plan, self.family, self._prompt(sequence, past, groups, kwargs)
         )
-        if not groups or not self.plan.marks:
+        if not groups or marked is None:
             return args, kwargs
-        marked = now.forward.begin(sequence)
-        if marked is not None and self.family.reads_embeddings:
+        if now.forward.begin(marked) and self.family.reads_embeddings:
             # Marks would become gradients, and so would zeros under the root of their mean square.
             kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 1.0)}
         return args, now.forward.deepstack(kwargs)
@@ -269,13 +270,13 @@ class ForwardHooks:
         return True
 
     def _parts(
-        self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
+        self, visual: dict[str, Tensor], encoded: dict[str, Any], marked: Tensor | None
     ) -> list[ModalityImages]:
         """Where the images of each modality are, and what is alive of them."""
         parts = []
         for modality, output in encoded.items():
             mask = visual[modality]
-            dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
+            dead = None if marked is None else marked[mask]
             if features.is_slice(output):
                 shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
                 parts.append(ModalityImages(mask, shapes, dead))

@@ -42,8 +42,6 @@ UNSUPPORTED: dict[str, str] = {
     "without a cache",
     "git": _WITHIN,
     "glm5_next": _INDEXED,
-    "granite4_vision": f"its image features are added before several decoder layers, and its "
-    f"placeholders are empty until then, {_YET} features by layer",
     "idefics": _CROSS,
     "inkling2": _INKLING,
     "inkling_mm_model": _INKLING,

@@ -53,6 +53,7 @@ CLOSED = {
     "gemma3n": (35, 0, range(4, 20, 5)),
     "glm_ocr": (16, 0, range(16)),
     "got_ocr2": (24, 0, range(24)),
+    "granite4_vision": (40, 21, range(40)),
     "granite_docling": (28, 3, range(28)),
     "hunyuan_vl": (32, 0, range(32)),
     "idefics2": (32, 0, range(32)),
@@ -69,6 +70,19 @@ MISSING = {  # what configs of these do not say of themselves
         },
     },
     "gemma3n": {"vision_config": TowerConfig()},
+    "granite4_vision": {
+        "downsample_rate": "4/8",
+        "deepstack_layer_map": [[-19, 9], [-13, 6], [-7, 3], [-1, 0]],
+        "text_config": {"num_hidden_layers": 40, "hidden_size": 2560},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 16,
+        },
+    },
     "hunyuan_vl": {
         "text_config": {
             "head_dim": 128,

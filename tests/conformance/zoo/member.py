@@ -95,6 +95,14 @@ class Member:
         pooled = features if self.stacked else list(features)
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
+    def pooled(self, output: Any) -> Any:
+        """The features in such a container, as methods see them."""
+        return output.pooler_output
+
+    def cached(self, model: Any) -> dict[str, Any]:
+        """Arguments with which a forward over a prompt fills a cache."""
+        return {"use_cache": True}
+
     def row(self, inputs: dict[str, Any], row: int) -> dict[str, Any]:
         """One row of a batch, alone and without padding."""
         keep = inputs["attention_mask"][row].bool()
@@ -121,7 +129,7 @@ class Member:
 
     def stack(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(images, V, D) features of a batch."""
-        pooled = inputs["mm_encoder_outputs"][self.modality].pooler_output
+        pooled = self.pooled(inputs["mm_encoder_outputs"][self.modality])
         return pooled if isinstance(pooled, torch.Tensor) else torch.stack(list(pooled))
 
     def pixels(self, images: int, seed: int = 0) -> dict[str, Any] | None:
@@ -140,7 +148,7 @@ class Member:
         """Visual tokens of each image that `pixels` makes, as an unpatched model encodes them."""
         encode = getattr(model.model, f"get_{self.modality}_features")
         with torch.no_grad():
-            pooled = encode(**fresh(pixels), return_dict=True).pooler_output
+            pooled = self.pooled(encode(**fresh(pixels), return_dict=True))
         return [feature.shape[:-1].numel() for feature in pooled]
 
     class_attention: ClassVar[str | None] = None  # attention whose row 0 is the class token's

@@ -77,6 +77,7 @@ UNMEASURED = (
     "gemma3n",
     "glmga",
     "got_ocr2",
+    "granite4_vision",
     "granite_docling",
     "hyperclovax_vision_v2",
     "idefics2",

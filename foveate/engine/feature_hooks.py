@@ -111,7 +111,7 @@ class FeatureHooks:
         if self._vision is not None and not passes:
             raise bypassed(self._vision.root)
         project(self.family, modality, output)
-        if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
+        if features.pooled(output) is None:  # a tuple, asked for by a user's call
             return output
         self.tags.tag(modality, output, arguments, rows, passes, state.projector_input)
         state.projector_input = None

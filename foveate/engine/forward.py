@@ -59,6 +59,8 @@ class ForwardPass:
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
         self._renumbering: Renumbering | None = None
+        # Planes by decoder layer, columns that they are added to, and which of their rows.
+        self._planes: tuple[dict[int, Tensor], Tensor, Tensor] | None = None
 
     @torch.compiler.disable
     def enter(
@@ -113,14 +115,14 @@ class ForwardPass:
         keys = Keys(before, before, self.layout, self._renumbering)
         return self.arguments.positions(number, keys, self.layout, hidden, kwargs)
 
-    def begin(self, embeds: Tensor) -> Tensor | None:
+    def begin(self, marked: Tensor) -> bool:
         """Drop what was removed from the image features.
 
         Args:
-            embeds: (B, T, D) input of the text model; rows that were removed hold NaN.
+            marked: (B, T) which tokens were.
 
         Returns:
-            (B, T) which were removed; `None` if none was.
+            Whether any was.
         """
         lost = False
         for group in self.groups:
@@ -128,30 +130,54 @@ class ForwardPass:
             lost |= gone > 0
             for row in group.rows:
                 self.tokens[row] -= gone
-        if not lost:
-            return None
-        marked = embeds[..., 0].isnan().to(self.prompt.device)
-        self._entry = self._compact(marked, self.plan.renumber_features)
-        self._entrance = self.layout
-        return marked
+        if lost:
+            self._entry = self._compact(marked.to(self.prompt.device), self.plan.renumber_features)
+            self._entrance = self.layout
+        return lost
 
     def deepstack(self, kwargs: Kwargs) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
 
         Args:
-            kwargs: with `visual_pos_masks` (B, T) and `deepstack_visual_embeds`, (N, D) each.
+            kwargs: with `visual_pos_masks` (B, T) and `deepstack_visual_embeds`, (N, D) each; or
+                with `vision_mask` (B, T, 1) and `deepstack_features` by decoder layer, before which
+                they are added: before the first the columns are still all there.
         """
-        visual, planes = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-        if visual is None or planes is None or self._entry is None:
+        if self._entry is None:
             return kwargs
+        visual, planes = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        if visual is not None and planes is not None:
+            physical, kept = self._surviving(visual)
+            planes = [plane[kept.to(plane.device)] for plane in planes]
+            return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
+        visual, by_layer = kwargs.get("vision_mask"), kwargs.get("deepstack_features")
+        if visual is not None and by_layer is not None:
+            self._planes = by_layer, *self._surviving(visual[..., 0])
+            first = {0: by_layer[0]} if 0 in by_layer else None
+            return {**kwargs, "deepstack_features": first}
+        return kwargs
+
+    def _surviving(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P) which columns of layer 0 are visual, and (N) which visual tokens they are.
+
+        Args:
+            visual: (B, T) which of all columns are visual, N in number.
+        """
         columns = self.layout.index.to(visual.device)
         physical = visual.gather(1, columns.clamp(min=0)) & (columns >= 0)
         alive = torch.zeros_like(visual)
         rows = torch.arange(visual.shape[0], device=visual.device)[:, None].expand_as(columns)
         alive[rows[physical], columns[physical]] = True
-        kept = alive[visual]
-        planes = [plane[kept.to(plane.device)] for plane in planes]
-        return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
+        return physical, alive[visual]
+
+    def _add_plane(self, number: int, hidden: Tensor) -> Tensor:
+        """Add the plane of a decoder layer after the first, which the text model can no longer."""
+        if self._planes is None or number == 0 or number not in self._planes[0]:
+            return hidden
+        by_layer, physical, kept = self._planes
+        plane, physical = by_layer[number], physical.to(hidden.device)[..., None]
+        plane = plane[kept.to(plane.device)].to(hidden.device, hidden.dtype)
+        return hidden.masked_scatter(physical, hidden[physical[..., 0]] + plane)
 
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """Let steps act that are due before a layer, and note what is alive there."""
@@ -159,6 +185,7 @@ class ForwardPass:
             raise bypassed(self.family.layers[number - 1])
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
+        hidden = self._add_plane(number, hidden)
         if (due := self.plan.due.get(number)) is not None:
             hidden = self._act(due, number, layer, hidden, kwargs)
         self.layer_layouts.append(self.layout)

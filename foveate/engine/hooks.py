@@ -97,7 +97,8 @@ class ForwardHooks:
         if now.encoded or (self.plan.visual_blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
         with_images = bool(now.visual and now.encoded)
-        groups = self._groups(sequence, cache, past) if with_images else []
+        marked = self._marked(sequence, kwargs) if with_images else None
+        groups = self._groups(sequence, marked, cache, past) if with_images else []
         now.rollback = self._rollback(cache, past, shortened=bool(groups) or any(before))
         if (
             not with_images
@@ -111,23 +112,26 @@ class ForwardHooks:
         now.forward = ForwardPass(
             self.plan, self.family, self._prompt(sequence, past, groups, kwargs)
         )
-        if not groups or not self.plan.marks:
+        if not groups or marked is None:
             return args, kwargs
-        marked = now.forward.begin(sequence)
-        if marked is not None and self.family.reads_embeddings:
+        if now.forward.begin(marked) and self.family.reads_embeddings:
             # Marks would become gradients, and so would zeros under the root of their mean square.
             kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 1.0)}
         return args, now.forward.deepstack(kwargs)
 
-    def _groups(self, sequence: Tensor, cache: Cache | None, past: int) -> list[ImageGroup]:
-        """The images of a forward after a cache of some logical length; removed tokens are marked
-        in its (B, T, D) embeddings.
-        """
+    def _marked(self, sequence: Tensor, kwargs: Kwargs) -> Tensor | None:
+        """(B, T) which tokens were removed before the text model; `None` if no step does that."""
+        return self.family.marked(sequence, kwargs) if self.plan.marks else None
+
+    def _groups(
+        self, sequence: Tensor, marked: Tensor | None, cache: Cache | None, past: int
+    ) -> list[ImageGroup]:
+        """The images of a forward over (B, T, ...) after a cache of some logical length."""
         now = self.state.now
         check_cache(cache, past)
         check_length(self.family, past + sequence.shape[1])
         sliced = any(map(features.is_slice, now.encoded.values()))
-        parts = self._parts(now.visual, now.encoded, sequence)
+        parts = self._parts(now.visual, now.encoded, marked)
         groups = find_images(parts, now.request_of, None if sliced else now.readout)
         check_readout(groups, self.plan)
         return groups
@@ -280,13 +284,13 @@ class ForwardHooks:
         return True
 
     def _parts(
-        self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
+        self, visual: dict[str, Tensor], encoded: dict[str, Any], marked: Tensor | None
     ) -> list[ModalityImages]:
         """Where the images of each modality are, and what is alive of them."""
         parts = []
         for modality, output in encoded.items():
             mask = visual[modality]
-            dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
+            dead = None if marked is None else marked[mask]
             if features.is_slice(output):
                 shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
                 parts.append(ModalityImages(mask, shapes, dead))

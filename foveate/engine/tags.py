@@ -72,7 +72,7 @@ class Tags:
         Raises:
             UnsupportedModelError: signals or survivors cannot be told for its tokens.
         """
-        shapes = self.family.shapes(modality, output.pooler_output, arguments)
+        shapes = self.family.shapes(modality, features.pooled(output), arguments)
         lengths = [shape.total for shape in shapes]
         pixels = self.family.pixels(len(lengths), arguments) if modality == "image" else None
         signals = {

@@ -221,6 +221,15 @@ class Family:
 
     # -- images
 
+    def marked(self, embeds: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """(B, T) which tokens were removed from the features, where rows hold NaN.
+
+        Args:
+            embeds: (B, T, D) input of the text model.
+            arguments: all that it is called with.
+        """
+        return embeds[..., 0].isnan()
+
     @property
     def placeholder_ids(self) -> dict[str, int]:
         """Modality -> token id that stands for its visual tokens in `input_ids`."""

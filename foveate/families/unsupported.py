@@ -50,8 +50,6 @@ UNSUPPORTED: dict[str, str] = {
     f"the text, {_YET} positions of tokens without ids",
     "glm5_next": f"its indexed layers read pools of neighbouring cache slots and count queries by "
     f"the length of the cache, {_YET} pools of the slots that are left",
-    "granite4_vision": f"its image features are added before several decoder layers, and its "
-    f"placeholders are empty until then, {_YET} features by layer",
     "idefics": _CROSS,
     "inkling2": _INKLING,
     "inkling_mm_model": _INKLING,

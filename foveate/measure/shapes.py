@@ -328,6 +328,6 @@ def _dense(text: Any, layer: int, shared: bool) -> int:
         step = text.block_multiple_of
         return step * -(-int(text.block_ffn_dim_multiplier * width) // step)
     wide = shared and getattr(text, "use_double_wide_mlp", False)
-    # A list of all layers' in Gemma 3n; where experts have the plain name, an MLP for all has another.
+    # Of all layers in Gemma 3n; where experts have the plain name, an MLP for all has another.
     width = _first(text, "dense_intermediate_size", "intermediate_size")
     return (width[layer] if isinstance(width, list) else width) * (2 if wide else 1)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.tokens import Shape
+from foveate.engine.features import pooled
 from foveate.engine.inputs import bound
 from foveate.engine.vision.segments import boundaries
 from foveate.families import Family, find_family
@@ -232,7 +233,7 @@ class _Run:
         encode = getattr(self.family.base, f"get_{modality}_features")
         output = encode(**arguments, return_dict=True)
         project(self.family, modality, output)
-        return tuple(self.family.shapes(modality, output.pooler_output, arguments))
+        return tuple(self.family.shapes(modality, pooled(output), arguments))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._entered is None:

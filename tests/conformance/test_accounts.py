@@ -62,9 +62,9 @@ def test_planned_cache_bytes_equal_the_cache(name, kind):
         return
     record = planned(family, make_plan(family, methods), fed, text)
     with torch.no_grad():
-        plain = model(**fresh(inputs), use_cache=True).past_key_values
+        plain = model(**fresh(inputs), **member.cached(model)).past_key_values
         with foveate.use(model, methods):
-            pruned = model(**fresh(inputs), use_cache=True).past_key_values
+            pruned = model(**fresh(inputs), **member.cached(model)).past_key_values
     mixers = [shape.mixer for shape in TextShape.all(family.config)]
     windows = any(getattr(m, "window", None) or getattr(m, "chunk", None) for m in mixers)
     for want, cache in ((unpruned(record), plain), (record, pruned)):

@@ -58,6 +58,7 @@ CLOSED = {
     "emu3": (32, 0, range(32)),
     "gemma3n": (35, 0, range(4, 20, 5)),
     "got_ocr2": (24, 0, range(24)),
+    "granite4_vision": (40, 21, range(40)),
     "idefics2": (32, 0, range(32)),
     "llama4": (48, 0, range(3, 48, 4)),
     "minimax_m3_vl": (60, 0, range(60)),
@@ -81,6 +82,19 @@ MISSING = {  # what configs of these do not say of themselves
             "layers_block_type": [MAMBA, MOE, MAMBA, MOE, MAMBA, "full_attention", MOE] * 7,
             "num_experts_per_tok": 6, "n_routed_experts": 128, "hidden_size": 2688,
         }
+    },
+    "granite4_vision": {
+        "downsample_rate": "4/8",
+        "deepstack_layer_map": [[-19, 9], [-13, 6], [-7, 3], [-1, 0]],
+        "text_config": {"num_hidden_layers": 40, "hidden_size": 2560},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 16,
+        },
     },
     "hunyuan_vl": {
         "text_config": {

@@ -108,7 +108,7 @@ def test_they_stay_unseen_in_decoding(name, kind):
     )
     told = {"attention_mask": mask[:, :prompt], "position_ids": positions[..., :prompt]}
     with foveate.use(model, case(name, kind, 1)[0]):
-        out = member.run(model, **{**fresh(alone), **told}, use_cache=True)
+        out = member.run(model, **{**fresh(alone), **told}, **member.cached(model))
         states = [out.last_hidden_state[0, -1]]
         for step in range(more.shape[1]):
             now = prompt + step

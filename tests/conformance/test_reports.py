@@ -24,9 +24,11 @@ def test_cache_bytes_equal_the_cache(name, kind):
             foveate.use(model, methods)
         return
     with torch.no_grad():
-        whole, _ = cache_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
+        whole, _ = cache_bytes(model(**fresh(inputs), **member.cached(model)).past_key_values)
         with foveate.use(model, methods) as run:
-            pruned, state = cache_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
+            pruned, state = cache_bytes(
+                model(**fresh(inputs), **member.cached(model)).past_key_values
+            )
     report = run.report()
     assert report["state_bytes"] == state
     assert ("state of recurrent layers" in str(report)) == (state > 0)

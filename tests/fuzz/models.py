@@ -43,12 +43,12 @@ class Windowed(MEMBERS["llava"]):
 
 
 # The oracle hides what was removed at full length. A running state would still step over it, and
-# layers that read the keys of earlier ones hide by these; some layers have streams of states: the
-# oracle of the conformance suite does all of it. Llama 4 puts features that it is handed through
-# one more matrix, so that merged ones cannot be handed to the bare model. Eager attention of
-# Unlimited-OCR wants a key head for each head.
+# layers that read the keys of earlier ones hide by these; some layers have streams of states, and
+# some are given features that an input does not hold: the oracle of the conformance suite does all
+# of it. Llama 4 puts features that it is handed through one more matrix, so that merged ones cannot
+# be handed to the bare model. Eager attention of Unlimited-OCR wants a key head for each head.
 ANOTHER_ORACLE = (
-    "gemma3n", "gemma4", "lfm2", "lfm3", "llama4", "minicpm", "nemotron", "qwen3_5",
+    "gemma3n", "gemma4", "granite4", "lfm2", "lfm3", "llama4", "minicpm", "nemotron", "qwen3_5",
     "unlimited_ocr",
 )  # fmt: skip
 FAMILIES: dict[str, type[Member]] = {

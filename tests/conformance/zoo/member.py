@@ -100,6 +100,14 @@ class Member:
         pooled = features if self.stacked else list(features)
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
+    def pooled(self, output: Any) -> Any:
+        """The features in such a container, as methods see them."""
+        return output.pooler_output
+
+    def cached(self, model: Any) -> dict[str, Any]:
+        """Arguments with which a forward over a prompt fills a cache."""
+        return {"use_cache": True}
+
     def row(self, inputs: dict[str, Any], row: int) -> dict[str, Any]:
         """One row of a batch, alone and without padding."""
         keep = inputs["attention_mask"][row].bool()
@@ -126,7 +134,7 @@ class Member:
 
     def stack(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(images, V, D) features of a batch."""
-        pooled = inputs["mm_encoder_outputs"][self.modality].pooler_output
+        pooled = self.pooled(inputs["mm_encoder_outputs"][self.modality])
         return pooled if isinstance(pooled, torch.Tensor) else torch.stack(list(pooled))
 
     def pixels(self, images: int, seed: int = 0) -> dict[str, Any] | None:
@@ -183,7 +191,7 @@ class Member:
         a list of (V, D), or (images, V, D).
         """
         encode = getattr(self.base(model), f"get_{modality or self.modality}_features")
-        return encode(**fresh(pixels), return_dict=True).pooler_output
+        return self.pooled(encode(**fresh(pixels), return_dict=True))
 
     # -- what the oracle asks
 

@@ -316,7 +316,7 @@ def translate_mask(
         `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
         columns attend everywhere, so that they stay finite; nothing attends to them.
     """
-    batch, queries = layout.index.shape
+    queries = layout.index.shape[1]
     unfilled = max(width - slots.count, 0)
     if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
         return None
@@ -330,18 +330,22 @@ def translate_mask(
     column = (keys - offset).clamp(min=0)
     if mask.dim() == 2:
         return mask.gather(1, column) * real.to(mask.dtype)
-    row = layout.index.clamp(min=0)
-    if mask.shape[0] == 1 and batch == 1:
-        physical = mask.index_select(2, row[0]).index_select(3, column[0])
-    else:
-        rows = torch.arange(batch, device=mask.device)[:, None, None] if mask.shape[0] > 1 else 0
-        physical = mask.movedim(1, -1)[rows, row[..., None], column[:, None]].movedim(-1, 1)
+    physical = _picked(mask, layout.index.clamp(min=0), column)
     refuse = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     physical = physical.masked_fill(~real[:, None, None], refuse)
     if layout.ragged:
         allow = True if mask.dtype == torch.bool else 0.0
         physical = physical.masked_fill((layout.index < 0)[:, None, :, None], allow)
     return physical
+
+
+def _picked(mask: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """(B, H or 1, P, S) of a mask (B or 1, H or 1, T, K) at (B, P) rows and (B, S) columns."""
+    batch = len(row)
+    if mask.shape[0] == 1 and batch == 1:
+        return mask.index_select(2, row[0]).index_select(3, column[0])
+    rows = torch.arange(batch, device=mask.device)[:, None, None] if mask.shape[0] > 1 else 0
+    return mask.movedim(1, -1)[rows, row[..., None], column[:, None]].movedim(-1, 1)
 
 
 def translate_padding(mask: Tensor | None, layout: Layout) -> Tensor | None:

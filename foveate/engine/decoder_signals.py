@@ -1,7 +1,7 @@
 """Decoder signals: what steps between decoder layers can read of the tokens.
 
 Signals are collected just before a layer runs, or while it runs, and given to the steps that need
-them, at the tokens that are alive there. How each is computed, `foveate.signals.decoder` says.
+them, at the tokens that survive until there. How each is computed, `foveate.signals.decoder` says.
 Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of each, `Q` text tokens.
 """
 
@@ -100,7 +100,7 @@ class DecoderSignals:
             self._collected[signal, number] = now, self.state.layout
 
     def of(self, needs: tuple[Need, ...], group: ImageGroup) -> dict[str, Tensor]:
-        """Signals of a group, at the tokens that are alive of it."""
+        """Signals of a group, at its surviving tokens."""
         images = _ImageTokens(self.columns, group)
         signals: dict[str, Tensor] = {}
         for need in needs:
@@ -118,7 +118,7 @@ class DecoderSignals:
         return signals
 
     def _at(self, signal: DecoderSignal, number: int, images: _ImageTokens) -> Tensor:
-        """A signal of one layer, (G, ...) at the tokens alive of a group."""
+        """A signal of one layer, (G, ...) at the surviving tokens of a group."""
         collected, layout = self._collected[signal, number]
         group, axis = images.group, signal.column_axis
         rows = images.rows.to(collected.device)

@@ -32,7 +32,7 @@ from foveate.families import Family
 
 
 class ForwardPass:
-    """One forward: which columns are alive at each layer, and what each layer must be told.
+    """One forward: which columns there are at each layer, and what each layer must be told.
 
     Args:
         plan: the session's plan.
@@ -66,7 +66,7 @@ class ForwardPass:
     def enter(
         self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor | None, Tensor, Kwargs]:
-        """Reduce what is due before a layer, and tell the layer what is alive.
+        """Reduce what is due before a layer, and tell the layer what survives.
 
         Args:
             number: the decoder layer.
@@ -102,7 +102,7 @@ class ForwardPass:
         return None, hidden, kwargs
 
     def seen(self, group: ImageGroup) -> Tensor | None:
-        """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
+        """(G, V) which surviving tokens of a group the caller has not hidden; `None` for all."""
         hidden = self.prompt.hidden
         if hidden is None or group.columns is None:
             return None
@@ -165,10 +165,10 @@ class ForwardPass:
         """
         columns = self.layout.index.to(visual.device)
         physical = visual.gather(1, columns.clamp(min=0)) & (columns >= 0)
-        alive = torch.zeros_like(visual)
+        entering = torch.zeros_like(visual)
         rows = torch.arange(visual.shape[0], device=visual.device)[:, None].expand_as(columns)
-        alive[rows[physical], columns[physical]] = True
-        return physical, alive[visual]
+        entering[rows[physical], columns[physical]] = True
+        return physical, entering[visual]
 
     def _add_plane(self, number: int, hidden: Tensor) -> Tensor:
         """Add the plane of a decoder layer after the first, which the text model can no longer."""
@@ -180,7 +180,7 @@ class ForwardPass:
         return hidden.masked_scatter(physical, hidden[physical[..., 0]] + plane)
 
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """Let steps act that are due before a layer, and note what is alive there."""
+        """Let steps act that are due before a layer, and note what survives there."""
         if number != len(self.layer_layouts):  # those before it have come by otherwise
             raise bypassed(self.family.layers[number - 1])
         if number == 0 and self._entry is not None:
@@ -265,20 +265,20 @@ class ForwardPass:
         """
         if renumber:
             self._renumbering = Renumbering.of(gone, self.prompt, self._renumbering)
-        alive = ~gone
+        kept = ~gone
         if self.prompt.present is not None:
-            alive &= self.prompt.present
+            kept &= self.prompt.present
         columns = self.layout.index
-        living = alive.gather(1, columns.clamp(min=0))
+        kept = kept.gather(1, columns.clamp(min=0))
         if self.layout.ragged:
-            living &= columns >= 0
-        self.layout, source = compact(self.layout, living, self.tokens)
+            kept &= columns >= 0
+        self.layout, source = compact(self.layout, kept, self.tokens)
         return source
 
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
-        if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
+        if self.layout.ragged:  # padding copies a dropped column, which may be marked with NaN
             padding = (self.layout.index < 0)[(...,) + (None,) * (hidden.dim() - 2)]
             hidden = hidden.masked_fill(padding.to(hidden.device), 0.0)
         return hidden

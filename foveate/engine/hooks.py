@@ -208,7 +208,7 @@ class ForwardHooks:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """In place of a decoder layer's forward: hand it what is alive.
+        """In place of a decoder layer's forward: hand it what survives.
 
         Args:
             number: the decoder layer.
@@ -286,14 +286,14 @@ class ForwardHooks:
     def _parts(
         self, visual: dict[str, Tensor], encoded: dict[str, Any], marked: Tensor | None
     ) -> list[ModalityImages]:
-        """Where the images of each modality are, and what is alive of them."""
+        """Where the images of each modality are, and which of their tokens survive."""
         parts = []
         for modality, output in encoded.items():
             mask = visual[modality]
-            dead = None if marked is None else marked[mask]
+            removed = None if marked is None else marked[mask]
             if features.is_slice(output):
                 shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
-                parts.append(ModalityImages(mask, shapes, dead))
+                parts.append(ModalityImages(mask, shapes, removed))
                 continue
             known = output.encoded
             source = features.members(output, mask, self.state.now.expanded)
@@ -305,7 +305,7 @@ class ForwardHooks:
             ids = None if self.state.now.prompt is None else self.state.now.prompt[0]
             where = ImageBoxes(self.family, modality, known, source, mask, ids)
             locate = [functools.partial(where.of, i) for i in range(len(source))]
-            parts.append(ModalityImages(mask, shapes, dead, before, locate, states))
+            parts.append(ModalityImages(mask, shapes, removed, before, locate, states))
         return parts
 
     def _check_decoding(self, cache: Cache | None) -> None:

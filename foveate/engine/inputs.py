@@ -33,7 +33,7 @@ LATER_IMAGES = (
     "past_key_values=cache); likewise with videos"
 )
 AS_TEXT = (
-    "behind a cache, {model} gives the tokens of a new image positions of text; run the whole "
+    "after a cache, {model} gives the tokens of a new image positions of text; run the whole "
     "conversation anew, without the cache"
 )
 

@@ -171,8 +171,11 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
             f"{family.model_type} sees layers 0 to {family.feature_layer}"
         )
-    if step.stage != "llm":
-        return
+    if step.stage == "llm":
+        _check_llm_layer(family, step, slug)
+
+
+def _check_llm_layer(family: Family, step: Step, slug: str) -> None:
     if not 0 <= step.layer < family.text_layers:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "

@@ -235,7 +235,7 @@ class BaseSession:
 
     @property
     def kept(self) -> list[dict[str, Tensor]]:
-        """For each image of the last forward, step -> (K,) raster positions alive after it.
+        """For each image of the last forward, step -> (K,) raster positions that survive it.
 
         Steps come in stream order. Of several at one place, the last is `llm:8` and those before it
         `llm:8#1`, `llm:8#2`.

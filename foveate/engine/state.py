@@ -30,8 +30,8 @@ class Prompt:
         length: tokens of this forward, T.
         past: logical length of what the cache holds.
         device: where the sequence lives.
-        groups: images of this forward and what is alive of them; empty in decoding steps and for
-            text alone.
+        groups: images of this forward and which of their tokens survive; empty in decoding steps
+            and for text alone.
         real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
             for all.
         trailing: drafted tokens after the prompt, in assisted decoding.
@@ -90,7 +90,7 @@ class ForwardState(Protocol):
         plan: the session's plan.
         family: the model's family.
         prompt: what the forward is about.
-        groups: images, and what is alive of them now.
+        groups: images, and which of their tokens survive so far.
         layout: physical columns of now.
     """
 
@@ -115,4 +115,4 @@ class ForwardState(Protocol):
         """(G, V) physical columns of a group in a layout."""
 
     def seen(self, group: ImageGroup) -> Tensor | None:
-        """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
+        """(G, V) which surviving tokens of a group the caller has not hidden; `None` for all."""

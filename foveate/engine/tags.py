@@ -81,20 +81,32 @@ class Tags:
         }
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        fed = {} if made_outside else of_shapes(self.family.fed(arguments))
-        encoded = EncoderOutputInfo(shapes, signals, pixels, kept, placed, fed=fed)
-        if passes:
-            encoded = replace(
-                encoded,
-                encoder_tokens=passes[-1].layer_rows,
-                encoder_bounds=passes[-1].layer_bounds,
-            )
+        encoded = EncoderOutputInfo(
+            shapes,
+            signals,
+            pixels,
+            kept,
+            placed,
+            fed={} if made_outside else of_shapes(self.family.fed(arguments)),
+            encoder_tokens=passes[-1].layer_rows if passes else (),
+            encoder_bounds=passes[-1].layer_bounds if passes else (),
+        )
+        features.tag(output, self._with_projector(encoded, modality, given, arguments))
+
+    def _with_projector(
+        self,
+        encoded: EncoderOutputInfo,
+        modality: str,
+        given: Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> EncoderOutputInfo:
+        """What is known of images, and what the projector was given of them if methods merge it."""
         projector = self.family.projector(modality)
-        if projector is not None and given is not None:
-            unprojected = self.family.unprojected(modality, given, lengths, arguments)
-            mixes = any(bool(image.isnan().any()) for image in unprojected)
-            encoded = replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
-        features.tag(output, encoded)
+        if projector is None or given is None:
+            return encoded
+        unprojected = self.family.unprojected(modality, given, encoded.lengths, arguments)
+        mixes = any(bool(image.isnan().any()) for image in unprojected)
+        return replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
 
     def _per_token(
         self,

@@ -267,7 +267,7 @@ class Family:
 
     def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
         """(N, C, H, W) what the encoder is fed of so many images, or (N, tiles, C, H, W); `None`
-        where these are patches and no pictures.
+        where these are patches and no images.
 
         Args:
             images: how many.

@@ -60,7 +60,7 @@ class HunyuanVL(MRope):
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
-        """Cells of the picture; NaN for newlines, and for the tokens that begin and end it."""
+        """Cells of the image; NaN for newlines, and for the tokens that begin and end it."""
         grids, boxes = arguments.get("image_grid_thw"), torch.full((shape.total, 4), torch.nan)
         if grids is not None:
             height, width = self._cells(grids[number])

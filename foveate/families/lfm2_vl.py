@@ -2,7 +2,7 @@
 short convolutions between its attention layers. Each tile counts as an image.
 
 A token that names it stands before every tile; names are numbered by rows, with gaps between these.
-The last tile of a picture is its thumbnail, unless the processor leaves it out.
+The last tile of an image is its thumbnail, unless the processor leaves it out.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Lfm2VL(Gridded):
         return [row[:, cell].mean(-1) for row, cell in zip(rows, cells, strict=True)]
 
     def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles with one token in between, the name of a tile, are of one picture."""
-        pictures = join(spans, lambda end, start: start - end == 1)
+        """Tiles with one token in between, the name of a tile, are of one image."""
+        images = join(spans, lambda end, start: start - end == 1)
         if ids is None:
-            return [Tiling(len(tiles)) for tiles in pictures]
-        return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in pictures]
+            return [Tiling(len(tiles)) for tiles in images]
+        return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in images]
 
 
 def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int]]:

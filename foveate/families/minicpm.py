@@ -1,7 +1,7 @@
 """MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: a SigLIP tower on images of any shape, cells merged into
 tokens, and Qwen3.5's text model. Each slice, and each frame of a video, counts as an image.
 
-A picture's thumbnail comes first; its slices follow, between tokens that open and close each.
+An image's thumbnail comes first; its slices follow, between tokens that open and close each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from foveate.families.gridded import Gridded
 from foveate.families.rows import EncoderImage, packed
 from foveate.record.tiles import Tiling
 
-GAP = 3  # tokens between two slices of a picture at most: closing, line break, opening
+GAP = 3  # tokens between two slices of an image at most: closing, line break, opening
 
 
 @register_family("minicpmv4_6", "minicpm_ocr")
@@ -82,14 +82,14 @@ class MiniCPM(Gridded):
         """Slices follow a thumbnail closely, and another token opens them."""
         if ids is None:
             return [Tiling(1)] * len(spans)
-        pictures: list[list[tuple[int, int]]] = []
+        images: list[list[tuple[int, int]]] = []
         for start, end in spans:
-            near = bool(pictures) and start - pictures[-1][-1][1] in (2, GAP)
-            if near and ids[start - 1] != ids[pictures[-1][0][0] - 1]:
-                pictures[-1].append((start, end))
+            near = bool(images) and start - images[-1][-1][1] in (2, GAP)
+            if near and ids[start - 1] != ids[images[-1][0][0] - 1]:
+                images[-1].append((start, end))
             else:
-                pictures.append([(start, end)])
-        return [Tiling(len(tiles), _grid(tiles)) for tiles in pictures]
+                images.append([(start, end)])
+        return [Tiling(len(tiles), _grid(tiles)) for tiles in images]
 
 
 def _grid(tiles: Sequence[tuple[int, int]]) -> tuple[int, int] | None:

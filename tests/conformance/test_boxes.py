@@ -101,7 +101,7 @@ def test_every_visual_token_has_a_box(name):
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", PATCHED)
-def test_patches_are_not_taken_for_pictures(name, images):
+def test_patches_are_not_taken_for_images(name, images):
     """Also where there are as many tensors of patches as images."""
     model, member = model_of(name), MEMBERS[name]()
     inputs, _ = batch_of(member, model, (images,))

@@ -29,7 +29,7 @@ class Member:
     closed: ClassVar[bool] = False  # whether methods cannot act inside the tower
     mixes: ClassVar[bool] = False  # nor is a token made of patches of its own; such are closed too
     some_logits: ClassVar[bool] = True  # whether it says that it makes logits of some tokens alone
-    placed: ClassVar[bool] = True  # whether visual tokens have a place in the picture
+    placed: ClassVar[bool] = True  # whether visual tokens have a place in the image
     beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -69,12 +69,14 @@ class Encoder:
         return int(self.class_token) + self.extra
 
     def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
-        """(..., H d) queries, keys and what else there is, from what the projections return; keys
-        that several heads share are repeated.
+        """(..., H d) queries, keys, and values if there are any, from what the projections return;
+        keys and values that several heads share are repeated.
         """
         parts = split(outputs[0], self.heads, self.groups) if len(outputs) == 1 else outputs
-        query, *others = (part.flatten(-2) if self.by_head else part for part in parts)
-        return [query, *(self._repeated(part) for part in others)]
+        query, key, *values = parts
+        if self.by_head:
+            query, key = query.flatten(-2), key.flatten(-2)
+        return [query, *(self._repeated(part) for part in (key, *values))]
 
     def _repeated(self, part: Tensor) -> Tensor:
         if self.groups == 1:

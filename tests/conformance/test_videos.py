@@ -106,15 +106,18 @@ class Reads(EveryThird):
 
 
 @torch.no_grad()
-def test_signals_of_onevisions_frames_are_interpolated_as_they_are():
+def test_signals_of_onevisions_frames_are_interpolated_as_they_are(monkeypatch):
     """A token of 2 x 2 patches has their mean; the newline after the frames has none."""
     name = "llava_onevision-video"
     inputs, _ = inputs_of(name)
-    model, eager, maps = model_of(name), model_of(name, "eager"), []
-    attention = eager.model.vision_tower.encoder.layers[1].self_attn
+    model, maps = model_of(name), []
+    tower = model.model.vision_tower
+    attention = tower.encoder.layers[1].self_attn
     hook = attention.register_forward_hook(lambda module, args, out: maps.append(out[1].mean(1)))
     pixels = {n: v for n, v in inputs.items() if n.startswith("pixel")}
-    eager.model.get_video_features(**fresh(pixels))
+    with monkeypatch.context() as patch:
+        patch.setattr(tower.config, "_attn_implementation", "eager")
+        model.model.get_video_features(**fresh(pixels))
     hook.remove()
     with foveate.use(model, Reads(4)):
         model.model(**fresh(inputs))

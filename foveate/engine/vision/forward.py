@@ -63,6 +63,7 @@ class Encoding:
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False
+        self._restored = False
 
     # -- what there is
 
@@ -329,10 +330,15 @@ class Encoding:
     # -- the way out
 
     def unpruned(self, states: Tensor) -> Tensor:
-        """States of now at full length, or at full length already."""
-        if not self.reduced or (self.layout.packed and states.shape[-2] == self.layout.shape[-1]):
+        """States of now at full length."""
+        if not self.reduced or self._restored:
             return states
         return self.layout.full_length(states, self.layout.now)
+
+    def restore(self, states: Tensor) -> Tensor:
+        """The same after the last layer of a tower that goes on with all rows."""
+        states, self._restored = self.unpruned(states), True
+        return states
 
     def whole(self, outputs: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
         """Outputs of layers at full length."""

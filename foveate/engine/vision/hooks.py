@@ -260,7 +260,7 @@ class VisionAttachment(Attachment):
     @torch.compiler.disable
     def _whole(self, output: Tensor) -> Tensor:
         encoding = self.state.encoding
-        return output if encoding is None else encoding.unpruned(output)
+        return output if encoding is None else encoding.restore(output)
 
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,15 @@ VISION = {
 # Where a default tower is none that transformers itself can build, another stands in.
 CLIP = {**VISION, "model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}
 TOWERS = {"perception_lm": CLIP, "fast_vlm": CLIP}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# Values of text models whose default config leaves them out, and builds no model without them.
+TEXT = {
+    "cohere_compass": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"sliding_attention": ROPE, "full_attention": None},
+    },
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+}
 TILES = {
     "granite_docling": 1344,
     "idefics3": 672,
@@ -91,7 +101,8 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
         if name == "adapter_config":
             sizes = {**vision, "text_hidden_size": hidden, "vision_feature_layer": [-1]}
         mrope = name == "text_config" and not FAMILIES[model_type].one_dimensional
-        parts[name] = _scaled(current, sizes, mrope)
+        given = TEXT.get(model_type, {}) if name == "text_config" else {}
+        parts[name] = _scaled(current, sizes, mrope, given)
         if name == "vision_config" and model_type in TILES:
             parts[name]["image_size"] = TILES[model_type]
     if model_type in TOWERS:
@@ -103,9 +114,13 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
     return model
 
 
-def _scaled(config: Any, sizes: dict[str, Any], mrope: bool) -> dict[str, Any]:
-    """A config's values with the sizes that it knows, as many layers of each kind as fit."""
-    values = {**config.to_dict()}
+def _scaled(
+    config: Any, sizes: dict[str, Any], mrope: bool, given: Mapping[str, Any] = {}
+) -> dict[str, Any]:
+    """A config's values, and those given, with the sizes that it knows, as many layers of each kind
+    as fit.
+    """
+    values = {**config.to_dict(), **given}
     values |= {n: v for n, v in sizes.items() if n in values}
     if isinstance(getattr(config, "image_size", None), list | tuple):
         values["image_size"] = [28, 28]
@@ -118,17 +133,22 @@ def _scaled(config: Any, sizes: dict[str, Any], mrope: bool) -> dict[str, Any]:
     values.pop("per_layer_config", None)  # heads of layers by number; here all are of one size
     if "kv_lora_rank" in values:
         values["num_key_value_heads"] = HEADS  # latents are expanded to all heads
-    if "sliding_attention" in (values.get("layer_types") or ()):
+    if values.get("layer_types") and "sliding_window" in values:
         values["sliding_window"] = 4096  # no prompt is longer
+    for name in config.sub_configs:
+        values[name] = _scaled(getattr(config, name), sizes, mrope)
     if mrope:
         share = 0.5 if config.model_type.startswith("glm") else 1.0
         total = int(values["hidden_size"] // HEADS * share) // 2
         high = total * 3 // 8
-        values["rope_parameters"] = {
-            **(values.get("rope_parameters") or {}),
+        rope = values.get("rope_parameters") or {}
+        sections = {
             "partial_rotary_factor": share,
             "mrope_section": [total - 2 * high, high, high],
         }
+        kinds = [kind for kind in rope if isinstance(rope[kind], dict)]
+        of_kinds = {kind: {**rope[kind], **sections} for kind in kinds}
+        values["rope_parameters"] = {**rope, **(of_kinds or sections)}
     return values
 
 
@@ -151,6 +171,7 @@ def encoder_output() -> Any:
     class Output(BaseModelOutputWithPooling):
         deepstack_features: Any = None
         visual_indicator_features: Any = None
+        router_logits: Any = None
 
     return Output
 

@@ -8,7 +8,7 @@ SIDE, GAP = 13, 3  # of a token's square
 TOP = 172  # of the columns of tokens
 VISUAL, TEXT = 12, 4
 TEAL, INK, GREY, PALE = "#0f766e", "#1f2937", "#6b7280", "#cbd5e1"
-COLUMNS = (  # x, visual tokens alive, text tokens
+COLUMNS = (  # x, visual tokens left, text tokens
     (60, 12, 0), (84, 12, 0), (136, 10, 0), (160, 10, 0),
     (246, 10, 0), (298, 7, 0),
     (394, 7, 4), (418, 7, 4), (442, 7, 4), (494, 4, 4), (518, 4, 4), (542, 4, 4), (594, 2, 4),
@@ -47,8 +47,8 @@ def survivors() -> list[list[int]]:
     """Visual tokens of each column: spread over those of the column before."""
     kept = [*range(VISUAL)]
     found = []
-    for _, alive, _ in COLUMNS:
-        kept = [kept[i * len(kept) // alive] for i in range(alive)]
+    for _, count, _ in COLUMNS:
+        kept = [kept[i * len(kept) // count] for i in range(count)]
         found.append(kept)
     return found
 

@@ -39,6 +39,7 @@ class FakeFamily:
     last_llm_layer = 3
     attention_layers = keyed_layers = (0, 1, 2, 3)
     recurrent_layers: frozenset[int] = frozenset()
+    keyless_layers: frozenset[int] = frozenset()
 
 
 def image(row: int, *kept: tuple[str, list[int]], grid: tuple[int, int] = (4, 4)) -> ImageRecord:

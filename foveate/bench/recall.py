@@ -22,7 +22,7 @@ from foveate.bench.sample import Evidence
 from foveate.core.step import site_of
 from foveate.record.boxes import plain_grid
 from foveate.record.record import ImageRecord, Record, by_image, joined
-from foveate.report.draw import match_geometry, place_grid
+from foveate.report.geometry import match_geometry, place_grid
 
 Edges = tuple[float, float, float, float]
 

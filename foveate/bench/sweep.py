@@ -23,7 +23,7 @@ from foveate.measure.memory import how_peaks_are_measured
 Prompts = Callable[[int, int], Mapping[str, Any]]
 """Model inputs for (visual tokens of a row, rows)."""
 RULE = (
-    "red, `slower`: behind all tokens in three quarters of the rounds or more; yellow, "
+    "red, `slower`: slower than all tokens in three quarters of the rounds or more; yellow, "
     "`perhaps_slower`: in half of them"
 )
 

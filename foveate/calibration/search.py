@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveate.core import Method
 from foveate.errors import FoveateError, InputError
-from foveate.families import find_family
+from foveate.families import Family, find_family
 from foveate.io.writing import explained
 from foveate.run import use
 
@@ -106,15 +106,15 @@ def _best(
     study.sampler = optuna.samplers.TPESampler(
         seed=options.seed + done, n_startup_trials=options.startup
     )
-    base = find_family(model).base
-    unpruned = [last_state(base, inputs) for inputs in prompts]
+    family = find_family(model)
+    unpruned = [last_state(family, inputs) for inputs in prompts]
 
     def objective(trial: Any) -> float:
         method = propose(trial)
         if method is None:
             raise optuna.TrialPruned
         with use(model, method):
-            return agreement(unpruned, [last_state(base, inputs) for inputs in prompts])
+            return agreement(unpruned, [last_state(family, inputs) for inputs in prompts])
 
     if options.trials > done:
         study.optimize(
@@ -126,9 +126,16 @@ def _best(
 
 
 @torch.no_grad()
-def last_state(base: Any, inputs: Sample) -> Tensor:
+def last_state(family: Family, inputs: Sample) -> Tensor:
     """(B, D) final state of the last prompt token of each row."""
-    states = base(**inputs).last_hidden_state
+    seen: list[Tensor] = []
+    text = family.text  # the base model may bring the head, and return logits alone
+    handle = text.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state))
+    try:
+        family.base(**inputs)
+    finally:
+        handle.remove()
+    (states,) = seen
     mask = inputs.get("attention_mask")
     if mask is None:
         return states[:, -1].float()

@@ -19,7 +19,7 @@ from foveate.core import Method
 from foveate.io.writing import write_image
 from foveate.loading import load_model
 from foveate.measure.timing import Timing
-from foveate.report.draw import stack
+from foveate.report.panels import stack
 from foveate.report.report import Report, describe
 from foveate.run import use
 

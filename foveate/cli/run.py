@@ -16,7 +16,7 @@ from foveate.core import Method
 from foveate.errors import InputError
 from foveate.io.writing import check_file, write_image, write_json
 from foveate.loading import load_model
-from foveate.report.draw import stack
+from foveate.report.panels import stack
 from foveate.report.report import Report
 from foveate.run import Session, use
 

@@ -6,7 +6,7 @@ The layers are given, or published ones are carried over to the depth of the mod
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -202,8 +202,7 @@ class Scheduled(Method):
     def legal(self, model: ModelFacts) -> list[int]:
         """Layers before which the method can drop tokens on a model, ascending."""
         first = max(model.first_llm_layer, self._first)
-        layers = (layer + self.ranked_before for layer in model.attention_layers)
-        return [layer for layer in layers if first <= layer <= model.last_llm_layer]
+        return _within((i + self.ranked_before for i in model.attention_layers), first, model)
 
 
 @functools.lru_cache(maxsize=256)
@@ -226,29 +225,45 @@ def _rescaled(shares: tuple[float, ...], layers: tuple[int, ...], mean: float) -
     return rescaled(high) if mean < 1 else tuple(1.0 for _ in shares)
 
 
-def ranked_before(wanted: int, model: ModelFacts, slug: str) -> int:
+def ranked_before(
+    wanted: float,
+    model: ModelFacts,
+    slug: str,
+    *,
+    drops: bool = True,
+    otherwise: str = "give layers",
+) -> int:
     """The layer nearest to a wanted one that follows a layer whose attention can rank tokens.
 
     Args:
-        wanted: the layer.
+        wanted: the layer; scaled ones may lie between two.
         model: the model's facts.
         slug: the method, for the message.
+        drops: whether tokens are dropped before it, which some models allow from a later layer on.
+        otherwise: what to do where there is none, for the message.
 
     Raises:
         LayerError: there is none.
     """
-    return _following(model.attention_layers, wanted, model, slug)
+    first = max(model.first_llm_layer, 1) if drops else 1
+    legal = _within((i + 1 for i in model.attention_layers), first, model)
+    return nearest((wanted,), legal, slug, otherwise)[0][0]
 
 
-def keyed_before(wanted: int, model: ModelFacts, slug: str) -> int:
-    """The same for a layer that follows one with keys of single tokens."""
-    return _following(model.keyed_layers, wanted, model, slug)
-
-
-def _following(layers: Sequence[int], wanted: int, model: ModelFacts, slug: str) -> int:
-    first = max(model.first_llm_layer, 1)
-    legal = [i + 1 for i in layers if first <= i + 1 <= model.last_llm_layer]
+def ranked_at(wanted: float, model: ModelFacts, slug: str) -> int:
+    """The same for a layer before which its own attention ranks tokens."""
+    legal = _within(model.attention_layers, model.first_llm_layer, model)
     return nearest((wanted,), legal, slug)[0][0]
+
+
+def keyed_before(wanted: float, model: ModelFacts, slug: str) -> int:
+    """The same for a layer that follows one with keys of single tokens."""
+    legal = _within((i + 1 for i in model.keyed_layers), max(model.first_llm_layer, 1), model)
+    return nearest((wanted,), legal, slug)[0][0]
+
+
+def _within(layers: Iterable[int], first: int, model: ModelFacts) -> list[int]:
+    return [layer for layer in layers if first <= layer <= model.last_llm_layer]
 
 
 def moved(published: int, layer: int, model: ModelFacts) -> str:
@@ -263,6 +278,8 @@ def why_not_ranked(model: ModelFacts, layer: int) -> str:
     """Why a decoder layer cannot give what ranks tokens, as a predicate."""
     if layer in model.recurrent_layers:
         return "keeps a running state and has no keys of single tokens"
+    if layer in model.keyless_layers:
+        return "mixes no tokens"
     if layer not in model.keyed_layers:
         return "reads the keys of an earlier layer and makes none"
     if layer not in model.attention_layers:
@@ -272,13 +289,16 @@ def why_not_ranked(model: ModelFacts, layer: int) -> str:
     )
 
 
-def nearest(wanted: Sequence[int], legal: Sequence[int], slug: str) -> list[tuple[int, int]]:
+def nearest(
+    wanted: Sequence[float], legal: Sequence[int], slug: str, otherwise: str = "give layers"
+) -> list[tuple[int, int]]:
     """The legal layer nearest to each wanted one, each taken once as long as there are enough.
 
     Args:
         wanted: layers, ascending.
         legal: layers to choose from, ascending.
         slug: the method, for the message.
+        otherwise: what to do where there is no legal layer, for the message.
 
     Returns:
         (layer, entry) ascending; the entry is the last that wants the layer.
@@ -287,7 +307,7 @@ def nearest(wanted: Sequence[int], legal: Sequence[int], slug: str) -> list[tupl
         LayerError: there is no legal layer.
     """
     if not legal:
-        raise LayerError(f"{slug}: no decoder layer of this model can rank tokens; give layers")
+        raise LayerError(f"{slug}: no decoder layer of this model can rank tokens; {otherwise}")
     if len(wanted) > len(legal):
         met = {min(legal, key=lambda layer: abs(layer - want)): i for i, want in enumerate(wanted)}
         return sorted(met.items())

@@ -53,6 +53,10 @@ class ModelFacts(Protocol):
         """Decoder layers that mix tokens into a running state."""
 
     @property
+    def keyless_layers(self) -> frozenset[int]:
+        """Decoder layers in which no token attends to another, recurrent ones among them."""
+
+    @property
     def feature_layer(self) -> int:
         """0-based encoder layer whose output the language model sees."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from foveate.engine.cache import PrunedStaticLayer
-from foveate.engine.layout import Layout, Slots, expansion, take
+from foveate.engine.layout import Layout, Slots, expansion, take, tokens_on, tokens_second
 from foveate.engine.plan import Plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
@@ -88,7 +88,7 @@ def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: in
     maps = output.get("attentions")
     if not maps or not seen:
         return
-    numbers = [n for n, layer in enumerate(family.layers) if hasattr(layer, "self_attn")]
+    numbers = [n for n in range(family.text_layers) if n not in family.keyless_layers]
     if len(maps) != len(numbers):
         raise UnsupportedModelError(
             f"this {family.model_type} returns {len(maps)} attention maps of {len(numbers)} layers "
@@ -101,7 +101,7 @@ def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: in
 
 
 def widen_states(
-    output: Any, full: Layout, entrance: Layout, layouts: Sequence[Layout], length: int
+    output: Any, full: Layout, entrance: Layout, layouts: Sequence[Layout], length: int, axis: int
 ) -> None:
     """Bring the hidden states of a text model's output to logical length, in place.
 
@@ -111,23 +111,30 @@ def widen_states(
         entrance: what the first layer kept of its input, all of which it was given.
         layouts: what was there in each layer, and in the end.
         length: T, tokens of this forward.
+        axis: that of tokens in the states between layers.
     """
     if all(layout is full for layout in layouts):
         return
 
-    def widened(states: Tensor | None, layout: Layout) -> Tensor | None:
-        if layout is full or states is None or states.shape[1] < layout.index.shape[1]:
-            return states  # as they are, or those of the last tokens alone
-        return take(states, expansion(layout, length))
+    def picked(states: Tensor, columns: Tensor, axis: int) -> Tensor:
+        return tokens_on(take(tokens_second(states, axis), columns), axis)
 
-    output.last_hidden_state = widened(output.last_hidden_state, layouts[-1])
+    def widened(states: Tensor | None, layout: Layout, axis: int = axis) -> Tensor | None:
+        if layout is full or states is None or states.shape[axis] < layout.index.shape[1]:
+            return states  # as they are, or those of the last tokens alone
+        return picked(states, expansion(layout, length), axis)
+
+    physical = output.last_hidden_state
+    output.last_hidden_state = widened(physical, layouts[-1], 1)
     if output.get("hidden_states") is None:
         return
-    first, *inner = output.hidden_states[:-1]
+    first, *inner, last = output.hidden_states
     if entrance is not full and first is not None:
-        first = take(first, entrance.index.gather(1, expansion(entrance, length)).clamp(min=0))
+        columns = entrance.index.gather(1, expansion(entrance, length)).clamp(min=0)
+        first = picked(first, columns, axis)
     inner = [widened(states, at) for states, at in zip(inner, layouts[:-1], strict=False)]
-    output.hidden_states = first, *inner, output.last_hidden_state
+    last = output.last_hidden_state if last is physical else widened(last, layouts[-1])
+    output.hidden_states = first, *inner, last
 
 
 def _widened(of: Tensor, seen: Seen, length: int) -> Tensor:

@@ -17,7 +17,6 @@ def describe(
     forward: ForwardPass,
     output: Any,
     encoded: Mapping[str, Any],
-    passed: Record | None,
     tags: Tags,
 ) -> Record | None:
     """The record of a forward; `None` of a decoding step, which has none.
@@ -26,7 +25,6 @@ def describe(
         forward: the forward.
         output: the text model's, with the cache that it filled.
         encoded: modality -> its features, a tagged ModelOutput, whole or a slice.
-        passed: the record of the encoder's last pass, if tokens are removed inside it.
         tags: what tagged the features.
     """
     prompt = forward.prompt
@@ -39,6 +37,7 @@ def describe(
     cache = output.past_key_values
     fields = {k: v for extension in forward.extensions for k, v in extension.record().items()}
     known = {} if sliced else {modality: of.encoded for modality, of in encoded.items()}
+    last = next(reversed(known.values()), None)
     return Record(
         rows=prompt.batch,
         prompt_tokens=forward.prompt_tokens,
@@ -47,8 +46,8 @@ def describe(
         last_tokens_from=forward.last_tokens_from,
         cache_slots=[] if cache is None else slots_held(cache.layers),
         pixels=known["image"].pixels if "image" in known else None,
-        encoder_tokens=[] if passed is None else passed.encoder_tokens,
-        encoder_bounds=[] if passed is None else passed.encoder_bounds,
+        encoder_tokens=list(last.encoder_tokens) if last else [],
+        encoder_bounds=list(last.encoder_bounds) if last else [],
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
         projected={modality: of.projected for modality, of in known.items() if of.projected},
         question_tokens=forward.decoder_signals.columns.question_tokens,

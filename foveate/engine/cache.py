@@ -19,14 +19,18 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
 from foveate.core import PartialCompute
 from foveate.engine.compilation import untraced
 from foveate.engine.layout import Slots
+from foveate.engine.running_state import ReplacedStateLayer
 from foveate.errors import CacheError
 
+REFERENCE = "reference_sliding_attention"
+"""Kind of layers, in transformers' words, that see the first prompt and a window after it."""
 WORK = "work"  # attached where a session computes less of visual tokens: what it computes
 
 
@@ -176,6 +180,87 @@ class PrunedSlidingLayer(PrunedLayer, DynamicSlidingWindowLayer):
             self.keys, self.values = self.keys[:, :, first:], self.values[:, :, first:]
 
 
+class PrunedReferenceLayer(PrunedLayer, DynamicLayer):
+    """A layer that keeps all of the first prompt and a window after it (Unlimited-OCR), with fewer
+    slots than tokens; the prompt's slots and the window's are in one tensor.
+
+    It reports all logical positions, so that masks are built for them: those of transformers 5.23
+    count the window's offset off the prompt's padding too, and show padding once the window moves.
+
+    Args:
+        prefill_length: logical length of the first prompt, as the model's masks ask for it; `None`
+            until it is known.
+    """
+
+    is_sliding = True
+    prefill_length: int | None
+    window: int
+    prompt: int  # slots of the first prompt
+
+    @classmethod
+    def of(cls, layer: Any) -> PrunedReferenceLayer:
+        """A layer with what one of transformers' holds, whose window has not moved yet."""
+        made = cls.__new__(cls)
+        held = dict(vars(layer))
+        made.window, made.prompt = held.pop("sliding_window"), held.pop("prefill_cumulative_length")
+        prompt = {part: held.pop(f"prefill_{part}") for part in ("keys", "values")}
+        held.pop("cumulative_length")
+        vars(made).update(held, _layer_type=REFERENCE)
+        if made.is_initialized:
+            made.keys = torch.cat((prompt["keys"], held["keys"]), dim=2)
+            made.values = torch.cat((prompt["values"], held["values"]), dim=2)
+        return made
+
+    @untraced
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append columns; then forget what is neither of the prompt nor in the window."""
+        before = 0 if self.slots is None else self.slots.length
+        states = super().update(key_states, value_states, *args, **kwargs)
+        slots = self.slots
+        assert slots is not None
+        if self.prefill_length is None:
+            self.prefill_length = slots.length
+        if before < self.prefill_length:
+            self.prompt = slots.count - max(slots.length - self.prefill_length, 0)
+        gone = slots.count - self.prompt - (self.window - 1)
+        if gone > 0:
+            self.slots, start = slots.skip(self.prompt, gone), self.prompt + gone
+            self.keys, self.values = (
+                torch.cat((x[:, :, : self.prompt], x[:, :, start:]), dim=2) for x in states
+            )
+        return states
+
+    def set_prefill_length(self, prefill_length: int) -> None:
+        """What `generate` declares before a prompt that may come in chunks."""
+        if self.prefill_length is None:
+            self.prefill_length = prefill_length
+
+    def evict(self, left: Slots, source: Tensor) -> None:
+        """Keep some slots only; those that go are of the prompt."""
+        assert self.slots is not None
+        self.prompt -= self.slots.count - left.count
+        super().evict(left, source)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not supported, as in a window.
+
+        Raises:
+            CacheError: always, unless nothing is removed.
+        """
+        if tokens_to_remove:
+            raise CacheError(
+                "a pruned cache of a prompt and a window cannot be cropped (assisted decoding does "
+                "that); use greedy search, sampling or beam search"
+            )
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        self.prefill_length, self.prompt = None, 0
+
+
 class PrunedStaticLayer(PrunedLayer, StaticLayer):
     """A preallocated cache layer with fewer slots than tokens; `logical_max` is what it reports."""
 
@@ -214,19 +299,39 @@ PRUNED: dict[type, type[PrunedLayer]] = {
     StaticLayer: PrunedStaticLayer,
 }
 WITHOUT_SLOTS = frozenset(
-    kind
-    for name in ("LinearAttentionLayer", "DummyLayer")  # the latter is not in transformers 5.20
-    if (kind := getattr(cache_utils, name, None)) is not None
-)
+    {LinearAttentionLayer, ReplacedStateLayer, getattr(cache_utils, "DummyLayer", None)} - {None}
+)  # transformers 5.20 has no DummyLayer
 """Cache layers that are left as they are: of a running state, or of layers that keep nothing."""
 
 
-def check_cache(cache: Cache | None) -> None:
-    """Refuse caches whose layers cannot be pruned.
+def is_reference(layer: Any) -> bool:
+    """Whether a cache layer is one of transformers' that keep the first prompt and a window."""
+    return layer is not None and _pruned_kind(type(layer)) is PrunedReferenceLayer
+
+
+def _pruned_kind(kind: type) -> type[PrunedLayer] | None:
+    """What layers of a kind become when they are pruned; `None` if they cannot be, or are."""
+    if getattr(kind, "_layer_type", None) == REFERENCE and issubclass(kind, DynamicLayer):
+        return PrunedReferenceLayer
+    return PRUNED.get(kind)
+
+
+def is_known(kind: type) -> bool:
+    """Whether layers of a kind can be pruned, are pruned, or have no slots."""
+    pruned = issubclass(kind, PrunedLayer) or _pruned_kind(kind) is not None
+    return pruned or kind in WITHOUT_SLOTS
+
+
+def check_cache(cache: Cache | None, past: int) -> None:
+    """Refuse caches whose layers cannot be pruned, for a forward with images.
+
+    Args:
+        cache: the cache.
+        past: its logical length.
 
     Raises:
         CacheError: the cache is offloaded, or holds quantized, sliding-window or other special
-            layers.
+            layers; or its layers see a window alone of what follows the first prompt.
     """
     if cache is None:
         return
@@ -237,13 +342,20 @@ def check_cache(cache: Cache | None) -> None:
     layers = {type(layer) for layer in cache.layers}
     if cache.layer_class_to_replicate is not None:
         layers.add(cache.layer_class_to_replicate)
-    for kind in layers - WITHOUT_SLOTS:
-        if kind not in PRUNED and not issubclass(kind, PrunedLayer):
+    for kind in layers:
+        if not is_known(kind):
             raise CacheError(
                 f"a KV cache with {kind.__name__} layers cannot be pruned; use "
                 "cache_implementation='dynamic', or 'static' where no layer of the model has a "
                 "window"
             )
+    prompts = [getattr(layer, "prefill_length", None) for layer in cache.layers]
+    if any(length is not None and length <= past for length in prompts) and past:
+        raise CacheError(
+            "layers of this KV cache see the first prompt and a window of what follows it, so that "
+            "new images would soon be out of sight; start with a new cache, and give all images in "
+            "its first prompt"
+        )
 
 
 def slots_before(
@@ -301,9 +413,13 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
         if layer.slots is None:
             layer.slots = fresh
         return layer
-    kind = PRUNED[type(layer)]
-    pruned = kind.__new__(kind)
-    pruned.__dict__.update(layer.__dict__)
+    kind = _pruned_kind(type(layer))
+    assert kind is not None  # as `check_cache` has seen
+    if kind is PrunedReferenceLayer:
+        pruned: PrunedLayer = PrunedReferenceLayer.of(layer)
+    else:
+        pruned = kind.__new__(kind)
+        pruned.__dict__.update(layer.__dict__)
     pruned.slots, pruned.incoming = fresh, None
     if isinstance(pruned, PrunedSlidingLayer):
         pruned.slots = fresh.last(pruned.sliding_window - 1)
@@ -331,5 +447,9 @@ def slots_held(layers: Iterable[Any]) -> list[int]:
             counts.append(layer.slots.count)
             continue
         window, held = getattr(layer, "sliding_window", None), int(layer.get_seq_length())
+        if is_reference(layer):
+            prompt = layer.prefill_cumulative_length
+            counts.append(prompt + min(held - prompt, layer.sliding_window - 1))
+            continue
         counts.append(held if window is None else min(held, window - 1))
     return counts

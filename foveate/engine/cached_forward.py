@@ -134,7 +134,7 @@ class CachedForward:
         """Rotary embeddings of a forward, with which those of renumbered layers are made at once.
 
         Args:
-            embed: makes (cos, sin) of positions.
+            embed: makes (cos, sin) of positions, or one complex tensor.
             positions: (B or 1, T) those of the forward.
         """
         shifts = self._shifts
@@ -142,8 +142,11 @@ class CachedForward:
             return embed(positions)
         rows = [positions, *(positions - shift for shift in shifts)]
         sizes = [len(row) for row in rows]
-        cos, sin = embed(torch.cat(rows))
-        given, *others = zip(cos.split(sizes), sin.split(sizes), strict=True)
+        made = embed(torch.cat(rows))
+        if isinstance(made, Tensor):
+            given, *others = made.split(sizes)
+        else:
+            given, *others = zip(*(part.split(sizes) for part in made), strict=True)
         for shift, rotary in zip(shifts, others, strict=True):
             self._rotary[id(given), id(shift)] = rotary
         self._named.append(given)
@@ -153,15 +156,17 @@ class CachedForward:
         self, number: int, shift: Tensor, hidden: Tensor, kwargs: Kwargs
     ) -> dict[str, Any]:
         """Rotary embeddings of position ids less a (B, 1) shift."""
-        key = id(kwargs["position_embeddings"]), id(shift)
+        rotary = kwargs.get("position_embeddings")
+        key = id(rotary), id(shift)
         if key not in self._rotary:
             # Text models with plain positions hand them on to their layers.
             positions = kwargs["position_ids"][..., -hidden.shape[1] :] - shift
             self._rotary[key] = self.family.rotary(hidden, positions, number)
-            self._named.append(kwargs["position_embeddings"])
+            self._named.append(rotary)
         # What position ids are left to tell is for flash kernels, which read gaps in those of a
         # single row as packed sequences.
-        return {"position_embeddings": self._rotary[key], "position_ids": None}
+        numbered = {} if rotary is None else {"position_embeddings": self._rotary[key]}
+        return {**numbered, "position_ids": None}
 
     @property
     def _shifts(self) -> list[Tensor]:

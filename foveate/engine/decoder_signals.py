@@ -1,7 +1,7 @@
 """Decoder signals: what steps between decoder layers can read of the tokens.
 
 Signals are collected just before a layer runs, or while it runs, and given to the steps that need
-them, at the tokens that are alive there. How each is computed, `foveate.signals.decoder` says.
+them, at the tokens that survive until there. How each is computed, `foveate.signals.decoder` says.
 Shapes: `B` rows, `P` physical columns, `G` images of a group, `V` tokens of each, `Q` text tokens.
 """
 
@@ -56,7 +56,7 @@ class DecoderSignals:
             wanted: the signals, and which steps need them.
             number: the decoder layer.
             layer: its module.
-            hidden: (B, P, D) its input.
+            hidden: (B, P, ...) its input.
             kwargs: its keyword arguments, in logical terms.
         """
         about: _LayerInput | None = None
@@ -66,7 +66,7 @@ class DecoderSignals:
             if collected is layout or not any(map(self._drops, steps)):
                 continue
             if signal.of_input is not None:
-                self._collect_of_input(signal, hidden.detach())
+                self._collect_of_input(signal, self.state.family.embedded(hidden).detach())
             elif signal.before_layer is not None:
                 about = about or _LayerInput(self, number, layer, hidden, kwargs)
                 self._collected[signal, number] = signal.before_layer(about), layout
@@ -100,7 +100,7 @@ class DecoderSignals:
             self._collected[signal, number] = now, self.state.layout
 
     def of(self, needs: tuple[Need, ...], group: ImageGroup) -> dict[str, Tensor]:
-        """Signals of a group, at the tokens that are alive of it."""
+        """Signals of a group, at its surviving tokens."""
         images = _ImageTokens(self.columns, group)
         signals: dict[str, Tensor] = {}
         for need in needs:
@@ -118,7 +118,7 @@ class DecoderSignals:
         return signals
 
     def _at(self, signal: DecoderSignal, number: int, images: _ImageTokens) -> Tensor:
-        """A signal of one layer, (G, ...) at the tokens alive of a group."""
+        """A signal of one layer, (G, ...) at the surviving tokens of a group."""
         collected, layout = self._collected[signal, number]
         group, axis = images.group, signal.column_axis
         rows = images.rows.to(collected.device)
@@ -168,14 +168,25 @@ class DecoderSignals:
 
     # -- layers
 
+    @torch.no_grad()
+    def attended(self, layer: Any, hidden: Tensor) -> Tensor:
+        """(B, P, D) what a layer norms and projects of its input (B, P, ...)."""
+        return self.state.family.attended(layer, hidden.detach())
+
     def view(
         self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
     ) -> tuple[LayerView, Slots]:
         """What a layer that is about to run attends with, and the slots of the keys that it has
-        cached; arguments as in `collect`.
+        cached.
+
+        Args:
+            number: the decoder layer.
+            layer: its module.
+            hidden: (B, P, D) what it norms and projects.
+            kwargs: its keyword arguments, in logical terms.
         """
         state, prompt = self.state, self.prompt
-        if number in state.family.recurrent_layers:
+        if number in state.family.keyless_layers:
             return view_of(layer, hidden, None), state.slots_of(None, number)
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
@@ -227,6 +238,7 @@ class _LayerInput:
     ) -> None:
         self.number, self.layout = number, signals.state.layout
         self._signals, self._columns = signals, signals.columns
+        hidden = signals.attended(layer, hidden)
         self._arguments = number, layer, hidden, kwargs
         self.view, self._past = signals.view(*self._arguments)
 

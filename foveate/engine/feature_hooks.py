@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.engine import features
 from foveate.engine.compilation import untraced
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.inputs import bound
-from foveate.engine.replaced_forward import bypassed
+from foveate.engine.replaced_forward import bypassed, forward_of
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
@@ -24,6 +25,7 @@ from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import InputError
 from foveate.families import Family
+from foveate.families.projection import project
 
 Rows = dict[tuple[str, int], Tensor]  # (signal, encoder layer) -> what was collected of it
 
@@ -108,7 +110,8 @@ class FeatureHooks:
             raise self.tags.unmapped(modality)
         if self._vision is not None and not passes:
             raise bypassed(self._vision.root)
-        if getattr(output, "pooler_output", None) is None:  # a tuple, asked for by a user's call
+        project(self.family, modality, output)
+        if features.pooled(output) is None:  # a tuple, asked for by a user's call
             return output
         self.tags.tag(modality, output, arguments, rows, passes, state.projector_input)
         state.projector_input = None
@@ -122,6 +125,17 @@ class FeatureHooks:
         """Before the projector: keep what it is given, for methods that merge that."""
         if self.state.making_features:
             self.state.projector_input = args[0]
+
+    def late_projector(
+        self, modality: str, module: nn.Module, before: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the forward of a late projector: features that were projected when they were
+        made, and have lost tokens since.
+        """
+        made = self.state.now.encoded.get(modality)
+        if made is None:
+            return forward_of(module, before)(*args, **kwargs)
+        return features.feature_rows(made.pooler_output)
 
     def _check_placed(self, modality: str) -> None:
         """Refuse features whose place in the prompt is not known."""

@@ -33,6 +33,8 @@ class EncoderOutputInfo:
         without_text: rows in which an image had no text after it that a method asked for.
         projected: rows that the projector was given once more, because they were merged.
         states: what the pre_llm steps have made of each image; empty before they ran.
+        encoder_tokens: as in `Record`.
+        encoder_bounds: as in `Record`.
     """
 
     shapes: Sequence[Shape]
@@ -47,6 +49,8 @@ class EncoderOutputInfo:
     projected: int = 0
     fed: Mapping[str, Any] = field(default_factory=dict)
     without_text: tuple[int, ...] = ()
+    encoder_tokens: Sequence[tuple[int, int]] = ()
+    encoder_bounds: Sequence[Tensor | None] = ()
 
     @property
     def lengths(self) -> list[int]:
@@ -90,6 +94,48 @@ def is_slice(output: Any) -> bool:
     return is_tagged(output) and output.encoded is None
 
 
+def pooled(output: Any) -> Any:
+    """The features of all images, (images, V, D) or a list of (V, D): what is placed in the prompt,
+    or else what is added before the earliest decoder layer; `None` if there are none.
+    """
+    placed = getattr(output, "pooler_output", None)
+    if placed is not None:
+        return placed
+    order = _by_layer(output)
+    return output.deepstack_features[order[0]][1] if order else None
+
+
+def sheets(output: Any) -> list[Any]:
+    """The features, and then what else decoder layers are given for the same tokens (DeepStack)."""
+    planes = getattr(output, "deepstack_features", None) or []
+    if order := _by_layer(output):
+        return [planes[place][1] for place in order]
+    return [output.pooler_output, *planes]
+
+
+def put_sheets(output: Any, sheets: Sequence[Any]) -> None:
+    """Replace the sheets of an encoder output."""
+    if order := _by_layer(output):
+        planes = list(output.deepstack_features)
+        for place, sheet in zip(order, sheets, strict=True):
+            planes[place] = planes[place][0], sheet
+        output.deepstack_features = planes
+        return
+    output.pooler_output, *planes = sheets
+    if planes:
+        output.deepstack_features = planes
+
+
+def _by_layer(output: Any) -> list[int]:
+    """Places of planes that come with the decoder layers that they are added before, ascending; of
+    several for one layer the last comes first, which is the one that the model adds.
+    """
+    planes = getattr(output, "deepstack_features", None) or []
+    if not planes or not isinstance(planes[0][0], int):  # but tensors, or those of each image
+        return []
+    return sorted(range(len(planes)), key=lambda place: (planes[place][0], -place))
+
+
 def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
     """Which image of the encoder each image of a forward is.
 
@@ -102,7 +148,7 @@ def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
         InputError: transformers gives the beams of a row different images.
     """
     lengths = output.encoded.lengths
-    if sum(feature.shape[:-1].numel() for feature in output.pooler_output) == sum(lengths):
+    if sum(feature.shape[:-1].numel() for feature in pooled(output)) == sum(lengths):
         return list(range(len(lengths)))
     numbers: list[int] = []
     image = 0
@@ -113,14 +159,14 @@ def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
             count -= lengths[image]
             image += 1
         numbers += of_row * expanded
-    _check_beams(feature_rows(output.pooler_output), visual[::expanded].sum(1).tolist(), expanded)
+    _check_beams(feature_rows(pooled(output)), visual[::expanded].sum(1).tolist(), expanded)
     return numbers
 
 
 def tokens_of(output: Any, source: Sequence[int]) -> Sequence[Tensor]:
     """(V, D) features of each image of a forward; `source` as `members` gives it."""
     lengths = output.encoded.lengths
-    return feature_rows(output.pooler_output).split([lengths[image] for image in source])
+    return feature_rows(pooled(output)).split([lengths[image] for image in source])
 
 
 def _check_beams(rows: Tensor, counts: Sequence[int], expanded: int) -> None:

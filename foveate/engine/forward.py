@@ -32,7 +32,7 @@ from foveate.families import Family
 
 
 class ForwardPass:
-    """One forward: which columns are alive at each layer, and what each layer must be told.
+    """One forward: which columns there are at each layer, and what each layer must be told.
 
     Args:
         plan: the session's plan.
@@ -59,17 +59,19 @@ class ForwardPass:
         self._entry: Tensor | None = None  # (B, P) columns that layer 0 keeps of its input
         self._entrance = self.full  # the layout that they make
         self._renumbering: Renumbering | None = None
+        # Planes by decoder layer, columns that they are added to, and which of their rows.
+        self._planes: tuple[dict[int, Tensor], Tensor, Tensor] | None = None
 
     @torch.compiler.disable
     def enter(
         self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor | None, Tensor, Kwargs]:
-        """Reduce what is due before a layer, and tell the layer what is alive.
+        """Reduce what is due before a layer, and tell the layer what survives.
 
         Args:
             number: the decoder layer.
             layer: its module.
-            hidden: (B, P, D) its input.
+            hidden: (B, P, D) its input, or (B, P, S, D) where each token has several streams.
             kwargs: its keyword arguments, in logical terms.
 
         Returns:
@@ -82,6 +84,8 @@ class ForwardPass:
             kwargs = extension.enter(number, layer, hidden, kwargs)
         if number in self.family.recurrent_layers:
             return None, hidden, self.arguments.of_state(self.layout, kwargs)
+        if number in self.family.keyless_layers:
+            return None, hidden, kwargs
         runs = any(extension.runs(number) for extension in self.extensions)
         cache = kwargs.get("past_key_values")
         if self.layout is self.full and not runs and self.arguments.is_unpruned(number, cache):
@@ -98,7 +102,7 @@ class ForwardPass:
         return None, hidden, kwargs
 
     def seen(self, group: ImageGroup) -> Tensor | None:
-        """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
+        """(G, V) which surviving tokens of a group the caller has not hidden; `None` for all."""
         hidden = self.prompt.hidden
         if hidden is None or group.columns is None:
             return None
@@ -108,17 +112,17 @@ class ForwardPass:
         self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
         """(cos, sin) and position ids of the physical columns, of a layer with keys of its own."""
-        keys = Keys(before, before, self._renumbering)
+        keys = Keys(before, before, self.layout, self._renumbering)
         return self.arguments.positions(number, keys, self.layout, hidden, kwargs)
 
-    def begin(self, embeds: Tensor) -> Tensor | None:
+    def begin(self, marked: Tensor) -> bool:
         """Drop what was removed from the image features.
 
         Args:
-            embeds: (B, T, D) input of the text model; rows that were removed hold NaN.
+            marked: (B, T) which tokens were.
 
         Returns:
-            (B, T) which were removed; `None` if none was.
+            Whether any was.
         """
         lost = False
         for group in self.groups:
@@ -126,37 +130,62 @@ class ForwardPass:
             lost |= gone > 0
             for row in group.rows:
                 self.tokens[row] -= gone
-        if not lost:
-            return None
-        marked = embeds[..., 0].isnan().to(self.prompt.device)
-        self._entry = self._compact(marked, self.plan.renumber_features)
-        self._entrance = self.layout
-        return marked
+        if lost:
+            self._entry = self._compact(marked.to(self.prompt.device), self.plan.renumber_features)
+            self._entrance = self.layout
+        return lost
 
     def deepstack(self, kwargs: Kwargs) -> dict[str, Any]:
         """Keyword arguments of the text model whose DeepStack planes follow the columns of layer 0.
 
         Args:
-            kwargs: with `visual_pos_masks` (B, T) and `deepstack_visual_embeds`, (N, D) each.
+            kwargs: with `visual_pos_masks` (B, T) and `deepstack_visual_embeds`, (N, D) each; or
+                with `vision_mask` (B, T, 1) and `deepstack_features` by decoder layer, before which
+                they are added: before the first the columns are still all there.
         """
-        visual, planes = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
-        if visual is None or planes is None or self._entry is None:
+        if self._entry is None:
             return kwargs
+        visual, planes = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+        if visual is not None and planes is not None:
+            physical, kept = self._surviving(visual)
+            planes = [plane[kept.to(plane.device)] for plane in planes]
+            return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
+        visual, by_layer = kwargs.get("vision_mask"), kwargs.get("deepstack_features")
+        if visual is not None and by_layer is not None:
+            self._planes = by_layer, *self._surviving(visual[..., 0])
+            first = {0: by_layer[0]} if 0 in by_layer else None
+            return {**kwargs, "deepstack_features": first}
+        return kwargs
+
+    def _surviving(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P) which columns of layer 0 are visual, and (N) which visual tokens they are.
+
+        Args:
+            visual: (B, T) which of all columns are visual, N in number.
+        """
         columns = self.layout.index.to(visual.device)
         physical = visual.gather(1, columns.clamp(min=0)) & (columns >= 0)
-        alive = torch.zeros_like(visual)
+        entering = torch.zeros_like(visual)
         rows = torch.arange(visual.shape[0], device=visual.device)[:, None].expand_as(columns)
-        alive[rows[physical], columns[physical]] = True
-        kept = alive[visual]
-        planes = [plane[kept.to(plane.device)] for plane in planes]
-        return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
+        entering[rows[physical], columns[physical]] = True
+        return physical, entering[visual]
+
+    def _add_plane(self, number: int, hidden: Tensor) -> Tensor:
+        """Add the plane of a decoder layer after the first, which the text model can no longer."""
+        if self._planes is None or number == 0 or number not in self._planes[0]:
+            return hidden
+        by_layer, physical, kept = self._planes
+        plane, physical = by_layer[number], physical.to(hidden.device)[..., None]
+        plane = plane[kept.to(plane.device)].to(hidden.device, hidden.dtype)
+        return hidden.masked_scatter(physical, hidden[physical[..., 0]] + plane)
 
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
-        """Let steps act that are due before a layer, and note what is alive there."""
+        """Let steps act that are due before a layer, and note what survives there."""
         if number != len(self.layer_layouts):  # those before it have come by otherwise
             raise bypassed(self.family.layers[number - 1])
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
+        hidden = self._add_plane(number, hidden)
         if (due := self.plan.due.get(number)) is not None:
             hidden = self._act(due, number, layer, hidden, kwargs)
         self.layer_layouts.append(self.layout)
@@ -170,6 +199,8 @@ class ForwardPass:
         """Collect what is due before a layer, and let steps act; arguments as in `enter`."""
         if due.signals:
             self.decoder_signals.collect(due.signals, number, layer, hidden, kwargs)
+        streams = hidden.shape[2:]
+        hidden = hidden.flatten(2)  # those of a token are one to steps
         for planned in due.steps:
             replaced = [extension.before_step(planned, hidden) for extension in self.extensions]
             states = next((states for states in replaced if states is not None), None)
@@ -181,6 +212,7 @@ class ForwardPass:
             if self.layout is not before:
                 for extension in self.extensions:
                     extension.after_step(planned, kwargs.get("past_key_values"))
+        hidden = hidden.unflatten(2, streams)
         if due.later:
             self.decoder_signals.collect(due.later, number, layer, hidden, kwargs)
         return hidden
@@ -233,21 +265,22 @@ class ForwardPass:
         """
         if renumber:
             self._renumbering = Renumbering.of(gone, self.prompt, self._renumbering)
-        alive = ~gone
+        kept = ~gone
         if self.prompt.present is not None:
-            alive &= self.prompt.present
+            kept &= self.prompt.present
         columns = self.layout.index
-        living = alive.gather(1, columns.clamp(min=0))
+        kept = kept.gather(1, columns.clamp(min=0))
         if self.layout.ragged:
-            living &= columns >= 0
-        self.layout, source = compact(self.layout, living, self.tokens)
+            kept &= columns >= 0
+        self.layout, source = compact(self.layout, kept, self.tokens)
         return source
 
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
         """Columns of hidden states, after the layout has changed."""
         hidden = take(hidden, source)
-        if self.layout.ragged:  # padding copies a dead column, which may be marked with NaN
-            hidden = hidden.masked_fill((self.layout.index < 0)[..., None].to(hidden.device), 0.0)
+        if self.layout.ragged:  # padding copies a dropped column, which may be marked with NaN
+            padding = (self.layout.index < 0)[(...,) + (None,) * (hidden.dim() - 2)]
+            hidden = hidden.masked_fill(padding.to(hidden.device), 0.0)
         return hidden
 
     def columns_of(self, part: ImageGroup, layout: Layout) -> Tensor:
@@ -288,5 +321,6 @@ class ForwardPass:
         self.arguments.forget()
         widen_maps(output, self.family, self.arguments.attended, self.prompt.length)
         layouts = (*self.layer_layouts, self.layout)
-        widen_states(output, self.full, self._entrance, layouts, self.prompt.length)
+        axis, length = self.family.token_axis, self.prompt.length
+        widen_states(output, self.full, self._entrance, layouts, length, axis)
         return output

@@ -65,14 +65,17 @@ class GenerateHooks:
             state.generate = outer
 
     def _adopt_whole(self, kwargs: Kwargs) -> None:
-        """Reduce features that were made outside, before a prefill in chunks cuts images apart."""
+        """Reduce features that were made outside, before a prefill in chunks cuts images apart, or
+        beams repeat what is not projected yet.
+        """
         config = kwargs.get("generation_config") or self.family.model.generation_config
-        given = kwargs.get("mm_encoder_outputs") or {}
-        if not given or kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is None:
+        given = dict(kwargs.get("mm_encoder_outputs") or {})
+        chunked = kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is not None
+        if not given:
             return
-        given = dict(given)
         for modality, output in given.items():
-            if output is not None and not features.is_tagged(output):
+            early = chunked or self.family.late_projector(modality) is not None
+            if early and output is not None and not features.is_tagged(output):
                 given[modality] = self.tags.adopt(modality, output, kwargs)
                 self._reducer.reduce(modality, given[modality])
         kwargs["mm_encoder_outputs"] = given

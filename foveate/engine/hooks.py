@@ -25,8 +25,9 @@ from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.forward import ForwardPass
 from foveate.engine.grouping import ModalityImages, find_images
 from foveate.engine.images import ImageGroup
-from foveate.engine.inputs import check_drafts
+from foveate.engine.inputs import check_drafts, check_length
 from foveate.engine.kernels import takes_2d_masks
+from foveate.engine.layout import tokens_on, tokens_second
 from foveate.engine.masks import numbered_positions, real_positions, seen_positions
 from foveate.engine.plan import Plan
 from foveate.engine.readout import check_readout
@@ -35,7 +36,6 @@ from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
-from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import InputError
 from foveate.families import Family
 from foveate.families.decoder_layer import named_arguments
@@ -50,20 +50,11 @@ class ForwardHooks:
         family: the model.
         state: what each thread is doing with the model.
         tags: what tags encoder output.
-        vision: the side that shortens the stream inside the encoder, if a method does.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        family: Family,
-        state: ThreadState,
-        tags: Tags,
-        vision: VisionAttachment | None,
-    ) -> None:
+    def __init__(self, plan: Plan, family: Family, state: ThreadState, tags: Tags) -> None:
         self.plan, self.family, self.state, self.tags = plan, family, state, tags
         self.replays = Replays()
-        self._vision = vision
         self._last: Record | None = None
 
     @property
@@ -101,24 +92,17 @@ class ForwardHooks:
             sequence = args[0] if args else kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        groups: list[ImageGroup] = []
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
-        evicts = bool(now.visual) and any(
-            "evict_cache" in planned.step.effects for planned in self.plan.llm
-        )
-        now.rollback = Rollback.of(cache, past, rewritten=evicts)
         if now.encoded or (self.plan.visual_blind and is_pruned(cache)):
             check_maps(self.plan, self.family, kwargs)
-        if now.visual and now.encoded:
-            check_cache(cache)
-            sliced = any(map(features.is_slice, now.encoded.values()))
-            readout = None if sliced else now.readout
-            parts = self._parts(now.visual, now.encoded, sequence)
-            groups = find_images(parts, now.request_of, readout)
-            check_readout(groups, self.plan)
-        elif (
-            cache is not None
+        with_images = bool(now.visual and now.encoded)
+        marked = self._marked(sequence, kwargs) if with_images else None
+        groups = self._groups(sequence, marked, cache, past) if with_images else []
+        now.rollback = self._rollback(cache, past, shortened=bool(groups) or any(before))
+        if (
+            not with_images
+            and cache is not None
             and past
             and self.plan.decode_step is None
             and (sequence.shape[1] == 1 or not self.plan.visual_blind)
@@ -128,12 +112,45 @@ class ForwardHooks:
         now.forward = ForwardPass(
             self.plan, self.family, self._prompt(sequence, past, groups, kwargs)
         )
-        if not groups or not self.plan.marks:
+        if not groups or marked is None:
             return args, kwargs
-        marked = now.forward.begin(sequence)
-        if marked is not None and self.family.reads_embeddings:  # marks would become gradients
-            kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 0.0)}
+        if now.forward.begin(marked) and self.family.reads_embeddings:
+            # Marks would become gradients, and so would zeros under the root of their mean square.
+            kwargs = {**kwargs, "inputs_embeds": sequence.masked_fill(marked[..., None], 1.0)}
         return args, now.forward.deepstack(kwargs)
+
+    def _marked(self, sequence: Tensor, kwargs: Kwargs) -> Tensor | None:
+        """(B, T) which tokens were removed before the text model; `None` if no step does that."""
+        return self.family.marked(sequence, kwargs) if self.plan.marks else None
+
+    def _groups(
+        self, sequence: Tensor, marked: Tensor | None, cache: Cache | None, past: int
+    ) -> list[ImageGroup]:
+        """The images of a forward over (B, T, ...) after a cache of some logical length."""
+        now = self.state.now
+        check_cache(cache, past)
+        check_length(self.family, past + sequence.shape[1])
+        sliced = any(map(features.is_slice, now.encoded.values()))
+        parts = self._parts(now.visual, now.encoded, marked)
+        groups = find_images(parts, now.request_of, None if sliced else now.readout)
+        check_readout(groups, self.plan)
+        return groups
+
+    def _rollback(self, cache: Cache | None, past: int, *, shortened: bool) -> Rollback | None:
+        """What a cache of some logical length is brought back to if this forward dies.
+
+        Where tokens are neither removed now nor were before, running states are not worth a copy.
+        """
+        evicts = bool(self.state.now.visual) and any(
+            "evict_cache" in planned.step.effects for planned in self.plan.llm
+        )
+        return Rollback.of(
+            cache,
+            past,
+            rewritten=evicts,
+            copies=shortened,
+            replaced=self.family.replaces_state,
+        )
 
     def _prompt(
         self, sequence: Tensor, past: int, groups: list[ImageGroup], kwargs: Kwargs
@@ -191,13 +208,13 @@ class ForwardHooks:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """In place of a decoder layer's forward: hand it what is alive.
+        """In place of a decoder layer's forward: hand it what survives.
 
         Args:
             number: the decoder layer.
             module: its module.
             before: its forward, if that is not its class's; classes change under FSDP2.
-            hidden: (B, T, D) its input.
+            hidden: its input, (B, T, D) or with tokens on the family's own axis.
             *args: its further arguments.
             **kwargs: its keyword arguments, in logical terms.
         """
@@ -210,7 +227,10 @@ class ForwardHooks:
         if forward is not None:
             if args:
                 kwargs, args = {**kwargs, **named_arguments(type(module), args)}, ()
+            axis = self.family.token_axis
+            hidden = tokens_second(hidden, axis)
             output, hidden, kwargs = forward.enter(number, module, hidden, kwargs)
+            hidden = tokens_on(hidden, axis)
             if output is not None:
                 return output
         if before is not None:
@@ -225,6 +245,7 @@ class ForwardHooks:
         if forward is not None and forward.groups:
             given = args[0] if args else kwargs["hidden_states"]
             made = output[0] if isinstance(output, tuple) else output
+            made = made.view(given.shape)  # some mixtures of experts return all rows as one
             forward.decoder_signals.collect_module(number, given, made)
 
     @torch.compiler.disable
@@ -239,8 +260,7 @@ class ForwardHooks:
             return output
         if forward.groups and len(forward.layer_layouts) < self.family.text_layers:
             raise bypassed(self.family.layers[0])
-        passed = None if self._vision is None else self._vision.record
-        record = describe(forward, output, now.encoded, passed, self.tags)
+        record = describe(forward, output, now.encoded, self.tags)
         if record is not None and self._tells(forward, output):
             self.state.record = self._last = record
         output = forward.leave(output)
@@ -264,16 +284,16 @@ class ForwardHooks:
         return True
 
     def _parts(
-        self, visual: dict[str, Tensor], encoded: dict[str, Any], embeds: Tensor
+        self, visual: dict[str, Tensor], encoded: dict[str, Any], marked: Tensor | None
     ) -> list[ModalityImages]:
-        """Where the images of each modality are, and what is alive of them."""
+        """Where the images of each modality are, and which of their tokens survive."""
         parts = []
         for modality, output in encoded.items():
             mask = visual[modality]
-            dead = embeds[mask][:, 0].isnan() if self.plan.marks else None
+            removed = None if marked is None else marked[mask]
             if features.is_slice(output):
                 shapes = [Shape(n, (1, n)) for n in mask.sum(1).tolist() if n]
-                parts.append(ModalityImages(mask, shapes, dead))
+                parts.append(ModalityImages(mask, shapes, removed))
                 continue
             known = output.encoded
             source = features.members(output, mask, self.state.now.expanded)
@@ -285,7 +305,7 @@ class ForwardHooks:
             ids = None if self.state.now.prompt is None else self.state.now.prompt[0]
             where = ImageBoxes(self.family, modality, known, source, mask, ids)
             locate = [functools.partial(where.of, i) for i in range(len(source))]
-            parts.append(ModalityImages(mask, shapes, dead, before, locate, states))
+            parts.append(ModalityImages(mask, shapes, removed, before, locate, states))
         return parts
 
     def _check_decoding(self, cache: Cache | None) -> None:

@@ -33,7 +33,7 @@ LATER_IMAGES = (
     "past_key_values=cache); likewise with videos"
 )
 AS_TEXT = (
-    "behind a cache, {model} gives the tokens of a new image positions of text; run the whole "
+    "after a cache, {model} gives the tokens of a new image positions of text; run the whole "
     "conversation anew, without the cache"
 )
 
@@ -161,6 +161,26 @@ def check_drafts(sees: Tensor | None, trailing: int) -> None:
             "assisted decoding puts the assistant's drafts after the prompt, and this model's "
             "prompt attends to all of its input, drafts included, so the assistant would change "
             "the answer; generate without assistant_model and prompt_lookup_num_tokens"
+        )
+
+
+def check_length(family: Family, total: int) -> None:
+    """Refuse prompts with images in which a token's place among survivors would count.
+
+    Args:
+        family: the model.
+        total: tokens of the prompt, cached ones included.
+
+    Raises:
+        InputError: layers sharpen attention by places, and the prompt is so long that they do.
+    """
+    first = family.tempered_from
+    if first is not None and total > first:
+        raise InputError(
+            f"layers of {family.model_type} sharpen their attention from position {first} on by "
+            "where a token stands among those that they are given, which is not its position once "
+            f"visual tokens are removed, and this prompt has {total} tokens; shorten it to {first} "
+            "with those that are cached, or run it without a session"
         )
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from foveate.engine.attentions import Seen
-from foveate.engine.cache import PrunedLayer, pruned_layer
+from foveate.engine.cache import PrunedLayer, is_reference, pruned_layer
 from foveate.engine.layout import (
     Layout,
     Slots,
+    each_part,
     take,
     take_positions,
     translate_mask,
@@ -26,7 +27,7 @@ from foveate.engine.layout import (
 )
 from foveate.engine.renumbering import Renumbering, places_in_samples
 from foveate.engine.state import Kwargs, Prompt
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 
 
@@ -37,11 +38,13 @@ class Keys:
     Args:
         before: their slots before the forward.
         after: their slots after it.
+        layout: the columns that they were made of.
         renumbering: what was taken off positions in this forward by the time they were made.
     """
 
     before: Slots
     after: Slots
+    layout: Layout
     renumbering: Renumbering | None
 
 
@@ -121,7 +124,8 @@ class LayerArguments:
         if (donor := self.family.donors[number]) != number:
             return donor not in self._keys
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
-        return not isinstance(held, PrunedLayer)
+        images = self.prompt.visual is not None
+        return not isinstance(held, PrunedLayer) and not (images and is_reference(held))
 
     def translate(
         self,
@@ -184,14 +188,14 @@ class LayerArguments:
                 window = getattr(held, "sliding_window", None)
                 before = self.fresh if window is None else self.fresh.last(window - 1)
                 after = before.extend(self.full, length, None)
-                self._unpruned[donor] = Keys(before, after, None)
+                self._unpruned[donor] = Keys(before, after, self.full, None)
             return self._unpruned[donor]
         before = self.fresh if held is None else held.slots
         total = None if renumbering is None else renumbering.total
         after = before.extend(layout, length, total, self.prompt.visual if tracked else None)
         if held is not None:
             held.incoming = after
-        keys = self._keys[number] = Keys(before, after, renumbering)
+        keys = self._keys[number] = Keys(before, after, layout, renumbering)
         return keys
 
     def _last_columns(self, layout: Layout, count: int) -> Layout:
@@ -224,9 +228,18 @@ class LayerArguments:
             width = held.max_cache_len if isinstance(held, StaticLayer) else 0
             length = queries.index.shape[1] if queries is self._last else self.prompt.length
             rotary, position_ids = self.positions(number, keys, queries, hidden, kwargs)
+            foreign = queries is not keys.layout
+            if foreign and queries is not self._last and self.prompt.flash:
+                raise self._unaligned(number)
             physical = {
                 "attention_mask": translate_mask(
-                    mask, queries, keys.after, length, two_d=self.prompt.flash, width=width
+                    mask,
+                    queries,
+                    keys.after,
+                    length,
+                    two_d=self.prompt.flash,
+                    width=width,
+                    foreign=foreign,
                 ),
                 "position_embeddings": rotary,
                 "position_ids": position_ids,
@@ -237,12 +250,21 @@ class LayerArguments:
                 self._views[key] = view
         return view
 
+    def _unaligned(self, number: int) -> UnsupportedModelError:
+        donor, kernel = self.family.donors[number], self.family.text.config._attn_implementation
+        return UnsupportedModelError(
+            f"layer {number} of this {self.family.model_type} reads the keys of layer {donor}, "
+            f"from which fewer tokens were removed, and {kernel!r} attention takes no mask that "
+            "says which of them come later; set the attention to 'sdpa', or remove tokens before "
+            f"layer {donor}"
+        )
+
     # -- positions
 
     def positions(
         self, number: int, keys: Keys, queries: Layout, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Any, Tensor | None]:
-        """(cos, sin) and position ids of the columns of a layer, in the numbering of its keys."""
+        """Rotary embeddings and position ids of a layer's columns, as its keys are numbered."""
         rotary, position_ids = kwargs.get("position_embeddings"), kwargs.get("position_ids")
         earlier = keys.before.renumbered
         if queries is self.full and keys.renumbering is None and earlier is None:
@@ -277,7 +299,7 @@ class LayerArguments:
                 positions = positions - earlier
             rotary = self.family.rotary(hidden, positions, number)
         elif rotary is not None and not last:
-            rotary = tuple(take(part, columns) for part in rotary)
+            rotary = each_part(rotary, lambda part: take(part, columns))
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
         if self.prompt.flash:
             positions = places_in_samples(self.prompt.sample, columns)

@@ -40,13 +40,13 @@ class Layout:
         return cls(torch.arange(length, device=device).expand(batch, length), ragged=False)
 
 
-def compact(layout: Layout, alive: Tensor, counts: Sequence[int]) -> tuple[Layout, Tensor]:
-    """Keep the columns that are alive.
+def compact(layout: Layout, kept: Tensor, counts: Sequence[int]) -> tuple[Layout, Tensor]:
+    """Keep some columns.
 
     Args:
         layout: (B, P) columns now.
-        alive: (B, P) bool, columns to keep.
-        counts: number of live columns of each row, known on the host.
+        kept: (B, P) bool, columns to keep.
+        counts: number of kept columns of each row, known on the host.
 
     Returns:
         The new layout, and the (B, P') column of the old layout that each new column comes from
@@ -54,12 +54,12 @@ def compact(layout: Layout, alive: Tensor, counts: Sequence[int]) -> tuple[Layou
     """
     width = max(*counts, 1)
     ragged = min(counts) < width
-    # Stable: dead columns first, live ones last and in order; so the last `width` columns are
+    # Stable: dropped columns first, kept ones last and in order; so the last `width` columns are
     # left-padded.
-    source = alive.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
+    source = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, -width:]
     index = layout.index.gather(1, source)
     if ragged:
-        index = index.masked_fill(~alive.gather(1, source), -1)
+        index = index.masked_fill(~kept.gather(1, source), -1)
     return Layout(index, ragged), source
 
 
@@ -71,6 +71,21 @@ def take(x: Tensor, source: Tensor) -> Tensor:
         return x.index_select(1, source[0])
     rows = torch.arange(source.shape[0], device=x.device)[:, None] if x.shape[0] > 1 else 0
     return x[rows, source]
+
+
+def each_part(rotary: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Rotary embeddings, each part of which is changed: (cos, sin), or one complex tensor."""
+    return change(rotary) if isinstance(rotary, Tensor) else tuple(map(change, rotary))
+
+
+def tokens_second(states: Tensor, axis: int) -> Tensor:
+    """(B, P, ...) a view of states whose tokens lie on another axis, with the batch before them."""
+    return states if axis == 1 else states.movedim((axis - 1, axis), (0, 1))
+
+
+def tokens_on(states: Tensor, axis: int) -> Tensor:
+    """The way back: a view of (B, P, ...) with tokens on an axis, and the batch before them."""
+    return states if axis == 1 else states.movedim((0, 1), (axis - 1, axis))
 
 
 def take_positions(positions: Tensor, source: Tensor) -> Tensor:
@@ -227,6 +242,21 @@ class Slots:
             ),
         )
 
+    def skip(self, first: int, count: int) -> Slots:
+        """Forget `count` slots after the `first`."""
+
+        def make() -> Slots:
+            def left(x: Tensor) -> Tensor:
+                return torch.cat((x[:, :first], x[:, first + count :]), dim=1)
+
+            tail = min(self.tail, self.count - first - count)
+            head = left(self.index)[:, : self.count - count - tail]
+            marks = self.all_visual
+            visual = None if marks is None else left(marks)
+            return Slots(head, self.length, self.ragged, self.renumbered, tail, visual)
+
+        return self._derive(("skip", first, count), make)
+
     def without(self, gone: Tensor) -> tuple[Slots, Tensor]:
         """Forget some logical positions, and all padding.
 
@@ -238,11 +268,11 @@ class Slots:
         """
         return self.keep((self.index >= 0) & ~gone.gather(1, self.index.clamp(min=0)))
 
-    def keep(self, alive: Tensor) -> tuple[Slots, Tensor]:
+    def keep(self, kept: Tensor) -> tuple[Slots, Tensor]:
         """Keep (B, S) slots, none of them padding. Returns the same as `without`."""
 
         def make() -> tuple[Slots, Tensor]:
-            left, source = compact(Layout(self.index, self.ragged), alive, alive.sum(1).tolist())
+            left, source = compact(Layout(self.index, self.ragged), kept, kept.sum(1).tolist())
             tail = _tail(left.index, self.length)
             head = left.index[:, : left.index.shape[1] - tail]
             visual = self.all_visual
@@ -250,7 +280,7 @@ class Slots:
                 visual = visual.gather(1, source) & (left.index >= 0)
             return Slots(head, self.length, left.ragged, self.renumbered, tail, visual), source
 
-        return self._derive(alive, make)
+        return self._derive(kept, make)
 
     def crop(self, count: int) -> Slots:
         """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
@@ -299,7 +329,14 @@ def _tail(index: Tensor, end: int) -> int:
 
 
 def translate_mask(
-    mask: Tensor | None, layout: Layout, slots: Slots, length: int, *, two_d: bool, width: int = 0
+    mask: Tensor | None,
+    layout: Layout,
+    slots: Slots,
+    length: int,
+    *,
+    two_d: bool,
+    width: int = 0,
+    foreign: bool = False,
 ) -> Tensor | None:
     """The attention mask of the physical columns.
 
@@ -311,14 +348,16 @@ def translate_mask(
         length: T, logical length of this forward.
         two_d: whether the kernel takes 2-D masks.
         width: columns the keys really have, where a static cache holds more than S.
+        foreign: whether an earlier layer made the keys, of other columns than these.
 
     Returns:
         `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
         columns attend everywhere, so that they stay finite; nothing attends to them.
     """
-    batch, queries = layout.index.shape
+    queries = layout.index.shape[1]
     unfilled = max(width - slots.count, 0)
-    if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
+    ragged = slots.ragged or layout.ragged or (unfilled and queries == 1)
+    if mask is None and not ragged and (queries == 1 or not foreign):
         return None
     keys = F.pad(slots.index, (0, unfilled), value=-1)
     if mask is None:
@@ -330,18 +369,22 @@ def translate_mask(
     column = (keys - offset).clamp(min=0)
     if mask.dim() == 2:
         return mask.gather(1, column) * real.to(mask.dtype)
-    row = layout.index.clamp(min=0)
-    if mask.shape[0] == 1 and batch == 1:
-        physical = mask.index_select(2, row[0]).index_select(3, column[0])
-    else:
-        rows = torch.arange(batch, device=mask.device)[:, None, None] if mask.shape[0] > 1 else 0
-        physical = mask.movedim(1, -1)[rows, row[..., None], column[:, None]].movedim(-1, 1)
+    physical = _picked(mask, layout.index.clamp(min=0), column)
     refuse = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     physical = physical.masked_fill(~real[:, None, None], refuse)
     if layout.ragged:
         allow = True if mask.dtype == torch.bool else 0.0
         physical = physical.masked_fill((layout.index < 0)[:, None, :, None], allow)
     return physical
+
+
+def _picked(mask: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """(B, H or 1, P, S) of a mask (B or 1, H or 1, T, K) at (B, P) rows and (B, S) columns."""
+    batch = len(row)
+    if mask.shape[0] == 1 and batch == 1:
+        return mask.index_select(2, row[0]).index_select(3, column[0])
+    rows = torch.arange(batch, device=mask.device)[:, None, None] if mask.shape[0] > 1 else 0
+    return mask.movedim(1, -1)[rows, row[..., None], column[:, None]].movedim(-1, 1)
 
 
 def translate_padding(mask: Tensor | None, layout: Layout) -> Tensor | None:

@@ -34,6 +34,17 @@ def real_positions(mask: Any, total: int) -> Tensor | None:
     return None if bool(real.all()) else real
 
 
+def present_positions(real: Tensor | None, visual: Tensor | None) -> Tensor | None:
+    """(B, T) positions of a forward that count as tokens: real ones, and visual tokens that nobody
+    sees because the caller hides them; `None` for all.
+
+    Args:
+        real: (B, T) positions that are neither padding nor hidden by the caller; `None` for all.
+        visual: (B, T) placeholders of all images; `None` without images.
+    """
+    return real if real is None or visual is None else real | visual
+
+
 def seen_positions(mask: Any, past: int, length: int) -> Tensor | None:
     """(B or 1, T, T) which positions of a forward each of its positions sees; `None` where it is
     those before it. Only a 4-D mask can say otherwise: it may hold blocks or prefixes.

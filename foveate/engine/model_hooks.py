@@ -156,6 +156,8 @@ class ModelHooks:
         for modality in [m for m in given if m in now.visual]:
             if features.is_slice(given[modality]):
                 self._check_slice()
+                if self.family.late_projector(modality) is not None:  # to which it is no input
+                    given[modality].last_hidden_state = given[modality].pooler_output
             elif not features.is_tagged(given[modality]):
                 given[modality], changed = self.tags.adopt(modality, given[modality], kwargs), True
             if not features.is_slice(given[modality]):

@@ -23,6 +23,7 @@ from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Family
+from foveate.families.decoder_layer import has_mlp
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
 
 
@@ -38,7 +39,7 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
     try:
         return _plan(family, methods)
     except UnsupportedModelError as error:
-        raise _offering(error, working_methods(family)) from None
+        raise offering(error, working_methods(family)) from None
 
 
 def _plan(family: Family, methods: Sequence[Method]) -> Plan:
@@ -124,7 +125,7 @@ def check_mixing(
     try:
         _check_mixing(family, methods, modality, arguments)
     except UnsupportedModelError as error:
-        raise _offering(error, working_methods(family, vision=False)) from None
+        raise offering(error, working_methods(family, vision=False)) from None
 
 
 def _check_mixing(
@@ -170,8 +171,11 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
             f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
             f"{family.model_type} sees layers 0 to {family.feature_layer}"
         )
-    if step.stage != "llm":
-        return
+    if step.stage == "llm":
+        _check_llm_layer(family, step, slug)
+
+
+def _check_llm_layer(family: Family, step: Step, slug: str) -> None:
     if not 0 <= step.layer < family.text_layers:
         raise LayerError(
             f"{slug} acts before decoder layer {step.layer}, but this {family.model_type} has "
@@ -242,8 +246,10 @@ def _check_encoder_signal(
             "has no class token that methods can read"
         )
     if encoder is None or (encoder.packed is not None and not signal.varlen):
+        why = family.unread if encoder is None else ""
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot give"
+            + (f": {why}" if why else "")
         )
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
@@ -283,6 +289,11 @@ def _check_decoder_signal(
         raise LayerError(
             f"{slug} acts at {step.site} and needs {need.name} of layer {outside[0]}, but there "
             f"it is known of layers 0 to {last}"
+        )
+    if signal.of_module is not None and not all(has_mlp(family.layers[i]) for i in need.layers):
+        raise UnsupportedModelError(
+            f"{slug!r} compares what attention and MLP make of a token in one decoder layer, but "
+            f"layers of this {family.model_type} are one or the other"
         )
     if not signal.keyed:
         return
@@ -357,6 +368,8 @@ def working_methods(family: Family, *, encoder: bool = True, vision: bool = True
     return [name for name in names if why_not(family, name) is None]
 
 
-def _offering(error: UnsupportedModelError, methods: Sequence[str]) -> UnsupportedModelError:
-    """A refusal that says what works instead."""
+def offering(error: UnsupportedModelError, methods: Sequence[str]) -> UnsupportedModelError:
+    """A refusal that says what works instead, as `working_methods` has it."""
+    if not methods:
+        return UnsupportedModelError(f"{error}. No method works here with its default settings.")
     return UnsupportedModelError(f"{error}. Methods that work here: {', '.join(methods)}.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from foveate.core import Need
 from foveate.engine.images import Image, ImageGroup
-from foveate.engine.masks import left_align
+from foveate.engine.masks import left_align, present_positions
 from foveate.errors import InputError
 from foveate.signals import SIGNALS
 from foveate.signals.clip import ClipQuestions
@@ -47,8 +47,8 @@ class PromptTokens:
 
     @property
     def present(self) -> Tensor | None:
-        """(B, T) real positions, and visual tokens that the caller hides; `None` for all."""
-        return None if self.real is None else self.real | self.visual
+        """(B, T) positions that count as tokens; `None` for all."""
+        return present_positions(self.real, self.visual)
 
     @cached_property
     def query(self) -> QueryTokens:

@@ -18,7 +18,8 @@ from torch import Tensor
 from foveate.core import Need, Reduction
 from foveate.core.reduction import take_rows
 from foveate.engine.apply_step import apply_step
-from foveate.engine.features import EncoderOutputInfo, feature_rows
+from foveate.engine.features import EncoderOutputInfo, feature_rows, put_sheets
+from foveate.engine.features import sheets as sheets_of
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt import PromptContext
@@ -47,7 +48,7 @@ def mark(
     encoded: EncoderOutputInfo = output.encoded
     shapes = [encoded.shapes[i] for i in source]
     lengths = [shape.total for shape in shapes]
-    sheets = [output.pooler_output, *(getattr(output, "deepstack_features", None) or [])]
+    sheets = sheets_of(output)
     rows_of_sheets = [feature_rows(sheet) for sheet in sheets]
     images: list[Sequence[Tensor]] = [sheet.split(lengths) for sheet in rows_of_sheets]
     if encoded.projector is not None:
@@ -71,9 +72,7 @@ def mark(
     fewer = sum(state.count for state in states) < sum(lengths)
     if fewer or any(after.changed for after in current):  # a merge may keep the count
         marked = _marked(rows_of_sheets, current, lengths)
-        output.pooler_output, *planes = map(_like, sheets, marked)
-        if planes:
-            output.deepstack_features = planes
+        put_sheets(output, list(map(_like, sheets, marked)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
-from foveate.engine.cache import PRUNED, WITHOUT_SLOTS
+from foveate.engine.cache import WITHOUT_SLOTS, is_known
+from foveate.engine.running_state import ReplacedStateLayer
 
 Attributes = dict[str, Any]
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models
-KINDS = {*PRUNED, *PRUNED.values(), *WITHOUT_SLOTS}
+STATES = "recurrent_states"  # attribute of cache layers with a running state
 
 
 class Rollback:
@@ -24,26 +25,42 @@ class Rollback:
 
     Keys and values that only grow are not held on to, as that would double the memory of the cache
     as long as the forward runs: what was appended is cut off again. A running state is copied, as
-    it is written in place.
+    it is written over, unless the model lets it be replaced.
 
     Args:
-        cache: the cache.
+        cache: the cache; layers of running states that can be replaced become such as are.
         past: its logical length.
         rewritten: whether the forward may let layers forget what they hold.
+        replaced: whether the model hands each new running state to the cache.
     """
 
-    def __init__(self, cache: Cache, past: int, *, rewritten: bool = False) -> None:
+    def __init__(
+        self, cache: Cache, past: int, *, rewritten: bool = False, replaced: bool = False
+    ) -> None:
         self._cache = cache
-        self._layers = [(layer, *_held(layer, past, rewritten)) for layer in cache.layers]
+        self._layers = [(layer, *_held(layer, past, rewritten, replaced)) for layer in cache.layers]
+        for number, layer in enumerate(cache.layers if replaced else ()):
+            if type(layer) is LinearAttentionLayer:
+                cache.layers[number] = ReplacedStateLayer.of(layer)
 
     @classmethod
-    def of(cls, cache: Cache | None, past: int, *, rewritten: bool = False) -> Rollback | None:
+    def of(
+        cls, cache: Cache | None, past: int, *, copies: bool = True, **options: bool
+    ) -> Rollback | None:
         """What a cache holds; `None` without one, or where a layer is of a kind that is never
-        pruned. Arguments as above.
+        pruned.
+
+        Args:
+            cache: as above.
+            past: as above.
+            copies: whether running states may be copied; if not, `None` where there are any.
+            **options: as above.
         """
-        if cache is None or not {type(layer) for layer in cache.layers} <= KINDS:
+        if cache is None or not all(is_known(type(layer)) for layer in cache.layers):
             return None
-        return cls(cache, past, rewritten=rewritten)
+        if not copies and any(hasattr(layer, STATES) for layer in cache.layers):
+            return None
+        return cls(cache, past, **options)
 
     def restore(self) -> None:
         """Bring the cache back to it."""
@@ -62,13 +79,16 @@ class Rollback:
                 vars(layer)[name] = states[:, :, :slots]
 
 
-def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | None]:
+def _held(layer: Any, past: int, rewritten: bool, replaced: bool) -> tuple[Attributes, int | None]:
     """Attributes of a cache layer, and its slots where what is appended to them can be cut off:
     keys and values are left out then, unless they are written in place.
     """
     attributes = dict(vars(layer))
     if type(layer) in WITHOUT_SLOTS:
-        return {name: _copy(value) for name, value in attributes.items()}, None
+        return {
+            name: _table(value, copied=not (replaced and name == STATES))
+            for name, value in attributes.items()
+        }, None
     if isinstance(layer, StaticLayer):
         slots = attributes.get("slots")
         return attributes, past if slots is None else slots.count
@@ -78,11 +98,11 @@ def _held(layer: Any, past: int, rewritten: bool) -> tuple[Attributes, int | Non
     return attributes, attributes.pop("keys").shape[2]
 
 
-def _copy(value: Any) -> Any:
-    """An attribute of a layer with a running state: tables of tensors and of flags are copied."""
+def _table(value: Any, *, copied: bool) -> Any:
+    """An attribute of a layer with a running state: tables, with copies of their tensors or not."""
     if not isinstance(value, dict):
         return value
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in value.items()}
+    return {k: v.clone() if copied and isinstance(v, Tensor) else v for k, v in value.items()}
 
 
 def reset_rope(base: nn.Module, before: Tensor | None) -> None:

@@ -3,8 +3,8 @@
 A session has a side for each part of the model that it touches: the text model, the vision encoder,
 or both. Everything is done by hooks and a few instance attributes (`get_image_features` of the base
 model, `generate` of the model, `forward` of the base and the text model, of decoder layers, of the
-rotary embedding, and of encoder layers within which tokens are removed); nothing else on the model
-is touched.
+rotary embedding, of a projector that the base model calls itself, and of encoder layers within
+which tokens are removed); nothing else on the model is touched.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ class BaseSession:
         forward = inspect.signature(self._model.forward).parameters
         if self.text is None or not {"labels", "logits_to_keep"} <= set(forward):
             raise UnsupportedModelError(
-                f"head='labels' needs a model that makes logits of some tokens alone, which "
-                f"{type(self._model).__name__} does not; use head='all'"
+                f"head='labels' needs a model that says it makes logits of some tokens alone, by "
+                f"labels and logits_to_keep in its forward, which {type(self._model).__name__} "
+                "does not; use head='all'"
             )
         if Version(transformers.__version__) < Version("5.23"):
             raise UnsupportedModelError(
@@ -234,7 +235,7 @@ class BaseSession:
 
     @property
     def kept(self) -> list[dict[str, Tensor]]:
-        """For each image of the last forward, step -> (K,) raster positions alive after it.
+        """For each image of the last forward, step -> (K,) raster positions that survive it.
 
         Steps come in stream order. Of several at one place, the last is `llm:8` and those before it
         `llm:8#1`, `llm:8#2`.

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from foveate.engine.masks import present_positions
+
 if TYPE_CHECKING:
     from foveate.engine.images import ImageGroup
     from foveate.engine.layout import Layout, Slots
@@ -28,8 +30,8 @@ class Prompt:
         length: tokens of this forward, T.
         past: logical length of what the cache holds.
         device: where the sequence lives.
-        groups: images of this forward and what is alive of them; empty in decoding steps and for
-            text alone.
+        groups: images of this forward and which of their tokens survive; empty in decoding steps
+            and for text alone.
         real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
             for all.
         trailing: drafted tokens after the prompt, in assisted decoding.
@@ -60,17 +62,16 @@ class Prompt:
 
     @cached_property
     def present(self) -> Tensor | None:
-        """(B, T) which positions have a column once any is removed: real ones, and visual tokens
-        that nobody sees because the caller hides them; `None` for all. Where a running state steps
-        over hidden positions, all but padding around a row.
+        """(B, T) which positions have a column once any is removed: those of
+        `present_positions`; where a running state steps over hidden positions, all but padding
+        around a row.
         """
         if self.real is None or (self.recurrent and self.past):
             return None
-        real = self.real[:, self.past :]
-        real = real if self.visual is None else real | self.visual
-        if not self.recurrent:
-            return real
-        begun, goes_on = real.cumsum(1), real.flip(1).cumsum(1).flip(1)
+        present = present_positions(self.real[:, self.past :], self.visual)
+        if present is None or not self.recurrent:
+            return present
+        begun, goes_on = present.cumsum(1), present.flip(1).cumsum(1).flip(1)
         return (begun > 0) & (goes_on > 0)
 
     @cached_property
@@ -89,7 +90,7 @@ class ForwardState(Protocol):
         plan: the session's plan.
         family: the model's family.
         prompt: what the forward is about.
-        groups: images, and what is alive of them now.
+        groups: images, and which of their tokens survive so far.
         layout: physical columns of now.
     """
 
@@ -114,4 +115,4 @@ class ForwardState(Protocol):
         """(G, V) physical columns of a group in a layout."""
 
     def seen(self, group: ImageGroup) -> Tensor | None:
-        """(G, V) which living tokens of a group the caller has not hidden; `None` for all."""
+        """(G, V) which surviving tokens of a group the caller has not hidden; `None` for all."""

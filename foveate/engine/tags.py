@@ -16,12 +16,13 @@ from foveate.engine import features
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan
-from foveate.engine.planning import working_methods
+from foveate.engine.planning import offering, working_methods
 from foveate.engine.survivors import survivors
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.forward import Encoding
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
+from foveate.families.projection import project
 from foveate.signals.encoder_hooks import EncoderSignals, signal_of
 from foveate.signals.packed import PackedSignals
 
@@ -40,14 +41,12 @@ class Tags:
         self.signals: EncoderSignals | None = None
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
-            wanted = plan.encoder_signals
+            known = family.encoder, plan.encoder_signals, lambda: state.encoding
+            threshold = plan.global_threshold
             if family.encoder.packed is None:
-                self.signals = EncoderSignals(
-                    family.encoder, wanted, lambda: state.encoding, plan.global_threshold
-                )
+                self.signals = EncoderSignals(*known, threshold)
             else:
-                side = family.side("image")
-                self.signals = PackedSignals(family.encoder, wanted, lambda: state.encoding, side)
+                self.signals = PackedSignals(*known, threshold, family.side("image"))
 
     def tag(
         self,
@@ -73,7 +72,7 @@ class Tags:
         Raises:
             UnsupportedModelError: signals or survivors cannot be told for its tokens.
         """
-        shapes = self.family.shapes(modality, output.pooler_output, arguments)
+        shapes = self.family.shapes(modality, features.pooled(output), arguments)
         lengths = [shape.total for shape in shapes]
         pixels = self.family.pixels(len(lengths), arguments) if modality == "image" else None
         signals = {
@@ -82,14 +81,32 @@ class Tags:
         }
         kept = survivors(self.family, modality, passes, lengths, arguments)
         placed = {n: arguments[n] for n in self.family.placed_by if arguments.get(n) is not None}
-        fed = {} if made_outside else of_shapes(self.family.fed(arguments))
-        encoded = EncoderOutputInfo(shapes, signals, pixels, kept, placed, fed=fed)
+        encoded = EncoderOutputInfo(
+            shapes,
+            signals,
+            pixels,
+            kept,
+            placed,
+            fed={} if made_outside else of_shapes(self.family.fed(arguments)),
+            encoder_tokens=passes[-1].layer_rows if passes else (),
+            encoder_bounds=passes[-1].layer_bounds if passes else (),
+        )
+        features.tag(output, self._with_projector(encoded, modality, given, arguments))
+
+    def _with_projector(
+        self,
+        encoded: EncoderOutputInfo,
+        modality: str,
+        given: Tensor | None,
+        arguments: Mapping[str, Any],
+    ) -> EncoderOutputInfo:
+        """What is known of images, and what the projector was given of them if methods merge it."""
         projector = self.family.projector(modality)
-        if projector is not None and given is not None:
-            unprojected = self.family.unprojected(modality, given, lengths, arguments)
-            mixes = any(bool(image.isnan().any()) for image in unprojected)
-            encoded = replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
-        features.tag(output, encoded)
+        if projector is None or given is None:
+            return encoded
+        unprojected = self.family.unprojected(modality, given, encoded.lengths, arguments)
+        mixes = any(bool(image.isnan().any()) for image in unprojected)
+        return replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
 
     def _per_token(
         self,
@@ -117,11 +134,11 @@ class Tags:
 
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""
-        return UnsupportedModelError(
+        error = UnsupportedModelError(
             f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
-            f"cannot be told for the {modality} tokens of this {self.family.model_type}; methods "
-            f"that work here: {', '.join(working_methods(self.family, encoder=False))}"
+            f"cannot be told for the {modality} tokens of this {self.family.model_type}"
         )
+        return offering(error, working_methods(self.family, encoder=False))
 
     @property
     def _readers(self) -> str:
@@ -154,5 +171,6 @@ class Tags:
                 "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)
+        project(self.family, modality, copy)
         self.tag(modality, copy, {**arguments, "pixel_values": None}, {}, [], made_outside=True)
         return copy

@@ -49,7 +49,7 @@ class TextAttachment(Attachment):
         self.generate = GenerateHooks(family, state, tags, reducer, self.look_after)
         self.features = FeatureHooks(family, state, tags, reducer, vision, self.look_after)
         self.model = ModelHooks(plan, family, state, tags, reducer, self.look_after)
-        self.forward = ForwardHooks(plan, family, state, tags, vision)
+        self.forward = ForwardHooks(plan, family, state, tags)
 
     @property
     def root(self) -> nn.Module:
@@ -75,7 +75,7 @@ class TextAttachment(Attachment):
         self.uncopied(family.model, family.base, family.text)
         self.replace_forward(family.base, self.model.base, outer=True, anchor=True)
         self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
-        if family.model is not family.base:
+        if family.generates:
             self.hook(family.model, self.model.enter_top)
             around = self.generate.generate
             wrapped = self.wrap(family.model, "generate", around, outer=True, late=refuse_late)
@@ -94,11 +94,15 @@ class TextAttachment(Attachment):
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.features.enter_projector)
+            if (late := family.late_projector(modality)) is not None:
+                replaced = functools.partial(self.features.late_projector, modality)
+                self.replace_forward(late, replaced)
 
     def _attach_to_layers(self) -> None:
         family, hooks = self.family, self.forward
-        if family.one_dimensional:
-            self.replace_forward(family.text.rotary_emb, hooks.rotate)
+        rotary = getattr(family.text, "rotary_emb", None)
+        if family.one_dimensional and rotary is not None:
+            self.replace_forward(rotary, hooks.rotate)
         for number in range(family.text_layers):
             self.replace_forward(family.layers[number], functools.partial(hooks.layer, number))
         for number in self.plan.watched_layers:

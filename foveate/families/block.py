@@ -27,9 +27,12 @@ class Block:
         scale1: what the attention's output passes on its way to the sum: layer scale (a module, or
             a parameter to multiply with), dropout, a norm.
         scale2: the same for the MLP's output.
-        projections: modules of the attention that make queries and keys, or norm them: one for
-            each, or one for queries, keys and values together.
-        output: module of the attention that mixes its heads.
+        matrices: modules of the attention that make queries, keys and values: one for each, or one
+            for all.
+        norms: modules of the attention that norm queries and keys.
+        norms_heads: whether these norm every head by itself.
+        output: module of the attention that mixes its heads; only named where images lie in one
+            sequence.
     """
 
     norm1: str
@@ -38,14 +41,23 @@ class Block:
     mlp: str = "mlp"
     scale1: tuple[str, ...] = ()
     scale2: tuple[str, ...] = ()
-    projections: tuple[str, ...] = ("q_proj", "k_proj")
+    matrices: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    norms: tuple[str, ...] = ()
+    norms_heads: bool = False
     output: str | None = None
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Modules of the attention that return queries and keys, the last that do: one for each, or
+        one for queries, keys and values together.
+        """
+        return self.norms or (self.matrices if len(self.matrices) == 1 else self.matrices[:2])
 
     @property
     def modules(self) -> tuple[str, ...]:
         """All names, to check a layer against."""
         names = (self.norm1, self.attention, self.norm2, self.mlp, *self.scale1, *self.scale2)
-        return (*names, *(f"{self.attention}.{name}" for name in self.projections))
+        return (*names, *(f"{self.attention}.{name}" for name in (*self.matrices, *self.norms)))
 
     def attend(
         self, layer: Any, hidden: Tensor, *, bias: Tensor | None = None, **kwargs: Any
@@ -54,7 +66,7 @@ class Block:
 
         Args:
             layer: the layer.
-            hidden: (B, N, D) states, or (N, D) of images in segments.
+            hidden: (B, N, D) states, or (N, D) or (1, N, D) of images in segments.
             bias: (N) what is added to the scores of each key, where the attention has segments and
                 takes no mask.
             **kwargs: what the layer hands to its attention.
@@ -66,13 +78,46 @@ class Block:
             mixed = mixed if isinstance(mixed, Tensor) else mixed[0]
         else:
             assert self.output is not None
-            mixed = attend_segments(attention, self.projections, self.output, normed, bias, kwargs)
+            parts = self._by_heads(attention, normed.flatten(0, -2))
+            mixed = attend_segments(attention, parts, self.output, bias, kwargs).view_as(normed)
         return hidden + _scaled(layer, self.scale1, mixed)
+
+    def _by_heads(self, attention: Any, normed: Tensor) -> tuple[Tensor, ...]:
+        """(N, H, d) queries, and keys and values of as many heads as there are, without rotary
+        positions.
+        """
+        made = [getattr(attention, name)(normed) for name in self.matrices]
+        heads, groups = attention.num_heads, attention.num_key_value_groups
+        parts = split(made[0], heads, groups) if len(made) == 1 else made
+        counts = (heads, heads // groups, heads // groups)
+        query, key, value = (
+            part.unflatten(-1, (of, -1)) for part, of in zip(parts, counts, strict=True)
+        )
+        if self.norms:
+            assert self.norms_heads  # as all do where images lie in one sequence
+            query, key = (
+                getattr(attention, name)(part)
+                for name, part in zip(self.norms, (query, key), strict=True)
+            )
+        return query, key, value
 
     def feed(self, layer: Any, hidden: Tensor) -> Tensor:
         """The second half: states after the MLP."""
         fed = getattr(layer, self.mlp)(getattr(layer, self.norm2)(hidden))
         return hidden + _scaled(layer, self.scale2, fed)
+
+
+def split(made: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values that one matrix makes.
+
+    Args:
+        made: (..., (H + 2 H / groups) d).
+        heads: H.
+        groups: query heads that share a head of keys and values.
+    """
+    width = made.shape[-1] // (heads + 2 * heads // groups)
+    shared = width * heads // groups
+    return made.split((width * heads, shared, shared), -1)
 
 
 def _scaled(layer: Any, names: tuple[str, ...], states: Tensor) -> Tensor:

@@ -5,10 +5,6 @@ Kinds of layers have rotary parameters each; those without, full attention as a 
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from foveate.families.family import register_family
 from foveate.families.qwen3_vl import Qwen3VL
 
@@ -17,10 +13,8 @@ from foveate.families.qwen3_vl import Qwen3VL
 class CohereCompass(Qwen3VL):
     """`CohereCompassForConditionalGeneration` and `CohereCompassModel`."""
 
+    rotary_where_rotated = True
+
     def rotates(self, layer: int) -> bool:
         """Whether the layer's kind has rotary parameters."""
         return self.text.config.rope_parameters[self.layer_kinds[layer]] is not None
-
-    def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of layers that rotate; the others are handed none."""
-        return super().rotary(hidden, position_ids, layer) if self.rotates(layer) else None

@@ -1,7 +1,4 @@
-"""Cosmos 3: Omni, whose reader is Qwen3-VL with DeepStack, and Edge, without.
-
-Edge's tower has learned positions alone, so that methods cannot look inside.
-"""
+"""Cosmos 3: Omni, whose reader is Qwen3-VL with DeepStack, and Edge, without."""
 
 from foveate.families.family import register_family
 from foveate.families.mrope import MRope

@@ -11,11 +11,16 @@ from typing import Any
 
 from foveate.errors import UnsupportedModelError
 
-NORMS = ("input_layernorm", "operator_norm")
-MIXERS = ("self_attn", "linear_attn", "conv")
+NORMS = ("input_layernorm", "operator_norm", "norm")
+MIXERS = ("self_attn", "linear_attn", "conv", "mixer")
 MLPS = ("mlp", "feed_forward")
-LAST_NORMS = ("norm", "embedding_norm")
-HEAD_NORMS = ("{}_norm", "{}_layernorm")
+LAST_NORMS = ("norm", "embedding_norm", "norm_f")
+HEAD_NORMS = {  # of queries, keys and values, before queries and keys are rotated
+    "q": ("q_norm", "q_layernorm", "qk_norm"),
+    "k": ("k_norm", "k_layernorm", "qk_norm"),
+    "v": ("v_norm", "v_layernorm"),
+}
+LATE_HEAD_NORMS = {"q": ("query_layernorm", "qk_norm"), "k": ("key_layernorm", "qk_norm")}
 
 
 def norm_of(layer: Any) -> Any:
@@ -31,6 +36,11 @@ def mixer_of(layer: Any) -> Any:
 def mlp_of(layer: Any) -> Any:
     """The MLP, or the mixture of experts."""
     return _first(layer, MLPS)
+
+
+def has_mlp(layer: Any) -> bool:
+    """Whether there is one beside what mixes tokens."""
+    return _find(layer, MLPS) is not None
 
 
 def named_arguments(kind: type, args: Sequence[Any]) -> dict[str, Any]:
@@ -66,7 +76,21 @@ def last_norm_of(text: Any) -> Any:
 
 def head_norm_of(attention: Any, part: str) -> Any:
     """The norm of an attention's queries (`q`), keys (`k`) or values (`v`); `None` without one."""
-    return _find(attention, tuple(name.format(part) for name in HEAD_NORMS))
+    return None if _norms_late(attention) else _find(attention, HEAD_NORMS[part])
+
+
+def late_head_norm_of(attention: Any, part: str) -> Any:
+    """The norm of queries or keys once they are rotated, as in HunyuanVL and Llama 4; `None`
+    without one.
+    """
+    return _find(attention, LATE_HEAD_NORMS[part]) if _norms_late(attention) else None
+
+
+def _norms_late(attention: Any) -> bool:
+    """Whether heads are normed after they are rotated: a norm shared by queries and keys is late
+    in Llama 4, whose attention says whether it rotates, and early in Muse.
+    """
+    return hasattr(attention, "query_layernorm") or hasattr(attention, "use_rope")
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.families.block import Block
+from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
 
 
@@ -21,17 +21,23 @@ class Encoder:
         attention: the attention module of a layer.
         heads: attention heads.
         class_token: whether row 0 is a class token.
-        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each.
+        projections: modules of the attention whose outputs are queries and keys, (B, N, D) each, or
+            one for queries, keys and values together.
+        by_head: whether these outputs are (B, N, H, d).
+        groups: query heads that share a head of keys and values.
         tower: the module whose output is the encoder's; needed to act inside the encoder.
-        block: how a layer is made; needed to act inside the encoder, and only given where each
-            patch belongs to one visual token.
+        block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
         padded: whether each image is a row of a batch, in which a mask hides padding.
+        later: the first layer before which rows are merged, and what says from then on which rows
+            each image has, as `packed` does; `None` where rows stay as they are.
         readers: modules within the tower that read rows after layers, and need all of them.
+        taps: layers whose outputs the readers are handed as well, in a list.
+        whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
@@ -44,27 +50,40 @@ class Encoder:
     heads: int
     class_token: bool
     projections: tuple[str, ...] = ("q_proj", "k_proj")
+    by_head: bool = False
+    groups: int = 1
     tower: Any = None
     block: Block | None = None
     extra: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    padded: bool = False
+    later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     readers: tuple[Any, ...] = ()
+    taps: tuple[int, ...] = ()
+    whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
-    padded: bool = False
     scaling: float | None = None
     axes: int = 1
-
-    def by_rows(self, projected: Tensor) -> Tensor:
-        """(..., H d) queries or keys of a row, from what a projection makes, or a norm of heads:
-        (B, N, heads, d). Keys that heads share are repeated.
-        """
-        if projected.dim() < 4:
-            return projected
-        return projected.repeat_interleave(self.heads // projected.shape[2], 2).flatten(2)
 
     @property
     def special(self) -> int:
         """Rows before the patches."""
         return int(self.class_token) + self.extra
+
+    def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
+        """(..., H d) queries, keys, and values if there are any, from what the projections return;
+        keys and values that several heads share are repeated.
+        """
+        parts = split(outputs[0], self.heads, self.groups) if len(outputs) == 1 else outputs
+        query, key, *values = parts
+        if self.by_head:
+            query, key = query.flatten(-2), key.flatten(-2)
+        return [query, *(self._repeated(part) for part in (key, *values))]
+
+    def _repeated(self, part: Tensor) -> Tensor:
+        if self.groups == 1:
+            return part
+        heads = part.unflatten(-1, (self.heads // self.groups, -1))
+        return heads.repeat_interleave(self.groups, -2).flatten(-2)

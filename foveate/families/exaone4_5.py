@@ -1,7 +1,6 @@
 """EXAONE 4.5: patches of any grid merged 2 x 2, plain positions, sliding and full attention.
 
-Where layers have windows, those without do not rotate. Heads of the tower share keys, so that
-methods cannot look inside.
+Where layers have windows, those without do not rotate.
 """
 
 from __future__ import annotations

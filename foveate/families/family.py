@@ -22,6 +22,8 @@ from foveate.record.tiles import Tiling
 FAMILIES: dict[str, type[Family]] = {}
 RECURRENT = frozenset({"linear_attention", "conv"})
 """Kinds of decoder layers, in transformers' words, that mix tokens into a running state."""
+TOKENWISE = frozenset({"mlp", "moe"})
+"""Kinds of decoder layers that mix no tokens, where each layer is one module."""
 F = TypeVar("F", bound="type[Family]")
 
 
@@ -51,6 +53,9 @@ def window_of(text: Any, layer: int) -> int | None:
 class Family:
     """Base of all families: a multimodal `base` model around a `text` model with `layers`.
 
+    The base model makes features and puts them in the prompt. Where the model with `generate` does
+    that itself, and its text model brings the language-model head, both are one.
+
     Args:
         model: a model of this family, with or without its language-model head.
 
@@ -66,10 +71,16 @@ class Family:
     """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
+    rotary_where_rotated: ClassVar[bool] = False
+    """Whether layers that do not rotate are handed no rotary positions, rather than ignore them."""
+    token_axis: ClassVar[int] = 1
+    """Axis of tokens in states between decoder layers; the one before it is that of the batch."""
     per_position: ClassVar[tuple[str, ...]] = ()
     """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    replaces_state: ClassVar[bool] = False
+    """Whether recurrent layers hand each new running state to the cache, and write over none."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
 
@@ -84,6 +95,11 @@ class Family:
     def model_type(self) -> str:
         """The config's model type."""
         return self.config.model_type
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model has a language-model head, and so `generate`."""
+        return hasattr(self.model, "generate")
 
     # -- the text model
 
@@ -114,7 +130,7 @@ class Family:
     def keyed_layers(self) -> tuple[int, ...]:
         """Decoder layers that make keys and values of single tokens."""
         own = (i for i, donor in enumerate(self.donors) if donor == i)
-        return tuple(i for i in own if i not in self.recurrent_layers)
+        return tuple(i for i in own if i not in self.keyless_layers)
 
     @cached_property
     def donors(self) -> tuple[int, ...]:
@@ -141,10 +157,31 @@ class Family:
         """Decoder layers that mix tokens into a running state and have no keys of single tokens."""
         return frozenset(i for i, kind in enumerate(self.layer_kinds) if kind in RECURRENT)
 
+    @cached_property
+    def keyless_layers(self) -> frozenset[int]:
+        """Decoder layers in which no token attends to another: recurrent ones, and those that mix
+        none.
+        """
+        alone = (i for i, kind in enumerate(self.layer_kinds) if kind in TOKENWISE)
+        return self.recurrent_layers.union(alone)
+
     @property
     def reads_embeddings(self) -> bool:
         """Whether the text model makes more of its input embeddings than the input of layer 0."""
         return False
+
+    def embedded(self, states: Tensor) -> Tensor:
+        """(B, P, D) input embeddings, of the states (B, P, ...) before the first decoder layer."""
+        return states
+
+    def attended(self, layer: Any, states: Tensor) -> Tensor:
+        """(B, P, D) what a decoder layer norms and projects, of the states (B, P, ...) before it.
+
+        Args:
+            layer: its module.
+            states: with the axes of the batch and of tokens first.
+        """
+        return states
 
     @property
     def window(self) -> int | None:
@@ -153,7 +190,9 @@ class Family:
         return None if getattr(config, "layer_types", None) else window_of(config, 0)
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
-        """Rotary (cos, sin) of a decoder layer for (B, T) positions."""
+        """Rotary (cos, sin) of a decoder layer for (B, T) positions; `None` if handed none."""
+        if self.rotary_where_rotated and not self.rotates(layer):
+            return None
         kind = {"layer_type": self.layer_kinds[layer]} if self._rotary_by_kind else {}
         return self.text.rotary_emb(hidden, position_ids=position_ids, **kind)
 
@@ -169,11 +208,27 @@ class Family:
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
+    @property
+    def tempered_from(self) -> int | None:
+        """First position from which layers sharpen attention by where a token stands among those
+        that they are given, rather than by its position; `None` if they do not.
+        """
+        return None
+
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
         return True
 
     # -- images
+
+    def marked(self, embeds: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+        """(B, T) which tokens were removed from the features, where rows hold NaN.
+
+        Args:
+            embeds: (B, T, D) input of the text model.
+            arguments: all that it is called with.
+        """
+        return embeds[..., 0].isnan()
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
@@ -212,7 +267,7 @@ class Family:
 
     def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
         """(N, C, H, W) what the encoder is fed of so many images, or (N, tiles, C, H, W); `None`
-        where these are patches and no pictures.
+        where these are patches and no images.
 
         Args:
             images: how many.
@@ -261,6 +316,15 @@ class Family:
         """Side of a visual token in patches: the model merges cells of them after the encoder."""
         return 1
 
+    def tower_side(self, modality: str, arguments: Mapping[str, Any]) -> int:
+        """The same in a call of the tower.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what the tower is called with.
+        """
+        return self.side(modality)
+
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Why patches do not belong to one visual token each, if so; methods cannot act inside the
         encoder then.
@@ -270,6 +334,11 @@ class Family:
             arguments: what features are to be made from; empty if unknown.
         """
         return ""
+
+    @property
+    def unread(self) -> str:
+        """Why nothing can be read of an encoder that methods cannot look into, if that is known."""
+        return self.mixing("image", {})
 
     @property
     def vision_layers(self) -> int:
@@ -315,6 +384,16 @@ class Family:
     def projector(self, modality: str) -> Any:
         """The module that makes one visual token of each row it is given; `None` if there is none,
         because tokens are made of several rows or mixed afterwards.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
+    def late_projector(self, modality: str) -> Any:
+        """The module that the base model puts what `get_image_features` returns through, its
+        `last_hidden_state`, before it places that in the prompt; `None` where features are returned
+        as they are placed, as `pooler_output`.
 
         Args:
             modality: `image` or `video`.

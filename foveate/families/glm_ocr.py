@@ -1,7 +1,4 @@
-"""GLM-OCR: patches of any grid merged 2 x 2, M-RoPE, a GLM text model.
-
-Its tower norms queries and keys head by head, so that methods cannot look inside.
-"""
+"""GLM-OCR: patches of any grid merged 2 x 2, M-RoPE, a GLM text model."""
 
 from foveate.families.family import register_family
 from foveate.families.glm4v import Glm4V

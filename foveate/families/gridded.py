@@ -26,7 +26,7 @@ class Gridded(Family):
 
     @property
     def encoder(self) -> Encoder | None:
-        """The tower, which has no class token; all pictures are in one sequence."""
+        """The tower, which has no class token; all images are in one sequence."""
         return tower(self, self.tower_path)
 
     def side(self, modality: str) -> int:

@@ -6,7 +6,7 @@ rows of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ class HunyuanVL(MRope):
     """`HunYuanVLForConditionalGeneration` and `HunYuanVLModel`.
 
     An image is a token that begins it, its rows with a newline each, and a token that ends it; all
-    of these are visual tokens. Methods cannot look inside the tower, whose last module adds them.
+    of these are visual tokens, of which the encoder sees cells alone. Methods inside the encoder
+    leave the first and the last, and newlines of rows of which something survives.
     """
 
     places_later_images = False
@@ -59,13 +60,55 @@ class HunyuanVL(MRope):
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]
     ) -> Tensor:
-        """Cells of the picture; NaN for newlines, and for the tokens that begin and end it."""
+        """Cells of the image; NaN for newlines, and for the tokens that begin and end it."""
         grids, boxes = arguments.get("image_grid_thw"), torch.full((shape.total, 4), torch.nan)
         if grids is not None:
             height, width = self._cells(grids[number])
-            rows = boxes[1:-1].view(height, width + 1, 4)
-            rows[:, :-1] = cells(height, width).view(height, width, 4)
+            boxes[self._sources(height, width) >= 0] = cells(height, width)
         return boxes
+
+    def per_token(
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """Cells of each image, with what newlines and ends get."""
+        return [
+            torch.nn.functional.pad(row, (0, 1), value=newline)[:, source.to(row.device)]
+            for row, source in zip(rows, self._all_sources(arguments), strict=True)
+        ]
+
+    def follow(
+        self, modality: str, surviving: Sequence[Tensor], arguments: Mapping[str, Any]
+    ) -> Sequence[Tensor]:
+        """Cells that survive, newlines of rows with such cells, and ends."""
+        found = []
+        for cells_left, grid in zip(surviving, arguments["image_grid_thw"], strict=True):
+            height, width = self._cells(grid)
+            rows = cells_left.view(height, width)
+            lines = torch.cat((rows, rows.any(1, keepdim=True)), 1).flatten()
+            found.append(torch.nn.functional.pad(lines, (1, 1), value=True))
+        return found
+
+    def sources(self, modality: str, count: int, arguments: Mapping[str, Any]) -> Tensor:
+        """Cells; a newline and an end stand for the cell before, what begins an image for its
+        first.
+        """
+        if arguments.get("image_grid_thw") is None:
+            return super().sources(modality, count, arguments)
+        found, start = [], 0
+        for source in self._all_sources(arguments):
+            found.append(start + source.clamp(min=0).cummax(0).values)
+            start += int(source.max()) + 1
+        return torch.cat(found)
+
+    def _all_sources(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+        return [self._sources(*self._cells(grid)) for grid in arguments["image_grid_thw"]]
+
+    def _sources(self, height: int, width: int) -> Tensor:
+        """(V) cell of an image that each visual token is; -1 for newlines and ends."""
+        lines = torch.nn.functional.pad(
+            torch.arange(height * width).view(height, width), (0, 1), value=-1
+        )
+        return torch.nn.functional.pad(lines.flatten(), (1, 1), value=-1)
 
     def _cells(self, grid: Tensor) -> tuple[int, int]:
         """(height, width) in merged patches."""

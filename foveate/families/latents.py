@@ -1,6 +1,6 @@
 """Aria, DeepSeek-OCR 2 and Idefics2: learned queries read each tile and become its tokens.
 
-Such tokens have no place in the picture.
+Such tokens have no place in the image.
 """
 
 from __future__ import annotations

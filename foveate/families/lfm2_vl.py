@@ -2,20 +2,20 @@
 short convolutions between its attention layers. Each tile counts as an image.
 
 A token that names it stands before every tile; names are numbered by rows, with gaps between these.
-The last tile of a picture is its thumbnail, unless the processor leaves it out.
+The last tile of an image is its thumbnail, unless the processor leaves it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from torch import Tensor
-
+from foveate.families.encoder import Encoder
 from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
-from foveate.families.rows import raster_rows
+from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.record.tiles import Tiling, join
 
 
@@ -30,29 +30,27 @@ class Lfm2VL(Gridded):
         """Side of the cells that pixel unshuffle puts into one token."""
         return self.config.downsample_factor
 
-    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
-        """Images are rows of a padded batch, which would lose different numbers of tokens."""
-        return (
-            "its encoder pads images of different sizes to rows of one length, from which only "
-            "equally many tokens could be removed"
-        )
-
-    def per_token(
-        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
-    ) -> Sequence[Tensor]:
-        """Means of cells, of the patches before each image's padding."""
-        cells = [
-            raster_rows(height, width, self.side(modality)).to(rows.device)
-            for height, width in arguments["spatial_shapes"].tolist()
-        ]
-        return [row[:, cell].mean(-1) for row, cell in zip(rows, cells, strict=True)]
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token; images are rows of one length, with padding."""
+        found = super().encoder
+        return None if found is None else replace(found, packed=_rows, padded=True)
 
     def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
-        """Tiles with one token in between, the name of a tile, are of one picture."""
-        pictures = join(spans, lambda end, start: start - end == 1)
+        """Tiles with one token in between, the name of a tile, are of one image."""
+        images = join(spans, lambda end, start: start - end == 1)
         if ids is None:
-            return [Tiling(len(tiles)) for tiles in pictures]
-        return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in pictures]
+            return [Tiling(len(tiles)) for tiles in images]
+        return [_tiling([ids[start - 1] for start, _ in tiles]) for tiles in images]
+
+
+def _rows(arguments: Mapping[str, Any], side: int) -> list[EncoderImage]:
+    """Rows of each image: patches in raster order, before its padding."""
+    length = arguments["pixel_values"].shape[1]
+    return [
+        EncoderImage(token_grid(h, w, side), raster_rows(h, w, side) + number * length)
+        for number, (h, w) in enumerate(arguments["spatial_shapes"].tolist())
+    ]
 
 
 def _tiling(names: Sequence[int]) -> Tiling:

@@ -20,3 +20,8 @@ class Lfm3VL(Gridded):
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Layers of the tower need the whole grid."""
         return "convolutions between the layers of its encoder mix neighbouring patches"
+
+    @property
+    def unread(self) -> str:
+        """The last layer of published towers is a convolution, which methods would read."""
+        return "convolutions among the layers of its encoder have no attention"

@@ -98,8 +98,7 @@ class AnyRes(Llava):
         """(V) patch of all tiles that each token of an image is: -1 for a newline, -2 for a mean of
         several.
         """
-        vision = self.config.vision_config
-        patches = (vision.image_size // vision.patch_size) ** 2
+        patches = self.tile_side**2
         number = torch.arange(sum(self.tiles(arguments)) * patches, dtype=torch.double)
         values = torch.stack((number, number**2), -1).view(-1, patches, 2)
         images = self.packed(values, values.new_tensor((-1.0, 1.0)), arguments)
@@ -165,6 +164,12 @@ class AnyRes(Llava):
         raise NotImplementedError
 
     @property
+    def tile_side(self) -> int:
+        """Side of a tile in tokens."""
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size)
+
+    @property
     def _module(self) -> Any:
         return sys.modules[type(self.base).__module__]
 
@@ -174,8 +179,7 @@ class AnyRes(Llava):
         Processors scale an image of `size` (height, width) to the canvas of its tiles and centre
         it there; without a size there is only the thumbnail.
         """
-        vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
+        vision, side = self.config.vision_config, self.tile_side
         thumbnail = cells(side, side)[None]
         if size is None:
             return thumbnail
@@ -278,6 +282,17 @@ class LlavaOnevision(AnyRes):
         if modality == "video":
             return "frames are interpolated to fewer tokens"
         return super().mixing(modality, arguments)
+
+    def per_token(
+        self, modality: str, rows: Tensor, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """Rows of a video's frames, interpolated as the model does with their features."""
+        if modality == "image":
+            return super().per_token(modality, rows, arguments, newline)
+        pooled = self.base.apply_pooling(rows.transpose(1, 2))
+        frames = arguments["pixel_values_videos"].shape[1]
+        videos = pooled.unflatten(0, (-1, frames)).flatten(1, 2).transpose(1, 2)
+        return list(torch.nn.functional.pad(videos, (0, 1), value=newline))
 
     @property
     def video_side(self) -> int:

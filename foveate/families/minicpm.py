@@ -1,21 +1,23 @@
 """MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: a SigLIP tower on images of any shape, cells merged into
 tokens, and Qwen3.5's text model. Each slice, and each frame of a video, counts as an image.
 
-A picture's thumbnail comes first; its slices follow, between tokens that open and close each.
+An image's thumbnail comes first; its slices follow, between tokens that open and close each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
 from foveate.families.encoder import Encoder
 from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
+from foveate.families.rows import EncoderImage, packed
 from foveate.record.tiles import Tiling
 
-GAP = 3  # tokens between two slices of a picture at most: closing, line break, opening
+GAP = 3  # tokens between two slices of an image at most: closing, line break, opening
 
 
 @register_family("minicpmv4_6", "minicpm_ocr")
@@ -46,8 +48,29 @@ class MiniCPM(Gridded):
 
     @property
     def encoder(self) -> Encoder | None:
-        """None: in the mode with fewer tokens the tower has fewer rows from some layer on."""
-        return None
+        """The tower, which has no class token; in the modes with fewer tokens it has fewer rows
+        from some layer on.
+        """
+        found = super().encoder
+        if found is None:
+            return None
+        later = self.config.insert_layer_id + 1, self._rows_later
+        return replace(found, packed=self._rows, later=later)
+
+    def _rows(self, arguments: Mapping[str, Any], side: int) -> list[EncoderImage]:
+        """Rows of each image, all in raster order; `arguments` are the tower's."""
+        sizes = [(1, height, width) for height, width in arguments["target_sizes"].tolist()]
+        side = self._side("16x" if arguments.get("use_vit_merger", True) else "4x")
+        return packed(sizes, [side] * len(sizes), raster=True)
+
+    def _rows_later(self, arguments: Mapping[str, Any], side: int) -> list[EncoderImage]:
+        """The same once windows of 2 x 2 patches have become rows, if they do."""
+        if not arguments.get("use_vit_merger", True):
+            return self._rows(arguments, side)
+        sizes = [
+            (1, height // 2, width // 2) for height, width in arguments["target_sizes"].tolist()
+        ]
+        return packed(sizes, [self._side("16x") // 2] * len(sizes), raster=True)
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """All modes but one have an attention between layers, which merges windows."""
@@ -59,14 +82,14 @@ class MiniCPM(Gridded):
         """Slices follow a thumbnail closely, and another token opens them."""
         if ids is None:
             return [Tiling(1)] * len(spans)
-        pictures: list[list[tuple[int, int]]] = []
+        images: list[list[tuple[int, int]]] = []
         for start, end in spans:
-            near = bool(pictures) and start - pictures[-1][-1][1] in (2, GAP)
-            if near and ids[start - 1] != ids[pictures[-1][0][0] - 1]:
-                pictures[-1].append((start, end))
+            near = bool(images) and start - images[-1][-1][1] in (2, GAP)
+            if near and ids[start - 1] != ids[images[-1][0][0] - 1]:
+                images[-1].append((start, end))
             else:
-                pictures.append([(start, end)])
-        return [Tiling(len(tiles), _grid(tiles)) for tiles in pictures]
+                images.append([(start, end)])
+        return [Tiling(len(tiles), _grid(tiles)) for tiles in images]
 
 
 def _grid(tiles: Sequence[tuple[int, int]]) -> tuple[int, int] | None:

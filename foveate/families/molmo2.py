@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
+from foveate.families.encoder import Encoder
 from foveate.families.family import Family, register_family
+from foveate.families.towers import tower
 from foveate.record.boxes import cells
 
 
@@ -18,6 +20,35 @@ class Molmo2(Family):
     """`Molmo2ForConditionalGeneration` and `Molmo2Model`."""
 
     placed_by = ("image_grids",)
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """The tower, which has no class token."""
+        return tower(self, "vision_tower")
+
+    @property
+    def feature_layer(self) -> int:
+        """The deepest encoder layer that the pooling reads."""
+        read = self.config.adapter_config.vision_feature_layer
+        return max(i if i >= 0 else self.vision_layers + i for i in read)
+
+    def per_token(
+        self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
+    ) -> Sequence[Tensor]:
+        """Means of the patches that a token is pooled from, of all crops."""
+        patches = rows.transpose(0, 1).flatten(1)
+        pooled = arguments[f"{modality}_token_pooling"].to(rows.device)
+        pooled = pooled[(pooled >= 0).any(1)]
+        valid = (pooled >= 0).to(rows.dtype)
+        means = (patches[:, pooled.clamp(min=0)] * valid).sum(-1) / valid.sum(-1)
+        return means.split(self._counts(modality, arguments), -1)
+
+    def _counts(self, modality: str, arguments: Mapping[str, Any]) -> list[int]:
+        """Tokens of each image, its overview and its crops, or of each video."""
+        grids = arguments[f"{modality}_grids"]
+        if modality == "video":
+            return grids.prod(1).tolist()
+        return (grids[:, 0] * grids[:, 1] + grids[:, 2] * grids[:, 3]).tolist()
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Visual tokens are pooled from patches, by their attention to them."""

@@ -1,7 +1,6 @@
 """The thinkers of Qwen2.5-Omni and Qwen3-Omni: Qwen's readers, which also hear.
 
-Tokens of audio count as text: they are not shortened. Qwen2.5-Omni's tower makes queries, keys and
-values in modules that no other has, so that methods cannot look inside.
+Tokens of audio count as text: they are not shortened.
 """
 
 from foveate.families.family import register_family

@@ -9,3 +9,5 @@ from foveate.families.mrope import MRope
 @register_family("qwen3_5", "qwen3_5_moe")
 class Qwen35(MRope):
     """`Qwen3_5ForConditionalGeneration`, `Qwen3_5MoeForConditionalGeneration` and their models."""
+
+    replaces_state = True

@@ -6,7 +6,7 @@ encoder. Shapes: `V` visual tokens of an image, `R` rows of each: side squared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,19 +81,24 @@ def placed(places: Tensor, side: int) -> list[EncoderImage]:
 
 
 def packed(
-    sizes: Iterable[tuple[int, int, int]], side: int, order: Tensor | None = None, *, raster: bool
+    sizes: Sequence[tuple[int, int, int]],
+    sides: Sequence[int],
+    order: Tensor | None = None,
+    *,
+    raster: bool,
 ) -> list[EncoderImage]:
     """Images whose rows lie one after another in one sequence.
 
     Args:
         sizes: (frames, height, width) of each in patches.
-        side: side of a token in patches.
-        order: (tokens) the token at each position, where the encoder reorders those of all images.
+        sides: side of a token in patches, for each image.
+        order: (tokens) the token at each position, where the encoder reorders those of all images,
+            whose sides are equal then.
         raster: whether patches come in raster order; else token by token.
     """
     position = None if order is None else order.argsort().cpu()
     images, start = [], 0
-    for frames, height, width in sizes:
+    for (frames, height, width), side in zip(sizes, sides, strict=True):
         grid, count = token_grid(height, width, side), frames * height * width
         rows = (
             raster_rows(frames * height, width, side)

@@ -15,44 +15,47 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_SCALING = ("scaling", "scale")
+_DROPOUT = ("attention_dropout", "dropout")
+
 
 def attend_segments(
     attention: Any,
-    projections: tuple[str, ...],
+    parts: tuple[Tensor, ...],
     output: str,
-    normed: Tensor,
     bias: Tensor,
     kwargs: Mapping[str, Any],
 ) -> Tensor:
     """(N, D) what an attention module returns, had it taken a bias.
 
     Args:
-        attention: the module, with `num_heads`, `scaling` and a rotary function beside it.
-        projections: its module for queries, keys and values together, or for queries and keys,
-            beside one named `v_proj`.
+        attention: the module, with a scale and, where it rotates, a rotary function beside it.
+        parts: (N, H, d) its queries, keys and values, these of fewer heads where some share them;
+            without rotary positions.
         output: its module that mixes the heads.
-        normed: (N, D) input.
         bias: (N) what is added to the scores of each key.
-        kwargs: with `cu_seqlens` (S + 1) and `position_embeddings`, cos and sin (N, d).
+        kwargs: with `cu_seqlens` (S + 1) and, where it rotates, `position_embeddings`: cos and sin
+            (N, d).
     """
     module = sys.modules[type(attention).__module__]
-    if len(projections) == 1:
-        parts = getattr(attention, projections[0])(normed).chunk(3, -1)
-    else:
-        parts = tuple(getattr(attention, name)(normed) for name in (*projections, "v_proj"))
-    query, key, value = (part.unflatten(-1, (attention.num_heads, -1)) for part in parts)
-    query, key = module.apply_rotary_pos_emb_vision(query, key, *kwargs["position_embeddings"])
+    query, key, value = parts
+    if (rotary := kwargs.get("position_embeddings")) is not None:
+        query, key = module.apply_rotary_pos_emb_vision(query, key, *rotary)
     starts, lengths = kwargs["cu_seqlens"][:-1, None].long(), kwargs["cu_seqlens"].diff()[:, None]
-    order = torch.arange(int(lengths.max()), device=normed.device)
+    order = torch.arange(int(lengths.max()), device=bias.device)
     real = order < lengths
     slots = torch.where(real, starts + order, 0)
     mask = bias[slots].masked_fill(~real, torch.finfo(bias.dtype).min)[:, None, None]
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(
         attention.config._attn_implementation, module.eager_attention_forward
     )
-    dropout = attention.attention_dropout if attention.training else 0.0
+    scaling, rate = (_of(attention, names) for names in (_SCALING, _DROPOUT))
+    dropout = rate or 0.0 if attention.training else 0.0
     laid = (part[slots].transpose(1, 2) for part in (query, key, value))
-    mixed, _ = kernel(
-        attention, *laid, mask, scaling=attention.scaling, dropout=dropout, is_causal=False
-    )
+    mixed, _ = kernel(attention, *laid, mask, scaling=scaling, dropout=dropout, is_causal=False)
     return getattr(attention, output)(mixed[real].flatten(1))
+
+
+def _of(attention: Any, names: tuple[str, ...]) -> float | None:
+    """What an attention module has under one of some names."""
+    return next((getattr(attention, name) for name in names if hasattr(attention, name)), None)

@@ -12,6 +12,8 @@ from foveate.errors import UnsupportedModelError
 from foveate.families.family import Family, register_family
 from foveate.record.tiles import Tiling, join
 
+MIXING = "layers of towers from timm are of many kinds"
+
 
 @register_family("perception_lm", "fast_vlm")
 class TimmTower(Family):
@@ -37,7 +39,7 @@ class TimmTower(Family):
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Layers of timm's towers differ from one to the next, and some are convolutions."""
-        return "layers of towers from timm are of many kinds"
+        return MIXING
 
     def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
         """Tiles without a token in between are of one image."""

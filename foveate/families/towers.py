@@ -27,7 +27,14 @@ class Tower:
         class_token: whether row 0 is a class token.
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; see `Encoder`, as for the others.
+        padded: see `Encoder`.
         readers: modules, within the root, that read rows after layers: a module, or a list.
+        taps: what the config calls the layers whose outputs the readers are handed as well.
+        whole_after_layers: see `Encoder`.
+        returns_rows: see `Encoder`.
+        masks_layers: see `Encoder`.
+        scaling: see `Encoder`.
+        axes: see `Encoder`.
     """
 
     layers: str
@@ -35,10 +42,12 @@ class Tower:
     root: str = ""
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
+    padded: bool = False
     readers: tuple[str, ...] = ()
+    taps: str = ""
+    whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
-    padded: bool = False
     scaling: float | None = None
     axes: int = 1
 
@@ -50,12 +59,18 @@ def _by_places(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enco
 
 def _by_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells."""
-    return packed(_sizes(arguments), side, raster=False)
+    sizes = _sizes(arguments)
+    return packed(sizes, [side] * len(sizes), raster=False)
+
+
+def _by_given_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of cells, whose side is given for each image."""
+    return packed(_sizes(arguments), arguments["merge_sizes"].tolist(), raster=False)
 
 
 def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells, and cells in the order of windows."""
-    config = tower.config
+    config, sizes = tower.config, _sizes(arguments)
     order, _ = get_vision_window_index(
         arguments["grid_thw"],
         spatial_merge_size=side,
@@ -63,27 +78,39 @@ def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enc
         patch_size=config.patch_size,
         kwargs=dict(arguments),
     )
-    return packed(_sizes(arguments), side, order, raster=False)
+    return packed(sizes, [side] * len(sizes), order, raster=False)
 
 
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
     if "grid_thw" in arguments:
-        return packed(_sizes(arguments), side, raster=True)
-    sizes, pixels = arguments.get("image_sizes"), arguments["pixel_values"]
-    if sizes is None:
-        sizes = [pixels.shape[-2:]] * len(pixels)
-    patch = tower.config.patch_size
-    return packed([(1, int(h) // patch, int(w) // patch) for h, w in sizes], side, raster=True)
+        sizes = _sizes(arguments)
+    else:
+        pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
+        given = [pixels.shape[-2:]] * len(pixels) if given is None else given
+        patch = tower.config.patch_size
+        sizes = [(1, int(h) // patch, int(w) // patch) for h, w in given]
+    return packed(sizes, [side] * len(sizes), raster=True)
 
 
 def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, frame by frame; a token is pooled over the frames of its chunk."""
-    frames = packed(_sizes(arguments), side, raster=True)
+    frames = _by_raster(arguments, side, tower)
     chunks = (one.rows.unflatten(0, (one.frames, -1)).transpose(0, 1) for one in frames)
     return [
         EncoderImage(one.grid, rows.flatten(1)) for one, rows in zip(frames, chunks, strict=True)
     ]
+
+
+def _by_frames(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of cells; a token of a video is made of as many frames as are merged."""
+    together, images = tower.config.temporal_merge_size, []
+    for one in _by_cells(arguments, side, tower):
+        merged = together if one.frames > 1 else 1
+        frames = one.frames // merged
+        rows = one.rows.unflatten(0, (frames, merged, -1)).transpose(1, 2)
+        images.append(EncoderImage(one.grid, rows.flatten(2).flatten(0, 1), frames))
+    return images
 
 
 def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
@@ -92,11 +119,13 @@ def _sizes(arguments: Mapping[str, Any]) -> list[tuple[int, int, int]]:
 
 _QWEN = Tower(
     "blocks",
-    Block("norm1", "attn", "norm2", projections=("qkv",), output="proj"),
+    Block("norm1", "attn", "norm2", matrices=("qkv",), output="proj"),
     packed=_by_cells,
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
+_OMNI = replace(_QWEN, block=replace(_QWEN.block, matrices=("q", "k", "v")), packed=_by_windows)
+_GLM_OCR = replace(_GLM, block=replace(_GLM.block, norms=("q_norm", "k_norm"), norms_heads=True))
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
 _GEMMA4 = Tower(
     "encoder.layers",
@@ -106,15 +135,17 @@ _GEMMA4 = Tower(
         "pre_feedforward_layernorm",
         scale1=("post_attention_layernorm",),
         scale2=("post_feedforward_layernorm",),
-        projections=("q_norm", "k_norm"),
+        norms=("q_norm", "k_norm"),
+        norms_heads=True,
     ),
     packed=_by_places,
+    padded=True,
     readers=("pooler",),
     returns_rows=False,
-    padded=True,
     scaling=1.0,
     axes=2,
 )
+_ERNIE = replace(_QWEN, packed=_by_frames, readers=("ln",), returns_rows=False)
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
     "encoder.layer",
@@ -124,7 +155,7 @@ _INTERNVL = Tower(
         "layernorm_after",
         scale1=("lambda_1",),
         scale2=("dropout", "lambda_2"),
-        projections=("q_norm", "k_norm"),
+        norms=("q_norm", "k_norm"),
     ),
     class_token=True,
     masks_layers=False,
@@ -148,6 +179,19 @@ _QIANFAN = replace(
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
+_EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells)
+_VIDEO_LLAMA = replace(
+    _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
+)
+_GRANITE = replace(_IDEFICS, readers=("connector",), taps="deepstack_visual_indexes")
+_HUNYUAN = Tower(
+    "layers",
+    replace(CLIP_BLOCK, output="o_proj"),
+    packed=_by_raster,
+    whole_after_layers=True,
+    returns_rows=False,
+)
+_MINICPM = replace(_EDGE, packed=None)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
@@ -162,17 +206,28 @@ _PIXTRAL = Tower(
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
+    "cosmos3_edge_vision": _EDGE,
+    "ernie4_5_vl_moe_vision": _ERNIE,
+    "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
     "gemma4_vision": _GEMMA4,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
+    "glm_ocr_vision": _GLM_OCR,
+    "granite_docling_vision": _GRANITE,
+    "hunyuan_vl_vision": _HUNYUAN,
     "idefics3_vision": _IDEFICS,
     "internvl_vision": _INTERNVL,
     "kimi_k25_vision": _MOONVIT,
     "janus_vision_model": _IDEFICS,
+    "minicpm_ocr_vision": _MINICPM,
+    "minicpmv4_6_vision": _MINICPM,
+    "minicpmv4_7_vision": _MINICPM,
+    "molmo2_vision": replace(_IDEFICS, layers="layers"),
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "pixtral": _PIXTRAL,
     "qianfan_ocr_vision": _QIANFAN,
+    "qwen2_5_omni_vision_encoder": _OMNI,
     "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
     "qwen2_vl_vision": _QWEN,
     "qwen3_5_moe_vision": _QWEN,
@@ -181,6 +236,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "qwen3_vl_moe_vision": _QWEN3,
     "qwen3_vl_vision": _QWEN3,
     "smolvlm_vision": _IDEFICS,
+    "video_llama_3_vision": _VIDEO_LLAMA,
 }
 
 
@@ -188,16 +244,14 @@ def tower(family: Family, path: str) -> Encoder | None:
     """The vision tower of a family, or `None` if its kind is not known.
 
     Args:
-        family: the family; where it says that its model mixes patches, methods cannot act inside.
+        family: the family.
         path: where the tower is in the base model.
     """
     vision, module = family.config.vision_config, family._child(family.base, path)
     encoder = tower_encoder(module)
-    if encoder is None:
-        if vision.model_type not in TOWERS:
-            return None
+    if encoder is None and vision.model_type in TOWERS:
         encoder = _encoder(TOWERS[vision.model_type], family, module)
-    return replace(encoder, block=None if family.mixing("image", {}) else encoder.block)
+    return encoder
 
 
 def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
@@ -207,19 +261,24 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
     for name in kind.readers:
         reader = family._child(root, name)
         readers += reader if isinstance(reader, nn.ModuleList) else [reader]
+    layers = family._child(root, kind.layers)
     return Encoder(
-        layers=family._child(root, kind.layers),
+        layers=layers,
         attention=lambda layer: getattr(layer, kind.block.attention),
         heads=heads or root.config.num_attention_heads,
         class_token=kind.class_token,
         projections=kind.block.projections,
+        by_head=kind.block.norms_heads,
+        groups=getattr(getattr(layers[0], kind.block.attention), "num_key_value_groups", 1),
         tower=root,
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),
+        padded=kind.padded,
         readers=tuple(readers),
+        taps=tuple(sorted(getattr(root.config, kind.taps))) if kind.taps else (),
+        whole_after_layers=kind.whole_after_layers,
         returns_rows=kind.returns_rows,
         masks_layers=kind.masks_layers,
-        padded=kind.padded,
         scaling=kind.scaling,
         axes=kind.axes,
     )

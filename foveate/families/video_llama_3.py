@@ -1,6 +1,5 @@
-"""VideoLLaMA 3: patches of any grid, averaged in cells, a Qwen2 decoder.
-
-The side of a cell is said for each image, so that methods cannot look inside the tower.
+"""VideoLLaMA 3: patches of any grid, interpolated in cells whose side is said for each image, and a
+Qwen2 decoder.
 """
 
 from __future__ import annotations

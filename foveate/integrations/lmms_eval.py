@@ -30,7 +30,7 @@ except ImportError as error:
         f"lmms-eval cannot be imported ({error}); pip install 'foveate[lmms-eval]'"
     ) from error
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tiff", ".webp")
 
 
 def manifest() -> Any:
@@ -269,7 +269,7 @@ def user_turn(visuals: Any, text: str) -> list[dict[str, Any]]:
         text: what is asked.
     """
     parts = [
-        _part("image" if not isinstance(v, str) or v.lower().endswith(PICTURES) else "video", v)
+        _part("image" if not isinstance(v, str) or v.lower().endswith(IMAGES) else "video", v)
         for v in visuals or ()
     ]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -105,8 +105,9 @@ class Reader:
         batch: int = 4,
     ) -> None:
         self.family: Any = find_family(model)
-        side = getattr(getattr(self.family.config, "vision_config", None), "image_size", None)
-        pixtral = getattr(self.family.config.vision_config, "model_type", "") == "pixtral"
+        vision = getattr(self.family.config, "vision_config", None)
+        side = getattr(vision, "image_size", None)
+        pixtral = getattr(vision, "model_type", "") == "pixtral"
         if self.family.model_type not in FAMILIES or not isinstance(side, int) or pixtral:
             raise UnsupportedModelError(
                 f"large images are read in square tiles by {', '.join(FAMILIES)}; this is "

@@ -42,7 +42,7 @@ class Account:
         selection: signals that methods asked for.
         entry: what the language model computes of each token before its first layer; most compute
             nothing there. A step at its input does not shorten it.
-        layers: each decoder layer.
+        layers: each decoder layer; with the last, what joins several streams of states after it.
         head: the language-model head at one position of each row.
         decode: one new token of each row, head included.
     """
@@ -201,7 +201,8 @@ def _layers(
         _check_papers(shapes, family, convention)
         rows = zip(shapes, visual_tokens(record), strict=True)
         return tuple(sum(paper_layer(shape, n, convention) for n in row) for shape, row in rows)
-    found = list(flops.layers_flops(shapes, record.layer_tokens, causal=convention.causal))
+    visual = visual_tokens(record)
+    found = list(flops.layers_flops(shapes, record.layer_tokens, visual, causal=convention.causal))
     for method in methods:
         for work in method.partial_compute(family):
             found[work.layer] = _parts(record, shapes[work.layer], work, convention.causal)
@@ -226,7 +227,8 @@ def _check_papers(shapes: Sequence[TextShape], family: Counted, convention: Conv
 def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     """4 n d^2 + 2 n^2 d + 2 or 3 n d m, as papers count a decoder layer."""
     width = shape.hidden
-    mlp = convention.mlp * tokens * width * shape.mlp
+    neurons = shape.mlp if shape.visual_mlp is None else shape.visual_mlp
+    mlp = convention.mlp * tokens * (shape.narrow or width) * neurons
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 

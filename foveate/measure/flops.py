@@ -1,7 +1,9 @@
 """FLOPs and cache bytes from a config and token counts; no model is run.
 
 A multiply-add counts as 2. Norms, activations, softmax, biases, rotary embeddings and the embedding
-lookup are left out: they are below one percent of a decoder layer.
+lookup are left out: they are below one percent of a decoder layer. Where visual tokens have experts
+of their own (ERNIE 4.5 VL), those that open and close an image count as text, though the model has
+them pass the experts of images: two tokens of an image.
 
 Symbols: `T` tokens of a row in this forward, `S` keys it may see, `D` hidden, `L` layers, `B` rows.
 """
@@ -18,7 +20,12 @@ from foveate.measure.shapes import TextShape
 
 
 def layer_flops(
-    shape: TextShape, tokens: int, keys: int | None = None, *, causal: bool = True
+    shape: TextShape,
+    tokens: int,
+    keys: int | None = None,
+    *,
+    visual: int = 0,
+    causal: bool = True,
 ) -> int:
     """One decoder layer on T tokens of one row.
 
@@ -26,37 +33,48 @@ def layer_flops(
         shape: the layer.
         tokens: T.
         keys: S; `None` for a prompt without a past.
+        visual: how many of the T are visual tokens.
         causal: see `mixers`.
     """
     mixing = shape.mixer.mixing(tokens, keys, causal=causal)
-    return shape.mixer.projections(tokens) + mixing + shape.mlp_flops(tokens)
+    made = shape.mixer.projections(tokens) + shape.mlp_flops(tokens, visual)
+    return made + mixing + shape.streams_flops(tokens)
 
 
 def layers_flops(
-    shapes: Sequence[TextShape], layer_tokens: Sequence[Sequence[int]], *, causal: bool = True
+    shapes: Sequence[TextShape],
+    layer_tokens: Sequence[Sequence[int]],
+    visual: Sequence[Sequence[int]] | None = None,
+    *,
+    causal: bool = True,
 ) -> tuple[int, ...]:
     """Each decoder layer on a prompt. One that shares keys sees those of its donor, however many
-    tokens it was given itself; keys of tokens that it no longer has count as before them.
+    tokens it was given itself; keys of tokens that it no longer has count as before them. What the
+    text model makes of several streams of states after its last layer counts with that.
 
     Args:
         shapes: of all layers.
         layer_tokens: tokens of each row at each layer, [layers][rows].
+        visual: how many of them are visual tokens; none by default.
         causal: see `mixers`.
     """
-    return tuple(
+    seen = [[0] * len(row) for row in layer_tokens] if visual is None else visual
+    *others, last = (
         sum(
-            layer_flops(shape, t, None if shape.donor is None else s, causal=causal)
-            for t, s in zip(row, layer_tokens[shape.donor or 0], strict=True)
+            layer_flops(shape, t, None if shape.donor is None else s, visual=v, causal=causal)
+            for t, s, v in zip(row, layer_tokens[shape.donor or 0], own, strict=True)
         )
-        for shape, row in zip(shapes, layer_tokens, strict=True)
+        for shape, row, own in zip(shapes, layer_tokens, seen, strict=True)
     )
+    return *others, last + shapes[-1].joining_flops(sum(layer_tokens[-1]))
 
 
 def entry_flops(shapes: Sequence[TextShape], tokens: int) -> int:
     """What the text model computes of T tokens before its first layer: with inputs of each layer
-    for each token, as in Gemma 4, 2 T D times their width in all layers.
+    for each token, as in Gemma 4, 2 T D times their width in all layers; and what `TextShape` says.
     """
-    return sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
+    inputs = sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
+    return inputs + sum(shape.entry_flops(tokens) for shape in shapes[:1])
 
 
 def head_flops(shape: TextShape, positions: int = 1) -> int:
@@ -65,18 +83,24 @@ def head_flops(shape: TextShape, positions: int = 1) -> int:
 
 
 def prefill_flops(
-    config: Any, layer_tokens: Sequence[Sequence[int]], *, causal: bool = True
+    config: Any,
+    layer_tokens: Sequence[Sequence[int]],
+    visual: Sequence[Sequence[int]] | None = None,
+    *,
+    causal: bool = True,
 ) -> int:
     """The text model on a prompt, with the head at one position of each row.
 
     Args:
         config: text config, or a multimodal one.
         layer_tokens: tokens of each row at each layer, [layers][rows].
+        visual: how many of them are visual tokens; none by default. It matters where these have
+            experts of their own.
         causal: count visible query-key pairs only (what the arithmetic needs); `False` counts all T
             x T (what dense kernels do).
     """
     shapes = TextShape.all(config)
-    body = sum(layers_flops(shapes, layer_tokens, causal=causal))
+    body = sum(layers_flops(shapes, layer_tokens, visual, causal=causal))
     entry = entry_flops(shapes, sum(layer_tokens[0]))
     return entry + body + head_flops(shapes[0], len(layer_tokens[0]))
 
@@ -90,7 +114,7 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
             shares keys, those of its donor count, and of one with a running state none.
     """
     shapes = TextShape.all(config)
-    total = entry_flops(shapes, 1) + head_flops(shapes[0])
+    total = entry_flops(shapes, 1) + shapes[-1].joining_flops(1) + head_flops(shapes[0])
     for shape, own in zip(shapes, slots_per_layer, strict=True):
         total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
     return total

@@ -17,7 +17,12 @@ import torch
 
 
 def visible_keys(
-    tokens: int, keys: int | None = None, *, causal: bool = True, window: int | None = None
+    tokens: int,
+    keys: int | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    chunk: int | None = None,
 ) -> int:
     """Query-key pairs of one row: sum over the `T` queries of the keys each may see.
 
@@ -26,14 +31,23 @@ def visible_keys(
         keys: S, keys in all; `None` means T, a prompt without a past.
         causal: whether a query sees only keys up to itself: T (S - T) + T (T + 1) / 2, else T S.
         window: keys that a query sees at most, if it is causal.
+        chunk: keys of a chunk, of which a query sees its own alone, if it is causal.
     """
     total = tokens if keys is None else keys
     if not causal:
         return tokens * total
+    if chunk is not None:
+        return _in_chunks(total, chunk) - _in_chunks(total - tokens, chunk)
     if window is None or total <= window:
         return tokens * (total - tokens) + tokens * (tokens + 1) // 2
     short = max(min(window - (total - tokens), tokens), 0)  # queries that see all before them
     return visible_keys(short, total - tokens + short) + (tokens - short) * window
+
+
+def _in_chunks(tokens: int, chunk: int) -> int:
+    """Query-key pairs of the first tokens of a row: C (C + 1) / 2 in each chunk of C."""
+    whole, rest = divmod(tokens, chunk)
+    return whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,8 @@ class Attention(Mixer):
             last layers of Gemma 4.
         keys_are_values: whether one matrix makes both, as in full layers of Gemma 4 26B.
         gate: columns of a matrix of its own that makes a gate of the output, as in Step 3.7.
+        chunk: tokens of a chunk, of which a query sees its own alone, as in Llama 4; `None` for
+            all. Where tokens were removed, it is as if those left were in chunks anew.
     """
 
     heads: int
@@ -103,6 +119,7 @@ class Attention(Mixer):
     shared: bool = False
     keys_are_values: bool = False
     gate: int = 0
+    chunk: int | None = None
 
     @property
     def query_width(self) -> int:
@@ -120,16 +137,18 @@ class Attention(Mixer):
 
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
         """Q K^T and the weighted sum of values: 4 h d for each visible query-key pair."""
-        pairs = visible_keys(tokens, keys, causal=causal, window=self.window)
+        reach = {"window": self.window, "chunk": self.chunk}
+        pairs = visible_keys(tokens, keys, causal=causal, **reach)
         return 4 * self.heads * self.head_dim * pairs
 
     def held(self, tokens: int) -> int:
-        """All tokens, or one less than the window, to which the next query adds itself; none where
-        another layer holds them.
+        """All tokens, or one less than the window or chunk, to which the next query adds itself;
+        none where another layer holds them.
         """
         if self.shared:
             return 0
-        return tokens if self.window is None else min(tokens, self.window - 1)
+        reach = self.window or self.chunk
+        return tokens if reach is None else min(tokens, reach - 1)
 
     @property
     def slot(self) -> int:
@@ -252,9 +271,9 @@ class GatedDeltaNet(Mixer):
         A step after a cache has no pairs; transformers writes its products element by element,
         which torch does not count.
         """
-        moved = _convolved(self._channels, self.taps, tokens, keys, causal)
+        moved = convolved(self._channels, self.taps, tokens, keys, causal)
         alone = keys is not None and tokens == 1
-        steps, pairs = (1, 0) if alone else _chunked(tokens, self.CHUNK, causal)
+        steps, pairs = (1, 0) if alone else chunked(tokens, self.CHUNK, causal)
         state = 6 * self.key_dim * self.value_dim * steps
         inside = (4 * self.key_dim + 2 * self.value_dim) * pairs
         return moved + self.value_heads * (state + inside)
@@ -265,6 +284,19 @@ class GatedDeltaNet(Mixer):
         """
         matrix = self.value_heads * self.key_dim * self.value_dim * torch.float32.itemsize
         return self._channels * self.taps * dtype.itemsize + matrix
+
+
+@dataclass(frozen=True)
+class Unmixed(Mixer):
+    """Nothing: the layer is an MLP alone."""
+
+    def projections(self, tokens: int) -> int:
+        """None."""
+        return 0
+
+    def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
+        """None."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -284,14 +316,14 @@ class ShortConvolution(Mixer):
 
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
         """The convolution: 2 w D for each token."""
-        return _convolved(self.hidden, self.taps, tokens, keys, causal)
+        return convolved(self.hidden, self.taps, tokens, keys, causal)
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """The last w tokens."""
         return self.hidden * self.taps * dtype.itemsize
 
 
-def _convolved(channels: int, taps: int, tokens: int, keys: int | None, causal: bool) -> int:
+def convolved(channels: int, taps: int, tokens: int, keys: int | None, causal: bool) -> int:
     """A convolution of each channel by itself: 2 w for each token; torch pads both sides by w - 1
     and computes w - 1 tokens more, of which it drops the last.
     """
@@ -300,7 +332,7 @@ def _convolved(channels: int, taps: int, tokens: int, keys: int | None, causal: 
     return 2 * channels * taps * (max(tokens, taps) + taps - 1)
 
 
-def _chunked(tokens: int, chunk: int, causal: bool) -> tuple[int, int]:
+def chunked(tokens: int, chunk: int, causal: bool) -> tuple[int, int]:
     """Tokens, and pairs of tokens of one chunk; torch fills up the last chunk and computes all
     pairs.
     """

@@ -88,6 +88,8 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
             if any(image.row == row for image in record.images):
                 sizes = _sizes(shapes[layer], tokens, record.question_tokens)
                 total += flops_of(signals, sizes)
+                if any(signal.before_layer for signal in signals):  # they read what is predicted
+                    total += shapes[layer].prediction_flops(tokens)
     return total
 
 

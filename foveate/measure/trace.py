@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core.tokens import Shape
+from foveate.engine.features import pooled
 from foveate.engine.inputs import bound
 from foveate.engine.vision.segments import boundaries
 from foveate.families import Family, find_family
+from foveate.families.projection import project
 
 Frozen: TypeAlias = tuple[tuple[str, Any], ...]
 _VALUES = 4096  # larger tensors of zeros and ones are masks of pixels, on which no count depends
@@ -235,7 +237,8 @@ class _Run:
             return ()
         encode = getattr(self.family.base, f"get_{modality}_features")
         output = encode(**arguments, return_dict=True)
-        return tuple(self.family.shapes(modality, output.pooler_output, arguments))
+        project(self.family, modality, output)
+        return tuple(self.family.shapes(modality, pooled(output), arguments))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if self._entered is None:
@@ -313,6 +316,8 @@ class Shapes(TorchDispatchMode):
                 args = (args[0], _by_number(args[1]), *args[2:])
             leaves, spec = tree_flatten((args, kwargs))
             args, kwargs = tree_unflatten([_meta(leaf) for leaf in leaves], spec)
+            if kwargs.get("device") is not None:  # codes that an encoder looks up on the CPU
+                kwargs["device"] = torch.device("meta")
             result = func(*args, **kwargs)
             if isinstance(result, Tensor) and result.dtype == torch.bool:
                 made = torch.zeros if func._schema.name == "aten::eq" else torch.ones

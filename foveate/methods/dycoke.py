@@ -24,6 +24,7 @@ from foveate.core import ModelFacts, Positions, Reduction, Step, VisualTokens, r
 from foveate.core.decode_selector import DecodeChoice, DecodeSelector
 from foveate.core.fields import Positive, UnitFloat
 from foveate.core.ranking import ranked
+from foveate.core.schedule import ranked_before
 from foveate.core.video import (
     Parts,
     VideoMethod,
@@ -32,7 +33,7 @@ from foveate.core.video import (
     exact,
     similarity,
 )
-from foveate.errors import InputError, LayerError
+from foveate.errors import InputError
 
 WINDOW = 4
 """Frames of which the first stays whole."""
@@ -81,7 +82,12 @@ class DyCoke(VideoMethod, DecodeSelector):
         drop = Step("pre_llm", whole=True)
         if self.p == 0 or self.keep == 1.0:
             return (drop,)
-        return (drop, Step("llm", self.layer or _published(model), effects=("decode",)))
+        return (drop, Step("llm", self.layer or self._published(model), effects=("decode",)))
+
+    def _published(self, model: ModelFacts) -> int:
+        """The layer nearest to the release's 3; nothing is dropped before it."""
+        without = "use p=0.0, which does without"
+        return ranked_before(3, model, self.slug, drops=False, otherwise=without)
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Keep whole frames and the least similar tokens of the others."""
@@ -116,16 +122,6 @@ class DyCoke(VideoMethod, DecodeSelector):
             alike = similarity(now, before.attention)[:, None] >= self.threshold
             seen = torch.where(alike, real if self.as_released else before.seen, seen)
         return DecodeChoice(now, seen)
-
-
-def _published(model: ModelFacts) -> int:
-    legal = [i + 1 for i in model.attention_layers if i + 1 <= model.last_llm_layer]
-    if not legal:
-        raise LayerError(
-            "dycoke finds no layer of this model whose attention can choose for the layers after "
-            "it; use p=0.0, which does without"
-        )
-    return min(legal, key=lambda layer: abs(layer - 3))
 
 
 def references(frames: int, *, as_released: bool = False) -> list[int]:

@@ -33,6 +33,7 @@ from foveate.core import (
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive, Range
 from foveate.core.ranking import highest, top
+from foveate.core.schedule import ranked_at
 from foveate.errors import BudgetError, FoveateError
 from foveate.io.quoting import quoted
 
@@ -109,8 +110,7 @@ class LRSVQA(Scorer):
             )
         layer = self.layer
         if layer is None:
-            legal = [i for i in model.attention_layers if i >= model.first_llm_layer]
-            layer = min(legal, key=lambda i: abs(i - TEACHER * model.text_layers))
+            layer = ranked_at(TEACHER * model.text_layers, model, self.slug)
         return (Step("llm", layer, (Need("text_attention", (layer,)),)),)
 
     def scores(self, tokens: VisualTokens) -> Tensor:

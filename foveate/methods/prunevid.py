@@ -30,6 +30,7 @@ from foveate.core import (
 )
 from foveate.core.fields import Positive, UnitFloat
 from foveate.core.ranking import ranked
+from foveate.core.schedule import ranked_before
 from foveate.core.video import (
     Parts,
     Survivors,
@@ -41,7 +42,6 @@ from foveate.core.video import (
     normalize,
     together,
 )
-from foveate.errors import LayerError
 from foveate.ops.clustering import dpc_knn
 
 
@@ -106,14 +106,10 @@ class PruneVid(VideoMethod):
 
     def _published(self, model: ModelFacts) -> int:
         """The layer after the one that can rank tokens and is nearest to the release's."""
-        first, last = max(model.first_llm_layer, 1), model.last_llm_layer
-        legal = [i + 1 for i in model.attention_layers if first <= i + 1 <= last]
-        if not legal:
-            raise LayerError(
-                "prunevid finds no layer of this model whose attention can rank tokens for a cut "
-                "after it; use alpha=1.0, which does without"
-            )
-        return min(legal, key=lambda layer: abs(layer - model.text_layers * 11 / 32))
+        wanted = model.text_layers * 11 / 32
+        return ranked_before(
+            wanted, model, self.slug, otherwise="use alpha=1.0, which does without"
+        )
 
     def reduce_each(self, tokens: VisualTokens) -> Parts:
         """Merge before the language model, and cut inside."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from foveate.signals import attention_maps, flow
+from foveate.signals import flow
 from foveate.signals.cls_attention import class_row
 from foveate.signals.projections import Projections
 from foveate.signals.signal import EncoderSignal, EncoderSizes, define
@@ -75,17 +75,15 @@ def received_attention(layer: Projections) -> Tensor:
     EncoderSignal,
     "of_projections",
     **_RANKING,
-    varlen=False,
     global_threshold=True,
     flops=lambda sizes: 2 * _map(sizes) + 2 * sizes.pairs,
 )
 def global_attention(layer: Projections) -> Tensor:
     """(G, L, V): attention that a patch receives from global patches, which receive more than
-    `Need.global_threshold` times the mean themselves; where there are none, from all.
+    `Need.global_threshold` times the mean themselves; where there are none, from all. Frames and
+    windows that do not see each other have global patches each.
     """
-    sizes = layer.heads, layer.special, layer.bias
-    row = attention_maps.global_attention(layer.query, layer.key, *sizes, layer.threshold)
-    return row[:, None]
+    return layer.from_global
 
 
 @define(EncoderSignal, "of_projections", **_RANKING, shares=(_map,))

@@ -158,7 +158,7 @@ class EncoderSignals:
             if getattr(self._running, "rows", None) is None:
                 return
             pending = self._running.pending.setdefault(number, {})
-            pending[part] = self.encoder.by_rows(output.detach())
+            pending[part] = output.detach()
             if len(pending) == len(parts):
                 del self._running.pending[number]
                 projections = self._projections([pending[p] for p in parts])
@@ -170,7 +170,7 @@ class EncoderSignals:
 
     def _projections(self, parts: list[Tensor]) -> Projections:
         """Of queries, keys, and values if a signal reads them."""
-        query, key, value = (*parts, None)[:3]
+        query, key, value = (*self.encoder.projected(parts), None)[:3]
         assert query is not None
         assert key is not None
         encoder = self.encoder

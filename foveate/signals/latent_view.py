@@ -24,7 +24,7 @@ from foveate.signals.layer_view import LayerView, rotary_function
 def view_of(
     layer: Any,
     hidden: Tensor,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: tuple[Tensor, Tensor] | Tensor | None,
     past: tuple[Tensor, Tensor] | None = None,
 ) -> LayerView:
     """The view that suits the attention of a layer; arguments as in `LayerView`."""
@@ -76,8 +76,8 @@ class LatentView(LayerView):
         """(B, H, P, d) keys, of which the shared part is rotated."""
         shared = self._latents[1]
         if self._rotary is not None:
-            cos, sin = (part.expand(len(shared), -1, -1) for part in self._rotary)
-            shared = self.rotation(shared, shared, cos, sin)[1]
+            parts = (part.expand(len(shared), -1, -1) for part in self._rotary)
+            shared = self.rotation(shared, shared, *parts)[1]
         return _beside(self._parts[0], shared)
 
     @property
@@ -92,8 +92,8 @@ class LatentView(LayerView):
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
         own, shared = self._queries_of(self._normed[rows, columns])
         if self._rotary is not None and rotate:
-            cos, sin = (part.expand(len(own), -1, -1)[rows, columns] for part in self._rotary)
-            shared = self.rotation(shared, shared, cos, sin)[0]
+            parts = (part.expand(len(own), -1, -1)[rows, columns] for part in self._rotary)
+            shared = self.rotation(shared, shared, *parts)[0]
         return torch.cat((own, shared), -1)
 
     @torch.no_grad()

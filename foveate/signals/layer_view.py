@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.decoder_layer import head_norm_of, mixer_of, norm_of
+from foveate.families.decoder_layer import head_norm_of, late_head_norm_of, mixer_of, norm_of
 
 
 class LayerView:
@@ -27,7 +27,8 @@ class LayerView:
     Args:
         layer: the layer; of one without attention, `hidden` is all that can be read.
         hidden: (B, P, D) its input.
-        rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
+        rotary: cos and sin, (B or 1, P, d) each, or one complex tensor (B or 1, P, d / 2) that
+            turns pairs of neighbours; `None` for a layer without rotary positions.
         past: cached keys (B, Hkv, S, d), already rotated, and values, as the cache holds them.
 
     What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
@@ -38,12 +39,13 @@ class LayerView:
         self,
         layer: Any,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: tuple[Tensor, Tensor] | Tensor | None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
         self.attention_module = mixer_of(layer)
-        self._rotary = rotary
+        self._turns = isinstance(rotary, Tensor)
+        self._rotary = (rotary,) if isinstance(rotary, Tensor) else rotary
 
     @cached_property
     @torch.no_grad()
@@ -57,8 +59,8 @@ class LayerView:
 
     @property
     def rotation(self) -> Callable[..., tuple[Tensor, Tensor]]:
-        """What rotates queries and keys: of both, and cos and sin."""
-        return rotary_function(self.attention_module)
+        """What rotates queries and keys: of both, and of the parts of `rotary`."""
+        return turned if self._turns else rotary_function(self.attention_module)
 
     @property
     def rotary_width(self) -> int:
@@ -76,9 +78,9 @@ class LayerView:
         """(B, Hkv, P, d) rotated keys."""
         k = self._plain_keys
         if self._rotary is not None:
-            cos, sin = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
-            k = self.rotation(k[:, :1], k, cos, sin)[1]
-        return self._normed_last(k, "key_layernorm")
+            parts = (part.expand(k.shape[0], -1, -1) for part in self._rotary)
+            k = self.rotation(k[:, :1], k, *parts)[1]
+        return self._normed_late(k, "k")
 
     @cached_property
     @torch.no_grad()
@@ -106,10 +108,12 @@ class LayerView:
         rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
         projected = self._projection("q_proj")(self._normed[rows, columns])
         q = self._heads(self._without_gate(projected), "q")
+        if (factor := getattr(self.attention_module, "qk_scale_factor", None)) is not None:
+            q = q * factor  # Muse scales queries once more after their norm
         if self._rotary is not None and rotate:
-            cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
-            q = self.rotation(q, q, cos, sin)[0]
-        return self._normed_last(q, "query_layernorm")
+            parts = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
+            q = self.rotation(q, q, *parts)[0]
+        return self._normed_late(q, "q")
 
     @torch.no_grad()
     def attention(
@@ -147,7 +151,7 @@ class LayerView:
     @torch.no_grad()
     def content_logits(self, columns: Tensor) -> Tensor:
         """(B, H, Q, P) float32 scores before the softmax, as if no positions were rotated."""
-        keys = self._normed_last(self._plain_keys, "key_layernorm")
+        keys = self._normed_late(self._plain_keys, "k")
         return self._logits(self.queries(columns, rotate=False), keys, None)
 
     @torch.no_grad()
@@ -162,8 +166,10 @@ class LayerView:
         width = self.rotary_width
         ones = torch.ones(batch, 1, total, width, device=self.hidden.device)
         if self._rotary is not None:
-            cos, sin = (part.float().expand(batch, -1, -1) for part in self._rotary)
-            ones = self.rotation(ones, ones, cos, sin)[1]
+            parts = (part.expand(batch, -1, -1) for part in self._rotary)
+            if not self._turns:
+                parts = (part.float() for part in parts)
+            ones = self.rotation(ones, ones, *parts)[1]
         keys = ones[:, 0]
         rows = torch.arange(batch, device=keys.device)[:, None]
         return torch.matmul(keys[rows, columns.to(keys.device)], keys.transpose(1, 2)) / width
@@ -208,9 +214,9 @@ class LayerView:
             x = module(x)
         return x.transpose(1, 2)
 
-    def _normed_last(self, x: Tensor, name: str) -> Tensor:
-        """(B, H, P, d) as HunyuanVL norms heads, after it has rotated them."""
-        module: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
+    def _normed_late(self, x: Tensor, part: str) -> Tensor:
+        """(B, H, P, d) rotated queries or keys, normed where that comes after."""
+        module = late_head_norm_of(self.attention_module, part)
         return x if module is None else module(x)
 
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
@@ -229,6 +235,18 @@ def _norms_after(layer: Any) -> bool:
     if hasattr(layer, "input_layernorm"):
         return getattr(layer, "norm_after", False)
     return hasattr(layer, "post_feedforward_layernorm")
+
+
+def turned(q: Tensor, k: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, H, N, d) whose pairs of neighbours are multiplied, as complex numbers,
+    with (B, N, d / 2) turns.
+    """
+
+    def turn(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turns[:, None]).flatten(-2).type_as(x)
+
+    return turn(q), turn(k)
 
 
 def rotary_function(attention: Any) -> Callable[..., tuple[Tensor, Tensor]]:

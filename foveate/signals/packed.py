@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 from foveate.families import Encoder
 from foveate.families.rows import EncoderImage
 from foveate.signals import EncoderSignal
-from foveate.signals.attention_maps import attention_sums, queries
+from foveate.signals.attention_maps import attention_sums, global_attention, queries
 from foveate.signals.encoder_hooks import Attaching, EncoderSignals, Shortened
 from foveate.signals.projections import Projections
 
 ROWS = 2**14  # rows whose attention is summed up together
+Attention = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
+"""Makes (B, N) of (B, N, H d) queries and keys of segments, H and a bias (B, 1, 1, N)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +35,10 @@ class PackedProjections(Projections):
     """Projections (N, D) of images in one sequence; what is made of them is (N, C).
 
     Args:
-        sums: (N) attention that rows receive, from queries, keys and bias.
+        in_segments: makes (N) of the attention within each segment.
     """
 
-    sums: Callable[[Tensor, Tensor, Tensor | None], Tensor] = field(kw_only=True)
+    in_segments: Callable[[Attention], Tensor] = field(kw_only=True)
 
     @property
     def patch_keys(self) -> Tensor:
@@ -45,7 +48,12 @@ class PackedProjections(Projections):
     @property
     def received(self) -> Tensor:
         """(N, 1) attention that rows receive, summed over queries."""
-        return self.sums(self.query, self.key, self.bias)[:, None]
+        return self.in_segments(received_sums)[:, None]
+
+    @property
+    def from_global(self) -> Tensor:
+        """(N, 1) attention that rows receive from global rows of their segment."""
+        return self.in_segments(partial(_from_global, self.threshold))[:, None]
 
     @property
     def given(self) -> Tensor:
@@ -60,6 +68,7 @@ class PackedSignals(EncoderSignals):
         encoder: the encoder.
         wanted: signal -> 0-based layers.
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
+        threshold: how many times the mean global patches receive at least.
         side: side of a visual token in patches.
     """
 
@@ -68,9 +77,10 @@ class PackedSignals(EncoderSignals):
         encoder: Encoder,
         wanted: Mapping[str, tuple[int, ...]],
         running: Callable[[], Shortened | None] = lambda: None,
+        threshold: float = 0.0,
         side: int = 1,
     ) -> None:
-        super().__init__(encoder, wanted, running)
+        super().__init__(encoder, wanted, running, threshold)
         self.side = side
 
     def attach(self, on: Attaching) -> None:
@@ -83,13 +93,21 @@ class PackedSignals(EncoderSignals):
         names = inspect.signature(type(module).forward.__get__(module)).parameters
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
         self._running.images = self.encoder.packed(arguments, self.side)
+        if self.encoder.later is not None:
+            _, packed = self.encoder.later
+            self._running.later = packed(arguments, self.side)
+
+    def _images(self, number: int) -> Sequence[EncoderImage]:
+        """The images as a layer has them."""
+        later = self.encoder.later is not None and number >= self.encoder.later[0]
+        return self._running.later if later else self._running.images
 
     def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
         """Note (N, C) values as (C, V) of each image."""
         shortened = self._pass()
         whole = row if shortened is None else _flat(shortened.unpruned(row))
         found = []
-        for image in self._running.images:
+        for image in self._images(number):
             values = whole[image.rows.to(whole.device)].mean(1).T
             if signal.summed:
                 values = values / self._queries(image, whole)
@@ -111,20 +129,28 @@ class PackedSignals(EncoderSignals):
         return _flat(states.detach())
 
     def _projections(self, parts: list[Tensor]) -> Projections:
-        query, key = (_flat(p) for p in (parts if len(parts) > 1 else parts[0].chunk(3, -1)[:2]))
+        query, key, *_ = (_flat(part) for part in self.encoder.projected(parts))
+        told, heads = self._running.told, self.encoder.heads
         bias = None if self._bias is None else self._bias.flatten()
-        return PackedProjections(query, key, None, self.encoder.heads, bias=bias, sums=self._sums)
 
-    def _sums(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-        """(N) attention that rows receive, summed over queries."""
-        told = self._running.told
-        query, key = (self._rotated(part, told) for part in (query, key))
-        if (scaling := self.encoder.scaling) is not None:  # in place of that of `attention_sums`
-            query = query * (scaling * math.sqrt(query.shape[-1] // self.encoder.heads))
-        return segment_sums(query, key, self._bounds(told, key), self.encoder.heads, bias)
+        def in_segments(of: Attention) -> Tensor:
+            q, k = (self._rotated(part, told) for part in (query, key))
+            return by_segments(of, self._scaled(q), k, self._bounds(told, key), heads, bias)
+
+        return PackedProjections(
+            query, key, None, heads, bias=bias, threshold=self.threshold, in_segments=in_segments
+        )
+
+    def _scaled(self, query: Tensor) -> Tensor:
+        """(N, H d) queries whose scores are the encoder's once divided by the root of d."""
+        scaling = self.encoder.scaling
+        width = query.shape[-1] // self.encoder.heads
+        return query if scaling is None else query * (scaling * math.sqrt(width))
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
-        """(N, H d) with rotary positions."""
+        """(N, H d) with rotary positions, where the layer has them."""
+        if told.get("position_embeddings") is None:
+            return x
         cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
         heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
         first, second = heads.unflatten(-1, (self.encoder.axes, -1)).chunk(2, -1)
@@ -136,7 +162,7 @@ class PackedSignals(EncoderSignals):
         if "cu_seqlens" in told:
             return told["cu_seqlens"].long()
         if self.encoder.padded:
-            length = told["position_embeddings"][0].shape[-2]
+            length = len(key) // len(self._running.images)
             return torch.arange(0, len(key) + 1, length, device=key.device)
         images: Sequence[EncoderImage] = self._running.images
         lengths = torch.tensor([0, *(image.rows.numel() for image in images)])
@@ -146,12 +172,18 @@ class PackedSignals(EncoderSignals):
 
 
 @torch.no_grad()
-def segment_sums(
-    query: Tensor, key: Tensor, bounds: Tensor, heads: int, bias: Tensor | None = None
+def by_segments(
+    of: Attention,
+    query: Tensor,
+    key: Tensor,
+    bounds: Tensor,
+    heads: int,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attention that rows receive within segments: head mean, summed over queries.
+    """What is made of the attention of each segment by itself.
 
     Args:
+        of: makes it of segments of equal length.
         query: (N, H d) queries, rotated.
         key: (N, H d) keys, rotated.
         bounds: (S + 1) where segments begin and end.
@@ -161,16 +193,28 @@ def segment_sums(
     Returns:
         (N) float32.
     """
-    sums = torch.zeros(len(key), device=key.device)
+    found = torch.zeros(len(key), device=key.device)
     starts, lengths = bounds[:-1], bounds.diff()
     for length in lengths.unique().tolist():
         alike = starts[lengths == length].split(max(ROWS // max(length, 1), 1))
         for begin in alike if length else ():
             rows = begin[:, None] + torch.arange(length, device=key.device)
             added = None if bias is None else bias[rows][:, None, None]
-            received, _ = attention_sums(query[rows], key[rows], heads, 0, added)
-            sums[rows.flatten()] = (received * queries(key[rows], added)).flatten()
-    return sums
+            found[rows.flatten()] = of(query[rows], key[rows], heads, added).flatten()
+    return found
+
+
+def received_sums(query: Tensor, key: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """(B, N) attention that rows receive: head mean, summed over queries."""
+    received, _ = attention_sums(query, key, heads, 0, bias)
+    return received * queries(key, bias)
+
+
+def _from_global(
+    threshold: float, query: Tensor, key: Tensor, heads: int, bias: Tensor | None
+) -> Tensor:
+    """(B, N) attention that rows receive from global rows."""
+    return global_attention(query, key, heads, 0, bias, threshold)
 
 
 def _flat(states: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from foveate.signals.attention_maps import attention_sums
+from foveate.signals.attention_maps import attention_sums, global_attention
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +49,12 @@ class Projections:
     def given(self) -> Tensor:
         """(B, 1, V) attention that patches give to patches."""
         return self._sums[1][:, None]
+
+    @property
+    def from_global(self) -> Tensor:
+        """(B, 1, V) attention that patches receive from global rows."""
+        sizes = self.heads, self.special, self.bias
+        return global_attention(self.query, self.key, *sizes, self.threshold)[:, None]
 
     @cached_property
     def _sums(self) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,7 @@ def test_run_gives_what_the_library_gives(embedded, scene, photo, question, pict
 
 
 def test_run_draws_what_was_kept(embedded, scene, photo, question, tmp_path):
-    from foveate.report.draw import stack
+    from foveate.report.panels import stack
 
     drawn = tmp_path / "kept.png"
     result = call(

@@ -7,6 +7,7 @@ without attention, which mixes tokens into a running state, is run on the others
 reads the keys of an earlier one sees what that one saw, in its numbering.
 """
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -20,24 +21,23 @@ from tests.oracle import Spec
 class Recorded:
     """What the text model of an unpatched, eager model does in one forward."""
 
-    def __init__(self, model: Any, text: Any, inputs: dict[str, Any]) -> None:
+    def __init__(self, member: Any, model: Any, inputs: dict[str, Any]) -> None:
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self.args: list[tuple[Any, ...]] = []
         self.kwargs: list[dict[str, Any]] = []
         handles = []
-        for layer in text.layers:
+        for layer in member.text(model).layers:
             handles.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
             handles.append(layer.register_forward_hook(self._after))
         with torch.no_grad():
-            model.model(**inputs, use_cache=False)
+            member.run(model, **inputs, use_cache=False)
         for handle in handles:
             handle.remove()
 
     def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         self.inputs.append(args[0].clone())
-        self.args.append(args[1:])
-        self.kwargs.append(dict(kwargs))
+        names = list(inspect.signature(type(module).forward).parameters)[2:]
+        self.kwargs.append({**dict(zip(names, args[1:], strict=False)), **kwargs})
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
         self.outputs.append(output.clone())
@@ -69,9 +69,9 @@ def run(
         counts: visual tokens of each image; all the member's own count by default.
     """
     text = member.text(model)
-    recorded = Recorded(model, text, inputs)
+    recorded = Recorded(member, model, inputs)
     hidden = recorded.inputs[0]
-    length = hidden.shape[1]
+    length = hidden.shape[-2]  # the axis of tokens, whatever comes before it
     placeholders = torch.tensor([member.image_id, *member.others])
     visual = torch.isin(inputs["input_ids"][0], placeholders).nonzero()[:, 0]
     columns = list(visual.split(counts or member.visual))
@@ -102,10 +102,10 @@ def run(
     def step(number: int) -> tuple[Tensor, Tensor]:
         """Output of a layer, and its attention probabilities (H, T, T); none of a recurrent one."""
         kwargs = dict(recorded.kwargs[number])
-        if not hasattr(text.layers[number], "self_attn"):
+        layer = text.layers[number]
+        if (attention := member.attention(layer)) is None:
             return over_survivors(text, number, hidden, alive, prompt, kwargs), torch.empty(0)
         mask = kwargs["attention_mask"].clone()
-        attention = text.layers[number].self_attn
         own = not getattr(attention, "is_kv_shared_layer", False)
         if own:
             keys[getattr(attention, "layer_type", None)] = number, alive.clone(), shift
@@ -118,9 +118,8 @@ def run(
             positions = kwargs["position_ids"] - moved
             kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)
         weights = []
-        layer = text.layers[number]
-        handle = layer.self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
-        output = layer(hidden, *recorded.args[number], **kwargs)
+        handle = attention.register_forward_hook(lambda m, a, out: weights.append(out[1]))
+        output = layer(hidden, **kwargs)
         handle.remove()
         return output, weights[0][0]
 

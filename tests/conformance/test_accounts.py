@@ -62,10 +62,11 @@ def test_planned_cache_bytes_equal_the_cache(name, kind):
         return
     record = planned(family, make_plan(family, methods), fed, text)
     with torch.no_grad():
-        plain = model(**fresh(inputs), use_cache=True).past_key_values
+        plain = model(**fresh(inputs), **member.cached(model)).past_key_values
         with foveate.use(model, methods):
-            pruned = model(**fresh(inputs), use_cache=True).past_key_values
-    windows = any(getattr(shape.mixer, "window", None) for shape in TextShape.all(family.config))
+            pruned = model(**fresh(inputs), **member.cached(model)).past_key_values
+    mixers = [shape.mixer for shape in TextShape.all(family.config)]
+    windows = any(getattr(m, "window", None) or getattr(m, "chunk", None) for m in mixers)
     for want, cache in ((unpruned(record), plain), (record, pruned)):
         held, state = cache_bytes(cache)
         assert state_bytes(family.config, 1, torch.float32) == state
@@ -85,7 +86,7 @@ def test_accounts_equal_what_torch_counts(name, kind):
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the counter misses grouped products
     family = find_family(model)
-    if kind == "vision" and (family.encoder is None or family.encoder.block is None):
+    if kind == "vision" and (family.encoder is None or family.mixing("image", {})):
         pytest.skip("methods cannot act inside this encoder")
     inputs, _ = batch_of(member, model, (2,))
     session = foveate.use(model, methods)
@@ -98,7 +99,7 @@ def test_accounts_equal_what_torch_counts(name, kind):
     want = account(session.record, family, methods, DENSE)
     assert want.tower is not None
     more = 0
-    if not member.some_logits:
+    if not member.cuts_logits:
         more = head_flops(TextShape.of(family.config), inputs["input_ids"].shape[1] - 1)
     assert want.total + more == got
     plain = counted(model, inputs)

@@ -64,7 +64,7 @@ def test_maps_equal_those_of_the_layers_where_tokens_are(name, kind):
     layers, keyed = find_family(model).layers, find_family(model).keyed_layers
     with (
         foveate.use(model, method) as run,
-        watched([layers[number].self_attn for number in keyed]) as physical,
+        watched([member.attention(layers[number]) for number in keyed]) as physical,
     ):
         got = model.generate(**fresh(inputs), **settings).attentions
     real = inputs["attention_mask"].bool()

@@ -87,7 +87,7 @@ def test_every_visual_token_has_a_box(name):
     """
     inputs, counts = prompt(name)
     with torch.no_grad(), foveate.use(model_of(name), EveryThird(1)) as run:
-        model_of(name).model(**fresh(inputs))
+        model_of(name)(**fresh(inputs))
     for image, count in zip(run.record.images, counts, strict=True):
         boxes = image.boxes
         assert boxes.shape == (count, 4)
@@ -102,12 +102,12 @@ def test_every_visual_token_has_a_box(name):
 
 @pytest.mark.parametrize("images", [1, 2])
 @pytest.mark.parametrize("name", PATCHED)
-def test_patches_are_not_taken_for_pictures(name, images):
+def test_patches_are_not_taken_for_images(name, images):
     """Also where there are as many tensors of patches as images."""
     model, member = model_of(name), MEMBERS[name]()
     inputs, _ = batch_of(member, model, (images,))
     with torch.no_grad(), foveate.use(model, EveryThird(1)) as run:
-        model.model(**fresh(inputs))
+        model(**fresh(inputs))
     assert len(run.record.images) == images
     assert run.record.pixels is None
 
@@ -128,7 +128,7 @@ def test_methods_are_shown_the_cells_that_boxes_are_of(name, what):
     model = on_grids_model(name) if what else model_of(name)
     inputs = prompt_on_grids(name, what)[0] if what else prompt(name)[0]
     with torch.no_grad(), foveate.use(model, Spy(1)) as run:
-        model.model(**fresh(inputs))
+        model(**fresh(inputs))
     assert len(shown) == len(run.record.images)
     video = what == "video" or name.endswith("-video")
     for image in run.record.images:

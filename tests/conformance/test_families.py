@@ -92,7 +92,7 @@ def test_prefill_and_decoding_equal_the_oracle(name, kind, batch):
     rows = BATCHES[batch]
     inputs = member.inputs(rows)
     with foveate.use(model, case(name, kind, 1)[0]) as run:
-        states, out = states_of(model, inputs, STEPS + 1)
+        states, out = states_of(member, model, inputs, STEPS + 1)
     kept = iter(run.kept)
     worst = bite = 0.0
     for row, pieces in enumerate(rows):

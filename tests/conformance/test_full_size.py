@@ -11,13 +11,19 @@ from foveate.engine.planning import make_plan
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.signals import SIGNALS
+from tests.conformance.zoo.gemma3n import TowerConfig
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
+    "cosmos3_edge": (28, 27, 26, False),
     "cosmos3_omni": (32, 27, 26, False),
     "deepseek_vl": (32, 12, 11, False),
+    "ernie4_5_vl_moe": (28, 32, 31, False),
     "glm4v": (40, 24, 23, False),
+    "glm_ocr": (16, 24, 23, False),
     "glmga": (40, 24, 23, False),
+    "granite_docling": (28, 12, 11, False),
+    "hunyuan_vl": (32, 27, 26, False),
     "hyperclovax_vision_v2": (32, 32, 31, False),
     "idefics3": (32, 12, 11, False),
     "internvl": (32, 24, 23, True),
@@ -33,11 +39,13 @@ SIZES = {
     "paddleocr_vl": (18, 27, 26, False),
     "paligemma": (18, 27, 26, False),
     "qianfan_ocr": (32, 24, 23, True),
+    "qwen2_5_omni_thinker": (28, 32, 31, False),
     "qwen2_5_vl": (80, 32, 31, False),
     "qwen2_vl": (80, 32, 31, False),
     "qwen3_omni_moe_thinker": (28, 27, 26, False),
     "qwen3_vl": (32, 27, 26, False),
     "smolvlm": (32, 12, 11, False),
+    "video_llama_3": (32, 12, 11, False),
     "video_llava": (32, 24, 22, True),
     "vipllava": (32, 24, 22, True),
 }
@@ -45,36 +53,69 @@ SIZES = {
 # may be removed, and those whose attention can rank them.
 CLOSED = {
     "aria": (32, 0, range(32)),
-    "cosmos3_edge": (28, 0, range(28)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
-    "exaone4_5": (32, 0, range(3, 32, 4)),
+    "emu3": (32, 0, range(32)),
+    "gemma3n": (35, 0, range(4, 20, 5)),
     "gemma4_unified": (30, 0, range(5, 30, 6)),
-    "glm_ocr": (16, 0, range(16)),
     "got_ocr2": (24, 0, range(24)),
-    "granite_docling": (28, 3, range(28)),
-    "hunyuan_vl": (32, 0, range(32)),
+    "granite4_vision": (40, 21, range(40)),
     "idefics2": (32, 0, range(32)),
+    "llama4": (48, 0, range(3, 48, 4)),
+    "minimax_m3_vl": (60, 0, range(60)),
+    "muse_glimmer": (52, 0, range(3, 52, 4)),
+    "muse_spark": (62, 0, range(1, 62, 4)),
     "pp_chart2table": (24, 0, range(24)),
-    "qwen2_5_omni_thinker": (28, 0, range(28)),
     "step3p7": (45, 0, range(45)),
-    "video_llama_3": (32, 0, range(32)),
+    "unlimited_ocr": (12, 0, range(12)),
 }
+MAMBA, MOE = "linear_attention", "moe"
 MISSING = {  # what configs of these do not say of themselves
-    "deepseek_ocr2": {"mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6},
-    "hunyuan_vl": {
-        "head_dim": 128,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16] * 4, "rope_theta": 1e4},
+    "deepseek_ocr2": {
+        "text_config": {
+            "mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6,
+        }
     },
-}
+    "emu3": {"vocabulary_map": {"<image>": 151858}},
+    "gemma3n": {"vision_config": TowerConfig()},
+    "nemotron_h_omni": {
+        "text_config": {
+            "layers_block_type": [MAMBA, MOE, MAMBA, MOE, MAMBA, "full_attention", MOE] * 7,
+            "num_experts_per_tok": 6, "n_routed_experts": 128, "hidden_size": 2688,
+        }
+    },
+    "granite4_vision": {
+        "downsample_rate": "4/8",
+        "deepstack_layer_map": [[-19, 9], [-13, 6], [-7, 3], [-1, 0]],
+        "text_config": {"num_hidden_layers": 40, "hidden_size": 2560},
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 16,
+        },
+    },
+    "hunyuan_vl": {
+        "text_config": {
+            "head_dim": 128,
+            "rope_parameters": {
+                "rope_type": "default", "mrope_section": [16] * 4, "rope_theta": 1e4,
+            },
+        }
+    },
+}  # fmt: skip
 
 # model type: decoder layers, every how many of them one sees all, and the first of those
 HYBRID = {
+    "exaone4_5": (32, 4, 3),
     "gemma4": (30, 6, 5),
     "lfm3_vl": (24, 4, 2),
     "minicpm_ocr": (32, 4, 3),
     "minicpmv4_6": (32, 4, 3),
     "minicpmv4_7": (32, 4, 3),
+    "nemotron_h_omni": (49, 7, 5),
     "qwen3_5": (32, 4, 3),
     "qwen3_5_moe": (40, 4, 3),
 }
@@ -92,8 +133,7 @@ def why_not(family, method):
 @functools.cache
 def family_of(model_type):
     with torch.device("meta"):
-        more = {"text_config": MISSING[model_type]} if model_type in MISSING else {}
-        config = AutoConfig.for_model(model_type, **more)
+        config = AutoConfig.for_model(model_type, **MISSING.get(model_type, {}))
         return find_family(AutoModelForImageTextToText.from_config(config))
 
 
@@ -114,7 +154,7 @@ def test_layers_that_see_all_are_found(model_type):
 
 
 @pytest.mark.parametrize("method", list_methods())
-@pytest.mark.parametrize("model_type", [*HYBRID, "lfm2_vl"])
+@pytest.mark.parametrize("model_type", [*HYBRID, "gemma3n", "lfm2_vl"])
 def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
     family, reason = family_of(model_type), why_not(family_of(model_type), method)
     if reason is None:
@@ -124,6 +164,8 @@ def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
         assert "no class token" in reason or "acts inside the encoder" in reason
     elif method == "yopo":
         assert "not made like those of Llama" in reason
+    elif method == "transprune" and family.keyless_layers > family.recurrent_layers:
+        assert "one or the other" in reason
     elif method == "prunevid" and family.recurrent_layers:
         assert "a running state" in reason
     else:

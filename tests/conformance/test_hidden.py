@@ -33,7 +33,7 @@ def with_positions(member, model, row):
         return row
     names = ("mm_token_type_ids", "image_grid_thw", "target_sizes", "attention_mask")
     arguments = {n: row[n] for n in names if n in row}
-    positions, _ = model.model.get_rope_index(row["input_ids"], **arguments)
+    positions, _ = member.base(model).get_rope_index(row["input_ids"], **arguments)
     return {**row, "position_ids": positions}
 
 
@@ -70,7 +70,7 @@ def test_hidden_tokens_are_unseen_and_all_others_stay(name, kind, which):
         return
     inputs, alone = batched(member, model, which)
     with foveate.use(model, case(name, kind, 1)[0]) as run:
-        got = model.model(**fresh(inputs)).last_hidden_state
+        got = member.run(model, **fresh(inputs)).last_hidden_state
     kept, worst = iter(run.kept), 0.0
     for row, own in enumerate(alone):
         length, images = own["input_ids"].shape[1], len(ROWS[row]) - 1
@@ -108,7 +108,7 @@ def test_they_stay_unseen_in_decoding(name, kind):
     )
     told = {"attention_mask": mask[:, :prompt], "position_ids": positions[..., :prompt]}
     with foveate.use(model, case(name, kind, 1)[0]):
-        out = model.model(**{**fresh(alone), **told}, use_cache=True)
+        out = member.run(model, **{**fresh(alone), **told}, **member.cached(model))
         states = [out.last_hidden_state[0, -1]]
         for step in range(more.shape[1]):
             now = prompt + step
@@ -118,7 +118,7 @@ def test_they_stay_unseen_in_decoding(name, kind):
                 "position_ids": positions[..., now : now + 1],
             }
             told |= {n: v for n, v in member.extras(token, 0).items() if "grid" not in n}
-            out = model.model(input_ids=token, past_key_values=out.past_key_values, **told)
+            out = member.run(model, input_ids=token, past_key_values=out.past_key_values, **told)
             states.append(out.last_hidden_state[0, -1])
     bound = tolerance_of(name, model)
     torch.testing.assert_close(torch.stack(states), want[prompt - 1 :], rtol=0, atol=bound)
@@ -135,7 +135,7 @@ def test_masks_of_two_and_four_dimensions_agree(name, kind, itself):
     _, alone = batched(member, model, "some")
     row = alone[0]
     seen = row["attention_mask"][0].bool() & (row["input_ids"][0] < 80)
-    recorded = oracle.Recorded(model, member.text(model), fresh(row)).kwargs
+    recorded = oracle.Recorded(member, model, fresh(row)).kwargs
     masks = [kwargs["attention_mask"] for kwargs in recorded]
     masks = [mask if mask.dtype == torch.bool else mask > -1 for mask in masks]
     if itself:
@@ -144,14 +144,14 @@ def test_masks_of_two_and_four_dimensions_agree(name, kind, itself):
     if any(not torch.equal(mask, four) for mask in masks):
         four = dict(zip(member.text(model).config.layer_types, masks, strict=True))
     in_four = {**fresh(row), "attention_mask": four}
-    plain = [model.model(**fresh(x)).last_hidden_state[0, seen] for x in (row, in_four)]
+    plain = [member.run(model, **fresh(x)).last_hidden_state[0, seen] for x in (row, in_four)]
     if name == "paligemma2":  # which takes no masks by layer: the bare model differs from itself
         assert (plain[0] - plain[1]).abs().max() > 1e-3
         return
     torch.testing.assert_close(*plain, rtol=0, atol=1e-5)
     with foveate.use(model, case(name, kind, 1)[0]) as run:
-        want, kept = model.model(**fresh(row)).last_hidden_state[0, seen], run.kept
-        got = model.model(**fresh(in_four)).last_hidden_state[0, seen]
+        want, kept = member.run(model, **fresh(row)).last_hidden_state[0, seen], run.kept
+        got = member.run(model, **fresh(in_four)).last_hidden_state[0, seen]
         for place, index in run.kept[0].items():
             assert torch.equal(index, kept[0][place])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)

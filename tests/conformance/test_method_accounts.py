@@ -23,6 +23,10 @@ from tests.conformance.zoo.member import fresh
 
 DENSE = CONVENTIONS["dense"]
 HEADS = ((True,) * 4, (True, False, False, True), (True, True, False, False)) * 2
+COUNTED = (
+    "llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "llava_next_video-video",
+    "deepseek_vl_hybrid",
+)  # fmt: skip
 VARIANTS = {
     "yopo: heads of one group, and a part of a neuron": [
         YOPO(3, heads=HEADS, ffn_factor=1.7, layer=4)
@@ -107,10 +111,7 @@ def prompt_of(name):
     return model, inputs, run(model, inputs, ())
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["llava", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_5", "gemma3", "llava_next_video-video"],
-)
+@pytest.mark.parametrize("name", COUNTED)
 def test_every_method_costs_what_torch_counts(name):
     model, inputs, plain = prompt_of(name)
     works = working_methods(find_family(model))

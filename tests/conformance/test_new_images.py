@@ -28,13 +28,15 @@ STEPS = 8
 PAGE = Path(foveate.__file__).parent.parent / "docs" / "how-it-works.md"
 # Where images see what comes after them, no forward over everything equals one turn after another.
 TWO_WAY = ("paligemma", "paligemma2", "molmo2", "molmo2-o")
+FIRST_ALONE = ("unlimited_ocr",)  # whose later images stand in a window
 AS_TEXT = (
     "cosmos3_edge",
     "minicpmv4_7",
 )  # to whose new images the bare model gives positions of text
 PLAIN = ("kimi_k25", "kimi_k25-halves", "lfm3_vl")  # grids, and positions that are numbers
 MROPE = [n for n in GRIDS if not issubclass(MEMBERS[n], Gridded) and n not in (*UNPLACED, *PLAIN)]
-FAMILIES = [*MROPE, *(name for name in NAMES if name not in (*MROPE, *TWO_WAY, *UNPLACED))]
+EXCEPT = (*MROPE, *TWO_WAY, *UNPLACED, *FIRST_ALONE)
+FAMILIES = [*MROPE, *(name for name in NAMES if name not in EXCEPT)]
 
 
 def model_of(name, attention="sdpa"):
@@ -90,7 +92,8 @@ def test_a_new_image_in_the_second_turn_equals_the_oracle(name, kind):
     ids, more = prompts(member, counts)
     options = {"do_sample": False, "return_dict_in_generate": True}
     turns = []
-    hook = model.lm_head.register_forward_pre_hook(lambda m, args: turns[-1].append(args[0][0, -1]))
+    head = member.head(model)
+    hook = head.register_forward_pre_hook(lambda m, args: turns[-1].append(args[0][0, -1]))
     method, _ = case(name, kind, counts, (0, 0))
     with torch.no_grad(), foveate.use(model, method) as run:
         turns.append([])

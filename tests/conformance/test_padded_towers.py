@@ -19,7 +19,10 @@ from tests.methods_for_tests import EveryThird, Listed
 from tests.vision.towers import Drop, Full, Tower, encoder_of
 
 LAYER = 1
-NAMES = ("received_attention", "given_attention", "encoder_keys", "encoder_features")
+NAMES = (
+    "received_attention", "given_attention", "global_attention", "encoder_keys", "encoder_features",
+)  # fmt: skip
+ABOVE = 1.0
 
 
 class Reads(EveryThird):
@@ -62,7 +65,7 @@ class Spy(EveryThird):
 
     def steps(self, model):
         layers = tuple(range(model.vision_layers))
-        needs = tuple(Need(name, layers) for name in NAMES)
+        needs = tuple(Need(name, layers, ABOVE) for name in NAMES)
         return tuple(replace(step, needs=needs) for step in super().steps(model))
 
     def scores(self, tokens):
@@ -95,6 +98,13 @@ def cells(places, side=2):
     return torch.tensor(found)
 
 
+def from_global(attention):
+    """(N) attention that rows receive from those that receive more than `ABOVE` times its mean."""
+    votes = attention.sum(0) > ABOVE * attention.sum(0).mean()
+    assert 0 < votes.sum() < len(votes), "the test does not bite"
+    return attention[votes].mean(0)
+
+
 @torch.no_grad()
 def test_signals_of_gemma_4_equal_those_of_eager_attention_without_padding():
     """Scores are not divided by the root of a head's width, each axis rotates half a head, and
@@ -121,6 +131,9 @@ def test_signals_of_gemma_4_equal_those_of_eager_attention_without_padding():
             assert maps[layer][image].mean(0)[real][:, real].sum(1).allclose(torch.tensor(1.0))
             close(seen["received_attention"], received)
             close(seen["given_attention"], torch.ones_like(received))
+            globally = torch.zeros(len(maps[layer][image][0]))
+            globally[real] = from_global(maps[layer][image].mean(0)[real][:, real])
+            close(seen["global_attention"], globally[rows].mean(1))
             close(seen["encoder_features"], states[layer][image][rows].mean(1))
             for head, of in enumerate(seen["encoder_keys"]):
                 close(of, keys[layer][image][:, head // 2][rows].mean(1))

@@ -15,6 +15,9 @@ from PIL import Image
 from transformers.models.cosmos3_edge.image_processing_pil_cosmos3_edge import (
     Cosmos3EdgeImageProcessorPil,
 )
+from transformers.models.ernie4_5_vl_moe.image_processing_pil_ernie4_5_vl_moe import (
+    Ernie4_5_VLMoeImageProcessorPil,
+)
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.hunyuan_vl.image_processing_pil_hunyuan_vl import (
     HunYuanVLImageProcessorPil,
@@ -50,7 +53,7 @@ ONEVISION = ("llava_onevision", "llava_onevision-tiles")
 RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
 BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
-    r"model\.(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
+    r"(model\.)?(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
 
@@ -112,8 +115,11 @@ def tensor(pixels):
 def on_grids(name, pictures, sides=None):
     """(N, ...) patches in the order of the family's processor, and grids."""
     kinds = {
-        "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "hunyuan_vl": HunYuanVLImageProcessorPil,
+        "cosmos3_edge": Cosmos3EdgeImageProcessorPil,
+        "ernie4_5_vl_moe": Ernie4_5_VLMoeImageProcessorPil,
+        "hunyuan_vl": HunYuanVLImageProcessorPil,
         "kimi_k25": PaddleOCRVLImageProcessorPil, "kimi_k25-halves": PaddleOCRVLImageProcessorPil,
+        "muse_glimmer": PaddleOCRVLImageProcessorPil, "muse_spark": PaddleOCRVLImageProcessorPil,
         "paddleocr_vl": PaddleOCRVLImageProcessorPil,
         "video_llama_3": VideoLlama3ImageProcessorPil,
     }  # fmt: skip
@@ -127,7 +133,10 @@ def on_grids(name, pictures, sides=None):
         given = processor([Image.fromarray(pixels)], return_tensors="pt")
         patches.append(given["pixel_values"].float())
         grids.append(given["image_grid_thw"])
-    return torch.cat(patches), torch.cat(grids)
+    values = torch.cat(patches)
+    if name.startswith("muse"):  # both frames of a pair, of all channels each
+        values = values.flatten(1).repeat(1, 2)
+    return values, torch.cat(grids)
 
 
 def tiled(name, pictures):
@@ -191,6 +200,11 @@ def planted(name, patches):
         values, grids = on_grids(name, seen, sides)
         assert torch.equal(grids, pixels["image_grid_thw"])
         return {"pixel_values": values}
+    if "image_grid_hw" in pixels:
+        sizes = [(4 * h, 4 * w) for h, w in pixels["image_grid_hw"].tolist()]
+        seen = [tensor(picture(*s, p)) for s, p in zip(sizes, patches, strict=True)]
+        cut = [x.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(2) for x in seen]
+        return {"pixel_values": torch.cat([rows.flatten(0, 1) for rows in cut])}
     if name in RESAMPLED:
         return tiled(name, [picture(*s, p) for s, p in zip(SIZES, patches, strict=True)])
     if name.startswith("molmo2"):
@@ -224,16 +238,17 @@ def planted_on_grids(name, patch):
     """What the encoder eats for a video of three frames, the second with a patch."""
     if name.startswith("molmo2"):
         return {"pixel_values_videos": crops([picture(32, 32, p) for p in (None, patch, None)])}
-    frames = [picture(16, 32, p) for p in (None, patch, None)]
+    times = 2 if name == "ernie4_5_vl_moe" else 1  # whose tokens are of two frames
+    frames = [picture(16, 32, p) for p in (None, patch, None) for _ in range(times)]
     return {"pixel_values_videos": on_grids(name, frames)[0]}
 
 
-def features_of(model, modality, inputs, counts):
+def features_of(name, model, modality, inputs, counts):
     """(V, D) features of each image from the model as it is."""
     given = {n: v for n, v in fresh(inputs).items() if n.startswith(SEEN[modality])}
     with torch.no_grad():
-        pooled = getattr(model.model, f"get_{modality}_features")(**given, return_dict=True)
-    rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled.pooler_output]
+        pooled = MEMBERS[name]().encode(model, given, modality)
+    rows = [feature.reshape(-1, feature.shape[-1]) for feature in pooled]
     return torch.cat(rows).split(counts)
 
 
@@ -250,12 +265,12 @@ def check(name, modality, blank, bright, patches, frames):
     """Check that the tokens that the patch of an image changes are those that show it."""
     model = local_model(name)
     with torch.no_grad(), foveate.use(model, EveryThird(1)) as run:
-        model.model(**fresh(blank))
+        model(**fresh(blank))
     images = run.record.images
     assert [image.frames > 1 for image in images] == [modality == "video"] * len(patches)
     shares = [shown(*seen) for seen in zip(images, patches, frames, strict=True)]
     counts = [image.total for image in images]
-    before, after = (features_of(model, modality, given, counts) for given in (blank, bright))
+    before, after = (features_of(name, model, modality, given, counts) for given in (blank, bright))
     for old, new, share in zip(before, after, shares, strict=True):
         change = (new - old).norm(dim=1)
         if name not in RESAMPLED:
@@ -264,7 +279,7 @@ def check(name, modality, blank, bright, patches, frames):
     assert keep > 0
     seen = {(image.total, image.grid): old for image, old in zip(images, before, strict=True)}
     with torch.no_grad(), foveate.use(model, Changed(seen, keep)) as run:
-        model.model(**fresh(bright))
+        model(**fresh(bright))
     report = run.report()
     for number, (image, share) in enumerate(zip(run.record.images, shares, strict=True)):
         kept = image.kept["pre_llm"]

@@ -52,7 +52,7 @@ def class_scores(name):
     attention = model.get_submodule(member.class_attention.format(member.class_layer))
     hook = attention.register_forward_hook(lambda module, args, out: weights.append(out[1]))
     with torch.no_grad():
-        getattr(model.model, f"get_{member.modality}_features")(**fresh(member.pixels(IMAGES)))
+        member.encode(model, member.pixels(IMAGES))
     hook.remove()
     return member.class_scores(model, member.pixels(IMAGES), weights[0].mean(1)[:, 0, 1:])
 
@@ -93,9 +93,10 @@ def test_pruning_after_a_real_tower_equals_the_oracle(name, kind):
         return
     method, spec = case(name, kind, counts)
     seen = []
-    hook = model.lm_head.register_forward_pre_hook(lambda m, args: seen.append(args[0][0, -1]))
+    head = member.head(model)
+    hook = head.register_forward_pre_hook(lambda m, args: seen.append(args[0][0, -1]))
     with torch.no_grad(), foveate.use(model, method) as run:
-        got = model.model(**fresh(inputs)).last_hidden_state[0]
+        got = member.run(model, **fresh(inputs)).last_hidden_state[0]
         kept = [list(image.values()) for image in run.kept]
         model.generate(**fresh(inputs), max_new_tokens=1, do_sample=False)
     hook.remove()
@@ -123,7 +124,7 @@ def test_pruning_after_a_real_tower_equals_the_oracle(name, kind):
 def test_every_token_has_a_place_in_its_grid(name):
     inputs, counts = prompt(name)
     with torch.no_grad(), foveate.use(model_of(name), EveryThird(1)) as run:
-        model_of(name).model(**fresh(inputs))
+        model_of(name)(**fresh(inputs))
     images = run.record.images
     assert [image.total for image in images] == counts
     newline = name == "llava_onevision-video"
@@ -143,7 +144,7 @@ def test_class_attention_equals_eager_attention(name):
             return scores[-1]
 
     with torch.no_grad(), foveate.use(model_of(name), Spy(1)):
-        model_of(name).model(**fresh(inputs))
+        model_of(name)(**fresh(inputs))
     rows = [row for group in scores for row in group]
     for want in class_scores(name):
         assert any(
@@ -155,13 +156,13 @@ def test_class_attention_equals_eager_attention(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_of_a_batch_gets_what_it_gets_alone(name, kind):
     """Rows with two images, none, and one; images of different sizes among them."""
-    model = model_of(name)
-    inputs, rows = batch_of(MEMBERS[name](), model, (2, 0, 1))
+    member, model = MEMBERS[name](), model_of(name)
+    inputs, rows = batch_of(member, model, (2, 0, 1))
     method, _ = case(name, kind, prompt(name)[1])
     with torch.no_grad(), foveate.use(model, method):
-        together = model.model(**fresh(inputs)).last_hidden_state[:, -1]
+        together = member.run(model, **fresh(inputs)).last_hidden_state[:, -1]
         for state, alone in zip(together, rows, strict=True):
-            want = model.model(**fresh(alone)).last_hidden_state[0, -1]
+            want = member.run(model, **fresh(alone)).last_hidden_state[0, -1]
             torch.testing.assert_close(state, want, rtol=0, atol=tolerance_of(name, model))
 
 

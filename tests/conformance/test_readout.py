@@ -31,7 +31,7 @@ def test_the_last_token_of_the_last_image_stays(name, method):
     row = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **member.extras(ids, 2)}
     row |= member.batch(pixels, [2])
     with foveate.use(model, method) as session:
-        model.model(**fresh(row))
+        member.run(model, **fresh(row))
         kept = session.kept[-1]
         model.generate(**fresh(row), max_new_tokens=2, min_new_tokens=2, do_sample=False)
         again = session.kept[-1]

@@ -9,6 +9,7 @@ import torch
 import foveate
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
+from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.towers import SIDE, pictures
 from tests.methods_for_tests import EveryThird
@@ -59,3 +60,16 @@ def test_class_tokens_that_say_nothing_of_a_videos_tokens_are_refused(name, monk
     with foveate.use(model, "fastv") as run:
         model(input_ids=ids, **pixels)
     assert len(run.kept) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("aria", "which the encoder of this aria cannot give: visual tokens are learned queries"),
+        ("got_ocr2", "this got_ocr2 cannot give: visual tokens are made by convolutions"),
+        ("lfm3_vl", "this lfm3_vl cannot give: convolutions among the layers of its encoder"),
+    ],
+)
+def test_an_encoder_that_cannot_be_read_says_why(name, why):
+    with pytest.raises(UnsupportedModelError, match=f"visionzip.*{why}.*that work here: "):
+        foveate.use(model_of(name), "visionzip")

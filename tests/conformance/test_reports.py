@@ -24,9 +24,11 @@ def test_cache_bytes_equal_the_cache(name, kind):
             foveate.use(model, methods)
         return
     with torch.no_grad():
-        whole, _ = cache_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
+        whole, _ = cache_bytes(model(**fresh(inputs), **member.cached(model)).past_key_values)
         with foveate.use(model, methods) as run:
-            pruned, state = cache_bytes(model(**fresh(inputs), use_cache=True).past_key_values)
+            pruned, state = cache_bytes(
+                model(**fresh(inputs), **member.cached(model)).past_key_values
+            )
     report = run.report()
     assert report["state_bytes"] == state
     assert ("state of recurrent layers" in str(report)) == (state > 0)
@@ -50,7 +52,8 @@ def test_prefill_flops_equal_the_counted_ones(name):
         model(**fresh(inputs), logits_to_keep=1)
     family = find_family(model)
     seen = [[tokens if n <= family.last_llm_layer else 1] for n in range(family.text_layers)]
-    want = flops.prefill_flops(model.config, seen, causal=False)
-    if not member.some_logits:
+    visual = [[min(member.visual, row[0] - 1)] for row in seen]
+    want = flops.prefill_flops(model.config, seen, visual, causal=False)
+    if not member.cuts_logits:
         want += flops.head_flops(flops.TextShape.of(model.config), tokens - 1)
     assert counter.get_total_flops() == pytest.approx(want, rel=0.01)

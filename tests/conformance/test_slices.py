@@ -1,4 +1,4 @@
-"""Tiles of LFM2-VL and slices of MiniCPM-V: which images of a prompt are of one picture, and where
+"""Tiles of LFM2-VL and slices of MiniCPM-V: which tiles of a prompt are of one image, and where
 they lie.
 """
 
@@ -17,7 +17,7 @@ NAMES = ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")
 
 
 def written(grids, tokens=1):
-    """Ids as the processor writes them, and spans, of pictures with so many rows and columns."""
+    """Ids as the processor writes them, and spans, of images with so many rows and columns."""
     ids, spans = [5, 7], []
 
     def crop(first, last):
@@ -27,7 +27,7 @@ def written(grids, tokens=1):
         ids.append(last)
 
     for rows, columns in grids:
-        ids += [80, 3, 81]  # the picture's number
+        ids += [80, 3, 81]  # the image's number
         crop(OPEN, CLOSE)
         for row in range(rows):
             ids += [BREAK] if row else []
@@ -55,7 +55,7 @@ def test_frames_of_a_video_are_no_slices():
 
 
 @torch.no_grad()
-def test_boxes_of_slices_are_shares_of_the_picture():
+def test_boxes_of_slices_are_shares_of_the_image():
     name = "minicpm_ocr"
     member, model = MEMBERS[name](), model_of(name)
     width = 64 * 4
@@ -105,7 +105,7 @@ def test_other_names_say_nothing():
 
 @pytest.mark.parametrize("thumbnail", [True, False])
 @torch.no_grad()
-def test_boxes_of_tiles_are_shares_of_the_picture(thumbnail):
+def test_boxes_of_tiles_are_shares_of_the_image(thumbnail):
     member, model = MEMBERS["lfm2_vl"](), model_of("lfm2_vl")
     count = 2 + thumbnail
     pixels = member.take(member.pixels(9), 0, 9)

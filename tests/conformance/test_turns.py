@@ -28,7 +28,8 @@ def test_second_turn_equals_the_oracle(name, kind):
         said = answer.sequences[:, first["input_ids"].shape[1] :]
         second = member.continued(fresh(first), torch.cat((said, question), 1))
         second.pop("mm_encoder_outputs")
-        hook = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+        head = member.head(model)
+        hook = head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
         out = model.generate(**second, **STEPS, past_key_values=answer.past_key_values)
         hook.remove()
     prompt, length = first["input_ids"].shape[1], second["input_ids"].shape[1]
@@ -44,14 +45,14 @@ def test_second_turn_equals_the_oracle(name, kind):
     assert bite > 0.02, "the test does not bite"
 
 
-def scored(model, states, inputs):
+def scored(member, model, states, inputs):
     """Logits that the model's own head makes of (T, D) last hidden states."""
 
     def replace(module, args, output):
         output.last_hidden_state = states[None]
         return output
 
-    hook = model.model.register_forward_hook(replace)
+    hook = member.below_head(model).register_forward_hook(replace)
     logits = model(**fresh(inputs), use_cache=False).logits[0]
     hook.remove()
     return logits
@@ -78,7 +79,7 @@ def test_scores_of_beams_equal_the_oracle(name, kind):
         _, spec = case(name, kind, len(pieces) - 1)
         with torch.no_grad():
             states, _ = oracle.run(member, eager, fresh(whole), spec, prompt)
-            logits = scored(model, states, whole)[prompt - 1 : -1].log_softmax(-1)
+            logits = scored(member, model, states, whole)[prompt - 1 : -1].log_softmax(-1)
         want = logits.gather(1, said[0, :, None]).sum()
         torch.testing.assert_close(
             out.sequences_scores[row], want, rtol=0, atol=tolerance_of(name, model)

@@ -32,12 +32,12 @@ def tolerance_of(name, model):
 def own_distance(member, model, seed):
     """Distance of the states of generated tokens to those of the same tokens at once."""
     inputs, own = member.inputs(ROWS, seed), 0.0
-    states, out = states_of(model, inputs, STEPS + 1)
+    states, out = states_of(member, model, inputs, STEPS + 1)
     for row in range(len(ROWS)):
         more = out[row : row + 1, inputs["input_ids"].shape[1] : -1]
         whole = member.continued(member.row(inputs, row), more)
         with torch.no_grad():
-            want = model.model(**whole).last_hidden_state[0, -STEPS - 1 :]
+            want = member.run(model, **whole).last_hidden_state[0, -STEPS - 1 :]
         own = max(own, (want - states[row]).abs().max().item())
     return own
 
@@ -52,10 +52,11 @@ def amplifies(model):
     return bool(find_family(model).recurrent_layers) or model.config.model_type.startswith("gemma4")
 
 
-def states_of(model, inputs, tokens):
+def states_of(member, model, inputs, tokens):
     """(B, tokens, D) last states of a prompt and of the tokens generated after it, and these."""
     states = []
-    handle = model.lm_head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+    head = member.head(model)
+    handle = head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
     try:
         out = model.generate(
             **fresh(inputs), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False

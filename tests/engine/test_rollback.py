@@ -1,13 +1,18 @@
 """A forward that dies leaves the cache as it found it; so going on is right."""
 
 import copy
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate
+from foveate.families.qwen3_5 import Qwen35
 from foveate.methods import LVLMCSP, DivPrune, DyCoke, FastV, PruneVid, PyramidDrop
 from foveate.testing import models
+from tests.conformance.zoo import MEMBERS
 from tests.tinies import LAYERS, prompts, tiny_llava
 
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -23,13 +28,13 @@ class Killed(BaseException):
     """Ctrl-C, or memory that has run out."""
 
 
-def killed(layer, call):
+def killed(layer, call, mlp="mlp"):
     """Run a call that dies in the MLP of a layer, after its attention and its cache."""
 
     def die(*_):
         raise Killed
 
-    hook = layer.mlp.register_forward_pre_hook(die)
+    hook = getattr(layer, mlp).register_forward_pre_hook(die)
     try:
         with pytest.raises(Killed):
             call()
@@ -153,3 +158,88 @@ def test_a_forward_that_died_outside_its_session_is_told_within():
         pytest.raises(foveate.errors.CacheError, match="disagree on its length"),
     ):
         go_on(model, cache, 4)
+
+
+class Clones(TorchDispatchMode):
+    """Counts copies of tensors, by their shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.clone.default:
+            self.shapes[args[0].shape] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def states(cache):
+    """Copies of all running states of a cache."""
+    return [
+        state.clone()
+        for layer in cache.layers
+        for table in ("conv_states", "recurrent_states")
+        for state in getattr(layer, table, {}).values()
+        if state is not None
+    ]
+
+
+def clones(model, cache, ids):
+    """Copies that one forward of text after a cache makes of tensors as large as its states."""
+    shapes = {state.shape for state in states(cache)}
+    with torch.no_grad(), Clones() as counted:
+        model(input_ids=ids, past_key_values=cache)
+    return {shape: counted.shapes[shape] for shape in shapes}
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_running_states_are_not_copied_where_nothing_was_removed(tokens):
+    model = MEMBERS["qwen3_5"]().build()
+    ids = torch.arange(20, 20 + tokens)[None]
+    counts = []
+    for attached in (False, True):
+        with foveate.use(model, DivPrune(keep=0.3)) if attached else nullcontext():
+            cache = model(input_ids=torch.arange(10, 18)[None], use_cache=True).past_key_values
+            counts.append(clones(model, cache, ids))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_running_states_that_a_model_replaces_are_not_copied(tokens):
+    """Of a pruned cache; states of convolutions are, which are small."""
+    model = MEMBERS["qwen3_5"]().build()
+    ids = torch.arange(20, 20 + tokens)[None]
+    bare = model(input_ids=torch.arange(10, 18)[None], use_cache=True).past_key_values
+    want = clones(model, bare, ids)
+    with foveate.use(model, DivPrune(keep=0.3)):
+        inputs = MEMBERS["qwen3_5"]().inputs([[4, 6]])
+        cache = model(**inputs, use_cache=True).past_key_values
+        got = clones(model, cache, ids)
+    large = cache.layers[0].recurrent_states[0].shape
+    assert got[large] == want[large]
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("number", [0, 2, 4])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_running_states_are_brought_back_after_a_forward_that_died(
+    monkeypatch, name, number, tokens, replaces
+):
+    """Bit for bit, copied or replaced."""
+    member = MEMBERS[name]()
+    model = member.build()
+    if name == "qwen3_5":
+        monkeypatch.setattr(Qwen35, "replaces_state", replaces)
+    ids = torch.arange(20, 20 + tokens)[None]
+    layer = model.model.language_model.layers[number]
+    mlp = "mlp" if hasattr(layer, "mlp") else "feed_forward"
+    with foveate.use(model, DivPrune(keep=0.3)), torch.no_grad():
+        cache = model(**member.inputs([[4, 6]]), use_cache=True).past_key_values
+        twin = copy.deepcopy(cache)
+        want = model(input_ids=ids, past_key_values=twin).logits
+        before = states(cache)
+        killed(layer, lambda: model(input_ids=ids, past_key_values=cache), mlp)
+        assert all(map(torch.equal, states(cache), before))
+        assert not all(map(torch.equal, states(twin), before)), "the test does not bite"
+        assert torch.equal(model(input_ids=ids, past_key_values=cache).logits, want)

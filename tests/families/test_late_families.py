@@ -115,3 +115,14 @@ def test_frames_that_video_llama_has_compressed_are_refused():
         given = {"input_ids": ids[left][None], "video_compression_mask": mask}
         with pytest.raises(InputError, match=r"17 image placeholders.*24 visual tokens"):
             model.model(**{**fresh(inputs), **given, "attention_mask": None})
+
+
+def test_codes_of_emu3_have_places_and_ends_of_rows_have_none():
+    family = find_family(model_of("emu3"))
+    given = {"image_sizes": torch.tensor([[24, 32], [32, 16]])}
+    boxes = family.boxes("image", -1, Shape(12, (1, 12)), given).view(4, 3, 4)
+    torch.testing.assert_close(boxes[:, :2].flatten(0, 1), cells(4, 2))
+    assert boxes[:, 2].isnan().all()
+    assert family.boxes("image", 0, Shape(12, (1, 12)), {}).isnan().all()
+    with pytest.raises(InputError, match=r"says 4 x 2 visual tokens, with ends of rows 12, .* 11"):
+        family.shapes("image", [torch.zeros(11, 64)], given)

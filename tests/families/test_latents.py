@@ -1,4 +1,4 @@
-"""Queries that read a picture have no place in it."""
+"""Queries that read an image have no place in it."""
 
 import pytest
 import torch

@@ -140,7 +140,9 @@ class Run:
 
 def plain(message: str) -> str:
     """A message without what differs from cell to cell."""
-    message = re.sub(r"[.;] [Mm]ethods that work here: .*", "", message, flags=re.DOTALL)
+    message = re.sub(
+        r"[.;] (Methods that work here: |No method works here).*", "", message, flags=re.DOTALL
+    )
     return SEVERAL.sub("N", NUMBERS.sub("N", message)).strip()
 
 

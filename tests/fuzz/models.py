@@ -43,9 +43,14 @@ class Windowed(MEMBERS["llava"]):
 
 
 # The oracle hides what was removed at full length. A running state would still step over it, and
-# layers that read the keys of earlier ones hide by these: the oracle of the conformance suite does
-# both.
-ANOTHER_ORACLE = ("gemma4", "lfm2", "lfm3", "minicpm", "qwen3_5")
+# layers that read the keys of earlier ones hide by these; some layers have streams of states, and
+# some are given features that an input does not hold: the oracle of the conformance suite does all
+# of it. Llama 4 puts features that it is handed through one more matrix, so that merged ones cannot
+# be handed to the bare model. Eager attention of Unlimited-OCR wants a key head for each head.
+ANOTHER_ORACLE = (
+    "gemma3n", "gemma4", "granite4", "lfm2", "lfm3", "llama4", "minicpm", "nemotron", "qwen3_5",
+    "unlimited_ocr",
+)  # fmt: skip
 FAMILIES: dict[str, type[Member]] = {
     **{n: member for n, member in MEMBERS.items() if not n.startswith(ANOTHER_ORACLE)},
     "llava-window": Windowed,
@@ -69,11 +74,9 @@ def member_of(shape: Shape) -> Member:
         made = kind.config(self)
         text = made.get_text_config()
         text.num_hidden_layers, text.num_key_value_heads = shape.depth, shape.key_heads
-        kinds = getattr(text, "layer_types", None)
-        if kinds:
-            text.layer_types = (list(kinds) * shape.depth)[: shape.depth]
-        if blocks := getattr(text, "mlp_layer_types", None):
-            text.mlp_layer_types = (list(blocks) * shape.depth)[: shape.depth]
+        for name in ("layer_types", "mlp_layer_types", "layer_rope_theta"):
+            if said := getattr(text, name, None):
+                setattr(text, name, (list(said) * shape.depth)[: shape.depth])
         return made
 
     member: Member = type(kind.__name__, (kind,), {"config": config})()

@@ -269,7 +269,8 @@ def test_refusals(small):
     image = Image.new("RGB", (300, 300))
     with pytest.raises(InputError, match="one image placeholder, this has 0"):
         Reader(model, processor).read(image, "what number is red ?")
-    with pytest.raises(UnsupportedModelError, match="square tiles by llava, llava_next"):
-        Reader(model_of("qwen2_5_vl"), processor)
+    for name in ("qwen2_5_vl", "emu3"):
+        with pytest.raises(UnsupportedModelError, match="square tiles by llava, llava_next"):
+            Reader(model_of(name), processor)
     with pytest.raises(UnsupportedModelError, match="square tiles"):
         Reader(model_of("llava-pixtral"), processor)

@@ -164,3 +164,10 @@ def test_places_of_patches_count_however_many_there_are():
     assert freeze({"places": places}) != freeze({"places": places + 1})
     mask = torch.ones(1, 72, 72, dtype=torch.long)
     assert freeze({"mask": mask}) == freeze({"mask": mask.tril()})
+
+
+def test_chunks_hide_what_lies_before_them():
+    for tokens, keys, chunk in [(7, 7, 3), (5, 9, 4), (4, 4, 9), (1, 8, 3), (1, 9, 3)]:
+        of = torch.arange(keys) // chunk
+        mask = (of == of[-tokens:, None]).tril(keys - tokens)
+        assert visible_keys(tokens, keys, chunk=chunk) == int(mask.sum())

@@ -5,11 +5,15 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GraniteMoeHybridConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
     NemotronHConfig,
+    NemotronHForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
     Qwen3_5MoeTextConfig,
@@ -20,6 +24,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure import flops
 from foveate.measure.checkpoints import checkpoints
+from foveate.measure.mamba import Mamba2
 from foveate.measure.memory import cache_bytes
 from foveate.measure.mixers import GatedDeltaNet, ShortConvolution
 from foveate.measure.selection import acted, decoder_flops
@@ -52,6 +57,12 @@ LATENT = {
     "n_shared_experts": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
     "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
 }  # fmt: skip
+MAMBA = {
+    **SIZES, "head_dim": 12, "intermediate_size": 80, "mamba_num_heads": 6, "mamba_head_dim": 16,
+    "ssm_state_size": 8, "n_groups": 2, "chunk_size": 32, "n_routed_experts": 5,
+    "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+}  # fmt: skip
 MODELS = {
     "gated delta net": (
         Qwen3_5ForCausalLM,
@@ -83,6 +94,15 @@ MODELS = {
         Gemma4TextConfig(
             **GEMMA, num_global_key_value_heads=1, attention_k_eq_v=True, enable_moe_block=True,
             num_experts=5, top_k_experts=2, moe_intermediate_size=24, hidden_size_per_layer_input=0,
+        ),
+    ),
+    "mamba": (NemotronHForCausalLM, NemotronHConfig(**MAMBA)),
+    "mamba, latent experts": (NemotronHForCausalLM, NemotronHConfig(**MAMBA, moe_latent_size=16)),
+    "streams of states": (
+        Gemma3nForCausalLM,
+        Gemma3nTextConfig(
+            **{**GEMMA, "intermediate_size": [48, 56, 64, 72, 80, 88]}, num_kv_shared_layers=0,
+            hidden_size_per_layer_input=7, altup_num_inputs=3, laurel_rank=5,
         ),
     ),
     "compressed keys": (DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=16)),
@@ -145,8 +165,8 @@ def test_layers_that_share_keys_may_be_given_all_tokens():
 @pytest.mark.parametrize("past", [3, 70])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decoding_step_costs_what_torch_counts(name, past):
-    """But for what torch does not count: the products of a step of the gated delta rule, which are
-    written out; and for convolutions over a token more, which is dropped.
+    """But for what torch does not count: the products of a step of the gated delta rule and of
+    Mamba-2, which are written out; and for convolutions over a token more, which is dropped.
     """
     model, config = build(name)
     cache = filled(model, past)
@@ -156,6 +176,9 @@ def test_a_decoding_step_costs_what_torch_counts(name, past):
         if isinstance(mixer := shape.mixer, GatedDeltaNet):
             got += mixer.value_heads * 6 * mixer.key_dim * mixer.value_dim
             got -= 2 * 4 * (2 * 2 * 8 + 6 * 12)
+        elif isinstance(mixer, Mamba2):
+            got += 6 * 2 * 16 * 8
+            got -= 2 * 4 * (6 * 16 + 2 * 2 * 8)
         elif isinstance(mixer, ShortConvolution):
             got -= 2 * 3 * 48
     slots = [past + 1 if shape.donor is None else 1 for shape in shapes]  # as caches hold them
@@ -172,7 +195,7 @@ def test_bytes_equal_the_cache(name, tokens, dtype):
     layers = [tokens] * config.num_hidden_layers
     assert flops.kv_bytes(config, layers, 2, dtype) == slots
     assert flops.state_bytes(config, 2, dtype) == state
-    assert (state > 0) == ("delta" in name or "convolution" in name)
+    assert (state > 0) == any(kind in name for kind in ("delta", "convolution", "mamba"))
 
 
 def test_the_rule_counts_pairs_of_a_chunk_once_if_causal():
@@ -184,8 +207,8 @@ def test_the_rule_counts_pairs_of_a_chunk_once_if_causal():
 
 
 def test_kinds_whose_cost_is_not_known_are_refused():
-    config = NemotronHConfig(layers_block_type=["mamba", "attention"], num_hidden_layers=2)
-    with pytest.raises(UnsupportedModelError, match="layer 0 of this nemotron_h is of kind"):
+    config = GraniteMoeHybridConfig(layer_types=["mamba", "attention"], num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match="layer 0 of this granitemoehybrid is of kind"):
         TextShape.all(config)
 
 

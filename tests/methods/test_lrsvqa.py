@@ -5,7 +5,7 @@ import torch
 
 import foveate
 from foveate.core import get_method
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.families import find_family
 from foveate.methods.lrsvqa import LRSVQA, stretched
 from tests.tinies import PATCHES, prompts, tiny_llava
@@ -34,6 +34,11 @@ def test_scores_are_the_share_of_each_head(make_tokens):
                 whole = float(head.sum())
                 total += float(head[v]) / whole / 3 if whole else 0.0
             assert got[g, v].item() == pytest.approx(total, abs=1e-6)
+
+
+def test_a_model_without_a_layer_that_can_rank_is_refused(facts):
+    with pytest.raises(LayerError, match="no decoder layer of this model can rank"):
+        LRSVQA().steps(facts(attention_layers=()))
 
 
 def test_the_layer_scales_with_the_model():

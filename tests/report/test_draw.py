@@ -9,7 +9,9 @@ from foveate.errors import InputError
 from foveate.record.boxes import cells
 from foveate.record.record import ImageRecord, Record
 from foveate.record.tiles import TokenBoxes
-from foveate.report.draw import GAP, draw_kept, match_geometry, place_grid, show, stack
+from foveate.report.draw import draw_kept, show
+from foveate.report.geometry import match_geometry, place_grid
+from foveate.report.panels import GAP, stack
 from tests.records import image, pyramid_record
 
 GRID = (4, 4)

@@ -60,8 +60,11 @@ def test_families_without_a_short_head_train_with_the_whole(name):
         model.zero_grad()
 
 
-@pytest.mark.parametrize("name", ["lfm2_vl", "lfm3_vl", "qwen3_5"])
-def test_recurrent_layers_within_checkpoint_wrappers_are_recomputed_alike(name):
+@pytest.mark.parametrize(
+    "name", ["lfm2_vl", "lfm3_vl", "llama4", "nemotron_h_omni", "qwen3_5"]
+)  # fmt: skip
+def test_layers_within_checkpoint_wrappers_are_recomputed_alike(name):
+    """Recurrent ones, those that mix nothing, and those with one complex rotary embedding."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     member = MEMBERS[name]()
@@ -72,7 +75,7 @@ def test_recurrent_layers_within_checkpoint_wrappers_are_recomputed_alike(name):
         inputs["labels"] = inputs["input_ids"].clone()
         inputs["labels"][:, :-4] = -100
         foveate.prepare(model, PyramidDrop())
-        layers = model.model.language_model.layers
+        layers = member.text(model).layers
         for number, layer in enumerate(layers if wraps else ()):
             layers[number] = checkpoint_wrapper(layer)
         loss = model(**fresh(inputs), use_cache=False).loss

@@ -113,3 +113,23 @@ def test_images_with_different_numbers_of_patches_have_maps_of_their_own():
         for layer in (1, 2):
             seen = maps[layer][image].sum((0, 1)).nonzero()[:, 0].tolist()
             assert seen == [0, *(kept[f"vision:{layer}"] + 1).tolist()]
+
+
+def test_images_that_are_padded_to_one_length_have_maps_of_their_own():
+    """Of three images with other grids, only rows of what survives have attention."""
+    member, model = MEMBERS["lfm2_vl"](), model_of("lfm2_vl", "eager")
+    pixels = member.pixels(3)
+    with torch.no_grad(), foveate.use(model, Listed(1, 0.5)):
+        got = model.model.get_image_features(**pixels, output_attentions=True)
+    for image, (height, width) in enumerate(pixels["spatial_shapes"].tolist()):
+        alive = ~got.pooler_output[image][:, 0].isnan()
+        assert alive.sum() == len(alive) // 2
+        cells = alive.view(height // 2, 1, width // 2, 1).expand(-1, 2, -1, 2).flatten()
+        kept = cells.nonzero()[:, 0].tolist()
+        assert got.attentions[0].shape[-1] == 64
+        for layer in (1, 2):
+            of = got.attentions[layer][image].mean(0)
+            assert of.shape == (64, 64)
+            assert of.sum(0).nonzero()[:, 0].tolist() == kept
+            assert of.sum(1).nonzero()[:, 0].tolist() == kept
+            torch.testing.assert_close(of[kept].sum(1), torch.ones(len(kept)))

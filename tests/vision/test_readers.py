@@ -69,6 +69,21 @@ class Watched(Full):
             for cell in zip(*(self.tokens[picture][token] for token in group), strict=True)
         }
 
+    def from_global(self, number, asking, everything, cells):
+        """Attention from global rows of the same segment: of the same image, frame or window."""
+        mean, (allowed, _), found = self.maps[number].mean(0), self.seen(number), {}
+        for row, cell in cells.items():
+            here = [other for other in asking if allowed[row, other]]
+            total = {
+                other: mean[here][:, of].sum().item()
+                for other, of in everything.items()
+                if allowed[row, other]
+            }
+            bound = ABOVE * sum(total.values()) / len(here)
+            asks = [other for other in here if total[other] > bound] or here
+            found[row] = (mean[asks].sum(0) / len(asks))[cell].sum()[None]
+        return found
+
     def signal(self, name, number, picture):
         """(rows of the image's tokens in a layer) -> a signal of each, as (C)."""
         cells, width = self.cells(number, picture), self.number // self.batch
@@ -89,9 +104,7 @@ class Watched(Full):
         asking = special + [row for row, cell in cells.items() if shown[cell].any()]
         everything = {row: [row] for row in special} | cells
         if name == "global_attention":
-            total = {row: mean[asking][:, cell].sum().item() for row, cell in everything.items()}
-            bound = ABOVE * sum(total.values()) / len(asking)
-            asking = [row for row in asking if total[row] > bound] or asking
+            return self.from_global(number, asking, everything, cells)
         received = mean[asking].sum(0) / len(asking)
         return {row: received[cell].sum()[None] for row, cell in cells.items()}
 

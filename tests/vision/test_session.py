@@ -190,3 +190,12 @@ def test_layers_with_a_forward_of_their_own_are_refused():
     assert not model._forward_pre_hooks
     with foveate.use(model, Listed(layer=2)):
         model(**images())
+
+
+def test_a_refusal_says_so_where_no_method_works(monkeypatch):
+    """A list of nothing would read as if it had been lost."""
+    model = build(ENCODERS, "vit")
+    monkeypatch.setattr("foveate.engine.planning.list_methods", list)
+    with pytest.raises(UnsupportedModelError, match=r"\w\. No method works here") as error:
+        foveate.use(model, FastV())
+    assert "ethods that work" not in str(error.value)

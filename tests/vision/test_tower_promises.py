@@ -1,5 +1,7 @@
 """What sessions inside towers keep: bits, kernels, videos, batches, beams, gradients, the model."""
 
+import threading
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -21,7 +23,10 @@ from tests.vision.test_towers import CASES, TOLERANCE, TOWERS, member_pixels, ro
 from tests.vision.towers import Full, Tower, encoder_of
 
 GRIDS = [name for name in VIDEO if name in TOWERS]
-SEGMENTS = ["glm4v", "kimi_k25", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"]
+SEGMENTS = [
+    "cosmos3_edge", "ernie4_5_vl_moe", "exaone4_5", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
+    "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+]  # fmt: skip
 PACKED = [*SEGMENTS, "mistral3", "llava-pixtral"]
 SOME = ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl", "llava_next", "idefics3", "ovis2"]
 
@@ -50,7 +55,9 @@ def test_eager_attention_agrees_with_sdpa(name, case):
     for attention in ("sdpa", "eager"):
         model, (inputs, _) = model_of(name, attention), prompt(name)
         pixels = member_pixels(name, inputs)
-        pixels = {k: v for k, v in pixels.items() if k != "pixel_attention_mask"}
+        pixels = {
+            k: v for k, v in pixels.items() if k != "pixel_attention_mask" or v.dim() == 2
+        }  # but for patches
         with torch.no_grad(), foveate.use(model, CASES[case][0]):
             got.append(rows(encoder_of(model, MEMBERS[name].modality, pixels)().pooler_output))
     torch.testing.assert_close(*got, rtol=0, atol=TOLERANCE, equal_nan=True)
@@ -70,7 +77,8 @@ def segments_kernel(calls):
         assert bounds[-1] == query.shape[2]
         assert bool((bounds.diff() > 0).all())
         calls.append(bounds.tolist())
-        mixed = torch.empty_like(query)
+        each = torch.arange(query.shape[1]) // (query.shape[1] // key.shape[1])
+        key, value, mixed = key[:, each], value[:, each], torch.empty_like(query)
         for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             part = slice(start, stop)
             scores = query[:, :, part] @ key[:, :, part].transpose(2, 3) * scaling
@@ -142,6 +150,23 @@ def test_images_of_one_size_in_a_sequence_keep_what_they_keep_alone(name, case):
             (alone,) = encoder_of(model, "image", one)().pooler_output
             torch.testing.assert_close(feature, alone, rtol=0, atol=TOLERANCE, equal_nan=True)
     assert not torch.equal(together[0].isnan(), together[2].isnan()) or case == "twice"
+
+
+@pytest.mark.parametrize("case", ["twice", "tome"])
+def test_images_of_one_grid_whose_cells_differ_keep_what_they_keep_alone(case):
+    """Tokens of the first and third image are 2 x 2 patches, of the second one patch."""
+    model, member = model_of("video_llama_3"), MEMBERS["video_llama_3"]()
+    grids, sides = torch.tensor([(1, 8, 8), (1, 4, 4), (1, 8, 8)]), torch.tensor([2, 1, 2])
+    pixels = {"pixel_values": member.patches(grids, 0), "image_grid_thw": grids}
+    pixels["image_merge_sizes"] = sides
+    with torch.no_grad(), foveate.use(model, CASES[case][0]):
+        together = encoder_of(model, "image", pixels)().pooler_output
+        assert [len(feature) for feature in together] == [16, 16, 16]
+        for number, feature in enumerate(together):
+            one = member.take(pixels, number, number + 1)
+            (alone,) = encoder_of(model, "image", one)().pooler_output
+            torch.testing.assert_close(feature, alone, rtol=0, atol=TOLERANCE, equal_nan=True)
+            assert feature.isnan().any()
 
 
 # -- videos
@@ -272,3 +297,38 @@ def test_leaving_restores_the_model(name):
             assert snapshot(model) != before
         assert snapshot(model) == before
         assert torch.equal(model(**fresh(inputs)).logits, want)
+
+
+@pytest.mark.parametrize("where", ["this thread", "another thread"])
+def test_a_record_tells_the_encoder_pass_of_its_own_features(where):
+    """Not the last pass: of another image, or of another thread's."""
+    model, member = model_of("qwen2_5_vl"), MEMBERS["qwen2_5_vl"]()
+    pixels = member.pixels(2)
+    images = [member.take(pixels, 0, 1), member.take(pixels, 1, 2)]
+    count, other = (member.counts(model, image)[0] for image in images)
+    assert count != other
+    ids = torch.tensor([[5, *[member.image_id] * count, 6, 7]])
+    inputs = {"input_ids": ids, **member.extras(ids, 1)}
+    with torch.no_grad(), foveate.use(model, ToMe(keep=0.5)) as run:
+        model(**fresh(inputs | images[0]))
+        want, flops = run.record, str(run.report())
+        made = model.model.get_image_features(**fresh(images[0]), return_dict=True)
+        model.model.get_image_features(**fresh(images[1]), return_dict=True)
+        given = inputs | {k: v for k, v in images[0].items() if k != "pixel_values"}
+        found = []
+
+        def ask():
+            with torch.no_grad():
+                model(**fresh(given), mm_encoder_outputs={"image": made})
+                found.append((run.record, str(run.report())))
+
+        if where == "this thread":
+            ask()
+        else:
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+    got, told = found[0]
+    assert got.encoder_tokens == want.encoder_tokens
+    assert all(map(torch.equal, got.encoder_bounds, want.encoder_bounds))
+    assert told == flops

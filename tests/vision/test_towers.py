@@ -61,6 +61,10 @@ def seen(name):
             inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(3)
         )
         real = inputs["pixel_attention_mask"][:, :, None]
+        if real.dim() == 3:  # of patches, or of tiles, which the model leaves out
+            if inputs["pixel_values"].dim() == 3:
+                inputs["pixel_values"] += noise * (1 - real)
+            return inputs, counts
         empty = inputs["pixel_values"].flatten(2).eq(0).all(2)[..., None, None, None]
         inputs["pixel_values"] += noise * ~real * ~empty
     return inputs, counts
@@ -99,7 +103,7 @@ def images_of(name, calls, tokens, counts):
         ]
     if name == "llava_next_video-video":
         counts = [4] * (len(tokens) // 4)
-    return [list(part) for part in split(tokens, counts)]
+    return [[token for token in part if token] for part in split(tokens, counts)]
 
 
 def split(items, counts):
@@ -108,7 +112,9 @@ def split(items, counts):
 
 
 def survivors(full, tokens, counts):
-    """Whether each visual token is alive: its rows are, or it is a newline whose line lives."""
+    """Whether each visual token is alive: its rows are, or it is a newline whose line lives, or it
+    begins or ends an image.
+    """
     rows = {
         row: full.tokens[p][t]
         for p in range(len(full.tokens)) for t in range(len(full.tokens[p]))
@@ -120,6 +126,9 @@ def survivors(full, tokens, counts):
         alive = [bool(token) and rows[token[0]][0] in stands for token in image]
         newlines = [i for i, token in enumerate(image) if not token]
         start = 16 if newlines and len(image) > 17 else 0
+        if newlines[:1] == [0]:
+            alive[0] = alive[-1] = True
+            start, newlines = 1, newlines[1:-1]
         for newline in newlines:
             alive[newline] = any(alive[start:newline])
             start = newline + 1
@@ -246,6 +255,22 @@ def test_a_newline_lives_with_its_line():
     assert second.nonzero()[:, 0].tolist() == [3, 16]
 
 
+def test_newlines_and_ends_around_cells():
+    """Two images of 2 x 3 and 1 x 2 cells: signals, survivors and sources of their tokens."""
+    family = find_family(model_of("hunyuan_vl"))
+    arguments = {"image_grid_thw": torch.tensor([(1, 4, 6), (1, 2, 4)])}
+    signal = [torch.arange(6.0)[None], torch.tensor([[7.0, 8.0]])]
+    first, second = family.per_token("image", signal, arguments, -1.0)
+    assert first.tolist() == [[-1, 0, 1, 2, -1, 3, 4, 5, -1, -1]]
+    assert second.tolist() == [[-1, 7, 8, -1, -1]]
+    alive = [torch.tensor([0, 0, 0, 0, 1, 0]).bool(), torch.tensor([0, 0]).bool()]
+    first, second = family.follow("image", alive, arguments)
+    assert first.nonzero()[:, 0].tolist() == [0, 6, 8, 9]
+    assert second.nonzero()[:, 0].tolist() == [0, 4]
+    sources = family.sources("image", 15, arguments).tolist()
+    assert sources == [0, 0, 1, 2, 2, 3, 4, 5, 5, 5, 6, 6, 7, 7, 7]
+
+
 # -- refusals
 
 
@@ -301,3 +326,24 @@ def test_hidden_states_can_be_asked_for_where_a_tower_merges_its_last_rows(name)
     with torch.no_grad(), foveate.use(model, ToMe(r=(2, 1))):
         out = model(**fresh(seen(name)[0]), output_hidden_states=True)
     assert all(states.isfinite().all() for states in out.hidden_states)
+
+
+@pytest.mark.parametrize("case", ["before-0", "twice", "tome"])
+def test_the_route_of_a_call_says_the_side_of_tokens(case):
+    """Granite Docling's tokens are single patches on the fine route."""
+    model, member = model_of("granite_docling"), MEMBERS["granite_docling"]()
+    pixels = {**member.pixels(2), "tile_fine_mask": torch.ones(1, dtype=torch.bool)}
+    encode, tower = encoder_of(model, "image", pixels), Tower(model)
+    tokens, calls = tower.tokens(encode), tower.record(encode)
+    counts = [4 * member.visual] * 2
+    full = Full(tower, calls, split(tokens, counts)).run(CASES[case][1])
+    mask = torch.cat(survivors(full, tokens, counts))
+    assert all(len(rows) == 1 for rows in tokens)
+    with torch.no_grad():
+        with tower.replaced(full.states):
+            want = encode()
+        with foveate.use(model, CASES[case][0]):
+            got = encoder_of(model, "image", pixels)()
+    for mine, theirs in zip(sheets(got), sheets(want), strict=True):
+        assert torch.equal(~rows(mine)[:, 0].isnan(), mask)
+        torch.testing.assert_close(rows(mine)[mask], rows(theirs)[mask], rtol=0, atol=TOLERANCE)

@@ -19,17 +19,24 @@ from tests.vision.oracle import matched
 NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "cosmos3_edge_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "ernie4_5_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "exaone4_5_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "gemma4_vision": (
         "encoder.layers", "input_layernorm", "self_attn", "pre_feedforward_layernorm", "mlp",
     ),
     "glm4v_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "glm4v_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "glm_ocr_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
+    "granite_docling_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "hunyuan_vl_vision": ("layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "idefics3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "internvl_vision": (
         "encoder.layer", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
     "kimi_k25_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
     "janus_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "minicpm_ocr_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "ovis2_vision": ("transformer.encoder.layers", "rms_norm1", "attention", "rms_norm2", "ffn"),
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
@@ -40,6 +47,7 @@ NAMES = {
     "qianfan_ocr_vision": (
         "layers", "layernorm_before", "attention", "layernorm_after", "mlp",
     ),
+    "qwen2_5_omni_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_5_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen2_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_5_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
@@ -48,6 +56,8 @@ NAMES = {
     "qwen3_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "qwen3_vl_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "siglip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "video_llama_3_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "siglip2_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
 PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
@@ -179,9 +189,10 @@ class Full:
         self.stand = torch.arange(self.number)  # the row at whose place each row is
         self.weigh = True
         self.states = []
-        self.padded = "position_ids" in calls[0][1]  # which say where each patch stands
-        rows = sum(len(token) for picture in self.tokens for token in picture)
-        self.special = int(self.number > rows and not self.padded)
+        self.placed = "position_ids" in calls[0][1]  # which say where each patch stands
+        width = self.number // self.batch
+        of_pictures = {sum(len(token) for token in picture) for picture in self.tokens}
+        self.special = int(of_pictures == {width - 1})
 
     def seen(self, number):
         """(N, N) which rows a layer lets each row attend to, but for padding, and rotary (cos, sin)
@@ -198,7 +209,7 @@ class Full:
             )
             allowed &= segment[:, None] == segment
         rotary = kwargs.get("position_embeddings")
-        if self.padded:
+        if self.placed:
             return allowed, [part.flatten(0, 1) for part in rotary]
         if mask is not None and rotary is not None:
             allowed &= mask[0, 0] == 0
@@ -211,19 +222,18 @@ class Full:
         module = getattr(layer, attention)
         normed = getattr(layer, norm1)(self.x)
         if hasattr(module, "qkv"):
-            parts = module.qkv(normed).chunk(3, -1)
+            parts = list(self.apart(module, module.qkv(normed)))
         else:
-            parts = [getattr(module, f"{name}_proj")(normed) for name in "qkv"]
-            if hasattr(module, "v_norm"):  # of each head; heads share keys, and no score is scaled
-                parts = [self.heads_of(module, n, x) for n, x in zip("qkv", parts, strict=True)]
-            elif hasattr(module, "q_norm"):
-                parts[:2] = module.q_norm(parts[0]), module.k_norm(parts[1])
+            names = "qkv" if hasattr(module, "q") else ("q_proj", "k_proj", "v_proj")
+            parts = [getattr(module, name)(normed) for name in names]
+        parts[1:] = (self.shared(module, part) for part in parts[1:])
+        parts = [self.normed(module, of, part) for of, part in zip("qkv", parts, strict=True)]
         q, k, v = (part.view(self.number, self.tower.heads, -1).transpose(0, 1) for part in parts)
         projected = k.transpose(0, 1)
         allowed, rotary = self.seen(number)
         if rotary is not None:
             cos, sin = (part[self.stand] for part in rotary)
-            turned = by_axis if self.padded else rotated
+            turned = by_axis if self.placed else rotated
             q, k = (x * cos + turned(x) * sin for x in (q, k))
         allowed = allowed[self.stand][:, self.stand]
         # Padding is hidden row by row, not where its token stands.
@@ -233,24 +243,41 @@ class Full:
             for row in self.stand[self.alive & self.visible(number)].unique():
                 once[(self.alive & self.visible(number) & (self.stand == row)).nonzero()[0]] = True
             allowed &= once
-        scores = (q @ k.transpose(1, 2)) / (1 if self.padded else q.shape[-1] ** 0.5)
+        scores = (q @ k.transpose(1, 2)) / (1 if self.placed else q.shape[-1] ** 0.5)
         weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1)
         mixed = (weights @ v).transpose(0, 1).reshape(self.number, -1)
         out = next(n for n in ("proj", "out_proj", "o_proj", "projection_layer")
                    if hasattr(module, n))  # fmt: skip
         return weights, projected, getattr(module, out)(mixed)
 
-    def heads_of(self, module, name, projected):
-        """(N, H d) of a projection after the norm of each head, shared ones repeated."""
-        split = projected.view(self.number, -1, module.head_dim)
-        normed = getattr(module, f"{name}_norm")(split)
-        return normed.repeat_interleave(self.tower.heads // split.shape[1], 1).flatten(1)
+    def apart(self, module, made):
+        """Queries (N, H d), and keys and values of as many heads as there are."""
+        count = self.tower.heads // getattr(module, "num_key_value_groups", 1)
+        heads = made.view(self.number, self.tower.heads + 2 * count, -1)
+        return (part.flatten(1) for part in heads.split([self.tower.heads, count, count], 1))
+
+    def shared(self, module, part):
+        """(N, H d) keys or values, for each of the heads that share them."""
+        groups = getattr(module, "num_key_value_groups", 1)
+        heads = part.view(self.number, self.tower.heads // groups, -1)
+        return heads[:, torch.arange(self.tower.heads) // groups].flatten(1)
+
+    def normed(self, module, of, part):
+        """(N, H d) queries, keys or values under their norm, which is of all heads or of each by
+        itself.
+        """
+        norm = getattr(module, f"{of}_norm", None)
+        if norm is None or isinstance(norm, torch.nn.Identity):
+            return part
+        weight = getattr(norm, "weight", None)
+        width = module.head_dim if weight is None else len(weight)
+        return norm(part.view(self.number, -1, width)).flatten(1)
 
     def visible(self, number):
         """(N) rows that are no padding."""
         args, kwargs = self.calls[number]
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        if self.padded:
+        if self.placed:
             return (kwargs["position_ids"] >= 0).all(-1).flatten()
         if mask is None or mask.shape[0] != self.batch or "position_embeddings" in kwargs:
             return torch.ones(self.number, dtype=torch.bool)
@@ -267,7 +294,7 @@ class Full:
             weights, keys, output = self.attend(number)
             if hasattr(layer, "lambda_1"):
                 output = output * layer.lambda_1
-            if self.padded:
+            if self.placed:
                 output = layer.post_attention_layernorm(output)
             self.x = self.x + output
             for step in due:
@@ -278,7 +305,7 @@ class Full:
             fed = getattr(layer, self.tower.names[3])(getattr(layer, self.tower.names[2])(self.x))
             if hasattr(layer, "lambda_2"):
                 fed = fed * layer.lambda_2
-            if self.padded:
+            if self.placed:
                 fed = layer.post_feedforward_layernorm(fed)
             self.x = self.x + fed
             self.states.append(self.x.clone())

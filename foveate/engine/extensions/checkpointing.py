@@ -71,7 +71,8 @@ def _name(kwargs: dict[str, Any]) -> Tensor:
         UnsupportedModelError: the layer is handed no tensor at all beside its input.
     """
     rotary = kwargs.get("position_embeddings")
-    known = (None if rotary is None else rotary[0], kwargs.get("position_ids"))
+    part = rotary if rotary is None or isinstance(rotary, Tensor) else rotary[0]
+    known = (part, kwargs.get("position_ids"))
     found = next((x for x in (*known, kwargs.get("attention_mask")) if x is not None), None)
     if found is None:
         raise UnsupportedModelError(

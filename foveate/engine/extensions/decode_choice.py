@@ -55,8 +55,8 @@ class DecodeSelection(Extension):
             return kwargs
         if self.forward.prompt.length == 1 and number == self.layer - 1:
             self._choose(number, layer, hidden, kwargs)
-        recurrent = number in self.forward.family.recurrent_layers  # attends to no token
-        if self._unseen is None or number < self.layer or recurrent:
+        keyless = number in self.forward.family.keyless_layers
+        if self._unseen is None or number < self.layer or keyless:
             return kwargs
         return {**kwargs, "attention_mask": self._narrowed(kwargs.get("attention_mask"))}
 
@@ -89,7 +89,8 @@ class DecodeSelection(Extension):
         real = columns >= 0
         token = torch.zeros_like(columns[:, :1])
         signals = forward.decoder_signals
-        view, past = signals.view(number, layer, hidden, kwargs)
+        attended = signals.attended(layer, hidden)
+        view, past = signals.view(number, layer, attended, kwargs)
         visible = signals.columns.visible_past(token, past)
         attention = view.attention_to_past(token, visible)[:, :, 0]
         slots = past.index.contiguous()

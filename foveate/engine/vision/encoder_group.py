@@ -116,7 +116,7 @@ class EncoderGroup:
 def encoder_groups(
     encoder_images: Sequence[EncoderImage], device: torch.device, required: Tensor | None = None
 ) -> list[EncoderGroup]:
-    """Group the images of a pass that have the same grid.
+    """Group the images of a pass that have the same grid, and tokens of equally many rows.
 
     Args:
         encoder_images: the images, as the encoder sees them.
@@ -134,10 +134,16 @@ def encoder_groups(
         )
         for number, (start, shape) in enumerate(zip(starts, shapes, strict=False))
     ]
+    alike: dict[int, list[int]] = {}
+    for number, of in enumerate(encoder_images):
+        alike.setdefault(of.rows.shape[1], []).append(number)
     return [
         EncoderGroup(
             replace(group, ordered=True),  # what happens inside an encoder need not keep order
             torch.stack([encoder_images[n].rows for n in group.numbers]).to(device),
         )
-        for group in group_images(images, shapes, device)
+        for members in alike.values()
+        for group in group_images(
+            [images[n] for n in members], [shapes[n] for n in members], device
+        )
     ]

@@ -1,11 +1,10 @@
 """Encoding: the state of one pass through a vision encoder, which ends with the pass.
 
 The images of a pass may be the rows of a batch. Then all have equally many tokens, and lose equally
-many or are padded with tokens to which nothing attends. Or they follow one another in one sequence,
-or are rows that the encoder pads, and each group of them has counts of its own. Shapes: `G` images
-of a group, `S` special rows before the patches, `V` visual tokens of an image, `K` of them
-surviving, `R` rows of a token, `D` hidden, `H` heads; `N` rows of one image of a batch, or of all
-the sequence.
+many. Or they follow one another in one sequence, or are rows that the encoder pads, and each group
+of them has counts of its own. Shapes: `G` images of a group, `S` special rows before the patches,
+`V` visual tokens of an image, `K` of them surviving, `R` rows of a token, `D` hidden, `H` heads;
+`N` rows of one image of a batch, or of all the sequence.
 """
 
 from __future__ import annotations
@@ -65,8 +64,25 @@ class Encoding:
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self._proportional = False
         self._told: PackedRows | PaddedRows | None = None  # for the rows that remain
+        self._restored = False
 
     # -- what there is
+
+    @property
+    def layer_rows(self) -> list[tuple[int, int]]:
+        """N of the attention and of the MLP of every layer, those before the first step too."""
+        length = self.layout.shape[-1] if self.groups else 0
+        return [(length, length)] * self._untouched + self.rows
+
+    @property
+    def layer_bounds(self) -> list[Tensor | None]:
+        """Boundaries of every layer's segments; `None` before the first step."""
+        return [None] * self._untouched + self.bounds
+
+    @property
+    def _untouched(self) -> int:
+        """Layers before the first step."""
+        return len(self.encoder.layers) - len(self.rows)
 
     def see(self, states: Tensor, mask: Tensor | None = None) -> None:
         """Learn the images from (B, S + V R, D) or (N, D) states at full length.
@@ -250,10 +266,8 @@ class Encoding:
     def keys(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K, d) keys of tokens in the layer that is running: the mean of their rows'."""
         assert self.taps is not None  # only asked for between the halves of a layer
-        names = self.encoder.projections
-        key = self.taps[names[-1]].detach()
-        key = key if len(names) > 1 else key.chunk(3, -1)[1]
-        key = _mean(self._of(key, of), of)
+        _, key, *_ = self.encoder.projected([self.taps[name] for name in self.encoder.projections])
+        key = _mean(self._of(key.detach(), of), of)
         return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
 
     def class_attention(self, of: EncoderGroup) -> Tensor:
@@ -269,10 +283,10 @@ class Encoding:
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
         query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
-        if self.encoder.projections != ("q_proj", "k_proj"):  # norms after them
+        if block.norms:
             query, key = (
                 getattr(attention, name)(part)
-                for name, part in zip(self.encoder.projections, (query, key), strict=True)
+                for name, part in zip(block.norms, (query, key), strict=True)
             )
         return self._of_class(query, key, of)
 
@@ -310,7 +324,22 @@ class Encoding:
 
     def unpruned(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        return self.layout.full_length(states, self.layout.now) if self.reduced else states
+        if not self.reduced or self._restored:
+            return states
+        return self.layout.full_length(states, self.layout.now)
+
+    def restore(self, states: Tensor) -> Tensor:
+        """The same after the last layer of a tower that goes on with all rows."""
+        states, self._restored = self.unpruned(states), True
+        return states
+
+    def whole(self, outputs: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+        """Outputs of layers at full length."""
+        points = [self.layout.at(number + 1) for number in layers]
+        return [
+            states if point is None else self.layout.full_length(states, point)
+            for states, point in zip(outputs, points, strict=True)
+        ]
 
     def leave(self, output: Any) -> Any:
         """Bring what the encoder returns back to full length, in place."""

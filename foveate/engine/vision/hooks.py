@@ -151,6 +151,8 @@ class VisionAttachment(Attachment):
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
+        if self.encoder.whole_after_layers and self._first < len(self.encoder.layers):
+            self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
         if self._signals is not None:
@@ -180,7 +182,7 @@ class VisionAttachment(Attachment):
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
         arguments = bound(type(module).forward.__get__(module), args, kwargs)
-        side = self.family.side(self.state.modality)
+        side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout
         self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)
         if self._signals is not None:
@@ -248,14 +250,29 @@ class VisionAttachment(Attachment):
             return None
         return args, {**kwargs, "attention_mask": encoding.bias}
 
+    @untraced
+    def _last_layer(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of the last layer's forward, where a tower takes all rows apart after it."""
+        return self._whole(forward_of(module, before)(*args, **kwargs))
+
+    @torch.compiler.disable
+    def _whole(self, output: Tensor) -> Tensor:
+        encoding = self.state.encoding
+        return output if encoding is None else encoding.restore(output)
+
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""
         encoding = self.state.encoding
         if encoding is None or not encoding.reduced:
             return None
-        if args:
-            return (encoding.unpruned(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": encoding.unpruned(kwargs["hidden_states"])}
+        if not args:
+            return args, {**kwargs, "hidden_states": encoding.unpruned(kwargs["hidden_states"])}
+        states, *others = args
+        if self.encoder.taps:
+            others[0] = encoding.whole(others[0], self.encoder.taps)
+        return (encoding.unpruned(states), *others), kwargs
 
     @untraced
     def _halves(
@@ -301,7 +318,7 @@ class VisionAttachment(Attachment):
     ) -> None:
         encoding = self.state.encoding
         if encoding is not None and encoding.taps is not None:
-            encoding.taps[name] = self.encoder.by_rows(output)
+            encoding.taps[name] = output
 
     # -- around a head that pools by attention
 
@@ -332,8 +349,6 @@ class VisionAttachment(Attachment):
             ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
             for n, (shape, kept) in enumerate(encoding.survivors())
         ]
-        length = encoding.layout.shape[-1] if images else 0
-        rows = [(length, length)] * min(self._first, len(self.encoder.layers))
         return Record(
             rows=len(images),
             prompt_tokens=[],
@@ -341,7 +356,7 @@ class VisionAttachment(Attachment):
             layer_tokens=[],
             cache_slots=[],
             pixels=encoding.pixels,
-            encoder_tokens=rows + encoding.rows,
-            encoder_bounds=[*(None for _ in rows), *encoding.bounds],
+            encoder_tokens=encoding.layer_rows,
+            encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
         )

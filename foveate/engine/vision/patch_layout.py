@@ -1,10 +1,10 @@
 """Patch layout: where the tokens of a pass lie among the rows of the encoder, at any point of it.
 
 Images are rows of a batch, after special rows; or they lie in one sequence, whose order stays
-(windows are runs of it); or they are rows of a batch with padding, and go on as rows that are as
-long as the longest. Shapes: `G` images of a group, `V` tokens of each, `K` of them surviving,
-`R` rows of a token, `D` width, `B` images of a batch, `S` special rows, `N` rows of an image of a
-batch or of all the sequence.
+(windows are runs of it); or they are rows of a batch with padding, keep their order as well, and go
+on as rows that are as long as the longest. Shapes: `G` images of a group, `V` tokens of each, `K`
+of them surviving, `R` rows of a token, `D` width, `B` images of a batch, `S` special rows, `N` rows
+of an image of a batch or of all the sequence.
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ class Cosmos3Omni(Qwen3VL):
 
 class Cosmos3Edge(MRopeMember):
     name = "cosmos3_edge"
-    closed = True
     timestamps = True
     patch = (48,)
 

@@ -45,7 +45,6 @@ class Glmga(Glm46V):
 
 class GlmOCR(Glm4V):
     name = "glm_ocr"
-    closed = True
 
     def config(self):
         text = {**PARTS["text_config"], **SHORT, "model_type": "glm_ocr_text"}

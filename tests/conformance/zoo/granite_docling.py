@@ -12,7 +12,6 @@ from tests.conformance.zoo.small import TEXT
 
 class GraniteDocling(Idefics3):
     name = "granite_docling"
-    closed = True
 
     def config(self):
         vision = {

@@ -42,7 +42,6 @@ class Exaone45(Gridded):
     """Windows of twelve tokens in every second layer; the others do not rotate."""
 
     name = "exaone4_5"
-    closed = True
 
     def config(self):
         text = Exaone4Config(
@@ -55,7 +54,6 @@ class Exaone45(Gridded):
 
 class VideoLlama3(Gridded):
     name = "video_llama_3"
-    closed = True
     some_logits = False
     timestamps = True
     patch = (48,)

@@ -11,7 +11,6 @@ class HunyuanVL(MRopeMember):
     """Images made by hand are of 4 x 12 patches: 2 x 6 tokens, two newlines, begin and end."""
 
     name = "hunyuan_vl"
-    closed = True
     thw = (1, 4, 12)
     patch = (48,)
     by_row = True  # whether images are counted in each row, and not through all of a batch

@@ -19,7 +19,6 @@ GRIDS = [(8, 8), (4, 12), (12, 4)]  # patches
 
 
 class Lfm2VL(Member):
-    closed = True
     name = "lfm2_vl"
 
     def config(self):

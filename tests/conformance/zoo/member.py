@@ -28,8 +28,8 @@ class Member:
     kind: ClassVar[Any] = AutoModelForImageTextToText
     closed: ClassVar[bool] = False  # whether methods cannot act inside the tower
     mixes: ClassVar[bool] = False  # nor is a token made of patches of its own; such are closed too
-    some_logits: ClassVar[bool] = True  # whether the model makes logits of some tokens alone
-    placed: ClassVar[bool] = True  # whether visual tokens have a place in the picture
+    some_logits: ClassVar[bool] = True  # whether it says that it makes logits of some tokens alone
+    placed: ClassVar[bool] = True  # whether visual tokens have a place in the image
     beams_of_many: ClassVar[bool] = True  # whether beam search may have several images in a row
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -57,6 +57,11 @@ class Member:
         # No special token is generated: the oracle would take it for an image.
         model.generation_config.suppress_tokens = list(range(80, self.vocabulary))
         return model
+
+    @property
+    def cuts_logits(self) -> bool:
+        """Whether it makes those of the tokens alone that it is told."""
+        return self.some_logits
 
     # -- prompts
 
@@ -95,6 +100,14 @@ class Member:
         pooled = features if self.stacked else list(features)
         return BaseModelOutputWithPooling(pooler_output=pooled)
 
+    def pooled(self, output: Any) -> Any:
+        """The features in such a container, as methods see them."""
+        return output.pooler_output
+
+    def cached(self, model: Any) -> dict[str, Any]:
+        """Arguments with which a forward over a prompt fills a cache."""
+        return {"use_cache": True}
+
     def row(self, inputs: dict[str, Any], row: int) -> dict[str, Any]:
         """One row of a batch, alone and without padding."""
         keep = inputs["attention_mask"][row].bool()
@@ -121,7 +134,7 @@ class Member:
 
     def stack(self, inputs: dict[str, Any]) -> torch.Tensor:
         """(images, V, D) features of a batch."""
-        pooled = inputs["mm_encoder_outputs"][self.modality].pooler_output
+        pooled = self.pooled(inputs["mm_encoder_outputs"][self.modality])
         return pooled if isinstance(pooled, torch.Tensor) else torch.stack(list(pooled))
 
     def pixels(self, images: int, seed: int = 0) -> dict[str, Any] | None:
@@ -138,9 +151,8 @@ class Member:
 
     def counts(self, model: Any, pixels: dict[str, Any]) -> list[int]:
         """Visual tokens of each image that `pixels` makes, as an unpatched model encodes them."""
-        encode = getattr(model.model, f"get_{self.modality}_features")
         with torch.no_grad():
-            pooled = encode(**fresh(pixels), return_dict=True).pooler_output
+            pooled = self.encode(model, pixels)
         return [feature.shape[:-1].numel() for feature in pooled]
 
     class_attention: ClassVar[str | None] = None  # attention whose row 0 is the class token's
@@ -156,11 +168,40 @@ class Member:
         """
         return list(rows)
 
+    # -- the parts of a model
+
+    def base(self, model: Any) -> Any:
+        """The model that makes features and puts them in the prompt."""
+        return model.model
+
+    def head(self, model: Any) -> Any:
+        """The language-model head."""
+        return model.lm_head
+
+    def run(self, model: Any, **inputs: Any) -> Any:
+        """The base model's output, with `last_hidden_state`."""
+        return self.base(model)(**inputs)
+
+    def below_head(self, model: Any) -> Any:
+        """The model whose last hidden states the head reads."""
+        return self.base(model)
+
+    def encode(self, model: Any, pixels: dict[str, Any], modality: str | None = None) -> Any:
+        """Features of some images as they are put in the prompt, as an unpatched model makes them:
+        a list of (V, D), or (images, V, D).
+        """
+        encode = getattr(self.base(model), f"get_{modality or self.modality}_features")
+        return self.pooled(encode(**fresh(pixels), return_dict=True))
+
     # -- what the oracle asks
 
     def text(self, model: Any) -> Any:
         """The text model."""
         return model.model.language_model
+
+    def attention(self, layer: Any) -> Any:
+        """The attention of a decoder layer; `None` of one in which no token attends to another."""
+        return getattr(layer, "self_attn", None)
 
     def norm(self, text: Any) -> Any:
         """The norm after the text model's last layer."""

@@ -46,6 +46,7 @@ class MiniCPM(Member):
 
 
 class MiniCPMOcr(MiniCPM):
+    closed = False
     name = "minicpm_ocr"
     kind_of_config = MiniCPMOcrConfig
     grids = ((8, 8), (4, 12), (12, 4))

@@ -42,7 +42,6 @@ class Omni(MRopeMember):
 
 class Qwen25Omni(Omni):
     name = "qwen2_5_omni_thinker"
-    closed = True
     heard = 10
 
     def config(self):

@@ -79,6 +79,29 @@ def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return zero.masked_fill_(mask.logical_not(), torch.finfo(dtype).min)
 
 
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    unread: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    renormalize: bool,
+) -> Tensor:
+    """(B, Hkv, R, d) of queries (B, Hkv, R, d) to keys and values (B, Hkv, S, d).
+
+    What is not read gets no weight: before the softmax, so that the others share it, or after.
+    """
+    if renormalize:
+        mask = unread if mask is None else torch.minimum(mask, unread)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    scores = q @ k.transpose(2, 3) * scale
+    scores = scores if mask is None else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return weights.masked_fill(unread < 0, 0.0) @ v
+
+
 def run_step(
     layer: Any,
     work: PartialCompute,
@@ -112,13 +135,6 @@ def run_step(
     q, k = rotary_function(module)(q.transpose(1, 2), k.transpose(1, 2), *rotary)
     k, v = cache.update(k, v.transpose(1, 2), module.layer_idx)
     q = q.view(batch, k.shape[1], -1, module.head_dim)  # no head of keys is repeated
-    if work.renormalize:
-        mask = unread if mask is None else torch.minimum(mask, unread)
-        x = F.scaled_dot_product_attention(q, k, v, mask, scale=module.scaling)
-    else:
-        scores = q @ k.transpose(2, 3) * module.scaling
-        scores = scores if mask is None else scores + mask
-        weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-        x = weights.masked_fill(unread < 0, 0.0) @ v
+    x = _attention(q, k, v, unread, mask, module.scaling, renormalize=work.renormalize)
     hidden = hidden + module.o_proj(x.reshape(batch, 1, -1))
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))

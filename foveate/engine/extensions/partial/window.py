@@ -119,37 +119,50 @@ def window_attention(
     """
     (q, k, v), (common_k, common_v, may) = image, common
     images, heads = q.shape[:2]
-    surviving = (
-        torch.ones(q.shape[::2], dtype=torch.bool, device=q.device) if seen is None else seen
-    )
-    surviving = surviving[..., None]
+    seen = torch.ones(q.shape[::2], dtype=torch.bool, device=q.device) if seen is None else seen
     if index is not None:
         q, k, v = (_spread(x, index[:, None].expand(-1, heads, -1), grid.cells, 0) for x in image)
-        surviving, may = (
-            _spread(surviving, index, grid.cells, 0),
-            _spread(may, index, grid.cells, 1),
-        )
-
-    def tiles(x: Tensor, own: Tensor | None = None) -> Tensor:
-        """(G frames n, H, q or K + k, d)."""
-        x = grid.cut(x.flatten(0, 1), (0, 0) if own is None else grid.halo)
-        x = x.unflatten(0, (images, heads, -1)).transpose(1, 2)
-        if own is not None:
-            x = torch.cat((own[:, None].expand(-1, x.shape[1], -1, -1, -1), x), dim=3)
-        return x.flatten(0, 1)
-
-    window = grid.near(q.device) & grid.cut(surviving.to(q.dtype), grid.halo).bool().transpose(1, 2)
-    mask = torch.cat((grid.cut(may.to(q.dtype), fill=1.0).bool(), window), dim=2)
-    # Places without a token may see nothing; they look everywhere, and nobody reads them.
-    mask = mask | ~mask.any(-1, keepdim=True)
+        seen = _spread(seen[..., None], index, grid.cells, 0)[..., 0]
+        may = _spread(may, index, grid.cells, 1)
     out = F.scaled_dot_product_attention(
-        tiles(q), tiles(k, common_k), tiles(v, common_v), mask[:, None], scale=scale
+        _tiles(q, grid),
+        _tiles(k, grid, common_k),
+        _tiles(v, grid, common_v),
+        _visible(grid, may.to(q.dtype), seen.to(q.dtype))[:, None],
+        scale=scale,
     )
     out = out.unflatten(0, (images, -1)).transpose(1, 2)
     out = grid.join(out.flatten(0, 2)).unflatten(0, (images, heads))
     if index is None:
         return out
     return out.gather(2, index[:, None, :, None].expand(-1, heads, -1, out.shape[3]))
+
+
+def _tiles(x: Tensor, grid: Grid, common: Tensor | None = None) -> Tensor:
+    """(G, H, cells, d) as the queries (G frames n, H, q, d) of each tile; or, with (G, H, K, d)
+    common keys or values, as those and the tile's own, (G frames n, H, K + k, d).
+    """
+    images, heads = x.shape[:2]
+    x = grid.cut(x.flatten(0, 1), (0, 0) if common is None else grid.halo)
+    x = x.unflatten(0, (images, heads, -1)).transpose(1, 2)
+    if common is not None:
+        x = torch.cat((common[:, None].expand(-1, x.shape[1], -1, -1, -1), x), dim=3)
+    return x.flatten(0, 1)
+
+
+def _visible(grid: Grid, may: Tensor, seen: Tensor) -> Tensor:
+    """(G frames n, q, K + k) what each query of a tile sees.
+
+    Args:
+        grid: the grid.
+        may: (G, cells, K) 1 where a cell sees a common key.
+        seen: (G, cells) 1 where others may attend to a cell.
+    """
+    tokens = grid.cut(seen[..., None], grid.halo).bool().transpose(1, 2)
+    window = grid.near(seen.device) & tokens
+    mask = torch.cat((grid.cut(may, fill=1.0).bool(), window), dim=2)
+    # Cells without a token may see nothing; they look everywhere, and nobody reads them.
+    return mask | ~mask.any(-1, keepdim=True)
 
 
 def _spread(x: Tensor, index: Tensor, cells: int, fill: int) -> Tensor:

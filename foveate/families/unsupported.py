@@ -40,7 +40,6 @@ UNSUPPORTED: dict[str, str] = {
     "chameleon": f"its text model is the base model too, {_YET} one that places images by itself",
     "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of its "
     f"encoder with a mask of the full prompt, {_YET} masks that know what is gone from there",
-    "dots3_note": _INDEXED,
     "ernie4_5_vl_moe": f"its decoder layers are told the kind of every token, {_YET} arguments by "
     "token that shorten with the sequence",
     "evolla": "its text model reads proteins, and no images",

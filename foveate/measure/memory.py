@@ -17,7 +17,8 @@ def cache_bytes(cache: Any) -> tuple[int, int]:
     Args:
         cache: a KV cache of transformers, filled.
     """
-    slots = [getattr(layer, part, None) for layer in cache.layers for part in ("keys", "values")]
+    parts = ("keys", "values", "indexer_keys")
+    slots = [getattr(layer, part, None) for layer in cache.layers for part in parts]
     tables = [
         getattr(layer, part, {})
         for layer in cache.layers

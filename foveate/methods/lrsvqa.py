@@ -33,7 +33,7 @@ from foveate.core import (
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive, Range
 from foveate.core.ranking import highest, top
-from foveate.errors import BudgetError, FoveateError
+from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.io.quoting import quoted
 
 TEACHER = 14 / 32
@@ -110,6 +110,10 @@ class LRSVQA(Scorer):
         layer = self.layer
         if layer is None:
             legal = [i for i in model.attention_layers if i >= model.first_llm_layer]
+            if not legal:
+                raise LayerError(
+                    "lrs-vqa finds no layer of this model whose attention can rank tokens"
+                )
             layer = min(legal, key=lambda i: abs(i - TEACHER * model.text_layers))
         return (Step("llm", layer, (Need("text_attention", (layer,)),)),)
 

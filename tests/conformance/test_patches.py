@@ -110,7 +110,8 @@ def tensor(pixels):
 def on_grids(name, pictures, sides=None):
     """(N, ...) patches in the order of the family's processor, and grids."""
     kinds = {
-        "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "hunyuan_vl": HunYuanVLImageProcessorPil,
+        "cosmos3_edge": Cosmos3EdgeImageProcessorPil, "dots3_note": Qwen2VLImageProcessorPil,
+        "hunyuan_vl": HunYuanVLImageProcessorPil,
         "kimi_k25": PaddleOCRVLImageProcessorPil, "kimi_k25-halves": PaddleOCRVLImageProcessorPil,
         "paddleocr_vl": PaddleOCRVLImageProcessorPil,
         "video_llama_3": VideoLlama3ImageProcessorPil,

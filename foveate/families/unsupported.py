@@ -8,10 +8,6 @@ from __future__ import annotations
 
 _YET = "so it is not supported yet: it needs"
 _NO_ROTARY = f"its full-attention layers are handed no rotary positions, {_YET} layers without them"
-_INDEXED = (
-    f"its attention chooses what to read by an index of keys beside the cache, {_YET} a cache that "
-    "shortens both"
-)
 _INKLING = (
     f"its attention numbers keys and queries by the length of its cache layers, which also hold "
     f"states of convolutions, {_YET} such layers told where each slot stood"
@@ -37,15 +33,16 @@ _ENCODED = (
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS,
     "blip-2": _QUERIES,
-    "chameleon": f"its text model is the base model too, {_YET} one that places images by itself",
+    "chameleon": f"its base model places images and runs the decoder layers in one forward, {_YET} "
+    "removal between the two",
     "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of its "
     f"encoder with a mask of the full prompt, {_YET} masks that know what is gone from there",
     "ernie4_5_vl_moe": f"its decoder layers are told the kind of every token, {_YET} arguments by "
     "token that shorten with the sequence",
     "evolla": "its text model reads proteins, and no images",
     "florence2": _ENCODED,
-    "fuyu": f"its patches have no encoder and no features of their own in its output, {_YET} "
-    "features found elsewhere",
+    "fuyu": f"its features come as last_hidden_state, and one matrix makes queries, keys and "
+    f"values, {_YET} features and projections found there",
     "gemma3n": f"its decoder layers take inputs of their own for every token and carry several "
     f"streams of states, {_YET} arguments by token and another axis for tokens",
     "gemma4_unified": f"its last decoder layers may reuse keys of earlier ones, {_YET} layers "
@@ -71,15 +68,16 @@ UNSUPPORTED: dict[str, str] = {
     "minimax_m3_vl": f"its sparse layers read blocks of cache slots, {_YET} a cache that keeps "
     "blocks where they were",
     "mistral4": "its config has no vision encoder: it is a text model",
-    "mistral_large4": _INDEXED,
+    "mistral_large4": f"its layers scale queries by position ids, and may read keys and chosen "
+    f"slots of earlier layers, {_YET} both to follow what is removed",
     "mllama": _CROSS,
     "muse_glimmer": _NO_ROTARY,
     "muse_spark": _NO_ROTARY,
     "nemotron_h_omni": f"its text model has Mamba layers and no base model around it, {_YET} both",
     "phi4_multimodal": f"its vision encoder is a part of the text model's embedding, {_YET} "
     "removal after that",
-    "pi0": "its action expert reads the cache of the prompt with a mask of its full length, "
-    f"{_YET} masks that know what is gone from there",
+    "pi0": f"its images are placed before its vision-language model is called, whose cache an "
+    f"action expert reads with a mask of the full prompt, {_YET} masks that know what is gone",
     "pix2struct": _MEMORY,
     "pp_formulanet": _MEMORY,
     "qwen4_exp": f"its indexed layers are handed rotary positions of the whole cache, which the "

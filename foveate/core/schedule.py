@@ -288,7 +288,9 @@ def nearest(wanted: Sequence[int], legal: Sequence[int], slug: str) -> list[tupl
         LayerError: there is no legal layer.
     """
     if not legal:
-        raise LayerError(f"{slug}: no decoder layer of this model can rank tokens; give layers")
+        raise LayerError(
+            f"{slug}: no decoder layer of this model can rank tokens; use a pre_llm method"
+        )
     if len(wanted) > len(legal):
         met = {min(legal, key=lambda layer: abs(layer - want)): i for i, want in enumerate(wanted)}
         return sorted(met.items())

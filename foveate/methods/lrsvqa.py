@@ -112,7 +112,8 @@ class LRSVQA(Scorer):
             legal = [i for i in model.attention_layers if i >= model.first_llm_layer]
             if not legal:
                 raise LayerError(
-                    "lrs-vqa finds no layer of this model whose attention can rank tokens"
+                    "lrs-vqa finds no layer of this model whose attention can rank tokens; use a "
+                    "pre_llm method"
                 )
             layer = min(legal, key=lambda i: abs(i - TEACHER * model.text_layers))
         return (Step("llm", layer, (Need("text_attention", (layer,)),)),)

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 
@@ -67,6 +70,11 @@ def last_norm_of(text: Any) -> Any:
 def head_norm_of(attention: Any, part: str) -> Any:
     """The norm of an attention's queries (`q`), keys (`k`) or values (`v`); `None` without one."""
     return _find(attention, tuple(name.format(part) for name in HEAD_NORMS))
+
+
+def position_scale_of(attention: Any) -> Callable[..., Tensor] | None:
+    """What makes scales of queries from their position ids, as in Ministral 3; `None` elsewhere."""
+    return getattr(sys.modules[type(attention).__module__], "get_llama_4_attn_scale", None)
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:

@@ -68,8 +68,8 @@ UNSUPPORTED: dict[str, str] = {
     "minimax_m3_vl": f"its sparse layers read blocks of cache slots, {_YET} a cache that keeps "
     "blocks where they were",
     "mistral4": "its config has no vision encoder: it is a text model",
-    "mistral_large4": f"its layers scale queries by position ids, and may read keys and chosen "
-    f"slots of earlier layers, {_YET} both to follow what is removed",
+    "mistral_large4": f"its layers may read the keys of an earlier layer, and slots that another "
+    f"has chosen, {_YET} removal only before layers with both of their own",
     "mllama": _CROSS,
     "muse_glimmer": _NO_ROTARY,
     "muse_spark": _NO_ROTARY,

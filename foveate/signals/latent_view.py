@@ -26,11 +26,12 @@ def view_of(
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor] | None,
     past: tuple[Tensor, Tensor] | None = None,
+    positions: Tensor | None = None,
 ) -> LayerView:
     """The view that suits the attention of a layer; arguments as in `LayerView`."""
     # The method says that latents are cached: releases without it cache whole keys and values.
     kind = LatentView if hasattr(mixer_of(layer), "expand_kv") else LayerView
-    return kind(layer, hidden, rotary, past)
+    return kind(layer, hidden, rotary, past, positions)
 
 
 class LatentView(LayerView):

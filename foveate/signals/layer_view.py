@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.decoder_layer import head_norm_of, mixer_of, norm_of
+from foveate.families.decoder_layer import head_norm_of, mixer_of, norm_of, position_scale_of
 
 
 class LayerView:
@@ -29,6 +29,7 @@ class LayerView:
         hidden: (B, P, D) its input.
         rotary: cos and sin, (B or 1, P, d) each; `None` for a layer without rotary positions.
         past: cached keys (B, Hkv, S, d), already rotated, and values, as the cache holds them.
+        positions: (B or 1, P) position ids, by which some scale their queries.
 
     What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
     brings them back, or its projections are fused.
@@ -40,8 +41,10 @@ class LayerView:
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
         past: tuple[Tensor, Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
+        self.positions = positions
         self.attention_module = mixer_of(layer)
         self._rotary = rotary
 
@@ -109,7 +112,7 @@ class LayerView:
         if self._rotary is not None and rotate:
             cos, sin = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
             q = self.rotation(q, q, cos, sin)[0]
-        return self._normed_last(q, "query_layernorm")
+        return self._scaled(self._normed_last(q, "query_layernorm"), rows, columns)
 
     @torch.no_grad()
     def attention(
@@ -212,6 +215,16 @@ class LayerView:
         """(B, H, P, d) as HunyuanVL norms heads, after it has rotated them."""
         module: Callable[[Tensor], Tensor] | None = getattr(self.attention_module, name, None)
         return x if module is None else module(x)
+
+    def _scaled(self, q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Queries (B, H, Q, d) as Ministral 3 scales them, the more the later they are."""
+        scale_of = position_scale_of(self.attention_module)
+        if scale_of is None or self.positions is None:
+            return q
+        rope = self.attention_module.config.rope_parameters
+        asking = self.positions.to(q.device).expand(q.shape[0], -1)[rows, columns]
+        length = rope["original_max_position_embeddings"]
+        return q * scale_of(asking, rope["llama_4_scaling_beta"], length).to(q.dtype)
 
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape

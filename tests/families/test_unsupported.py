@@ -135,7 +135,7 @@ def test_indexers_read_more_than_the_slots_that_are_left():
     )
     assert "indexer_position_ids" in source("qwen4_exp", "Qwen4ExpTextModel")
     taken = arguments("mistral_large4", "MistralLarge4TextAttention")
-    assert {"shared_kv_states", "position_ids", "prev_topk_indices"} <= taken
+    assert {"shared_kv_states", "prev_topk_indices"} <= taken
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ UNMEASURED = (
     "cosmos3_omni",
     "deepseek_ocr2",
     "deepseek_vl_hybrid",
+    "dots3_note",
     "emu3",
     "ernie4_5_vl_moe",
     "exaone4_5",

@@ -293,11 +293,26 @@ def _slots(x: Tensor, source: Tensor) -> Tensor:
     return x.transpose(1, 2)[rows, source.to(x.device)].transpose(1, 2).contiguous()
 
 
+class PrunedIndexed(PrunedLayer):
+    """Mixin over a cache layer with a key of every slot for an indexer, which chooses slots."""
+
+    indexer_keys: Tensor | None
+
+    def evict(self, left: Slots, source: Tensor) -> None:
+        """Keep some slots only, with their keys for the indexer."""
+        super().evict(left, source)
+        if self.indexer_keys is not None:
+            self.indexer_keys = _slots(self.indexer_keys[:, None], source)[:, 0]
+
+
 PRUNED: dict[type, type[PrunedLayer]] = {
     DynamicLayer: PrunedDynamicLayer,
     DynamicSlidingWindowLayer: PrunedSlidingLayer,
     StaticLayer: PrunedStaticLayer,
 }
+_INDEXED = getattr(cache_utils, "DynamicIndexedLayer", None)  # not in transformers 5.20
+if _INDEXED is not None:
+    PRUNED[_INDEXED] = type("PrunedIndexedLayer", (PrunedIndexed, _INDEXED), {})
 WITHOUT_SLOTS = frozenset(
     {LinearAttentionLayer, ReplacedStateLayer, getattr(cache_utils, "DummyLayer", None)} - {None}
 )  # transformers 5.20 has no DummyLayer
@@ -347,7 +362,7 @@ def check_cache(cache: Cache | None, past: int) -> None:
             raise CacheError(
                 f"a KV cache with {kind.__name__} layers cannot be pruned; use "
                 "cache_implementation='dynamic', or 'static' where no layer of the model has a "
-                "window"
+                "window or an indexer"
             )
     prompts = [getattr(layer, "prefill_length", None) for layer in cache.layers]
     if any(length is not None and length <= past for length in prompts) and past:

@@ -191,14 +191,13 @@ class DecoderSignals:
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         before = state.slots_of(cache, number)
-        rotary = None
-        if state.family.rotates(number):
-            rotary, _ = state.positions(number, before, hidden, kwargs)
+        rotary, positions = state.positions(number, before, hidden, kwargs)
+        rotary = rotary if state.family.rotates(number) else None
         past = None
         if held is not None and prompt.past:
             before = before.last(held.keys.shape[2])  # all that a layer with a window holds
             past = held.keys[:, :, : before.count], held.values[:, :, : before.count]
-        return view_of(layer, hidden, rotary, past), before
+        return view_of(layer, hidden, rotary, past, positions), before
 
     def from_first(
         self, number: int, hidden: Tensor, kwargs: dict[str, Any]

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 
@@ -91,6 +94,11 @@ def _norms_late(attention: Any) -> bool:
     in Llama 4, whose attention says whether it rotates, and early in Muse.
     """
     return hasattr(attention, "query_layernorm") or hasattr(attention, "use_rope")
+
+
+def position_scale_of(attention: Any) -> Callable[..., Tensor] | None:
+    """What makes scales of queries from their position ids, as in Ministral 3; `None` elsewhere."""
+    return getattr(sys.modules[type(attention).__module__], "get_llama_4_attn_scale", None)
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:

@@ -121,8 +121,8 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
 
 
 def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
-    """Bytes of the key-value cache: what a slot of a layer holds times its slots, the rows and the
-    item size. Layers that share keys and layers with a running state have no slots.
+    """Bytes of the key-value cache: what a slot of a layer holds times its slots and the rows.
+    Layers that share keys and layers with a running state have no slots.
 
     Args:
         config: text config, or a multimodal one.
@@ -132,8 +132,8 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
         dtype: what the cache holds.
     """
     layers = zip(TextShape.all(config), slots_per_layer, strict=True)
-    values = sum(shape.mixer.slot * shape.mixer.held(slots) for shape, slots in layers)
-    return batch * values * dtype.itemsize
+    held = (shape.mixer.slot_bytes(dtype) * shape.mixer.held(slots) for shape, slots in layers)
+    return batch * sum(held)
 
 
 def state_bytes(config: Any, batch: int, dtype: torch.dtype) -> int:

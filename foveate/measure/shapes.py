@@ -12,6 +12,7 @@ from foveate.measure.mamba import Mamba2
 from foveate.measure.mixers import (
     Attention,
     GatedDeltaNet,
+    IndexedAttention,
     LatentAttention,
     Mixer,
     ShortConvolution,
@@ -24,8 +25,16 @@ GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
 UNGATED = frozenset({"cosmos3_edge_text", "nemotron_h"})
 """Text models whose MLP has no gate."""
+GATED_LATENTS = frozenset({"dots3_note_text"})
+"""Text models whose latent attention gates every head."""
 ATTENTION = frozenset(
-    {"chunked_attention", "full_attention", "reference_sliding_attention", "sliding_attention"}
+    {
+        "chunked_attention",
+        "full_attention",
+        "indexed_attention",
+        "reference_sliding_attention",
+        "sliding_attention",
+    }
 )
 
 
@@ -203,15 +212,7 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
     own = _config_of(text, layer)
     heads = own.num_attention_heads
     if getattr(own, "kv_lora_rank", None):
-        return LatentAttention(
-            hidden=text.hidden_size,
-            heads=heads,
-            query_rank=own.q_lora_rank,
-            rank=own.kv_lora_rank,
-            rotary=own.qk_rope_head_dim,
-            plain=own.qk_nope_head_dim,
-            value=own.v_head_dim,
-        )
+        return _latent(text, own, layer, kind)
     head_dim = getattr(own, "head_dim", None) or text.hidden_size // heads
     # Of each head, or of each of its channels.
     gating = getattr(own, "gating", None) or getattr(own, "use_attention_gate", False)
@@ -229,6 +230,28 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
         gate=0 if not gating else heads if gating in (True, "per-head") else heads * head_dim,
         chunk=own.attention_chunk_size if kind == "chunked_attention" else None,
     )
+
+
+def _latent(text: Any, own: Any, layer: int, kind: str) -> LatentAttention:
+    sizes: dict[str, Any] = {
+        "hidden": text.hidden_size,
+        "heads": own.num_attention_heads,
+        "query_rank": own.q_lora_rank,
+        "rank": own.kv_lora_rank,
+        "rotary": own.qk_rope_head_dim,
+        "plain": own.qk_nope_head_dim,
+        "value": own.v_head_dim,
+        "gate": own.num_attention_heads if text.model_type in GATED_LATENTS else 0,
+    }
+    if kind == "indexed_attention":
+        return IndexedAttention(
+            **sizes,
+            chosen=own.index_topk,
+            index_heads=own.index_n_heads,
+            index_width=own.index_head_dim,
+        )
+    windowed = kind == "sliding_attention"
+    return LatentAttention(**sizes, window=window_of(own, layer) if windowed else None)
 
 
 def _config_of(text: Any, layer: int) -> Any:

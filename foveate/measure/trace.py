@@ -163,6 +163,10 @@ def _build(recipe: _Recipe) -> _Skeleton:
     config = copy.deepcopy(recipe.config)
     with Shapes(), torch.device("meta"):
         model = kind._from_config(config, attn_implementation="eager")
+    for module in model.modules():  # experts may have configs of their own
+        experts: Any = getattr(module, "config", None)
+        if hasattr(experts, "_experts_implementation"):
+            experts._experts_implementation = "batched_mm"  # products that are counted
     # The counter wants to know what made an input that needs a gradient; here nothing needs one.
     return _Skeleton(find_family(model.eval().requires_grad_(False)))
 

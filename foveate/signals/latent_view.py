@@ -26,11 +26,12 @@ def view_of(
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor] | Tensor | None,
     past: tuple[Tensor, Tensor] | None = None,
+    positions: Tensor | None = None,
 ) -> LayerView:
     """The view that suits the attention of a layer; arguments as in `LayerView`."""
     # The method says that latents are cached: releases without it cache whole keys and values.
     kind = LatentView if hasattr(mixer_of(layer), "expand_kv") else LayerView
-    return kind(layer, hidden, rotary, past)
+    return kind(layer, hidden, rotary, past, positions)
 
 
 class LatentView(LayerView):
@@ -56,6 +57,8 @@ class LatentView(LayerView):
             UnsupportedModelError: the config does not say which.
         """
         module = self.attention_module
+        if hasattr(module, "k_rope_only_layernorm"):  # Dots 3 Note, which knows one way
+            return sys.modules[type(module).__module__].apply_rotary_pos_emb_interleave
         if not hasattr(module.config, "rope_interleave"):
             raise UnsupportedModelError(
                 f"the config of {type(module).__name__} has no rope_interleave, so that it is "
@@ -114,6 +117,7 @@ class LatentView(LayerView):
             made = self._projection("q_proj")(normed)
         else:
             compressed = module.q_a_layernorm(self._projection("q_a_proj")(normed))
+            compressed = compressed * getattr(module, "q_lora_scale", 1.0)
             made = self._projection("q_b_proj")(compressed)
         return _heads(made, module.qk_nope_head_dim, module.qk_rope_head_dim)
 
@@ -124,7 +128,9 @@ class LatentView(LayerView):
         module = self.attention_module
         made = self._projection("kv_a_proj_with_mqa")(self._normed)[:, None]
         latents, shared = made.split([module.kv_lora_rank, module.qk_rope_head_dim], -1)
-        return module.kv_a_layernorm(latents), shared
+        latents = module.kv_a_layernorm(latents) * getattr(module, "kv_lora_scale", 1.0)
+        norm = getattr(module, "k_rope_only_layernorm", None)
+        return latents, shared if norm is None else norm(shared)
 
     @cached_property
     @torch.no_grad()

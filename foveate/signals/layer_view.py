@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.decoder_layer import head_norm_of, late_head_norm_of, mixer_of, norm_of
+from foveate.families.decoder_layer import (
+    head_norm_of,
+    late_head_norm_of,
+    mixer_of,
+    norm_of,
+    position_scale_of,
+)
 
 
 class LayerView:
@@ -30,6 +36,7 @@ class LayerView:
         rotary: cos and sin, (B or 1, P, d) each, or one complex tensor (B or 1, P, d / 2) that
             turns pairs of neighbours; `None` for a layer without rotary positions.
         past: cached keys (B, Hkv, S, d), already rotated, and values, as the cache holds them.
+        positions: (B or 1, P) position ids, by which some scale their queries.
 
     What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
     brings them back, or its projections are fused.
@@ -41,8 +48,10 @@ class LayerView:
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor] | Tensor | None,
         past: tuple[Tensor, Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
+        self.positions = positions
         self.attention_module = mixer_of(layer)
         self._turns = isinstance(rotary, Tensor)
         self._rotary = (rotary,) if isinstance(rotary, Tensor) else rotary
@@ -113,7 +122,7 @@ class LayerView:
         if self._rotary is not None and rotate:
             parts = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
             q = self.rotation(q, q, *parts)[0]
-        return self._normed_late(q, "q")
+        return self._scaled(self._normed_late(q, "q"), rows, columns)
 
     @torch.no_grad()
     def attention(
@@ -218,6 +227,16 @@ class LayerView:
         """(B, H, P, d) rotated queries or keys, normed where that comes after."""
         module = late_head_norm_of(self.attention_module, part)
         return x if module is None else module(x)
+
+    def _scaled(self, q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Queries (B, H, Q, d) as Ministral 3 scales them, the more the later they are."""
+        scale_of = position_scale_of(self.attention_module)
+        if scale_of is None or self.positions is None:
+            return q
+        rope = self.attention_module.config.rope_parameters
+        asking = self.positions.to(q.device).expand(q.shape[0], -1)[rows, columns]
+        length = rope["original_max_position_embeddings"]
+        return q * scale_of(asking, rope["llama_4_scaling_beta"], length).to(q.dtype)
 
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape

@@ -70,6 +70,22 @@ def test_states_that_methods_read_are_those_that_attention_does(inputs):
 
 
 @torch.no_grad()
+def test_input_embeddings_are_the_first_stream(model, inputs):
+    embeds, spy = [], Spy(Step("llm", 3, (Need("question_relevance"),)))
+    handle = (
+        MEMBER.text(model)
+        .altup_projections[0]
+        .register_forward_hook(lambda module, args, output: embeds.append(args[0][0]))
+    )
+    with foveate.use(model, spy):
+        model.model(**fresh(inputs))
+    handle.remove()
+    image, question = embeds[0][IMAGE], embeds[0][IMAGE.stop :]
+    want = (image @ question.T).softmax(-1).mean(0)
+    torch.testing.assert_close(spy.seen[0].signal("question_relevance")[0], want)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("positions", ["original", "renumbered"])
 def test_cuts_where_keys_are_shared_save_work_and_change_no_text(model, inputs, positions):
     """Text reads what earlier layers have kept, of which nothing is gone."""

@@ -299,7 +299,14 @@ def _tail(index: Tensor, end: int) -> int:
 
 
 def translate_mask(
-    mask: Tensor | None, layout: Layout, slots: Slots, length: int, *, two_d: bool, width: int = 0
+    mask: Tensor | None,
+    layout: Layout,
+    slots: Slots,
+    length: int,
+    *,
+    two_d: bool,
+    width: int = 0,
+    causal: bool = True,
 ) -> Tensor | None:
     """The attention mask of the physical columns.
 
@@ -311,16 +318,20 @@ def translate_mask(
         length: T, logical length of this forward.
         two_d: whether the kernel takes 2-D masks.
         width: columns the keys really have, where a static cache holds more than S.
+        causal: whether queries see the keys before them alone where there is no mask, or all.
 
     Returns:
-        `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
+        `None` if the kernel's own rule is right, else (B, S) or (B, H or 1, P, S). Padding
         columns attend everywhere, so that they stay finite; nothing attends to them.
     """
     batch, queries = layout.index.shape
     unfilled = max(width - slots.count, 0)
-    if mask is None and not (slots.ragged or layout.ragged or (unfilled and queries == 1)):
+    seen = unfilled and (queries == 1 or not causal)  # by the kernel's own rule
+    if mask is None and not (slots.ragged or layout.ragged or seen):
         return None
     keys = F.pad(slots.index, (0, unfilled), value=-1)
+    if mask is None and not causal:
+        return keys >= 0 if two_d else (keys >= 0)[:, None, None]
     if mask is None:
         return _causal(layout, slots, keys, length, two_d=two_d)
     real = keys >= 0

@@ -28,6 +28,13 @@ def mixer_of(layer: Any) -> Any:
     return _first(layer, MIXERS)
 
 
+def is_causal(layer: Any) -> bool:
+    """Whether the attention kernel of a layer, given no mask, lets a token see those before it
+    alone.
+    """
+    return getattr(_find(layer, MIXERS), "is_causal", True)
+
+
 def mlp_of(layer: Any) -> Any:
     """The MLP, or the mixture of experts."""
     return _first(layer, MLPS)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from foveate.core.tokens import Shape
 from foveate.errors import UnsupportedModelError
+from foveate.families.decoder_layer import is_causal
 from foveate.families.encoder import Encoder
 from foveate.families.rows import raster_rows
 from foveate.record.boxes import cells_of
@@ -62,6 +63,8 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    first_position: ClassVar[int] = 0
+    """Position of the first token of a prompt."""
     places_later_images: ClassVar[bool] = True
     """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
@@ -140,6 +143,13 @@ class Family:
     def recurrent_layers(self) -> frozenset[int]:
         """Decoder layers that mix tokens into a running state and have no keys of single tokens."""
         return frozenset(i for i, kind in enumerate(self.layer_kinds) if kind in RECURRENT)
+
+    @cached_property
+    def causal(self) -> bool:
+        """Whether a token sees those before it alone, where the text model makes no mask and leaves
+        that to the attention kernel.
+        """
+        return all(is_causal(self.layers[number]) for number in self.keyed_layers)
 
     @property
     def reads_embeddings(self) -> bool:

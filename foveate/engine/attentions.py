@@ -21,6 +21,7 @@ from foveate.engine.layout import Layout, Slots, expansion, take
 from foveate.engine.plan import Plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
+from foveate.families.decoder_layer import attends
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: in
     maps = output.get("attentions")
     if not maps or not seen:
         return
-    numbers = [n for n, layer in enumerate(family.layers) if hasattr(layer, "self_attn")]
+    numbers = [n for n, layer in enumerate(family.layers) if attends(layer)]
     if len(maps) != len(numbers):
         raise UnsupportedModelError(
             f"this {family.model_type} returns {len(maps)} attention maps of {len(numbers)} layers "

@@ -11,10 +11,11 @@ from typing import Any
 
 from foveate.errors import UnsupportedModelError
 
-NORMS = ("input_layernorm", "operator_norm")
-MIXERS = ("self_attn", "linear_attn", "conv")
+NORMS = ("input_layernorm", "operator_norm", "attn_norm")
+MIXERS = ("self_attn", "attn", "linear_attn", "conv")
+ATTENTIONS = ("self_attn", "attn")
 MLPS = ("mlp", "feed_forward")
-LAST_NORMS = ("norm", "embedding_norm")
+LAST_NORMS = ("norm", "embedding_norm", "final_norm")
 HEAD_NORMS = ("{}_norm", "{}_layernorm")
 
 
@@ -26,6 +27,11 @@ def norm_of(layer: Any) -> Any:
 def mixer_of(layer: Any) -> Any:
     """What mixes tokens: attention, or a recurrent module."""
     return _first(layer, MIXERS)
+
+
+def attends(layer: Any) -> bool:
+    """Whether what mixes tokens is attention."""
+    return _find(layer, ATTENTIONS) is not None
 
 
 def is_causal(layer: Any) -> bool:

@@ -252,6 +252,8 @@ class ForwardHooks:
         record = describe(forward, output, now.encoded, passed, self.tags)
         if record is not None and self._tells(forward, output):
             self.state.record = self._last = record
+        if self.family.embedding is not None and forward.layout is not forward.full:
+            self.state.layout = forward.layout
         output = forward.leave(output)
         now.forward = now.rollback = None
         return output

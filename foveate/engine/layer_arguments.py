@@ -275,7 +275,7 @@ class LayerArguments:
         shift, earlier = keys.renumbering, keys.before.renumbered
         handed = positions is not None
         if shift is not None or earlier is not None:
-            if positions is None:
+            if positions is None:  # layers of ModernBERT are handed rotary embeddings alone
                 positions = take_positions(self.prompt.positions, columns)
             if shift is not None:
                 off = shift.shift[:, -count:] if last else shift.shift.gather(1, columns)

@@ -88,7 +88,8 @@ class ModelHooks:
         """In place of the base model's forward: all that is known of it is forgotten after it."""
         rope, state = getattr(module, ROPE, None), self.state
         try:
-            kwargs = self.enter_base(module, args, kwargs)
+            if not state.now.inside:  # else its prompt is known from the model around it
+                kwargs = self.enter_base(module, args, kwargs)
             output = forward_of(module, before)(*args, **kwargs)
             if state.now.visual and not state.now.entered:
                 raise bypassed(self.family.text)

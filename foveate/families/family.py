@@ -73,6 +73,8 @@ class Family:
     """Further arguments of decoder layers with an entry for each position: (B, T, ...)."""
     placed_by: ClassVar[tuple[str, ...]] = ()
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    embeds_images: ClassVar[bool] = False
+    """Whether the model puts features in the prompt itself, and hands the base model no ids."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
 
@@ -155,6 +157,13 @@ class Family:
     def reads_embeddings(self) -> bool:
         """Whether the text model makes more of its input embeddings than the input of layer 0."""
         return False
+
+    @property
+    def embedding(self) -> tuple[int, int] | None:
+        """Numbers of an embedding, and bytes of a number, where the model makes an embedding of
+        each token; else `None`.
+        """
+        return None
 
     @property
     def window(self) -> int | None:

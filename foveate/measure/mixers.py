@@ -93,6 +93,8 @@ class Attention(Mixer):
             last layers of Gemma 4.
         keys_are_values: whether one matrix makes both, as in full layers of Gemma 4 26B.
         gate: columns of a matrix of its own that makes a gate of the output, as in Step 3.7.
+        both_ways: whether a query sees the keys after itself too, as many as before. Then `window`
+            counts one side, the query included.
     """
 
     heads: int
@@ -103,6 +105,7 @@ class Attention(Mixer):
     shared: bool = False
     keys_are_values: bool = False
     gate: int = 0
+    both_ways: bool = False
 
     @property
     def query_width(self) -> int:
@@ -121,13 +124,15 @@ class Attention(Mixer):
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
         """Q K^T and the weighted sum of values: 4 h d for each visible query-key pair."""
         pairs = visible_keys(tokens, keys, causal=causal, window=self.window)
+        if self.both_ways and causal:
+            pairs = 2 * pairs - tokens
         return 4 * self.heads * self.head_dim * pairs
 
     def held(self, tokens: int) -> int:
         """All tokens, or one less than the window, to which the next query adds itself; none where
-        another layer holds them.
+        another layer holds them, or where no token comes next because all see all.
         """
-        if self.shared:
+        if self.shared or self.both_ways:
             return 0
         return tokens if self.window is None else min(tokens, self.window - 1)
 

@@ -19,6 +19,8 @@ GATED = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """Text models whose query matrix makes a gate of the output too; their configs do not say so."""
 UNGATED = frozenset({"cosmos3_edge_text"})
 """Text models whose MLP has no gate."""
+BOTH_WAYS = frozenset({"modernbert"})
+"""Text models that see what comes after a token too, as far as before; a window counts one side."""
 ATTENTION = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -133,16 +135,18 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
     head_dim = getattr(own, "head_dim", None) or text.hidden_size // heads
     # Of each head, or of each of its channels.
     gating = getattr(own, "gating", None) or getattr(own, "use_attention_gate", False)
+    window, both_ways = window_of(own, layer), getattr(text, "model_type", "") in BOTH_WAYS
     return Attention(
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=getattr(own, "num_key_value_heads", None) or heads,
         head_dim=head_dim,
-        window=window_of(own, layer),
+        window=window + 1 if window and both_ways else window,
         gated=getattr(text, "model_type", "") in GATED,
         shared=shared,
         keys_are_values=getattr(own, "attention_k_eq_v", False) and kind == "full_attention",
         gate=0 if not gating else heads if gating in (True, "per-head") else heads * head_dim,
+        both_ways=both_ways,
     )
 
 

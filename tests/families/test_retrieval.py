@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     ColModernVBertProcessor,
     ColPaliProcessor,
@@ -17,6 +18,9 @@ from foveate.core.budget import per_request
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
+from foveate.measure.account import account, unpruned
+from foveate.measure.conventions import CONVENTIONS
+from foveate.measure.planned import planned
 from foveate.methods import FastV
 from foveate.signals import SIGNALS
 from tests.conformance.tolerance import TOLERANCE
@@ -183,6 +187,52 @@ def test_a_tuple_is_shortened_too(name):
     with torch.no_grad(), foveate.use(model, EveryThird(0.25)):
         whole = model(**inputs)
         assert torch.equal(model(**inputs, return_dict=False)[0], whole.embeddings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_report_tells_what_an_index_stores(name):
+    rows = rows_of(name)
+    pages, run = encode(name, batch(name, rows), EveryThird(0.5), FastV(3, 0.25))
+    index = run.report()["index"]
+    assert index["rows_after"] == [len(of) for of in pages]
+    assert index["rows_before"] == [row["input_ids"].shape[1] for row in rows]
+    assert index["after"] == sum(of.nbytes for of in pages)
+    assert index["before"] == sum(index["rows_before"]) * pages[0][0].nbytes
+    assert index["ratio"] == index["after"] / index["before"] < 0.6
+    assert "16 numbers an embedding" in str(run.report())
+    _, run = encode(name, page(name, 0), EveryThird(0.25))
+    assert run.report()["index"]["ratio"] == 1.0
+
+
+def counted(model, row):
+    """FLOPs of all matrix products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**row)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_equal_what_torch_counts(name):
+    model, row = retriever(name, "eager"), page(name, 2, 6)
+    with foveate.use(model, EveryThird(0.25)) as run:
+        shorter = counted(model, row)
+    for record, flops in ((run.record, shorter), (unpruned(run.record), counted(model, row))):
+        found = account(record, run.family, (), CONVENTIONS["dense"])
+        assert found.total == flops
+        assert found.decode == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_planned_is_what_happens(name):
+    row = page(name, 1, 6)
+    _, run = encode(name, row, EveryThird(0.25))
+    count = run.record.images[0].total
+    text = row["input_ids"].shape[1] - count
+    plan = planned(run.family, run.plan, run.record.encoded["image"], text)
+    for field in ("prompt_tokens", "layer_tokens", "embedding"):
+        assert getattr(plan, field) == getattr(run.record, field)
+    assert plan.cache_slots == (run.record.cache_slots or [0] * run.family.text_layers)
+    assert account(plan, run.family) == account(run.record, run.family)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -247,6 +247,15 @@ def test_gradients_are_finite_and_reach_the_tower(name):
     assert "embedding_proj_layer.weight" in reached
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_in_training_a_page_is_all_prompt(name):
+    """Nothing is answered, so methods that read the prompt need no labels."""
+    model, row = build(name), page(name, 2, 6)
+    with torch.no_grad(), foveate.use(model, FastV(3, 0.25)):
+        want = model(**row).embeddings
+        assert torch.equal(model.train()(**row).embeddings, want)
+
+
 # -- refusals
 
 

@@ -18,6 +18,7 @@ from foveate.core.budget import per_request
 from foveate.engine.planning import make_plan
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
+from foveate.loading import load_skeleton
 from foveate.measure.account import account, unpruned
 from foveate.measure.conventions import CONVENTIONS
 from foveate.measure.planned import planned
@@ -296,6 +297,12 @@ def family_of(name):
     config, kind, _ = BUILT[name]
     with torch.device("meta"):
         return find_family(kind._from_config(config()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_line_knows_it_by_its_config(name, tmp_path):
+    retriever(name).config.save_pretrained(tmp_path)
+    assert find_family(load_skeleton(str(tmp_path))).model_type == name
 
 
 @pytest.mark.parametrize("name", NAMES)

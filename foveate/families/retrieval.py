@@ -51,7 +51,7 @@ class Retriever(Family):
     def embedding(self) -> tuple[int, int]:
         """Numbers of an embedding, and bytes of a number."""
         weight = self._child(self.model, "embedding_proj_layer").weight
-        return weight.shape[0], weight.element_size()
+        return self.model.config.embedding_dim, weight.element_size()
 
 
 @register_family("colpali")

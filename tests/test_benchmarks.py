@@ -67,6 +67,9 @@ def _script(name):
 UNMEASURED = (
     "aria",
     "cohere_compass",
+    "colmodernvbert",
+    "colpali",
+    "colqwen2",
     "cosmos3_edge",
     "cosmos3_omni",
     "deepseek_ocr2",

@@ -206,8 +206,12 @@ class DecoderSignals:
         they are so.
         """
         prompt, family = self.prompt, self.state.family
-        positions = from_first(kwargs.get("position_ids"), prompt.real, prompt.past)
-        if positions is None or not family.one_dimensional:
+        if not family.one_dimensional:
+            return None
+        handed = kwargs.get("position_ids")
+        given = prompt.positions if handed is None else handed
+        positions = from_first(given, prompt.real, prompt.past, family.first_position)
+        if positions is None:
             return None
         rotary = family.rotary(hidden, positions, number)
         return {**kwargs, "position_ids": positions, "position_embeddings": rotary}

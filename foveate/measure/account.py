@@ -43,8 +43,9 @@ class Account:
         entry: what the language model computes of each token before its first layer; most compute
             nothing there. A step at its input does not shorten it.
         layers: each decoder layer; with the last, what joins several streams of states after it.
-        head: the language-model head at one position of each row.
-        decode: one new token of each row, head included.
+        head: the language-model head at one position of each row, or the projection of all tokens
+            where the model makes an embedding of each.
+        decode: one new token of each row, head included; 0 where the model generates nothing.
     """
 
     tower: int | None
@@ -101,12 +102,19 @@ def account(
         selection=selection,
         entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
         layers=layers,
-        head=flops.head_flops(shapes[0], record.rows) if shapes else 0,
+        head=_head(record, shapes[0]) if shapes else 0,
         decode=record.rows * flops.decode_flops(family.config, [n + 1 for n in slots])
-        if shapes
+        if shapes and record.embedding is None
         else 0,
     )
     return found if convention.multiply_add == 2 else _halved(found)
+
+
+def _head(record: Record, shape: TextShape) -> int:
+    """What is made of the last states."""
+    if record.embedding is None:
+        return flops.head_flops(shape, record.rows)
+    return flops.embedding_flops(shape, record.embedding[0], sum(record.prompt_tokens))
 
 
 def unpruned(record: Record) -> Record:

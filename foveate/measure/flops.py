@@ -82,6 +82,13 @@ def head_flops(shape: TextShape, positions: int = 1) -> int:
     return 2 * positions * shape.hidden * shape.vocabulary
 
 
+def embedding_flops(shape: TextShape, width: int, tokens: int) -> int:
+    """The projection of states to embeddings: 2 D times their width for each token of the prompt,
+    removed ones too, since the model makes all and what survives is picked from them.
+    """
+    return 2 * tokens * shape.hidden * width
+
+
 def prefill_flops(
     config: Any,
     layer_tokens: Sequence[Sequence[int]],

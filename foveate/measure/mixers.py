@@ -117,6 +117,8 @@ class Attention(Mixer):
         gate: columns of a matrix of its own that makes a gate of the output, as in Step 3.7.
         chunk: tokens of a chunk, of which a query sees its own alone, as in Llama 4; `None` for
             all. Where tokens were removed, it is as if those left were in chunks anew.
+        both_ways: whether a query sees the keys after itself too, as many as before. Then `window`
+            counts one side, the query included.
     """
 
     heads: int
@@ -128,6 +130,7 @@ class Attention(Mixer):
     keys_are_values: bool = False
     gate: int = 0
     chunk: int | None = None
+    both_ways: bool = False
 
     @property
     def query_width(self) -> int:
@@ -147,13 +150,15 @@ class Attention(Mixer):
         """Q K^T and the weighted sum of values: 4 h d for each visible query-key pair."""
         reach = {"window": self.window, "chunk": self.chunk}
         pairs = visible_keys(tokens, keys, causal=causal, **reach)
+        if self.both_ways and causal:
+            pairs = 2 * pairs - tokens
         return 4 * self.heads * self.head_dim * pairs
 
     def held(self, tokens: int) -> int:
         """All tokens, or one less than the window or chunk, to which the next query adds itself;
-        none where another layer holds them.
+        none where another layer holds them, or where no token comes next because all see all.
         """
-        if self.shared:
+        if self.shared or self.both_ways:
             return 0
         reach = self.window or self.chunk
         return tokens if reach is None else min(tokens, reach - 1)

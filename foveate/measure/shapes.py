@@ -25,6 +25,8 @@ GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
 UNGATED = frozenset({"cosmos3_edge_text", "nemotron_h"})
 """Text models whose MLP has no gate."""
+BOTH_WAYS = frozenset({"modernbert"})
+"""Text models that see what comes after a token too, as far as before; a window counts one side."""
 GATED_LATENTS = frozenset({"dots3_note_text"})
 """Text models whose latent attention gates every head."""
 ATTENTION = frozenset(
@@ -218,17 +220,19 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
     gating = getattr(own, "gating", None) or getattr(own, "use_attention_gate", False)
     if getattr(text, "model_type", "") in GATED_APART:
         gating = "per-channel"
+    window, both_ways = window_of(own, layer), getattr(text, "model_type", "") in BOTH_WAYS
     return Attention(
         hidden=text.hidden_size,
         heads=heads,
         kv_heads=getattr(own, "num_key_value_heads", None) or heads,
         head_dim=head_dim,
-        window=window_of(own, layer),
+        window=window + 1 if window and both_ways else window,
         gated=getattr(text, "model_type", "") in GATED,
         shared=shared,
         keys_are_values=getattr(own, "attention_k_eq_v", False) and kind == "full_attention",
         gate=0 if not gating else heads if gating in (True, "per-head") else heads * head_dim,
         chunk=own.attention_chunk_size if kind == "chunked_attention" else None,
+        both_ways=both_ways,
     )
 
 

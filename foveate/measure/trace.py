@@ -148,7 +148,8 @@ class _Recipe:
 
     @classmethod
     def of(cls, family: Family) -> _Recipe:
-        return cls(type(family.model), family.config.to_json_string(), family.config)
+        config = family.model.config  # of a whole model, where the family is of one within
+        return cls(type(family.model), config.to_json_string(), config)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.families.decoder_layer import mixer_of
+from foveate.signals.fused_view import FUSED, FusedView
 from foveate.signals.layer_view import LayerView, rotary_function
 
 
@@ -30,7 +31,11 @@ def view_of(
 ) -> LayerView:
     """The view that suits the attention of a layer; arguments as in `LayerView`."""
     # The method says that latents are cached: releases without it cache whole keys and values.
-    kind = LatentView if hasattr(mixer_of(layer), "expand_kv") else LayerView
+    mixer, kind = mixer_of(layer), LayerView
+    if hasattr(mixer, "expand_kv"):
+        kind = LatentView
+    elif hasattr(mixer, FUSED):
+        kind = FusedView
     return kind(layer, hidden, rotary, past, positions)
 
 

@@ -72,6 +72,11 @@ class LayerView:
         return turned if self._turns else rotary_function(self.attention_module)
 
     @property
+    def scaling(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.attention_module.scaling
+
+    @property
     def rotary_width(self) -> int:
         """Width of what it rotates of a head."""
         return self.attention_module.head_dim
@@ -242,7 +247,7 @@ class LayerView:
         batch, heads, queries, width = q.shape
         together = heads // k.shape[1] * queries  # query heads of one key head
         grouped = q.reshape(batch, k.shape[1], together, width)
-        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.attention_module.scaling
+        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.scaling
         if (cap := getattr(self.attention_module, "attn_logit_softcapping", None)) is not None:
             logits = (logits / cap).tanh() * cap
         logits = logits.float().view(batch, heads, queries, k.shape[-2])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from foveate.engine.cache import WITHOUT_SLOTS, is_known
+from foveate.engine.caches import WITHOUT_SLOTS, is_known
 
 Attributes = dict[str, Any]
 ROPE = "rope_deltas"  # how far positions are ahead of the cache's length, on M-RoPE models

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from foveate.engine import features
-from foveate.engine.cache import slots_held
+from foveate.engine.caches import slots_held
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags

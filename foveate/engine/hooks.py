@@ -18,8 +18,8 @@ from foveate.engine import features
 from foveate.engine.attentions import check_maps
 from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
-from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
+from foveate.engine.caches import check_cache, is_pruned, slots_before
 from foveate.engine.compilation import untraced
 from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.forward import ForwardPass

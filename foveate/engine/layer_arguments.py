@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from foveate.engine.attentions import Seen
-from foveate.engine.cache import PrunedLayer, is_reference, pruned_layer
+from foveate.engine.cache import PrunedLayer
+from foveate.engine.caches import is_reference, pruned_layer
 from foveate.engine.layout import (
     Layout,
     Slots,

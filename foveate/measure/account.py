@@ -235,8 +235,7 @@ def _check_papers(shapes: Sequence[TextShape], family: Counted, convention: Conv
 def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     """4 n d^2 + 2 n^2 d + 2 or 3 n d m, as papers count a decoder layer."""
     width = shape.hidden
-    neurons = shape.mlp if shape.visual_mlp is None else shape.visual_mlp
-    mlp = convention.mlp * tokens * (shape.narrow or width) * neurons
+    mlp = convention.mlp * tokens * shape.mlp.read * shape.mlp.of_visual
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 
@@ -256,7 +255,7 @@ def _parts(record: Record, shape: TextShape, work: PartialCompute, causal: bool)
     keys = groups if work.renormalize else mixer.kv_heads
     values = groups if work.reads_visual else 0
     projected = 2 * shape.hidden * mixer.head_dim * (2 * active + keys + values)
-    neurons = int(shape.mlp / work.mlp_divisor)
+    neurons = int(shape.mlp.of_visual / work.mlp_divisor)
     total = 0
     for row, count in enumerate(record.layer_tokens[work.layer]):
         images = [image for image in record.images if image.row == row]

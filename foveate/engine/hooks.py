@@ -237,9 +237,9 @@ class ForwardHooks:
             if args:
                 kwargs, args = {**kwargs, **named_arguments(type(module), args)}, ()
             axis = self.family.token_axis
-            hidden = tokens_second(hidden, axis)
+            hidden = hidden if axis == 1 else tokens_second(hidden, axis)
             output, hidden, kwargs = forward.enter(number, module, hidden, kwargs)
-            hidden = tokens_on(hidden, axis)
+            hidden = hidden if axis == 1 else tokens_on(hidden, axis)
             if output is not None:
                 return output
         if before is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -49,7 +48,6 @@ def is_reference(layer: Any) -> bool:
     return layer is not None and _pruned_kind(type(layer)) is PrunedReferenceLayer
 
 
-@functools.cache
 def _pruned_kind(kind: type) -> type[PrunedLayer] | None:
     """What layers of a kind become when they are pruned; `None` if they cannot be, or are."""
     if getattr(kind, "_layer_type", None) == REFERENCE and issubclass(kind, DynamicLayer):

@@ -35,7 +35,7 @@ def test_merged_tokens_are_means_in_every_stream(model, inputs, monkeypatch):
     altup = text.layers[2].altup
     predict = altup.predict
     monkeypatch.setattr(altup, "predict", lambda states: seen.append(states) or predict(states))
-    plain = oracle.Recorded(model, text, fresh(inputs)).inputs[2]
+    plain = oracle.Recorded(MEMBER, model, fresh(inputs)).inputs[2]
     with foveate.use(model, Average(layer=2, keep=4)):
         model.model(**fresh(inputs))
     want = plain[..., IMAGE, :].unflatten(-2, (4, 4)).mean(-2)

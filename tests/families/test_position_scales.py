@@ -53,7 +53,7 @@ def test_prefill_and_decoding_equal_the_oracle(case, rows):
     member, (method, spec) = Ministral3(), CASES[case]
     inputs = member.inputs(rows)
     with foveate.use(model_of("sdpa"), method) as run:
-        states, out = states_of(model_of("sdpa"), inputs, 9)
+        states, out = states_of(member, model_of("sdpa"), inputs, 9)
     alone = member.row(inputs, 0)
     prompt = alone["input_ids"].shape[1]
     more = out[:1, inputs["input_ids"].shape[1] : -1]

@@ -16,7 +16,9 @@ from foveate.measure.account import paper_layer
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.conventions import CONVENTIONS
 from foveate.measure.mixers import Attention
+from foveate.measure.mlps import Mlp
 from foveate.measure.shapes import TextShape
+from foveate.measure.streams import Streams
 from foveate.methods import AdaToken3D, ToMe, TransPrune, VFlowOpt
 
 PAGE = Path(__file__).parents[1] / "docs" / "numbers.md"
@@ -69,7 +71,7 @@ def shape_of(name: str) -> TextShape:
     layers, mlp, vocabulary = (
         config[name] for name in ("num_hidden_layers", "intermediate_size", "vocab_size")
     )
-    return TextShape(layers, hidden, mixer, mlp, vocabulary)
+    return TextShape(layers, mixer, Mlp(hidden, mlp), vocabulary, Streams(hidden))
 
 
 def paper(name: str, tokens: Sequence[float], convention=THREE) -> float:
@@ -203,10 +205,10 @@ def yopo() -> list[Row]:
     """Visual tokens only: windows of 5 x 5, some heads, half the MLP, half the layers."""
     shape, rows = shape_of("LLaVA-1.5-13B"), []
     width = shape.hidden
-    full = 2 * 576 * (4 * width**2 + 3 * width * shape.mlp) + 4 * width * 576**2
+    full = 2 * 576 * (4 * width**2 + 3 * width * shape.mlp.neurons) + 4 * width * 576**2
     for heads in (20, 30):
         part = heads / shape.mixer.heads
-        neurons = shape.mlp / 2
+        neurons = shape.mlp.neurons / 2
         linear = 2 * 576 * (4 * width**2 * part + 3 * width * neurons)
         layer = linear + 4 * width * part * 576 * 5**2
         saved = 100 * (1 - 20 * layer / (40 * full))

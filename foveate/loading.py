@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForPreTraining
 from transformers.utils import logging
 
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
@@ -65,8 +65,12 @@ def load_skeleton(name: str) -> Any:
         if name == "tiny":
             name = str(PATH)
         config = AutoConfig.from_pretrained(_check_name(name))
+        # Models that make embeddings hold a whole vision-language model.
+        kind: Any = AutoModelForImageTextToText
+        if hasattr(config, "vlm_config"):
+            kind = AutoModelForPreTraining
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
+            return kind.from_config(config)
 
 
 def load_image_processor(name: str) -> Any:

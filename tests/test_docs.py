@@ -93,7 +93,20 @@ def test_broken_method_of_another_package_is_named(offered):
         foveate.list_methods()
 
 
-@pytest.mark.parametrize("name", ["add-a-method.md", "how-it-works.md", "architecture.md"])
+def test_page_on_retrieval_runs_and_prints_what_it_shows(capsys):
+    page = (ROOT / "docs" / "retrieval.md").read_text(encoding="utf-8")
+    code, shown = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "retrieval.md", "exec"), {})
+    printed = capsys.readouterr().out
+    number = r"0\.\d\d$"  # a correlation, which rounding may move
+    for got, want in zip(printed.splitlines(), shown.splitlines(), strict=True):
+        assert re.sub(number, "", got) == re.sub(number, "", want)
+        assert float(got[-4:]) == pytest.approx(float(want[-4:]), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "name", ["add-a-method.md", "how-it-works.md", "architecture.md", "retrieval.md"]
+)
 def test_links_of_the_pages_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+)\)", text):

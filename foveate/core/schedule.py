@@ -283,7 +283,8 @@ def why_not_ranked(model: ModelFacts, layer: int) -> str:
     if layer not in model.keyed_layers:
         return "reads the keys of an earlier layer and makes none"
     if layer not in model.attention_layers:
-        return "sees only a window of the sequence"
+        indexed = model.layer_kinds[layer] == "indexed_attention"
+        return f"sees only {'what an indexer chooses' if indexed else 'a window'} of the sequence"
     return (
         f"comes before layer {model.first_llm_layer}, the first that tokens may be dropped before"
     )

@@ -45,6 +45,10 @@ class ModelFacts(Protocol):
         """Decoder layers that see the whole sequence, so that their attention can rank tokens."""
 
     @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """How each decoder layer mixes tokens, in transformers' words."""
+
+    @property
     def keyed_layers(self) -> tuple[int, ...]:
         """Decoder layers that make keys and values of single tokens."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from foveate.engine import features
-from foveate.engine.cache import slots_held
+from foveate.engine.caches import slots_held
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags
@@ -32,9 +32,10 @@ def describe(
         if prompt.past or prompt.length <= 1:
             return None
         note = "no image in the prompt: it passed through untouched"
-        return Record(prompt.batch, forward.tokens, [], [], [], notes=[note])
+        tokens, embedding = forward.tokens, forward.family.embedding
+        return Record(prompt.batch, tokens, [], [], [], embedding=embedding, notes=[note])
     sliced = any(features.is_slice(of) for of in encoded.values())
-    cache = output.past_key_values
+    cache = output.get("past_key_values")  # bidirectional text models have none
     fields = {k: v for extension in forward.extensions for k, v in extension.record().items()}
     known = {} if sliced else {modality: of.encoded for modality, of in encoded.items()}
     last = next(reversed(known.values()), None)
@@ -50,6 +51,7 @@ def describe(
         encoder_bounds=list(last.encoder_bounds) if last else [],
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
         projected={modality: of.projected for modality, of in known.items() if of.projected},
+        embedding=forward.family.embedding,
         question_tokens=forward.decoder_signals.columns.question_tokens,
         **fields,
         notes=["chunked prefill: kept tokens are not reported"] * sliced

@@ -191,14 +191,13 @@ class DecoderSignals:
         cache = kwargs.get("past_key_values")
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         before = state.slots_of(cache, number)
-        rotary = None
-        if state.family.rotates(number):
-            rotary, _ = state.positions(number, before, hidden, kwargs)
+        rotary, positions = state.positions(number, before, hidden, kwargs)
+        rotary = rotary if state.family.rotates(number) else None
         past = None
         if held is not None and prompt.past:
             before = before.last(held.keys.shape[2])  # all that a layer with a window holds
             past = held.keys[:, :, : before.count], held.values[:, :, : before.count]
-        return view_of(layer, hidden, rotary, past), before
+        return view_of(layer, hidden, rotary, past, positions), before
 
     def from_first(
         self, number: int, hidden: Tensor, kwargs: dict[str, Any]
@@ -207,8 +206,12 @@ class DecoderSignals:
         they are so.
         """
         prompt, family = self.prompt, self.state.family
-        positions = from_first(kwargs.get("position_ids"), prompt.real, prompt.past)
-        if positions is None or not family.one_dimensional:
+        if not family.one_dimensional:
+            return None
+        handed = kwargs.get("position_ids")
+        given = prompt.positions if handed is None else handed
+        positions = from_first(given, prompt.real, prompt.past, family.first_position)
+        if positions is None:
             return None
         rotary = family.rotary(hidden, positions, number)
         return {**kwargs, "position_ids": positions, "position_embeddings": rotary}

@@ -170,11 +170,17 @@ class ForwardPass:
         entering[rows[physical], columns[physical]] = True
         return physical, entering[visual]
 
-    def _add_plane(self, number: int, hidden: Tensor) -> Tensor:
+    def _add_plane(
+        self,
+        number: int,
+        hidden: Tensor,
+        by_layer: Mapping[int, Tensor],
+        physical: Tensor,
+        kept: Tensor,
+    ) -> Tensor:
         """Add the plane of a decoder layer after the first, which the text model can no longer."""
-        if self._planes is None or number == 0 or number not in self._planes[0]:
+        if number == 0 or number not in by_layer:
             return hidden
-        by_layer, physical, kept = self._planes
         plane, physical = by_layer[number], physical.to(hidden.device)[..., None]
         plane = plane[kept.to(plane.device)].to(hidden.device, hidden.dtype)
         return hidden.masked_scatter(physical, hidden[physical[..., 0]] + plane)
@@ -185,7 +191,8 @@ class ForwardPass:
             raise bypassed(self.family.layers[number - 1])
         if number == 0 and self._entry is not None:
             hidden = self._take(hidden, self._entry)
-        hidden = self._add_plane(number, hidden)
+        if self._planes is not None:
+            hidden = self._add_plane(number, hidden, *self._planes)
         if (due := self.plan.due.get(number)) is not None:
             hidden = self._act(due, number, layer, hidden, kwargs)
         self.layer_layouts.append(self.layout)

@@ -18,8 +18,8 @@ from foveate.engine import features
 from foveate.engine.attentions import check_maps
 from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
-from foveate.engine.cache import check_cache, is_pruned, slots_before
 from foveate.engine.cached_forward import CachedForward
+from foveate.engine.caches import check_cache, is_pruned, slots_before
 from foveate.engine.compilation import untraced
 from foveate.engine.extensions.checkpointing import Replays
 from foveate.engine.forward import ForwardPass
@@ -169,7 +169,7 @@ class ForwardHooks:
             device=sequence.device,
             groups=groups,
             real=real,
-            sees=seen_positions(mask, past, length) if groups else None,
+            sees=self._sees(mask, past, sequence) if groups else None,
             trailing=state.generate.trailing if groups else 0,
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
             visual=tokens.visual if tokens else None,
@@ -177,9 +177,18 @@ class ForwardHooks:
             sample=tokens.sample if tokens else None,
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
             recurrent=bool(self.family.recurrent_layers),
+            given=kwargs.get("position_ids"),
         )
         check_drafts(prompt.sees, prompt.trailing)
         return prompt
+
+    def _sees(self, mask: Any, past: int, sequence: Tensor) -> Tensor | None:
+        """(B or 1, T, T) what each position sees; `None` where that is those before it."""
+        length = sequence.shape[1]
+        sees = seen_positions(mask, past, length)
+        if sees is not None or self.family.causal:
+            return sees
+        return torch.ones((), dtype=torch.bool, device=sequence.device).expand(1, length, length)
 
     @untraced
     def rotate(
@@ -228,9 +237,9 @@ class ForwardHooks:
             if args:
                 kwargs, args = {**kwargs, **named_arguments(type(module), args)}, ()
             axis = self.family.token_axis
-            hidden = tokens_second(hidden, axis)
+            hidden = hidden if axis == 1 else tokens_second(hidden, axis)
             output, hidden, kwargs = forward.enter(number, module, hidden, kwargs)
-            hidden = tokens_on(hidden, axis)
+            hidden = hidden if axis == 1 else tokens_on(hidden, axis)
             if output is not None:
                 return output
         if before is not None:
@@ -263,6 +272,8 @@ class ForwardHooks:
         record = describe(forward, output, now.encoded, self.tags)
         if record is not None and self._tells(forward, output):
             self.state.record = self._last = record
+        if self.family.embedding is not None and forward.layout is not forward.full:
+            self.state.layout = forward.layout
         output = forward.leave(output)
         now.forward = now.rollback = None
         return output

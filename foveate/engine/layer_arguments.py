@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from foveate.engine.attentions import Seen
-from foveate.engine.cache import PrunedLayer, is_reference, pruned_layer
+from foveate.engine.cache import PrunedLayer
+from foveate.engine.caches import is_reference, pruned_layer
 from foveate.engine.layout import (
     Layout,
     Slots,
@@ -240,6 +241,7 @@ class LayerArguments:
                     two_d=self.prompt.flash,
                     width=width,
                     foreign=foreign,
+                    causal=self.family.causal,
                 ),
                 "position_embeddings": rotary,
                 "position_ids": position_ids,
@@ -289,9 +291,10 @@ class LayerArguments:
         elif positions is not None and queries is not self.full:
             positions = take_positions(positions, columns)
         shift, earlier = keys.renumbering, keys.before.renumbered
+        handed = positions is not None
         if shift is not None or earlier is not None:
-            # Every supported text model with plain positions hands them to its layers.
-            assert positions is not None
+            if positions is None:  # layers of ModernBERT are handed rotary embeddings alone
+                positions = take_positions(self.prompt.positions, columns)
             if shift is not None:
                 off = shift.shift[:, -count:] if last else shift.shift.gather(1, columns)
                 positions = positions - off
@@ -303,4 +306,4 @@ class LayerArguments:
         # Flash kernels read gaps in the position ids of a single row as packed sequences.
         if self.prompt.flash:
             positions = places_in_samples(self.prompt.sample, columns)
-        return rotary, positions
+        return rotary, positions if handed else None

@@ -337,6 +337,7 @@ def translate_mask(
     two_d: bool,
     width: int = 0,
     foreign: bool = False,
+    causal: bool = True,
 ) -> Tensor | None:
     """The attention mask of the physical columns.
 
@@ -349,17 +350,23 @@ def translate_mask(
         two_d: whether the kernel takes 2-D masks.
         width: columns the keys really have, where a static cache holds more than S.
         foreign: whether an earlier layer made the keys, of other columns than these.
+        causal: whether queries see the keys before them alone where there is no mask, or all.
 
     Returns:
-        `None` if the kernel's own causal rule is right, else (B, S) or (B, H or 1, P, S). Padding
+        `None` if the kernel's own rule is right, else (B, S) or (B, H or 1, P, S). Padding
         columns attend everywhere, so that they stay finite; nothing attends to them.
     """
     queries = layout.index.shape[1]
     unfilled = max(width - slots.count, 0)
-    ragged = slots.ragged or layout.ragged or (unfilled and queries == 1)
-    if mask is None and not ragged and (queries == 1 or not foreign):
+    ragged = slots.ragged or layout.ragged
+    # What queries would see by the kernel's own rule: slots that are not filled, or later keys.
+    shown = unfilled and (queries == 1 or not causal)
+    later = foreign and causal and queries > 1
+    if mask is None and not (ragged or shown or later):
         return None
     keys = F.pad(slots.index, (0, unfilled), value=-1)
+    if mask is None and not causal:
+        return keys >= 0 if two_d else (keys >= 0)[:, None, None]
     if mask is None:
         return _causal(layout, slots, keys, length, two_d=two_d)
     real = keys >= 0

@@ -78,23 +78,24 @@ def numbered_positions(positions: Any, real: Tensor | None, length: int) -> Tens
     return real | ~counted
 
 
-def from_first(positions: Tensor | None, real: Tensor | None, past: int) -> Tensor | None:
+def from_first(positions: Tensor, real: Tensor | None, past: int, first: int = 0) -> Tensor | None:
     """Position ids counted from the first real token of each row; `None` where they are already.
 
     A model that is given no position ids counts the padding before that token too.
 
     Args:
-        positions: (B or 1, T) position ids of a forward; `None` where layers are given none.
+        positions: (B or 1, T) position ids of a forward; other shapes are ignored.
         real: (B, past + T) as `real_positions` returns it.
         past: cached positions.
+        first: the position of the first token of a prompt without padding.
     """
-    if positions is None or positions.dim() != 2 or real is None:
+    if positions.dim() != 2 or real is None:
         return None
     column = real[:, past:].long().argmax(1, keepdim=True)
     positions = positions.expand(len(real), -1)
-    counts_all = positions.gather(1, column) == column + past
+    counts_all = positions.gather(1, column) == column + past + first
     padding = torch.where(counts_all, real.long().argmax(1, keepdim=True), 0)
-    return (positions - padding).clamp(min=0) if bool(padding.any()) else None
+    return (positions - padding).clamp(min=first) if bool(padding.any()) else None
 
 
 def samples(kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -88,7 +88,8 @@ class ModelHooks:
         """In place of the base model's forward: all that is known of it is forgotten after it."""
         rope, state = getattr(module, ROPE, None), self.state
         try:
-            kwargs = self.enter_base(module, args, kwargs)
+            if not state.now.inside:  # else its prompt is known from the model around it
+                kwargs = self.enter_base(module, args, kwargs)
             output = forward_of(module, before)(*args, **kwargs)
             if state.now.visual and not state.now.entered:
                 raise bypassed(self.family.text)
@@ -140,7 +141,7 @@ class ModelHooks:
         tokens = prompt_tokens(now.visual, kwargs, trailing=trailing, sample=sample)
         if state.supervised is not None:
             tokens = supervise(tokens, module, state.supervised)
-        elif state.generate.requests is None and self.plan.asks_text:
+        elif self._may_hold_answers and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
         now.tokens = tokens
         if tokens.supervised is None or not is_training(module):
@@ -149,6 +150,13 @@ class ModelHooks:
         if requests and batch % requests == 0:
             now.expanded = batch // requests
         self._check_requests(batch // now.expanded)
+
+    @property
+    def _may_hold_answers(self) -> bool:
+        """Whether what follows a prompt may be an answer: not in `generate`, nor on a model that
+        makes embeddings.
+        """
+        return self.state.generate.requests is None and self.family.embedding is None
 
     def _take(self, given: dict[str, Any], now: ModelCall, kwargs: Kwargs) -> Kwargs:
         """Reduce features that were encoded before: the arguments with them."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, LinearAttentionLayer, StaticLayer
 
-from foveate.engine.cache import WITHOUT_SLOTS, is_known
+from foveate.engine.caches import WITHOUT_SLOTS, is_known
 from foveate.engine.running_state import ReplacedStateLayer
 
 Attributes = dict[str, Any]

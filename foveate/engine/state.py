@@ -43,6 +43,7 @@ class Prompt:
         numbered: (B, T) which positions make those after them go on by one; `None` for all.
         recurrent: whether some layers mix tokens into a running state; a hidden position is a step
             of zeros there.
+        given: (B or 1, T) position ids that the text model was given; `None` for none.
     """
 
     batch: int
@@ -59,6 +60,14 @@ class Prompt:
     sample: Tensor | None = None
     numbered: Tensor | None = None
     recurrent: bool = False
+    given: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """(B or 1, T) position ids, along one axis."""
+        if self.given is not None:
+            return self.given
+        return torch.arange(self.past, self.past + self.length, device=self.device)[None]
 
     @cached_property
     def present(self) -> Tensor | None:

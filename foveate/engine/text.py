@@ -7,6 +7,7 @@ import functools
 from torch import nn
 
 from foveate.engine.attachment import Attachment
+from foveate.engine.embeddings import EmbeddingHooks
 from foveate.engine.feature_hooks import FeatureHooks
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.gate import Gate
@@ -49,6 +50,7 @@ class TextAttachment(Attachment):
         self.generate = GenerateHooks(family, state, tags, reducer, self.look_after)
         self.features = FeatureHooks(family, state, tags, reducer, vision, self.look_after)
         self.model = ModelHooks(plan, family, state, tags, reducer, self.look_after)
+        self.embeddings = EmbeddingHooks(family, state, self.model, self.look_after)
         self.forward = ForwardHooks(plan, family, state, tags)
 
     @property
@@ -73,9 +75,13 @@ class TextAttachment(Attachment):
         """Install the hooks, and wrap `generate` and what makes image and video features."""
         family = self.family
         self.uncopied(family.model, family.base, family.text)
-        self.replace_forward(family.base, self.model.base, outer=True, anchor=True)
+        embeds = family.embedding is not None
+        above = family.model if embeds else None
+        self.replace_forward(family.base, self.model.base, outer=True, below=above, anchor=True)
         self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
-        if family.generates:
+        if embeds:
+            self.replace_forward(family.model, self.embeddings.forward, outer=True)
+        elif family.generates:
             self.hook(family.model, self.model.enter_top)
             around = self.generate.generate
             wrapped = self.wrap(family.model, "generate", around, outer=True, late=refuse_late)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.forward import ForwardPass
+from foveate.engine.layout import Layout
 from foveate.engine.prompt import PromptTokens
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Kwargs
@@ -72,6 +73,7 @@ class ThreadState(threading.local):
 
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
     record: Record | None = None  # of the last forward over a prompt
+    layout: Layout | None = None  # what survived a text model whose states become embeddings
     encoder_record: Record | None = None  # of the last pass through the encoder
 
     # While features are made:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 
-NORMS = ("input_layernorm", "operator_norm", "norm")
-MIXERS = ("self_attn", "linear_attn", "conv", "mixer")
+NORMS = ("input_layernorm", "operator_norm", "attn_norm", "norm")
+MIXERS = ("self_attn", "attn", "linear_attn", "conv", "mixer")
 MLPS = ("mlp", "feed_forward")
-LAST_NORMS = ("norm", "embedding_norm", "norm_f")
+LAST_NORMS = ("norm", "embedding_norm", "final_norm", "norm_f")
 HEAD_NORMS = {  # of queries, keys and values, before queries and keys are rotated
     "q": ("q_norm", "q_layernorm", "qk_norm"),
     "k": ("k_norm", "k_layernorm", "qk_norm"),
@@ -31,6 +34,13 @@ def norm_of(layer: Any) -> Any:
 def mixer_of(layer: Any) -> Any:
     """What mixes tokens: attention, or a recurrent module."""
     return _first(layer, MIXERS)
+
+
+def is_causal(layer: Any) -> bool:
+    """Whether the attention kernel of a layer, given no mask, lets a token see those before it
+    alone.
+    """
+    return getattr(_find(layer, MIXERS), "is_causal", True)
 
 
 def mlp_of(layer: Any) -> Any:
@@ -91,6 +101,11 @@ def _norms_late(attention: Any) -> bool:
     in Llama 4, whose attention says whether it rotates, and early in Muse.
     """
     return hasattr(attention, "query_layernorm") or hasattr(attention, "use_rope")
+
+
+def position_scale_of(attention: Any) -> Callable[..., Tensor] | None:
+    """What makes scales of queries from their position ids, as in Ministral 3; `None` elsewhere."""
+    return getattr(sys.modules[type(attention).__module__], "get_llama_4_attn_scale", None)
 
 
 def _first(module: Any, names: tuple[str, ...]) -> Any:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from foveate.core.tokens import Shape
 from foveate.errors import UnsupportedModelError
+from foveate.families.decoder_layer import is_causal
 from foveate.families.encoder import Encoder
 from foveate.families.rows import raster_rows
 from foveate.record.boxes import cells_of
@@ -67,6 +68,8 @@ class Family:
     text_path: ClassVar[str] = "language_model"
     one_dimensional: ClassVar[bool] = True
     """Whether positions are a single number, so that survivors can be renumbered (not M-RoPE)."""
+    first_position: ClassVar[int] = 0
+    """Position of the first token of a prompt."""
     places_later_images: ClassVar[bool] = True
     """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
@@ -81,6 +84,8 @@ class Family:
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     replaces_state: ClassVar[bool] = False
     """Whether recurrent layers hand each new running state to the cache, and write over none."""
+    embeds_images: ClassVar[bool] = False
+    """Whether the model puts features in the prompt itself, and hands the base model no ids."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
 
@@ -165,6 +170,13 @@ class Family:
         alone = (i for i, kind in enumerate(self.layer_kinds) if kind in TOKENWISE)
         return self.recurrent_layers.union(alone)
 
+    @cached_property
+    def causal(self) -> bool:
+        """Whether a token sees those before it alone, where the text model makes no mask and leaves
+        that to the attention kernel.
+        """
+        return all(is_causal(self.layers[number]) for number in self.keyed_layers)
+
     @property
     def reads_embeddings(self) -> bool:
         """Whether the text model makes more of its input embeddings than the input of layer 0."""
@@ -182,6 +194,13 @@ class Family:
             states: with the axes of the batch and of tokens first.
         """
         return states
+
+    @property
+    def embedding(self) -> tuple[int, int] | None:
+        """Numbers of an embedding, and bytes of a number, where the model makes an embedding of
+        each token; else `None`.
+        """
+        return None
 
     @property
     def window(self) -> int | None:

@@ -44,7 +44,7 @@ class Idefics3(Family):
         """Tokens and grid of each tile; the features of a sample's tiles come in one tensor."""
         pixels = arguments.get("pixel_values")
         size = self.config.vision_config.image_size if pixels is None else pixels.shape[-1]
-        side = size // self.config.vision_config.patch_size // self.config.scale_factor
+        side = size // self.config.vision_config.patch_size // self.side(modality)
         tokens = sum(feature.shape[:-1].numel() for feature in pooled)
         return [Shape(side * side, (side, side))] * (tokens // (side * side))
 

@@ -15,6 +15,8 @@ from foveate.families.towers import tower
 class PaliGemma(Family):
     """`PaliGemmaForConditionalGeneration` and `PaliGemmaModel`."""
 
+    first_position = 1
+
     @property
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token."""

@@ -7,10 +7,6 @@ it where foveate does not act.
 from __future__ import annotations
 
 _YET = "so it is not supported yet: it needs"
-_INDEXED = (
-    f"its attention chooses what to read by an index of keys beside the cache, {_YET} a cache that "
-    "shortens both"
-)
 _INKLING = (
     f"its attention numbers keys and queries by the length of its cache layers, which also hold "
     f"states of convolutions, {_YET} such layers told where each slot stood"
@@ -36,14 +32,14 @@ _ENCODED = (
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS,
     "blip-2": _QUERIES,
-    "chameleon": f"its text model is the base model too, {_YET} one that places images by itself",
+    "chameleon": f"its base model places images and runs the decoder layers in one forward, {_YET} "
+    "removal between the two",
     "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of its "
     f"encoder with a mask of the full prompt, {_YET} masks that know what is gone from there",
-    "dots3_note": _INDEXED,
     "evolla": "its text model reads proteins, and no images",
     "florence2": _ENCODED,
-    "fuyu": f"its patches have no encoder and no features of their own in its output, {_YET} "
-    "features found elsewhere",
+    "fuyu": f"its features come as last_hidden_state, and one matrix makes queries, keys and "
+    f"values, {_YET} features and projections found there",
     "git": f"its images have no placeholders in the prompt, as the model itself puts them before "
     f"the text, {_YET} positions of tokens without ids",
     "glm5_next": f"its indexed layers read pools of neighbouring cache slots and count queries by "
@@ -59,12 +55,13 @@ UNSUPPORTED: dict[str, str] = {
     "kosmos-2": _WITHIN,
     "kosmos-2.5": _WITHIN,
     "mistral4": "its config has no vision encoder: it is a text model",
-    "mistral_large4": _INDEXED,
+    "mistral_large4": f"its layers may read the keys of an earlier layer, and slots that another "
+    f"has chosen, {_YET} removal only before layers with both of their own",
     "mllama": _CROSS,
     "phi4_multimodal": f"its text model encodes images within its own embedding, and nothing "
     f"returns their features, {_YET} features that are taken from that embedding",
-    "pi0": "its action expert reads the cache of the prompt with a mask of its full length, "
-    f"{_YET} masks that know what is gone from there",
+    "pi0": f"its images are placed before its vision-language model is called, whose cache an "
+    f"action expert reads with a mask of the full prompt, {_YET} masks that know what is gone",
     "pix2struct": _MEMORY,
     "pp_formulanet": _MEMORY,
     "qwen4_exp": f"its indexed layers are handed rotary positions of the whole cache, which the "

@@ -43,8 +43,9 @@ class Account:
         entry: what the language model computes of each token before its first layer; most compute
             nothing there. A step at its input does not shorten it.
         layers: each decoder layer; with the last, what joins several streams of states after it.
-        head: the language-model head at one position of each row.
-        decode: one new token of each row, head included.
+        head: the language-model head at one position of each row, or the projection of all tokens
+            where the model makes an embedding of each.
+        decode: one new token of each row, head included; 0 where the model generates nothing.
     """
 
     tower: int | None
@@ -101,12 +102,19 @@ def account(
         selection=selection,
         entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
         layers=layers,
-        head=flops.head_flops(shapes[0], record.rows) if shapes else 0,
+        head=_head(record, shapes[0]) if shapes else 0,
         decode=record.rows * flops.decode_flops(family.config, [n + 1 for n in slots])
-        if shapes
+        if shapes and record.embedding is None
         else 0,
     )
     return found if convention.multiply_add == 2 else _halved(found)
+
+
+def _head(record: Record, shape: TextShape) -> int:
+    """What is made of the last states."""
+    if record.embedding is None:
+        return flops.head_flops(shape, record.rows)
+    return flops.embedding_flops(shape, record.embedding[0], sum(record.prompt_tokens))
 
 
 def unpruned(record: Record) -> Record:
@@ -227,8 +235,7 @@ def _check_papers(shapes: Sequence[TextShape], family: Counted, convention: Conv
 def paper_layer(shape: TextShape, tokens: int, convention: Convention) -> int:
     """4 n d^2 + 2 n^2 d + 2 or 3 n d m, as papers count a decoder layer."""
     width = shape.hidden
-    neurons = shape.mlp if shape.visual_mlp is None else shape.visual_mlp
-    mlp = convention.mlp * tokens * (shape.narrow or width) * neurons
+    mlp = convention.mlp * tokens * shape.mlp.read * shape.mlp.of_visual
     return 4 * tokens * width**2 + 2 * tokens**2 * width + mlp
 
 
@@ -248,7 +255,7 @@ def _parts(record: Record, shape: TextShape, work: PartialCompute, causal: bool)
     keys = groups if work.renormalize else mixer.kv_heads
     values = groups if work.reads_visual else 0
     projected = 2 * shape.hidden * mixer.head_dim * (2 * active + keys + values)
-    neurons = int(shape.mlp / work.mlp_divisor)
+    neurons = int(shape.mlp.of_visual / work.mlp_divisor)
     total = 0
     for row, count in enumerate(record.layer_tokens[work.layer]):
         images = [image for image in record.images if image.row == row]

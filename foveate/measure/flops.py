@@ -38,7 +38,7 @@ def layer_flops(
     """
     mixing = shape.mixer.mixing(tokens, keys, causal=causal)
     made = shape.mixer.projections(tokens) + shape.mlp_flops(tokens, visual)
-    return made + mixing + shape.streams_flops(tokens)
+    return made + mixing + shape.streams.in_layer(tokens)
 
 
 def layers_flops(
@@ -66,20 +66,27 @@ def layers_flops(
         )
         for shape, row, own in zip(shapes, layer_tokens, seen, strict=True)
     )
-    return *others, last + shapes[-1].joining_flops(sum(layer_tokens[-1]))
+    return *others, last + shapes[-1].streams.joined(sum(layer_tokens[-1]))
 
 
 def entry_flops(shapes: Sequence[TextShape], tokens: int) -> int:
     """What the text model computes of T tokens before its first layer: with inputs of each layer
-    for each token, as in Gemma 4, 2 T D times their width in all layers; and what `TextShape` says.
+    for each token, as in Gemma 4, 2 T D times their width in all layers; and what `Streams` says.
     """
     inputs = sum(2 * tokens * shape.hidden * shape.per_layer for shape in shapes)
-    return inputs + sum(shape.entry_flops(tokens) for shape in shapes[:1])
+    return inputs + sum(shape.streams.at_entry(tokens) for shape in shapes[:1])
 
 
 def head_flops(shape: TextShape, positions: int = 1) -> int:
     """The language-model head: 2 D times the vocabulary for each position that needs logits."""
     return 2 * positions * shape.hidden * shape.vocabulary
+
+
+def embedding_flops(shape: TextShape, width: int, tokens: int) -> int:
+    """The projection of states to embeddings: 2 D times their width for each token of the prompt,
+    removed ones too, since the model makes all and what survives is picked from them.
+    """
+    return 2 * tokens * shape.hidden * width
 
 
 def prefill_flops(
@@ -114,15 +121,15 @@ def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
             shares keys, those of its donor count, and of one with a running state none.
     """
     shapes = TextShape.all(config)
-    total = entry_flops(shapes, 1) + shapes[-1].joining_flops(1) + head_flops(shapes[0])
+    total = entry_flops(shapes, 1) + shapes[-1].streams.joined(1) + head_flops(shapes[0])
     for shape, own in zip(shapes, slots_per_layer, strict=True):
         total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
     return total
 
 
 def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
-    """Bytes of the key-value cache: what a slot of a layer holds times its slots, the rows and the
-    item size. Layers that share keys and layers with a running state have no slots.
+    """Bytes of the key-value cache: what a slot of a layer holds times its slots and the rows.
+    Layers that share keys and layers with a running state have no slots.
 
     Args:
         config: text config, or a multimodal one.
@@ -132,8 +139,8 @@ def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: tor
         dtype: what the cache holds.
     """
     layers = zip(TextShape.all(config), slots_per_layer, strict=True)
-    values = sum(shape.mixer.slot * shape.mixer.held(slots) for shape, slots in layers)
-    return batch * values * dtype.itemsize
+    held = (shape.mixer.slot_bytes(dtype) * shape.mixer.held(slots) for shape, slots in layers)
+    return batch * sum(held)
 
 
 def state_bytes(config: Any, batch: int, dtype: torch.dtype) -> int:

@@ -17,7 +17,7 @@ def cache_bytes(cache: Any) -> tuple[int, int]:
     Args:
         cache: a KV cache of transformers, filled.
     """
-    parts = ("keys", "values", "prefill_keys", "prefill_values")
+    parts = ("keys", "values", "prefill_keys", "prefill_values", "indexer_keys")
     slots = [getattr(layer, part, None) for layer in cache.layers for part in parts]
     tables = [
         getattr(layer, part, {})

@@ -11,7 +11,7 @@ key-value heads, `d` head width, `w` taps of a convolution.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -80,8 +80,16 @@ class Mixer(ABC):
 
     @property
     def slot(self) -> int:
-        """Numbers that a slot holds."""
+        """Numbers that a slot holds in the model's type."""
         return 0
+
+    def slot_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of a slot.
+
+        Args:
+            dtype: of the model.
+        """
+        return self.slot * dtype.itemsize
 
     def state_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the running state of a row, whatever its length.
@@ -109,6 +117,8 @@ class Attention(Mixer):
         gate: columns of a matrix of its own that makes a gate of the output, as in Step 3.7.
         chunk: tokens of a chunk, of which a query sees its own alone, as in Llama 4; `None` for
             all. Where tokens were removed, it is as if those left were in chunks anew.
+        both_ways: whether a query sees the keys after itself too, as many as before. Then `window`
+            counts one side, the query included.
     """
 
     heads: int
@@ -120,6 +130,7 @@ class Attention(Mixer):
     keys_are_values: bool = False
     gate: int = 0
     chunk: int | None = None
+    both_ways: bool = False
 
     @property
     def query_width(self) -> int:
@@ -139,13 +150,15 @@ class Attention(Mixer):
         """Q K^T and the weighted sum of values: 4 h d for each visible query-key pair."""
         reach = {"window": self.window, "chunk": self.chunk}
         pairs = visible_keys(tokens, keys, causal=causal, **reach)
+        if self.both_ways and causal:
+            pairs = 2 * pairs - tokens
         return 4 * self.heads * self.head_dim * pairs
 
     def held(self, tokens: int) -> int:
         """All tokens, or one less than the window or chunk, to which the next query adds itself;
-        none where another layer holds them.
+        none where another layer holds them, or where no token comes next because all see all.
         """
-        if self.shared:
+        if self.shared or self.both_ways:
             return 0
         reach = self.window or self.chunk
         return tokens if reach is None else min(tokens, reach - 1)
@@ -171,6 +184,8 @@ class LatentAttention(Mixer):
         rotary: p, the width of the key that all heads share, with rotary positions.
         plain: n, the width of a head's key without positions.
         value: v, the width of a head's value.
+        window: keys that a query sees at most, itself included; `None` for all.
+        gate: columns of a matrix that makes a gate of the output, as in Dots 3 Note.
     """
 
     heads: int
@@ -179,6 +194,8 @@ class LatentAttention(Mixer):
     rotary: int
     plain: int
     value: int
+    window: int | None = None
+    gate: int = 0
 
     @property
     def query_width(self) -> int:
@@ -205,24 +222,69 @@ class LatentAttention(Mixer):
         return self.rank * self.heads * (self.plain + self.value)
 
     def projections(self, tokens: int) -> int:
-        """Queries, the compressed, and output 2 T h v D."""
-        output = self.heads * self.value * self.hidden
+        """Queries, the compressed, output 2 T h v D, and a gate."""
+        output = (self.heads * self.value + self.gate) * self.hidden
         return 2 * tokens * (self.query + self.compressed + output)
 
     def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
         """Expanding all keys and values, 2 S r h (n + v), and 2 h (n + p + v) for each pair."""
-        total = tokens if keys is None else keys
-        width = self.query_width + self.heads * self.value
-        return 2 * total * self.expanded + 2 * width * visible_keys(tokens, keys, causal=causal)
+        past = self.held((tokens if keys is None else keys) - tokens)
+        width, window = self.query_width + self.heads * self.value, self.window
+        pairs = visible_keys(tokens, keys, causal=causal, window=window)
+        return 2 * (past + tokens) * self.expanded + 2 * width * pairs
 
     def held(self, tokens: int) -> int:
-        """All tokens."""
-        return tokens
+        """All tokens, or one less than the window."""
+        return tokens if self.window is None else min(tokens, self.window - 1)
 
     @property
     def slot(self) -> int:
         """The compressed: r + p, whatever the heads."""
         return self.rank + self.rotary
+
+
+@dataclass(frozen=True)
+class IndexedAttention(LatentAttention):
+    """Latent attention to the keys that an indexer chooses for each query (DSA), as in Dots 3 Note.
+
+    The indexer scores every visible key: its heads share one key of a token, and a head of a query
+    counts as much as a matrix says. Torch computes all query-key pairs, and masks those not chosen.
+
+    Args:
+        chosen: keys that a query sees at most.
+        index_heads: i, heads of the indexer.
+        index_width: w, the width of its heads, and of the key that the cache holds beside.
+    """
+
+    chosen: int = field(kw_only=True)
+    index_heads: int = field(kw_only=True)
+    index_width: int = field(kw_only=True)
+
+    def projections(self, tokens: int) -> int:
+        """Beside those of latent attention, the indexer's queries 2 T q i w (of the width q that
+        queries pass), its key 2 T D w, and its weights 2 T D i.
+        """
+        source = self.hidden if self.query_rank is None else self.query_rank
+        made = source * self.index_heads * self.index_width
+        beside = self.hidden * (self.index_width + self.index_heads)
+        return super().projections(tokens) + 2 * tokens * (made + beside)
+
+    def mixing(self, tokens: int, keys: int | None = None, *, causal: bool = True) -> int:
+        """The indexer's scores, 2 i (w + 1) for each visible pair, and latent attention, of which
+        the arithmetic needs the chosen pairs.
+        """
+        scored = 2 * self.index_heads * (self.index_width + 1)
+        width = self.query_width + self.heads * self.value
+        seen = visible_keys(tokens, keys, causal=causal)
+        pairs = visible_keys(tokens, keys, causal=causal, window=self.chosen)
+        total = tokens if keys is None else keys
+        return scored * seen + 2 * total * self.expanded + 2 * width * pairs
+
+    def slot_bytes(self, dtype: torch.dtype) -> int:
+        """The compressed, and w numbers of the indexer's key in 32 bits: its rotary positions are
+        so in models of any type.
+        """
+        return super().slot_bytes(dtype) + self.index_width * torch.float32.itemsize
 
 
 @dataclass(frozen=True)

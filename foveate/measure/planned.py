@@ -75,6 +75,7 @@ def planned(
         encoded={"image": arguments},
         projected=stream.projected,
         question_tokens=text_tokens,
+        embedding=family.embedding,
     )
 
 

@@ -89,7 +89,7 @@ def decoder_flops(record: Record, shapes: Sequence[TextShape], steps: Sequence[A
                 sizes = _sizes(shapes[layer], tokens, record.question_tokens)
                 total += flops_of(signals, sizes)
                 if any(signal.before_layer for signal in signals):  # they read what is predicted
-                    total += shapes[layer].prediction_flops(tokens)
+                    total += shapes[layer].streams.predicted(tokens)
     return total
 
 

@@ -153,7 +153,8 @@ class _Recipe:
 
     @classmethod
     def of(cls, family: Family) -> _Recipe:
-        return cls(type(family.model), family.config.to_json_string(), family.config)
+        config = family.model.config  # of a whole model, where the family is of one within
+        return cls(type(family.model), config.to_json_string(), config)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,10 @@ def _build(recipe: _Recipe) -> _Skeleton:
     config = copy.deepcopy(recipe.config)
     with Shapes(), torch.device("meta"):
         model = kind._from_config(config, attn_implementation="eager")
+    for module in model.modules():  # experts may have configs of their own
+        experts: Any = getattr(module, "config", None)
+        if hasattr(experts, "_experts_implementation"):
+            experts._experts_implementation = "batched_mm"  # products that are counted
     # The counter wants to know what made an input that needs a gradient; here nothing needs one.
     return _Skeleton(find_family(model.eval().requires_grad_(False)))
 

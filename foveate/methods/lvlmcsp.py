@@ -129,9 +129,10 @@ class LVLMCSP(Method):
         scatter = max(depth // 2, first + 1)
         ranks = [layer for layer in model.attention_layers if layer > scatter]
         if not ranks:
+            way = "give layers" if model.attention_layers else "use a pre_llm method"
             raise LayerError(
                 f"lvlm-csp needs a layer after {scatter} that sees the whole sequence; this "
-                f"{model.model_type} has none; give layers"
+                f"{model.model_type} has none; {way}"
             )
         later = [layer for layer in ranks if layer >= 3 * depth // 4]
         return first, scatter, (later or ranks[-1:])[0]

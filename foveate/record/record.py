@@ -131,6 +131,8 @@ class Record:
             method read them.
         common_tokens: text tokens before the last image of a row, padding included, that images
             attend to where layers compute less of them; 0 where all layers compute all.
+        embedding: numbers of an embedding, and bytes of a number, where the model makes one of each
+            token that its last layer saw; else `None`.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -149,6 +151,7 @@ class Record:
     projected: Mapping[str, int] = field(default_factory=dict)
     question_tokens: int = 0
     common_tokens: int = 0
+    embedding: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
 
 

@@ -54,7 +54,10 @@ class Report(dict[str, Any]):
 
     Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
     frames, tokens, tokens after each step, and what `kept` shows), `layers` (tokens and visual
-    tokens of each row in each decoder layer), `flops`, `kv_bytes`, `state_bytes` and `notes`.
+    tokens of each row in each decoder layer), `flops`, `kv_bytes`, `state_bytes`, `index` and
+    `notes`. `index` is `None`, but where a model makes an embedding of each token, it holds their
+    `width`, `before` and `after` in bytes, their `ratio`, and the embeddings of each row, padding
+    left out, in `rows_before` and `rows_after`.
     `flops` and `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `state_bytes` is
     what recurrent layers keep of all rows, before as after. `flops` also shows apart what it
     includes: `vision` (tower and projector with all tokens; `None` where features were handed in,
@@ -94,12 +97,10 @@ class Report(dict[str, Any]):
             flops=_flops(record, family, methods),
             kv_bytes=_kv_bytes(record, family.config, dtype),
             state_bytes=_state_bytes(record, family.config, dtype),
-            notes=[
-                *record.notes,
-                *idle_notes(record, family, methods),
-                *_method_notes(family, methods),
-            ],
+            index=_index(record),
+            notes=[*record.notes, *idle_notes(record, family, methods)],
         )
+        report["notes"] += _method_notes(family, methods)
         if report["flops"]["vision"] is None:
             report["notes"].append(
                 "FLOPs are of the language model: tower and projector are not counted, because "
@@ -121,6 +122,7 @@ class Report(dict[str, Any]):
             flops={},
             kv_bytes={},
             state_bytes=0,
+            index=None,
             notes=["no forward has run yet: call the model or generate inside the session"],
         )
 
@@ -288,6 +290,23 @@ def _state_bytes(record: Record, config: Any, dtype: torch.dtype) -> int:
     return flops.state_bytes(config, record.rows, dtype) if record.cache_slots else 0
 
 
+def _index(record: Record) -> dict[str, Any] | None:
+    """What an index stores of all rows, and what it would store of all tokens."""
+    if record.embedding is None:
+        return None
+    width, size = record.embedding
+    before, after = list(record.prompt_tokens), list(record.layer_tokens[-1])
+    total = sum(before)
+    return {
+        "width": width,
+        "before": total * width * size,
+        "after": sum(after) * width * size,
+        "ratio": sum(after) / total if total else 1.0,
+        "rows_before": before,
+        "rows_after": after,
+    }
+
+
 def describe(method: Mapping[str, Any]) -> str:
     """A method of a report in one line: `pyramiddrop (keep=[0.5, 0.25])`."""
     shown = {key: value for key, value in method.items() if key != "method" and value is not None}
@@ -386,6 +405,15 @@ def _cost_table(report: Report) -> Table:
             human_bytes(memory["after"], memory["before"]),
             f"{memory['ratio']:.1%}",
         )
+    if (index := report["index"]) is not None:
+        table.add_row(
+            f"index, {index['width']} numbers an embedding",
+            human_bytes(index["before"]),
+            human_bytes(index["after"], index["before"]),
+            f"{index['ratio']:.1%}",
+        )
+        embeddings = (str(sum(index[key])) for key in ("rows_before", "rows_after"))
+        table.add_row("  embeddings", *embeddings, "")
     if report["state_bytes"]:
         held = human_bytes(report["state_bytes"])
         table.add_row("state of recurrent layers", held, held, "100.0%")

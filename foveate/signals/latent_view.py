@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.families.decoder_layer import mixer_of
+from foveate.signals.fused_view import FUSED, FusedView
 from foveate.signals.layer_view import LayerView, rotary_function
 
 
@@ -26,11 +27,16 @@ def view_of(
     hidden: Tensor,
     rotary: tuple[Tensor, Tensor] | Tensor | None,
     past: tuple[Tensor, Tensor] | None = None,
+    positions: Tensor | None = None,
 ) -> LayerView:
     """The view that suits the attention of a layer; arguments as in `LayerView`."""
     # The method says that latents are cached: releases without it cache whole keys and values.
-    kind = LatentView if hasattr(mixer_of(layer), "expand_kv") else LayerView
-    return kind(layer, hidden, rotary, past)
+    mixer, kind = mixer_of(layer), LayerView
+    if hasattr(mixer, "expand_kv"):
+        kind = LatentView
+    elif hasattr(mixer, FUSED):
+        kind = FusedView
+    return kind(layer, hidden, rotary, past, positions)
 
 
 class LatentView(LayerView):
@@ -56,6 +62,8 @@ class LatentView(LayerView):
             UnsupportedModelError: the config does not say which.
         """
         module = self.attention_module
+        if hasattr(module, "k_rope_only_layernorm"):  # Dots 3 Note, which knows one way
+            return sys.modules[type(module).__module__].apply_rotary_pos_emb_interleave
         if not hasattr(module.config, "rope_interleave"):
             raise UnsupportedModelError(
                 f"the config of {type(module).__name__} has no rope_interleave, so that it is "
@@ -114,6 +122,7 @@ class LatentView(LayerView):
             made = self._projection("q_proj")(normed)
         else:
             compressed = module.q_a_layernorm(self._projection("q_a_proj")(normed))
+            compressed = compressed * getattr(module, "q_lora_scale", 1.0)
             made = self._projection("q_b_proj")(compressed)
         return _heads(made, module.qk_nope_head_dim, module.qk_rope_head_dim)
 
@@ -124,7 +133,9 @@ class LatentView(LayerView):
         module = self.attention_module
         made = self._projection("kv_a_proj_with_mqa")(self._normed)[:, None]
         latents, shared = made.split([module.kv_lora_rank, module.qk_rope_head_dim], -1)
-        return module.kv_a_layernorm(latents), shared
+        latents = module.kv_a_layernorm(latents) * getattr(module, "kv_lora_scale", 1.0)
+        norm = getattr(module, "k_rope_only_layernorm", None)
+        return latents, shared if norm is None else norm(shared)
 
     @cached_property
     @torch.no_grad()

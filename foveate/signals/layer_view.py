@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.decoder_layer import head_norm_of, late_head_norm_of, mixer_of, norm_of
+from foveate.families.decoder_layer import (
+    head_norm_of,
+    late_head_norm_of,
+    mixer_of,
+    norm_of,
+    position_scale_of,
+)
 
 
 class LayerView:
@@ -30,6 +36,7 @@ class LayerView:
         rotary: cos and sin, (B or 1, P, d) each, or one complex tensor (B or 1, P, d / 2) that
             turns pairs of neighbours; `None` for a layer without rotary positions.
         past: cached keys (B, Hkv, S, d), already rotated, and values, as the cache holds them.
+        positions: (B or 1, P) position ids, by which some scale their queries.
 
     What is read raises `UnsupportedModelError` where the layer's weights are offloaded and nothing
     brings them back, or its projections are fused.
@@ -41,8 +48,10 @@ class LayerView:
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor] | Tensor | None,
         past: tuple[Tensor, Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> None:
         self.layer, self.hidden, self.past = layer, hidden.detach(), past
+        self.positions = positions
         self.attention_module = mixer_of(layer)
         self._turns = isinstance(rotary, Tensor)
         self._rotary = (rotary,) if isinstance(rotary, Tensor) else rotary
@@ -61,6 +70,11 @@ class LayerView:
     def rotation(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """What rotates queries and keys: of both, and of the parts of `rotary`."""
         return turned if self._turns else rotary_function(self.attention_module)
+
+    @property
+    def scaling(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.attention_module.scaling
 
     @property
     def rotary_width(self) -> int:
@@ -113,7 +127,7 @@ class LayerView:
         if self._rotary is not None and rotate:
             parts = (part.expand(q.shape[0], -1, -1)[rows, columns] for part in self._rotary)
             q = self.rotation(q, q, *parts)[0]
-        return self._normed_late(q, "q")
+        return self._scaled(self._normed_late(q, "q"), rows, columns)
 
     @torch.no_grad()
     def attention(
@@ -219,11 +233,21 @@ class LayerView:
         module = late_head_norm_of(self.attention_module, part)
         return x if module is None else module(x)
 
+    def _scaled(self, q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Queries (B, H, Q, d) as Ministral 3 scales them, the more the later they are."""
+        scale_of = position_scale_of(self.attention_module)
+        if scale_of is None or self.positions is None:
+            return q
+        rope = self.attention_module.config.rope_parameters
+        asking = self.positions.to(q.device).expand(q.shape[0], -1)[rows, columns]
+        length = rope["original_max_position_embeddings"]
+        return q * scale_of(asking, rope["llama_4_scaling_beta"], length).to(q.dtype)
+
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
         batch, heads, queries, width = q.shape
         together = heads // k.shape[1] * queries  # query heads of one key head
         grouped = q.reshape(batch, k.shape[1], together, width)
-        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.attention_module.scaling
+        logits = torch.matmul(grouped, k.transpose(-1, -2)) * self.scaling
         if (cap := getattr(self.attention_module, "attn_logit_softcapping", None)) is not None:
             logits = (logits / cap).tanh() * cap
         logits = logits.float().view(batch, heads, queries, k.shape[-2])

@@ -21,6 +21,7 @@ from foveate.families.support import YES
 from foveate.methods import Downsample
 from foveate.run import Session
 from foveate.signals import SIGNALS
+from tests import retrievers
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.tolerance import TOLERANCE, tolerance_of
@@ -104,6 +105,35 @@ class Tower:
             torch.testing.assert_close(state, want, rtol=0, atol=bound)
 
 
+class Retriever:
+    """A model that makes an embedding of each token of a page."""
+
+    variant = "pages"
+
+    def __init__(self, name):
+        self.name = self.model_type = name
+
+    @property
+    def model(self):
+        return retrievers.retriever(self.name)
+
+    def check(self, session, rows):
+        """Every promise about a batch whose pages have so many images, in an attached session."""
+        pages = [retrievers.page(self.name, images, seed=n) for n, images in enumerate(rows)]
+        inputs = retrievers.batch(self.name, pages)
+        stored = retrievers.stored(self.model(**inputs).embeddings)
+        record = session.record
+        check_kept(session)
+        assert [image.row for image in record.images] == [
+            row for row, images in enumerate(rows) for _ in range(images)
+        ]
+        check_tokens(record, inputs)
+        assert [len(page) for page in stored] == record.layer_tokens[-1]
+        for embeddings, alone in zip(stored, pages, strict=True):
+            want = retrievers.stored(self.model(**alone).embeddings)[0]
+            torch.testing.assert_close(embeddings, want, rtol=0, atol=TOLERANCE)
+
+
 def read(output):
     """What a caller gets from an encoder: logits of a head, or all states."""
     return output.logits if "logits" in output else output.last_hidden_state
@@ -133,7 +163,8 @@ def subjects():
     """Model type -> the tiny models of it."""
     found = {}
     towers = [Tower(table, name) for table in TABLES for name in TABLES[table]]
-    for subject in [*map(Reader, sorted(MEMBERS)), *towers]:
+    pages = map(Retriever, retrievers.BUILT)
+    for subject in [*map(Reader, sorted(MEMBERS)), *pages, *towers]:
         found.setdefault(subject.model_type, []).append(subject)
     return dict(sorted(found.items()))
 

@@ -115,7 +115,7 @@ def run(
         seen = there & ~forgotten if donor < spec.evict_cache else there
         kwargs["attention_mask"] = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
         if moved.any():
-            positions = kwargs["position_ids"] - moved
+            kwargs["position_ids"] = positions = kwargs["position_ids"] - moved
             kwargs["position_embeddings"] = member.rotary(text, hidden, positions, number)
         weights = []
         handle = attention.register_forward_hook(lambda m, a, out: weights.append(out[1]))

@@ -116,6 +116,7 @@ def on_grids(name, pictures, sides=None):
     """(N, ...) patches in the order of the family's processor, and grids."""
     kinds = {
         "cosmos3_edge": Cosmos3EdgeImageProcessorPil,
+        "dots3_note": Qwen2VLImageProcessorPil,
         "ernie4_5_vl_moe": Ernie4_5_VLMoeImageProcessorPil,
         "hunyuan_vl": HunYuanVLImageProcessorPil,
         "kimi_k25": PaddleOCRVLImageProcessorPil, "kimi_k25-halves": PaddleOCRVLImageProcessorPil,

@@ -20,7 +20,10 @@ from tests.engine.test_signals import Spy, check_close
 
 NAMES = ("kimi_k25", "kimi_k25-halves")
 ROWS = [[5, 7], [4], [2, 3]]  # rows 0 and 2 have an image
-LAYERS = (1, 3)  # a dense layer, and one with experts
+LAYERS = {  # a dense layer, and one with experts
+    **dict.fromkeys(NAMES, (1, 3)),
+    "dots3_note": (1, 4),  # those that see all, among layers with windows and indexers
+}
 SIGNALS = (
     "text_attention",
     "content_attention",
@@ -31,6 +34,9 @@ SIGNALS = (
     "value_attention",
     "question_keys",
 )
+
+
+ASKING = ("text_attention", "question_attention")
 
 
 @contextmanager
@@ -61,16 +67,16 @@ def attended(model):
             handle.remove()
 
 
-def run_layers(name, hidden, positions, first=0, rotate=True):
+def run_layers(name, hidden, positions, first=0, rotate=True, count=1):
     """Layers of the eager model from `first` on, of one row: keys, values and maps of each."""
     text = model_of(name, "eager").model.language_model
-    cos, sin = text.rotary_emb(hidden, positions)
+    cos, sin = MEMBERS[name]().rotary(text, hidden, positions, first)
     if not rotate:
         cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
     length = hidden.shape[1]
     mask = torch.full((1, 1, length, length), torch.finfo(torch.float32).min).triu(1)
     with attended(model_of(name, "eager")) as found:
-        for layer in text.layers[first:]:
+        for layer in text.layers[first : first + count]:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin))
     return [[one[0] for one in part] for part in found]
 
@@ -90,8 +96,8 @@ def entering(name, inputs):
 
 def closeness(name, text, columns):
     """(Q, V) share of a key that is not rotated, and the mean cosine of the angles of the rest."""
-    config = model_of(name).config.text_config
-    own, turned = config.qk_nope_head_dim, config.qk_rope_head_dim
+    module = model_of(name).model.language_model.layers[LAYERS[name][0]].self_attn
+    own, turned = module.qk_nope_head_dim, module.qk_rope_head_dim
     frequency = 10000.0 ** (-torch.arange(0, turned, 2) / turned)
     cosine = ((text[:, None] - columns)[..., None] * frequency).cos().mean(-1)
     return (own + turned * cosine) / (own + turned)
@@ -106,7 +112,7 @@ def expected(name, signal, inputs):
     text = torch.arange(int(columns[-1]) + 1, len(ids))
     positions, found = torch.arange(len(ids))[None], []
     for number, states in enumerate(entering(name, inputs)):
-        if number not in LAYERS:
+        if number not in LAYERS[name]:
             continue
         rotate = signal != "content_attention"
         keys, values, maps = (
@@ -130,14 +136,14 @@ def expected(name, signal, inputs):
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_signals_equal_eager_attention(name, signal):
     """Of each row of a padded batch."""
     member, model, spy = (
         MEMBERS[name](),
         model_of(name),
-        Spy(Step("llm", 4, (Need(signal, LAYERS),))),
+        Spy(Step("llm", 4, (Need(signal, LAYERS[name]),))),
     )
     inputs = member.inputs(ROWS)
     with foveate.use(model, spy):
@@ -154,14 +160,14 @@ def test_signals_equal_eager_attention(name, signal):
         check_close(values, want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", LAYERS)
 @torch.no_grad()
 def test_cached_latents_take_part_in_a_later_turn(name):
     """Attention to the second turn's image is what is left beside that to the first turn."""
     member, model, spy = (
         MEMBERS[name](),
         model_of(name),
-        Spy(Step("llm", 4, (Need("text_attention", LAYERS), Need("question_attention", LAYERS)))),
+        Spy(Step("llm", 4, tuple(Need(s, LAYERS[name]) for s in ASKING))),
     )
     whole = member.inputs([[5, 7, 6]])
     border = 5 + member.visual + 3
@@ -180,7 +186,7 @@ def test_cached_latents_take_part_in_a_later_turn(name):
     columns = (ids[0] == member.image_id).nonzero()[member.visual :, 0]
     text, positions = torch.arange(int(columns[-1]) + 1, ids.shape[1]), torch.arange(ids.shape[1])
     (tokens,) = spy.seen
-    for place, number in enumerate(LAYERS):
+    for place, number in enumerate(LAYERS[name]):
         states = entering(name, whole)[number][None]
         maps = run_layers(name, states, positions[None], number)[2][0]
         assert maps[:, -1, :border].sum(-1).min() > 0.01  # the first turn is looked at
@@ -204,7 +210,7 @@ def test_survivors_attend_from_where_they_are_numbered(name, positions):
     source = torch.cat((torch.arange(5), columns[kept], torch.arange(int(columns[-1]) + 1, length)))
     numbers = torch.arange(len(source)) if positions == "renumbered" else source
     states = entering(name, inputs)[2][None, source]
-    keys, _, maps = (part[1] for part in run_layers(name, states, numbers[None], 2))
+    keys, _, maps = (part[1] for part in run_layers(name, states, numbers[None], 2, count=2))
     image = slice(5, 5 + len(kept))
     (tokens,) = spy.seen
     check_close(tokens.signal("text_attention")[0, 0], maps[:, -1, image])

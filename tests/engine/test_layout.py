@@ -85,10 +85,28 @@ def test_no_mask_means_causal_by_position(alive):
                 assert all(seen), "a padding query must see something, or kernels may give NaN"
 
 
+@given(cuts())
+def test_no_mask_of_a_kernel_that_looks_both_ways_means_all_that_is_there(alive):
+    layout, _ = cut(alive)
+    batch, length = alive.shape
+    slots = Slots.full(batch, 0, torch.device("cpu")).extend(layout, length, None)
+    physical = translate_mask(None, layout, slots, length, two_d=False, causal=False)
+    if not layout.ragged:
+        assert physical is None
+        return
+    there = (slots.index >= 0)[:, None, None]
+    assert torch.equal(physical, there)
+    assert torch.equal(
+        translate_mask(None, layout, slots, length, two_d=True, causal=False), there[:, 0, 0]
+    )
+
+
 def test_unfilled_slots_of_a_static_cache_are_never_seen():
     one = Layout.full(2, 1, torch.device("cpu"))
     slots = Slots.full(2, 3, torch.device("cpu")).extend(one, 1, None)
     mask = translate_mask(None, one, slots, 1, two_d=False, width=6)
+    assert mask[:, 0, 0].tolist() == [[True] * 4 + [False] * 2] * 2
+    mask = translate_mask(None, one, slots, 1, two_d=False, width=6, causal=False)
     assert mask[:, 0, 0].tolist() == [[True] * 4 + [False] * 2] * 2
 
 

@@ -35,7 +35,7 @@ def test_merged_tokens_are_means_in_every_stream(model, inputs, monkeypatch):
     altup = text.layers[2].altup
     predict = altup.predict
     monkeypatch.setattr(altup, "predict", lambda states: seen.append(states) or predict(states))
-    plain = oracle.Recorded(model, text, fresh(inputs)).inputs[2]
+    plain = oracle.Recorded(MEMBER, model, fresh(inputs)).inputs[2]
     with foveate.use(model, Average(layer=2, keep=4)):
         model.model(**fresh(inputs))
     want = plain[..., IMAGE, :].unflatten(-2, (4, 4)).mean(-2)
@@ -67,6 +67,22 @@ def test_states_that_methods_read_are_those_that_attention_does(inputs):
         states = seen[number][0]
         torch.testing.assert_close(tokens.signal("llm_states")[0, i], states[IMAGE])
         torch.testing.assert_close(tokens.signal("question_states")[0, i], states[IMAGE.stop :])
+
+
+@torch.no_grad()
+def test_input_embeddings_are_the_first_stream(model, inputs):
+    embeds, spy = [], Spy(Step("llm", 3, (Need("question_relevance"),)))
+    handle = (
+        MEMBER.text(model)
+        .altup_projections[0]
+        .register_forward_hook(lambda module, args, output: embeds.append(args[0][0]))
+    )
+    with foveate.use(model, spy):
+        model.model(**fresh(inputs))
+    handle.remove()
+    image, question = embeds[0][IMAGE], embeds[0][IMAGE.stop :]
+    want = (image @ question.T).softmax(-1).mean(0)
+    torch.testing.assert_close(spy.seen[0].signal("question_relevance")[0], want)
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def test_decoding_beyond_the_window_equals_the_oracle(kind, batch):
     member, model, rows = Narrow(), model_of(), BATCHES[batch]
     inputs = member.inputs(rows)
     with foveate.use(model, KINDS[kind](1)[0]):
-        states, out = states_of(model, inputs, STEPS)
+        states, out = states_of(member, model, inputs, STEPS)
     for row, pieces in enumerate(rows):
         alone = member.row(inputs, row)
         prompt = alone["input_ids"].shape[1]

@@ -5,6 +5,8 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Dots3NoteForCausalLM,
+    Dots3NoteTextConfig,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
@@ -26,11 +28,12 @@ from foveate.measure import flops
 from foveate.measure.checkpoints import checkpoints
 from foveate.measure.mamba import Mamba2
 from foveate.measure.memory import cache_bytes
-from foveate.measure.mixers import GatedDeltaNet, ShortConvolution
+from foveate.measure.mixers import GatedDeltaNet, IndexedAttention, ShortConvolution
 from foveate.measure.selection import acted, decoder_flops
 from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Shapes, skeleton
 from foveate.methods import PyramidDrop
+from tests.conformance.zoo.dots3_note import TEXT as DOTS
 from tests.measure.test_flops import counted
 from tests.records import FakeFamily, pyramid_record
 
@@ -109,6 +112,7 @@ MODELS = {
     "compressed keys, one query matrix": (
         DeepseekV3ForCausalLM, DeepseekV3Config(**LATENT, q_lora_rank=None),
     ),
+    "compressed keys, windows, indexers": (Dots3NoteForCausalLM, Dots3NoteTextConfig(**DOTS)),
 }  # fmt: skip
 
 
@@ -181,6 +185,8 @@ def test_a_decoding_step_costs_what_torch_counts(name, past):
             got -= 2 * 4 * (6 * 16 + 2 * 2 * 8)
         elif isinstance(mixer, ShortConvolution):
             got -= 2 * 3 * 48
+        elif isinstance(mixer, IndexedAttention):  # torch masks the pairs that are not chosen
+            got -= 2 * 4 * (20 + 16) * max(past + 1 - 6, 0)
     slots = [past + 1 if shape.donor is None else 1 for shape in shapes]  # as caches hold them
     assert flops.decode_flops(config, slots) == got
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core.decode_selector import Candidates, DecodeSelector
-from foveate.engine.cache import PrunedLayer, pruned_layer
+from foveate.engine.cache import PrunedLayer
+from foveate.engine.caches import pruned_layer
 from foveate.engine.extensions.base import Extension
 from foveate.engine.masks import left_align
 from foveate.engine.plan import Plan

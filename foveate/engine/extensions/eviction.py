@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.engine.cache import pruned_layer
+from foveate.engine.caches import pruned_layer
 from foveate.engine.extensions.base import Extension
 from foveate.engine.layout import Slots
 from foveate.engine.plan import Plan, PlannedStep

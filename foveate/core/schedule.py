@@ -231,7 +231,7 @@ def ranked_before(
     slug: str,
     *,
     drops: bool = True,
-    otherwise: str = "give layers",
+    otherwise: str = "use a pre_llm method",
 ) -> int:
     """The layer nearest to a wanted one that follows a layer whose attention can rank tokens.
 
@@ -291,7 +291,10 @@ def why_not_ranked(model: ModelFacts, layer: int) -> str:
 
 
 def nearest(
-    wanted: Sequence[float], legal: Sequence[int], slug: str, otherwise: str = "give layers"
+    wanted: Sequence[float],
+    legal: Sequence[int],
+    slug: str,
+    otherwise: str = "use a pre_llm method",
 ) -> list[tuple[int, int]]:
     """The legal layer nearest to each wanted one, each taken once as long as there are enough.
 

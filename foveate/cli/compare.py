@@ -13,7 +13,8 @@ from rich.table import Table
 from foveate.core import Method
 from foveate.measure.timing import Timing, interleave
 from foveate.measure.units import human_bytes, human_flops
-from foveate.report.report import Report, layer_ranges
+from foveate.report.report import Report
+from foveate.report.tables import layer_ranges
 from foveate.run import use
 
 ALL = "all tokens"

@@ -20,7 +20,8 @@ from foveate.io.writing import write_image
 from foveate.loading import load_model
 from foveate.measure.timing import Timing
 from foveate.report.panels import stack
-from foveate.report.report import Report, describe
+from foveate.report.report import Report
+from foveate.report.tables import describe
 from foveate.run import use
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from foveate.measure.flops import kv_bytes, state_bytes
 from foveate.measure.planned import fed, planned
 from foveate.measure.units import human_bytes, human_flops
 from foveate.record.record import Record
-from foveate.report.report import idle_notes, layer_ranges
+from foveate.report.report import idle_notes
+from foveate.report.tables import layer_ranges
 
 HALF = torch.float16  # what the cache holds
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from foveate.engine.cache import PrunedStaticLayer
-from foveate.engine.layout import Layout, Slots, expansion, take, tokens_on, tokens_second
+from foveate.engine.layout import Layout, expansion, take, tokens_on, tokens_second
 from foveate.engine.plan import Plan
+from foveate.engine.slots import Slots
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 
 from foveate.engine.compilation import untraced
-from foveate.engine.layout import Slots
+from foveate.engine.slots import Slots
 from foveate.errors import CacheError
 
 REFERENCE = "reference_sliding_attention"

@@ -18,8 +18,10 @@ from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer
 from foveate.engine.extensions.base import Extension
 from foveate.engine.kernels import takes_2d_masks
-from foveate.engine.layout import Layout, Slots, translate_mask
+from foveate.engine.layout import Layout
+from foveate.engine.mask_translation import translate_mask
 from foveate.engine.plan import Plan
+from foveate.engine.slots import Slots
 from foveate.engine.state import Kwargs
 from foveate.families import Family
 from foveate.families.decoder_layer import position_scale_of

@@ -25,8 +25,8 @@ from foveate.engine.cache import (
     PrunedSlidingLayer,
     PrunedStaticLayer,
 )
-from foveate.engine.layout import Slots
 from foveate.engine.running_state import ReplacedStateLayer
+from foveate.engine.slots import Slots
 from foveate.errors import CacheError
 
 PRUNED: dict[type, type[PrunedLayer]] = {

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from foveate.core import Need
 from foveate.engine.images import ImageGroup
-from foveate.engine.layout import Layout, Slots
+from foveate.engine.layout import Layout
 from foveate.engine.masks import from_first
 from foveate.engine.plan import PlannedStep, Wanted
 from foveate.engine.prompt import starts
 from foveate.engine.prompt_columns import PromptColumns
+from foveate.engine.slots import Slots
 from foveate.engine.state import ForwardState
 from foveate.errors import InputError
 from foveate.families.decoder_layer import last_norm_of

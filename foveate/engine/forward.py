@@ -18,15 +18,11 @@ from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
 from foveate.engine.images import ImageGroup
 from foveate.engine.layer_arguments import Keys, LayerArguments
-from foveate.engine.layout import (
-    Layout,
-    Slots,
-    compact,
-    take,
-)
+from foveate.engine.layout import Layout, compact, take
 from foveate.engine.plan import Due, Plan, PlannedStep
 from foveate.engine.renumbering import Renumbering
 from foveate.engine.replaced_forward import bypassed
+from foveate.engine.slots import Slots
 from foveate.engine.state import Kwargs, Prompt
 from foveate.families import Family
 

@@ -17,16 +17,10 @@ from transformers.cache_utils import StaticLayer
 from foveate.engine.attentions import Seen
 from foveate.engine.cache import PrunedLayer
 from foveate.engine.caches import is_reference, pruned_layer
-from foveate.engine.layout import (
-    Layout,
-    Slots,
-    each_part,
-    take,
-    take_positions,
-    translate_mask,
-    translate_padding,
-)
+from foveate.engine.layout import Layout, each_part, take, take_positions
+from foveate.engine.mask_translation import translate_mask, translate_padding
 from foveate.engine.renumbering import Renumbering, places_in_samples
+from foveate.engine.slots import Slots
 from foveate.engine.state import Kwargs, Prompt
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.engine.images import ImageGroup
-from foveate.engine.layout import Slots
 from foveate.engine.prompt import PromptTokens, QueryTokens, QuestionText, ends_of
+from foveate.engine.slots import Slots
 from foveate.engine.state import ForwardState
 
 

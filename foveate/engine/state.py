@@ -13,8 +13,9 @@ from foveate.engine.masks import present_positions
 
 if TYPE_CHECKING:
     from foveate.engine.images import ImageGroup
-    from foveate.engine.layout import Layout, Slots
+    from foveate.engine.layout import Layout
     from foveate.engine.plan import Plan
+    from foveate.engine.slots import Slots
     from foveate.families import Family
 
 Args = tuple[Any, ...]

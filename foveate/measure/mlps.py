@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.families.family import TOKENWISE
+from foveate.families.text_facts import TOKENWISE
 
 UNGATED = frozenset({"cosmos3_edge_text", "nemotron_h"})
 """Text models whose MLP has no gate."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from foveate.core import Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, site_of
 from foveate.errors import UnsupportedModelError
-from foveate.measure.mixers import Attention, LatentAttention
+from foveate.measure.latents import LatentAttention
+from foveate.measure.mixers import Attention
 from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced
 from foveate.record.record import ImageRecord, Record

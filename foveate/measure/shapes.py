@@ -6,17 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.errors import UnsupportedModelError
-from foveate.families.family import TOKENWISE, window_of
+from foveate.families.text_facts import TOKENWISE, window_of
+from foveate.measure.latents import IndexedAttention, LatentAttention
 from foveate.measure.mamba import Mamba2
-from foveate.measure.mixers import (
-    Attention,
-    GatedDeltaNet,
-    IndexedAttention,
-    LatentAttention,
-    Mixer,
-    ShortConvolution,
-    Unmixed,
-)
+from foveate.measure.mixers import Attention, GatedDeltaNet, Mixer, ShortConvolution, Unmixed
 from foveate.measure.mlps import Mlp
 from foveate.measure.streams import Streams
 

@@ -12,14 +12,12 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich import box
 from rich.console import Console, Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from foveate.core import Method, ModelFacts
@@ -30,11 +28,10 @@ from foveate.io.writing import write_text
 from foveate.measure import flops
 from foveate.measure.account import account, unpruned, visual_tokens
 from foveate.measure.selection import acted
-from foveate.measure.units import human_bytes, human_flops
-from foveate.record.record import ImageRecord, Record, site_name
+from foveate.record.record import ImageRecord, Record
+from foveate.report.tables import cost_table, image_table, layer_table, title
 
 _NUMBERS = re.compile(r"\[\n[^\[\]{}\"]*\]")  # a list of numbers, in JSON with line breaks
-_WIDE = 4  # rows of a batch that the table shows apart; beyond that it shows their range
 
 
 class _Family(ModelFacts, Protocol):
@@ -157,12 +154,12 @@ class Report(dict[str, Any]):
         return text
 
     def __rich__(self) -> RenderableType:
-        parts: list[RenderableType] = [Text(_title(self), style="bold")]
+        parts: list[RenderableType] = [Text(title(self), style="bold")]
         if self["rows"]:
-            tables = [_image_table(self)] if self["images"] else []
+            tables = [image_table(self)] if self["images"] else []
             if self["layers"]:
-                tables.append(_layer_table(self))
-            parts += [*tables, _cost_table(self)]
+                tables.append(layer_table(self))
+            parts += [*tables, cost_table(self)]
         parts += [Text(f"note: {note}", style="yellow") for note in self["notes"]]
         return Group(*parts)
 
@@ -171,16 +168,6 @@ class Report(dict[str, Any]):
         with console.capture() as capture:
             console.print(self)
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def layer_ranges(rows: Sequence[Any]) -> list[tuple[str, int]]:
-    """Runs of equal layers and their first: [5, 5, 3] gives [("0-1", 0), ("2", 2)]."""
-    ranges = []
-    for _, run in groupby(enumerate(rows), key=lambda item: item[1]):
-        numbers = [number for number, _ in run]
-        first, last = numbers[0], numbers[-1]
-        ranges.append((str(first) if first == last else f"{first}-{last}", first))
-    return ranges
 
 
 def _described(method: Method, family: ModelFacts) -> dict[str, Any]:
@@ -305,116 +292,3 @@ def _index(record: Record) -> dict[str, Any] | None:
         "rows_before": before,
         "rows_after": after,
     }
-
-
-def describe(method: Mapping[str, Any]) -> str:
-    """A method of a report in one line: `pyramiddrop (keep=[0.5, 0.25])`."""
-    shown = {key: value for key, value in method.items() if key != "method" and value is not None}
-    fields = ", ".join(f"{key}={value}" for key, value in shown.items())
-    return f"{method['method']} ({fields})"
-
-
-def _title(report: Report) -> str:
-    methods = " + ".join(describe(method) for method in report["methods"]) or "no method"
-    return f"{methods} on {report['model']}"
-
-
-def _table(heading: str) -> Table:
-    """A table whose first column is named for what the table shows."""
-    return Table(heading, box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold cyan")
-
-
-def _span(numbers: Sequence[int]) -> str:
-    low, high = min(numbers), max(numbers)
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def _columns(sites: Sequence[str]) -> dict[str, str]:
-    """Sites that the table shows, and their headings: of the encoder's layers only the last."""
-    layers = [site for site in sites if site.startswith("vision:")]
-    shown = {site: site_name(site) for site in sites if site not in layers[:-1]}
-    if len(layers) > 1:
-        first, last = (site_of(site)[1] for site in (layers[0], layers[-1]))
-        if first < last:
-            shown[layers[-1]] = f"in encoder layers {first} to {last}"
-    return shown
-
-
-def _image_table(report: Report) -> Table:
-    found: list[str] = []
-    for image in report["images"]:
-        found += [site for site in image["after"] if site not in found]
-    sites = _columns(found)
-    table = _table("image")
-    for heading in ("row", "grid", "visual tokens", *sites.values()):
-        table.add_column(heading, justify="right")
-    for number, image in enumerate(report["images"]):
-        counts = [str(image["after"].get(site, "-")) for site in sites]
-        frames = [image["frames"]] if image["frames"] > 1 else []
-        grid = "x".join(map(str, frames + image["grid"]))
-        table.add_row(str(number), str(image["row"]), grid, str(image["tokens"]), *counts)
-    return table
-
-
-def _layer_table(report: Report) -> Table:
-    table = _table("decoder layer")
-    rows = range(report["rows"])
-    for row in rows if len(rows) <= _WIDE else (None,):
-        name = "" if len(rows) == 1 else "all rows: " if row is None else f"row {row}: "
-        table.add_column(f"{name}visual tokens", justify="right")
-        table.add_column("text tokens", justify="right")
-    for name, first in layer_ranges(report["layers"]):
-        layer = report["layers"][first]
-        visual = layer["visual_tokens"]
-        text = [t - v for t, v in zip(layer["tokens"], visual, strict=True)]
-        if len(rows) <= _WIDE:
-            cells = [str(n) for pair in zip(visual, text, strict=True) for n in pair]
-        else:
-            cells = [_span(visual), _span(text)]
-        table.add_row(name, *cells)
-    return table
-
-
-def _work_name(report: Report) -> str:
-    if not report["layers"]:
-        return "encoder"
-    counted = report["flops"]["vision"] is not None
-    return "prefill, vision included" if counted else "prefill, language model only"
-
-
-def _cost_table(report: Report) -> Table:
-    table = _table("cost of the prompt")
-    for heading in ("all tokens", "now", "now / all"):
-        table.add_column(heading, justify="right")
-    work, memory = report["flops"], report["kv_bytes"]
-    table.add_row(
-        _work_name(report),
-        human_flops(work["before"]),
-        human_flops(work["after"], work["before"]),
-        f"{work['ratio']:.1%}",
-    )
-    if report["layers"] and work["vision"] is not None:
-        counts = work["vision"], work["vision_after"]
-        vision = (human_flops(count, work["before"]) for count in counts)
-        table.add_row("  of which vision tower, projector", *vision, "")
-    table.add_row("  of which selection", "", human_flops(work["selection"]), "")
-    if memory["before"]:
-        table.add_row(
-            f"KV cache, {report['dtype']}",
-            human_bytes(memory["before"]),
-            human_bytes(memory["after"], memory["before"]),
-            f"{memory['ratio']:.1%}",
-        )
-    if (index := report["index"]) is not None:
-        table.add_row(
-            f"index, {index['width']} numbers an embedding",
-            human_bytes(index["before"]),
-            human_bytes(index["after"], index["before"]),
-            f"{index['ratio']:.1%}",
-        )
-        embeddings = (str(sum(index[key])) for key in ("rows_before", "rows_after"))
-        table.add_row("  embeddings", *embeddings, "")
-    if report["state_bytes"]:
-        held = human_bytes(report["state_bytes"])
-        table.add_row("state of recurrent layers", held, held, "100.0%")
-    return table

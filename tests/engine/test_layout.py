@@ -4,7 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.engine.layout import Layout, Slots, compact, expansion, take, translate_mask
+from foveate.engine.layout import Layout, compact, expansion, take
+from foveate.engine.mask_translation import translate_mask
+from foveate.engine.slots import Slots
 
 
 @st.composite

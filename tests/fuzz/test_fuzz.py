@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from foveate.engine import hooks
-from foveate.engine.layout import Slots
+from foveate.engine.slots import Slots
 from foveate.methods import FastV, PyramidDrop
 from tests.fuzz.__main__ import Run
 from tests.fuzz.cell import cell_of

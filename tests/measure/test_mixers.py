@@ -26,9 +26,10 @@ from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure import flops
 from foveate.measure.checkpoints import checkpoints
+from foveate.measure.latents import IndexedAttention
 from foveate.measure.mamba import Mamba2
 from foveate.measure.memory import cache_bytes
-from foveate.measure.mixers import GatedDeltaNet, IndexedAttention, ShortConvolution
+from foveate.measure.mixers import GatedDeltaNet, ShortConvolution
 from foveate.measure.selection import acted, decoder_flops
 from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Shapes, skeleton

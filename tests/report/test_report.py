@@ -15,7 +15,8 @@ from foveate.measure.shapes import TextShape
 from foveate.measure.units import human_bytes, human_flops
 from foveate.methods import FastV, PyramidDrop
 from foveate.record.record import ImageRecord, Record
-from foveate.report.report import Report, layer_ranges
+from foveate.report.report import Report
+from foveate.report.tables import layer_ranges
 from tests.records import CONFIG, FakeFamily, image, pyramid_record, text_record
 from tests.tinies import prompts, tiny_llava
 

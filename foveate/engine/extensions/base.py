@@ -16,7 +16,7 @@ from foveate.engine.plan import Plan, PlannedStep
 
 if TYPE_CHECKING:
     from foveate.engine.cache import PrunedLayer
-    from foveate.engine.layout import Slots
+    from foveate.engine.slots import Slots
 
 Kwargs = dict[str, Any]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from foveate.engine.caches import pruned_layer
 from foveate.engine.extensions.base import Extension
-from foveate.engine.layout import Slots
 from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.slots import Slots
 
 
 class Eviction(Extension):

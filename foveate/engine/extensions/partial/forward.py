@@ -11,8 +11,8 @@ from foveate.engine.cache import WORK, PrunedLayer
 from foveate.engine.extensions.base import Extension, Kwargs
 from foveate.engine.extensions.partial.decode import Unread, additive, run_step
 from foveate.engine.extensions.partial.prefill import Images, Split, run_layer
-from foveate.engine.layout import Slots
 from foveate.engine.plan import Plan
+from foveate.engine.slots import Slots
 
 UNREAD = "unread"  # what heads do not read, attached to layers where some read no visual tokens
 

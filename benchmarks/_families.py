@@ -14,14 +14,16 @@ from typing import Any
 
 HEADS = 4
 VOCABULARY, IMAGE = 1000, 999
-PATTERN = ("layer_types", "rope_scaling_layers", "mlp_layer_types")  # of so many layers
+PATTERN = (  # of so many layers
+    "layer_types", "rope_scaling_layers", "mlp_layer_types", "activation_sparsity_pattern",
+)  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "depth": 2, "num_heads": 2, "embed_dim": 32,
     "image_size": 28, "patch_size": 14, "vocab_size": 40, "deepstack_visual_indexes": [0, 1],
     "fullatt_block_indexes": [1], "num_position_embeddings": 16,
     "d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
-    "downsample_hidden_size": 8,
+    "downsample_hidden_size": 8, "adapter_in_dim": 32, "adapter_input_size": 32,
 }  # fmt: skip
 # Where a default tower is none that transformers itself can build, another stands in.
 CLIP = {**VISION, "model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}
@@ -86,12 +88,13 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
     torch.manual_seed(0)
     default = AutoConfig.for_model(model_type)
     kind, parts = type(default), {}
-    vision = {**VISION, "out_hidden_size": hidden}
+    vision = {**VISION, "out_hidden_size": hidden, "adapter_out_dim": hidden}
     whole = {
         "hidden_size": hidden, "projection_dim": hidden, "vocab_size": VOCABULARY,
         "image_token_id": IMAGE, "image_token_index": IMAGE, "image_patch_id": IMAGE,
         "video_token_id": 998, "video_token_index": 998, "tie_word_embeddings": False,
         "visual_indicator_token_ids": [990, 991, 992, 993, 994],
+        "vocabulary_map": {"<image>": IMAGE},
     }  # fmt: skip
     for name in default.sub_configs:
         current = getattr(default, name, None)
@@ -121,7 +124,12 @@ def _scaled(
     as fit.
     """
     values = {**config.to_dict(), **given}
-    values |= {n: v for n, v in sizes.items() if n in values}
+    sizes = {n: v for n, v in sizes.items() if n in values}
+    if "patch_sizes" in values:  # which are those of so many layers
+        sizes.pop("num_hidden_layers", None)
+    listed = [n for n, v in sizes.items() if isinstance(values[n], list) and isinstance(v, int)]
+    several = {n: [sizes[n]] * len(values[n]) for n in listed}
+    values |= sizes | several
     if isinstance(getattr(config, "image_size", None), list | tuple):
         values["image_size"] = [28, 28]
     if isinstance(getattr(config, "patch_size", None), list | tuple):
@@ -141,10 +149,11 @@ def _scaled(
         share = 0.5 if config.model_type.startswith("glm") else 1.0
         total = int(values["hidden_size"] // HEADS * share) // 2
         high = total * 3 // 8
+        axes = [total - 2 * high, high, high]
         rope = values.get("rope_parameters") or {}
         sections = {
             "partial_rotary_factor": share,
-            "mrope_section": [total - 2 * high, high, high],
+            "mrope_section": axes[::-1] if config.model_type.startswith("ernie") else axes,
         }
         kinds = [kind for kind in rope if isinstance(rope[kind], dict)]
         of_kinds = {kind: {**rope[kind], **sections} for kind in kinds}
@@ -189,9 +198,12 @@ def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     half = text // 2
     ids = torch.cat((ids[:half], torch.full((visual,), token), ids[half:]))[None]
     hidden = model.config.get_text_config().hidden_size
-    features = torch.randn(1, visual, hidden, generator=generator) * 0.02
+    late = family.late_projector("image")
+    width = hidden if late is None else next(late.parameters()).shape[1]
+    features = torch.randn(1, visual, width, generator=generator) * 0.02
     stacked = family.model_type in STACKED
     output = encoder_output()(
+        last_hidden_state=None if late is None else features,
         pooler_output=features if stacked else list(features),
         deepstack_features=[list(features)] * family.first_llm_layer,
         visual_indicator_features=torch.randn(5, hidden, generator=generator) * 0.02,
@@ -201,6 +213,8 @@ def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     visible = (ids == token).int()
     if "mm_token_type_ids" in names:
         inputs["mm_token_type_ids"] = visible
+    if "moe_mm_token_type_ids" in names:
+        inputs["moe_mm_token_type_ids"] = visible
     if "token_type_ids" in names:
         inputs["token_type_ids"] = visible
     if "image_grid_thw" in names:

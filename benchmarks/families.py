@@ -41,6 +41,7 @@ from transformers.utils import logging  # noqa: E402
 import foveate  # noqa: E402
 from foveate.families import FAMILIES, find_family  # noqa: E402
 from foveate.families.plain import PlainEncoder  # noqa: E402
+from foveate.families.retrieval import Retriever  # noqa: E402
 from foveate.methods import PyramidDrop  # noqa: E402
 from foveate.run import Session  # noqa: E402
 
@@ -50,8 +51,9 @@ WIDE, DEEP = (256, 8), (64, 24)  # channels and layers, for the prefill and for 
 
 
 def family_names() -> list[str]:
-    """Model types of all vision-language families."""
-    return sorted(name for name, kind in FAMILIES.items() if not issubclass(kind, PlainEncoder))
+    """Model types of all vision-language families but retrieval models, which decode nothing."""
+    left_out = (PlainEncoder, Retriever)
+    return sorted(name for name, kind in FAMILIES.items() if not issubclass(kind, left_out))
 
 
 def pyramid(model: Any, *, keep_all: bool) -> PyramidDrop:

@@ -121,8 +121,8 @@ class BaseSession:
         forward = inspect.signature(self._model.forward).parameters
         if self.text is None or not {"labels", "logits_to_keep"} <= set(forward):
             raise UnsupportedModelError(
-                f"head='labels' needs a model that says it makes logits of some tokens alone, by "
-                f"labels and logits_to_keep in its forward, which {type(self._model).__name__} "
+                f"head='labels' needs a model that makes logits of some tokens alone and says so, "
+                f"by labels and logits_to_keep in its forward, which {type(self._model).__name__} "
                 "does not; use head='all'"
             )
         if Version(transformers.__version__) < Version("5.23"):

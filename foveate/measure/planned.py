@@ -149,16 +149,17 @@ def _inside(family: Family, plan: Plan, traced: Any, stream: _Stream) -> list[tu
             "depends on the images; run it and read the report instead"
         )
     _, full = traced.rows
-    image = TokenCount(full - encoder.special)
-    patches, rows = image.tokens, []
+    cell = family.side("image") ** 2  # rows of a token
+    image = TokenCount((full - encoder.special) // cell)
+    cells, rows = image.tokens, []
     for layer in range(len(encoder.layers)):
-        before = after = image.tokens + encoder.special
+        before = after = image.tokens * cell + encoder.special
         for step in (s for s in plan.vision if s.step.layer == layer):
-            after = image.take(step.method, step.step, step.number, step.method_number)
-            after += encoder.special
+            left = image.take(step.method, step.step, step.number, step.method_number)
+            after = left * cell + encoder.special
             before = before if step.step.inside else after
             for kept, total in zip(stream.kept, totals, strict=True):
-                kept[step.entry] = torch.arange(total * image.tokens // patches)
+                kept[step.entry] = torch.arange(total * image.tokens // cells)
         rows.append((before, after))
-    stream.images = [TokenCount(total * image.tokens // patches) for total in totals]
+    stream.images = [TokenCount(total * image.tokens // cells) for total in totals]
     return rows

@@ -1,11 +1,14 @@
 """What a method would do, planned from counts alone."""
 
 import pytest
+import torch
 
+import foveate
 from foveate.engine.planning import make_plan
 from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.planned import planned
+from foveate.methods import ToMe
 from tests.conformance.test_families import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import EveryThird, Listed
@@ -24,6 +27,23 @@ def test_images_of_one_size_are_planned_inside_the_encoder():
     pixels = MEMBERS["llava"]().pixels(3)
     record = plan_of("llava", Listed(keep=5), pixels)
     assert sizes(record) == [5] * 3
+
+
+@pytest.mark.parametrize("keep", [0.5, 9])
+@pytest.mark.parametrize("name", ["gemma3", "internvl", "llava"])
+def test_rows_inside_the_encoder_are_those_of_a_session(name, keep):
+    """A token may be a cell of several rows, which go together."""
+    model, pixels = model_of(name), MEMBERS[name]().pixels(1)
+    want = plan_of(name, ToMe(keep=keep), pixels)
+    ids = torch.tensor(
+        [[5, *[MEMBERS[name].image_id] * sum(image.total for image in want.images), 6]]
+    )
+    extra = {"token_type_ids": (ids == MEMBERS[name].image_id).int()} if name == "gemma3" else {}
+    with torch.no_grad(), foveate.use(model, ToMe(keep=keep)) as run:
+        model(input_ids=ids, **pixels, **extra)
+    assert run.record.encoder_tokens == want.encoder_tokens
+    last = [[len([*image.kept.values()][-1]) for image in of.images] for of in (run.record, want)]
+    assert last[0] == last[1]
 
 
 def test_images_of_two_sizes_are_refused_inside_the_encoder_alone():

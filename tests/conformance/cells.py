@@ -44,6 +44,7 @@ class Reader:
         what = self.member.what or f"{self.member.modality}s"
         tower = getattr(config, "vision_config", None) or config.vq_config
         self.variant = f"{what} through {tower.model_type}"
+        self.tolerance = tolerance_of(name, self.model)  # of the model without a session
 
     @property
     def model(self):
@@ -73,7 +74,7 @@ class Reader:
         check_cache(session, out.past_key_values)
         for state, row in zip(states[0][:, -1], alone, strict=True):
             want = self.member.run(model, **fresh(row)).last_hidden_state[0, -1]
-            torch.testing.assert_close(state, want, rtol=0, atol=tolerance_of(self.name, model))
+            torch.testing.assert_close(state, want, rtol=0, atol=self.tolerance)
 
 
 class Tower:

@@ -24,7 +24,6 @@ from foveate.engine.plan import Plan
 from foveate.engine.slots import Slots
 from foveate.engine.state import Kwargs
 from foveate.families import Family
-from foveate.families.decoder_layer import position_scale_of
 
 
 class CachedForward:
@@ -159,18 +158,19 @@ class CachedForward:
         self, number: int, shift: Tensor, hidden: Tensor, kwargs: Kwargs
     ) -> dict[str, Any]:
         """Position ids less a (B, 1) shift, and rotary embeddings of them."""
-        rotary = kwargs.get("position_embeddings")
-        key = id(rotary), id(shift)
-        # Text models with plain positions hand them on to their layers.
-        positions = kwargs["position_ids"][..., -hidden.shape[1] :] - shift
-        if key not in self._rotary:
-            self._rotary[key] = self.family.rotary(hidden, positions, number)
-            self._named.append(rotary)
+        rotary, scaled = kwargs.get("position_embeddings"), self.family.scales_by_position
+        key, told = (id(rotary), id(shift)), None
+        if scaled or key not in self._rotary:
+            # Text models with plain positions hand them on to their layers.
+            positions = kwargs["position_ids"][..., -hidden.shape[1] :] - shift
+            told = positions if scaled else None
+            if key not in self._rotary:
+                self._rotary[key] = self.family.rotary(hidden, positions, number)
+                self._named.append(rotary)
         # What position ids are left to tell, but for scales, is for flash kernels, which read gaps
         # in those of a single row as packed sequences.
-        scaled = position_scale_of(self.family.layers[number]) is not None
         numbered = {} if rotary is None else {"position_embeddings": self._rotary[key]}
-        return {**numbered, "position_ids": positions if scaled else None}
+        return {**numbered, "position_ids": told}
 
     @property
     def _shifts(self) -> list[Tensor]:

@@ -47,10 +47,15 @@ def translate_mask(
     if mask is None and not (ragged or shown or later):
         return None
     keys = F.pad(slots.index, (0, unfilled), value=-1)
-    if mask is None and not causal:
+    if mask is not None:
+        return _translated(mask, layout, slots, keys)
+    if two_d or not causal:
         return keys >= 0 if two_d else (keys >= 0)[:, None, None]
-    if mask is None:
-        return _causal(layout, slots, keys, length, two_d=two_d)
+    return _causal(layout, slots, keys, length)
+
+
+def _translated(mask: Tensor, layout: Layout, slots: Slots, keys: Tensor) -> Tensor:
+    """What the text model built, at the columns and at the (B, S) logical positions of the keys."""
     real = keys >= 0
     # Masks of sliding windows begin later than at position 0.
     offset = max(slots.length - mask.shape[-1], 0)
@@ -92,11 +97,9 @@ def translate_padding(mask: Tensor | None, layout: Layout) -> Tensor | None:
     return real * (layout.index >= 0).to(real) if layout.ragged else real
 
 
-def _causal(layout: Layout, slots: Slots, keys: Tensor, length: int, *, two_d: bool) -> Tensor:
+def _causal(layout: Layout, slots: Slots, keys: Tensor, length: int) -> Tensor:
     """The mask of causal attention by logical position, where there was no mask to translate."""
     real = keys >= 0
-    if two_d:
-        return real
     if layout.index.shape[1] == 1:
         return real[:, None, None]
     asked = layout.index + (slots.length - length)

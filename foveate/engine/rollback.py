@@ -56,9 +56,10 @@ class Rollback:
             copies: whether running states may be copied; if not, `None` where there are any.
             **options: as above.
         """
-        if cache is None or not all(is_known(type(layer)) for layer in cache.layers):
+        kinds = set() if cache is None else {type(layer) for layer in cache.layers}
+        if cache is None or not all(map(is_known, kinds)):
             return None
-        if not copies and any(hasattr(layer, STATES) for layer in cache.layers):
+        if not copies and any(issubclass(kind, LinearAttentionLayer) for kind in kinds):
             return None
         return cls(cache, past, **options)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from foveate.families.decoder_layer import is_causal
+from foveate.families.decoder_layer import is_causal, mixer_of, position_scale_of
 
 RECURRENT = frozenset({"linear_attention", "conv"})
 """Kinds of decoder layers, in transformers' words, that mix tokens into a running state."""
@@ -172,6 +172,11 @@ class TextFacts:
         that they are given, rather than by its position; `None` if they do not.
         """
         return None
+
+    @cached_property
+    def scales_by_position(self) -> bool:
+        """Whether layers scale their queries by position ids."""
+        return any(position_scale_of(mixer_of(layer)) is not None for layer in self.layers[:1])
 
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""

@@ -5,6 +5,8 @@ import json
 import re
 
 import pytest
+import transformers
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from typer.testing import CliRunner
 
 from foveate.cli import app
@@ -83,9 +85,15 @@ def test_every_bundled_checkpoint_is_counted(tmp_path, name):
     assert found["kv_bytes"]["after"] < found["kv_bytes"]["before"]
 
 
-@pytest.mark.skipif(VISION, reason="torchvision is installed")
 @pytest.mark.parametrize("name", NEEDING)
-def test_a_processor_that_needs_torchvision_says_so(name):
+def test_a_processor_that_needs_torchvision_says_so(monkeypatch, name):
+    """As where it is not installed."""
+    kinds = IMAGE_PROCESSOR_MAPPING_NAMES[checkpoints()[name].model_type]
+
+    def refuse(**_):
+        raise ImportError("requires the Torchvision library")
+
+    monkeypatch.setattr(transformers, kinds["torchvision"], refuse, raising=False)
     done = run(name, "-m", "pyramiddrop")
     assert done.exit_code == 2
     assert f"processor of {name} needs torchvision" in " ".join(done.output.split())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.errors import InputError
 from foveate.families.family import Family, register_family
+from foveate.families.rows import in_one_row
 from foveate.record.boxes import cells
 
 
@@ -19,12 +19,8 @@ class Emu3(Family):
     """`Emu3ForConditionalGeneration` and `Emu3Model`; ends of rows are visual tokens too."""
 
     text_path = "text_model"
-    planar = False
+    planar = False  # codes and ends of rows form no single grid
     placed_by = ("image_sizes",)
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """One row: codes and ends of rows form no single grid."""
-        return (1, count)
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Codes are what a convolutional encoder says of a neighbourhood."""
@@ -36,18 +32,9 @@ class Emu3(Family):
         Raises:
             InputError: an image has not as many features as its size says.
         """
-        counts, sizes = [len(feature) for feature in pooled], arguments.get("image_sizes")
-        for count, size in zip(
-            counts, () if sizes is None else sizes[-len(counts) :], strict=False
-        ):
-            height, width = self._codes(size)
-            if count != height * (width + 1):
-                raise InputError(
-                    f"image_sizes says {height} x {width} visual tokens, with ends of rows "
-                    f"{height * (width + 1)}, but there are {count} features; pass the sizes that "
-                    "the processor returned with them"
-                )
-        return [Shape(count, (1, count)) for count in counts]
+        sizes = arguments.get("image_sizes")
+        known = [] if sizes is None else [self._codes(size) for size in sizes[-len(pooled) :]]
+        return in_one_row(pooled, "image_sizes", known, "ends of rows")
 
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]

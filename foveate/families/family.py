@@ -110,9 +110,9 @@ class Family(TextFacts):
         return [Shape(count, self.grid(count)) for count in counts]
 
     def grid(self, count: int) -> tuple[int, int]:
-        """(height, width) of `count` tokens: a square, or else one row."""
+        """(height, width) of `count` tokens: a square if they lie on one grid, or else one row."""
         side = math.isqrt(count)
-        return (side, side) if side * side == count else (1, count)
+        return (side, side) if self.planar and side * side == count else (1, count)
 
     def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """What features are made from, without what the model leaves out, such as padding tiles.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.errors import InputError
 from foveate.families.family import register_family
 from foveate.families.mrope import MRope
+from foveate.families.rows import in_one_row
 from foveate.record.boxes import cells
 
 
@@ -31,12 +31,8 @@ class HunyuanVL(MRope):
     places_later_images = False
 
     tower_path = "vision_tower"
-    planar = False
+    planar = False  # tokens and newlines form no single grid
     placed_by = ("image_grid_thw",)
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """One row: tokens and newlines form no single grid."""
-        return (1, count)
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, in one row each.
@@ -44,18 +40,9 @@ class HunyuanVL(MRope):
         Raises:
             InputError: a grid does not have as many cells as the image has features.
         """
-        counts, grids = [len(feature) for feature in pooled], arguments.get("image_grid_thw")
-        for count, grid in zip(
-            counts, () if grids is None else grids[-len(counts) :], strict=False
-        ):
-            height, width = self._cells(grid)
-            if count != height * (width + 1) + 2:
-                raise InputError(
-                    f"image_grid_thw says {height} x {width} visual tokens, with newlines and ends "
-                    f"{height * (width + 1) + 2}, but there are {count} features; pass the grids "
-                    "that the processor returned with them"
-                )
-        return [Shape(count, (1, count)) for count in counts]
+        grids = arguments.get("image_grid_thw")
+        known = [] if grids is None else [self._cells(grid) for grid in grids[-len(pooled) :]]
+        return in_one_row(pooled, "image_grid_thw", known, "newlines and ends", ends=2)
 
     def boxes(
         self, modality: str, number: int, shape: Shape, arguments: Mapping[str, Any]

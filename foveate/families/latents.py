@@ -18,11 +18,7 @@ from foveate.families.family import Family, register_family
 class Latents(Family):
     """Base of families whose visual tokens are queries."""
 
-    planar = False
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """One row: queries lie on no grid."""
-        return (1, count)
+    planar = False  # queries lie on no grid
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Every query reads all patches of its tile."""

@@ -23,14 +23,10 @@ from foveate.record.boxes import cells, cells_of
 class AnyRes(Llava):
     """Base of the families that pack tiles."""
 
-    planar = False
+    planar = False  # thumbnail, tiles and newlines form no single grid
     placed_by = ("image_sizes", "batch_num_images")
     packing_option: ClassVar[str]
     """The setting that the model's packing takes beside tiles and sizes."""
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """One row: thumbnail, tiles and newlines form no single grid."""
-        return (1, count)
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens of each image in one row, and frames of each video."""

@@ -1,8 +1,8 @@
 """Muse Spark and Muse Glimmer: patches of any grid merged 2 x 2, plain positions, sliding and full
 attention. Full layers, as a rule, do not rotate, and are handed no rotary positions.
 
-The tower leaves the order of its windows right after its last layer, so that methods cannot look
-inside. Audio is text to foveate.
+Methods cannot look inside the tower yet, which orders patches, not cells, by windows. Audio is text
+to foveate.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.core.tokens import Shape
 from foveate.errors import InputError
 
 
@@ -78,6 +79,36 @@ def placed(places: Tensor, side: int) -> list[EncoderImage]:
         rows = patches[order].view(-1, side**2) + number * length
         images.append(EncoderImage((len(rows) // width, width), rows))
     return images
+
+
+def in_one_row(
+    pooled: Sequence[Tensor],
+    name: str,
+    grids: Sequence[tuple[int, int]],
+    closing: str,
+    ends: int = 0,
+) -> list[Shape]:
+    """Images of rows that each close with a visual token more.
+
+    Args:
+        pooled: (V, D) features of each image.
+        name: the argument that says the grids, for the message.
+        grids: (height, width) of each without what closes rows; none where they are not known.
+        closing: what closes rows and images, for the message.
+        ends: visual tokens around an image.
+
+    Raises:
+        InputError: an image has not as many features as its grid says.
+    """
+    counts = [len(feature) for feature in pooled]
+    for count, (height, width) in zip(counts, grids, strict=False):
+        total = height * (width + 1) + ends
+        if count != total:
+            raise InputError(
+                f"{name} says {height} x {width} visual tokens, with {closing} {total}, but there "
+                f"are {count} features; pass {name} as the processor returned it with them"
+            )
+    return [Shape(count, (1, count)) for count in counts]
 
 
 def packed(

@@ -21,11 +21,7 @@ class Step37(Family):
     lie, and then those of all of it.
     """
 
-    planar = False
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """One row: views form no single grid."""
-        return (1, count)
+    planar = False  # views form no single grid
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """The tower ends in convolutions wider than a cell."""

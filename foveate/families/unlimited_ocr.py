@@ -26,16 +26,12 @@ class UnlimitedOCR(Family):
     separator, all visual tokens.
     """
 
-    planar = False
+    planar = False  # views and newlines form no single grid
 
     @cached_property
     def attention_layers(self) -> tuple[int, ...]:
         """All: of the first prompt, which alone may have images, they see the whole."""
         return self.keyed_layers
-
-    def grid(self, count: int) -> tuple[int, int]:
-        """One row: views and newlines form no single grid."""
-        return (1, count)
 
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """A token is a row of CLIP's layers and what SAM's convolutions make of that place."""

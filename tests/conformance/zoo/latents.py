@@ -48,6 +48,13 @@ class Aria(Member):
         return {"pixel_values": pictures(images, 3, SIDE, SIDE, seed=seed), "pixel_mask": real}
 
 
+SAM = {
+    "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "image_size": 64, "patch_size": 4, "window_size": 3, "global_attn_indexes": [1],
+    "mlp_dim": 48, "downsample_channels": [24, 32], "initializer_range": 0.15,
+}  # fmt: skip
+
+
 class DeepseekOCR2(Member):
     name = "deepseek_ocr2"
     mixes = True
@@ -55,12 +62,6 @@ class DeepseekOCR2(Member):
     crops = (2, 0, 1)  # local views of each image
 
     def config(self):
-        sam = {
-            "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "image_size": 64, "patch_size": 4, "window_size": 3,
-            "global_attn_indexes": [1], "mlp_dim": 48, "downsample_channels": [24, 32],
-            "initializer_range": 0.15,
-        }  # fmt: skip
         encoder = {
             "vocab_size": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -70,7 +71,7 @@ class DeepseekOCR2(Member):
             "moe_intermediate_size": 32, "mlp_layer_types": ["dense", *["sparse"] * 3],
         }  # fmt: skip
         return DeepseekOcr2Config(
-            vision_config={"sam_config": sam, "encoder_config": encoder}, text_config=text,
+            vision_config={"sam_config": SAM, "encoder_config": encoder}, text_config=text,
             image_token_id=self.image_id, tie_word_embeddings=False,
         )  # fmt: skip
 

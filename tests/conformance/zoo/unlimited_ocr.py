@@ -4,7 +4,7 @@ window, so that causal attention is an oracle; tests/families/test_unlimited_ocr
 
 from transformers import UnlimitedOcrConfig
 
-from tests.conformance.zoo.latents import DeepseekOCR2
+from tests.conformance.zoo.latents import SAM, DeepseekOCR2
 from tests.conformance.zoo.small import TEXT
 
 
@@ -13,12 +13,6 @@ class UnlimitedOCR(DeepseekOCR2):
     window = 64
 
     def config(self):
-        sam = {
-            "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "image_size": 64, "patch_size": 4, "window_size": 3,
-            "global_attn_indexes": [1], "mlp_dim": 48, "downsample_channels": [24, 32],
-            "initializer_range": 0.15,
-        }  # fmt: skip
         encoder = {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
             "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
@@ -29,7 +23,7 @@ class UnlimitedOCR(DeepseekOCR2):
             "sliding_window": self.window, "num_key_value_heads": 4,
         }  # fmt: skip
         return UnlimitedOcrConfig(
-            vision_config={"sam_config": sam, "encoder_config": encoder}, text_config=text,
+            vision_config={"sam_config": SAM, "encoder_config": encoder}, text_config=text,
             image_token_id=self.image_id, tie_word_embeddings=False,
         )  # fmt: skip
 

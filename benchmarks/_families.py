@@ -16,6 +16,7 @@ HEADS = 4
 VOCABULARY, IMAGE = 1000, 999
 PATTERN = (  # of so many layers
     "layer_types", "rope_scaling_layers", "mlp_layer_types", "activation_sparsity_pattern",
+    "intermediate_size",
 )  # fmt: skip
 VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -27,7 +28,12 @@ VISION = {
 }  # fmt: skip
 # Where a default tower is none that transformers itself can build, another stands in.
 CLIP = {**VISION, "model_type": "clip_vision_model", "model_args": {"embed_dim": 32}}
-TOWERS = {"perception_lm": CLIP, "fast_vlm": CLIP}
+TOWERS = {
+    "perception_lm": CLIP,
+    "fast_vlm": CLIP,
+    "granite4_vision": {**CLIP, "hidden_size": 64},  # a head of its projectors has 64 channels
+}
+TYPED = ("gemma3n",)  # which take no tower but of a config class of their own, that of timm
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 # Values of text models whose default config leaves them out, and builds no model without them.
 TEXT = {
@@ -35,6 +41,7 @@ TEXT = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": ROPE, "full_attention": None},
     },
+    "gemma3n": {"num_kv_shared_layers": 2},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
 }
 TILES = {
@@ -44,8 +51,9 @@ TILES = {
 }  # pixels of a tile of 576 tokens, where tiles are images
 STACKED = (  # features of all images in one tensor, not in a list
     "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm",
-    "gemma3", "got_ocr2", "idefics3", "internvl", "janus", "ovis2", "paligemma", "perception_lm",
-    "pp_chart2table", "qianfan_ocr", "shieldgemma2", "smolvlm", "video_llava", "vipllava",
+    "gemma3", "gemma3n", "got_ocr2", "idefics3", "internvl", "janus", "ovis2", "paligemma",
+    "perception_lm", "pp_chart2table", "qianfan_ocr", "shieldgemma2", "smolvlm", "video_llava",
+    "vipllava",
 )  # fmt: skip
 
 
@@ -95,6 +103,8 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
         "video_token_id": 998, "video_token_index": 998, "tie_word_embeddings": False,
         "visual_indicator_token_ids": [990, 991, 992, 993, 994],
         "vocabulary_map": {"<image>": IMAGE},
+        "downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]],
+        "spatial_target_layers": [1, 1, 2, 2],
     }  # fmt: skip
     for name in default.sub_configs:
         current = getattr(default, name, None)
@@ -110,11 +120,29 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
             parts[name]["image_size"] = TILES[model_type]
     if model_type in TOWERS:
         parts["vision_config"] = TOWERS[model_type]
+    if model_type in TYPED:
+        parts["vision_config"] = _stand_in(type(default.vision_config))(**parts["vision_config"])
     known = {**inspect.signature(kind).parameters, **default.to_dict()}
     config = kind(**parts, **{n: v for n, v in whole.items() if n in known})
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.generation_config.pad_token_id = 0
     return model
+
+
+@functools.cache
+def _stand_in(kind: type) -> type:
+    """A config class of a tower's own kind, registered for a tower that is empty and never runs."""
+    from transformers import AutoModel, PreTrainedModel
+
+    class Config(kind):
+        model_type = f"{kind.model_type}_stand_in"
+
+    class Tower(PreTrainedModel):
+        config_class = Config
+        _supports_sdpa = True
+
+    AutoModel.register(Config, Tower)
+    return Config
 
 
 def _scaled(
@@ -135,7 +163,7 @@ def _scaled(
     if isinstance(getattr(config, "patch_size", None), list | tuple):
         values["patch_size"] = [14, 14]
     for name in PATTERN:
-        if values.get(name):
+        if values.get(name) and isinstance(values[name], list):
             count = values["num_hidden_layers"]
             values[name] = (values[name] * count)[:count]
     values.pop("per_layer_config", None)  # heads of layers by number; here all are of one size
@@ -185,6 +213,14 @@ def encoder_output() -> Any:
     return Output
 
 
+def _planes(family: Any, features: list[Any]) -> list[Any]:
+    """Features added before the first layers; with the layer, where a config names the layers."""
+    named = getattr(family.config, "spatial_target_layers", None)
+    if named is None:
+        return [features] * family.first_llm_layer
+    return [(layer, features) for layer in sorted({0, *named})]
+
+
 def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     """A prompt of `visual` image tokens amid `text` text tokens, with random features."""
     import torch
@@ -205,7 +241,7 @@ def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     output = encoder_output()(
         last_hidden_state=None if late is None else features,
         pooler_output=features if stacked else list(features),
-        deepstack_features=[list(features)] * family.first_llm_layer,
+        deepstack_features=_planes(family, list(features)),
         visual_indicator_features=torch.randn(5, hidden, generator=generator) * 0.02,
     )
     inputs = {"input_ids": ids, "mm_encoder_outputs": {"image": output}, "logits_to_keep": 1}

@@ -90,10 +90,10 @@ class Contender:
         """Cut slots off the cache, after the prompt.
 
         Recurrent and convolutional layers have none, and layers that read the keys of earlier
-        ones, the last of a model, have no cache layer.
+        ones, the last of a model, have no cache layer, or an empty one.
         """
         for layer, count in zip(self.cache.layers, self.cut, strict=False):
-            if hasattr(layer, "keys"):
+            if getattr(layer, "keys", None) is not None:
                 layer.keys = layer.keys[:, :, count:].contiguous()
                 layer.values = layer.values[:, :, count:].contiguous()
 

@@ -64,8 +64,8 @@ def _script(name):
     return module
 
 
-# Still to be measured, with `python benchmarks/families.py --family NAME`; PyramidDrop has no layer to
-# rank by in Dots 3 Note.
+# Still to be measured, with `python benchmarks/families.py --family NAME`. PyramidDrop has no layer
+# to rank by in Dots 3 Note.
 UNMEASURED = (
     "deepseek_ocr2",
     "dots3_note",

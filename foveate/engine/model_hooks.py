@@ -26,6 +26,7 @@ from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.gate import is_generating
 from foveate.engine.inputs import bound, check_positions, placeholders, prompt_tokens
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.long_rope import check_cache_kept
 from foveate.engine.masks import samples
 from foveate.engine.plan import Plan
 from foveate.engine.replaced_forward import bypassed, forward_of
@@ -113,6 +114,8 @@ class ModelHooks:
         now.inside = True
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
+        if state.generate.running:
+            check_cache_kept(self.family, kwargs)
         self._check_given(given)
         untagged = [output for output in given.values() if not features.is_tagged(output)]
         if untagged and state.generate.requests is None and is_generating(self.family.model):

@@ -70,6 +70,7 @@ UNMEASURED = (
     "deepseek_ocr2",
     "dots3_note",
     "gemma4_unified",
+    "phi4_multimodal",
     "unlimited_ocr",
 )
 

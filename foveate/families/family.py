@@ -57,6 +57,8 @@ class Family(TextFacts):
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     embeds_images: ClassVar[bool] = False
     """Whether the model puts features in the prompt itself, and hands the base model no ids."""
+    whole_head: ClassVar[str] = ""
+    """Why the model makes no logits of some tokens alone, though it takes `logits_to_keep`."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
 

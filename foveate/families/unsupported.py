@@ -32,8 +32,6 @@ _ENCODED = (
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS,
     "blip-2": _QUERIES,
-    "chameleon": f"its base model places images and runs the decoder layers in one forward, {_YET} "
-    "removal between the two",
     "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of its "
     f"encoder with a mask of the full prompt, {_YET} masks that know what is gone from there",
     "evolla": "its text model reads proteins, and no images",

@@ -54,6 +54,7 @@ SIZES = {
 # may be removed, and those whose attention can rank them.
 CLOSED = {
     "aria": (32, 0, range(32)),
+    "chameleon": (32, 0, range(32)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "emu3": (32, 0, range(32)),
@@ -73,6 +74,7 @@ CLOSED = {
 }
 MAMBA, MOE = "linear_attention", "moe"
 MISSING = {  # what configs of these do not say of themselves
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
     "deepseek_ocr2": {
         "text_config": {
             "mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6,

@@ -37,7 +37,7 @@ UNSUPPORTED: dict[str, str] = {
     "evolla": "its text model reads proteins, and no images",
     "florence2": _ENCODED,
     "fuyu": f"its features come as last_hidden_state, and one matrix makes queries, keys and "
-    f"values, {_YET} features and projections found there",
+    f"values of head after head, {_YET} features and projections found there",
     "git": f"its images have no placeholders in the prompt, as the model itself puts them before "
     f"the text, {_YET} positions of tokens without ids",
     "glm5_next": f"its indexed layers read pools of neighbouring cache slots and count queries by "

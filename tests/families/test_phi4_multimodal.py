@@ -130,6 +130,18 @@ def test_features_from_elsewhere_are_refused():
         model(**inputs, mm_encoder_outputs=made)
 
 
+def test_embeddings_in_place_of_ids_are_refused():
+    """The model would read no pixels beside them."""
+    member, model = Phi4Multimodal(), model_of(None)
+    inputs = member.inputs([[5, 7]])
+    inputs["inputs_embeds"] = model.model.embed_tokens(inputs.pop("input_ids"))
+    with (
+        foveate.use(model, EveryThird(6)),
+        pytest.raises(InputError, match="pass input_ids with the pixels"),
+    ):
+        model(**inputs)
+
+
 def with_audio(member, inputs):
     """The same prompt with four tokens of audio before its last token."""
     ids = inputs["input_ids"]

@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForPreTraining
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import logging
 
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.families import FAMILIES
 from foveate.io.quoting import quoted, shown
 from foveate.measure.checkpoints import checkpoints
 from foveate.tiny import PATH
@@ -48,7 +55,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
 
             config = AutoConfig.from_pretrained(_check_name(name))
             processor = AutoProcessor.from_pretrained(name)
-            model = AutoModelForImageTextToText.from_pretrained(name, config=config, dtype=kind)
+            model = _auto_class(config).from_pretrained(name, config=config, dtype=kind)
     return model.to(where).eval(), processor
 
 
@@ -66,11 +73,17 @@ def load_skeleton(name: str) -> Any:
             name = str(PATH)
         config = AutoConfig.from_pretrained(_check_name(name))
         # Models that make embeddings hold a whole vision-language model.
-        kind: Any = AutoModelForImageTextToText
-        if hasattr(config, "vlm_config"):
-            kind = AutoModelForPreTraining
+        embeds = hasattr(config, "vlm_config")
         with torch.device("meta"):
-            return kind.from_config(config)
+            return (AutoModelForPreTraining if embeds else _auto_class(config)).from_config(config)
+
+
+def _auto_class(config: Any) -> Any:
+    """The auto class of a family's model: some are to transformers causal language models alone."""
+    read = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if config.model_type in FAMILIES and config.model_type not in read:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
 
 
 def load_image_processor(name: str) -> Any:

@@ -67,9 +67,11 @@ def _script(name):
 # Still to be measured, with `python benchmarks/families.py --family NAME`. PyramidDrop has no layer
 # to rank by in Dots 3 Note.
 UNMEASURED = (
+    "chameleon",
     "deepseek_ocr2",
     "dots3_note",
     "gemma4_unified",
+    "phi4_multimodal",
     "unlimited_ocr",
 )
 

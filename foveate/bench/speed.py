@@ -99,8 +99,11 @@ class Bench:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Note when image features are made, before a session sees them."""
-        base = find_family(self.model).base
-        original, before = base.get_image_features, vars(base).get("get_image_features")
+        family, name = find_family(self.model), "get_image_features"
+        maker = family.base
+        if (placer := family.placer("image")) is not None:
+            maker, name = placer, "forward"
+        original, before = getattr(maker, name), vars(maker).get(name)
 
         @functools.wraps(original)
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -108,13 +111,13 @@ class Bench:
             self.watch.mark("vision")
             return output
 
-        base.get_image_features = noted
+        setattr(maker, name, noted)
         try:
             yield
         finally:
-            del base.get_image_features
+            delattr(maker, name)
             if before is not None:
-                base.get_image_features = before
+                setattr(maker, name, before)
 
     def prompt(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """One prefill: the cache, and the next token of each row, (B, 1)."""

@@ -153,9 +153,8 @@ def count(question: Question) -> Answer:
     family = find_family(load_skeleton(question.model))
     processor = load_image_processor(question.model)
     plan = make_plan(family, question.methods)
-    record = planned(
-        family, plan, fed(processor, question.images, question.size), question.text_tokens
-    )
+    given = fed(family, processor, question.images, question.size)
+    record = planned(family, plan, given, question.text_tokens)
     full, idle = unpruned(record), idle_notes(record, family, question.methods)
     before = account(full, family, (), question.convention)
     after = account(record, family, question.methods, question.convention)

@@ -19,6 +19,7 @@ from foveate.engine.cache import PrunedLayer, PrunedStaticLayer
 from foveate.engine.extensions.base import Extension
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout
+from foveate.engine.long_rope import check_switch
 from foveate.engine.mask_translation import translate_mask
 from foveate.engine.plan import Plan
 from foveate.engine.slots import Slots
@@ -165,6 +166,7 @@ class CachedForward:
             positions = kwargs["position_ids"][..., -hidden.shape[1] :] - shift
             told = positions if scaled else None
             if key not in self._rotary:
+                check_switch(self.family, positions, self._layers[number].get_seq_length())
                 self._rotary[key] = self.family.rotary(hidden, positions, number)
                 self._named.append(rotary)
         # What position ids are left to tell, but for scales, is for flash kernels, which read gaps

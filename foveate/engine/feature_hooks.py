@@ -6,12 +6,15 @@ need.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.engine import features
 from foveate.engine.compilation import untraced
@@ -120,6 +123,32 @@ class FeatureHooks:
             state.now.encoded[modality] = output
         state.generate.awaited = not state.now.inside and state.generate.requests is not None
         return output
+
+    @untraced
+    def placed(
+        self, modality: str, module: nn.Module, before: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of the forward of a module that puts features in the embeddings of a prompt."""
+        place, now = forward_of(module, before), self.state.now
+        if modality not in now.visual:
+            return place(*args, **kwargs)
+        mask, found = now.visual[modality], list[Tensor]()
+
+        @functools.wraps(module.forward)
+        def encode(*args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+            embeds = place(*args, **kwargs)
+            lengths = self.family.lengths(modality, bound(module.forward, args, kwargs))
+            features.check_order(lengths, mask, now.expanded)
+            found.append(embeds)
+            rows: Any = embeds[mask].split(lengths)
+            return BaseModelOutputWithPooling(pooler_output=rows)
+
+        output = self.features(modality, encode, *args, **kwargs)
+        if output.encoded.pixels is not None:  # of images that are repeated for each beam
+            pixels = output.encoded.pixels[:: now.expanded]
+            output.encoded = replace(output.encoded, pixels=pixels)
+        rows = features.feature_rows(features.pooled(output))
+        return found[0].masked_scatter(mask[..., None], rows)
 
     def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the projector: keep what it is given, for methods that merge that."""

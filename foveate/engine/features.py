@@ -14,6 +14,11 @@ from foveate.core.tokens import Shape
 from foveate.engine.images import ImageState
 from foveate.errors import InputError
 
+_BEAMS = (
+    "transformers gives the beams of a row different images on this model if the row has several; "
+    "use one beam and one returned sequence, or one image in each row"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class EncoderOutputInfo:
@@ -163,6 +168,26 @@ def members(output: Any, visual: Tensor, expanded: int) -> list[int]:
     return numbers
 
 
+def check_order(lengths: Sequence[int], visual: Tensor, expanded: int) -> None:
+    """Refuse images that were repeated one by one before they were encoded, where a row has several
+    of them.
+
+    Args:
+        lengths: visual tokens of each image, in the order of the encoder.
+        visual: (B, T) placeholders.
+        expanded: how often each row was repeated.
+
+    Raises:
+        InputError: beams see each other's images.
+    """
+    if expanded == 1:
+        return
+    images = iter(lengths)
+    for count in visual.sum(1).tolist():
+        if count and next(images) < count:
+            raise InputError(_BEAMS)
+
+
 def tokens_of(output: Any, source: Sequence[int]) -> Sequence[Tensor]:
     """(V, D) features of each image of a forward; `source` as `members` gives it."""
     lengths = output.encoded.lengths
@@ -174,10 +199,7 @@ def _check_beams(rows: Tensor, counts: Sequence[int], expanded: int) -> None:
     blocks = rows.split([count * expanded for count in counts])
     beams = torch.cat([block.view(expanded, -1, block.shape[-1]) for block in blocks], dim=1)
     if not torch.equal(beams.nan_to_num(), beams[:1].nan_to_num().expand_as(beams)):
-        raise InputError(
-            "transformers gives the beams of a row different images on this model if the row has "
-            "several; use one beam and one returned sequence, or one image in each row"
-        )
+        raise InputError(_BEAMS)
 
 
 def feature_rows(pooled: Any) -> Tensor:

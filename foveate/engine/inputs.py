@@ -100,10 +100,12 @@ def _embedded_placeholders(
     if embeds is None or embeds.shape[1] == 1:
         return {}
     if not given and all(kwargs.get(name) is None for name in PIXELS.values()):
+        instead = "pixel_values, or with mm_encoder_outputs for features you have already"
+        if family.placer("image") is not None:
+            instead = "the pixels"
         raise InputError(
             "inputs_embeds without input_ids do not say which rows are visual tokens; "
-            "pass input_ids with pixel_values, or with mm_encoder_outputs for features "
-            "you have already"
+            f"pass input_ids with {instead}"
         )
     table, masks = family.base.get_input_embeddings(), {}
     for modality, token in family.placeholder_ids.items():

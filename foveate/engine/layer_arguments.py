@@ -18,6 +18,7 @@ from foveate.engine.attentions import Seen
 from foveate.engine.cache import PrunedLayer
 from foveate.engine.caches import is_reference, pruned_layer
 from foveate.engine.layout import Layout, each_part, take, take_positions
+from foveate.engine.long_rope import check_switch
 from foveate.engine.mask_translation import translate_mask, translate_padding
 from foveate.engine.renumbering import Renumbering, places_in_samples
 from foveate.engine.slots import Slots
@@ -294,6 +295,7 @@ class LayerArguments:
                 positions = positions - off
             if earlier is not None:
                 positions = positions - earlier
+            check_switch(self.family, positions, self.prompt.past)
             rotary = self.family.rotary(hidden, positions, number)
         elif rotary is not None and not last:
             rotary = each_part(rotary, lambda part: take(part, columns))

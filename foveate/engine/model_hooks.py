@@ -24,8 +24,9 @@ from foveate.engine.extensions.labels import (
 )
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.gate import is_generating
-from foveate.engine.inputs import check_positions, placeholders, prompt_tokens
+from foveate.engine.inputs import bound, check_positions, placeholders, prompt_tokens
 from foveate.engine.kernels import check_kernel, takes_2d_masks
+from foveate.engine.long_rope import check_cache_kept
 from foveate.engine.masks import samples
 from foveate.engine.plan import Plan
 from foveate.engine.replaced_forward import bypassed, forward_of
@@ -90,6 +91,9 @@ class ModelHooks:
         try:
             if not state.now.inside:  # else its prompt is known from the model around it
                 kwargs = self.enter_base(module, args, kwargs)
+                if state.now.visual and module is self.family.text:
+                    kwargs = self.family.with_embeddings(bound(module.forward, args, kwargs))
+                    args = ()
             output = forward_of(module, before)(*args, **kwargs)
             if state.now.visual and not state.now.entered:
                 raise bypassed(self.family.text)
@@ -110,6 +114,9 @@ class ModelHooks:
         now.inside = True
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
+        if state.generate.running:
+            check_cache_kept(self.family, kwargs)
+        self._check_given(given)
         untagged = [output for output in given.values() if not features.is_tagged(output)]
         if untagged and state.generate.requests is None and is_generating(self.family.model):
             return kwargs  # it has begun before the session
@@ -189,6 +196,14 @@ class ModelHooks:
                     f"per_request has {len(keep.values)} entries, but the batch has {rows} rows; "
                     "give one for each row, "
                     "also for rows without an image"
+                )
+
+    def _check_given(self, given: dict[str, Any]) -> None:
+        for modality in given:
+            if self.family.placer(modality) is not None:
+                raise InputError(
+                    f"{self.family.model_type} encodes {modality}s while it embeds the prompt, and "
+                    "does not read mm_encoder_outputs; pass the pixels instead"
                 )
 
     def _check_slice(self) -> None:

@@ -125,6 +125,10 @@ class BaseSession:
                 f"by labels and logits_to_keep in its forward, which {type(self._model).__name__} "
                 "does not; use head='all'"
             )
+        if why := self.family.whole_head:
+            raise UnsupportedModelError(
+                f"head='labels' makes logits of tokens with labels alone, but {why}; use head='all'"
+            )
         if Version(transformers.__version__) < Version("5.23"):
             raise UnsupportedModelError(
                 f"head='labels' needs transformers 5.23 or newer, got {transformers.__version__}; "

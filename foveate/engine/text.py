@@ -77,8 +77,9 @@ class TextAttachment(Attachment):
         self.uncopied(family.model, family.base, family.text)
         embeds = family.embedding is not None
         above = family.model if embeds else None
-        self.replace_forward(family.base, self.model.base, outer=True, below=above, anchor=True)
+        # The text model's first: where both are one module, it is called within the base model's.
         self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
+        self.replace_forward(family.base, self.model.base, outer=True, below=above, anchor=True)
         if embeds:
             self.replace_forward(family.model, self.embeddings.forward, outer=True)
         elif family.generates:
@@ -96,7 +97,10 @@ class TextAttachment(Attachment):
         for modality in family.placeholder_ids:
             around = functools.partial(self.features.features, modality)
             name = f"get_{modality}_features"
-            self.wrap(family.base, name, around, outer=True, below=family.base)
+            if (placer := family.placer(modality)) is not None:
+                self.replace_forward(placer, functools.partial(self.features.placed, modality))
+            else:
+                self.wrap(family.base, name, around, outer=True, below=family.base)
             projector = family.projector(modality) if self.plan.before_projector else None
             if projector is not None:
                 self.before(projector, self.features.enter_projector)

@@ -48,6 +48,7 @@ class Family(TextFacts):
     """
 
     text_path: ClassVar[str] = "language_model"
+    """Where the text model is in the base model; empty where that is the text model itself."""
     places_later_images: ClassVar[bool] = True
     """Whether `generate` gives new images after a cached prompt positions of images."""
     planar: ClassVar[bool] = True
@@ -56,6 +57,8 @@ class Family(TextFacts):
     """Arguments that `boxes` reads; a record holds them as long as it lives."""
     embeds_images: ClassVar[bool] = False
     """Whether the model puts features in the prompt itself, and hands the base model no ids."""
+    whole_head: ClassVar[str] = ""
+    """Why the model makes no logits of some tokens alone, though it takes `logits_to_keep`."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
 
@@ -77,6 +80,42 @@ class Family(TextFacts):
         return hasattr(self.model, "generate")
 
     # -- images
+
+    def with_embeddings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the base model is called with, once it has made embeddings of ids and images; asked
+        only where it is the text model too.
+
+        Args:
+            arguments: what it is called with, by name, ids and images among them.
+        """
+        return dict(arguments)
+
+    def encode(self, modality: str, arguments: Mapping[str, Any]) -> Any:
+        """The features of images or videos, as the base model makes them.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what they are made from, as `fed` gives it.
+        """
+        return getattr(self.base, f"get_{modality}_features")(**arguments, return_dict=True)
+
+    def placer(self, modality: str) -> Any:
+        """The module that makes features and returns the embeddings (B, T, D) of a prompt with
+        these in their places; `None` where `get_image_features` and the like return features.
+
+        Args:
+            modality: `image` or `video`.
+        """
+        return None
+
+    def lengths(self, modality: str, arguments: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of each image; asked only of what a `placer` is called with.
+
+        Args:
+            modality: `image` or `video`.
+            arguments: what the features are made from.
+        """
+        raise NotImplementedError
 
     def marked(self, embeds: Tensor, arguments: Mapping[str, Any]) -> Tensor:
         """(B, T) which tokens were removed from the features, where rows hold NaN.
@@ -299,7 +338,7 @@ class Family(TextFacts):
 
     def _child(self, parent: nn.Module, path: str) -> Any:
         child: Any = parent
-        for name in path.split("."):
+        for name in path.split(".") if path else ():
             child = getattr(child, name, None)
             if child is None:
                 raise UnsupportedModelError(

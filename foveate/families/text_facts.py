@@ -167,6 +167,16 @@ class TextFacts:
         return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
     @property
+    def rope_switch(self) -> int | None:
+        """Position from which rotary embeddings take other frequencies for the whole sequence
+        (LongRoPE); `None` if they do not.
+        """
+        rope: Any = getattr(self.text, "rotary_emb", None)
+        if getattr(rope, "rope_type", None) != "longrope":
+            return None
+        return rope.config.rope_parameters["original_max_position_embeddings"]
+
+    @property
     def tempered_from(self) -> int | None:
         """First position from which layers sharpen attention by where a token stands among those
         that they are given, rather than by its position; `None` if they do not.

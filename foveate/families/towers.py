@@ -225,6 +225,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "molmo2_vision": replace(_IDEFICS, layers="layers"),
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
+    "phi4_multimodal_vision": replace(_IDEFICS, whole_after_layers=True),
     "pixtral": _PIXTRAL,
     "qianfan_ocr_vision": _QIANFAN,
     "qwen2_5_omni_vision_encoder": _OMNI,

@@ -32,14 +32,12 @@ _ENCODED = (
 UNSUPPORTED: dict[str, str] = {
     "blip": _CROSS,
     "blip-2": _QUERIES,
-    "chameleon": f"its base model places images and runs the decoder layers in one forward, {_YET} "
-    "removal between the two",
     "diffusion_gemma": f"its decoder fills blocks of text at once and reads the cache of its "
     f"encoder with a mask of the full prompt, {_YET} masks that know what is gone from there",
     "evolla": "its text model reads proteins, and no images",
     "florence2": _ENCODED,
     "fuyu": f"its features come as last_hidden_state, and one matrix makes queries, keys and "
-    f"values, {_YET} features and projections found there",
+    f"values of head after head, {_YET} features and projections found there",
     "git": f"its images have no placeholders in the prompt, as the model itself puts them before "
     f"the text, {_YET} positions of tokens without ids",
     "glm5_next": f"its indexed layers read pools of neighbouring cache slots and count queries by "
@@ -58,8 +56,6 @@ UNSUPPORTED: dict[str, str] = {
     "mistral_large4": f"its layers may read the keys of an earlier layer, and slots that another "
     f"has chosen, {_YET} removal only before layers with both of their own",
     "mllama": _CROSS,
-    "phi4_multimodal": f"its text model encodes images within its own embedding, and nothing "
-    f"returns their features, {_YET} features that are taken from that embedding",
     "pi0": f"its images are placed before its vision-language model is called, whose cache an "
     f"action expert reads with a mask of the full prompt, {_YET} masks that know what is gone",
     "pix2struct": _MEMORY,

@@ -119,6 +119,7 @@ class Attention(Mixer):
             all. Where tokens were removed, it is as if those left were in chunks anew.
         both_ways: whether a query sees the keys after itself too, as many as before. Then `window`
             counts one side, the query included.
+        fused: whether one matrix makes queries, keys and values, so that none comes alone.
     """
 
     heads: int
@@ -131,6 +132,7 @@ class Attention(Mixer):
     gate: int = 0
     chunk: int | None = None
     both_ways: bool = False
+    fused: bool = False
 
     @property
     def query_width(self) -> int:

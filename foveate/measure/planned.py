@@ -21,18 +21,21 @@ from foveate.measure.trace import trace
 from foveate.record.record import ImageRecord, Record
 
 
-def fed(processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """What an image processor makes of blank images, with shapes of floating-point tensors only.
+def fed(family: Family, processor: Any, images: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What image features are made from, as an image processor makes it of blank images, with
+    shapes of floating-point tensors only.
 
     Args:
-        processor: the image processor.
+        family: the model.
+        processor: its image processor.
         images: how many.
         size: width and height of each.
     """
     blank = Image.new("RGB", size, (127, 127, 127))
     inputs = processor(images=[blank] * images, return_tensors="pt")
     names = ("num_", "rows", "cols")  # for the prompt
-    return of_shapes({n: v for n, v in inputs.items() if not n.startswith(names)})
+    given = {n: v for n, v in inputs.items() if not n.startswith(names)}
+    return of_shapes(family.fed(given))
 
 
 def planned(

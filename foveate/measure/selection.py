@@ -144,6 +144,9 @@ def _sizes(shape: TextShape, tokens: int, text: int) -> DecoderSizes:
     if isinstance(mixer, Attention):
         queries, held = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
         made = hidden * mixer.query_width, hidden * held, hidden * held, 0
+        if mixer.fused:
+            whole = hidden * (queries + 2 * held)
+            made = whole, 0, 0, whole
         return DecoderSizes(hidden, *made, queries, held, mixer.head_dim, tokens, text)
     if isinstance(mixer, LatentAttention):
         made = mixer.query, 0, 0, mixer.compressed + mixer.expanded

@@ -19,6 +19,8 @@ GATED_APART = frozenset({"muse_glimmer_text", "muse_spark_text"})
 """Text models with a matrix of its own for such a gate; their configs do not say so either."""
 BOTH_WAYS = frozenset({"modernbert"})
 """Text models that see what comes after a token too, as far as before; a window counts one side."""
+FUSED = frozenset({"modernbert", "phi4_multimodal"})
+"""Text models with one matrix for queries, keys and values."""
 GATED_LATENTS = frozenset({"dots3_note_text"})
 """Text models whose latent attention gates every head."""
 ATTENTION = frozenset(
@@ -165,6 +167,7 @@ def _attention(text: Any, layer: int, kind: str, shared: bool) -> Attention | La
         gate=0 if not gating else heads if gating in (True, "per-head") else heads * head_dim,
         chunk=own.attention_chunk_size if kind == "chunked_attention" else None,
         both_ways=both_ways,
+        fused=getattr(text, "model_type", "") in FUSED,
     )
 
 

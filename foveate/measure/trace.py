@@ -240,8 +240,7 @@ class _Run:
         if not self.family.text_layers:
             self.family.base(**arguments)
             return ()
-        encode = getattr(self.family.base, f"get_{modality}_features")
-        output = encode(**arguments, return_dict=True)
+        output = self.family.encode(modality, arguments)
         project(self.family, modality, output)
         return tuple(self.family.shapes(modality, pooled(output), arguments))
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 from foveate.families.decoder_layer import mixer_of
-from foveate.signals.fused_view import FUSED, FusedView
+from foveate.signals.fused_view import FusedView, is_fused
 from foveate.signals.layer_view import LayerView, rotary_function
 
 
@@ -34,7 +34,7 @@ def view_of(
     mixer, kind = mixer_of(layer), LayerView
     if hasattr(mixer, "expand_kv"):
         kind = LatentView
-    elif hasattr(mixer, FUSED):
+    elif is_fused(mixer):
         kind = FusedView
     return kind(layer, hidden, rotary, past, positions)
 

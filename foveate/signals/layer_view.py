@@ -257,7 +257,8 @@ class LayerView:
 def _norms_after(layer: Any) -> bool:
     """Whether norms follow the sublayers of a layer, so that attention reads states as they are."""
     if hasattr(layer, "input_layernorm"):
-        return getattr(layer, "norm_after", False)
+        config = getattr(mixer_of(layer), "config", None)  # as in Chameleon 30B
+        return getattr(layer, "norm_after", False) or getattr(config, "swin_norm", False)
     return hasattr(layer, "post_feedforward_layernorm")
 
 

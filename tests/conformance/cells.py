@@ -17,6 +17,7 @@ from foveate.core.video import VideoMethod
 from foveate.errors import UnsupportedModelError
 from foveate.families.hunyuan_vl import HunyuanVL
 from foveate.families.llava_next import AnyRes
+from foveate.families.phi4_multimodal import Phi4Multimodal
 from foveate.families.support import YES
 from foveate.methods import Downsample
 from foveate.run import Session
@@ -198,7 +199,7 @@ def check_kept(session):
         passes = isinstance(method, VideoMethod) and image.frames == 1
         assert list(image.kept) == list(counts)
         tiled = method.stage == "vision" and frames == 1
-        tiled = tiled and isinstance(session.family, (AnyRes, HunyuanVL))
+        tiled = tiled and isinstance(session.family, (AnyRes, HunyuanVL, Phi4Multimodal))
         before = torch.arange(image.total)
         back = {step.site for step in method.steps(session.family) if "reinsert" in step.effects}
         for place, index in image.kept.items():

@@ -40,7 +40,7 @@ class Recorded:
         self.kwargs.append({**dict(zip(names, args[1:], strict=False)), **kwargs})
 
     def _after(self, module: Any, args: Any, output: Any) -> None:
-        self.outputs.append(output.clone())
+        self.outputs.append(_states(output).clone())
 
     def added(self, number: int) -> Tensor | int:
         """What the text model adds to the states after a layer."""
@@ -121,7 +121,7 @@ def run(
         handle = attention.register_forward_hook(lambda m, a, out: weights.append(out[1]))
         output = layer(hidden, **kwargs)
         handle.remove()
-        return output, weights[0][0]
+        return _states(output), weights[0][0]
 
     if spec.kept is not None:
         for image, chosen in enumerate(spec.kept):
@@ -145,6 +145,11 @@ def run(
             probabilities[number] = step(number)[1]
         hidden = step(number)[0] + recorded.added(number)
     return member.norm(text)(hidden)[0], history
+
+
+def _states(output: Any) -> Tensor:
+    """What a layer makes; some return it with what may follow."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def over_survivors(

@@ -4,7 +4,8 @@ import functools
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from foveate.core import get_method, list_methods
 from foveate.engine.planning import make_plan
@@ -53,6 +54,7 @@ SIZES = {
 # may be removed, and those whose attention can rank them.
 CLOSED = {
     "aria": (32, 0, range(32)),
+    "chameleon": (32, 0, range(32)),
     "deepseek_ocr2": (32, 0, range(32)),
     "deepseek_vl_hybrid": (32, 0, range(32)),
     "emu3": (32, 0, range(32)),
@@ -65,12 +67,14 @@ CLOSED = {
     "minimax_m3_vl": (60, 0, range(60)),
     "muse_glimmer": (52, 0, range(3, 52, 4)),
     "muse_spark": (62, 0, range(1, 62, 4)),
+    "phi4_multimodal": (32, 0, range(32)),
     "pp_chart2table": (24, 0, range(24)),
     "step3p7": (45, 0, range(45)),
     "unlimited_ocr": (12, 0, range(12)),
 }
 MAMBA, MOE = "linear_attention", "moe"
 MISSING = {  # what configs of these do not say of themselves
+    "chameleon": {"vocabulary_map": {"<image>": 8711}},
     "deepseek_ocr2": {
         "text_config": {
             "mlp_layer_types": ["dense"] + ["sparse"] * 31, "num_experts_per_tok": 6,
@@ -134,7 +138,9 @@ def why_not(family, method):
 def family_of(model_type):
     with torch.device("meta"):
         config = AutoConfig.for_model(model_type, **MISSING.get(model_type, {}))
-        return find_family(AutoModelForImageTextToText.from_config(config))
+        read = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        kind = AutoModelForImageTextToText if read else AutoModelForCausalLM
+        return find_family(kind.from_config(config))
 
 
 @pytest.mark.parametrize("model_type", SIZES)

@@ -41,7 +41,7 @@ from foveate.core import Keep, Scorer, Step
 from tests.conformance.test_pixels import IMAGES, NAMES, model_of, prompt
 from tests.conformance.test_pixels_grids import VIDEO
 from tests.conformance.test_pixels_grids import prompt as prompt_on_grids
-from tests.conformance.zoo import MEMBERS
+from tests.conformance.zoo import MEMBERS, phi4_multimodal
 from tests.conformance.zoo.llava_next import PINPOINTS, SIZES
 from tests.conformance.zoo.member import fresh
 from tests.conformance.zoo.towers import SIDE
@@ -53,7 +53,7 @@ ONEVISION = ("llava_onevision", "llava_onevision-tiles")
 RESAMPLED = ("llava_next", "llava_next_video", *ONEVISION)  # edges of patches blur
 BLANK, BRIGHT = 51, (255, 10, 120)  # no multiple of each other: norms hide scales
 OUTPUT = re.compile(
-    r"(model\.)?(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
+    r"(model\.)?(embed_tokens_extend\.)?(vision|visual|image|video).*\.(self_attn|attn|attention|conv)"
     r"\.(out_proj|o_proj|proj|projection_layer)"
 )
 
@@ -206,6 +206,9 @@ def planted(name, patches):
         seen = [tensor(picture(*s, p)) for s, p in zip(sizes, patches, strict=True)]
         cut = [x.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(2) for x in seen]
         return {"pixel_values": torch.cat([rows.flatten(0, 1) for rows in cut])}
+    if name.startswith("phi4_multimodal"):
+        seen = [tensor(picture(*s, p)) for s, p in zip(phi4_multimodal.SIZES, patches, strict=True)]
+        return phi4_multimodal.processed(seen)
     if name in RESAMPLED:
         return tiled(name, [picture(*s, p) for s, p in zip(SIZES, patches, strict=True)])
     if name.startswith("molmo2"):

@@ -50,10 +50,13 @@ def test_prefill_flops_equal_the_counted_ones(name):
     tokens = inputs["input_ids"].shape[1]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**fresh(inputs), logits_to_keep=1)
+    with torch.no_grad(), FlopCounterMode(display=False) as of_images:
+        member.encode_again(model, inputs)
     family = find_family(model)
     seen = [[tokens if n <= family.last_llm_layer else 1] for n in range(family.text_layers)]
     visual = [[min(member.visual, row[0] - 1)] for row in seen]
     want = flops.prefill_flops(model.config, seen, visual, causal=False)
     if not member.cuts_logits:
         want += flops.head_flops(flops.TextShape.of(model.config), tokens - 1)
+    want += of_images.get_total_flops()
     assert counter.get_total_flops() == pytest.approx(want, rel=0.01)

@@ -27,7 +27,7 @@ def test_second_turn_equals_the_oracle(name, kind):
         answer = model.generate(**fresh(first), **STEPS, return_dict_in_generate=True)
         said = answer.sequences[:, first["input_ids"].shape[1] :]
         second = member.continued(fresh(first), torch.cat((said, question), 1))
-        second.pop("mm_encoder_outputs")
+        second.pop("mm_encoder_outputs", None)
         head = member.head(model)
         hook = head.register_forward_pre_hook(lambda m, args: states.append(args[0]))
         out = model.generate(**second, **STEPS, past_key_values=answer.past_key_values)

@@ -47,10 +47,11 @@ class Windowed(MEMBERS["llava"]):
 # some are given features that an input does not hold: the oracle of the conformance suite does all
 # of it. Llama 4 puts features that it is handed through one more matrix, so that merged ones cannot
 # be handed to the bare model. Eager attention of Unlimited-OCR wants a key head for each head. The
-# layers of Dots 3 Note differ in size, so that it has no other depth.
+# layers of Dots 3 Note differ in size, so that it has no other depth. Phi-4 Multimodal reads no
+# features.
 ANOTHER_ORACLE = (
     "dots3_note", "gemma3n", "gemma4", "granite4", "lfm2", "lfm3", "llama4", "minicpm", "nemotron",
-    "qwen3_5", "unlimited_ocr",
+    "phi4_multimodal", "qwen3_5", "unlimited_ocr",
 )  # fmt: skip
 FAMILIES: dict[str, type[Member]] = {
     **{n: member for n, member in MEMBERS.items() if not n.startswith(ANOTHER_ORACLE)},

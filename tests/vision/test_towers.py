@@ -56,6 +56,8 @@ def seen(name):
     """A prompt; padding of images is noise, because equal patches could merge in any order."""
     inputs, counts = prompt(name)
     inputs = fresh(inputs)
+    if (crops := inputs.get("image_pixel_values")) is not None:
+        crops += torch.randn(crops.shape, generator=torch.Generator().manual_seed(3)) * (crops == 0)
     if "pixel_attention_mask" in inputs:
         noise = torch.randn(
             inputs["pixel_values"].shape, generator=torch.Generator().manual_seed(3)
@@ -101,6 +103,12 @@ def images_of(name, calls, tokens, counts):
         return [
             [[n * hidden.shape[1] + special + i] for i in range(16)] for n in range(len(hidden))
         ]
+    if name == "phi4_multimodal":  # crops of 2 x 2 tokens, each of 2 x 2 patches
+        cell = [0, 1, 4, 5]
+        return [
+            [[n * 16 + first + i for i in cell] for first in (0, 2, 8, 10)]
+            for n in range(len(hidden))
+        ]
     if name == "llava_next_video-video":
         counts = [4] * (len(tokens) // 4)
     return [[token for token in part if token] for part in split(tokens, counts)]
@@ -113,7 +121,7 @@ def split(items, counts):
 
 def survivors(full, tokens, counts):
     """Whether each visual token is alive: its rows are, or it is a newline whose line lives, or it
-    begins or ends an image.
+    begins or ends an image, or separates its parts.
     """
     rows = {
         row: full.tokens[p][t]
@@ -125,12 +133,13 @@ def survivors(full, tokens, counts):
     for image in split(tokens, counts):
         alive = [bool(token) and rows[token[0]][0] in stands for token in image]
         newlines = [i for i, token in enumerate(image) if not token]
-        start = 16 if newlines and len(image) > 17 else 0
+        start = 16 if newlines and newlines[0] > 16 else 0
         if newlines[:1] == [0]:
             alive[0] = alive[-1] = True
             start, newlines = 1, newlines[1:-1]
         for newline in newlines:
-            alive[newline] = any(alive[start:newline])
+            separates = newline == start
+            alive[newline] = separates or any(alive[start:newline])
             start = newline + 1
         images.append(torch.tensor(alive))
     return images

@@ -7,11 +7,13 @@ model reads the oracle's states in place of its own, so that readers, projectors
 model's, at full length. Which rows a token has is found by gradients.
 """
 
+import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from tests.conformance.zoo import phi4_multimodal
 from tests.conformance.zoo.member import fresh
 from tests.vision.oracle import matched
 
@@ -41,6 +43,9 @@ NAMES = {
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
     ),
+    "phi4_multimodal_vision": (
+        "encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
+    ),
     "pixtral": (
         "transformer.layers", "attention_norm", "attention", "ffn_norm", "feed_forward",
     ),
@@ -60,7 +65,8 @@ NAMES = {
     "siglip2_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "smolvlm_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
 }  # fmt: skip
-PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
+PATHS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder",
+         "embed_tokens_extend.image_embed.img_processor")  # fmt: skip
 
 
 @dataclass
@@ -89,7 +95,7 @@ class Tower:
 
     def __init__(self, model):
         self.model = model
-        self.module = next(m for p in PATHS if (m := getattr(model.model, p, None)) is not None)
+        self.module = next(m for p in PATHS if (m := child(model.model, p)) is not None)
         layers, *self.names = NAMES[self.module.config.model_type]
         self.layers = self.module.get_submodule(layers)
         config = self.module.config
@@ -358,7 +364,14 @@ def by_axis(x):
     return torch.cat([rotated(part) for part in x.chunk(2, -1)], -1)
 
 
+def child(module, path):
+    """A module within another; `None` where there is none."""
+    return functools.reduce(lambda of, name: getattr(of, name, None), path.split("."), module)
+
+
 def encoder_of(model, modality, pixels):
     """A call that encodes pixels."""
+    if hasattr(model.model, "embed_tokens_extend"):
+        return lambda: phi4_multimodal.within_a_prompt(model, fresh(pixels))
     encode = getattr(model.model, f"get_{modality}_features")
     return lambda: encode(**fresh(pixels), return_dict=True)

@@ -309,7 +309,7 @@ class Encoding:
         """(B, H, V R) of a signal (B, H, K R) of the surviving rows: each row has that of the
         survivor that its token went into.
         """
-        if not self.reduced:
+        if not self.reduced or self._restored:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))

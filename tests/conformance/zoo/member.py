@@ -47,7 +47,7 @@ class Member:
         model = self.kind.from_config(self.config(), attn_implementation=attention).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "language_model" in name or "text_model" in name or "lm_head" in name:
+                if of_language(name):
                     if parameter.dim() > 1:
                         parameter.copy_(torch.randn_like(parameter) * 0.15)
                     elif parameter.dim() == 1 and "norm" in name:
@@ -81,11 +81,21 @@ class Member:
         ids = torch.tensor([[0] * (width - len(s)) + s for s in sequences])
         mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences])
         inputs = {"input_ids": ids, "attention_mask": mask, **self.extras(ids, images)}
-        if images:
-            width = self.config().get_text_config().hidden_size
-            features = torch.randn(images, self.visual, width, generator=generator)
-            inputs["mm_encoder_outputs"] = {self.modality: self.output(features)}
-        return inputs
+        return inputs | (self.given(images, generator) if images else {})
+
+    def given(self, images: int, generator: torch.Generator) -> dict[str, Any]:
+        """What a prompt brings for its images: features, or pixels where it cannot bring these."""
+        width = self.config().get_text_config().hidden_size
+        features = torch.randn(images, self.visual, width, generator=generator)
+        return {"mm_encoder_outputs": {self.modality: self.output(features)}}
+
+    def given_of(self, inputs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+        """The same for some images of a batch."""
+        features = self.stack(inputs)[start:stop]
+        return {"mm_encoder_outputs": {self.modality: self.output(features)}}
+
+    def encode_again(self, model: Any, inputs: dict[str, Any]) -> None:
+        """Encode the images of a prompt alone, where it brings pixels."""
 
     def image_ids(self) -> list[int]:
         """Token ids of one image in a prompt."""
@@ -118,8 +128,7 @@ class Member:
         alone |= self.extras(ids, images)
         if images:
             first = int(counts[:row].sum())
-            features = self.stack(inputs)[first : first + images]
-            alone["mm_encoder_outputs"] = {self.modality: self.output(features)}
+            alone |= self.given_of(inputs, first, first + images)
         return alone
 
     def continued(self, inputs: dict[str, Any], more: torch.Tensor) -> dict[str, Any]:
@@ -129,7 +138,7 @@ class Member:
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         whole |= self.extras(ids, images)
         if images:
-            whole["mm_encoder_outputs"] = {self.modality: self.output(self.stack(inputs))}
+            whole |= self.given_of(inputs, 0, images)
         return whole
 
     def stack(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -217,13 +226,19 @@ def fresh(inputs: dict[str, Any]) -> dict[str, Any]:
     return copy.deepcopy(inputs)
 
 
+def of_language(path: str) -> bool:
+    """Whether a parameter is the language model's."""
+    parts = ("language_model", "text_model", "lm_head")
+    within = ("model.layers.", "model.embed_tokens.")  # of models that are text models themselves
+    return path.startswith(within) or any(part in path for part in parts)
+
+
 @torch.no_grad()
 def loud(model: Any) -> Any:
     """A model with a tower and a projector that matter: random ones of small models hardly do."""
     generator = torch.Generator().manual_seed(1)
     for path, weight in model.named_parameters():
-        language = any(part in path for part in ("language_model", "text_model", "lm_head"))
-        if not language and weight.dim() > 1:
+        if not of_language(path) and weight.dim() > 1:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(noise * 1.5 / weight[0].numel() ** 0.5)
     return model

@@ -207,6 +207,7 @@ _PIXTRAL = Tower(
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
     "cosmos3_edge_vision": _EDGE,
+    "dots3_note_vision_encoder": replace(_GLM_OCR, readers=("norm",)),
     "ernie4_5_vl_moe_vision": _ERNIE,
     "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
     "gemma4_vision": _GEMMA4,

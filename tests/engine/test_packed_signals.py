@@ -21,7 +21,7 @@ ABOVE = 1.0
 FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
     "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge", "exaone4_5", "video_llama_3",
-    "ernie4_5_vl_moe", "minicpm_ocr", "minicpmv4_6",
+    "ernie4_5_vl_moe", "minicpm_ocr", "minicpmv4_6", "dots3_note",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "cosmos3_edge_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "dots3_note_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "ernie4_5_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "exaone4_5_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "gemma4_vision": (

@@ -33,6 +33,7 @@ class Block:
         norms_heads: whether these norm every head by itself.
         output: module of the attention that mixes its heads; only named where images lie in one
             sequence.
+        flat: whether the attention takes (N, D) of the layer's (1, N, D).
     """
 
     norm1: str
@@ -45,6 +46,7 @@ class Block:
     norms: tuple[str, ...] = ()
     norms_heads: bool = False
     output: str | None = None
+    flat: bool = False
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -74,13 +76,13 @@ class Block:
         normed = getattr(layer, self.norm1)(hidden)
         attention = getattr(layer, self.attention)
         if bias is None:
-            mixed = attention(normed, **kwargs)
+            mixed = attention(normed.squeeze(0) if self.flat else normed, **kwargs)
             mixed = mixed if isinstance(mixed, Tensor) else mixed[0]
         else:
             assert self.output is not None
             parts = self._by_heads(attention, normed.flatten(0, -2))
-            mixed = attend_segments(attention, parts, self.output, bias, kwargs).view_as(normed)
-        return hidden + _scaled(layer, self.scale1, mixed)
+            mixed = attend_segments(attention, parts, self.output, bias, kwargs)
+        return hidden + _scaled(layer, self.scale1, mixed.view_as(normed))
 
     def _by_heads(self, attention: Any, normed: Tensor) -> tuple[Tensor, ...]:
         """(N, H, d) queries, and keys and values of as many heads as there are, without rotary

@@ -19,9 +19,8 @@ from foveate.families.gridded import Gridded
 class Dots3Note(Gridded):
     """`Dots3NoteForConditionalGeneration` and `Dots3NoteModel`; audio tokens count as text.
 
-    Methods cannot look inside the tower yet: its layers have different experts, and what they cost
-    with fewer rows is counted as if all were alike. No layer of the published model sees the whole
-    sequence, so that none can rank tokens by its attention.
+    No layer of the published model sees the whole sequence, so that none can rank tokens by its
+    attention.
     """
 
     tower_path = "vision_tower"

@@ -1,8 +1,7 @@
 """Muse Spark and Muse Glimmer: patches of any grid merged 2 x 2, plain positions, sliding and full
 attention. Full layers, as a rule, do not rotate, and are handed no rotary positions.
 
-Methods cannot look inside the tower yet, which orders patches, not cells, by windows. Audio is text
-to foveate.
+The tower orders patches, not cells, by windows. Audio is text to foveate.
 """
 
 from __future__ import annotations

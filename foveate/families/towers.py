@@ -81,6 +81,19 @@ def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enc
     return packed(sizes, [side] * len(sizes), order, raster=False)
 
 
+def _by_patch_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
+    """Patches in the order of windows, and in raster order within these."""
+    order, _ = get_vision_window_index(
+        arguments["grid_thw"],
+        spatial_merge_size=1,
+        window_size=tower.window_size,
+        patch_size=tower.patch_size,
+        kwargs=dict(arguments),
+    )
+    position = order.argsort().cpu()
+    return [replace(one, rows=position[one.rows]) for one in _by_raster(arguments, side, tower)]
+
+
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
     if "grid_thw" in arguments:
@@ -176,6 +189,13 @@ _QIANFAN = replace(
         scale2=("dropout", "lambda_2", "drop_path2"),
     ),
 )
+_MUSE = Tower(
+    "layers",
+    Block("norm1", "attn", "norm2", output="proj"),
+    packed=_by_patch_windows,
+    whole_after_layers=True,
+    returns_rows=False,
+)
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
@@ -191,6 +211,7 @@ _HUNYUAN = Tower(
     whole_after_layers=True,
     returns_rows=False,
 )
+_MINIMAX = replace(_EDGE, layers="layers", block=replace(_EDGE.block, flat=True))
 _MINICPM = replace(_EDGE, packed=None)
 _PADDLE = Tower(
     "encoder.layers",
@@ -207,6 +228,7 @@ _PIXTRAL = Tower(
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cohere_compass_vision": _QWEN3,
     "cosmos3_edge_vision": _EDGE,
+    "dots3_note_vision_encoder": replace(_GLM_OCR, readers=("norm",)),
     "ernie4_5_vl_moe_vision": _ERNIE,
     "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
     "gemma4_vision": _GEMMA4,
@@ -222,7 +244,10 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "minicpm_ocr_vision": _MINICPM,
     "minicpmv4_6_vision": _MINICPM,
     "minicpmv4_7_vision": _MINICPM,
+    "minimax_m3_vl_vision": _MINIMAX,
     "molmo2_vision": replace(_IDEFICS, layers="layers"),
+    "muse_glimmer_vision": _MUSE,
+    "muse_spark_vision": _MUSE,
     "ovis2_vision": _OVIS,
     "paddleocr_vl_vision": _PADDLE,
     "phi4_multimodal_vision": replace(_IDEFICS, whole_after_layers=True),

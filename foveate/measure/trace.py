@@ -49,7 +49,8 @@ class Traced:
             in one sequence.
         pairs: of each layer, pairs of rows of an image that may see each other: all of it, or of
             its segments.
-        weights: of a layer's matrices, those of the attention and all others.
+        weights: of each layer's matrices, those of the attention, and those others that a row
+            passes: of experts, the ones that are chosen for it.
         width: of the encoder's rows.
     """
 
@@ -59,7 +60,7 @@ class Traced:
     shapes: tuple[Shape, ...] = ()
     rows: tuple[int, int] = (0, 0)
     pairs: tuple[int, ...] = ()
-    weights: tuple[int, int] = (0, 0)
+    weights: tuple[tuple[int, int], ...] = ()
     width: int = 0
 
     @property
@@ -80,7 +81,8 @@ class Traced:
             return self.layers[number]
         attention, mlp = rows
         pairs = attention**2 if bounds is None else int((bounds.diff().long() ** 2).sum())
-        linear = 2 * (self.weights[0] * attention + self.weights[1] * mlp)
+        mixing, others = self.weights[number]
+        linear = 2 * (mixing * attention + others * mlp)
         return images * (linear + 4 * self.width * pairs)
 
 
@@ -197,8 +199,10 @@ class _Run:
         self._entered: int | None = None  # what was counted when the tower was entered
         self.rows = 0, 0
         self.pairs: dict[int, int] = {}
+        self.others: dict[int, int] = {}  # weights outside the attention that a row passes
+        self._attention = 0  # FLOPs of attention modules that were run
         self._image_rows: list[int] = []  # rows of each image, where all lie in one sequence
-        self._seen: dict[Any, tuple[Any, int]] = {}
+        self._seen: dict[Any, tuple[Any, int, int]] = {}
 
     @property
     def total(self) -> int:
@@ -218,6 +222,8 @@ class _Run:
             handles.append(encoder.tower.register_forward_pre_hook(look, with_kwargs=True))
         for number, layer in enumerate(layers):
             layer.forward = functools.partial(self._layer, number, layer, layer.forward)
+            if encoder is not None and encoder.block is not None:
+                handles += self._attending(encoder.attention(layer))
         try:
             with torch.no_grad(), self.counter, Shapes(), _Made():
                 shapes = self._encode(modality, arguments)
@@ -226,12 +232,13 @@ class _Run:
                 handle.remove()
             for layer in layers:
                 del layer.forward
-        of_layers, pairs = (
+        of_layers, pairs, others = (
             tuple(noted.get(number, 0) for number in range(len(layers)))
-            for noted in (self.layers, self.pairs)
+            for noted in (self.layers, self.pairs, self.others)
         )
         projector = self.total - self.embedding - sum(of_layers)
-        weights, width = _matrices(encoder)
+        of_attention, width = _matrices(encoder)
+        weights = tuple(zip(of_attention, others, strict=True))
         return Traced(
             self.embedding, of_layers, projector, shapes, self.rows, pairs, weights, width
         )
@@ -274,29 +281,42 @@ class _Run:
         leaves, spec = tree_flatten((args, kwargs))
         key = weights, str(spec), tuple(_frozen(leaf) for leaf in leaves)
         if key in self._seen:
-            output, flops = self._seen[key]
+            output, flops, outside = self._seen[key]
             self.again += flops
         else:
-            before = self.total
+            before, self._attention = self.total, 0
             output = forward(*args, **kwargs)
             flops = self.total - before
-            self._seen[key] = output, flops
+            outside = flops - self._attention
+            self._seen[key] = output, flops, outside
         self.layers[number] = self.layers.get(number, 0) + flops
+        self.others[number] = outside // (2 * args[0].shape[:-1].numel())
         return output
 
+    def _attending(self, attention: nn.Module) -> list[Any]:
+        """Note what a layer's attention takes, matrices included."""
 
-def _matrices(encoder: Any) -> tuple[tuple[int, int], int]:
-    """Weights in the matrices of a layer, of its attention and others, and the width of rows."""
+        def enter(module: nn.Module, args: Any) -> None:
+            self._attention -= self.total
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._attention += self.total
+
+        return [
+            attention.register_forward_pre_hook(enter),
+            attention.register_forward_hook(leave),
+        ]
+
+
+def _matrices(encoder: Any) -> tuple[tuple[int, ...], int]:
+    """Weights in the matrices of each layer's attention, and the width of rows."""
     if encoder is None or encoder.block is None:
-        return (0, 0), 0
-    layer = encoder.layers[0]
-
-    def weights(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters() if p.dim() == 2)
-
-    attention = weights(encoder.attention(layer))
-    width = getattr(layer, encoder.block.norm1).weight.shape[0]
-    return (attention, weights(layer) - attention), width
+        return (0,) * (0 if encoder is None else len(encoder.layers)), 0
+    of_attention = tuple(
+        sum(p.numel() for p in encoder.attention(layer).parameters() if p.dim() == 2)
+        for layer in encoder.layers
+    )
+    return of_attention, getattr(encoder.layers[0], encoder.block.norm1).weight.shape[0]
 
 
 def _towers(family: Family, modality: str) -> list[Any]:

@@ -148,14 +148,17 @@ class PackedSignals(EncoderSignals):
         return query if scaling is None else query * (scaling * math.sqrt(width))
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
-        """(N, H d) with rotary positions, where the layer has them."""
+        """(N, H d) with rotary positions, where the layer has them: of the first part of each head
+        in some, as wide as these.
+        """
         if told.get("position_embeddings") is None:
             return x
         cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
         heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
+        heads, plain = heads.tensor_split([cos.shape[-1]], -1)
         first, second = heads.unflatten(-1, (self.encoder.axes, -1)).chunk(2, -1)
         rotated = heads * cos + torch.cat((-second, first), -1).flatten(-2) * sin
-        return rotated.to(x.dtype).flatten(1)
+        return torch.cat((rotated, plain), -1).to(x.dtype).flatten(1)
 
     def _bounds(self, told: Mapping[str, Any], key: Tensor) -> Tensor:
         """(S + 1) where segments that see each other begin and end."""

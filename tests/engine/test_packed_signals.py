@@ -22,6 +22,7 @@ FAMILIES = (
     "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
     "mistral3", "qwen2_5_omni_thinker", "cosmos3_edge", "exaone4_5", "video_llama_3",
     "ernie4_5_vl_moe", "minicpm_ocr", "minicpmv4_6",
+    "dots3_note", "minimax_m3_vl", "muse_glimmer",
 )  # fmt: skip
 
 
@@ -68,8 +69,11 @@ def whole_map(attention, hidden, told, lengths):
     module = sys.modules[type(attention).__module__]
     if "position_embeddings" in told:
         cos, sin = (two_dimensional(part) for part in told["position_embeddings"])
-        q = q * cos + module.rotate_half(q) * sin
-        k = k * cos + module.rotate_half(k) * sin
+        width = cos.shape[-1]  # less than a head in some
+        q, k = (
+            torch.cat((x * cos + module.rotate_half(x) * sin, plain), -1)
+            for x, plain in (part.tensor_split([width], -1) for part in (q, k))
+        )
     bounds = told["cu_seqlens"].diff().tolist() if "cu_seqlens" in told else lengths
     segment = torch.repeat_interleave(torch.arange(len(bounds)), torch.tensor(bounds))
     logits = q @ k.mT / q.shape[-1] ** 0.5

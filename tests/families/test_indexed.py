@@ -14,7 +14,10 @@ from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird, Forgetful
 
-WORK = {"cdpruner", "dart", "divprune", "downsample", "evs", "random", "todre", "uniform"}
+WORK = {
+    "cdpruner", "dart", "divprune", "downsample", "evs", "fastvid", "fopru", "hiprune", "holitom",
+    "random", "todre", "tome", "uniform", "vflowopt", "visionzip",
+}  # fmt: skip
 REASONS = ("rank", "class token", "encoder", "choose for", "whole sequence", "not made like")
 
 

@@ -24,8 +24,9 @@ from tests.vision.towers import Full, Tower, encoder_of
 
 GRIDS = [name for name in VIDEO if name in TOWERS]
 SEGMENTS = [
-    "cosmos3_edge", "ernie4_5_vl_moe", "exaone4_5", "glm4v", "glm_ocr", "kimi_k25", "paddleocr_vl",
-    "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_vl",
+    "cosmos3_edge", "dots3_note", "ernie4_5_vl_moe", "exaone4_5", "glm4v", "glm_ocr", "kimi_k25",
+    "minimax_m3_vl", "muse_glimmer", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl",
+    "qwen2_vl", "qwen3_vl",
 ]  # fmt: skip
 PACKED = [*SEGMENTS, "mistral3", "llava-pixtral"]
 SOME = ["qwen2_5_vl", "qwen3_vl", "mistral3", "internvl", "llava_next", "idefics3", "ovis2"]

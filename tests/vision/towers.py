@@ -22,6 +22,7 @@ NAMES = {
     "clip_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "cohere_compass_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "cosmos3_edge_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "dots3_note_vision_encoder": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "ernie4_5_vl_moe_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "exaone4_5_vision": ("blocks", "norm1", "attn", "norm2", "mlp"),
     "gemma4_vision": (
@@ -39,6 +40,9 @@ NAMES = {
     "kimi_k25_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
     "janus_vision_model": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
     "minicpm_ocr_vision": ("encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "minimax_m3_vl_vision": ("layers", "layer_norm1", "self_attn", "layer_norm2", "mlp"),
+    "muse_glimmer_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
+    "muse_spark_vision": ("layers", "norm1", "attn", "norm2", "mlp"),
     "ovis2_vision": ("transformer.encoder.layers", "rms_norm1", "attention", "rms_norm2", "ffn"),
     "paddleocr_vl_vision": (
         "vision_model.encoder.layers", "layer_norm1", "self_attn", "layer_norm2", "mlp",
@@ -240,7 +244,11 @@ class Full:
         if rotary is not None:
             cos, sin = (part[self.stand] for part in rotary)
             turned = by_axis if self.placed else rotated
-            q, k = (x * cos + turned(x) * sin for x in (q, k))
+            width = cos.shape[-1]  # less than a head in some
+            q, k = (
+                torch.cat((x[..., :width] * cos + turned(x[..., :width]) * sin, x[..., width:]), -1)
+                for x in (q, k)
+            )
         allowed = allowed[self.stand][:, self.stand]
         # Padding is hidden row by row, not where its token stands.
         allowed &= self.visible(number) & self.alive

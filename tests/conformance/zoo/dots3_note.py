@@ -33,7 +33,6 @@ AUDIO = {
 
 class Dots3Note(Gridded):
     name = "dots3_note"
-    closed = True
     patch = (48,)
 
     def config(self):

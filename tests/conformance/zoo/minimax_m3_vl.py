@@ -8,7 +8,6 @@ from tests.conformance.zoo.mrope import TEXT
 
 class MiniMaxM3VL(Gridded):
     name = "minimax_m3_vl"
-    closed = True
     timestamps = True
     layer_types = ("full_attention",) * 6
 

@@ -27,7 +27,6 @@ PROJECTOR = {"out_hidden_size": 128, "projector_hidden_size": 48}
 class Muse(Gridded):
     """Every second layer does not rotate."""
 
-    closed = True
     timestamps = True
 
     def rotary(self, text, hidden, positions, layer):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 SERVED = {
     "LlavaForConditionalGeneration": "foveate.integrations.vllm.llava:Llava",
+    "LlavaNextForConditionalGeneration": "foveate.integrations.vllm.llava_next:LlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "foveate.integrations.vllm.llava_next:LlavaOnevision",
+    "InternVLForConditionalGeneration": "foveate.integrations.vllm.internvl:InternVL",
 }
 """Name in a checkpoint's config -> the class, which vLLM imports when it loads such a model."""
 

@@ -102,7 +102,7 @@ class _Batch:
             for asked in self.asked:
                 self._collect(stack, asked)
             if any(asked.plan.before_projector for asked in self.asked):
-                given = stack.enter_context(inputs_of(self._projector))
+                given = stack.enter_context(inputs_of(attrgetter(self.site.projector)(self.model)))
             features = encode(**self.kwargs)
         calls = self.site.calls(self.modality, self.kwargs)
         result: list[Tensor] = list(features)
@@ -117,6 +117,9 @@ class _Batch:
 
     @property
     def _projector(self) -> Any:
+        """What makes tokens one by one; `None` where they are mixed after it."""
+        if self.family.projector(self.site.modality(self.modality)) is None:
+            return None
         return attrgetter(self.site.projector)(self.model)
 
     def _collect(self, stack: ExitStack, asked: _Asked) -> None:
@@ -139,20 +142,20 @@ class _Batch:
         given: Sequence[Tensor],
     ) -> Encoded:
         """The images of an item, of which vLLM has made (V, D) features."""
-        family, modality = self.family, self.modality
-        arguments = self.site.arguments(modality, self.kwargs, item)
+        family, modality = self.family, self.site.modality(self.modality)
+        arguments = self.site.arguments(self.modality, self.kwargs, item)
         start = sum(calls[:item])
         stop = start + self.site.fed(family, arguments, calls[item])
         features = features.reshape(-1, features.shape[-1])
-        shapes = self.site.shapes(family, modality, len(features))
+        shapes = self.site.shapes(family, self.modality, len(features))
         lengths = [shape.total for shape in shapes]
         signals = {
             (name, layer): self._per_token(name, row[start:stop], lengths, arguments)
             for (name, layer), row in self._complete(asked).items()
         }
         unprojected: Sequence[Tensor] = ()
-        if asked.plan.before_projector:
-            rows = given[0].reshape(sum(calls), -1, given[0].shape[-1])[start:stop]
+        if given and family.projector(modality) is not None:
+            rows = torch.cat([x.flatten(0, -3) for x in given])[start:stop]
             unprojected = family.unprojected(modality, rows, lengths, arguments)
         return Encoded(shapes, features.split(lengths), signals, unprojected)
 
@@ -170,7 +173,8 @@ class _Batch:
         self, name: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
     ) -> Sequence[Tensor]:
         """(C, V) of each image of an item."""
-        images = self.family.per_token(self.modality, rows, arguments, signal_of(name).newline)
+        modality, newline = self.site.modality(self.modality), signal_of(name).newline
+        images = self.family.per_token(modality, rows, arguments, newline)
         assert [image.shape[-1] for image in images] == list(lengths)
         return images
 

@@ -147,8 +147,9 @@ def _taken(kwargs: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
 def _check_end(made: Any) -> None:
     """Refuse a prompt whose next token is read from an image's last token, which may be removed."""
     length = len(made["prompt_token_ids"])
-    ends = (at.offset + at.length for of in made["mm_placeholders"].values() for at in of)
-    if any(end == length for end in ends):
+    places = [at for of in made["mm_placeholders"].values() for at in of]
+    last = [at for at in places if at.offset + at.length == length]
+    if any(at.is_embed is None or bool(at.is_embed[-1]) for at in last):
         raise InputError(
             "the prompt ends in its image, whose last token may be removed; put text after it"
         )
@@ -172,7 +173,7 @@ def register_processor(model: type, site: Site) -> None:
     stock: Any = model._processor_factory  # type: ignore[attr-defined]
 
     def make(info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
-        kind = type(stock.processor(info, dummy_inputs, **kwargs))
+        kind: Any = type(stock.processor(info, dummy_inputs, **kwargs))
         return _foveated(kind, site)(info, dummy_inputs, **kwargs)
 
     MULTIMODAL_REGISTRY.register_processor(

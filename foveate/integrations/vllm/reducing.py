@@ -83,7 +83,9 @@ def survivors(
         return values if signal.of_states is None else signal.of_states(values, None)
 
     mark(output, plan, _context(images, question), deliver)
-    return [rows[~rows[:, 0].isnan()] for rows in output.pooler_output]
+    # Not the rows that are no NaN: a model that overflows makes some too.
+    places = [list(state.kept.values())[-1] for state in output.encoded.states]
+    return [rows[at] for rows, at in zip(output.pooler_output, places, strict=True)]
 
 
 def _context(images: Sequence[Image], question: Tensor | None) -> PromptContext:

@@ -16,17 +16,16 @@ TOWER = ("visionzip", "fopru", "hiprune")
 CLASS = ("fastervlm", "vtc-cls")
 
 
-def batch(methods, *, several=True, after=AFTER):
+def batch(methods, *, after=AFTER):
     """All methods at two sizes and budgets, the question's method, and several images."""
     cases = [case(), case(images=[1], size=(40, 120))]
     for method in methods:
         cases += [case(method, 0.25), case(method, 0.4, images=[2], size=(56, 120))]
     cases += [case("cdpruner", 10, question=after), case("divprune", 1.0)]
-    if several:
-        cases += [
-            case("visionzip", 12, images=[0, 2]),
-            case("divprune", 0.25, images=[3, 0], size=(120, 56)),
-        ]
+    cases += [
+        case("visionzip", 12, images=[0, 2]),
+        case("divprune", 0.25, images=[3, 0], size=(120, 56)),
+    ]
     return cases
 
 
@@ -35,7 +34,7 @@ BATCHES = {
     "llava-older": batch(CLASS),
     "llava-siglip": batch(BLIND + TOWER),
     "llava-next": batch(BLIND + TOWER + CLASS),
-    "llava-onevision": batch(BLIND + TOWER, several=False),
+    "llava-onevision": batch(BLIND + TOWER),
     "internvl": batch(BLIND + TOWER + CLASS, after=f"</img> {AFTER}"),
     "internvl-norms": batch(TOWER + CLASS, after=f"</img> {AFTER}"),
 }

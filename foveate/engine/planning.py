@@ -37,12 +37,13 @@ def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
         BudgetError: a schedule does not have one entry for each step.
     """
     try:
-        return _plan(family, methods)
+        return plain_plan(family, methods)
     except UnsupportedModelError as error:
         raise offering(error, working_methods(family)) from None
 
 
-def _plan(family: Family, methods: Sequence[Method]) -> Plan:
+def plain_plan(family: Family, methods: Sequence[Method]) -> Plan:
+    """As `make_plan`, whose refusals do not list methods that work."""
     steps: list[PlannedStep] = []
     for number, method in enumerate(methods):
         planned = _steps(family, number, method)
@@ -344,7 +345,7 @@ def _suspending(steps: Sequence[Step]) -> list[bool]:
 def why_not(family: Family, name: str) -> str | None:
     """Why a method with default settings does not work on a model, or `None` if it does."""
     try:
-        _plan(family, [get_method(name)()])
+        plain_plan(family, [get_method(name)()])
     except FoveateError as error:
         return str(error)
     return None

@@ -9,6 +9,7 @@ from tests.serve.running import running
 
 @pytest.fixture(scope="session")
 def loaded():
+    """The model that tests ask themselves; servers have their own."""
     return tiny.load()
 
 
@@ -18,7 +19,7 @@ def scenes():
 
 
 @pytest.fixture(scope="session")
-def address(loaded):
+def address():
     """A server whose own method is PyramidDrop."""
-    with running(Engine(*loaded, "pyramiddrop")) as found:
+    with running(Engine(*tiny.load(), "pyramiddrop")) as found:
         yield found

@@ -86,7 +86,8 @@ class Choices:
 
     def listing(self) -> list[dict[str, Any]]:
         """Every method with `slug`, `stage`, `paper`, `summary`, `default_keep`, whether it `works`
-        on the model with its defaults, and `why_not`.
+        on the model with its defaults, and `why_not`. The method of requests that name none has a
+        `default`: its `keep`, and its `fields` that are not as published.
         """
         with self._lock:
             if not self._list:
@@ -105,11 +106,21 @@ class Choices:
             "slug": slug,
             "stage": cls.stage,
             "paper": cls.paper,
-            "summary": (cls.__doc__ or "").strip().partition("\n")[0],
+            "summary": " ".join((cls.__doc__ or "").partition("\n\n")[0].split()),
             "default_keep": keep,
             "works": not why,
             "why_not": why,
+            "default": self._own(slug),
         }
+
+    def _own(self, slug: str) -> dict[str, Any] | None:
+        """What requests that name no method get, if it is this method and no other."""
+        if [method.slug for method in self._default] != [slug]:
+            return None
+        said, published = self._default[0].to_dict(), methods_of(slug)[0].to_dict()
+        fields = {name: value for name, value in said.items() if published.get(name) != value}
+        fields.pop("keep", None)
+        return {"keep": said.get("keep"), "fields": fields}
 
     def _made(self, choice: Choice, keep: Any) -> tuple[Method, ...]:
         given = {} if keep is None else {"keep": tuple(keep) if isinstance(keep, list) else keep}

@@ -13,7 +13,7 @@ from PIL import Image
 from foveate.errors import InputError
 from foveate.measure.account import account, of_row, unpruned
 from foveate.measure.flops import kv_bytes
-from foveate.record.record import ImageRecord, Record, by_image
+from foveate.record.record import ImageRecord, Record, by_image, site_name
 from foveate.report.draw import show_stages
 from foveate.run import Session
 
@@ -75,6 +75,7 @@ def draw(session: Session, row: int, images: Sequence[Image.Image]) -> list[dict
             "stages": [
                 {
                     "site": site,
+                    "name": site_name(site),
                     "kept": sum(len(tile.kept[site]) for tile in tiles),
                     "picture": _data_url(panels.get(site)),
                     **({} if note is None else {"note": note}),

@@ -16,6 +16,7 @@ from foveate.errors import FoveateError
 from foveate.serve.errors import RequestError, busy
 from foveate.serve.exchange import Exchange, said, status_of
 from foveate.serve.metrics import Metrics
+from foveate.serve.page import router as page
 from foveate.serve.settings import Settings
 from foveate.serve.wire import Chat, Dialect, Responses
 
@@ -94,6 +95,7 @@ def create_app(engine: Any, settings: Settings) -> FastAPI:
     app.state.service = service
     _add_answers(app, service)
     _add_operations(app, service)
+    app.include_router(page)
     app.add_exception_handler(FoveateError, _refuse)
     app.add_exception_handler(HTTPException, _refuse_route)
     app.add_exception_handler(Exception, _refuse)

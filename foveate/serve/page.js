@@ -77,6 +77,7 @@ const chosen = () => methods.find(({ slug }) => slug === document.querySelector(
 /** Ask with the method and, unless `again`, with all tokens. */
 async function ask(again) {
   clearTimeout(waiting);
+  if (!chosen()) await load();
   if (!$("ask").reportValidity()) return;
   running?.abort();
   const mine = (running = new AbortController());
@@ -97,9 +98,9 @@ async function ask(again) {
   if (running !== mine) return;
   running = null;
   $("go").textContent = "Ask";
-  const [plain, pruned] = ["plain", "pruned"].map((side) => costs[side] && $(side).querySelector("p").textContent);
+  const [plain, pruned] = ["plain", "pruned"].map((side) => $(side).querySelector("p").textContent);
   const compared = plain === pruned ? "Both answers are the same." : "The answers differ.";
-  say(mine.signal.aborted ? "Stopped." : plain == null || pruned == null ? "" : compared);
+  say(mine.signal.aborted ? "Stopped." : costs.plain && costs.pruned ? compared : "");
 }
 
 function begin(side, name) {
@@ -123,7 +124,6 @@ async function answer(side, given, mine) {
   try {
     const response = await send("v1/chat/completions", { method: "POST", body, signal: mine.signal });
     for await (const data of events(response)) {
-      if (running !== mine) return;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(wordsOf(data));
       const choice = chunk.choices?.[0];
@@ -210,6 +210,7 @@ async function example() {
 }
 
 async function load() {
+  say("");
   methods = await (await send("v1/methods")).json();
   methods.sort((a, b) => b.works - a.works);
   const rows = methods.map(({ slug, stage, summary, works, why_not }) => {
@@ -232,7 +233,7 @@ async function load() {
   $("fields").value = JSON.stringify(fields ?? {}).replace(/^{}$/, "");
   drawChoice();
   $("model").textContent = (await (await send("v1/models")).json()).data[0].id;
-  say("");
+  if (!first.works) throw new Error("No method works on this model.");
 }
 
 /** What depends on the method and on `keep`. */
@@ -244,8 +245,8 @@ function drawChoice() {
   $("keep").ariaValueText = `${$("keep").value} % of the visual tokens`;
   $("kept").textContent = $("own").checked ? "" : $("keep").ariaValueText;
   const number = /arXiv:(\d{4}\.\d{4,5}(v\d+)?)/.exec(paper)?.[1];
-  const link = { href: `https://arxiv.org/abs/${number}`, target: "_blank", rel: "noreferrer" };
-  $("paper").replaceChildren(number ? make("a", link, paper) : paper);
+  const href = `https://arxiv.org/abs/${number}`;
+  $("paper").replaceChildren(number ? make("a", { href, target: "_blank", rel: "noreferrer" }, paper) : paper);
 }
 
 /** Ask again after a change; the answer with all tokens stays if it is to this very question. */
@@ -253,18 +254,18 @@ function changed() {
   drawChoice();
   clearTimeout(waiting);
   const same = question().every((part, number) => part === asked[number]);
-  if (same) waiting = setTimeout(() => ask(Boolean(costs.plain)), 400);
+  if (same) waiting = setTimeout(told(() => ask(Boolean(costs.plain))), 400);
 }
 
 const told = (task) => () => task().catch((problem) => say(problem.message));
 $("ask").onsubmit = (event) => {
   event.preventDefault();
-  running ? running.abort() : ask();
+  running ? running.abort() : told(ask)();
 };
 $("question").onkeydown = (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
-  ask();
+  told(ask)();
 };
 $("fields").oninput = () => {
   $("fields").setCustomValidity("");

@@ -159,6 +159,30 @@ def test_a_server_without_a_keep_begins_as_published(page, fake):
     assert fake.requests[0]["keep"] == 0.5
 
 
+def test_a_question_waits_for_the_methods(page, fake):
+    held = []
+    page.route("**/v1/methods", lambda route: held.append(route))
+    page.reload()
+    drop(page)
+    ask(page)
+    expect(page.locator("#methods label")).to_have_count(0)
+    page.wait_for_timeout(200)
+    for route in held:
+        route.continue_()
+    expect(page.get_by_role("status")).to_contain_text("same")
+    assert len(fake.requests) == 2
+
+
+def test_a_model_on_which_nothing_works(page, fake):
+    fake.methods = METHODS[:1]
+    page.reload()
+    expect(page.get_by_role("radio", name="tome")).to_be_disabled()
+    drop(page)
+    ask(page)
+    expect(page.get_by_role("status")).to_have_text("No method works on this model.")
+    assert not fake.requests
+
+
 def test_methods_that_do_not_work_say_why(page):
     radio = page.get_by_role("radio", name="tome")
     expect(radio).to_be_disabled()

@@ -97,12 +97,12 @@ class Fake:
         return StreamingResponse(self.stream(body), media_type="text/event-stream")
 
     async def stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
-        words = self.words[body["keep"] == 1]
+        words, pause = self.words[body["keep"] == 1], self.pause
         try:
             for number, word in enumerate(words):
                 delta = {"content": word if not number else f" {word}"}
                 yield line({"choices": [{"delta": delta, "finish_reason": None}]})
-                await asyncio.sleep(self.pause)
+                await asyncio.sleep(pause)
                 if self.truncated:
                     return
             if self.broken:

@@ -52,6 +52,7 @@ def test_several_images_keep_their_order(page, fake):
     ]
     page.locator("#files").set_input_files(files)
     expect(page.get_by_role("listitem")).to_have_count(4)
+    expect(page.locator("#files")).to_have_value("")  # so that the same file can be chosen again
     page.get_by_role("button", name="Remove 1.png").click()
     page.locator("#files").set_input_files(files[1:2])  # again, at the end
     ask(page)
@@ -85,8 +86,11 @@ def test_a_change_takes_the_place_of_a_running_answer(page, fake):
     fake.words, fake.pause = (["quick"], ["all"]), 0
     page.get_by_label("Keep", exact=True).fill("75")
     expect(page.get_by_role("status")).to_have_text("The answers differ.")
+    page.wait_for_timeout(400)  # in which more words would come
     expect(page.locator("#pruned .answer")).to_have_text("quick")
     expect(page.locator("#pruned h2")).to_have_text("pyramiddrop, keep 75 %")
+    expect(page.locator("#pruned .error")).to_have_text("")
+    assert fake.left == 1
 
 
 def test_stop_closes_the_stream(page, fake):
@@ -98,6 +102,7 @@ def test_stop_closes_the_stream(page, fake):
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("status")).to_have_text("Stopped.")
     page.wait_for_timeout(300)
+    expect(page.locator("#pruned .error")).to_have_text("")
     assert (len(fake.requests), fake.left) == (1, 1)
 
 

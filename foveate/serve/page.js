@@ -77,7 +77,7 @@ const chosen = () => methods.find(({ slug }) => slug === document.querySelector(
 /** Ask with the method and, unless `again`, with all tokens. */
 async function ask(again) {
   clearTimeout(waiting);
-  if (!chosen()) await load();
+  if (!chosen() || !$("model").textContent) await load();
   if (!$("ask").reportValidity()) return;
   running?.abort();
   const mine = (running = new AbortController());

@@ -8,21 +8,28 @@ pytest.importorskip("playwright", reason="playwright drives the browser")
 
 import foveate
 from foveate.cli.inputs import answer, encode
+from foveate.serve import Engine
 from tests.serve.page.browser import ask, drop, expect, tokens
+from tests.serve.running import running
 
 
 @pytest.fixture
-def page(browser, address):
-    tab = browser.new_page(viewport={"width": 1280, "height": 860})
+def tab(browser):
+    found = browser.new_page(viewport={"width": 1280, "height": 860})
     complaints = []
-    tab.on("console", lambda said: complaints.append(said.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.goto(address)
-    expect(tab.locator("#model")).to_have_text("tiny")
-    yield tab
-    tab.close()
+    found.on("console", lambda said: complaints.append(said.text))
+    found.on("pageerror", lambda error: complaints.append(str(error)))
+    yield found
+    found.close()
     refused = "Failed to load resource: "
     assert not [text for text in complaints if not text.startswith(refused)]
+
+
+@pytest.fixture
+def page(tab, address):
+    tab.goto(address)
+    expect(tab.locator("#model")).to_have_text("tiny")
+    return tab
 
 
 def test_answers_are_the_librarys(page, loaded, scenes):
@@ -78,3 +85,18 @@ def test_the_servers_refusals_are_shown(page):
     page.get_by_role("button", name="Ask").click()
     expect(page.locator("#pruned").get_by_role("alert")).to_contain_text("layer")
     expect(page.locator("#plain .answer")).not_to_be_empty()
+
+
+def test_a_key_opens_the_server(tab, loaded):
+    with running(Engine(*loaded, "pyramiddrop"), api_key="secret") as address:
+        tab.goto(address)
+        expect(tab.get_by_role("status")).to_contain_text("this server needs its API key")
+        tab.get_by_role("button", name="example").click()
+        expect(tab.get_by_role("listitem")).to_have_count(1)
+        tab.get_by_label("API key").fill("wrong")
+        tab.get_by_label("API key").press("Enter")
+        expect(tab.get_by_role("status")).to_contain_text("this server needs its API key")
+        tab.get_by_label("API key").fill("secret")
+        tab.get_by_label("API key").press("Enter")  # asks at once
+        expect(tab.get_by_role("status")).to_contain_text("nswers")
+        expect(tab.locator("#model")).to_have_text("tiny")

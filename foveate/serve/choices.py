@@ -19,6 +19,7 @@ from foveate.run import use
 from foveate.serve.request import Choice, Question
 
 REMEMBERED = 1000  # methods that were checked against the model
+UNKNOWN = FoveateError("not checked")
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,12 @@ class Choices:
             return self._list
 
     def _entry(self, slug: str) -> dict[str, Any]:
-        cls, why = get_method(slug), ""
+        cls = get_method(slug)
         try:
             made = methods_of(slug)
-            keep = made[0].keep
-            _refuse(self._model, made)
-        except FoveateError as error:
+            keep, refused = made[0].keep, _refusal(self._model, made)
+            why = "" if refused is None else str(refused)
+        except FoveateError as error:  # a field has no default
             keep, why = getattr(cls, "keep", None), str(error)
         return {
             "slug": slug,
@@ -147,15 +148,12 @@ class Choices:
         if not methods:
             return
         name = _text([method.to_dict() for method in methods])
-        if name not in self._known:
+        known = self._known.get(name, UNKNOWN)
+        if known is UNKNOWN:
+            known = _refusal(self._model, methods)
             if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            try:
-                _refuse(self._model, methods)
-                self._known[name] = None
-            except FoveateError as error:
-                self._known[name] = error
-        known = self._known[name]
+                self._known = {}
+            self._known[name] = known
         if known is not None:
             raise type(known)(str(known))
 
@@ -181,12 +179,16 @@ def changed(method: Method, fields: Mapping[str, Any]) -> Method:
     return methods_of(type(method), **{**own, **fields})[0]
 
 
-def _refuse(model: Any, methods: tuple[Method, ...]) -> None:
-    """Raise what stands against methods on a model."""
-    session = use(model, methods)
-    if len(session.learned):
-        names = ", ".join(method.slug for method in methods)
-        raise UnsupportedModelError(f"{names} learns parameters, which this model was not given")
+def _refusal(model: Any, methods: tuple[Method, ...]) -> FoveateError | None:
+    """What stands against methods on a model."""
+    try:
+        session = use(model, methods)
+    except FoveateError as error:
+        return error
+    if not len(session.learned):
+        return None
+    names = ", ".join(method.slug for method in methods)
+    return UnsupportedModelError(f"{names} learns parameters, which this model was not given")
 
 
 def is_all(keep: Any) -> bool:

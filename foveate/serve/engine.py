@@ -18,6 +18,7 @@ from foveate.run import use
 from foveate.serve.batch import Batch, Ticket
 from foveate.serve.choices import Choices, changed
 from foveate.serve.errors import ServerError, busy, too_late
+from foveate.serve.placeholders import Placeholders
 from foveate.serve.request import Delta, End, Question
 
 log = logging.getLogger("foveate.serve")
@@ -53,6 +54,7 @@ class Engine:
     ) -> None:
         self._chat = ChatModel(model, processor)
         self.max_batch, self.max_wait, self.max_tokens = max_batch, max_wait, max_tokens
+        self._placeholders = Placeholders(model, processor)
         self._choices = Choices(model, () if method is None else methods_of(method))
         use(model, Uniform(keep=1.0))  # with which all tokens are counted
         self._changed = threading.Condition()
@@ -70,6 +72,7 @@ class Engine:
             FoveateError: the question cannot be served, or was not in time.
         """
         asked = await asyncio.to_thread(self._choices.resolve, question.choice)
+        self._placeholders.check(question)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Delta | End | Exception] = asyncio.Queue()
 

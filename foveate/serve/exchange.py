@@ -84,11 +84,15 @@ class Exchange:
         """The body of a request.
 
         Raises:
-            RequestError: it is too long, or does not come.
+            RequestError: it is too long, does not come, or is not said to be JSON.
         """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # which pages of other sites cannot send
+            raise RequestError("a request needs the header Content-Type: application/json", 415)
         most, data = self._settings.max_body, bytearray()
         too_long = RequestError(f"the request has more than {most} bytes", 413)
-        if int(request.headers.get("content-length") or 0) > most:
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
             raise too_long
         stream = request.stream()
         while True:

@@ -7,6 +7,8 @@ import logging
 import sys
 from datetime import datetime, timezone
 
+from transformers.utils import logging as hf_logging
+
 
 class JsonLines(logging.Formatter):
     """A record as JSON; what a caller gives as `extra={"fields": {...}}` stands beside it."""
@@ -26,7 +28,8 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Write what the server logs to stderr."""
+    """Write what the server logs to stderr; transformers' warnings are not for its operators."""
+    hf_logging.set_verbosity_error()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     for name in ("foveate.serve", "uvicorn.error"):

@@ -108,13 +108,13 @@ class FoveateProcessor:
             return updates
         method = Request.from_text(text).method
         return [
-            replace(update, replacement=self._fewer(update, method))
+            replace(update, replacement=self._fewer(update, method, out_mm_kwargs))
             if update.modality in self.site.modalities
             else update
             for update in updates
         ]
 
-    def _fewer(self, update: Any, method: Any) -> Callable[[int], Any]:
+    def _fewer(self, update: Any, method: Any, out_mm_kwargs: Any) -> Callable[[int], Any]:
         """The replacement of an update, with as many placeholders as tokens survive."""
 
         def replacement(item: int) -> Any:
@@ -126,13 +126,17 @@ class FoveateProcessor:
             embeds = torch.ones(len(full), dtype=torch.bool)
             if content.is_embed is not None:
                 embeds = content.is_embed(full)
-            shapes = self.site.shapes(self.plans.family, update.modality, int(embeds.sum()))
+            made = out_mm_kwargs[update.modality][item]
+            layout = self.site.layout(update.modality, {} if made is None else made.get_data())
+            shapes = self.site.shapes(self.plans.family, update.modality, int(embeds.sum()), layout)
             stays = ~embeds
             start, places = 0, embeds.nonzero()[:, 0]
             for shape, kept in zip(shapes, self.plans.kept(method, shapes), strict=True):
                 stays[places[start : start + kept]] = True
                 start += shape.total
             shorter = [token for token, stay in zip(full, stays.tolist(), strict=True) if stay]
+            if self.site.interleaved(update.modality):
+                content = replace(content, is_embed=None)
             return replace(content, full=shorter)
 
         return replacement

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.engine.features import EncoderOutputInfo
+from foveate.engine.features import EncoderOutputInfo, sheets
 from foveate.engine.images import Image
 from foveate.engine.plan import Plan
 from foveate.engine.prompt import PromptContext, QuestionText
@@ -32,12 +32,15 @@ class Encoded:
         features: (V, D) of each.
         signals: (signal, layer of the tower) -> (C, V) of each.
         unprojected: (V, C) what the projector was given for each; empty if no method merges that.
+        planes: (V, P) what is added to the tokens of each after the first layers of the language
+            model (DeepStack), one plane beside the other; empty if nothing is.
     """
 
     shapes: Sequence[Shape]
     features: Sequence[Tensor]
     signals: Mapping[tuple[str, int], Sequence[Tensor]] = field(default_factory=dict)
     unprojected: Sequence[Tensor] = ()
+    planes: Sequence[Tensor] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Encoded]) -> Encoded:
@@ -47,7 +50,28 @@ class Encoded:
             [x for part in parts for x in part.features],
             {key: [x for part in parts for x in part.signals[key]] for key in parts[0].signals},
             [x for part in parts for x in part.unprojected],
+            [x for part in parts for x in part.planes],
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Survivors:
+    """What survives of an image.
+
+    Args:
+        rows: (K, D) its tokens, in the order in which they are to be read; planes, if there are
+            any, stand beside them.
+        places: (K) positions among the tokens of the image that they take, ascending.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, marked: Sequence[Tensor]) -> Survivors:
+        """Of the (V, D) tokens of an image and of its planes, where NaN marks what is removed."""
+        places = (~marked[0][:, 0].isnan()).nonzero()[:, 0]
+        return cls(torch.cat([sheet[places] for sheet in marked], -1), places)
 
 
 def survivors(
@@ -56,8 +80,8 @@ def survivors(
     heads: int,
     projector: Callable[[Tensor], Tensor] | None = None,
     question: Tensor | None = None,
-) -> list[Tensor]:
-    """(K, D) tokens of each image that survive, in the order in which they are to be read.
+) -> list[Survivors]:
+    """What survives of each image.
 
     Args:
         plan: steps before the language model.
@@ -74,7 +98,10 @@ def survivors(
         unprojected=encoded.unprojected,
     )
     output: Any = SimpleNamespace(
-        pooler_output=list(encoded.features), marked=False, encoded=info, deepstack_features=None
+        pooler_output=list(encoded.features),
+        marked=False,
+        encoded=info,
+        deepstack_features=[list(encoded.planes)] if encoded.planes else None,
     )
 
     def deliver(name: str, values: Tensor) -> Tensor:
@@ -83,7 +110,7 @@ def survivors(
         return values if signal.of_states is None else signal.of_states(values, None)
 
     mark(output, plan, _context(images, question), deliver)
-    return [rows[~rows[:, 0].isnan()] for rows in output.pooler_output]
+    return [Survivors.of(parts) for parts in zip(*sheets(output), strict=True)]
 
 
 def _context(images: Sequence[Image], question: Tensor | None) -> PromptContext:
@@ -96,8 +123,9 @@ def _context(images: Sequence[Image], question: Tensor | None) -> PromptContext:
     return PromptContext(images, source, (text, question.expand(len(images), -1, -1)))
 
 
-def rehearse(plan: Plan, shapes: Sequence[Shape], heads: int) -> None:
-    """Let a method reduce random tokens, so that it refuses a budget before an engine runs.
+def rehearse(plan: Plan, shapes: Sequence[Shape], heads: int) -> list[int]:
+    """Let a method reduce random tokens, to know how many survive of each image, and so that it
+    refuses a budget before an engine runs.
 
     Args:
         plan: steps before the language model.
@@ -119,7 +147,9 @@ def rehearse(plan: Plan, shapes: Sequence[Shape], heads: int) -> None:
         {key: [rows(heads, shape.total) for shape in shapes] for key in keys},
         [rows(shape.total, _WIDTH) for shape in shapes] if plan.before_projector else (),
     )
-    survivors(plan, encoded, heads, lambda x: x, rows(1, _WIDTH) if plan.asks_embeddings else None)
+    question = rows(1, _WIDTH) if plan.asks_embeddings else None
+    kept = survivors(plan, encoded, heads, lambda x: x, question)
+    return [len(image.places) for image in kept]
 
 
 _WIDTH = 8

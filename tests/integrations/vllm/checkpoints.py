@@ -172,8 +172,12 @@ def _images(kind):
 
 
 def save(name, folder):
+    """Save a checkpoint by the name of its maker."""
+    return write(*MAKERS[name](), folder)
+
+
+def write(config, processor, folder):
     """Save a checkpoint with attention that is peaked, so that answers depend on the image."""
-    config, processor = MAKERS[name]()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 
 from foveate.errors import FoveateError
-from foveate.integrations.vllm.request import parse, split
+from foveate.integrations.vllm.request import split
 
 
 def without_defaults(make_info: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -27,7 +27,6 @@ def without_defaults(make_info: Callable[[Any], Any]) -> Callable[[Any], Any]:
         multimodal = copy.copy(config.multimodal_config)
         with as_client_error():
             defaults, rest = split(multimodal.mm_processor_kwargs or {})
-            parse(defaults, {})
         multimodal.mm_processor_kwargs = rest or None
         config.multimodal_config = multimodal
         info = make_info(type(context)(config, context.tokenizer))

@@ -19,9 +19,9 @@ from vllm.multimodal.processing import PromptUpdateDetails
 from foveate.errors import InputError
 from foveate.integrations.vllm.context import as_client_error, without_defaults
 from foveate.integrations.vllm.plans import Plans, check_question
-from foveate.integrations.vllm.request import KEY, Request, pack, parse, split
+from foveate.integrations.vllm.request import KEY, PREFIX, Request, pack, parse, split
 from foveate.integrations.vllm.site import Site
-from foveate.integrations.vllm.versions import check_version
+from foveate.integrations.vllm.versions import check_version, is_known
 
 
 class FoveateProcessor:
@@ -37,6 +37,18 @@ class FoveateProcessor:
         return Plans(self.info.get_hf_config(), self.site.whole_tower)
 
     # -- the request
+
+    def check_default(self) -> None:
+        """Refuse a server's default that the model cannot serve, before there are requests.
+
+        Raises:
+            VLLMValidationError: it cannot.
+        """
+        with as_client_error():
+            request = parse(self.info.foveate_defaults, {})
+            if request is not None:
+                self.site.check(self.info.get_hf_config())
+                self.plans.of(request.method)
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Process a prompt and its images, as vLLM does, if no method is asked for."""
@@ -54,7 +66,6 @@ class FoveateProcessor:
 
     def _checked(self, request: Request, inputs: Any) -> Request:
         """A request that the model can serve, with its question as tokens."""
-        check_version()
         self.site.check(self.info.get_hf_config())
         plan = self.plans.of(request.method)
         check_question(request, plan)
@@ -159,10 +170,36 @@ def _check_end(made: Any) -> None:
         )
 
 
+class RefusingProcessor:
+    """Stands before a processor that is vLLM's own in all else: a request or a default that asks
+    for foveate is refused. `why` raises the reason.
+    """
+
+    why: ClassVar[Callable[[], None]]
+    info: Any
+
+    def apply(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Process a prompt and its images as vLLM does, if no method is asked for."""
+        multimodal = getattr(self.info.ctx.model_config, "multimodal_config", None)
+        default = getattr(multimodal, "mm_processor_kwargs", None) or {}
+        given = getattr(inputs, "hf_processor_mm_kwargs", None) or {}
+        if any(name.startswith(PREFIX) for name in (*default, *given)):
+            with as_client_error():
+                type(self).why()
+        return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
+
+
 @functools.cache
-def _foveated(kind: Any, site: Any) -> type:
+def _foveated(kind: Any, site: Any) -> Any:
     """The subclass of a processor of vLLM that serves foveate's requests."""
     return type(f"Foveate{kind.__name__}", (FoveateProcessor, kind), {"site": site})
+
+
+@functools.cache
+def refusing(kind: Any, why: Callable[[], None]) -> Any:
+    """The subclass of a processor of vLLM that refuses them, for a reason that `why` raises."""
+    members = {"why": staticmethod(why)}
+    return type(f"Refusing{kind.__name__}", (RefusingProcessor, kind), members)
 
 
 def register_processor(model: type, site: Site) -> None:
@@ -175,11 +212,18 @@ def register_processor(model: type, site: Site) -> None:
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
     stock: Any = model._processor_factory  # type: ignore[attr-defined]
+    known = is_known()
 
     def make(info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
         kind: Any = type(stock.processor(info, dummy_inputs, **kwargs))
-        return _foveated(kind, site)(info, dummy_inputs, **kwargs)
+        if not known:
+            return refusing(kind, check_version)(info, dummy_inputs, **kwargs)
+        made = _foveated(kind, site)(info, dummy_inputs, **kwargs)
+        made.check_default()
+        return made
 
     MULTIMODAL_REGISTRY.register_processor(
-        make, info=without_defaults(stock.info), dummy_inputs=stock.dummy_inputs
+        make,
+        info=without_defaults(stock.info) if known else stock.info,
+        dummy_inputs=stock.dummy_inputs,
     )(model)

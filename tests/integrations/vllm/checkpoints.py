@@ -1,8 +1,10 @@
 """Tiny random checkpoints that vLLM and transformers both load, with processors made by hand."""
 
-import numpy as np
+import sys
+from pathlib import Path
+
 import torch
-from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -132,7 +134,7 @@ def llava_onevision():
     return config, processor
 
 
-def internvl():
+def internvl(norms=False):
     """InternVL."""
     names = {
         "start_image_token": "<img>", "end_image_token": "</img>",
@@ -141,7 +143,7 @@ def internvl():
     text = {**TEXT, "vocab_size": TEXT["vocab_size"] + 3}
     vision = InternVLVisionConfig(
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
-        image_size=(56, 56), patch_size=(7, 7),
+        image_size=(56, 56), patch_size=(7, 7), use_qk_norm=norms,
     )  # fmt: skip
     config = InternVLConfig(
         vision_config=vision, text_config=Qwen2Config(**text), image_token_id=4,
@@ -163,6 +165,7 @@ MAKERS = {
     "llava-next": llava_next,
     "llava-onevision": llava_onevision,
     "internvl": internvl,
+    "internvl-norms": lambda: internvl(norms=True),
 }
 
 
@@ -193,10 +196,22 @@ def write(config, processor, folder):
     return folder
 
 
-def image(seed, size=(80, 64)):
-    """A random image that is smooth enough for patches to differ a lot."""
-    generator = np.random.default_rng(seed)
-    width, height = size
-    coarse = generator.integers(0, 200, (height // 8, width // 8, 3)).repeat(8, 0).repeat(8, 1)
-    noise = generator.integers(0, 55, (height, width, 3))
-    return Image.fromarray((coarse + noise).astype(np.uint8))
+def older(folder):
+    """Give the tower's weights the names that vLLM 0.32 knows, as older checkpoints have them."""
+    path = Path(folder) / "model.safetensors"
+    names = {
+        name: name.replace("vision_tower.", "vision_tower.vision_model.")
+        for name in load_file(path)
+    }
+    weights = {names[name]: weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+
+
+def main(name, folder):
+    save(name.removesuffix("-older"), folder)
+    if name.endswith("-older"):
+        older(folder)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

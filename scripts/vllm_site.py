@@ -1,0 +1,27 @@
+"""Becomes `sitecustomize` of the environment that scripts/vllm.sh builds.
+
+torchvision's wheel for CUDA imports beside a torch for CPUs once its two operators have names.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class NameOperators:
+    """Before torchvision is imported, define what its missing library would."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        """Called for each import; finds nothing itself."""
+        if name != "torchvision":
+            return
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        import torch
+
+        boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        for operator in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{operator}", boxes)
+
+
+sys.meta_path.insert(0, NameOperators())  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.integrations.vllm.context import as_client_error, without_defaults
 from foveate.integrations.vllm.plans import Plans, check_question
 from foveate.integrations.vllm.request import KEY, PREFIX, Request, pack, parse, split
@@ -68,6 +68,7 @@ class FoveateProcessor:
         """A request that the model can serve, with its question as tokens."""
         self.site.check(self.info.get_hf_config())
         plan = self.plans.of(request.method)
+        self._check_sharing(plan, request)
         check_question(request, plan)
         for modality, items in inputs.mm_data_items.items():
             if modality not in self.site.modalities:
@@ -81,6 +82,16 @@ class FoveateProcessor:
             return Request(request.method)
         ids = self.info.get_tokenizer().encode(request.question, add_special_tokens=False)
         return Request(request.method, token_ids=tuple(ids))
+
+    def _check_sharing(self, plan: Any, request: Request) -> None:
+        """Refuse to read a tower of which each worker runs a part of the items."""
+        mode = self.info.ctx.get_mm_config().mm_encoder_tp_mode
+        if plan.encoder_signals and self.site.shares_items and mode == "data":
+            raise UnsupportedModelError(
+                f"{request.method.slug!r} reads the vision tower while it runs, but with "
+                "mm_encoder_tp_mode=data each worker sees only some of the images; start vLLM "
+                "with mm_encoder_tp_mode=weights, or use a method that reads features alone"
+            )
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Inputs by which vLLM measures memory: with all tokens, whatever the server's default."""

@@ -29,6 +29,7 @@ class QwenSite(Site):
 
     modalities = ("image", "video")
     whole_tower = True
+    shares_items = True
     layers = "visual.blocks"
     attention = "attn"
     projections = ("qkv",)

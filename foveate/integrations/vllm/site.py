@@ -24,6 +24,8 @@ class Site:
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     whole_tower: ClassVar[bool] = False
     """Whether vLLM loads layers of the vision tower that the language model does not see."""
+    shares_items: ClassVar[bool] = False
+    """Whether each worker encodes some of the items where `mm_encoder_tp_mode` is `data`."""
     layers: ClassVar[str] = "vision_tower.vision_model.encoder.layers"
     attention: ClassVar[str] = "self_attn"
     projections: ClassVar[tuple[str, ...]] = ("qkv_proj",)

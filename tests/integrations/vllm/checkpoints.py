@@ -176,7 +176,10 @@ def _images(kind):
 
 def save(name, folder):
     """Save a checkpoint by the name of its maker."""
-    return write(*MAKERS[name](), folder)
+    from tests.integrations.vllm import qwen  # which builds on this module
+
+    makers = {**MAKERS, "qwen2.5-vl": qwen.qwen2_5_vl, "qwen3-vl": qwen.qwen3_vl}
+    return write(*makers[name](), folder)
 
 
 def write(config, processor, folder):

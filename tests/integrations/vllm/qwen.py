@@ -1,6 +1,5 @@
 """Tiny random checkpoints of Qwen2.5-VL and Qwen3-VL."""
 
-import numpy as np
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLProcessor,
@@ -11,7 +10,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tests.integrations.vllm.checkpoints import TEXT, image, tokenizer
+from tests.integrations.vllm.checkpoints import TEXT, tokenizer
 
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 NAMES = ["image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"]
@@ -25,8 +24,6 @@ VISION = {
 }  # fmt: skip
 SIZE = {"shortest_edge": 28 * 28, "longest_edge": 560 * 560}
 PIXELS = {"size": SIZE, "patch_size": 14, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def rope(*sections, **more):
@@ -60,14 +57,3 @@ def qwen3_vl():
         chat_template="",
     )  # fmt: skip
     return config, processor
-
-
-def video(seed, frames=6, size=(168, 112)):
-    """(frames, height, width, 3) of a random video, and what is known of it."""
-    shots = [np.asarray(image(seed * 100 + i, size)) for i in range(frames)]
-    metadata = {
-        "fps": 2.0, "duration": frames / 2, "total_num_frames": frames,
-        "frames_indices": list(range(frames)), "video_backend": "opencv",
-        "do_sample_frames": False,
-    }  # fmt: skip
-    return np.stack(shots), metadata

@@ -72,12 +72,12 @@ def test_caches_and_chunks_change_nothing(answers, name, options):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("way", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_ranks_keep_the_same_tokens(answers, environment, name, way):
-    """Heads are shared out, or layers: positions reach those of the second rank."""
-    environment = {**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+def test_two_ranks_keep_the_same_tokens(answers, environment, name):
+    """Under tensor parallelism each rank holds half of the heads."""
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {**environment, **threads}
     cases = [one(), one("visionzip", 0.3), both("fopru", 0.25), both("divprune", 0.25)]
-    options = {way: 2, "distributed_executor_backend": "mp"}
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     got = answers(name, cases, environment=environment, **options)
     check(got, answers(name, cases, by="reference"))
 

@@ -68,10 +68,14 @@ class Survivors:
     places: Tensor
 
     @classmethod
-    def of(cls, marked: Sequence[Tensor]) -> Survivors:
-        """Of the (V, D) tokens of an image and of its planes, where NaN marks what is removed."""
-        places = (~marked[0][:, 0].isnan()).nonzero()[:, 0]
-        return cls(torch.cat([sheet[places] for sheet in marked], -1), places)
+    def of(cls, sheets: Sequence[Tensor], places: Tensor) -> Survivors:
+        """Of the (V, D) tokens of an image and of its planes.
+
+        Args:
+            sheets: the tokens, and the planes.
+            places: (K) which survive.
+        """
+        return cls(torch.cat([sheet[places] for sheet in sheets], -1), places)
 
 
 def survivors(
@@ -110,7 +114,10 @@ def survivors(
         return values if signal.of_states is None else signal.of_states(values, None)
 
     mark(output, plan, _context(images, question), deliver)
-    return [Survivors.of(parts) for parts in zip(*sheets(output), strict=True)]
+    # Not the rows that are no NaN: a model that overflows makes some too.
+    places = [list(state.kept.values())[-1] for state in output.encoded.states]
+    of_images = zip(zip(*sheets(output), strict=True), places, strict=True)
+    return [Survivors.of(parts, at) for parts, at in of_images]
 
 
 def _context(images: Sequence[Image], question: Tensor | None) -> PromptContext:

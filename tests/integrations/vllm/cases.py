@@ -24,6 +24,12 @@ def case(
     }
 
 
+def video(method=None, keep=None):
+    """A prompt with a video of four frames."""
+    made = case(method, keep, images=(), prompt="user <video> w1 w2 w3 assistant", size=(56, 56))
+    return {**made, "frames": [1, 2, 3, 4]}
+
+
 def images_of(case):
     return [picture(seed, case["size"]) for seed in case["images"]]
 

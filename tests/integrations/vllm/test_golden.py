@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from tests.integrations.vllm.cases import AFTER, case
+from tests.integrations.vllm.cases import AFTER, case, video
 
 pytestmark = pytest.mark.vllm
 BLIND = ("divprune", "uniform", "random", "downsample")  # read nothing but features
@@ -16,17 +16,16 @@ TOWER = ("visionzip", "fopru", "hiprune")
 CLASS = ("fastervlm", "vtc-cls")
 
 
-def batch(methods, *, several=True, after=AFTER):
+def batch(methods, *, after=AFTER):
     """All methods at two sizes and budgets, the question's method, and several images."""
     cases = [case(), case(images=[1], size=(40, 120))]
     for method in methods:
         cases += [case(method, 0.25), case(method, 0.4, images=[2], size=(56, 120))]
     cases += [case("cdpruner", 10, question=after), case("divprune", 1.0)]
-    if several:
-        cases += [
-            case("visionzip", 12, images=[0, 2]),
-            case("divprune", 0.25, images=[3, 0], size=(120, 56)),
-        ]
+    cases += [
+        case("visionzip", 12, images=[0, 2]),
+        case("divprune", 0.25, images=[3, 0], size=(120, 56)),
+    ]
     return cases
 
 
@@ -35,7 +34,7 @@ BATCHES = {
     "llava-older": batch(CLASS),
     "llava-siglip": batch(BLIND + TOWER),
     "llava-next": batch(BLIND + TOWER + CLASS),
-    "llava-onevision": batch(BLIND + TOWER, several=False),
+    "llava-onevision": batch(BLIND + TOWER),
     "internvl": batch(BLIND + TOWER + CLASS, after=f"</img> {AFTER}"),
     "internvl-norms": batch(TOWER + CLASS, after=f"</img> {AFTER}"),
 }
@@ -45,6 +44,13 @@ BATCHES = {
 def test_answers_are_those_of_transformers(answers, name):
     """Greedy tokens are equal, and log-probabilities of the first."""
     check(answers(name, BATCHES[name]), answers(name, BATCHES[name], by="reference"))
+
+
+@pytest.mark.parametrize("name", ["llava-onevision", "internvl"])
+def test_videos_are_reduced_as_on_transformers(answers, name):
+    """OneVision's is one image of all frames; each frame of InternVL's is an image."""
+    cases = [video(), video("divprune", 0.25), video("fopru", 0.3), video("visionzip", 0.4)]
+    check(answers(name, cases), answers(name, cases, by="reference"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +99,11 @@ def test_the_servers_default_holds_unless_a_request_says_otherwise(answers):
 def test_two_ranks_keep_the_same_tokens(answers, environment, mode):
     """Under tensor parallelism each rank holds half of the heads, or all of them."""
     cases = BATCHES["llava"][:20]
-    environment = {**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    environment = {
+        **environment,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    }
     options = {
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",

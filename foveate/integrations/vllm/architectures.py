@@ -8,6 +8,8 @@ from foveate.errors import UnsupportedModelError
 
 SERVED = {
     "LlavaForConditionalGeneration": "foveate.integrations.vllm.llava:Llava",
+    "Qwen2_5_VLForConditionalGeneration": "foveate.integrations.vllm.qwen:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "foveate.integrations.vllm.qwen:Qwen3VL",
     "LlavaNextForConditionalGeneration": "foveate.integrations.vllm.llava_next:LlavaNext",
     "LlavaOnevisionForConditionalGeneration": "foveate.integrations.vllm.llava_next:LlavaOnevision",
     "InternVLForConditionalGeneration": "foveate.integrations.vllm.internvl:InternVL",

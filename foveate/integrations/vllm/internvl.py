@@ -28,7 +28,9 @@ class InternVLSite(Site):
         """Frames are images, as in transformers."""
         return "image"
 
-    def shapes(self, family: Family, modality: str, total: int) -> list[Shape]:
+    def shapes(
+        self, family: Family, modality: str, total: int, layout: Mapping[str, Any]
+    ) -> list[Shape]:
         """One for each tile."""
         vision = family.config.vision_config
         height, width = (n // p for n, p in zip(vision.image_size, vision.patch_size, strict=True))

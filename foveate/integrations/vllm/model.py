@@ -19,11 +19,11 @@ from torch import Tensor
 from foveate.engine.plan import Plan
 from foveate.errors import UnsupportedModelError
 from foveate.integrations.vllm.plans import Plans
-from foveate.integrations.vllm.reducing import Encoded, survivors
+from foveate.integrations.vllm.reducing import Encoded, Survivors, survivors
 from foveate.integrations.vllm.request import KEY, Request, unpack
-from foveate.integrations.vllm.signals import Hooks, inputs_of
+from foveate.integrations.vllm.signals import inputs_of
 from foveate.integrations.vllm.site import Site
-from foveate.signals.encoder_hooks import EncoderSignals, signal_of
+from foveate.signals.encoder_hooks import signal_of
 
 Rows = dict[tuple[str, int], Tensor]  # (signal, layer of the tower) -> (N, C, P) of all tiles
 
@@ -49,6 +49,19 @@ class FoveateModel:
             return encode(**kwargs)
         ((modality, packed),) = found  # vLLM encodes items of one modality at a time
         return tuple(_Batch(self, modality, unpack(packed), kwargs).reduced(encode))
+
+    def placed(
+        self, modality: str, kwargs: Mapping[str, Any], item: int, images: Sequence[Survivors]
+    ) -> Tensor:
+        """(N, D) what vLLM caches of an item and places in the prompt.
+
+        Args:
+            modality: `image` or `video`.
+            kwargs: what vLLM calls the model with, for all items of a batch.
+            item: which of them.
+            images: what survives of its images.
+        """
+        return torch.cat([image.rows for image in images])
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +125,8 @@ class _Batch:
             joined, question = Encoded.joined(items), self._question(asked)
             kept = iter(survivors(asked.plan, joined, heads, self._projector, question))
             for i, item in zip(asked.members, items, strict=True):
-                result[i] = torch.cat([next(kept) for _ in item.shapes])
+                found = [next(kept) for _ in item.shapes]
+                result[i] = self.model.placed(self.modality, self.kwargs, i, found)
         return result
 
     @property
@@ -127,9 +141,9 @@ class _Batch:
         wanted = asked.plan.encoder_signals
         if not wanted:
             return
-        encoder = self.site.encoder(self.model, self.family)
-        signals = EncoderSignals(encoder, wanted, threshold=asked.plan.global_threshold)
-        signals.attach(stack.enter_context(Hooks()))
+        threshold = asked.plan.global_threshold
+        signals = self.site.signals(self.model, self.family, wanted, threshold)
+        signals.attach(stack.enter_context(self.site.hooks(self.model)))
         rows = stack.enter_context(signals.collect())
         stack.callback(lambda: asked.rows.update(rows))
 
@@ -147,7 +161,9 @@ class _Batch:
         start = sum(calls[:item])
         stop = start + self.site.fed(family, arguments, calls[item])
         features = features.reshape(-1, features.shape[-1])
-        shapes = self.site.shapes(family, self.modality, len(features))
+        width = self.site.width(self.model, features.shape[-1])
+        features, planes = features[:, :width], features[:, width:]
+        shapes = self.site.shapes(family, self.modality, len(features), arguments)
         lengths = [shape.total for shape in shapes]
         signals = {
             (name, layer): self._per_token(name, row[start:stop], lengths, arguments)
@@ -157,7 +173,8 @@ class _Batch:
         if given and family.projector(modality) is not None:
             rows = torch.cat([x.flatten(0, -3) for x in given])[start:stop]
             unprojected = family.unprojected(modality, rows, lengths, arguments)
-        return Encoded(shapes, features.split(lengths), signals, unprojected)
+        sheets = planes.split(lengths) if planes.shape[-1] else ()
+        return Encoded(shapes, features.split(lengths), signals, unprojected, sheets)
 
     def _complete(self, asked: _Asked) -> Rows:
         """Signals, of which none is missing."""

@@ -89,11 +89,7 @@ class Plans:
         for shape in shapes:
             if (method, shape) not in self._kept:
                 heads = self.family.encoder.heads if self.family.encoder is not None else 1
-                rehearse(plan, [shape], heads)
-                count = shape.total
-                for step in plan.pre_llm:
-                    count = step.count(count, shape.total)
-                self._kept[method, shape] = count
+                (self._kept[method, shape],) = rehearse(plan, [shape], heads)
             counts.append(self._kept[method, shape])
         return counts
 

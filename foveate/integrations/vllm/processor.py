@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from foveate.errors import InputError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.integrations.vllm.context import as_client_error, without_defaults
 from foveate.integrations.vllm.plans import Plans, check_question
 from foveate.integrations.vllm.request import KEY, PREFIX, Request, pack, parse, split
@@ -68,6 +68,7 @@ class FoveateProcessor:
         """A request that the model can serve, with its question as tokens."""
         self.site.check(self.info.get_hf_config())
         plan = self.plans.of(request.method)
+        self._check_sharing(plan, request)
         check_question(request, plan)
         for modality, items in inputs.mm_data_items.items():
             if modality not in self.site.modalities:
@@ -81,6 +82,16 @@ class FoveateProcessor:
             return Request(request.method)
         ids = self.info.get_tokenizer().encode(request.question, add_special_tokens=False)
         return Request(request.method, token_ids=tuple(ids))
+
+    def _check_sharing(self, plan: Any, request: Request) -> None:
+        """Refuse to read a tower of which each worker runs a part of the items."""
+        mode = self.info.ctx.get_mm_config().mm_encoder_tp_mode
+        if plan.encoder_signals and self.site.shares_items and mode == "data":
+            raise UnsupportedModelError(
+                f"{request.method.slug!r} reads the vision tower while it runs, but with "
+                "mm_encoder_tp_mode=data each worker sees only some of the images; start vLLM "
+                "with mm_encoder_tp_mode=weights, or use a method that reads features alone"
+            )
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
         """Inputs by which vLLM measures memory: with all tokens, whatever the server's default."""
@@ -119,13 +130,13 @@ class FoveateProcessor:
             return updates
         method = Request.from_text(text).method
         return [
-            replace(update, replacement=self._fewer(update, method))
+            replace(update, replacement=self._fewer(update, method, out_mm_kwargs))
             if update.modality in self.site.modalities
             else update
             for update in updates
         ]
 
-    def _fewer(self, update: Any, method: Any) -> Callable[[int], Any]:
+    def _fewer(self, update: Any, method: Any, out_mm_kwargs: Any) -> Callable[[int], Any]:
         """The replacement of an update, with as many placeholders as tokens survive."""
 
         def replacement(item: int) -> Any:
@@ -137,13 +148,17 @@ class FoveateProcessor:
             embeds = torch.ones(len(full), dtype=torch.bool)
             if content.is_embed is not None:
                 embeds = content.is_embed(full)
-            shapes = self.site.shapes(self.plans.family, update.modality, int(embeds.sum()))
+            made = out_mm_kwargs[update.modality][item]
+            layout = self.site.layout(update.modality, {} if made is None else made.get_data())
+            shapes = self.site.shapes(self.plans.family, update.modality, int(embeds.sum()), layout)
             stays = ~embeds
             start, places = 0, embeds.nonzero()[:, 0]
             for shape, kept in zip(shapes, self.plans.kept(method, shapes), strict=True):
                 stays[places[start : start + kept]] = True
                 start += shape.total
             shorter = [token for token, stay in zip(full, stays.tolist(), strict=True) if stay]
+            if self.site.interleaved(update.modality):
+                content = replace(content, is_embed=None)
             return replace(content, full=shorter)
 
         return replacement

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.engine.features import EncoderOutputInfo
+from foveate.engine.features import EncoderOutputInfo, sheets
 from foveate.engine.images import Image
 from foveate.engine.plan import Plan
 from foveate.engine.prompt import PromptContext, QuestionText
@@ -32,12 +32,15 @@ class Encoded:
         features: (V, D) of each.
         signals: (signal, layer of the tower) -> (C, V) of each.
         unprojected: (V, C) what the projector was given for each; empty if no method merges that.
+        planes: (V, P) what is added to the tokens of each after the first layers of the language
+            model (DeepStack), one plane beside the other; empty if nothing is.
     """
 
     shapes: Sequence[Shape]
     features: Sequence[Tensor]
     signals: Mapping[tuple[str, int], Sequence[Tensor]] = field(default_factory=dict)
     unprojected: Sequence[Tensor] = ()
+    planes: Sequence[Tensor] = ()
 
     @classmethod
     def joined(cls, parts: Sequence[Encoded]) -> Encoded:
@@ -47,7 +50,32 @@ class Encoded:
             [x for part in parts for x in part.features],
             {key: [x for part in parts for x in part.signals[key]] for key in parts[0].signals},
             [x for part in parts for x in part.unprojected],
+            [x for part in parts for x in part.planes],
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Survivors:
+    """What survives of an image.
+
+    Args:
+        rows: (K, D) its tokens, in the order in which they are to be read; planes, if there are
+            any, stand beside them.
+        places: (K) positions among the tokens of the image that they take, ascending.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, sheets: Sequence[Tensor], places: Tensor) -> Survivors:
+        """Of the (V, D) tokens of an image and of its planes.
+
+        Args:
+            sheets: the tokens, and the planes.
+            places: (K) which survive.
+        """
+        return cls(torch.cat([sheet[places] for sheet in sheets], -1), places)
 
 
 def survivors(
@@ -56,8 +84,8 @@ def survivors(
     heads: int,
     projector: Callable[[Tensor], Tensor] | None = None,
     question: Tensor | None = None,
-) -> list[Tensor]:
-    """(K, D) tokens of each image that survive, in the order in which they are to be read.
+) -> list[Survivors]:
+    """What survives of each image.
 
     Args:
         plan: steps before the language model.
@@ -74,7 +102,10 @@ def survivors(
         unprojected=encoded.unprojected,
     )
     output: Any = SimpleNamespace(
-        pooler_output=list(encoded.features), marked=False, encoded=info, deepstack_features=None
+        pooler_output=list(encoded.features),
+        marked=False,
+        encoded=info,
+        deepstack_features=[list(encoded.planes)] if encoded.planes else None,
     )
 
     def deliver(name: str, values: Tensor) -> Tensor:
@@ -85,7 +116,8 @@ def survivors(
     mark(output, plan, _context(images, question), deliver)
     # Not the rows that are no NaN: a model that overflows makes some too.
     places = [list(state.kept.values())[-1] for state in output.encoded.states]
-    return [rows[at] for rows, at in zip(output.pooler_output, places, strict=True)]
+    of_images = zip(zip(*sheets(output), strict=True), places, strict=True)
+    return [Survivors.of(parts, at) for parts, at in of_images]
 
 
 def _context(images: Sequence[Image], question: Tensor | None) -> PromptContext:
@@ -98,8 +130,9 @@ def _context(images: Sequence[Image], question: Tensor | None) -> PromptContext:
     return PromptContext(images, source, (text, question.expand(len(images), -1, -1)))
 
 
-def rehearse(plan: Plan, shapes: Sequence[Shape], heads: int) -> None:
-    """Let a method reduce random tokens, so that it refuses a budget before an engine runs.
+def rehearse(plan: Plan, shapes: Sequence[Shape], heads: int) -> list[int]:
+    """Let a method reduce random tokens, to know how many survive of each image, and so that it
+    refuses a budget before an engine runs.
 
     Args:
         plan: steps before the language model.
@@ -121,7 +154,9 @@ def rehearse(plan: Plan, shapes: Sequence[Shape], heads: int) -> None:
         {key: [rows(heads, shape.total) for shape in shapes] for key in keys},
         [rows(shape.total, _WIDTH) for shape in shapes] if plan.before_projector else (),
     )
-    survivors(plan, encoded, heads, lambda x: x, rows(1, _WIDTH) if plan.asks_embeddings else None)
+    question = rows(1, _WIDTH) if plan.asks_embeddings else None
+    kept = survivors(plan, encoded, heads, lambda x: x, question)
+    return [len(image.places) for image in kept]
 
 
 _WIDTH = 8

@@ -41,6 +41,15 @@ def video_of(case):
     return [(first * 3 // 4 + frame // 4).astype(np.uint8) for frame in change]
 
 
+def metadata_of(case):
+    """What is known of a video, where models ask for it."""
+    frames = len(case["frames"])
+    return {
+        "fps": case["fps"], "duration": frames / case["fps"], "total_num_frames": frames,
+        "frames_indices": list(range(frames)), "video_backend": "opencv",
+    }  # fmt: skip
+
+
 def picture(seed, size):
     """A random image that is smooth enough for patches to differ a lot."""
     generator = np.random.default_rng(seed)

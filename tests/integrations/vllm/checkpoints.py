@@ -175,8 +175,15 @@ def _images(kind):
 
 
 def save(name, folder):
+    """Save a checkpoint by the name of its maker."""
+    from tests.integrations.vllm import qwen  # which builds on this module
+
+    makers = {**MAKERS, "qwen2.5-vl": qwen.qwen2_5_vl, "qwen3-vl": qwen.qwen3_vl}
+    return write(*makers[name](), folder)
+
+
+def write(config, processor, folder):
     """Save a checkpoint with attention that is peaked, so that answers depend on the image."""
-    config, processor = MAKERS[name]()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config).eval()
     with torch.no_grad():

@@ -14,7 +14,7 @@ import numpy as np
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMClientError
 
-from tests.integrations.vllm.cases import arguments_of, images_of, video_of
+from tests.integrations.vllm.cases import arguments_of, images_of, metadata_of, video_of
 
 
 def prompt_of(case):
@@ -22,7 +22,10 @@ def prompt_of(case):
     if case["images"]:
         made["multi_modal_data"]["image"] = images_of(case)
     if case.get("frames"):
-        made["multi_modal_data"]["video"] = [np.stack(video_of(case))]
+        video = np.stack(video_of(case))
+        if "fps" in case:
+            video = video, {**metadata_of(case), "do_sample_frames": False}
+        made["multi_modal_data"]["video"] = [video]
     if arguments := case.get("arguments", arguments_of(case)):
         made["mm_processor_kwargs"] = arguments
     return made

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate
 from foveate.core.saving import from_dict
-from tests.integrations.vllm.cases import images_of, video_of
+from tests.integrations.vllm.cases import images_of, metadata_of, video_of
 
 
 def answer(model, processor, case, tokens=8):
@@ -22,6 +22,8 @@ def answer(model, processor, case, tokens=8):
     media = {"images": images_of(case)} if case["images"] else {}
     if case.get("frames"):
         media["videos"] = [np.stack(video_of(case))]
+        if "fps" in case:
+            media |= {"video_metadata": [metadata_of(case)], "do_sample_frames": False}
     inputs = processor(text=case["prompt"], return_tensors="pt", **media)
     method = case.get("method")
     with foveate.use(model, from_dict(method)) if method else nullcontext():

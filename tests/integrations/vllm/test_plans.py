@@ -99,8 +99,8 @@ def test_survivors_are_in_the_order_of_the_method(plans):
         {("cls_attention", layer): [attention], ("encoder_keys", layer): [keys]},
     )  # fmt: skip
     (kept,) = survivors(plan, encoded, heads=2)
-    assert kept[:3, 0].tolist() == [13, 14, 15]
-    assert kept[3, 0] < 13
+    assert kept.rows[:3, 0].tolist() == [13, 14, 15]
+    assert kept.rows[3, 0] < 13
 
 
 def test_a_feature_that_overflowed_is_a_token_like_others(plans):
@@ -108,7 +108,7 @@ def test_a_feature_that_overflowed_is_a_token_like_others(plans):
     features = torch.randn(16, 3)
     features[:, 0] = torch.nan
     (kept,) = survivors(plans.of(Uniform(keep=0.5)), Encoded([GRID], [features]), heads=1)
-    assert kept.shape == (8, 3)
+    assert kept.rows.shape == (8, 3)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -93,7 +93,7 @@ ONE = [{"role": "user", "content": "star ?"}]
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
         ({"messages": [*ONE, {"role": "assistant", "content": "r"}]}, "must be the user's"),
         ({"messages": [{"role": "user", "content": "a <image> b"}]}, "stands for an image"),
-        ({"messages": [{"role": "user", "content": "star " * 2000}]}, "that the model takes"),
+        ({"messages": [{"role": "user", "content": "star " * 3000}]}, "that the model takes"),
         ({"messages": asking("/etc/passwd")}, "files of the server and other addresses"),
         ({"messages": asking("file:///etc/passwd")}, "files of the server"),
         ({"messages": asking("http://example.org/a.png")}, "are sent as data URLs"),
@@ -107,7 +107,7 @@ ONE = [{"role": "user", "content": "star ?"}]
         ({"messages": [turn("?", *[image()] * 3)]}, "has 3 images"),
         ({"messages": asking(data_url(image(), "TIFF"))}, "none of the formats"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:80],
 )  # fmt: skip
 def test_bad_requests_are_told_what_is_wrong(small, change, words):
     got = post(small, {"model": "tiny", "messages": ONE, **change})
@@ -180,7 +180,7 @@ def test_other_kinds_of_content_are_refused(small):
 @pytest.mark.parametrize("path", ["chat/completions", "responses"])
 @pytest.mark.parametrize("key", ["", "another key", KEY[:-1], KEY + "x", "ключ"])
 def test_a_key_is_needed(small, path, key):
-    raw = f"Bearer {key}".encode()
+    raw = f"Bearer {key}".strip().encode()  # httpx sends no space at a header's end
     got = httpx.post(f"{small}/v1/{path}", content=b"{}", headers={b"authorization": raw})
     assert got.status_code == 401
     assert got.headers["www-authenticate"] == "Bearer"

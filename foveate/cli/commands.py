@@ -1,4 +1,4 @@
-"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `demo`.
+"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`.
 
 Help, and what is wrong with a command line, come without torch: nothing heavy is imported here.
 """
@@ -14,7 +14,17 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from foveate.cli.arguments import batch, bench, bench_speed, calibrate, demo, flops, run, train
+from foveate.cli.arguments import (
+    batch,
+    bench,
+    bench_speed,
+    calibrate,
+    demo,
+    flops,
+    run,
+    serve,
+    train,
+)
 from foveate.cli.arguments.list import list_
 from foveate.cli.console import stderr
 from foveate.errors import FoveateError, InputError
@@ -91,6 +101,7 @@ app.command("demo", cls=_Command)(demo.demo)
 app.command("bench", cls=_Command, help=bench.HELP)(bench.bench)
 app.command(SPEED, cls=_Command, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 app.command("train", cls=_Command, help=train.HELP)(train.train)
+app.command("serve", cls=_Command, help=serve.HELP)(serve.serve)
 
 
 def _print_version(wanted: bool) -> None:

@@ -121,15 +121,7 @@ def unpruned(record: Record) -> Record:
     """The same forward if nothing had been removed; where layers have windows, `cache_slots` are
     those without.
     """
-    full = max(record.prompt_tokens, default=0)
-    held = record.layer_tokens
-    if record.evicted_before:  # what was given to the caches before, and is still there
-        held = [held[record.evicted_before]] * record.evicted_before + held[record.evicted_before :]
-    if record.text_only_layers:  # caches of text alone
-        text = list(record.prompt_tokens)
-        for image in record.images:
-            text[image.row] -= image.total
-        held = [text if n in record.text_only_layers else tokens for n, tokens in enumerate(held)]
+    full, held = max(record.prompt_tokens, default=0), _held(record)
     slots, first = record.cache_slots, record.last_tokens_from
     return replace(
         record,
@@ -147,6 +139,49 @@ def unpruned(record: Record) -> Record:
         encoder_bounds=[],
         projected={},
     )
+
+
+def of_row(record: Record, row: int) -> Record:
+    """What one row of a batch would have recorded alone, of the language model and its cache.
+
+    What the encoder was fed is left out, for it is known of the whole batch only; `pixels` stay
+    where there are those of each image.
+
+    Args:
+        record: a forward over a prompt, not over a later turn.
+        row: row of the batch, 0-based.
+    """
+    held = _held(record) or [record.prompt_tokens] * len(record.cache_slots)
+    own = [number for number, image in enumerate(record.images) if image.row == row]
+    pixels = record.pixels
+    return replace(
+        record,
+        rows=1,
+        prompt_tokens=[record.prompt_tokens[row]],
+        images=[replace(record.images[number], row=0) for number in own],
+        layer_tokens=[[tokens[row]] for tokens in record.layer_tokens],
+        cache_slots=[
+            min(count, tokens[row]) for count, tokens in zip(record.cache_slots, held, strict=True)
+        ],
+        pixels=None if pixels is None or len(pixels) != len(record.images) else pixels[own],
+        encoder_tokens=[],
+        encoder_bounds=[],
+        encoded={},
+        projected={},
+    )
+
+
+def _held(record: Record) -> list[list[int]]:
+    """Tokens of each row that the cache of each layer was given and still has: [layers][rows]."""
+    held = record.layer_tokens
+    if record.evicted_before:  # what was given to the caches before, and is still there
+        held = [held[record.evicted_before]] * record.evicted_before + held[record.evicted_before :]
+    if record.text_only_layers:  # caches of text alone
+        text = list(record.prompt_tokens)
+        for image in record.images:
+            text[image.row] -= image.total
+        held = [text if n in record.text_only_layers else tokens for n, tokens in enumerate(held)]
+    return held
 
 
 def encoder(record: Record, family: Any) -> list[Traced]:

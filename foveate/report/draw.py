@@ -47,20 +47,63 @@ def show(
             the geometry is unknown and cannot be found out.
     """
     given: list[ImageOrVideo] = [images] if isinstance(images, Image.Image) else list(images)
+    return [_strip(frames) for frames in _panels_of(record, given, geometry)]
+
+
+def show_stages(
+    record: Record | None, images: Sequence[Image.Image], geometry: str = "auto"
+) -> list[dict[str, Image.Image]]:
+    """Draw what each site kept of each image, every site alone and without captions.
+
+    Takes the arguments of `show`, but for videos.
+
+    Returns:
+        For each image its sites, in stream order, with what was kept there.
+
+    Raises:
+        InputError: see `show`.
+    """
+    drawn = []
+    for frames in _panels_of(record, images, geometry):
+        (panels, _) = frames[0]
+        drawn.append(dict(list(panels.items())[1:]))
+    return drawn
+
+
+_Panels = tuple[dict[str, Image.Image], list[tuple[str, str]]]
+"""The image under an empty name, then what each site kept; and a caption for each."""
+
+
+def _panels_of(
+    record: Record | None, images: Sequence[ImageOrVideo], geometry: str
+) -> list[list[_Panels]]:
+    """For each image the panels of its frames; an image is one frame.
+
+    Raises:
+        InputError: see `show`.
+    """
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
     shown = _distinct(record)
-    strips, number = [], 0
-    for image, group in zip(given, _matched(shown, len(given)), strict=True):
+    found, number = [], 0
+    for image, group in zip(images, _matched(shown, len(images)), strict=True):
 
         def choose(frame: Image.Image, grid: tuple[int, int], number: int = number) -> str:
             if geometry != "auto":
                 return geometry
             return choose_geometry(record.pixels, frame, number, len(shown), grid)
 
-        strips.append(_draw_image(image, joined(group), choose))
+        found.append(_draw_image(image, joined(group), choose))
         number += len(group)
-    return strips
+    return found
+
+
+def _strip(frames: Sequence[_Panels]) -> Image.Image:
+    """The panels of an image side by side, or those of a video's frames below each other."""
+    strips = [side_by_side(list(panels.values()), captions) for panels, captions in frames]
+    if len(strips) == 1:
+        return strips[0]
+    return stack(strips, [f"frame {n + 1} of {len(strips)}" for n in range(len(strips))])
 
 
 def _matched(shown: list[ImageRecord], given: int) -> list[list[ImageRecord]]:
@@ -84,12 +127,12 @@ def _matched(shown: list[ImageRecord], given: int) -> list[list[ImageRecord]]:
 
 def _draw_image(
     image: ImageOrVideo, seen: ImageRecord, choose: Callable[[Image.Image, tuple[int, int]], str]
-) -> Image.Image:
-    """The strip of an image, or those of a video's frames below each other."""
+) -> list[_Panels]:
+    """The panels of an image, or of each frame of a video."""
     frames = [image] if isinstance(image, Image.Image) else list(image)
     if not frames:
         raise InputError("a video without frames cannot be drawn")
-    strips = []
+    found = []
     for number in range(seen.frames):
         members = (seen.frame == number).nonzero()[:, 0]
         boxes = seen.boxes[members]
@@ -102,14 +145,12 @@ def _draw_image(
         grid = plain_grid(boxes[located])
         if grid is None:
             kept = {site: index.tolist() for site, index in surviving.items()}
-            strips.append(draw_boxes(frame, boxes, kept))
+            found.append(_box_panels(frame, boxes, kept))
         else:  # raster positions among the tokens that have a box
             rank = located.cumsum(0) - 1
             kept = {site: rank[index[located[index]]].tolist() for site, index in surviving.items()}
-            strips.append(draw_kept(frame, grid, kept, choose(frame, grid)))
-    if len(strips) == 1:
-        return strips[0]
-    return stack(strips, [f"frame {n + 1} of {len(strips)}" for n in range(len(strips))])
+            found.append(_grid_panels(frame, grid, kept, choose(frame, grid)))
+    return found
 
 
 def draw_kept(
@@ -132,6 +173,17 @@ def draw_kept(
     Raises:
         InputError: the geometry is none of the three.
     """
+    panels, captions = _grid_panels(image, grid, kept_by_site, geometry)
+    return side_by_side(list(panels.values()), captions)
+
+
+def _grid_panels(
+    image: Image.Image,
+    grid: tuple[int, int],
+    kept_by_site: Mapping[str, Sequence[int]],
+    geometry: str,
+) -> _Panels:
+    """The panels of `draw_kept`."""
     canvas, box = place_grid(image, geometry, grid[1] / grid[0])
     height = max(PANEL, 10 * grid[0])
     width = round(canvas.width * height / canvas.height)
@@ -142,12 +194,12 @@ def draw_kept(
     rows = [round(top + (bottom - top) * n / grid[0]) for n in range(grid[0] + 1)]
     canvas = canvas.resize((width, height), Image.Resampling.BICUBIC)
     total = grid[0] * grid[1]
-    panels = [grid_panel(canvas, columns, rows, None)]
+    panels = {"": grid_panel(canvas, columns, rows, None)}
     captions = [("the image", f"{total} tokens")]
     for site, kept in kept_by_site.items():
-        panels.append(grid_panel(canvas, columns, rows, set(kept)))
+        panels[site] = grid_panel(canvas, columns, rows, set(kept))
         captions.append((site_name(site), f"{len(kept)} of {total} tokens"))
-    return side_by_side(panels, captions)
+    return panels, captions
 
 
 def draw_boxes(
@@ -166,6 +218,14 @@ def draw_boxes(
     Raises:
         InputError: no token has a box.
     """
+    panels, captions = _box_panels(image, boxes, kept_by_site)
+    return side_by_side(list(panels.values()), captions)
+
+
+def _box_panels(
+    image: Image.Image, boxes: Tensor, kept_by_site: Mapping[str, Sequence[int]]
+) -> _Panels:
+    """The panels of `draw_boxes`."""
     layers = passes(boxes)
     if not len(layers[-1]):
         raise InputError(
@@ -178,12 +238,12 @@ def draw_boxes(
     canvas = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     edges = boxes.nan_to_num() * torch.tensor([width, height, width, height])
     corners = edges.round().int().tolist()
-    panels, captions = [canvas], [("the image", f"{len(boxes)} tokens")]
+    panels, captions = {"": canvas}, [("the image", f"{len(boxes)} tokens")]
     for site, kept in kept_by_site.items():
         surviving = set(kept)
-        panels.append(box_panel(canvas, corners, [layer.tolist() for layer in layers], surviving))
+        panels[site] = box_panel(canvas, corners, [layer.tolist() for layer in layers], surviving)
         captions.append((site_name(site), f"{len(surviving)} of {len(boxes)} tokens"))
-    return side_by_side(panels, captions)
+    return panels, captions
 
 
 def _distinct(record: Record) -> list[ImageRecord]:

@@ -9,7 +9,7 @@ from foveate.errors import InputError
 from foveate.record.boxes import cells
 from foveate.record.record import ImageRecord, Record
 from foveate.record.tiles import TokenBoxes
-from foveate.report.draw import draw_kept, show
+from foveate.report.draw import draw_kept, show, show_stages
 from foveate.report.geometry import match_geometry, place_grid
 from foveate.report.panels import GAP, stack
 from tests.records import image, pyramid_record
@@ -99,6 +99,16 @@ def test_one_panel_for_each_place():
         return draw_kept(picture(64, 64), GRID, kept).width
 
     assert [width(n) - width(n - 1) for n in (1, 2, 3)] == [320 + GAP] * 3
+
+
+def test_stages_are_the_panels_of_the_strip():
+    record, drawn_on = pyramid_record(), [picture(64, 64), picture(64, 64, 1)]
+    strip = show(record, drawn_on)[1]
+    stages = show_stages(record, drawn_on)[1]
+    assert list(stages) == list(record.images[1].kept)
+    for n, panel in enumerate(stages.values(), 1):
+        left = GAP + n * 334
+        assert strip.crop((left, GAP, left + 320, GAP + 320)).tobytes() == panel.tobytes()
 
 
 def test_panels_differ_between_places():

@@ -1,0 +1,93 @@
+"""`foveate serve`: its arguments."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import Device, Dtype, Keep, Model, Settings
+
+HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method that removes visual tokens.
+
+MODEL is a hub id, a local folder, or [bold]tiny[/]. Requests are answered in batches; each may name
+another `method`, `keep` and `fields` in its body. A `keep` of 1 stands for all tokens. The server
+listens on this machine alone unless --host says otherwise; docs/serving-http.md has the rest.
+
+[bold]Examples[/]
+
+  foveate serve tiny --method pyramiddrop --keep 0.25
+
+  foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --max-batch 16
+
+  FOVEATE_API_KEY=secret foveate serve tiny -m fastv --host 0.0.0.0 --allow-host images.example.org
+"""  # noqa: E501
+METHOD = "As in `foveate run`, for requests that name none; without it they keep all tokens."
+
+
+def serve(
+    model: Model,
+    method: Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD)] = None,
+    keep: Keep = None,
+    setting: Settings = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; MODEL by default.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="FOVEATE_API_KEY",
+            show_envvar=True,
+            help="What clients must send. A key on the command line can be read by others.",
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 8,
+    max_wait: Annotated[
+        float, typer.Option(min=0, help="Milliseconds to wait for more of them.")
+    ] = 10.0,
+    max_queue: Annotated[
+        int, typer.Option(min=1, help="Requests held at once; one more gets status 503.")
+    ] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 300.0,
+    max_body: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request.")] = 20.0,
+    max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 8,
+    max_image: Annotated[float, typer.Option(min=0.001, help="Megabytes of an image.")] = 10.0,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Pixels of all images of a request.")
+    ] = 20_000_000,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A host from which images may be fetched over https; may be repeated."),
+    ] = None,
+    show_kept: Annotated[
+        bool, typer.Option("--show-kept", help="Send drawings of the kept tokens always.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a model."""
+    from foveate.cli.serve import Limits
+    from foveate.cli.serve import serve as start
+    from foveate.core.from_text import make_methods
+    from foveate.errors import InputError
+
+    if not method and (keep or setting):
+        raise InputError("--keep and --set are of a method: name it with --method")
+    every = ["1.0" if text.strip() == "1" else text for text in keep or ()]
+    methods = make_methods(method, every, setting or ()) if method else ()
+    limits = Limits(
+        deadline=deadline,
+        max_held=max_queue,
+        max_body=round(max_body * 1_000_000),
+        max_images=max_images,
+        max_image_bytes=round(max_image * 1_000_000),
+        max_pixels=max_pixels,
+        max_tokens=max_tokens,
+        allow_hosts=frozenset(allow_host or ()),
+        show_kept=show_kept,
+        api_key=api_key or None,
+    )
+    start(model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype))

@@ -1,0 +1,93 @@
+"""`foveate serve`: load a model and answer until a signal comes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.markup import escape
+
+from foveate.cli.console import progress, stderr, stdout
+from foveate.core import Method
+from foveate.errors import InputError
+from foveate.loading import load_model
+
+NEEDED = ("fastapi", "uvicorn", "openai", "httpx", "prometheus_client")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`foveate.serve.Settings` without the model's name."""
+
+    deadline: float
+    max_held: int
+    max_body: int
+    max_images: int
+    max_image_bytes: int
+    max_pixels: int
+    max_tokens: int
+    allow_hosts: frozenset[str]
+    show_kept: bool
+    api_key: str | None
+
+
+def serve(
+    model: str,
+    methods: Sequence[Method],
+    limits: Limits,
+    address: tuple[str, int],
+    name: str | None,
+    batching: tuple[int, float],
+    weights: tuple[str, str],
+) -> None:
+    """Load the model, and serve it.
+
+    Args:
+        model: hub id, local folder or `tiny`.
+        methods: of requests that name none, in stream order; none for all tokens.
+        limits: of requests.
+        address: host and port.
+        name: what clients call the model; by default `model`, of a folder its name.
+        batching: most requests of a batch, and milliseconds to wait for them.
+        weights: device and dtype.
+
+    Raises:
+        FoveateError: a package is missing, the address is taken, or the method does not work.
+    """
+    check_packages()
+    from foveate.serve import Engine, Settings, create_app
+    from foveate.serve.logs import log_to_stderr
+    from foveate.serve.server import listen, run
+
+    listening = listen(*address)
+    with progress() as steps:
+        steps.say(f"loading {model}")
+        loaded = load_model(model, *weights)
+    most, wait = batching
+    engine = Engine(
+        *loaded, list(methods) or None, max_batch=most, max_wait=wait, max_tokens=limits.max_tokens
+    )
+    called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    app = create_app(engine, Settings(called, **asdict(limits)))
+    host, port = address[0], listening.getsockname()[1]
+    by = " + ".join(method.slug for method in methods) or "all tokens"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    stdout().print(f"serving [bold]{escape(called)}[/] with {escape(by)} at {url}", soft_wrap=True)
+    if limits.api_key is None and host not in LOCAL:
+        stderr().print("[yellow]note: no --api-key: whoever reaches this address can ask[/]")
+    log_to_stderr()
+    run(app, listening, limits.deadline)
+
+
+def check_packages() -> None:
+    """Refuse to start without what a server needs.
+
+    Raises:
+        InputError: a package is missing.
+    """
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise InputError(f"foveate serve needs {', '.join(missing)}: pip install 'foveate[serve]'")

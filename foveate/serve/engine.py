@@ -1,0 +1,182 @@
+"""Engine: one thread owns the model and answers questions in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
+
+from foveate.core.budget import per_request
+from foveate.core.resolve import MethodLike, methods_of
+from foveate.errors import FoveateError
+from foveate.integrations.chat import ChatModel
+from foveate.methods import Uniform
+from foveate.run import use
+from foveate.serve.batch import Batch, Ticket
+from foveate.serve.choices import Choices, changed
+from foveate.serve.errors import ServerError, busy, too_late
+from foveate.serve.request import Delta, End, Question
+
+log = logging.getLogger("foveate.serve")
+
+
+class Engine:
+    """A model that answers questions, several at a time where they go together.
+
+    Those go together that have images or have none, and whose methods differ in `keep` alone.
+    Rows of a batch end independently; who comes meanwhile waits for the batch to end.
+
+    Args:
+        model: a supported vision-language model.
+        processor: its processor.
+        method: what removes visual tokens where a question names nothing; `None` for all tokens.
+        max_batch: most questions that are answered together.
+        max_wait: milliseconds for which a question waits for others.
+        max_tokens: longest answer.
+
+    Raises:
+        FoveateError: the method does not work on the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        method: MethodLike | None = None,
+        *,
+        max_batch: int = 8,
+        max_wait: float = 10.0,
+        max_tokens: int = 1024,
+    ) -> None:
+        self._chat = ChatModel(model, processor)
+        self.max_batch, self.max_wait, self.max_tokens = max_batch, max_wait, max_tokens
+        self._choices = Choices(model, () if method is None else methods_of(method))
+        use(model, Uniform(keep=1.0))  # with which all tokens are counted
+        self._changed = threading.Condition()
+        self._queue: list[Ticket] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="foveate-engine", daemon=True)
+        self._thread.start()
+
+    # -- what the HTTP side asks
+
+    async def submit(self, question: Question) -> AsyncIterator[Delta | End]:
+        """Answer a question: text as it comes, then the end. Closing the iterator cancels it.
+
+        Raises:
+            FoveateError: the question cannot be served, or was not in time.
+        """
+        asked = await asyncio.to_thread(self._choices.resolve, question.choice)
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Delta | End | Exception] = asyncio.Queue()
+
+        def emit(event: Delta | End | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody waits
+                ticket.cancelled.set()
+
+        ticket = Ticket(question, asked, self._choices.key(question, asked), emit)
+        self._put(ticket)
+        try:
+            while True:
+                left = ticket.arrived + question.seconds - time.monotonic()
+                try:
+                    event = await asyncio.wait_for(events.get(), left)
+                except asyncio.TimeoutError:
+                    raise too_late(question.seconds) from None
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, End):
+                    return
+        finally:
+            ticket.cancelled.set()
+
+    async def methods(self) -> list[dict[str, Any]]:
+        """All methods, and whether they work on the model; see `Choices.listing`."""
+        return await asyncio.to_thread(self._choices.listing)
+
+    @property
+    def waiting(self) -> int:
+        """Questions that no batch has begun to answer."""
+        return len(self._queue)
+
+    @property
+    def alive(self) -> bool:
+        """Whether questions are answered."""
+        return self._thread.is_alive() and not self._closing
+
+    def close(self) -> None:
+        """Answer what was asked, and stop."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    # -- the thread of the model
+
+    def _put(self, ticket: Ticket) -> None:
+        with self._changed:
+            if self._closing:
+                raise busy("the server is stopping")
+            self._queue.append(ticket)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while tickets := self._next():
+            self._answer(tickets)
+
+    def _next(self) -> list[Ticket]:
+        """The tickets to answer next, oldest first; none when there will be no more."""
+        with self._changed:
+            while True:
+                self._queue = [ticket for ticket in self._queue if not ticket.over]
+                if not self._queue:
+                    if self._closing:
+                        return []
+                    self._changed.wait()
+                    continue
+                first = self._queue[0]
+                found = [t for t in self._queue if t.key == first.key][: self.max_batch]
+                left = first.arrived + self.max_wait / 1000 - time.monotonic()
+                if len(found) == self.max_batch or left <= 0 or self._closing:
+                    self._queue = [t for t in self._queue if t not in found]
+                    return found
+                self._changed.wait(left)
+
+    def _answer(self, tickets: Sequence[Ticket]) -> None:
+        """Answer tickets together, or each alone where one of them stands in the way."""
+        try:
+            Batch(self._chat, tickets, self._session(tickets), self.max_tokens).run()
+        except Exception as error:
+            if len(tickets) == 1:
+                tickets[0].close(_told(error))
+                return
+            for ticket in tickets:
+                if ticket.begun:
+                    ticket.close(_told(error))
+                elif not ticket.over:
+                    self._answer([ticket])
+
+    def _session(self, tickets: Sequence[Ticket]) -> Any:
+        """What the model runs within, for tickets of equal keys."""
+        first = tickets[0]
+        if first.asked.everything or not first.question.images:
+            return use(self._chat.model, Uniform(keep=1.0))
+        methods = [ticket.asked.methods for ticket in tickets]
+        if all(one == methods[0] for one in methods):
+            return use(self._chat.model, methods[0])
+        keeps = per_request([cast(Any, one[0].keep) for one in methods])
+        return use(self._chat.model, changed(methods[0][0], {"keep": keeps}))
+
+
+def _told(error: Exception) -> Exception:
+    """An error as the client sees it; what is not the client's doing goes to the log."""
+    if isinstance(error, FoveateError):
+        return error
+    log.error("the model failed", exc_info=error)
+    return ServerError(f"the model failed on this request ({type(error).__name__})", 500)

@@ -1,0 +1,188 @@
+"""The official client gets what the model answers, and is told what was removed."""
+
+import asyncio
+import base64
+import io
+
+import httpx
+import pytest
+from PIL import Image
+
+import foveate
+from foveate.cli.inputs import answer, encode
+from tests.serve.running import client, data_url, turn
+
+LONGEST = 6
+
+
+def ask(address, messages, **more):
+    async def go():
+        async with client(address) as asked:
+            return await asked.chat.completions.create(model="tiny", messages=messages, **more)
+
+    return asyncio.run(go())
+
+
+def alone(loaded, images, question, method=None, **fields):
+    """The answer and the report of the library."""
+    model, processor = loaded
+    inputs = encode(processor, images, question, model)
+    if method is None:
+        return answer(model, processor, inputs, LONGEST), None
+    with foveate.use(model, method, **fields) as session:
+        return answer(model, processor, inputs, LONGEST), session.report()
+
+
+@pytest.mark.parametrize(
+    ("body", "method"),
+    [
+        ({}, ("pyramiddrop", {})),
+        ({"keep": 0.25}, ("pyramiddrop", {"keep": 0.25})),
+        (
+            {"method": "fastv", "keep": 32, "fields": {"layer": 3}},
+            ("fastv", {"keep": 32, "layer": 3}),
+        ),
+        ({"method": "divprune", "keep": 0.125}, ("divprune", {"keep": 0.125})),
+        ({"method": "cls-drop"}, ("cls-drop", {})),
+        ({"keep": [0.75, 0.5, 0.25]}, ("pyramiddrop", {"keep": (0.75, 0.5, 0.25)})),
+    ],
+    ids=str,
+)
+def test_answers_and_figures_are_the_librarys(address, loaded, scenes, body, method):
+    scene = scenes[2]
+    for question in scene.questions[:3]:
+        want, report = alone(loaded, [scene.image], question.text, method[0], **method[1])
+        got = ask(address, [turn(question.text, scene.image)], extra_body=body)
+        assert got.choices[0].message.content == want
+        assert got.choices[0].finish_reason == "stop"
+        (image,) = report["images"]
+        after = list(image["after"].values())[-1]
+        assert got.usage.visual_tokens == {"before": image["tokens"], "after": after}
+        assert got.usage.prompt_tokens == report["prompt_tokens"][0]
+        assert got.foveate["visual_tokens"] == got.usage.visual_tokens
+        flops, kv = report["flops"]["prefill"], report["kv_bytes"]
+        assert got.foveate["flops"] == {"prefill": flops["after"], "prefill_all": flops["before"]}
+        assert got.foveate["kv_bytes"] == {"now": kv["after"], "all": kv["before"]}
+        assert got.foveate["method"]["method"] == method[0]
+        assert got.foveate["seconds"]["total"] >= got.foveate["seconds"]["first_token"] > 0
+        assert "images" not in got.foveate
+
+
+@pytest.mark.parametrize("keep", [1, 1.0])
+def test_a_keep_of_one_is_all_tokens(address, loaded, scenes, keep):
+    scene = scenes[3]
+    want, _ = alone(loaded, [scene.image], scene.questions[0].text)
+    got = ask(address, [turn(scene.questions[0].text, scene.image)], extra_body={"keep": keep})
+    assert got.choices[0].message.content == want
+    assert got.usage.visual_tokens == {"before": 256, "after": 256}
+    assert got.foveate["flops"]["prefill"] == got.foveate["flops"]["prefill_all"]
+    assert got.foveate["method"]["keep"] == 1.0
+
+
+def test_kept_tokens_are_drawn_where_they_are_asked_for(address, scenes):
+    images = [scenes[0].image, scenes[1].image]
+    got = ask(address, [turn("star ?", *images)], extra_body={"show_kept": True})
+    assert len(got.foveate["images"]) == 2
+    drawn = set()
+    for image in got.foveate["images"]:
+        assert image["before"] == 256
+        assert [stage["kept"] for stage in image["stages"]] == [128, 64, 32]
+        for stage in image["stages"]:
+            head, _, text = stage["picture"].partition(",")
+            assert head == "data:image/png;base64"
+            drawn.add(Image.open(io.BytesIO(base64.b64decode(text))).tobytes())
+    assert len(drawn) == 6
+    assert (
+        sum(s["stages"][-1]["kept"] for s in got.foveate["images"])
+        == got.usage.visual_tokens["after"]
+    )
+
+
+def test_a_stream_says_what_a_whole_answer_says(address, scenes):
+    messages = [turn(scenes[1].questions[0].text, scenes[1].image)]
+    whole = ask(address, messages, extra_body={"show_kept": True})
+
+    async def stream():
+        async with client(address) as asked:
+            chunks = await asked.chat.completions.create(
+                model="tiny",
+                messages=messages,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body={"show_kept": True},
+            )
+            return [chunk async for chunk in chunks]
+
+    *chunks, usage = asyncio.run(stream())
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert chunks[-1].foveate["images"] == whole.foveate["images"]
+    assert usage.usage == whole.usage
+    assert not usage.choices
+    assert not any(hasattr(chunk, "foveate") for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses(address, loaded, scenes, stream):
+    scene = scenes[4]
+    question = scene.questions[0].text
+    parts = [
+        {"type": "input_image", "image_url": data_url(scene.image, "BMP")},
+        {"type": "input_text", "text": question},
+    ]
+    body = {"model": "tiny", "input": [{"role": "user", "content": parts}]}
+    body["extra_body"] = {"method": "fastv", "keep": 0.25}
+
+    async def go():
+        async with client(address) as asked:
+            if not stream:
+                return await asked.responses.create(**body)
+            async with asked.responses.stream(**body) as events:
+                async for event in events:
+                    assert event.type != "error"
+                return await events.get_final_response()
+
+    got = asyncio.run(go())
+    assert got.status == "completed"
+    assert got.output_text == alone(loaded, [scene.image], question, "fastv", keep=0.25)[0]
+    assert got.usage.visual_tokens == {"before": 256, "after": 64}
+    assert got.foveate["method"]["keep"] == 0.25
+
+
+def user(image, text):
+    return {"role": "user", "content": [image, {"type": "text", "text": text}]}
+
+
+def test_conversations_have_several_turns(address, loaded, scenes):
+    """And an image in each."""
+    model, processor = loaded
+    one, two = scenes[:2]
+    turns = [("star ?", one.image), (two.questions[0].text, two.image)]
+    messages = [turn(*turns[0]), {"role": "assistant", "content": "red"}, turn(*turns[1])]
+    got = ask(address, messages, extra_body={"keep": 1})
+    prompt = [
+        user({"type": "image", "image": turns[0][1]}, "star ?"),
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        user({"type": "image", "image": turns[1][1]}, turns[1][0]),
+    ]
+    inputs = processor.apply_chat_template(
+        prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert got.choices[0].message.content == answer(model, processor, inputs, LONGEST)
+    assert got.usage.visual_tokens["before"] == 512
+    assert got.usage.prompt_tokens == inputs["input_ids"].shape[1]
+
+
+def test_models_and_methods(address):
+    listed = httpx.get(f"{address}/v1/methods").json()
+    assert {entry["slug"] for entry in listed} == set(foveate.list_methods())
+    first = next(entry for entry in listed if entry["slug"] == "pyramiddrop")
+    assert first["works"] is True
+    assert first["default_keep"] == [0.5, 0.25, 0.125]
+    assert first["stage"] == "llm"
+    assert first["summary"].endswith(".")
+    assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny"
+    assert httpx.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
+    assert httpx.get(f"{address}/v1/models/other").status_code == 404

@@ -7,9 +7,7 @@ no harm if it is answered twice.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +15,13 @@ from foveate.batch.job import Job
 from foveate.batch.output import Totals
 from foveate.batch.plan import Plan, Shard
 from foveate.batch.worker import Worker
-from foveate.errors import FoveateError, InputError
+from foveate.errors import FoveateError
+from foveate.integrations.ray_cluster import check_gpus, connected, import_ray
 from foveate.io.quoting import shown
 
 TRIES = 3
 """How often a shard is given to a worker again after one died of it."""
-_STORE = 100 * 2**20  # bytes of the object store of a Ray of our own; shards do not pass through it
+OPTION = "--workers"
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,13 @@ class Cluster:
 
 
 def check_cluster(cluster: Cluster, device: str) -> None:
-    """Refuse GPUs that no model would use, and models on GPUs that Ray does not give.
+    """Refuse what cannot be run.
 
     Raises:
-        InputError: so it is, or Ray is not installed.
+        InputError: GPUs and device do not go together, or Ray is not installed.
     """
-    _ray()
-    cuda = device.startswith("cuda")
-    if cluster.gpus and not cuda:
-        raise InputError("--gpus-per-worker gives workers GPUs that they use with --device cuda")
-    if cuda and not cluster.gpus:
-        raise InputError("--device cuda with --workers needs --gpus-per-worker, such as 1 or 0.5")
+    import_ray(OPTION)
+    check_gpus(cluster.gpus, device, (OPTION, "--gpus-per-worker"))
 
 
 def run_on_ray(
@@ -70,8 +65,8 @@ def run_on_ray(
         FoveateError: see `Worker.run`; or a shard could not be answered because workers died of it
             again and again. The others are answered first.
     """
-    ray = _ray()
-    with _running(ray, cluster):
+    ray = import_ray(OPTION)
+    with connected(ray, cluster.address, cluster.workers * cluster.cpus):
         count = min(cluster.workers, len(shards))
         kind = ray.remote(Worker).options(
             num_cpus=cluster.cpus, num_gpus=cluster.gpus,
@@ -118,37 +113,3 @@ def _pairs(workers: Sequence[Any], waiting: list[Shard]) -> Iterator[tuple[Any, 
     for worker in workers:
         if waiting:
             yield worker, waiting.pop(0)
-
-
-@contextmanager
-def _running(ray: Any, cluster: Cluster) -> Iterator[None]:
-    """A connection to Ray; one that was there before is used, and stays."""
-    if ray.is_initialized():
-        yield
-        return
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-    options: dict[str, Any] = {}
-    if address == "local":
-        cpus = max(os.cpu_count() or 1, int(cluster.workers * cluster.cpus + 0.99))
-        options = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot reach Ray at {shown(address, 60)}: {shown(error, 120)}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _ray() -> Any:
-    """The module `ray`.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--workers needs Ray: pip install 'foveate[ray]'") from None
-    return ray

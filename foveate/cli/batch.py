@@ -12,9 +12,9 @@ from foveate.batch.job import Job
 from foveate.batch.output import Totals
 from foveate.batch.run import Look, look, run_here, writing
 from foveate.cli.console import progress, stderr, stdout
+from foveate.cli.inputs import check_model
 from foveate.errors import InputError
-from foveate.loading import check_device, load_skeleton, read_dtype
-from foveate.run import use
+from foveate.loading import check_device
 
 
 def run(job: Job, cluster: Cluster | None, *, dry: bool) -> None:
@@ -45,19 +45,12 @@ def run(job: Job, cluster: Cluster | None, *, dry: bool) -> None:
 
 
 def _check_model(job: Job, cluster: Cluster | None) -> None:
-    """What is wrong with the model or the method, found without weights.
-
-    Raises:
-        FoveateError: see there.
-    """
-    read_dtype(job.dtype)
+    """What is wrong with the model or the methods, found without weights."""
     if cluster is None:
         check_device(job.device)  # workers may have devices that are not here
     else:
         check_cluster(cluster, job.device)
-    model = load_skeleton(job.model)
-    if job.methods:
-        use(model, job.methods)
+    check_model(job.model, job.methods, job.dtype)
 
 
 def _answer(job: Job, cluster: Cluster | None, found: Look) -> Totals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -83,6 +84,7 @@ def serve(
     if limits.api_key is None and host not in LOCAL:
         stderr().print("[yellow]note: no --api-key: whoever reaches this address can ask[/]")
     log_to_stderr()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler that exits with code 15
     run(app, listening, limits.deadline)
 
 

@@ -11,6 +11,7 @@ stream whose first words were sent is not: it ends with an error.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -230,6 +231,7 @@ class Replicas:
         from ray import serve
 
         quiet = {"log_level": "ERROR"}
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # in this process
         scale: dict[str, Any] = {"num_replicas": fleet.replicas}
         if fleet.most is not None:
             limits = {"min_replicas": fleet.replicas, "max_replicas": fleet.most}

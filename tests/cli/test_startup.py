@@ -23,6 +23,7 @@ WRONG = [
     "run tiny a.png why -m fastv --repeats x", "flops", "flops tiny --nonsense", "calibrate",
     "list --nonsense", "bench --samples x", "demo --repeats 0", "train",
     "batch", "batch a.jsonl out", "batch a.jsonl out --model tiny --keep 0.5",
+    "serve tiny --max-replicas 2", "serve tiny --replicas 3 --max-replicas 2",
 ]  # fmt: skip
 
 

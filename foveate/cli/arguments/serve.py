@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from foveate.cli.options import Device, Dtype, Keep, Model, Settings
+from foveate.errors import InputError
 
 HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method that removes visual tokens.
 
@@ -87,17 +88,16 @@ def serve(
     dtype: Dtype = "auto",
 ) -> None:
     """Serve a model."""
-    from foveate.cli.serve import Limits
-    from foveate.cli.serve import serve as start
-    from foveate.core.from_text import make_methods
-    from foveate.errors import InputError
-
-    if not method and (keep or setting):
-        raise InputError("--keep and --set are of a method: name it with --method")
     if replicas is None and (max_replicas or gpus_per_replica or ray_address):
         raise InputError("--max-replicas, --gpus-per-replica and --ray-address go with --replicas")
     if replicas and max_replicas and max_replicas < replicas:
         raise InputError(f"--max-replicas {max_replicas} is less than --replicas {replicas}")
+    from foveate.cli.serve import Limits
+    from foveate.cli.serve import serve as start
+    from foveate.core.from_text import make_methods
+
+    if not method and (keep or setting):
+        raise InputError("--keep and --set are of a method: name it with --method")
     every = ["1.0" if text.strip() == "1" else text for text in keep or ()]
     methods = make_methods(method, every, setting or ()) if method else ()
     limits = Limits(

@@ -1,13 +1,17 @@
 """Workers under Ray: processes, on one machine or on many, that each own a model.
 
-Workers read and write shards themselves, so nothing large passes through Ray. Ray starts a worker
-that died again and gives it the shard once more; a shard is written whole or not at all, so it does
-no harm if it is answered twice.
+Ray Data hands shards to a pool of workers. They read and write the shards themselves, so nothing
+large passes through Ray, and a file that is there is what says that a shard is done: checkpoints of
+Ray Data's own come only at the end of small jobs. Ray starts a worker that died again and gives it
+the shard once more; a shard is written whole or not at all, so it does no harm if it is answered
+twice.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,51 +69,55 @@ def run_on_ray(
         FoveateError: see `Worker.run`; or a shard could not be answered because workers died of it
             again and again. The others are answered first.
     """
-    ray = import_ray(OPTION)
-    with connected(ray, cluster.address, cluster.workers * cluster.cpus):
-        count = min(cluster.workers, len(shards))
-        kind = ray.remote(Worker).options(
+    ray, totals, left = import_ray(OPTION), Totals(), {shard.name: shard for shard in shards}
+    with connected(ray, cluster.address, cluster.workers * cluster.cpus), _quiet() as data:
+        answered = data.from_items(
+            [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+        ).map(
+            _Shards, fn_constructor_args=(job, plan),
+            compute=data.ActorPoolStrategy(size=min(cluster.workers, len(shards))),
             num_cpus=cluster.cpus, num_gpus=cluster.gpus,
-            max_restarts=-1, max_task_retries=TRIES,
+            ray_remote_args_fn=lambda: {"max_task_retries": TRIES},
         )  # fmt: skip
-        workers = [kind.remote(job, plan) for _ in range(count)]
-        try:
-            return _share(ray, workers, shards, tick)
-        finally:
-            for worker in workers:
-                ray.kill(worker)
-
-
-def _share(
-    ray: Any, workers: Sequence[Any], shards: Sequence[Shard], tick: Callable[[int], object]
-) -> Totals:
-    """Give each worker a shard, and the next when it is done."""
-    waiting, totals, lost = list(shards), Totals(), []
-    busy = {worker.run.remote(shard): (worker, shard) for worker, shard in _pairs(workers, waiting)}
-    while busy:
-        (ready, *_), _ = ray.wait(list(busy))
-        worker, shard = busy.pop(ready)
-        try:
-            totals += ray.get(ready)
-            tick(shard.rows)
-        except ray.exceptions.RayActorError:
-            lost.append(shard.name)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, FoveateError):
-                raise error.cause from None
-            raise
-        busy.update({w.run.remote(s): (w, s) for w, s in _pairs([worker], waiting)})
-    if lost:
+        for row in answered.iter_rows():
+            if row["error"] is not None:
+                raise row["error"]
+            totals += row["totals"]
+            tick(left.pop(row["name"]).rows)
+    if left:
         raise FoveateError(
-            f"workers died of {len(lost)} shards, {TRIES + 1} times each: "
-            f"{shown(', '.join(lost), 100)}; the others are done. Perhaps memory is short: try a "
+            f"workers died of {len(left)} shards, {TRIES + 1} times each: "
+            f"{shown(', '.join(left), 100)}; the others are done. Perhaps memory is short: try a "
             "smaller --batch or fewer --workers"
         )
     return totals
 
 
-def _pairs(workers: Sequence[Any], waiting: list[Shard]) -> Iterator[tuple[Any, Shard]]:
-    """Each worker with a shard, for as long as there are any."""
-    for worker in workers:
-        if waiting:
-            yield worker, waiting.pop(0)
+class _Shards:
+    """A worker, as Ray Data calls it."""
+
+    def __init__(self, job: Job, plan: Plan) -> None:
+        self._worker = Worker(job, plan)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard = row["shard"]
+        try:
+            totals, error = self._worker.run(shard), None
+        except FoveateError as refused:
+            totals, error = None, refused
+        return {"name": shard.name, "totals": totals, "error": error}
+
+
+@contextmanager
+def _quiet() -> Iterator[Any]:
+    """The module `ray.data`, whose runs go on where a worker has died too often."""
+    from ray import data
+
+    context = data.DataContext.get_current()
+    before = context.max_errored_blocks, context.enable_progress_bars
+    context.max_errored_blocks, context.enable_progress_bars = -1, False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    try:
+        yield data
+    finally:
+        context.max_errored_blocks, context.enable_progress_bars = before

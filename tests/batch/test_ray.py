@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from foveate.batch.cluster import Cluster, check_cluster, run_on_ray
+from foveate.batch import cluster as cluster_module
+from foveate.batch.cluster import Cluster, _Shards, check_cluster, run_on_ray
 from foveate.batch.output import Totals
 from foveate.batch.run import look, run_here, writing
 from foveate.errors import FoveateError, InputError
@@ -34,7 +35,7 @@ def workers():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.name().startswith("ray::Worker") or "ray::Worker" in process.cmdline()[0]:
+            if "ray::MapWorker" in process.cmdline()[0]:
                 found.append(process.pid)
         except (psutil.Error, IndexError):
             continue
@@ -80,6 +81,25 @@ def test_what_a_worker_cannot_do_is_told_as_it_is_here(tmp_path):
     with pytest.raises(FoveateError, match=r"^device 'cuda' was asked for"):
         on_ray(one)
     assert read_totals(one) == Totals()
+
+
+def test_a_shard_that_kills_its_workers_does_not_end_the_others(tmp_path, monkeypatch):
+    source = write_lines(tmp_path, 6)
+    one = job(source, tmp_path / "out", shard_rows=2)
+    monkeypatch.setattr(cluster_module, "_Shards", Deadly)
+    monkeypatch.setattr(cluster_module, "TRIES", 1)
+    with pytest.raises(FoveateError, match=r"workers died of 1 shards, 2 times each: q-00001"):
+        on_ray(one)
+    assert [row["id"] for row in read(one.output)] == [0, 1, 4, 5]
+
+
+class Deadly(_Shards):
+    """Dies of the second shard."""
+
+    def __call__(self, row):
+        if row["shard"].first == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(row)
 
 
 def read_totals(one):

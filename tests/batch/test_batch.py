@@ -1,7 +1,10 @@
 """Shards are answered whole, once, and as their rows alone would be."""
 
 import json
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -232,3 +235,51 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     (one.output / "q.parquet").unlink()
     answer(one)
     assert [path.name for path in one.output.rglob("*.parquet")] == ["q.parquet"]
+
+
+class Host(BaseHTTPRequestHandler):
+    """A web server that fails at first, and knows one image."""
+
+    image = b""
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        status = 200 if self.path == "/a.png" else 302
+        if self.path == "/late.png":
+            status = 503 if self.asked.count("/late.png") < 3 else 200
+        if self.path == "/none.png":
+            status = 404
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", "/a.png")
+        self.end_headers()
+        self.wfile.write(self.image if status == 200 else b"")
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+def test_images_are_fetched_from_hosts_that_are_named(tmp_path, alone, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    image, question, _ = scenes(1)[0]
+    Host.image = png(image)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = ("a.png", "late.png", "none.png", "moved.png")
+    urls = [f"http://127.0.0.1:{server.server_port}/{name}" for name in names]
+    source = tmp_path / "q.jsonl"
+    source.write_text(
+        "".join(json.dumps({"image": url, "question": question}) + "\n" for url in urls)
+    )
+    answer(job(source, tmp_path / "refused"))
+    assert not Host.asked
+    answer(job(source, tmp_path / "out", hosts=frozenset({"127.0.0.1"})))
+    server.shutdown()
+    rows = read(tmp_path / "out")
+    assert [row["answer"] for row in rows] == [alone[0].text.strip()] * 2 + [None] * 2
+    assert "404" in rows[2]["error"]
+    assert "is not followed" in rows[3]["error"]
+    assert [Host.asked.count(f"/{name}") for name in names] == [1, 3, 1, 1]
+    assert all("127.0.0.1" in row["error"] for row in read(tmp_path / "refused"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError, InputError
+from foveate.io.locking import locked
 from foveate.io.writing import explained, replacing
 
 Row = dict[str, Any]
@@ -124,11 +125,11 @@ class Store:
         Raises:
             InputError: another run writes to the file, or none can.
         """
-        with explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            opened = self.path.with_suffix(".lock").open("w")
-        with opened as lock:
-            _take(lock, self.path)
+        lock = self.path.with_suffix(".lock")
+        message = (
+            f"another run writes to {self.path}; wait for it, or choose another folder with --out"
+        )
+        with locked(lock, message):
             try:
                 yield self
             finally:
@@ -175,16 +176,3 @@ class Store:
         if lines[-1]:
             os.truncate(self.journal, len(data) - len(lines[-1]))
         return rows
-
-
-def _take(lock: Any, path: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: runs are not kept apart
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise InputError(
-            f"another run writes to {path}; wait for it, or choose another folder with --out"
-        ) from None

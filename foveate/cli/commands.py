@@ -1,4 +1,4 @@
-"""The commands: `run`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`.
+"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`.
 
 Help, and what is wrong with a command line, come without torch: nothing heavy is imported here.
 """
@@ -14,7 +14,17 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
-from foveate.cli.arguments import bench, bench_speed, calibrate, demo, flops, run, serve, train
+from foveate.cli.arguments import (
+    batch,
+    bench,
+    bench_speed,
+    calibrate,
+    demo,
+    flops,
+    run,
+    serve,
+    train,
+)
 from foveate.cli.arguments.list import list_
 from foveate.cli.console import stderr
 from foveate.errors import FoveateError, InputError
@@ -83,6 +93,7 @@ app = typer.Typer(
 )
 
 app.command("run", cls=_Command, help=run.HELP)(run.run)
+app.command("batch", cls=_Command, help=batch.HELP)(batch.batch)
 app.command("list", cls=_Command)(list_)
 app.command("calibrate", cls=_Command, help=calibrate.HELP)(calibrate.calibrate)
 app.command("flops", cls=_Command, help=flops.HELP)(flops.flops)

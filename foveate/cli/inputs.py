@@ -11,8 +11,11 @@ from PIL import Image
 from rich.markup import escape
 
 from foveate.cli.console import stderr
+from foveate.core import Method
 from foveate.io.images import load_image as open_image
 from foveate.io.quoting import shown
+from foveate.loading import load_skeleton, read_dtype
+from foveate.run import use
 
 
 def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
@@ -27,6 +30,18 @@ def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
     for note in dict.fromkeys(shown(str(warning.message), 300) for warning in said):
         stderr().print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
     return image
+
+
+def check_model(name: str, methods: Sequence[Method], dtype: str) -> None:
+    """Refuse a model or methods that do not work on it, before other processes load its weights.
+
+    Raises:
+        FoveateError: there is no such model or dtype, or a method does not work.
+    """
+    read_dtype(dtype)
+    model = load_skeleton(name)
+    if methods:
+        use(model, methods)
 
 
 def encode(processor: Any, images: Sequence[Image.Image], question: str, model: Any) -> Any:

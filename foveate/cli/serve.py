@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from foveate.cli.console import progress, stderr, stdout
+from foveate.cli.inputs import check_model
 from foveate.core import Method
 from foveate.errors import InputError
+from foveate.integrations.ray_cluster import check_gpus, import_ray
 from foveate.loading import load_model
+
+if TYPE_CHECKING:
+    from foveate.serve.replicas import Fleet
 
 NEEDED = ("fastapi", "uvicorn", "openai", "httpx", "prometheus_client")
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -42,6 +49,7 @@ def serve(
     name: str | None,
     batching: tuple[int, float],
     weights: tuple[str, str],
+    fleet: Fleet | None = None,
 ) -> None:
     """Load the model, and serve it.
 
@@ -53,23 +61,20 @@ def serve(
         name: what clients call the model; by default `model`, of a folder its name.
         batching: most requests of a batch, and milliseconds to wait for them.
         weights: device and dtype.
+        fleet: replicas under Ray; `None` for a model in this process.
 
     Raises:
         FoveateError: a package is missing, the address is taken, or the method does not work.
     """
     check_packages()
-    from foveate.serve import Engine, Settings, create_app
+    from foveate.serve import Settings, create_app
     from foveate.serve.logs import log_to_stderr
     from foveate.serve.server import listen, run
 
     listening = listen(*address)
     with progress() as steps:
         steps.say(f"loading {model}")
-        loaded = load_model(model, *weights)
-    most, wait = batching
-    engine = Engine(
-        *loaded, list(methods) or None, max_batch=most, max_wait=wait, max_tokens=limits.max_tokens
-    )
+        engine = _engine(model, tuple(methods), batching, limits.max_tokens, weights, fleet)
     called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
     app = create_app(engine, Settings(called, **asdict(limits)))
     host, port = address[0], listening.getsockname()[1]
@@ -79,7 +84,35 @@ def serve(
     if limits.api_key is None and host not in LOCAL:
         stderr().print("[yellow]note: no --api-key: whoever reaches this address can ask[/]")
     log_to_stderr()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler that exits with code 15
     run(app, listening, limits.deadline)
+
+
+def _engine(
+    model: str,
+    methods: tuple[Method, ...],
+    batching: tuple[int, float],
+    max_tokens: int,
+    weights: tuple[str, str],
+    fleet: Fleet | None,
+) -> Any:
+    """What answers: a model here, or replicas; see `serve`."""
+    most, wait = batching
+    if fleet is None:
+        from foveate.serve import Engine
+
+        return Engine(
+            *load_model(model, *weights), list(methods) or None, max_batch=most, max_wait=wait,
+            max_tokens=max_tokens,
+        )  # fmt: skip
+    from foveate.serve.replicas import OPTION, Replicas, Spec
+
+    device, dtype = weights
+    import_ray(OPTION)
+    check_gpus(fleet.gpus, device, (OPTION, "--gpus-per-replica"))
+    check_model(model, methods, dtype)
+    where = str(Path(model).absolute()) if Path(model).is_dir() else model
+    return Replicas(Spec(where, methods, device, dtype, most, wait, max_tokens), fleet)
 
 
 def check_packages() -> None:

@@ -11,6 +11,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.images import as_rgb, load_image
 from foveate.io.quoting import shown
+from foveate.record.record import Record
 from foveate.run import use
 
 Message = Mapping[str, Any]
@@ -30,6 +32,23 @@ Conversation = Sequence[Message]
 GENERATION = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "do_sample")
 """Generation settings that are passed on."""
 _BASE64 = 64  # letters from which on a text that is no file may be an image itself
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one conversation.
+
+    Args:
+        text: the answer.
+        tokens: of the answer up to its end.
+        visual_before: visual tokens of the conversation; `None` without a method.
+        visual_after: those that survive the last step.
+    """
+
+    text: str
+    tokens: int
+    visual_before: int | None
+    visual_after: int | None
 
 
 class ChatModel:
@@ -66,7 +85,6 @@ class ChatModel:
         """What to run the model within."""
         return nullcontext() if self.method is None else use(self.model, self.method)
 
-    @torch.inference_mode()
     def answer(self, batch: Sequence[Conversation], **settings: Any) -> list[tuple[str, int]]:
         """Answers, and how many tokens each has.
 
@@ -75,16 +93,24 @@ class ChatModel:
             **settings: those of `GENERATION`, greedy without them, and `until`: strings at which an
                 answer ends; others do not concern the model.
         """
-        results: list[tuple[str, int]] = [("", 0)] * len(batch)
+        return [(answer.text, answer.tokens) for answer in self.ask(batch, **settings)]
+
+    @torch.inference_mode()
+    def ask(self, batch: Sequence[Conversation], **settings: Any) -> list[Answer]:
+        """Answers with what was removed for them; takes the arguments of `answer`."""
+        results: dict[int, Answer] = {}
         for members in _alike(batch):
             inputs = self.encode([batch[i] for i in members])
-            with self.session():
+            with self.session() as run:
                 out = self.model.generate(**inputs, **_generation(settings))
             new = out[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
-            for i, text, tokens in zip(members, texts, self._lengths(new), strict=True):
-                results[i] = _until(text, settings.get("until")), tokens
-        return results
+            counts = _visual_tokens(None if run is None else run.record, len(members))
+            for i, text, tokens, visual in zip(
+                members, texts, self._lengths(new), counts, strict=True
+            ):
+                results[i] = Answer(_until(text, settings.get("until")), tokens, *visual)
+        return [results[i] for i in range(len(batch))]
 
     @torch.inference_mode()
     def loss(self, conversation: Conversation, continuation: str) -> tuple[float, bool]:
@@ -168,6 +194,18 @@ class ChatModel:
         ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
         after = torch.isin(new, ends.to(new.device)).cumsum(1)
         return (after == 0).sum(1).tolist()
+
+
+def _visual_tokens(record: Record | None, rows: int) -> list[tuple[int | None, int | None]]:
+    """Visual tokens of each row, and those that survive the last step."""
+    if record is None:
+        return [(None, None)] * rows
+    before, after = [0] * rows, [0] * rows
+    for image in record.images:
+        steps = list(image.kept.values())
+        before[image.row] += image.total
+        after[image.row] += len(steps[-1]) if steps else image.total
+    return list(zip(before, after, strict=True))
 
 
 def _open(value: Any, max_pixels: int | None) -> Any:

@@ -118,6 +118,7 @@ class Exchange:
             body.sampling(self._settings),
             bool(body.show_kept or (body.show_kept is None and self._settings.show_kept)),
             self._seconds,
+            bool(body.stream),
         )
 
     @property

@@ -54,6 +54,7 @@ class Question:
         sampling: how the answer is made.
         show_kept: whether the answer holds drawings of the kept tokens.
         seconds: from now to the deadline.
+        streamed: whether the client is sent the text as it comes.
     """
 
     messages: list[dict[str, Any]]
@@ -61,6 +62,7 @@ class Question:
     sampling: Sampling = field(default_factory=Sampling)
     show_kept: bool = False
     seconds: float = 300.0
+    streamed: bool = False
 
     @property
     def images(self) -> list[Image.Image]:

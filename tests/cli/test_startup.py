@@ -16,12 +16,14 @@ ROOT = Path(foveate.__file__).parent.parent
 TOLD = [
     "--help", "--version", "list", "list --families", "train --example",
     "run --help", "list --help", "flops --help", "bench --help", "bench --speed --help",
-    "calibrate --help", "train --help", "demo --help",
+    "calibrate --help", "train --help", "demo --help", "batch --help",
 ]  # fmt: skip
 WRONG = [
     "nonsense", "--nonsense", "run", "run tiny", "run --nonsense", "run tiny a.png -m fastv",
     "run tiny a.png why -m fastv --repeats x", "flops", "flops tiny --nonsense", "calibrate",
     "list --nonsense", "bench --samples x", "demo --repeats 0", "train",
+    "batch", "batch a.jsonl out", "batch a.jsonl out --model tiny --keep 0.5",
+    "serve tiny --max-replicas 2", "serve tiny --replicas 3 --max-replicas 2",
 ]  # fmt: skip
 
 

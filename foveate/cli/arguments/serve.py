@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from foveate.cli.options import Device, Dtype, Keep, Model, Settings
+from foveate.errors import InputError
 
 HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method that removes visual tokens.
 
@@ -20,6 +21,9 @@ A page at the address asks with all tokens and with a method, and shows the toke
   foveate serve tiny --method pyramiddrop --keep 0.25
 
   foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --max-batch 16
+
+  foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --replicas 2
+  --max-replicas 8 --gpus-per-replica 1 --ray-address auto
 
   FOVEATE_API_KEY=secret foveate serve tiny -m fastv --host 0.0.0.0 --allow-host images.example.org
 """  # noqa: E501
@@ -66,14 +70,32 @@ def serve(
     show_kept: Annotated[
         bool, typer.Option("--show-kept", help="Send drawings of the kept tokens always.")
     ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes under Ray, each with a model; by default this one."),
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="The most of them, if their number follows the load.")
+    ] = None,
+    gpus_per_replica: Annotated[
+        float, typer.Option(min=0, help="GPUs of each; a fraction shares one.")
+    ] = 0,
+    cpus_per_replica: Annotated[float, typer.Option(min=0, help="CPUs of each.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
     """Serve a model."""
+    if replicas is None and (max_replicas or gpus_per_replica or ray_address):
+        raise InputError("--max-replicas, --gpus-per-replica and --ray-address go with --replicas")
+    if replicas and max_replicas and max_replicas < replicas:
+        raise InputError(f"--max-replicas {max_replicas} is less than --replicas {replicas}")
     from foveate.cli.serve import Limits
     from foveate.cli.serve import serve as start
     from foveate.core.from_text import make_methods
-    from foveate.errors import InputError
 
     if not method and (keep or setting):
         raise InputError("--keep and --set are of a method: name it with --method")
@@ -91,4 +113,11 @@ def serve(
         show_kept=show_kept,
         api_key=api_key or None,
     )
-    start(model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype))
+    fleet = None
+    if replicas is not None:
+        from foveate.serve.replicas import Fleet
+
+        fleet = Fleet(
+            replicas, max_replicas, gpus_per_replica, cpus_per_replica, ray_address, deadline
+        )
+    start(model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet)

@@ -1,0 +1,1 @@
+"""Many questions about many images: tables in, Parquet with answers out, shard by shard."""

@@ -1,0 +1,118 @@
+"""`foveate batch`: its arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.cli.options import Device, Dtype, Keep, MaxPixels, Settings
+from foveate.errors import InputError
+
+HELP = """Answer many questions about many images: tables in, Parquet out.
+
+INPUT is a .jsonl or .parquet file, or a folder of such files. A row has a question and an image or
+a list of images: paths (relative to INPUT's folder), data URLs, bytes, mappings with [bold]bytes[/]
+or [bold]path[/], and addresses of hosts that --allow-host names. OUTPUT is a folder with a Parquet
+file for each input file; a single long file is cut into shards of --shard-rows. Columns are carried
+through, and [bold]answer[/], [bold]error[/], [bold]visual_tokens_before[/],
+[bold]visual_tokens_after[/] and [bold]new_tokens[/] are added. A row that cannot be answered says
+why in [bold]error[/], and the others go on.
+
+Run the same command again to continue an interrupted run: shards that are done are passed over.
+Answers are greedy.
+
+[bold]Examples[/]
+
+  foveate batch questions.jsonl answers --model tiny --method pyramiddrop
+
+  foveate batch questions.jsonl answers --model tiny --method pyramiddrop --dry-run
+
+  foveate batch table.parquet answers --model llava-hf/llava-1.5-7b-hf --method fastv --keep 0.25
+  --question-column prompt --device cuda --batch 32
+
+  foveate batch shards/ answers --model llava-hf/llava-1.5-7b-hf --method divprune --keep 0.25
+  --device cuda --workers 8 --gpus-per-worker 1 --ray-address auto
+"""
+
+
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="File or folder of questions.")],
+    output: Annotated[Path, typer.Argument(help="Folder of answers.")],
+    model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="As in `foveate run`; without one all tokens stay."),
+    ] = None,
+    keep: Keep = None,
+    setting: Settings = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of images; by default `images` or `image`.")
+    ] = None,
+    question_column: Annotated[str, typer.Option(help="Column of questions.")] = "question",
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="A column that is not carried through; may be repeated."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Put before the names of the new columns.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    size: Annotated[
+        int, typer.Option("--batch", min=1, help="Rows that are answered together.")
+    ] = 8,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut input files into shards of so many rows; by default a single file at 1000, "
+            "and files of a folder not at all.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes under Ray, each with a model; by default this one."),
+    ] = None,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0, help="GPUs of each worker; a fraction shares one.")
+    ] = 0,
+    cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of each worker.")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A host from which images are fetched; may be repeated."),
+    ] = None,
+    retry_errors: Annotated[
+        bool, typer.Option("--retry-errors", help="Do shards that hold errors again.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the input, say what there is to do, and stop.")
+    ] = False,
+    max_pixels: MaxPixels = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Answer many questions, see `HELP`."""
+    if not method and (keep or setting):
+        raise InputError("--keep and --set go with a --method")
+    if workers is None and (gpus_per_worker or ray_address):
+        raise InputError("--gpus-per-worker and --ray-address go with --workers")
+    from foveate.batch.cluster import Cluster
+    from foveate.batch.job import Job
+    from foveate.cli.batch import run
+    from foveate.core.from_text import make_methods
+
+    chosen = make_methods(method, keep or (), setting or ()) if method else ()
+    job = Job(
+        source.absolute(), output.absolute(),
+        str(Path(model).absolute()) if Path(model).is_dir() else model, chosen,
+        images=image_column, question=question_column, drop=tuple(drop or ()), prefix=prefix,
+        max_new_tokens=max_new_tokens, batch=size, shard_rows=shard_rows, max_pixels=max_pixels,
+        hosts=frozenset(allow_host or ()), device=device, dtype=dtype, retry_errors=retry_errors,
+    )  # fmt: skip
+    cluster = None
+    if workers is not None:
+        cluster = Cluster(workers, gpus_per_worker, cpus_per_worker, ray_address)
+    run(job, cluster, dry=dry_run)

@@ -86,6 +86,7 @@ class ThreadState(threading.local):
     # While the encoder runs, for features or alone:
     encoding: Encoding | None = None  # its pass
     as_tuple: bool = False  # the caller wants a tuple of it
+    fed: dict[str, Any] | None = None  # what is around it was called with, until it is called
 
     def __init__(self, clip: ClipQuestions | None = None) -> None:
         self.clip = clip

@@ -9,9 +9,10 @@ from foveate.families.plain import PlainEncoder
 
 @register_family("dinov2", "dinov2_with_registers")
 class DINOv2(PlainEncoder):
-    """`Dinov2Model`, `Dinov2WithRegistersModel` and their classifiers."""
+    """`Dinov2Model`, `Dinov2WithRegistersModel`, their classifiers and backbones."""
 
     layers_path = "encoder.layer"
+    states_path = "encoder"
     block = Block(
         "norm1",
         "attention",

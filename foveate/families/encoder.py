@@ -25,7 +25,9 @@ class Encoder:
             one for queries, keys and values together.
         by_head: whether these outputs are (B, N, H, d).
         groups: query heads that share a head of keys and values.
-        tower: the module whose output is the encoder's; needed to act inside the encoder.
+        tower: the module that returns the states of all layers, as it ends before anything is made
+            of them; needed to act inside the encoder.
+        fed: the module around the tower that is called with pixels, where the tower is handed rows.
         block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
@@ -53,6 +55,7 @@ class Encoder:
     by_head: bool = False
     groups: int = 1
     tower: Any = None
+    fed: Any = None
     block: Block | None = None
     extra: int = 0
     head: Any = None
@@ -66,6 +69,11 @@ class Encoder:
     masks_layers: bool = True
     scaling: float | None = None
     axes: int = 1
+
+    @property
+    def entry(self) -> Any:
+        """The module that is called with pixels: around the tower, or the tower."""
+        return self.tower if self.fed is None else self.fed
 
     @property
     def special(self) -> int:

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
 
-from foveate.errors import UnsupportedModelError
 from foveate.families.block import Block
 from foveate.families.encoder import Encoder
 from foveate.families.family import FAMILIES, Family
@@ -33,21 +33,18 @@ class PlainEncoder(Family):
         model: the encoder, or a model with a head around it.
 
     Raises:
-        UnsupportedModelError: a backbone with feature maps, or a layout this version does not know.
+        UnsupportedModelError: a layout this version does not know.
     """
 
     layers_path: ClassVar[str] = "encoder.layers"
     block: ClassVar[Block] = CLIP_BLOCK
     class_token: ClassVar[bool] = True
     head_path: ClassVar[str | None] = None
+    states_path: ClassVar[str | None] = None
+    """The module within a backbone that returns the states of all layers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
-        if type(model).__name__.endswith("Backbone"):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cuts feature maps out of the states of all layers while "
-                "it runs; use the encoder itself, whose hidden_states come back at full length"
-            )
         self.base: Any = _tower(model)
         self.text, self.layers, self.attention_layers = None, (), ()
         blocks = self._child(self.base, self.layers_path)
@@ -63,12 +60,16 @@ class PlainEncoder(Family):
     def encoder(self) -> Encoder:
         """The encoder's layers, and what surrounds them."""
         head = None if self.head_path is None else getattr(self.base, self.head_path, None)
+        tower: Any = self.base
+        if isinstance(tower, BackboneMixin) and self.states_path is not None:
+            tower = self._child(self.base, self.states_path)
         return Encoder(
             layers=self._child(self.base, self.layers_path),
             attention=lambda layer: getattr(layer, self.block.attention),
             heads=self.base.config.num_attention_heads,
             class_token=self.class_token,
-            tower=self.base,
+            tower=tower,
+            fed=None if tower is self.base else self.base,
             block=self.block,
             extra=self.extra_tokens,
             head=head,

@@ -214,7 +214,7 @@ class _Run:
         family, encoder = self.family, self.family.encoder
         layers = [] if encoder is None else list(encoder.layers)
         handles = []
-        for tower in {*_towers(family, modality), *([] if encoder is None else [encoder.tower])}:
+        for tower in {*_towers(family, modality), *([] if encoder is None else [encoder.entry])}:
             handles.append(tower.register_forward_pre_hook(self._enter))
             handles.append(tower.register_forward_hook(self._leave))
         if encoder is not None and encoder.packed is not None and not encoder.padded:

@@ -28,7 +28,7 @@ from tests.conformance.test_pixels import model_of
 from tests.conformance.tolerance import TOLERANCE, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.vision import encoders
+from tests.vision import dense, encoders
 
 TOKENS = 3
 BATCHES = {"one": (1,), "two-images": (2,), "ragged": (2, 0, 1)}
@@ -138,6 +138,8 @@ class Retriever:
 
 def read(output):
     """What a caller gets from an encoder: logits of a head, or all states."""
+    if "predicted_depth" in output:
+        return output.predicted_depth
     return output.logits if "logits" in output else output.last_hidden_state
 
 
@@ -151,12 +153,15 @@ def _siglip2():
 
 TABLES = {
     "alone": encoders.ENCODERS,
+    "around a backbone": dense.DENSE,
     "under a head": {**encoders.HEADS, "siglip2": _siglip2},
 }
 
 
 @functools.cache
 def encoder_of(table, name):
+    if table == "around a backbone":
+        return dense.build(dense.DENSE[name])
     return encoders.build(TABLES[table], name)
 
 

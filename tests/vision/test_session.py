@@ -11,7 +11,7 @@ import foveate
 from foveate.errors import AttachError, BudgetError, LayerError, UnsupportedModelError
 from foveate.methods import ClsDrop, FasterVLM, FastV, ToMe
 from tests.methods_for_tests import Listed
-from tests.vision.encoders import ENCODERS, HEADS, WIDE, build, images
+from tests.vision.encoders import ENCODERS, HEADS, build, images
 from tests.vision.test_encoders import CASES
 
 
@@ -156,14 +156,6 @@ def test_kernels_without_a_bias_are_refused_for_proportional_attention():
     with pytest.raises(UnsupportedModelError, match="proportional attention"):
         foveate.use(model, ToMe())
     foveate.use(model, ToMe(prop_attn=False))
-
-
-def test_backbones_are_refused():
-    from transformers import Dinov2Backbone, Dinov2Config
-
-    config = Dinov2Config(**{k: v for k, v in WIDE.items() if k != "intermediate_size"})
-    with pytest.raises(UnsupportedModelError, match="feature maps"):
-        foveate.use(Dinov2Backbone(config), ToMe())
 
 
 def test_layers_in_which_nothing_is_removed_keep_their_own_forward(monkeypatch):

@@ -139,6 +139,8 @@ class VisionAttachment(Attachment):
         """Install what acts around the encoder and its layers, and within those run in halves."""
         self.uncopied(self.root)
         below = self.family.base if self.family.text_layers else None
+        if self.encoder.fed is not None:
+            self.before(self.encoder.fed, self._enter_fed)
         self.replace_forward(self.root, self._tower, outer=True, below=below, anchor=below is None)
         for number in range(self._first, len(self.encoder.layers)):
             layer = self.encoder.layers[number]
@@ -178,10 +180,15 @@ class VisionAttachment(Attachment):
             output = self._leave(output)
         return output
 
+    def _enter_fed(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Before the module around the encoder: learn the pixels, as the encoder sees rows."""
+        self.state.fed = bound(type(module).forward.__get__(module), args, kwargs)
+
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
-        arguments = bound(type(module).forward.__get__(module), args, kwargs)
+        arguments = self.state.fed or bound(type(module).forward.__get__(module), args, kwargs)
+        self.state.fed = None
         side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout
         self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
 from PIL import Image
 
 from foveate.batch.job import Job
@@ -89,6 +88,7 @@ def _fetched(url: str, hosts: frozenset[str]) -> bytes:
             f"images are not fetched from {shown(host, 60)}; --allow-host {shown(host, 60)} allows "
             "it"
         )
+    httpx = _httpx()
     error: Exception | None = None
     for _ in range(TRIES):
         try:
@@ -105,7 +105,7 @@ def _fetched(url: str, hosts: frozenset[str]) -> bytes:
 def _get(url: str) -> bytes:
     """A body, read no further than `LARGEST`; redirects are not followed."""
     data = bytearray()
-    with httpx.stream("GET", url, timeout=TIMEOUT) as response:
+    with _httpx().stream("GET", url, timeout=TIMEOUT) as response:
         if response.is_redirect:
             where = shown(response.headers.get("location", "elsewhere"), 60)
             raise InputError(f"{shown(url, 60)} redirects to {where}, which is not followed")
@@ -115,3 +115,11 @@ def _get(url: str) -> bytes:
             if len(data) > LARGEST:
                 raise InputError(f"{shown(url, 100)} has more than {LARGEST} bytes")
     return bytes(data)
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ImportError:
+        raise InputError("images are fetched with httpx: pip install 'foveate[serve]'") from None
+    return httpx

@@ -36,6 +36,7 @@ from foveate.signals.clip import ClipQuestions
 if TYPE_CHECKING:
     from typing import Self
 
+OLDEST = Version("5.18")  # of transformers: caches and masks of earlier releases are others
 LEARNED = "foveate"  # the name of what methods learn, among a model's modules
 
 
@@ -62,6 +63,7 @@ class BaseSession:
         methods: MethodLike,
         clip: ClipQuestions | None = None,
     ) -> None:
+        _check_version()
         model = unwrap(model)
         self.family = find_family(model)
         self.plan = make_plan(self.family, methods_of(methods))
@@ -246,6 +248,14 @@ class BaseSession:
         """
         record = self.record
         return [] if record is None else [image.kept for image in record.images]
+
+
+def _check_version() -> None:
+    if Version(transformers.__version__) < OLDEST:
+        raise UnsupportedModelError(
+            f"methods are attached to models of transformers {OLDEST} or newer, got "
+            f"{transformers.__version__}; inside vLLM older releases do"
+        )
 
 
 def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:

@@ -93,6 +93,13 @@ def test_unsupported_models_are_named():
         foveate.use(model, "fastv")
 
 
+def test_old_releases_of_transformers_are_refused(llava, monkeypatch):
+    """In which recorded outputs were not met; vLLM may bring one."""
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(UnsupportedModelError, match=r"transformers 5.18 or newer, got 5.17.0"):
+        foveate.use(llava, "fastv")
+
+
 class OtherLayer(DynamicLayer):
     pass
 

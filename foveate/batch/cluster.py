@@ -10,6 +10,7 @@ twice.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,8 @@ def _quiet() -> Iterator[Any]:
     context.max_errored_blocks, context.enable_progress_bars = -1, False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     try:
-        yield data
+        with warnings.catch_warnings():  # of the argument that bounds how often a shard is retried
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield data
     finally:
         context.max_errored_blocks, context.enable_progress_bars = before

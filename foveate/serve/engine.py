@@ -90,7 +90,7 @@ class Engine:
                 try:
                     event = await asyncio.wait_for(events.get(), left)
                 except asyncio.TimeoutError:
-                    raise too_late(question.seconds) from None
+                    raise too_late() from None
                 if isinstance(event, Exception):
                     raise event
                 yield event

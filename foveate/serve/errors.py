@@ -38,10 +38,10 @@ def busy(message: str) -> ServerError:
     return ServerError(message, 503, code="busy", headers={"Retry-After": "1"})
 
 
-def too_late(seconds: float) -> ServerError:
+def too_late() -> ServerError:
     """The deadline has passed; clients that retry by themselves are asked not to."""
     return ServerError(
-        f"the deadline of {seconds:g} s passed before the answer was complete",
+        "the server's deadline passed before the answer was complete",
         504,
         code="deadline",
         headers={"x-should-retry": "false"},

@@ -111,7 +111,7 @@ class Exchange:
         try:
             images = await asyncio.wait_for(loading, self._seconds)
         except asyncio.TimeoutError:
-            raise too_late(self._settings.deadline) from None
+            raise too_late() from None
         return Question(
             messages_of(body, images),
             body.choice,

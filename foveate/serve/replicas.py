@@ -149,7 +149,7 @@ class Replicas:
         for number in range(TRIES):
             left = ends - time.monotonic()
             if left <= 0:
-                raise too_late(question.seconds)
+                raise too_late()
             try:
                 async with aclosing(self._send(replace(question, seconds=left))) as events:
                     async for event in events:
@@ -198,7 +198,7 @@ class Replicas:
                     first = False
                     yield event
         except asyncio.TimeoutError:
-            raise too_late(question.seconds) from None
+            raise too_late() from None
         except self._ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FoveateError):
                 raise error.cause from None

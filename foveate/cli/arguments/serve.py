@@ -13,7 +13,7 @@ HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method t
 
 MODEL is a hub id, a local folder, or [bold]tiny[/]. Requests are answered in batches; each may name
 another `method`, `keep` and `fields` in its body. A `keep` of 1 stands for all tokens. The server
-listens on this machine alone unless --host says otherwise; docs/serving-http.md has the rest.
+listens on this machine alone unless --host says otherwise; docs/serving.md has the rest.
 A page at the address asks with all tokens and with a method, and shows the tokens that were kept.
 
 [bold]Examples[/]

@@ -28,9 +28,13 @@ class Server(uvicorn.Server):
         self._service = app.state.service
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note that the server is stopping; a second signal stops it at once."""
+        """Stop after what is held is answered; a second signal stops the server at once.
+
+        uvicorn would raise the signal again at the end, and the process would die of it.
+        """
         self._service.closing = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -89,7 +89,7 @@ def test_others_are_not_asked(url, words):
 )
 def test_redirects_lead_nowhere_else(target):
     web = Web()
-    with pytest.raises(RequestError, match="does not fetch from|sent as data URLs"):
+    with pytest.raises(RequestError, match=r"does not fetch from|sent as data URLs"):
         load(web, f"https://{HOST}/to/{target}")
     assert len(web.asked) == 1
 

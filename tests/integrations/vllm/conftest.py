@@ -1,6 +1,6 @@
 """Environments in which vLLM finds the plugin, and subprocesses that run it.
 
-The plugin's entry point is offered by hand where foveate is not installed, so that each worktree is
+The plugin's entry point is offered by hand where foveate is not installed, so that each checkout is
 tested by itself.
 """
 

@@ -61,7 +61,9 @@ class Service:
         if key is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), key.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.encode("latin-1"), key.encode()
+        ):
             raise RequestError(
                 "this server needs its API key, as `Authorization: Bearer KEY`",
                 401,

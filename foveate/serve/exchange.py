@@ -179,7 +179,9 @@ class _Stream(Response):
             assert end is not None
             parts = list(self._dialect.finish(text, end))
             self._exchange.leave("answered", end)
-        except FoveateError as error:
+        except Exception as error:
+            if not isinstance(error, FoveateError):
+                log.error("an answer could not be written", exc_info=error)
             parts = list(self._dialect.fail(said(error)["error"]))
             self._exchange.leave(outcome_of(error))
         for part in parts:

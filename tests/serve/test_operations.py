@@ -288,3 +288,16 @@ def test_a_signal_lets_the_server_finish():
     done = [json.loads(line) for line in lines if line.startswith("{")]
     assert sum(line.get("outcome") == "answered" for line in done) == 16
     assert scene.questions[0].text not in "".join(lines)
+
+
+def test_a_fault_within_a_stream_is_the_servers(monkeypatch):
+    def fail(*_):
+        raise ValueError("a secret")
+
+    monkeypatch.setattr("foveate.serve.wire.Chat.finish", fail)
+    with running(Engine(*tiny.load(), max_tokens=2)) as address:
+        body = {"model": "tiny", "messages": [turn("what color is the star ?")], "stream": True}
+        got = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+        assert '"type": "server_error"' in got.text
+        assert "a secret" not in got.text
+        assert 'foveate_requests_total{outcome="500"' in httpx.get(f"{address}/metrics").text

@@ -225,3 +225,11 @@ def test_fields_that_ask_for_nothing_are_taken(small):
     more = {"response_format": {"type": "text"}, "logprobs": False, "store": False, "stop": None}
     got = post(small, {"model": "tiny", "messages": ONE, **nothing, **more})
     assert got.status_code == 200
+
+
+def test_keys_may_have_any_letters():
+    with running(Engine(*tiny.load(), max_tokens=1), api_key="ключ") as address:
+        raw = {b"authorization": "Bearer ключ".encode()}
+        assert httpx.get(f"{address}/v1/models", headers=raw).status_code == 200
+        raw = {b"authorization": "Bearer клюв".encode()}
+        assert httpx.get(f"{address}/v1/models", headers=raw).status_code == 401

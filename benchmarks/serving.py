@@ -1,6 +1,6 @@
-"""`foveate serve` beside transformers' own server: requests per second, and seconds of an answer.
+"""`foveate serve` beside transformers' own server: requests per second, and time to tokens.
 
-    python benchmarks/serving.py [--method fastv] [--keep 0.25] [--rounds 2]
+    python benchmarks/serving.py [--method fastv] [--keep 0.25] [--rounds 3]
 
 The random LLaVA of `vllm_serving.py` (512 x 8, 576 visual tokens an image) is served by
 `transformers serve` and by `foveate serve` at the same time, each on the same cores; one is asked
@@ -29,12 +29,12 @@ import httpx
 import numpy as np
 from openai import AsyncOpenAI
 from PIL import Image
+from vllm_serving import TOKENS, WORDS, checkpoint
 
-from benchmarks.vllm_serving import TOKENS, WORDS, checkpoint
 from foveate.measure.machine import describe_machine
 
 RESULT = Path(__file__).parent / "results" / "serving.json"
-REQUESTS = {1: 3, 8: 16, 32: 32}
+REQUESTS = {1: 8, 8: 24, 32: 96}
 """Requests in flight -> requests of a measurement."""
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -96,23 +96,16 @@ class Load:
         address = f"http://127.0.0.1:{server.port}/v1"
         async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0) as client:
 
-            async def one(messages: Any) -> float:
+            async def one(messages: Any) -> tuple[float, float]:
                 async with gate:
-                    begun = time.perf_counter()
-                    await client.chat.completions.create(
-                        model=server.model,
-                        messages=messages,
-                        max_tokens=TOKENS,
-                        temperature=0,
-                        extra_body=more,
-                    )
-                    return time.perf_counter() - begun
+                    return await timed(client, server.model, messages, more)
 
             start = time.perf_counter()
-            seconds = await asyncio.gather(*map(one, bodies))
+            times = await asyncio.gather(*map(one, bodies))
         return {
             "requests_per_s": requests / (time.perf_counter() - start),
-            "answer_s": statistics.median(seconds),
+            "first_token_s": statistics.median(first for first, _ in times),
+            "answer_s": statistics.median(whole for _, whole in times),
         }
 
     def _messages(self) -> list[dict]:
@@ -122,6 +115,40 @@ class Load:
         url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         image = {"type": "image_url", "image_url": {"url": url}}
         return [{"role": "user", "content": [image, {"type": "text", "text": WORDS}]}]
+
+
+async def timed(client: AsyncOpenAI, model: str, messages: Any, more: dict) -> tuple[float, float]:
+    """Seconds to the first token of an answer, and to its end; all answers are equally long."""
+    begun, first, usage = time.perf_counter(), None, None
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=messages,
+        max_tokens=TOKENS,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body=more,
+    )
+    async for chunk in stream:
+        if first is None and chunk.choices and chunk.choices[0].delta.content:
+            first = time.perf_counter() - begun
+        usage = chunk.usage or usage
+    assert first is not None and usage is not None  # noqa: PT018
+    assert usage.completion_tokens == TOKENS, f"{model} gave {usage.completion_tokens} tokens"
+    return first, time.perf_counter() - begun
+
+
+def endless(folder: Path) -> None:
+    """Let the model of a folder end no answer by itself."""
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        settings = json.loads(file.read_text())
+        for part in (settings, settings.get("text_config", {})):
+            part.pop("eos_token_id", None)
+        settings["eos_token_id"] = None
+        if "text_config" in settings:
+            settings["text_config"]["eos_token_id"] = None
+        file.write_text(json.dumps(settings))
 
 
 async def measure(asked: dict[str, tuple[Server, dict]], rounds: int) -> list[dict]:
@@ -160,10 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--method", default="fastv")
     parser.add_argument("--keep", type=float, default=0.25)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(Path(folder))
+        endless(Path(folder))
         (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
         stock = [str(Path(sys.executable).parent / "transformers"), "serve", folder]
         ours = [sys.executable, "-m", "foveate", "serve", folder, "--max-batch", "8"]
@@ -180,13 +208,20 @@ def main() -> None:
                 "foveate, all tokens": (servers[1], {}),
                 f"foveate, {given.method} {given.keep:g}": (servers[1], fewer),
             }
+            settings = {
+                "model": "random LLaVA-1.5, llama 512 x 8, 576 visual tokens, float32",
+                "method": given.method,
+                "keep": given.keep,
+                "rounds": given.rounds,
+                "new_tokens": TOKENS,
+                "max_batch": 8,
+            }
+            head = {"machine": describe_machine(), "settings": settings}
             rows = asyncio.run(measure(asked, given.rounds))
+            RESULT.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
         finally:
             for server in servers:
                 server.stop()
-    settings = {"rounds": given.rounds, "new_tokens": TOKENS, "max_batch": 8}
-    result = {"machine": describe_machine(), "settings": settings, "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ class NameOperators:
         if name != "torchvision":
             return
         sys.meta_path.remove(self)  # type: ignore[arg-type]
-        import torch
+        from torch import library
 
-        boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for operator in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{operator}", boxes)
+            library.define(f"torchvision::{operator}", schema)
 
 
 sys.meta_path.insert(0, NameOperators())  # type: ignore[arg-type]

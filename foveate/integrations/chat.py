@@ -24,7 +24,6 @@ from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.images import as_rgb, load_image
 from foveate.io.quoting import shown
-from foveate.record.record import Record
 from foveate.run import use
 
 Message = Mapping[str, Any]
@@ -105,10 +104,11 @@ class ChatModel:
                 out = self.model.generate(**inputs, **_generation(settings))
             new = out[:, inputs["input_ids"].shape[1] :]
             texts = self.processor.batch_decode(new, skip_special_tokens=True)
-            counts = _visual_tokens(None if run is None else run.record, len(members))
-            for i, text, tokens, visual in zip(
-                members, texts, self._lengths(new), counts, strict=True
+            record = None if run is None else run.record
+            for row, (i, text, tokens) in enumerate(
+                zip(members, texts, self._lengths(new), strict=True)
             ):
+                visual = (None, None) if record is None else record.visual_tokens(row)
                 results[i] = Answer(_until(text, settings.get("until")), tokens, *visual)
         return [results[i] for i in range(len(batch))]
 
@@ -194,18 +194,6 @@ class ChatModel:
         ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
         after = torch.isin(new, ends.to(new.device)).cumsum(1)
         return (after == 0).sum(1).tolist()
-
-
-def _visual_tokens(record: Record | None, rows: int) -> list[tuple[int | None, int | None]]:
-    """Visual tokens of each row, and those that survive the last step."""
-    if record is None:
-        return [(None, None)] * rows
-    before, after = [0] * rows, [0] * rows
-    for image in record.images:
-        steps = list(image.kept.values())
-        before[image.row] += image.total
-        after[image.row] += len(steps[-1]) if steps else image.total
-    return list(zip(before, after, strict=True))
 
 
 def _open(value: Any, max_pixels: int | None) -> Any:

@@ -65,6 +65,11 @@ class ImageRecord:
                 count = len(kept)
         return count
 
+    @property
+    def left(self) -> int:
+        """Tokens of it that survive its last step."""
+        return len(list(self.kept.values())[-1]) if self.kept else self.total
+
     def before(self, entry: str) -> int:
         """Tokens of it that a step found."""
         names = list(self.kept)
@@ -153,6 +158,11 @@ class Record:
     common_tokens: int = 0
     embedding: tuple[int, int] | None = None
     notes: list[str] = field(default_factory=list)
+
+    def visual_tokens(self, row: int) -> tuple[int, int]:
+        """Visual tokens of a row, and those that survive their last step."""
+        images = [image for image in self.images if image.row == row]
+        return sum(image.total for image in images), sum(image.left for image in images)
 
 
 def site_name(entry: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from foveate.errors import InputError
 from foveate.measure.account import account, of_row, unpruned
 from foveate.measure.flops import kv_bytes
-from foveate.record.record import ImageRecord, Record, by_image, site_name
+from foveate.record.record import Record, by_image, site_name
 from foveate.report.draw import show_stages
 from foveate.run import Session
 
@@ -34,12 +34,9 @@ def summarise(session: Session, row: int) -> dict[str, Any]:
     family = session.family
     record = _filled(of_row(session.record, row), family.text_layers)
     whole, dtype = unpruned(record), session._model.dtype
-    images = record.images
+    before, after = record.visual_tokens(0)
     return {
-        "visual_tokens": {
-            "before": sum(image.total for image in images),
-            "after": sum(_left(image) for image in images),
-        },
+        "visual_tokens": {"before": before, "after": after},
         "flops": {
             "prefill": account(record, family, session.methods).prefill,
             "prefill_all": account(whole, family).prefill,
@@ -93,11 +90,6 @@ def _filled(record: Record, layers: int) -> Record:
         return record
     tokens = [list(record.prompt_tokens)] * layers
     return replace(record, layer_tokens=tokens, cache_slots=[record.prompt_tokens[0]] * layers)
-
-
-def _left(image: ImageRecord) -> int:
-    """Tokens of an image that survive its last step."""
-    return len(list(image.kept.values())[-1]) if image.kept else image.total
 
 
 def _data_url(picture: Image.Image | None) -> str | None:

@@ -31,8 +31,9 @@ def check_version() -> None:
     """
     if not is_known():
         raise UnsupportedModelError(
-            f"foveate does not know vLLM {installed() or 'of this version'}; it was tested with "
-            f"{' and '.join(KNOWN)}. Install one of these, or leave the foveate_ fields out"
+            f"foveate does not know vLLM {installed() or 'of this version'}; of "
+            f"{', of '.join(f'{release}, {how}' for release, how in KNOWN.items())}. Install one "
+            "of these, or leave the foveate_ fields out"
         )
 
 

@@ -41,3 +41,7 @@ MaxPixels = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(help="A Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine."),
+]

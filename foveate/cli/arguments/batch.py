@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, MaxPixels, Settings
+from foveate.cli.options import Device, Dtype, Keep, MaxPixels, RayAddress, Settings
 from foveate.errors import InputError
 
 HELP = """Answer many questions about many images: tables in, Parquet out.
@@ -76,10 +76,7 @@ def batch(
         float, typer.Option(min=0, help="GPUs of each worker; a fraction shares one.")
     ] = 0,
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of each worker.")] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="A Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine."),
-    ] = None,
+    ray_address: RayAddress = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="A host from which images are fetched; may be repeated."),

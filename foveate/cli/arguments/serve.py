@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, Model, Settings
+from foveate.cli.options import Device, Dtype, Keep, Model, RayAddress, Settings
 from foveate.errors import InputError
 
 HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method that removes visual tokens.
@@ -81,10 +81,7 @@ def serve(
         float, typer.Option(min=0, help="GPUs of each; a fraction shares one.")
     ] = 0,
     cpus_per_replica: Annotated[float, typer.Option(min=0, help="CPUs of each.")] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(help="A Ray cluster, or `auto`; by default RAY_ADDRESS, else this machine."),
-    ] = None,
+    ray_address: RayAddress = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:

@@ -105,7 +105,8 @@ def test_page_on_retrieval_runs_and_prints_what_it_shows(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["add-a-method.md", "how-it-works.md", "architecture.md", "retrieval.md"]
+    "name",
+    ["add-a-method.md", "how-it-works.md", "architecture.md", "retrieval.md", "serving.md"],
 )
 def test_links_of_the_pages_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")

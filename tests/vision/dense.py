@@ -20,8 +20,8 @@ HIDDEN = [8, 8, 8, 8]
 CLASSES = 5
 
 
-def dinov2(**changes):
-    return Dinov2Config(
+def dinov2(kind=Dinov2Config, **changes):
+    return kind(
         **SIZES, mlp_ratio=2, initializer_range=0.2, layerscale_value=0.7, out_features=STAGES,
         **changes,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Backbones, and models with dense outputs around them."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -8,6 +10,9 @@ from transformers import (
     BeitConfig,
     Dinov2Backbone,
     Dinov2Model,
+    Dinov2WithRegistersBackbone,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     DPTConfig,
     DPTForDepthEstimation,
 )
@@ -15,6 +20,7 @@ from transformers import (
 import foveate
 from foveate.errors import UnsupportedModelError
 from foveate.measure.account import account
+from foveate.measure.trace import trace
 from foveate.methods import ClsDrop, ToMe
 from tests.methods_for_tests import Listed
 from tests.vision.dense import DENSE, HIDDEN, STAGES, build, depth_anything, dinov2
@@ -34,9 +40,20 @@ def dense(output):
     return output.predicted_depth if "predicted_depth" in output else output.logits
 
 
-def maps_by_hand(backbone, method, given):
+REGISTERS = 2
+BACKBONES = {
+    "dinov2": (Dinov2Backbone, Dinov2Model, dinov2),
+    "registers": (
+        Dinov2WithRegistersBackbone,
+        Dinov2WithRegistersModel,
+        partial(dinov2, Dinov2WithRegistersConfig, num_register_tokens=REGISTERS),
+    ),
+}
+
+
+def maps_by_hand(backbone, kind, method, given):
     """Feature maps cut by plain code from the states of the encoder alone, merged or dropped in."""
-    alone = Dinov2Model(backbone.config).eval()
+    alone = kind(backbone.config).eval()
     alone.load_state_dict(backbone.state_dict())
     alone.set_attn_implementation("eager")
     with foveate.use(alone, method):
@@ -45,14 +62,17 @@ def maps_by_hand(backbone, method, given):
     if not backbone.config.reshape_hidden_states:
         return maps
     rows, columns = given.shape[-2] // 8, given.shape[-1] // 8
-    return [of[:, 1:].unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for of in maps]
+    patches = [of[:, -rows * columns :] for of in maps]
+    return [of.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for of in patches]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("size", [(48, 48), (32, 64)])
 @pytest.mark.parametrize("reshaped", [True, False])
-def test_feature_maps_are_those_of_the_states_at_full_length(reshaped, size, method):
-    backbone = build(lambda: Dinov2Backbone(dinov2(reshape_hidden_states=reshaped)))
+@pytest.mark.parametrize("name", BACKBONES)
+def test_feature_maps_are_those_of_the_states_at_full_length(name, reshaped, size, method):
+    kind, encoder, config = BACKBONES[name]
+    backbone = build(lambda: kind(config(reshape_hidden_states=reshaped)))
     given = pixels(*size)
     with torch.no_grad():
         plain = backbone(given).feature_maps
@@ -60,7 +80,7 @@ def test_feature_maps_are_those_of_the_states_at_full_length(reshaped, size, met
             got = backbone(given).feature_maps
             assert run.record.images[0].grid == (size[0] // 8, size[1] // 8)
             assert run.record.pixels.shape == given.shape
-        want = maps_by_hand(backbone, method, given)
+        want = maps_by_hand(backbone, encoder, method, given)
         again = backbone(given).feature_maps
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -76,7 +96,7 @@ def test_dense_outputs_are_those_of_the_plain_neck_and_head(name, method, monkey
         plain = dense(model(given))
         with foveate.use(model, method):
             got = dense(model(given))
-        maps = maps_by_hand(model.backbone, method, given)
+        maps = maps_by_hand(model.backbone, Dinov2Model, method, given)
         output = model.backbone(given)
         output.feature_maps = tuple(maps)
         monkeypatch.setattr(model.backbone, "forward_with_filtered_kwargs", lambda *a, **k: output)
@@ -118,6 +138,9 @@ def test_predicted_flops_of_the_backbone_equal_the_ones_torch_counts(method):
         with FlopCounterMode(display=False) as counter:
             model.backbone(given)
         assert account(run.record, run.family, run.methods).total == counter.get_total_flops()
+    traced = trace(run.family, "image", {"pixel_values": given})
+    patches = 2 * given.numel() * model.backbone.config.hidden_size
+    assert traced.embedding == patches
 
 
 @pytest.mark.parametrize("name", DENSE)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -153,3 +154,26 @@ def test_methods_choose_what_the_transcriptions_that_time_them_choose():
         keep = selection._total(tensors) // 4
         plain = [transcription(image, keep) for image in selection.alone(tensors)]
         assert selection.agree(make(keep), tensors, keep, plain), name
+
+
+def test_page_on_serving_shows_the_results():
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    results = ROOT / "benchmarks" / "results"
+    for row in json.loads((results / "vllm_serving.json").read_text())["rows"]:
+        keep = "all" if row["keep"] == 1 else row["keep"]
+        begin = f"| {row['images']} | {row['in_flight']} | {keep} |"
+        assert f"{begin} {row['requests_per_s']:.2f} | {_times(row)}" in page
+    for row in json.loads((results / "serving.json").read_text())["rows"]:
+        figures = f"{row['requests_per_s']:.2f} | {row['first_token_s']:.2f} s"
+        assert re.search(
+            rf"^\| {row['in_flight']} \| [^|]* \| {re.escape(figures)} .*{_times(row)}",
+            page,
+            re.MULTILINE,
+        )
+
+
+def _times(row):
+    """A speed-up as the page shows it; nothing for what others are compared with."""
+    if row["speedup"]["least"] == row["speedup"]["most"] == 1:
+        return ""
+    return f"{row['speedup']['median']:.2f}x"

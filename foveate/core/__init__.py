@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from foveate.lazy import exports
 
 if TYPE_CHECKING:
+    from foveate.core.attention import LayerAttention
     from foveate.core.budget import Keep, PerRequest
     from foveate.core.method import Adaptive, Method, Scorer, by_count
     from foveate.core.reduction import Reduction
@@ -16,6 +17,7 @@ else:
     __getattr__, __dir__ = exports(
         __name__,
         {
+            "foveate.core.attention": ("LayerAttention",),
             "foveate.core.budget": ("Keep", "PerRequest"),
             "foveate.core.method": ("Adaptive", "Method", "Scorer", "by_count"),
             "foveate.core.reduction": ("Reduction",),
@@ -32,6 +34,7 @@ __all__ = [
     "STAGES",
     "Adaptive",
     "Keep",
+    "LayerAttention",
     "Method",
     "ModelFacts",
     "Need",

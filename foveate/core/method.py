@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
+from foveate.core.attention import LayerAttention
 from foveate.core.budget import Keep, check_keep, plain_keep
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import MisfitError, check_fields, fit, hints_of, spell
@@ -126,6 +127,18 @@ class Method(ABC):
             (G, V, D). By default suspended tokens come back as they went.
         """
         return tokens.x.scatter(1, kept[..., None].expand_as(now), now)
+
+    def attend(self, tokens: VisualTokens, layer: LayerAttention) -> Tensor:
+        """The attention of an encoder layer, where a step has the effect `attend`.
+
+        Args:
+            tokens: all that the layer sees; `x` is its input.
+            layer: its queries, keys and values, of special rows too.
+
+        Returns:
+            (B, N, H, d). By default what the layer computes itself.
+        """
+        return layer.plain()
 
     def partial_compute(self, model: ModelFacts) -> tuple[PartialCompute, ...]:
         """What decoder layers compute of visual tokens, where that is less than everything."""

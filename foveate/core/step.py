@@ -9,7 +9,9 @@ from typing import Literal, Protocol
 
 Stage = Literal["vision", "pre_llm", "llm"]
 Positions = Literal["original", "renumbered"]
-Effect = Literal["proportional", "ragged", "keep_positions", "evict_cache", "reinsert", "decode"]
+Effect = Literal[
+    "proportional", "ragged", "attend", "keep_positions", "evict_cache", "reinsert", "decode"
+]
 STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
 
 
@@ -107,6 +109,8 @@ class Step:
             attention after the step.
         ragged: in the encoder, images that are encoded together may be left different numbers of
             tokens (`Reduction.valid`), which the method's last step makes equal.
+        attend: in the encoder, `Method.attend` computes the attention of the layer; tokens that the
+            step removes are removed after that.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.

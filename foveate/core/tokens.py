@@ -5,7 +5,7 @@ Shapes: `G` images of equal token count, `V` visual tokens of an image, `D` hidd
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,6 +59,8 @@ class VisualTokens:
             step of the same method has left images different numbers of tokens. `None` for all.
         learned: what `Method.learned` has made for the model, as it is now; `None` for methods that
             do not learn.
+        memory: inside an encoder, what the method has noted for its later steps of the same pass
+            over the same images; empty at first.
     """
 
     features: Callable[[], Tensor]
@@ -76,6 +78,7 @@ class VisualTokens:
     label: Tensor | None = None
     valid: Tensor | None = None
     learned: nn.Module | None = None
+    memory: MutableMapping[str, Any] = field(default_factory=dict)
 
     @property
     def x(self) -> Tensor:

@@ -30,6 +30,7 @@ def check_together(family: Family, methods: Sequence[Method], steps: Sequence[Pl
     _check_parking(family, steps)
     _check_ragged(steps)
     _check_thresholds(steps)
+    _check_attending(steps)
 
 
 def check_order(steps: Sequence[PlannedStep], first: PlannedStep) -> None:
@@ -176,6 +177,17 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
                 f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
                 f"before {own[0][0]} or after {own[-1][0]}, or give {planned.method.slug} "
                 "as_released=True"
+            )
+
+
+def _check_attending(steps: Sequence[PlannedStep]) -> None:
+    """Refuse two steps that compute the attention of the same encoder layer."""
+    first: dict[int, PlannedStep] = {}
+    for planned in (s for s in steps if "attend" in s.step.effects):
+        if (other := first.setdefault(planned.step.layer, planned)) is not planned:
+            raise LayerError(
+                f"{other.method.slug} and {planned.method.slug} both compute the attention of "
+                f"encoder layer {planned.step.layer}; give them different layers"
             )
 
 

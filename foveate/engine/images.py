@@ -8,9 +8,10 @@ Shapes: `G` images of a group, `V` surviving tokens of each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,6 +133,7 @@ class ImageGroup:
         *,
         quota: int = 0,
         special: int = 0,
+        memory: MutableMapping[str, Any] | None = None,
     ) -> VisualTokens:
         """What a method is shown of the group.
 
@@ -141,6 +143,7 @@ class ImageGroup:
             signals: what the step declared in `needs`.
             quota: tokens of each image that the method's `count` grants it.
             special: inside an encoder, rows before the patches.
+            memory: inside an encoder, what the method has noted of the group in this pass.
         """
         return VisualTokens(
             features=features,
@@ -158,6 +161,7 @@ class ImageGroup:
             label=self.labels.get(planned.method_number),
             valid=self.valid,
             learned=planned.learned,
+            memory={} if memory is None else memory,
         )
 
     def pick(self, members: Sequence[int]) -> ImageGroup:

@@ -21,6 +21,7 @@ from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
 from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.vision.attending import takes_over
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Family
 from foveate.families.decoder_layer import has_mlp
@@ -96,6 +97,7 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
         _check_stage(family, method, item.step.stage)
         _check_encoder(family, item)
         _check_layers(family, item)
+        _check_attend(family, item)
         _check_needs(family, item)
     return planned
 
@@ -162,6 +164,23 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
             f"proportional attention of {method.slug} adds a bias to the scores, which "
             f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
             "proportional attention off"
+        )
+
+
+def _check_attend(family: Family, planned: PlannedStep) -> None:
+    if "attend" not in planned.step.effects:
+        return
+    method, encoder = planned.method, family.encoder
+    assert encoder is not None  # as checked before
+    if encoder.packed is not None:
+        raise UnsupportedModelError(
+            f"{method.slug} computes the attention of encoder layers itself, which is not "
+            f"supported where images lie in one sequence or are padded, as in {family.model_type!r}"
+        )
+    if not takes_over(encoder.attention(encoder.layers[planned.step.layer])):
+        raise UnsupportedModelError(
+            f"{method.slug} computes the attention of encoder layers itself, but those of this "
+            f"{family.model_type!r} do not call the kernels of transformers"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Need
+from foveate.core import LayerAttention, Need, VisualTokens
 from foveate.core.tokens import Shape
 from foveate.engine.attentions import spread
 from foveate.engine.images import Kept
@@ -62,6 +62,8 @@ class Encoding:
         self.points: dict[int, Point] = {}  # what the attention of each layer sees
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
+        self.input: Tensor | None = None  # of the layer that is running
+        self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
         self._proportional = False
         self._told: PackedRows | PaddedRows | None = None  # for the rows that remain
         self._restored = False
@@ -193,13 +195,8 @@ class Encoding:
             if not self._drops(planned, of):
                 continue
             x, count, images = values[number], of.survivors_of(planned), of.images
-            tokens = images.visual_tokens(
-                planned,
-                functools.partial(_mean, x, of),
-                {need.name: signals(need, of) for need in step.needs},
-                quota=count,
-                special=self.encoder.special,
-            )
+            told = {need.name: signals(need, of) for need in step.needs}
+            tokens = self._shown(planned, number, x, told, quota=count)
             reduce = functools.partial(planned.method.reduce, tokens)
             required = images.required
             reduction = reduce_around(reduce, count, required, images.count, ascending=False)
@@ -211,6 +208,31 @@ class Encoding:
         self._proportional |= "proportional" in step.effects
         self._weigh(hidden)
         return hidden
+
+    def attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor:
+        """(B, N, H, d) attention of the layer that is running, as a method computes it."""
+        assert self.input is not None  # set before every layer
+        x = self.layout.take(self.input, 0)
+        return planned.method.attend(self._shown(planned, 0, x), layer)
+
+    def _shown(
+        self,
+        planned: PlannedStep,
+        number: int,
+        x: Tensor,
+        signals: Mapping[str, Tensor] | None = None,
+        quota: int = 0,
+    ) -> VisualTokens:
+        """What a step's method is shown of the group of a number, whose values are (G, K, R D)."""
+        of = self.groups[number]
+        return of.images.visual_tokens(
+            planned,
+            functools.partial(_mean, x, of),
+            signals,
+            quota=quota,
+            special=self.encoder.special,
+            memory=self._memory.setdefault((planned.method_number, number), {}),
+        )
 
     # -- what layers are told
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core import Need
+from foveate.core import LayerAttention, Need
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
@@ -26,6 +26,7 @@ from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
 from foveate.engine.replaced_forward import bypassed, forward_of, has_own_forward
 from foveate.engine.thread_state import ThreadState
+from foveate.engine.vision.attending import hand_over
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.segments import boundaries
@@ -59,6 +60,7 @@ class VisionAttachment(Attachment):
         for planned in plan.vision:
             steps = self._inside if planned.step.inside else self._before
             steps[planned.step.layer].append(planned)
+        self._attends = {s.step.layer: s for s in plan.vision if "attend" in s.step.effects}
         self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
         self._unmasked = self._without_masks(plan)
         earlier = plan.earlier_signals
@@ -150,6 +152,9 @@ class VisionAttachment(Attachment):
             if steps or number in self._unmasked:
                 self.replace_forward(layer, functools.partial(self._halves, steps))
             self.hook(layer, functools.partial(self._enter_layer, number))
+            if number in self._attends:
+                attend = functools.partial(self._attend, self._attends[number])
+                hand_over(self, attention, self.encoder.special, attend)
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
@@ -187,6 +192,12 @@ class VisionAttachment(Attachment):
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
+        if self._attends and kwargs.get("output_attentions", self.root.config.output_attentions):
+            slugs = ", ".join(sorted({s.method.slug for s in self._attends.values()}))
+            raise UnsupportedModelError(
+                f"{slugs} computes the attention of encoder layers itself, and returns no map of "
+                "it; leave output_attentions out"
+            )
         arguments = self.state.fed or bound(type(module).forward.__get__(module), args, kwargs)
         self.state.fed = None
         side = self.family.tower_side(self.state.modality, arguments)
@@ -228,6 +239,7 @@ class VisionAttachment(Attachment):
             hidden = encoding.reduce(
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
+        encoding.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
         told = encoding.told(kwargs) if encoding.reduced else kwargs
@@ -256,6 +268,12 @@ class VisionAttachment(Attachment):
         if encoding is None or encoding.bias is None:
             return None
         return args, {**kwargs, "attention_mask": encoding.bias}
+
+    @torch.compiler.disable
+    def _attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor | None:
+        """In place of a layer's kernel, where a method attends; `None` outside of a pass."""
+        encoding = self.state.encoding
+        return None if encoding is None else encoding.attend(planned, layer)
 
     @untraced
     def _last_layer(

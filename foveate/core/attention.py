@@ -1,0 +1,40 @@
+"""LayerAttention: what a method sees of the attention of an encoder layer, before that is computed.
+
+Shapes: `B` images, `H` heads, `N` rows of an image (special rows, then its visual tokens), `d` of a
+head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """Queries, keys and values of a layer, which a method may attend with as it likes.
+
+    Args:
+        query: (B, H, N, d) queries, with rotary positions where the encoder has them.
+        key: (B, H, N, d) keys, likewise.
+        value: (B, H, N, d) values.
+        mask: (B or 1, 1, N or 1, N) what the encoder adds to the scores; `None` for nothing.
+        scaling: what scores are multiplied with.
+        special: rows before the visual tokens.
+        kernel: attends as the model does, from queries (B, H, M, d), keys, values and a mask, and
+            returns (B, M, H, d).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    special: int
+    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+    def plain(self) -> Tensor:
+        """(B, N, H, d) what the layer computes without a method."""
+        return self.kernel(self.query, self.key, self.value, self.mask)

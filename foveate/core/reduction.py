@@ -1,14 +1,17 @@
 """Reduction: the linear map W from V tokens to K, as a value.
 
-Pruning is a gather, merging a segment mean, mixing a dense matrix: three storage forms of one
-thing. Shapes: `G` images of equal size, `V` visual tokens of an image, `K` kept, `D` hidden.
+Pruning is a gather, merging a segment mean, mixing a dense matrix, propagation a gather with a
+residual: four storage forms of one thing. Shapes: `G` images of equal size, `V` visual tokens of an
+image, `K` kept, `P` propagated, `D` hidden.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core.ranking import Scale, top
@@ -18,8 +21,8 @@ from foveate.core.ranking import Scale, top
 class Reduction:
     """Which tokens survive, and what they become.
 
-    A survivor stands at the position of one of its sources. With neither `slot` nor `weights`,
-    survivors keep their own value.
+    A survivor stands at the position of one of its sources. With none of `slot`, `weights` and
+    `residual`, survivors keep their own value.
 
     Args:
         index: (G, K) position of each survivor among the V tokens, unique. Ascending, unless it is
@@ -32,6 +35,11 @@ class Reduction:
         label: (G, K) a number for each survivor, which later steps of the same method are told.
         valid: inside an encoder, (G, K) mask of real survivors. The rest is padding of images that
             have fewer, and nobody attends to it. `None` for all.
+        removed: (G, P) positions of tokens of which survivors get a part on top of their own value.
+        residual: (G, K, P) the weight of each of these in each survivor.
+        mass: (G, K) how often each survivor counts in proportional attention; `None` for as often
+            as it has sources. Needed with `residual`.
+        parts: what is done one after the other, where there is a residual; `then` makes it.
     """
 
     index: Tensor
@@ -41,6 +49,10 @@ class Reduction:
     ordered: bool = False
     label: Tensor | None = None
     valid: Tensor | None = None
+    removed: Tensor | None = None
+    residual: Tensor | None = None
+    mass: Tensor | None = None
+    parts: tuple[Reduction, ...] = ()
 
     @classmethod
     def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:
@@ -76,27 +88,50 @@ class Reduction:
     @property
     def merges(self) -> bool:
         """Whether survivors change their value."""
-        return self.slot is not None or self.weights is not None
+        return any(
+            form is not None for form in (self.slot, self.weights, self.residual, *self.parts)
+        )
 
-    def in_raster_order(self, tokens: int) -> Reduction:
-        """The same survivors, ascending.
+    def in_raster_order(self) -> Reduction:
+        """The same survivors, ascending."""
+        return replace(self.reordered(self.index.argsort(dim=1)), ordered=False)
 
-        Args:
-            tokens: V, which a gather does not know.
-        """
-        index, order = self.index.sort(dim=1)
-        label = None if self.label is None else self.label.gather(1, order)
-        if self.weights is not None:
-            rows = order[..., None].expand(-1, -1, tokens)
-            return Reduction(index, self.weights.gather(1, rows), label=label)
-        if self.slot is None:
-            return Reduction(index, label=label)
-        position = order.argsort(dim=1).gather(1, self.slot.clamp(min=0))
-        slot = torch.where(self.slot < 0, self.slot, position)
-        return Reduction(index, slot=slot, share=self.share, label=label)
+    def reordered(self, order: Tensor) -> Reduction:
+        """The same survivors in another order: (G, K) which of them comes where."""
+        slot = self.slot
+        if slot is not None:
+            place = order.argsort(dim=1).gather(1, slot.clamp(min=0))
+            slot = torch.where(slot < 0, slot, place)
+        index, mass, label, valid = (
+            None if of is None else of.gather(1, order)
+            for of in (self.index, self.mass, self.label, self.valid)
+        )
+        weights, residual = (
+            None if of is None else of.gather(1, order[..., None].expand(-1, -1, of.shape[2]))
+            for of in (self.weights, self.residual)
+        )
+        assert index is not None
+        assert not self.parts  # only what methods return
+        return replace(
+            self,
+            index=index,
+            weights=weights,
+            slot=slot,
+            residual=residual,
+            mass=mass,
+            label=label,
+            valid=valid,
+        )
 
     def apply(self, x: Tensor) -> Tensor:
         """Map (G, V, D) to (G, K, D)."""
+        for part in self.parts:
+            x = part.apply(x)
+        if self.parts:
+            return x
+        if self.residual is not None and self.removed is not None:
+            given = torch.matmul(self.residual.to(x.dtype), take_rows(x, self.removed))
+            return take_rows(x, self.index) + given
         if self.weights is not None:
             return torch.matmul(self.weights.to(x.dtype), x)
         if self.slot is None:
@@ -113,9 +148,17 @@ class Reduction:
         """
         if self.weights is not None:
             return self.weights
+        if self.parts:
+            counts = (tokens, *(part.kept for part in self.parts))
+            maps = (part.matrix(n) for part, n in zip(self.parts, counts, strict=False))
+            return functools.reduce(lambda before, after: torch.matmul(after, before), maps)
         zeros = torch.zeros(*self.index.shape, tokens, device=self.index.device)
         if self.slot is None:
-            return zeros.scatter(2, self.index[..., None], 1.0)
+            own = zeros.scatter(2, self.index[..., None], 1.0)
+            if self.residual is None or self.removed is None:
+                return own
+            columns = self.removed[:, None].expand_as(self.residual)
+            return own.scatter(2, columns, self.residual.to(own))
         assert self.share is not None
         return zeros.scatter(1, self.slot.clamp(min=0)[:, None], self.share[:, None].to(zeros))
 
@@ -127,11 +170,16 @@ class Reduction:
             tokens: V of this one.
         """
         index = self.index.gather(1, after.index)
+        mass = after.mass if self.mass is None or after.mass is not None else after.total(self.mass)
+        if any(r.parts or r.residual is not None for r in (self, after)):
+            parts = (*(self.parts or (self,)), *(after.parts or (after,)))
+            mass = after.total(self.sizes(tokens)) if mass is None else mass
+            return Reduction(index, parts=parts, mass=mass, valid=after.valid)
         if self.weights is not None or after.weights is not None:
             weights = torch.matmul(after.matrix(self.kept), self.matrix(tokens))
-            return Reduction(index, weights, valid=after.valid)
+            return Reduction(index, weights, mass=mass, valid=after.valid)
         if self.slot is None and after.slot is None:
-            return Reduction(index, valid=after.valid)
+            return Reduction(index, mass=mass, valid=after.valid)
         slot, share = self._segments(tokens)
         later_slot, later_share = after._segments(self.kept)
         target = slot.clamp(min=0)
@@ -140,20 +188,28 @@ class Reduction:
             index,
             slot=later_slot.gather(1, target).masked_fill(dropped, -1),
             share=share * later_share.gather(1, target).masked_fill(dropped, 0.0),
+            mass=mass,
             valid=after.valid,
         )
 
     def sizes(self, tokens: int) -> Tensor:
-        """(G, K) how many of the V tokens each survivor stands for; dropped ones count nowhere.
+        """(G, K) how many of the V tokens each survivor stands for, or its `mass`; dropped ones
+        count nowhere.
 
         Args:
             tokens: V, which a gather does not know.
         """
+        if self.mass is not None:
+            return self.mass
+        return self.total(torch.ones(self.index.shape[0], tokens, device=self.index.device))
+
+    def total(self, mass: Tensor) -> Tensor:
+        """(G, K) what each survivor counts, from what the (G, V) tokens count."""
         if self.weights is not None:
-            return self._spread().sum(1)
+            return torch.matmul(mass[:, None].to(self.weights), self._spread())[:, 0]
         if self.slot is None:
-            return torch.ones(self.index.shape, device=self.index.device)
-        counts = (self.slot >= 0).float()
+            return mass.gather(1, self.index)
+        counts = mass.masked_fill(self.slot < 0, 0.0)
         return counts.new_zeros(self.index.shape).scatter_add(1, self.slot.clamp(min=0), counts)
 
     def altered(self, tokens: int) -> Tensor:
@@ -163,8 +219,9 @@ class Reduction:
             tokens: V, which a gather does not know.
         """
         if self.weights is not None:
-            own = self.weights.gather(2, self.index[..., None])[..., 0]
-            return (own != 1) | (self.weights.abs().sum(-1) != own.abs())
+            return _altered(self.weights, self.index)
+        if self.parts or self.residual is not None:
+            return _altered(self.matrix(tokens), self.index)
         if self.share is None:
             return torch.zeros_like(self.index, dtype=torch.bool)
         return (self.share.gather(1, self.index) != 1) | (self.sizes(tokens) != 1)
@@ -180,6 +237,9 @@ class Reduction:
             total, remaining = self.weights.sum(-1, keepdim=True), seen.sum(-1, keepdim=True)
             rest = seen * (total / remaining.masked_fill(remaining == 0, 1.0))
             return replace(self, weights=torch.where(remaining == 0, self.weights, rest))
+        if self.residual is not None and self.removed is not None:
+            unseen = hidden.gather(1, self.removed)[:, None]
+            return replace(self, residual=self.residual.masked_fill(unseen, 0.0))
         if self.slot is None or self.share is None:
             return self
         seen, into = self.share.masked_fill(hidden, 0.0), self.slot.clamp(min=0)
@@ -202,9 +262,21 @@ class Reduction:
             missing: what dropped tokens get, a number or (G, 1, D).
 
         Returns:
-            (G, V, D). After a dense reduction a token gets the mean of the survivors that it went
-            into, weighted as it was.
+            (G, V, D). After a dense reduction, or one with a residual, a token gets the mean of the
+            survivors that it went into, weighted as it was; a chain is undone from its end.
         """
+        if self.parts:
+            counts = (tokens, *(part.kept for part in self.parts))
+            for part, count in reversed(list(zip(self.parts, counts, strict=False))):
+                y = part.recover(y, count, missing)
+            return y
+        if self.residual is not None and self.removed is not None:
+            full = self._gather().recover(y, tokens, missing)
+            back = self.residual.abs().transpose(1, 2).to(y.dtype)
+            total = back.sum(-1, keepdim=True)
+            given = torch.matmul(back / total.masked_fill(total == 0, 1.0), y)
+            given = torch.where(total == 0, missing, given)
+            return full.scatter(1, self.removed[..., None].expand_as(given), given)
         if self.weights is not None:
             spread = self._spread().to(y.dtype)
             dropped = (spread.sum(-1) == 0)[..., None]
@@ -222,12 +294,21 @@ class Reduction:
         if self.weights is not None:
             eye = torch.eye(count, dtype=self.weights.dtype, device=self.weights.device)
             return Reduction(index, torch.stack([torch.block_diag(eye, w) for w in self.weights]))
+        assert not self.parts  # only what methods return
+        if self.residual is not None and self.removed is not None and self.mass is not None:
+            residual = F.pad(self.residual, (0, 0, count, 0))
+            mass = F.pad(self.mass, (count, 0), value=1.0)
+            return Reduction(index, removed=self.removed + count, residual=residual, mass=mass)
         if self.slot is None:
             return Reduction(index)
         assert self.share is not None
         slot = torch.where(self.slot < 0, self.slot, self.slot + count)
         share = torch.cat((self.share.new_ones(images, count), self.share), 1)
         return Reduction(index, slot=torch.cat((first, slot), 1), share=share)
+
+    def _gather(self) -> Reduction:
+        """The same survivors with their own values."""
+        return Reduction(self.index, valid=self.valid)
 
     def _segments(self, tokens: int) -> tuple[Tensor, Tensor]:
         """(G, V) slot and share, of a gather too."""
@@ -249,6 +330,11 @@ class Reduction:
         back = self.weights.abs().transpose(1, 2)
         total = back.sum(-1, keepdim=True)
         return back / total.masked_fill(total == 0, 1.0)
+
+
+def _altered(weights: Tensor, index: Tensor) -> Tensor:
+    own = weights.gather(2, index[..., None])[..., 0]
+    return (own != 1) | (weights.abs().sum(-1) != own.abs())
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _decisions(
         def reduce(count: int) -> Reduction:
             return method.reduce(show(group, count), count)
 
-        yield group, reduce_around(reduce, count, group.required, group.count)
+        yield group, reduce_around(reduce, count, group.required)
 
 
 def _settled(
@@ -85,7 +85,7 @@ def _settled(
     if reduction is None:
         return group, group.noted(planned.entry), None
     if reduction.ordered and not planned.renumber:
-        reduction = reduction.in_raster_order(group.count)
+        reduction = reduction.in_raster_order()
     after = group.reduced(reduction, planned.method_number).noted(planned.entry)
     unchanged = reduction.kept == group.count and not (reduction.merges or reduction.ordered)
     return group, after, None if unchanged else reduction

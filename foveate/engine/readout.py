@@ -54,7 +54,6 @@ def reduce_around(
     reduce: Callable[[int], Reduction],
     count: int,
     at: Tensor | None,
-    total: int,
     ascending: bool = True,
 ) -> Reduction:
     """A method's reduction, changed so that one token of each image survives.
@@ -63,7 +62,6 @@ def reduce_around(
         reduce: the method's reduction to a number of tokens.
         count: that number, K, at least 1.
         at: (G) which of the V tokens must survive, -1 for images without one; `None` for no image.
-        total: V.
         ascending: whether survivors are to be in raster order, as outside an encoder.
     """
     reduction = reduce(count)
@@ -78,7 +76,7 @@ def reduce_around(
                 around = torch.cat((fewer, at[:, None]), 1)
                 index = torch.where(missing[:, None], around, reduction.index)
                 reduction = replace(reduction, index=index)
-    return surviving(reduction, at, total, ascending)
+    return surviving(reduction, at, ascending)
 
 
 def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup, Reduction]]:
@@ -87,7 +85,7 @@ def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup
     """
     at = group.required
     if at is None or reduction.kept:
-        yield group, surviving(reduction, at, group.count)
+        yield group, surviving(reduction, at)
         return
     for read in (True, False):
         members = [i for i, token in enumerate(at.tolist()) if (token >= 0) is read]
@@ -96,9 +94,7 @@ def spared(group: ImageGroup, reduction: Reduction) -> Iterator[tuple[ImageGroup
             yield part, Reduction(at[members, None] if read else part.index[:, :0])
 
 
-def surviving(
-    reduction: Reduction, at: Tensor | None, total: int, ascending: bool = True
-) -> Reduction:
+def surviving(reduction: Reduction, at: Tensor | None, ascending: bool = True) -> Reduction:
     """A reduction in which one token of each image survives, after all others if the method orders
     its survivors.
 
@@ -108,7 +104,6 @@ def surviving(
     Args:
         reduction: the method's, with at least one survivor.
         at: (G) which of the V tokens must survive, -1 for images without one; `None` for no image.
-        total: V.
         ascending: as in `reduce_around`.
     """
     if at is None:
@@ -120,8 +115,8 @@ def surviving(
     if bool(missing.any()):
         reduction = _seated(reduction, missing.nonzero()[:, 0], at)
         if ascending and not reduction.ordered:
-            return reduction.in_raster_order(total)
-    return _last(reduction, at, total) if reduction.ordered else reduction
+            return reduction.in_raster_order()
+    return _last(reduction, at) if reduction.ordered else reduction
 
 
 def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
@@ -150,22 +145,27 @@ def _seated(reduction: Reduction, images: Tensor, at: Tensor) -> Reduction:
         slot[images] = slot[images].masked_fill(lost, -1)
         slot[images, at] = seat
         share[images, at] = torch.where(joined, share[images, at], 1.0)
+    residual = reduction.residual
+    if residual is not None and reduction.removed is not None:  # it gives nothing any more
+        gone = reduction.removed[images] == at[:, None]
+        residual = residual.clone()
+        residual[images] = residual[images].masked_fill(gone[:, None], 0.0)
     if valid is not None:  # where it is the row's padding already, the two change places
         filler = index[images] == at[:, None]
         index[images] = torch.where(filler, index[images, seat][:, None], index[images])
     index[images, seat] = at
-    return replace(reduction, index=index, weights=weights, slot=slot, share=share, valid=valid)
+    return replace(
+        reduction,
+        index=index,
+        weights=weights,
+        slot=slot,
+        share=share,
+        residual=residual,
+        valid=valid,
+    )
 
 
-def _last(reduction: Reduction, at: Tensor, total: int) -> Reduction:
+def _last(reduction: Reduction, at: Tensor) -> Reduction:
     """The same survivors, with the required one after all others."""
     order = (reduction.index == at[:, None]).to(torch.uint8).argsort(dim=1, stable=True)
-    index = reduction.index.gather(1, order)
-    label = None if reduction.label is None else reduction.label.gather(1, order)
-    weights, slot = reduction.weights, reduction.slot
-    if weights is not None:
-        weights = weights.gather(1, order[..., None].expand(-1, -1, total))
-    elif slot is not None:
-        place = order.argsort(dim=1).gather(1, slot.clamp(min=0))
-        slot = torch.where(slot < 0, slot, place)
-    return replace(reduction, index=index, weights=weights, slot=slot, label=label)
+    return reduction.reordered(order)

@@ -1,4 +1,4 @@
-"""Laws of reductions, in each of their three storage forms."""
+"""Laws of reductions, in each of their four storage forms."""
 
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from foveate.core import Reduction
 
 FORMS = ("gather", "segments", "dense")
+ALL_FORMS = (*FORMS, "residual")  # with one, constants do not stay what they are
 
 
 def make(form, images, tokens, kept, seed, drops=0):
@@ -22,6 +23,12 @@ def make(form, images, tokens, kept, seed, drops=0):
     if form == "dense":
         weights = torch.rand(images, kept, tokens, generator=generator) + 0.01
         return Reduction(index.sort(-1).values, weights / weights.sum(-1, keepdim=True))
+    if form == "residual":
+        propagated = min(drops + 1, tokens - kept)
+        removed = torch.stack([order[kept:][:propagated] for order in orders])
+        residual = torch.randn(images, kept, propagated, generator=generator)
+        mass = torch.rand(images, kept, generator=generator) + 0.5
+        return Reduction(index.sort(-1).values, removed=removed, residual=residual, mass=mass)
     slot = torch.randint(0, kept, (images, tokens), generator=generator)
     for image, order in enumerate(orders):
         gone = order[kept:][: min(drops, tokens - kept)]
@@ -46,7 +53,7 @@ def close(a, b):
 
 
 @settings(max_examples=80, deadline=None)
-@given(cases())
+@given(cases(ALL_FORMS))
 def test_apply_is_the_matrix(case):
     reduction, tokens = make(**case), case["tokens"]
     x = torch.randn(case["images"], tokens, 5)
@@ -55,7 +62,7 @@ def test_apply_is_the_matrix(case):
 
 
 @settings(max_examples=120, deadline=None)
-@given(cases(), st.sampled_from(FORMS), st.data())
+@given(cases(ALL_FORMS), st.sampled_from(ALL_FORMS), st.data())
 def test_composition_is_the_matrix_product(case, form, data):
     first, tokens = make(**case), case["tokens"]
     kept = data.draw(st.integers(1, case["kept"]))
@@ -68,10 +75,10 @@ def test_composition_is_the_matrix_product(case, form, data):
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.data())
+@given(cases(ALL_FORMS), st.data())
 def test_composition_is_associative(case, data):
     first, tokens = make(**case), case["tokens"]
-    form = st.sampled_from(FORMS)
+    form = st.sampled_from(ALL_FORMS)
     second = make(data.draw(form), case["images"], first.kept, max(first.kept - 1, 1), 5)
     third = make(data.draw(form), case["images"], second.kept, max(second.kept - 1, 1), 6)
     left = first.then(second, tokens).then(third, tokens)
@@ -162,7 +169,7 @@ def test_labels_follow_their_survivors_into_raster_order():
     label = torch.tensor([[7, 5, 6]])
     slot = torch.tensor([[1, -1, 2, 0, 0]])
     for more in ({}, {"slot": slot, "share": torch.ones(1, 5)}, {"weights": torch.rand(1, 3, 5)}):
-        ascending = Reduction(index, ordered=True, label=label, **more).in_raster_order(5)
+        ascending = Reduction(index, ordered=True, label=label, **more).in_raster_order()
         assert ascending.index.tolist() == [[0, 2, 4]]
         assert ascending.label.tolist() == [[5, 6, 7]]
 
@@ -180,7 +187,7 @@ def test_raster_order_changes_the_order_and_nothing_else(form):
         dense = torch.rand(3, 4, 9, generator=generator)
         made = Reduction(index, dense if form == "dense" else None)
     made = replace(made, ordered=True, label=label)
-    raster, order = made.in_raster_order(9), index.argsort(1)
+    raster, order = made.in_raster_order(), index.argsort(1)
     assert torch.equal(raster.index, index.sort(1).values)
     assert torch.equal(raster.label, label.gather(1, order))
     want = made.matrix(9).gather(1, order[..., None].expand(-1, -1, 9))
@@ -209,3 +216,64 @@ def test_altered_survivors_are_those_that_are_not_just_a_token(form):
     assert reduction.altered(9).tolist() == differ.tolist()
     assert bool(differ.any()) == (form != "gather")
     assert form == "dense" or not bool(differ.all())
+
+
+@settings(max_examples=80, deadline=None)
+@given(cases(ALL_FORMS), st.sampled_from(ALL_FORMS), st.data())
+def test_a_chain_is_undone_from_its_end(case, form, data):
+    """With a residual anywhere, what was propagated gets the mean of those that it went into."""
+    first, tokens = make(**case), case["tokens"]
+    second = make(form, case["images"], first.kept, max(first.kept - 1, 1), 5)
+    both = first.then(second, tokens)
+    if "residual" not in (case["form"], form):
+        assert not both.parts
+        return
+    y = torch.randn(case["images"], second.kept, 3)
+    want = first.recover(second.recover(y, first.kept, 7.0), tokens, 7.0)
+    close(both.recover(y, tokens, 7.0), want)
+    index, weights = both.index[0], both.matrix(tokens)[0]
+    own = weights[torch.arange(len(index)), index]
+    plain = (own == 1) & (weights.abs().sum(-1) == own.abs())
+    assert torch.equal(both.altered(tokens)[0], ~plain)
+
+
+def test_what_was_propagated_comes_back_as_the_mean_of_where_it_went():
+    residual = torch.tensor([[[0.3, 0.0], [0.1, 0.0]]])
+    reduction = Reduction(
+        torch.tensor([[0, 3]]), removed=torch.tensor([[1, 4]]), residual=residual,
+        mass=torch.tensor([[1.5, 1.0]]),
+    )  # fmt: skip
+    y = torch.tensor([[[8.0], [4.0]]])
+    back = reduction.recover(y, 5, missing=-1.0)[0, :, 0]
+    assert back.tolist() == [8.0, 7.0, -1.0, 4.0, -1.0]
+    assert reduction.sizes(5).tolist() == [[1.5, 1.0]]
+    assert reduction.merges
+    hidden = torch.zeros(1, 5, dtype=torch.bool)
+    hidden[0, 1] = True
+    assert reduction.without(hidden).residual.abs().sum() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_mass_goes_into_the_survivors(form):
+    """What counted more than once before a merge still does after it."""
+    first = make("residual", 2, 9, 6, 0, 2)
+    second = make(form, 2, 6, 3, 1)
+    got = first.then(second, 9).mass
+    matrix = second.matrix(6)
+    if form == "segments":
+        matrix = (matrix > 0).float()
+    if form == "dense":
+        matrix = matrix / matrix.sum(1, keepdim=True)
+    close(got, (matrix @ first.mass[..., None])[..., 0])
+    given = make("residual", 2, 6, 3, 1)
+    assert torch.equal(first.then(given, 9).mass, given.mass)
+
+
+def test_survivors_in_another_order_are_the_same():
+    for form in ALL_FORMS:
+        made = make(form, 2, 9, 5, 3, 1)
+        order = torch.stack([torch.randperm(5), torch.randperm(5)])
+        other = made.reordered(order)
+        close(other.matrix(9), made.matrix(9).gather(1, order[..., None].expand(-1, -1, 9)))
+        assert torch.equal(other.index, made.index.gather(1, order))
+        close(other.sizes(9), made.sizes(9).gather(1, order))

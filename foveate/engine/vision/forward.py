@@ -198,8 +198,7 @@ class Encoding:
             told = {need.name: signals(need, of) for need in step.needs}
             tokens = self._shown(planned, number, x, told, quota=count)
             reduce = functools.partial(planned.method.reduce, tokens)
-            required = images.required
-            reduction = reduce_around(reduce, count, required, images.count, ascending=False)
+            reduction = reduce_around(reduce, count, images.required, ascending=False)
             of.reduce(reduction, planned)
             values[number] = reduction.apply(x)
         # The first hidden state is captured after the steps before layer 0.

@@ -11,49 +11,32 @@ come back shifted). `inflect` is the second entry of the release's pair (r, infl
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 
 from foveate.core import (
     Keep,
-    Method,
     ModelFacts,
-    Need,
-    PerRequest,
     Positions,
     Reduction,
     Step,
     VisualTokens,
     register,
 )
-from foveate.core.budget import check_keep
-from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive
-from foveate.errors import BudgetError, FoveateError
+from foveate.core.layerwise import Layerwise
+from foveate.core.step import Effect
+from foveate.errors import FoveateError
 from foveate.io.quoting import quoted
 from foveate.ops.matching import match, match_every
-
-
-@dataclass(frozen=True)
-class Merge(Step):
-    """A step of ToMe.
-
-    Args:
-        r: patches to merge.
-        part: (number of the layer from 1, layers in all), for an equal share of `keep`.
-    """
-
-    r: int = 0
-    part: tuple[int, int] = (1, 1)
 
 
 @register(
     "tome", stage="vision", needs=("encoder_keys",), paper="Bolya et al. 2023, arXiv:2210.09461"
 )
 @dataclass(frozen=True)
-class ToMe(Method):
+class ToMe(Layerwise):
     """Merge similar patches between the attention and the MLP of every layer.
 
     A layer can merge at most half of its patches; more are clipped, as in the release.
@@ -79,6 +62,7 @@ class ToMe(Method):
     keep: Keep | None = None
     every: Positive | None = None
     positions: Positions | None = None
+    limit = "half of the tokens"
 
     def check_fields(self) -> None:
         """As in `Method`; `inflect` is in [-1, 1].
@@ -94,66 +78,28 @@ class ToMe(Method):
                 "is r=..., inflect=...)"
             )
 
-    def check_budget(self, steps: int | None) -> None:
-        """`keep` speaks about the end of all steps, so it is one share or count.
-
-        Raises:
-            BudgetError: it is out of range, or a schedule.
-        """
-        if isinstance(self.keep, tuple | PerRequest):
-            raise BudgetError(f"tome takes one share or count as keep, got {quoted(self.keep)}")
-        if self.keep is not None:
-            check_keep(self.keep, 1)
-
     def schedule(self, layers: int) -> tuple[int, ...]:
-        """Tokens to remove in each of some layers."""
+        """As in `Layerwise`, tilted by `inflect`."""
         if isinstance(self.r, tuple):
-            return (self.r + (0,) * layers)[:layers]
+            return super().schedule(layers)
         low = int(self.r * (1 - self.inflect))
         slope = (2 * self.r - 2 * low) / max(layers - 1, 1)
         return tuple(int(low + slope * layer) for layer in range(layers))
 
+    def most(self, remaining: int) -> int:
+        """Half of the tokens."""
+        return remaining // 2
+
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """A merge within each layer that is read, where the schedule asks for one."""
-        read = model.feature_layer + 1
-        schedule = self.schedule(model.vision_layers)[:read]
-        return tuple(
-            Merge(
-                "vision",
-                i,
-                (Need("encoder_keys", (i,)),),
-                inside=True,
-                effects=("proportional",) if self.prop_attn else (),
-                r=r,
-                part=(i + 1, read),
-            )
-            for i, r in enumerate(schedule)
-            if r or self.keep is not None
-        )
+        effects: tuple[Effect, ...] = ("proportional",) if self.prop_attn else ()
+        return self.layer_steps(model, ("encoder_keys",), effects)
 
     def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """What is left after r merges, at most half of the tokens.
-
-        Raises:
-            BudgetError: `keep` asks for more than half in one layer.
-        """
-        assert isinstance(step, Merge)
+        """As in `Layerwise`, unless `every` decides."""
         if self.every is not None:
             return remaining // self.every or remaining
-        if self.keep is None:
-            return remaining - min(step.r, remaining // 2)
-        dropped = total - budget_count(
-            self.keep, total, step=0, row=row, rounding=type(self).rounding
-        )
-        layer, layers = step.part
-        wanted = total - dropped * layer // layers
-        if remaining - wanted > remaining // 2:
-            raise BudgetError(
-                f"tome merges at most half of the tokens in a layer; keep={self.keep} of {total} "
-                f"tokens needs {remaining - wanted} of {remaining} in layer {step.layer}. Keep at "
-                f"least {math.ceil(total / (layers + 1)) + 1}, or give r a schedule"
-            )
-        return wanted
+        return super().count(remaining, total, step, number, row)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Merge patches until `count` are left of each image, weighted by their sizes."""

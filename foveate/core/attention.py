@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,14 @@ class LayerAttention:
     scaling: float
     special: int
     kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The mask as numbers that are added to the scores."""
+        if self.mask is None or self.mask.dtype != torch.bool:
+            return self.mask
+        least = torch.finfo(self.query.dtype).min
+        return torch.zeros_like(self.mask, dtype=self.query.dtype).masked_fill(~self.mask, least)
 
     def plain(self) -> Tensor:
         """(B, N, H, d) what the layer computes without a method."""

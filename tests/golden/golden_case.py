@@ -26,6 +26,7 @@ ADAPTERS = {
     "feather": "golden_drops",
     "flowcut": "golden_flowcut",
     "fopru": "golden_patches",
+    "gtp-vit": "golden_gtpvit",
     "hiprune": "golden_patches",
     "holitom": "golden_video",
     "holitom-inner": "golden_drops",
@@ -42,8 +43,12 @@ ADAPTERS = {
     "vtc-cls": "golden_encoder",
     "yopo": "golden_yopo",
 }
-# Where a folder holds the cases of two methods: folder and names of those of each.
-SOURCES = {"holitom": ("holitom", "outer_*"), "holitom-inner": ("holitom", "inner_*")}
+# Where a folder holds more than the cases of one method: folder and names of those of each.
+SOURCES = {
+    "gtp-vit": ("gtp-vit", "case*"),
+    "holitom": ("holitom", "outer_*"),
+    "holitom-inner": ("holitom", "inner_*"),
+}
 Check = Callable[[], None]
 
 

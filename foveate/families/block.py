@@ -27,6 +27,10 @@ class Block:
         scale1: what the attention's output passes on its way to the sum: layer scale (a module, or
             a parameter to multiply with), dropout, a norm.
         scale2: the same for the MLP's output.
+        closing: a module that takes the MLP's output and the states, and returns their sum; `None`
+            where the layer adds them.
+        kernel: the module of the attention that makes queries, keys and values and calls the
+            kernel; empty where that is the attention itself.
         matrices: modules of the attention that make queries, keys and values: one for each, or one
             for all.
         norms: modules of the attention that norm queries and keys.
@@ -42,6 +46,8 @@ class Block:
     mlp: str = "mlp"
     scale1: tuple[str, ...] = ()
     scale2: tuple[str, ...] = ()
+    closing: str | None = None
+    kernel: str = ""
     matrices: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     norms: tuple[str, ...] = ()
     norms_heads: bool = False
@@ -58,8 +64,11 @@ class Block:
     @property
     def modules(self) -> tuple[str, ...]:
         """All names, to check a layer against."""
-        names = (self.norm1, self.attention, self.norm2, self.mlp, *self.scale1, *self.scale2)
-        return (*names, *(f"{self.attention}.{name}" for name in (*self.matrices, *self.norms)))
+        names = [self.norm1, self.attention, self.norm2, self.mlp, *self.scale1, *self.scale2]
+        if self.closing is not None:
+            names.append(self.closing)
+        within = f"{self.attention}.{self.kernel}" if self.kernel else self.attention
+        return (*names, *(f"{within}.{name}" for name in (*self.matrices, *self.norms)))
 
     def attend(
         self, layer: Any, hidden: Tensor, *, bias: Tensor | None = None, **kwargs: Any
@@ -103,9 +112,16 @@ class Block:
             )
         return query, key, value
 
+    def attends(self, layer: Any) -> Any:
+        """The module of a layer that makes queries, keys and values."""
+        attention = getattr(layer, self.attention)
+        return getattr(attention, self.kernel) if self.kernel else attention
+
     def feed(self, layer: Any, hidden: Tensor) -> Tensor:
         """The second half: states after the MLP."""
         fed = getattr(layer, self.mlp)(getattr(layer, self.norm2)(hidden))
+        if self.closing is not None:
+            return getattr(layer, self.closing)(fed, hidden)
         return hidden + _scaled(layer, self.scale2, fed)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveate.families.block import Block, split
@@ -23,6 +24,7 @@ class Encoder:
         class_token: whether row 0 is a class token.
         projections: modules of the attention whose outputs are queries and keys, (B, N, D) each, or
             one for queries, keys and values together.
+        values: the module whose output are values, where each has its own.
         by_head: whether these outputs are (B, N, H, d).
         groups: query heads that share a head of keys and values.
         tower: the module that returns the states of all layers, as it ends before anything is made
@@ -30,6 +32,7 @@ class Encoder:
         fed: the module around the tower that is called with pixels, where the tower is handed rows.
         block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
+        trailing: special rows after the patches (detection tokens).
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
@@ -42,6 +45,7 @@ class Encoder:
         whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
+        masks_kernels: whether neither does, so that the kernel of the attention is handed one.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
         axes: parts of a head that are rotated each for itself, such as one for each axis.
@@ -52,12 +56,14 @@ class Encoder:
     heads: int
     class_token: bool
     projections: tuple[str, ...] = ("q_proj", "k_proj")
+    values: str = "v_proj"
     by_head: bool = False
     groups: int = 1
     tower: Any = None
     fed: Any = None
     block: Block | None = None
     extra: int = 0
+    trailing: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
     padded: bool = False
@@ -67,6 +73,7 @@ class Encoder:
     whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
+    masks_kernels: bool = False
     scaling: float | None = None
     axes: int = 1
 
@@ -76,9 +83,30 @@ class Encoder:
         return self.tower if self.fed is None else self.fed
 
     @property
-    def special(self) -> int:
+    def leading(self) -> int:
         """Rows before the patches."""
         return int(self.class_token) + self.extra
+
+    @property
+    def special(self) -> int:
+        """Rows that are no patches. Once tokens have been removed, all of them come first."""
+        return self.leading + self.trailing
+
+    def specials_first(self, states: Tensor) -> Tensor:
+        """(B, N, D) states of all rows, those of trailing special rows moved before the patches."""
+        if not self.trailing:
+            return states
+        count = states.shape[1] - self.special
+        leading, patches, trailing = states.split((self.leading, count, self.trailing), 1)
+        return torch.cat((leading, trailing, patches), 1)
+
+    def specials_apart(self, states: Tensor) -> Tensor:
+        """(B, N, D) the same the other way round."""
+        if not self.trailing:
+            return states
+        count = states.shape[1] - self.special
+        leading, trailing, patches = states.split((self.leading, self.trailing, count), 1)
+        return torch.cat((leading, patches, trailing), 1)
 
     def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """(..., H d) queries, keys, and values if there are any, from what the projections return;

@@ -14,6 +14,15 @@ from foveate.families.encoder import Encoder
 from foveate.families.family import FAMILIES, Family
 
 CLIP_BLOCK = Block("layer_norm1", "self_attn", "layer_norm2")
+OLD_BLOCK = Block(  # of models that keep ViT's layer as it was
+    "layernorm_before",
+    "attention",
+    "layernorm_after",
+    "intermediate",
+    closing="output",
+    kernel="attention",
+    matrices=("query", "key", "value"),
+)
 VIT_BLOCK = Block(
     "layernorm_before",
     "attention",
@@ -40,6 +49,7 @@ class PlainEncoder(Family):
     block: ClassVar[Block] = CLIP_BLOCK
     class_token: ClassVar[bool] = True
     head_path: ClassVar[str | None] = None
+    masks_kernels: ClassVar[bool] = False
     states_path: ClassVar[str | None] = None
     """The module within a backbone that returns the states of all layers."""
 
@@ -65,19 +75,29 @@ class PlainEncoder(Family):
             tower = self._child(self.base, self.states_path)
         return Encoder(
             layers=self._child(self.base, self.layers_path),
-            attention=lambda layer: getattr(layer, self.block.attention),
+            attention=self.block.attends,
             heads=self.base.config.num_attention_heads,
             class_token=self.class_token,
+            projections=self.block.projections,
+            values=self.block.matrices[-1],
             tower=tower,
             fed=None if tower is self.base else self.base,
             block=self.block,
             extra=self.extra_tokens,
+            trailing=self.trailing_tokens,
+            masks_layers=not self.masks_kernels,
+            masks_kernels=self.masks_kernels,
             head=head,
         )
 
     @property
     def extra_tokens(self) -> int:
         """Register and distillation tokens between the class token and the patches."""
+        return 0
+
+    @property
+    def trailing_tokens(self) -> int:
+        """Special tokens after the patches."""
         return 0
 
     @property

@@ -223,7 +223,7 @@ class _Run:
         for number, layer in enumerate(layers):
             layer.forward = functools.partial(self._layer, number, layer, layer.forward)
             if encoder is not None and encoder.block is not None:
-                handles += self._attending(encoder.attention(layer))
+                handles += self._attending(getattr(layer, encoder.block.attention))
         try:
             with torch.no_grad(), self.counter, Shapes(), _Made():
                 shapes = self._encode(modality, arguments)
@@ -312,11 +312,12 @@ def _matrices(encoder: Any) -> tuple[tuple[int, ...], int]:
     """Weights in the matrices of each layer's attention, and the width of rows."""
     if encoder is None or encoder.block is None:
         return (0,) * (0 if encoder is None else len(encoder.layers)), 0
+    block = encoder.block
     of_attention = tuple(
-        sum(p.numel() for p in encoder.attention(layer).parameters() if p.dim() == 2)
+        sum(p.numel() for p in getattr(layer, block.attention).parameters() if p.dim() == 2)
         for layer in encoder.layers
     )
-    return of_attention, getattr(encoder.layers[0], encoder.block.norm1).weight.shape[0]
+    return of_attention, getattr(encoder.layers[0], block.norm1).weight.shape[0]
 
 
 def _towers(family: Family, modality: str) -> list[Any]:

@@ -91,7 +91,7 @@ class EncoderSignals:
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
                 if any(signal.values for signal in projected):
-                    parts = (*parts, "v_proj")
+                    parts = (*parts, self.encoder.values)
                 for part in parts:
                     hook = self._projection(number, part, parts, projected)
                     on.tap(attention, part, hook)
@@ -149,7 +149,14 @@ class EncoderSignals:
     def _states(self, output: Any) -> Tensor:
         """(B, C, V) of what a layer returns."""
         states = output if isinstance(output, Tensor) else output[0]
-        return states.detach()[:, self.encoder.special :].transpose(1, 2)
+        return self._first(states.detach())[:, self.encoder.special :].transpose(1, 2)
+
+    def _first(self, states: Tensor) -> Tensor:
+        """(B, N, D) states with all special rows before the patches."""
+        shortened = self._pass()
+        if shortened is not None and shortened.order is not None:
+            return states  # they are
+        return self.encoder.specials_first(states)
 
     def _projection(
         self, number: int, part: str, parts: tuple[str, ...], signals: list[EncoderSignal]
@@ -170,9 +177,8 @@ class EncoderSignals:
 
     def _projections(self, parts: list[Tensor]) -> Projections:
         """Of queries, keys, and values if a signal reads them."""
-        query, key, value = (*self.encoder.projected(parts), None)[:3]
-        assert query is not None
-        assert key is not None
+        query, key, *values = (self._first(part) for part in self.encoder.projected(parts))
+        value = values[0] if values else None
         encoder = self.encoder
         return Projections(
             query, key, value, encoder.heads, encoder.special, self._bias, self.threshold

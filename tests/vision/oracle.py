@@ -56,7 +56,7 @@ class Full:
 
     def __init__(self, tower, special: int, states: Tensor, padding: Tensor | None = None):
         self.tower, self.special = tower, special
-        self.names = NAMES[tower.config.model_type]
+        self.names = NAMES.get(tower.config.model_type)
         self.x = states
         self.total = len(states) - special
         self.alive = torch.ones(len(states), dtype=torch.bool)
@@ -69,23 +69,38 @@ class Full:
 
     def attend(self, layer):
         """Probabilities (H, N, N), keys (N, H, d), and the output (N, D)."""
-        norm1, attention, _, out = self.names
-        module = getattr(layer, attention)
-        heads = self.tower.config.num_attention_heads
-        normed = getattr(layer, norm1)(self.x)
-        q, k, v = (
-            getattr(module, name)(normed).view(len(normed), heads, -1).transpose(0, 1)
-            for name in ("q_proj", "k_proj", "v_proj")
-        )
-        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        q, k, v = self.project(layer)
+        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + self.bias(layer)
         seen = self.alive.clone()
         if not self.weigh:  # one row for each group
             seen[:] = False
             for group in self.groups:
                 seen[[row for row in group if self.alive[row] and self.real[row]][:1]] = True
         weights = scores.masked_fill(~(seen & self.real), -torch.inf).softmax(-1)
-        mixed = (weights @ v).transpose(0, 1).reshape(len(normed), -1)
-        return weights, k.transpose(0, 1), getattr(module, out)(mixed)
+        mixed = (weights @ v).transpose(0, 1).flatten(1)
+        return weights, k.transpose(0, 1), self.mix(layer, mixed)
+
+    def project(self, layer):
+        """Queries, keys and values (H, N, d)."""
+        norm1, attention, *_ = self.names
+        normed = getattr(layer, norm1)(self.x)
+        return self.by_heads(getattr(layer, attention), normed, ("q_proj", "k_proj", "v_proj"))
+
+    def by_heads(self, module, normed, names):
+        """(H, N, d) of what some modules make."""
+        heads = self.tower.config.num_attention_heads
+        return [
+            getattr(module, name)(normed).view(len(normed), heads, -1).transpose(0, 1)
+            for name in names
+        ]
+
+    def bias(self, layer):
+        """What scores (H, N, N) get."""
+        return 0.0
+
+    def mix(self, layer, mixed):
+        """(N, D) output of the attention."""
+        return getattr(getattr(layer, self.names[1]), self.names[3])(mixed)
 
     def run(self, steps):
         """(N, D) output of the last layer."""
@@ -107,12 +122,14 @@ class Full:
                     scores = torch.stack([row[rows].sum() for rows in self.groups])
                     chosen = scores[self.special :].topk(step.count).indices.sort().values
                     self.keep((chosen + self.special).tolist(), number)
-            fed = layer.mlp(getattr(layer, self.names[2])(self.x))
-            if hasattr(layer, "layer_scale2"):
-                fed = fed * layer.layer_scale2.lambda1
-            self.x = self.x + fed
+            self.x = self.x + self.feed(layer)
             self.states.append(self.filled())
         return self.x
+
+    def feed(self, layer):
+        """(N, D) what the MLP adds."""
+        fed = layer.mlp(getattr(layer, self.names[2])(self.x))
+        return fed * layer.layer_scale2.lambda1 if hasattr(layer, "layer_scale2") else fed
 
     def _layers(self):
         encoder = self.tower.encoder
@@ -187,16 +204,17 @@ def matched(keys, special, r):
 
 
 @torch.no_grad()
-def run(tower, special, embedded: Tensor, steps, padding: Tensor | None = None):
+def run(tower, special, embedded: Tensor, steps, padding: Tensor | None = None, kind=Full):
     """The oracle of each image.
 
     Args:
         embedded: (B, N, D) input of layer 0.
         padding: (B, N) rows that nobody attends to.
+        kind: the oracle.
     """
     results = []
     for row, states in enumerate(embedded):
-        full = Full(tower, special, states.clone(), None if padding is None else padding[row])
+        full = kind(tower, special, states.clone(), None if padding is None else padding[row])
         full.run(steps)
         results.append(full)
     return results

@@ -11,8 +11,11 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,35 +27,30 @@ KERNEL = "foveate"  # a kernel's name, as configs have it
 HOOK = "_foveate_attend"  # the attribute of an attention module that is called instead
 
 Attend = Callable[[LayerAttention], Tensor | None]
+Masked = Callable[[Tensor | None], Tensor | None]
 
 
-def hand_over(on: Attachment, attention: Any, special: int, attend: Attend) -> None:
+def hand_over(
+    on: Attachment,
+    attention: Any,
+    special: int,
+    attend: Attend | None,
+    masked: Masked | None = None,
+) -> None:
     """Let something else compute the attention of a module, till the attachment is removed.
 
     Args:
         on: the attachment.
         attention: the attention module.
         special: rows before the visual tokens.
-        attend: returns (B, N, H, d), or `None` to let the module do as it does.
+        attend: returns (B, N, H, d), or `None` to let the module do as it does; `None` if nothing
+            else computes it.
+        masked: what the kernel is handed in place of a mask; `None` to hand it the module's.
     """
     AttentionInterface.register(KERNEL, _kernel)
-    before = attention.config
-
-    def hook(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        own = _own(module, before._attn_implementation)
-
-        def kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            return own(module, query, key, value, mask, **kwargs)[0]
-
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        mixed = attend(LayerAttention(query, key, value, mask, scaling, special, kernel))
-        return own(module, query, key, value, mask, **kwargs) if mixed is None else (mixed, None)
-
-    config = copy.copy(before)
+    config = copy.copy(attention.config)
     config._attn_implementation_internal = KERNEL
-    on.put(attention, HOOK, hook)
+    on.put(attention, HOOK, _Kernel(attention.config, special, attend, masked))
     on.put(attention, "config", config)
 
 
@@ -61,6 +59,43 @@ def takes_over(attention: nn.Module) -> bool:
     return hasattr(getattr(attention, "config", None), "_attn_implementation") and hasattr(
         sys.modules[type(attention).__module__], "ALL_ATTENTION_FUNCTIONS"
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Kernel:
+    """What an attention module calls as its kernel.
+
+    Args:
+        config: the module's own config, which names the kernel that it would call.
+        special: see `hand_over`, as for the others.
+        attend: see `hand_over`.
+        masked: see `hand_over`.
+    """
+
+    config: Any
+    special: int
+    attend: Attend | None
+    masked: Masked | None
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, given: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        def own(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> tuple[Tensor, Any]:
+            name = self.config._attn_implementation
+            kernel = _own(module, name)
+            if name == "eager" and mask is not given:  # the module's need not look at masks
+                kernel = _eager
+            return kernel(module, query, key, value, mask, **kwargs)
+
+        mask = given if self.masked is None else self.masked(given)
+        mixed = None
+        if self.attend is not None:
+            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+            layer = LayerAttention(
+                query, key, value, mask, scaling, self.special, lambda *parts: own(*parts)[0]
+            )
+            mixed = self.attend(layer)
+        return own(query, key, value, mask) if mixed is None else (mixed, None)
 
 
 def _kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -72,3 +107,22 @@ def _own(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | N
     """The kernel that a module would call without a method."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention that adds a mask to its scores: (B, N, H, d), and its map (B, H, N, N)."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if mask is not None:
+        scores = scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights

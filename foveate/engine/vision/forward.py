@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,9 +108,9 @@ class Encoding:
         """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
-        special = self.encoder.special
-        grid = self._patches(length - special)
-        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
+        grid = self._patches(length - self.encoder.special)
+        rows = self.encoder.leading + raster_rows(*grid, self.side)
+        tokens = token_grid(*grid, self.side)
         return [EncoderImage(tokens, rows + n * length) for n in range(images)]
 
     def _patches(self, count: int) -> tuple[int, int]:
@@ -211,8 +212,15 @@ class Encoding:
     def attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor:
         """(B, N, H, d) attention of the layer that is running, as a method computes it."""
         assert self.input is not None  # set before every layer
-        x = self.layout.take(self.input, 0)
-        return planned.method.attend(self._shown(planned, 0, x), layer)
+        tokens = self._shown(planned, 0, self.layout.take(self.input, 0))
+        if self.reduced or not self.encoder.trailing:
+            return planned.method.attend(tokens, layer)
+        query, key, value = (
+            self.encoder.specials_first(part.transpose(1, 2)).transpose(1, 2)
+            for part in (layer.query, layer.key, layer.value)
+        )
+        layer = replace(layer, query=query, key=key, value=value)
+        return self.encoder.specials_apart(planned.method.attend(tokens, layer))
 
     def _shown(
         self,
@@ -276,6 +284,18 @@ class Encoding:
             mask = mask[:, 0, 0] > -1
         return {**kwargs, "attention_mask": mask}
 
+    def kernel_mask(self, given: Tensor | None) -> Tensor | None:
+        """What a kernel is handed as a mask, where it gets one of no other.
+
+        Args:
+            given: (B or 1, H or 1, N, N) what the layer hands it, for all rows.
+        """
+        if not self.reduced or self._restored:
+            return given
+        if given is None:
+            return self.bias
+        return given if self.bias is None else given + self.bias
+
     # -- signals
 
     def tapped(self, need: Need, of: EncoderGroup) -> Tensor:
@@ -303,7 +323,8 @@ class Encoding:
         block, attention = self.encoder.block, self.encoder.attention(layer)
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
-        query, key = attention.q_proj(normed[:, :1]), attention.k_proj(normed)
+        query, key = (getattr(attention, name) for name in block.matrices[:2])
+        query, key = query(normed[:, :1]), key(normed)
         if block.norms:
             query, key = (
                 getattr(attention, name)(part)
@@ -314,9 +335,11 @@ class Encoding:
     def _of_class(self, query: Tensor, key: Tensor, of: EncoderGroup) -> Tensor:
         """(B, 1, H, K) attention of the class token to tokens: to all their rows."""
         special = self.encoder.special
+        if not self.reduced:
+            key = self.encoder.specials_first(key)
         row = class_row(query, key, self.encoder.heads, special, self.bias).transpose(1, 2)
         row = torch.nn.functional.pad(row, (0, 0, special, 0))
-        tokens = self._of(row, of)
+        tokens = self._of(row if self.reduced else self.encoder.specials_apart(row), of)
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
 
     def at_tokens(self, row: Tensor, of: EncoderGroup) -> Tensor:
@@ -324,6 +347,7 @@ class Encoding:
         of a token's rows.
         """
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, self.encoder.special, 0))
+        states = self.encoder.specials_apart(states)
         return states.flatten(0, 1)[of.rows_at(of.layout)].mean(2).transpose(1, 2)
 
     def widen(self, row: Tensor) -> Tensor:
@@ -335,7 +359,7 @@ class Encoding:
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
         full = self.layout.full_length(states, self.layout.now, 0.0)
-        return full[:, special:].transpose(1, 2)
+        return self.encoder.specials_first(full)[:, special:].transpose(1, 2)
 
     def _of(self, states: Tensor, of: EncoderGroup) -> Tensor:
         """(G, K, R D) of a group's tokens, from states of now."""

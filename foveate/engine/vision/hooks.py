@@ -147,14 +147,16 @@ class VisionAttachment(Attachment):
         for number in range(self._first, len(self.encoder.layers)):
             layer = self.encoder.layers[number]
             attention, steps = self.encoder.attention(layer), self._inside.get(number, [])
-            if not self.encoder.masks_layers:
+            kernel = self.encoder.masks_kernels
+            if not (self.encoder.masks_layers or kernel):
                 self.before(attention, self._enter_attention)
             if steps or number in self._unmasked:
                 self.replace_forward(layer, functools.partial(self._halves, steps))
             self.hook(layer, functools.partial(self._enter_layer, number))
-            if number in self._attends:
-                attend = functools.partial(self._attend, self._attends[number])
-                hand_over(self, attention, self.encoder.special, attend)
+            if number in self._attends or kernel:
+                attends, masked = self._attends.get(number), self._mask if kernel else None
+                attend = None if attends is None else functools.partial(self._attend, attends)
+                hand_over(self, attention, self.encoder.special, attend, masked)
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
@@ -268,6 +270,12 @@ class VisionAttachment(Attachment):
         if encoding is None or encoding.bias is None:
             return None
         return args, {**kwargs, "attention_mask": encoding.bias}
+
+    @torch.compiler.disable
+    def _mask(self, given: Tensor | None) -> Tensor | None:
+        """What the kernel of a layer that takes no mask is handed as one."""
+        encoding = self.state.encoding
+        return given if encoding is None else encoding.kernel_mask(given)
 
     @torch.compiler.disable
     def _attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor | None:

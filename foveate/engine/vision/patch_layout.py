@@ -1,7 +1,8 @@
 """Patch layout: where the tokens of a pass lie among the rows of the encoder, at any point of it.
 
-Images are rows of a batch, after special rows; or they lie in one sequence, whose order stays
-(windows are runs of it); or they are rows of a batch with padding, keep their order as well, and go
+Images are rows of a batch, with special rows before the patches, and after them too; all of these
+come first once tokens have been removed. Or images lie in one sequence, whose order stays (windows
+are runs of it); or they are rows of a batch with padding, keep their order as well, and go
 on as rows that are as long as the longest. Shapes: `G` images of a group, `V` tokens of each, `K`
 of them surviving, `R` rows of a token, `D` width, `B` images of a batch, `S` special rows, `N` rows
 of an image of a batch or of all the sequence.
@@ -54,6 +55,7 @@ class PatchLayout:
     ) -> None:
         self.groups = groups
         self.shape = tuple(shape)
+        self.encoder = encoder
         self.special = encoder.special
         self.packed = encoder.packed is not None
         self.padded = encoder.padded
@@ -72,6 +74,8 @@ class PatchLayout:
         of, layout = self.groups[number], point.layouts[number]
         cell = of.rows.shape[2]
         if not self.packed and (point.order is not None or cell == 1):
+            if point.order is None:
+                states = self.encoder.specials_first(states)
             return states[:, self.special :].unflatten(1, (-1, cell)).flatten(2)
         rows = of.rows_at(layout)
         if point.order is not None:
@@ -95,8 +99,11 @@ class PatchLayout:
             order, unsort = torch.cat([row.flatten() for row in rows]).sort()
             self.now = Point(layouts, order, unsort, *self._slots(order))
         else:
+            if self.now.order is None:
+                states = self.encoder.specials_first(states)
             start = torch.arange(self.shape[0], device=states.device)[:, None] * self.shape[1]
-            specials = start + torch.arange(self.special, device=states.device)
+            every = torch.arange(self.shape[1], device=states.device)[None, :, None]
+            specials = start + self.encoder.specials_first(every)[0, : self.special, 0]
             self.now = Point(layouts, torch.cat((specials, rows[0]), 1).flatten())
         self._points.append((first, self.now))
         return self.lay(states, values)
@@ -171,12 +178,14 @@ class PatchLayout:
             for number, of in enumerate(self.groups)
         ]
         width = states.shape[-1]
+        specials = states[:, : self.special]
         if not self.packed and parts[0].shape[-1] == width:
-            return torch.cat((states[:, : self.special], parts[0]), 1)
+            return self.encoder.specials_apart(torch.cat((specials, parts[0]), 1))
         rows = torch.cat([of.rows.flatten() for of in self.groups])
         full = states.new_zeros(torch.Size(self.shape).numel(), width)
         full = full.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
         full = full.view(*self.shape, width)
         if self.special:
-            full = torch.cat((states[:, : self.special], full[:, self.special :]), 1)
+            patches = self.encoder.specials_first(full)[:, self.special :]
+            full = self.encoder.specials_apart(torch.cat((specials, patches), 1))
         return full

@@ -1,0 +1,95 @@
+"""Tiny random encoders whose layers are not ViT's of today, each with an oracle of its layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import YolosConfig, YolosForObjectDetection, YolosModel
+
+from tests.vision import oracle
+from tests.vision.encoders import PATCHES, WIDE
+
+DETECTIONS, LABELS = 5, 3
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An encoder, its heads, and the oracle of its layers; it sees 36 patches in 4 layers.
+
+    Args:
+        model: makes the encoder alone.
+        full: the oracle of an image.
+        special: special rows, which the oracle has first.
+        class_token: whether row 0 is a class token.
+        heads: makes the model under a head, by a name.
+        trailing: how many special rows come after the patches.
+        inputs: what `count` images are, from a generator.
+    """
+
+    model: Callable[[], Any]
+    full: type[oracle.Full]
+    special: int = 0
+    class_token: bool = True
+    heads: Callable[[], Any] | None = None
+    trailing: int = 0
+    inputs: Callable[[int, torch.Generator], dict] = lambda count, generator: {
+        "pixel_values": torch.randn(count, 3, 48, 48, generator=generator)
+    }
+
+
+class OldLayer(oracle.Full):
+    """A layer whose attention and MLP have modules of their own for what they return."""
+
+    def project(self, layer):
+        normed = layer.layernorm_before(self.x)
+        return self.by_heads(layer.attention.attention, normed, ("query", "key", "value"))
+
+    def mix(self, layer, mixed):
+        return layer.attention.output.dense(mixed)
+
+    def feed(self, layer):
+        made = layer.intermediate.dense(layer.layernorm_after(self.x))
+        return layer.output.dense(torch.nn.functional.gelu(made))
+
+
+def _yolos():
+    return YolosConfig(
+        **{**WIDE, "image_size": [48, 48]}, num_detection_tokens=DETECTIONS,
+        use_mid_position_embeddings=False, initializer_range=0.2, num_labels=LABELS,
+    )  # fmt: skip
+
+
+KINDS = {
+    "yolos": Kind(
+        lambda: YolosModel(_yolos()),
+        OldLayer,
+        special=1 + DETECTIONS,
+        heads=lambda: YolosForObjectDetection(_yolos()),
+        trailing=DETECTIONS,
+    ),
+}
+
+
+def build(make, attention="sdpa"):
+    """A model in evaluation mode, with attention that is not flat."""
+    torch.manual_seed(0)
+    model = make().eval()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("cls_token", "position_embeddings", "_tokens")):
+                parameter.normal_(std=0.5)
+    return model
+
+
+def given(kind, count=3, seed=0):
+    """What a model is called with."""
+    return kind.inputs(count, torch.Generator().manual_seed(seed))
+
+
+def first(kind, states):
+    """States (..., N, D) with all special rows first."""
+    leading = kind.special - kind.trailing
+    parts = states.split((leading, PATCHES, kind.trailing), -2)
+    return torch.cat((parts[0], parts[2], parts[1]), -2)

@@ -1,0 +1,228 @@
+"""Inside encoders of other layers: identity, oracles, batches, accounts, maps, heads, removal."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import YolosConfig, YolosModel
+
+import foveate
+from foveate.errors import UnsupportedModelError
+from foveate.families import find_family
+from foveate.measure.account import account
+from foveate.methods import GTPViT, ToMe
+from tests.methods_for_tests import Listed, Mix
+from tests.vision import oracle
+from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
+from tests.vision.kinds import KINDS, build, first, given
+from tests.vision.test_encoders import CASES, TOLERANCE, distance
+from tests.vision.test_maps import map_of
+
+PAIRS = [
+    (name, case)
+    for name, kind in KINDS.items()
+    for case in CASES
+    if kind.class_token or not CASES[case][2]
+]
+FEW = [pair for pair in PAIRS if pair[1] in ("tome", "tome-keep", "cls-drop-3", "before")]
+
+
+def results_of(kind, model, inputs, steps):
+    """The plain output of a model, and the oracle of each image."""
+    plain = model(**inputs, output_hidden_states=True)
+    embedded = first(kind, plain.hidden_states[0])
+    tower = find_family(model).encoder.tower
+    return plain, oracle.run(tower, kind.special, embedded, steps, kind=kind.full)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_oracle_itself_equals_the_encoder(name):
+    kind = KINDS[name]
+    model, inputs = build(kind.model), given(kind)
+    with torch.no_grad():
+        plain, results = results_of(kind, model, inputs, [])
+    for row, full in enumerate(results):
+        for got, want in zip(plain.hidden_states, full.states, strict=True):
+            assert distance(first(kind, got[row]), want) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_every_state_equals_the_full_length_oracle(name, case):
+    kind = KINDS[name]
+    model, inputs = build(kind.model), given(kind)
+    method, steps, _ = CASES[case]
+    with torch.no_grad():
+        plain, results = results_of(kind, model, inputs, steps)
+        with foveate.use(model, method) as run:
+            got = model(**inputs, output_hidden_states=True)
+    for row, full in enumerate(results):
+        states = got.hidden_states[case == "before-0" :]  # captured after a step before layer 0
+        wanted = full.states[case == "before-0" :]
+        worst = max(
+            distance(first(kind, one[row]), want) for one, want in zip(states, wanted, strict=True)
+        )
+        bite = distance(plain.hidden_states[-1][row], got.hidden_states[-1][row])
+        print(f"distance to the oracle {worst:.1e}, to the unpruned encoder {bite:.2f}")
+        assert worst <= TOLERANCE
+        assert bite > 0.05, "the test does not bite"
+        assert list(run.kept[row]) == list(full.kept)
+        for place, kept in full.kept.items():
+            assert torch.equal(run.kept[row][place], kept)
+
+
+@pytest.mark.parametrize("method", [ToMe(r=0), GTPViT(r=0), Listed(keep=1.0)])
+@pytest.mark.parametrize("name", KINDS)
+def test_keeping_everything_changes_no_bit(name, method):
+    kind = KINDS[name]
+    model, inputs = build(kind.model), given(kind)
+    with torch.no_grad():
+        want = model(**inputs, output_hidden_states=True)
+        with foveate.use(model, method):
+            got = model(**inputs, output_hidden_states=True)
+        after = model(**inputs).last_hidden_state
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+    assert all(map(torch.equal, got.hidden_states, want.hidden_states))
+    assert torch.equal(after, want.last_hidden_state), "the model is not as it was"
+
+
+@pytest.mark.parametrize(("name", "case"), FEW)
+def test_batch_equals_rows(name, case):
+    kind = KINDS[name]
+    model, inputs = build(kind.model), given(kind, 4)
+    with torch.no_grad(), foveate.use(model, CASES[case][0]) as run:
+        together, kept = model(**inputs).last_hidden_state, run.kept
+        for row in range(4):
+            alone = model(**row_of(inputs, row)).last_hidden_state
+            torch.testing.assert_close(together[row], alone[0], rtol=0, atol=5e-5)
+            for place, index in kept[row].items():
+                assert torch.equal(run.kept[0][place], index)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_eager_attention_agrees_with_sdpa(name):
+    kind, got = KINDS[name], []
+    for attention in ("sdpa", "eager"):
+        model = build(kind.model, attention)
+        with torch.no_grad(), foveate.use(model, ToMe(r=6)):
+            got.append(model(**given(kind)).last_hidden_state)
+    torch.testing.assert_close(got[0], got[1], rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("method", [Listed(keep=1.0), Listed(layer=0), Listed(2, inside=True)])
+def test_predicted_flops_equal_the_ones_torch_counts(name, method):
+    kind = KINDS[name]
+    model, inputs = build(kind.heads, "eager"), given(kind, 2)
+    with torch.no_grad(), foveate.use(model, method) as run:
+        with FlopCounterMode(display=False) as counter:
+            find_family(model).base(**inputs)
+        counted = account(run.record, run.family, run.methods).total
+    assert counted == counter.get_total_flops()
+    full, left = PATCHES + kind.special, 12 + kind.special
+    rows = {1: [(full, full)], 0: [(left, left)], 2: [(full, full), (full, left), (left, left)]}
+    assert set(run.record.encoder_tokens) == set(rows[1 if method.keep == 1.0 else method.layer])
+
+
+@pytest.mark.parametrize(("name", "case"), FEW)
+def test_maps_equal_those_of_the_full_length_oracle(name, case, monkeypatch):
+    kind = KINDS[name]
+    model, inputs = build(kind.model, "eager"), given(kind, 2)
+    method, steps, _ = CASES[case]
+    wanted, attend = [], oracle.Full.attend
+
+    def note(full, layer):
+        found = attend(full, layer)
+        wanted.append(map_of(full, found[0]))
+        return found
+
+    with torch.no_grad():
+        plain = model(**inputs, output_attentions=True).attentions
+        monkeypatch.setattr(oracle.Full, "attend", note)
+        results_of(kind, model, inputs, steps)
+        with foveate.use(model, method):
+            got = model(**inputs, output_attentions=True).attentions
+    for number, of in enumerate(got):
+        assert of.shape == plain[number].shape
+        for image in range(2):
+            mine = first(kind, first(kind, of[image]).transpose(1, 2)).transpose(1, 2)
+            want = wanted[image * LAYERS + number]
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_dense_reduction_comes_back_to_full_length(name):
+    kind = KINDS[name]
+    model, inputs = build(kind.model), given(kind)
+    with torch.no_grad(), foveate.use(model, Mix(layer=1, keep=9)) as run:
+        out = model(**inputs, output_hidden_states=True)
+    length = PATCHES + kind.special
+    assert {tuple(of.shape) for of in out.hidden_states} == {(3, length, 32)}
+    assert out.last_hidden_state.isfinite().all()
+    assert [n for n, _ in run.record.encoder_tokens] == [length] * 2 + [9 + kind.special] * 2
+
+
+@pytest.mark.parametrize("case", ["tome", "before"])
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_are_finite_and_checkpointing_changes_nothing(name, case):
+    kind, found = KINDS[name], []
+    for checkpointing in (False, True):
+        model = build(kind.heads).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with foveate.use(model, CASES[case][0]):
+            out = find_family(model).base(**given(kind, 2))
+            out.last_hidden_state.square().mean().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert all(of.isfinite().all() for of in found[0].values())
+    assert any("patch_embed" in n and of.abs().sum() > 0 for n, of in found[0].items())
+    for n, of in found[1].items():
+        torch.testing.assert_close(of, found[0][n], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["yolos"])
+def test_methods_that_attend_see_special_rows_first(name, monkeypatch):
+    kind, seen, attend = KINDS[name], [], GTPViT.attend
+
+    def look(method, tokens, layer):
+        seen.append((layer, attend(method, tokens, layer)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(GTPViT, "attend", look)
+    model, inputs = build(kind.model), given(kind, 1)
+    with torch.no_grad(), foveate.use(model, GTPViT(r=4)):
+        got = model(**inputs, output_hidden_states=True).hidden_states[0]
+        full = kind.full(model, kind.special, first(kind, got[0]))
+        query, key, value = full.project(find_family(model).encoder.layers[0])
+    layer, mixed = seen[0]
+    assert layer.special == kind.special
+    for mine, want in zip((layer.query, layer.key, layer.value), (query, key, value), strict=True):
+        torch.testing.assert_close(mine[0], want)
+    torch.testing.assert_close(mixed, layer.plain())
+    assert len(seen) == LAYERS
+
+
+# -- heads
+
+
+@pytest.mark.parametrize("case", ["tome", "cls-drop-3", "before"])
+def test_detection_heads_read_the_detection_tokens(case):
+    kind = KINDS["yolos"]
+    model, inputs = build(kind.heads), given(kind)
+    method, steps, _ = CASES[case]
+    with torch.no_grad():
+        plain = model(**inputs)
+        _, results = results_of(kind, model, inputs, steps)
+        with foveate.use(model, method):
+            got = model(**inputs)
+        rows = torch.stack([full.x for full in results])[:, 1 : 1 + kind.trailing]
+        rows = model.vit.layernorm(rows)
+        boxes = model.bbox_predictor(rows).sigmoid()
+    assert got.last_hidden_state.shape == plain.last_hidden_state.shape
+    torch.testing.assert_close(got.logits, model.class_labels_classifier(rows), rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.pred_boxes, boxes, rtol=0, atol=2e-5)
+    assert (got.logits - plain.logits).abs().max() > 1e-3, "the test does not bite"
+
+
+def test_positions_between_layers_are_refused():
+    config = YolosConfig(**{**WIDE, "image_size": [48, 48]}, use_mid_position_embeddings=True)
+    with pytest.raises(UnsupportedModelError, match="after each layer but the last"):
+        foveate.use(YolosModel(config), ToMe())

@@ -7,41 +7,49 @@ from transformers import PreTrainedModel
 from foveate.errors import UnsupportedModelError
 from foveate.families.encoder import Encoder
 from foveate.families.family import FAMILIES, register_family
-from foveate.families.plain import PlainEncoder
+from foveate.families.plain import OLD_BLOCK, PlainEncoder
+
+
+class DPTEncoder(PlainEncoder):
+    """The encoder of `DPTModel`, and of models for depth and segmentation that have one."""
+
+    layers_path = "encoder.layer"
+    block = OLD_BLOCK
+    masks_kernels = True
 
 
 @register_family("depth_anything", "zoedepth", "dpt", "upernet")
 class AroundBackbone(PlainEncoder):
     """`DepthAnythingForDepthEstimation` and the like: the encoder is that of their backbone.
 
-    The backbone's feature maps come back at full length, so that neck and head run as they are.
+    What neck and head read comes back at full length, so that they run as they are. DPT may have an
+    encoder of its own instead of a backbone.
 
     Args:
-        model: the model, with its `backbone`.
+        model: the model.
 
     Raises:
-        UnsupportedModelError: there is no backbone, or it is none that methods can act inside.
+        UnsupportedModelError: the backbone is none that methods can act inside.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
         backbone = getattr(model, "backbone", None)
-        if backbone is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no backbone: its encoder is its own, and foveate does "
-                "not know its layers yet; a DINOv2 backbone works"
-            )
-        kind = FAMILIES.get(backbone.config.model_type)
-        if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} reads a backbone of type {backbone.config.model_type!r}, "
-                "which foveate does not know yet; a DINOv2 backbone works"
-            )
-        self.within = kind(backbone)
+        self.within = DPTEncoder(model) if backbone is None else self._around(backbone)
         self.base = self.within.base
         self.text, self.layers, self.attention_layers = None, (), ()
 
+    def _around(self, backbone: PreTrainedModel) -> PlainEncoder:
+        kind = FAMILIES.get(backbone.config.model_type)
+        if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads a backbone of type "
+                f"{backbone.config.model_type!r}, which foveate does not know yet; a DINOv2 "
+                "backbone works"
+            )
+        return kind(backbone)
+
     @property
     def encoder(self) -> Encoder:
-        """The backbone's."""
+        """The backbone's, or its own."""
         return self.within.encoder

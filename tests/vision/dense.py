@@ -7,13 +7,14 @@ from transformers import (
     Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
+    DPTForSemanticSegmentation,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ZoeDepthConfig,
     ZoeDepthForDepthEstimation,
 )
 
-from tests.vision.encoders import SIZES
+from tests.vision.encoders import SIZES, WIDE
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 HIDDEN = [8, 8, 8, 8]
@@ -67,6 +68,20 @@ def upernet():
     )  # fmt: skip
 
 
+def dpt_own(kind=DPTForDepthEstimation):
+    return kind(
+        DPTConfig(
+            **WIDE, is_hybrid=False, backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=HIDDEN,
+            fusion_hidden_size=8, num_labels=CLASSES, use_auxiliary_head=False,
+            initializer_range=0.2,
+        )
+    )  # fmt: skip
+
+
+OWN = {
+    "dpt-depth": dpt_own,
+    "dpt-segmentation": lambda: dpt_own(DPTForSemanticSegmentation),
+}
 DENSE = {
     "depth_anything": depth_anything,
     "zoedepth": zoedepth,

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import YolosConfig, YolosForObjectDetection, YolosModel
+from transformers import (
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTModel,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosModel,
+)
 
 from tests.vision import oracle
 from tests.vision.encoders import PATCHES, WIDE
@@ -60,7 +67,18 @@ def _yolos():
     )  # fmt: skip
 
 
+def _dpt():
+    return DPTConfig(
+        **WIDE, is_hybrid=False, initializer_range=0.2, num_labels=LABELS,
+        backbone_out_indices=[0, 1, 2, 3], neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8,
+        use_auxiliary_head=False,
+    )  # fmt: skip
+
+
 KINDS = {
+    "dpt": Kind(
+        lambda: DPTModel(_dpt()), OldLayer, special=1, heads=lambda: DPTForDepthEstimation(_dpt())
+    ),
     "yolos": Kind(
         lambda: YolosModel(_yolos()),
         OldLayer,

@@ -13,17 +13,16 @@ from transformers import (
     Dinov2WithRegistersBackbone,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
-    DPTConfig,
-    DPTForDepthEstimation,
 )
 
 import foveate
 from foveate.errors import UnsupportedModelError
+from foveate.families import find_family
 from foveate.measure.account import account
 from foveate.measure.trace import trace
 from foveate.methods import ClsDrop, ToMe
 from tests.methods_for_tests import Listed
-from tests.vision.dense import DENSE, HIDDEN, STAGES, build, depth_anything, dinov2
+from tests.vision.dense import DENSE, OWN, STAGES, build, depth_anything, dinov2
 
 METHODS = {
     "tome": ToMe(r=5),
@@ -159,10 +158,31 @@ def test_what_is_not_known_is_refused_with_the_reason():
     around.backbone = BeitBackbone(config)
     with pytest.raises(UnsupportedModelError, match=r"type 'beit'.* DINOv2 backbone works"):
         foveate.use(around, ToMe())
-    own = DPTConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
-        image_size=48, patch_size=8, is_hybrid=False, backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=HIDDEN, fusion_hidden_size=8,
-    )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="has no backbone"):
-        foveate.use(DPTForDepthEstimation(own), ToMe())
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("name", OWN)
+def test_dense_outputs_around_an_own_encoder_are_those_of_the_plain_neck_and_head(name, method):
+    model, given = build(OWN[name]), pixels()
+    alone = find_family(model).base
+    with torch.no_grad():
+        plain = dense(model(given))
+        with foveate.use(model, ToMe(r=0)):
+            kept = dense(model(given))
+        with foveate.use(model, method):
+            got = dense(model(given))
+            rows = torch.cat([dense(model(row[None])) for row in given])
+        with foveate.use(alone, method):
+            states = list(alone(given, output_hidden_states=True).hidden_states[1:])
+            taken = [states[number] for number in model.config.backbone_out_indices]
+        want = neck_and_head(model, taken)
+    assert torch.equal(kept, plain)
+    assert got.shape == plain.shape
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert (got - rows).abs().max() < 5e-6 * plain.abs().max()  # the neck alone differs by as much
+    assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+def neck_and_head(model, states):
+    """What a plain DPT makes of the states of four layers."""
+    return model.head(model.neck(states, None, None))

@@ -33,6 +33,7 @@ class Encoder:
         block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
         trailing: special rows after the patches (detection tokens).
+        tubelet: frames of a patch, where the tower is fed videos (B, T, C, H, W); 0 for images.
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
@@ -64,6 +65,7 @@ class Encoder:
     block: Block | None = None
     extra: int = 0
     trailing: int = 0
+    tubelet: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
     padded: bool = False

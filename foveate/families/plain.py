@@ -85,6 +85,7 @@ class PlainEncoder(Family):
             block=self.block,
             extra=self.extra_tokens,
             trailing=self.trailing_tokens,
+            tubelet=self.tubelet,
             masks_layers=not self.masks_kernels,
             masks_kernels=self.masks_kernels,
             head=head,
@@ -98,6 +99,11 @@ class PlainEncoder(Family):
     @property
     def trailing_tokens(self) -> int:
         """Special tokens after the patches."""
+        return 0
+
+    @property
+    def tubelet(self) -> int:
+        """Frames of a patch; 0 where there are only images."""
         return 0
 
     @property

@@ -9,6 +9,9 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTModel,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoMAEModel,
     YolosConfig,
     YolosForObjectDetection,
     YolosModel,
@@ -75,9 +78,30 @@ def _dpt():
     )  # fmt: skip
 
 
+FRAMES = 4  # of 9 patches
+
+
+def _videomae(pooling=True):
+    return VideoMAEConfig(
+        **{**WIDE, "image_size": 24}, num_frames=2 * FRAMES, initializer_range=0.2,
+        num_labels=LABELS, use_mean_pooling=pooling,
+    )  # fmt: skip
+
+
+def _clips(count, generator):
+    return {"pixel_values": torch.randn(count, 2 * FRAMES, 3, 24, 24, generator=generator)}
+
+
 KINDS = {
     "dpt": Kind(
         lambda: DPTModel(_dpt()), OldLayer, special=1, heads=lambda: DPTForDepthEstimation(_dpt())
+    ),
+    "videomae": Kind(
+        lambda: VideoMAEModel(_videomae(pooling=False)),
+        OldLayer,
+        class_token=False,
+        heads=lambda: VideoMAEForVideoClassification(_videomae()),
+        inputs=_clips,
     ),
     "yolos": Kind(
         lambda: YolosModel(_yolos()),

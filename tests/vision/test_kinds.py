@@ -3,17 +3,17 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import YolosConfig, YolosModel
+from transformers import VideoMAEForPreTraining, YolosConfig, YolosModel
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
 from foveate.methods import GTPViT, ToMe
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
-from tests.vision.kinds import KINDS, build, first, given
+from tests.vision.kinds import FRAMES, KINDS, build, first, given
 from tests.vision.test_encoders import CASES, TOLERANCE, distance
 from tests.vision.test_maps import map_of
 
@@ -226,3 +226,35 @@ def test_positions_between_layers_are_refused():
     config = YolosConfig(**{**WIDE, "image_size": [48, 48]}, use_mid_position_embeddings=True)
     with pytest.raises(UnsupportedModelError, match="after each layer but the last"):
         foveate.use(YolosModel(config), ToMe())
+
+
+def shapes_of(run):
+    return {(image.frames, image.grid) for image in run.record.images}
+
+
+@pytest.mark.parametrize("case", ["tome", "before"])
+def test_video_classifiers_average_what_is_left_by_sizes(case):
+    kind = KINDS["videomae"]
+    model, inputs = build(kind.heads), given(kind)
+    method, steps, _ = CASES[case]
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        embedded = model(**inputs, output_hidden_states=True).hidden_states[0]
+        results = oracle.run(model.videomae, 0, embedded, steps, kind=kind.full)
+        with foveate.use(model, method) as run:
+            got = model(**inputs).logits
+            assert shapes_of(run) == {(FRAMES, (3, 3))}
+        mean = torch.stack([full.x[full.alive].mean(0) for full in results])
+        want = model.classifier(model.fc_norm(mean))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+    assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+def test_hidden_patches_of_videos_are_refused():
+    kind = KINDS["videomae"]
+    model, inputs = build(kind.model), given(kind, 1)
+    hidden = torch.arange(PATCHES)[None] < 10
+    with pytest.raises(UnsupportedModelError, match="hides most patches"):
+        foveate.use(VideoMAEForPreTraining(model.config), ToMe())
+    with foveate.use(model, ToMe()), pytest.raises(InputError, match="26 of 36 patches"):
+        model(**inputs, bool_masked_pos=hidden)

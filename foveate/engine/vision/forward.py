@@ -26,7 +26,7 @@ from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups
 from foveate.engine.vision.patch_layout import PatchLayout, Point
 from foveate.engine.vision.segments import PackedRows, PaddedRows
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
@@ -108,25 +108,48 @@ class Encoding:
         """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
-        grid = self._patches(length - self.encoder.special)
-        rows = self.encoder.leading + raster_rows(*grid, self.side)
-        tokens = token_grid(*grid, self.side)
-        return [EncoderImage(tokens, rows + n * length) for n in range(images)]
+        count = length - self.encoder.special
+        frames, height, width = self._film(count) if self.encoder.tubelet else self._patches(count)
+        rows = self.encoder.leading + raster_rows(frames * height, width, self.side)
+        tokens = token_grid(height, width, self.side)
+        return [EncoderImage(tokens, rows + n * length, frames) for n in range(images)]
 
-    def _patches(self, count: int) -> tuple[int, int]:
-        """(height, width) of an image's patches."""
-        patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.pixels
+    def _film(self, count: int) -> tuple[int, int, int]:
+        """(frames, height, width) of a video's patches.
+
+        Raises:
+            InputError: some of them are hidden from the encoder.
+        """
+        shape, patch = self.fed.shape, self.encoder.tower.config.patch_size
+        height, width = (int(side) // patch for side in shape[-2:])
+        frames = max(shape[1] // self.encoder.tubelet, 1)
+        if frames * height * width != count:
+            raise InputError(
+                f"the encoder sees {count} of {frames * height * width} patches of each video, as "
+                "a mask hides the others, and which these are methods cannot know; leave the mask "
+                "out, or do without methods"
+            )
+        return frames, height, width
+
+    def _patches(self, count: int) -> tuple[int, int, int]:
+        """(1, height, width) of an image's patches."""
+        patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.fed
         if pixels is not None and pixels.dim() == 4:
             sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
             height, width = (n // side for n, side in zip(pixels.shape[-2:], sides, strict=True))
             if height * width == count:
-                return height, width
-        return self.family.grid(count)
+                return 1, height, width
+        return (1, *self.family.grid(count))
+
+    @property
+    def fed(self) -> Any:
+        """What the tower is fed: images, videos or patches; `None` where it is handed rows."""
+        return self.arguments.get("pixel_values", self.arguments.get("pixel_values_videos"))
 
     @property
     def pixels(self) -> Tensor | None:
-        """What the tower is fed."""
-        return self.arguments.get("pixel_values")
+        """The same of images."""
+        return None if self.encoder.tubelet else self.arguments.get("pixel_values")
 
     @property
     def groups(self) -> Sequence[EncoderGroup]:

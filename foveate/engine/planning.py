@@ -26,6 +26,7 @@ from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedMod
 from foveate.families import Family
 from foveate.families.decoder_layer import has_mlp
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
+from foveate.signals.signal import free
 
 
 def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
@@ -270,6 +271,12 @@ def _check_encoder_signal(
         raise UnsupportedModelError(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot give"
             + (f": {why}" if why else "")
+        )
+    weighs = bool(signal.shares) or signal.flops is not free
+    if encoder.relative and weighs and not (step.inside and need.layers == (step.layer,)):
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} adds a bias "
+            "by relative position to its scores, which only steps inside a layer see, of that layer"
         )
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)

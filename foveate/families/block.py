@@ -141,5 +141,5 @@ def split(made: Tensor, heads: int, groups: int) -> tuple[Tensor, ...]:
 def _scaled(layer: Any, names: tuple[str, ...], states: Tensor) -> Tensor:
     for name in names:
         scale = getattr(layer, name)
-        states = scale * states if isinstance(scale, Tensor) else scale(states)
+        states = scale * states if isinstance(scale, Tensor | float) else scale(states)
     return states

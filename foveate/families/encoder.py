@@ -47,6 +47,7 @@ class Encoder:
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
         masks_kernels: whether neither does, so that the kernel of the attention is handed one.
+        relative: whether scores get a bias by relative position, within the mask of the kernel.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
         axes: parts of a head that are rotated each for itself, such as one for each axis.
@@ -76,6 +77,7 @@ class Encoder:
     returns_rows: bool = True
     masks_layers: bool = True
     masks_kernels: bool = False
+    relative: bool = False
     scaling: float | None = None
     axes: int = 1
 

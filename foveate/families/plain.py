@@ -49,7 +49,10 @@ class PlainEncoder(Family):
     block: ClassVar[Block] = CLIP_BLOCK
     class_token: ClassVar[bool] = True
     head_path: ClassVar[str | None] = None
+    readers: ClassVar[tuple[str, ...]] = ()
+    """Modules that are handed rows after the layers, and need all of them."""
     masks_kernels: ClassVar[bool] = False
+    relative: ClassVar[bool] = False
     states_path: ClassVar[str | None] = None
     """The module within a backbone that returns the states of all layers."""
 
@@ -88,7 +91,9 @@ class PlainEncoder(Family):
             tubelet=self.tubelet,
             masks_layers=not self.masks_kernels,
             masks_kernels=self.masks_kernels,
+            relative=self.relative,
             head=head,
+            readers=tuple(filter(None, (getattr(self.base, name, None) for name in self.readers))),
         )
 
     @property

@@ -23,7 +23,7 @@ def class_row(
         key: (B, S + V, D) projected keys.
         heads: attention heads, H.
         special: S, rows before the patches.
-        bias: (B, 1, 1, S + V) what the encoder adds to the scores.
+        bias: (B, 1 or H, 1 or S + V, S + V) what the encoder adds to the scores.
 
     Returns:
         (B, H, V) float32 probabilities over all S + V keys, without the columns of the first S.
@@ -33,5 +33,5 @@ def class_row(
     k = key.view(batch, length, heads, -1).transpose(1, 2)
     logits = torch.matmul(q, k.transpose(-1, -2))[:, :, 0].float() / math.sqrt(width // heads)
     if bias is not None:
-        logits = logits + bias[:, 0]
+        logits = logits + bias[:, :, 0]
     return logits.softmax(-1)[..., special:]

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForSemanticSegmentation,
+    BeitModel,
     DPTConfig,
     DPTForDepthEstimation,
     DPTModel,
@@ -92,7 +96,53 @@ def _clips(count, generator):
     return {"pixel_values": torch.randn(count, 2 * FRAMES, 3, 24, 24, generator=generator)}
 
 
+class BeitLayer(oracle.Full):
+    """A layer with a bias by relative position: that of the row at which a group stands."""
+
+    def project(self, layer):
+        normed = layer.layernorm_before(self.x)
+        return self.by_heads(layer.attention, normed, ("q_proj", "k_proj", "v_proj"))
+
+    def bias(self, layer):
+        made = [
+            of((6, 6))[0]
+            for of in (layer.relative_position_bias, self.tower.shared_position_bias)
+            if of is not None
+        ]
+        where = torch.arange(self.total + 1)
+        for group, stand in zip(self.groups, self.stands, strict=True):
+            where[group] = stand
+        return sum(made)[:, where][:, :, where]
+
+    def mix(self, layer, mixed):
+        return layer.lambda_1 * layer.attention.o_proj(mixed)
+
+    def feed(self, layer):
+        return layer.lambda_2 * layer.mlp(layer.layernorm_after(self.x))
+
+
+def _beit(**changes):
+    given = {"use_relative_position_bias": True, "layer_scale_init_value": 0.7, **changes}
+    return BeitConfig(
+        **WIDE, initializer_range=0.2, num_labels=LABELS, out_indices=[1, 2, 3, 4],
+        use_auxiliary_head=False, **given,
+    )  # fmt: skip
+
+
+SHARED = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
 KINDS = {
+    "beit": Kind(
+        lambda: BeitModel(_beit()),
+        BeitLayer,
+        special=1,
+        heads=lambda: BeitForImageClassification(_beit()),
+    ),
+    "beit-shared": Kind(
+        lambda: BeitModel(_beit(**SHARED, layer_scale_init_value=0.0, use_mean_pooling=False)),
+        BeitLayer,
+        special=1,
+        heads=lambda: BeitForSemanticSegmentation(_beit(**SHARED)),
+    ),
     "dpt": Kind(
         lambda: DPTModel(_dpt()), OldLayer, special=1, heads=lambda: DPTForDepthEstimation(_dpt())
     ),
@@ -122,6 +172,8 @@ def build(make, attention="sdpa"):
         for key, parameter in model.named_parameters():
             if any(part in key for part in ("cls_token", "position_embeddings", "_tokens")):
                 parameter.normal_(std=0.5)
+            elif "relative_position_bias_table" in key:
+                parameter.normal_(std=2.0)
     return model
 
 

@@ -9,7 +9,7 @@ import foveate
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
-from foveate.methods import GTPViT, ToMe
+from foveate.methods import FlowCut, GTPViT, ToMe
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
@@ -162,20 +162,20 @@ def test_a_dense_reduction_comes_back_to_full_length(name):
 
 @pytest.mark.parametrize("case", ["tome", "before"])
 @pytest.mark.parametrize("name", KINDS)
-def test_gradients_are_finite_and_checkpointing_changes_nothing(name, case):
-    kind, found = KINDS[name], []
-    for checkpointing in (False, True):
-        model = build(kind.heads).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        with foveate.use(model, CASES[case][0]):
-            out = find_family(model).base(**given(kind, 2))
-            out.last_hidden_state.square().mean().backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert all(of.isfinite().all() for of in found[0].values())
-    assert any("patch_embed" in n and of.abs().sum() > 0 for n, of in found[0].items())
-    for n, of in found[1].items():
-        torch.testing.assert_close(of, found[0][n], rtol=1e-4, atol=1e-6)
+def test_gradients_are_finite_and_checkpointing_is_refused(name, case):
+    kind = KINDS[name]
+    model, inputs = build(kind.heads).train(), given(kind, 2)
+    encoder = find_family(model).encoder
+    with foveate.use(model, CASES[case][0]):
+        states = find_family(model).base(**inputs, output_hidden_states=True).hidden_states
+        states[-1].square().mean().backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert all(of.isfinite().all() for of in found.values())
+        assert any("patch_embed" in n and of.abs().sum() > 0 for n, of in found.items())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if encoder.masks_kernels:
+            with pytest.raises(UnsupportedModelError, match="gradient checkpointing runs a"):
+                model(**inputs)
 
 
 @pytest.mark.parametrize("name", ["yolos"])
@@ -226,6 +226,56 @@ def test_positions_between_layers_are_refused():
     config = YolosConfig(**{**WIDE, "image_size": [48, 48]}, use_mid_position_embeddings=True)
     with pytest.raises(UnsupportedModelError, match="after each layer but the last"):
         foveate.use(YolosModel(config), ToMe())
+
+
+@pytest.mark.parametrize("name", ["beit", "beit-shared"])
+@pytest.mark.parametrize("method", [ToMe(r=5), Listed(layer=2)], ids=["tome", "before"])
+def test_resized_positions_are_those_of_the_patches_that_are_left(name, method):
+    """The model resizes the bias to the number of rows, which must be that of all."""
+    model, inputs = build(KINDS[name].model), given(KINDS[name], 2)
+    with torch.no_grad(), foveate.use(model, method):
+        want = model(**inputs).last_hidden_state
+        got = model(**inputs, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["tome", "cls-drop-3", "before"])
+def test_beit_segments_by_the_plain_neck_and_head(case):
+    model, inputs = build(KINDS["beit-shared"].heads), given(KINDS["beit-shared"])
+    method, _, _ = CASES[case]
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with foveate.use(model, method):
+            got = model(**inputs).logits
+        with foveate.use(model.beit, method):
+            states = model.beit(**inputs, output_hidden_states=True).hidden_states
+        maps = [of[:, 1:].transpose(1, 2).unflatten(2, (6, 6)) for of in states[:4]]
+        want = model.decode_head(model.fpn(maps))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    assert got.shape == plain.shape
+    assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+@pytest.mark.parametrize("case", ["tome", "cls-drop-3"])
+def test_beit_classifies_by_what_is_left(case):
+    kind = KINDS["beit"]
+    model, inputs = build(kind.heads), given(kind)
+    method, steps, _ = CASES[case]
+    with torch.no_grad():
+        _, results = results_of(kind, model, inputs, steps)
+        with foveate.use(model, method):
+            got = model(**inputs).logits
+        mean = torch.stack([full.x[1:][full.alive[1:]].mean(0) for full in results])
+        want = model.classifier(model.beit.pooler.layernorm(mean))
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_attention_by_relative_position_is_refused_where_it_is_not_known():
+    model = build(KINDS["beit"].model)
+    with pytest.raises(UnsupportedModelError, match="adds a bias by relative position"):
+        foveate.use(model, FlowCut(keep=10, every=1))
+    with foveate.use(model, ToMe()), pytest.raises(InputError, match="attention_mask"):
+        model(**given(KINDS["beit"], 1), attention_mask=torch.ones(1, PATCHES + 1))
 
 
 def shapes_of(run):

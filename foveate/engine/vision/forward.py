@@ -63,6 +63,7 @@ class Encoding:
         self.points: dict[int, Point] = {}  # what the attention of each layer sees
         self.taps: dict[str, Tensor] | None = None  # projections of the layer that is running
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
+        self.scores: Tensor | None = None  # (B, H, N, N) the same of a kernel's, where relative
         self.input: Tensor | None = None  # of the layer that is running
         self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
         self._proportional = False
@@ -96,6 +97,9 @@ class Encoding:
         """
         if self.groups:
             return
+        if self.encoder.masks_kernels:
+            self._check_unmasked()
+            mask = None
         encoder_images = self._encoder_images(*states.shape[:2])
         groups = encoder_groups(encoder_images, states.device, self.readout)
         self.layout = PatchLayout(groups, states.shape[:-1], self.encoder)
@@ -103,6 +107,13 @@ class Encoding:
             return
         visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
+
+    def _check_unmasked(self) -> None:
+        if self.arguments.get("attention_mask") is not None:
+            raise InputError(
+                "an attention_mask that hides patches is not supported where tokens are removed "
+                "inside this encoder; leave it out, or do without methods"
+            )
 
     def _encoder_images(self, images: int, length: int) -> list[EncoderImage]:
         """The images of a sequence, or `images` of `length` rows each."""
@@ -299,6 +310,8 @@ class Encoding:
         """What a layer must be told, once tokens have been removed."""
         if self._told is not None:
             kwargs = self._told.translate(kwargs)
+        if self.encoder.relative:  # the bias of all rows is resized to as many as there are
+            kwargs = {**kwargs, "interpolate_pos_encoding": False}
         if not self.encoder.masks_layers or self.layout.sequence:
             return dict(kwargs)
         given = kwargs.get("attention_mask")
@@ -313,11 +326,14 @@ class Encoding:
         Args:
             given: (B or 1, H or 1, N, N) what the layer hands it, for all rows.
         """
-        if not self.reduced or self._restored:
-            return given
-        if given is None:
-            return self.bias
-        return given if self.bias is None else given + self.bias
+        mask = given
+        if self.reduced and not self._restored:
+            rows = self.layout.rows_of(self.layout.now).clamp(min=0)
+            mask = self.bias
+            if given is not None:
+                mask = _between(given, rows) + (0 if self.bias is None else self.bias)
+        self.scores = mask if self.encoder.relative else None
+        return mask
 
     # -- signals
 
@@ -360,7 +376,8 @@ class Encoding:
         special = self.encoder.special
         if not self.reduced:
             key = self.encoder.specials_first(key)
-        row = class_row(query, key, self.encoder.heads, special, self.bias).transpose(1, 2)
+        bias = self.scores if self.encoder.relative else self.bias
+        row = class_row(query, key, self.encoder.heads, special, bias).transpose(1, 2)
         row = torch.nn.functional.pad(row, (0, 0, special, 0))
         tokens = self._of(row if self.reduced else self.encoder.specials_apart(row), of)
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]
@@ -454,6 +471,15 @@ class Encoding:
             return self.layout.full_length(of, point)
         rows, total = self.layout.rows_of(point), self.layout.shape[-1]
         return spread(of, rows, rows, (total, total))
+
+
+def _between(given: Tensor, rows: Tensor) -> Tensor:
+    """(B, H or 1, N', N') of (B or 1, H or 1, N, N), between (B, N') rows."""
+    device = given.device
+    image = torch.arange(given.shape[0], device=device)[:, None, None, None]
+    head = torch.arange(given.shape[1], device=device)[:, None, None]
+    rows = rows.to(device)
+    return given[image, head, rows[:, None, :, None], rows[:, None, None, :]]
 
 
 def _mean(x: Tensor, of: EncoderGroup) -> Tensor:

@@ -244,6 +244,8 @@ class VisionAttachment(Attachment):
         encoding.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
+        if encoding.reduced and self.encoder.masks_kernels:
+            _check_not_run_again(module)
         told = encoding.told(kwargs) if encoding.reduced else kwargs
         encoding.bounds.append(boundaries(told))
         return ((hidden,), told) if encoding.reduced else None
@@ -392,4 +394,13 @@ class VisionAttachment(Attachment):
             encoder_tokens=encoding.layer_rows,
             encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
+        )
+
+
+def _check_not_run_again(layer: nn.Module) -> None:
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        raise UnsupportedModelError(
+            f"gradient checkpointing runs a {type(layer).__name__} again after the pass, when the "
+            "mask that foveate hands to its kernel is gone; turn it off "
+            "(`gradient_checkpointing_disable()`)"
         )

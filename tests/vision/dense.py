@@ -2,6 +2,7 @@
 
 import torch
 from transformers import (
+    BeitConfig,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
@@ -28,6 +29,13 @@ def dinov2(kind=Dinov2Config, **changes):
     )  # fmt: skip
 
 
+def beit(**changes):
+    return BeitConfig(
+        **WIDE, initializer_range=0.2, layer_scale_init_value=0.7, out_features=STAGES,
+        use_relative_position_bias=True, **changes,
+    )  # fmt: skip
+
+
 def depth_anything():
     return DepthAnythingForDepthEstimation(
         DepthAnythingConfig(
@@ -38,10 +46,10 @@ def depth_anything():
     )  # fmt: skip
 
 
-def zoedepth():
+def zoedepth(backbone=dinov2):
     return ZoeDepthForDepthEstimation(
         ZoeDepthConfig(
-            backbone_config=dinov2(reshape_hidden_states=False),
+            backbone_config=backbone(reshape_hidden_states=False),
             neck_hidden_sizes=HIDDEN, fusion_hidden_size=8, bottleneck_features=8,
             num_relative_features=8, bin_embedding_dim=8, num_attractors=[4, 2, 2, 1],
             bin_configurations=[{"n_bins": 8, "min_depth": 0.001, "max_depth": 10, "name": "nyu"}],
@@ -49,20 +57,20 @@ def zoedepth():
     )  # fmt: skip
 
 
-def dpt():
+def dpt(backbone=dinov2):
     return DPTForDepthEstimation(
         DPTConfig(
-            backbone_config=dinov2(reshape_hidden_states=False), is_hybrid=False,
+            backbone_config=backbone(reshape_hidden_states=False), is_hybrid=False,
             hidden_size=32, patch_size=8, neck_hidden_sizes=HIDDEN, fusion_hidden_size=8,
             num_labels=CLASSES, use_auxiliary_head=False, use_batch_norm_in_fusion_residual=False,
         )
     )  # fmt: skip
 
 
-def upernet():
+def upernet(backbone=dinov2):
     return UperNetForSemanticSegmentation(
         UperNetConfig(
-            backbone_config=dinov2(), hidden_size=8, pool_scales=[1, 2], num_labels=CLASSES,
+            backbone_config=backbone(), hidden_size=8, pool_scales=[1, 2], num_labels=CLASSES,
             auxiliary_channels=8, auxiliary_in_channels=32,
         )
     )  # fmt: skip
@@ -87,6 +95,9 @@ DENSE = {
     "zoedepth": zoedepth,
     "dpt": dpt,
     "upernet": upernet,
+    "zoedepth-beit": lambda: zoedepth(beit),
+    "dpt-beit": lambda: dpt(beit),
+    "upernet-beit": lambda: upernet(beit),
 }
 
 
@@ -98,6 +109,8 @@ def build(make):
         for key, parameter in model.named_parameters():
             if "cls_token" in key or "position_embeddings" in key:
                 parameter.normal_(std=0.5)
+            elif "relative_position_bias_table" in key:
+                parameter.normal_(std=2.0)
             elif parameter.dim() > 1 and key.split(".")[0] in ("neck", "head", "metric_head"):
                 torch.nn.init.kaiming_normal_(parameter)  # or hardly anything comes through
     return model

@@ -189,8 +189,8 @@ def _check_layers(family: Family, planned: PlannedStep) -> None:
     step, slug = planned.step, planned.method.slug
     if step.stage == "vision" and not 0 <= step.layer <= family.feature_layer:
         raise LayerError(
-            f"{slug} acts in encoder layer {step.layer}, but what reads the encoder of this "
-            f"{family.model_type} sees layers 0 to {family.feature_layer}"
+            f"{slug} acts in encoder layer {step.layer}, but {family.beyond} layers 0 to "
+            f"{family.feature_layer}"
         )
     if step.stage == "llm":
         _check_llm_layer(family, step, slug)

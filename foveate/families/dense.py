@@ -44,8 +44,8 @@ class AroundBackbone(PlainEncoder):
         if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} reads a backbone of type "
-                f"{backbone.config.model_type!r}, which foveate does not know yet; those of DINOv2 and "
-                "BEiT work"
+                f"{backbone.config.model_type!r}, which foveate does not know yet; those of DINOv2 "
+                "and BEiT work"
             )
         return kind(backbone)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from foveate.families.block import Block
 from foveate.families.family import register_family
-from foveate.families.plain import PlainEncoder
+from foveate.families.plain import DINOV2_BLOCK, PlainEncoder
 
 
 @register_family("dinov2", "dinov2_with_registers")
@@ -13,13 +12,7 @@ class DINOv2(PlainEncoder):
 
     layers_path = "encoder.layer"
     states_path = "encoder"
-    block = Block(
-        "norm1",
-        "attention",
-        "norm2",
-        scale1=("layer_scale1", "drop_path"),
-        scale2=("layer_scale2", "drop_path"),
-    )
+    block = DINOV2_BLOCK
 
     @property
     def extra_tokens(self) -> int:

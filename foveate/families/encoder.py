@@ -43,6 +43,7 @@ class Encoder:
             each image has, as `packed` does; `None` where rows stay as they are.
         readers: modules within the tower that read rows after layers, and need all of them.
         taps: layers whose outputs the readers are handed as well, in a list.
+        queries: rows that the tower puts in before all others once these layers have run.
         whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
@@ -73,6 +74,7 @@ class Encoder:
     later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     readers: tuple[Any, ...] = ()
     taps: tuple[int, ...] = ()
+    queries: int = 0
     whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True

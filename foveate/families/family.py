@@ -208,6 +208,11 @@ class Family(TextFacts):
         """The vision encoder, or `None` if methods cannot look inside it."""
         return None
 
+    @property
+    def beyond(self) -> str:
+        """Why methods cannot act in encoder layers after `feature_layer`."""
+        return f"what reads the encoder of this {self.model_type} sees"
+
     def side(self, modality: str) -> int:
         """Side of a visual token in patches: the model merges cells of them after the encoder."""
         return 1

@@ -14,6 +14,13 @@ from foveate.families.encoder import Encoder
 from foveate.families.family import FAMILIES, Family
 
 CLIP_BLOCK = Block("layer_norm1", "self_attn", "layer_norm2")
+DINOV2_BLOCK = Block(
+    "norm1",
+    "attention",
+    "norm2",
+    scale1=("layer_scale1", "drop_path"),
+    scale2=("layer_scale2", "drop_path"),
+)
 OLD_BLOCK = Block(  # of models that keep ViT's layer as it was
     "layernorm_before",
     "attention",

@@ -438,13 +438,18 @@ class Encoding:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
                 states
-                if states is None or states is merged or (point := self.layout.at(number)) is None
+                if states is None or states is merged or (point := self._at(number)) is None
                 else self.layout.full_length(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
         if output.get("attentions"):
             self._widen(output)
         return output
+
+    def _at(self, number: int) -> Point | None:
+        """What survives in a hidden state of the output; `None` where that has all rows."""
+        whole = self._restored and number >= len(self.encoder.layers)
+        return None if whole else self.layout.at(number)
 
     def _widen(self, output: Any) -> None:
         """Bring attention maps (B, H, N', N') back to (B, H, N, N), in place.
@@ -453,7 +458,7 @@ class Encoding:
             UnsupportedModelError: it is not known which map is which layer's.
         """
         maps, layers = output.attentions, len(self.encoder.layers)
-        if len(maps) != layers:
+        if len(maps) < layers or (len(maps) > layers and not self.encoder.queries):
             raise UnsupportedModelError(
                 f"this encoder returns {len(maps)} attention maps of {layers} layers, so that it "
                 "is not known which is which; leave output_attentions out"

@@ -218,7 +218,7 @@ class VisionAttachment(Attachment):
             return None
         if len(encoding.rows) < len(self.encoder.layers) - self._first:
             raise bypassed(self.encoder.layers[-1])
-        encoding.see(output.last_hidden_state)
+        encoding.see(output.last_hidden_state[:, self.encoder.queries :])
         if self.state.passes is not None:
             self.state.passes.append(encoding)
         self.state.encoder_record = self._last = self._describe(encoding)

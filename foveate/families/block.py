@@ -33,6 +33,7 @@ class Block:
             kernel; empty where that is the attention itself.
         matrices: modules of the attention that make queries, keys and values: one for each, or one
             for all.
+        second: what a layer calls the second of what it is handed.
         norms: modules of the attention that norm queries and keys.
         norms_heads: whether these norm every head by itself.
         output: module of the attention that mixes its heads; only named where images lie in one
@@ -49,6 +50,7 @@ class Block:
     closing: str | None = None
     kernel: str = ""
     matrices: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    second: str = "attention_mask"
     norms: tuple[str, ...] = ()
     norms_heads: bool = False
     output: str | None = None
@@ -117,8 +119,14 @@ class Block:
         attention = getattr(layer, self.attention)
         return getattr(attention, self.kernel) if self.kernel else attention
 
-    def feed(self, layer: Any, hidden: Tensor) -> Tensor:
-        """The second half: states after the MLP."""
+    def feed(self, layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """The second half: states after the MLP.
+
+        Args:
+            layer: the layer.
+            hidden: (B, N, D) states after the attention, or (N, D) or (1, N, D).
+            **kwargs: what the layer is handed.
+        """
         fed = getattr(layer, self.mlp)(getattr(layer, self.norm2)(hidden))
         if self.closing is not None:
             return getattr(layer, self.closing)(fed, hidden)

@@ -1,4 +1,4 @@
-"""Models for depth and segmentation: a neck and a head that read the feature maps of a backbone."""
+"""Models for depth, segmentation and poses: necks and heads that read maps of a backbone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DPTEncoder(PlainEncoder):
     masks_kernels = True
 
 
-@register_family("depth_anything", "zoedepth", "dpt", "upernet")
+@register_family("depth_anything", "zoedepth", "dpt", "upernet", "vitpose")
 class AroundBackbone(PlainEncoder):
     """`DepthAnythingForDepthEstimation` and the like: the encoder is that of their backbone.
 

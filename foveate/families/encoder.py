@@ -89,6 +89,11 @@ class Encoder:
         return self.tower if self.fed is None else self.fed
 
     @property
+    def second(self) -> str:
+        """What a layer calls the second of what it is handed."""
+        return "attention_mask" if self.block is None else self.block.second
+
+    @property
     def leading(self) -> int:
         """Rows before the patches."""
         return int(self.class_token) + self.extra

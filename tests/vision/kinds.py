@@ -16,13 +16,15 @@ from transformers import (
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     VideoMAEModel,
+    VitPoseBackbone,
+    VitPoseBackboneConfig,
     YolosConfig,
     YolosForObjectDetection,
     YolosModel,
 )
 
 from tests.vision import oracle
-from tests.vision.encoders import PATCHES, WIDE
+from tests.vision.encoders import PATCHES, SIZES, WIDE
 
 DETECTIONS, LABELS = 5, 3
 
@@ -129,6 +131,35 @@ def _beit(**changes):
     )  # fmt: skip
 
 
+class VitPoseLayer(OldLayer):
+    """The same with an MLP in one module, whose last features may come from an expert."""
+
+    expert = 1
+
+    def feed(self, layer):
+        normed, mlp = layer.layernorm_after(self.x), layer.mlp
+        hidden = torch.nn.functional.gelu(mlp.fc1(normed))
+        if layer.num_experts == 1:
+            return mlp.fc2(hidden)
+        return torch.cat((mlp.fc2(hidden), mlp.experts[self.expert](hidden)), -1)
+
+
+def _vitpose(experts=1):
+    return VitPoseBackboneConfig(
+        **{**SIZES, "image_size": [72, 32], "patch_size": [8, 8]}, mlp_ratio=2,
+        initializer_range=0.2,
+        num_experts=experts, part_features=8 if experts > 1 else 0,
+    )  # fmt: skip
+
+
+def _people(count, generator):
+    return {"pixel_values": torch.randn(count, 3, 72, 32, generator=generator)}
+
+
+def _people_of_a_dataset(count, generator):
+    return {**_people(count, generator), "dataset_index": torch.full((count,), VitPoseLayer.expert)}
+
+
 SHARED = {"use_relative_position_bias": False, "use_shared_relative_position_bias": True}
 KINDS = {
     "beit": Kind(
@@ -152,6 +183,15 @@ KINDS = {
         class_token=False,
         heads=lambda: VideoMAEForVideoClassification(_videomae()),
         inputs=_clips,
+    ),
+    "vitpose": Kind(
+        lambda: VitPoseBackbone(_vitpose()), VitPoseLayer, class_token=False, inputs=_people
+    ),
+    "vitpose-experts": Kind(
+        lambda: VitPoseBackbone(_vitpose(experts=3)),
+        VitPoseLayer,
+        class_token=False,
+        inputs=_people_of_a_dataset,
     ),
     "yolos": Kind(
         lambda: YolosModel(_yolos()),
@@ -180,6 +220,12 @@ def build(make, attention="sdpa"):
 def given(kind, count=3, seed=0):
     """What a model is called with."""
     return kind.inputs(count, torch.Generator().manual_seed(seed))
+
+
+def last(output):
+    """The last states of an encoder or a backbone."""
+    maps = output.get("feature_maps")
+    return output.last_hidden_state if maps is None else maps[-1]
 
 
 def first(kind, states):

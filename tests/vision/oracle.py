@@ -132,7 +132,7 @@ class Full:
         return fed * layer.layer_scale2.lambda1 if hasattr(layer, "layer_scale2") else fed
 
     def _layers(self):
-        encoder = self.tower.encoder
+        encoder = getattr(self.tower, "encoder", self.tower)
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def filled(self):

@@ -3,7 +3,13 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import VideoMAEForPreTraining, YolosConfig, YolosModel
+from transformers import (
+    VideoMAEForPreTraining,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
+    YolosConfig,
+    YolosModel,
+)
 
 import foveate
 from foveate.errors import InputError, UnsupportedModelError
@@ -13,7 +19,7 @@ from foveate.methods import FlowCut, GTPViT, ToMe
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
-from tests.vision.kinds import FRAMES, KINDS, build, first, given
+from tests.vision.kinds import FRAMES, KINDS, LABELS, build, first, given, last
 from tests.vision.test_encoders import CASES, TOLERANCE, distance
 from tests.vision.test_maps import map_of
 
@@ -78,10 +84,10 @@ def test_keeping_everything_changes_no_bit(name, method):
         want = model(**inputs, output_hidden_states=True)
         with foveate.use(model, method):
             got = model(**inputs, output_hidden_states=True)
-        after = model(**inputs).last_hidden_state
-    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+        after = last(model(**inputs))
+    assert torch.equal(last(got), last(want))
     assert all(map(torch.equal, got.hidden_states, want.hidden_states))
-    assert torch.equal(after, want.last_hidden_state), "the model is not as it was"
+    assert torch.equal(after, last(want)), "the model is not as it was"
 
 
 @pytest.mark.parametrize(("name", "case"), FEW)
@@ -89,9 +95,9 @@ def test_batch_equals_rows(name, case):
     kind = KINDS[name]
     model, inputs = build(kind.model), given(kind, 4)
     with torch.no_grad(), foveate.use(model, CASES[case][0]) as run:
-        together, kept = model(**inputs).last_hidden_state, run.kept
+        together, kept = last(model(**inputs)), run.kept
         for row in range(4):
-            alone = model(**row_of(inputs, row)).last_hidden_state
+            alone = last(model(**row_of(inputs, row)))
             torch.testing.assert_close(together[row], alone[0], rtol=0, atol=5e-5)
             for place, index in kept[row].items():
                 assert torch.equal(run.kept[0][place], index)
@@ -103,7 +109,7 @@ def test_eager_attention_agrees_with_sdpa(name):
     for attention in ("sdpa", "eager"):
         model = build(kind.model, attention)
         with torch.no_grad(), foveate.use(model, ToMe(r=6)):
-            got.append(model(**given(kind)).last_hidden_state)
+            got.append(last(model(**given(kind))))
     torch.testing.assert_close(got[0], got[1], rtol=0, atol=5e-5)
 
 
@@ -111,7 +117,7 @@ def test_eager_attention_agrees_with_sdpa(name):
 @pytest.mark.parametrize("method", [Listed(keep=1.0), Listed(layer=0), Listed(2, inside=True)])
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):
     kind = KINDS[name]
-    model, inputs = build(kind.heads, "eager"), given(kind, 2)
+    model, inputs = build(kind.heads or kind.model, "eager"), given(kind, 2)
     with torch.no_grad(), foveate.use(model, method) as run:
         with FlopCounterMode(display=False) as counter:
             find_family(model).base(**inputs)
@@ -156,7 +162,7 @@ def test_a_dense_reduction_comes_back_to_full_length(name):
         out = model(**inputs, output_hidden_states=True)
     length = PATCHES + kind.special
     assert {tuple(of.shape) for of in out.hidden_states} == {(3, length, 32)}
-    assert out.last_hidden_state.isfinite().all()
+    assert last(out).isfinite().all()
     assert [n for n, _ in run.record.encoder_tokens] == [length] * 2 + [9 + kind.special] * 2
 
 
@@ -164,7 +170,7 @@ def test_a_dense_reduction_comes_back_to_full_length(name):
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_are_finite_and_checkpointing_is_refused(name, case):
     kind = KINDS[name]
-    model, inputs = build(kind.heads).train(), given(kind, 2)
+    model, inputs = build(kind.heads or kind.model).train(), given(kind, 2)
     encoder = find_family(model).encoder
     with foveate.use(model, CASES[case][0]):
         states = find_family(model).base(**inputs, output_hidden_states=True).hidden_states
@@ -308,3 +314,31 @@ def test_hidden_patches_of_videos_are_refused():
         foveate.use(VideoMAEForPreTraining(model.config), ToMe())
     with foveate.use(model, ToMe()), pytest.raises(InputError, match="26 of 36 patches"):
         model(**inputs, bool_masked_pos=hidden)
+
+
+@pytest.mark.parametrize("simple", [True, False])
+@pytest.mark.parametrize("method", [ToMe(r=5), Listed(layer=2)], ids=["tome", "before"])
+def test_heatmaps_are_those_of_the_plain_head(method, simple, monkeypatch):
+    """Each image has an expert of its own."""
+    config = build(KINDS["vitpose-experts"].model).config
+    model = build(
+        lambda: VitPoseForPoseEstimation(
+            VitPoseConfig(backbone_config=config, num_labels=LABELS, use_simple_decoder=simple)
+        ),
+        "eager",
+    )
+    inputs = {**given(KINDS["vitpose"], 2), "dataset_index": torch.tensor([0, 2])}
+    with torch.no_grad():
+        plain = model(**inputs).heatmaps
+        with foveate.use(model, ToMe(r=0)):
+            assert torch.equal(model(**inputs).heatmaps, plain)
+        with foveate.use(model, method):
+            got = model(**inputs).heatmaps
+            alone = torch.cat([model(**row_of(inputs, row)).heatmaps for row in range(2)])
+        with foveate.use(model.backbone, method):
+            states = model.backbone(**inputs, output_hidden_states=True).hidden_states[-1]
+        maps = model.backbone.layernorm(states).transpose(1, 2).unflatten(2, (9, 4))
+        want = model.head(maps)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, alone, rtol=0, atol=5e-5)
+    assert (got - plain).abs().max() > 1e-3, "the test does not bite"

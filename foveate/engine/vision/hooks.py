@@ -233,8 +233,8 @@ class VisionAttachment(Attachment):
         if encoding is None:
             return None
         hidden = args[0]
-        if len(args) > 1:  # the mask
-            kwargs = {**kwargs, "attention_mask": args[1]}
+        if len(args) > 1:
+            kwargs = {**kwargs, self.encoder.second: args[1]}
         encoding.see(hidden, kwargs.get("attention_mask"))
         steps = self._before.get(number)
         if steps and encoding.removes(steps):
@@ -316,7 +316,7 @@ class VisionAttachment(Attachment):
         module: nn.Module,
         before: Callable[..., Any] | None,
         hidden: Tensor,
-        *masks: Tensor | None,
+        *others: Tensor | None,
         **kwargs: Any,
     ) -> Tensor:
         """A layer's forward with steps between its attention and its MLP."""
@@ -324,13 +324,13 @@ class VisionAttachment(Attachment):
         assert block is not None  # checked in the plan
         bias, removes = (None, False) if encoding is None else self._due(encoding, steps)
         if encoding is None or (bias is None and not removes):
-            return forward_of(module, before)(hidden, *masks, **kwargs)
-        if masks:
-            kwargs = {**kwargs, "attention_mask": masks[0]}
+            return forward_of(module, before)(hidden, *others, **kwargs)
+        if others:
+            kwargs = {**kwargs, block.second: others[0]}
         encoding.taps = {}
         hidden = block.attend(module, hidden, bias=bias, **kwargs)
         hidden = self._between(encoding, steps if removes else [], hidden)
-        return block.feed(module, hidden)
+        return block.feed(module, hidden, **kwargs)
 
     @torch.compiler.disable
     def _due(self, encoding: Encoding, steps: list[PlannedStep]) -> tuple[Tensor | None, bool]:

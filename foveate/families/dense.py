@@ -8,6 +8,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.families.encoder import Encoder
 from foveate.families.family import FAMILIES, register_family
 from foveate.families.plain import OLD_BLOCK, PlainEncoder
+from foveate.families.unsupported import UNSUPPORTED
 
 
 class DPTEncoder(PlainEncoder):
@@ -40,12 +41,14 @@ class AroundBackbone(PlainEncoder):
         self.text, self.layers, self.attention_layers = None, (), ()
 
     def _around(self, backbone: PreTrainedModel) -> PlainEncoder:
-        kind = FAMILIES.get(backbone.config.model_type)
+        model_type = backbone.config.model_type
+        kind = FAMILIES.get(model_type)
         if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
+            reason = "which foveate does not know yet; those of DINOv2 and BEiT work"
+            if model_type in UNSUPPORTED:
+                reason = f"inside which methods cannot act: {UNSUPPORTED[model_type]}"
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} reads a backbone of type "
-                f"{backbone.config.model_type!r}, which foveate does not know yet; those of DINOv2 "
-                "and BEiT work"
+                f"{type(self.model).__name__} reads a backbone of type {model_type!r}, {reason}"
             )
         return kind(backbone)
 

@@ -1,7 +1,7 @@
 """Families that foveate knows and refuses, each with its reason.
 
 Those that are only not supported yet say what they need; the others have nothing to remove, or keep
-it where foveate does not act.
+it where foveate does not act, or in a map without holes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ _WITHIN = (
 _ENCODED = (
     f"its visual tokens stand in the sequence of an encoder, which a decoder reads, {_YET} removal "
     "in encoders of text"
+)
+_HOLES = "and a map has no room for a token that is gone"
+_MAP = (
+    "layers keep patches in a map of rows and columns, which they may cut into windows of one "
+    f"size, {_HOLES}"
+)
+_SWIN = (
+    "its layers cut a map of patches into windows of one size, with a bias for each two places of "
+    f"a window, and its stages merge neighbours, {_HOLES}"
 )
 
 UNSUPPORTED: dict[str, str] = {
@@ -62,10 +71,20 @@ UNSUPPORTED: dict[str, str] = {
     "pp_formulanet": _MEMORY,
     "qwen4_exp": f"its indexed layers are handed rotary positions of the whole cache, which the "
     f"text model keeps beside the keys, {_YET} those of the slots that are left",
+    "sam": f"its encoder's {_MAP}",
+    "sam_vision_model": f"its {_MAP}",
+    "segformer": f"its layers shrink keys and mix neighbours by convolutions over a map of "
+    f"patches, {_HOLES}",
+    "swin": _SWIN,
+    "swinv2": _SWIN,
     "t5gemma2": _ENCODED,
+    "timesformer": "its layers attend among the patches of one place in all frames, and then "
+    "within each frame, and expect a patch at every place of every frame",
     "udop": f"its encoder, which a decoder reads, adds patches to the words that lie on them and "
     f"puts the others after the text, {_YET} removal in encoders of text",
     "vision-encoder-decoder": _MEMORY,
+    "vitdet": f"its {_MAP}",
+    "vitmatte": f"its backbone is ViTDet by default, whose {_MAP}",
 }
 
 

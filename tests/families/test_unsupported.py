@@ -156,6 +156,29 @@ def test_features_and_projections_are_elsewhere():
     assert "query_key_value" in source("persimmon", "PersimmonAttention")
 
 
+@pytest.mark.parametrize(
+    ("folder", "layer", "text"),
+    [
+        ("sam", "SamVisionLayer", "self.window_partition(hidden_states, self.window_size)"),
+        ("vitdet", "VitDetLayer", "window_partition(hidden_states, self.window_size)"),
+        ("swin", "SwinLayer", "window_partition(self.cyclic_shift(hidden_states)"),
+        ("swin", "SwinRelativePositionBias", "view(self.window_area, self.window_area, -1)"),
+        ("swin", "SwinPatchMerging", "input_feature[:, row::2, col::2, :]"),
+        ("swinv2", "Swinv2Layer", "window_partition(shifted_hidden_states, self.window_size)"),
+        ("segformer", "SegformerSequenceReduction", "nn.Conv2d("),
+        ("segformer", "SegformerDepthWiseConv", "nn.Conv2d("),
+        ("timesformer", "TimesformerLayer", "num_patch_height, num_patch_width, num_frames"),
+    ],
+)
+def test_patches_lie_in_a_map(folder, layer, text):
+    assert text in source(folder, layer)
+
+
+def test_maps_are_those_of_the_default():
+    assert default("vitmatte").backbone_config.model_type == "vitdet"
+    assert default("timesformer").attention_type == "divided_space_time"
+
+
 def test_code_that_comes_with_a_checkpoint_is_unknown():
     with pytest.raises(ValueError, match="kimi_vl"):
         default("kimi_vl")

@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     BeitBackbone,
     BeitModel,
+    ConvNextBackbone,
+    ConvNextConfig,
     Dinov2Backbone,
     Dinov2Model,
     Dinov2WithRegistersBackbone,
@@ -159,12 +161,15 @@ def test_batch_equals_rows(name):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=atol)
 
 
-def test_what_is_not_known_is_refused_with_the_reason():
+def test_other_backbones_are_refused_with_the_reason():
     around = build(depth_anything)
     around.backbone = SwinBackbone(
         SwinConfig(image_size=32, embed_dim=8, depths=[1], num_heads=[1])
     )
-    with pytest.raises(UnsupportedModelError, match=r"type 'swin'.* DINOv2 and BEiT work"):
+    with pytest.raises(UnsupportedModelError, match=r"type 'swin'.*: its layers cut a map"):
+        foveate.use(around, ToMe())
+    around.backbone = ConvNextBackbone(ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4))
+    with pytest.raises(UnsupportedModelError, match=r"type 'convnext'.* DINOv2 and BEiT work"):
         foveate.use(around, ToMe())
 
 

@@ -28,7 +28,7 @@ from tests.conformance.test_pixels import model_of
 from tests.conformance.tolerance import TOLERANCE, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.vision import dense, encoders
+from tests.vision import dense, encoders, kinds
 
 TOKENS = 3
 BATCHES = {"one": (1,), "two-images": (2,), "ragged": (2, 0, 1)}
@@ -93,7 +93,7 @@ class Tower:
 
     def check(self, session, rows):
         """Every promise about a batch of as many images as all rows have."""
-        inputs = encoders.images(sum(rows), name=self.name)
+        inputs = images_of(self.table, self.name, sum(rows))
         together = read(self.model(**inputs))
         record = session.record
         check_kept(session)
@@ -138,8 +138,11 @@ class Retriever:
 
 def read(output):
     """What a caller gets from an encoder: logits of a head, or all states."""
-    if "predicted_depth" in output:
-        return output.predicted_depth
+    for name in ("predicted_depth", "heatmaps", "masks_queries_logits"):
+        if name in output:
+            return output[name]
+    if "feature_maps" in output:
+        return output.feature_maps[-1]
     return output.logits if "logits" in output else output.last_hidden_state
 
 
@@ -153,8 +156,15 @@ def _siglip2():
 
 TABLES = {
     "alone": encoders.ENCODERS,
-    "around a backbone": dense.DENSE,
+    "around a backbone": {
+        name: make for name, make in dense.DENSE.items() if not name.endswith("-beit")
+    },
     "under a head": {**encoders.HEADS, "siglip2": _siglip2},
+    "of another kind": {name: kind.model for name, kind in kinds.KINDS.items()},
+    "of another kind, under a head": {
+        **{name: kind.heads for name, kind in kinds.KINDS.items() if kind.heads},
+        **kinds.BUILT,
+    },
 }
 
 
@@ -162,7 +172,18 @@ TABLES = {
 def encoder_of(table, name):
     if table == "around a backbone":
         return dense.build(dense.DENSE[name])
+    if name in kinds.BUILT:
+        return kinds.BUILT[name]()
+    if table.startswith("of another kind"):
+        return kinds.build(TABLES[table][name])
     return encoders.build(TABLES[table], name)
+
+
+def images_of(table, name, count):
+    """What an encoder is called with."""
+    if table.startswith("of another kind"):
+        return kinds.given(kinds.KINDS[kinds.FED.get(name, name)], count)
+    return encoders.images(count, name=name)
 
 
 @functools.cache
@@ -198,8 +219,10 @@ def check_kept(session):
     off, and not about newlines.
     """
     (method,), record = session.methods, session.record
+    encoder = session.family.encoder
     for image in record.images:
-        frames = image.frames if method.stage == "vision" else 1
+        apart = method.stage == "vision" and not encoder.tubelet  # else a film is encoded as one
+        frames = image.frames if apart else 1
         counts = promised(method, session.family, image.total // frames)
         passes = isinstance(method, VideoMethod) and image.frames == 1
         assert list(image.kept) == list(counts)

@@ -13,18 +13,22 @@ from transformers import (
     DPTConfig,
     DPTForDepthEstimation,
     DPTModel,
+    EomtConfig,
+    EomtForUniversalSegmentation,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     VideoMAEModel,
     VitPoseBackbone,
     VitPoseBackboneConfig,
+    VitPoseConfig,
+    VitPoseForPoseEstimation,
     YolosConfig,
     YolosForObjectDetection,
     YolosModel,
 )
 
 from tests.vision import oracle
-from tests.vision.encoders import PATCHES, SIZES, WIDE
+from tests.vision.encoders import LAYERS, PATCHES, SIZES, WIDE
 
 DETECTIONS, LABELS = 5, 3
 
@@ -222,6 +226,38 @@ def given(kind, count=3, seed=0):
     return kind.inputs(count, torch.Generator().manual_seed(seed))
 
 
+LAST, QUERIES, REGISTERS = 2, 4, 3
+
+
+def eomt(attention="eager", blocks=LAST, queries_attend_to_masks=True):
+    torch.manual_seed(0)
+    model = EomtForUniversalSegmentation(
+        EomtConfig(
+            **{**SIZES, "num_hidden_layers": LAYERS + LAST}, mlp_ratio=2, num_labels=3,
+            num_queries=QUERIES, num_blocks=blocks, num_register_tokens=REGISTERS,
+            num_upscale_blocks=1, layerscale_value=0.7,
+        )
+    ).eval()  # fmt: skip
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if any(part in key for part in ("cls_token", "register_tokens")):
+                parameter.normal_(std=0.5)
+            elif "q_proj.weight" in key or "k_proj.weight" in key:
+                parameter.mul_(3)
+        if not queries_attend_to_masks:
+            model.attn_mask_probs.zero_()  # as trained models have it
+    return model
+
+
+def vitpose(experts=3, simple=True):
+    """ViTPose with a head."""
+    config = VitPoseConfig(
+        backbone_config=_vitpose(experts), num_labels=LABELS, use_simple_decoder=simple
+    )
+    return build(lambda: VitPoseForPoseEstimation(config), "eager")
+
+
 def last(output):
     """The last states of an encoder or a backbone."""
     maps = output.get("feature_maps")
@@ -233,3 +269,7 @@ def first(kind, states):
     leading = kind.special - kind.trailing
     parts = states.split((leading, PATCHES, kind.trailing), -2)
     return torch.cat((parts[0], parts[2], parts[1]), -2)
+
+
+BUILT = {"eomt": eomt, "vitpose-head": vitpose}
+FED = {"eomt": "beit", "vitpose-head": "vitpose-experts"}  # with the images of which kind

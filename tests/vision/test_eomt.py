@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import EomtConfig, EomtForUniversalSegmentation
 
 import foveate
 from foveate.errors import LayerError, UnsupportedModelError
@@ -11,11 +10,11 @@ from foveate.measure.account import account
 from foveate.methods import ClsDrop, ToMe
 from tests.methods_for_tests import Listed
 from tests.vision import oracle
-from tests.vision.encoders import LAYERS, SIZES
+from tests.vision.encoders import LAYERS
+from tests.vision.kinds import LAST, REGISTERS, eomt
 from tests.vision.oracle import Drop, Merge
 from tests.vision.test_encoders import TOLERANCE, distance
 
-LAST, QUERIES, REGISTERS = 2, 4, 3
 SPECIAL = 1 + REGISTERS
 CASES = {
     "tome": (ToMe(r=5), [Merge(n, 5) for n in range(LAYERS)]),
@@ -38,27 +37,6 @@ class First:
 
     def __init__(self, model):
         self.config, self.layers = model.config, model.layers[:LAYERS]
-
-
-def eomt(attention="eager", blocks=LAST, queries_attend_to_masks=True):
-    torch.manual_seed(0)
-    model = EomtForUniversalSegmentation(
-        EomtConfig(
-            **{**SIZES, "num_hidden_layers": LAYERS + LAST}, mlp_ratio=2, num_labels=3,
-            num_queries=QUERIES, num_blocks=blocks, num_register_tokens=REGISTERS,
-            num_upscale_blocks=1, layerscale_value=0.7,
-        )
-    ).eval()  # fmt: skip
-    model.set_attn_implementation(attention)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if any(part in key for part in ("cls_token", "register_tokens")):
-                parameter.normal_(std=0.5)
-            elif "q_proj.weight" in key or "k_proj.weight" in key:
-                parameter.mul_(3)
-        if not queries_attend_to_masks:
-            model.attn_mask_probs.zero_()  # as trained models have it
-    return model
 
 
 def pixels():

@@ -5,8 +5,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     VideoMAEForPreTraining,
-    VitPoseConfig,
-    VitPoseForPoseEstimation,
     YolosConfig,
     YolosModel,
 )
@@ -19,7 +17,7 @@ from foveate.methods import FlowCut, GTPViT, ToMe
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
-from tests.vision.kinds import FRAMES, KINDS, LABELS, build, first, given, last
+from tests.vision.kinds import FRAMES, KINDS, build, first, given, last, vitpose
 from tests.vision.test_encoders import CASES, TOLERANCE, distance
 from tests.vision.test_maps import map_of
 
@@ -320,13 +318,7 @@ def test_hidden_patches_of_videos_are_refused():
 @pytest.mark.parametrize("method", [ToMe(r=5), Listed(layer=2)], ids=["tome", "before"])
 def test_heatmaps_are_those_of_the_plain_head(method, simple, monkeypatch):
     """Each image has an expert of its own."""
-    config = build(KINDS["vitpose-experts"].model).config
-    model = build(
-        lambda: VitPoseForPoseEstimation(
-            VitPoseConfig(backbone_config=config, num_labels=LABELS, use_simple_decoder=simple)
-        ),
-        "eager",
-    )
+    model = vitpose(simple=simple)
     inputs = {**given(KINDS["vitpose"], 2), "dataset_index": torch.tensor([0, 2])}
     with torch.no_grad():
         plain = model(**inputs).heatmaps

@@ -42,6 +42,7 @@ ADAPTERS = {
     "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
     "yopo": "golden_yopo",
+    "zero-tprune": "golden_zerotprune",
 }
 # Where a folder holds more than the cases of one method: folder and names of those of each.
 SOURCES = {

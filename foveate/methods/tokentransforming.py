@@ -18,7 +18,6 @@ from torch import Tensor
 
 from foveate.core import (
     Keep,
-    Method,
     ModelFacts,
     Need,
     Positions,
@@ -27,20 +26,21 @@ from foveate.core import (
     VisualTokens,
     register,
 )
-from foveate.core.fields import Positive, Range
+from foveate.core.encoder_schedule import EncoderScheduled
+from foveate.core.fields import Natural, Range
 from foveate.core.ranking import top
+from foveate.core.schedule import Drop
 from foveate.core.step import Effect
-from foveate.errors import LayerError
-from foveate.io.quoting import quoted
 
 
 @register("token-transforming", stage="vision", paper="Zeng et al. 2025, arXiv:2506.05709")
 @dataclass(frozen=True)
-class TokenTransforming(Method):
+class TokenTransforming(EncoderScheduled):
     """Make each survivor a mean of all tokens, most of those most like it.
 
     Args:
-        layers: encoder layers before which tokens are mixed, ascending, from 1 on.
+        layers: encoder layers before which tokens are mixed, ascending, from 1 on; `None` scales 3,
+            6 and 9 of 12 to the encoder.
         keep: what survives each time, as a share of the ORIGINAL count of each image, or a count.
         temperature: how evenly a token is shared among survivors; cosines are divided by it.
         prop_attn: count a survivor as often as it has shares in attention.
@@ -51,36 +51,22 @@ class TokenTransforming(Method):
     the attention of all queries, never held together.
     """
 
-    layers: tuple[Positive, ...] = (3, 6, 9)
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.7, 0.46, 0.27)
     temperature: Annotated[float, Range(0, above=True)] = 0.01
     prop_attn: bool = True
     positions: Positions | None = None
     rounding = round
-
-    def check_fields(self) -> None:
-        """As in `Method`; `layers` ascend.
-
-        Raises:
-            LayerError: `layers` is empty or not ascending.
-            FoveateError: another field does not fit its annotation.
-        """
-        super().check_fields()
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
-
-    @property
-    def step_count(self) -> int | None:
-        """One step per entry of `layers`."""
-        return len(self.layers)
+    published_layers = (3, 6, 9)
+    first_layer = 1
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """A step before each of the layers, by the attention of the layer before."""
         signal = "cls_attention" if model.class_token else "received_attention"
         effects: tuple[Effect, ...] = ("proportional",) if self.prop_attn else ()
         return tuple(
-            Step("vision", layer, (Need(signal, (layer - 1,)),), effects=effects)
-            for layer in self.layers
+            Drop("vision", layer, (Need(signal, (layer - 1,)),), effects=effects, entry=entry)
+            for layer, entry in self.drops(model)
         )
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:

@@ -22,7 +22,6 @@ from torch import Tensor
 from foveate.core import (
     Keep,
     LayerAttention,
-    Method,
     ModelFacts,
     Positions,
     Reduction,
@@ -30,9 +29,10 @@ from foveate.core import (
     VisualTokens,
     register,
 )
-from foveate.core.budget import count as budget_count
+from foveate.core.encoder_schedule import EncoderScheduled
 from foveate.core.fields import Natural, Positive, Range, UnitFloat
 from foveate.core.ranking import ranked
+from foveate.core.schedule import Drop
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.map_attention import attend_with_maps
@@ -41,7 +41,7 @@ Count = Annotated[float, Range(0)]
 
 
 @dataclass(frozen=True)
-class Look(Step):
+class Look(Drop):
     """A look at the attention of a layer.
 
     Args:
@@ -55,13 +55,14 @@ class Look(Step):
 
 @register("zero-tprune", stage="vision", paper="Wang et al. 2023, arXiv:2305.17328")
 @dataclass(frozen=True)
-class ZeroTPrune(Method):
+class ZeroTPrune(EncoderScheduled):
     """Drop the tokens that are like more important ones, then those that get the fewest votes.
 
     Each token votes for those it attends to, and its vote counts as much as what it gets itself.
 
     Args:
-        layers: encoder layers after which tokens are dropped, ascending.
+        layers: encoder layers after which tokens are dropped, ascending; `None` scales 2, 5 and 8
+            of 12 to the encoder.
         keep: what survives each drop, as a share of the ORIGINAL count of each image, or a count.
         similar: share of what is dropped that goes for its likeness, at most half of the tokens.
         iterations: rounds of votes after each of the layers; `None` takes 30 in the first quarter
@@ -76,7 +77,7 @@ class ZeroTPrune(Method):
     while attention is computed, and never held together.
     """
 
-    layers: tuple[Natural, ...] = (2, 5, 8)
+    layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.8, 0.54, 0.3)
     similar: UnitFloat = 0.5
     iterations: tuple[Positive, ...] | None = None
@@ -84,37 +85,28 @@ class ZeroTPrune(Method):
     variance: tuple[Count, Count] = (0.01, 0.7)
     positions: Positions | None = None
     rounding = round
+    published_layers = (2, 5, 8)
+    lasting = 1
 
     def check_fields(self) -> None:
-        """As in `Method`; `layers` ascend, and have a number of iterations each.
+        """As in `EncoderScheduled`; `iterations` are given with `layers`, one for each.
 
         Raises:
-            LayerError: they do not.
+            LayerError: they are not, or a layer does not fit.
             FoveateError: another field does not fit its annotation.
         """
         super().check_fields()
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
-        if self.iterations is not None and len(self.iterations) != len(self.layers):
+        if self.iterations is not None and len(self.iterations) != len(self.layers or ()):
             raise LayerError(
-                f"iterations must have one entry for each of {len(self.layers)} layers, got "
+                f"iterations must have one entry for each of the layers {quoted(self.layers)}, got "
                 f"{quoted(self.iterations)}"
             )
-
-    @property
-    def step_count(self) -> int | None:
-        """One entry of `keep` for each of `layers`."""
-        return len(self.layers)
-
-    def check_budget(self, steps: int | None) -> None:
-        """As in `Method`, against `layers`."""
-        super().check_budget(self.step_count)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """For each of the layers, a look at its attention and a drop before the next.
 
         Raises:
-            LayerError: the class token is to vote first, and there is none.
+            LayerError: no layer fits, or the class token is to vote first, and there is none.
         """
         if self.start == "class" and not model.class_token:
             raise LayerError(
@@ -122,27 +114,27 @@ class ZeroTPrune(Method):
                 f"{model.model_type} has none; start='uniform' works"
             )
         first = model.class_token if self.start is None else self.start == "class"
-        rounds = self.iterations or tuple(_rounds(i, model.vision_layers) for i in self.layers)
-        looks = (
-            Look("vision", layer, effects=("attend",), rounds=n, class_first=first)
-            for layer, n in zip(self.layers, rounds, strict=True)
-        )
-        drops = (Step("vision", layer + 1) for layer in self.layers)
-        return tuple(step for pair in zip(looks, drops, strict=True) for step in pair)
+        steps: list[Step] = []
+        for layer, entry in self.drops(model):
+            rounds = _rounds(layer, model.vision_layers)
+            if self.iterations is not None:
+                rounds = self.iterations[entry]
+            look = Look(
+                "vision", layer, effects=("attend",), entry=entry, rounds=rounds, class_first=first
+            )
+            steps += (look, Drop("vision", layer + 1, entry=entry))
+        return tuple(steps)
 
     def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """As in `Method`; all while attention is looked at."""
+        """As in `EncoderScheduled`; all while attention is looked at."""
         if isinstance(step, Look):
             return remaining
-        kept = budget_count(
-            self.keep, total, step=number // 2, row=row, rounding=type(self).rounding
-        )
-        return min(kept, remaining)
+        return super().count(remaining, total, step, number, row)
 
     def attend(self, tokens: VisualTokens, layer: LayerAttention) -> Tensor:
         """The layer's attention; notes what the drop before the next layer goes by."""
         total = tokens.memory.setdefault("total", tokens.count)
-        kept = self.count(tokens.count, total, Step("vision"), tokens.number)
+        kept = super().count(tokens.count, total, tokens.step, tokens.number)
         alike = min(int((tokens.count - kept) * self.similar), tokens.count // 2)
         keys = layer.key[:, :, layer.special :].detach().mean(1)
         scores: list[Tensor] = []

@@ -1,7 +1,7 @@
 """LayerAttention: what a method sees of the attention of an encoder layer, before that is computed.
 
-Shapes: `B` images, `H` heads, `N` rows of an image (special rows, then its visual tokens), `d` of a
-head.
+Shapes: `B` images, `H` heads, `N` rows of an image: special rows, then those of its `V` visual
+tokens, of which each has `R`; `d` of a head.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +25,7 @@ class LayerAttention:
         value: (B, H, N, d) values.
         mask: (B or 1, 1, N or 1, N) what the encoder adds to the scores; `None` for nothing.
         scaling: what scores are multiplied with.
-        special: rows before the visual tokens.
+        rows: (V, R) rows of each visual token; the others are special.
         kernel: attends as the model does, from queries (B, H, M, d), keys, values and a mask, and
             returns (B, M, H, d).
     """
@@ -33,8 +35,17 @@ class LayerAttention:
     value: Tensor
     mask: Tensor | None
     scaling: float
-    special: int
-    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    rows: Tensor
+    kernel: Kernel
+
+    @property
+    def special(self) -> int:
+        """Rows before those of the visual tokens."""
+        return self.query.shape[2] - self.rows.numel()
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """(..., V) mean over the rows of each token, from (..., N) of all rows."""
+        return values[..., self.rows].mean(-1)
 
     @property
     def bias(self) -> Tensor | None:

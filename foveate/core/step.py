@@ -10,7 +10,14 @@ from typing import Literal, Protocol
 Stage = Literal["vision", "pre_llm", "llm"]
 Positions = Literal["original", "renumbered"]
 Effect = Literal[
-    "proportional", "ragged", "attend", "keep_positions", "evict_cache", "reinsert", "decode"
+    "proportional",
+    "ragged",
+    "attend",
+    "look",
+    "keep_positions",
+    "evict_cache",
+    "reinsert",
+    "decode",
 ]
 STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
 
@@ -111,6 +118,8 @@ class Step:
             tokens (`Reduction.valid`), which the method's last step makes equal.
         attend: in the encoder, `Method.attend` computes the attention of the layer; tokens that the
             step removes are removed after that.
+        look: in the encoder, with `attend`: the step removes nothing, and no record has an entry
+            of it.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.
@@ -145,15 +154,19 @@ class Step:
 
 def entries(steps: Sequence[Step]) -> list[str]:
     """The name of each step in records: its site, which says what survives from there on; of
-    several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`.
+    several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`. A step
+    that only looks has no name.
 
     Args:
         steps: in stream order.
     """
-    sites = [step.site for step in steps]
+    sites = ["" if "look" in step.effects else step.site for step in steps]
     total, seen = Counter(sites), Counter[str]()
     names = []
     for site in sites:
+        if not site:
+            names.append("")
+            continue
         seen[site] += 1
         names.append(site if seen[site] == total[site] else f"{site}#{seen[site]}")
     return names

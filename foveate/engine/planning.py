@@ -274,7 +274,13 @@ def _check_encoder_signal(
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
         own = need.layers == (step.layer,) and signal.inside is not None
-        if not (own or (earlier and encoder.packed is None)):
+        if earlier and not own and encoder.packed is not None:
+            raise UnsupportedModelError(
+                f"{slug!r} needs {need.name} of earlier layers inside the encoder, which is not "
+                f"supported where images lie in one sequence or are padded, as in this "
+                f"{family.model_type}"
+            )
+        if not (own or earlier):
             inside = ", ".join(name for name, of in SIGNALS.items() if _is_inside(of))
             raise LayerError(
                 f"{slug} acts at {step.site} and can have signals of that layer only "

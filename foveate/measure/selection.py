@@ -50,7 +50,8 @@ def acted(methods: Sequence[Method], family: ModelFacts) -> list[Acted]:
     names = entries([step for _, _, step in steps])
     begun: dict[int, str] = {}
     for (of, _, _), name in zip(steps, names, strict=True):
-        begun.setdefault(of, name)
+        if name:
+            begun.setdefault(of, name)
     return [
         Acted(methods[of], number, step, name, begun[of])
         for (of, number, step), name in zip(steps, names, strict=True)

@@ -33,6 +33,7 @@ from foveate.core.encoder_schedule import EncoderScheduled
 from foveate.core.fields import Natural, Positive, Range, UnitFloat
 from foveate.core.ranking import ranked
 from foveate.core.schedule import Drop
+from foveate.core.step import Effect
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.map_attention import attend_with_maps
@@ -46,11 +47,11 @@ class Look(Drop):
 
     Args:
         rounds: rounds of votes.
-        class_first: whether the class token's vote counts more in the first of them.
+        first: whether the class token's vote counts more in the first of them.
     """
 
     rounds: int = 1
-    class_first: bool = False
+    first: bool = False
 
 
 @register("zero-tprune", stage="vision", paper="Wang et al. 2023, arXiv:2305.17328")
@@ -119,10 +120,11 @@ class ZeroTPrune(EncoderScheduled):
             rounds = _rounds(layer, model.vision_layers)
             if self.iterations is not None:
                 rounds = self.iterations[entry]
-            look = Look(
-                "vision", layer, effects=("attend",), entry=entry, rounds=rounds, class_first=first
+            effects: tuple[Effect, ...] = ("attend", "look")
+            steps += (
+                Look("vision", layer, effects=effects, entry=entry, rounds=rounds, first=first),
+                Drop("vision", layer + 1, entry=entry),
             )
-            steps += (look, Drop("vision", layer + 1, entry=entry))
         return tuple(steps)
 
     def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
@@ -135,14 +137,16 @@ class ZeroTPrune(EncoderScheduled):
         """The layer's attention; notes what the drop before the next layer goes by."""
         total = tokens.memory.setdefault("total", tokens.count)
         kept = super().count(tokens.count, total, tokens.step, tokens.number)
+        if kept == tokens.count:
+            return layer.plain()
         alike = min(int((tokens.count - kept) * self.similar), tokens.count // 2)
-        keys = layer.key[:, :, layer.special :].detach().mean(1)
         scores: list[Tensor] = []
 
         def look(weights: Tensor) -> Tensor:
             done = sum(map(len, scores))
-            of = keys[done : done + len(weights)]
-            scores.append(self.scores(weights.detach().float(), of.float(), alike, tokens.step))
+            keys = layer.key[done : done + len(weights)].detach().float().mean(1)
+            votes = self.scores(weights.detach().float(), keys, alike, tokens.step, layer)
+            scores.append(votes)
             return weights
 
         mixed = attend_with_maps(layer, look)
@@ -153,24 +157,28 @@ class ZeroTPrune(EncoderScheduled):
         """Keep the highest scores."""
         return Reduction.top(tokens.memory["scores"], count)
 
-    def scores(self, weights: Tensor, keys: Tensor, alike: int, look: Look) -> Tensor:
+    def scores(
+        self, weights: Tensor, keys: Tensor, alike: int, look: Look, layer: LayerAttention
+    ) -> Tensor:
         """(b, V) scores of patches.
 
         Args:
-            weights: (b, H, S + V, S + V) attention, after S special rows.
-            keys: (b, V, d), the mean over heads.
+            weights: (b, H, N, N) attention.
+            keys: (b, N, d), the mean over heads.
             alike: how many patches go for their likeness, whose score is -inf.
             look: rounds of votes, and whose count first.
+            layer: which rows are those of a patch.
         """
-        rows, total = weights.shape[-1], keys.shape[1]
-        special = rows - total
-        start = torch.ones(rows, device=weights.device)
-        if look.class_first:
-            start[0] = rows**0.5
-        first = self.over_heads(page_rank(weights, start, 1)[..., special:])
-        gone = similar(keys, ranked(first), alike)
-        there = F.pad(~gone, (special, 0), value=True)[:, None, None].float() if alike else None
-        votes = page_rank(weights, start, look.rounds, there)[..., special:]
+        start = torch.ones(weights.shape[-1], device=weights.device)
+        if look.first:
+            start[0] = len(start) ** 0.5
+        first = self.over_heads(layer.of_tokens(page_rank(weights, start, 1)))
+        keys = layer.of_tokens(keys.transpose(1, 2)).transpose(1, 2)
+        gone, there = similar(keys, ranked(first), alike), None
+        if alike:
+            there = torch.ones_like(weights[:, :1, :1])
+            there[:, 0, 0, layer.rows] = (~gone[..., None]).to(there).expand(-1, *layer.rows.shape)
+        votes = layer.of_tokens(page_rank(weights, start, look.rounds, there))
         return self.over_heads(votes).masked_fill(gone, -torch.inf)
 
     def over_heads(self, votes: Tensor) -> Tensor:

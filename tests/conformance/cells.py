@@ -183,7 +183,7 @@ def promised(method, family, total):
     """Tokens that a method promises to leave of so many at each of its places."""
     alive, counts = total, {}
     for number, step in enumerate(method.steps(family)):
-        if "decode" in step.effects:  # removes nothing
+        if {"decode", "look"} & set(step.effects):  # removes nothing
             continue
         if not isinstance(method, Adaptive):
             alive = method.count(alive, total, step, number)

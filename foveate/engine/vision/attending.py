@@ -17,23 +17,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.core import LayerAttention
+from foveate.core.attention import Kernel
 from foveate.engine.attachment import Attachment
 
 KERNEL = "foveate"  # a kernel's name, as configs have it
 HOOK = "_foveate_attend"  # the attribute of an attention module that is called instead
 
-Attend = Callable[[LayerAttention], Tensor | None]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Kernel], Tensor | None]
 
 
-def hand_over(on: Attachment, attention: Any, special: int, attend: Attend) -> None:
+def hand_over(on: Attachment, attention: Any, attend: Attend) -> None:
     """Let something else compute the attention of a module, till the attachment is removed.
 
     Args:
         on: the attachment.
         attention: the attention module.
-        special: rows before the visual tokens.
-        attend: returns (B, N, H, d), or `None` to let the module do as it does.
+        attend: is handed queries, keys, values, mask, scaling and kernel, as `LayerAttention` has
+            them; returns (B, N, H, d), or `None` to let the module do as it does.
     """
     AttentionInterface.register(KERNEL, _kernel)
     before = attention.config
@@ -47,7 +47,7 @@ def hand_over(on: Attachment, attention: Any, special: int, attend: Attend) -> N
             return own(module, query, key, value, mask, **kwargs)[0]
 
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        mixed = attend(LayerAttention(query, key, value, mask, scaling, special, kernel))
+        mixed = attend(query, key, value, mask, scaling, kernel)
         return own(module, query, key, value, mask, **kwargs) if mixed is None else (mixed, None)
 
     config = copy.copy(before)

@@ -60,8 +60,10 @@ class EncoderGroup:
         self.images = replace(images, merged=merged)
 
     def note(self, planned: PlannedStep) -> None:
-        """Note what survives a step."""
-        self.images = self.images.begun(planned.method_number).noted(planned.entry)
+        """Note what survives a step, unless it only looks."""
+        self.images = self.images.begun(planned.method_number)
+        if planned.entry:
+            self.images = self.images.noted(planned.entry)
 
     def rows_at(self, layout: Reduction | None) -> Tensor:
         """(G, K, R) rows of the tokens that a layout leaves."""

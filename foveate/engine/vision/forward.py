@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import LayerAttention, Need, VisualTokens
+from foveate.core.attention import Kernel
 from foveate.core.tokens import Shape
 from foveate.engine.attentions import spread
 from foveate.engine.images import Kept
@@ -208,11 +209,27 @@ class Encoding:
         self._weigh(hidden)
         return hidden
 
-    def attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor:
+    def attend(
+        self,
+        planned: PlannedStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        kernel: Kernel,
+    ) -> Tensor:
         """(B, N, H, d) attention of the layer that is running, as a method computes it."""
         assert self.input is not None  # set before every layer
+        rows = self.groups[0].rows[0]
+        if self.reduced:  # then those of a token follow one another
+            tokens = self.groups[0].images.count
+            rows = torch.arange(tokens * rows.shape[1], device=rows.device).view(tokens, -1)
+            rows = rows + self.encoder.special
+        layer = LayerAttention(query, key, value, mask, scaling, rows, kernel)
         x = self.layout.take(self.input, 0)
-        return planned.method.attend(self._shown(planned, 0, x), layer)
+        quota = self.groups[0].survivors_of(planned)
+        return planned.method.attend(self._shown(planned, 0, x, quota=quota), layer)
 
     def _shown(
         self,

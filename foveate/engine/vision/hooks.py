@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core import LayerAttention, Need
+from foveate.core import Need
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
@@ -154,7 +154,7 @@ class VisionAttachment(Attachment):
             self.hook(layer, functools.partial(self._enter_layer, number))
             if number in self._attends:
                 attend = functools.partial(self._attend, self._attends[number])
-                hand_over(self, attention, self.encoder.special, attend)
+                hand_over(self, attention, attend)
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
@@ -270,10 +270,10 @@ class VisionAttachment(Attachment):
         return args, {**kwargs, "attention_mask": encoding.bias}
 
     @torch.compiler.disable
-    def _attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor | None:
+    def _attend(self, planned: PlannedStep, *parts: Any) -> Tensor | None:
         """In place of a layer's kernel, where a method attends; `None` outside of a pass."""
         encoding = self.state.encoding
-        return None if encoding is None else encoding.attend(planned, layer)
+        return None if encoding is None else encoding.attend(planned, *parts)
 
     @untraced
     def _last_layer(

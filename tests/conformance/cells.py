@@ -94,6 +94,7 @@ class Tower:
     def check(self, session, rows):
         """Every promise about a batch of as many images as all rows have."""
         inputs = encoders.images(sum(rows), name=self.name)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         together = read(self.model(**inputs))
         record = session.record
         check_kept(session)
@@ -161,7 +162,7 @@ TABLES = {
 @functools.cache
 def encoder_of(table, name):
     if table == "around a backbone":
-        return dense.build(dense.DENSE[name])
+        return dense.build(dense.DENSE[name]).double()  # convolutions of heads amplify rounding
     return encoders.build(TABLES[table], name)
 
 

@@ -44,6 +44,8 @@ class Encoder:
         masks_layers: whether layers take an attention mask; else their attention does.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
+        gridded: whether the patches of an image that is a row of a batch fill a grid whose sides
+            are known, in raster order.
         axes: parts of a head that are rotated each for itself, such as one for each axis.
     """
 
@@ -68,6 +70,7 @@ class Encoder:
     returns_rows: bool = True
     masks_layers: bool = True
     scaling: float | None = None
+    gridded: bool = True
     axes: int = 1
 
     @property

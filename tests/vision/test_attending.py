@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.core import Method, Step
-from foveate.errors import LayerError, UnsupportedModelError
+from foveate.core import Approximate, LayerShape, Method, Step
+from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.families import find_family
+from foveate.measure.account import account
+from foveate.methods import ToMe
 from tests.conformance.zoo import MEMBERS
 from tests.tinies import prompts, tiny_llava
 from tests.vision.encoders import ENCODERS, HEADS, LAYERS, PATCHES, build, images, row_of
@@ -282,3 +285,154 @@ def test_a_tower_within_a_language_model_is_attended_in():
         assert len(run.record.images) == 1
         with foveate.use(model, Halved(layers=(0,))):
             assert not torch.equal(model(**inputs).logits, want)
+
+
+# -- what it costs
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "siglip"])
+def test_what_a_method_says_that_attending_costs_is_accounted(name):
+    """As torch counts it."""
+
+    class Cheaper(Halved):
+        def attend_flops(self, step, shape):
+            special = find_family(model).encoder.special
+            assert shape == LayerShape(special + PATCHES, special, (6, 6), 1, 32)
+            return 4 * shape.width * shape.rows * ((shape.rows + 1) // 2)
+
+    model, inputs = build(ENCODERS, name, "eager"), images(2, name=name)
+    for method in (Cheaper(layers=(0, 3)), Attending(layers=(1,))):
+        counter = FlopCounterMode(display=False)
+        with foveate.use(model, method) as run, torch.no_grad(), counter:
+            model(**inputs)
+        assert account(run.record, run.family, run.methods).total == counter.get_total_flops()
+
+
+# -- around a layer
+
+
+class Around(Approximate):
+    """Every third token goes through, and others get what the first of them has gained."""
+
+    slug, stage, needs, paper = "around", "vision", (), ""
+    effect = "around"
+
+    def entering(self, tokens, step):
+        return -(-tokens // 3)
+
+    def enter(self, tokens, states):
+        tokens.memory["before"] = states[:, ::3]
+        return states[:, ::3]
+
+    def leave(self, tokens, states, passed):
+        gain = passed - tokens.memory["before"]
+        return (states + gain[:, :1]).index_copy(1, torch.arange(0, 36, 3), passed)
+
+
+class Whole(Around):
+    """Everything goes through."""
+
+    def entering(self, tokens, step):
+        return tokens
+
+    def enter(self, tokens, states):
+        return states
+
+    def leave(self, tokens, states, passed):
+        return passed
+
+
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "siglip2"])
+def test_all_tokens_around_a_layer_change_no_bit(name):
+    model, inputs = build(ENCODERS, name), images(name=name)
+    with torch.no_grad():
+        want = model(**inputs, output_hidden_states=True)
+        with foveate.use(model, Whole()):
+            got = model(**inputs, output_hidden_states=True)
+    assert all(map(torch.equal, got.hidden_states, want.hidden_states))
+    assert torch.equal(got.last_hidden_state, want.last_hidden_state)
+
+
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "siglip2"])
+def test_some_tokens_go_through_a_layer_and_all_are_there_after_it(name):
+    model, inputs = build(ENCODERS, name, "eager"), images(name=name)
+    special, counter = find_family(model).encoder.special, FlopCounterMode(display=False)
+    method = Around(layers=(1, 2))
+    with torch.no_grad(), foveate.use(model, method) as run:
+        with counter:
+            model(**inputs)
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert account(run.record, run.family, run.methods).total == counter.get_total_flops()
+    full, fewer = special + 36, special + 12
+    assert run.record.encoder_tokens == [(full, full), (fewer, fewer), (fewer, fewer), (full, full)]
+    encoder = find_family(model).encoder
+    for number in (1, 2):
+        before, after = states[number], states[number + 1]
+        rows = [*range(special), *range(special, full, 3)]
+        with torch.no_grad():
+            passed = encoder.layers[number](before[:, rows], None)
+        want = before + (passed - before[:, rows])[:, special : special + 1]
+        want[:, rows] = passed
+        torch.testing.assert_close(after, want, rtol=0, atol=1e-5)
+    assert all(len(kept) == 36 for image in run.kept for kept in image.values())
+
+
+def test_around_a_layer_of_a_tower_whose_tokens_have_several_rows():
+    model = MEMBERS["internvl"]().build("eager")
+    tower = find_family(model).encoder.tower
+    pixels = torch.randn(2, 3, *tower.config.image_size)
+    with torch.no_grad():
+        want = model.model.get_image_features(pixels, return_dict=True).pooler_output
+        with foveate.use(model, Whole()):
+            got = model.model.get_image_features(pixels, return_dict=True).pooler_output
+    for one, other in zip(got, want, strict=True):  # rows come in another order
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_method_must_hand_over_as_many_tokens_as_it_promises():
+    class Loose(Around):
+        def entering(self, tokens, step):
+            return 5
+
+    model = build(ENCODERS, "vit")
+    with foveate.use(model, Loose()), pytest.raises(FoveateError, match="promises that 5 of 36"):
+        model(**images())
+
+
+def test_what_does_not_go_with_a_step_around_a_layer_is_refused():
+    model = build(ENCODERS, "vit", "eager")
+    with pytest.raises(LayerError, match="tome acts within encoder layer 2, which only some"):
+        foveate.use(model, [Around(layers=(2,)), ToMe(r=(0, 0, 4))])
+    with pytest.raises(LayerError, match="both compute"):
+        foveate.use(model, [Around(layers=(2,)), Attending(layers=(2,))])
+    with pytest.raises(LayerError, match=r"around reads whole grids.*tome removes"):
+        foveate.use(model, [ToMe(r=(4,)), Around(layers=(2,))])
+    with foveate.use(model, Around()):
+        with pytest.raises(UnsupportedModelError, match="leave output_attentions out"):
+            model(**images(), output_attentions=True)
+        mask = torch.ones(3, 1, 1, 37, dtype=torch.bool)
+        hook = model.layers[0].register_forward_pre_hook(
+            lambda module, args: (args[0], mask), prepend=True
+        )
+        with pytest.raises(UnsupportedModelError, match=r"every row \(attention_mask\)"):
+            model(**images())
+        hook.remove()
+
+
+def test_leaving_restores_layers_that_fewer_rows_went_through():
+    model, inputs = build(ENCODERS, "vit"), images()
+    before = snapshot(model)
+    with torch.no_grad():
+        want = model(**inputs).last_hidden_state
+        with foveate.use(model, Around()):
+            assert not torch.equal(model(**inputs).last_hidden_state, want)
+        assert torch.equal(model(**inputs).last_hidden_state, want)
+    assert {k: v[0] for k, v in snapshot(model).items()} == {k: v[0] for k, v in before.items()}
+
+
+def test_gradients_flow_around_a_layer():
+    model = build(ENCODERS, "vit").train()
+    with foveate.use(model, Around()):
+        model(**images()).last_hidden_state.square().mean().backward()
+    grads = [p.grad for n, p in model.named_parameters() if "layers" in n]
+    assert all(float(grad.abs().max()) > 0 for grad in grads if grad.dim() > 1)

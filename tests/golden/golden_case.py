@@ -22,6 +22,7 @@ ADAPTERS = {
     "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fastvggt": "golden_fastvggt",
     "fastvid": "golden_video",
     "feather": "golden_drops",
     "flowcut": "golden_flowcut",

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "biformer": "golden_biformer",
     "cdpruner": "golden_cdpruner",
     "dart": "golden_dart",
     "divprune": "golden_divprune",

@@ -176,10 +176,15 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
             if not isinstance(signal, EncoderSignal):
                 continue
             if step.stage == "vision" and need.layers == (step.layer,):  # of its own layer
-                if not _shortens(record, acted.entry):
+                around = "around" in step.effects
+                if not (around or _shortens(record, acted.entry)):
                     continue
                 if not step.inside:
-                    total += traced.rows[0] * _ahead_flops(record, traced, step.layer)
+                    total += traced.rows[0] * _ahead_flops(record, traced, step.layer, around)
+                if around:  # of all rows, though not all go through the layer
+                    sizes = EncoderSizes(traced.rows[1], traced.rows[1] ** 2, traced.width)
+                    total += traced.rows[0] * flops_of({signal}, sizes)
+                    continue
             for layer in need.layers:
                 collected.setdefault(layer, set()).add(signal)
     for layer, signals in collected.items():
@@ -208,9 +213,11 @@ def _pairs(record: Record, traced: Traced, layer: int) -> int:
     return traced.pairs[layer] if rows == traced.rows[1] else rows**2
 
 
-def _ahead_flops(record: Record, traced: Traced, layer: int) -> int:
-    """One query and all keys of a layer that is about to run: 2 D^2 (N + 1)."""
-    rows = _rows(record, traced, layer - 1) if layer else traced.rows[1]
+def _ahead_flops(record: Record, traced: Traced, layer: int, whole: bool = False) -> int:
+    """One query and all keys of a layer that is about to run: 2 D^2 (N + 1); of all rows if nothing
+    has been removed, as where steps act around layers.
+    """
+    rows = traced.rows[1] if whole or not layer else _rows(record, traced, layer - 1)
     return 2 * traced.width**2 * (rows + 1)
 
 

@@ -14,7 +14,6 @@ of them). `regions` is the release's n_win, `topk` its topk in one of its stages
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +22,6 @@ from torch import Tensor
 from foveate.core import Approximate, LayerAttention, LayerShape, Step, VisualTokens, register
 from foveate.core.fields import Positive
 from foveate.core.ranking import ranked
-
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @register("biformer", stage="vision", paper="Zhu et al. 2023, arXiv:2303.08810")
@@ -95,26 +92,32 @@ def blocks(shape: LayerShape, regions: int) -> Tensor:
     return torch.where(position < 0, -1, position + start).flatten(0, 1)
 
 
+def gathered(x: Tensor, index: Tensor) -> Tensor:
+    """(B, R, n, H, d) of (B, H, P, d): every region is one run of memory."""
+    return x.transpose(1, 2)[:, index.clamp(min=0)]
+
+
 def route(query: Tensor, key: Tensor, index: Tensor, topk: int) -> Tensor:
     """(B, R, k) the regions that suit each best, the best first: by the product of the mean of its
     queries with the mean of their keys, over all heads together.
 
     Args:
-        query: (B, H, P, d) queries of all patches.
-        key: (B, H', P, d) keys, of as many heads or of a divisor of them.
+        query: (B, R, n, H, d) queries.
+        key: (B, R, n, H', d) keys, of as many heads or of a divisor of them.
         index: (R, n) as `blocks` has it.
         topk: k.
     """
     query, key = (means(part.detach(), index) for part in (query, key))
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    scores = query.transpose(1, 2).flatten(2) @ key.transpose(1, 2).flatten(2).transpose(1, 2)
-    return ranked(scores)[..., :topk]
+    key = key.repeat_interleave(query.shape[2] // key.shape[2], 2)
+    return ranked(query.flatten(2) @ key.flatten(2).transpose(1, 2))[..., :topk]
 
 
 def means(x: Tensor, index: Tensor) -> Tensor:
-    """(B, H, R, d) mean of each region of (B, H, P, d)."""
-    there = (index >= 0).to(x)[..., None]
-    return (x[:, :, index.clamp(min=0)] * there).sum(3) / there.sum(1)
+    """(B, R, H, d) mean of what there is of each region, of (B, R, n, H, d)."""
+    there = index >= 0
+    if bool(there.all()):
+        return x.mean(2)
+    return (x * there[..., None, None].to(x)).sum(2) / there.sum(1)[:, None, None]
 
 
 def attend_routed(layer: LayerAttention, index: Tensor, topk: int) -> Tensor:
@@ -126,12 +129,9 @@ def attend_routed(layer: LayerAttention, index: Tensor, topk: int) -> Tensor:
         topk: regions that each region attends to.
     """
     special, parts = layer.special, (layer.query, layer.key, layer.value)
-    query, key, value = (part[:, :, special:] for part in parts)
+    query, *others = (gathered(part[:, :, special:], index) for part in parts)
     first = [part[:, :, :special].transpose(1, 2) for part in parts[1:]]
-    chosen = route(query, key, index, topk)
-    inside = index.clamp(min=0)
-    # (B, R, n, H, d): a region is one run of memory
-    own, *others = (part.transpose(1, 2)[:, inside] for part in (query, key, value))
+    chosen = route(query, others[0], index, topk)
     hidden = None if bool((index >= 0).all()) else index < 0
     step = max(len(index) // topk, 1)  # so that copies take no more than the keys themselves
     mixed = []
@@ -141,7 +141,7 @@ def attend_routed(layer: LayerAttention, index: Tensor, topk: int) -> Tensor:
             _taken(part, now, specials) for part, specials in zip(others, first, strict=True)
         )
         mask = None if hidden is None else _mask(hidden[now], special, query)
-        queries = own[:, start : start + step].flatten(0, 1).transpose(1, 2)
+        queries = query[:, start : start + step].flatten(0, 1).transpose(1, 2)
         out = layer.kernel(queries, keys, values, mask)
         mixed.append(out.unflatten(0, now.shape[:2]))
     flat = index.flatten()

@@ -8,7 +8,7 @@ from golden_case import Case, Check, assert_close, assert_same
 from torch import Tensor
 
 from foveate.core import LayerAttention, LayerShape
-from foveate.methods.biformer import attend_routed, blocks, means, route
+from foveate.methods.biformer import attend_routed, blocks, gathered, means, route
 
 FLOATS, MODEL = 1e-5, 1e-4  # absolute tolerances
 
@@ -48,11 +48,10 @@ def _layer(case: Case) -> LayerAttention:
 def _check_routing(case: Case) -> None:
     params, layer = case.facts["params"], _layer(case)
     index = blocks(layer.shape, params["n_win"])
-    chosen = route(layer.query, layer.key, index, params["topk"])
+    query, key = (gathered(part, index) for part in (layer.query, layer.key))
+    chosen = route(query, key, index, params["topk"])
     assert_same(chosen, case.arrays["region_index"], "regions")
-    query, key = (
-        means(part, index).transpose(1, 2).flatten(2) for part in (layer.query, layer.key)
-    )
+    query, key = (means(part, index).flatten(2) for part in (query, key))
     scores = (params["scale"] * query @ key.transpose(1, 2)).gather(2, chosen)
     assert_close(scores.softmax(-1), case.arrays["region_weight"], FLOATS, "weights of regions")
 

@@ -9,7 +9,7 @@ from foveate.core import LayerShape, get_method
 from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.measure.account import account
 from foveate.methods import BiFormer
-from foveate.methods.biformer import blocks, route
+from foveate.methods.biformer import blocks, gathered, route
 from tests.methods.test_fastvggt import layer_of
 from tests.tinies import prompts, tiny_llava
 from tests.vision.encoders import ENCODERS, build, images, row_of
@@ -81,7 +81,7 @@ def test_a_region_is_routed_by_means_over_all_heads():
     shape = LayerShape(16, 0, (4, 4), 1, 8)
     layer = layer_of(shape)
     index = blocks(shape, 2)
-    chosen = route(layer.query, layer.key, index, 3)
+    chosen = route(gathered(layer.query, index), gathered(layer.key, index), index, 3)
     query, key = (
         part[:, :, index].mean(3).transpose(1, 2).flatten(2) for part in (layer.query, layer.key)
     )
@@ -94,7 +94,8 @@ def test_keys_that_heads_share_are_repeated():
     shared = layer.key[:, :1]
     repeated = shared.repeat_interleave(2, 1)
     index = blocks(shape, 2)
-    assert torch.equal(route(layer.query, shared, index, 2), route(layer.query, repeated, index, 2))
+    query, few, many = (gathered(part, index) for part in (layer.query, shared, repeated))
+    assert torch.equal(route(query, few, index, 2), route(query, many, index, 2))
 
 
 @pytest.mark.parametrize("name", GRIDDED)

@@ -271,14 +271,25 @@ class Encoding:
             self.normed.shape[-1],
         )
 
-    def enter(self, planned: PlannedStep, hidden: Tensor) -> Entered:
+    def enter(
+        self,
+        planned: PlannedStep,
+        hidden: Tensor,
+        signals: Callable[[Need, EncoderGroup], Tensor],
+    ) -> Entered:
         """What goes through the layer that is about to run, where a step acts around it.
+
+        Args:
+            planned: the step.
+            hidden: the layer's input.
+            signals: a signal of a group.
 
         Raises:
             FoveateError: the method hands over another number of tokens than it promises.
         """
         values = self.layout.take(hidden, 0)
-        tokens = self._shown(planned, 0, values)
+        told = {need.name: signals(need, self.groups[0]) for need in planned.step.needs}
+        tokens = self._shown(planned, 0, values, told)
         states = planned.method.enter(tokens, values)
         promised = planned.method.entering(values.shape[1], planned.step)
         if states.shape[1] != promised:

@@ -322,16 +322,17 @@ class VisionAttachment(Attachment):
     ) -> Tensor:
         """A layer's forward that fewer rows go through than there are."""
         forward = forward_of(module, before)
-        entered = self._enter_fewer(planned, hidden, masks, kwargs)
+        entered = self._enter_fewer(planned, module, hidden, masks, kwargs)
         if entered is None:
             return forward(hidden, *masks, **kwargs)
         return self._leave_fewer(planned, entered, forward(entered.rows, *masks, **kwargs))
 
     @torch.compiler.disable
     def _enter_fewer(
-        self, planned: PlannedStep, hidden: Tensor, masks: Args, kwargs: Kwargs
+        self, planned: PlannedStep, layer: Any, hidden: Tensor, masks: Args, kwargs: Kwargs
     ) -> Entered | None:
-        if self.state.encoding is None:
+        encoding, number = self.state.encoding, planned.step.layer
+        if encoding is None:
             return None
         arguments = {
             **kwargs,
@@ -340,11 +341,12 @@ class VisionAttachment(Attachment):
         told = [name for name, value in arguments.items() if isinstance(value, Tensor | tuple)]
         if told:
             raise UnsupportedModelError(
-                f"{planned.method.slug} lets some rows go through encoder layer "
-                f"{planned.step.layer}, but this {self.family.model_type} tells its layers "
-                f"something of every row ({', '.join(told)})"
+                f"{planned.method.slug} lets some rows go through encoder layer {number}, but this "
+                f"{self.family.model_type} tells its layers something of every row "
+                f"({', '.join(told)})"
             )
-        return self.state.encoding.enter(planned, hidden)
+        signals = functools.partial(self._signal, encoding, number, layer, hidden)
+        return encoding.enter(planned, hidden, signals)
 
     @torch.compiler.disable
     def _leave_fewer(self, planned: PlannedStep, entered: Entered, output: Tensor) -> Tensor:

@@ -181,8 +181,8 @@ def _check_attend(family: Family, planned: PlannedStep) -> None:
         )
     if planned.step.whole and not encoder.gridded:
         raise UnsupportedModelError(
-            f"{does} by the grid of patches, which in {family.model_type!r} differs from image to "
-            "image, with padding after it"
+            f"{does} by the grid of patches, which in {family.model_type!r} may differ from image "
+            "to image, with padding after it"
         )
     if "attend" in effects and not takes_over(
         encoder.attention(encoder.layers[planned.step.layer])

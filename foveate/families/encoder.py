@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
+
+TOLD = frozenset(("spatial_shapes", "patch_attention_mask", "pixel_attention_mask"))
+"""What encoders are told of images whose grids differ, or have padding after them."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,6 @@ class Encoder:
         masks_layers: whether layers take an attention mask; else their attention does.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
-        gridded: whether the patches of an image that is a row of a batch fill a grid whose sides
-            are known, in raster order.
         axes: parts of a head that are rotated each for itself, such as one for each axis.
     """
 
@@ -70,13 +72,20 @@ class Encoder:
     returns_rows: bool = True
     masks_layers: bool = True
     scaling: float | None = None
-    gridded: bool = True
     axes: int = 1
 
     @property
     def entry(self) -> Any:
         """The module that is called with pixels: around the tower, or the tower."""
         return self.tower if self.fed is None else self.fed
+
+    @property
+    def gridded(self) -> bool:
+        """Whether the patches of all images of a batch fill one grid, in raster order: the encoder
+        is told nothing of grids or of padding.
+        """
+        forwards = (inspect.signature(type(of).forward) for of in (self.tower, self.entry))
+        return all(TOLD.isdisjoint(forward.parameters) for forward in forwards)
 
     @property
     def special(self) -> int:

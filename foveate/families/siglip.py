@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from foveate.families.encoder import Encoder
 from foveate.families.family import register_family
 from foveate.families.plain import PlainEncoder
 
@@ -18,9 +15,3 @@ class SigLIPVision(PlainEncoder):
 
     class_token = False
     head_path = "head"
-
-    @property
-    def encoder(self) -> Encoder:
-        """The encoder; images of SigLIP 2 have grids of their own, and padding after them."""
-        gridded = not self.config.model_type.startswith("siglip2")
-        return replace(super().encoder, gridded=gridded)

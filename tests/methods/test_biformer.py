@@ -188,7 +188,7 @@ def test_reports_say_that_it_needs_training():
 
 
 def test_what_cannot_be_honoured_is_refused():
-    with pytest.raises(UnsupportedModelError, match="differs from image to image"):
+    with pytest.raises(UnsupportedModelError, match="may differ from image to image"):
         foveate.use(build(ENCODERS, "siglip2"), BiFormer())
     for wrong in ({"regions": 0}, {"topk": 0}):
         with pytest.raises(FoveateError, match=next(iter(wrong))):

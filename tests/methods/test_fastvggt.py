@@ -295,7 +295,7 @@ def test_a_tower_of_a_language_model_merges():
 
 
 def test_what_cannot_be_honoured_is_refused():
-    with pytest.raises(UnsupportedModelError, match="differs from image to image"):
+    with pytest.raises(UnsupportedModelError, match="may differ from image to image"):
         foveate.use(build(ENCODERS, "siglip2"), FastVGGT())
     with pytest.raises(LayerError, match="reads whole grids of visual tokens, but tome removes"):
         foveate.use(build(ENCODERS, "vit"), [ToMe(r=(3,)), FastVGGT(layers=(2,))])

@@ -245,7 +245,7 @@ def test_gradients_reach_every_layer():
 
 
 def test_what_cannot_be_honoured_is_refused():
-    with pytest.raises(UnsupportedModelError, match="differs from image to image"):
+    with pytest.raises(UnsupportedModelError, match="may differ from image to image"):
         foveate.use(build(ENCODERS, "siglip2"), ToC3D())
     with pytest.raises(LayerError, match="tome"):
         foveate.use(build(ENCODERS, "vit"), [ToMe(r=(0, 3)), ToC3D()])

@@ -8,11 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class LayerShape(NamedTuple):
+    """What the attention of an encoder layer works on, of one image.
+
+    Args:
+        rows: N, special rows included.
+        special: rows before the visual tokens.
+        grid: (height, width) of the patches, of one frame in a video, before any was removed.
+        frames: frames of a video, one after the other; 1 for an image.
+        width: of a row.
+    """
+
+    rows: int
+    special: int
+    grid: tuple[int, int]
+    frames: int
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +45,9 @@ class LayerAttention:
         mask: (B or 1, 1, N or 1, N) what the encoder adds to the scores; `None` for nothing.
         scaling: what scores are multiplied with.
         rows: (V, R) rows of each visual token; the others are special.
+        states: (B, N, D) what the layer's attention is given: its input, normed.
+        shape: what there is of each image. Rows after the special ones are patches in raster
+            order, frame by frame, for a step that reads whole grids.
         kernel: attends as the model does, from queries (B, H, M, d), keys, values and a mask, and
             returns (B, M, H, d).
     """
@@ -36,6 +58,8 @@ class LayerAttention:
     mask: Tensor | None
     scaling: float
     rows: Tensor
+    states: Tensor
+    shape: LayerShape
     kernel: Kernel
 
     @property

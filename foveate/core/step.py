@@ -14,6 +14,7 @@ Effect = Literal[
     "ragged",
     "attend",
     "look",
+    "around",
     "keep_positions",
     "evict_cache",
     "reinsert",
@@ -107,7 +108,8 @@ class Step:
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         before_projector: for `pre_llm`, merge what the projector is given and project that, on
             models whose projector makes one token of each row; on others, merge after it.
-        whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
+        whole: for `pre_llm`, and in the encoder for `attend` and `around`, read whole grids of
+            tokens, which must not lack any.
         merges: for `pre_llm`, make a token of several after the projector.
         effects: what else the step does, for the few methods that want it.
 
@@ -120,6 +122,8 @@ class Step:
             step removes are removed after that.
         look: in the encoder, with `attend`: the step removes nothing, and no record has an entry
             of it.
+        around: in the encoder, fewer rows go through the layer: what `Method.enter` makes of all
+            tokens. `Method.leave` says what becomes of all of them. Nothing is removed.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 
 from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
+
+TOLD = frozenset(("spatial_shapes", "patch_attention_mask", "pixel_attention_mask"))
+"""What encoders are told of images whose grids differ, or have padding after them."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,14 @@ class Encoder:
     def entry(self) -> Any:
         """The module that is called with pixels: around the tower, or the tower."""
         return self.tower if self.fed is None else self.fed
+
+    @property
+    def gridded(self) -> bool:
+        """Whether the patches of all images of a batch fill one grid, in raster order: the encoder
+        is told nothing of grids or of padding.
+        """
+        forwards = (inspect.signature(type(of).forward) for of in (self.tower, self.entry))
+        return all(TOLD.isdisjoint(forward.parameters) for forward in forwards)
 
     @property
     def special(self) -> int:

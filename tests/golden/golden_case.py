@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "biformer": "golden_biformer",
     "cdpruner": "golden_cdpruner",
     "dart": "golden_dart",
     "divprune": "golden_divprune",
@@ -22,6 +23,7 @@ ADAPTERS = {
     "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fastvggt": "golden_fastvggt",
     "fastvid": "golden_video",
     "feather": "golden_drops",
     "flowcut": "golden_flowcut",

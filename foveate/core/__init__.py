@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from foveate.lazy import exports
 
 if TYPE_CHECKING:
-    from foveate.core.attention import LayerAttention
+    from foveate.core.approximate import Approximate
+    from foveate.core.attention import LayerAttention, LayerShape
     from foveate.core.budget import Keep, PerRequest
     from foveate.core.method import Adaptive, Method, Scorer, by_count
     from foveate.core.reduction import Reduction
@@ -17,7 +18,8 @@ else:
     __getattr__, __dir__ = exports(
         __name__,
         {
-            "foveate.core.attention": ("LayerAttention",),
+            "foveate.core.approximate": ("Approximate",),
+            "foveate.core.attention": ("LayerAttention", "LayerShape"),
             "foveate.core.budget": ("Keep", "PerRequest"),
             "foveate.core.method": ("Adaptive", "Method", "Scorer", "by_count"),
             "foveate.core.reduction": ("Reduction",),
@@ -33,8 +35,10 @@ else:
 __all__ = [
     "STAGES",
     "Adaptive",
+    "Approximate",
     "Keep",
     "LayerAttention",
+    "LayerShape",
     "Method",
     "ModelFacts",
     "Need",

@@ -1,16 +1,37 @@
 """LayerAttention: what a method sees of the attention of an encoder layer, before that is computed.
 
-Shapes: `B` images, `H` heads, `N` rows of an image (special rows, then its visual tokens), `d` of a
-head.
+Shapes: `B` images, `H` heads, `N` rows of an image: special rows, then those of its `V` visual
+tokens, of which each has `R`; `d` of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+class LayerShape(NamedTuple):
+    """What the attention of an encoder layer works on, of one image.
+
+    Args:
+        rows: N, special rows included.
+        special: rows before the visual tokens.
+        grid: (height, width) of the patches, of one frame in a video, before any was removed.
+        frames: frames of a video, one after the other; 1 for an image.
+        width: of a row.
+    """
+
+    rows: int
+    special: int
+    grid: tuple[int, int]
+    frames: int
+    width: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +44,10 @@ class LayerAttention:
         value: (B, H, N, d) values.
         mask: (B or 1, 1, N or 1, N) what the encoder adds to the scores; `None` for nothing.
         scaling: what scores are multiplied with.
-        special: rows before the visual tokens.
+        rows: (V, R) rows of each visual token; the others are special.
+        states: (B, N, D) what the layer's attention is given: its input, normed.
+        shape: what there is of each image. Rows after the special ones are patches in raster
+            order, frame by frame, for a step that reads whole grids.
         kernel: attends as the model does, from queries (B, H, M, d), keys, values and a mask, and
             returns (B, M, H, d).
     """
@@ -33,8 +57,19 @@ class LayerAttention:
     value: Tensor
     mask: Tensor | None
     scaling: float
-    special: int
-    kernel: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    rows: Tensor
+    states: Tensor
+    shape: LayerShape
+    kernel: Kernel
+
+    @property
+    def special(self) -> int:
+        """Rows before those of the visual tokens."""
+        return self.query.shape[2] - self.rows.numel()
+
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """(..., V) mean over the rows of each token, from (..., N) of all rows."""
+        return values[..., self.rows].mean(-1)
 
     @property
     def bias(self) -> Tensor | None:

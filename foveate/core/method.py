@@ -15,7 +15,7 @@ from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from foveate.core.attention import LayerAttention
+from foveate.core.attention import LayerAttention, LayerShape
 from foveate.core.budget import Keep, check_keep, plain_keep
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import MisfitError, check_fields, fit, hints_of, spell
@@ -43,6 +43,7 @@ class Method(ABC):
     note: ClassVar[str] = ""  # what every report must say of the method; see `note_on`
     field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
     adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
+    removes: ClassVar[bool] = True  # whether any token is removed; else less is computed of all
     keep: Keep | None
     positions: Positions | None
 
@@ -139,6 +140,45 @@ class Method(ABC):
             (B, N, H, d). By default what the layer computes itself.
         """
         return layer.plain()
+
+    def attend_flops(self, step: Step, shape: LayerShape) -> int:
+        """FLOPs of what `attend` computes of one image, a multiply-add counted as 2.
+
+        By default those of the layer itself: products of all queries with all keys, and of all
+        weights with all values.
+        """
+        return 4 * shape.width * shape.rows**2
+
+    def enter(self, tokens: VisualTokens, states: Tensor) -> Tensor:
+        """What goes through an encoder layer, where a step has the effect `around`.
+
+        Args:
+            tokens: all that there are.
+            states: (G, V, W) the layer's input: the rows of each token, one after the other.
+
+        Returns:
+            (G, M, W) of as many tokens as `entering` promises. By default all.
+        """
+        return states
+
+    def leave(self, tokens: VisualTokens, states: Tensor, passed: Tensor) -> Tensor:
+        """What all tokens go on with after that layer.
+
+        Args:
+            tokens: as `enter` was given them, with what it has noted in their `memory`.
+            states: (G, V, W) as `enter` was given them.
+            passed: (G, M, W) what the layer has made of what entered it.
+
+        Returns:
+            (G, V, W). By default `passed`.
+        """
+        return passed
+
+    def entering(self, tokens: int, step: Step) -> int:
+        """How many of an image's tokens go through a layer, where a step has the effect `around`;
+        rows that stand for others count too.
+        """
+        return tokens
 
     def partial_compute(self, model: ModelFacts) -> tuple[PartialCompute, ...]:
         """What decoder layers compute of visual tokens, where that is less than everything."""

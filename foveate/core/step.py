@@ -10,7 +10,15 @@ from typing import Literal, Protocol
 Stage = Literal["vision", "pre_llm", "llm"]
 Positions = Literal["original", "renumbered"]
 Effect = Literal[
-    "proportional", "ragged", "attend", "keep_positions", "evict_cache", "reinsert", "decode"
+    "proportional",
+    "ragged",
+    "attend",
+    "look",
+    "around",
+    "keep_positions",
+    "evict_cache",
+    "reinsert",
+    "decode",
 ]
 STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
 
@@ -100,7 +108,8 @@ class Step:
         inside: for `vision`, act within the layer instead, between its attention and its MLP.
         before_projector: for `pre_llm`, merge what the projector is given and project that, on
             models whose projector makes one token of each row; on others, merge after it.
-        whole: for `pre_llm`, read whole grids of tokens, which must not lack any.
+        whole: for `pre_llm`, and in the encoder for `attend` and `around`, read whole grids of
+            tokens, which must not lack any.
         merges: for `pre_llm`, make a token of several after the projector.
         effects: what else the step does, for the few methods that want it.
 
@@ -111,6 +120,10 @@ class Step:
             tokens (`Reduction.valid`), which the method's last step makes equal.
         attend: in the encoder, `Method.attend` computes the attention of the layer; tokens that the
             step removes are removed after that.
+        look: in the encoder, with `attend`: the step removes nothing, and no record has an entry
+            of it.
+        around: in the encoder, fewer rows go through the layer: what `Method.enter` makes of all
+            tokens. `Method.leave` says what becomes of all of them. Nothing is removed.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.
@@ -145,15 +158,19 @@ class Step:
 
 def entries(steps: Sequence[Step]) -> list[str]:
     """The name of each step in records: its site, which says what survives from there on; of
-    several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`.
+    several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`. A step
+    that only looks has no name.
 
     Args:
         steps: in stream order.
     """
-    sites = [step.site for step in steps]
+    sites = ["" if "look" in step.effects else step.site for step in steps]
     total, seen = Counter(sites), Counter[str]()
     names = []
     for site in sites:
+        if not site:
+            names.append("")
+            continue
         seen[site] += 1
         names.append(site if seen[site] == total[site] else f"{site}#{seen[site]}")
     return names

@@ -53,8 +53,9 @@ def _order(step: Step) -> tuple[int, int]:
 
 def _check_grids(family: Family, steps: Sequence[PlannedStep]) -> None:
     """Refuse to read whole grids of what an earlier method has removed tokens of."""
-    for first, second in _before_others(family, steps):
-        if second.step.whole and _removes(first) and _removes(second):
+    pairs = [*_before_others(family, steps), *_before_in_encoder(steps)]
+    for first, second in pairs:
+        if second.step.whole and _removes(first) and _acts(second):
             raise LayerError(
                 f"{second.method.slug} reads whole grids of visual tokens, but "
                 f"{first.method.slug} removes tokens at {first.step.site} before it; use one of "
@@ -91,6 +92,17 @@ def _before_others(
                 yield first, second
 
 
+def _before_in_encoder(
+    steps: Sequence[PlannedStep],
+) -> Iterator[tuple[PlannedStep, PlannedStep]]:
+    """Pairs of a step inside the encoder, and a later one that computes a layer of it."""
+    inside = [s for s in steps if s.step.stage == "vision"]
+    for second in (s for s in inside if {"attend", "around"} & set(s.step.effects)):
+        for first in inside:
+            if (first.step.layer, first.step.inside) < (second.step.layer, True):
+                yield first, second
+
+
 def _modalities(family: Family, planned: PlannedStep) -> set[str]:
     """What a step acts on, of what the model takes."""
     known = set(family.placeholder_ids)
@@ -109,6 +121,11 @@ def _removes(planned: PlannedStep) -> bool:
         return any(planned.count(n, n) < n for n in sizes)
     except BudgetError:  # too few tokens for it
         return True
+
+
+def _acts(planned: PlannedStep) -> bool:
+    """Whether a step does anything to images of some size."""
+    return not planned.method.removes or _removes(planned)
 
 
 def _check_transitions(
@@ -181,13 +198,21 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
 
 
 def _check_attending(steps: Sequence[PlannedStep]) -> None:
-    """Refuse two steps that compute the attention of the same encoder layer."""
+    """Refuse two steps that compute the same encoder layer, or what it needs of the other's."""
     first: dict[int, PlannedStep] = {}
-    for planned in (s for s in steps if "attend" in s.step.effects):
+    for planned in (s for s in steps if {"attend", "around"} & set(s.step.effects)):
         if (other := first.setdefault(planned.step.layer, planned)) is not planned:
             raise LayerError(
                 f"{other.method.slug} and {planned.method.slug} both compute the attention of "
                 f"encoder layer {planned.step.layer}; give them different layers"
+            )
+    around = {s.step.layer: s for s in steps if "around" in s.step.effects}
+    for planned in (s for s in steps if s.step.stage == "vision" and s.step.inside):
+        if planned.step.layer in around:
+            other = around[planned.step.layer]
+            raise LayerError(
+                f"{planned.method.slug} acts within encoder layer {planned.step.layer}, which only "
+                f"some tokens go through with {other.method.slug}; give them different layers"
             )
 
 

@@ -169,19 +169,33 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
 
 
 def _check_attend(family: Family, planned: PlannedStep) -> None:
-    if "attend" not in planned.step.effects:
+    effects = set(planned.step.effects) & {"attend", "around"}
+    if not effects:
         return
     method, encoder = planned.method, family.encoder
     assert encoder is not None  # as checked before
+    does = f"{method.slug} computes {'the attention of ' * ('attend' in effects)}encoder layers"
     if encoder.packed is not None:
         raise UnsupportedModelError(
-            f"{method.slug} computes the attention of encoder layers itself, which is not "
-            f"supported where images lie in one sequence or are padded, as in {family.model_type!r}"
+            f"{does} itself, which is not supported where images lie in one sequence or are "
+            f"padded, as in {family.model_type!r}"
         )
-    if not takes_over(encoder.attention(encoder.layers[planned.step.layer])):
+    if planned.step.whole and not encoder.gridded:
         raise UnsupportedModelError(
-            f"{method.slug} computes the attention of encoder layers itself, but those of this "
-            f"{family.model_type!r} do not call the kernels of transformers"
+            f"{does} by the grid of patches, which in {family.model_type!r} may differ from image "
+            "to image, with padding after it"
+        )
+    if encoder.relative and (planned.step.whole or "around" in effects):
+        raise UnsupportedModelError(
+            f"{does} itself, and knows nothing of the bias by relative position that this "
+            f"{family.model_type} adds to its scores"
+        )
+    if "attend" in effects and not takes_over(
+        encoder.attention(encoder.layers[planned.step.layer])
+    ):
+        raise UnsupportedModelError(
+            f"{does} itself, but those of this {family.model_type!r} do not call the kernels of "
+            "transformers"
         )
 
 
@@ -281,7 +295,13 @@ def _check_encoder_signal(
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
         own = need.layers == (step.layer,) and signal.inside is not None
-        if not (own or (earlier and encoder.packed is None)):
+        if earlier and not own and encoder.packed is not None:
+            raise UnsupportedModelError(
+                f"{slug!r} needs {need.name} of earlier layers inside the encoder, which is not "
+                f"supported where images lie in one sequence or are padded, as in this "
+                f"{family.model_type}"
+            )
+        if not (own or earlier):
             inside = ", ".join(name for name, of in SIGNALS.items() if _is_inside(of))
             raise LayerError(
                 f"{slug} acts at {step.site} and can have signals of that layer only "

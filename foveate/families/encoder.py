@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
+
+TOLD = frozenset(("spatial_shapes", "patch_attention_mask", "pixel_attention_mask"))
+"""What encoders are told of images whose grids differ, or have padding after them."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,14 @@ class Encoder:
     def second(self) -> str:
         """What a layer calls the second of what it is handed."""
         return "attention_mask" if self.block is None else self.block.second
+
+    @property
+    def gridded(self) -> bool:
+        """Whether the patches of all images of a batch fill one grid, in raster order: the encoder
+        is told nothing of grids or of padding.
+        """
+        forwards = (inspect.signature(type(of).forward) for of in (self.tower, self.entry))
+        return all(TOLD.isdisjoint(forward.parameters) for forward in forwards)
 
     @property
     def leading(self) -> int:

@@ -15,7 +15,7 @@ from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.mixers import Attention, visible_keys
-from foveate.measure.selection import acted, decoder_flops, encoder_flops
+from foveate.measure.selection import Acted, acted, attending_flops, decoder_flops, encoder_flops
 from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced, skeleton, trace
 from foveate.record.record import Record
@@ -97,7 +97,7 @@ def account(
         selection += encoder_flops(record, traced[-1], steps)
     slots = record.cache_slots or [max(tokens) for tokens in record.layer_tokens]
     found = Account(
-        tower=_tower(record, traced) if traced or not record.images else None,
+        tower=_tower(record, family, traced, steps) if traced or not record.images else None,
         projector=_projector(record, family, traced) if traced or not record.images else None,
         selection=selection,
         entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
@@ -191,12 +191,13 @@ def encoder(record: Record, family: Any) -> list[Traced]:
     return [trace(family, modality, fed) for modality, fed in record.encoded.items()]
 
 
-def _tower(record: Record, traced: Sequence[Traced]) -> int:
+def _tower(record: Record, family: Any, traced: Sequence[Traced], steps: Sequence[Acted]) -> int:
     total = sum(t.tower for t in traced)
     if traced and record.encoder_tokens:
         last, bounds = traced[-1], record.encoder_bounds
         for number, rows in enumerate(record.encoder_tokens):
             total += last.shortened(number, rows, bounds[number]) - last.layers[number]
+        total += attending_flops(record, family, last, steps)
     return total
 
 

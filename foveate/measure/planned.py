@@ -159,6 +159,8 @@ def _inside(family: Family, plan: Plan, traced: Any, stream: _Stream) -> list[tu
         before = after = image.tokens * cell + encoder.special
         for step in (s for s in plan.vision if s.step.layer == layer):
             left = image.take(step.method, step.step, step.number, step.method_number)
+            if "around" in step.step.effects:
+                left = step.method.entering(left, step.step)
             after = left * cell + encoder.special
             before = before if step.step.inside else after
             for kept, total in zip(stream.kept, totals, strict=True):

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from foveate.core import Method, ModelFacts, PerRequest, Step
+from foveate.core import LayerShape, Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, site_of
+from foveate.engine.vision.encoder_group import patch_grid
 from foveate.errors import UnsupportedModelError
 from foveate.measure.latents import LatentAttention
 from foveate.measure.mixers import Attention
@@ -50,7 +52,8 @@ def acted(methods: Sequence[Method], family: ModelFacts) -> list[Acted]:
     names = entries([step for _, _, step in steps])
     begun: dict[int, str] = {}
     for (of, _, _), name in zip(steps, names, strict=True):
-        begun.setdefault(of, name)
+        if name:
+            begun.setdefault(of, name)
     return [
         Acted(methods[of], number, step, name, begun[of])
         for (of, number, step), name in zip(steps, names, strict=True)
@@ -173,10 +176,15 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
             if not isinstance(signal, EncoderSignal):
                 continue
             if step.stage == "vision" and need.layers == (step.layer,):  # of its own layer
-                if not _shortens(record, acted.entry):
+                around = "around" in step.effects
+                if not (around or _shortens(record, acted.entry)):
                     continue
                 if not step.inside:
-                    total += traced.rows[0] * _ahead_flops(record, traced, step.layer)
+                    total += traced.rows[0] * _ahead_flops(record, traced, step.layer, around)
+                if around:  # of all rows, though not all go through the layer
+                    sizes = EncoderSizes(traced.rows[1], traced.rows[1] ** 2, traced.width)
+                    total += traced.rows[0] * flops_of({signal}, sizes)
+                    continue
             for layer in need.layers:
                 collected.setdefault(layer, set()).add(signal)
     for layer, signals in collected.items():
@@ -205,7 +213,32 @@ def _pairs(record: Record, traced: Traced, layer: int) -> int:
     return traced.pairs[layer] if rows == traced.rows[1] else rows**2
 
 
-def _ahead_flops(record: Record, traced: Traced, layer: int) -> int:
-    """One query and all keys of a layer that is about to run: 2 D^2 (N + 1)."""
-    rows = _rows(record, traced, layer - 1) if layer else traced.rows[1]
+def _ahead_flops(record: Record, traced: Traced, layer: int, whole: bool = False) -> int:
+    """One query and all keys of a layer that is about to run: 2 D^2 (N + 1); of all rows if nothing
+    has been removed, as where steps act around layers.
+    """
+    rows = traced.rows[1] if whole or not layer else _rows(record, traced, layer - 1)
     return 2 * traced.width**2 * (rows + 1)
+
+
+def attending_flops(record: Record, family: Any, traced: Traced, steps: Sequence[Acted]) -> int:
+    """What encoder layers cost more, or less, whose attention a method computes.
+
+    Args:
+        record: the forward, inside whose encoder something was done.
+        family: the model.
+        traced: what the encoder did with all tokens.
+        steps: what methods wanted to do.
+    """
+    total, (images, full) = 0, traced.rows
+    for of in (acted for acted in steps if "attend" in acted.step.effects):
+        encoder = family.encoder
+        frames = record.images[0].frames if not traced.shapes else 1
+        pixels = next(iter(record.encoded.values())).get("pixel_values")
+        patches = (full - encoder.special) // frames
+        grid = patch_grid(family, encoder.tower.config, pixels, patches)
+        rows, _ = record.encoder_tokens[of.step.layer]
+        shape = LayerShape(rows, encoder.special, grid, frames, traced.width)
+        plain = 4 * traced.width * rows**2
+        total += images * (of.method.attend_flops(of.step, shape) - plain)
+    return total

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from foveate.core import Keep, ModelFacts, Need, Positions, Scorer, Step, VisualTokens, register
+from foveate.core.encoder_schedule import EncoderScheduled
 from foveate.core.fields import Natural
-from foveate.errors import LayerError
-from foveate.io.quoting import quoted
 
 
 @register("cls-drop", stage="vision", needs=("cls_attention",))
 @dataclass(frozen=True)
-class ClsDrop(Scorer):
+class ClsDrop(EncoderScheduled, Scorer):
     """Rank patches by the class token's attention in a layer, and drop the rest before its MLP.
 
     The class token and other special tokens stay.
@@ -36,22 +35,6 @@ class ClsDrop(Scorer):
     keep: Keep = 0.5
     positions: Positions | None = None
     rounding = round
-
-    def check_fields(self) -> None:
-        """As in `Method`; `layers` ascend.
-
-        Raises:
-            LayerError: `layers` is empty or not ascending.
-            FoveateError: another field does not fit its annotation.
-        """
-        super().check_fields()
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
-
-    @property
-    def step_count(self) -> int | None:
-        """One step per entry of `layers`."""
-        return len(self.layers)
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """A drop within each of the layers, scored by the attention that has just run."""

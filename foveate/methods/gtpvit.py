@@ -95,6 +95,8 @@ class GTPViT(Layerwise):
 
     def attend(self, tokens: VisualTokens, layer: LayerAttention) -> Tensor:
         """The layer's attention, sparse if it is to be; notes scores, and the graph at first."""
+        if tokens.quota == tokens.count:
+            return layer.plain()
         if "graph" not in tokens.memory:
             tokens.memory["graph"] = self.links(tokens)
         scores: list[Tensor] = []
@@ -105,7 +107,7 @@ class GTPViT(Layerwise):
             return weights
 
         mixed = attend_with_maps(layer, look)
-        tokens.memory["scores"] = torch.cat(scores)
+        tokens.memory["scores"] = layer.of_tokens(torch.cat(scores))
         return mixed
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
@@ -142,21 +144,21 @@ class GTPViT(Layerwise):
         return linked, linked.sum(-1).clamp(min=1).float().rsqrt()
 
     def scores(self, weights: Tensor, special: int) -> Tensor:
-        """(b, V) scores of patches, from (b, H, S + V, S + V) attention after S special rows."""
+        """(b, N) scores of rows from (b, H, N, N) attention; special rows' mean nothing."""
         kind, _, how = self.score.partition("-")
 
         def over_heads(values: Tensor) -> Tensor:
             return values.mean(1) if how == "mean" else values.amax(1)
 
         if kind == "cls":
-            return over_heads(weights[:, :, 0, special:])
+            return over_heads(weights[:, :, 0])
         if kind == "cosine":
-            rows = F.normalize(over_heads(weights)[:, special:], dim=-1)
-            return -torch.matmul(rows, rows.sum(1)[..., None])[..., 0]
-        itself = over_heads(weights.diagonal(dim1=2, dim2=3)[..., special:])
+            rows = F.normalize(over_heads(weights), dim=-1)
+            return -torch.matmul(rows, rows[:, special:].sum(1)[..., None])[..., 0]
+        itself = over_heads(weights.diagonal(dim1=2, dim2=3))
         if kind == "diagonal":
             return itself
-        received = over_heads(weights.sum(2)[..., special:])
+        received = over_heads(weights.sum(2))
         if kind == "received":
             return received
         return itself + received if kind == "sum" else itself * received

@@ -198,6 +198,8 @@ def test_methods_plan_or_say_why_not(model_type, method):
         assert "no class token" in reason
     elif family.encoder.packed is not None and not all(signal.varlen for signal in signals):
         assert "cannot give" in reason
+    elif cls.stage == "vision" and family.encoder.packed is not None and reason is not None:
+        assert "where images lie in one sequence or are padded" in reason
     elif method == "yopo" and reason is not None:
         assert "not made like those of Llama" in reason or not family.planar
     elif reason is not None:

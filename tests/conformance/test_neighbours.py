@@ -25,14 +25,17 @@ NEED_CLIP = {  # its class token, or its layers
     "cls-drop", "fastervlm", "flowcut", "llava-prumerge", "recoverable-compression", "vflowopt",
     "vtc-cls",
 }  # fmt: skip
+APPROXIMATE = {  # which compute encoder layers by the grid of patches, and remove nothing
+    slug for slug in foveate.list_methods() if not foveate.get_method(slug).removes
+}
 REFUSED = {
     "llava": set(),
     "llava_next": {"yopo"},  # its tokens form no single grid
-    "qwen2_vl": NEED_CLIP,
+    "qwen2_vl": NEED_CLIP | APPROXIMATE,
 }
 CELLS = [(n, s) for n in FAMILIES for s in foveate.list_methods() if s not in REFUSED[n]]
 # Methods whose own rule decides how many tokens stay, beside those with one form of budget.
-UNBUDGETED = {"recoverable-compression", "yopo"}
+UNBUDGETED = {"recoverable-compression", "yopo"} | APPROXIMATE
 ADAPTIVE = {"dycoke", "prunevid"}  # all or what they find
 LEAST = {"tome": 0.45}  # at most half of the tokens merge in a layer
 

@@ -23,7 +23,8 @@ NEED_CLIP = {  # its class token, or its layers; Qwen2-VL's encoder has neither
     "vtc-cls",
 }  # fmt: skip
 CELLS = [pytest.param(LLAVA, name, id=f"llava-{name}") for name in METHODS]
-CELLS += [pytest.param(MROPE, n, id=f"qwen2_vl-{n}") for n in METHODS if n not in NEED_CLIP]
+REMOVING = [name for name in METHODS if foveate.get_method(name).removes]
+CELLS += [pytest.param(MROPE, n, id=f"qwen2_vl-{n}") for n in REMOVING if n not in NEED_CLIP]
 
 
 class Noted(FastV):

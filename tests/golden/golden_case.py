@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ADAPTERS = {
+    "biformer": "golden_biformer",
     "cdpruner": "golden_cdpruner",
     "dart": "golden_dart",
     "divprune": "golden_divprune",
@@ -22,6 +23,7 @@ ADAPTERS = {
     "evs": "golden_video",
     "fastervlm": "golden_encoder",
     "fastv": "golden_llm",
+    "fastvggt": "golden_fastvggt",
     "fastvid": "golden_video",
     "feather": "golden_drops",
     "flowcut": "golden_flowcut",
@@ -42,6 +44,7 @@ ADAPTERS = {
     "visionzip": "golden_patches",
     "vtc-cls": "golden_encoder",
     "yopo": "golden_yopo",
+    "zero-tprune": "golden_zerotprune",
 }
 # Where a folder holds more than the cases of one method: folder and names of those of each.
 SOURCES = {

@@ -30,7 +30,7 @@ def checks(case: Case) -> dict[str, Check]:
 def _select(case: Case) -> None:
     params, attention = case.facts["params"], case.arrays["attn"]
     special = int(params["class_token"])
-    scores = GTPViT(score=SCORE[params["selection"]]).scores(attention, special)
+    scores = GTPViT(score=SCORE[params["selection"]]).scores(attention, special)[:, special:]
     order = scores.argsort(dim=1, descending=True, stable=True) + special
     kept = scores.shape[1] - params["num_prop"]
     assert_same(order[:, :kept], case.arrays["index_kept"], "kept, best first")

@@ -20,37 +20,33 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from foveate.core import LayerAttention
+from foveate.core.attention import Kernel
 from foveate.engine.attachment import Attachment
 
 KERNEL = "foveate"  # a kernel's name, as configs have it
 HOOK = "_foveate_attend"  # the attribute of an attention module that is called instead
 
-Attend = Callable[[LayerAttention], Tensor | None]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Kernel], Tensor | None]
 Masked = Callable[[Tensor | None], Tensor | None]
 
 
 def hand_over(
-    on: Attachment,
-    attention: Any,
-    special: int,
-    attend: Attend | None,
-    masked: Masked | None = None,
+    on: Attachment, attention: Any, attend: Attend | None, masked: Masked | None = None
 ) -> None:
     """Let something else compute the attention of a module, till the attachment is removed.
 
     Args:
         on: the attachment.
         attention: the attention module.
-        special: rows before the visual tokens.
-        attend: returns (B, N, H, d), or `None` to let the module do as it does; `None` if nothing
+        attend: is handed queries, keys, values, mask, scaling and kernel, as `LayerAttention` has
+            them; returns (B, N, H, d), or `None` to let the module do as it does; `None` if nothing
             else computes it.
         masked: what the kernel is handed in place of a mask; `None` to hand it the module's.
     """
     AttentionInterface.register(KERNEL, _kernel)
     config = copy.copy(attention.config)
     config._attn_implementation_internal = KERNEL
-    on.put(attention, HOOK, _Kernel(attention.config, special, attend, masked))
+    on.put(attention, HOOK, _Kernel(attention.config, attend, masked))
     on.put(attention, "config", config)
 
 
@@ -67,13 +63,11 @@ class _Kernel:
 
     Args:
         config: the module's own config, which names the kernel that it would call.
-        special: see `hand_over`, as for the others.
         attend: see `hand_over`.
         masked: see `hand_over`.
     """
 
     config: Any
-    special: int
     attend: Attend | None
     masked: Masked | None
 
@@ -91,10 +85,7 @@ class _Kernel:
         mixed = None
         if self.attend is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            layer = LayerAttention(
-                query, key, value, mask, scaling, self.special, lambda *parts: own(*parts)[0]
-            )
-            mixed = self.attend(layer)
+            mixed = self.attend(query, key, value, mask, scaling, lambda *parts: own(*parts)[0])
         return own(query, key, value, mask) if mixed is None else (mixed, None)
 
 

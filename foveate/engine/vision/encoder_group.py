@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from foveate.core import Reduction
 from foveate.core.tokens import Shape
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
+from foveate.families import Family
 from foveate.families.rows import EncoderImage
 
 
@@ -60,8 +62,10 @@ class EncoderGroup:
         self.images = replace(images, merged=merged)
 
     def note(self, planned: PlannedStep) -> None:
-        """Note what survives a step."""
-        self.images = self.images.begun(planned.method_number).noted(planned.entry)
+        """Note what survives a step, unless it only looks."""
+        self.images = self.images.begun(planned.method_number)
+        if planned.entry:
+            self.images = self.images.noted(planned.entry)
 
     def rows_at(self, layout: Reduction | None) -> Tensor:
         """(G, K, R) rows of the tokens that a layout leaves."""
@@ -111,6 +115,24 @@ class EncoderGroup:
         rows = x.unflatten(-1, (self.rows.shape[2], -1))
         mean = (rows * share).sum(1, keepdim=True) / share.sum(1, keepdim=True).clamp(min=1)
         return layout.recover(x, self.total, mean.expand(-1, -1, *rows.shape[2:]).flatten(2))
+
+
+def patch_grid(family: Family, config: Any, pixels: Tensor | None, count: int) -> tuple[int, int]:
+    """(height, width) of an image's patches.
+
+    Args:
+        family: the model.
+        config: of its encoder.
+        pixels: what the encoder is fed.
+        count: the patches.
+    """
+    patch = getattr(config, "patch_size", None)
+    if pixels is not None and pixels.dim() == 4:
+        sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
+        height, width = (n // side for n, side in zip(pixels.shape[-2:], sides, strict=True))
+        if height * width == count:
+            return height, width
+    return family.grid(count)
 
 
 def encoder_groups(

@@ -10,27 +10,44 @@ of them has counts of its own. Shapes: `G` images of a group, `S` special rows b
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.core import LayerAttention, Need, VisualTokens
+from foveate.core import LayerAttention, LayerShape, Need, VisualTokens
+from foveate.core.attention import Kernel
 from foveate.core.tokens import Shape
 from foveate.engine.attentions import spread
 from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
-from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups
+from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups, patch_grid
 from foveate.engine.vision.patch_layout import PatchLayout, Point
 from foveate.engine.vision.segments import PackedRows, PaddedRows
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
 from foveate.signals.encoder_hooks import hides, signal_of
+
+
+@dataclass(frozen=True, eq=False)
+class Entered:
+    """What goes through a layer that a step acts around.
+
+    Args:
+        rows: (B, S + M R, D) the layer's input.
+        tokens: what the method is shown.
+        values: (G, V, R D) of all tokens before the layer.
+    """
+
+    rows: Tensor
+    tokens: VisualTokens
+    values: Tensor
 
 
 class Encoding:
@@ -65,6 +82,7 @@ class Encoding:
         self.bias: Tensor | None = None  # (B, 1, 1, N) or (N) what keys' scores get
         self.scores: Tensor | None = None  # (B, H, N, N) the same of a kernel's, where relative
         self.input: Tensor | None = None  # of the layer that is running
+        self.normed: Tensor | None = None  # the same, as its attention is given it
         self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
         self._proportional = False
         self._told: PackedRows | PaddedRows | None = None  # for the rows that remain
@@ -144,13 +162,7 @@ class Encoding:
 
     def _patches(self, count: int) -> tuple[int, int, int]:
         """(1, height, width) of an image's patches."""
-        patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.fed
-        if pixels is not None and pixels.dim() == 4:
-            sides = (patch, patch) if isinstance(patch, int) else tuple(patch or (1, 1))
-            height, width = (n // side for n, side in zip(pixels.shape[-2:], sides, strict=True))
-            if height * width == count:
-                return 1, height, width
-        return (1, *self.family.grid(count))
+        return (1, *patch_grid(self.family, self.encoder.tower.config, self.fed, count))
 
     @property
     def fed(self) -> Any:
@@ -243,18 +255,101 @@ class Encoding:
         self._weigh(hidden)
         return hidden
 
-    def attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor:
-        """(B, N, H, d) attention of the layer that is running, as a method computes it."""
+    def attend(
+        self,
+        planned: PlannedStep,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        kernel: Kernel,
+    ) -> Tensor:
+        """(B, N, H, d) attention of the layer that is running, as a method computes it.
+
+        Raises:
+            UnsupportedModelError: the method reads whole grids, and the rows are no such grid.
+        """
         assert self.input is not None  # set before every layer
-        tokens = self._shown(planned, 0, self.layout.take(self.input, 0))
-        if self.reduced or not self.encoder.trailing:
-            return planned.method.attend(tokens, layer)
-        query, key, value = (
-            self.encoder.specials_first(part.transpose(1, 2)).transpose(1, 2)
-            for part in (layer.query, layer.key, layer.value)
+        assert self.normed is not None  # and this before every attention
+        rows, states = self.groups[0].rows[0], self.normed
+        if not self.reduced:
+            rows, states = rows + self.encoder.trailing, self.encoder.specials_first(states)
+            query, key, value = (
+                self.encoder.specials_first(part.transpose(1, 2)).transpose(1, 2)
+                for part in (query, key, value)
+            )
+        else:  # those of a token follow one another
+            tokens = self.groups[0].images.count
+            rows = torch.arange(tokens * rows.shape[1], device=rows.device).view(tokens, -1)
+            rows = rows + self.encoder.special
+        of = self.layer_shape
+        grid = of.special + of.frames * of.grid[0] * of.grid[1]
+        if planned.step.whole and (mask is not None or of.rows != grid):
+            raise UnsupportedModelError(
+                f"{planned.method.slug} computes attention by the grid of patches, but the "
+                f"{of.rows} rows of encoder layer {planned.step.layer} of this "
+                f"{self.family.model_type} are masked, or no grid of {of.grid[0]} x {of.grid[1]}"
+            )
+        layer = LayerAttention(query, key, value, mask, scaling, rows, states, of, kernel)
+        x = self.layout.take(self.input, 0)
+        quota = self.groups[0].survivors_of(planned)
+        mixed = planned.method.attend(self._shown(planned, 0, x, quota=quota), layer)
+        return mixed if self.reduced else self.encoder.specials_apart(mixed)
+
+    @property
+    def layer_shape(self) -> LayerShape:
+        """What there is of each image in the attention of the layer that is running."""
+        assert self.normed is not None  # set before every attention
+        of = self.groups[0]
+        height, width = of.images.shape.grid
+        side = math.isqrt(of.rows.shape[2])
+        return LayerShape(
+            self.normed.shape[-2],
+            self.encoder.special,
+            (height * side, width * side),
+            of.images.shape.frames,
+            self.normed.shape[-1],
         )
-        layer = replace(layer, query=query, key=key, value=value)
-        return self.encoder.specials_apart(planned.method.attend(tokens, layer))
+
+    def enter(
+        self,
+        planned: PlannedStep,
+        hidden: Tensor,
+        signals: Callable[[Need, EncoderGroup], Tensor],
+    ) -> Entered:
+        """What goes through the layer that is about to run, where a step acts around it.
+
+        Args:
+            planned: the step.
+            hidden: the layer's input.
+            signals: a signal of a group.
+
+        Raises:
+            FoveateError: the method hands over another number of tokens than it promises.
+        """
+        values = self.layout.take(hidden, 0)
+        told = {need.name: signals(need, self.groups[0]) for need in planned.step.needs}
+        tokens = self._shown(planned, 0, values, told)
+        states = planned.method.enter(tokens, values)
+        promised = planned.method.entering(values.shape[1], planned.step)
+        if states.shape[1] != promised:
+            raise FoveateError(
+                f"{planned.method.slug} promises that {promised} of {values.shape[1]} tokens go "
+                f"through encoder layer {planned.step.layer}, but hands over {states.shape[1]}"
+            )
+        specials = hidden if self.reduced else self.encoder.specials_first(hidden)
+        rows = self.layout.lay(specials, [states])
+        self.rows[-1] = rows.shape[-2], rows.shape[-2]
+        return Entered(rows, tokens, values)
+
+    def leave_layer(self, planned: PlannedStep, entered: Entered, output: Tensor) -> Tensor:
+        """(B, N, D) states of all tokens after that layer, from its output."""
+        cell = self.groups[0].rows.shape[2]
+        passed = output[:, self.encoder.special :].unflatten(1, (-1, cell)).flatten(2)
+        values = planned.method.leave(entered.tokens, entered.values, passed)
+        place = self.layout.lay if self.reduced else self.layout.place
+        return place(output, [values])
 
     def _shown(
         self,

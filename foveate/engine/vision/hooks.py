@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core import LayerAttention, Need
+from foveate.core import Need
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
@@ -28,7 +28,7 @@ from foveate.engine.replaced_forward import bypassed, forward_of, has_own_forwar
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.attending import hand_over
 from foveate.engine.vision.encoder_group import EncoderGroup
-from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.forward import Encoding, Entered
 from foveate.engine.vision.segments import boundaries
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
@@ -61,6 +61,7 @@ class VisionAttachment(Attachment):
             steps = self._inside if planned.step.inside else self._before
             steps[planned.step.layer].append(planned)
         self._attends = {s.step.layer: s for s in plan.vision if "attend" in s.step.effects}
+        self._around = {s.step.layer: s for s in plan.vision if "around" in s.step.effects}
         self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
         self._unmasked = self._without_masks(plan)
         earlier = plan.earlier_signals
@@ -129,7 +130,7 @@ class VisionAttachment(Attachment):
         Raises:
             UnsupportedModelError: a layer that must be run in halves has a forward of its own.
         """
-        for number in {*self._inside, *self._unmasked}:
+        for number in {*self._inside, *self._unmasked, *self._around}:
             if has_own_forward(self.encoder.layers[number]):
                 raise UnsupportedModelError(
                     f"encoder layer {number} has had its forward replaced, but tokens can be "
@@ -152,11 +153,16 @@ class VisionAttachment(Attachment):
                 self.before(attention, self._enter_attention)
             if steps or number in self._unmasked:
                 self.replace_forward(layer, functools.partial(self._halves, steps))
+            if number in self._around:
+                around = functools.partial(self._layer_of_fewer, self._around[number])
+                self.replace_forward(layer, around)
             self.hook(layer, functools.partial(self._enter_layer, number))
+            if number in self._attends:
+                self.before(attention, self._note_normed)
             if number in self._attends or kernel:
                 attends, masked = self._attends.get(number), self._mask if kernel else None
                 attend = None if attends is None else functools.partial(self._attend, attends)
-                hand_over(self, attention, self.encoder.special, attend, masked)
+                hand_over(self, attention, attend, masked)
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
@@ -194,8 +200,9 @@ class VisionAttachment(Attachment):
     @torch.compiler.disable
     def _enter(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Kwargs:
         self.look_after()
-        if self._attends and kwargs.get("output_attentions", self.root.config.output_attentions):
-            slugs = ", ".join(sorted({s.method.slug for s in self._attends.values()}))
+        own = [*self._attends.values(), *self._around.values()]
+        if own and kwargs.get("output_attentions", self.root.config.output_attentions):
+            slugs = ", ".join(sorted({s.method.slug for s in own}))
             raise UnsupportedModelError(
                 f"{slugs} computes the attention of encoder layers itself, and returns no map of "
                 "it; leave output_attentions out"
@@ -280,10 +287,15 @@ class VisionAttachment(Attachment):
         return given if encoding is None else encoding.kernel_mask(given)
 
     @torch.compiler.disable
-    def _attend(self, planned: PlannedStep, layer: LayerAttention) -> Tensor | None:
+    def _attend(self, planned: PlannedStep, *parts: Any) -> Tensor | None:
         """In place of a layer's kernel, where a method attends; `None` outside of a pass."""
         encoding = self.state.encoding
-        return None if encoding is None else encoding.attend(planned, layer)
+        return None if encoding is None else encoding.attend(planned, *parts)
+
+    def _note_normed(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        """Before the attention of a layer in which a method attends: note what it is given."""
+        if self.state.encoding is not None:
+            self.state.encoding.normed = args[0] if args else kwargs["hidden_states"]
 
     @untraced
     def _last_layer(
@@ -308,6 +320,50 @@ class VisionAttachment(Attachment):
         if self.encoder.taps:
             others[0] = encoding.whole(others[0], self.encoder.taps)
         return (encoding.unpruned(states), *others), kwargs
+
+    @untraced
+    def _layer_of_fewer(
+        self,
+        planned: PlannedStep,
+        module: nn.Module,
+        before: Callable[..., Any] | None,
+        hidden: Tensor,
+        *masks: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A layer's forward that fewer rows go through than there are."""
+        forward = forward_of(module, before)
+        entered = self._enter_fewer(planned, module, hidden, masks, kwargs)
+        if entered is None:
+            return forward(hidden, *masks, **kwargs)
+        return self._leave_fewer(planned, entered, forward(entered.rows, *masks, **kwargs))
+
+    @torch.compiler.disable
+    def _enter_fewer(
+        self, planned: PlannedStep, layer: Any, hidden: Tensor, masks: Args, kwargs: Kwargs
+    ) -> Entered | None:
+        encoding, number = self.state.encoding, planned.step.layer
+        if encoding is None:
+            return None
+        arguments = dict(kwargs)
+        if masks:
+            arguments[self.encoder.second] = masks[0]
+        if self.encoder.masks_kernels:
+            arguments["attention_mask"] = encoding.bias
+        told = [name for name, value in arguments.items() if isinstance(value, Tensor | tuple)]
+        if told:
+            raise UnsupportedModelError(
+                f"{planned.method.slug} lets some rows go through encoder layer {number}, but this "
+                f"{self.family.model_type} tells its layers something of every row "
+                f"({', '.join(told)})"
+            )
+        signals = functools.partial(self._signal, encoding, number, layer, hidden)
+        return encoding.enter(planned, hidden, signals)
+
+    @torch.compiler.disable
+    def _leave_fewer(self, planned: PlannedStep, entered: Entered, output: Tensor) -> Tensor:
+        assert self.state.encoding is not None  # within a pass
+        return self.state.encoding.leave_layer(planned, entered, output)
 
     @untraced
     def _halves(

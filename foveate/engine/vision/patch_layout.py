@@ -177,13 +177,22 @@ class PatchLayout:
             of.recover(self.take(states, number, point), point.layouts[number], missing)
             for number, of in enumerate(self.groups)
         ]
+        return self.place(states, parts)
+
+    def place(self, states: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of all tokens, each at its place, after the special rows of some states.
+
+        Args:
+            states: (B, N', D) or (N', D).
+            parts: (G, V, R D) of each group.
+        """
         width = states.shape[-1]
         specials = states[:, : self.special]
         if not self.packed and parts[0].shape[-1] == width:
             return self.encoder.specials_apart(torch.cat((specials, parts[0]), 1))
         rows = torch.cat([of.rows.flatten() for of in self.groups])
         full = states.new_zeros(torch.Size(self.shape).numel(), width)
-        full = full.index_copy(0, rows, torch.cat([part.view(-1, width) for part in parts]))
+        full = full.index_copy(0, rows, torch.cat([part.reshape(-1, width) for part in parts]))
         full = full.view(*self.shape, width)
         if self.special:
             patches = self.encoder.specials_first(full)[:, self.special :]

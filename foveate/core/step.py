@@ -10,7 +10,14 @@ from typing import Literal, Protocol
 Stage = Literal["vision", "pre_llm", "llm"]
 Positions = Literal["original", "renumbered"]
 Effect = Literal[
-    "proportional", "ragged", "attend", "keep_positions", "evict_cache", "reinsert", "decode"
+    "proportional",
+    "ragged",
+    "attend",
+    "exit",
+    "keep_positions",
+    "evict_cache",
+    "reinsert",
+    "decode",
 ]
 STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
 
@@ -25,6 +32,10 @@ class ModelFacts(Protocol):
     @property
     def vision_layers(self) -> int:
         """Number of layers of the vision encoder."""
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the states of the vision encoder; 0 if methods cannot act inside."""
 
     @property
     def model_type(self) -> str:
@@ -111,6 +122,9 @@ class Step:
             tokens (`Reduction.valid`), which the method's last step makes equal.
         attend: in the encoder, `Method.attend` computes the attention of the layer; tokens that the
             step removes are removed after that.
+        exit: in an encoder alone, tokens that the step removes come back after the last layer;
+            `Method.reinsert` says in which state. The method is asked even where it keeps all. What
+            it has noted in its memory is in `Record.results`.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.

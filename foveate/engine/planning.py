@@ -98,6 +98,7 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
         _check_encoder(family, item)
         _check_layers(family, item)
         _check_attend(family, item)
+        _check_exit(family, item)
         _check_needs(family, item)
     return planned
 
@@ -154,10 +155,11 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
     assert family.encoder is not None  # as checked before
     kernel = family.encoder.tower.config._attn_implementation or "eager"
     if "ragged" in planned.step.effects and kernel not in ("sdpa", "eager"):
+        released = ", or give as_released=True" if hasattr(method, "as_released") else ""
         raise UnsupportedModelError(
             f"{method.slug} leaves images that are encoded together different numbers of tokens, "
             f"which needs a mask that {kernel!r} attention does not take; set the encoder's "
-            "attention to 'sdpa', or give as_released=True"
+            f"attention to 'sdpa'{released}"
         )
     if "proportional" in planned.step.effects and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
@@ -181,6 +183,24 @@ def _check_attend(family: Family, planned: PlannedStep) -> None:
         raise UnsupportedModelError(
             f"{method.slug} computes the attention of encoder layers itself, but those of this "
             f"{family.model_type!r} do not call the kernels of transformers"
+        )
+
+
+def _check_exit(family: Family, planned: PlannedStep) -> None:
+    if "exit" not in planned.step.effects:
+        return
+    slug, encoder = planned.method.slug, family.encoder
+    assert encoder is not None  # as checked before
+    if family.text_layers:
+        raise UnsupportedModelError(
+            f"{slug!r} lets tokens leave the encoder early and come back after its last layer, for "
+            f"heads that read all of them; it works in encoders alone, and {family.model_type!r} "
+            "has a language model"
+        )
+    if encoder.packed is not None:
+        raise UnsupportedModelError(
+            f"{slug!r} lets tokens leave the encoder early, which is not supported where images "
+            f"lie in one sequence or are padded, as in {family.model_type!r}"
         )
 
 

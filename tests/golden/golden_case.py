@@ -18,6 +18,7 @@ ADAPTERS = {
     "cdpruner": "golden_cdpruner",
     "dart": "golden_dart",
     "divprune": "golden_divprune",
+    "dtop": "golden_dtop",
     "dycoke": "golden_video",
     "evs": "golden_video",
     "fastervlm": "golden_encoder",

@@ -43,6 +43,7 @@ class Method(ABC):
     note: ClassVar[str] = ""  # what every report must say of the method; see `note_on`
     field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
     adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
+    encoders_alone: ClassVar[bool] = False  # whether it has no use where there is a language model
     keep: Keep | None
     positions: Positions | None
 
@@ -149,13 +150,16 @@ class Method(ABC):
         """New parameters of a method that learns. `prepare` makes them part of the model."""
         return None
 
-    def learned_flops(self, model: ModelFacts, step: Step, tokens: int) -> int:
+    def learned_flops(
+        self, model: ModelFacts, step: Step, tokens: int, grid: tuple[int, int]
+    ) -> int:
         """FLOPs of what the method has learned, for one image at a step inside the encoder.
 
         Args:
             model: the model.
             step: the step.
             tokens: tokens that the image has there.
+            grid: (height, width) of its tokens before anything was removed.
         """
         return 0
 

@@ -32,6 +32,8 @@ class Reduction:
         label: (G, K) a number for each survivor, which later steps of the same method are told.
         valid: inside an encoder, (G, K) mask of real survivors. The rest is padding of images that
             have fewer, and nobody attends to it. `None` for all.
+        values: inside an encoder, (G, K, D) values of the survivors, made by the method; the other
+            fields say what they stand for.
     """
 
     index: Tensor
@@ -41,6 +43,7 @@ class Reduction:
     ordered: bool = False
     label: Tensor | None = None
     valid: Tensor | None = None
+    values: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:
@@ -97,6 +100,8 @@ class Reduction:
 
     def apply(self, x: Tensor) -> Tensor:
         """Map (G, V, D) to (G, K, D)."""
+        if self.values is not None:
+            return self.values.to(x.dtype)
         if self.weights is not None:
             return torch.matmul(self.weights.to(x.dtype), x)
         if self.slot is None:

@@ -94,7 +94,7 @@ def _before_others(
 
 def _modalities(family: Family, planned: PlannedStep) -> set[str]:
     """What a step acts on, of what the model takes."""
-    known = set(family.placeholder_ids)
+    known = set(family.placeholder_ids) or {"image"}  # of an encoder alone
     return known & {"video"} if isinstance(planned.method, VideoMethod) else known
 
 

@@ -195,7 +195,7 @@ def learned_flops(record: Record, model: ModelFacts, steps: Sequence[Acted]) -> 
         steps: what methods wanted to do.
     """
     return sum(
-        acted.method.learned_flops(model, acted.step, image.before(acted.entry))
+        acted.method.learned_flops(model, acted.step, image.before(acted.entry), image.grid)
         for acted in steps
         for image in record.images
         if acted.step.stage == "vision" and acted.entry in image.kept

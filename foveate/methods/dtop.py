@@ -19,13 +19,13 @@ from typing import Annotated, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from foveate.core import Method, ModelFacts, Positions, Reduction, Step, VisualTokens, register
 from foveate.core.fields import Natural, Positive, Range
 from foveate.core.method import by_count
 from foveate.errors import FoveateError, InputError, LayerError, UnsupportedModelError
 from foveate.io.quoting import quoted
+from foveate.ops.learning import flops_of, untrained
 from foveate.ops.rows import put_rows
 from foveate.ops.token_heads import LinearHead, QueryHead
 
@@ -65,6 +65,7 @@ class DToP(Method):
     positions: Positions | None = None
     field_errors = {"exits": LayerError}  # noqa: RUF012
     adaptive = True
+    encoders_alone = True
 
     def check_fields(self) -> None:
         """As in `Method`; exits ascend, and there is a head for each.
@@ -125,17 +126,18 @@ class DToP(Method):
             return nn.ModuleList(self.heads)
         assert self.classes is not None  # or there are no steps
         make = LinearHead if self.head == "linear" else QueryHead
-        return nn.ModuleList(make(model.vision_width, self.classes) for _ in self.exits)
+        width, classes = model.vision_width, self.classes
+        return untrained(lambda: nn.ModuleList(make(width, classes) for _ in self.exits))
 
-    def learned_flops(self, model: ModelFacts, step: Step, tokens: int) -> int:
+    def learned_flops(
+        self, model: ModelFacts, step: Step, tokens: int, grid: tuple[int, int]
+    ) -> int:
         """What the head of an exit costs, counted on the meta device."""
-        with torch.device("meta"):
-            heads: Any = self.learned(model)
+        heads: Any = self.learned(model)
         head = copy.deepcopy(heads[self.exits.index(step.layer - 1)]).to("meta")
         dtype = next((p.dtype for p in head.parameters()), torch.float32)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            head(torch.empty(1, tokens, model.vision_width, device="meta", dtype=dtype))
-        return counter.get_total_flops()
+        x = torch.empty(1, tokens, model.vision_width, device="meta", dtype=dtype)
+        return flops_of(lambda: head(x))
 
     def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
         """What survives at least."""

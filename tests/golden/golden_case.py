@@ -36,6 +36,7 @@ ADAPTERS = {
     "pyramiddrop": "golden_llm",
     "recoverable-compression": "golden_recoverable",
     "sparsevlm": "golden_drops",
+    "stvit": "golden_stvit",
     "tome": "golden_vision",
     "transprune": "golden_drops",
     "vflowopt": "golden_vflowopt",

@@ -54,7 +54,7 @@ class EncoderGroup:
 
     def reduce(self, reduction: Reduction, planned: PlannedStep) -> None:
         """Reduce the surviving tokens, as a step wants."""
-        layout = self.layout
+        layout, reduction = self.layout, replace(reduction, values=None)
         self.layout = reduction if layout is None else layout.then(reduction, self.total)
         merges = self.images.merged is not None or reduction.merges
         merged = self.layout.sizes(self.total) if merges else None

@@ -214,13 +214,18 @@ class Encoding:
             reduce = functools.partial(planned.method.reduce, tokens)
             required = images.required
             reduction = reduce_around(reduce, count, required, images.count, ascending=False)
+            if reduction.values is not None and of.rows.shape[2] > 1:
+                raise UnsupportedModelError(
+                    f"{planned.method.slug} makes tokens of its own, but in the encoder of this "
+                    f"{self.family.model_type!r} a token has {of.rows.shape[2]} rows"
+                )
             if "exit" in step.effects:
                 if of.keeps_all(reduction):
                     continue
                 of.exits = of.exits or Exits(planned, tokens)
                 of.exits.note(x, of.layout)
-            of.reduce(reduction, planned)
             values[number], changed = reduction.apply(x), True
+            of.reduce(reduction, planned)
         if not changed:
             return hidden
         # The first hidden state is captured after the steps before layer 0.

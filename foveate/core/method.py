@@ -43,7 +43,7 @@ class Method(ABC):
     note: ClassVar[str] = ""  # what every report must say of the method; see `note_on`
     field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
     adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
-    encoders_alone: ClassVar[bool] = False  # whether it has no use where there is a language model
+    encoders_alone: ClassVar[bool] = False  # whether it is not for models with a language model
     keep: Keep | None
     positions: Positions | None
 

@@ -106,8 +106,7 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
 def _check_stage(family: Family, method: Method, stage: str) -> None:
     if method.encoders_alone and family.text_layers:
         raise UnsupportedModelError(
-            f"{method.slug!r} works in encoders alone, for heads that read all tokens, but "
-            f"{family.model_type!r} has a language model"
+            f"{method.slug!r} is for encoders alone, but {family.model_type!r} has a language model"
         )
     if stage != "vision" and not family.text_layers:
         raise UnsupportedModelError(

@@ -38,11 +38,10 @@ class STViT(Method):
         side: semantic tokens in a row and in a column.
         window: side of the windows in which seeds are made and attend, in patches, as in STViT-R (7
             there, with `side` 6 on 14 x 14 patches); `None` for the whole grid.
-        recover: let all patches, as they were, attend to the semantic tokens after the last layer,
-            in an encoder alone. Without it a patch comes back as the token of its cell.
+        recover: let all patches, as they were, attend to the semantic tokens after the last layer.
+            Without it a patch comes back as the token of its cell.
         keep: always `None`: `side` decides.
-        positions: of the survivors in a language model; `None` makes them consecutive
-            (`renumbered`) where positions are single numbers, `original` leaves them.
+        positions: not used; encoders alone have no language model.
 
     Cost: one attention of the seeds to all patches, with an MLP; and one back with `recover`.
     """
@@ -53,6 +52,7 @@ class STViT(Method):
     recover: bool = False
     keep: None = None
     positions: Positions | None = None
+    encoders_alone = True
     note = "stvit makes tokens by parameters of its own, which are to be trained (foveate.prepare)"
 
     def check_fields(self) -> None:
@@ -114,12 +114,14 @@ class STViT(Method):
         index = (at_row[:, None] * width + at_column).flatten().expand(len(tokens.index), -1)
         place = tokens.coordinates
         slot = place[..., 0] * side // height * side + place[..., 1] * side // width
-        return replace(Reduction.mean(index, slot), values=learned(tokens.x, tokens.grid))
+        made = learned(tokens.x.to(learned.centres.dtype), tokens.grid)
+        return replace(Reduction.mean(index, slot), values=made)
 
     def reinsert(self, tokens: VisualTokens, kept: Tensor, now: Tensor) -> Tensor:
         """All patches, once they have attended to the semantic tokens."""
         learned: Any = tokens.learned
-        return learned.recover(tokens.x, now)
+        kind = learned.centres.dtype
+        return learned.recover(tokens.x.to(kind), now.to(kind)).to(now.dtype)
 
     def _check_grid(self, tokens: VisualTokens) -> None:
         (height, width), window = tokens.grid, self.window

@@ -24,7 +24,7 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(G, N, C) logits of (G, N, D) tokens."""
-        return self.classify(self.norm(x))
+        return self.classify(self.norm(x.to(self.norm.weight.dtype)))
 
 
 class QueryHead(nn.Module):
@@ -52,7 +52,7 @@ class QueryHead(nn.Module):
         """Of (G, N, D) tokens, (G, C, N) logits of masks, and (G, C, 2) of a class being there or
         not.
         """
-        tokens = self.project(x)
+        tokens = self.project(x.to(self.queries.dtype))
         queries, masks = self.queries.expand(len(x), -1, -1), tokens
         for layer in self.layers:
             queries, masks = layer(queries, tokens)

@@ -104,11 +104,12 @@ class Encoding:
         self.layout = PatchLayout(groups, states.shape[:-1], self.encoder)
         if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
-        if any("exit" in planned.step.effects for planned in self.steps):
-            raise UnsupportedModelError(
-                f"{self.steps[0].method.slug} lets tokens leave the encoder early, which is not "
-                "supported for images that are padded; encode images of one size together"
-            )
+        for planned in self.steps:
+            if planned.step.whole or "exit" in planned.step.effects:
+                raise UnsupportedModelError(
+                    f"{planned.method.slug} does not act on images that the encoder pads; encode "
+                    "images of one size together, without padding"
+                )
         visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
 

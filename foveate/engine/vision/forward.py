@@ -26,6 +26,7 @@ from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups, patch_grid
+from foveate.engine.vision.exits import Exits
 from foveate.engine.vision.patch_layout import PatchLayout, Point
 from foveate.engine.vision.segments import PackedRows, PaddedRows
 from foveate.errors import FoveateError, UnsupportedModelError
@@ -59,6 +60,7 @@ class Encoding:
         arguments: what its tower was called with.
         side: side of a visual token in patches.
         readout: numbers, among the tokens of all images, of those that may not be removed.
+        steps: all that are planned inside the encoder.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Encoding:
         arguments: Mapping[str, Any],
         side: int,
         readout: Tensor | None = None,
+        steps: Sequence[PlannedStep] = (),
     ) -> None:
         self.family = family
         self.encoder = encoder
         self.arguments = arguments
         self.side = side
         self.readout = readout
+        self.steps = steps
         self.layout = PatchLayout((), (), encoder)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
@@ -119,6 +123,12 @@ class Encoding:
         self.layout = PatchLayout(groups, states.shape[:-1], self.encoder)
         if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
+        for planned in self.steps:
+            if planned.step.whole or "exit" in planned.step.effects:
+                raise UnsupportedModelError(
+                    f"{planned.method.slug} does not act on images that the encoder pads; encode "
+                    "images of one size together, without padding"
+                )
         visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
 
@@ -151,6 +161,11 @@ class Encoding:
         return self.layout.now.order is not None
 
     @property
+    def shortened(self) -> bool:
+        """Whether states of now lack tokens that have been removed."""
+        return self.reduced and not self._restored
+
+    @property
     def order(self) -> Tensor | None:
         """Which of all rows each row of now is, ascending; `None` while all are there."""
         return self.layout.now.order
@@ -176,8 +191,8 @@ class Encoding:
 
     @staticmethod
     def _drops(planned: PlannedStep, of: EncoderGroup) -> bool:
-        """Whether a step removes tokens of a group."""
-        return of.survivors_of(planned) < of.images.count
+        """Whether a step may remove tokens of a group."""
+        return "exit" in planned.step.effects or of.survivors_of(planned) < of.images.count
 
     def reduce(
         self,
@@ -202,7 +217,7 @@ class Encoding:
     def _step(
         self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
-        step = planned.step
+        step, changed = planned.step, False
         values = [self.layout.take(hidden, number) for number in range(len(self.groups))]
         for number, of in enumerate(self.groups):
             if not self._drops(planned, of):
@@ -212,8 +227,20 @@ class Encoding:
             tokens = self._shown(planned, number, x, told, quota=count)
             reduce = functools.partial(planned.method.reduce, tokens)
             reduction = reduce_around(reduce, count, images.required, ascending=False)
+            if reduction.values is not None and of.rows.shape[2] > 1:
+                raise UnsupportedModelError(
+                    f"{planned.method.slug} makes tokens of its own, but in the encoder of this "
+                    f"{self.family.model_type!r} a token has {of.rows.shape[2]} rows"
+                )
+            if "exit" in step.effects:
+                if of.keeps_all(reduction):
+                    continue
+                of.exits = of.exits or Exits(planned, tokens)
+                of.exits.note(x, of.layout)
+            values[number], changed = reduction.apply(x), True
             of.reduce(reduction, planned)
-            values[number] = reduction.apply(x)
+        if not changed:
+            return hidden
         # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
         hidden = self.layout.put(hidden, values, first)
@@ -424,7 +451,7 @@ class Encoding:
         """(B, H, V R) of a signal (B, H, K R) of the surviving rows: each row has that of the
         survivor that its token went into.
         """
-        if not self.reduced or self._restored:
+        if not self.shortened:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
@@ -437,9 +464,14 @@ class Encoding:
 
     # -- the way out
 
+    def results(self) -> dict[int, Mapping[str, Any]]:
+        """Number of a method with exits -> what it has noted of the pass, which has one group."""
+        numbers = dict.fromkeys(s.method_number for s in self.steps if "exit" in s.step.effects)
+        return {number: self._memory.get((number, 0), {}) for number in numbers}
+
     def unpruned(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        if not self.reduced or self._restored:
+        if not self.shortened:
             return states
         return self.layout.full_length(states, self.layout.now)
 
@@ -450,7 +482,7 @@ class Encoding:
 
     def whole(self, outputs: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
         """Outputs of layers at full length."""
-        points = [self.layout.at(number + 1) for number in layers]
+        points = [self._point(number + 1) for number in layers]
         return [
             states if point is None else self.layout.full_length(states, point)
             for states, point in zip(outputs, points, strict=True)
@@ -468,13 +500,18 @@ class Encoding:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
                 states
-                if states is None or states is merged or (point := self.layout.at(number)) is None
+                if states is None or states is merged or (point := self._point(number)) is None
                 else self.layout.full_length(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
         if output.get("attentions"):
             self._widen(output)
         return output
+
+    def _point(self, number: int) -> Point | None:
+        """The point that a hidden state of the output is from; `None` for full length."""
+        whole = self._restored and number == len(self.encoder.layers)
+        return None if whole else self.layout.at(number)
 
     def _widen(self, output: Any) -> None:
         """Bring attention maps (B, H, N', N') back to (B, H, N, N), in place.

@@ -60,6 +60,7 @@ class VisionAttachment(Attachment):
         for planned in plan.vision:
             steps = self._inside if planned.step.inside else self._before
             steps[planned.step.layer].append(planned)
+        self._steps = plan.vision
         self._attends = {s.step.layer: s for s in plan.vision if "attend" in s.step.effects}
         self._around = {s.step.layer: s for s in plan.vision if "around" in s.step.effects}
         self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
@@ -163,7 +164,7 @@ class VisionAttachment(Attachment):
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
-        if self.encoder.whole_after_layers and self._first < len(self.encoder.layers):
+        if self._whole_after_layers and self._first < len(self.encoder.layers):
             self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
@@ -174,6 +175,12 @@ class VisionAttachment(Attachment):
             for module in self.encoder.head.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     self.before(module, self._enter_pooling)
+
+    @property
+    def _whole_after_layers(self) -> bool:
+        """Whether all rows are there once the layers have run."""
+        exits = any("exit" in planned.step.effects for planned in self._steps)
+        return self.encoder.whole_after_layers or exits
 
     # -- around the encoder
 
@@ -208,7 +215,9 @@ class VisionAttachment(Attachment):
         self.state.fed = None
         side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout
-        self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)
+        self.state.encoding = Encoding(
+            self.family, self.encoder, arguments, side, read, self._steps
+        )
         if self._signals is not None:
             self.state.signals = self.state.collecting.enter_context(self._signals.collect())
         self.state.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
@@ -290,7 +299,7 @@ class VisionAttachment(Attachment):
     def _last_layer(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """In place of the last layer's forward, where a tower takes all rows apart after it."""
+        """In place of the last layer's forward, where all rows are there after it."""
         return self._whole(forward_of(module, before)(*args, **kwargs))
 
     @torch.compiler.disable
@@ -404,7 +413,7 @@ class VisionAttachment(Attachment):
     def _enter_head(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the head: its mask of all tokens no longer fits; its attention gets another."""
         encoding = self.state.encoding
-        if encoding is None or not encoding.reduced:
+        if encoding is None or not encoding.shortened:
             return None
         return args[:1], {}
 
@@ -413,7 +422,7 @@ class VisionAttachment(Attachment):
         not at all.
         """
         encoding = self.state.encoding
-        if encoding is None or not encoding.reduced:
+        if encoding is None or not encoding.shortened:
             return None
         counts = encoding.counts(args[1], merged=True)
         if counts is None:
@@ -438,4 +447,5 @@ class VisionAttachment(Attachment):
             encoder_tokens=encoding.layer_rows,
             encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
+            results=encoding.results(),
         )

@@ -1,4 +1,4 @@
-"""ViT and DeiT, with or without a classification head."""
+"""ViT and encoders whose layers are ViT's, with or without a classification head."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from foveate.families.family import register_family
 from foveate.families.plain import VIT_BLOCK, PlainEncoder
 
 
-@register_family("vit")
+@register_family("vit", "vit_msn")
 class ViT(PlainEncoder):
-    """`ViTModel` and the models around it."""
+    """`ViTModel`, `ViTMSNModel` and the models around them."""
 
     layers_path = "layers"
     block = VIT_BLOCK
@@ -22,3 +22,10 @@ class DeiT(ViT):
     def extra_tokens(self) -> int:
         """The distillation token."""
         return 1
+
+
+@register_family("ijepa")
+class IJEPA(ViT):
+    """`IJepaModel` and its classifier, which averages all rows: there is no class token."""
+
+    class_token = False

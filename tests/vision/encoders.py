@@ -16,6 +16,9 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    IJepaConfig,
+    IJepaForImageClassification,
+    IJepaModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipConfig,
@@ -25,6 +28,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
+    ViTMSNConfig,
+    ViTMSNForImageClassification,
+    ViTMSNModel,
 )
 
 SIDE, PATCHES, LAYERS = 6, 36, 4
@@ -33,6 +39,7 @@ SIZES = {
     "image_size": 48, "patch_size": 8,
 }  # fmt: skip
 WIDE = {**SIZES, "intermediate_size": 64}
+STEEP = {**WIDE, "initializer_range": 0.2}
 
 
 def _clip():
@@ -57,6 +64,8 @@ ENCODERS = {
             **{k: v for k, v in WIDE.items() if k != "image_size"}, num_patches=PATCHES
         )
     ),
+    "vit_msn": lambda: ViTMSNModel(ViTMSNConfig(**STEEP)),
+    "ijepa": lambda: IJepaModel(IJepaConfig(**STEEP)),
 }
 HEADS = {
     "vit": lambda: ViTForImageClassification(
@@ -80,8 +89,10 @@ HEADS = {
     "siglip": lambda: SiglipForImageClassification(
         SiglipConfig(vision_config=SiglipVisionConfig(**WIDE).to_dict(), num_labels=5)
     ),
+    "vit_msn": lambda: ViTMSNForImageClassification(ViTMSNConfig(**STEEP, num_labels=5)),
+    "ijepa": lambda: IJepaForImageClassification(IJepaConfig(**STEEP, num_labels=5)),
 }
-SPECIAL = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1}
+SPECIAL = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1}
 
 
 def build(table, name, attention="sdpa"):

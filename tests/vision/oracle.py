@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+VIT = ("layernorm_before", "attention", "layernorm_after", "o_proj")
 NAMES = {
-    "vit": ("layernorm_before", "attention", "layernorm_after", "o_proj"),
-    "deit": ("layernorm_before", "attention", "layernorm_after", "o_proj"),
+    "vit": VIT,
+    "deit": VIT,
+    "vit_msn": VIT,
+    "ijepa": VIT,
     "dinov2": ("norm1", "attention", "norm2", "o_proj"),
     "dinov2_with_registers": ("norm1", "attention", "norm2", "o_proj"),
     "clip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),

@@ -24,7 +24,9 @@ def counted(fn):
 
 
 @pytest.mark.parametrize("method", [None, Listed(layer=0), Listed(layer=2, inside=True)])
-@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2-registers", "clip"])
+@pytest.mark.parametrize(
+    "name", ["vit", "deit", "dinov2", "dinov2-registers", "clip", "vit_msn", "ijepa"]
+)
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):
     model, inputs = build(ENCODERS, name, "eager"), images(2)
     with foveate.use(model, method or Listed(keep=1.0)) as run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -73,7 +73,13 @@ class PlainEncoder(Family):
             block=self.block,
             extra=self.extra_tokens,
             head=head,
+            patches=self.patches,
         )
+
+    @property
+    def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]] | None:
+        """Says how patches lie; see `Encoder`."""
+        return None
 
     @property
     def extra_tokens(self) -> int:

@@ -2,6 +2,9 @@
 
 import torch
 from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    ASTModel,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPVisionConfig,
@@ -31,6 +34,9 @@ from transformers import (
     ViTMSNConfig,
     ViTMSNForImageClassification,
     ViTMSNModel,
+    VivitConfig,
+    VivitForVideoClassification,
+    VivitModel,
 )
 
 SIDE, PATCHES, LAYERS = 6, 36, 4
@@ -40,6 +46,14 @@ SIZES = {
 }  # fmt: skip
 WIDE = {**SIZES, "intermediate_size": 64}
 STEEP = {**WIDE, "initializer_range": 0.2}
+SOUND = {  # 4 frequencies x 9 times, of patches that overlap
+    **{k: v for k, v in STEEP.items() if k != "image_size"},
+    "num_mel_bins": 26, "max_length": 56, "frequency_stride": 6, "time_stride": 6,
+}  # fmt: skip
+VIDEO = {  # 2 frames of 3 x 6 tubelets
+    **{k: v for k, v in STEEP.items() if k != "patch_size"},
+    "image_size": (24, 48), "num_frames": 4, "tubelet_size": (2, 8, 8),
+}  # fmt: skip
 
 
 def _clip():
@@ -66,6 +80,8 @@ ENCODERS = {
     ),
     "vit_msn": lambda: ViTMSNModel(ViTMSNConfig(**STEEP)),
     "ijepa": lambda: IJepaModel(IJepaConfig(**STEEP)),
+    "ast": lambda: ASTModel(ASTConfig(**SOUND)),
+    "vivit": lambda: VivitModel(VivitConfig(**VIDEO)),
 }
 HEADS = {
     "vit": lambda: ViTForImageClassification(
@@ -91,8 +107,15 @@ HEADS = {
     ),
     "vit_msn": lambda: ViTMSNForImageClassification(ViTMSNConfig(**STEEP, num_labels=5)),
     "ijepa": lambda: IJepaForImageClassification(IJepaConfig(**STEEP, num_labels=5)),
+    "ast": lambda: ASTForAudioClassification(ASTConfig(**SOUND, num_labels=5)),
+    "vivit": lambda: VivitForVideoClassification(VivitConfig(**VIDEO, num_labels=5)),
 }
-SPECIAL = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1}
+SPECIAL = {
+    "vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1, "ast": 2,
+    "vivit": 1,
+}  # fmt: skip
+
+SPREAD = ("cls_token", "distillation_token", "position_embeddings", "register")
 
 
 def build(table, name, attention="sdpa"):
@@ -102,7 +125,7 @@ def build(table, name, attention="sdpa"):
     model.set_attn_implementation(attention)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if any(part in key for part in ("cls_token", "position_embeddings", "register")):
+            if any(part in key for part in SPREAD):
                 parameter.normal_(std=0.5)
             if name.startswith("siglip") and any(p in key for p in ("q_proj", "k_proj")):
                 parameter.mul_(3)
@@ -114,6 +137,10 @@ def build(table, name, attention="sdpa"):
 def images(count=3, seed=0, name=""):
     """What a model is called with."""
     generator = torch.Generator().manual_seed(seed)
+    if name == "ast":
+        return {"input_values": torch.randn(count, 56, 26, generator=generator)}
+    if name == "vivit":
+        return {"pixel_values": torch.randn(count, 4, 3, 24, 48, generator=generator)}
     pixels = torch.randn(count, 3, 48, 48, generator=generator)
     if name != "siglip2":
         return {"pixel_values": pixels}

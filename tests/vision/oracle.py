@@ -17,6 +17,8 @@ NAMES = {
     "deit": VIT,
     "vit_msn": VIT,
     "ijepa": VIT,
+    "audio-spectrogram-transformer": VIT,
+    "vivit": VIT,
     "dinov2": ("norm1", "attention", "norm2", "o_proj"),
     "dinov2_with_registers": ("norm1", "attention", "norm2", "o_proj"),
     "clip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),

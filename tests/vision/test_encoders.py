@@ -175,6 +175,8 @@ def pooled(name, model, full):
         return model.classifier(mean)
     if name == "dinov2":
         return model.classifier(torch.cat((rows[0], mean)))
+    if name == "ast":
+        return model.classifier((rows[0] + rows[1]) / 2)
     if name == "deit-distilled":
         return (model.cls_classifier(rows[0]) + model.distillation_classifier(rows[1])) / 2
     return model.classifier(rows[0])
@@ -183,7 +185,7 @@ def pooled(name, model, full):
 @pytest.mark.parametrize("case", ["tome", "tome-keep", "cls-drop-3", "merge-then-drop", "before"])
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_see_what_is_left_weighted_by_sizes(name, case):
-    model, inputs = build(HEADS, name), images()
+    model, inputs = build(HEADS, name), images(name=name)
     method, steps, needs_class = CASES[case]
     tower = tower_of(model)
     special = find_family(model).encoder.special
@@ -197,7 +199,7 @@ def test_heads_see_what_is_left_weighted_by_sizes(name, case):
         return out.image_embeds if name == "clip-projection" else out.logits
 
     with torch.no_grad():
-        embedded = tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[0]
+        embedded = tower(**inputs, output_hidden_states=True).hidden_states[0]
         plain = answer()
         with foveate.use(model, method):
             got = answer()

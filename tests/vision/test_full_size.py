@@ -10,8 +10,10 @@ from foveate.methods import ClsDrop, ToMe
 
 # model type: layers, rows before the patches, class token
 SIZES = {
+    "audio-spectrogram-transformer": (12, 2, True),
     "ijepa": (12, 0, False),
     "vit_msn": (12, 1, True),
+    "vivit": (12, 1, True),
 }
 
 

@@ -106,11 +106,18 @@ class Encoding:
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
         special = self.encoder.special
-        grid = self._patches(length - special)
-        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
-        return [EncoderImage(tokens, rows + n * length) for n in range(images)]
+        frames, height, width = self._patches(length - special)
+        grid = token_grid(height, width, self.side)
+        rows = special + raster_rows(frames * height, width, self.side)
+        return [EncoderImage(grid, rows + n * length, frames) for n in range(images)]
 
-    def _patches(self, count: int) -> tuple[int, int]:
+    def _patches(self, count: int) -> tuple[int, int, int]:
+        """(frames, height, width) of an image's patches, or a video's."""
+        if self.encoder.patches is not None:
+            return self.encoder.patches(self.arguments)
+        return 1, *self._grid(count)
+
+    def _grid(self, count: int) -> tuple[int, int]:
         """(height, width) of an image's patches."""
         patch, pixels = getattr(self.encoder.tower.config, "patch_size", None), self.pixels
         if pixels is not None and pixels.dim() == 4:

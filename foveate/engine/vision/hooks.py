@@ -362,7 +362,7 @@ class VisionAttachment(Attachment):
             images=images,
             layer_tokens=[],
             cache_slots=[],
-            pixels=encoding.pixels,
+            pixels=None if any(image.frames > 1 for image in images) else encoding.pixels,
             encoder_tokens=encoding.layer_rows,
             encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},

@@ -30,6 +30,8 @@ from transformers import (
     SiglipVisionModel,
     ViTConfig,
     ViTForImageClassification,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
     ViTMSNConfig,
     ViTMSNForImageClassification,
@@ -53,6 +55,11 @@ SOUND = {  # 4 frequencies x 9 times, of patches that overlap
 VIDEO = {  # 2 frames of 3 x 6 tubelets
     **{k: v for k, v in STEEP.items() if k != "patch_size"},
     "image_size": (24, 48), "num_frames": 4, "tubelet_size": (2, 8, 8),
+}  # fmt: skip
+MASKED = {  # 36 of 12 x 12 patches
+    **STEEP, "image_size": 96, "mask_ratio": 0.75, "decoder_hidden_size": 16,
+    "decoder_intermediate_size": 32, "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 4,
 }  # fmt: skip
 
 
@@ -82,6 +89,7 @@ ENCODERS = {
     "ijepa": lambda: IJepaModel(IJepaConfig(**STEEP)),
     "ast": lambda: ASTModel(ASTConfig(**SOUND)),
     "vivit": lambda: VivitModel(VivitConfig(**VIDEO)),
+    "vit_mae": lambda: ViTMAEModel(ViTMAEConfig(**MASKED)),
 }
 HEADS = {
     "vit": lambda: ViTForImageClassification(
@@ -112,7 +120,7 @@ HEADS = {
 }
 SPECIAL = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1, "ast": 2,
-    "vivit": 1,
+    "vivit": 1, "vit_mae": 1,
 }  # fmt: skip
 
 SPREAD = ("cls_token", "distillation_token", "position_embeddings", "register")
@@ -141,6 +149,9 @@ def images(count=3, seed=0, name=""):
         return {"input_values": torch.randn(count, 56, 26, generator=generator)}
     if name == "vivit":
         return {"pixel_values": torch.randn(count, 4, 3, 24, 48, generator=generator)}
+    if name == "vit_mae":
+        noise = torch.rand(count, 144, generator=generator)
+        return {"pixel_values": torch.randn(count, 3, 96, 96, generator=generator), "noise": noise}
     pixels = torch.randn(count, 3, 48, 48, generator=generator)
     if name != "siglip2":
         return {"pixel_values": pixels}

@@ -19,6 +19,7 @@ NAMES = {
     "ijepa": VIT,
     "audio-spectrogram-transformer": VIT,
     "vivit": VIT,
+    "vit_mae": VIT,
     "dinov2": ("norm1", "attention", "norm2", "o_proj"),
     "dinov2_with_registers": ("norm1", "attention", "norm2", "o_proj"),
     "clip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),

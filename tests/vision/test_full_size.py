@@ -12,6 +12,7 @@ from foveate.methods import ClsDrop, ToMe
 SIZES = {
     "audio-spectrogram-transformer": (12, 2, True),
     "ijepa": (12, 0, False),
+    "vit_mae": (12, 1, True),
     "vit_msn": (12, 1, True),
     "vivit": (12, 1, True),
 }

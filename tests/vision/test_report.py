@@ -26,7 +26,18 @@ def counted(fn):
 @pytest.mark.parametrize("method", [None, Listed(layer=0), Listed(layer=2, inside=True)])
 @pytest.mark.parametrize(
     "name",
-    ["vit", "deit", "dinov2", "dinov2-registers", "clip", "vit_msn", "ijepa", "ast", "vivit"],
+    [
+        "vit",
+        "deit",
+        "dinov2",
+        "dinov2-registers",
+        "clip",
+        "vit_msn",
+        "ijepa",
+        "ast",
+        "vivit",
+        "vit_mae",
+    ],
 )
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):
     model, inputs = build(ENCODERS, name, "eager"), images(2, name=name)

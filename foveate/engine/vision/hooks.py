@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import Need
+from foveate.core.tokens import Shape
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
+from foveate.engine.images import Locate
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
@@ -32,6 +34,7 @@ from foveate.engine.vision.segments import boundaries
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
 from foveate.record.record import ImageRecord, Record
+from foveate.record.tiles import TokenBoxes
 from foveate.signals.encoder_hooks import EncoderSignals
 
 Args = tuple[Any, ...]
@@ -353,9 +356,12 @@ class VisionAttachment(Attachment):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
+            ImageRecord(
+                n, shape.total, shape.grid, dict(kept), self._locate(encoding, n, shape),
+                shape.frames,
+            )
             for n, (shape, kept) in enumerate(encoding.survivors())
-        ]
+        ]  # fmt: skip
         return Record(
             rows=len(images),
             prompt_tokens=[],
@@ -367,3 +373,13 @@ class VisionAttachment(Attachment):
             encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
         )
+
+    def _locate(self, encoding: Encoding, number: int, shape: Shape) -> Locate | None:
+        """What finds out where the tokens of an image of an encoder alone lie, if that depends on
+        what it was called with.
+        """
+        if self.family.text_layers or not self.family.placed_by:
+            return None
+        arguments = {n: a for n, a in encoding.arguments.items() if n in self.family.placed_by}
+        boxes = functools.partial(self.family.boxes, "image", number, shape, arguments)
+        return lambda: TokenBoxes(boxes())

@@ -101,8 +101,8 @@ def tower_encoder(tower: PreTrainedModel) -> Encoder | None:
 
 
 def _tower(model: PreTrainedModel) -> nn.Module:
-    """The module whose output is the encoder's: under a head, or the model itself."""
+    """The module whose output is the encoder's: under heads, or the model itself."""
     for name in (model.base_model_prefix, "vision_model"):
-        if isinstance(tower := getattr(model, name, None), nn.Module):
-            return tower
+        if isinstance(tower := getattr(model, name, None), PreTrainedModel):
+            return _tower(tower)
     return model

@@ -7,6 +7,8 @@ from transformers import (
     ASTModel,
     CLIPConfig,
     CLIPForImageClassification,
+    CLIPSegVisionConfig,
+    CLIPSegVisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
@@ -22,6 +24,15 @@ from transformers import (
     IJepaConfig,
     IJepaForImageClassification,
     IJepaModel,
+    MetaClip2Config,
+    MetaClip2ForImageClassification,
+    MetaClip2VisionConfig,
+    MetaClip2VisionModel,
+    MetaClip2VisionModelWithProjection,
+    Owlv2VisionConfig,
+    Owlv2VisionModel,
+    OwlViTVisionConfig,
+    OwlViTVisionModel,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipConfig,
@@ -63,8 +74,8 @@ MASKED = {  # 36 of 12 x 12 patches
 }  # fmt: skip
 
 
-def _clip():
-    return CLIPVisionConfig(**WIDE, initializer_factor=4.0)
+def clip(kind=CLIPVisionConfig):
+    return kind(**WIDE, initializer_factor=4.0)
 
 
 ENCODERS = {
@@ -78,7 +89,7 @@ ENCODERS = {
             **SIZES, mlp_ratio=2, initializer_range=0.2, num_register_tokens=3, use_swiglu_ffn=True
         )
     ),
-    "clip": lambda: CLIPVisionModel(_clip()),
+    "clip": lambda: CLIPVisionModel(clip()),
     "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**WIDE)),
     "siglip2": lambda: Siglip2VisionModel(
         Siglip2VisionConfig(
@@ -90,6 +101,10 @@ ENCODERS = {
     "ast": lambda: ASTModel(ASTConfig(**SOUND)),
     "vivit": lambda: VivitModel(VivitConfig(**VIDEO)),
     "vit_mae": lambda: ViTMAEModel(ViTMAEConfig(**MASKED)),
+    "metaclip_2": lambda: MetaClip2VisionModel(clip(MetaClip2VisionConfig)),
+    "clipseg": lambda: CLIPSegVisionModel(clip(CLIPSegVisionConfig)),
+    "owlvit": lambda: OwlViTVisionModel(clip(OwlViTVisionConfig)),
+    "owlv2": lambda: Owlv2VisionModel(clip(Owlv2VisionConfig)),
 }
 HEADS = {
     "vit": lambda: ViTForImageClassification(
@@ -107,9 +122,9 @@ HEADS = {
         )
     ),
     "clip": lambda: CLIPForImageClassification(
-        CLIPConfig(vision_config=_clip().to_dict(), num_labels=5)
+        CLIPConfig(vision_config=clip().to_dict(), num_labels=5)
     ),
-    "clip-projection": lambda: CLIPVisionModelWithProjection(_clip()),
+    "clip-projection": lambda: CLIPVisionModelWithProjection(clip()),
     "siglip": lambda: SiglipForImageClassification(
         SiglipConfig(vision_config=SiglipVisionConfig(**WIDE).to_dict(), num_labels=5)
     ),
@@ -117,10 +132,16 @@ HEADS = {
     "ijepa": lambda: IJepaForImageClassification(IJepaConfig(**STEEP, num_labels=5)),
     "ast": lambda: ASTForAudioClassification(ASTConfig(**SOUND, num_labels=5)),
     "vivit": lambda: VivitForVideoClassification(VivitConfig(**VIDEO, num_labels=5)),
+    "metaclip_2": lambda: MetaClip2ForImageClassification(
+        MetaClip2Config(vision_config=clip(MetaClip2VisionConfig).to_dict(), num_labels=5)
+    ),
+    "metaclip_2-projection": lambda: MetaClip2VisionModelWithProjection(
+        clip(MetaClip2VisionConfig)
+    ),
 }
 SPECIAL = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1, "ast": 2,
-    "vivit": 1, "vit_mae": 1,
+    "vivit": 1, "vit_mae": 1, "metaclip_2": 1, "clipseg": 1, "owlvit": 1, "owlv2": 1,
 }  # fmt: skip
 
 SPREAD = ("cls_token", "distillation_token", "position_embeddings", "register")

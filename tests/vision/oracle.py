@@ -12,19 +12,15 @@ import torch
 from torch import Tensor
 
 VIT = ("layernorm_before", "attention", "layernorm_after", "o_proj")
+DINOV2 = ("norm1", "attention", "norm2", "o_proj")
+CLIP = ("layer_norm1", "self_attn", "layer_norm2", "out_proj")
 NAMES = {
-    "vit": VIT,
-    "deit": VIT,
-    "vit_msn": VIT,
-    "ijepa": VIT,
+    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa", "vivit", "vit_mae"), VIT),
     "audio-spectrogram-transformer": VIT,
-    "vivit": VIT,
-    "vit_mae": VIT,
-    "dinov2": ("norm1", "attention", "norm2", "o_proj"),
-    "dinov2_with_registers": ("norm1", "attention", "norm2", "o_proj"),
-    "clip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
-    "siglip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
-    "siglip2_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
+    **dict.fromkeys(("dinov2", "dinov2_with_registers"), DINOV2),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"), CLIP),
+    **dict.fromkeys(("metaclip_2_vision_model", "clipseg_vision_model"), CLIP),
+    **dict.fromkeys(("owlvit_vision_model", "owlv2_vision_model"), CLIP),
 }
 
 

@@ -21,6 +21,7 @@ from tests.vision.encoders import (
 )
 from tests.vision.oracle import Drop, Merge
 
+UNNORMED = ("clip", "metaclip_2", "clipseg", "owlvit", "owlv2")
 TOLERANCE = 2e-5  # relative to the mean size of the values
 
 
@@ -75,7 +76,7 @@ def test_every_state_equals_the_full_length_oracle(name, case):
         plain = model(**inputs, output_hidden_states=True)
         with foveate.use(model, method) as run:
             got = model(**inputs, output_hidden_states=True)
-    results = oracle.run(model, SPECIAL.get(name, 0), plain.hidden_states[0], steps)
+    results = oracle.run(tower_of(model), SPECIAL.get(name, 0), plain.hidden_states[0], steps)
     norm = getattr(model, "layernorm", getattr(model, "post_layernorm", None))
     for row, full in enumerate(results):
         worst = 0.0
@@ -83,7 +84,7 @@ def test_every_state_equals_the_full_length_oracle(name, case):
             if number == 0 and case == "before-0":
                 continue  # captured after the step; compared with the output of layer 0
             worst = max(worst, distance(got.hidden_states[number][row], states))
-        last = full.x if name == "clip" else norm(full.x)
+        last = full.x if name in UNNORMED else norm(full.x)
         patches = full.alive.clone()
         patches[: full.special] = False
         filled = torch.where(full.alive[:, None], last, last[patches].mean(0))
@@ -107,7 +108,7 @@ def test_the_oracle_itself_equals_the_encoder():
         model, inputs = build(ENCODERS, name), images(name=name)
         with torch.no_grad():
             plain = model(**inputs, output_hidden_states=True)
-        results = oracle.run(model, SPECIAL.get(name, 0), plain.hidden_states[0], [])
+        results = oracle.run(tower_of(model), SPECIAL.get(name, 0), plain.hidden_states[0], [])
         for row, full in enumerate(results):
             for number, states in enumerate(full.states):
                 assert distance(plain.hidden_states[number][row], states) <= TOLERANCE
@@ -163,7 +164,7 @@ def test_eager_attention_agrees_with_sdpa(name):
 def pooled(name, model, full):
     """What the head of a model makes of the oracle's rows."""
     norm = getattr(tower_of(model), "layernorm", None)
-    if name == "clip-projection":
+    if name.endswith("-projection"):
         return model.visual_projection(tower_of(model).post_layernorm(full.x[0]))
     rows = full.x if norm is None else norm(full.x)
     left = full.alive.clone()
@@ -171,7 +172,7 @@ def pooled(name, model, full):
     if name == "siglip":
         rows = model.vision_model.post_layernorm(rows)
     mean = rows[left].mean(0)
-    if name in ("clip", "siglip", "ijepa"):
+    if name in ("clip", "metaclip_2", "siglip", "ijepa"):
         return model.classifier(mean)
     if name == "dinov2":
         return model.classifier(torch.cat((rows[0], mean)))
@@ -196,7 +197,7 @@ def test_heads_see_what_is_left_weighted_by_sizes(name, case):
 
     def answer():
         out = model(**inputs)
-        return out.image_embeds if name == "clip-projection" else out.logits
+        return out.image_embeds if name.endswith("-projection") else out.logits
 
     with torch.no_grad():
         embedded = tower(**inputs, output_hidden_states=True).hidden_states[0]

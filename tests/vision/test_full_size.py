@@ -11,7 +11,11 @@ from foveate.methods import ClsDrop, ToMe
 # model type: layers, rows before the patches, class token
 SIZES = {
     "audio-spectrogram-transformer": (12, 2, True),
+    "clipseg": (12, 1, True),
     "ijepa": (12, 0, False),
+    "metaclip_2": (12, 1, True),
+    "owlv2": (12, 1, True),
+    "owlvit": (12, 1, True),
     "vit_mae": (12, 1, True),
     "vit_msn": (12, 1, True),
     "vivit": (12, 1, True),

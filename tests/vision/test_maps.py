@@ -12,7 +12,7 @@ from tests.methods_for_tests import Listed
 from tests.tinies import prompts, tiny_llava
 from tests.vision import oracle
 from tests.vision.encoders import ENCODERS, SPECIAL, build, images
-from tests.vision.test_encoders import CASES, PAIRS
+from tests.vision.test_encoders import CASES, PAIRS, tower_of
 
 
 def map_of(full, weights):
@@ -44,7 +44,7 @@ def test_maps_equal_those_of_the_full_length_oracle(name, case, monkeypatch):
         return found
 
     monkeypatch.setattr(oracle.Full, "attend", note)
-    oracle.run(model, SPECIAL.get(name, 0), plain.hidden_states[0], steps)
+    oracle.run(tower_of(model), SPECIAL.get(name, 0), plain.hidden_states[0], steps)
     layers = len(got)
     assert len(wanted) == 2 * layers
     for number, of in enumerate(got):

@@ -37,6 +37,10 @@ def counted(fn):
         "ast",
         "vivit",
         "vit_mae",
+        "metaclip_2",
+        "clipseg",
+        "owlvit",
+        "owlv2",
     ],
 )
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):

@@ -21,6 +21,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     IJepaConfig,
     IJepaForImageClassification,
     IJepaModel,
@@ -74,6 +76,12 @@ MASKED = {  # 36 of 12 x 12 patches
 }  # fmt: skip
 
 
+def dinov3(**changes):
+    return DINOv3ViTConfig(
+        **STEEP, num_register_tokens=3, layerscale_value=0.7, use_gated_mlp=True, **changes
+    )
+
+
 def clip(kind=CLIPVisionConfig):
     return kind(**WIDE, initializer_factor=4.0)
 
@@ -101,6 +109,7 @@ ENCODERS = {
     "ast": lambda: ASTModel(ASTConfig(**SOUND)),
     "vivit": lambda: VivitModel(VivitConfig(**VIDEO)),
     "vit_mae": lambda: ViTMAEModel(ViTMAEConfig(**MASKED)),
+    "dinov3_vit": lambda: DINOv3ViTModel(dinov3()),
     "metaclip_2": lambda: MetaClip2VisionModel(clip(MetaClip2VisionConfig)),
     "clipseg": lambda: CLIPSegVisionModel(clip(CLIPSegVisionConfig)),
     "owlvit": lambda: OwlViTVisionModel(clip(OwlViTVisionConfig)),
@@ -142,6 +151,7 @@ HEADS = {
 SPECIAL = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1, "ast": 2,
     "vivit": 1, "vit_mae": 1, "metaclip_2": 1, "clipseg": 1, "owlvit": 1, "owlv2": 1,
+    "dinov3_vit": 4,
 }  # fmt: skip
 
 SPREAD = ("cls_token", "distillation_token", "position_embeddings", "register")

@@ -12,6 +12,7 @@ from foveate.methods import ClsDrop, ToMe
 SIZES = {
     "audio-spectrogram-transformer": (12, 2, True),
     "clipseg": (12, 1, True),
+    "dinov3_vit": (12, 1, True),
     "ijepa": (12, 0, False),
     "metaclip_2": (12, 1, True),
     "owlv2": (12, 1, True),

@@ -41,6 +41,7 @@ def counted(fn):
         "clipseg",
         "owlvit",
         "owlv2",
+        "dinov3_vit",
     ],
 )
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):

@@ -226,14 +226,14 @@ class VisionAttachment(Attachment):
         if len(args) > 1:  # the mask
             kwargs = {**kwargs, "attention_mask": args[1]}
         encoding.see(hidden, kwargs.get("attention_mask"))
-        steps = self._before.get(number)
+        steps, told = self._before.get(number), encoding.tell(kwargs)
         if steps and encoding.removes(steps):
             hidden = encoding.reduce(
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
+            told = encoding.tell(kwargs)
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
-        told = encoding.told(kwargs) if encoding.reduced else kwargs
         encoding.bounds.append(boundaries(told))
         return ((hidden,), told) if encoding.reduced else None
 

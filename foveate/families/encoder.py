@@ -38,6 +38,9 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
+        patches: says from what the entry is called with how many frames an image or a video has,
+            and the height and width of each in patches; `None` where these follow from
+            `pixel_values` and the config's `patch_size`. Read where each image is a row of a batch.
         padded: whether each image is a row of a batch, in which a mask hides padding.
         later: the first layer before which rows are merged, and what says from then on which rows
             each image has, as `packed` does; `None` where rows stay as they are.
@@ -64,6 +67,7 @@ class Encoder:
     extra: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    patches: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     padded: bool = False
     later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     readers: tuple[Any, ...] = ()

@@ -17,6 +17,7 @@ from foveate.families import Encoder
 from foveate.signals import SIGNALS, EncoderSignal
 from foveate.signals.clip import ClipQuestions
 from foveate.signals.projections import Projections
+from foveate.signals.rotary import rotated
 
 
 class Shortened(Protocol):
@@ -173,9 +174,16 @@ class EncoderSignals:
         query, key, value = (*self.encoder.projected(parts), None)[:3]
         assert query is not None
         assert key is not None
-        encoder = self.encoder
+        encoder, rotary = self.encoder, self._running.told.get("position_embeddings")
         return Projections(
-            query, key, value, encoder.heads, encoder.special, self._bias, self.threshold
+            rotated(query, rotary, encoder.heads),
+            rotated(key, rotary, encoder.heads),
+            value,
+            encoder.heads,
+            encoder.special,
+            self._bias,
+            self.threshold,
+            key,
         )
 
 

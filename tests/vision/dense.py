@@ -13,7 +13,7 @@ from transformers import (
     ZoeDepthForDepthEstimation,
 )
 
-from tests.vision.encoders import SIZES
+from tests.vision.encoders import SIZES, dinov3
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 HIDDEN = [8, 8, 8, 8]
@@ -58,11 +58,11 @@ def dpt():
     )  # fmt: skip
 
 
-def upernet():
+def upernet(config=None):
     return UperNetForSemanticSegmentation(
         UperNetConfig(
-            backbone_config=dinov2(), hidden_size=8, pool_scales=[1, 2], num_labels=CLASSES,
-            auxiliary_channels=8, auxiliary_in_channels=32,
+            backbone_config=config or dinov2(), hidden_size=8, pool_scales=[1, 2],
+            num_labels=CLASSES, auxiliary_channels=8, auxiliary_in_channels=32,
         )
     )  # fmt: skip
 
@@ -72,6 +72,7 @@ DENSE = {
     "zoedepth": zoedepth,
     "dpt": dpt,
     "upernet": upernet,
+    "upernet-dinov3": lambda: upernet(dinov3(out_features=STAGES)),
 }
 
 

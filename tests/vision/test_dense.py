@@ -13,6 +13,8 @@ from transformers import (
     Dinov2WithRegistersBackbone,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTBackbone,
+    DINOv3ViTModel,
     DPTConfig,
     DPTForDepthEstimation,
 )
@@ -24,6 +26,7 @@ from foveate.measure.trace import trace
 from foveate.methods import ClsDrop, ToMe
 from tests.methods_for_tests import Listed
 from tests.vision.dense import DENSE, HIDDEN, STAGES, build, depth_anything, dinov2
+from tests.vision.encoders import dinov3
 
 METHODS = {
     "tome": ToMe(r=5),
@@ -48,6 +51,7 @@ BACKBONES = {
         Dinov2WithRegistersModel,
         partial(dinov2, Dinov2WithRegistersConfig, num_register_tokens=REGISTERS),
     ),
+    "dinov3": (DINOv3ViTBackbone, DINOv3ViTModel, partial(dinov3, out_features=STAGES)),
 }
 
 
@@ -58,11 +62,12 @@ def maps_by_hand(backbone, kind, method, given):
     alone.set_attn_implementation("eager")
     with foveate.use(alone, method):
         states = alone(given, output_hidden_states=True).hidden_states
-    maps = [backbone.layernorm(states[number]) for number in (1, 2, 3, 4)]
-    if not backbone.config.reshape_hidden_states:
-        return maps
+    norm = backbone.norm if hasattr(backbone, "norm") else backbone.layernorm
+    maps = [norm(states[number]) for number in (1, 2, 3, 4)]
     rows, columns = given.shape[-2] // 8, given.shape[-1] // 8
     patches = [of[:, -rows * columns :] for of in maps]
+    if not backbone.config.reshape_hidden_states:
+        return patches if kind is DINOv3ViTModel else maps
     return [of.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for of in patches]
 
 
@@ -92,11 +97,12 @@ def test_feature_maps_are_those_of_the_states_at_full_length(name, reshaped, siz
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_outputs_are_those_of_the_plain_neck_and_head(name, method, monkeypatch):
     model, given = build(DENSE[name]), pixels()
+    kind = DINOv3ViTModel if name == "upernet-dinov3" else Dinov2Model
     with torch.no_grad():
         plain = dense(model(given))
         with foveate.use(model, method):
             got = dense(model(given))
-        maps = maps_by_hand(model.backbone, Dinov2Model, method, given)
+        maps = maps_by_hand(model.backbone, kind, method, given)
         output = model.backbone(given)
         output.feature_maps = tuple(maps)
         monkeypatch.setattr(model.backbone, "forward_with_filtered_kwargs", lambda *a, **k: output)

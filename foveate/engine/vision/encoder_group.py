@@ -18,8 +18,8 @@ from foveate.core import Reduction
 from foveate.core.tokens import Shape
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
-from foveate.families import Family
 from foveate.engine.vision.exits import Exits
+from foveate.families import Family
 from foveate.families.rows import EncoderImage
 
 

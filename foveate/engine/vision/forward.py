@@ -28,12 +28,13 @@ from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups, patch_grid
 from foveate.engine.vision.exits import Exits
 from foveate.engine.vision.patch_layout import PatchLayout, Point
-from foveate.engine.vision.segments import PackedRows, PaddedRows
+from foveate.engine.vision.segments import BatchRows, PackedRows, PaddedRows
 from foveate.errors import FoveateError, UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
 from foveate.signals.encoder_hooks import hides, signal_of
+from foveate.signals.rotary import rotated
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +88,9 @@ class Encoding:
         self.input: Tensor | None = None  # of the layer that is running
         self.normed: Tensor | None = None  # the same, as its attention is given it
         self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
+        self.rotary: Any = None  # of the patches of now, in the layer that is running
         self._proportional = False
-        self._told: PackedRows | PaddedRows | None = None  # for the rows that remain
+        self._told: BatchRows | PackedRows | PaddedRows | None = None  # for the rows that remain
         self._restored = False
 
     # -- what there is
@@ -137,11 +139,18 @@ class Encoding:
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
         special = self.encoder.special
-        grid = self._patches(length - special)
-        rows, tokens = special + raster_rows(*grid, self.side), token_grid(*grid, self.side)
-        return [EncoderImage(tokens, rows + n * length) for n in range(images)]
+        frames, height, width = self._patches(length - special)
+        grid = token_grid(height, width, self.side)
+        rows = special + raster_rows(frames * height, width, self.side)
+        return [EncoderImage(grid, rows + n * length, frames) for n in range(images)]
 
-    def _patches(self, count: int) -> tuple[int, int]:
+    def _patches(self, count: int) -> tuple[int, int, int]:
+        """(frames, height, width) of an image's patches, or a video's."""
+        if self.encoder.patches is not None:
+            return self.encoder.patches(self.arguments)
+        return 1, *self._grid(count)
+
+    def _grid(self, count: int) -> tuple[int, int]:
         """(height, width) of an image's patches."""
         return patch_grid(self.family, self.encoder.tower.config, self.pixels, count)
 
@@ -363,6 +372,7 @@ class Encoding:
         if counts is not None:
             bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
             self.bias = bias.flatten() if self.layout.sequence else bias[:, None, None]
+        self._told = None
         if self.layout.padded:
             self._told = PaddedRows(self.layout.rows_of(self.layout.now).clamp(min=0))
         elif self.layout.packed and (order := self.layout.now.order) is not None:
@@ -385,8 +395,17 @@ class Encoding:
         ]
         return self.layout.lay(ones, values)[..., 0]
 
-    def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer must be told, once tokens have been removed."""
+    def tell(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer that is about to run must be told."""
+        told = self._translated(kwargs) if self.reduced else dict(kwargs)
+        self.rotary = told.get("position_embeddings")
+        return told
+
+    def _translated(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same once tokens have been removed."""
+        if self._told is None and kwargs.get("position_embeddings") is not None:
+            rows = self.layout.rows_of(self.layout.now)[:, self.encoder.special :]
+            self._told = BatchRows((rows - self.encoder.special).clamp(min=0))
         if self._told is not None:
             kwargs = self._told.translate(kwargs)
         if not self.encoder.masks_layers or self.layout.sequence:
@@ -416,7 +435,7 @@ class Encoding:
         """(G, 1, H, K) attention of the class token in the layer that is running."""
         assert self.taps is not None  # only asked for between the halves of a layer
         query, key = (self.taps[part].detach() for part in self.encoder.projections)
-        return self._of_class(query, key, of)
+        return self._of_class(query, rotated(key, self.rotary, self.encoder.heads), of)
 
     @torch.no_grad()
     def ahead(self, layer: Any, hidden: Tensor, of: EncoderGroup) -> Tensor:
@@ -430,7 +449,7 @@ class Encoding:
                 getattr(attention, name)(part)
                 for name, part in zip(block.norms, (query, key), strict=True)
             )
-        return self._of_class(query, key, of)
+        return self._of_class(query, rotated(key, self.rotary, self.encoder.heads), of)
 
     def _of_class(self, query: Tensor, key: Tensor, of: EncoderGroup) -> Tensor:
         """(B, 1, H, K) attention of the class token to tokens: to all their rows."""

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import Need
+from foveate.core.tokens import Shape
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
+from foveate.engine.images import Locate
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
@@ -33,6 +35,7 @@ from foveate.engine.vision.segments import boundaries
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
 from foveate.record.record import ImageRecord, Record
+from foveate.record.tiles import TokenBoxes
 from foveate.signals.encoder_hooks import EncoderSignals
 
 Args = tuple[Any, ...]
@@ -249,15 +252,15 @@ class VisionAttachment(Attachment):
         if len(args) > 1:  # the mask
             kwargs = {**kwargs, "attention_mask": args[1]}
         encoding.see(hidden, kwargs.get("attention_mask"))
-        steps = self._before.get(number)
+        steps, told = self._before.get(number), encoding.tell(kwargs)
         if steps and encoding.removes(steps):
             hidden = encoding.reduce(
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
+            told = encoding.tell(kwargs)
         encoding.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
-        told = encoding.told(kwargs) if encoding.reduced else kwargs
         encoding.bounds.append(boundaries(told))
         return ((hidden,), told) if encoding.reduced else None
 
@@ -434,18 +437,31 @@ class VisionAttachment(Attachment):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
+            ImageRecord(
+                n, shape.total, shape.grid, dict(kept), self._locate(encoding, n, shape),
+                shape.frames,
+            )
             for n, (shape, kept) in enumerate(encoding.survivors())
-        ]
+        ]  # fmt: skip
         return Record(
             rows=len(images),
             prompt_tokens=[],
             images=images,
             layer_tokens=[],
             cache_slots=[],
-            pixels=encoding.pixels,
+            pixels=None if any(image.frames > 1 for image in images) else encoding.pixels,
             encoder_tokens=encoding.layer_rows,
             encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
             results=encoding.results(),
         )
+
+    def _locate(self, encoding: Encoding, number: int, shape: Shape) -> Locate | None:
+        """What finds out where the tokens of an image of an encoder alone lie, if that depends on
+        what it was called with.
+        """
+        if self.family.text_layers or not self.family.placed_by:
+            return None
+        arguments = {n: a for n, a in encoding.arguments.items() if n in self.family.placed_by}
+        boxes = functools.partial(self.family.boxes, "image", number, shape, arguments)
+        return lambda: TokenBoxes(boxes())

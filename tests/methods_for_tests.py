@@ -7,8 +7,24 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.core import Adaptive, Keep, Method, Need, Reduction, Scorer, Step, by_count
+from foveate.core import (
+    Adaptive,
+    Keep,
+    Method,
+    Need,
+    Reduction,
+    Scorer,
+    Step,
+    by_count,
+    get_method,
+    list_methods,
+)
 from foveate.core.decode_selector import DecodeChoice, DecodeSelector
+
+
+def readers_methods():
+    """Names of the methods for models that have a language model, sorted."""
+    return [name for name in list_methods() if not get_method(name).encoders_alone]
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Method(ABC):
     field_errors: ClassVar[Mapping[str, type[FoveateError]]] = {}  # where not as usual
     adaptive: ClassVar[bool] = False  # whether the tokens decide how many of them survive
     removes: ClassVar[bool] = True  # whether any token is removed; else less is computed of all
+    encoders_alone: ClassVar[bool] = False  # whether it is not for models with a language model
     keep: Keep | None
     positions: Positions | None
 
@@ -120,8 +121,9 @@ class Method(ABC):
         """States with which all tokens of G images go on where the suspended ones come back.
 
         Args:
-            tokens: all V of them, as they were when some were suspended.
-            kept: (G, K) which of the V were not suspended, ascending.
+            tokens: all V of them, as they were when some were suspended. Of tokens that leave an
+                encoder at several steps, each is as it was when it left.
+            kept: (G, K) which of the V were not suspended, ascending between decoder layers.
             now: (G, K, D) states of those.
 
         Returns:
@@ -187,6 +189,19 @@ class Method(ABC):
     def learned(self, model: ModelFacts) -> nn.Module | None:
         """New parameters of a method that learns. `prepare` makes them part of the model."""
         return None
+
+    def learned_flops(
+        self, model: ModelFacts, step: Step, tokens: int, grid: tuple[int, int]
+    ) -> int:
+        """FLOPs of what the method has learned, for one image at a step inside the encoder.
+
+        Args:
+            model: the model.
+            step: the step.
+            tokens: tokens that the image has there.
+            grid: (height, width) of its tokens before anything was removed.
+        """
+        return 0
 
     def note_on(self, model: ModelFacts) -> str:
         """What a report of a model must say of the method; empty for nothing."""

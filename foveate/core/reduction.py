@@ -40,6 +40,8 @@ class Reduction:
         mass: (G, K) how often each survivor counts in proportional attention; `None` for as often
             as it has sources. Needed with `residual`.
         parts: what is done one after the other, where there is a residual; `then` makes it.
+        values: inside an encoder, (G, K, D) values of the survivors, made by the method; the other
+            fields say what they stand for.
     """
 
     index: Tensor
@@ -53,6 +55,7 @@ class Reduction:
     residual: Tensor | None = None
     mass: Tensor | None = None
     parts: tuple[Reduction, ...] = ()
+    values: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:
@@ -106,9 +109,9 @@ class Reduction:
             None if of is None else of.gather(1, order)
             for of in (self.index, self.mass, self.label, self.valid)
         )
-        weights, residual = (
+        weights, residual, values = (
             None if of is None else of.gather(1, order[..., None].expand(-1, -1, of.shape[2]))
-            for of in (self.weights, self.residual)
+            for of in (self.weights, self.residual, self.values)
         )
         assert index is not None
         assert not self.parts  # only what methods return
@@ -121,6 +124,7 @@ class Reduction:
             mass=mass,
             label=label,
             valid=valid,
+            values=values,
         )
 
     def apply(self, x: Tensor) -> Tensor:
@@ -132,6 +136,8 @@ class Reduction:
         if self.residual is not None and self.removed is not None:
             given = torch.matmul(self.residual.to(x.dtype), take_rows(x, self.removed))
             return take_rows(x, self.index) + given
+        if self.values is not None:
+            return self.values.to(x.dtype)
         if self.weights is not None:
             return torch.matmul(self.weights.to(x.dtype), x)
         if self.slot is None:

@@ -55,11 +55,12 @@ class Saved:
             The path of foveate.json.
 
         Raises:
-            InputError: a method is not registered, so that nobody could load it, or the folder
-                cannot be written to.
+            InputError: a method is not registered or holds what JSON cannot, so that nobody could
+                load it, or the folder cannot be written to.
         """
         for method in self.methods:
             check_registered(method)
+            check_readable(method)
         data = {
             "format": FORMAT,
             "foveate": _version(),
@@ -196,6 +197,20 @@ def check_registered(method: Method) -> None:
             f"{type(method).__name__} is not registered, so a saved model could not find it; put "
             "@foveate.register(name, stage=...) on the class"
         )
+
+
+def check_readable(method: Method) -> None:
+    """Refuse a method that its `to_dict` does not say all of, such as one that holds modules.
+
+    Raises:
+        InputError: so it is.
+    """
+    try:
+        from_dict(method.to_dict())
+    except FoveateError as error:
+        raise InputError(
+            f"this {method.slug} cannot be saved, for it could not be read back: {shown(error)}"
+        ) from None
 
 
 def _value(value: Any) -> Any:

@@ -15,6 +15,7 @@ Effect = Literal[
     "attend",
     "look",
     "around",
+    "exit",
     "keep_positions",
     "evict_cache",
     "reinsert",
@@ -33,6 +34,10 @@ class ModelFacts(Protocol):
     @property
     def vision_layers(self) -> int:
         """Number of layers of the vision encoder."""
+
+    @property
+    def vision_width(self) -> int:
+        """Width of the states of the vision encoder; 0 if methods cannot act inside."""
 
     @property
     def model_type(self) -> str:
@@ -124,6 +129,9 @@ class Step:
             of it.
         around: in the encoder, fewer rows go through the layer: what `Method.enter` makes of all
             tokens. `Method.leave` says what becomes of all of them. Nothing is removed.
+        exit: in an encoder alone, tokens that the step removes come back after the last layer;
+            `Method.reinsert` says in which state. The method is asked even where it keeps all. What
+            it has noted in its memory is in `Record.results`.
         keep_positions: between decoder layers, survivors stay at their positions, whatever the
             method does elsewhere.
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.

@@ -28,6 +28,7 @@ def check_together(family: Family, methods: Sequence[Method], steps: Sequence[Pl
     _check_projector(family, steps)
     _check_transitions(family, methods, steps)
     _check_parking(family, steps)
+    _check_exits(steps)
     _check_ragged(steps)
     _check_thresholds(steps)
     _check_attending(steps)
@@ -105,7 +106,7 @@ def _before_in_encoder(
 
 def _modalities(family: Family, planned: PlannedStep) -> set[str]:
     """What a step acts on, of what the model takes."""
-    known = set(family.placeholder_ids)
+    known = set(family.placeholder_ids) or {"image"}  # of an encoder alone
     return known & {"video"} if isinstance(planned.method, VideoMethod) else known
 
 
@@ -195,6 +196,19 @@ def _check_ragged(steps: Sequence[PlannedStep]) -> None:
                 f"before {own[0][0]} or after {own[-1][0]}, or give {planned.method.slug} "
                 "as_released=True"
             )
+
+
+def _check_exits(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps in an encoder that tokens leave early."""
+    vision = [s for s in steps if s.step.stage == "vision"]
+    for planned in (s for s in vision if "exit" in s.step.effects):
+        for other in vision:
+            if other.method_number != planned.method_number:
+                raise LayerError(
+                    f"{other.method.slug} acts at {other.step.site} of an encoder that "
+                    f"{planned.method.slug} lets tokens leave early and come back to; use one of "
+                    "them alone"
+                )
 
 
 def _check_attending(steps: Sequence[PlannedStep]) -> None:

@@ -99,11 +99,16 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
         _check_encoder(family, item)
         _check_layers(family, item)
         _check_attend(family, item)
+        _check_exit(family, item)
         _check_needs(family, item)
     return planned
 
 
 def _check_stage(family: Family, method: Method, stage: str) -> None:
+    if method.encoders_alone and family.text_layers:
+        raise UnsupportedModelError(
+            f"{method.slug!r} is for encoders alone, but {family.model_type!r} has a language model"
+        )
     if stage != "vision" and not family.text_layers:
         raise UnsupportedModelError(
             f"{method.slug!r} acts in or before a language model, but {family.model_type!r} is an "
@@ -155,10 +160,11 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
     assert family.encoder is not None  # as checked before
     kernel = family.encoder.tower.config._attn_implementation or "eager"
     if "ragged" in planned.step.effects and kernel not in ("sdpa", "eager"):
+        released = ", or give as_released=True" if hasattr(method, "as_released") else ""
         raise UnsupportedModelError(
             f"{method.slug} leaves images that are encoded together different numbers of tokens, "
             f"which needs a mask that {kernel!r} attention does not take; set the encoder's "
-            "attention to 'sdpa', or give as_released=True"
+            f"attention to 'sdpa'{released}"
         )
     if "proportional" in planned.step.effects and kernel not in ("sdpa", "eager"):
         raise UnsupportedModelError(
@@ -196,6 +202,24 @@ def _check_attend(family: Family, planned: PlannedStep) -> None:
         raise UnsupportedModelError(
             f"{does} itself, but those of this {family.model_type!r} do not call the kernels of "
             "transformers"
+        )
+
+
+def _check_exit(family: Family, planned: PlannedStep) -> None:
+    if "exit" not in planned.step.effects:
+        return
+    slug, encoder = planned.method.slug, family.encoder
+    assert encoder is not None  # as checked before
+    if family.text_layers:
+        raise UnsupportedModelError(
+            f"{slug!r} lets tokens leave the encoder early and come back after its last layer, for "
+            f"heads that read all of them; it works in encoders alone, and {family.model_type!r} "
+            "has a language model"
+        )
+    if encoder.packed is not None:
+        raise UnsupportedModelError(
+            f"{slug!r} lets tokens leave the encoder early, which is not supported where images "
+            f"lie in one sequence or are padded, as in {family.model_type!r}"
         )
 
 

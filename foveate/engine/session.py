@@ -185,6 +185,8 @@ class BaseSession:
                 claimed.append(side)
             for side in claimed:
                 side.check()
+            if len(self.learned):
+                self.learned.to(self._model.device)
             with self._gate.opening():
                 for side in claimed:
                     side.attach()

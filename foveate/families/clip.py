@@ -1,4 +1,7 @@
-"""CLIP's vision encoder, alone, under a head, or beside its text encoder."""
+"""CLIP's vision encoder, and encoders whose layers are CLIP's.
+
+They stand alone, under a head, or beside a text encoder, which is left alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,20 @@ from foveate.families.family import register_family
 from foveate.families.plain import PlainEncoder
 
 
-@register_family("clip_vision_model", "clip")
+@register_family(
+    "clip_vision_model",
+    "clip",
+    "metaclip_2_vision_model",
+    "metaclip_2",
+    "clipseg_vision_model",
+    "clipseg",
+    "owlvit_vision_model",
+    "owlvit",
+    "owlv2_vision_model",
+    "owlv2",
+)
 class CLIPVision(PlainEncoder):
-    """`CLIPVisionModel` and the models around it; the text encoder is left alone."""
+    """`CLIPVisionModel` and the models around it; those of MetaCLIP 2, CLIPSeg, OWL-ViT and OWLv2.
+
+    CLIPSeg's decoder reads hidden states, and OWL's heads all rows: both get them at full length.
+    """

@@ -37,11 +37,13 @@ class Encoder:
         block: how a layer is made; needed to act inside the encoder, and to count what it costs.
         extra: rows between the class token and the patches (registers, distillation token).
         trailing: special rows after the patches (detection tokens).
-        tubelet: frames of a patch, where the tower is fed videos (B, T, C, H, W); 0 for images.
         head: a module that pools all rows by attention, with a `MultiheadAttention` within.
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
+        patches: says from what the entry is called with how many frames an image or a video has,
+            and the height and width of each in patches; `None` where these follow from
+            `pixel_values` and the config's `patch_size`. Read where each image is a row of a batch.
         padded: whether each image is a row of a batch, in which a mask hides padding.
         later: the first layer before which rows are merged, and what says from then on which rows
             each image has, as `packed` does; `None` where rows stay as they are.
@@ -71,9 +73,9 @@ class Encoder:
     block: Block | None = None
     extra: int = 0
     trailing: int = 0
-    tubelet: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    patches: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     padded: bool = False
     later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
     readers: tuple[Any, ...] = ()

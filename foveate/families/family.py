@@ -247,6 +247,13 @@ class Family(TextFacts):
         return 0 if self.encoder is None else len(self.encoder.layers)
 
     @property
+    def vision_width(self) -> int:
+        """Width of the encoder's states; 0 if methods cannot act inside."""
+        if self.encoder is None or self.encoder.block is None:
+            return 0
+        return getattr(self.encoder.layers[0], self.encoder.block.norm1).weight.shape[-1]
+
+    @property
     def class_token(self) -> bool:
         """Whether the encoder has a class token that methods can read."""
         return self.encoder is not None and self.encoder.class_token

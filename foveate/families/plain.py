@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 
@@ -62,10 +61,12 @@ class PlainEncoder(Family):
     relative: ClassVar[bool] = False
     states_path: ClassVar[str | None] = None
     """The module within a backbone that returns the states of all layers."""
+    states_apart: ClassVar[bool] = False
+    """Whether that module is there in the encoder alone too, and not in backbones only."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
-        self.base: Any = _tower(model)
+        self.base: Any = self._under_heads(model)
         self.text, self.layers, self.attention_layers = None, (), ()
         blocks = self._child(self.base, self.layers_path)
         for name in self.block.modules:
@@ -81,7 +82,8 @@ class PlainEncoder(Family):
         """The encoder's layers, and what surrounds them."""
         head = None if self.head_path is None else getattr(self.base, self.head_path, None)
         tower: Any = self.base
-        if isinstance(tower, BackboneMixin) and self.states_path is not None:
+        apart = self.states_apart or isinstance(tower, BackboneMixin)
+        if apart and self.states_path is not None:
             tower = self._child(self.base, self.states_path)
         return Encoder(
             layers=self._child(self.base, self.layers_path),
@@ -95,13 +97,18 @@ class PlainEncoder(Family):
             block=self.block,
             extra=self.extra_tokens,
             trailing=self.trailing_tokens,
-            tubelet=self.tubelet,
             masks_layers=not self.masks_kernels,
             masks_kernels=self.masks_kernels,
             relative=self.relative,
             head=head,
             readers=tuple(filter(None, (getattr(self.base, name, None) for name in self.readers))),
+            patches=self.patches,
         )
+
+    @property
+    def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]] | None:
+        """Says how patches lie; see `Encoder`."""
+        return None
 
     @property
     def extra_tokens(self) -> int:
@@ -114,14 +121,17 @@ class PlainEncoder(Family):
         return 0
 
     @property
-    def tubelet(self) -> int:
-        """Frames of a patch; 0 where there are only images."""
-        return 0
-
-    @property
     def feature_layer(self) -> int:
         """The last layer: whatever reads an encoder alone reads that."""
         return self.vision_layers - 1
+
+    @classmethod
+    def _under_heads(cls, model: PreTrainedModel) -> PreTrainedModel:
+        """The model whose output is the encoder's: under heads, or the model itself."""
+        for name in (model.base_model_prefix, "vision_model"):
+            if isinstance(within := getattr(model, name, None), PreTrainedModel):
+                return cls._under_heads(within)
+        return model
 
 
 def tower_encoder(tower: PreTrainedModel) -> Encoder | None:
@@ -130,11 +140,3 @@ def tower_encoder(tower: PreTrainedModel) -> Encoder | None:
     if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
         return None
     return kind(tower).encoder
-
-
-def _tower(model: PreTrainedModel) -> nn.Module:
-    """The module whose output is the encoder's: under a head, or the model itself."""
-    for name in (model.base_model_prefix, "vision_model"):
-        if isinstance(tower := getattr(model, name, None), nn.Module):
-            return tower
-    return model

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
@@ -35,6 +38,11 @@ class VideoMAE(PlainEncoder):
         super().__init__(model)
 
     @property
-    def tubelet(self) -> int:
-        """Two frames by default."""
-        return self.config.tubelet_size
+    def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]]:
+        """Patches of two frames, by default, along time, height and width."""
+        return self._tubelets
+
+    def _tubelets(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        frames, _, height, width = arguments["pixel_values"].shape[1:]
+        side = self.base.config.patch_size
+        return frames // self.base.config.tubelet_size, height // side, width // side

@@ -15,7 +15,14 @@ from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.mixers import Attention, visible_keys
-from foveate.measure.selection import Acted, acted, attending_flops, decoder_flops, encoder_flops
+from foveate.measure.selection import (
+    Acted,
+    acted,
+    attending_flops,
+    decoder_flops,
+    encoder_flops,
+    learned_flops,
+)
 from foveate.measure.shapes import TextShape
 from foveate.measure.trace import Traced, skeleton, trace
 from foveate.record.record import Record
@@ -39,7 +46,7 @@ class Account:
         tower: the vision tower; `None` where features were handed in.
         projector: what is between the tower and the language model, mergers included; of an
             encoder alone, what pools its rows.
-        selection: signals that methods asked for.
+        selection: signals that methods asked for, and what they have learned inside an encoder.
         entry: what the language model computes of each token before its first layer; most compute
             nothing there. A step at its input does not shorten it.
         layers: each decoder layer; with the last, what joins several streams of states after it.
@@ -95,6 +102,7 @@ def account(
     selection = decoder_flops(record, shapes, steps) if shapes else 0
     if traced:
         selection += encoder_flops(record, traced[-1], steps)
+        selection += learned_flops(record, family, steps)
     slots = record.cache_slots or [max(tokens) for tokens in record.layer_tokens]
     found = Account(
         tower=_tower(record, family, traced, steps) if traced or not record.images else None,

@@ -1,7 +1,8 @@
 """What the signals cost that methods ask for.
 
 Only matrix products count, as everywhere: norms, softmaxes, sums and sorting do not, and neither
-does a method's own arithmetic on its signals. A signal that several steps share is taken once.
+does a method's own arithmetic on its signals, except for modules that it has learned. A signal that
+several steps share is taken once.
 
 Symbols: `T` tokens of a row, `Q` text tokens after the image, `V` visual tokens; `N` rows of a
 image in the encoder, and its width `D`.
@@ -191,6 +192,22 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
         rows, pairs = _rows(record, traced, layer), _pairs(record, traced, layer)
         total += traced.rows[0] * flops_of(signals, EncoderSizes(rows, pairs, traced.width))
     return total
+
+
+def learned_flops(record: Record, model: ModelFacts, steps: Sequence[Acted]) -> int:
+    """What methods have learned inside an encoder, image by image.
+
+    Args:
+        record: the forward.
+        model: the model.
+        steps: what methods wanted to do.
+    """
+    return sum(
+        acted.method.learned_flops(model, acted.step, image.before(acted.entry), image.grid)
+        for acted in steps
+        for image in record.images
+        if acted.step.stage == "vision" and acted.entry in image.kept
+    )
 
 
 def _shortens(record: Record, entry: str) -> bool:

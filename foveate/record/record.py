@@ -138,6 +138,7 @@ class Record:
             attend to where layers compute less of them; 0 where all layers compute all.
         embedding: numbers of an embedding, and bytes of a number, where the model makes one of each
             token that its last layer saw; else `None`.
+        results: number of a method with exits -> what it has noted in its memory in the last pass.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
 
@@ -157,6 +158,7 @@ class Record:
     question_tokens: int = 0
     common_tokens: int = 0
     embedding: tuple[int, int] | None = None
+    results: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def visual_tokens(self, row: int) -> tuple[int, int]:

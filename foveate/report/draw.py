@@ -229,8 +229,8 @@ def _box_panels(
     layers = passes(boxes)
     if not len(layers[-1]):
         raise InputError(
-            "it is not known where visual tokens lie in the image; pass the processor's "
-            "image_sizes with the features"
+            "it is not known where visual tokens lie in the image; pass what says so: the "
+            "processor's image_sizes with features, or the noise that masks patches"
         )
     finest = boxes[layers[-1]]
     height = max(PANEL, round(10 / float((finest[:, 3] - finest[:, 1]).median())))

@@ -17,6 +17,7 @@ from foveate.families import Encoder
 from foveate.signals import SIGNALS, EncoderSignal
 from foveate.signals.clip import ClipQuestions
 from foveate.signals.projections import Projections
+from foveate.signals.rotary import rotated
 
 
 class Shortened(Protocol):
@@ -180,9 +181,16 @@ class EncoderSignals:
         """Of queries, keys, and values if a signal reads them."""
         query, key, *values = (self._first(part) for part in self.encoder.projected(parts))
         value = values[0] if values else None
-        encoder = self.encoder
+        encoder, rotary = self.encoder, self._running.told.get("position_embeddings")
         return Projections(
-            query, key, value, encoder.heads, encoder.special, self._bias, self.threshold
+            rotated(query, rotary, encoder.heads),
+            rotated(key, rotary, encoder.heads),
+            value,
+            encoder.heads,
+            encoder.special,
+            self._bias,
+            self.threshold,
+            key,
         )
 
 

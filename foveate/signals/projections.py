@@ -18,13 +18,14 @@ class Projections:
     """Projections of one layer.
 
     Args:
-        query: (B, N, D) queries.
-        key: (B, N, D) keys.
+        query: (B, N, D) queries, with rotary positions if there are any.
+        key: (B, N, D) keys, likewise.
         value: (B, N, D) values, if a signal reads them.
         heads: attention heads.
         special: S.
         bias: (B, 1, 1, N) what the encoder adds to the scores of keys.
         threshold: how many times the mean a global patch receives at least.
+        plain_key: (B, N, D) keys without rotary positions; `None` where there are none.
     """
 
     query: Tensor
@@ -34,11 +35,13 @@ class Projections:
     special: int = 0
     bias: Tensor | None = None
     threshold: float = 0.0
+    plain_key: Tensor | None = None
 
     @property
     def patch_keys(self) -> Tensor:
-        """(B, D, V) keys of the patches."""
-        return self.key[:, self.special :].transpose(1, 2)
+        """(B, D, V) keys of the patches, without rotary positions."""
+        key = self.key if self.plain_key is None else self.plain_key
+        return key[:, self.special :].transpose(1, 2)
 
     @property
     def received(self) -> Tensor:

@@ -28,7 +28,7 @@ from tests.conformance.test_pixels import model_of
 from tests.conformance.tolerance import TOLERANCE, tolerance_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.vision import dense, encoders, kinds
+from tests.vision import beside_text, dense, encoders, kinds
 
 TOKENS = 3
 BATCHES = {"one": (1,), "two-images": (2,), "ragged": (2, 0, 1)}
@@ -94,7 +94,11 @@ class Tower:
     def check(self, session, rows):
         """Every promise about a batch of as many images as all rows have."""
         inputs = images_of(self.table, self.name, sum(rows))
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        if self.table == "beside text":
+            inputs |= beside_text.words(sum(rows))
+        inputs = {
+            k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in inputs.items()
+        }
         together = read(self.model(**inputs))
         record = session.record
         check_kept(session)
@@ -164,6 +168,7 @@ TABLES = {
     "around a backbone": {
         name: make for name, make in dense.DENSE.items() if not name.endswith("-beit")
     },
+    "beside text": {name: beside_text.MODELS[name] for name in ("clipseg", "owlvit", "owlv2")},
     "under a head": {**encoders.HEADS, "siglip2": _siglip2},
     "of another kind": {name: kind.model for name, kind in kinds.KINDS.items()},
     "of another kind, under a head": {
@@ -181,6 +186,8 @@ def encoder_of(table, name):
         return kinds.BUILT[name]()
     if table.startswith("of another kind"):
         return kinds.build(TABLES[table][name])
+    if table == "beside text":
+        return beside_text.build(beside_text.MODELS[name])
     return encoders.build(TABLES[table], name)
 
 
@@ -220,14 +227,13 @@ def promised(method, family, total):
 def check_kept(session):
     """Indices are ascending, distinct, nested, and as many as the method promises, if it does.
 
-    Inside the encoder the promise is about each frame, or each tile, of which packing cuts some
-    off, and not about newlines.
+    Inside the encoder of a larger model the promise is about each frame, or each tile, of which
+    packing cuts some off, and not about newlines.
     """
     (method,), record = session.methods, session.record
-    encoder = session.family.encoder
     for image in record.images:
-        apart = method.stage == "vision" and not encoder.tubelet  # else a film is encoded as one
-        frames = image.frames if apart else 1
+        each = method.stage == "vision" and session.family.text_layers
+        frames = image.frames if each else 1
         counts = promised(method, session.family, image.total // frames)
         passes = isinstance(method, VideoMethod) and image.frames == 1
         assert list(image.kept) == list(counts)

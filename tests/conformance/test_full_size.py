@@ -7,12 +7,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from foveate.core import get_method, list_methods
+from foveate.core import get_method
 from foveate.engine.planning import make_plan
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.signals import SIGNALS
 from tests.conformance.zoo.gemma3n import TowerConfig
+from tests.methods_for_tests import readers_methods
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
@@ -159,7 +160,7 @@ def test_layers_that_see_all_are_found(model_type):
     assert family.recurrent_layers.isdisjoint(family.attention_layers)
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", readers_methods())
 @pytest.mark.parametrize("model_type", [*HYBRID, "gemma3n", "lfm2_vl"])
 def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
     family, reason = family_of(model_type), why_not(family_of(model_type), method)
@@ -188,7 +189,7 @@ def test_methods_that_need_no_tower_plan_where_it_is_closed(model_type):
     assert "acts inside the encoder" in why_not(family, "tome")
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", readers_methods())
 @pytest.mark.parametrize("model_type", SIZES)
 def test_methods_plan_or_say_why_not(model_type, method):
     family = family_of(model_type)

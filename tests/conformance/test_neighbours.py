@@ -16,6 +16,7 @@ from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
+from tests.methods_for_tests import readers_methods
 from tests.tinies import prompts, row_of, tiny_llava
 from tests.vision import encoders
 
@@ -33,7 +34,7 @@ REFUSED = {
     "llava_next": {"yopo"},  # its tokens form no single grid
     "qwen2_vl": NEED_CLIP | APPROXIMATE,
 }
-CELLS = [(n, s) for n in FAMILIES for s in foveate.list_methods() if s not in REFUSED[n]]
+CELLS = [(n, s) for n in FAMILIES for s in readers_methods() if s not in REFUSED[n]]
 # Methods whose own rule decides how many tokens stay, beside those with one form of budget.
 UNBUDGETED = {"recoverable-compression", "yopo"} | APPROXIMATE
 ADAPTIVE = {"dycoke", "prunevid"}  # all or what they find
@@ -250,7 +251,7 @@ def kept_of(model, session, inputs):
 
 
 @pytest.mark.parametrize("kind", ["one colour", "six patches"])
-@pytest.mark.parametrize("slug", foveate.list_methods())
+@pytest.mark.parametrize("slug", readers_methods())
 def test_tokens_that_tie_are_chosen_alike_in_every_batch(slug, kind):
     """Rounding depends on how many rows there are, and how far they are padded."""
     model = unplaced(torch.float32)
@@ -276,7 +277,7 @@ def before_the_language_model(slug):
 
 
 @pytest.mark.parametrize(
-    "slug", [slug for slug in foveate.list_methods() if before_the_language_model(slug)]
+    "slug", [slug for slug in readers_methods() if before_the_language_model(slug)]
 )
 @torch.no_grad()
 def test_half_precision_leaves_ties_ties(slug):

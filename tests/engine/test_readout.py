@@ -12,12 +12,12 @@ from foveate.methods import ClsDrop, DivPrune, FastV, PyramidDrop, ToDRE, ToMe, 
 from foveate.testing import models
 from foveate.training.prepare import session_of
 from tests import full_length
-from tests.methods_for_tests import EveryThird, Forgetful
+from tests.methods_for_tests import EveryThird, Forgetful, readers_methods
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 
 LLAVA, MROPE = tiny_llava(layers=12), models.mrope()
 MERGING = {"sparsevlm", "holitom-inner", "lvlm-csp", "yopo"}  # inside the LLM
-METHODS = [name for name in foveate.list_methods() if name != "lrs-vqa"]
+METHODS = [name for name in readers_methods() if name != "lrs-vqa"]
 NEED_CLIP = {  # its class token, or its layers; Qwen2-VL's encoder has neither
     "cls-drop", "fastervlm", "flowcut", "llava-prumerge", "recoverable-compression", "vflowopt",
     "vtc-cls",

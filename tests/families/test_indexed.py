@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import foveate
-from foveate.core import list_methods
 from foveate.errors import LayerError
 from foveate.families import find_family
 from foveate.methods import FastV
@@ -12,7 +11,7 @@ from tests.conformance.test_families import model_of
 from tests.conformance.test_full_size import family_of, why_not
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.methods_for_tests import EveryThird, Forgetful
+from tests.methods_for_tests import EveryThird, Forgetful, readers_methods
 
 WORK = {
     "cdpruner", "dart", "divprune", "downsample", "evs", "fastvid", "fopru", "hiprune", "holitom",
@@ -21,7 +20,7 @@ WORK = {
 REASONS = ("rank", "class token", "encoder", "choose for", "whole sequence", "not made like")
 
 
-@pytest.mark.parametrize("method", list_methods())
+@pytest.mark.parametrize("method", readers_methods())
 def test_methods_plan_on_the_published_layers_or_say_why_not(method):
     reason = why_not(family_of("dots3_note"), method)
     assert (reason is None) == (method in WORK)

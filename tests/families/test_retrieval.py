@@ -26,7 +26,7 @@ from foveate.methods import FastV
 from foveate.signals import SIGNALS
 from tests.conformance.tolerance import TOLERANCE
 from tests.conformance.zoo import MEMBERS
-from tests.methods_for_tests import EveryThird
+from tests.methods_for_tests import EveryThird, readers_methods
 from tests.retrievers import (
     BUILT,
     IMAGE,
@@ -324,7 +324,7 @@ def why_not(family, method):
     return ""
 
 
-@pytest.mark.parametrize("slug", foveate.list_methods())
+@pytest.mark.parametrize("slug", readers_methods())
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_plan_on_a_model_of_real_size_or_say_why_not(name, slug):
     family, method = family_of(name), foveate.get_method(slug)

@@ -1,5 +1,7 @@
 """Tiny random models with dense outputs around a backbone."""
 
+from functools import partial
+
 import torch
 from transformers import (
     BeitConfig,
@@ -15,7 +17,7 @@ from transformers import (
     ZoeDepthForDepthEstimation,
 )
 
-from tests.vision.encoders import SIZES, WIDE
+from tests.vision.encoders import SIZES, WIDE, dinov3
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 HIDDEN = [8, 8, 8, 8]
@@ -98,6 +100,7 @@ DENSE = {
     "zoedepth-beit": lambda: zoedepth(beit),
     "dpt-beit": lambda: dpt(beit),
     "upernet-beit": lambda: upernet(beit),
+    "upernet-dinov3": lambda: upernet(partial(dinov3, out_features=STAGES)),
 }
 
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+VIT = ("layernorm_before", "attention", "layernorm_after", "o_proj")
+DINOV2 = ("norm1", "attention", "norm2", "o_proj")
+CLIP = ("layer_norm1", "self_attn", "layer_norm2", "out_proj")
 NAMES = {
-    "vit": ("layernorm_before", "attention", "layernorm_after", "o_proj"),
-    "deit": ("layernorm_before", "attention", "layernorm_after", "o_proj"),
-    "dinov2": ("norm1", "attention", "norm2", "o_proj"),
-    "dinov2_with_registers": ("norm1", "attention", "norm2", "o_proj"),
-    "clip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
-    "siglip_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
-    "siglip2_vision_model": ("layer_norm1", "self_attn", "layer_norm2", "out_proj"),
+    **dict.fromkeys(("vit", "deit", "vit_msn", "ijepa", "vivit", "vit_mae"), VIT),
+    "audio-spectrogram-transformer": VIT,
+    **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), DINOV2),
+    **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"), CLIP),
+    **dict.fromkeys(("metaclip_2_vision_model", "clipseg_vision_model"), CLIP),
+    **dict.fromkeys(("owlvit_vision_model", "owlv2_vision_model"), CLIP),
 }
 
 
@@ -52,9 +54,18 @@ class Full:
         special: rows before the patches.
         states: (N, D) input of layer 0.
         padding: (N) rows that nobody attends to.
+        rotary: (V, d) cosines and sines of the patches.
     """
 
-    def __init__(self, tower, special: int, states: Tensor, padding: Tensor | None = None):
+    def __init__(
+        self,
+        tower,
+        special: int,
+        states: Tensor,
+        padding: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ):
+        self.rotary = rotary
         self.tower, self.special = tower, special
         self.names = NAMES.get(tower.config.model_type)
         self.x = states
@@ -70,6 +81,8 @@ class Full:
     def attend(self, layer):
         """Probabilities (H, N, N), keys (N, H, d), and the output (N, D)."""
         q, k, v = self.project(layer)
+        keys = k.transpose(0, 1)
+        q, k = self.turned(q), self.turned(k)
         scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + self.bias(layer)
         seen = self.alive.clone()
         if not self.weigh:  # one row for each group
@@ -78,7 +91,7 @@ class Full:
                 seen[[row for row in group if self.alive[row] and self.real[row]][:1]] = True
         weights = scores.masked_fill(~(seen & self.real), -torch.inf).softmax(-1)
         mixed = (weights @ v).transpose(0, 1).flatten(1)
-        return weights, k.transpose(0, 1), self.mix(layer, mixed)
+        return weights, keys, self.mix(layer, mixed)
 
     def project(self, layer):
         """Queries, keys and values (H, N, d)."""
@@ -102,9 +115,25 @@ class Full:
         """(N, D) output of the attention."""
         return getattr(getattr(layer, self.names[1]), self.names[3])(mixed)
 
+    def turned(self, x):
+        """(H, N, d) with rotary positions, if there are any: rows that were merged all have that of
+        the row at which their group stands.
+        """
+        if self.rotary is None:
+            return x
+        stands = torch.arange(self.special, len(self.real))
+        for group, stand in zip(self.groups, self.stands, strict=True):
+            for row in group:
+                if row >= self.special:
+                    stands[row - self.special] = stand
+        cos, sin = (part[stands - self.special] for part in self.rotary)
+        rows, turned = x[:, : self.special], x[:, self.special :]
+        first, second = turned.chunk(2, -1)
+        return torch.cat((rows, turned * cos + torch.cat((-second, first), -1) * sin), 1)
+
     def run(self, steps):
         """(N, D) output of the last layer."""
-        for number, layer in enumerate(getattr(self.tower, "layers", None) or self._layers()):
+        for number, layer in enumerate(self._layers()):
             due = [step for step in steps if step.layer == number]
             for step in due:
                 if isinstance(step, Drop) and step.listed is not None:
@@ -204,17 +233,22 @@ def matched(keys, special, r):
 
 
 @torch.no_grad()
-def run(tower, special, embedded: Tensor, steps, padding: Tensor | None = None, kind=Full):
+def run(
+    tower, special, embedded: Tensor, steps, padding: Tensor | None = None, rotary=None, kind=Full
+):
     """The oracle of each image.
 
     Args:
         embedded: (B, N, D) input of layer 0.
         padding: (B, N) rows that nobody attends to.
+        rotary: (V, d) cosines and sines of the patches.
         kind: the oracle.
     """
     results = []
     for row, states in enumerate(embedded):
-        full = kind(tower, special, states.clone(), None if padding is None else padding[row])
+        full = kind(
+            tower, special, states.clone(), None if padding is None else padding[row], rotary
+        )
         full.run(steps)
         results.append(full)
     return results

@@ -15,6 +15,8 @@ from transformers import (
     Dinov2WithRegistersBackbone,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTBackbone,
+    DINOv3ViTModel,
     SwinBackbone,
     SwinConfig,
 )
@@ -26,9 +28,14 @@ from foveate.measure.account import account
 from foveate.measure.trace import trace
 from foveate.methods import ClsDrop, ToMe
 from tests.methods_for_tests import Listed
-from tests.vision.dense import DENSE, OWN, beit, build, depth_anything, dinov2
+from tests.vision.dense import DENSE, OWN, STAGES, beit, build, depth_anything, dinov2
+from tests.vision.encoders import dinov3
 
-ENCODERS = {"beit": partial(BeitModel, add_pooling_layer=False), "dinov2": Dinov2Model}
+ENCODERS = {
+    "beit": partial(BeitModel, add_pooling_layer=False),
+    "dinov2": Dinov2Model,
+    "dinov3_vit": DINOv3ViTModel,
+}
 METHODS = {
     "tome": ToMe(r=5),
     "cls-drop": ClsDrop(layers=(1,), keep=10),
@@ -53,6 +60,7 @@ BACKBONES = {
         Dinov2WithRegistersModel,
         partial(dinov2, Dinov2WithRegistersConfig, num_register_tokens=REGISTERS),
     ),
+    "dinov3": (DINOv3ViTBackbone, DINOv3ViTModel, partial(dinov3, out_features=STAGES)),
 }
 
 
@@ -63,12 +71,12 @@ def maps_by_hand(backbone, kind, method, given):
     alone.set_attn_implementation("eager")
     with foveate.use(alone, method):
         states = alone(given, output_hidden_states=True).hidden_states
-    norm = getattr(backbone, "layernorm", torch.nn.Identity())
+    norm = getattr(backbone, "layernorm", getattr(backbone, "norm", torch.nn.Identity()))
     maps = [norm(states[number]) for number in (1, 2, 3, 4)]
-    if not backbone.config.reshape_hidden_states:
-        return maps
     rows, columns = given.shape[-2] // 8, given.shape[-1] // 8
     patches = [of[:, -rows * columns :] for of in maps]
+    if not backbone.config.reshape_hidden_states:
+        return patches if kind is DINOv3ViTModel else maps
     return [of.unflatten(1, (rows, columns)).permute(0, 3, 1, 2) for of in patches]
 
 
@@ -102,9 +110,8 @@ def test_dense_outputs_are_those_of_the_plain_neck_and_head(name, method, monkey
         plain = dense(model(given))
         with foveate.use(model, method):
             got = dense(model(given))
-        maps = maps_by_hand(
-            model.backbone, ENCODERS[model.backbone.config.model_type], method, given
-        )
+        kind = ENCODERS[model.backbone.config.model_type]
+        maps = maps_by_hand(model.backbone, kind, method, given)
         output = model.backbone(given)
         output.feature_maps = tuple(maps)
         monkeypatch.setattr(model.backbone, "forward_with_filtered_kwargs", lambda *a, **k: output)

@@ -11,8 +11,8 @@ from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import Listed
 from tests.tinies import prompts, tiny_llava
 from tests.vision import oracle
-from tests.vision.encoders import ENCODERS, SPECIAL, build, images
-from tests.vision.test_encoders import CASES, PAIRS
+from tests.vision.encoders import ENCODERS, build, images
+from tests.vision.test_encoders import CASES, PAIRS, oracle_of
 
 
 def map_of(full, weights):
@@ -44,7 +44,7 @@ def test_maps_equal_those_of_the_full_length_oracle(name, case, monkeypatch):
         return found
 
     monkeypatch.setattr(oracle.Full, "attend", note)
-    oracle.run(model, SPECIAL.get(name, 0), plain.hidden_states[0], steps)
+    oracle_of(model, name, inputs, plain.hidden_states[0], steps)
     layers = len(got)
     assert len(wanted) == 2 * layers
     for number, of in enumerate(got):

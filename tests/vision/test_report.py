@@ -24,9 +24,28 @@ def counted(fn):
 
 
 @pytest.mark.parametrize("method", [None, Listed(layer=0), Listed(layer=2, inside=True)])
-@pytest.mark.parametrize("name", ["vit", "deit", "dinov2", "dinov2-registers", "clip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit",
+        "deit",
+        "dinov2",
+        "dinov2-registers",
+        "clip",
+        "vit_msn",
+        "ijepa",
+        "ast",
+        "vivit",
+        "vit_mae",
+        "metaclip_2",
+        "clipseg",
+        "owlvit",
+        "owlv2",
+        "dinov3_vit",
+    ],
+)
 def test_predicted_flops_equal_the_ones_torch_counts(name, method):
-    model, inputs = build(ENCODERS, name, "eager"), images(2)
+    model, inputs = build(ENCODERS, name, "eager"), images(2, name=name)
     with foveate.use(model, method or Listed(keep=1.0)) as run:
         count = counted(lambda: model(**inputs))
     assert account(run.record, run.family, run.methods).total == count
@@ -79,3 +98,20 @@ def test_images_that_are_not_square_have_their_grid(method):
         out = model(torch.randn(2, 3, 48, 80))
     assert out.last_hidden_state.shape[1] == 61
     assert [image.grid for image in run.record.images] == [(6, 10)] * 2
+
+
+def test_sounds_lie_on_a_grid_of_frequencies_and_times():
+    model = build(HEADS, "ast")
+    with torch.no_grad(), foveate.use(model, ToMe(r=5)) as run:
+        model(**images(2, name="ast"))
+    assert [(image.grid, image.frames) for image in run.record.images] == [((4, 9), 1)] * 2
+
+
+def test_videos_have_frames_of_tubelets():
+    model = build(HEADS, "vivit")
+    with torch.no_grad(), foveate.use(model, ToMe(r=5)) as run:
+        model(**images(2, name="vivit"))
+    assert [(image.grid, image.frames) for image in run.record.images] == [((3, 6), 2)] * 2
+    video = [Image.new("RGB", (48, 24))] * 4
+    first, _ = run.show([video, video])  # a strip of panels for each frame
+    assert first.height > first.width / 4

@@ -18,6 +18,7 @@ from foveate.core import Reduction
 from foveate.core.tokens import Shape
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
+from foveate.engine.vision.exits import Exits
 from foveate.families import Family
 from foveate.families.rows import EncoderImage
 
@@ -34,12 +35,14 @@ class EncoderGroup:
         rows: (G, V, R) rows of each token, among all rows of the pass.
         layout: from all tokens to those that survive; `None` while all do.
         visible: (G, V, R) 1 for rows that others attend to, 0 for padding; `None` for all.
+        exits: what brings tokens back that have left early; `None` if none can.
     """
 
     images: ImageGroup
     rows: Tensor
     layout: Reduction | None = None
     visible: Tensor | None = None
+    exits: Exits | None = None
 
     @property
     def total(self) -> int:
@@ -53,13 +56,24 @@ class EncoderGroup:
 
     def reduce(self, reduction: Reduction, planned: PlannedStep) -> None:
         """Reduce the surviving tokens, as a step wants."""
-        layout = self.layout
+        layout, reduction = self.layout, replace(reduction, values=None)
         self.layout = reduction if layout is None else layout.then(reduction, self.total)
         merges = self.images.merged is not None or reduction.merges
         merged = self.layout.sizes(self.total) if merges else None
         images = self.images.begun(planned.method_number)
         images = images.reduced(reduction, planned.method_number)
         self.images = replace(images, merged=merged)
+
+    def keeps_all(self, reduction: Reduction) -> bool:
+        """Whether a reduction of the surviving tokens leaves all of them, as they are."""
+        before, after = (
+            index.numel() if valid is None else int(valid.sum())
+            for index, valid in (
+                (self.images.index, self.images.valid),
+                (reduction.index, reduction.valid),
+            )
+        )
+        return before == after and not reduction.merges
 
     def note(self, planned: PlannedStep) -> None:
         """Note what survives a step, unless it only looks."""
@@ -102,12 +116,15 @@ class EncoderGroup:
             x: (G, K, R D) values of the tokens that a layout leaves.
             layout: the layout.
             missing: what dropped tokens get; `None` gives them the mean of the surviving tokens of
-                their image, so that a head which averages all rows sees that mean.
+                their image, so that a head which averages all rows sees that mean. Those that have
+                left early get what the method says.
         """
         if layout is None:
             return x
         if missing is not None:
             return layout.recover(x, self.total, missing)
+        if self.exits is not None:
+            return self.exits.back(x, layout)
         counts = self.counts(layout, merged=True)
         if counts is None:
             counts = torch.ones(*x.shape[:2], 1, device=x.device)

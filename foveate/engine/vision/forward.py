@@ -26,13 +26,15 @@ from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup, encoder_groups, patch_grid
+from foveate.engine.vision.exits import Exits
 from foveate.engine.vision.patch_layout import PatchLayout, Point
-from foveate.engine.vision.segments import PackedRows, PaddedRows
+from foveate.engine.vision.segments import BatchRows, PackedRows, PaddedRows
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
 from foveate.signals.encoder_hooks import hides, signal_of
+from foveate.signals.rotary import rotated
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,7 @@ class Encoding:
         arguments: what its tower was called with.
         side: side of a visual token in patches.
         readout: numbers, among the tokens of all images, of those that may not be removed.
+        steps: all that are planned inside the encoder.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class Encoding:
         arguments: Mapping[str, Any],
         side: int,
         readout: Tensor | None = None,
+        steps: Sequence[PlannedStep] = (),
     ) -> None:
         self.family = family
         self.encoder = encoder
         self.arguments = arguments
         self.side = side
         self.readout = readout
+        self.steps = steps
         self.layout = PatchLayout((), (), encoder)
         self.rows: list[tuple[int, int]] = []  # (N of the attention, N of the MLP) of each layer
         self.bounds: list[Tensor | None] = []  # of each layer's segments
@@ -84,8 +89,9 @@ class Encoding:
         self.input: Tensor | None = None  # of the layer that is running
         self.normed: Tensor | None = None  # the same, as its attention is given it
         self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
+        self.rotary: Any = None  # of the patches of now, in the layer that is running
         self._proportional = False
-        self._told: PackedRows | PaddedRows | None = None  # for the rows that remain
+        self._told: BatchRows | PackedRows | PaddedRows | None = None  # for the rows that remain
         self._restored = False
 
     # -- what there is
@@ -123,6 +129,12 @@ class Encoding:
         self.layout = PatchLayout(groups, states.shape[:-1], self.encoder)
         if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
             return
+        for planned in self.steps:
+            if planned.step.whole or "exit" in planned.step.effects:
+                raise UnsupportedModelError(
+                    f"{planned.method.slug} does not act on images that the encoder pads; encode "
+                    "images of one size together, without padding"
+                )
         visible = (~hidden).expand(len(encoder_images), -1).flatten().float()
         groups[0].visible = visible[groups[0].rows]
 
@@ -137,42 +149,36 @@ class Encoding:
         """The images of a sequence, or `images` of `length` rows each."""
         if self.encoder.packed is not None:
             return self.encoder.packed(self.arguments, self.side)
-        count = length - self.encoder.special
-        frames, height, width = self._film(count) if self.encoder.tubelet else self._patches(count)
+        frames, height, width = self._patches(length - self.encoder.special)
+        grid = token_grid(height, width, self.side)
         rows = self.encoder.leading + raster_rows(frames * height, width, self.side)
-        tokens = token_grid(height, width, self.side)
-        return [EncoderImage(tokens, rows + n * length, frames) for n in range(images)]
+        return [EncoderImage(grid, rows + n * length, frames) for n in range(images)]
 
-    def _film(self, count: int) -> tuple[int, int, int]:
-        """(frames, height, width) of a video's patches.
+    def _patches(self, count: int) -> tuple[int, int, int]:
+        """(frames, height, width) of an image's patches, or a video's.
 
         Raises:
             InputError: some of them are hidden from the encoder.
         """
-        shape, patch = self.fed.shape, self.encoder.tower.config.patch_size
-        height, width = (int(side) // patch for side in shape[-2:])
-        frames = max(shape[1] // self.encoder.tubelet, 1)
-        if frames * height * width != count:
+        if self.encoder.patches is None:
+            return 1, *self._grid(count)
+        sizes = self.encoder.patches(self.arguments)
+        if math.prod(sizes) != count:
             raise InputError(
-                f"the encoder sees {count} of {frames * height * width} patches of each video, as "
-                "a mask hides the others, and which these are methods cannot know; leave the mask "
-                "out, or do without methods"
+                f"the encoder sees {count} of {math.prod(sizes)} patches of each video, as a mask "
+                "hides the others, and which these are methods cannot know; leave the mask out, or "
+                "do without methods"
             )
-        return frames, height, width
+        return sizes
 
-    def _patches(self, count: int) -> tuple[int, int, int]:
-        """(1, height, width) of an image's patches."""
-        return (1, *patch_grid(self.family, self.encoder.tower.config, self.fed, count))
-
-    @property
-    def fed(self) -> Any:
-        """What the tower is fed: images, videos or patches; `None` where it is handed rows."""
-        return self.arguments.get("pixel_values", self.arguments.get("pixel_values_videos"))
+    def _grid(self, count: int) -> tuple[int, int]:
+        """(height, width) of an image's patches."""
+        return patch_grid(self.family, self.encoder.tower.config, self.pixels, count)
 
     @property
     def pixels(self) -> Tensor | None:
-        """The same of images."""
-        return None if self.encoder.tubelet else self.arguments.get("pixel_values")
+        """What the tower is fed."""
+        return self.arguments.get("pixel_values")
 
     @property
     def groups(self) -> Sequence[EncoderGroup]:
@@ -183,6 +189,11 @@ class Encoding:
     def reduced(self) -> bool:
         """Whether any token has been removed."""
         return self.layout.now.order is not None
+
+    @property
+    def shortened(self) -> bool:
+        """Whether states of now lack tokens that have been removed."""
+        return self.reduced and not self._restored
 
     @property
     def order(self) -> Tensor | None:
@@ -210,8 +221,8 @@ class Encoding:
 
     @staticmethod
     def _drops(planned: PlannedStep, of: EncoderGroup) -> bool:
-        """Whether a step removes tokens of a group."""
-        return of.survivors_of(planned) < of.images.count
+        """Whether a step may remove tokens of a group."""
+        return "exit" in planned.step.effects or of.survivors_of(planned) < of.images.count
 
     def reduce(
         self,
@@ -236,7 +247,7 @@ class Encoding:
     def _step(
         self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
-        step = planned.step
+        step, changed = planned.step, False
         values = [self.layout.take(hidden, number) for number in range(len(self.groups))]
         for number, of in enumerate(self.groups):
             if not self._drops(planned, of):
@@ -246,8 +257,20 @@ class Encoding:
             tokens = self._shown(planned, number, x, told, quota=count)
             reduce = functools.partial(planned.method.reduce, tokens)
             reduction = reduce_around(reduce, count, images.required, ascending=False)
+            if reduction.values is not None and of.rows.shape[2] > 1:
+                raise UnsupportedModelError(
+                    f"{planned.method.slug} makes tokens of its own, but in the encoder of this "
+                    f"{self.family.model_type!r} a token has {of.rows.shape[2]} rows"
+                )
+            if "exit" in step.effects:
+                if of.keeps_all(reduction):
+                    continue
+                of.exits = of.exits or Exits(planned, tokens)
+                of.exits.note(x, of.layout)
+            values[number], changed = reduction.apply(x), True
             of.reduce(reduction, planned)
-            values[number] = reduction.apply(x)
+        if not changed:
+            return hidden
         # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
         hidden = self.layout.put(hidden, values, first)
@@ -379,6 +402,7 @@ class Encoding:
         if counts is not None:
             bias = counts.log().to(hidden.dtype).clamp(min=torch.finfo(hidden.dtype).min)
             self.bias = bias.flatten() if self.layout.sequence else bias[:, None, None]
+        self._told = None
         if self.layout.padded:
             self._told = PaddedRows(self.layout.rows_of(self.layout.now).clamp(min=0))
         elif self.layout.packed and (order := self.layout.now.order) is not None:
@@ -401,8 +425,17 @@ class Encoding:
         ]
         return self.layout.lay(ones, values)[..., 0]
 
-    def told(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a layer must be told, once tokens have been removed."""
+    def tell(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a layer that is about to run must be told."""
+        told = self._translated(kwargs) if self.reduced else dict(kwargs)
+        self.rotary = told.get("position_embeddings")
+        return told
+
+    def _translated(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The same once tokens have been removed."""
+        if self._told is None and kwargs.get("position_embeddings") is not None:
+            rows = self.layout.rows_of(self.layout.now)[:, self.encoder.special :]
+            self._told = BatchRows((rows - self.encoder.leading).clamp(min=0))
         if self._told is not None:
             kwargs = self._told.translate(kwargs)
         if self.encoder.relative:  # the bias of all rows is resized to as many as there are
@@ -449,7 +482,7 @@ class Encoding:
         """(G, 1, H, K) attention of the class token in the layer that is running."""
         assert self.taps is not None  # only asked for between the halves of a layer
         query, key = (self.taps[part].detach() for part in self.encoder.projections)
-        return self._of_class(query, key, of)
+        return self._of_class(query, rotated(key, self.rotary, self.encoder.heads), of)
 
     @torch.no_grad()
     def ahead(self, layer: Any, hidden: Tensor, of: EncoderGroup) -> Tensor:
@@ -464,7 +497,7 @@ class Encoding:
                 getattr(attention, name)(part)
                 for name, part in zip(block.norms, (query, key), strict=True)
             )
-        return self._of_class(query, key, of)
+        return self._of_class(query, rotated(key, self.rotary, self.encoder.heads), of)
 
     def _of_class(self, query: Tensor, key: Tensor, of: EncoderGroup) -> Tensor:
         """(B, 1, H, K) attention of the class token to tokens: to all their rows."""
@@ -489,7 +522,7 @@ class Encoding:
         """(B, H, V R) of a signal (B, H, K R) of the surviving rows: each row has that of the
         survivor that its token went into.
         """
-        if not self.reduced or self._restored:
+        if not self.shortened:
             return row
         special = self.encoder.special
         states = torch.nn.functional.pad(row.transpose(1, 2), (0, 0, special, 0))
@@ -502,9 +535,14 @@ class Encoding:
 
     # -- the way out
 
+    def results(self) -> dict[int, Mapping[str, Any]]:
+        """Number of a method with exits -> what it has noted of the pass, which has one group."""
+        numbers = dict.fromkeys(s.method_number for s in self.steps if "exit" in s.step.effects)
+        return {number: self._memory.get((number, 0), {}) for number in numbers}
+
     def unpruned(self, states: Tensor) -> Tensor:
         """States of now at full length."""
-        if not self.reduced or self._restored:
+        if not self.shortened:
             return states
         return self.layout.full_length(states, self.layout.now)
 
@@ -515,7 +553,7 @@ class Encoding:
 
     def whole(self, outputs: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
         """Outputs of layers at full length."""
-        points = [self.layout.at(number + 1) for number in layers]
+        points = [self._point(number + 1) for number in layers]
         return [
             states if point is None else self.layout.full_length(states, point)
             for states, point in zip(outputs, points, strict=True)
@@ -533,7 +571,7 @@ class Encoding:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(
                 states
-                if states is None or states is merged or (point := self._at(number)) is None
+                if states is None or states is merged or (point := self._point(number)) is None
                 else self.layout.full_length(states, point)
                 for number, states in enumerate(output.hidden_states)
             )
@@ -541,8 +579,8 @@ class Encoding:
             self._widen(output)
         return output
 
-    def _at(self, number: int) -> Point | None:
-        """What survives in a hidden state of the output; `None` where that has all rows."""
+    def _point(self, number: int) -> Point | None:
+        """The point that a hidden state of the output is from; `None` for full length."""
         whole = self._restored and number >= len(self.encoder.layers)
         return None if whole else self.layout.at(number)
 

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import Need
+from foveate.core.tokens import Shape
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
+from foveate.engine.images import Locate
 from foveate.engine.inputs import bound, of_shapes
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
@@ -33,6 +35,7 @@ from foveate.engine.vision.segments import boundaries
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
 from foveate.record.record import ImageRecord, Record
+from foveate.record.tiles import TokenBoxes
 from foveate.signals.encoder_hooks import EncoderSignals
 
 Args = tuple[Any, ...]
@@ -60,6 +63,7 @@ class VisionAttachment(Attachment):
         for planned in plan.vision:
             steps = self._inside if planned.step.inside else self._before
             steps[planned.step.layer].append(planned)
+        self._steps = plan.vision
         self._attends = {s.step.layer: s for s in plan.vision if "attend" in s.step.effects}
         self._around = {s.step.layer: s for s in plan.vision if "around" in s.step.effects}
         self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
@@ -166,7 +170,7 @@ class VisionAttachment(Attachment):
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
-        if self.encoder.whole_after_layers and self._first < len(self.encoder.layers):
+        if self._whole_after_layers and self._first < len(self.encoder.layers):
             self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
             self.before(reader, self._enter_reader)
@@ -177,6 +181,12 @@ class VisionAttachment(Attachment):
             for module in self.encoder.head.modules():
                 if isinstance(module, nn.MultiheadAttention):
                     self.before(module, self._enter_pooling)
+
+    @property
+    def _whole_after_layers(self) -> bool:
+        """Whether all rows are there once the layers have run."""
+        exits = any("exit" in planned.step.effects for planned in self._steps)
+        return self.encoder.whole_after_layers or exits
 
     # -- around the encoder
 
@@ -211,7 +221,9 @@ class VisionAttachment(Attachment):
         self.state.fed = None
         side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout
-        self.state.encoding = Encoding(self.family, self.encoder, arguments, side, read)
+        self.state.encoding = Encoding(
+            self.family, self.encoder, arguments, side, read, self._steps
+        )
         if self._signals is not None:
             self.state.signals = self.state.collecting.enter_context(self._signals.collect())
         self.state.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
@@ -243,17 +255,17 @@ class VisionAttachment(Attachment):
         if len(args) > 1:
             kwargs = {**kwargs, self.encoder.second: args[1]}
         encoding.see(hidden, kwargs.get("attention_mask"))
-        steps = self._before.get(number)
+        steps, told = self._before.get(number), encoding.tell(kwargs)
         if steps and encoding.removes(steps):
             hidden = encoding.reduce(
                 steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
             )
+            told = encoding.tell(kwargs)
         encoding.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
         if encoding.reduced and self.encoder.masks_kernels:
             _check_not_run_again(module)
-        told = encoding.told(kwargs) if encoding.reduced else kwargs
         encoding.bounds.append(boundaries(told))
         return ((hidden,), told) if encoding.reduced else None
 
@@ -301,7 +313,7 @@ class VisionAttachment(Attachment):
     def _last_layer(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """In place of the last layer's forward, where a tower takes all rows apart after it."""
+        """In place of the last layer's forward, where all rows are there after it."""
         return self._whole(forward_of(module, before)(*args, **kwargs))
 
     @torch.compiler.disable
@@ -416,7 +428,7 @@ class VisionAttachment(Attachment):
     def _enter_head(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the head: its mask of all tokens no longer fits; its attention gets another."""
         encoding = self.state.encoding
-        if encoding is None or not encoding.reduced:
+        if encoding is None or not encoding.shortened:
             return None
         return args[:1], {}
 
@@ -425,7 +437,7 @@ class VisionAttachment(Attachment):
         not at all.
         """
         encoding = self.state.encoding
-        if encoding is None or not encoding.reduced:
+        if encoding is None or not encoding.shortened:
             return None
         counts = encoding.counts(args[1], merged=True)
         if counts is None:
@@ -437,20 +449,34 @@ class VisionAttachment(Attachment):
 
     def _describe(self, encoding: Encoding) -> Record:
         images = [
-            ImageRecord(n, shape.total, shape.grid, dict(kept), frames=shape.frames)
+            ImageRecord(
+                n, shape.total, shape.grid, dict(kept), self._locate(encoding, n, shape),
+                shape.frames,
+            )
             for n, (shape, kept) in enumerate(encoding.survivors())
-        ]
+        ]  # fmt: skip
         return Record(
             rows=len(images),
             prompt_tokens=[],
             images=images,
             layer_tokens=[],
             cache_slots=[],
-            pixels=encoding.pixels,
+            pixels=None if any(image.frames > 1 for image in images) else encoding.pixels,
             encoder_tokens=encoding.layer_rows,
             encoder_bounds=encoding.layer_bounds,
             encoded={"image": of_shapes(encoding.arguments)},
+            results=encoding.results(),
         )
+
+    def _locate(self, encoding: Encoding, number: int, shape: Shape) -> Locate | None:
+        """What finds out where the tokens of an image of an encoder alone lie, if that depends on
+        what it was called with.
+        """
+        if self.family.text_layers or not self.family.placed_by:
+            return None
+        arguments = {n: a for n, a in encoding.arguments.items() if n in self.family.placed_by}
+        boxes = functools.partial(self.family.boxes, "image", number, shape, arguments)
+        return lambda: TokenBoxes(boxes())
 
 
 def _check_not_run_again(layer: nn.Module) -> None:

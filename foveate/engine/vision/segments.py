@@ -101,3 +101,21 @@ class PaddedRows:
         """(B, N', d) of (B, N, d)."""
         index = self._rows.to(given.device)[..., None].expand(-1, -1, given.shape[-1])
         return given.gather(1, index)
+
+
+class BatchRows:
+    """The translation for images that are rows of a batch, whose patches have rotary positions.
+
+    Args:
+        patches: (B, K) which patch of its image each row after the special ones is; any for
+            padding.
+    """
+
+    def __init__(self, patches: Tensor) -> None:
+        self._patches = patches
+
+    def translate(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Keyword arguments of a layer, for the rows that remain: (B, 1, K, d) of (V, d)."""
+        rotary = kwargs["position_embeddings"]
+        turned = tuple(part[self._patches.to(part.device)][:, None] for part in rotary)
+        return {**kwargs, "position_embeddings": turned}

@@ -45,6 +45,8 @@ class Encoder:
         whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         masks_layers: whether layers take an attention mask; else their attention does.
+        by_place: names of what layers may be handed by place, after states.
+        shared_rotary: whether layers take the rotary positions of one image for all of a batch.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
         axes: parts of a head that are rotated each for itself, such as one for each axis.
@@ -71,6 +73,8 @@ class Encoder:
     whole_after_layers: bool = False
     returns_rows: bool = True
     masks_layers: bool = True
+    by_place: tuple[str, ...] = ("attention_mask",)
+    shared_rotary: bool = False
     scaling: float | None = None
     axes: int = 1
 

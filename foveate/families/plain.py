@@ -44,6 +44,11 @@ class PlainEncoder(Family):
     states_apart: ClassVar[bool] = False
     """Whether that module is there in the encoder alone too, and not in backbones only."""
 
+    by_place: ClassVar[tuple[str, ...]] = ("attention_mask",)
+    """What layers may be handed by place, after states."""
+    shared_rotary: ClassVar[bool] = False
+    """Whether layers take the rotary positions of one image for all of a batch."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
         self.base: Any = self._under_heads(model)
@@ -76,6 +81,8 @@ class PlainEncoder(Family):
             extra=self.extra_tokens,
             head=head,
             patches=self.patches,
+            by_place=self.by_place,
+            shared_rotary=self.shared_rotary,
         )
 
     @property

@@ -116,7 +116,8 @@ class EncoderSignals:
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer: what it is told, whether or not its attention is called as a module."""
         if getattr(self._running, "rows", None) is not None:
-            self._running.told = {**kwargs, "attention_mask": args[1]} if len(args) > 1 else kwargs
+            by_place = zip(self.encoder.by_place, args[1:], strict=False)
+            self._running.told = {**kwargs, **dict(by_place)}
 
     @property
     def _bias(self) -> Tensor | None:

@@ -63,6 +63,9 @@ UNSUPPORTED: dict[str, str] = {
     "qwen4_exp": f"its indexed layers are handed rotary positions of the whole cache, which the "
     f"text model keeps beside the keys, {_YET} those of the slots that are left",
     "t5gemma2": _ENCODED,
+    "timm_wrapper": f"its layers come from the package timm and are of many kinds, and a "
+    f"classifier of it goes from pixels to logits within timm without returning rows, {_YET} "
+    "removal that ends within such a model, and the layers by kind",
     "udop": f"its encoder, which a decoder reads, adds patches to the words that lie on them and "
     f"puts the others after the text, {_YET} removal in encoders of text",
     "vision-encoder-decoder": _MEMORY,

@@ -17,7 +17,7 @@ EARLIER = ("cls_attention", "received_attention")
 
 @dataclass(frozen=True)
 class Peek(Scorer):
-    """Keep the first patches, 20, 15 and 10; note what it is shown of layers 1 and 2."""
+    """Keep the first patches, 20, 15 and 10; note what it is shown of layer 2, before and after."""
 
     keep: Keep = (20, 15, 10)
     positions: str | None = None
@@ -29,7 +29,7 @@ class Peek(Scorer):
         pass
 
     def steps(self, model):
-        earlier = tuple(Need(name, (1,)) for name in EARLIER)
+        earlier = tuple(Need(name, (2,)) for name in EARLIER)
         own = (Need("cls_attention", (2,)),)
         return Step("vision", 1), Step("vision", 2, own), Step("vision", 3, earlier)
 
@@ -49,11 +49,12 @@ def shown(request):
 
 
 def test_signals_of_earlier_layers_are_those_of_their_maps(shown):
-    seen, maps, rows = shown[0][2], shown[1][1], shown[2]
-    patches = slice(rows, rows + 15)  # those that are left, of the 20 that layer 1 had
+    """That the layer was asked ahead, for the step before it, is not noted as what it has done."""
+    seen, maps, rows = shown[0][2], shown[1][2], shown[2]
+    patches = slice(rows, rows + 15)
     of_class = maps[:, :, 0, patches]
     torch.testing.assert_close(seen["cls_attention"][:, 0], of_class, rtol=1e-4, atol=1e-6)
-    received = maps[:, :, : rows + 20, patches].mean((1, 2))
+    received = maps[:, :, : rows + 15, patches].mean((1, 2))
     torch.testing.assert_close(seen["received_attention"][:, 0], received, rtol=1e-4, atol=1e-6)
 
 

@@ -20,8 +20,8 @@ def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, heads: int) -> Tens
     parts = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     special, patches = parts.tensor_split([x.shape[1] - cos.shape[-2]], 2)
     first, second = patches.chunk(2, -1)
-    patches = patches * cos + torch.cat((-second, first), -1) * sin
-    return torch.cat((special, patches), 2).transpose(1, 2).flatten(2)
+    patches = patches * cos + torch.cat((-second, first), -1) * sin  # which may be wider than x
+    return torch.cat((special, patches.to(x.dtype)), 2).transpose(1, 2).flatten(2)
 
 
 def rotated_class(

@@ -9,6 +9,7 @@ import foveate
 from foveate.core import Keep, Need, Scorer, Step
 from foveate.methods import ClsDrop, ToMe
 from foveate.signals.projections import Projections
+from tests.methods_for_tests import Listed
 from tests.vision.encoders import ENCODERS, build, images, row_of
 
 ROWS = {"dinov3_vit": 4, "mlcd": 1}  # before the patches
@@ -104,3 +105,14 @@ def test_batch_equals_rows(name):
         together = model(**inputs).last_hidden_state
         alone = torch.cat([model(**row_of(inputs, row)).last_hidden_state for row in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", [ToMe(r=5), ClsDrop(layers=(1,)), Listed(layer=1)], ids=repr)
+@pytest.mark.parametrize("name", ROWS)
+@torch.no_grad()
+def test_half_precision_stays_half(name, method):
+    model, pixels = build(ENCODERS, name).bfloat16(), images()["pixel_values"].bfloat16()
+    with foveate.use(model, method):
+        got = model(pixels).last_hidden_state
+    assert got.dtype == torch.bfloat16
+    assert got.isfinite().all()

@@ -33,7 +33,6 @@ class Block:
             kernel; empty where that is the attention itself.
         matrices: modules of the attention that make queries, keys and values: one for each, or one
             for all.
-        second: what a layer calls the second of what it is handed.
         norms: modules of the attention that norm queries and keys.
         norms_heads: whether these norm every head by itself.
         output: module of the attention that mixes its heads; only named where images lie in one
@@ -50,7 +49,6 @@ class Block:
     closing: str | None = None
     kernel: str = ""
     matrices: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    second: str = "attention_mask"
     norms: tuple[str, ...] = ()
     norms_heads: bool = False
     output: str | None = None

@@ -26,3 +26,11 @@ class CLIPVision(PlainEncoder):
 
     CLIPSeg's decoder reads hidden states, and OWL's heads all rows: both get them at full length.
     """
+
+
+@register_family("mlcd_vision_model")
+class MLCDVision(CLIPVision):
+    """`MLCDVisionModel`; all rows have rotary positions, the class token one that is learned."""
+
+    by_place = ("position_embeddings", "attention_mask")
+    shared_rotary = True

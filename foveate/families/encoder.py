@@ -55,6 +55,8 @@ class Encoder:
         masks_layers: whether layers take an attention mask; else their attention does.
         masks_kernels: whether neither does, so that the kernel of the attention is handed one.
         relative: whether scores get a bias by relative position, within the mask of the kernel.
+        by_place: names of what layers may be handed by place, after states.
+        shared_rotary: whether layers take the rotary positions of one image for all of a batch.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
         axes: parts of a head that are rotated each for itself, such as one for each axis.
@@ -86,6 +88,8 @@ class Encoder:
     masks_layers: bool = True
     masks_kernels: bool = False
     relative: bool = False
+    by_place: tuple[str, ...] = ("attention_mask",)
+    shared_rotary: bool = False
     scaling: float | None = None
     axes: int = 1
 
@@ -93,11 +97,6 @@ class Encoder:
     def entry(self) -> Any:
         """The module that is called with pixels: around the tower, or the tower."""
         return self.tower if self.fed is None else self.fed
-
-    @property
-    def second(self) -> str:
-        """What a layer calls the second of what it is handed."""
-        return "attention_mask" if self.block is None else self.block.second
 
     @property
     def gridded(self) -> bool:

@@ -64,6 +64,11 @@ class PlainEncoder(Family):
     states_apart: ClassVar[bool] = False
     """Whether that module is there in the encoder alone too, and not in backbones only."""
 
+    by_place: ClassVar[tuple[str, ...]] = ("attention_mask",)
+    """What layers may be handed by place, after states."""
+    shared_rotary: ClassVar[bool] = False
+    """Whether layers take the rotary positions of one image for all of a batch."""
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
         self.base: Any = self._under_heads(model)
@@ -103,6 +108,8 @@ class PlainEncoder(Family):
             head=head,
             readers=tuple(filter(None, (getattr(self.base, name, None) for name in self.readers))),
             patches=self.patches,
+            by_place=self.by_place,
+            shared_rotary=self.shared_rotary,
         )
 
     @property

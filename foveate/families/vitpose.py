@@ -24,7 +24,7 @@ class VitPoseBlock(Block):
             hidden: (B, N, D) states.
             **kwargs: what the layer is handed.
         """
-        kwargs.pop(self.second, None)
+        kwargs.pop("dataset_index", None)
         return super().attend(layer, hidden, **kwargs)
 
     def feed(self, layer: Any, hidden: Tensor, **kwargs: Any) -> Tensor:
@@ -38,7 +38,7 @@ class VitPoseBlock(Block):
         if layer.num_experts == 1:
             return super().feed(layer, hidden)
         normed = getattr(layer, self.norm2)(hidden)
-        return hidden + getattr(layer, self.mlp)(normed, indices=kwargs[self.second])
+        return hidden + getattr(layer, self.mlp)(normed, indices=kwargs["dataset_index"])
 
 
 @register_family("vitpose_backbone")
@@ -53,7 +53,7 @@ class VitPoseBackbone(PlainEncoder):
         "layernorm_after",
         kernel="attention",
         matrices=("query", "key", "value"),
-        second="dataset_index",
     )
+    by_place = ("dataset_index",)
     class_token = False
     masks_kernels = True

@@ -5,6 +5,7 @@ Shapes: `B` images, `S` special tokens before the `V` patches, `N = S + V`, `H` 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ class EncoderSignals:
             if states := [signal for signal in signals if signal.of_states is not None]:
                 on.after(layer, self._after(number, states))
             if projected := [signal for signal in signals if signal.of_projections is not None]:
-                on.before(layer, self._note)
+                on.before(layer, functools.partial(self._note, number))
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
                 if any(signal.values for signal in projected):
@@ -102,6 +103,7 @@ class EncoderSignals:
         """While open, fill a dict of (signal, layer) -> (images, C, V), in this thread only."""
         rows: dict[tuple[str, int], Tensor] = {}
         self._running.rows, self._running.pending = rows, {}
+        self._running.number = -1
         try:
             yield rows
         finally:
@@ -113,11 +115,14 @@ class EncoderSignals:
         values = signal.shape(values, self.encoder.heads)
         return values if signal.of_states is None else signal.of_states(values, clip)
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Before a layer: what it is told, whether or not its attention is called as a module."""
         if getattr(self._running, "rows", None) is not None:
-            second = {self.encoder.second: args[1]} if len(args) > 1 else {}
-            self._running.told = {**kwargs, **second}
+            self._running.number = number
+            by_place = zip(self.encoder.by_place, args[1:], strict=False)
+            self._running.told = {**kwargs, **dict(by_place)}
 
     @property
     def _bias(self) -> Tensor | None:
@@ -164,8 +169,8 @@ class EncoderSignals:
         self, number: int, part: str, parts: tuple[str, ...], signals: list[EncoderSignal]
     ) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            if getattr(self._running, "rows", None) is None:
-                return
+            if getattr(self._running, "rows", None) is None or self._running.number != number:
+                return  # or projected for a step before the layer, which is yet to run
             pending = self._running.pending.setdefault(number, {})
             pending[part] = output.detach()
             if len(pending) == len(parts):

@@ -31,6 +31,8 @@ from transformers import (
     MetaClip2VisionConfig,
     MetaClip2VisionModel,
     MetaClip2VisionModelWithProjection,
+    MLCDVisionConfig,
+    MLCDVisionModel,
     Owlv2VisionConfig,
     Owlv2VisionModel,
     OwlViTVisionConfig,
@@ -110,6 +112,7 @@ ENCODERS = {
     "vivit": lambda: VivitModel(VivitConfig(**VIDEO)),
     "vit_mae": lambda: ViTMAEModel(ViTMAEConfig(**MASKED)),
     "dinov3_vit": lambda: DINOv3ViTModel(dinov3()),
+    "mlcd": lambda: MLCDVisionModel(clip(MLCDVisionConfig)),
     "metaclip_2": lambda: MetaClip2VisionModel(clip(MetaClip2VisionConfig)),
     "clipseg": lambda: CLIPSegVisionModel(clip(CLIPSegVisionConfig)),
     "owlvit": lambda: OwlViTVisionModel(clip(OwlViTVisionConfig)),
@@ -151,7 +154,7 @@ HEADS = {
 SPECIAL = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1, "ast": 2,
     "vivit": 1, "vit_mae": 1, "metaclip_2": 1, "clipseg": 1, "owlvit": 1, "owlv2": 1,
-    "dinov3_vit": 4,
+    "dinov3_vit": 4, "mlcd": 1,
 }  # fmt: skip
 
 SPREAD = ("cls_token", "distillation_token", "position_embeddings", "register")

@@ -20,7 +20,7 @@ NAMES = {
     **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), DINOV2),
     **dict.fromkeys(("clip_vision_model", "siglip_vision_model", "siglip2_vision_model"), CLIP),
     **dict.fromkeys(("metaclip_2_vision_model", "clipseg_vision_model"), CLIP),
-    **dict.fromkeys(("owlvit_vision_model", "owlv2_vision_model"), CLIP),
+    **dict.fromkeys(("owlvit_vision_model", "owlv2_vision_model", "mlcd_vision_model"), CLIP),
 }
 
 
@@ -54,7 +54,7 @@ class Full:
         special: rows before the patches.
         states: (N, D) input of layer 0.
         padding: (N) rows that nobody attends to.
-        rotary: (V, d) cosines and sines of the patches.
+        rotary: cosines and sines of the patches, (V, d), or of all rows.
     """
 
     def __init__(
@@ -121,13 +121,12 @@ class Full:
         """
         if self.rotary is None:
             return x
-        stands = torch.arange(self.special, len(self.real))
+        bare = len(self.real) - len(self.rotary[0])  # rows before, if they have no positions
+        stands = torch.arange(len(self.real))
         for group, stand in zip(self.groups, self.stands, strict=True):
-            for row in group:
-                if row >= self.special:
-                    stands[row - self.special] = stand
-        cos, sin = (part[stands - self.special] for part in self.rotary)
-        rows, turned = x[:, : self.special], x[:, self.special :]
+            stands[group] = stand
+        cos, sin = (part[stands[bare:] - bare] for part in self.rotary)
+        rows, turned = x[:, :bare], x[:, bare:]
         first, second = turned.chunk(2, -1)
         return torch.cat((rows, turned * cos + torch.cat((-second, first), -1) * sin), 1)
 
@@ -241,7 +240,7 @@ def run(
     Args:
         embedded: (B, N, D) input of layer 0.
         padding: (B, N) rows that nobody attends to.
-        rotary: (V, d) cosines and sines of the patches.
+        rotary: cosines and sines of the patches, (V, d), or of all rows.
         kind: the oracle.
     """
     results = []

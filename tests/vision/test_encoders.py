@@ -21,7 +21,7 @@ from tests.vision.encoders import (
 )
 from tests.vision.oracle import Drop, Merge
 
-UNNORMED = ("clip", "metaclip_2", "clipseg", "owlvit", "owlv2")
+UNNORMED = ("clip", "mlcd", "metaclip_2", "clipseg", "owlvit", "owlv2")
 NORMED_WHOLE = ("dinov3_vit",)  # once rows are back at full length
 TOLERANCE = 2e-5  # relative to the mean size of the values
 
@@ -32,8 +32,16 @@ def tower_of(model):
 
 def oracle_of(model, name, inputs, embedded, steps):
     """The oracle of each image that an encoder is called with."""
-    turn = getattr(model, "rope_embeddings", None)
-    rotary = None if turn is None else turn(inputs["pixel_values"])
+    rotary, layer = [], find_family(model).encoder.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda module, args, given: rotary.append(
+            given.get("position_embeddings", args[1] if name == "mlcd" else None)
+        ),
+        with_kwargs=True,
+    )
+    model(**inputs)
+    hook.remove()
+    rotary = rotary[0]
     return oracle.run(tower_of(model), SPECIAL.get(name, 0), embedded, steps, rotary=rotary)
 
 

@@ -15,6 +15,7 @@ SIZES = {
     "dinov3_vit": (12, 1, True),
     "ijepa": (12, 0, False),
     "metaclip_2": (12, 1, True),
+    "mlcd_vision_model": (48, 1, True),
     "owlv2": (12, 1, True),
     "owlvit": (12, 1, True),
     "vit_mae": (12, 1, True),

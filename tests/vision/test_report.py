@@ -41,6 +41,7 @@ def counted(fn):
         "clipseg",
         "owlvit",
         "owlv2",
+        "mlcd",
         "dinov3_vit",
     ],
 )

@@ -34,7 +34,7 @@ from foveate.families import Encoder, Family
 from foveate.families.rows import EncoderImage, raster_rows, token_grid
 from foveate.signals.cls_attention import class_row
 from foveate.signals.encoder_hooks import hides, signal_of
-from foveate.signals.rotary import rotated
+from foveate.signals.rotary import rotated, rotated_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,8 @@ class Encoding:
         self.input: Tensor | None = None  # of the layer that is running
         self.normed: Tensor | None = None  # the same, as its attention is given it
         self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
-        self.rotary: Any = None  # of the patches of now, in the layer that is running
+        self.rotary: Any = None  # of the rows of now, in the layer that is running
+        self.turning = False  # whether a layer is running whose projections turn by those
         self._proportional = False
         self._told: BatchRows | PackedRows | PaddedRows | None = None  # for the rows that remain
         self._restored = False
@@ -429,13 +430,18 @@ class Encoding:
         """What a layer that is about to run must be told."""
         told = self._translated(kwargs) if self.reduced else dict(kwargs)
         self.rotary = told.get("position_embeddings")
+        if self.encoder.shared_rotary and self.reduced:
+            cos, sin = (part[0, 0] for part in told["position_embeddings"])
+            told["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
         return told
 
     def _translated(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The same once tokens have been removed."""
         if self._told is None and kwargs.get("position_embeddings") is not None:
-            rows = self.layout.rows_of(self.layout.now)[:, self.encoder.special :]
-            self._told = BatchRows((rows - self.encoder.leading).clamp(min=0))
+            rows, special = self.layout.rows_of(self.layout.now), self.encoder.special
+            padding = torch.arange(rows.shape[1], device=rows.device).clamp(max=special)
+            rows = torch.where(rows < 0, padding, rows)
+            self._told = BatchRows(rows, special, self.layout.shape[-1] - special)
         if self._told is not None:
             kwargs = self._told.translate(kwargs)
         if self.encoder.relative:  # the bias of all rows is resized to as many as there are
@@ -482,7 +488,7 @@ class Encoding:
         """(G, 1, H, K) attention of the class token in the layer that is running."""
         assert self.taps is not None  # only asked for between the halves of a layer
         query, key = (self.taps[part].detach() for part in self.encoder.projections)
-        return self._of_class(query, rotated(key, self.rotary, self.encoder.heads), of)
+        return self._of_class(query[:, :1], key, of)
 
     @torch.no_grad()
     def ahead(self, layer: Any, hidden: Tensor, of: EncoderGroup) -> Tensor:
@@ -497,15 +503,23 @@ class Encoding:
                 getattr(attention, name)(part)
                 for name, part in zip(block.norms, (query, key), strict=True)
             )
-        return self._of_class(query, rotated(key, self.rotary, self.encoder.heads), of)
+        return self._of_class(query, key, of)
 
     def _of_class(self, query: Tensor, key: Tensor, of: EncoderGroup) -> Tensor:
-        """(B, 1, H, K) attention of the class token to tokens: to all their rows."""
-        special = self.encoder.special
+        """(B, 1, H, K) attention of the class token to tokens: to all their rows.
+
+        Args:
+            query: (B, 1, D) of the class token.
+            key: (B, N, D).
+            of: whose tokens.
+        """
+        special, heads = self.encoder.special, self.encoder.heads
+        query = rotated_class(query, self.rotary, heads, key.shape[1])
+        key = rotated(key, self.rotary, heads)
         if not self.reduced:
             key = self.encoder.specials_first(key)
         bias = self.scores if self.encoder.relative else self.bias
-        row = class_row(query, key, self.encoder.heads, special, bias).transpose(1, 2)
+        row = class_row(query, key, heads, special, bias).transpose(1, 2)
         row = torch.nn.functional.pad(row, (0, 0, special, 0))
         tokens = self._of(row if self.reduced else self.encoder.specials_apart(row), of)
         return tokens.unflatten(2, (-1, row.shape[2])).sum(2).transpose(1, 2)[:, None]

@@ -37,6 +37,7 @@ from foveate.families import Family
 from foveate.record.record import ImageRecord, Record
 from foveate.record.tiles import TokenBoxes
 from foveate.signals.encoder_hooks import EncoderSignals
+from foveate.signals.rotary import rotated
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -170,6 +171,9 @@ class VisionAttachment(Attachment):
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
                     self.tap(attention, name, functools.partial(self._tap, name))
+            if self.encoder.shared_rotary:
+                for name in self.encoder.projections:
+                    self.replace_forward(getattr(attention, name), self._rotate)
         if self._whole_after_layers and self._first < len(self.encoder.layers):
             self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
@@ -251,9 +255,8 @@ class VisionAttachment(Attachment):
         encoding = self.state.encoding
         if encoding is None:
             return None
-        hidden = args[0]
-        if len(args) > 1:
-            kwargs = {**kwargs, self.encoder.second: args[1]}
+        hidden, encoding.turning = args[0], False
+        kwargs = self._named(args[1:], kwargs)
         encoding.see(hidden, kwargs.get("attention_mask"))
         steps, told = self._before.get(number), encoding.tell(kwargs)
         if steps and encoding.removes(steps):
@@ -267,7 +270,26 @@ class VisionAttachment(Attachment):
         if encoding.reduced and self.encoder.masks_kernels:
             _check_not_run_again(module)
         encoding.bounds.append(boundaries(told))
+        encoding.turning = self.encoder.shared_rotary and encoding.reduced
         return ((hidden,), told) if encoding.reduced else None
+
+    def _named(self, by_place: Args, kwargs: Kwargs) -> Kwargs:
+        """What a layer is handed besides states, by name."""
+        return {**kwargs, **dict(zip(self.encoder.by_place, by_place, strict=False))}
+
+    @untraced
+    def _rotate(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """In place of a projection's forward: turn queries or keys, where layers cannot."""
+        return self._turned(forward_of(module, before)(*args, **kwargs))
+
+    @torch.compiler.disable
+    def _turned(self, output: Tensor) -> Tensor:
+        encoding = self.state.encoding
+        if encoding is None or not encoding.turning:
+            return output
+        return rotated(output, encoding.rotary, self.encoder.heads)
 
     def _signal(
         self,
@@ -384,7 +406,7 @@ class VisionAttachment(Attachment):
         module: nn.Module,
         before: Callable[..., Any] | None,
         hidden: Tensor,
-        *others: Tensor | None,
+        *by_place: Any,
         **kwargs: Any,
     ) -> Tensor:
         """A layer's forward with steps between its attention and its MLP."""
@@ -392,9 +414,8 @@ class VisionAttachment(Attachment):
         assert block is not None  # checked in the plan
         bias, removes = (None, False) if encoding is None else self._due(encoding, steps)
         if encoding is None or (bias is None and not removes):
-            return forward_of(module, before)(hidden, *others, **kwargs)
-        if others:
-            kwargs = {**kwargs, block.second: others[0]}
+            return forward_of(module, before)(hidden, *by_place, **kwargs)
+        kwargs = self._named(by_place, kwargs)
         encoding.taps = {}
         hidden = block.attend(module, hidden, bias=bias, **kwargs)
         hidden = self._between(encoding, steps if removes else [], hidden)

@@ -104,18 +104,25 @@ class PaddedRows:
 
 
 class BatchRows:
-    """The translation for images that are rows of a batch, whose patches have rotary positions.
+    """The translation for images that are rows of a batch, whose rows have rotary positions.
 
     Args:
-        patches: (B, K) which patch of its image each row after the special ones is; any for
-            padding.
+        rows: (B, N') which row of its image each row of now is; any for padding.
+        special: rows before the patches, which may have no positions.
+        patches: patches of an image, V.
     """
 
-    def __init__(self, patches: Tensor) -> None:
+    def __init__(self, rows: Tensor, special: int, patches: int) -> None:
+        self._rows = rows
+        self._special = special
         self._patches = patches
 
     def translate(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Keyword arguments of a layer, for the rows that remain: (B, 1, K, d) of (V, d)."""
-        rotary = kwargs["position_embeddings"]
-        turned = tuple(part[self._patches.to(part.device)][:, None] for part in rotary)
+        """Keyword arguments of a layer, for the rows that remain: (B, 1, K, d) of (V, d), or
+        (B, 1, N', d) of (N, d).
+        """
+        rotary, rows = kwargs["position_embeddings"], self._rows
+        if len(rotary[0]) == self._patches:
+            rows = rows[:, self._special :] - self._special
+        turned = tuple(part[rows.to(part.device)][:, None] for part in rotary)
         return {**kwargs, "position_embeddings": turned}

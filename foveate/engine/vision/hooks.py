@@ -379,9 +379,8 @@ class VisionAttachment(Attachment):
         encoding, number = self.state.encoding, planned.step.layer
         if encoding is None:
             return None
-        arguments = {**kwargs, self.encoder.second: masks[0]} if masks else dict(kwargs)
-        if self.encoder.second != "attention_mask":
-            arguments.pop(self.encoder.second, None)  # of each image, not of each row
+        arguments = self._named(masks, kwargs)
+        arguments.pop("dataset_index", None)  # of each image, not of each row
         if self.encoder.masks_kernels:
             arguments["attention_mask"] = encoding.bias
         told = [name for name, value in arguments.items() if isinstance(value, Tensor | tuple)]

@@ -74,6 +74,7 @@ def text_sizes(hidden: int, layers: int) -> dict[str, Any]:
         # latent attention
         "q_lora_rank": hidden // 2, "kv_lora_rank": hidden // 2, "v_head_dim": hidden // HEADS,
         "qk_nope_head_dim": hidden // HEADS, "qk_rope_head_dim": hidden // HEADS,
+        "index_n_heads": HEADS, "index_head_dim": hidden // HEADS,
         # inputs of layers
         "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": hidden // HEADS,
         # linear attention

@@ -79,6 +79,8 @@ def member_of(shape: Shape) -> Member:
         for name in ("layer_types", "mlp_layer_types", "layer_rope_theta"):
             if said := getattr(text, name, None):
                 setattr(text, name, (list(said) * shape.depth)[: shape.depth])
+        if hasattr(getattr(made, "vision_config", None), "drop_path_rate"):
+            made.vision_config.drop_path_rate = 0.0  # or two runs in training are not alike
         return made
 
     member: Member = type(kind.__name__, (kind,), {"config": config})()

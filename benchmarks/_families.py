@@ -35,6 +35,10 @@ TOWERS = {
 }
 TYPED = ("gemma3n",)  # which take no tower but of a config class of their own, that of timm
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+WINDOW = (  # sizes of layers with a window, where these have their own
+    "swa_num_attention_heads", "swa_num_key_value_heads", "swa_q_lora_rank", "swa_kv_lora_rank",
+    "swa_head_dim", "swa_qk_nope_head_dim", "swa_v_head_dim",
+)  # fmt: skip
 # Values of text models whose default config leaves them out, and builds no model without them.
 TEXT = {
     "cohere_compass": {
@@ -43,6 +47,7 @@ TEXT = {
     },
     "gemma3n": {"num_kv_shared_layers": 2},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "dots3_note": dict.fromkeys(WINDOW, 0),  # to be scaled
 }
 TILES = {
     "granite_docling": 1344,
@@ -61,7 +66,9 @@ CROP = 20  # side in patches of the crops of Phi-4 Multimodal
 
 def text_sizes(hidden: int, layers: int) -> dict[str, Any]:
     """Sizes of a text model, under all the names that families have for them."""
+    window = (HEADS, HEADS, hidden // 2, hidden // 2, *(hidden // HEADS * n for n in (2, 1, 1)))
     return {
+        **dict(zip(WINDOW, window, strict=True)),
         "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS // 2, "head_dim": hidden // HEADS,

@@ -75,7 +75,9 @@ def member_of(shape: Shape) -> Member:
     def config(self: Any) -> Any:
         made = kind.config(self)
         text = made.get_text_config()
-        text.num_hidden_layers, text.num_key_value_heads = shape.depth, shape.key_heads
+        text.num_hidden_layers = shape.depth
+        if not hasattr(text, "kv_lora_rank"):  # latents are expanded to all heads
+            text.num_key_value_heads = shape.key_heads
         for name in ("layer_types", "mlp_layer_types", "layer_rope_theta"):
             if said := getattr(text, name, None):
                 setattr(text, name, (list(said) * shape.depth)[: shape.depth])

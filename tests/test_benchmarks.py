@@ -65,16 +65,8 @@ def _script(name):
     return module
 
 
-# Still to be measured, with `python benchmarks/families.py --family NAME`. PyramidDrop has no layer
-# to rank by in Dots 3 Note.
-UNMEASURED = (
-    "chameleon",
-    "deepseek_ocr2",
-    "dots3_note",
-    "gemma4_unified",
-    "phi4_multimodal",
-    "unlimited_ocr",
-)
+# Still to be measured, with `python benchmarks/families.py --family NAME`.
+UNMEASURED: tuple[str, ...] = ()
 
 
 def test_every_family_was_measured():

@@ -35,6 +35,10 @@ TOWERS = {
 }
 TYPED = ("gemma3n",)  # which take no tower but of a config class of their own, that of timm
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+WINDOW = (  # sizes of layers with a window, where these have their own
+    "swa_num_attention_heads", "swa_num_key_value_heads", "swa_q_lora_rank", "swa_kv_lora_rank",
+    "swa_head_dim", "swa_qk_nope_head_dim", "swa_v_head_dim",
+)  # fmt: skip
 # Values of text models whose default config leaves them out, and builds no model without them.
 TEXT = {
     "cohere_compass": {
@@ -43,6 +47,7 @@ TEXT = {
     },
     "gemma3n": {"num_kv_shared_layers": 2},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "dots3_note": dict.fromkeys(WINDOW, 0),  # to be scaled
 }
 TILES = {
     "granite_docling": 1344,
@@ -50,16 +55,20 @@ TILES = {
     "smolvlm": 672,
 }  # pixels of a tile of 576 tokens, where tiles are images
 STACKED = (  # features of all images in one tensor, not in a list
-    "aria", "aya_vision", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid", "fast_vlm",
-    "gemma3", "gemma3n", "got_ocr2", "idefics3", "internvl", "janus", "ovis2", "paligemma",
-    "perception_lm", "pp_chart2table", "qianfan_ocr", "shieldgemma2", "smolvlm", "video_llava",
-    "vipllava",
+    "aria", "aya_vision", "chameleon", "cohere2_vision", "deepseek_vl", "deepseek_vl_hybrid",
+    "fast_vlm", "gemma3", "gemma3n", "got_ocr2", "idefics3", "internvl", "janus", "ovis2",
+    "paligemma", "perception_lm", "pp_chart2table", "qianfan_ocr", "shieldgemma2", "smolvlm",
+    "video_llava", "vipllava",
 )  # fmt: skip
+CAUSAL = ("phi4_multimodal",)  # causal language models to transformers, and no more
+CROP = 20  # side in patches of the crops of Phi-4 Multimodal
 
 
 def text_sizes(hidden: int, layers: int) -> dict[str, Any]:
     """Sizes of a text model, under all the names that families have for them."""
+    window = (HEADS, HEADS, hidden // 2, hidden // 2, *(hidden // HEADS * n for n in (2, 1, 1)))
     return {
+        **dict(zip(WINDOW, window, strict=True)),
         "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers, "num_attention_heads": HEADS,
         "num_key_value_heads": HEADS // 2, "head_dim": hidden // HEADS,
@@ -72,6 +81,7 @@ def text_sizes(hidden: int, layers: int) -> dict[str, Any]:
         # latent attention
         "q_lora_rank": hidden // 2, "kv_lora_rank": hidden // 2, "v_head_dim": hidden // HEADS,
         "qk_nope_head_dim": hidden // HEADS, "qk_rope_head_dim": hidden // HEADS,
+        "index_n_heads": HEADS, "index_head_dim": hidden // HEADS,
         # inputs of layers
         "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": hidden // HEADS,
         # linear attention
@@ -89,7 +99,7 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
         layers: its layers.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from foveate.families import FAMILIES
 
@@ -118,13 +128,19 @@ def random_model(model_type: str, hidden: int, layers: int) -> Any:
         parts[name] = _scaled(current, sizes, mrope, given)
         if name == "vision_config" and model_type in TILES:
             parts[name]["image_size"] = TILES[model_type]
+    if "text_config" not in default.sub_configs:  # the sizes of its text model are its own
+        parts = {**_scaled(default, text_sizes(hidden, layers), mrope=False), **parts}
+    if model_type in CAUSAL:
+        side = CROP * parts["vision_config"]["patch_size"]
+        parts["vision_config"] |= {"image_size": side, "crop_size": side, "image_token_id": IMAGE}
     if model_type in TOWERS:
         parts["vision_config"] = TOWERS[model_type]
     if model_type in TYPED:
         parts["vision_config"] = _stand_in(type(default.vision_config))(**parts["vision_config"])
     known = {**inspect.signature(kind).parameters, **default.to_dict()}
-    config = kind(**parts, **{n: v for n, v in whole.items() if n in known})
-    model = AutoModelForImageTextToText.from_config(config).eval()
+    config = kind(**{**parts, **{n: v for n, v in whole.items() if n in known}})
+    auto = AutoModelForCausalLM if model_type in CAUSAL else AutoModelForImageTextToText
+    model = auto.from_config(config).eval()
     model.generation_config.pad_token_id = 0
     return model
 
@@ -152,7 +168,7 @@ def _scaled(
     as fit.
     """
     values = {**config.to_dict(), **given}
-    sizes = {n: v for n, v in sizes.items() if n in values}
+    everywhere, sizes = sizes, {n: v for n, v in sizes.items() if n in values}
     if "patch_sizes" in values:  # which are those of so many layers
         sizes.pop("num_hidden_layers", None)
     listed = [n for n, v in sizes.items() if isinstance(values[n], list) and isinstance(v, int)]
@@ -172,7 +188,7 @@ def _scaled(
     if values.get("layer_types") and "sliding_window" in values:
         values["sliding_window"] = 4096  # no prompt is longer
     for name in config.sub_configs:
-        values[name] = _scaled(getattr(config, name), sizes, mrope)
+        values[name] = _scaled(getattr(config, name), everywhere, mrope)
     if mrope:
         share = 0.5 if config.model_type.startswith("glm") else 1.0
         total = int(values["hidden_size"] // HEADS * share) // 2
@@ -221,6 +237,31 @@ def _planes(family: Any, features: list[Any]) -> list[Any]:
     return [(layer, features) for layer in sorted({0, *named})]
 
 
+def _crops(model: Any, visual: int, generator: Any) -> dict[str, Any]:
+    """Empty crops of an image of so many tokens of Phi-4 Multimodal, to which nothing but them
+    brings features; instead of its tower, something random is read.
+    """
+    import torch
+
+    vision, cells = model.config.vision_config, CROP // 2
+    rest = visual - 1 - cells * (cells + 1)  # without the separator, the thumbnail and its newlines
+    height = max(n for n in range(1, math.isqrt(rest) + 1) if rest % n == 0)
+    width = rest // height - 1
+    rows, columns = -(-height // cells), -(-width // cells)
+    count, side = 1 + rows * columns, vision.image_size
+    seen = torch.zeros(rows * CROP, columns * CROP)
+    seen[: 2 * height, : 2 * width] = 1
+    seen = seen.view(rows, CROP, columns, CROP).transpose(1, 2).flatten(0, 1)
+    features = torch.randn(count, cells**2, vision.hidden_size, generator=generator) * 0.02
+    place = model.model.embed_tokens_extend.image_embed
+    place.get_img_features = lambda pixels, attention_mask: features
+    return {
+        "image_pixel_values": torch.zeros(1, count, 3, side, side),
+        "image_sizes": torch.tensor([[rows * side, columns * side]]),
+        "image_attention_mask": torch.cat((torch.ones(1, CROP, CROP), seen))[None].bool(),
+    }
+
+
 def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     """A prompt of `visual` image tokens amid `text` text tokens, with random features."""
     import torch
@@ -233,6 +274,8 @@ def prompt(model: Any, visual: int, text: int = 64) -> dict[str, Any]:
     ids = torch.randint(3, 900, (text,), generator=generator)
     half = text // 2
     ids = torch.cat((ids[:half], torch.full((visual,), token), ids[half:]))[None]
+    if family.model_type in CAUSAL:
+        return {"input_ids": ids, "logits_to_keep": 1, **_crops(model, visual, generator)}
     hidden = model.config.get_text_config().hidden_size
     late = family.late_projector("image")
     width = hidden if late is None else next(late.parameters()).shape[1]

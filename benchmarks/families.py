@@ -6,7 +6,8 @@ Random models with 576 visual and 64 text tokens, batch 1; 256 channels x 8 laye
 and 64 x 24 for decoding, so narrow that Python, not arithmetic, fills the time. `prefill` and
 `decode` are times of a session that keeps everything over times without a session. `overhead_us` is
 what a session of PyramidDrop adds to a decoded token in each layer, beyond the same model without a
-session, each of whose cache layers holds as many slots as PyramidDrop leaves there.
+session, each of whose cache layers holds as many slots as PyramidDrop leaves there. Where no layer
+can rank tokens, random ones are removed before the first.
 
 Where objects happen to lie in memory moves such small times by a few microseconds for as long as a
 process lives. So each family is measured in several processes, and their times are taken together.
@@ -19,13 +20,15 @@ so. Without it, the file is written anew.
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import multiprocessing
 import random
 import statistics
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,15 +42,19 @@ from transformers import DynamicCache  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import foveate  # noqa: E402
+from foveate.core import Method  # noqa: E402
 from foveate.families import FAMILIES, find_family  # noqa: E402
 from foveate.families.plain import PlainEncoder  # noqa: E402
 from foveate.families.retrieval import Retriever  # noqa: E402
-from foveate.methods import PyramidDrop  # noqa: E402
+from foveate.methods import PyramidDrop, Random  # noqa: E402
 from foveate.run import Session  # noqa: E402
 
 VISUAL, TOKENS = 576, 40
 BLOCK = 8  # tokens decoded in a row
 WIDE, DEEP = (256, 8), (64, 24)  # channels and layers, for the prefill and for decoding
+SLOTS = {  # tensors of cache layers -> the axis of their slots
+    "keys": 2, "values": 2, "prefill_keys": 2, "prefill_values": 2, "indexer_keys": 1,
+}  # fmt: skip
 
 
 def family_names() -> list[str]:
@@ -56,10 +63,14 @@ def family_names() -> list[str]:
     return sorted(name for name, kind in FAMILIES.items() if not issubclass(kind, left_out))
 
 
-def pyramid(model: Any, *, keep_all: bool) -> PyramidDrop:
-    """PyramidDrop at legal layers, about a quarter and three quarters down."""
+def pyramid(model: Any, *, keep_all: bool) -> Method:
+    """PyramidDrop at legal layers, about a quarter and three quarters down; where no layer can rank
+    tokens, as in Dots 3 Note, a random quarter of them before the first.
+    """
     family = find_family(model)
     legal = [i for i in family.attention_layers if i >= max(1, family.first_llm_layer)]
+    if not legal:
+        return Random(1.0 if keep_all else 0.25)
     places = (family.text_layers // 4, family.text_layers * 3 // 4)
     layers = tuple(dict.fromkeys(min(legal, key=lambda i: abs(i - at)) for at in places))
     keep = (1.0,) * len(layers) if keep_all else (0.5, 0.125)[-len(layers) :]
@@ -68,18 +79,21 @@ def pyramid(model: Any, *, keep_all: bool) -> PyramidDrop:
 
 @dataclass
 class Contender:
-    """A prompt, the session that it is run in, if any, and slots cut off each cache layer."""
+    """A prompt, the session that it is run in, if any, and slots cut off each cache layer; whether
+    masks must be cut with them.
+    """
 
     inputs: dict[str, Any]
     session: Session | None = None
     cut: list[int] = field(default_factory=list)
+    masked: bool = False
     cache: DynamicCache | None = None
     seconds: list[float] = field(default_factory=list)
 
     def forwards(self, model: Any, given: list[dict[str, Any]]) -> list[float]:
         """CPU seconds of forwards under one session; attaching is not counted."""
         seconds = []
-        with self.session or nullcontext():
+        with self.session or (masks_cut(model, self.cut) if self.masked else nullcontext()):
             for inputs in given:
                 start = time.process_time()
                 model(**inputs, past_key_values=self.cache)
@@ -93,9 +107,63 @@ class Contender:
         ones, the last of a model, have no cache layer, or an empty one.
         """
         for layer, count in zip(self.cache.layers, self.cut, strict=False):
-            if getattr(layer, "keys", None) is not None:
-                layer.keys = layer.keys[:, :, count:].contiguous()
-                layer.values = layer.values[:, :, count:].contiguous()
+            for name, axis in SLOTS.items():
+                held = getattr(layer, name, None)
+                if held is not None and held.numel():
+                    left = held.narrow(axis, count, held.shape[axis] - count).contiguous()
+                    setattr(layer, name, left)
+
+
+def gives_masks(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether layers are handed masks for a token decoded after a prompt, without padding."""
+    masks, layers = [], find_family(model).layers
+
+    def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.append(kwargs.get("attention_mask"))
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    model(**inputs, past_key_values=cache)
+    hooks = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
+    model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    for hook in hooks:
+        hook.remove()
+    return any(mask is not None for mask in masks)
+
+
+@contextmanager
+def masks_cut(model: Any, cut: list[int]) -> Iterator[None]:
+    """Hand each layer the columns of its mask that its shortened cache layer has slots for.
+
+    In transformers one cache layer of each kind says how long the masks of all are. Nothing is
+    hidden from a token decoded here, so that all columns are alike, and the last ones serve. This
+    adds a microsecond or two to a layer of the model without a session.
+    """
+    layers = find_family(model).layers
+    known: dict[tuple[int, int], tuple[Any, Any]] = {}  # layers cut alike share a mask
+
+    def forward(number: int, layer: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        mask = kwargs["attention_mask"]
+        key = cut[number], id(mask)
+        if (made := known.get(key)) is None or made[0] is not mask:
+            slots = slots_of(kwargs["past_key_values"].layers[number]) + hidden.shape[1]
+            gone = 0 if mask is None else mask.shape[3] - slots
+            made = known[key] = mask, mask.narrow(3, gone, slots) if gone > 0 else mask
+        kwargs["attention_mask"] = made[1]
+        return type(layer).forward(layer, hidden, *args, **kwargs)
+
+    for number, layer in enumerate(layers):
+        layer.forward = functools.partial(forward, number, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def slots_of(layer: Any) -> int:
+    """Slots of a cache layer; those of Unlimited-OCR keep the prompt's apart."""
+    held = (getattr(layer, name, None) for name in ("keys", "prefill_keys"))
+    return sum(keys.shape[2] for keys in held if keys is not None and keys.numel())
 
 
 def in_turn(model: Any, contenders: dict[str, Contender], rounds: int, tokens: int) -> None:
@@ -147,7 +215,7 @@ def measure(name: str, rounds: int) -> dict[str, list[float]]:
     decode = {
         "bare": Contender(inputs),
         "attached": Contender(inputs, foveate.use(model, pyramid(model, keep_all=True))),
-        "shortened": Contender(inputs, cut=cut),
+        "shortened": Contender(inputs, cut=cut, masked=gives_masks(model, inputs)),
         "pruned": Contender(inputs, foveate.use(model, drop)),
     }
     in_turn(model, decode, rounds, TOKENS)

@@ -155,7 +155,8 @@ def families() -> str:
         f"{result['model']}, batch 1, features handed in, medians and quartiles. The first columns "
         "are times of a session that removes nothing over times without a session. Then what a "
         "session of PyramidDrop adds per layer and generated token, in microseconds, beyond a "
-        "model without one whose cache layers are cut as short, and what a layer takes there. "
+        "model without one whose cache layers are cut as short, and what a layer takes there. In "
+        "Dots 3 Note, of which no layer can rank tokens, a random quarter is kept instead. "
         "Models for decoding are so narrow that Python fills the time. Each family was measured in "
         f"{result['runs']} processes with {result['rounds']} rounds each, unless its name is "
         f"followed by other numbers. {about(result)}",

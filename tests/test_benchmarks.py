@@ -65,22 +65,33 @@ def _script(name):
     return module
 
 
-# Still to be measured, with `python benchmarks/families.py --family NAME`. PyramidDrop has no layer
-# to rank by in Dots 3 Note.
-UNMEASURED = (
-    "chameleon",
-    "deepseek_ocr2",
-    "dots3_note",
-    "gemma4_unified",
-    "phi4_multimodal",
-    "unlimited_ocr",
-)
+# Still to be measured, with `python benchmarks/families.py --family NAME`.
+UNMEASURED: tuple[str, ...] = ()
 
 
 def test_every_family_was_measured():
     result = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())
     unread = {n for n, kind in FAMILIES.items() if issubclass(kind, (PlainEncoder, Retriever))}
     assert tuple(sorted(set(FAMILIES) - unread - set(result["rows"]))) == UNMEASURED
+
+
+@pytest.mark.parametrize("name", ["dots3_note", "gemma4_unified", "unlimited_ocr"])
+@torch.inference_mode()
+def test_every_cache_layer_is_cut_as_short_as_a_session_leaves_it(monkeypatch, name):
+    """And every layer gets a mask of as many columns."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr("_bench.warm_heap", lambda: None)
+    script, families = _script("families"), importlib.import_module("_families")
+    model = families.random_model(name, 64, 7)
+    inputs, token = families.prompt(model, 36), {"input_ids": torch.tensor([[7]])}
+    cut = [0, 5, 5, 5, 5, 9, 20]
+    assert script.gives_masks(model, inputs)
+    run = script.Contender(inputs, cut=cut, masked=True)
+    run.cache = script.DynamicCache(config=model.config.get_text_config())
+    run.forwards(model, [inputs])
+    run.shorten()
+    run.forwards(model, [token, token])
+    assert [script.slots_of(layer) for layer in run.cache.layers] == [102 - n for n in cut]
 
 
 def test_a_row_measured_with_less_effort_says_so(table):

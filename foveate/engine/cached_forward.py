@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from foveate.engine.attentions import Seen, widen_maps
 from foveate.engine.cache import PrunedLayer, PrunedStaticLayer
+from foveate.engine.compilation import untraced
 from foveate.engine.extensions.base import Extension
 from foveate.engine.kernels import takes_2d_masks
 from foveate.engine.layout import Layout
@@ -73,7 +74,7 @@ class CachedForward:
                     after = self._after[id(before)] = before.grow(key, self._length)
                 held.incoming = after
 
-    @torch.compiler.disable
+    @untraced  # to disable the compiler takes 2 us, so that is done where something is to be made
     def enter(
         self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs
     ) -> tuple[Tensor | None, Tensor, Kwargs]:
@@ -89,10 +90,14 @@ class CachedForward:
                 changes = self._views[key] = self._view(donor, before, hidden, kwargs)
                 self._named.append((mask, rotary))
             kwargs.update(changes)
-        for extension in self.extensions:
-            if (output := extension.run(number, layer, hidden, kwargs)) is not None:
-                return output, hidden, kwargs
-        return None, hidden, kwargs
+        output = self._run(number, layer, hidden, kwargs) if self.extensions else None
+        return output, hidden, kwargs
+
+    @torch.compiler.disable
+    def _run(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor | None:
+        """The layer as an extension runs it; `None` where none does."""
+        outputs = (extension.run(number, layer, hidden, kwargs) for extension in self.extensions)
+        return next((output for output in outputs if output is not None), None)
 
     def leave(self, output: Any) -> Any:
         """Bring attention maps back to logical length, in place."""
@@ -110,6 +115,7 @@ class CachedForward:
         """The cache layer of a decoder layer, if it is pruned."""
         return None if self._before[number] is None else self._layers[number]
 
+    @torch.compiler.disable
     def _view(self, number: int, before: Slots, hidden: Tensor, kwargs: Kwargs) -> dict[str, Any]:
         """What layers are told that share slots."""
         after = self._after[id(before)]

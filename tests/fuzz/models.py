@@ -75,10 +75,14 @@ def member_of(shape: Shape) -> Member:
     def config(self: Any) -> Any:
         made = kind.config(self)
         text = made.get_text_config()
-        text.num_hidden_layers, text.num_key_value_heads = shape.depth, shape.key_heads
+        text.num_hidden_layers = shape.depth
+        if not hasattr(text, "kv_lora_rank"):  # latents are expanded to all heads
+            text.num_key_value_heads = shape.key_heads
         for name in ("layer_types", "mlp_layer_types", "layer_rope_theta"):
             if said := getattr(text, name, None):
                 setattr(text, name, (list(said) * shape.depth)[: shape.depth])
+        if hasattr(getattr(made, "vision_config", None), "drop_path_rate"):
+            made.vision_config.drop_path_rate = 0.0  # or two runs in training are not alike
         return made
 
     member: Member = type(kind.__name__, (kind,), {"config": config})()

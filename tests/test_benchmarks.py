@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,19 @@ def table():
 def test_the_page_is_made_from_the_results(table):
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert page == table.page(), "run python benchmarks/table.py"
+
+
+def test_the_page_on_segmentation_is_made_from_the_results():
+    script = _script("dtop_figure")
+    result = json.loads(script.RESULT.read_text())
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.page(page, result), "run python benchmarks/dtop_figure.py"
+    assert script.FIGURE.read_text() == script.figure(result)
+    for of in result["results"]:
+        rows = of["rows"]
+        assert rows[0]["threshold"] == 1.0
+        assert rows[0]["left"] == [0.0, 0.0]
+        assert all(one["gflops"] >= two["gflops"] for one, two in pairwise(rows))
 
 
 def test_the_published_figures_are_those_of_the_script():

@@ -104,9 +104,27 @@ def test_page_on_retrieval_runs_and_prints_what_it_shows(capsys):
         assert float(got[-4:]) == pytest.approx(float(want[-4:]), abs=0.05)
 
 
+def test_page_on_segmentation_runs(monkeypatch, tmp_path, capsys):
+    page = (ROOT / "docs" / "segmentation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        exec(compile(code, "segmentation.md", "exec"), names)
+    assert "of 256" in capsys.readouterr().out
+    assert (tmp_path / "out" / "foveate.safetensors").is_file()
+    assert names["faster"].heads[0] is names["heads"][0]
+
+
 @pytest.mark.parametrize(
     "name",
-    ["add-a-method.md", "how-it-works.md", "architecture.md", "retrieval.md", "serving.md"],
+    [
+        "add-a-method.md",
+        "how-it-works.md",
+        "architecture.md",
+        "retrieval.md",
+        "segmentation.md",
+        "serving.md",
+    ],
 )
 def test_links_of_the_pages_lead_somewhere(name):
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")

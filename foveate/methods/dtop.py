@@ -106,17 +106,17 @@ class DToP(Method):
             UnsupportedModelError: there are no heads.
             LayerError: an exit is not before the last layer.
         """
-        if self.exits[-1] + 1 >= model.vision_layers:
-            raise LayerError(
-                f"dtop lets tokens leave after layer {self.exits[-1]}, but this "
-                f"{model.model_type} has layers 0 to {model.vision_layers - 1}, of which the last "
-                "is everyone's exit"
-            )
         if self.heads is None and self.classes is None:
             raise UnsupportedModelError(
                 f"'dtop' decides by a head at each exit that labels tokens, which "
                 f"{model.model_type!r} does not have; give heads=..., a module for each exit, or "
                 "classes=... and train its own heads with foveate.prepare"
+            )
+        if self.exits[-1] + 1 >= model.vision_layers:
+            raise LayerError(
+                f"dtop lets tokens leave after layer {self.exits[-1]}, but this "
+                f"{model.model_type} has layers 0 to {model.vision_layers - 1}, of which the last "
+                "is everyone's exit"
             )
         return tuple(Step("vision", exit + 1, effects=("ragged", "exit")) for exit in self.exits)
 

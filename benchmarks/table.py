@@ -122,6 +122,29 @@ def tome() -> str:
     ])  # fmt: skip
 
 
+def attending() -> str:
+    """Methods that compute the attention of an encoder layer in another way."""
+    result = load("attending")
+    rows = []
+    for name, row in result["rows"].items():
+        for contender, speed in row["speed-up"].items():
+            ours = contender == "foveate"
+            rows.append([
+                f"{name}, {row['tokens']:,} tokens" if ours else contender,
+                f"{speed['median']:.2f}x", f"{speed['q25']:.2f} to {speed['q75']:.2f}",
+                f"{row['predicted']:.2f}x" if ours else "",
+                f"{row['predicted with projections']:.2f}x" if ours else "",
+            ])  # fmt: skip
+    return "\n\n".join([
+        "## Attention of encoder layers",
+        f"One layer of width {result['width']:,} and {result['heads']} heads, batch 1, over the "
+        "plain kernel; projections are left out, and their share is in the last column. Below each "
+        "method, a transcription of its card that takes one image at a time and makes the same. "
+        f"{about(result)}",
+        table(["", "speed-up", "quartiles", "predicted", "with projections"], rows),
+    ])  # fmt: skip
+
+
 def _label(name: str, result: dict[str, Any], row: dict[str, Any]) -> str:
     """A family's name, and what its row was measured with where that is not the table's."""
     effort = {what: row.get(what, result[what]) for what in ("runs", "rounds")}
@@ -264,7 +287,7 @@ def _bold(text: str, bold: bool) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = [prefill(), speed(), decode(), families(), scoring(), selection(), tome()]
+    parts = [prefill(), speed(), decode(), families(), scoring(), selection(), tome(), attending()]
     return "\n\n".join([INTRO.strip(), *parts]) + "\n"
 
 

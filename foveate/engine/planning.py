@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -189,7 +190,16 @@ def _check_attend(family: Family, planned: PlannedStep) -> None:
     if planned.step.whole and not encoder.gridded:
         raise UnsupportedModelError(
             f"{does} by the grid of patches, which in {family.model_type!r} may differ from image "
-            "to image, with padding after it"
+            "to image, with padding or gaps"
+        )
+    layer = encoder.layers[planned.step.layer]
+    if (
+        "around" in effects
+        and "position_embeddings" in inspect.signature(type(layer).forward).parameters
+    ):
+        raise UnsupportedModelError(
+            f"{method.slug} lets some rows go through encoder layers, but those of this "
+            f"{family.model_type!r} are told the position of every row"
         )
     if encoder.relative and (planned.step.whole or "around" in effects):
         raise UnsupportedModelError(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
 
-TOLD = frozenset(("spatial_shapes", "patch_attention_mask", "pixel_attention_mask"))
-"""What encoders are told of images whose grids differ, or have padding after them."""
+TOLD = frozenset(("spatial_shapes", "patch_attention_mask", "pixel_attention_mask", "noise"))
+"""What encoders are told of images whose grids differ, or have padding after them or gaps."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Encoder:
     @property
     def gridded(self) -> bool:
         """Whether the patches of all images of a batch fill one grid, in raster order: the encoder
-        is told nothing of grids or of padding.
+        is told nothing of grids, padding or gaps.
         """
         forwards = (inspect.signature(type(of).forward) for of in (self.tower, self.entry))
         return all(TOLD.isdisjoint(forward.parameters) for forward in forwards)

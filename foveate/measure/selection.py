@@ -16,7 +16,6 @@ from typing import Any
 
 from foveate.core import LayerShape, Method, ModelFacts, PerRequest, Step
 from foveate.core.step import entries, site_of
-from foveate.engine.vision.encoder_group import patch_grid
 from foveate.errors import UnsupportedModelError
 from foveate.measure.latents import LatentAttention
 from foveate.measure.mixers import Attention
@@ -247,15 +246,11 @@ def attending_flops(record: Record, family: Any, traced: Traced, steps: Sequence
         traced: what the encoder did with all tokens.
         steps: what methods wanted to do.
     """
-    total, (images, full) = 0, traced.rows
+    total, special = 0, family.encoder.special if family.encoder is not None else 0
+    frames, *grid = traced.patches
     for of in (acted for acted in steps if "attend" in acted.step.effects):
-        encoder = family.encoder
-        frames = record.images[0].frames if not traced.shapes else 1
-        pixels = next(iter(record.encoded.values())).get("pixel_values")
-        patches = (full - encoder.special) // frames
-        grid = patch_grid(family, encoder.tower.config, pixels, patches)
         rows, _ = record.encoder_tokens[of.step.layer]
-        shape = LayerShape(rows, encoder.special, grid, frames, traced.width)
+        shape = LayerShape(rows, special, (grid[0], grid[1]), frames, traced.width)
         plain = 4 * traced.width * rows**2
-        total += images * (of.method.attend_flops(of.step, shape) - plain)
+        total += traced.rows[0] * (of.method.attend_flops(of.step, shape) - plain)
     return total

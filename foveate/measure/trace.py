@@ -25,8 +25,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.core.tokens import Shape
 from foveate.engine.features import pooled
 from foveate.engine.inputs import bound
+from foveate.engine.vision.encoder_group import patch_grid
 from foveate.engine.vision.segments import boundaries
-from foveate.families import Family, find_family
+from foveate.families import Encoder, Family, find_family
 from foveate.families.projection import project
 
 Frozen: TypeAlias = tuple[tuple[str, Any], ...]
@@ -52,6 +53,7 @@ class Traced:
         weights: of each layer's matrices, those of the attention, and those others that a row
             passes: of experts, the ones that are chosen for it.
         width: of the encoder's rows.
+        patches: (frames, height, width) of each image where images are rows of a batch.
     """
 
     embedding: int
@@ -62,6 +64,7 @@ class Traced:
     pairs: tuple[int, ...] = ()
     weights: tuple[tuple[int, int], ...] = ()
     width: int = 0
+    patches: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def tower(self) -> int:
@@ -201,6 +204,7 @@ class _Run:
         self.pairs: dict[int, int] = {}
         self.others: dict[int, int] = {}  # weights outside the attention that a row passes
         self._attention = 0  # FLOPs of attention modules that were run
+        self._told: Mapping[str, Any] = {}  # what the encoder was called with
         self._image_rows: list[int] = []  # rows of each image, where all lie in one sequence
         self._seen: dict[Any, tuple[Any, int, int]] = {}
 
@@ -220,6 +224,8 @@ class _Run:
         if encoder is not None and encoder.packed is not None and not encoder.padded:
             look = functools.partial(self._look, encoder.packed, family.side(modality))
             handles.append(encoder.tower.register_forward_pre_hook(look, with_kwargs=True))
+        if encoder is not None and encoder.packed is None and encoder.block is not None:
+            handles.append(encoder.entry.register_forward_pre_hook(self._note, with_kwargs=True))
         for number, layer in enumerate(layers):
             layer.forward = functools.partial(self._layer, number, layer, layer.forward)
             if encoder is not None and encoder.block is not None:
@@ -240,8 +246,20 @@ class _Run:
         of_attention, width = _matrices(encoder)
         weights = tuple(zip(of_attention, others, strict=True))
         return Traced(
-            self.embedding, of_layers, projector, shapes, self.rows, pairs, weights, width
-        )
+            self.embedding, of_layers, projector, shapes, self.rows, pairs, weights, width,
+            self._patches(encoder),
+        )  # fmt: skip
+
+    def _patches(self, encoder: Encoder | None) -> tuple[int, int, int]:
+        if encoder is None or not self._told:
+            return 0, 0, 0
+        if encoder.patches is not None:
+            return encoder.patches(self._told)
+        pixels, count = self._told.get("pixel_values"), self.rows[1] - encoder.special
+        return 1, *patch_grid(self.family, encoder.tower.config, pixels, count)
+
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._told = bound(type(module).forward.__get__(module), args, kwargs)
 
     def _encode(self, modality: str, arguments: Mapping[str, Any]) -> tuple[Shape, ...]:
         if not self.family.text_layers:

@@ -81,6 +81,11 @@ class ToC3D(Approximate):
             FoveateError: another field does not fit.
         """
         super().check_fields()
+        if self.queries is not None and not callable(self.queries):
+            raise FoveateError(
+                "queries must be a function of nothing that returns them, got "
+                f"{quoted(self.queries)} in {self.slug}"
+            )
         scored = self.scored
         if scored is not None and (not scored or list(scored) != sorted(set(scored))):
             raise LayerError(f"scored must be ascending and distinct, got {quoted(scored)}")

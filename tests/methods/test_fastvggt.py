@@ -17,7 +17,8 @@ from foveate.ops.merge_map import merge_map, one_of_each_cell, strided
 from tests.tinies import prompts, tiny_llava
 from tests.vision.encoders import ENCODERS, SPECIAL, build, images, row_of
 
-GRIDDED = [name for name in ENCODERS if name != "siglip2"]
+GRIDDED = ["vit", "deit", "dinov2", "dinov2-registers", "clip", "siglip", "dinov3_vit"]
+VIDEO = LayerShape(1 + 36, 1, (3, 6), 2, 32)  # frames of tubelets
 
 
 def layer_of(shape, images=2, heads=2, seed=0):
@@ -181,7 +182,7 @@ def test_similarities_in_chunks_are_the_same(monkeypatch):
 # -- in encoders
 
 
-@pytest.mark.parametrize("name", GRIDDED)
+@pytest.mark.parametrize("name", [*GRIDDED, "vivit"])
 def test_an_encoder_attends_as_its_layers_by_hand(name):
     """The states of each layer, by those before it and the loops above."""
     model, inputs = build(ENCODERS, name), images(2, name=name)
@@ -197,7 +198,8 @@ def test_an_encoder_attends_as_its_layers_by_hand(name):
     assert len(seen) == 4
     for layer, got in seen:
         special = SPECIAL.get(name, 0)
-        assert layer.shape == LayerShape(special + 36, special, (6, 6), 1, 32)
+        image = LayerShape(special + 36, special, (6, 6), 1, 32)
+        assert layer.shape == (VIDEO if name == "vivit" else image)
         into = FastVGGT().destinations(layer.shape).tolist()
         torch.testing.assert_close(got, by_hand(layer, into, 0.6, 0.1), rtol=0, atol=1e-4)
     assert all(len(kept) == 36 for image in run.kept for kept in image.values())
@@ -254,6 +256,15 @@ def test_predicted_flops_equal_the_ones_torch_counts(name, method, size):
     counter = FlopCounterMode(display=False)
     with foveate.use(model, method) as run, torch.no_grad(), counter:
         model(pixels, **more)
+    assert account(run.record, run.family, run.methods).total == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_predicted_flops_of_a_video(method):
+    """Of which the first frame stays what it is."""
+    model, counter = build(ENCODERS, "vivit", "eager"), FlopCounterMode(display=False)
+    with foveate.use(model, method) as run, torch.no_grad(), counter:
+        model(**images(2, name="vivit"))
     assert account(run.record, run.family, run.methods).total == counter.get_total_flops()
 
 

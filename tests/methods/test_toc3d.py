@@ -16,7 +16,7 @@ from foveate.methods.toc3d import TwoSpeeds
 from tests.methods.conftest import Facts
 from tests.vision.encoders import ENCODERS, SPECIAL, build, images, row_of
 
-GRIDDED = [name for name in ENCODERS if name != "siglip2"]
+GRIDDED = ["vit", "deit", "dinov2", "dinov2-registers", "clip", "siglip"]
 
 
 def layer_by_hand(layer, states, special, scores, share):
@@ -264,3 +264,8 @@ def test_defaults_and_registration():
     assert isinstance(method, ToC3D)
     assert (method.share, method.scored, method.score) == ((0.7, 0.5, 0.5), None, None)
     assert not method.removes
+
+
+def test_queries_are_a_function():
+    with pytest.raises(FoveateError, match="queries must be a function"):
+        ToC3D(queries=torch.zeros(2, 4))

@@ -18,6 +18,10 @@ from tests.conformance.zoo import MEMBERS
 from tests.tinies import prompts, tiny_llava
 from tests.vision.encoders import ENCODERS, HEADS, LAYERS, PATCHES, build, images, row_of
 
+GRIDS = {"ast": (4, 9), "vivit": (3, 6), "vit_mae": (1, 36)}
+UNGRIDDED = ("siglip2", "vit_mae")  # whose patches fill no grid that is known
+ROTARY = ("dinov3_vit",)  # whose layers are told the position of every row
+
 
 @dataclass(frozen=True)
 class Attending(Method):
@@ -117,7 +121,7 @@ def test_a_method_sees_queries_keys_and_values_as_the_kernel_would(name):
     assert layer.query.shape == (3, 4, special + PATCHES, 8)
     assert layer.mask is None
     assert torch.equal(tokens.x, states[:, special:])
-    assert tokens.grid == (6, 6)
+    assert tokens.grid == GRIDS.get(name, (6, 6))
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip"])
@@ -342,7 +346,7 @@ class Whole(Around):
         return passed
 
 
-@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "siglip2"])
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n not in UNGRIDDED + ROTARY])
 def test_all_tokens_around_a_layer_change_no_bit(name):
     model, inputs = build(ENCODERS, name), images(name=name)
     with torch.no_grad():
@@ -353,7 +357,7 @@ def test_all_tokens_around_a_layer_change_no_bit(name):
     assert torch.equal(got.last_hidden_state, want.last_hidden_state)
 
 
-@pytest.mark.parametrize("name", [n for n in ENCODERS if n != "siglip2"])
+@pytest.mark.parametrize("name", [n for n in ENCODERS if n not in UNGRIDDED + ROTARY])
 def test_some_tokens_go_through_a_layer_and_all_are_there_after_it(name):
     model, inputs = build(ENCODERS, name, "eager"), images(name=name)
     special, counter = find_family(model).encoder.special, FlopCounterMode(display=False)
@@ -397,6 +401,13 @@ def test_a_method_must_hand_over_as_many_tokens_as_it_promises():
     model = build(ENCODERS, "vit")
     with foveate.use(model, Loose()), pytest.raises(FoveateError, match="promises that 5 of 36"):
         model(**images())
+
+
+@pytest.mark.parametrize("name", UNGRIDDED + ROTARY)
+def test_layers_that_are_told_of_each_row_are_not_acted_around(name):
+    match = "told the position" if name in ROTARY else "may differ from image to image"
+    with pytest.raises(UnsupportedModelError, match=match):
+        foveate.use(build(ENCODERS, name), Whole())
 
 
 def test_what_does_not_go_with_a_step_around_a_layer_is_refused():

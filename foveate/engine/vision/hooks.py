@@ -383,7 +383,7 @@ class VisionAttachment(Attachment):
         arguments.pop("dataset_index", None)  # of each image, not of each row
         if self.encoder.masks_kernels:
             arguments["attention_mask"] = encoding.bias
-        told = [name for name, value in arguments.items() if isinstance(value, Tensor | tuple)]
+        told = [name for name, value in arguments.items() if _of_rows(value, hidden.shape[-2])]
         if told:
             raise UnsupportedModelError(
                 f"{planned.method.slug} lets some rows go through encoder layer {number}, but this "
@@ -506,3 +506,10 @@ def _check_not_run_again(layer: nn.Module) -> None:
             "mask that foveate hands to its kernel is gone; turn it off "
             "(`gradient_checkpointing_disable()`)"
         )
+
+
+def _of_rows(value: Any, rows: int) -> bool:
+    """Whether an argument of a layer says something of each of its rows."""
+    if isinstance(value, tuple):
+        return any(_of_rows(part, rows) for part in value)
+    return isinstance(value, Tensor) and rows in value.shape[-2:]

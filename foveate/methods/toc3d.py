@@ -81,7 +81,7 @@ class ToC3D(Approximate):
             FoveateError: another field does not fit.
         """
         super().check_fields()
-        if self.queries is not None and not callable(self.queries):
+        if self.queries is not None and not _is_function(self.queries):
             raise FoveateError(
                 "queries must be a function of nothing that returns them, got "
                 f"{quoted(self.queries)} in {self.slug}"
@@ -178,3 +178,7 @@ class ToC3D(Approximate):
 
 def _wide(index: Tensor, states: Tensor) -> Tensor:
     return index[..., None].expand(-1, -1, states.shape[-1])
+
+
+def _is_function(value: object) -> bool:
+    return callable(value) and not isinstance(value, type)

@@ -27,6 +27,7 @@ from foveate.families.decoder_layer import last_norm_of
 from foveate.signals import SIGNALS, DecoderSignal
 from foveate.signals.latent_view import view_of
 from foveate.signals.layer_view import LayerView
+from foveate.signals.signal import over_layers
 
 
 class DecoderSignals:
@@ -115,7 +116,7 @@ class DecoderSignals:
                 signals[need.name] = signal.of_positions(images)
             else:
                 found = [self._at(signal, number, images) for number in need.layers]
-                signals[need.name] = torch.stack(found, 1)
+                signals[need.name] = over_layers(need, found)
         return signals
 
     def _at(self, signal: DecoderSignal, number: int, images: _ImageTokens) -> Tensor:

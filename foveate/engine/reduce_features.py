@@ -25,6 +25,7 @@ from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt import PromptContext
 from foveate.errors import LayerError
 from foveate.signals import SIGNALS, PromptSignal
+from foveate.signals.signal import over_layers
 
 
 def mark(
@@ -225,7 +226,7 @@ def _signal(
         [encoded.signals[need.name, layer][source[i]] for layer in need.layers]
         for i in part.numbers
     ]
-    rows = torch.stack([torch.stack(image) for image in images])
+    rows = torch.stack([over_layers(need, image, 0) for image in images])
     index = part.index[:, None, None].expand(-1, rows.shape[1], rows.shape[2], -1)
     return rows.gather(3, index.to(rows.device))
 

@@ -79,6 +79,11 @@ def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
+def heads_of(attention: Any) -> int:
+    """Query heads of an attention with separate projections, of which some may have been pruned."""
+    return attention.q_proj.out_features // attention.head_dim
+
+
 def last_norm_of(text: Any) -> Any:
     """The norm of a text model after its last decoder layer."""
     return _first(text, LAST_NORMS)

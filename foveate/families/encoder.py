@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.errors import UnsupportedModelError
 from foveate.families.block import Block, split
 from foveate.families.rows import EncoderImage
 
 TOLD = frozenset(("spatial_shapes", "patch_attention_mask", "pixel_attention_mask", "noise"))
 """What encoders are told of images whose grids differ, or have padding after them or gaps."""
+
+HEAD_WIDTHS = ("head_dim", "attention_head_size")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Encoder:
     Args:
         layers: its transformer layers.
         attention: the attention module of a layer.
-        heads: attention heads.
+        heads: attention heads, as the config says; see `heads_of`.
         class_token: whether row 0 is a class token.
         projections: modules of the attention whose outputs are queries and keys, (B, N, D) each, or
             one for queries, keys and values together.
@@ -132,18 +136,48 @@ class Encoder:
         leading, trailing, patches = states.split((self.leading, self.trailing, count), 1)
         return torch.cat((leading, patches, trailing), 1)
 
+    @cached_property
+    def head_width(self) -> int | None:
+        """Width of a head, as the attention of layers says; `None` if it does not.
+
+        Raises:
+            UnsupportedModelError: it differs between layers.
+        """
+        widths = {
+            next((getattr(of, name) for name in HEAD_WIDTHS if hasattr(of, name)), None)
+            for of in map(self.attention, self.layers)
+        }
+        if len(widths) > 1:
+            raise UnsupportedModelError(
+                "attention of the encoder cannot be read: its heads are not equally wide in all "
+                "layers; prune whole heads, or as much of each layer's"
+            )
+        return widths.pop()
+
+    def heads_of(self, width: int) -> int:
+        """Heads of a layer, which may have lost some.
+
+        Args:
+            width: of all its queries.
+        """
+        return self.heads if self.head_width is None else width // self.head_width
+
     def projected(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """(..., H d) queries, keys, and values if there are any, from what the projections return;
         keys and values that several heads share are repeated.
         """
-        parts = split(outputs[0], self.heads, self.groups) if len(outputs) == 1 else outputs
+        parts = outputs
+        if len(outputs) == 1:
+            made = outputs[0].shape[-1] * self.groups // (self.groups + 2)
+            parts = split(outputs[0], self.heads_of(made), self.groups)
         query, key, *values = parts
         if self.by_head:
             query, key = query.flatten(-2), key.flatten(-2)
-        return [query, *(self._repeated(part) for part in (key, *values))]
+        heads = self.heads_of(query.shape[-1])
+        return [query, *(self._repeated(part, heads) for part in (key, *values))]
 
-    def _repeated(self, part: Tensor) -> Tensor:
+    def _repeated(self, part: Tensor, heads_of_queries: int) -> Tensor:
         if self.groups == 1:
             return part
-        heads = part.unflatten(-1, (self.heads // self.groups, -1))
+        heads = part.unflatten(-1, (heads_of_queries // self.groups, -1))
         return heads.repeat_interleave(self.groups, -2).flatten(-2)

@@ -112,7 +112,7 @@ class EncoderSignals:
     def deliver(self, name: str, values: Tensor, clip: ClipQuestions | None = None) -> Tensor:
         """(G, L, C, V) as collected, as the signal is for methods; `clip` holds the questions."""
         signal = signal_of(name)
-        values = signal.shape(values, self.encoder.heads)
+        values = signal.shape(values, self.encoder.heads_of(values.shape[2]))
         return values if signal.of_states is None else signal.of_states(values, clip)
 
     def _note(
@@ -185,18 +185,11 @@ class EncoderSignals:
     def _projections(self, parts: list[Tensor]) -> Projections:
         """Of queries, keys, and values if a signal reads them."""
         query, key, *values = (self._first(part) for part in self.encoder.projected(parts))
-        value = values[0] if values else None
-        encoder, rotary = self.encoder, self._running.told.get("position_embeddings")
-        return Projections(
-            rotated(query, rotary, encoder.heads),
-            rotated(key, rotary, encoder.heads),
-            value,
-            encoder.heads,
-            encoder.special,
-            self._bias,
-            self.threshold,
-            key,
-        )
+        value, special = values[0] if values else None, self.encoder.special
+        heads = self.encoder.heads_of(query.shape[-1])
+        rotary = self._running.told.get("position_embeddings")
+        turned = rotated(query, rotary, heads), rotated(key, rotary, heads)
+        return Projections(*turned, value, heads, special, self._bias, self.threshold, key)
 
 
 def signal_of(name: str) -> EncoderSignal:

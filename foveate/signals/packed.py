@@ -130,7 +130,7 @@ class PackedSignals(EncoderSignals):
 
     def _projections(self, parts: list[Tensor]) -> Projections:
         query, key, *_ = (_flat(part) for part in self.encoder.projected(parts))
-        told, heads = self._running.told, self.encoder.heads
+        told, heads = self._running.told, self.encoder.heads_of(query.shape[-1])
         bias = None if self._bias is None else self._bias.flatten()
 
         def in_segments(of: Attention) -> Tensor:
@@ -144,7 +144,7 @@ class PackedSignals(EncoderSignals):
     def _scaled(self, query: Tensor) -> Tensor:
         """(N, H d) queries whose scores are the encoder's once divided by the root of d."""
         scaling = self.encoder.scaling
-        width = query.shape[-1] // self.encoder.heads
+        width = query.shape[-1] // self.encoder.heads_of(query.shape[-1])
         return query if scaling is None else query * (scaling * math.sqrt(width))
 
     def _rotated(self, x: Tensor, told: Mapping[str, Any]) -> Tensor:
@@ -154,7 +154,7 @@ class PackedSignals(EncoderSignals):
         if told.get("position_embeddings") is None:
             return x
         cos, sin = (_flat(part)[:, None].float() for part in told["position_embeddings"])
-        heads = x.unflatten(-1, (self.encoder.heads, -1)).float()
+        heads = x.unflatten(-1, (self.encoder.heads_of(x.shape[-1]), -1)).float()
         heads, plain = heads.tensor_split([cos.shape[-1]], -1)
         first, second = heads.unflatten(-1, (self.encoder.axes, -1)).chunk(2, -1)
         rotated = heads * cos + torch.cat((-second, first), -1).flatten(-2) * sin

@@ -13,11 +13,15 @@ columns of a row.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+
+from foveate.core.step import Need
+from foveate.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from foveate.signals.clip import ClipQuestions
@@ -98,6 +102,25 @@ def flops_of(signals: Collection[EncoderSignal] | Collection[DecoderSignal], siz
     return sum(part(sizes) for part in (*parts, *(signal.flops for signal in signals)))
 
 
+def over_layers(need: Need, values: Sequence[Tensor], axis: int = 1) -> Tensor:
+    """A signal of several layers, these along an axis.
+
+    Args:
+        need: the signal, and its layers.
+        values: of each layer.
+        axis: where the layers go.
+
+    Raises:
+        UnsupportedModelError: layers have different numbers of heads.
+    """
+    if len({value.shape for value in values}) > 1:
+        raise UnsupportedModelError(
+            f"{need.name!r} of layers {', '.join(map(str, need.layers))} cannot be put side by "
+            "side, since heads of some were pruned; prune as many of each, or read one layer alone"
+        )
+    return torch.stack(list(values), axis)
+
+
 @dataclass(frozen=True)
 class EncoderSizes:
     """What a signal of an encoder layer costs by.
@@ -105,7 +128,7 @@ class EncoderSizes:
     Args:
         rows: rows of an image, N.
         pairs: pairs of rows that may see each other.
-        width: hidden width, C.
+        width: width of all heads, C.
     """
 
     rows: int

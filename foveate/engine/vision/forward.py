@@ -482,7 +482,8 @@ class Encoding:
         assert self.taps is not None  # only asked for between the halves of a layer
         _, key, *_ = self.encoder.projected([self.taps[name] for name in self.encoder.projections])
         key = _mean(self._of(key.detach(), of), of)
-        return key.unflatten(-1, (self.encoder.heads, -1)).transpose(1, 2)[:, None]
+        heads = self.encoder.heads_of(key.shape[-1])
+        return key.unflatten(-1, (heads, -1)).transpose(1, 2)[:, None]
 
     def class_attention(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K) attention of the class token in the layer that is running."""
@@ -513,7 +514,7 @@ class Encoding:
             key: (B, N, D).
             of: whose tokens.
         """
-        special, heads = self.encoder.special, self.encoder.heads
+        special, heads = self.encoder.special, self.encoder.heads_of(query.shape[-1])
         query = rotated_class(query, self.rotary, heads, key.shape[1])
         key = rotated(key, self.rotary, heads)
         if not self.reduced:

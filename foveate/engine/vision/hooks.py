@@ -38,6 +38,7 @@ from foveate.record.record import ImageRecord, Record
 from foveate.record.tiles import TokenBoxes
 from foveate.signals.encoder_hooks import EncoderSignals
 from foveate.signals.rotary import rotated
+from foveate.signals.signal import over_layers
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -305,7 +306,7 @@ class VisionAttachment(Attachment):
             return encoding.ahead(layer, hidden, of)
         assert self._signals is not None  # as planned
         rows = [encoding.at_tokens(self.state.signals[need.name, i], of) for i in need.layers]
-        return self._signals.deliver(need.name, torch.stack(rows, 1))
+        return self._signals.deliver(need.name, over_layers(need, rows))
 
     def _enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the attention of a layer that takes no mask: hand it one."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import PartialCompute
+from foveate.families.decoder_layer import heads_of
 from foveate.signals.layer_view import rotary_function
 
 ROOM = 128  # steps that a mask is made for
@@ -48,7 +49,7 @@ class Unread:
             slots: how many there are, S.
             dtype: of the mask.
         """
-        active = work.heads or (True,) * attention.config.num_attention_heads
+        active = work.heads or (True,) * heads_of(attention)
         blind = torch.tensor([not (work.reads_visual and on) for on in active])
         blind = blind.view(-1, attention.num_key_value_groups, 1)
         # What is not read stays in the softmax, with values of zero if no head of its group reads.

@@ -23,6 +23,7 @@ from foveate.engine.layout import take
 from foveate.engine.masks import left_align
 from foveate.engine.replaced_forward import has_own_forward
 from foveate.families import Family
+from foveate.families.decoder_layer import heads_of
 from foveate.signals.layer_view import rotary_function
 
 LAYERS = frozenset(
@@ -127,7 +128,7 @@ def why_unsupported(family: Family, work: PartialCompute) -> str | None:
         work: which layer, and what of it.
     """
     layer = family.layers[work.layer]
-    kind, config = type(layer).__name__, family.text.config
+    kind = type(layer).__name__
     if not family.planar:
         return "its visual tokens are tiles and newlines, which form no single grid"
     if kind not in LAYERS:
@@ -142,7 +143,7 @@ def why_unsupported(family: Family, work: PartialCompute) -> str | None:
                 f"{name} is {found} and not a plain linear layer, whose weights can be sliced; "
                 "merge adapters and load unquantized weights"
             )
-    heads = config.num_attention_heads
+    heads = heads_of(layer.get_submodule("self_attn"))
     if work.heads is not None and len(work.heads) != heads:
         return f"the mask has {len(work.heads)} heads, and layer {work.layer} has {heads}"
     return None
@@ -239,9 +240,8 @@ class _Attention:
     """Attention of one layer on normed states (B, P, D)."""
 
     def __init__(self, module: Any, work: PartialCompute, split: Split, x: Tensor) -> None:
-        config = module.config
         self.module, self.work, self.split, self.x = module, work, split, x
-        self.heads, self.width = config.num_attention_heads, module.head_dim
+        self.heads, self.width = heads_of(module), module.head_dim
         self.repeats = module.num_key_value_groups
         every = tuple(range(self.heads))
         given = work.heads or (True,) * self.heads

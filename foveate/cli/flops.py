@@ -158,9 +158,9 @@ def count(question: Question) -> Answer:
     full, idle = unpruned(record), idle_notes(record, family, question.methods)
     before = account(full, family, (), question.convention)
     after = account(record, family, question.methods, question.convention)
-    stored = [kv_bytes(family.config, made.cache_slots, 1, HALF) for made in (full, record)]
+    stored = [kv_bytes(family, made.cache_slots, 1, HALF) for made in (full, record)]
     notes = tuple(_notes(question, family, idle, record.last_tokens_from))
-    state = state_bytes(family.config, 1, HALF)
+    state = state_bytes(family, 1, HALF)
     return Answer(question, record, before, after, (stored[0], stored[1]), state, notes)
 
 

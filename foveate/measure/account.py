@@ -5,6 +5,7 @@ It is made from a record, of a forward that ran or of one that is only planned, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from foveate.core import Method, ModelFacts, PartialCompute
 from foveate.engine.extensions.partial.window import Grid
 from foveate.errors import UnsupportedModelError
 from foveate.measure import flops
+from foveate.measure.changes import check_counted
 from foveate.measure.conventions import CONVENTIONS, Convention
 from foveate.measure.mixers import Attention, visible_keys
 from foveate.measure.selection import (
@@ -93,7 +95,7 @@ def account(
         methods: those that ran.
         convention: what counts.
     """
-    shapes = TextShape.all(family.config) if family.text_layers else ()
+    shapes = _shapes(family)
     layers = _layers(record, family, methods, shapes, convention)
     if convention.visual_only:
         return Account(None, None, 0, 0, layers, 0, 0)
@@ -111,11 +113,25 @@ def account(
         entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
         layers=layers,
         head=_head(record, shapes[0]) if shapes else 0,
-        decode=record.rows * flops.decode_flops(family.config, [n + 1 for n in slots])
+        decode=record.rows * flops.decode_flops(family, [n + 1 for n in slots])
         if shapes and record.embedding is None
         else 0,
     )
     return found if convention.multiply_add == 2 else _halved(found)
+
+
+def _shapes(family: Any) -> tuple[TextShape, ...]:
+    """The sizes of all decoder layers.
+
+    Raises:
+        UnsupportedModelError: they are not as the config says, nor can they be read.
+    """
+    if not family.text_layers:
+        return ()
+    shapes = TextShape.all(family)
+    if hasattr(family, "layers"):
+        check_counted(family, functools.cache(lambda: skeleton(family)), shapes)
+    return shapes
 
 
 def _head(record: Record, shape: TextShape) -> int:

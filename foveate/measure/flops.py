@@ -1,4 +1,5 @@
-"""FLOPs and cache bytes from a config and token counts; no model is run.
+"""FLOPs and cache bytes from the sizes of layers and token counts; no model is run. Sizes are those
+that a config says, or those that the layers of a model family have.
 
 A multiply-add counts as 2. Norms, activations, softmax, biases, rotary embeddings and the embedding
 lookup are left out: they are below one percent of a decoder layer. Where visual tokens have experts
@@ -90,7 +91,7 @@ def embedding_flops(shape: TextShape, width: int, tokens: int) -> int:
 
 
 def prefill_flops(
-    config: Any,
+    source: Any,
     layer_tokens: Sequence[Sequence[int]],
     visual: Sequence[Sequence[int]] | None = None,
     *,
@@ -99,69 +100,69 @@ def prefill_flops(
     """The text model on a prompt, with the head at one position of each row.
 
     Args:
-        config: text config, or a multimodal one.
+        source: text config, a multimodal one, or a model family.
         layer_tokens: tokens of each row at each layer, [layers][rows].
         visual: how many of them are visual tokens; none by default. It matters where these have
             experts of their own.
         causal: count visible query-key pairs only (what the arithmetic needs); `False` counts all T
             x T (what dense kernels do).
     """
-    shapes = TextShape.all(config)
+    shapes = TextShape.all(source)
     body = sum(layers_flops(shapes, layer_tokens, visual, causal=causal))
     entry = entry_flops(shapes, sum(layer_tokens[0]))
     return entry + body + head_flops(shapes[0], len(layer_tokens[0]))
 
 
-def decode_flops(config: Any, slots_per_layer: Sequence[int]) -> int:
+def decode_flops(source: Any, slots_per_layer: Sequence[int]) -> int:
     """The text model on one new token of one row.
 
     Args:
-        config: text config, or a multimodal one.
+        source: text config, a multimodal one, or a model family.
         slots_per_layer: keys that the token sees in each layer, itself included; of a layer that
             shares keys, those of its donor count, and of one with a running state none.
     """
-    shapes = TextShape.all(config)
+    shapes = TextShape.all(source)
     total = entry_flops(shapes, 1) + shapes[-1].streams.joined(1) + head_flops(shapes[0])
     for shape, own in zip(shapes, slots_per_layer, strict=True):
         total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
     return total
 
 
-def kv_bytes(config: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
+def kv_bytes(source: Any, slots_per_layer: Sequence[int], batch: int, dtype: torch.dtype) -> int:
     """Bytes of the key-value cache: what a slot of a layer holds times its slots and the rows.
     Layers that share keys and layers with a running state have no slots.
 
     Args:
-        config: text config, or a multimodal one.
+        source: text config, a multimodal one, or a model family.
         slots_per_layer: tokens that each layer was given, padding included; a layer with a window
             holds the last of them only.
         batch: B, rows.
         dtype: what the cache holds.
     """
-    layers = zip(TextShape.all(config), slots_per_layer, strict=True)
+    layers = zip(TextShape.all(source), slots_per_layer, strict=True)
     held = (shape.mixer.slot_bytes(dtype) * shape.mixer.held(slots) for shape, slots in layers)
     return batch * sum(held)
 
 
-def state_bytes(config: Any, batch: int, dtype: torch.dtype) -> int:
+def state_bytes(source: Any, batch: int, dtype: torch.dtype) -> int:
     """Bytes of the running states of recurrent layers, which no removal of tokens makes smaller.
 
     Args:
-        config: text config, or a multimodal one.
+        source: text config, a multimodal one, or a model family.
         batch: B, rows.
         dtype: of the model; some states are kept in 32 bits all the same.
     """
-    return batch * sum(shape.mixer.state_bytes(dtype) for shape in TextShape.all(config))
+    return batch * sum(shape.mixer.state_bytes(dtype) for shape in TextShape.all(source))
 
 
-def text_attention_flops(config: Any, tokens: int) -> int:
+def text_attention_flops(source: Any, tokens: int) -> int:
     """The signal `text_attention` for one row, of the first layer with attention: keys of all
     tokens, one query, one row of scores.
 
     2 T D g d for the keys, 2 D h d for the query, twice that if it comes with a gate, and 2 h d T
     for the scores.
     """
-    mixers = (shape.mixer for shape in TextShape.all(config))
+    mixers = (shape.mixer for shape in TextShape.all(source))
     one = next(mixer for mixer in mixers if isinstance(mixer, Attention) and not mixer.shared)
     keys = 2 * tokens * one.hidden * one.kv_heads * one.head_dim
     return keys + 2 * one.hidden * one.query_width + 2 * one.heads * one.head_dim * tokens

@@ -135,7 +135,7 @@ def _held(
         slots[: step.layer] = [slots[step.layer]] * step.layer
     for layer in plan.text_only_layers:
         slots[layer] = text_tokens
-    shapes = TextShape.all(family.config)
+    shapes = TextShape.all(family)
     return [shape.mixer.held(count) for shape, count in zip(shapes, slots, strict=True)]
 
 

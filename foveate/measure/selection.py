@@ -5,7 +5,7 @@ does a method's own arithmetic on its signals, except for modules that it has le
 several steps share is taken once.
 
 Symbols: `T` tokens of a row, `Q` text tokens after the image, `V` visual tokens; `N` rows of a
-image in the encoder, and its width `D`.
+image in the encoder, its width `D`, and the width `C` of all heads of a layer.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
                 collected.setdefault(layer, set()).add(signal)
     for layer, signals in collected.items():
         rows, pairs = _rows(record, traced, layer), _pairs(record, traced, layer)
-        total += traced.rows[0] * flops_of(signals, EncoderSizes(rows, pairs, traced.width))
+        total += traced.rows[0] * flops_of(signals, EncoderSizes(rows, pairs, traced.mixed[layer]))
     return total
 
 
@@ -230,11 +230,11 @@ def _pairs(record: Record, traced: Traced, layer: int) -> int:
 
 
 def _ahead_flops(record: Record, traced: Traced, layer: int, whole: bool = False) -> int:
-    """One query and all keys of a layer that is about to run: 2 D^2 (N + 1); of all rows if nothing
+    """One query and all keys of a layer that is about to run: 2 D C (N + 1); of all rows if nothing
     has been removed, as where steps act around layers.
     """
     rows = traced.rows[1] if whole or not layer else _rows(record, traced, layer - 1)
-    return 2 * traced.width**2 * (rows + 1)
+    return 2 * traced.width * traced.mixed[layer] * (rows + 1)
 
 
 def attending_flops(record: Record, family: Any, traced: Traced, steps: Sequence[Acted]) -> int:

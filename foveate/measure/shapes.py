@@ -1,8 +1,10 @@
-"""The sizes of decoder layers, read from a config; `mlps` reads those of their MLPs."""
+"""The sizes of decoder layers, read from a config; `mlps` reads those of their MLPs. If there are
+layers to look at, `widths` reads how wide they are.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from foveate.errors import UnsupportedModelError
@@ -12,6 +14,7 @@ from foveate.measure.mamba import Mamba2
 from foveate.measure.mixers import Attention, GatedDeltaNet, Mixer, ShortConvolution, Unmixed
 from foveate.measure.mlps import Mlp
 from foveate.measure.streams import Streams
+from foveate.measure.widths import measured, size_of
 
 GATED = frozenset({"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"})
 """Text models whose query matrix makes a gate of the output too; their configs do not say so."""
@@ -86,10 +89,33 @@ class TextShape:
         )
 
     @classmethod
-    def all(cls, config: Any) -> tuple[TextShape, ...]:
-        """The sizes of every layer."""
+    def all(cls, source: Any) -> tuple[TextShape, ...]:
+        """The sizes of every layer.
+
+        Args:
+            source: a config, or a model family, whose layers are as wide as they are.
+        """
+        config = getattr(source, "config", source)
         text = getattr(config, "text_config", config)
-        return tuple(cls.of(config, layer) for layer in range(text.num_hidden_layers))
+        shapes = tuple(cls.of(config, layer) for layer in range(text.num_hidden_layers))
+        if not hasattr(source, "layers"):
+            return shapes
+        head = size_of(getattr(source.model, "lm_head", None))
+        return tuple(
+            shape.fitted(layer, shape.vocabulary if head is None else head[0])
+            for shape, layer in zip(shapes, source.layers, strict=False)  # layers may be left out
+        )
+
+    def fitted(self, layer: Any, vocabulary: int) -> TextShape:
+        """The same as wide as a layer is.
+
+        Args:
+            layer: its module.
+            vocabulary: tokens of the language-model head.
+        """
+        mixer, mlp = measured(layer, self.mixer, self.mlp)
+        streams = replace(self.streams, hidden=mlp.hidden)
+        return replace(self, mixer=mixer, mlp=mlp, streams=streams, vocabulary=vocabulary)
 
     @property
     def hidden(self) -> int:

@@ -3,7 +3,8 @@
 The model's own code runs once on the meta device: floating-point tensors have shapes and no data,
 integers (grids, sizes, boundaries of windows) are real, and torch's counter sees every matrix
 product. So no family needs a formula, and windows, mergers, packing and tiles are exact. Layers
-that get the same shapes are run once.
+that get the same shapes are run once. Modules are made from the config, and then get the shapes
+that the model's have, which may have been pruned.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +30,7 @@ from foveate.engine.vision.encoder_group import patch_grid
 from foveate.engine.vision.segments import boundaries
 from foveate.families import Encoder, Family, find_family
 from foveate.families.projection import project
+from foveate.measure.changes import Change, change, changes
 
 Frozen: TypeAlias = tuple[tuple[str, Any], ...]
 _VALUES = 4096  # larger tensors of zeros and ones are masks of pixels, on which no count depends
@@ -54,6 +56,7 @@ class Traced:
             passes: of experts, the ones that are chosen for it.
         width: of the encoder's rows.
         patches: (frames, height, width) of each image where images are rows of a batch.
+        mixed: of each layer, width of all its heads.
     """
 
     embedding: int
@@ -65,6 +68,7 @@ class Traced:
     weights: tuple[tuple[int, int], ...] = ()
     width: int = 0
     patches: tuple[int, int, int] = (0, 0, 0)
+    mixed: tuple[int, ...] = ()
 
     @property
     def tower(self) -> int:
@@ -86,14 +90,14 @@ class Traced:
         pairs = attention**2 if bounds is None else int((bounds.diff().long() ** 2).sum())
         mixing, others = self.weights[number]
         linear = 2 * (mixing * attention + others * mlp)
-        return images * (linear + 4 * self.width * pairs)
+        return images * (linear + 4 * self.mixed[number] * pairs)
 
 
 def trace(family: Family, modality: str, arguments: Mapping[str, Any]) -> Traced:
     """Count what a model's encoder does with some input; equal input is counted once.
 
     Args:
-        family: the model, whose weights are not looked at.
+        family: the model, of whose weights the shapes are looked at.
         modality: `image` or `video`; anything for an encoder alone.
         arguments: what `get_image_features` or the encoder is called with. Of floating-point
             tensors only the shape matters.
@@ -102,7 +106,7 @@ def trace(family: Family, modality: str, arguments: Mapping[str, Any]) -> Traced
 
 
 def skeleton(family: Family) -> Family:
-    """The same model without weights, on the meta device."""
+    """The same model without weights, on the meta device; decoder layers as the config says."""
     return _build(_Recipe.of(family)).family
 
 
@@ -150,16 +154,18 @@ def _thaw(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a model is made from, compared by the config's text."""
+    """What a model is made from, compared by the config's text, and by how it differs from that."""
 
     kind: type
     text: str
     config: Any = field(compare=False, repr=False)
+    changes: tuple[Change, ...] = ()
 
     @classmethod
     def of(cls, family: Family) -> _Recipe:
         config = family.model.config  # of a whole model, where the family is of one within
-        return cls(type(family.model), config.to_json_string(), config)
+        recipe = cls(type(family.model), config.to_json_string(), config)
+        return replace(recipe, changes=changes(_build(recipe).family, family))
 
 
 @dataclass(frozen=True)
@@ -178,6 +184,7 @@ def _build(recipe: _Recipe) -> _Skeleton:
         experts: Any = getattr(module, "config", None)
         if hasattr(experts, "_experts_implementation"):
             experts._experts_implementation = "batched_mm"  # products that are counted
+    change(model, recipe.changes)
     # The counter wants to know what made an input that needs a gradient; here nothing needs one.
     return _Skeleton(find_family(model.eval().requires_grad_(False)))
 
@@ -243,11 +250,11 @@ class _Run:
             for noted in (self.layers, self.pairs, self.others)
         )
         projector = self.total - self.embedding - sum(of_layers)
-        of_attention, width = _matrices(encoder)
+        of_attention, width, mixed = _matrices(encoder)
         weights = tuple(zip(of_attention, others, strict=True))
         return Traced(
             self.embedding, of_layers, projector, shapes, self.rows, pairs, weights, width,
-            self._patches(encoder),
+            self._patches(encoder), mixed,
         )  # fmt: skip
 
     def _patches(self, encoder: Encoder | None) -> tuple[int, int, int]:
@@ -326,16 +333,22 @@ class _Run:
         ]
 
 
-def _matrices(encoder: Any) -> tuple[tuple[int, ...], int]:
-    """Weights in the matrices of each layer's attention, and the width of rows."""
+def _matrices(encoder: Any) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
+    """Weights in the matrices of each layer's attention, the width of rows, and that of all heads
+    of each layer.
+    """
     if encoder is None or encoder.block is None:
-        return (0,) * (0 if encoder is None else len(encoder.layers)), 0
+        return (0,) * (0 if encoder is None else len(encoder.layers)), 0, ()
     block = encoder.block
     of_attention = tuple(
         sum(p.numel() for p in getattr(layer, block.attention).parameters() if p.dim() == 2)
         for layer in encoder.layers
     )
-    return of_attention, getattr(encoder.layers[0], block.norm1).weight.shape[0]
+    attentions = [encoder.attention(layer) for layer in encoder.layers]
+    made = [len(next(getattr(of, block.matrices[0]).parameters())) for of in attentions]
+    if len(block.matrices) == 1:  # queries, keys and values
+        made = [n * encoder.groups // (encoder.groups + 2) for n in made]
+    return of_attention, getattr(encoder.layers[0], block.norm1).weight.shape[0], tuple(made)
 
 
 def _towers(family: Family, modality: str) -> list[Any]:

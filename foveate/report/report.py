@@ -92,8 +92,8 @@ class Report(dict[str, Any]):
                 for tokens, seen in zip(record.layer_tokens, visual, strict=True)
             ],
             flops=_flops(record, family, methods),
-            kv_bytes=_kv_bytes(record, family.config, dtype),
-            state_bytes=_state_bytes(record, family.config, dtype),
+            kv_bytes=_kv_bytes(record, family, dtype),
+            state_bytes=_state_bytes(record, family, dtype),
             index=_index(record),
             notes=[*record.notes, *idle_notes(record, family, methods)],
         )
@@ -263,18 +263,18 @@ def _flops(record: Record, family: _Family, methods: Sequence[Method]) -> dict[s
     }
 
 
-def _kv_bytes(record: Record, config: Any, dtype: torch.dtype) -> dict[str, Any]:
+def _kv_bytes(record: Record, family: _Family, dtype: torch.dtype) -> dict[str, Any]:
     """Bytes of the cache afterwards, and what it would hold had this forward removed nothing."""
     if not record.cache_slots:
         return {"before": 0, "after": 0, "ratio": 1.0}
-    after = flops.kv_bytes(config, record.cache_slots, record.rows, dtype)
-    before = flops.kv_bytes(config, unpruned(record).cache_slots, record.rows, dtype)
+    after = flops.kv_bytes(family, record.cache_slots, record.rows, dtype)
+    before = flops.kv_bytes(family, unpruned(record).cache_slots, record.rows, dtype)
     return {"before": before, "after": after, "ratio": after / before if before else 1.0}
 
 
-def _state_bytes(record: Record, config: Any, dtype: torch.dtype) -> int:
+def _state_bytes(record: Record, family: _Family, dtype: torch.dtype) -> int:
     """Bytes of the running states in the cache."""
-    return flops.state_bytes(config, record.rows, dtype) if record.cache_slots else 0
+    return flops.state_bytes(family, record.rows, dtype) if record.cache_slots else 0
 
 
 def _index(record: Record) -> dict[str, Any] | None:

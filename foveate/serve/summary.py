@@ -42,8 +42,8 @@ def summarise(session: Session, row: int) -> dict[str, Any]:
             "prefill_all": account(whole, family).prefill,
         },
         "kv_bytes": {
-            "now": kv_bytes(family.config, record.cache_slots, 1, dtype),
-            "all": kv_bytes(family.config, whole.cache_slots, 1, dtype),
+            "now": kv_bytes(family, record.cache_slots, 1, dtype),
+            "all": kv_bytes(family, whole.cache_slots, 1, dtype),
         },
     }
 

@@ -1,4 +1,6 @@
-"""Peak memory of a call, beyond what was there before, such as weights; and what a cache holds."""
+"""Peak memory of a call, beyond what was there before, such as weights; what weights and a cache
+hold.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -26,6 +28,25 @@ def cache_bytes(cache: Any) -> tuple[int, int]:
     ]
     states = [state for table in tables for state in table.values()]
     return _bytes(slots), _bytes(states)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes that parameters and buffers take as they are stored: packed, with scales and zero
+    points where they are quantised by torchao. What several modules share counts once.
+
+    Args:
+        model: any module, such as a quantised or pruned model.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    return _bytes(part for tensor in tensors for part in _stored(tensor))
+
+
+def _stored(tensor: Any) -> list[Tensor]:
+    """The plain tensors that one is made of, such as a quantised one."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [plain for part in parts if part is not None for plain in _stored(part)]
 
 
 def _bytes(tensors: Iterable[Tensor | None]) -> int:

@@ -115,6 +115,18 @@ def test_page_on_segmentation_runs(monkeypatch, tmp_path, capsys):
     assert names["faster"].heads[0] is names["heads"][0]
 
 
+def test_page_on_smaller_weights_runs_and_prints_what_it_shows(capsys):
+    for package in ("torch_pruning", "torchao"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    page = (ROOT / "docs" / "combine.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    shown = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    for part in code:
+        exec(compile(part, "combine.md", "exec"), names)
+    assert capsys.readouterr().out == "".join(shown)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -124,6 +136,8 @@ def test_page_on_segmentation_runs(monkeypatch, tmp_path, capsys):
         "retrieval.md",
         "segmentation.md",
         "serving.md",
+        "serving.md",
+        "combine.md",
     ],
 )
 def test_links_of_the_pages_lead_somewhere(name):

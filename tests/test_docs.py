@@ -1,5 +1,6 @@
 """The pages on methods say what is so."""
 
+import json
 import re
 import runpy
 import subprocess

@@ -128,6 +128,19 @@ def test_page_on_smaller_weights_runs_and_prints_what_it_shows(capsys):
     assert capsys.readouterr().out == "".join(shown)
 
 
+def test_figures_on_smaller_weights_are_those_of_the_result():
+    page = (ROOT / "docs" / "combine.md").read_text(encoding="utf-8")
+    text = (ROOT / "benchmarks" / "results" / "combine.json").read_text(encoding="utf-8")
+    rows = json.loads(text)["results"]["rows"]
+    for row in rows:
+        alone, shrunk, both = (
+            f"{row[f'speed-up by {what}']['median']:.2f}x" for what in ("tokens", "weights", "both")
+        )
+        share = f"{row['both / product']:.3f}"
+        cells = row["tokens"], row["weights"], alone, shrunk, both, share
+        assert f"| {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize(
     "name",
     [

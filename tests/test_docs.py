@@ -150,7 +150,6 @@ def test_figures_on_smaller_weights_are_those_of_the_result():
         "retrieval.md",
         "segmentation.md",
         "serving.md",
-        "serving.md",
         "combine.md",
     ],
 )

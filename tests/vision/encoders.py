@@ -151,6 +151,7 @@ HEADS = {
         clip(MetaClip2VisionConfig)
     ),
 }
+SQUARE = ("vit", "deit", "dinov2", "dinov2-registers", "clip", "siglip")  # layers told nothing
 SPECIAL = {
     "vit": 1, "deit": 2, "dinov2": 1, "dinov2-registers": 4, "clip": 1, "vit_msn": 1, "ast": 2,
     "vivit": 1, "vit_mae": 1, "metaclip_2": 1, "clipseg": 1, "owlvit": 1, "owlv2": 1,

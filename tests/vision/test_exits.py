@@ -17,10 +17,9 @@ from foveate.ops.token_heads import LinearHead, QueryHead
 from foveate.training.prepare import session_of
 from tests.tinies import tiny_llava
 from tests.vision import dense
-from tests.vision.encoders import ENCODERS, HEADS, PATCHES, SPECIAL, build, images, row_of
+from tests.vision.encoders import ENCODERS, HEADS, PATCHES, SPECIAL, SQUARE, build, images, row_of
 
 CLASSES, WIDTH, EXITS = 5, 32, (0, 2)
-PLAIN = [name for name in ENCODERS if name != "siglip2"]
 KINDS = {"linear": LinearHead, "queries": QueryHead}
 
 
@@ -87,7 +86,7 @@ def walk(model, method, states, special):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", SQUARE)
 def test_states_and_canvas_are_those_of_a_loop_over_images(name, kind):
     model, inputs = build(ENCODERS, name), images()
     method, special = method_of(kind, threshold_of(kind)), SPECIAL.get(name, 0)
@@ -127,7 +126,7 @@ def test_states_of_layers_hold_tokens_as_they_left():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", SQUARE)
 def test_at_threshold_one_no_bit_changes_and_heads_see_all(name, kind):
     model, inputs, method = build(ENCODERS, name), images(), method_of(kind, 1.0)
     with torch.no_grad():
@@ -146,7 +145,7 @@ def test_at_threshold_one_no_bit_changes_and_heads_see_all(name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", SQUARE)
 def test_batch_equals_rows(name, kind):
     model, inputs = build(ENCODERS, name), images(4)
     with torch.no_grad(), foveate.use(model, method_of(kind, threshold_of(kind))) as run:

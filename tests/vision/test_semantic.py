@@ -14,9 +14,8 @@ from foveate.ops.semantic import semantic_tokens
 from foveate.training.prepare import session_of
 from tests.tinies import tiny_llava
 from tests.vision import dense
-from tests.vision.encoders import ENCODERS, HEADS, PATCHES, SPECIAL, build, images, row_of
+from tests.vision.encoders import ENCODERS, HEADS, PATCHES, SPECIAL, SQUARE, build, images, row_of
 
-PLAIN = [name for name in ENCODERS if name != "siglip2"]
 METHODS = {
     "grid": STViT(layer=2, side=3),
     "windows": STViT(layer=1, side=4, window=3),
@@ -56,7 +55,7 @@ def tokens_by_hand(learned, x, method):
 
 
 @pytest.mark.parametrize("case", METHODS)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", SQUARE)
 def test_states_are_those_of_the_layers_by_hand(name, case):
     model, inputs, method = build(ENCODERS, name), images(), METHODS[case]
     special, family = SPECIAL.get(name, 0), find_family(model)

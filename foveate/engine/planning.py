@@ -24,7 +24,7 @@ from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.vision.attending import takes_over
 from foveate.errors import BudgetError, FoveateError, LayerError, UnsupportedModelError
-from foveate.families import Family
+from foveate.families import Encoder, Family
 from foveate.families.decoder_layer import has_mlp
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
 from foveate.signals.signal import free
@@ -159,6 +159,7 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
             "give one keep for all instead of per_request"
         )
     assert family.encoder is not None  # as checked before
+    _check_whole(family, family.encoder, planned)
     kernel = family.encoder.tower.config._attn_implementation or "eager"
     if "ragged" in planned.step.effects and kernel not in ("sdpa", "eager"):
         released = ", or give as_released=True" if hasattr(method, "as_released") else ""
@@ -172,6 +173,18 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
             f"proportional attention of {method.slug} adds a bias to the scores, which "
             f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
             "proportional attention off"
+        )
+
+
+def _check_whole(family: Family, encoder: Encoder, planned: PlannedStep) -> None:
+    if not (planned.step.whole and planned.method.removes):
+        return
+    if encoder.films or not encoder.gridded:
+        films = "encodes the frames of a video together"
+        other = "may see other patches of each image, with padding or gaps"
+        raise UnsupportedModelError(
+            f"{planned.method.slug!r} reads the whole grid of one image inside the encoder, but "
+            f"{family.model_type!r} {films if encoder.films else other}"
         )
 
 

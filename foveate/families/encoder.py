@@ -56,6 +56,7 @@ class Encoder:
         queries: rows that the tower puts in before all others once these layers have run.
         whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
+        films: whether the frames of a video are encoded together.
         masks_layers: whether layers take an attention mask; else their attention does.
         masks_kernels: whether neither does, so that the kernel of the attention is handed one.
         relative: whether scores get a bias by relative position, within the mask of the kernel.
@@ -89,6 +90,7 @@ class Encoder:
     queries: int = 0
     whole_after_layers: bool = False
     returns_rows: bool = True
+    films: bool = False
     masks_layers: bool = True
     masks_kernels: bool = False
     relative: bool = False

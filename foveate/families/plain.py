@@ -57,6 +57,7 @@ class PlainEncoder(Family):
     head_path: ClassVar[str | None] = None
     readers: ClassVar[tuple[str, ...]] = ()
     """Modules that are handed rows after the layers, and need all of them."""
+    films: ClassVar[bool] = False
     masks_kernels: ClassVar[bool] = False
     relative: ClassVar[bool] = False
     states_path: ClassVar[str | None] = None
@@ -108,6 +109,7 @@ class PlainEncoder(Family):
             head=head,
             readers=tuple(filter(None, (getattr(self.base, name, None) for name in self.readers))),
             patches=self.patches,
+            films=self.films,
             by_place=self.by_place,
             shared_rotary=self.shared_rotary,
         )

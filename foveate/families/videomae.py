@@ -26,6 +26,7 @@ class VideoMAE(PlainEncoder):
     layers_path = "encoder.layer"
     block = OLD_BLOCK
     class_token = False
+    films = True
     masks_kernels = True
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -57,6 +57,8 @@ class AST(DeiT):
 class ViViT(ViT):
     """`VivitModel` and its classifier; a token is a tubelet: a patch of some frames in a row."""
 
+    films = True
+
     @property
     def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]]:
         """Tubelets along time, height and width."""

@@ -166,7 +166,7 @@ def _siglip2():
 TABLES = {
     "alone": encoders.ENCODERS,
     "around a backbone": {
-        name: make for name, make in dense.DENSE.items() if not name.endswith("-beit")
+        name: make for name, make in dense.DENSE.items() if not name.endswith(("-beit", "-dinov3"))
     },
     "beside text": {name: beside_text.MODELS[name] for name in ("clipseg", "owlvit", "owlv2")},
     "under a head": {**encoders.HEADS, "siglip2": _siglip2},

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import foveate
-from foveate.core import Reduction, get_method, list_methods
+from foveate.core import Reduction, get_method
 from foveate.core.budget import per_request
 from foveate.engine.planning import working_methods
 from foveate.families import find_family
@@ -20,6 +20,7 @@ from tests.conformance.batches import batch_of
 from tests.conformance.cells import settings
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
+from tests.methods_for_tests import readers_methods
 
 DENSE = CONVENTIONS["dense"]
 HEADS = ((True,) * 4, (True, False, False, True), (True, True, False, False)) * 2
@@ -52,7 +53,9 @@ VARIANTS = {
 
 @contextmanager
 def apart(counter, methods):
-    """Sum up what methods compute of their signals, and merging, which accounts leave out."""
+    """Sum up what methods compute of their signals, and merging and its undoing, which accounts
+    leave out.
+    """
     spent, inside = [], []
 
     def wrapped(function):
@@ -68,10 +71,10 @@ def apart(counter, methods):
 
         return call
 
-    names = ("reduce", "reduce_each", "reinsert")
+    names = ("reduce", "reduce_each", "reinsert", "links", "scores")
     owners = [(type(m), name) for m in methods for name in names if hasattr(m, name)]
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in {*owners, (Reduction, "apply")}:
+        for owner, name in {*owners, (Reduction, "apply"), (Reduction, "recover")}:
             patch.setattr(owner, name, wrapped(getattr(owner, name)))
         yield spent
 
@@ -115,7 +118,7 @@ def prompt_of(name):
 def test_every_method_costs_what_torch_counts(name):
     model, inputs, plain = prompt_of(name)
     works = working_methods(find_family(model))
-    assert name != "llava" or set(works) == set(list_methods())
+    assert name != "llava" or set(works) == set(readers_methods())
     wrong = {}
     for slug in works:
         off = errors(model, inputs, [settings(get_method(slug))], plain)

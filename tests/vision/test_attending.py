@@ -20,7 +20,7 @@ from tests.vision.encoders import ENCODERS, HEADS, LAYERS, PATCHES, SQUARE, buil
 
 GRIDS = {"ast": (4, 9), "vivit": (3, 6), "vit_mae": (1, 36)}
 UNGRIDDED = ("siglip2", "vit_mae")  # whose patches fill no grid that is known
-ROTARY = ("dinov3_vit",)  # whose layers are told the position of every row
+ROTARY = ("dinov3_vit", "mlcd")  # whose layers are told the position of every row
 
 
 @dataclass(frozen=True)

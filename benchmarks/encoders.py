@@ -1,0 +1,79 @@
+"""Methods inside a ViT-S/16 at 224 px: measured speed-up over what FLOPs predict.
+
+    python benchmarks/encoders.py [--batch 16] [--rounds 9]
+
+A random encoder, SDPA on. Predictions count the encoder's own products on the rows that each layer
+sees; what methods compute to choose is not predicted, so it counts against them. ToMe stands beside
+them as the method that is known best.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from _bench import ratios, save, turns, warm_heap
+
+warm_heap()
+
+import torch  # noqa: E402
+from tome import vit_small  # noqa: E402
+
+import foveate  # noqa: E402
+from foveate.core import Method  # noqa: E402
+from foveate.methods import GTPViT, TokenTransforming, ToMe, ZeroTPrune  # noqa: E402
+
+METHODS = {
+    "tome, r = 8": ToMe(r=8),
+    "gtp-vit, r = 8": GTPViT(r=8),
+    "gtp-vit, r = 8, token_scale": GTPViT(r=8, token_scale=True),
+    "zero-tprune": ZeroTPrune(),
+    "token-transforming": TokenTransforming(),
+}
+
+
+def measure(batch: int, rounds: int) -> dict:
+    model = vit_small()
+    pixels = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+    def plain() -> None:
+        model(pixels)
+
+    def reduced(method: Method):
+        def run() -> None:
+            with foveate.use(model, method):
+                model(pixels)
+
+        return run
+
+    result = {}
+    with torch.inference_mode():
+        for name, method in METHODS.items():
+            with foveate.use(model, method) as session:
+                model(pixels)
+            rows, ratio = session.record.encoder_tokens, session.report()["flops"]["ratio"]
+            result[name] = {"rows left": rows[-1][1], "FLOPs": ratio, "predicted": 1 / ratio}
+        times = turns({"all tokens": plain} | {n: reduced(m) for n, m in METHODS.items()}, rounds)
+    for name, found in result.items():
+        found["speed-up"] = ratios(times["all tokens"], times[name])
+        found["measured / predicted"] = found["speed-up"]["median"] / found["predicted"]
+    return {"batch": batch, "rounds": rounds, "rows": result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    arguments = parser.parse_args()
+    result = measure(arguments.batch, arguments.rounds)
+    for name, row in result["rows"].items():
+        s = row["speed-up"]
+        print(
+            f"  {name:28} FLOPs {row['FLOPs'] - 1:+.1%}, {s['median']:5.2f}x ({s['q25']:.2f} to "
+            f"{s['q75']:.2f}), predicted {row['predicted']:.2f}x, ratio "
+            f"{row['measured / predicted']:.3f}"
+        )
+    save("encoders", {"model": "random ViT-S/16, 224 px, 12 layers", "results": [result]})
+
+
+if __name__ == "__main__":
+    main()

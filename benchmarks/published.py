@@ -22,7 +22,15 @@ from foveate.measure.mixers import Attention
 from foveate.measure.mlps import Mlp
 from foveate.measure.shapes import TextShape
 from foveate.measure.streams import Streams
-from foveate.methods import AdaToken3D, FastVGGT, ToMe, TransPrune, VFlowOpt
+from foveate.methods import (
+    AdaToken3D,
+    FastVGGT,
+    TokenTransforming,
+    ToMe,
+    TransPrune,
+    VFlowOpt,
+    ZeroTPrune,
+)
 from foveate.ops.merge_map import one_of_each_cell, strided
 
 PAGE = Path(__file__).parents[1] / "docs" / "numbers.md"
@@ -155,6 +163,16 @@ def encoders() -> list[Row]:
         given = " and ".join(f"{saved(hidden, n):.1f}" for n in (7, 9))
         return f"8 tokens a layer, the abstract names no setting; 7 and 9 give {given} %"
 
+    def stages(method: ZeroTPrune | TokenTransforming, after: int) -> float:
+        assert isinstance(method.keep, tuple)
+        left = dict(zip(method.published_layers, method.keep, strict=True))
+        rows, seen = 197, []
+        for layer in range(12):
+            if (share := left.get(layer - after)) is not None:
+                rows = 1 + round(share * 196)
+            seen.append((rows, rows))
+        return 100 * (1 - vit(384, seen) / vit(384, merging(0)))
+
     def tome(r: int) -> float:
         return vit(384, [(197 - a, 197 - b) for a, b in _tome(r)]) / 1e9
 
@@ -166,8 +184,11 @@ def encoders() -> list[Row]:
             f"3.4 and 2.3 for r = 8 and 16 are {tome(8):.1f} and {tome(16):.1f} here", "", "G"),
         Row("GTP-ViT", "DeiT-S, saved", 26, saved(384, 8), "class token, 12 layers", others(384)),
         Row("GTP-ViT", "DeiT-B, saved", 26, saved(768, 8), "the same", others(768)),
-        Row("Zero-TPrune", "DeiT-S, saved", 34.7, None,
-            "layers and rates of the figure are not public"),
+        Row("Zero-TPrune", "DeiT-S, saved", 34.7, stages(ZeroTPrune(), 1),
+            "drops after blocks 2, 5 and 8", "shares of .8, .54 and .3; layers and rates of the "
+            "figure are not public"),
+        Row("Token Transforming", "DeiT-S, saved", 40, stages(TokenTransforming(), 0),
+            "mixes before blocks 3, 6 and 9", "shares of .7, .46 and .27; no setting is public"),
     ]  # fmt: skip
 
 

@@ -103,9 +103,9 @@ def scoring() -> str:
     ])  # fmt: skip
 
 
-def tome() -> str:
-    """ToMe in a plain encoder."""
-    result = load("tome")
+def encoder(name: str, title: str) -> str:
+    """Methods in a plain encoder."""
+    result = load(name)
     size = result["results"][0]
     rows = []
     for name, row in size["rows"].items():
@@ -116,7 +116,7 @@ def tome() -> str:
             f"{row['measured / predicted']:.2f}" if "measured / predicted" in row else "",
         ])  # fmt: skip
     return "\n\n".join([
-        "## ToMe in an encoder",
+        f"## {title}",
         f"{result['model']}, batch {size['batch']}, {size['rounds']} rounds. {about(result)}",
         table(["", "speed-up", "quartiles", "predicted", "measured / predicted"], rows),
     ])  # fmt: skip
@@ -287,7 +287,9 @@ def _bold(text: str, bold: bool) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = [prefill(), speed(), decode(), families(), scoring(), selection(), tome(), attending()]
+    parts = [prefill(), speed(), decode(), families(), scoring(), selection()]
+    parts += [encoder("tome", "ToMe in an encoder"), encoder("encoders", "Methods in an encoder")]
+    parts.append(attending())
     return "\n\n".join([INTRO.strip(), *parts]) + "\n"
 
 

@@ -15,7 +15,8 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--editable '.[bench,calibrate,large,ray,serve,train]' \
-		hypothesis mypy openai peft playwright psutil pytest pytest-timeout pytest-xdist ruff trl
+		hypothesis mypy openai peft playwright psutil pytest pytest-timeout pytest-xdist ruff scipy \
+		torch-pruning trl
 	@touch $@
 
 demo: .venv/.ready  ## ask the embedded model about an image, with all visual tokens and with PyramidDrop

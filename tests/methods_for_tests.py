@@ -27,6 +27,10 @@ def readers_methods():
     return [name for name in list_methods() if not get_method(name).encoders_alone]
 
 
+# Methods inside the encoder that images in one sequence, or padded ones, are refused to.
+ONE_BY_ONE = {"gtp-vit", "token-transforming", "zero-tprune"}
+
+
 @dataclass(frozen=True)
 class EveryThird(Scorer):
     """Positions 0, 3, 6, ... first, then 1, 4, ...: known indices, no signal."""

@@ -25,6 +25,7 @@ class LayerShape(NamedTuple):
         grid: (height, width) of the patches, of one frame in a video, before any was removed.
         frames: frames of a video, one after the other; 1 for an image.
         width: of a row.
+        attended: width of all heads; 0 for that of a row.
     """
 
     rows: int
@@ -32,6 +33,12 @@ class LayerShape(NamedTuple):
     grid: tuple[int, int]
     frames: int
     width: int
+    attended: int = 0
+
+    @property
+    def mixed(self) -> int:
+        """Width of all heads."""
+        return self.attended or self.width
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,7 +149,7 @@ class Method(ABC):
         By default those of the layer itself: products of all queries with all keys, and of all
         weights with all values.
         """
-        return 4 * shape.width * shape.rows**2
+        return 4 * shape.mixed * shape.rows**2
 
     def enter(self, tokens: VisualTokens, states: Tensor) -> Tensor:
         """What goes through an encoder layer, where a step has the effect `around`.

@@ -179,7 +179,7 @@ def _check_encoder(family: Family, planned: PlannedStep) -> None:
 def _check_whole(family: Family, encoder: Encoder, planned: PlannedStep) -> None:
     if not (planned.step.whole and planned.method.removes):
         return
-    if encoder.films or not encoder.gridded:
+    if encoder.films or not family.planar:
         films = "encodes the frames of a video together"
         other = "may see other patches of each image, with padding or gaps"
         raise UnsupportedModelError(

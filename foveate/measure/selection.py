@@ -182,7 +182,9 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
                 if not step.inside:
                     total += traced.rows[0] * _ahead_flops(record, traced, step.layer, around)
                 if around:  # of all rows, though not all go through the layer
-                    sizes = EncoderSizes(traced.rows[1], traced.rows[1] ** 2, traced.width)
+                    sizes = EncoderSizes(
+                        traced.rows[1], traced.rows[1] ** 2, traced.mixed[step.layer]
+                    )
                     total += traced.rows[0] * flops_of({signal}, sizes)
                     continue
             for layer in need.layers:
@@ -250,7 +252,8 @@ def attending_flops(record: Record, family: Any, traced: Traced, steps: Sequence
     frames, *grid = traced.patches
     for of in (acted for acted in steps if "attend" in acted.step.effects):
         rows, _ = record.encoder_tokens[of.step.layer]
-        shape = LayerShape(rows, special, (grid[0], grid[1]), frames, traced.width)
-        plain = 4 * traced.width * rows**2
+        mixed = traced.mixed[of.step.layer]
+        shape = LayerShape(rows, special, (grid[0], grid[1]), frames, traced.width, mixed)
+        plain = 4 * mixed * rows**2
         total += traced.rows[0] * (of.method.attend_flops(of.step, shape) - plain)
     return total

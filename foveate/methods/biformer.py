@@ -68,7 +68,7 @@ class BiFormer(Approximate):
         if self.topk >= count:
             return super().attend_flops(step, shape)
         pairs = count * size * (self.topk * size + shape.special) + shape.special * shape.rows
-        return 2 * shape.width * count**2 + 4 * shape.width * pairs
+        return 2 * shape.mixed * count**2 + 4 * shape.mixed * pairs
 
 
 def blocks(shape: LayerShape, regions: int) -> Tensor:

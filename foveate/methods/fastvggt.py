@@ -76,7 +76,7 @@ class FastVGGT(Approximate):
         copies = strided(shape.rows, self.protect)
         free = shape.rows - len(torch.cat((into, copies)).unique())
         left = free - min(r, free) + len(into) + len(copies)
-        return 2 * shape.width * free * len(into) + 4 * shape.width * left**2
+        return 2 * shape.width * free * len(into) + 4 * shape.mixed * left**2
 
     def destinations(self, shape: LayerShape, chosen: Tensor | None = None) -> Tensor:
         """(T) rows that others merge into, ascending.

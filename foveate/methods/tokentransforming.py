@@ -75,7 +75,7 @@ class TokenTransforming(EncoderScheduled):
         x = F.normalize(tokens.x.float(), dim=-1)
         anchors = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
         shares = (anchors @ x.transpose(1, 2) / self.temperature).softmax(1) * tokens.sizes[:, None]
-        return Reduction(index, shares / shares.sum(-1, keepdim=True), mass=shares.sum(-1))
+        return Reduction(index, shares / shares.sum(-1, keepdim=True))
 
     def attention(self, tokens: VisualTokens) -> Tensor:
         """(G, V) attention that tokens get: of the class token, or of all where there is none."""

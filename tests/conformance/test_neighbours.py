@@ -16,7 +16,7 @@ from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.methods_for_tests import readers_methods
+from tests.methods_for_tests import ONE_BY_ONE, readers_methods
 from tests.tinies import prompts, row_of, tiny_llava
 from tests.vision import encoders
 
@@ -32,7 +32,7 @@ APPROXIMATE = {  # which compute encoder layers by the grid of patches, and remo
 REFUSED = {
     "llava": set(),
     "llava_next": {"yopo"},  # its tokens form no single grid
-    "qwen2_vl": NEED_CLIP | APPROXIMATE,
+    "qwen2_vl": NEED_CLIP | APPROXIMATE | ONE_BY_ONE,
 }
 CELLS = [(n, s) for n in FAMILIES for s in readers_methods() if s not in REFUSED[n]]
 # Methods whose own rule decides how many tokens stay, beside those with one form of budget.
@@ -123,7 +123,7 @@ ALONE = [
     (name, slug)
     for name in encoders.ENCODERS
     for slug in ("cls-drop", "flowcut", "tome")
-    if slug not in NEED_CLIP or "siglip" not in name
+    if slug not in NEED_CLIP or not ("siglip" in name or name == "ijepa")
 ]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate
-from foveate.core import get_method, list_methods
+from foveate.core import get_method
 from foveate.errors import UnsupportedModelError
 from foveate.methods import YOPO
 from tests.conformance.batches import batch_of
@@ -16,6 +16,7 @@ from tests.conformance.cells import settings
 from tests.conformance.test_families import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
+from tests.methods_for_tests import readers_methods
 from tests.tinies import prompts, tiny_llava
 
 
@@ -161,7 +162,7 @@ def outcome(model, method, inputs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_does_on_quantised_layers_what_it_does_on_plain_ones(plain, kind):
     model, inputs = quantised(plain, KINDS[kind]), prompts([[4, 5, 3], [6, 2]])
-    for slug in list_methods() if kind in ("called", "sub") else FEW:
+    for slug in readers_methods() if kind in ("called", "sub") else FEW:
         method = settings(get_method(slug))
         if isinstance(method, YOPO):
             continue
@@ -241,7 +242,7 @@ def test_layers_that_torch_quantises(plain):
     """`torch.ao` quantises activations by their range, so that survivors may differ; all runs."""
     model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(plain), {nn.Linear}, torch.qint8)
     inputs = prompts([[4, 5]])
-    for slug in list_methods():
+    for slug in readers_methods():
         method = settings(get_method(slug))
         if isinstance(method, YOPO):
             with pytest.raises(UnsupportedModelError, match="sliced"):

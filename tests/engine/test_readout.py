@@ -12,7 +12,7 @@ from foveate.methods import ClsDrop, DivPrune, FastV, PyramidDrop, ToDRE, ToMe, 
 from foveate.testing import models
 from foveate.training.prepare import session_of
 from tests import full_length
-from tests.methods_for_tests import EveryThird, Forgetful, readers_methods
+from tests.methods_for_tests import ONE_BY_ONE, EveryThird, Forgetful, readers_methods
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 
 LLAVA, MROPE = tiny_llava(layers=12), models.mrope()
@@ -24,7 +24,11 @@ NEED_CLIP = {  # its class token, or its layers; Qwen2-VL's encoder has neither
 }  # fmt: skip
 CELLS = [pytest.param(LLAVA, name, id=f"llava-{name}") for name in METHODS]
 REMOVING = [name for name in METHODS if foveate.get_method(name).removes]
-CELLS += [pytest.param(MROPE, n, id=f"qwen2_vl-{n}") for n in REMOVING if n not in NEED_CLIP]
+CELLS += [
+    pytest.param(MROPE, n, id=f"qwen2_vl-{n}")
+    for n in REMOVING
+    if n not in NEED_CLIP and n not in ONE_BY_ONE
+]
 
 
 class Noted(FastV):

@@ -26,7 +26,7 @@ from foveate.methods import FastV
 from foveate.signals import SIGNALS
 from tests.conformance.tolerance import TOLERANCE
 from tests.conformance.zoo import MEMBERS
-from tests.methods_for_tests import EveryThird, readers_methods
+from tests.methods_for_tests import ONE_BY_ONE, EveryThird, readers_methods
 from tests.retrievers import (
     BUILT,
     IMAGE,
@@ -333,7 +333,7 @@ def test_methods_plan_on_a_model_of_real_size_or_say_why_not(name, slug):
         assert "no class token" in reason
     elif family.encoder.packed is not None and not all(signal.varlen for signal in signals):
         assert "cannot give" in reason
-    elif family.encoder.packed is not None and not method.removes:
+    elif family.encoder.packed is not None and (not method.removes or slug in ONE_BY_ONE):
         assert "in one sequence or are padded" in reason
     elif slug == "yopo" and name != CAUSAL:
         assert "not made like those of Llama" in reason

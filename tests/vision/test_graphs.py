@@ -218,9 +218,10 @@ def transforming(method, hand, layers):
                 shares[:, j] = (cosine / method.temperature).softmax(0) * hand.mass[j]
             matrix = shares / shares.sum(1, keepdim=True)
             back = matrix.T / matrix.T.sum(1, keepdim=True)
-            hand.reduce(kept, matrix, back, shares.sum(1))
             whole = matrix @ whole
-            hand.undo = [whole.T / whole.T.sum(1, keepdim=True)]  # of all that was done, at once
+            spread = whole.T / whole.T.sum(1, keepdim=True)
+            hand.reduce(kept, matrix, back, spread.sum(0))
+            hand.undo = [spread]  # of all that was done, at once
             hand.counted = method.prop_attn
         hand.attend(layer)
         hand.feed(layer)

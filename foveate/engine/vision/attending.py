@@ -96,7 +96,11 @@ def _kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tenso
 
 def _own(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The kernel that a module would call without a method."""
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    names = ["eager_attention_forward"]
+    if not hasattr(module, "num_key_value_groups"):  # a file of text and images may have two
+        names.insert(0, "simple_eager_attention_forward")
+    of = sys.modules[type(module).__module__]
+    eager: Any = next((getattr(of, name) for name in names if hasattr(of, name)), None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 

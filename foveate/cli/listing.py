@@ -42,7 +42,11 @@ def show_families(console: Console) -> None:
     table, letters, notes = family_table(tick)
     for letter, names in letters.items():
         console.print(f"[bold cyan]{letter}[/] {', '.join(names)}", soft_wrap=True)
+    wide = console.options.update(max_width=1000)
+    needed = console.measure(table, options=wide).maximum  # no column may be left out
+    width, console.width = console.width, max(needed, console.width)
     console.print(table)
+    console.width = width
     for number, note in enumerate(notes, 1):
         console.print(f"[yellow]{number}[/] {escape(note)}", soft_wrap=True)
     console.print()

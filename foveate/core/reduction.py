@@ -212,7 +212,7 @@ class Reduction:
     def total(self, mass: Tensor) -> Tensor:
         """(G, K) what each survivor counts, from what the (G, V) tokens count."""
         if self.weights is not None:
-            return torch.matmul(mass[:, None].to(self.weights), self._spread())[:, 0]
+            return (mass[..., None] * self._spread()).sum(1)
         if self.slot is None:
             return mass.gather(1, self.index)
         counts = mass.masked_fill(self.slot < 0, 0.0)

@@ -54,7 +54,7 @@ class TokenTransforming(EncoderScheduled):
     layers: tuple[Natural, ...] | None = None
     keep: Keep = (0.7, 0.46, 0.27)
     temperature: Annotated[float, Range(0, above=True)] = 0.01
-    prop_attn: bool = True
+    prop_attn: bool = False
     positions: Positions | None = None
     rounding = round
     published_layers = (3, 6, 9)

@@ -9,7 +9,7 @@ from foveate.core.video import VideoMethod
 from foveate.engine.plan import PlannedStep
 from foveate.errors import BudgetError, LayerError
 from foveate.families import Family
-from foveate.signals import SIGNALS
+from foveate.signals import SIGNALS, EncoderSignal
 
 
 def check_together(family: Family, methods: Sequence[Method], steps: Sequence[PlannedStep]) -> None:
@@ -220,7 +220,26 @@ def _check_attending(steps: Sequence[PlannedStep]) -> None:
                 f"{other.method.slug} and {planned.method.slug} both compute the attention of "
                 f"encoder layer {planned.step.layer}; give them different layers"
             )
+    looks = [s for s in steps if "look" in s.step.effects]
+    vision = [s for s in steps if s.step.stage == "vision"]
+    for look in looks:  # what it saw is of all tokens that its method's next step is shown
+        for other in (s for s in vision if s.method_number != look.method_number):
+            if look.step.layer <= other.step.layer <= look.step.layer + 1:
+                raise LayerError(
+                    f"{look.method.slug} looks at encoder layer {look.step.layer} for what it "
+                    f"drops before the next, and {other.method.slug} acts at {other.step.site}; "
+                    "give it another layer"
+                )
     around = {s.step.layer: s for s in steps if "around" in s.step.effects}
+    for planned in (s for s in steps if s.step.stage != "vision"):
+        for need in planned.step.needs:
+            met = [around[i] for i in need.layers if i in around]
+            if met and isinstance(SIGNALS[need.name], EncoderSignal):
+                raise LayerError(
+                    f"{planned.method.slug} reads {need.name} of encoder layer "
+                    f"{met[0].step.layer}, which only some tokens go through with "
+                    f"{met[0].method.slug}; give {met[0].method.slug} other layers"
+                )
     for planned in (s for s in steps if s.step.stage == "vision" and s.step.inside):
         if planned.step.layer in around:
             other = around[planned.step.layer]

@@ -25,7 +25,9 @@ METHODS = {
     "zero-votes": ZeroTPrune(layers=(1,), keep=10, similar=0.0, iterations=(7,)),
     "zero-alike": ZeroTPrune(layers=(1,), keep=20, similar=1.0, start="uniform"),
     "zero-heads": ZeroTPrune(layers=(0,), keep=9, variance=(0.05, 0.2), start="uniform"),
-    "transforming": TokenTransforming(layers=(1, 3), keep=(20, 9)),
+    "transforming": TokenTransforming(
+        layers=(1, 3), keep=(20, 9), temperature=0.05, prop_attn=True
+    ),
     "transforming-even": TokenTransforming(layers=(2,), keep=12, temperature=0.3, prop_attn=False),
 }
 NAMED = ("vit", "deit", "dinov2-registers", "siglip")

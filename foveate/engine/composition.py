@@ -264,7 +264,8 @@ def _check_signals(steps: Sequence[PlannedStep]) -> None:
     first: dict[tuple[int, bool], PlannedStep] = {}
     for planned in (s for s in steps if s.step.stage == "vision"):
         site = planned.step.layer, planned.step.inside
-        if site in first and (planned.step.needs or "attend" in planned.step.effects):
+        reads = planned.step.inside and "attend" in planned.step.effects
+        if site in first and (planned.step.needs or reads):
             raise LayerError(
                 f"{first[site].method.slug} and {planned.method.slug} act at the same site, "
                 f"{planned.step.site}, so that signals for the second would be out of date; give "

@@ -32,6 +32,8 @@ def check_together(family: Family, methods: Sequence[Method], steps: Sequence[Pl
     _check_ragged(steps)
     _check_thresholds(steps)
     _check_attending(steps)
+    _check_looks(steps)
+    _check_around(steps)
 
 
 def check_order(steps: Sequence[PlannedStep], first: PlannedStep) -> None:
@@ -212,7 +214,7 @@ def _check_exits(steps: Sequence[PlannedStep]) -> None:
 
 
 def _check_attending(steps: Sequence[PlannedStep]) -> None:
-    """Refuse two steps that compute the same encoder layer, or what it needs of the other's."""
+    """Refuse two steps that compute the same encoder layer."""
     first: dict[int, PlannedStep] = {}
     for planned in (s for s in steps if {"attend", "around"} & set(s.step.effects)):
         if (other := first.setdefault(planned.step.layer, planned)) is not planned:
@@ -220,9 +222,14 @@ def _check_attending(steps: Sequence[PlannedStep]) -> None:
                 f"{other.method.slug} and {planned.method.slug} both compute the attention of "
                 f"encoder layer {planned.step.layer}; give them different layers"
             )
-    looks = [s for s in steps if "look" in s.step.effects]
+
+
+def _check_looks(steps: Sequence[PlannedStep]) -> None:
+    """Refuse other steps between a look at a layer and what its method does next: what the look saw
+    is of all tokens that are shown then.
+    """
     vision = [s for s in steps if s.step.stage == "vision"]
-    for look in looks:  # what it saw is of all tokens that its method's next step is shown
+    for look in (s for s in vision if "look" in s.step.effects):
         for other in (s for s in vision if s.method_number != look.method_number):
             if look.step.layer <= other.step.layer <= look.step.layer + 1:
                 raise LayerError(
@@ -230,22 +237,31 @@ def _check_attending(steps: Sequence[PlannedStep]) -> None:
                     f"drops before the next, and {other.method.slug} acts at {other.step.site}; "
                     "give it another layer"
                 )
+
+
+def _check_around(steps: Sequence[PlannedStep]) -> None:
+    """Refuse to act within, or to read, a layer that only some tokens go through."""
     around = {s.step.layer: s for s in steps if "around" in s.step.effects}
-    for planned in (s for s in steps if s.step.stage != "vision"):
-        for need in planned.step.needs:
-            met = [around[i] for i in need.layers if i in around]
-            if met and isinstance(SIGNALS[need.name], EncoderSignal):
-                raise LayerError(
-                    f"{planned.method.slug} reads {need.name} of encoder layer "
-                    f"{met[0].step.layer}, which only some tokens go through with "
-                    f"{met[0].method.slug}; give {met[0].method.slug} other layers"
-                )
-    for planned in (s for s in steps if s.step.stage == "vision" and s.step.inside):
-        if planned.step.layer in around:
-            other = around[planned.step.layer]
+    for planned in steps:
+        step, slug = planned.step, planned.method.slug
+        if step.stage == "vision":
+            met = [around[step.layer]] if step.inside and step.layer in around else []
+            does = f"acts within encoder layer {step.layer}"
+        else:
+            read = [
+                (need.name, layer)
+                for need in step.needs
+                if isinstance(SIGNALS[need.name], EncoderSignal)
+                for layer in need.layers
+                if layer in around
+            ]
+            met = [around[layer] for _, layer in read]
+            does = "".join(f"reads {name} of encoder layer {layer}" for name, layer in read[:1])
+        if met:
+            other = met[0].method.slug
             raise LayerError(
-                f"{planned.method.slug} acts within encoder layer {planned.step.layer}, which only "
-                f"some tokens go through with {other.method.slug}; give them different layers"
+                f"{slug} {does}, which only some tokens go through with {other}; give {other} "
+                "other layers"
             )
 
 

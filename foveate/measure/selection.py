@@ -10,6 +10,7 @@ image in the encoder, its width `D`, and the width `C` of all heads of a layer.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -203,12 +204,16 @@ def learned_flops(record: Record, model: ModelFacts, steps: Sequence[Acted]) -> 
         model: the model.
         steps: what methods wanted to do.
     """
-    return sum(
-        acted.method.learned_flops(model, acted.step, image.before(acted.entry), image.grid)
-        for acted in steps
-        for image in record.images
-        if acted.step.stage == "vision" and acted.entry in image.kept
-    )
+    total = 0
+    for acted in (a for a in steps if a.step.stage == "vision"):
+        alike = Counter(
+            (image.before(acted.entry), image.grid)
+            for image in record.images
+            if acted.entry in image.kept
+        )
+        for (tokens, grid), images in alike.items():
+            total += images * acted.method.learned_flops(model, acted.step, tokens, grid)
+    return total
 
 
 def _shortens(record: Record, entry: str) -> bool:

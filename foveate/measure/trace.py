@@ -14,7 +14,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,8 @@ from foveate.engine.vision.segments import boundaries
 from foveate.families import Encoder, Family, find_family
 from foveate.families.projection import project
 from foveate.measure.changes import Change, change, changes
+from foveate.measure.frozen import Frozen, freeze, frozen, thaw
 
-Frozen: TypeAlias = tuple[tuple[str, Any], ...]
-_VALUES = 4096  # larger tensors of zeros and ones are masks of pixels, on which no count depends
 _INDEXING = ("aten::index", "aten::index_put", "aten::index_put_")
 _TOWERS = ("vision_tower", "vision_model", "visual")
 
@@ -110,48 +109,6 @@ def skeleton(family: Family) -> Family:
     return _build(_Recipe.of(family)).family
 
 
-def freeze(arguments: Mapping[str, Any]) -> Frozen:
-    """Arguments as a hashable value: shapes of tensors, values of small integer tensors."""
-    return tuple((name, _frozen(value)) for name, value in sorted(arguments.items()))
-
-
-def _frozen(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return _Value(value)
-    shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-    if value.is_floating_point() or value.is_meta or (value.numel() > _VALUES and _is_mask(value)):
-        return shape, dtype, None
-    return shape, dtype, tuple(value.flatten().tolist())
-
-
-def _is_mask(value: Tensor) -> bool:
-    low, high = value.aminmax()
-    return int(low) >= 0 and int(high) <= 1
-
-
-@dataclass(frozen=True)
-class _Value:
-    """Something that is no tensor, compared by how it is written."""
-
-    value: Any = field(compare=False, repr=False)
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", repr(self.value))
-
-
-def _thaw(value: Any) -> Any:
-    if isinstance(value, _Value):
-        given = value.value
-        sizes = isinstance(given, list | tuple) and given and isinstance(given[0], list | tuple)
-        return torch.tensor(given) if sizes else given
-    shape, name, values = value
-    dtype = getattr(torch, name)
-    if values is not None:
-        return torch.tensor(values, dtype=dtype).view(shape)
-    return torch.ones(shape, dtype=dtype, device="meta" if dtype.is_floating_point else "cpu")
-
-
 @dataclass(frozen=True)
 class _Recipe:
     """What a model is made from, compared by the config's text, and by how it differs from that."""
@@ -190,9 +147,9 @@ def _build(recipe: _Recipe) -> _Skeleton:
 
 
 @functools.lru_cache(maxsize=256)
-def _trace(recipe: _Recipe, modality: str, frozen: Frozen) -> Traced:
+def _trace(recipe: _Recipe, modality: str, given: Frozen) -> Traced:
     built = _build(recipe)
-    arguments = {name: _thaw(value) for name, value in frozen}
+    arguments = {name: thaw(value) for name, value in given}
     with built.lock:
         return _Run(built.family).trace(modality, arguments)
 
@@ -304,7 +261,7 @@ class _Run:
         self.pairs[number] = sum(length**2 for length in lengths)
         weights = tuple(p.shape for p in layer.parameters())
         leaves, spec = tree_flatten((args, kwargs))
-        key = weights, str(spec), tuple(_frozen(leaf) for leaf in leaves)
+        key = weights, str(spec), tuple(frozen(leaf) for leaf in leaves)
         if key in self._seen:
             output, flops, outside = self._seen[key]
             self.again += flops

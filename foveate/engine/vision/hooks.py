@@ -290,7 +290,7 @@ class VisionAttachment(Attachment):
         encoding = self.state.encoding
         if encoding is None or not encoding.turning:
             return output
-        return rotated(output, encoding.rotary, self.encoder.heads)
+        return rotated(output, encoding.rotary, self.encoder.heads_of(output.shape[-1]))
 
     def _signal(
         self,

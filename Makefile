@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test matrix fuzz lint clean
+.PHONY: demo test torchao matrix fuzz lint clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -24,6 +24,15 @@ demo: .venv/.ready  ## ask the embedded model about an image, with all visual to
 
 test: .venv/.ready  ## the whole test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
+
+.venv/torchao/.ready: .venv/.ready  # beside the environment: it makes every import of transformers print
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-deps --target .venv/torchao torchao
+	@touch $@
+
+torchao: .venv/torchao/.ready  ## the tests of models that torchao has quantised
+	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest --numprocesses 2 -m torchao \
+		tests/conformance/test_quantised.py tests/test_docs.py
 
 matrix: .venv/.ready  ## every cell of every table of tests
 	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)

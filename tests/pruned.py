@@ -1,11 +1,6 @@
 """Models that torch-pruning has cut: widths of MLPs and numbers of heads that no config says."""
 
-import pytest
-
-
-def library():
-    """The package torch-pruning; without it, a test skips."""
-    return pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
+import torch_pruning as tp
 
 
 def cut_mlps(model, inputs, layers, first, left):
@@ -13,7 +8,6 @@ def cut_mlps(model, inputs, layers, first, left):
 
     `first` names the matrix that makes neurons; `left` says how many stay in each layer.
     """
-    tp = library()
     graph = tp.DependencyGraph().build_dependency(
         model, example_inputs=dict(inputs), forward_fn=lambda model, inputs: model(**inputs)[0]
     )
@@ -25,7 +19,7 @@ def cut_mlps(model, inputs, layers, first, left):
 
 def cut_heads(attention, heads, output):
     """Take whole heads away, and those of keys and values that no other head reads."""
-    tp, width = library(), attention.head_dim
+    width = attention.head_dim
     groups = getattr(attention, "num_key_value_groups", 1)
 
     def columns(of):

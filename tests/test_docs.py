@@ -116,9 +116,8 @@ def test_page_on_segmentation_runs(monkeypatch, tmp_path, capsys):
     assert names["faster"].heads[0] is names["heads"][0]
 
 
+@pytest.mark.torchao
 def test_page_on_smaller_weights_runs_and_prints_what_it_shows(capsys):
-    for package in ("torch_pruning", "torchao"):
-        pytest.importorskip(package, reason=f"{package} is not installed")
     page = (ROOT / "docs" / "combine.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     shown = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from foveate.core.tokens import Shape
 from foveate.engine.features import pooled
 from foveate.engine.inputs import bound
-from foveate.engine.vision.encoder_group import patch_grid
+from foveate.engine.vision.encoder_group import patches_of
 from foveate.engine.vision.segments import boundaries
 from foveate.families import Encoder, Family, find_family
 from foveate.families.projection import project
@@ -217,10 +217,7 @@ class _Run:
     def _patches(self, encoder: Encoder | None) -> tuple[int, int, int]:
         if encoder is None or not self._told:
             return 0, 0, 0
-        if encoder.patches is not None:
-            return encoder.patches(self._told)
-        pixels, count = self._told.get("pixel_values"), self.rows[1] - encoder.special
-        return 1, *patch_grid(self.family, encoder.tower.config, pixels, count)
+        return patches_of(self.family, encoder, self._told, self.rows[1] - encoder.special)
 
     def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._told = bound(type(module).forward.__get__(module), args, kwargs)

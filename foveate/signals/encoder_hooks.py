@@ -22,12 +22,11 @@ from foveate.signals.rotary import rotated
 
 
 class Shortened(Protocol):
-    """A pass through an encoder in which tokens are removed.
+    """A pass through an encoder in which tokens are removed."""
 
-    `bias` is what the scores of each key get.
-    """
-
-    bias: Tensor | None
+    @property
+    def bias(self) -> Tensor | None:
+        """What the scores of each key get."""
 
     @property
     def order(self) -> Tensor | None:

@@ -20,24 +20,24 @@ from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
 from tests.pruned import cut_mlps
 
-torchao = pytest.importorskip("torchao", reason="torchao is not installed")
-from torchao.quantization import (  # noqa: E402
-    Int8DynamicActivationInt8WeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
-    quantize_,
-)
-from torchao.sparsity import apply_fake_sparsity  # noqa: E402
+pytestmark = pytest.mark.torchao
+KINDS = (
+    "int8 weights", "int8 weights and activations", "int4 weights", "two of four weights",
+)  # fmt: skip
 
-KINDS = {
-    "int8 weights": lambda model: quantize_(model, Int8WeightOnlyConfig()),
-    "int8 weights and activations": lambda model: quantize_(
-        model, Int8DynamicActivationInt8WeightConfig()
-    ),
-    "int4 weights": lambda model: quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4)),
-    # As dense tensors with zeros: torch packs them on CUDA alone.
-    "two of four weights": apply_fake_sparsity,
-}
+
+def quantise(model, kind="int8 weights"):
+    """Quantise a model in place; where torchao is not installed, this fails."""
+    from torchao import quantization, sparsity
+
+    if kind == "two of four weights":  # as dense tensors with zeros: torch packs them on CUDA alone
+        return sparsity.apply_fake_sparsity(model)
+    config = {
+        "int8 weights": quantization.Int8WeightOnlyConfig,
+        "int8 weights and activations": quantization.Int8DynamicActivationInt8WeightConfig,
+        "int4 weights": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4),
+    }[kind]()
+    return quantization.quantize_(model, config)
 
 
 @pytest.fixture(params=KINDS)
@@ -47,7 +47,7 @@ def models(request):
     plain = member.build("eager")
     inputs, _ = batch_of(member, plain, (2,))
     model = copy.deepcopy(plain)
-    KINDS[request.param](model)
+    quantise(model, request.param)
     return plain, model, inputs
 
 
@@ -80,7 +80,7 @@ def test_keeping_all_changes_no_bit(models):
 def test_layers_in_parts_are_refused_by_name():
     member = MEMBERS["llava"]()
     model = member.build("eager")
-    quantize_(model, Int8WeightOnlyConfig())
+    quantise(model)
     with pytest.raises(UnsupportedModelError, match="load unquantized weights"):
         foveate.use(model, "yopo")
 
@@ -88,7 +88,7 @@ def test_layers_in_parts_are_refused_by_name():
 def test_weights_are_as_large_as_they_are_stored():
     linear = torch.nn.Linear(128, 256)
     assert weight_bytes(linear) == (128 + 1) * 256 * 4
-    quantize_(linear, Int8WeightOnlyConfig())
+    quantise(linear)
     weight = linear.weight
     scales = weight.scale.nbytes + weight.zero_point.nbytes
     assert weight_bytes(linear) == 128 * 256 + scales + 256 * 4
@@ -102,7 +102,7 @@ def test_pruned_and_quantised_layers_cost_what_the_pruned_ones_do():
     plain = run(model, inputs, ())
     assert errors(model, inputs, [FastV(3, 0.25)], plain) == (0,) * 4
     before = weight_bytes(model)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantise(model)
     with foveate.use(model, FastV(3, 0.25)) as session, torch.no_grad():
         cache = model(**fresh(inputs)).past_key_values
     whole = account(unpruned(session.record), session.family, (), DENSE)

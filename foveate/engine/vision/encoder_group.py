@@ -6,7 +6,8 @@ token has, `D` width of a row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -19,8 +20,9 @@ from foveate.core.tokens import Shape
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
 from foveate.engine.vision.exits import Exits
-from foveate.families import Family
-from foveate.families.rows import EncoderImage
+from foveate.errors import InputError
+from foveate.families import Encoder, Family
+from foveate.families.rows import EncoderImage, raster_rows, token_grid
 
 
 @dataclass(eq=False)
@@ -134,6 +136,62 @@ class EncoderGroup:
         return layout.recover(x, self.total, mean.expand(-1, -1, *rows.shape[2:]).flatten(2))
 
 
+def images_of(
+    family: Family,
+    encoder: Encoder,
+    arguments: Mapping[str, Any],
+    side: int,
+    images: int,
+    length: int,
+) -> list[EncoderImage]:
+    """The images of a sequence, or of the rows of a batch.
+
+    Args:
+        family: for the grid of an image.
+        encoder: the encoder.
+        arguments: what its tower was called with.
+        side: side of a visual token in patches.
+        images: rows of the batch.
+        length: rows of each image.
+
+    Raises:
+        InputError: some patches are hidden from the encoder.
+    """
+    if encoder.packed is not None:
+        return encoder.packed(arguments, side)
+    frames, height, width = patches_of(family, encoder, arguments, length - encoder.special)
+    rows = encoder.leading + raster_rows(frames * height, width, side)
+    grid = token_grid(height, width, side)
+    return [EncoderImage(grid, rows + n * length, frames) for n in range(images)]
+
+
+def patches_of(
+    family: Family, encoder: Encoder, arguments: Mapping[str, Any], count: int
+) -> tuple[int, int, int]:
+    """(frames, height, width) of an image's patches, or a video's.
+
+    Args:
+        family: for the grid of an image.
+        encoder: the encoder.
+        arguments: what it was called with.
+        count: how many patches it sees.
+
+    Raises:
+        InputError: some of them are hidden from the encoder.
+    """
+    if encoder.patches is None:
+        pixels = arguments.get("pixel_values")
+        return 1, *patch_grid(family, encoder.tower.config, pixels, count)
+    sizes = encoder.patches(arguments)
+    if math.prod(sizes) != count:
+        raise InputError(
+            f"the encoder sees {count} of {math.prod(sizes)} patches of each video, as a mask "
+            "hides the others, and which these are methods cannot know; leave the mask out, or do "
+            "without methods"
+        )
+    return sizes
+
+
 def patch_grid(family: Family, config: Any, pixels: Tensor | None, count: int) -> tuple[int, int]:
     """(height, width) of an image's patches.
 
@@ -186,3 +244,9 @@ def encoder_groups(
             [images[n] for n in members], [shapes[n] for n in members], device
         )
     ]
+
+
+def mean_of_rows(x: Tensor, of: EncoderGroup) -> Tensor:
+    """(G, K, D) mean of each token's rows, from (G, K, R D)."""
+    cell = of.rows.shape[2]
+    return x if cell == 1 else x.unflatten(2, (cell, -1)).mean(2)

@@ -17,31 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.core import Need
-from foveate.core.tokens import Shape
 from foveate.engine.attachment import Attachment
 from foveate.engine.compilation import untraced
 from foveate.engine.gate import Gate
-from foveate.engine.images import Locate
-from foveate.engine.inputs import bound, of_shapes
+from foveate.engine.inputs import bound
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.planning import check_mixing
 from foveate.engine.replaced_forward import bypassed, forward_of, has_own_forward
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.attending import hand_over
-from foveate.engine.vision.encoder_group import EncoderGroup
-from foveate.engine.vision.forward import Encoding, Entered
+from foveate.engine.vision.describe import describe
+from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.outputs import restore_outputs, whole
 from foveate.engine.vision.segments import boundaries
+from foveate.engine.vision.within_layers import Args, Kwargs, WithinLayers
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
-from foveate.record.record import ImageRecord, Record
-from foveate.record.tiles import TokenBoxes
+from foveate.record.record import Record
 from foveate.signals.encoder_hooks import EncoderSignals
-from foveate.signals.rotary import rotated
-from foveate.signals.signal import over_layers
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
 
 
 class VisionAttachment(Attachment):
@@ -74,6 +67,7 @@ class VisionAttachment(Attachment):
         self._signals = (
             EncoderSignals(self.encoder, earlier, lambda: state.encoding) if earlier else None
         )
+        self._within = WithinLayers(family, self.encoder, state, self._signals)
         self.state = state
         self._last: Record | None = None
 
@@ -146,6 +140,7 @@ class VisionAttachment(Attachment):
 
     def attach(self) -> None:
         """Install what acts around the encoder and its layers, and within those run in halves."""
+        within = self._within
         self.uncopied(self.root)
         below = self.family.base if self.family.text_layers else None
         if self.encoder.fed is not None:
@@ -156,25 +151,25 @@ class VisionAttachment(Attachment):
             attention, steps = self.encoder.attention(layer), self._inside.get(number, [])
             kernel = self.encoder.masks_kernels
             if not (self.encoder.masks_layers or kernel):
-                self.before(attention, self._enter_attention)
+                self.before(attention, within.enter_attention)
             if steps or number in self._unmasked:
-                self.replace_forward(layer, functools.partial(self._halves, steps))
+                self.replace_forward(layer, functools.partial(within.run_halves, steps))
             if number in self._around:
-                around = functools.partial(self._layer_of_fewer, self._around[number])
+                around = functools.partial(within.run_fewer, self._around[number])
                 self.replace_forward(layer, around)
             self.hook(layer, functools.partial(self._enter_layer, number))
             if number in self._attends:
-                self.before(attention, self._note_normed)
+                self.before(attention, within.note_normed)
             if number in self._attends or kernel:
-                attends, masked = self._attends.get(number), self._mask if kernel else None
-                attend = None if attends is None else functools.partial(self._attend, attends)
+                attends, masked = self._attends.get(number), within.mask if kernel else None
+                attend = None if attends is None else functools.partial(within.attend, attends)
                 hand_over(self, attention, attend, masked)
             if any(planned.step.needs for planned in steps):
                 for name in self.encoder.projections:
-                    self.tap(attention, name, functools.partial(self._tap, name))
+                    self.tap(attention, name, functools.partial(within.tap, name))
             if self.encoder.shared_rotary:
                 for name in self.encoder.projections:
-                    self.replace_forward(getattr(attention, name), self._rotate)
+                    self.replace_forward(getattr(attention, name), within.rotate)
         if self._whole_after_layers and self._first < len(self.encoder.layers):
             self.replace_forward(self.encoder.layers[-1], self._last_layer)
         for reader in self.encoder.readers:
@@ -245,8 +240,8 @@ class VisionAttachment(Attachment):
         encoding.see(output.last_hidden_state[:, self.encoder.queries :])
         if self.state.passes is not None:
             self.state.passes.append(encoding)
-        self.state.encoder_record = self._last = self._describe(encoding)
-        output = encoding.leave(output)
+        self.state.encoder_record = self._last = describe(encoding)
+        output = restore_outputs(encoding, output)
         return output.to_tuple() if self.state.as_tuple else output
 
     # -- around a layer
@@ -256,81 +251,25 @@ class VisionAttachment(Attachment):
         encoding = self.state.encoding
         if encoding is None:
             return None
-        hidden, encoding.turning = args[0], False
-        kwargs = self._named(args[1:], kwargs)
+        hidden, encoding.layer.turning = args[0], False
+        kwargs = self._within.named(args[1:], kwargs)
         encoding.see(hidden, kwargs.get("attention_mask"))
         steps, told = self._before.get(number), encoding.tell(kwargs)
         if steps and encoding.removes(steps):
             hidden = encoding.reduce(
-                steps, hidden, functools.partial(self._signal, encoding, number, module, args[0])
+                steps,
+                hidden,
+                functools.partial(self._within.signal, encoding, number, module, args[0]),
             )
             told = encoding.tell(kwargs)
-        encoding.input = hidden
+        encoding.layer.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
         if encoding.reduced and self.encoder.masks_kernels:
             _check_not_run_again(module)
         encoding.bounds.append(boundaries(told))
-        encoding.turning = self.encoder.shared_rotary and encoding.reduced
+        encoding.layer.turning = self.encoder.shared_rotary and encoding.reduced
         return ((hidden,), told) if encoding.reduced else None
-
-    def _named(self, by_place: Args, kwargs: Kwargs) -> Kwargs:
-        """What a layer is handed besides states, by name."""
-        return {**kwargs, **dict(zip(self.encoder.by_place, by_place, strict=False))}
-
-    @untraced
-    def _rotate(
-        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """In place of a projection's forward: turn queries or keys, where layers cannot."""
-        return self._turned(forward_of(module, before)(*args, **kwargs))
-
-    @torch.compiler.disable
-    def _turned(self, output: Tensor) -> Tensor:
-        encoding = self.state.encoding
-        if encoding is None or not encoding.turning:
-            return output
-        return rotated(output, encoding.rotary, self.encoder.heads_of(output.shape[-1]))
-
-    def _signal(
-        self,
-        encoding: Encoding,
-        number: int,
-        layer: Any,
-        hidden: Tensor,
-        need: Need,
-        of: EncoderGroup,
-    ) -> Tensor:
-        """A signal before a layer: of earlier layers, or of the one that is about to run."""
-        if need.layers == (number,):
-            return encoding.ahead(layer, hidden, of)
-        assert self._signals is not None  # as planned
-        rows = [encoding.at_tokens(self.state.signals[need.name, i], of) for i in need.layers]
-        return self._signals.deliver(need.name, over_layers(need, rows))
-
-    def _enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
-        """Before the attention of a layer that takes no mask: hand it one."""
-        encoding = self.state.encoding
-        if encoding is None or encoding.bias is None:
-            return None
-        return args, {**kwargs, "attention_mask": encoding.bias}
-
-    @torch.compiler.disable
-    def _mask(self, given: Tensor | None) -> Tensor | None:
-        """What the kernel of a layer that takes no mask is handed as one."""
-        encoding = self.state.encoding
-        return given if encoding is None else encoding.kernel_mask(given)
-
-    @torch.compiler.disable
-    def _attend(self, planned: PlannedStep, *parts: Any) -> Tensor | None:
-        """In place of a layer's kernel, where a method attends; `None` outside of a pass."""
-        encoding = self.state.encoding
-        return None if encoding is None else encoding.attend(planned, *parts)
-
-    def _note_normed(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-        """Before the attention of a layer in which a method attends: note what it is given."""
-        if self.state.encoding is not None:
-            self.state.encoding.normed = args[0] if args else kwargs["hidden_states"]
 
     @untraced
     def _last_layer(
@@ -353,96 +292,8 @@ class VisionAttachment(Attachment):
             return args, {**kwargs, "hidden_states": encoding.unpruned(kwargs["hidden_states"])}
         states, *others = args
         if self.encoder.taps:
-            others[0] = encoding.whole(others[0], self.encoder.taps)
+            others[0] = whole(encoding, others[0], self.encoder.taps)
         return (encoding.unpruned(states), *others), kwargs
-
-    @untraced
-    def _layer_of_fewer(
-        self,
-        planned: PlannedStep,
-        module: nn.Module,
-        before: Callable[..., Any] | None,
-        hidden: Tensor,
-        *masks: Tensor | None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """A layer's forward that fewer rows go through than there are."""
-        forward = forward_of(module, before)
-        entered = self._enter_fewer(planned, module, hidden, masks, kwargs)
-        if entered is None:
-            return forward(hidden, *masks, **kwargs)
-        return self._leave_fewer(planned, entered, forward(entered.rows, *masks, **kwargs))
-
-    @torch.compiler.disable
-    def _enter_fewer(
-        self, planned: PlannedStep, layer: Any, hidden: Tensor, masks: Args, kwargs: Kwargs
-    ) -> Entered | None:
-        encoding, number = self.state.encoding, planned.step.layer
-        if encoding is None:
-            return None
-        arguments = self._named(masks, kwargs)
-        arguments.pop("dataset_index", None)  # of each image, not of each row
-        if self.encoder.masks_kernels:
-            arguments["attention_mask"] = encoding.bias
-        told = [name for name, value in arguments.items() if _of_rows(value, hidden.shape[-2])]
-        if told:
-            raise UnsupportedModelError(
-                f"{planned.method.slug} lets some rows go through encoder layer {number}, but this "
-                f"{self.family.model_type} tells its layers something of every row "
-                f"({', '.join(told)})"
-            )
-        signals = functools.partial(self._signal, encoding, number, layer, hidden)
-        return encoding.enter(planned, hidden, signals)
-
-    @torch.compiler.disable
-    def _leave_fewer(self, planned: PlannedStep, entered: Entered, output: Tensor) -> Tensor:
-        assert self.state.encoding is not None  # within a pass
-        return self.state.encoding.leave_layer(planned, entered, output)
-
-    @untraced
-    def _halves(
-        self,
-        steps: list[PlannedStep],
-        module: nn.Module,
-        before: Callable[..., Any] | None,
-        hidden: Tensor,
-        *by_place: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        """A layer's forward with steps between its attention and its MLP."""
-        encoding, block = self.state.encoding, self.encoder.block
-        assert block is not None  # checked in the plan
-        bias, removes = (None, False) if encoding is None else self._due(encoding, steps)
-        if encoding is None or (bias is None and not removes):
-            return forward_of(module, before)(hidden, *by_place, **kwargs)
-        kwargs = self._named(by_place, kwargs)
-        encoding.taps = {}
-        hidden = block.attend(module, hidden, bias=bias, **kwargs)
-        hidden = self._between(encoding, steps if removes else [], hidden)
-        return block.feed(module, hidden, **kwargs)
-
-    @torch.compiler.disable
-    def _due(self, encoding: Encoding, steps: list[PlannedStep]) -> tuple[Tensor | None, bool]:
-        """What a layer's scores get besides a mask, and whether steps within it remove anything."""
-        assert self.encoder.block is not None  # checked in the plan
-        bias = encoding.bias if self.encoder.block.output is not None else None
-        return bias, encoding.removes(steps)
-
-    @torch.compiler.disable
-    def _between(self, encoding: Encoding, steps: list[PlannedStep], hidden: Tensor) -> Tensor:
-        """Between a layer's attention and its MLP."""
-        if steps:
-            hidden = encoding.reduce(steps, hidden, encoding.tapped)
-        encoding.taps = None
-        encoding.rows[-1] = (encoding.rows[-1][0], hidden.shape[-2])
-        return hidden
-
-    def _tap(
-        self, name: str, module: nn.Module, args: Args, kwargs: Kwargs, output: Tensor
-    ) -> None:
-        encoding = self.state.encoding
-        if encoding is not None and encoding.taps is not None:
-            encoding.taps[name] = output
 
     # -- around a head that pools by attention
 
@@ -466,39 +317,6 @@ class VisionAttachment(Attachment):
         log = counts.log().to(args[1].dtype)[:, None]
         return args, {**kwargs, "attn_mask": log.repeat_interleave(module.num_heads, 0)}
 
-    # -- what was done
-
-    def _describe(self, encoding: Encoding) -> Record:
-        images = [
-            ImageRecord(
-                n, shape.total, shape.grid, dict(kept), self._locate(encoding, n, shape),
-                shape.frames,
-            )
-            for n, (shape, kept) in enumerate(encoding.survivors())
-        ]  # fmt: skip
-        return Record(
-            rows=len(images),
-            prompt_tokens=[],
-            images=images,
-            layer_tokens=[],
-            cache_slots=[],
-            pixels=None if any(image.frames > 1 for image in images) else encoding.pixels,
-            encoder_tokens=encoding.layer_rows,
-            encoder_bounds=encoding.layer_bounds,
-            encoded={"image": of_shapes(encoding.arguments)},
-            results=encoding.results(),
-        )
-
-    def _locate(self, encoding: Encoding, number: int, shape: Shape) -> Locate | None:
-        """What finds out where the tokens of an image of an encoder alone lie, if that depends on
-        what it was called with.
-        """
-        if self.family.text_layers or not self.family.placed_by:
-            return None
-        arguments = {n: a for n, a in encoding.arguments.items() if n in self.family.placed_by}
-        boxes = functools.partial(self.family.boxes, "image", number, shape, arguments)
-        return lambda: TokenBoxes(boxes())
-
 
 def _check_not_run_again(layer: nn.Module) -> None:
     if layer.training and getattr(layer, "gradient_checkpointing", False):
@@ -507,10 +325,3 @@ def _check_not_run_again(layer: nn.Module) -> None:
             "mask that foveate hands to its kernel is gone; turn it off "
             "(`gradient_checkpointing_disable()`)"
         )
-
-
-def _of_rows(value: Any, rows: int) -> bool:
-    """Whether an argument of a layer says something of each of its rows."""
-    if isinstance(value, tuple):
-        return any(_of_rows(part, rows) for part in value)
-    return isinstance(value, Tensor) and rows in value.shape[-2:]

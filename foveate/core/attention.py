@@ -35,6 +35,13 @@ class LayerShape(NamedTuple):
     width: int
     attended: int = 0
 
+    @classmethod
+    def of(
+        cls, rows: int, special: int, grid: tuple[int, int], frames: int, width: int, mixed: int
+    ) -> LayerShape:
+        """The same, of what is known: `mixed` is the width of all heads."""
+        return cls(rows, special, grid, frames, width, mixed if mixed != width else 0)
+
     @property
     def mixed(self) -> int:
         """Width of all heads."""
@@ -57,6 +64,7 @@ class LayerAttention:
             order, frame by frame, for a step that reads whole grids.
         kernel: attends as the model does, from queries (B, H, M, d), keys, values and a mask, and
             returns (B, M, H, d).
+        dropout: share of the weights that is to be dropped, in training; `kernel` does so itself.
     """
 
     query: Tensor
@@ -68,6 +76,7 @@ class LayerAttention:
     states: Tensor
     shape: LayerShape
     kernel: Kernel
+    dropout: float = 0.0
 
     @property
     def special(self) -> int:

@@ -258,7 +258,7 @@ def attending_flops(record: Record, family: Any, traced: Traced, steps: Sequence
     for of in (acted for acted in steps if "attend" in acted.step.effects):
         rows, _ = record.encoder_tokens[of.step.layer]
         mixed = traced.mixed[of.step.layer]
-        shape = LayerShape(rows, special, (grid[0], grid[1]), frames, traced.width, mixed)
+        shape = LayerShape.of(rows, special, (grid[0], grid[1]), frames, traced.width, mixed)
         plain = 4 * mixed * rows**2
         total += traced.rows[0] * (of.method.attend_flops(of.step, shape) - plain)
     return total

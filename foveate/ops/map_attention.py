@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import LayerAttention
@@ -28,7 +29,10 @@ def attend_with_maps(layer: LayerAttention, look: Callable[[Tensor], Tensor]) ->
     Returns:
         (B, N, H, d).
     """
-    mixed = [torch.matmul(look(weights), value) for weights, value in _maps(layer)]
+    mixed = [
+        torch.matmul(F.dropout(look(weights), layer.dropout), value)
+        for weights, value in _maps(layer)
+    ]
     return torch.cat(mixed).transpose(1, 2)
 
 
@@ -45,9 +49,5 @@ def _maps(layer: LayerAttention) -> Iterator[tuple[Tensor, Tensor]]:
         scores = torch.matmul(query * layer.scaling, key.transpose(2, 3))
         if bias is not None:
             scores = scores + (bias if len(bias) == 1 else bias[start : start + step])
-        yield (
-            scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-                value.dtype
-            ),
-            value,
-        )
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        yield weights.to(value.dtype), value

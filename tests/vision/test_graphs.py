@@ -310,3 +310,22 @@ def test_images_are_looked_at_a_few_at_a_time(monkeypatch):
             all_at_once = model(**inputs).last_hidden_state
         for got in (one, all_at_once):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gtp", "zero"])
+def test_weights_are_dropped_in_training_as_the_kernel_would(case):
+    model, inputs = build(ENCODERS, "vit", "eager"), images()
+    for layer in layers_of(model):
+        layer.attention.attention_dropout = 1.0  # nothing is left of any value
+
+    def state(model):
+        with torch.no_grad(), foveate.use(model, METHODS[case]):
+            return model(**inputs).last_hidden_state
+
+    plain, nothing = state(model.eval()), state(model.train())
+    assert distance(nothing, plain) > 0.1
+    for layer in layers_of(model):
+        layer.attention.v_proj.weight.data.zero_()
+        layer.attention.v_proj.bias.data.zero_()
+    model.eval()
+    torch.testing.assert_close(state(model), nothing, rtol=0, atol=1e-5)

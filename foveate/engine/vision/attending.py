@@ -26,7 +26,7 @@ from foveate.engine.attachment import Attachment
 KERNEL = "foveate"  # a kernel's name, as configs have it
 HOOK = "_foveate_attend"  # the attribute of an attention module that is called instead
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, Kernel], Tensor | None]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float, Kernel], Tensor | None]
 Masked = Callable[[Tensor | None], Tensor | None]
 
 
@@ -38,9 +38,9 @@ def hand_over(
     Args:
         on: the attachment.
         attention: the attention module.
-        attend: is handed queries, keys, values, mask, scaling and kernel, as `LayerAttention` has
-            them; returns (B, N, H, d), or `None` to let the module do as it does; `None` if nothing
-            else computes it.
+        attend: is handed queries, keys, values, mask, scaling, dropout and kernel, as
+            `LayerAttention` has them; returns (B, N, H, d), or `None` to let the module do as it
+            does; `None` if nothing else computes it.
         masked: what the kernel is handed in place of a mask; `None` to hand it the module's.
     """
     AttentionInterface.register(KERNEL, _kernel)
@@ -85,7 +85,9 @@ class _Kernel:
         mixed = None
         if self.attend is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            mixed = self.attend(query, key, value, mask, scaling, lambda *parts: own(*parts)[0])
+            dropout = kwargs.get("dropout", 0.0)
+            parts = query, key, value, mask, scaling, dropout
+            mixed = self.attend(*parts, lambda *of: own(*of)[0])
         return own(query, key, value, mask) if mixed is None else (mixed, None)
 
 

@@ -74,6 +74,7 @@ class RunningLayer:
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
+        dropout: float,
         kernel: Kernel,
     ) -> LayerAttention:
         """What a method attends with, special rows first.
@@ -93,7 +94,7 @@ class RunningLayer:
             tokens = self.layout.groups[0].images.count
             rows = torch.arange(tokens * rows.shape[1], device=rows.device).view(tokens, -1)
             rows = rows + self.encoder.special
-        of = self.shape
+        of = self._shape(query.shape[1] * query.shape[3])
         grid = of.special + of.frames * of.grid[0] * of.grid[1]
         if planned.step.whole and (mask is not None or of.rows != grid):
             raise UnsupportedModelError(
@@ -101,21 +102,21 @@ class RunningLayer:
                 f"{of.rows} rows of encoder layer {planned.step.layer} of this "
                 f"{self.family.model_type} are masked, or no grid of {of.grid[0]} x {of.grid[1]}"
             )
-        return LayerAttention(query, key, value, mask, scaling, rows, states, of, kernel)
+        return LayerAttention(query, key, value, mask, scaling, rows, states, of, kernel, dropout)
 
-    @property
-    def shape(self) -> LayerShape:
-        """What there is of each image in its attention."""
+    def _shape(self, mixed: int) -> LayerShape:
+        """What there is of each image in its attention, whose heads are so wide together."""
         assert self.normed is not None  # set before every attention
         of = self.layout.groups[0]
         height, width = of.images.shape.grid
         side = math.isqrt(of.rows.shape[2])
-        return LayerShape(
+        return LayerShape.of(
             self.normed.shape[-2],
             self.encoder.special,
             (height * side, width * side),
             of.images.shape.frames,
             self.normed.shape[-1],
+            mixed,
         )
 
     # -- signals

@@ -139,6 +139,7 @@ class EncoderSignals:
             :, None, None
         ]
 
+    @torch.no_grad()  # within a checkpoint, nothing may be saved that is not when it runs again
     def _keep(self, signal: EncoderSignal, number: int, row: Tensor) -> None:
         shortened = self._pass()
         self._running.rows[signal.name, number] = row if shortened is None else shortened.widen(row)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.methods import GTPViT, TokenTransforming, ZeroTPrune
 from tests.vision.encoders import ENCODERS, PATCHES, SIDE, SPECIAL, build, images, row_of
@@ -329,3 +330,22 @@ def test_weights_are_dropped_in_training_as_the_kernel_would(case):
         layer.attention.v_proj.bias.data.zero_()
     model.eval()
     torch.testing.assert_close(state(model), nothing, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["gtp-scale", "transforming", "zero"])
+@pytest.mark.parametrize("name", ["vit", "siglip"])
+def test_checkpointing_changes_no_gradient_or_is_refused(name, case):
+    found = []
+    for checkpointing in (False, True):
+        model, inputs = build(ENCODERS, name).train(), images(name=name)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with foveate.use(model, METHODS[case]):
+            if checkpointing and case == "zero":  # whose looks are inside layers that run again
+                with pytest.raises(UnsupportedModelError, match="gradient checkpointing runs a"):
+                    model(**inputs)
+                return
+            model(**inputs).last_hidden_state.square().mean().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for key, want in found[0].items():
+        torch.testing.assert_close(found[1][key], want, rtol=1e-4, atol=1e-6)

@@ -265,7 +265,10 @@ class VisionAttachment(Attachment):
         encoding.layer.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
-        if encoding.reduced and self.encoder.masks_kernels:
+        attends = (
+            number in self._attends and number not in self._inside
+        )  # layers in halves run once
+        if attends or (encoding.reduced and self.encoder.masks_kernels):
             _check_not_run_again(module)
         encoding.bounds.append(boundaries(told))
         encoding.layer.turning = self.encoder.shared_rotary and encoding.reduced
@@ -321,7 +324,7 @@ class VisionAttachment(Attachment):
 def _check_not_run_again(layer: nn.Module) -> None:
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         raise UnsupportedModelError(
-            f"gradient checkpointing runs a {type(layer).__name__} again after the pass, when the "
-            "mask that foveate hands to its kernel is gone; turn it off "
+            f"gradient checkpointing runs a {type(layer).__name__} again after the pass, when what "
+            "foveate does where its attention kernel is called is over; turn it off "
             "(`gradient_checkpointing_disable()`)"
         )

@@ -136,7 +136,6 @@ class WithinLayers:
         if encoding is None:
             return None
         arguments = self.named(masks, kwargs)
-        arguments.pop("dataset_index", None)  # of each image, not of each row
         if self.encoder.masks_kernels:
             arguments["attention_mask"] = encoding.bias
         told = [name for name, value in arguments.items() if _of_rows(value, hidden.shape[-2])]
@@ -203,4 +202,4 @@ def _of_rows(value: Any, rows: int) -> bool:
     """Whether an argument of a layer says something of each of its rows."""
     if isinstance(value, tuple):
         return any(_of_rows(part, rows) for part in value)
-    return isinstance(value, Tensor) and rows in value.shape[-2:]
+    return isinstance(value, Tensor) and value.dim() > 1 and rows in value.shape[-2:]

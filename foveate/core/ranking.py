@@ -22,7 +22,8 @@ suits what is a product or a share, such as attention."""
 def near_of(scores: Tensor, scale: Scale) -> Tensor | float:
     """How far apart ties may be."""
     if scale is None:
-        return (scores.abs() * TIE).clamp(max=torch.finfo(torch.float32).max)
+        exact = scores.to(torch.promote_types(scores.dtype, torch.float32))  # of half precision too
+        return (exact.abs() * TIE).clamp(max=torch.finfo(torch.float32).max)
     return scale * TIE
 
 

@@ -103,7 +103,7 @@ class GTPViT(Layerwise):
 
         def look(weights: Tensor) -> Tensor:
             weights = sparse(weights, self.sparsity)
-            scores.append(self.scores(weights.detach(), layer.special))
+            scores.append(self.scores(weights.detach().float(), layer.special))
             return weights
 
         mixed = attend_with_maps(layer, look)

@@ -74,3 +74,15 @@ def test_infinite_and_undefined_scores_leave_as_many():
         assert bool((index.diff() > 0).all())
     assert top(scores[:1], 3).tolist() == [[0, 1, 3]]
     assert top(scores[:1], 1).tolist() == [[3]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scores_in_half_precision_are_ranked_like_the_same_in_full(dtype):
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(3)).to(dtype)
+    full = scores.float()
+    for count in (1, 7, 49, 50):
+        assert torch.equal(top(scores, count), top(full, count))
+    assert torch.equal(ranked(scores), ranked(full))
+    assert torch.equal(highest(scores), highest(full))
+    counts = torch.tensor([[3], [9], [1], [20]])
+    assert torch.equal(among_top(scores, counts, 20), among_top(full, counts, 20))

@@ -9,7 +9,7 @@ import torch
 import foveate
 from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
-from foveate.methods import GTPViT, TokenTransforming, ZeroTPrune
+from foveate.methods import BiFormer, FastVGGT, GTPViT, ToC3D, TokenTransforming, ZeroTPrune
 from tests.vision.encoders import ENCODERS, PATCHES, SIDE, SPECIAL, build, images, row_of
 from tests.vision.oracle import NAMES
 
@@ -349,3 +349,19 @@ def test_checkpointing_changes_no_gradient_or_is_refused(name, case):
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     for key, want in found[0].items():
         torch.testing.assert_close(found[1][key], want, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "method", [*METHODS.values(), FastVGGT(), BiFormer(regions=3, topk=2), ToC3D()]
+)
+def test_half_precision_keeps_as_many_and_stays_half(method, dtype):
+    model, inputs = build(ENCODERS, "vit"), images()
+    with foveate.use(model, method) as run:
+        model(**inputs)
+        want = run.record.encoder_tokens
+        got = model.to(dtype)(inputs["pixel_values"].to(dtype)).last_hidden_state
+        assert run.record.encoder_tokens == want
+    assert got.dtype == dtype
+    assert got.isfinite().all()

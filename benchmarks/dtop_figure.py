@@ -9,16 +9,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from _chart import Axis, Curve, between, chart, with_table
+
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dtop.json"
 PAGE, FIGURE = ROOT / "docs" / "segmentation.md", ROOT / "docs" / "segmentation-curve.svg"
 BEGIN, END = "<!-- table: benchmarks/dtop_figure.py -->", "<!-- end of table -->"
 COLOURS = {"linear": "#0072b2", "queries": "#d55e00"}
 NAMES = {"linear": "linear heads", "queries": "query heads"}
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 340, 56, 44, 16, 24
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> list[list[str]]:
     """A row for each threshold of each kind of head."""
     lines = [["heads", "threshold", "mIoU", "GFLOPs", "left early", "speed-up, batch of 16"]]
     lines.append(["---", "---:", "---:", "---:", "---:", "---:"])
@@ -29,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
             spread = f"{fast['median']:.2f}x ({fast['q25']:.2f} to {fast['q75']:.2f})"
             miou, gflops = f"{100 * row['miou']:.1f}", f"{row['gflops']:.3f}"
             lines.append([of["head"], f"{row['threshold']}", miou, gflops, left, spread])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return lines
 
 
 def figure(result: dict[str, Any]) -> str:
@@ -40,56 +41,22 @@ def figure(result: dict[str, Any]) -> str:
     values = [row["miou"] for rows in curves.values() for row in rows]
     left, low = int(10 * min(shares)) / 10, int(50 * min(values)) / 50
     high = -(int(-50 * max(values)) - 1) / 50
-
-    def x(share: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (share - left) / (1 - left)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * (value - low) / (high - low)
-
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
-        'font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+    lines = [
+        Curve(
+            COLOURS[head], [(row["gflops"] / most[head], row["miou"]) for row in rows], marks=True
+        )
+        for head, rows in curves.items()
     ]
-    for step in range(round((high - low) * 50) + 1):
-        value = low + step / 50
-        out.append(f'<path d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
-        out.append(
-            f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">'
-            f"{100 * value:.0f}</text>"
-        )
-    for step in range(round((1 - left) * 10) + 1):
-        share = left + step / 10
-        out.append(
-            f'<text x="{x(share):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
-            f"{share:.0%}</text>"
-        )
-    for head, rows in curves.items():
-        places = [(x(row["gflops"] / most[head]), y(row["miou"])) for row in rows]
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        colour = COLOURS[head]
-        out.append(
-            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-        )
-        out += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{colour}"/>' for a, b in places]
-    for number, head in enumerate(curves):
-        place = HEIGHT - BOTTOM - 34 + 18 * number
-        out.append(
-            f'<path d="M{WIDTH - 180} {place}h24" stroke="{COLOURS[head]}" stroke-width="1.8"/>'
-            f'<text x="{WIDTH - 148}" y="{place + 4}">{NAMES[head]}</text>'
-        )
-    out.append(
-        f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-        "FLOPs, as a share of those at threshold 1.0; mIoU of patches in per cent</text></svg>"
-    )
-    return "\n".join(out) + "\n"
+    tenths = [(share, f"{share:.0%}") for share in between(left, 1, 10)]
+    ticks = [(value, f"{100 * value:.0f}") for value in between(low, high, 50)]
+    legend = [(COLOURS[head], NAMES[head]) for head in curves]
+    caption = "FLOPs, as a share of those at threshold 1.0; mIoU of patches in per cent"
+    return chart(lines, Axis(left, 1, tenths), Axis(low, high, ticks), legend, caption, 180)
 
 
 def page(text: str, result: dict[str, Any]) -> str:
     """The page with its table brought up to date."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table(result)}\n{END}{rest.split(END)[1]}"
+    return with_table(text, BEGIN, END, table(result))
 
 
 def main() -> None:

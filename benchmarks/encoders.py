@@ -3,8 +3,8 @@
     python benchmarks/encoders.py [--batch 16] [--rounds 9]
 
 A random encoder, SDPA on. Predictions count the encoder's own products on the rows that each layer
-sees; what methods compute to choose is not predicted, so it counts against them. ToMe stands beside
-them as the method that is known best.
+sees; what methods compute to choose or merge is not predicted, so it counts against them. With
+r = 0 and keep = 1.0 nothing is removed.
 """
 
 from __future__ import annotations
@@ -16,19 +16,31 @@ from _bench import ratios, save, turns, warm_heap
 warm_heap()
 
 import torch  # noqa: E402
-from tome import vit_small  # noqa: E402
+from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 import foveate  # noqa: E402
 from foveate.core import Method  # noqa: E402
 from foveate.methods import GTPViT, TokenTransforming, ToMe, ZeroTPrune  # noqa: E402
 
 METHODS = {
+    "tome, r = 0": ToMe(r=0),
+    "tome, keep = 1.0": ToMe(keep=1.0),
     "tome, r = 8": ToMe(r=8),
+    "tome, r = 13": ToMe(r=13),
     "gtp-vit, r = 8": GTPViT(r=8),
     "gtp-vit, r = 8, token_scale": GTPViT(r=8, token_scale=True),
     "zero-tprune": ZeroTPrune(),
     "token-transforming": TokenTransforming(),
 }
+
+
+def vit_small() -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536,
+        image_size=224, patch_size=16, num_labels=1000,
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
 
 
 def measure(batch: int, rounds: int) -> dict:
@@ -72,7 +84,7 @@ def main() -> None:
             f"{s['q75']:.2f}), predicted {row['predicted']:.2f}x, ratio "
             f"{row['measured / predicted']:.3f}"
         )
-    save("encoders", {"model": "random ViT-S/16, 224 px, 12 layers", "results": [result]})
+    save("encoders", {"model": "random ViT-S/16, 224 px, 12 layers", "results": result})
 
 
 if __name__ == "__main__":

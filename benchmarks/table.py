@@ -103,10 +103,10 @@ def scoring() -> str:
     ])  # fmt: skip
 
 
-def encoder(name: str, title: str) -> str:
+def encoders() -> str:
     """Methods in a plain encoder."""
-    result = load(name)
-    size = result["results"][0]
+    result = load("encoders")
+    size = result["results"]
     rows = []
     for name, row in size["rows"].items():
         speed, predicted = row["speed-up"], row.get("predicted")
@@ -116,7 +116,7 @@ def encoder(name: str, title: str) -> str:
             f"{row['measured / predicted']:.2f}" if "measured / predicted" in row else "",
         ])  # fmt: skip
     return "\n\n".join([
-        f"## {title}",
+        "## Methods in an encoder",
         f"{result['model']}, batch {size['batch']}, {size['rounds']} rounds. {about(result)}",
         table(["", "speed-up", "quartiles", "predicted", "measured / predicted"], rows),
     ])  # fmt: skip
@@ -287,8 +287,7 @@ def _bold(text: str, bold: bool) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = [prefill(), speed(), decode(), families(), scoring(), selection()]
-    parts += [encoder("tome", "ToMe in an encoder"), encoder("encoders", "Methods in an encoder")]
+    parts = [prefill(), speed(), decode(), families(), scoring(), selection(), encoders()]
     parts.append(attending())
     return "\n\n".join([INTRO.strip(), *parts]) + "\n"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,7 @@ from tests.conformance.test_accounts import methods_of
 from tests.conformance.test_method_accounts import DENSE, apart, errors, run
 from tests.conformance.zoo import MEMBERS
 from tests.conformance.zoo.member import fresh
-from tests.pruned import cut_heads, cut_mlps, library
+from tests.pruned import cut_heads, cut_mlps
 from tests.vision.encoders import ENCODERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Unwrapped parameters")
@@ -53,7 +54,6 @@ def cut(name):
 
 def cut_fused(layers, left):
     """Where one matrix makes neurons and their gates."""
-    tp = library()
     for layer, count in zip(layers, left, strict=True):
         gone = list(range(count, 96))
         both = [*gone, *(96 + n for n in gone)]

@@ -1,5 +1,6 @@
 """Tiny random models, shared by all tests."""
 
+import os
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from tests import drawing
 from tests.tinies import tiny_llava
 
 torch.set_num_threads(1)
+os.environ.setdefault("RAY_worker_niceness", "0")  # 15 would starve its workers beside other tests
 
 # Limits measure hangs, not speed: `timeout` in pyproject.toml is far above what any test takes on a
 # loaded machine, and examples may take as long as they take.

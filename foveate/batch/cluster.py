@@ -76,7 +76,10 @@ def run_on_ray(
             [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
         ).map(
             _Shards, fn_constructor_args=(job, plan),
-            compute=data.ActorPoolStrategy(size=min(cluster.workers, len(shards))),
+            compute=data.ActorPoolStrategy(
+                size=min(cluster.workers, len(shards)),
+                max_tasks_in_flight_per_actor=1,  # one that waits would die of the one before it
+            ),
             num_cpus=cluster.cpus, num_gpus=cluster.gpus,
             ray_remote_args_fn=lambda: {"max_task_retries": TRIES},
         )  # fmt: skip

@@ -84,20 +84,21 @@ def test_what_a_worker_cannot_do_is_told_as_it_is_here(tmp_path):
 
 
 def test_a_shard_that_kills_its_workers_does_not_end_the_others(tmp_path, monkeypatch):
-    source = write_lines(tmp_path, 6)
-    one = job(source, tmp_path / "out", shard_rows=2)
+    source = write_lines(tmp_path, 8)
+    one = job(source, tmp_path / "out", shard_rows=1)
     monkeypatch.setattr(cluster_module, "_Shards", Deadly)
     monkeypatch.setattr(cluster_module, "TRIES", 1)
     with pytest.raises(FoveateError, match=r"workers died of 1 shards, 2 times each: q-00001"):
         on_ray(one)
-    assert [row["id"] for row in read(one.output)] == [0, 1, 4, 5]
+    assert [row["id"] for row in read(one.output)] == [0, 2, 3, 4, 5, 6, 7]
 
 
 class Deadly(_Shards):
-    """Dies of the second shard."""
+    """Dies of the second shard, when others may wait behind it."""
 
     def __call__(self, row):
-        if row["shard"].first == 2:
+        if row["shard"].first == 1:
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(row)
 

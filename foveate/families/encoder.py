@@ -61,6 +61,9 @@ class Encoder:
         masks_kernels: whether neither does, so that the kernel of the attention is handed one.
         relative: whether scores get a bias by relative position, within the mask of the kernel.
         by_place: names of what layers may be handed by place, after states.
+        places: what layers are handed as the number of each row among all; without it, rows are
+            numbered as they come. Empty where layers do not number rows.
+        in_tuple: whether layers return a tuple, which begins with their states.
         shared_rotary: whether layers take the rotary positions of one image for all of a batch.
         scaling: what scores are multiplied with; 1 / sqrt(d) by default, d being the width of a
             head. Read where images are packed or padded.
@@ -95,6 +98,8 @@ class Encoder:
     masks_kernels: bool = False
     relative: bool = False
     by_place: tuple[str, ...] = ("attention_mask",)
+    places: str = ""
+    in_tuple: bool = False
     shared_rotary: bool = False
     scaling: float | None = None
     axes: int = 1
@@ -121,6 +126,15 @@ class Encoder:
     def special(self) -> int:
         """Rows that are no patches. Once tokens have been removed, all of them come first."""
         return self.leading + self.trailing
+
+    def states_in(self, output: Any) -> Tensor:
+        """The states in what a layer returns."""
+        states: Tensor = output[0] if self.in_tuple else output
+        return states
+
+    def output_of(self, states: Tensor) -> Any:
+        """States as a layer returns them, without a map of its attention."""
+        return (states, None) if self.in_tuple else states
 
     def specials_first(self, states: Tensor) -> Tensor:
         """(B, N, D) states of all rows, those of trailing special rows moved before the patches."""

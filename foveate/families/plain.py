@@ -67,6 +67,12 @@ class PlainEncoder(Family):
 
     by_place: ClassVar[tuple[str, ...]] = ("attention_mask",)
     """What layers may be handed by place, after states."""
+    places: ClassVar[str] = ""
+    """What layers are handed as the number of each row; see `Encoder`."""
+    in_tuple: ClassVar[bool] = False
+    """Whether layers return a tuple, which begins with their states."""
+    whole_after_layers: ClassVar[bool] = False
+    """Whether the model takes all rows apart once its layers have run."""
     shared_rotary: ClassVar[bool] = False
     """Whether layers take the rotary positions of one image for all of a batch."""
 
@@ -111,6 +117,9 @@ class PlainEncoder(Family):
             patches=self.patches,
             films=self.films,
             by_place=self.by_place,
+            places=self.places,
+            in_tuple=self.in_tuple,
+            whole_after_layers=self.whole_after_layers,
             shared_rotary=self.shared_rotary,
         )
 

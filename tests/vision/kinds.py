@@ -1,7 +1,7 @@
 """Tiny random encoders whose layers are not ViT's of today, each with an oracle of its layer."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from transformers import (
     VitPoseBackboneConfig,
     VitPoseConfig,
     VitPoseForPoseEstimation,
+    VJEPA2Config,
+    VJEPA2ForVideoClassification,
+    VJEPA2Model,
     YolosConfig,
     YolosForObjectDetection,
     YolosModel,
@@ -45,6 +48,7 @@ class Kind:
         heads: makes the model under a head, by a name.
         trailing: how many special rows come after the patches.
         inputs: what `count` images are, from a generator.
+        only: what the encoder alone is told, so that it does nothing after its layers.
     """
 
     model: Callable[[], Any]
@@ -56,6 +60,7 @@ class Kind:
     inputs: Callable[[int, torch.Generator], dict] = lambda count, generator: {
         "pixel_values": torch.randn(count, 3, 48, 48, generator=generator)
     }
+    only: dict = field(default_factory=dict)
 
 
 class OldLayer(oracle.Full):
@@ -89,6 +94,7 @@ def _dpt():
 
 
 FRAMES = 4  # of 9 patches
+SMALL = {name: size for name, size in SIZES.items() if name != "image_size"}
 
 
 def _videomae(pooling=True):
@@ -100,6 +106,38 @@ def _videomae(pooling=True):
 
 def _clips(count, generator):
     return {"pixel_values": torch.randn(count, 2 * FRAMES, 3, 24, 24, generator=generator)}
+
+
+def _vjepa2():
+    return VJEPA2Config(
+        **SMALL, crop_size=24, frames_per_clip=2 * FRAMES, mlp_ratio=2, initializer_range=0.2,
+        num_labels=LABELS, num_pooler_layers=1, pred_hidden_size=24, pred_num_attention_heads=4,
+        pred_num_hidden_layers=2, pred_mlp_ratio=2, pred_zero_init_mask_tokens=False,
+    )  # fmt: skip
+
+
+def _clips_to_encode(count, generator):
+    return {"pixel_values_videos": _clips(count, generator)["pixel_values"]}
+
+
+class VJEPA2Layer(oracle.Full):
+    """A layer that turns rows by time, height and width: of the row at which a group stands."""
+
+    def project(self, layer):
+        return self.by_heads(layer.attention, layer.norm1(self.x), ("query", "key", "value"))
+
+    def turned(self, x):
+        where = torch.arange(self.total)
+        for group, stand in zip(self.groups, self.stands, strict=True):
+            where[group] = stand
+        axes = where // 9, where % 9 // 3, where % 3
+        return self.tower.encoder.layer[0].attention.apply_rotary_embeddings(x[None], axes)[0]
+
+    def mix(self, layer, mixed):
+        return layer.attention.proj(mixed)
+
+    def feed(self, layer):
+        return layer.mlp(layer.norm2(self.x))
 
 
 class BeitLayer(oracle.Full):
@@ -196,6 +234,14 @@ KINDS = {
         VitPoseLayer,
         class_token=False,
         inputs=_people_of_a_dataset,
+    ),
+    "vjepa2": Kind(
+        lambda: VJEPA2Model(_vjepa2()),
+        VJEPA2Layer,
+        class_token=False,
+        heads=lambda: VJEPA2ForVideoClassification(_vjepa2()),
+        inputs=_clips_to_encode,
+        only={"skip_predictor": True},
     ),
     "yolos": Kind(
         lambda: YolosModel(_yolos()),

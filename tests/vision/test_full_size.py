@@ -21,6 +21,7 @@ SIZES = {
     "vit_mae": (12, 1, True),
     "vit_msn": (12, 1, True),
     "vivit": (12, 1, True),
+    "vjepa2": (24, 0, False),
 }
 
 

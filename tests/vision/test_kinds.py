@@ -13,7 +13,7 @@ import foveate
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
-from foveate.methods import FlowCut, GTPViT, ToMe
+from foveate.methods import FlowCut, GTPViT, ToC3D, ToMe
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
@@ -118,7 +118,7 @@ def test_predicted_flops_equal_the_ones_torch_counts(name, method):
     model, inputs = build(kind.heads or kind.model, "eager"), given(kind, 2)
     with torch.no_grad(), foveate.use(model, method) as run:
         with FlopCounterMode(display=False) as counter:
-            find_family(model).base(**inputs)
+            find_family(model).base(**inputs, **kind.only)
         counted = account(run.record, run.family, run.methods).total
     assert counted == counter.get_total_flops()
     full, left = PATCHES + kind.special, 12 + kind.special
@@ -179,7 +179,7 @@ def test_gradients_are_finite_and_checkpointing_is_refused(name, case):
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if encoder.masks_kernels:
             with pytest.raises(UnsupportedModelError, match="gradient checkpointing runs a"):
-                model(**inputs)
+                find_family(model).base(**inputs)
 
 
 @pytest.mark.parametrize("name", ["yolos"])
@@ -302,6 +302,38 @@ def test_video_classifiers_average_what_is_left_by_sizes(case):
         want = model.classifier(model.fc_norm(mean))
     torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
     assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+@pytest.mark.parametrize("case", ["tome", "before"])
+def test_predictors_and_poolers_of_videos_read_all_rows(case):
+    """Each removed row with what stands for it, at its own place."""
+    kind = KINDS["vjepa2"]
+    videos = given(kind)
+    model, classifier = build(kind.model), build(kind.heads)
+    with torch.no_grad():
+        for one in (model, classifier.vjepa2):
+            _, results = results_of(kind, one, videos, CASES[case][1])
+            states = one.encoder.layernorm(torch.stack([full.states[-1] for full in results]))
+            if one is model:
+                every = [torch.arange(PATCHES).expand(3, -1)]
+                want = model.predictor(states, every, every).last_hidden_state
+                with foveate.use(model, CASES[case][0]) as run:
+                    got = model(**videos).predictor_output.last_hidden_state
+                    assert shapes_of(run) == {(FRAMES, (3, 3))}
+                plain = model(**videos).predictor_output.last_hidden_state
+            else:
+                want = classifier.classifier(classifier.pooler(states))
+                with foveate.use(classifier, CASES[case][0]):
+                    got = classifier(**videos).logits
+                plain = classifier(**videos).logits
+            torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+            assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+def test_rows_that_are_numbered_as_they_come_are_refused_where_fewer_go_through():
+    model = build(KINDS["vjepa2"].model)
+    with pytest.raises(UnsupportedModelError, match="told the position of every row"):
+        foveate.use(model, ToC3D())
 
 
 def test_hidden_patches_of_videos_are_refused():

@@ -73,10 +73,8 @@ def _check_attend(family: Family, encoder: Encoder, planned: PlannedStep) -> Non
             "to image, with padding or gaps"
         )
     layer = encoder.layers[planned.step.layer]
-    if (
-        "around" in effects
-        and "position_embeddings" in inspect.signature(type(layer).forward).parameters
-    ):
+    told = inspect.signature(type(layer).forward).parameters
+    if "around" in effects and (encoder.places or "position_embeddings" in told):
         raise UnsupportedModelError(
             f"{method.slug} lets some rows go through encoder layers, but those of this "
             f"{family.model_type!r} are told the position of every row"

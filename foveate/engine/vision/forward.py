@@ -316,6 +316,9 @@ class Encoding:
             self._told = BatchRows(rows, special, self.layout.shape[-1] - special)
         if self._told is not None:
             kwargs = self._told.translate(kwargs)
+        if self.encoder.places:
+            rows = self.layout.rows_of(self.layout.now)
+            kwargs = {**kwargs, self.encoder.places: rows}
         if self.encoder.relative:  # the bias of all rows is resized to as many as there are
             kwargs = {**kwargs, "interpolate_pos_encoding": False}
         if not self.encoder.masks_layers or self.layout.sequence:

@@ -277,14 +277,16 @@ class VisionAttachment(Attachment):
     @untraced
     def _last_layer(
         self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    ) -> Any:
         """In place of the last layer's forward, where all rows are there after it."""
         return self._whole(forward_of(module, before)(*args, **kwargs))
 
     @torch.compiler.disable
-    def _whole(self, output: Tensor) -> Tensor:
+    def _whole(self, output: Any) -> Any:
         encoding = self.state.encoding
-        return output if encoding is None else encoding.restore(output)
+        if encoding is None:
+            return output
+        return self.encoder.output_of(encoding.restore(self.encoder.states_in(output)))
 
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""

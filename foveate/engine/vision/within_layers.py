@@ -120,7 +120,7 @@ class WithinLayers:
         hidden: Tensor,
         *masks: Tensor | None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """A layer's forward that fewer rows go through than there are."""
         forward = forward_of(module, before)
         entered = self._enter_fewer(planned, module, hidden, masks, kwargs)
@@ -162,7 +162,7 @@ class WithinLayers:
         hidden: Tensor,
         *by_place: Any,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> Any:
         """A layer's forward with steps between its attention and its MLP."""
         encoding, block = self.state.encoding, self.encoder.block
         assert block is not None  # checked in the plan
@@ -173,7 +173,7 @@ class WithinLayers:
         encoding.layer.taps = {}
         hidden = block.attend(module, hidden, bias=bias, **kwargs)
         hidden = self._between(encoding, steps if removes else [], hidden)
-        return block.feed(module, hidden, **kwargs)
+        return self.encoder.output_of(block.feed(module, hidden, **kwargs))
 
     @torch.compiler.disable
     def _due(self, encoding: Encoding, steps: list[PlannedStep]) -> tuple[Tensor | None, bool]:

@@ -12,9 +12,9 @@ from foveate.families.family import register_family
 from foveate.families.plain import DINOV2_BLOCK, PlainEncoder
 
 
-@register_family("eomt")
+@register_family("eomt", "eomt_dinov3")
 class Eomt(PlainEncoder):
-    """`EomtForUniversalSegmentation`; methods act before the queries are put in.
+    """EoMT on DINOv2 and on DINOv3; methods act before the queries are put in.
 
     From there on all patches are back, as the queries' masks are predicted from all of them.
 
@@ -60,6 +60,6 @@ class Eomt(PlainEncoder):
     def beyond(self) -> str:
         """Queries stand among the rows of later layers."""
         return (
-            f"queries are put in before layer {self._alone} of this eomt, whose masks are "
-            "predicted from all patches, so that methods act in"
+            f"queries are put in before layer {self._alone} of this "
+            f"{self.model_type}, whose masks are predicted from all patches, so that methods act in"
         )

@@ -14,6 +14,8 @@ from transformers import (
     DPTForDepthEstimation,
     DPTModel,
     EomtConfig,
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
     EomtForUniversalSegmentation,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
@@ -275,15 +277,26 @@ def given(kind, count=3, seed=0):
 LAST, QUERIES, REGISTERS = 2, 4, 3
 
 
-def eomt(attention="eager", blocks=LAST, queries_attend_to_masks=True):
+def _eomt(config, **sizes):
+    return config(
+        **{**SIZES, "num_hidden_layers": LAYERS + LAST}, num_labels=3, num_queries=QUERIES,
+        num_register_tokens=REGISTERS, num_upscale_blocks=1, layerscale_value=0.7, **sizes,
+    )  # fmt: skip
+
+
+EOMTS = {
+    "eomt": lambda blocks: EomtForUniversalSegmentation(
+        _eomt(EomtConfig, num_blocks=blocks, mlp_ratio=2)
+    ),
+    "eomt_dinov3": lambda blocks: EomtDinov3ForUniversalSegmentation(
+        _eomt(EomtDinov3Config, num_blocks=blocks, intermediate_size=64, initializer_range=0.2)
+    ),
+}
+
+
+def eomt(attention="eager", blocks=LAST, queries_attend_to_masks=True, name="eomt"):
     torch.manual_seed(0)
-    model = EomtForUniversalSegmentation(
-        EomtConfig(
-            **{**SIZES, "num_hidden_layers": LAYERS + LAST}, mlp_ratio=2, num_labels=3,
-            num_queries=QUERIES, num_blocks=blocks, num_register_tokens=REGISTERS,
-            num_upscale_blocks=1, layerscale_value=0.7,
-        )
-    ).eval()  # fmt: skip
+    model = EOMTS[name](blocks).eval()
     model.set_attn_implementation(attention)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -317,5 +330,12 @@ def first(kind, states):
     return torch.cat((parts[0], parts[2], parts[1]), -2)
 
 
-BUILT = {"eomt": eomt, "vitpose-head": vitpose}
-FED = {"eomt": "beit", "vitpose-head": "vitpose-experts"}  # with the images of which kind
+BUILT = {
+    "eomt": eomt,
+    "eomt_dinov3": lambda: eomt(name="eomt_dinov3"),
+    "vitpose-head": vitpose,
+}
+FED = {  # with the images of which kind
+    **dict.fromkeys(EOMTS, "beit"),
+    "vitpose-head": "vitpose-experts",
+}

@@ -11,7 +11,7 @@ from foveate.methods import ClsDrop, ToMe
 from tests.methods_for_tests import Listed
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS
-from tests.vision.kinds import LAST, REGISTERS, eomt
+from tests.vision.kinds import EOMTS, LAST, REGISTERS, eomt
 from tests.vision.oracle import Drop, Merge
 from tests.vision.test_encoders import TOLERANCE, distance
 
@@ -29,7 +29,8 @@ class EomtLayer(oracle.Full):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.names = ("norm1", "attention", "norm2", "out_proj")
+        output = "out_proj" if self.rotary is None else "o_proj"
+        self.names = ("norm1", "attention", "norm2", output)
 
 
 class First:
@@ -37,6 +38,12 @@ class First:
 
     def __init__(self, model):
         self.config, self.layers = model.config, model.layers[:LAYERS]
+
+
+def rotary_of(model, given):
+    """Cosines and sines of the patches, if there are any."""
+    rotary = getattr(model, "rope_embeddings", None)
+    return None if rotary is None else rotary(given)
 
 
 def pixels():
@@ -55,13 +62,15 @@ def by_hand(model, states, given):
 
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_queries_read_all_patches_of_the_full_length_oracle(case, masks):
-    model, given = eomt(queries_attend_to_masks=masks), pixels()
+@pytest.mark.parametrize("name", EOMTS)
+def test_queries_read_all_patches_of_the_full_length_oracle(name, case, masks):
+    model, given = eomt(queries_attend_to_masks=masks, name=name), pixels()
     method, steps = CASES[case]
     with torch.no_grad():
         plain = model(given, output_hidden_states=True, output_attentions=True)
         embedded = plain.hidden_states[0]
-        results = oracle.run(First(model), SPECIAL, embedded, steps, kind=EomtLayer)
+        rotary = rotary_of(model, given)
+        results = oracle.run(First(model), SPECIAL, embedded, steps, None, rotary, EomtLayer)
         with foveate.use(model, method) as run:
             got = model(given, output_hidden_states=True, output_attentions=True)
         states = torch.stack([full.states[-1] for full in results])
@@ -82,8 +91,9 @@ def test_queries_read_all_patches_of_the_full_length_oracle(case, masks):
 
 @pytest.mark.parametrize("method", [ToMe(r=0), ToMe(keep=1.0), Listed(keep=1.0)])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_keeping_everything_changes_no_bit(method, attention):
-    model, given = eomt(attention), pixels()
+@pytest.mark.parametrize("name", EOMTS)
+def test_keeping_everything_changes_no_bit(name, method, attention):
+    model, given = eomt(attention, name=name), pixels()
     with torch.no_grad():
         want = model(given)
         with foveate.use(model, method) as run:
@@ -94,8 +104,9 @@ def test_keeping_everything_changes_no_bit(method, attention):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_batch_equals_rows(case):
-    model, given = eomt("sdpa"), pixels()
+@pytest.mark.parametrize("name", EOMTS)
+def test_batch_equals_rows(name, case):
+    model, given = eomt("sdpa", name=name), pixels()
     with torch.no_grad(), foveate.use(model, CASES[case][0]):
         together = model(given).masks_queries_logits
         alone = torch.cat([model(row[None]).masks_queries_logits for row in given])
@@ -105,8 +116,9 @@ def test_batch_equals_rows(case):
 @pytest.mark.parametrize(
     "method", [Listed(keep=1.0), Listed(layer=0), Listed(layer=LAYERS - 1, inside=True)]
 )
-def test_predicted_flops_equal_the_ones_torch_counts(method):
-    model, given = eomt(), pixels()
+@pytest.mark.parametrize("name", EOMTS)
+def test_predicted_flops_equal_the_ones_torch_counts(name, method):
+    model, given = eomt(name=name), pixels()
     with torch.no_grad(), foveate.use(model, method) as run:
         with FlopCounterMode(display=False) as counter:
             model(given)

@@ -49,14 +49,16 @@ class BlockHooks(Hooks):
 class TowerSignals(PackedSignals):
     """Collects signals while a tower of vLLM runs."""
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note(
+        self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Before a layer: what it is told, in the terms of transformers."""
         half = kwargs["rotary_pos_emb_cos"], kwargs["rotary_pos_emb_sin"]
         told = {
             "position_embeddings": tuple(torch.cat((part, part), -1) for part in half),
             "cu_seqlens": bounds(kwargs),
         }
-        super()._note(module, (), told)
+        super()._note(number, module, (), told)
 
 
 def bounds(told: Mapping[str, Any]) -> torch.Tensor:

@@ -239,6 +239,11 @@ def _check_encoder_signal(
             f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} adds a bias "
             "by relative position to its scores, which only steps inside a layer see, of that layer"
         )
+    if encoder.places and weighs:
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} turns "
+            "queries and keys by position within its attention, where they cannot be read"
+        )
     if step.stage == "vision":
         earlier = not step.inside and all(i < step.layer for i in need.layers)
         own = need.layers == (step.layer,) and signal.inside is not None

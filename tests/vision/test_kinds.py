@@ -13,7 +13,7 @@ import foveate
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
-from foveate.methods import FlowCut, GTPViT, ToC3D, ToMe
+from foveate.methods import FlowCut, GTPViT, ToC3D, TokenTransforming, ToMe
 from tests.methods_for_tests import Listed, Mix
 from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, WIDE, row_of
@@ -334,6 +334,11 @@ def test_rows_that_are_numbered_as_they_come_are_refused_where_fewer_go_through(
     model = build(KINDS["vjepa2"].model)
     with pytest.raises(UnsupportedModelError, match="told the position of every row"):
         foveate.use(model, ToC3D())
+
+
+def test_attention_of_rows_that_are_turned_within_it_is_refused():
+    with pytest.raises(UnsupportedModelError, match="turns queries and keys by position within"):
+        foveate.use(build(KINDS["vjepa2"].model), TokenTransforming())
 
 
 def test_hidden_patches_of_videos_are_refused():

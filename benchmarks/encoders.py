@@ -4,7 +4,8 @@
 
 A random encoder, SDPA on. Predictions count the encoder's own products on the rows that each layer
 sees; what methods compute to choose or merge is not predicted, so it counts against them. With
-r = 0 and keep = 1.0 nothing is removed.
+r = 0 and keep = 1.0 nothing is removed. Three methods run beside plain transcriptions of their
+cards, and logits of both are compared.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from _bench import ratios, save, turns, warm_heap
 warm_heap()
 
 import torch  # noqa: E402
+from transcriptions import _encoders as plain  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 import foveate  # noqa: E402
@@ -32,6 +34,11 @@ METHODS = {
     "zero-tprune": ZeroTPrune(),
     "token-transforming": TokenTransforming(),
 }
+TRANSCRIPTIONS = {
+    "gtp-vit, r = 8": plain.gtp_vit,
+    "zero-tprune": plain.zero_tprune,
+    "token-transforming": plain.token_transforming,
+}
 
 
 def vit_small() -> ViTForImageClassification:
@@ -47,8 +54,11 @@ def measure(batch: int, rounds: int) -> dict:
     model = vit_small()
     pixels = torch.randn(batch, 3, 224, 224, generator=torch.Generator().manual_seed(1))
 
-    def plain() -> None:
+    def whole() -> None:
         model(pixels)
+
+    def transcribed(name: str):
+        return lambda: TRANSCRIPTIONS[name](model, pixels)
 
     def reduced(method: Method):
         def run() -> None:
@@ -61,13 +71,23 @@ def measure(batch: int, rounds: int) -> dict:
     with torch.inference_mode():
         for name, method in METHODS.items():
             with foveate.use(model, method) as session:
-                model(pixels)
+                logits = model(pixels).logits
             rows, ratio = session.record.encoder_tokens, session.report()["flops"]["ratio"]
             result[name] = {"rows left": rows[-1][1], "FLOPs": ratio, "predicted": 1 / ratio}
-        times = turns({"all tokens": plain} | {n: reduced(m) for n, m in METHODS.items()}, rounds)
+            if name in TRANSCRIPTIONS:
+                apart = (transcribed(name)() - logits).abs().max()
+                result[name]["apart from the transcription"] = apart.item()
+        times = turns(
+            {"all tokens": whole}
+            | {name: reduced(method) for name, method in METHODS.items()}
+            | {("transcription", name): transcribed(name) for name in TRANSCRIPTIONS},
+            rounds,
+        )
     for name, found in result.items():
         found["speed-up"] = ratios(times["all tokens"], times[name])
         found["measured / predicted"] = found["speed-up"]["median"] / found["predicted"]
+        if name in TRANSCRIPTIONS:
+            found["over the transcription"] = ratios(times["transcription", name], times[name])
     return {"batch": batch, "rounds": rounds, "rows": result}
 
 
@@ -84,6 +104,12 @@ def main() -> None:
             f"{s['q75']:.2f}), predicted {row['predicted']:.2f}x, ratio "
             f"{row['measured / predicted']:.3f}"
         )
+        if "over the transcription" in row:
+            s, apart = row["over the transcription"], row["apart from the transcription"]
+            print(
+                f"{'':30} over its transcription {s['median']:5.2f}x ({s['q25']:.2f} to "
+                f"{s['q75']:.2f}), logits {apart:.1e} apart"
+            )
     save("encoders", {"model": "random ViT-S/16, 224 px, 12 layers", "results": result})
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.drawing import LARGE, draw, rank
+from tests.drawing import LARGE, SHARE, draw, rank
 
 
 def table(families=30, methods=20, folder="conformance", test="test_all"):
@@ -23,7 +23,7 @@ def test_a_seed_draws_the_same_cells_in_order_and_another_draws_others():
     once = draw(items, 1)
     assert once == draw(list(items), 1) == [item for item in items if item in once]
     assert once != draw(items, 2)
-    assert 0.2 < len(once) / len(items) < 0.4
+    assert 0.8 < len(once) / len(items) * SHARE < 1.6
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -31,12 +31,12 @@ def test_every_family_and_every_method_occurs(seed):
     cells = draw(table(60, 35, test="test_cell"), seed)
     assert {cell.callspec.params["family"] for cell in cells} == set(range(60))
     assert {cell.callspec.params["method"] for cell in cells} == set(range(35))
-    assert len(cells) < 0.2 * 60 * 35
+    assert len(cells) < 0.1 * 60 * 35
 
 
 def test_all_cells_are_drawn_in_time():
     items = table()
-    drawn = {item.nodeid for seed in range(40) for item in draw(items, seed)}
+    drawn = {item.nodeid for seed in range(10 * SHARE) for item in draw(items, seed)}
     assert drawn == {item.nodeid for item in items}
 
 

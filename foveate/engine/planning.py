@@ -22,7 +22,7 @@ from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.vision.checks import check_in_encoder
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
-from foveate.families import Family
+from foveate.families import Encoder, Family
 from foveate.families.decoder_layer import has_mlp
 from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
 from foveate.signals.signal import free
@@ -233,42 +233,55 @@ def _check_encoder_signal(
             f"{slug!r} needs {need.name}, which the encoder of this {family.model_type} cannot give"
             + (f": {why}" if why else "")
         )
-    weighs = bool(signal.shares) or signal.flops is not free
-    if encoder.relative and weighs and not (step.inside and need.layers == (step.layer,)):
-        raise UnsupportedModelError(
-            f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} adds a bias "
-            "by relative position to its scores, which only steps inside a layer see, of that layer"
-        )
-    if encoder.places and weighs:
-        raise UnsupportedModelError(
-            f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} turns "
-            "queries and keys by position within its attention, where they cannot be read"
-        )
+    if signal.shares or signal.flops is not free:
+        _check_scores(family, encoder, planned, need)
     if step.stage == "vision":
-        earlier = not step.inside and all(i < step.layer for i in need.layers)
-        own = need.layers == (step.layer,) and signal.inside is not None
-        if earlier and not own and encoder.packed is not None:
-            raise UnsupportedModelError(
-                f"{slug!r} needs {need.name} of earlier layers inside the encoder, which is not "
-                f"supported where images lie in one sequence or are padded, as in this "
-                f"{family.model_type}"
-            )
-        if not (own or earlier):
-            inside = ", ".join(name for name, of in SIGNALS.items() if _is_inside(of))
-            raise LayerError(
-                f"{slug} acts at {step.site} and can have signals of that layer only "
-                f"({inside}), or before it of "
-                f"earlier ones, but needs {need.name} of layers {need.layers}"
-            )
-        if signal.inside is not None and not signal.ahead and not step.inside:
-            raise LayerError(
-                f"{slug} needs {need.name}, which only a step inside an encoder layer has; it "
-                f"acts at {step.site}"
-            )
+        _check_inside_encoder(family, encoder, planned, need, signal)
     if any(not 0 <= i < family.vision_layers for i in need.layers):
         raise LayerError(
             f"{slug} needs encoder layers {need.layers}, but this encoder has layers 0 to "
             f"{family.vision_layers - 1}"
+        )
+
+
+def _check_scores(family: Family, encoder: Encoder, planned: PlannedStep, need: Need) -> None:
+    """Refuse signals of what queries and keys make, where they are not all that makes it."""
+    slug, step = planned.method.slug, planned.step
+    if encoder.relative and not (step.inside and need.layers == (step.layer,)):
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} adds a bias "
+            "by relative position to its scores, which only steps inside a layer see, of that layer"
+        )
+    if encoder.places:
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name}, but the encoder of this {family.model_type} turns "
+            "queries and keys by position within its attention, where they cannot be read"
+        )
+
+
+def _check_inside_encoder(
+    family: Family, encoder: Encoder, planned: PlannedStep, need: Need, signal: EncoderSignal
+) -> None:
+    """Refuse signals that a step inside the encoder comes too early or too late for."""
+    slug, step = planned.method.slug, planned.step
+    earlier = not step.inside and all(i < step.layer for i in need.layers)
+    own = need.layers == (step.layer,) and signal.inside is not None
+    if earlier and not own and encoder.packed is not None:
+        raise UnsupportedModelError(
+            f"{slug!r} needs {need.name} of earlier layers inside the encoder, which is not "
+            f"supported where images lie in one sequence or are padded, as in this "
+            f"{family.model_type}"
+        )
+    if not (own or earlier):
+        inside = ", ".join(name for name, of in SIGNALS.items() if _is_inside(of))
+        raise LayerError(
+            f"{slug} acts at {step.site} and can have signals of that layer only ({inside}), or "
+            f"before it of earlier ones, but needs {need.name} of layers {need.layers}"
+        )
+    if signal.inside is not None and not signal.ahead and not step.inside:
+        raise LayerError(
+            f"{slug} needs {need.name}, which only a step inside an encoder layer has; it acts at "
+            f"{step.site}"
         )
 
 

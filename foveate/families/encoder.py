@@ -127,9 +127,10 @@ class Encoder:
         """Rows that are no patches. Once tokens have been removed, all of them come first."""
         return self.leading + self.trailing
 
-    def states_in(self, output: Any) -> Tensor:
+    @staticmethod
+    def states_in(output: Any) -> Tensor:
         """The states in what a layer returns."""
-        states: Tensor = output[0] if self.in_tuple else output
+        states: Tensor = output if isinstance(output, Tensor) else output[0]
         return states
 
     def output_of(self, states: Tensor) -> Any:

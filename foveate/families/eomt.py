@@ -27,6 +27,7 @@ class Eomt(PlainEncoder):
 
     layers_path = "layers"
     block = DINOV2_BLOCK
+    whole_after_layers = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
@@ -47,7 +48,6 @@ class Eomt(PlainEncoder):
         return replace(
             super().encoder,
             layers=self.base.layers[: self._alone],
-            whole_after_layers=True,
             queries=self.config.num_queries,
         )
 

@@ -57,7 +57,8 @@ class PlainEncoder(Family):
     head_path: ClassVar[str | None] = None
     readers: ClassVar[tuple[str, ...]] = ()
     """Modules that are handed rows after the layers, and need all of them."""
-    films: ClassVar[bool] = False
+    pixels_name: ClassVar[str] = "pixel_values"
+    """What the model is handed as pixels."""
     masks_kernels: ClassVar[bool] = False
     relative: ClassVar[bool] = False
     states_path: ClassVar[str | None] = None
@@ -115,7 +116,7 @@ class PlainEncoder(Family):
             head=head,
             readers=tuple(filter(None, (getattr(self.base, name, None) for name in self.readers))),
             patches=self.patches,
-            films=self.films,
+            films=self.tubelet is not None,
             by_place=self.by_place,
             places=self.places,
             in_tuple=self.in_tuple,
@@ -124,9 +125,21 @@ class PlainEncoder(Family):
         )
 
     @property
+    def tubelet(self) -> tuple[int, int, int] | None:
+        """(frames, height, width) of a token, where frames of a video are encoded together."""
+        return None
+
+    @property
     def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]] | None:
         """Says how patches lie; see `Encoder`."""
-        return None
+        return None if self.tubelet is None else self._tubelets
+
+    def _tubelets(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+        """Tubelets of a video along time, height and width."""
+        assert self.tubelet is not None  # asked for only then
+        frames, _, *sides = arguments[self.pixels_name].shape[1:]
+        depth, height, width = self.tubelet
+        return frames // depth, sides[0] // height, sides[1] // width
 
     @property
     def extra_tokens(self) -> int:

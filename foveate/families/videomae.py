@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from foveate.errors import UnsupportedModelError
@@ -26,7 +23,6 @@ class VideoMAE(PlainEncoder):
     layers_path = "encoder.layer"
     block = OLD_BLOCK
     class_token = False
-    films = True
     masks_kernels = True
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,11 +35,7 @@ class VideoMAE(PlainEncoder):
         super().__init__(model)
 
     @property
-    def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]]:
-        """Patches of two frames, by default, along time, height and width."""
-        return self._tubelets
-
-    def _tubelets(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-        frames, _, height, width = arguments["pixel_values"].shape[1:]
-        side = self.base.config.patch_size
-        return frames // self.base.config.tubelet_size, height // side, width // side
+    def tubelet(self) -> tuple[int, int, int]:
+        """Patches of two frames, by default."""
+        of = self.base.config
+        return of.tubelet_size, of.patch_size, of.patch_size

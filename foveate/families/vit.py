@@ -57,17 +57,11 @@ class AST(DeiT):
 class ViViT(ViT):
     """`VivitModel` and its classifier; a token is a tubelet: a patch of some frames in a row."""
 
-    films = True
-
     @property
-    def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]]:
-        """Tubelets along time, height and width."""
-        return self._tubelets
-
-    def _tubelets(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-        frames, _, height, width = arguments["pixel_values"].shape[1:]
-        depth, *sides = self.base.config.tubelet_size
-        return frames // depth, height // sides[0], width // sides[1]
+    def tubelet(self) -> tuple[int, int, int]:
+        """As the config says."""
+        depth, height, width = self.base.config.tubelet_size
+        return depth, height, width
 
 
 @register_family("vit_mae")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class VJEPA2(PlainEncoder):
     """
 
     layers_path = "encoder.layer"
+    pixels_name = "pixel_values_videos"
     block = VJEPA2Block(
         "norm1",
         "attention",
@@ -52,16 +53,15 @@ class VJEPA2(PlainEncoder):
     in_tuple = True
     whole_after_layers = True
     class_token = False
-    films = True
     masks_kernels = True
 
     @property
-    def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]]:
-        """Tubelets along time, height and width; fewer frames than one holds are repeated."""
-        return self._tubelets
+    def tubelet(self) -> tuple[int, int, int]:
+        """As the config says."""
+        of = self.base.config
+        return of.tubelet_size, of.patch_size, of.patch_size
 
     def _tubelets(self, arguments: Mapping[str, Any]) -> tuple[int, int, int]:
-        frames, _, height, width = arguments["pixel_values_videos"].shape[1:]
-        of = self.base.config
-        depth = max(1, frames // of.tubelet_size)
-        return depth, height // of.patch_size, width // of.patch_size
+        """As elsewhere; the model repeats each frame where they are too few for one tubelet."""
+        frames, height, width = super()._tubelets(arguments)
+        return frames or arguments[self.pixels_name].shape[1], height, width

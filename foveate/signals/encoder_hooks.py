@@ -155,8 +155,8 @@ class EncoderSignals:
 
     def _states(self, output: Any) -> Tensor:
         """(B, C, V) of what a layer returns."""
-        states = output if isinstance(output, Tensor) else output[0]
-        return self._first(states.detach())[:, self.encoder.special :].transpose(1, 2)
+        states = self.encoder.states_in(output).detach()
+        return self._first(states)[:, self.encoder.special :].transpose(1, 2)
 
     def _first(self, states: Tensor) -> Tensor:
         """(B, N, D) states with all special rows before the patches."""

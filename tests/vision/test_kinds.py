@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     VideoMAEForPreTraining,
+    VJEPA2Model,
     YolosConfig,
     YolosModel,
 )
@@ -328,6 +329,17 @@ def test_predictors_and_poolers_of_videos_read_all_rows(case):
                 plain = classifier(**videos).logits
             torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
             assert (got - plain).abs().max() > 1e-3, "the test does not bite"
+
+
+@pytest.mark.parametrize(("tubelet", "frames", "deep"), [(2, 1, 1), (3, 2, 2), (3, 7, 2)])
+def test_frames_that_are_too_few_for_a_tubelet_are_repeated(tubelet, frames, deep):
+    config = KINDS["vjepa2"].model().config
+    config.tubelet_size = tubelet
+    model = build(lambda: VJEPA2Model(config))
+    video = torch.randn(1, frames, 3, 24, 24, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), foveate.use(model, ToMe(r=1)) as run:
+        model(pixel_values_videos=video)
+    assert shapes_of(run) == {(deep, (3, 3))}
 
 
 def test_rows_that_are_numbered_as_they_come_are_refused_where_fewer_go_through():

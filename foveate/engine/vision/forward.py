@@ -309,16 +309,14 @@ class Encoding:
 
     def _translated(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The same once tokens have been removed."""
-        if self._told is None and kwargs.get("position_embeddings") is not None:
+        places = self.encoder.places
+        if self._told is None and (places or kwargs.get("position_embeddings") is not None):
             rows, special = self.layout.rows_of(self.layout.now), self.encoder.special
             padding = torch.arange(rows.shape[1], device=rows.device).clamp(max=special)
             rows = torch.where(rows < 0, padding, rows)
-            self._told = BatchRows(rows, special, self.layout.shape[-1] - special)
+            self._told = BatchRows(rows, special, self.layout.shape[-1] - special, places)
         if self._told is not None:
             kwargs = self._told.translate(kwargs)
-        if self.encoder.places:
-            rows = self.layout.rows_of(self.layout.now)
-            kwargs = {**kwargs, self.encoder.places: rows}
         if self.encoder.relative:  # the bias of all rows is resized to as many as there are
             kwargs = {**kwargs, "interpolate_pos_encoding": False}
         if not self.encoder.masks_layers or self.layout.sequence:

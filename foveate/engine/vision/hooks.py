@@ -265,9 +265,8 @@ class VisionAttachment(Attachment):
         encoding.layer.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
-        attends = (
-            number in self._attends and number not in self._inside
-        )  # layers in halves run once
+        # A layer in halves runs once.
+        attends = number in self._attends and number not in self._inside
         if attends or (encoding.reduced and self.encoder.masks_kernels):
             _check_not_run_again(module)
         encoding.bounds.append(boundaries(told))

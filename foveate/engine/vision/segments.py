@@ -104,25 +104,34 @@ class PaddedRows:
 
 
 class BatchRows:
-    """The translation for images that are rows of a batch, whose rows have rotary positions.
+    """The translation for images that are rows of a batch, whose rows have rotary positions or
+    numbers.
 
     Args:
         rows: (B, N') which row of its image each row of now is; any for padding.
         special: rows before the patches, which may have no positions.
         patches: patches of an image, V.
+        places: what layers are handed as the numbers of rows; empty where they take none.
     """
 
-    def __init__(self, rows: Tensor, special: int, patches: int) -> None:
+    def __init__(self, rows: Tensor, special: int, patches: int, places: str) -> None:
         self._rows = rows
         self._special = special
         self._patches = patches
+        self._places = places
 
     def translate(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a layer, for the rows that remain: (B, 1, K, d) of (V, d), or
         (B, 1, N', d) of (N, d).
         """
-        rotary, rows = kwargs["position_embeddings"], self._rows
+        changed, rows = dict(kwargs), self._rows
+        if self._places:
+            changed[self._places] = rows
+        if (rotary := kwargs.get("position_embeddings")) is None:
+            return changed
         if len(rotary[0]) == self._patches:
             rows = rows[:, self._special :] - self._special
-        turned = tuple(part[rows.to(part.device)][:, None] for part in rotary)
-        return {**kwargs, "position_embeddings": turned}
+        changed["position_embeddings"] = tuple(
+            part[rows.to(part.device)][:, None] for part in rotary
+        )
+        return changed

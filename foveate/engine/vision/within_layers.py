@@ -120,7 +120,7 @@ class WithinLayers:
         hidden: Tensor,
         *masks: Tensor | None,
         **kwargs: Any,
-    ) -> Any:
+    ) -> Tensor:
         """A layer's forward that fewer rows go through than there are."""
         forward = forward_of(module, before)
         entered = self._enter_fewer(planned, module, hidden, masks, kwargs)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from foveate.core.approximate import Approximate
     from foveate.core.attention import LayerAttention, LayerShape
     from foveate.core.budget import Keep, PerRequest
+    from foveate.core.learning import Learning, TrainingPass
     from foveate.core.method import Adaptive, Method, Scorer, by_count
     from foveate.core.reduction import Reduction
     from foveate.core.registry import get_method, list_methods, register
@@ -21,6 +22,7 @@ else:
             "foveate.core.approximate": ("Approximate",),
             "foveate.core.attention": ("LayerAttention", "LayerShape"),
             "foveate.core.budget": ("Keep", "PerRequest"),
+            "foveate.core.learning": ("Learning", "TrainingPass"),
             "foveate.core.method": ("Adaptive", "Method", "Scorer", "by_count"),
             "foveate.core.reduction": ("Reduction",),
             "foveate.core.registry": ("get_method", "list_methods", "register"),
@@ -39,6 +41,7 @@ __all__ = [
     "Keep",
     "LayerAttention",
     "LayerShape",
+    "Learning",
     "Method",
     "ModelFacts",
     "Need",
@@ -50,6 +53,7 @@ __all__ = [
     "Scorer",
     "Stage",
     "Step",
+    "TrainingPass",
     "VisualTokens",
     "by_count",
     "get_method",

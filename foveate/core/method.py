@@ -193,7 +193,7 @@ class Method(ABC):
     def learned_flops(
         self, model: ModelFacts, step: Step, tokens: int, grid: tuple[int, int]
     ) -> int:
-        """FLOPs of what the method has learned, for one image at a step inside the encoder.
+        """FLOPs of what the method has learned, for one image at a step.
 
         Args:
             model: the model.

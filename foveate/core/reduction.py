@@ -40,8 +40,10 @@ class Reduction:
         mass: (G, K) how often each survivor counts in proportional attention; `None` for as often
             as it has sources. Needed with `residual`.
         parts: what is done one after the other, where there is a residual; `then` makes it.
-        values: inside an encoder, (G, K, D) values of the survivors, made by the method; the other
-            fields say what they stand for.
+        values: in and after an encoder, (G, K, D) values of the survivors, made by the method; the
+            other fields say what they stand for.
+        gates: between decoder layers in training, (G, K) in (0, 1]: how much later layers attend to
+            each survivor. A gate of 0 would be the token's removal.
     """
 
     index: Tensor
@@ -56,6 +58,7 @@ class Reduction:
     mass: Tensor | None = None
     parts: tuple[Reduction, ...] = ()
     values: Tensor | None = None
+    gates: Tensor | None = None
 
     @classmethod
     def top(cls, scores: Tensor, count: int, scale: Scale = None) -> Reduction:

@@ -20,6 +20,7 @@ Effect = Literal[
     "evict_cache",
     "reinsert",
     "decode",
+    "training",
 ]
 STAGES: tuple[Stage, ...] = ("vision", "pre_llm", "llm")
 
@@ -38,6 +39,10 @@ class ModelFacts(Protocol):
     @property
     def vision_width(self) -> int:
         """Width of the states of the vision encoder; 0 if methods cannot act inside."""
+
+    @property
+    def text_width(self) -> int:
+        """Width of the embeddings that the language model is given; 0 without one."""
 
     @property
     def model_type(self) -> str:
@@ -137,6 +142,7 @@ class Step:
         evict_cache: between decoder layers, the caches of the layers before evict what is dropped.
         reinsert: between decoder layers, the tokens that the method's step before this one took out
             come back; `Method.reinsert` says in which state.
+        training: the step acts in training alone; see `foveate.core.learning`.
         decode: between decoder layers, the step acts on the tokens that are generated: the layers
             from `layer` on attend to what the method, a `DecodeSelector`, chooses by the layer
             before.
@@ -167,12 +173,13 @@ class Step:
 def entries(steps: Sequence[Step]) -> list[str]:
     """The name of each step in records: its site, which says what survives from there on; of
     several steps at one site, that of the last. Those before it are `llm:8#1`, `llm:8#2`. A step
-    that only looks has no name.
+    that only looks has no name, nor has one of training.
 
     Args:
         steps: in stream order.
     """
-    sites = ["" if "look" in step.effects else step.site for step in steps]
+    nameless = {"look", "training"}
+    sites = ["" if nameless & {*step.effects} else step.site for step in steps]
     total, seen = Counter(sites), Counter[str]()
     names = []
     for site in sites:

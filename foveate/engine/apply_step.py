@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor
 
-from foveate.core import Adaptive, Reduction, VisualTokens
+from foveate.core import Adaptive, Learning, Reduction, TrainingPass, VisualTokens
 from foveate.engine.images import ImageGroup
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around, spared
@@ -21,6 +21,7 @@ def apply_step(
     features: Callable[[ImageGroup], Tensor],
     signals: Callable[[ImageGroup], Mapping[str, Tensor]],
     unasked: Collection[int] = (),
+    training: TrainingPass | None = None,
 ) -> list[tuple[ImageGroup, ImageGroup, Reduction | None]]:
     """Let a method reduce a group at one step.
 
@@ -30,6 +31,7 @@ def apply_step(
         features: (G, V, D) of a group.
         signals: declared signals of a group.
         unasked: members that the step does not touch.
+        training: the forward, in training.
 
     Returns:
         (group before, group after, reduction) for each part with equal counts; `None` where
@@ -48,7 +50,7 @@ def apply_step(
     for count, members in counts.items():
         asked = [i for i in members if i not in unasked]
         if asked:
-            decisions = _decisions(planned, group.pick(asked), count, show)
+            decisions = _decisions(planned, group.pick(asked), count, show, training)
             result += [_settled(planned, part, reduction) for part, reduction in decisions]
     return result
 
@@ -58,12 +60,15 @@ def _decisions(
     group: ImageGroup,
     count: int,
     show: Callable[[ImageGroup, int], VisualTokens],
+    training: TrainingPass | None,
 ) -> Iterator[tuple[ImageGroup, Reduction | None]]:
     """What a method makes of images of which equally many tokens survive; `None` where all do,
     which the method is not shown.
     """
     method = planned.method
-    if isinstance(method, Adaptive):
+    if training is not None and isinstance(method, Learning):
+        yield group, method.reduce_softly(show(group, count), count, training)
+    elif isinstance(method, Adaptive):
         for members, reduction in method.reduce_each(show(group, count)):
             yield from spared(group.pick(members), reduction)
     elif count == group.count:
@@ -87,5 +92,6 @@ def _settled(
     if reduction.ordered and not planned.renumber:
         reduction = reduction.in_raster_order()
     after = group.reduced(reduction, planned.method_number).noted(planned.entry)
-    unchanged = reduction.kept == group.count and not (reduction.merges or reduction.ordered)
+    changed = reduction.merges or reduction.ordered or reduction.gates is not None
+    unchanged = reduction.kept == group.count and not changed
     return group, after, None if unchanged else reduction

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Need
+from foveate.core import Learning, Need
 from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Layout
 from foveate.engine.masks import from_first
@@ -136,8 +136,9 @@ class DecoderSignals:
     # -- what is due
 
     def _drops(self, planned: PlannedStep) -> bool:
-        """Whether a step removes anything."""
-        if planned.method.adaptive:
+        """Whether a step removes anything, or learns to."""
+        learns = self.prompt.training is not None and isinstance(planned.method, Learning)
+        if learns or planned.method.adaptive:
             return any(group.index.shape[1] for group in self.state.groups)
         return any(
             0 < count < group.index.shape[1]

@@ -74,7 +74,7 @@ class FeatureReducer:
         if self.plan.waits and not output.marked:
             question = self._question(images, output, source)
         labelled = state.supervised is not None
-        return PromptContext(images, source, question, state.clip, labelled)
+        return PromptContext(images, source, question, state.clip, labelled, state.training)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
         """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""

@@ -92,6 +92,7 @@ class ForwardPass:
         )
         for extension in self.extensions:
             extension.see(number, slots, held)
+            kwargs = extension.attending(slots, hidden, kwargs)
         for extension in self.extensions:
             if (output := extension.run(number, layer, hidden, kwargs)) is not None:
                 return output, hidden, kwargs
@@ -189,8 +190,9 @@ class ForwardPass:
             hidden = self._take(hidden, self._entry)
         if self._planes is not None:
             hidden = self._add_plane(number, hidden, *self._planes)
-        if (due := self.plan.due.get(number)) is not None:
-            hidden = self._act(due, number, layer, hidden, kwargs)
+        due = self.plan.due if self.prompt.training is None else self.plan.training_due
+        if (due_here := due.get(number)) is not None:
+            hidden = self._act(due_here, number, layer, hidden, kwargs)
         self.layer_layouts.append(self.layout)
         count, tokens = hidden.shape[1], self.tokens
         if count < self.layout.index.shape[1]:  # the text model goes on with the last ones
@@ -238,10 +240,14 @@ class ForwardPass:
         lost = False
         for group in self.groups:
             unasked = self.decoder_signals.without_query(planned.step.needs, group)
-            parts = apply_step(planned, group, features, signals, unasked)
+            parts = apply_step(planned, group, features, signals, unasked, self.prompt.training)
             for part, after, reduction in parts:
                 groups.append(after)
                 if reduction is None:
+                    continue
+                if reduction.gates is not None:
+                    for extension in self.extensions:
+                        extension.gate(part, reduction.gates)
                     continue
                 lost = True
                 rows = self.row_index(part)

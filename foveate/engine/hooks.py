@@ -178,6 +178,7 @@ class ForwardHooks:
             numbered=numbered_positions(kwargs.get("position_ids"), real, length),
             recurrent=bool(self.family.recurrent_layers),
             given=kwargs.get("position_ids"),
+            training=state.training,
         )
         check_drafts(prompt.sees, prompt.trailing)
         return prompt

@@ -212,7 +212,9 @@ class ImageGroup:
         return replace(self, images=tuple(images))
 
     def noted(self, entry: str) -> ImageGroup:
-        """The group after a step, whose survivors each image notes."""
+        """The group after a step, whose survivors each image notes if the step has a name."""
+        if not entry:
+            return self
         index = self.index.sort().values if self.ordered and self.valid is None else self.index
         rows: Sequence[Tensor] = index.unbind()
         if self.valid is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core import TrainingPass
 from foveate.engine import features
 from foveate.engine.compilation import untraced
 from foveate.engine.extensions.labels import (
@@ -22,6 +23,7 @@ from foveate.engine.extensions.labels import (
     only_labelled,
     supervise,
 )
+from foveate.engine.extensions.losses import averaged, with_losses
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.gate import is_generating
 from foveate.engine.inputs import bound, check_positions, placeholders, prompt_tokens
@@ -81,6 +83,26 @@ class ModelHooks:
         if not self.labelled_logits or labels is None or not module.training:
             return None
         return args, only_labelled(labels, kwargs)
+
+    @untraced
+    def learn(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of the forward of the model with its head, where methods learn: all passes of a
+        training step, and what methods add to the loss.
+        """
+        forward, state = forward_of(module, before), self.state
+        if not is_training(module):
+            return forward(*args, **kwargs)
+        supervised, outputs = state.supervised, []
+        try:
+            for number in range(self.plan.passes):
+                state.supervised, state.training = supervised, TrainingPass(number)
+                output = forward(*args, **kwargs)
+                outputs.append(with_losses(output, state.training.losses, supervised, kwargs))
+        finally:
+            state.training = None
+        return averaged(outputs)
 
     @untraced
     def base(

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from foveate.core import Method, Need, PartialCompute, PerRequest, Step
+from foveate.core import Learning, Method, Need, PartialCompute, PerRequest, Step
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.signals import SIGNALS, DecoderSignal
 
@@ -119,6 +119,16 @@ class Plan:
         steps = (*self.vision, *self.pre_llm, *self.llm)
         return nn.ModuleDict({str(s.method_number): s.learned for s in steps if s.learned})
 
+    @property
+    def learns(self) -> bool:
+        """Whether a method does something else in training."""
+        return any(isinstance(method, Learning) for method in self.methods)
+
+    @property
+    def passes(self) -> int:
+        """Forwards of one training step."""
+        return max(m.passes if isinstance(m, Learning) else 1 for m in self.methods)
+
     @cached_property
     def asks_text(self) -> tuple[str, ...]:
         """Methods whose choice depends on what the prompt asks."""
@@ -195,9 +205,20 @@ class Plan:
     @cached_property
     def due(self) -> dict[int, Due]:
         """Decoder layer -> what is due before it, of layers where anything is."""
-        wanted = self.decoder_signals
-        layers = sorted({s.step.layer for s in self.llm} | set(wanted))
-        found = {number: Due.of(number, self.llm, wanted.get(number, {})) for number in layers}
+        return self._due([s for s in self.llm if "training" not in s.step.effects])
+
+    @cached_property
+    def training_due(self) -> dict[int, Due]:
+        """The same in training, in which some steps act alone."""
+        return self._due(self.llm)
+
+    def _due(self, steps: Sequence[PlannedStep]) -> dict[int, Due]:
+        wanted = {
+            layer: {signal: [s for s in asking if s in steps] for signal, asking in signals.items()}
+            for layer, signals in self.decoder_signals.items()
+        }
+        layers = sorted({s.step.layer for s in steps} | set(wanted))
+        found = {number: Due.of(number, steps, wanted.get(number, {})) for number in layers}
         return {number: due for number, due in found.items() if due is not None}
 
     @property

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.core import Need
+from foveate.core import Need, TrainingPass
 from foveate.engine.images import Image, ImageGroup
 from foveate.engine.masks import left_align, present_positions
 from foveate.errors import InputError
@@ -266,6 +266,7 @@ class PromptContext:
         question: the text after the images, and its (B, Q, D) embeddings.
         clip: the questions, as CLIP embeds them.
         labelled: whether labels are given; images without question text then stay as they are.
+        training: the forward as methods that learn see it, in training.
     """
 
     images: Sequence[Image]
@@ -273,6 +274,7 @@ class PromptContext:
     question: tuple[QuestionText, Tensor] | None = None
     clip: ClipQuestions | None = None
     labelled: bool = False
+    training: TrainingPass | None = None
 
     @property
     def without_text(self) -> tuple[int, ...]:

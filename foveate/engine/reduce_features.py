@@ -172,7 +172,7 @@ def _step(
         return found
 
     unasked = prompt.without_query(needs, of.group)
-    parts = apply_step(planned, of.group, features, signals, unasked)
+    parts = apply_step(planned, of.group, features, signals, unasked, prompt.training)
     return [
         _FeatureGroup(
             after,
@@ -200,8 +200,9 @@ def _apply(
     """
     if reduction is None:
         return sheets
-    made = [reduction.apply(x) for x in sheets]
-    if projector is None or not reduction.merges:
+    planes = replace(reduction, values=None)
+    made = [reduction.apply(sheets[0]), *(planes.apply(x) for x in sheets[1:])]
+    if projector is None or not reduction.merges or reduction.values is not None:
         return made
     if not planned.step.before_projector:
         made[-1] = made[-1][..., :0]

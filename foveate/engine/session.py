@@ -143,6 +143,13 @@ class BaseSession:
         """Number of a method -> its parameters, of methods that learn."""
         return self.plan.learned
 
+    def freeze_model(self) -> None:
+        """Let no parameter of the model be trained. `remove()` lets them again."""
+        frozen = [p for p in self._model.parameters() if p.requires_grad]
+        self._sides[-1].undo(lambda: [p.requires_grad_(True) for p in frozen])
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
     def own_learned(self) -> None:
         """Make what methods learn a part of the attached model, as its module `foveate`.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from foveate.core import TrainingPass
 from foveate.engine.masks import present_positions
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Prompt:
         recurrent: whether some layers mix tokens into a running state; a hidden position is a step
             of zeros there.
         given: (B or 1, T) position ids that the text model was given; `None` for none.
+        training: the forward as methods that learn see it, in training.
     """
 
     batch: int
@@ -62,6 +64,7 @@ class Prompt:
     numbered: Tensor | None = None
     recurrent: bool = False
     given: Tensor | None = None
+    training: TrainingPass | None = None
 
     @property
     def positions(self) -> Tensor:

@@ -83,6 +83,8 @@ class TextAttachment(Attachment):
         if embeds:
             self.replace_forward(family.model, self.embeddings.forward, outer=True)
         elif family.generates:
+            if self.plan.learns:
+                self.replace_forward(family.model, self.model.learn)
             self.hook(family.model, self.model.enter_top)
             around = self.generate.generate
             wrapped = self.wrap(family.model, "generate", around, outer=True, late=refuse_late)

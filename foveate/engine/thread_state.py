@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.core import TrainingPass
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.forward import ForwardPass
 from foveate.engine.layout import Layout
@@ -72,6 +73,7 @@ class ThreadState(threading.local):
     """
 
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
+    training: TrainingPass | None = None  # the forward, where methods learn
     record: Record | None = None  # of the last forward over a prompt
     layout: Layout | None = None  # what survived a text model whose states become embeddings
     encoder_record: Record | None = None  # of the last pass through the encoder

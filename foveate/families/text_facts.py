@@ -53,6 +53,11 @@ class TextFacts:
         return len(self.layers)
 
     @property
+    def text_width(self) -> int:
+        """Width of the embeddings that the language model is given; 0 without one."""
+        return self.text.config.hidden_size if self.text_layers else 0
+
+    @property
     def first_llm_layer(self) -> int:
         """First decoder layer before which tokens may be removed (0 without DeepStack)."""
         return 0

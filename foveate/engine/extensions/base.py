@@ -16,6 +16,7 @@ from foveate.engine.plan import Plan, PlannedStep
 
 if TYPE_CHECKING:
     from foveate.engine.cache import PrunedLayer
+    from foveate.engine.images import ImageGroup
     from foveate.engine.slots import Slots
 
 Kwargs = dict[str, Any]
@@ -62,6 +63,24 @@ class Extension:
             planned: the step.
             cache: the key-value cache, or `None`.
         """
+
+    def gate(self, part: ImageGroup, gates: Tensor) -> None:
+        """Note how much later layers attend to the tokens of a group.
+
+        Args:
+            part: G images of V tokens.
+            gates: (G, V) in (0, 1].
+        """
+
+    def attending(self, slots: Slots, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
+        """Before a layer: its keyword arguments, in physical terms.
+
+        Args:
+            slots: what its cache layer holds after the forward.
+            hidden: (B, P, D) its input.
+            kwargs: its keyword arguments, in physical terms.
+        """
+        return kwargs
 
     def runs(self, number: int) -> bool:
         """Whether it may run a decoder layer itself, and wants its arguments in physical terms."""

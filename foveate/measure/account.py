@@ -48,7 +48,7 @@ class Account:
         tower: the vision tower; `None` where features were handed in.
         projector: what is between the tower and the language model, mergers included; of an
             encoder alone, what pools its rows.
-        selection: signals that methods asked for, and what they have learned inside an encoder.
+        selection: signals that methods asked for, and what they have learned.
         entry: what the language model computes of each token before its first layer; most compute
             nothing there. A step at its input does not shorten it.
         layers: each decoder layer; with the last, what joins several streams of states after it.
@@ -104,7 +104,7 @@ def account(
     selection = decoder_flops(record, shapes, steps) if shapes else 0
     if traced:
         selection += encoder_flops(record, traced[-1], steps)
-        selection += learned_flops(record, family, steps)
+    selection += learned_flops(record, family, steps)
     slots = record.cache_slots or [max(tokens) for tokens in record.layer_tokens]
     found = Account(
         tower=_tower(record, family, traced, steps) if traced or not record.images else None,

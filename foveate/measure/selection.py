@@ -197,7 +197,7 @@ def encoder_flops(record: Record, traced: Traced, steps: Sequence[Acted]) -> int
 
 
 def learned_flops(record: Record, model: ModelFacts, steps: Sequence[Acted]) -> int:
-    """What methods have learned inside an encoder, image by image.
+    """What methods have learned, image by image.
 
     Args:
         record: the forward.
@@ -205,7 +205,7 @@ def learned_flops(record: Record, model: ModelFacts, steps: Sequence[Acted]) -> 
         steps: what methods wanted to do.
     """
     total = 0
-    for acted in (a for a in steps if a.step.stage == "vision"):
+    for acted in steps:
         alike = Counter(
             (image.before(acted.entry), image.grid)
             for image in record.images

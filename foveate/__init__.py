@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from foveate.families import list_families
     from foveate.run import Session, apply, use
     from foveate.signals.clip import ClipText
-    from foveate.training.prepare import load, prepare, save
+    from foveate.training.prepare import load, load_adapter, prepare, save, save_adapter
 else:
     __getattr__, __dir__ = exports(
         __name__,
@@ -23,9 +23,11 @@ else:
             "foveate.families": ("list_families",),
             "foveate.run": ("Session", "apply", "use"),
             "foveate.signals.clip": ("ClipText",),
-            "foveate.training.prepare": ("load", "prepare", "save"),
+            "foveate.training.prepare": (
+                "load", "load_adapter", "prepare", "save", "save_adapter",
+            ),
         },
-    )
+    )  # fmt: skip
 
 __all__ = [
     "ClipText",
@@ -38,10 +40,12 @@ __all__ = [
     "list_families",
     "list_methods",
     "load",
+    "load_adapter",
     "methods",
     "per_request",
     "prepare",
     "register",
     "save",
+    "save_adapter",
     "use",
 ]

@@ -13,14 +13,15 @@ gradient; the survivors do. Random choices are the same at each step, as in infe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.core.resolve import MethodLike
-from foveate.core.saving import FILE, WEIGHTS, Head, Saved
+from foveate.core.saving import FILE, WEIGHTS, Head, Saved, from_dict
 from foveate.engine.attachment import MARK
 from foveate.engine.session import LEARNED
 from foveate.errors import AttachError, FoveateError, InputError
@@ -30,9 +31,12 @@ from foveate.io.writing import filling
 from foveate.run import Session, use
 
 M = TypeVar("M", bound=nn.Module)
+Train = Literal["all", "method"]
 
 
-def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) -> M:
+def prepare(
+    model: M, method: MethodLike, *, head: Head = "all", train: Train = "all", **fields: Any
+) -> M:
     """Attach methods to a model before it is trained.
 
     Adapters may be put on it before or after, and so may DDP, FSDP and accelerate's wrappers.
@@ -43,6 +47,8 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
         method: a method, its name, or a list of those in stream order; see `foveate.use`.
         head: `all` makes logits of every token. In training, `labels` makes them only where a
             label is to be predicted, (N, vocabulary); the loss is the same.
+        train: `all` leaves it to you which parameters of the model are trained. `method` freezes
+            them, so that the method's own are trained alone.
         **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
@@ -51,7 +57,7 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
     Raises:
         UnsupportedModelError: a method has nothing to do in training, or the model cannot make
             logits of some tokens alone.
-        FoveateError: see `foveate.use`.
+        FoveateError: the method has no parameters to be trained alone; and see `foveate.use`.
 
     Example:
         >>> model = foveate.prepare(model, foveate.methods.PyramidDrop())  # doctest: +SKIP
@@ -62,10 +68,17 @@ def prepare(model: M, method: MethodLike, *, head: Head = "all", **fields: Any) 
         raise FoveateError(f"head must be 'all' or 'labels', got {quoted(head)}")
     session = use(unwrap(model), method, **fields)
     session.check_training()
+    if train not in get_args(Train):
+        raise FoveateError(f"train must be 'all' or 'method', got {quoted(train)}")
+    if train == "method" and not len(session.learned):
+        names = ", ".join(m.slug for m in session.methods)
+        raise FoveateError(f"{names} has no parameters of its own to train; use train='all'")
     if head == "labels":
         session.label_logits()
     session.attach()
     try:
+        if train == "method":
+            session.freeze_model()
         session.own_learned()
         session.around_saving(model, _with_files(session))
     except BaseException:
@@ -133,6 +146,60 @@ def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
     inner: Any = _from_pretrained(base, options)
     model = PeftModel.from_pretrained(inner, str(folder), is_trainable=trainable)
     return _restore(model, saved, folder, options)
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Save the methods of a prepared model and what they have learned, without the model.
+
+    Args:
+        model: a prepared model, or any wrapper of one, whose methods have parameters.
+        folder: where to; it gets foveate.json and foveate.safetensors.
+
+    Raises:
+        AttachError: the model was not prepared.
+        InputError: its methods have no parameters, or the files cannot be written.
+    """
+    session = session_of(model)
+    if not len(session.learned):
+        names = ", ".join(m.slug for m in session.methods)
+        raise InputError(
+            f"{names} has no parameters of its own, so all there is to save is the model: "
+            "foveate.save(model, folder)"
+        )
+    with filling(folder) as stage:
+        Saved(session.methods).write(stage, session.learned.state_dict())
+
+
+def load_adapter(model: M, folder: str | Path, **fields: Any) -> M:
+    """Prepare a model with methods that `save_adapter` or `save` has saved.
+
+    Args:
+        model: the model that they were trained with, without them.
+        folder: a folder, or a repository of the Hugging Face hub.
+        **fields: hyper-parameters that are to be others than were saved, such as `keep`, where one
+            method was saved.
+
+    Returns:
+        The same object; `foveate.training.prepare.session_of(model).remove()` takes the methods off
+        again.
+
+    Raises:
+        InputError: the folder holds no such files, or they do not fit.
+        FoveateError: the methods do not fit the model.
+    """
+    path = _find(folder, FILE, {})
+    if path is None:
+        raise InputError(f"{folder} has no {FILE}, so foveate.save_adapter did not write it")
+    saved = Saved.read(path)
+    if fields:
+        if len(saved.methods) > 1:
+            raise InputError(
+                f"{folder} holds {len(saved.methods)} methods, so it is not known whose "
+                f"{', '.join(fields)} is meant; edit its {FILE}"
+            )
+        data = {**saved.methods[0].to_dict(), **fields}
+        saved = replace(saved, methods=(from_dict(data),))
+    return _restore(model, saved, folder, {})
 
 
 def session_of(model: nn.Module) -> Session:

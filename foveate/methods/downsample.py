@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from foveate.core import (
     Keep,
@@ -23,6 +22,7 @@ from foveate.core import (
     register,
 )
 from foveate.errors import InputError
+from foveate.ops.pooling import is_whole, pooled_axis
 
 
 @register("downsample", stage="pre_llm", paper="baseline")
@@ -58,7 +58,7 @@ class Downsample(Method):
             InputError: tokens are missing from the grid, so that it cannot be pooled.
         """
         (height, width), device, images = tokens.grid, tokens.index.device, len(tokens.index)
-        if not _whole(tokens):
+        if not is_whole(tokens):
             raise InputError(
                 f"downsample pools the whole {height} x {width} token grid of an image, but "
                 f"{tokens.count} tokens are left of its {tokens.frames * height * width}; put it "
@@ -70,9 +70,9 @@ class Downsample(Method):
         room = min(extra, count - 1)
         frames = min(tokens.frames, count - room)
         rows, columns = pooled_grid(height, width, (count - room) // frames)
-        index, weights = _pool(tokens.frames, frames, device)
+        index, weights = pooled_axis(tokens.frames, frames, device)
         for size, cells in ((height, rows), (width, columns)):
-            centres, shares = _pool(size, cells, device)
+            centres, shares = pooled_axis(size, cells, device)
             index = (index[:, None] * size + centres).flatten()
             weights = torch.kron(weights, shares)
         rest = torch.arange(tokens.count - extra, tokens.count - extra + room, device=device)
@@ -97,19 +97,3 @@ def pooled_grid(height: int, width: int, count: int) -> tuple[int, int]:
         if error(rows, columns) <= 1
     ]
     return max(grids, key=lambda grid: (grid[0] * grid[1], -error(*grid), grid[1]))
-
-
-def _pool(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Adaptive average pooling of one axis: (cells,) centres and (cells, size) weights."""
-    cell = torch.arange(cells, device=device)
-    start = cell * size // cells
-    end = ((cell + 1) * size + cells - 1) // cells
-    at = torch.arange(size, device=device)
-    inside = (at >= start[:, None]) & (at < end[:, None])
-    return (start + end - 1) // 2, inside / (end - start)[:, None]
-
-
-def _whole(tokens: VisualTokens) -> bool:
-    """Whether nothing was removed of the grid, nor of what is after it."""
-    cells = tokens.frames * tokens.grid[0] * tokens.grid[1]
-    return tokens.count >= cells and bool((tokens.index[:, -1] == tokens.count - 1).all())

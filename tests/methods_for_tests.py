@@ -10,6 +10,7 @@ import torch
 from foveate.core import (
     Adaptive,
     Keep,
+    Learning,
     Method,
     Need,
     Reduction,
@@ -25,6 +26,11 @@ from foveate.core.decode_selector import DecodeChoice, DecodeSelector
 def readers_methods():
     """Names of the methods for models that have a language model, sorted."""
     return [name for name in list_methods() if not get_method(name).encoders_alone]
+
+
+def learning_methods():
+    """Names of the methods that do something else in training, sorted."""
+    return [name for name in readers_methods() if issubclass(get_method(name), Learning)]
 
 
 # Methods inside the encoder that images in one sequence, or padded ones, are refused to.

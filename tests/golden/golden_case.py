@@ -35,6 +35,7 @@ ADAPTERS = {
     "holitom-inner": "golden_drops",
     "llava-prumerge": "golden_patches",
     "lrs-vqa": "golden_lrsvqa",
+    "m3": "golden_m3",
     "prunevid": "golden_video",
     "pyramiddrop": "golden_llm",
     "recoverable-compression": "golden_recoverable",

@@ -11,7 +11,7 @@ from foveate.core import Need, Step
 from foveate.errors import BudgetError, InputError
 from foveate.methods import CDPruner, FastV, PyramidDrop, TransPrune
 from foveate.training.prepare import session_of
-from tests.methods_for_tests import readers_methods
+from tests.methods_for_tests import learning_methods, readers_methods
 from tests.tinies import tiny_llava
 from tests.training.batches import Llava, batch, called, samples
 from tests.training.oracle import given_loss_of
@@ -47,7 +47,10 @@ def method_of(name):
         return kind(**where)
 
 
-@pytest.mark.parametrize("name", readers_methods())
+PLAIN = [name for name in readers_methods() if name not in learning_methods()]
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_gradients_are_finite_and_labels_aligned(model, name):
     inputs, _ = batch(KIND, "text", "left")
     foveate.prepare(model, method_of(name))

@@ -34,6 +34,7 @@ from foveate.core import (
     register,
 )
 from foveate.core.fields import Natural, Positive, Range, UnitFloat
+from foveate.core.ranking import TIE, top
 from foveate.core.schedule import nearest
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
@@ -243,11 +244,12 @@ def _kept(margins: Tensor, there: Tensor) -> Tensor:
         there: (G, V) tokens that there still are.
     """
     margin = margins.detach().amax(1).masked_fill(~there, -torch.inf)
-    return (margin > 0) | (margin == margin.amax(1, keepdim=True))
+    return (margin > TIE).scatter(1, top(margin, 1, 1.0), True)
 
 
 def _scaled(scores: Tensor, there: Tensor) -> Tensor:
     """(G, V) scores, scaled so that those of the tokens there span [0, 1] in each image."""
     low = scores.masked_fill(~there, torch.inf).amin(1, keepdim=True)
     high = scores.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
-    return (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
+    flat = high - low <= TIE  # rounding alone tells them apart
+    return torch.where(flat, 1.0, (scores - low) / (high - low).masked_fill(flat, 1.0))

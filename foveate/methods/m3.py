@@ -46,6 +46,8 @@ class M3(Learning):
             does, where positions are single numbers; `original` gives each that of the token at the
             centre of its cell.
 
+    Cells of tokens that lie on no grid, as those of tiles with newlines, are runs of neighbours.
+
     Cost: an average of the features; none of attention.
     """
 
@@ -130,12 +132,12 @@ def _pooled(tokens: VisualTokens, scale: int) -> Reduction:
     """The mean of each cell; rows and columns that make no whole cell are left out."""
     check_grid(tokens, "m3")
     height, width = tokens.grid
-    side = min(_kernel(height * width, scale), height, width)
-    rows, columns = height // side, width // side
-    row, column = (tokens.coordinates // side).unbind(-1)
-    slot = (tokens.frame * rows + row) * columns + column
-    slot = slot.masked_fill((row >= rows) | (column >= columns), -1)
-    middle = (side - 1) // 2
-    centre = (tokens.coordinates % side == middle).all(-1) & (slot >= 0)
-    index = tokens.index[centre].view(len(slot), -1)
-    return Reduction.mean(index, slot)
+    tall = wide = min(_kernel(height * width, scale), height, width)
+    if height == 1:  # tokens that lie on no grid
+        wide = max(1, width // scale)
+    rows, columns = height // tall, width // wide
+    row, column = tokens.coordinates.unbind(-1)
+    slot = (tokens.frame * rows + row // tall) * columns + column // wide
+    slot = slot.masked_fill((row >= rows * tall) | (column >= columns * wide), -1)
+    centre = (row % tall == (tall - 1) // 2) & (column % wide == (wide - 1) // 2) & (slot >= 0)
+    return Reduction.mean(tokens.index[centre].view(len(slot), -1), slot)

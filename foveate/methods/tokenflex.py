@@ -59,7 +59,10 @@ class SwiGLU(nn.Module):
 @register("tokenflex", stage="pre_llm", paper="Hu et al. 2025, arXiv:2504.03154")
 @dataclass(frozen=True)
 class TokenFLEX(Learning, Adaptive):
-    """Pool the token grid of each image to n x n, where training draws n, and pass a SwiGLU.
+    """Pool the token grid of each image, or frame, to n x n, where training draws n, and pass a
+    SwiGLU.
+
+    Tokens that lie on no grid, as those of tiles with newlines, are pooled as one row.
 
     Args:
         counts: tokens of an image, all squares; training draws one of them for each forward.
@@ -128,9 +131,10 @@ class TokenFLEX(Learning, Adaptive):
         """Pool each image, and let the SwiGLU add to it.
 
         Raises:
-            InputError: the tokens are not the whole grid of one image.
+            InputError: the tokens are not whole grids, or too few.
         """
-        count = self.count(tokens.count, tokens.count, tokens.step, 0)
+        each = tokens.count // tokens.frames
+        count = self.count(each, each, tokens.step, 0)
         return [(range(len(tokens.index)), self._pooled(tokens, count))]
 
     def reduce_softly(
@@ -139,25 +143,24 @@ class TokenFLEX(Learning, Adaptive):
         """The same with a number of tokens that is drawn, the same for all images of a forward.
 
         Raises:
-            InputError: the tokens are not the whole grid of one image.
+            InputError: the tokens are not whole grids, or too few.
         """
         drawn = training.memory.get(self.slug)
         if drawn is None:
             which = torch.multinomial(torch.tensor(self.chances), 1).item()
             drawn = training.memory[self.slug] = self.counts[int(which)]
-        return self._pooled(tokens, _fitting(drawn, tokens.count))
+        return self._pooled(tokens, _fitting(drawn, tokens.count // tokens.frames))
 
     def _pooled(self, tokens: VisualTokens, count: int) -> Reduction:
         check_grid(tokens, self.slug)
-        side, learned = math.isqrt(count), tokens.learned
-        if tokens.frames > 1 or side > min(tokens.grid):
-            height, width = tokens.grid
+        (height, width), side, learned = tokens.grid, math.isqrt(count), tokens.learned
+        rows, columns = (1, count) if height == 1 else (side, side)
+        if rows > height or columns > width:
             raise InputError(
-                f"tokenflex pools one image to {side} x {side} tokens, but was given "
-                f"{tokens.frames} of {height} x {width}; give a smaller keep, and videos frame by "
-                "frame"
+                f"tokenflex pools a grid to {rows} x {columns} tokens, but an image has {height} x "
+                f"{width}; give a smaller keep"
             )
-        pooled = pool_cells(tokens, side, side)
+        pooled = pool_cells(tokens, rows, columns)
         made: Any = pooled.apply(tokens.x)
         return pooled if learned is None else replace(pooled, values=learned(made))
 

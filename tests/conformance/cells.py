@@ -19,7 +19,7 @@ from foveate.families.hunyuan_vl import HunyuanVL
 from foveate.families.llava_next import AnyRes
 from foveate.families.phi4_multimodal import Phi4Multimodal
 from foveate.families.support import YES
-from foveate.methods import Downsample
+from foveate.methods import M3, Downsample, OrderedQueries, TokenFLEX
 from foveate.run import Session
 from foveate.signals import SIGNALS
 from tests import retrievers
@@ -216,7 +216,7 @@ def promised(method, family, total):
     """Tokens that a method promises to leave of so many at each of its places."""
     alive, counts = total, {}
     for number, step in enumerate(method.steps(family)):
-        if {"decode", "look"} & set(step.effects):  # removes nothing
+        if {"decode", "look", "training"} & set(step.effects):  # removes nothing
             continue
         if not isinstance(method, Adaptive):
             alive = method.count(alive, total, step, number)
@@ -251,6 +251,8 @@ def check_kept(session):
                 assert 1 <= len(index) < image.total
             elif isinstance(method, Downsample):  # which takes the largest grid of its shape
                 assert 1 <= len(index) <= counts[place]
+            elif isinstance(method, M3):  # whose cells are squares, of grids that are none
+                assert counts[place] <= len(index) < image.total
             else:
                 assert len(index) == frames * counts[place]
             assert bool((index.diff() > 0).all()), f"{place}: not ascending"
@@ -289,9 +291,15 @@ def check_cache(session, cache):
 
 # -- outcomes
 
+COUNTS = {M3: 1, OrderedQueries: 4, TokenFLEX: 1}
+
 
 def settings(cls):
-    """A method with its defaults; a count of tokens, which suits real images, becomes a share."""
+    """A method with its defaults; a count of tokens, which suits real images, becomes a share, or
+    one that suits small images where the method takes no share.
+    """
+    if cls in COUNTS:
+        return cls(keep=COUNTS[cls])
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     return cls(keep=0.25) if isinstance(fields["keep"], int) else cls()
 

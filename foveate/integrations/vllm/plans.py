@@ -109,6 +109,11 @@ class Plans:
                 f"{method.slug!r} decides by the tokens how many of them survive, but vLLM asks "
                 "for their number before it encodes the image"
             )
+        if len(plan.learned):
+            raise UnsupportedModelError(
+                f"{method.slug!r} chooses by what it has learned, which a checkpoint of vLLM does "
+                "not hold; serve it with foveate.load_adapter on transformers"
+            )
         if plan.asks_clip:
             raise UnsupportedModelError(
                 f"{method.slug!r} compares patches with the question in CLIP's space, but vLLM "

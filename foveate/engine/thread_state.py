@@ -16,6 +16,7 @@ from foveate.engine.prompt import PromptTokens
 from foveate.engine.rollback import Rollback
 from foveate.engine.state import Kwargs
 from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.running_layer import RunningLayer
 from foveate.record.record import Record
 from foveate.signals.clip import ClipQuestions
 
@@ -89,6 +90,7 @@ class ThreadState(threading.local):
     encoding: Encoding | None = None  # its pass
     as_tuple: bool = False  # the caller wants a tuple of it
     fed: dict[str, Any] | None = None  # what is around it was called with, until it is called
+    recomputed: RunningLayer | None = None  # a layer of it that is checkpointed, while it runs
 
     def __init__(self, clip: ClipQuestions | None = None) -> None:
         self.clip = clip

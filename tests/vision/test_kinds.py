@@ -9,9 +9,10 @@ from transformers import (
     YolosConfig,
     YolosModel,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import foveate
-from foveate.errors import InputError, UnsupportedModelError
+from foveate.errors import AttachError, InputError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
 from foveate.methods import FlowCut, GTPViT, ToC3D, TokenTransforming, ToMe
@@ -165,22 +166,56 @@ def test_a_dense_reduction_comes_back_to_full_length(name):
     assert [n for n, _ in run.record.encoder_tokens] == [length] * 2 + [9 + kind.special] * 2
 
 
-@pytest.mark.parametrize("case", ["tome", "before"])
+@pytest.mark.parametrize("case", ["tome", "tome-schedule", "before"])
 @pytest.mark.parametrize("name", KINDS)
-def test_gradients_are_finite_and_checkpointing_is_refused(name, case):
-    kind = KINDS[name]
+def test_gradients_are_finite_and_checkpointing_changes_none(name, case):
+    """Merged tokens of the layers that run again count as often as they did."""
+    kind, found = KINDS[name], []
     model, inputs = build(kind.heads or kind.model).train(), given(kind, 2)
-    encoder = find_family(model).encoder
-    with foveate.use(model, CASES[case][0]):
-        states = find_family(model).base(**inputs, output_hidden_states=True).hidden_states
-        states[-1].square().mean().backward()
-        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        assert all(of.isfinite().all() for of in found.values())
-        assert any("patch_embed" in n and of.abs().sum() > 0 for n, of in found.items())
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        if encoder.masks_kernels:
-            with pytest.raises(UnsupportedModelError, match="gradient checkpointing runs a"):
-                find_family(model).base(**inputs)
+    # Each layer would go back through the bias that all share, with a session or without.
+    ways = (None, False) if name == "beit-shared" else (None, False, True)
+    for reentrant in ways:
+        model.zero_grad()
+        torch.manual_seed(0)  # for paths that are dropped in training
+        with foveate.use(model, CASES[case][0]):
+            if reentrant is not None:  # within the session as before it
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            states = find_family(model).base(**inputs, output_hidden_states=True).hidden_states
+            sum(of.square().mean() for of in states).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    plain, *checkpointed = found
+    assert all(of.isfinite().all() for of in plain.values())
+    assert any("patch_embed" in n and of.abs().sum() > 0 for n, of in plain.items())
+    for of in checkpointed:
+        assert set(of) == set(plain)
+        for key, want in plain.items():
+            torch.testing.assert_close(of[key], want, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_run_again_only_within_the_session():
+    kind = KINDS["yolos"]
+    model = build(kind.model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint = model.encoder.layer[-1]._gradient_checkpointing_func
+    with foveate.use(model, CASES["tome-schedule"][0]):
+        states = model(**given(kind, 1)).last_hidden_state
+    with pytest.raises(AttachError, match=r"call `backward\(\)` within the session"):
+        states.sum().backward()
+    assert model.encoder.layer[-1]._gradient_checkpointing_func is checkpoint
+
+
+def test_checkpoints_around_hooks_are_refused_where_tokens_are_gone(monkeypatch):
+    """As before transformers 5.23."""
+    kind = KINDS["yolos"]
+    model = build(kind.model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    call = torch.nn.Module.__call__
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", call, raising=False)
+    with foveate.use(model, ToMe(r=0)):
+        model(**given(kind, 1))
+    refused = pytest.raises(UnsupportedModelError, match="gradient checkpointing runs a YolosLayer")
+    with foveate.use(model, Listed(layer=2)), refused:
+        model(**given(kind, 1))
 
 
 @pytest.mark.parametrize("name", ["yolos"])

@@ -7,12 +7,13 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification, pipeline
 from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 from transformers.models.dpt.image_processing_pil_dpt import DPTImageProcessorPil
+from transformers.models.videomae.image_processing_pil_videomae import VideoMAEImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
 import foveate
 from foveate.methods import ToMe
-from tests.vision import dense
+from tests.vision import dense, encoders
 from tests.vision.encoders import WIDE
 from tests.vision.kinds import KINDS, build
 
@@ -61,6 +62,18 @@ def values(answer):
     return [answer] if isinstance(answer, int | float) else []
 
 
+def agree(run, model, source, **options):
+    """A pipeline answers as without a session if nothing is merged, and otherwise if it is."""
+    plain = values(run(source, **options))
+    with foveate.use(model, ToMe(r=0)):
+        assert values(run(source, **options)) == plain
+    with foveate.use(model, ToMe(r=8)) as session:
+        merged = values(run(source, **options))
+        assert session.record.encoder_tokens[-1][1] < session.record.encoder_tokens[0][0]
+    assert merged != plain
+    assert values(run(source, **options)) == plain
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_pipelines_run_with_an_attached_model(name):
     make, processor = PIPELINES[name]
@@ -68,12 +81,30 @@ def test_pipelines_run_with_an_attached_model(name):
     pixels = np.random.default_rng(0).integers(0, 255, (48, 48, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     options = {"threshold": 0.0} if task == "object-detection" else {}
-    run = pipeline(task, model=model, image_processor=processor)
-    plain = values(run(image, **options))
-    with foveate.use(model, ToMe(r=0)):
-        assert values(run(image, **options)) == plain
-    with foveate.use(model, ToMe(r=8)) as session:
-        merged = values(run(image, **options))
-        assert session.record.encoder_tokens[-1][1] < session.record.encoder_tokens[0][0]
-    assert merged != plain
-    assert values(run(image, **options)) == plain
+    agree(pipeline(task, model=model, image_processor=processor), model, image, **options)
+
+
+def film(path, frames=10, height=24, width=48):
+    """Write a video of a bright square that moves over a drawn ground."""
+    av = pytest.importorskip("av", reason="needs av, which reads and writes videos")
+    ground = np.random.default_rng(0).integers(0, 120, (height, width, 3), dtype=np.uint8)
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for number in range(frames):
+            picture = ground.copy()
+            picture[8:16, 4 * number : 4 * number + 8] = 255
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["videomae", "vivit"])
+def test_video_pipelines_run_with_an_attached_model(name, tmp_path):
+    path = film(tmp_path / "film.mp4")
+    model = kind(name)() if name in KINDS else encoders.build(encoders.HEADS, name)
+    sides = (24, 24) if name == "videomae" else (24, 48)
+    size = dict(zip(("height", "width"), sides, strict=True))
+    processor = VideoMAEImageProcessorPil(size=size, do_center_crop=False)
+    run = pipeline("video-classification", model=model, image_processor=processor)
+    agree(run, model, path, top_k=5)

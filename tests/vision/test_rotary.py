@@ -79,15 +79,16 @@ def test_a_layer_that_is_about_to_run_gives_the_attention_it_would_have(shown):
     )
 
 
+@pytest.mark.parametrize("method", [ToMe(r=5), Listed(layer=1)], ids=["tome", "before"])
 @pytest.mark.parametrize("name", ROWS)
-def test_checkpointing_changes_no_gradient(name):
+def test_checkpointing_changes_no_gradient(name, method):
     found = []
     for checkpointing in (False, True):
         model = build(ENCODERS, name).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)  # for places that are shifted in training
-        with foveate.use(model, ToMe(r=5)):
+        with foveate.use(model, method):
             model(**images()).last_hidden_state.square().sum().backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert list(found[0]) == list(found[1])

@@ -1,5 +1,6 @@
 """What sessions inside towers keep: bits, kernels, videos, batches, beams, gradients, the model."""
 
+import copy
 import threading
 
 import pytest
@@ -286,6 +287,24 @@ def test_gradients_are_finite_and_reach_the_tower(name, method):
     first = [g for n, g in grads.items() if "patch" in n and "norm" not in n and "merger" not in n]
     assert first
     assert any(grad.abs().sum() > 0 for grad in first)
+
+
+@pytest.mark.parametrize("method", [ToMe(r=(2,)), Listed(layer=1, keep=0.5)], ids=str)
+@pytest.mark.parametrize("name", [*SOME, "gemma4"])
+def test_checkpointing_the_tower_changes_no_gradient(name, method):
+    """Layers that run again see merged tokens as often as they did."""
+    model, (inputs, _) = copy.deepcopy(model_of(name)).train(), prompt(name)
+    ids, found = inputs["input_ids"], []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with foveate.use(model, method):
+            model(**fresh(inputs), labels=ids.masked_fill(ids >= 80, -100)).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for key, want in found[0].items():
+        torch.testing.assert_close(found[1][key], want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", TOWERS)

@@ -29,6 +29,7 @@ from foveate.engine.vision.attending import hand_over
 from foveate.engine.vision.describe import describe
 from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.outputs import restore_outputs, whole
+from foveate.engine.vision.recomputed import follow, is_checkpointed, leaves_hooks_outside
 from foveate.engine.vision.segments import boundaries
 from foveate.engine.vision.within_layers import Args, Kwargs, WithinLayers
 from foveate.errors import UnsupportedModelError
@@ -265,13 +266,26 @@ class VisionAttachment(Attachment):
         encoding.layer.input = hidden
         encoding.rows.append((hidden.shape[-2], hidden.shape[-2]))
         encoding.points[number] = encoding.layout.now
-        # A layer in halves runs once.
-        attends = number in self._attends and number not in self._inside
-        if attends or (encoding.reduced and self.encoder.masks_kernels):
-            _check_not_run_again(module)
+        if is_checkpointed(module) and number not in self._inside:  # halves run once
+            self._enter_checkpointed(encoding, number, module)
         encoding.bounds.append(boundaries(told))
         encoding.layer.turning = self.encoder.shared_rotary and encoding.reduced
         return ((hidden,), told) if encoding.reduced else None
+
+    def _enter_checkpointed(self, encoding: Encoding, number: int, layer: nn.Module) -> None:
+        """Before a layer that runs again in the backward pass: see to it that it runs alike.
+
+        Raises:
+            UnsupportedModelError: it cannot.
+        """
+        if number in self._attends or (encoding.reduced and not leaves_hooks_outside()):
+            raise UnsupportedModelError(
+                f"gradient checkpointing runs a {type(layer).__name__} again after the pass, when "
+                "what foveate does within it is over; turn it off "
+                "(`gradient_checkpointing_disable()`)"
+            )
+        if encoding.reduced:
+            follow(self, self._life, self.state, layer)
 
     @untraced
     def _last_layer(
@@ -320,12 +334,3 @@ class VisionAttachment(Attachment):
             return None
         log = counts.log().to(args[1].dtype)[:, None]
         return args, {**kwargs, "attn_mask": log.repeat_interleave(module.num_heads, 0)}
-
-
-def _check_not_run_again(layer: nn.Module) -> None:
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
-        raise UnsupportedModelError(
-            f"gradient checkpointing runs a {type(layer).__name__} again after the pass, when what "
-            "foveate does where its attention kernel is called is over; turn it off "
-            "(`gradient_checkpointing_disable()`)"
-        )

@@ -6,6 +6,7 @@ Shapes: `G` images of a group, `S` special rows before the patches, `V` visual t
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -43,6 +44,12 @@ class RunningLayer:
         self.taps: dict[str, Tensor] | None = None  # what its projections have made
         self.rotary: Any = None  # of the rows of now
         self.turning = False  # whether its projections turn by those
+
+    def kept(self) -> RunningLayer:
+        """The layer as it is now, whatever the pass comes to."""
+        twin = copy.copy(self)
+        twin.layout = copy.copy(self.layout)
+        return twin
 
     @property
     def reduced(self) -> bool:

@@ -19,6 +19,7 @@ from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.fewer_rows import Entered, enter, leave
 from foveate.engine.vision.forward import Encoding
+from foveate.engine.vision.running_layer import RunningLayer
 from foveate.errors import UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.signals.encoder_hooks import EncoderSignals
@@ -51,6 +52,14 @@ class WithinLayers:
         self.state = state
         self._signals = signals
 
+    @property
+    def _layer(self) -> RunningLayer | None:
+        """The layer that runs, or runs again; `None` outside of a pass, and with all rows back."""
+        if self.state.recomputed is not None:
+            return self.state.recomputed
+        encoding = self.state.encoding
+        return None if encoding is None or encoding.restored else encoding.layer
+
     def named(self, by_place: Args, kwargs: Kwargs) -> Kwargs:
         """What a layer is handed besides states, by name."""
         return {**kwargs, **dict(zip(self.encoder.by_place, by_place, strict=False))}
@@ -80,25 +89,23 @@ class WithinLayers:
 
     @torch.compiler.disable
     def _turned(self, output: Tensor) -> Tensor:
-        encoding = self.state.encoding
-        if encoding is None or not encoding.layer.turning:
+        layer = self._layer
+        if layer is None or not layer.turning:
             return output
-        return rotated(output, encoding.layer.rotary, self.encoder.heads_of(output.shape[-1]))
+        return rotated(output, layer.rotary, self.encoder.heads_of(output.shape[-1]))
 
     def enter_attention(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before the attention of a layer that takes no mask: hand it one."""
-        encoding = self.state.encoding
-        if encoding is None or encoding.bias is None:
+        layer = self._layer
+        if layer is None or layer.bias is None:
             return None
-        return args, {**kwargs, "attention_mask": encoding.bias}
+        return args, {**kwargs, "attention_mask": layer.bias}
 
     @torch.compiler.disable
     def mask(self, given: Tensor | None) -> Tensor | None:
         """What the kernel of a layer that takes no mask is handed as one."""
-        encoding = self.state.encoding
-        if encoding is None or encoding.restored:
-            return given
-        return encoding.layer.kernel_mask(given)
+        layer = self._layer
+        return given if layer is None else layer.kernel_mask(given)
 
     @torch.compiler.disable
     def attend(self, planned: PlannedStep, *parts: Any) -> Tensor | None:

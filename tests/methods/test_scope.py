@@ -97,10 +97,28 @@ def test_equal_tokens_are_never_picked_twice(value, dtype, make_tokens, check_in
         assert index[0].tolist() == list(range(kept))
 
 
-def test_newlines_come_last(make_tokens, check_index):
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_tokens_that_rounding_tells_apart_are_picked_by_index(images, make_tokens):
+    """Of six kinds of tokens, once each is covered, what is left is rounding."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(6, 16, generator=generator)[torch.randint(6, (24,), generator=generator)]
+    x = kinds * (1 + 1e-7 * torch.randn(5, 24, 16, generator=generator))
+    attention = seen(1, 24).expand(5, -1, -1, -1)
+    kept = [
+        SCOPE().reduce(make_tokens(images=n, x=x[-n:], cls_attention=attention[:n]), 12).index
+        for n in (5, images)
+    ]
+    assert bool((kept[0] == kept[0][:1]).all())
+    assert torch.equal(kept[0][:images], kept[1])
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_newlines_come_last(alike, make_tokens, check_index):
+    """Also after tokens that add nothing."""
     attention = seen(2, 24)
     attention[..., 5::6] = -torch.inf
-    tokens = make_tokens(images=2, x=features(2, 24), cls_attention=attention)
+    x = torch.ones(2, 24, 8) if alike else features(2, 24)
+    tokens = make_tokens(images=2, x=x, cls_attention=attention)
     for kept in (20, 22, 24):
         index = SCOPE().reduce(tokens, kept).index
         check_index(index, kept, 24)

@@ -1,10 +1,10 @@
 """IDPruner: keep important tokens, each unlike those that are kept already.
 
-Paper: "IDPruner", arXiv:2602.13315 (maximal marginal relevance). Reference code: Tencent/AngelSlim
-@ 67394ce, token_compressor/algorithm/idpruner.py. The release takes importance from a selector that
-is trained for each model and downloaded with its code. That importance is the encoder's attention
-here, which every model has, is our reading; how importance and likeness are weighed is the
-release's.
+Paper: Tan et al., "IDPruner: Harmonizing Importance and Diversity in Visual Token Pruning for
+MLLMs", arXiv:2602.13315 (maximal marginal relevance). Reference code: Tencent/AngelSlim @ 67394ce,
+token_compressor/algorithm/idpruner.py. The release takes importance from a selector that is trained
+for each model and downloaded with its code, and needs no attention. That importance is the
+encoder's attention here is our reading; how importance and likeness are weighed is the release's.
 Differs from the reference: any batch works; importance is scaled to [0, 1] whatever its unit
 (there: 1e-6 is added to its range, which suits the selector's scores); constant importance leaves
 pure diversity, from the first token on; newlines between tiles come last.
@@ -37,7 +37,7 @@ from foveate.ops.saliency import saliency, saliency_need
     "idpruner",
     stage="pre_llm",
     needs=("cls_attention", "received_attention"),
-    paper="2026, arXiv:2602.13315",
+    paper="Tan et al. 2026, arXiv:2602.13315",
 )
 @dataclass(frozen=True)
 class IDPruner(Method):

@@ -1,7 +1,11 @@
 """SCOPE: keep salient tokens that cover those which are not kept yet.
 
-Paper: "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs",
-arXiv:2510.24214. Reference code: Tencent/AngelSlim @ 67394ce, token_compressor/algorithm/scope.py.
+Paper: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs",
+arXiv:2510.24214 (NeurIPS 2025). Reference code: Tencent/AngelSlim @ 67394ce,
+token_compressor/algorithm/scope.py, which serves encoders without a class token too. The authors'
+own, kinredon/SCOPE @ 6bf7306, makes the same choice by the encoder's features, where this one
+compares projected tokens, and takes a head's attention as it is, where this one takes shares of
+what it gives to patches.
 Differs from the reference: any batch works, and each image has its own budget (there: one choice
 among the tokens of all images); attention of all queries counts, also of very many (there: from
 6,144 patches on, that of their mean); where nothing is left to cover, the lower index wins (there:
@@ -37,7 +41,7 @@ from foveate.ops.saliency import saliency, saliency_need
     "scope",
     stage="pre_llm",
     needs=("cls_attention", "received_attention"),
-    paper="2025, arXiv:2510.24214",
+    paper="Deng et al. 2025, arXiv:2510.24214",
 )
 @dataclass(frozen=True)
 class SCOPE(Method):

@@ -179,6 +179,16 @@ def check_switch(slug: str, keep: object) -> None:
         )
 
 
+def check_one_share(keep: object) -> None:
+    """Check the `keep` of a method that aims at a share of a video, and cannot promise a count.
+
+    Raises:
+        BudgetError: it is no share.
+    """
+    if not isinstance(keep, float):
+        raise BudgetError(f"keep must be one share in (0, 1], got {quoted(keep)}")
+
+
 def together(reductions: Sequence[Reduction]) -> Parts:
     """Put the reductions of single videos (G = 1) that keep equally many tokens together."""
     counts: dict[int, list[int]] = defaultdict(list)

@@ -21,7 +21,7 @@ from torch import Tensor
 from foveate.core import Positions, Reduction, VisualTokens, register
 from foveate.core.budget import Share
 from foveate.core.fields import Positive, UnitFloat
-from foveate.core.ranking import bottom, highest, ranked, top
+from foveate.core.ranking import highest, ranked, top
 from foveate.core.reduction import take_rows
 from foveate.core.video import (
     Parts,
@@ -30,10 +30,10 @@ from foveate.core.video import (
     everything,
     exact,
     normalize,
-    similarity,
     together,
 )
 from foveate.ops.clustering import peaks, squared_distances
+from foveate.ops.segments import segments_of
 
 NEIGHBOURS = 4
 """Tokens that make up a density, a token itself among them; fixed in the release."""
@@ -147,21 +147,3 @@ class FastVID(VideoMethod):
 def _at(index: Tensor, values: Tensor, total: int) -> Tensor:
     """(N, total) rows of zeros but for one value at (N) positions."""
     return values.new_zeros(len(index), total).scatter(1, index[:, None], values[:, None])
-
-
-def segments_of(frame: Tensor, segments: int, tau: float) -> list[tuple[int, int]]:
-    """Cut a video where neighbouring frames differ.
-
-    Args:
-        frame: (T, d) what stands for each frame.
-        segments: least number of segments; at most one for each frame.
-        tau: cosine below which there is a cut anyway.
-
-    Returns:
-        First and last frame of each segment.
-    """
-    alike = similarity(frame[1:], frame[:-1])
-    cut = alike < tau
-    cut[bottom(alike, min(segments - 1, len(alike)), 1.0)] = True
-    last = [*cut.nonzero()[:, 0].tolist(), len(alike)]
-    return list(zip([0, *(t + 1 for t in last[:-1])], last, strict=True))

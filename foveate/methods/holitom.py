@@ -26,13 +26,12 @@ from foveate.core.video import (
     Survivors,
     VideoMethod,
     by_frame,
+    check_one_share,
     everything,
     exact,
     similarity,
     together,
 )
-from foveate.errors import BudgetError
-from foveate.io.quoting import quoted
 from foveate.ops.clustering import dpc_knn
 
 
@@ -82,8 +81,7 @@ class HoliTom(VideoMethod):
             BudgetError: it is something else.
         """
         super().check_budget(steps)
-        if not isinstance(self.keep, float):
-            raise BudgetError(f"keep must be one share in (0, 1], got {quoted(self.keep)}")
+        check_one_share(self.keep)
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Reduce each video by itself, as their segments differ."""

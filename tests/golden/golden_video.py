@@ -1,4 +1,4 @@
-"""Methods over frames of videos, on given features: EVS, DyCoke, FastVID, PruneVid and HoliTom."""
+"""Methods over frames of videos, on given features."""
 
 import json
 from functools import partial
@@ -12,9 +12,12 @@ from torch import Tensor
 from foveate.core import Reduction, Step, VisualTokens
 from foveate.methods.dycoke import DyCoke
 from foveate.methods.evs import EVS
-from foveate.methods.fastvid import FastVID, segments_of
+from foveate.methods.fastvid import FastVID
+from foveate.methods.flashvid import FlashVID
 from foveate.methods.holitom import HoliTom, best_segments, run_lengths
 from foveate.methods.prunevid import PruneVid, windows
+from foveate.methods.vidcom2 import VidCom2, likeness, steady_channels
+from foveate.ops.segments import segments_of
 
 VALUES = 1e-5  # absolute tolerance
 
@@ -30,6 +33,8 @@ def checks(case: Case) -> dict[str, Check]:
             "merged": _check_prunevid,
             "kept_sorted": _check_asked,
         },
+        "vidcom2": {"run0.kept": _check_vidcom2},
+        "flashvid": {"run0.out": _check_flashvid},
         "holitom": {"segments": _check_segments, "output_tokens": _check_holitom},
     }
     return {
@@ -215,3 +220,25 @@ def _check_holitom(case: Case) -> None:
     reduction = _only(_holitom(case), tokens)
     values = reduction.apply(x.flatten(0, 1)[None])[0]
     assert_close(values, arrays["output_tokens"], VALUES, "values")
+
+
+def _check_vidcom2(case: Case) -> None:
+    x = case.arrays["x"]
+    for run, expected in case.runs():
+        of_video, of_frame = likeness(steady_channels(x[None]))
+        assert_close((of_video + of_frame)[0].float(), expected["scores"], VALUES, "scores")
+        reduction = _only(VidCom2(keep=run["base_scale"]), _video(x.flatten(0, 1), len(x)))
+        assert_same(reduction.index[0], expected["kept"], f"kept of {run}")
+
+
+def _check_flashvid(case: Case) -> None:
+    """Its trees are divided as released, and no segment has a single frame."""
+    x, attention = case.arrays["x"], case.arrays["attention"]
+    for run, expected in case.runs():
+        fields = {n: v for n, v in run.items() if n in FlashVID.__dataclass_fields__}
+        method = FlashVID(keep=run["retention_ratio"], as_released=True, **fields)
+        tokens = _video(x.flatten(0, 1), len(x), received_attention=attention.flatten()[None, None])
+        reduction = _only(method, tokens)
+        assert_same(reduction.index[0], expected["index"], f"kept of {run}")
+        values = reduction.apply(x.flatten(0, 1)[None])[0]
+        assert_close(values, expected["out"], VALUES, f"values of {run}")

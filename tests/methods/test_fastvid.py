@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from foveate.errors import BudgetError, FoveateError
-from foveate.methods.fastvid import FastVID, segments_of
+from foveate.methods.fastvid import FastVID
+from foveate.ops.segments import segments_of
 
 
 def values(method, tokens):

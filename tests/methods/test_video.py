@@ -15,6 +15,8 @@ METHODS = {
     "fastvid": {"keep": 0.5, "segments": 2},
     "holitom": {"keep": 0.5},
     "prunevid": {},
+    "vidcom2": {"keep": 0.5},
+    "flashvid": {"keep": 0.4, "min_segment_num": 2},
 }
 each = pytest.mark.parametrize("name", METHODS)
 

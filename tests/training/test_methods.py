@@ -21,8 +21,8 @@ KIND = Llava()
 # Methods that gather before or within the language model, and leave survivors as they are.
 GATHERING = (
     "adatoken-3d", "catp", "cdpruner", "dart", "divprune", "fastervlm", "fastv", "feather", "fopru",
-    "hiprune", "lrs-vqa", "pyramiddrop", "random", "todre", "transprune",
-    "uniform", "vtc-cls",
+    "hiprune", "holov", "idpruner", "lrs-vqa", "prunesid", "pyramiddrop", "random", "scope",
+    "todre", "transprune", "uniform", "vispruner", "vtc-cls",
 )  # fmt: skip
 # Which signals are asked of what is after an image, so that it is left alone where nothing is.
 ASKING = (

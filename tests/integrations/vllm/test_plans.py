@@ -33,8 +33,8 @@ def plans():
 
 def test_served_methods_act_before_the_language_model(plans):
     assert plans.served == [
-        "cdpruner", "divprune", "downsample", "fastervlm", "fopru", "hiprune", "random", "uniform",
-        "visionzip", "vtc-cls",
+        "cdpruner", "divprune", "downsample", "fastervlm", "fopru", "hiprune", "holov", "idpruner",
+        "prunesid", "random", "scope", "uniform", "visionzip", "vispruner", "vtc-cls",
     ]  # fmt: skip
 
 

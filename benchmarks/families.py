@@ -13,8 +13,9 @@ Where objects happen to lie in memory moves such small times by a few microsecon
 process lives. So each family is measured in several processes, and their times are taken together.
 
 With `--family`, each row is saved when it is done, in place of the one that was there, and the rows
-of other families stay. A row that was measured with another machine or effort than the file's says
-so. Without it, the file is written anew.
+of other families stay. Where `llava` comes first, the rows after it say what it had in this run. A
+row that was measured with another machine or effort than the file's says so. Without `--family`,
+the file is written anew.
 """
 
 from __future__ import annotations
@@ -281,6 +282,13 @@ def main() -> None:
             flush=True,
         )
         if options.family:
+            llava = rows.get("llava")
+            if llava is not None and name != "llava":
+                told = {
+                    "overhead_us": llava["overhead_us"]["median"],
+                    "plain_us": llava["plain_us"],
+                }
+                row["beside"] = {"llava": told}
             save_row(name, row, effort)
     if not options.family:
         wide, deep = ("{} x {}".format(*size) for size in (WIDE, DEEP))

@@ -159,6 +159,12 @@ def _label(name: str, result: dict[str, Any], row: dict[str, Any]) -> str:
     return f"`{name}`" + (f" ({', '.join(notes)})" if notes else "")
 
 
+def _beside(row: dict[str, Any]) -> str:
+    """What a session added to a layer of LLaVA in the run that measured a row."""
+    other = row.get("beside", {}).get("llava")
+    return "" if other is None else f"{100 * other['overhead_us'] / other['plain_us']:.1f} %"
+
+
 def families() -> str:
     """Cost of a session in every family."""
     result = load("families")
@@ -173,10 +179,11 @@ def families() -> str:
             _label(name, result, row), *kept,
             f"{extra['median']:.0f} ({extra['q25']:.0f} to {extra['q75']:.0f})",
             f"{extra['runs'][0]:.0f} to {extra['runs'][-1]:.0f}", f"{row['plain_us']:.0f}",
+            f"{100 * extra['median'] / row['plain_us']:.1f} %", _beside(row),
         ])  # fmt: skip
     head = [
         "", "prefill, keep all", "decode, keep all", "pruned decode, us", "in each process",
-        "without a session",
+        "without a session", "of it", "LLaVA in the same run",
     ]  # fmt: skip
     return "\n\n".join([
         "## Every family",
@@ -185,6 +192,8 @@ def families() -> str:
         "session of PyramidDrop adds per layer and generated token, in microseconds, beyond a "
         "model without one whose cache layers are cut as short, and what a layer takes there. In "
         "Dots 3 Note, of which no layer can rank tokens, a random quarter is kept instead. "
+        "Rows were measured on machines of different speed, so compare what is added with what a "
+        "layer takes; some families were measured together with LLaVA. "
         "Models for decoding are so narrow that Python fills the time. Each family was measured in "
         f"{result['runs']} processes with {result['rounds']} rounds each, unless its name is "
         f"followed by other numbers. {about(result)}",

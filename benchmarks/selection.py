@@ -80,7 +80,7 @@ def _total(tensors: dict[str, Tensor]) -> int:
     if "x" in tensors:
         return tensors["x"].shape[1:-1].numel()
     name, signal = next((n, t) for n, t in tensors.items() if not n.startswith("question"))
-    return signal.shape[-2 if name.endswith(("keys", "states")) else -1]
+    return signal.shape[-2 if name.endswith(("keys", "states", "features")) else -1]
 
 
 def reduce(method: Method, tokens: VisualTokens, keep: int) -> list[tuple[int, Any]]:

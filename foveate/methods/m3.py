@@ -26,7 +26,7 @@ from foveate.core import (
 from foveate.core.fields import Positive
 from foveate.errors import BudgetError, InputError
 from foveate.io.quoting import quoted
-from foveate.ops.pooling import check_grid
+from foveate.ops.pooling import cells_of, with_rest
 
 
 @register("m3", stage="pre_llm", paper="Cai et al. 2024, arXiv:2405.17430")
@@ -114,11 +114,12 @@ class M3(Learning):
         """
         scale, (height, width) = self.scales[training.number], tokens.grid
         reduction = _pooled(tokens, scale)
-        if reduction.kept != scale * tokens.frames:
+        rest = tokens.count - tokens.frames * height * width
+        if reduction.kept - rest != scale * tokens.frames:
+            made = (reduction.kept - rest) // tokens.frames
             raise InputError(
                 f"m3 is to train with {scale} tokens of a grid of {height} x {width}, which square "
-                f"cells cannot make: they make {reduction.kept // tokens.frames}; give scales that "
-                "divide the grid"
+                f"cells cannot make: they make {made}; give scales that divide the grid"
             )
         return reduction
 
@@ -130,14 +131,15 @@ def _kernel(total: int, scale: int) -> int:
 
 def _pooled(tokens: VisualTokens, scale: int) -> Reduction:
     """The mean of each cell; rows and columns that make no whole cell are left out."""
-    check_grid(tokens, "m3")
+    cells = cells_of(tokens, "m3")
     height, width = tokens.grid
     tall = wide = min(_kernel(height * width, scale), height, width)
     if height == 1:  # tokens that lie on no grid
         wide = max(1, width // scale)
     rows, columns = height // tall, width // wide
-    row, column = tokens.coordinates.unbind(-1)
-    slot = (tokens.frame * rows + row // tall) * columns + column // wide
+    row, column = tokens.coordinates[:, :cells].unbind(-1)
+    slot = (tokens.frame[:, :cells] * rows + row // tall) * columns + column // wide
     slot = slot.masked_fill((row >= rows * tall) | (column >= columns * wide), -1)
     centre = (row % tall == (tall - 1) // 2) & (column % wide == (wide - 1) // 2) & (slot >= 0)
-    return Reduction.mean(tokens.index[centre].view(len(slot), -1), slot)
+    index = tokens.index[:, :cells][centre].view(len(slot), -1)
+    return with_rest(Reduction.mean(index, slot), tokens, cells)

@@ -29,7 +29,7 @@ from foveate.core.fields import Positive
 from foveate.errors import BudgetError
 from foveate.io.quoting import quoted
 from foveate.ops.learning import flops_of, untrained
-from foveate.ops.pooling import check_grid
+from foveate.ops.pooling import cells_of, with_rest
 
 SIDE = 16  # of the grid on which places are learned
 SHARP = 4.0  # by how much a query prefers its cell at first, in logits
@@ -123,11 +123,13 @@ class OrderedQueries(Learning):
         Raises:
             InputError: the tokens are not a whole grid.
         """
-        check_grid(tokens, self.slug)
+        cells, (height, width) = cells_of(tokens, self.slug), tokens.grid
+        count = max(1, min(count, cells) - (tokens.count - cells))
         learned: Any = tokens.learned
-        made, weights = learned(tokens.x, (tokens.frames * tokens.grid[0], tokens.grid[1]), count)
-        spread = torch.arange(count, device=made.device) * tokens.count // count
-        return Reduction(spread.expand(len(made), -1), weights, values=made)
+        made, weights = learned(tokens.x[:, :cells], (tokens.frames * height, width), count)
+        spread = torch.arange(count, device=made.device) * cells // count
+        made = Reduction(spread.expand(len(made), -1), weights, values=made)
+        return with_rest(made, tokens, cells)
 
     def reduce_softly(
         self, tokens: VisualTokens, count: int, training: TrainingPass

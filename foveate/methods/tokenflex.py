@@ -32,7 +32,7 @@ from foveate.core.fields import Positive, UnitFloat
 from foveate.errors import BudgetError, InputError
 from foveate.io.quoting import quoted
 from foveate.ops.learning import flops_of, untrained
-from foveate.ops.pooling import check_grid, pool_cells
+from foveate.ops.pooling import cells_of, pool_cells, with_rest
 
 
 class SwiGLU(nn.Module):
@@ -152,7 +152,7 @@ class TokenFLEX(Learning, Adaptive):
         return self._pooled(tokens, _fitting(drawn, tokens.count // tokens.frames))
 
     def _pooled(self, tokens: VisualTokens, count: int) -> Reduction:
-        check_grid(tokens, self.slug)
+        cells = cells_of(tokens, self.slug)
         (height, width), side, learned = tokens.grid, math.isqrt(count), tokens.learned
         rows, columns = (1, count) if height == 1 else (side, side)
         if rows > height or columns > width:
@@ -161,8 +161,10 @@ class TokenFLEX(Learning, Adaptive):
                 f"{width}; give a smaller keep"
             )
         pooled = pool_cells(tokens, rows, columns)
-        made: Any = pooled.apply(tokens.x)
-        return pooled if learned is None else replace(pooled, values=learned(made))
+        made: Any = pooled.apply(tokens.x[:, :cells])
+        if learned is not None:
+            pooled = replace(pooled, values=learned(made))
+        return with_rest(pooled, tokens, cells)
 
 
 def _check_square(count: int) -> None:

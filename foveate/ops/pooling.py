@@ -5,6 +5,8 @@ Shapes: `G` images, `V` tokens of each.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,19 +20,50 @@ def is_whole(tokens: VisualTokens) -> bool:
     return tokens.count >= cells and bool((tokens.index[:, -1] == tokens.count - 1).all())
 
 
-def check_grid(tokens: VisualTokens, slug: str) -> None:
-    """Refuse tokens that are not whole grids and nothing else.
+def cells_of(tokens: VisualTokens, slug: str) -> int:
+    """Tokens of the grids of all frames; others may follow them, such as a newline.
 
     Raises:
-        InputError: tokens are missing, or others follow the grid, such as newlines.
+        InputError: some are missing.
     """
     height, width = tokens.grid
-    if not is_whole(tokens) or tokens.count != tokens.frames * height * width:
+    cells = tokens.frames * height * width
+    if not is_whole(tokens):
         raise InputError(
             f"{slug} pools the whole {height} x {width} token grid of an image, but {tokens.count} "
-            f"tokens are there instead of {tokens.frames * height * width}; it takes images of one "
-            "grid without newlines, and comes before methods that remove tokens"
+            f"tokens are left of {cells}; put it before methods that remove tokens"
         )
+    return cells
+
+
+def with_rest(reduction: Reduction, tokens: VisualTokens, cells: int) -> Reduction:
+    """A reduction of the cells of grids, after which all that follows them stays.
+
+    Args:
+        reduction: of the first `cells` tokens.
+        tokens: all of them.
+        cells: tokens of the grids.
+    """
+    if not (extra := tokens.count - cells):
+        return reduction
+    kept, images = reduction.kept, len(reduction.index)
+    rest = torch.arange(extra, device=reduction.index.device)
+    made = replace(reduction, index=torch.cat((reduction.index, _each(cells + rest, images)), 1))
+    if reduction.weights is not None:
+        eye = torch.eye(extra, device=rest.device)
+        weights = torch.stack([torch.block_diag(each, eye) for each in reduction.weights])
+        made = replace(made, weights=weights)
+    if reduction.slot is not None and reduction.share is not None:
+        slot = torch.cat((reduction.slot, _each(kept + rest, images)), 1)
+        share = torch.cat((reduction.share, reduction.share.new_ones(images, extra)), 1)
+        made = replace(made, slot=slot, share=share)
+    if reduction.values is not None:
+        made = replace(made, values=torch.cat((reduction.values, tokens.x[:, cells:]), 1))
+    return made
+
+
+def _each(row: Tensor, images: int) -> Tensor:
+    return row.expand(images, -1)
 
 
 def pooled_axis(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,9 @@ def id_of(method):
     return f"{method.slug}-{getattr(method, 'stage_of_training', '')}".strip("-")
 
 
+THRESHOLDS = ((0.45, 0.6), (0.6, 0.3))  # the second would take tokens back that the first drops
+
+
 @pytest.fixture
 def model():
     return KIND.build()
@@ -288,24 +291,22 @@ def test_covipal_learns_the_attention_of_its_guide_layer(model, inputs):
 
 
 def test_covipal_costs_no_look_at_the_guide_layer_in_inference(model, inputs):
-    seen = []
     with foveate.use(model.eval(), CoViPAL(guide=3, inner=16)) as session:
-        model.model.language_model.layers[3].self_attn.k_proj.register_forward_hook(
-            lambda *_: seen.append(1)
-        )
         model(**inputs)
-        assert len(seen) == 1  # the layer's own, and none for a signal
+        assert not session.plan.due
+        assert session.plan.training_due
         assert session.report()["flops"]["selection"] > 0
 
 
 # -- ATP-LLaVA
 
 
-def test_gates_become_removal_as_the_temperature_rises(model, inputs):
+@pytest.mark.parametrize("thresholds", THRESHOLDS, ids=str)
+def test_gates_become_removal_as_the_temperature_rises(model, inputs, thresholds):
     """What training computes with gates of 0 and 1 is what inference removes."""
     method = ATPLLaVA(layers=(1, 3), temperature=1e7)
     foveate.prepare(model, method)
-    with_thresholds(model, 0.45, 0.6)
+    with_thresholds(model, *thresholds)
     with torch.no_grad():
         hard = model.eval()(**inputs)
     kept = [{site: len(k) for site, k in image.items()} for image in session_of(model).kept]

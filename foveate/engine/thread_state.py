@@ -89,6 +89,7 @@ class ThreadState(threading.local):
     # While the encoder runs, for features or alone:
     encoding: Encoding | None = None  # its pass
     as_tuple: bool = False  # the caller wants a tuple of it
+    maps_states: bool = False  # the caller wants the states between its layers
     fed: dict[str, Any] | None = None  # what is around it was called with, until it is called
     recomputed: RunningLayer | None = None  # a layer of it that is checkpointed, while it runs
 

@@ -57,7 +57,12 @@ class Encoder:
         whole_after_layers: whether the tower takes all rows apart once its layers have run.
         returns_rows: whether what the tower returns are rows that no reader has read.
         films: whether the frames of a video are encoded together.
+        maps_states: whether the model itself makes maps of all patches of the states between its
+            layers, where they are asked for.
+        runs_again: says whether layers run again with their hooks in the backward pass, as where
+            the model checkpoints them.
         masks_layers: whether layers take an attention mask; else their attention does.
+        mask: the name of that argument.
         masks_kernels: whether neither does, so that the kernel of the attention is handed one.
         relative: whether scores get a bias by relative position, within the mask of the kernel.
         by_place: names of what layers may be handed by place, after states.
@@ -94,7 +99,10 @@ class Encoder:
     whole_after_layers: bool = False
     returns_rows: bool = True
     films: bool = False
+    maps_states: bool = False
+    runs_again: Callable[[], bool] | None = None
     masks_layers: bool = True
+    mask: str = "attention_mask"
     masks_kernels: bool = False
     relative: bool = False
     by_place: tuple[str, ...] = ("attention_mask",)

@@ -76,6 +76,8 @@ class PlainEncoder(Family):
     """Whether the model takes all rows apart once its layers have run."""
     shared_rotary: ClassVar[bool] = False
     """Whether layers take the rotary positions of one image for all of a batch."""
+    as_tower: ClassVar[bool] = True
+    """Whether methods act inside it as the tower of a vision-language model too."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.config = model, model.config
@@ -101,7 +103,7 @@ class PlainEncoder(Family):
         return Encoder(
             layers=self._child(self.base, self.layers_path),
             attention=self.block.attends,
-            heads=self.base.config.num_attention_heads,
+            heads=self.heads,
             class_token=self.class_token,
             projections=self.block.projections,
             values=self.block.matrices[-1],
@@ -123,6 +125,12 @@ class PlainEncoder(Family):
             whole_after_layers=self.whole_after_layers,
             shared_rotary=self.shared_rotary,
         )
+
+    @property
+    def heads(self) -> int:
+        """Attention heads of each layer."""
+        heads: int = self.base.config.num_attention_heads
+        return heads
 
     @property
     def tubelet(self) -> tuple[int, int, int] | None:
@@ -168,6 +176,6 @@ class PlainEncoder(Family):
 def tower_encoder(tower: PreTrainedModel) -> Encoder | None:
     """The encoder of a vision tower, or `None` for a kind that methods cannot look into."""
     kind: Callable[[PreTrainedModel], Any] | None = FAMILIES.get(tower.config.model_type)
-    if not (isinstance(kind, type) and issubclass(kind, PlainEncoder)):
+    if not (isinstance(kind, type) and issubclass(kind, PlainEncoder) and kind.as_tower):
         return None
     return kind(tower).encoder

@@ -80,9 +80,6 @@ UNSUPPORTED: dict[str, str] = {
     "t5gemma2": _ENCODED,
     "timesformer": "its layers attend among the patches of one place in all frames, and then "
     "within each frame, and expect a patch at every place of every frame",
-    "timm_wrapper": f"its layers come from the package timm and are of many kinds, and a "
-    f"classifier of it goes from pixels to logits within timm without returning rows, {_YET} "
-    "removal that ends within such a model, and the layers by kind",
     "udop": f"its encoder, which a decoder reads, adds patches to the words that lie on them and "
     f"puts the others after the text, {_YET} removal in encoders of text",
     "vision-encoder-decoder": _MEMORY,

@@ -91,7 +91,7 @@ class EncoderSignals:
                 on.before(layer, functools.partial(self._note, number))
                 attention = self.encoder.attention(layer)
                 parts = self.encoder.projections
-                if any(signal.values for signal in projected):
+                if any(signal.values for signal in projected) and len(parts) > 1:
                     parts = (*parts, self.encoder.values)
                 for part in parts:
                     hook = self._projection(number, part, parts, projected)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import re
 
 import torch
@@ -86,6 +87,9 @@ class Tower:
     def __init__(self, table, name):
         self.table, self.name = table, name
         self.model_type = self.model.config.model_type
+        if table == TIMM:
+            known = "with" if timms.VITS[name.split()[0]][1] else "without"
+            self.variant = f"ViTs {known} a class token"
 
     @property
     def model(self):
@@ -163,6 +167,7 @@ def _siglip2():
     )
 
 
+TIMM = "of timm"
 TABLES = {
     "alone": encoders.ENCODERS,
     "around a backbone": {
@@ -178,8 +183,20 @@ TABLES = {
 }
 
 
+if importlib.util.find_spec("timm") is not None:  # see scripts/timm.sh
+    from tests.vision import timms
+
+    TABLES[TIMM] = {
+        f"{name}{' under a head' * head}": functools.partial(timms.make, name, head)
+        for name in timms.VITS
+        for head in (False, True)
+    }
+
+
 @functools.cache
 def encoder_of(table, name):
+    if table == TIMM:
+        return TABLES[table][name]()
     if table == "around a backbone":
         return dense.build(dense.DENSE[name]).double()  # convolutions of heads amplify rounding
     if name in kinds.BUILT:
@@ -200,8 +217,8 @@ def images_of(table, name, count):
 
 @functools.cache
 def subjects():
-    """Model type -> the tiny models of it."""
-    found = {}
+    """Model type -> the tiny models of it; none of timm's where timm is not installed."""
+    found = {"timm_wrapper": []}
     towers = [Tower(table, name) for table in TABLES for name in TABLES[table]]
     pages = map(Retriever, retrievers.BUILT)
     for subject in [*map(Reader, sorted(MEMBERS)), *pages, *towers]:

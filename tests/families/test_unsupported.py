@@ -122,12 +122,6 @@ def test_patches_of_udop_are_added_to_words():
     assert "inputs_embeds += repeated_vision_embeds" in text
 
 
-def test_classifiers_of_timm_return_no_rows():
-    text = source("timm_wrapper", "TimmWrapperForImageClassification")
-    assert "logits = self.timm_model(pixel_values, **kwargs)" in text
-    assert "last_hidden_state=" not in text
-
-
 def test_caches_are_read_by_other_models():
     assert "past_key_values" in arguments("diffusion_gemma", "DiffusionGemmaDecoderModel")
     assert "past_key_values" in arguments("pi0", "PI0Model")

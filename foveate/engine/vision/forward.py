@@ -71,6 +71,7 @@ class Encoding:
         self._memory: dict[tuple[int, int], dict[str, Any]] = {}  # of a method and a group
         self._proportional = False
         self._told: BatchRows | PackedRows | PaddedRows | None = None  # for the rows that remain
+        self.between: Tensor | None = None  # states of now, where the model was handed all rows
         self.restored = False
 
     # -- what there is
@@ -100,7 +101,7 @@ class Encoding:
         """
         if self.groups:
             return
-        if self.encoder.masks_kernels:
+        if self.encoder.masks_kernels or self.encoder.mask != "attention_mask":
             self._check_unmasked()
             mask = None
         encoder_images = images_of(
@@ -120,11 +121,12 @@ class Encoding:
         groups[0].visible = visible[groups[0].rows]
 
     def _check_unmasked(self) -> None:
-        if self.arguments.get("attention_mask") is not None:
-            raise InputError(
-                "an attention_mask that hides patches is not supported where tokens are removed "
-                "inside this encoder; leave it out, or do without methods"
-            )
+        for name in {self.encoder.mask, "attention_mask", "is_causal"} & set(self.arguments):
+            if self.arguments[name] is not None and self.arguments[name] is not False:
+                raise InputError(
+                    f"{name}, which hides patches from others, is not supported where tokens are "
+                    "removed inside this encoder; leave it out, or do without methods"
+                )
 
     @property
     def pixels(self) -> Tensor | None:
@@ -325,7 +327,7 @@ class Encoding:
         mask = self.layer.bias
         if mask is not None and given is not None and given.dim() == 2:  # as flash kernels take it
             mask = mask[:, 0, 0] > -1
-        return {**kwargs, "attention_mask": mask}
+        return {**kwargs, self.encoder.mask: mask}
 
     # -- signals
 

@@ -62,7 +62,8 @@ class VisionAttachment(Attachment):
         self._steps = plan.vision
         self._attends = {s.step.layer: s for s in plan.vision if "attend" in s.step.effects}
         self._around = {s.step.layer: s for s in plan.vision if "around" in s.step.effects}
-        self._first = min((s.step.layer for s in plan.vision), default=len(self.encoder.layers))
+        last = len(self.encoder.layers) - self.encoder.whole_after_layers
+        self._first = min((s.step.layer for s in plan.vision), default=last)
         self._unmasked = self._without_masks(plan)
         earlier = plan.earlier_signals
         self._signals = (
@@ -171,12 +172,15 @@ class VisionAttachment(Attachment):
             if self.encoder.shared_rotary:
                 for name in self.encoder.projections:
                     self.replace_forward(getattr(attention, name), within.rotate)
-        if self._whole_after_layers and self._first < len(self.encoder.layers):
-            self.replace_forward(self.encoder.layers[-1], self._last_layer)
-        for reader in self.encoder.readers:
-            self.before(reader, self._enter_reader)
         if self._signals is not None:
             self._signals.attach(self)
+        if self._whole_after_layers and self._first < len(self.encoder.layers):
+            self.replace_forward(self.encoder.layers[-1], self._last_layer)
+        if self.encoder.maps_states:
+            for layer in self.encoder.layers[self._first : -1]:
+                self.replace_forward(layer, self._mapped_layer)
+        for reader in self.encoder.readers:
+            self.before(reader, self._enter_reader)
         if self._first < len(self.encoder.layers) and self.encoder.head is not None:
             self.before(self.encoder.head, self._enter_head)
             for module in self.encoder.head.modules():
@@ -225,8 +229,15 @@ class VisionAttachment(Attachment):
         self.state.encoding = Encoding(
             self.family, self.encoder, arguments, side, read, self._steps
         )
+        if self.encoder.runs_again is not None and self.encoder.runs_again():
+            raise UnsupportedModelError(
+                f"gradient checkpointing of this {type(module).__name__} runs layers again with "
+                "what foveate does before them; turn it off (`gradient_checkpointing_disable()`)"
+            )
         if self._signals is not None:
             self.state.signals = self.state.collecting.enter_context(self._signals.collect())
+        asked = kwargs.get("output_hidden_states", self.root.config.output_hidden_states)
+        self.state.maps_states = asked not in (None, False)
         self.state.as_tuple = not kwargs.get("return_dict", self.root.config.return_dict)
         return {**kwargs, "return_dict": True} if self.state.as_tuple else kwargs
 
@@ -238,7 +249,8 @@ class VisionAttachment(Attachment):
             return None
         if len(encoding.rows) < len(self.encoder.layers) - self._first:
             raise bypassed(self.encoder.layers[-1])
-        encoding.see(output.last_hidden_state[:, self.encoder.queries :])
+        if not encoding.groups:
+            encoding.see(output.last_hidden_state[:, self.encoder.queries :])
         if self.state.passes is not None:
             self.state.passes.append(encoding)
         self.state.encoder_record = self._last = describe(encoding)
@@ -252,7 +264,8 @@ class VisionAttachment(Attachment):
         encoding = self.state.encoding
         if encoding is None:
             return None
-        hidden, encoding.layer.turning = args[0], False
+        given = args[0] if encoding.between is None else encoding.between
+        hidden, encoding.layer.turning = given, False
         kwargs = self._within.named(args[1:], kwargs)
         encoding.see(hidden, kwargs.get("attention_mask"))
         steps, told = self._before.get(number), encoding.tell(kwargs)
@@ -260,7 +273,7 @@ class VisionAttachment(Attachment):
             hidden = encoding.reduce(
                 steps,
                 hidden,
-                functools.partial(self._within.signal, encoding, number, module, args[0]),
+                functools.partial(self._within.signal, encoding, number, module, given),
             )
             told = encoding.tell(kwargs)
         encoding.layer.input = hidden
@@ -300,6 +313,21 @@ class VisionAttachment(Attachment):
         if encoding is None:
             return output
         return self.encoder.output_of(encoding.restore(self.encoder.states_in(output)))
+
+    @untraced
+    def _mapped_layer(
+        self, module: nn.Module, before: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """In place of a layer's forward, where the model may make maps of what it returns."""
+        return self._mapped(forward_of(module, before)(*args, **kwargs))
+
+    @torch.compiler.disable
+    def _mapped(self, output: Any) -> Any:
+        encoding = self.state.encoding
+        if encoding is None or not encoding.reduced or not self.state.maps_states:
+            return output
+        encoding.between = self.encoder.states_in(output)
+        return self.encoder.output_of(encoding.unpruned(encoding.between))
 
     def _enter_reader(self, module: nn.Module, args: Args, kwargs: Kwargs) -> Any:
         """Before a module that reads rows: hand it all of them."""

@@ -26,11 +26,13 @@ def restore_outputs(encoding: Encoding, output: Any) -> Any:
     if not encoding.reduced:
         return output
     merged = None  # what is made of the last rows, which may stand for the last hidden state
-    if encoding.encoder.returns_rows:
+    if output.get("last_hidden_state") is None:
+        pass  # a head has read it
+    elif encoding.encoder.returns_rows:
         output.last_hidden_state = encoding.unpruned(output.last_hidden_state)
     else:
         merged = output.last_hidden_state
-    if output.get("hidden_states") is not None:
+    if output.get("hidden_states") is not None and not encoding.encoder.maps_states:
         output.hidden_states = tuple(
             states
             if states is None or states is merged or (point := encoding.point(number)) is None

@@ -139,7 +139,8 @@ class RunningLayer:
     def class_attention(self, of: EncoderGroup) -> Tensor:
         """(G, 1, H, K) attention of the class token."""
         assert self.taps is not None  # only asked for between the halves of a layer
-        query, key = (self.taps[part].detach() for part in self.encoder.projections)
+        made = [self.taps[part].detach() for part in self.encoder.projections]
+        query, key, *_ = self.encoder.projected(made)
         return self._of_class(query[:, :1], key, of)
 
     @torch.no_grad()
@@ -148,8 +149,13 @@ class RunningLayer:
         block, attention = self.encoder.block, self.encoder.attention(layer)
         assert block is not None  # checked in the plan
         normed = getattr(layer, block.norm1)(hidden)
-        query, key = (getattr(attention, name) for name in block.matrices[:2])
-        query, key = query(normed[:, :1]), key(normed)
+        if len(block.matrices) == 1:
+            made = getattr(attention, block.matrices[0])(normed)
+            query, key, *_ = self.encoder.projected([made])
+            query = query[:, :1]
+        else:
+            query, key = (getattr(attention, name) for name in block.matrices[:2])
+            query, key = query(normed[:, :1]), key(normed)
         if block.norms:
             query, key = (
                 getattr(attention, name)(part)

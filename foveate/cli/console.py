@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +30,17 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Console for progress and errors."""
     return Console(stderr=True, highlight=False)
+
+
+def deliver_json(data: Any, path: Path) -> None:
+    """Save JSON in a file, or print it where the path is `-`."""
+    from foveate.io.writing import write_json
+
+    if str(path) == "-":
+        print(json.dumps(data, indent=2))
+    else:
+        write_json(path, data)
+        stdout().print(f"saved in {escape(str(path))}", soft_wrap=True)
 
 
 class _Count(MofNCompleteColumn):

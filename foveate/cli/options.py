@@ -39,6 +39,9 @@ MaxPixels = Annotated[
     int | None,
     typer.Option(min=1, help="Most pixels of an image; by default Pillow's limit, 178,956,970."),
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show details, and what other libraries warn of.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 RayAddress = Annotated[

@@ -29,6 +29,7 @@ from foveate.bench.settings import Cell, Settings
 from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
 from foveate.cli.console import stderr, stdout
+from foveate.cli.interrupts import AGAIN, keeping
 from foveate.core import get_method, list_methods
 from foveate.errors import BenchError, BudgetError, InputError
 from foveate.io.quoting import quoted, shown
@@ -67,7 +68,7 @@ def measure(
     )  # fmt: skip
     if workers is None:
         workers = _workers(model, settings.device)
-    with store.writing(), _bar() as progress:
+    with keeping(lambda: _kept(store)), store.writing(), _bar() as progress:
         keys = campaign.execute(
             settings, runner, store, load=load_model, workers=workers, minutes=minutes,
             command=command, progress=progress,
@@ -78,6 +79,13 @@ def measure(
             summary = summarise(store.get(keys))
         _finish(out, runner, summary, settings, command, len(keys))
     _check_any_done(summary)
+
+
+def _kept(store: Store) -> str:
+    """What an interrupted run leaves."""
+    if not len(store):
+        return f"no cell was finished; {AGAIN}"
+    return f"{len(store)} finished cells are kept in {shown(store.path, 120)}; {AGAIN}"
 
 
 def _workers(model: Any, device: str) -> int:

@@ -27,6 +27,7 @@ from foveate.cli.arguments import (
 )
 from foveate.cli.arguments.list import list_
 from foveate.cli.console import stderr
+from foveate.cli.interrupts import CODE, answer_interrupt
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import LONGEST, shown
 from foveate.io.writing import is_full
@@ -56,7 +57,7 @@ class _Command(TyperCommand):
 
 
 class _Group(TyperGroup):
-    """Commands whose foreseeable errors are one red line and exit code 2."""
+    """Commands whose foreseeable errors are one red line and exit code 2, and Ctrl-C another."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """`bench --speed` has options of its own, so it is a command of its own."""
@@ -67,20 +68,25 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except FoveateError as error:
-            reason = str(error)
-        except OSError as error:  # what is printed goes to a full disk too
-            if not is_full(error):
+        except (Exception, KeyboardInterrupt) as error:
+            if answer_interrupt(error):
+                raise typer.Exit(CODE) from None
+            reason = _reason(error)
+            if reason is None:
                 raise
-            reason = f"cannot go on: {error.strerror}"
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        except Exception as error:
-            told = getattr(error, "format_message", str)()  # of a wrong option
-            if len(told) <= LONGEST:
-                raise
-            reason = shown(told, LONGEST)
         stderr().print(f"[bold red]error:[/] [red]{escape(reason)}[/]", soft_wrap=True)
         raise typer.Exit(2)
+
+
+def _reason(error: BaseException) -> str | None:
+    """What is said of an error that can be foreseen; `None` for others."""
+    if isinstance(error, FoveateError):
+        return str(error)
+    if isinstance(error, OSError) and is_full(error):  # what is printed goes to a full disk too
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return f"cannot go on: {error.strerror}"
+    told = getattr(error, "format_message", str)()  # of a wrong option
+    return shown(told, LONGEST) if len(told) > LONGEST else None
 
 
 app = typer.Typer(
@@ -124,8 +130,3 @@ def _options(
     ] = False,
 ) -> None:
     """Options of no command."""
-
-
-def main() -> None:
-    """Entry point of the `foveate` command."""
-    app()

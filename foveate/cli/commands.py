@@ -26,19 +26,26 @@ from foveate.cli.arguments import (
     train,
 )
 from foveate.cli.arguments.list import list_
-from foveate.cli.console import stderr
+from foveate.cli.console import hush, stderr
 from foveate.cli.interrupts import CODE, answer_interrupt
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import LONGEST, shown
 from foveate.io.writing import is_full
 
 SPEED = "bench --speed"
+VERBOSE = "--verbose"
 
 
 class _Command(TyperCommand):
-    """A command that refuses an option given twice of which only the last would count."""
+    """A command that refuses an option given twice of which only the last would count.
+
+    What other libraries warn of is shown with --verbose alone, which every command takes.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if VERBOSE in args and all(option.name != "verbose" for option in self.params):
+            args = [argument for argument in args if argument != VERBOSE]
+            ctx.meta[VERBOSE] = True
         given = self.make_parser(ctx).parse_args(list(args))[2]
         for option in self.params:
             once = getattr(option, "multiple", None) is False
@@ -51,6 +58,8 @@ class _Command(TyperCommand):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
+        if not (ctx.meta.get(VERBOSE) or ctx.params.get("verbose")):
+            hush()
         if isinstance(name := ctx.params.get("method"), str):
             ctx.params["method"] = [name]
         return super().invoke(ctx)
@@ -92,6 +101,7 @@ def _reason(error: BaseException) -> str | None:
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -122,6 +132,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
+    verbose: Annotated[
+        bool,
+        typer.Option(VERBOSE, help="Show what other libraries warn of; commands take it too."),
+    ] = False,
     show_version: Annotated[
         bool,
         typer.Option(
@@ -130,3 +145,4 @@ def _options(
     ] = False,
 ) -> None:
     """Options of no command."""
+    ctx.meta[VERBOSE] = verbose

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,15 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Console for progress and errors."""
     return Console(stderr=True, highlight=False)
+
+
+def hush() -> None:
+    """Keep what other libraries warn of off the screen, here and in processes begun from here."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    if not sys.warnoptions:  # what the user asks of Python holds
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="foveate")
 
 
 def deliver_json(data: Any, path: Path) -> None:

@@ -15,8 +15,8 @@ Methods = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="A name that `foveate list` shows, or a JSON file. Give it several times to combine "
-        "methods, in the order in which tokens meet them.",
+        help="A name that `foveate list` shows, or a JSON file. Give it several times, or join "
+        "names as in `divprune+fastv`, to combine methods in the order in which tokens meet them.",
     ),
 ]
 Keep = Annotated[

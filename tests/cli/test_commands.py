@@ -138,8 +138,8 @@ def test_prompt_without_a_chat_template(embedded, scene):
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "layer=99"], ["99"]),
         (["tiny", "none.png", "why ?", "-m", "fastv"], ["no such image file", "none.png"]),
         (["tiny", "TEXT", "why ?", "-m", "fastv"], ["cannot read", "notes.txt"]),
-        (["tiny", "FOLDER", "why ?", "-m", "fastv"], ["is a folder"]),
-        (["tiny", "why ?", "-m", "fastv"], ["at least one image", "'why ?'"]),
+        (["tiny", "FOLDER", "why ?", "-m", "fastv"], ["a folder without images"]),
+        (["tiny", "why ?", "-m", "fastv"], ["at least one image or video", "'why ?'"]),
         (["FOLDER", "SCENE", "why ?", "-m", "fastv"], ["no config.json"]),
         (["./no/model", "SCENE", "why ?", "-m", "fastv"], ["no such folder", "./no/model"]),
         (["a/b/c", "SCENE", "why ?", "-m", "fastv"], ["no such folder"]),
@@ -166,7 +166,8 @@ def test_unreachable_hub_is_explained(monkeypatch, scene):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
     result = call("run", "some/model", scene, "why ?", "-m", "fastv")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()

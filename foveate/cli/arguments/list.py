@@ -47,11 +47,13 @@ def list_(
     from foveate.cli import listing
     from foveate.cli.console import deliver_json, stdout
     from foveate.io.writing import check_file
+    from foveate.measure.checkpoints import check_config_name
 
     check_file(json_path)
     show: Callable[[Console], None]
     data: Any
     if model is not None:
+        check_config_name(model)
         from foveate.cli.verdicts import judge_model
 
         verdicts = judge_model(model)

@@ -307,7 +307,7 @@ def test_list_refuses_a_text_model(tmp_path):
 
 def test_demo_shows_both_answers_and_saves_the_image(tmp_path):
     out = tmp_path / "kept.png"
-    result = call("demo", "--repeats", "1", "--out", str(out))
+    result = call("demo", "--repeats", "1", "--quick", "--out", str(out))
     assert result.exit_code == 0, result.output
     for words in ("true answer", "all tokens", "pyramiddrop", "KV cache", "prefill", "median"):
         assert words in result.stdout
@@ -333,7 +333,7 @@ def test_composed_methods_are_compared_counted_and_shown(scene, question, tmp_pa
     counted = json.loads((tmp_path / "f.json").read_text())
     assert [method["method"] for method in counted["method"]] == ["divprune", "fastv"]
     assert counted["visual_tokens"][0] == 64
-    found = call("demo", *both[:4], "--repeats", "1", "--out", str(tmp_path / "d.png"))
+    found = call("demo", *both[:4], "--quick", "--repeats", "1", "--out", str(tmp_path / "d.png"))
     assert "divprune + fastv" in found.output
 
 

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from foveate.lazy import exports
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from foveate import methods
     from foveate.core import Scorer, Step, get_method, list_methods, register
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from foveate.signals.clip import ClipText
     from foveate.training.prepare import load, prepare, save
 else:
-    __getattr__, __dir__ = exports(
+    __getattr__ = exports(
         __name__,
         {
             "foveate.core": ("Scorer", "Step", "get_method", "list_methods", "register"),
@@ -25,7 +27,7 @@ else:
             "foveate.signals.clip": ("ClipText",),
             "foveate.training.prepare": ("load", "prepare", "save"),
         },
-    )
+    )[0]
 
 __all__ = [
     "ClipText",
@@ -45,3 +47,8 @@ __all__ = [
     "save",
     "use",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names alone; modules are attributes too, but not what a user looks for."""
+    return sorted((*__all__, "__version__"))

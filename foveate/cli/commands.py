@@ -1,4 +1,5 @@
-"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`.
+"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`,
+`cite` and `env`.
 
 Help, and what is wrong with a command line, come without torch: nothing heavy is imported here.
 """
@@ -7,19 +8,21 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from foveate import __version__
 from foveate.cli.arguments import (
     batch,
     bench,
     bench_speed,
     calibrate,
+    cite,
     demo,
+    env,
     flops,
     run,
     serve,
@@ -103,7 +106,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Faster vision-language models: remove the visual tokens they do not need.",
 )
@@ -117,16 +119,15 @@ app.command("demo", cls=_Command)(demo.demo)
 app.command("bench", cls=_Command, help=bench.HELP)(bench.bench)
 app.command(SPEED, cls=_Command, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 app.command("train", cls=_Command, help=train.HELP)(train.train)
+app.command("cite", cls=_Command)(cite.cite)
+app.command("env", cls=_Command)(env.env)
 app.command("serve", cls=_Command, help=serve.HELP)(serve.serve)
 
 
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    try:
-        print(f"foveate {version('foveate')}")
-    except PackageNotFoundError:
-        print("foveate, not installed")
+    print(f"foveate {__version__}")
     raise typer.Exit
 
 

@@ -29,7 +29,7 @@ def entries(names: Sequence[str]) -> list[str]:
         InputError: a method has no paper.
     """
     known = {entry.slug: entry for entry in catalog()}
-    found = {}
+    found: dict[str, str] = {}
     for name in (part.strip() for given in names for part in given.split("+")):
         if name not in known:
             near = difflib.get_close_matches(name[:80].lower(), known, n=3, cutoff=0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -97,7 +97,8 @@ def _rounds(
     times: tuple[list[float], list[float]] = ([], [])
     began = time.perf_counter()
     while len(times[0]) < ROUNDS:
-        for kept, session in zip(times, (nullcontext(), use(model, methods)), strict=True):
+        sessions: list[AbstractContextManager[Any]] = [nullcontext(), use(model, methods)]
+        for kept, session in zip(times, sessions, strict=True):
             start = time.perf_counter()
             with session:
                 prefill(model, inputs)

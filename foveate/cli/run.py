@@ -114,7 +114,7 @@ def execute(job: Job) -> Outcome:
         steps.say(f"loading {job.model}")
         model, processor = load_model(job.model, job.device, job.dtype)
         inputs = encode(processor, job.media, job.question, model)
-        shown = job.media if takes_videos(processor) else list(flat(job.media))
+        shown: list[Medium] = job.media if takes_videos(processor) else [*flat(job.media)]
         steps.say(f"answering with {job.name}")
         with use(model, job.methods) as session:
             answered = answer(model, processor, inputs, job.max_new_tokens)

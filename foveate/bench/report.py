@@ -83,8 +83,8 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         "a heading for what it means; all terms are explained at the end.",
         numbers=_numbers(summary, lines, unpruned),
         tasks_note=f"Accuracy in %. Greyed tasks are not informative: with all its tokens the "
-        f"model is not {MARGIN:.0%} above the commonest answer. Red: at least 10 points below all "
-        "tokens.",
+        f"model is not {100 * MARGIN:.0f} points above the commonest answer. Red: at least "
+        "10 points below all tokens.",
         tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
         maps_note="How long tokens live at each cell of the grid, averaged over images and over "
         "the decoder layers after a method's first cut: pale is dropped, full colour is twice the "

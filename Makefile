@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test torchao matrix fuzz lint clean
+.PHONY: demo test torchao matrix fuzz lint package clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[bench,calibrate,large,ray,serve,train]' \
+		--editable '.[bench,calibrate,large,ray,serve,train,video]' \
 		hypothesis mypy openai peft playwright psutil pytest pytest-timeout pytest-xdist ruff scipy \
 		torch-pruning trl
 	@touch $@
@@ -47,5 +47,8 @@ lint: .venv/.ready  ## format, style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+package: .venv/.ready  ## wheel and sdist in dist/, tried in an empty environment
+	scripts/package.sh
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build dist *.egg-info

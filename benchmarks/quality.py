@@ -35,7 +35,7 @@ cut is `keep`. FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it. So do
 today, but their schedules were rescaled when these numbers were measured. So compare at equal FLOPs
 too.
 
-- *right*: share of right answers over tasks that tell something (the unpruned model is at least ten
+- *accuracy*: share of correct answers over informative tasks (the unpruned model is at least ten
   points above the commonest answer), with its 95 % interval (Wilson).
 - *change*: against all tokens on the same questions, with its 95 % interval.
 - *KL*: of the first word's distribution, from the unpruned model's, in nats.
@@ -145,7 +145,7 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:
-    head = ["method", "right", "change", "agreement", "KL", "recall", "tokens", "FLOPs", "TTFT",
+    head = ["method", "accuracy", "change", "agreement", "KL", "recall", "tokens", "FLOPs", "TTFT",
             "upper", "lower"]  # fmt: skip
     rows = []
     for x in lines:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from foveate.lazy import exports
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from foveate import methods
     from foveate.core import Scorer, Step, get_method, list_methods, register
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from foveate.signals.clip import ClipText
     from foveate.training.prepare import load, load_adapter, prepare, save, save_adapter
 else:
-    __getattr__, __dir__ = exports(
+    __getattr__ = exports(
         __name__,
         {
             "foveate.core": ("Scorer", "Step", "get_method", "list_methods", "register"),
@@ -27,7 +29,7 @@ else:
                 "load", "load_adapter", "prepare", "save", "save_adapter",
             ),
         },
-    )  # fmt: skip
+    )[0]  # fmt: skip
 
 __all__ = [
     "ClipText",
@@ -49,3 +51,8 @@ __all__ = [
     "save_adapter",
     "use",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names alone; modules are attributes too, but not what a user looks for."""
+    return sorted((*__all__, "__version__"))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from transformers.utils import logging
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import FAMILIES
 from foveate.io.quoting import quoted, shown
-from foveate.measure.checkpoints import checkpoints
+from foveate.measure.checkpoints import check_name, checkpoints
 from foveate.tiny import PATH
 from foveate.tiny import load as load_tiny
 
@@ -53,7 +51,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
         else:
             from transformers import AutoProcessor  # may fail; explained here
 
-            config = AutoConfig.from_pretrained(_check_name(name))
+            config = AutoConfig.from_pretrained(check_name(name))
             processor = AutoProcessor.from_pretrained(name)
             model = _auto_class(config).from_pretrained(name, config=config, dtype=kind)
     return model.to(where).eval(), processor
@@ -71,7 +69,7 @@ def load_skeleton(name: str) -> Any:
     with _loading(name):
         if name == "tiny":
             name = str(PATH)
-        config = AutoConfig.from_pretrained(_check_name(name))
+        config = AutoConfig.from_pretrained(check_name(name))
         # Models that make embeddings hold a whole vision-language model.
         embeds = hasattr(config, "vlm_config")
         with torch.device("meta"):
@@ -99,23 +97,7 @@ def load_image_processor(name: str) -> Any:
 
         if name == "tiny":
             name = str(PATH)
-        return AutoImageProcessor.from_pretrained(_check_name(name))
-
-
-def _check_name(name: str) -> str:
-    """Tell a mistyped folder from a hub id before the hub is asked.
-
-    Raises:
-        InputError: the folder is not there, or holds no model.
-    """
-    if os.path.isdir(name):
-        if not (Path(name) / "config.json").is_file():
-            raise InputError(f"cannot load {quoted(name)}: the folder has no config.json")
-    elif len(name) > 200 or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise InputError(
-            f"cannot load {quoted(name)}: there is no such folder, and it is no hub id"
-        )
-    return name
+        return AutoImageProcessor.from_pretrained(check_name(name))
 
 
 def read_dtype(name: str) -> torch.dtype | None:

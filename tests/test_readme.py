@@ -48,8 +48,10 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("line", commands())
-def test_command_examples_parse(line):
+def test_command_examples_parse(line, tmp_path, monkeypatch):
     """Names, options and argument counts are right; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    Path("campaign.yaml").write_text("methods: [fastv]\n")  # of `bench --config`
     group = typer.main.get_command(app)
     name, command, arguments = group.resolve_command(typer.Context(group), shlex.split(line)[1:])
     given = command.make_context(name, list(arguments)).params

@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,16 +84,17 @@ def execute(
         progress.begin(len(plan), len(plan) - len(todo))
     end = None if minutes is None else time.monotonic() + 60 * minutes
     source = _here(runner, todo, end) if workers < 2 else _apart(settings, todo, load, workers, end)
-    for (cell, key), outcome in source:
-        row = _row(cell, key, settings, runner.fingerprint, command, outcome)
-        store.add(row)
-        if progress:
-            progress.done(cell, row)
+    with closing(source):
+        for (cell, key), outcome in source:
+            row = _row(cell, key, settings, runner.fingerprint, command, outcome)
+            store.add(row)
+            if progress:
+                progress.done(cell, row)
     return [key for _, key in plan]
 
 
 Todo = Sequence[tuple[Cell, str]]
-Finished = Iterator[tuple[tuple[Cell, str], Outcome]]
+Finished = Generator[tuple[tuple[Cell, str], Outcome], None, None]
 
 
 def _here(runner: Runner, todo: Todo, end: float | None) -> Finished:
@@ -107,13 +110,15 @@ def _apart(settings: Settings, todo: Todo, load: Load, workers: int, end: float 
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start, (settings, load, os.getpid()))
     running: dict[Any, tuple[Cell, str]] = {}
+    others = multiprocessing.active_children()
     try:
         while waiting or running:
             if end is not None and time.monotonic() > end:
                 waiting.clear()
             while waiting and len(running) < 2 * workers:
                 item = waiting.pop()
-                running[pool.submit(_work, item[0])] = item
+                with _deaf():
+                    running[pool.submit(_work, item[0])] = item
             if not running:
                 break
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -128,6 +133,25 @@ def _apart(settings: Settings, todo: Todo, load: Load, workers: int, end: float 
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if running:  # nobody waits for their cells, which may take minutes
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.terminate()
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that begin in the block take no notice of Ctrl-C, which a terminal sends to all:
+    this one ends them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _start(settings: Settings, load: Load, parent: int) -> None:

@@ -26,7 +26,7 @@ def draw(runner: Runner, summary: Summary, keep: float, tasks: int = 3) -> list[
 
     Args:
         runner: on a loaded model.
-        summary: says which tasks tell something, and which methods are best.
+        summary: says which tasks are informative, and which methods are best.
         keep: budget.
         tasks: how many tasks.
     """

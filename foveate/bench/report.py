@@ -21,6 +21,24 @@ from foveate.io.writing import write_text
 
 STAGES = {"baseline": "baseline", "vision": "in the encoder", "pre_llm": "before the LLM",
           "llm": "between LLM layers"}  # fmt: skip
+TERMS = {
+    "accuracy": "Share of questions that are answered correctly, with its 95 % interval (Wilson).",
+    "against all tokens": "Difference in accuracy on the same questions, in points, with its 95 % "
+    "interval: a plus means that the method did better than the model with all its tokens.",
+    "agreement": "Share of questions to which the model gives the same answer as with all tokens, "
+    "correct or not.",
+    "KL": "Kullback-Leibler divergence of the distribution of the answer's first token from that "
+    "with all tokens, in nats: 0 means that nothing changed.",
+    "recall": "Evidence recall: of the area that one must see to answer, the share whose tokens "
+    "survive, averaged over the decoder layers after the first cut.",
+    "hit": "Share of pieces of evidence of which at least one token survives.",
+    "tokens": "Visual tokens that a decoder layer sees, on average over all layers, of all.",
+    "FLOPs": "Arithmetic of the prompt, vision tower and selection included, of all tokens'.",
+    "KV cache": "Bytes of the key-value cache after the prompt, of all tokens'.",
+    "TTFT": "Time to first token, measured, of that with all tokens.",
+    "n": "Questions.",
+}
+"""Terms of the report, as a tooltip and the last section explain them."""
 Shot = dict[str, Any]
 
 
@@ -61,19 +79,21 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         key="".join(_key(kind, words) for kind, words in STAGES.items()),
         options="".join(f"<option>{escape(name)}</option>" for name in names),
         pareto=pareto(lines, front, unpruned, summary.stages) if lines else "",
-        numbers_note="Over the tasks that tell something. In brackets 95 % intervals; "
-        "“against all tokens” pairs answers to the same questions. Recall, hit, agreement and "
-        "KL are explained in docs/results.md.",
+        numbers_note="Over the informative tasks. In brackets 95 % intervals. Hover over or focus "
+        "a heading for what it means; all terms are explained at the end.",
         numbers=_numbers(summary, lines, unpruned),
-        tasks_note=f"Right answers in %. Greyed tasks tell nothing: the unpruned model is not "
-        f"{MARGIN:.0%} above the commonest answer. Red: at least 10 points below all tokens.",
+        tasks_note=f"Accuracy in %. Greyed tasks are not informative: with all its tokens the "
+        f"model is not {100 * MARGIN:.0f} points above the commonest answer. Red: at least "
+        "10 points below all tokens.",
         tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
         maps_note="How long tokens live at each cell of the grid, averaged over images and over "
         "the decoder layers after a method's first cut: pale is dropped, full colour is twice the "
         "mean or more. Bars are rows; the dashed line is the method's mean.",
+        scale=_scale(),
         maps="".join(_maps(summary, keep) for keep in [*summary.keeps, None]),
         shots=_shots(shots),
         troubles=_troubles(summary),
+        terms=_glossary(),
         command=escape(facts.command),
         made=_made(summary),
     )  # fmt: skip
@@ -84,8 +104,36 @@ def _headline(summary: Summary, facts: Facts, unpruned: Line) -> str:
     rest = facts.planned - len(summary.rows)
     left = f"; {rest} of {facts.planned} cells have not been run yet" if rest > 0 else ""
     return (
-        f"{len(summary.rows)} cells, {len(summary.tasks)} tasks; with all its visual tokens the "
-        f"model is right on {percent(unpruned.accuracy)} % of {unpruned.n} questions{left}."
+        f"{_counted(len(summary.rows), 'cell')}, {_counted(len(summary.tasks), 'task')}; with all "
+        f"its visual tokens the model answers {percent(unpruned.accuracy)} % of "
+        f"{_counted(unpruned.n, 'question')} correctly{left}."
+    )
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
+def _glossary() -> str:
+    """What the terms mean, as a list."""
+    return "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in TERMS.items()
+    )
+
+
+def _heading(text: str) -> str:
+    """A heading, which says what its term means when it is pointed at."""
+    said = TERMS.get(text.partition(",")[0])
+    if said is None:
+        return escape(text)
+    return f'<abbr tabindex="0" title="{escape(said)}">{escape(text)}</abbr>'
+
+
+def _scale() -> str:
+    """What the colours of the maps stand for."""
+    return (
+        '<p class="scale"><span>dropped at once</span><i></i>'
+        "<span>twice the mean of the method, or more</span></p>"
     )
 
 
@@ -95,19 +143,23 @@ def _key(kind: str, words: str) -> str:
 
 def _plot_note(summary: Summary) -> str:
     silent = [task.name for task in summary.tasks if not task.telling]
-    out = (
-        f" Left out, because the unpruned model cannot do them: {', '.join(silent)}."
-        if silent
-        else ""
-    )
+    out = ""
+    if silent and len(silent) == len(summary.tasks):
+        out = (
+            " No task is informative: with all its tokens, the model is not clearly better than "
+            "the commonest answer. All tasks are shown, and say little of the methods."
+        )
+    elif silent:
+        out = f" Left out, because the unpruned model cannot do them: {', '.join(silent)}."
     return (
         "Each dot is a method at a budget; lines join the budgets of a method. The bold line is "
-        f"the front: nothing is both cheaper and better.{escape(out)}"
+        "the front: over the tasks that are shown, nothing on the plot is both cheaper and more "
+        f"accurate.{escape(out)}"
     )
 
 
 def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    cells = "".join(f'<th scope="col">{_heading(cell)}</th>' for cell in head)
     return (
         f'<div class="wide" tabindex="0"><table><thead><tr>{cells}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -115,7 +167,7 @@ def _table(head: Sequence[str], rows: Sequence[str]) -> str:
 
 
 def _numbers(summary: Summary, lines: Sequence[Line], unpruned: Line) -> str:
-    head = ["method", "right, %", "against all tokens", "agreement, %", "KL, nats", "recall, %",
+    head = ["method", "accuracy, %", "against all tokens", "agreement, %", "KL, nats", "recall, %",
             "hit, %", "tokens, %", "FLOPs, %", "KV cache, %", "TTFT, %", "n"]  # fmt: skip
     parts = []
     for keep in [*summary.keeps, None]:
@@ -150,7 +202,7 @@ def _by_task(summary: Summary, keep: float | None) -> str:
     if not configs:
         return ""
     configs.sort(key=lambda c: -summary.line(c).accuracy)
-    head = ["method", *(escape(t.name) for t in summary.tasks)]
+    head = ["method", *(t.name for t in summary.tasks)]
     mute = ["" if t.telling else ' class="mute"' for t in summary.tasks]
     rows = []
     facts = {
@@ -204,7 +256,7 @@ def _maps(summary: Summary, keep: float | None) -> str:
 def _shots(shots: Sequence[Shot]) -> str:
     figures = []
     for shot in shots:
-        mark = "right" if shot["right"] else f"wrong, {shot['answer']} is right"
+        mark = "correct" if shot["right"] else f"wrong; correct: {shot['answer']}"
         alt = f"Tokens that {shot['method']} kept for: {shot['question']}"
         figures.append(
             f'<figure><img src="{shot["image"]}" alt="{escape(alt)}"><figcaption>'

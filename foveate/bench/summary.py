@@ -12,7 +12,7 @@ from foveate.bench.stats import Paired, wilson
 Row = dict[str, Any]
 Config = tuple[str, float | None]
 MARGIN = 0.1
-"""A task tells nothing where the unpruned model is not better than the majority by this much."""
+"""A task is not informative where the unpruned model is not this much better than the majority."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TaskFacts:
 
 @dataclass(frozen=True)
 class Line:
-    """A method at a budget over the telling tasks.
+    """A method at a budget over the informative tasks.
 
     Args:
         config: method and budget.
@@ -95,7 +95,7 @@ class Summary:
         return sorted({keep for _, keep in self.configs if keep is not None}, reverse=True)
 
     def line(self, config: Config, tasks: Iterable[str] | None = None) -> Line:
-        """A method at a budget over some tasks; by default those that tell something."""
+        """A method at a budget over some tasks; by default the informative ones."""
         if tasks is None:
             telling = [task.name for task in self.tasks if task.telling]
             tasks = telling or [task.name for task in self.tasks]

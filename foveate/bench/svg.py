@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 from foveate.bench.summary import Line
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 56, 20, 18, 46
+LETTER, LINE = 6.2, 12
+"""Size of a label's letters."""
+Box = tuple[float, float, float, float]
 
 
 def label(line: Line) -> str:
@@ -29,18 +32,20 @@ def pareto(
     shown = [line for line in lines if line.n and line.flops is not None]
     low = min((line.accuracy for line in [*shown, unpruned]), default=0.0)
     low = max(0.0, int(low * 10) / 10)
+    best = max((line.accuracy for line in [*shown, unpruned]), default=1.0)
+    high = min(1.0, (int(best * 10) + 1) / 10)
     left = max(0.0, int(min((line.flops or 1.0) for line in [*shown, unpruned]) * 10) / 10)
 
     def at(flops: float, accuracy: float) -> tuple[float, float]:
         x = LEFT + (flops - left) / max(1.02 - left, 0.01) * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - (accuracy - low) / (1.02 - low) * (HEIGHT - TOP - BOTTOM)
+        y = HEIGHT - BOTTOM - (accuracy - low) / (high + 0.02 - low) * (HEIGHT - TOP - BOTTOM)
         return round(x, 1), round(y, 1)
 
     parts = [
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         'aria-label="Accuracy against FLOPs; the table below has the numbers">'
     ]
-    parts += _axes(at, left, low)
+    parts += _axes(at, left, low, high)
     x, y = at(left, unpruned.accuracy)
     parts.append(f'<path class="unpruned" d="M{x} {y}H{WIDTH - RIGHT}"/>')
     parts.append(f'<text class="note" x="{x + 6}" y="{y - 6}">all tokens</text>')
@@ -50,30 +55,64 @@ def pareto(
     for name in names:
         mine = sorted((s for s in shown if s.config[0] == name), key=lambda s: s.flops or 0)
         parts.append(_series(name, mine, at, stage.get(name, "")))
-    parts += _labels(front, [at(line.flops or 1.0, line.accuracy) for line in front])
+    ordered = [*front, *(line for line in shown if line not in front)]
+    points = [at(line.flops or 1.0, line.accuracy) for line in ordered]
+    parts += _labels(ordered, points, len(front))
     return "".join([*parts, "</svg>"])
 
 
-def _labels(lines: Sequence[Line], points: Sequence[tuple[float, float]]) -> list[str]:
-    """Labels of points, moved down until none covers another."""
+def _labels(lines: Sequence[Line], points: Sequence[tuple[float, float]], front: int) -> list[str]:
+    """Labels of points, where one finds a place that covers no other label and no point.
+
+    Args:
+        lines: what is labelled, that of the front first.
+        points: where they are.
+        front: how many are of the front; these are bold.
+    """
     parts: list[str] = []
-    taken: list[tuple[float, float]] = []
-    for line, (x, y) in zip(lines, points, strict=True):
-        while any(abs(x - a) < 110 and abs(y - b) < 13 for a, b in taken):
-            y += 13
-        taken.append((x, y))
-        anchor = "end" if x > WIDTH - 130 else "start"
-        dx = -8 if anchor == "end" else 8
-        parts.append(
-            f'<text class="tag" x="{x + dx}" y="{y + 4}" text-anchor="{anchor}">'
-            f"{escape(label(line))}</text>"
-        )
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    for number, (line, (x, y)) in enumerate(zip(lines, points, strict=True)):
+        text = label(line)
+        width = LETTER * len(text)
+        for box in _places(x, y, width):
+            if _inside(box) and not any(_meet(box, other) for other in taken):
+                taken.append(box)
+                kind = "tag" if number < front else "tag minor"
+                if abs((box[1] + box[3]) / 2 - y) > 2 * LINE:  # far away: a line says whose it is
+                    nearest = min(max(x, box[0]), box[2])
+                    parts.append(f'<path class="grid" d="M{x} {y}L{nearest:.1f} {box[3]:.1f}"/>')
+                parts.append(
+                    f'<text class="{kind}" x="{box[0]:.1f}" y="{box[3] - 3:.1f}">'
+                    f"{escape(text)}</text>"
+                )
+                break
     return parts
 
 
-def _axes(at, left: float, low: float) -> list[str]:  # type: ignore[no-untyped-def]
+def _places(x: float, y: float, width: float) -> Iterator[Box]:
+    """Boxes of a label near a point, the nearest first: beside it, then above and below."""
+    for step in range(24):
+        for dy in dict.fromkeys((-LINE * step, LINE * step)):
+            for left in (x + 7, x - 7 - width, x - width / 2):
+                yield left, y + dy - LINE / 2, left + width, y + dy + LINE / 2
+
+
+def _inside(box: Box) -> bool:
+    return box[0] > LEFT and box[1] > 0 and box[2] < WIDTH and box[3] < HEIGHT - BOTTOM
+
+
+def _meet(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _begins(share: float) -> str:
+    """What is to be said of an axis that does not begin at zero."""
+    return f"; this axis begins at {100 * share:.0f}, not at 0" if share > 0 else ""
+
+
+def _axes(at, left: float, low: float, high: float) -> list[str]:  # type: ignore[no-untyped-def]
     parts = []
-    for tenth in range(round(low * 10), 11, 1 if low > 0.4 else 2):
+    for tenth in range(round(low * 10), round(high * 10) + 1, 1 if high - low < 0.6 else 2):
         x, y = at(left, tenth / 10)
         parts.append(f'<path class="grid" d="M{x} {y}H{WIDTH - RIGHT}"/>')
         parts.append(
@@ -87,9 +126,9 @@ def _axes(at, left: float, low: float) -> list[str]:  # type: ignore[no-untyped-
     middle = (LEFT + WIDTH) / 2
     parts.append(
         f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">'
-        "FLOPs of the prompt, % of all tokens (vision tower and selection included)</text>"
+        f"FLOPs of the prompt, % of all tokens{_begins(left)}</text>"
         f'<text class="axis" transform="translate(14 {HEIGHT / 2}) rotate(-90)" '
-        'text-anchor="middle">right answers, %</text>'
+        f'text-anchor="middle">accuracy, %{_begins(low)}</text>'
     )
     return parts
 
@@ -97,7 +136,7 @@ def _axes(at, left: float, low: float) -> list[str]:  # type: ignore[no-untyped-
 def _series(name: str, lines: Sequence[Line], at, stage: str) -> str:  # type: ignore[no-untyped-def]
     kind = "baseline" if name in ("random", "uniform", "downsample") else stage
     spelled = "; ".join(
-        f"{label(x)}: {percent(x.accuracy)} % right, {percent(x.flops)} % of the FLOPs"
+        f"{label(x)}: {percent(x.accuracy)} % accuracy, {percent(x.flops)} % of the FLOPs"
         for x in lines
     )
     path = " L".join("{} {}".format(*at(x.flops or 1.0, x.accuracy)) for x in lines)
@@ -105,7 +144,7 @@ def _series(name: str, lines: Sequence[Line], at, stage: str) -> str:  # type: i
     for line in lines:
         x, y = at(line.flops or 1.0, line.accuracy)
         tip = (
-            f"{label(line)}: {percent(line.accuracy)} % right "
+            f"{label(line)}: {percent(line.accuracy)} % accuracy "
             f"({percent(line.interval[0])} to {percent(line.interval[1])}), "
             f"{percent(line.flops)} % of the FLOPs, n = {line.n}"
         )

@@ -86,9 +86,9 @@ def search(
 
 @contextmanager
 def _quiet(optuna: Any) -> Iterator[None]:
-    """Let Optuna log warnings only."""
+    """Let Optuna log errors only: it warns of an interrupted trial with a traceback."""
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     finally:

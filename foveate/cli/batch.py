@@ -13,7 +13,9 @@ from foveate.batch.output import Totals
 from foveate.batch.run import Look, look, run_here, writing
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import check_model
+from foveate.cli.interrupts import AGAIN, keeping
 from foveate.errors import InputError
+from foveate.io.quoting import shown
 from foveate.loading import check_device
 
 
@@ -39,7 +41,8 @@ def run(job: Job, cluster: Cluster | None, *, dry: bool) -> None:
         return
     totals = found.done
     if found.left:
-        with writing(job, found.plan):
+        kept = f"finished shards are kept in {shown(job.output, 120)}; {AGAIN}"
+        with keeping(lambda: kept), writing(job, found.plan):
             totals += _answer(job, cluster, found)
     _tell(job, totals, console)
 

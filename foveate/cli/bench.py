@@ -28,7 +28,9 @@ from foveate.bench.sample import Split
 from foveate.bench.settings import Cell, Settings
 from foveate.bench.store import Row, Store
 from foveate.bench.summary import Summary
+from foveate.cli.bench_table import check_table, show_refusals, show_table, write_table
 from foveate.cli.console import stderr, stdout
+from foveate.cli.interrupts import AGAIN, keeping
 from foveate.core import get_method, list_methods
 from foveate.errors import BenchError, BudgetError, InputError
 from foveate.io.quoting import quoted, shown
@@ -39,7 +41,13 @@ RESULTS, REPORT = "results.parquet", "report.html"
 
 
 def measure(
-    settings: Settings, out: Path, *, workers: int | None, minutes: float | None, timing: bool
+    settings: Settings,
+    out: Path,
+    *,
+    workers: int | None,
+    minutes: float | None,
+    timing: bool,
+    table: Path | None = None,
 ) -> None:
     """Run what is not finished of a benchmark, and write its report.
 
@@ -49,6 +57,7 @@ def measure(
         workers: processes; `None` for two where a small model runs on a CPU.
         minutes: no cell is begun after so many.
         timing: whether to time the first token too.
+        table: file of the table that is printed, Markdown or CSV; `None` for none.
 
     Raises:
         FoveateError: `out` cannot be written to, the model cannot be loaded, or none of the cells
@@ -58,6 +67,7 @@ def measure(
     if out.is_dir():
         for name in (RESULTS, REPORT):
             check_file(out / name)
+    check_table(table)
     store = Store(out / RESULTS)
     command = "foveate " + shlex.join(sys.argv[1:])
     model, processor = load_model(settings.model, settings.device, settings.dtype)
@@ -67,7 +77,7 @@ def measure(
     )  # fmt: skip
     if workers is None:
         workers = _workers(model, settings.device)
-    with store.writing(), _bar() as progress:
+    with keeping(lambda: _kept(store)), store.writing(), _bar() as progress:
         keys = campaign.execute(
             settings, runner, store, load=load_model, workers=workers, minutes=minutes,
             command=command, progress=progress,
@@ -77,7 +87,16 @@ def measure(
             _time(runner, store, summary)
             summary = summarise(store.get(keys))
         _finish(out, runner, summary, settings, command, len(keys))
+        if table is not None:
+            write_table(table, summary)
     _check_any_done(summary)
+
+
+def _kept(store: Store) -> str:
+    """What an interrupted run leaves."""
+    if not len(store):
+        return f"no cell was finished; {AGAIN}"
+    return f"{len(store)} finished cells are kept in {shown(store.path, 120)}; {AGAIN}"
 
 
 def _workers(model: Any, device: str) -> int:
@@ -123,6 +142,8 @@ def _finish(
     shots = draw(runner, summary, middle) if summary.tasks else []
     write(out / REPORT, summary, Facts(settings.model, command, planned), shots)
     console = stdout()
+    show_table(summary, console)
+    show_refusals(summary, console)
     remaining = planned - len(summary.rows)
     if remaining:
         console.print(
@@ -141,12 +162,17 @@ def _finish(
 def _bar() -> Iterator[campaign.Progress]:
     """A bar with the remaining time; one line for every tenth where there is no terminal."""
     console = stderr()
+    width = max(console.width - 40, 0)  # what counts and times leave
+    bars = [BarColumn(bar_width=min(30, width // 2))] if width >= 30 else []
+    name = min(44, width - (bars[0].bar_width or 0) if bars else width)
     columns: list[Any] = [
-        TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
+        TextColumn("{task.description}"), *bars, MofNCompleteColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     ]  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("cells", total=None)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("cells".ljust(name)[:name], total=None)
         counts = {"all": 0, "done": 0}
 
         def begin(total: int, finished: int) -> None:
@@ -157,7 +183,7 @@ def _bar() -> Iterator[campaign.Progress]:
 
         def done(cell: Cell, row: Row) -> None:
             counts["done"] += 1
-            bar.update(task, advance=1, description=str(cell)[:44].ljust(44))
+            bar.update(task, advance=1, description=str(cell)[:name].ljust(name))
             tenth = max(counts["all"] // 10, 1)
             if not console.is_terminal and counts["done"] % tenth == 0:
                 console.print(f"{counts['done']} of {counts['all']} cells")

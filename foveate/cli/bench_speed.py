@@ -25,6 +25,7 @@ from foveate.bench.workload import (
 )
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import encode
+from foveate.cli.interrupts import AGAIN, NOTHING, keeping
 from foveate.cli.options import RANDOM
 from foveate.core import Method
 from foveate.core.from_text import make_method
@@ -112,9 +113,19 @@ def bench_speed(job: SpeedJob) -> dict[str, Any]:
             steps.name(what)
             steps.tick(amount)
 
-        result = run_sweep(sweep, bench, entrants, prompts, job.json_path, say)
+        with keeping(lambda: _kept(job.json_path)):
+            result = run_sweep(sweep, bench, entrants, prompts, job.json_path, say)
     show(result, stdout())
     return result
+
+
+def _kept(path: Path | None) -> str:
+    """What an interrupted sweep leaves."""
+    if path is None:
+        return f"{NOTHING}; with --json FILE, a run continues where it was interrupted"
+    if not path.exists():
+        return f"no cell was finished; {AGAIN}"
+    return f"finished cells are kept in {shown(path, 120)}; {AGAIN}"
 
 
 def read_methods(names: str, keep: str | None, settings: Sequence[str] = ()) -> list[Method]:

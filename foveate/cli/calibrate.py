@@ -12,6 +12,7 @@ from rich.markup import escape
 from foveate.calibration.vflowopt import calibrate as search
 from foveate.cli.console import progress, stderr, stdout
 from foveate.cli.inputs import encode, load_image
+from foveate.cli.interrupts import AGAIN, keeping
 from foveate.errors import InputError
 from foveate.io.quoting import shown
 from foveate.io.reading import parse_json, read_lines, reason
@@ -65,10 +66,11 @@ def calibrate(job: Calibration) -> None:
         samples = [encode(processor, images, text, loaded) for images, text in questions]
     if trials_file.exists():
         console.print(f"going on from {escape(str(trials_file))}", soft_wrap=True)
-    found = search(
-        loaded, samples, job.average, trials=job.trials, startup=job.startup, seed=job.seed,
-        storage=trials_file, progress=stderr().is_terminal,
-    )  # fmt: skip
+    with keeping(lambda: f"finished trials are kept in {shown(trials_file, 120)}; {AGAIN}"):
+        found = search(
+            loaded, samples, job.average, trials=job.trials, startup=job.startup, seed=job.seed,
+            storage=trials_file, progress=stderr().is_terminal,
+        )  # fmt: skip
     write_json(out, found.to_dict())
     console.print(f"best of {job.trials} trials: {escape(repr(found))}", soft_wrap=True)
     console.print(f"saved in {escape(str(out))}; use it with --method {escape(str(out))},")

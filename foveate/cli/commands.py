@@ -1,4 +1,5 @@
-"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`.
+"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`,
+`cite` and `env`.
 
 Help, and what is wrong with a command line, come without torch: nothing heavy is imported here.
 """
@@ -7,37 +8,47 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
+from foveate import __version__
 from foveate.cli.arguments import (
     batch,
     bench,
     bench_speed,
     calibrate,
+    cite,
     demo,
+    env,
     flops,
     run,
     serve,
     train,
 )
 from foveate.cli.arguments.list import list_
-from foveate.cli.console import stderr
+from foveate.cli.console import hush, stderr
+from foveate.cli.interrupts import CODE, answer_interrupt
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import LONGEST, shown
 from foveate.io.writing import is_full
 
 SPEED = "bench --speed"
+VERBOSE = "--verbose"
 
 
 class _Command(TyperCommand):
-    """A command that refuses an option given twice of which only the last would count."""
+    """A command that refuses an option given twice of which only the last would count.
+
+    What other libraries warn of is shown with --verbose alone, which every command takes.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if VERBOSE in args and all(option.name != "verbose" for option in self.params):
+            args = [argument for argument in args if argument != VERBOSE]
+            ctx.meta[VERBOSE] = True
         given = self.make_parser(ctx).parse_args(list(args))[2]
         for option in self.params:
             once = getattr(option, "multiple", None) is False
@@ -50,13 +61,15 @@ class _Command(TyperCommand):
         return rest
 
     def invoke(self, ctx: Any) -> Any:
+        if not (ctx.meta.get(VERBOSE) or ctx.params.get("verbose")):
+            hush()
         if isinstance(name := ctx.params.get("method"), str):
             ctx.params["method"] = [name]
         return super().invoke(ctx)
 
 
 class _Group(TyperGroup):
-    """Commands whose foreseeable errors are one red line and exit code 2."""
+    """Commands whose foreseeable errors are one red line and exit code 2, and Ctrl-C another."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """`bench --speed` has options of its own, so it is a command of its own."""
@@ -67,27 +80,32 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except FoveateError as error:
-            reason = str(error)
-        except OSError as error:  # what is printed goes to a full disk too
-            if not is_full(error):
+        except (Exception, KeyboardInterrupt) as error:
+            if answer_interrupt(error):
+                raise typer.Exit(CODE) from None
+            reason = _reason(error)
+            if reason is None:
                 raise
-            reason = f"cannot go on: {error.strerror}"
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-        except Exception as error:
-            told = getattr(error, "format_message", str)()  # of a wrong option
-            if len(told) <= LONGEST:
-                raise
-            reason = shown(told, LONGEST)
         stderr().print(f"[bold red]error:[/] [red]{escape(reason)}[/]", soft_wrap=True)
         raise typer.Exit(2)
+
+
+def _reason(error: BaseException) -> str | None:
+    """What is said of an error that can be foreseen; `None` for others."""
+    if isinstance(error, FoveateError):
+        return str(error)
+    if isinstance(error, OSError) and is_full(error):  # what is printed goes to a full disk too
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return f"cannot go on: {error.strerror}"
+    told = getattr(error, "format_message", str)()  # of a wrong option
+    return shown(told, LONGEST) if len(told) > LONGEST else None
 
 
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Faster vision-language models: remove the visual tokens they do not need.",
 )
@@ -101,21 +119,25 @@ app.command("demo", cls=_Command)(demo.demo)
 app.command("bench", cls=_Command, help=bench.HELP)(bench.bench)
 app.command(SPEED, cls=_Command, help=bench_speed.HELP, hidden=True)(bench_speed.speed)
 app.command("train", cls=_Command, help=train.HELP)(train.train)
+app.command("cite", cls=_Command)(cite.cite)
+app.command("env", cls=_Command)(env.env)
 app.command("serve", cls=_Command, help=serve.HELP)(serve.serve)
 
 
 def _print_version(wanted: bool) -> None:
     if not wanted:
         return
-    try:
-        print(f"foveate {version('foveate')}")
-    except PackageNotFoundError:
-        print("foveate, not installed")
+    print(f"foveate {__version__}")
     raise typer.Exit
 
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
+    verbose: Annotated[
+        bool,
+        typer.Option(VERBOSE, help="Show what other libraries warn of; commands take it too."),
+    ] = False,
     show_version: Annotated[
         bool,
         typer.Option(
@@ -124,8 +146,4 @@ def _options(
     ] = False,
 ) -> None:
     """Options of no command."""
-
-
-def main() -> None:
-    """Entry point of the `foveate` command."""
-    app()
+    ctx.meta[VERBOSE] = verbose

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -26,6 +33,26 @@ def stdout() -> Console:
 def stderr() -> Console:
     """Console for progress and errors."""
     return Console(stderr=True, highlight=False)
+
+
+def hush() -> None:
+    """Keep what other libraries warn of off the screen, here and in processes begun from here."""
+    for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    if not sys.warnoptions:  # what the user asks of Python holds
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="foveate")
+
+
+def deliver_json(data: Any, path: Path) -> None:
+    """Save JSON in a file, or print it where the path is `-`."""
+    from foveate.io.writing import write_json
+
+    if str(path) == "-":
+        print(json.dumps(data, indent=2))
+    else:
+        write_json(path, data)
+        stdout().print(f"saved in {escape(str(path))}", soft_wrap=True)
 
 
 class _Count(MofNCompleteColumn):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich import box
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from foveate.cli.compare import ALL, WARMUP, cost_table, time_first_token
 from foveate.cli.console import progress, stdout
 from foveate.cli.inputs import answer, encode
 from foveate.core import Method
+from foveate.errors import FoveateError
 from foveate.io.writing import write_image
 from foveate.loading import load_model
 from foveate.measure.timing import Timing
@@ -43,7 +45,9 @@ class Answered:
     drawing: Image.Image
 
 
-def demo(seed: int, methods: Sequence[Method], out: Path, repeats: int) -> None:
+def demo(
+    seed: int, methods: Sequence[Method], out: Path, repeats: int, *, quick: bool = False
+) -> None:
     """Ask, compare, time, draw; print what was measured.
 
     Args:
@@ -51,6 +55,7 @@ def demo(seed: int, methods: Sequence[Method], out: Path, repeats: int) -> None:
         methods: what is compared with all tokens, in stream order.
         out: where the drawing of the kept tokens goes.
         repeats: timed rounds.
+        quick: leave out what the methods save at real size.
     """
     from foveate.tiny import draw_scene
 
@@ -75,12 +80,31 @@ def demo(seed: int, methods: Sequence[Method], out: Path, repeats: int) -> None:
     console.print(ttft_remark(ttft, answered[0].report), style="dim")
     for note in answered[0].report["notes"]:
         console.print(f"[yellow]note: {escape(note)}[/]", soft_wrap=True)
+    if not quick:
+        at_real_size(methods, console)
     drawn = answered[:DRAWN]
     headings = [f"{a.question.text}  {a.pruned}" for a in drawn]
     write_image(out, stack([a.drawing for a in drawn], headings))
     console.print(
         f"\nkept tokens of each stage drawn in [bold]{escape(str(out))}[/]", soft_wrap=True
     )
+
+
+def at_real_size(methods: Sequence[Method], console: Console) -> None:
+    """Count what the methods save on well-known models, and time a prefill that is not tiny."""
+    from foveate.cli import demo_sizes as sizes
+
+    with progress() as steps:
+        steps.say("counting on models of real size")
+        counted = sizes.count_sizes(methods)
+    sizes.show_sizes(counted, console)
+    with progress() as steps:
+        steps.say("timing a prefill of 576 visual tokens", 1 + 2 * sizes.ROUNDS)
+        try:
+            measured = sizes.measure_prefill(methods, steps.tick)
+        except FoveateError:
+            return  # made for another kind of model; the table says so
+    sizes.show_measured(measured, console)
 
 
 def one_of_each_kind(questions: Sequence[Question]) -> list[Question]:
@@ -120,7 +144,7 @@ def answer_table(answered: Sequence[Answered], name: str) -> Table:
         sum(getattr(item, side) == item.question.answer for item in answered)
         for side in ("plain", "pruned")
     ]
-    table.add_row("right", "", *(f"{right} of {len(answered)}" for right in rights))
+    table.add_row("correct", "", *(f"{right} of {len(answered)}" for right in rights))
     return table
 
 

@@ -15,8 +15,8 @@ Methods = Annotated[
     typer.Option(
         "--method",
         "-m",
-        help="A name that `foveate list` shows, or a JSON file. Give it several times to combine "
-        "methods, in the order in which tokens meet them.",
+        help="A name that `foveate list` shows, or a JSON file. Give it several times, or join "
+        "names as in `divprune+fastv`, to combine methods in the order in which tokens meet them.",
     ),
 ]
 Keep = Annotated[
@@ -38,6 +38,9 @@ Settings = Annotated[
 MaxPixels = Annotated[
     int | None,
     typer.Option(min=1, help="Most pixels of an image; by default Pillow's limit, 178,956,970."),
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show details, and what other libraries warn of.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from foveate.core.fields import MisfitError, Natural, Positive, fit, hints_of, s
 from foveate.core.from_text import read_field, signature
 from foveate.core.saving import from_dict
 from foveate.errors import FoveateError, InputError
-from foveate.io.quoting import quoted, shown, within
+from foveate.io.quoting import near, quoted, shown, within
 from foveate.io.reading import read_text, reason
 from foveate.training.finetune.recipe import DTYPES, Data, Recipe
 
@@ -73,15 +72,6 @@ def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
         dtype=_choice(fields.get("dtype", "auto"), "dtype", DTYPES),
         trainer=_trainer(fields.get("trainer")),
     )
-
-
-def near(name: Any, known: Iterable[str]) -> str:
-    """What a mistyped key may have meant, else all there are."""
-    known = list(known)
-    close = difflib.get_close_matches(shown(quoted(name)), known, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(map(repr, close))}?"
-    return f"known keys: {', '.join(known)}" if len(known) < 20 else "no key is like it"
 
 
 def _section(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 from foveate.cli.compare import ALL, WARMUP, Comparison, comparison_table, time_first_token
 from foveate.cli.console import progress
-from foveate.cli.inputs import answer, encode
+from foveate.cli.inputs import Medium, answer, encode, flat, notes_on_tiny, takes_videos
 from foveate.core import Method
 from foveate.errors import InputError
 from foveate.io.writing import check_file, write_image, write_json
@@ -27,7 +27,7 @@ class Job:
 
     Args:
         model: hub id, local folder or `tiny`.
-        images: in the order of the prompt.
+        media: images and videos, in the order of the prompt.
         question: asked after the images.
         methods: what removes tokens, in stream order.
         max_new_tokens: longest answer.
@@ -37,7 +37,7 @@ class Job:
     """
 
     model: str
-    images: list[Image.Image]
+    media: list[Medium]
     question: str
     methods: tuple[Method, ...]
     max_new_tokens: int
@@ -53,13 +53,25 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job."""
+    """What came of a job.
+
+    Args:
+        job: what was asked.
+        answer: to it.
+        report: of what the methods did.
+        session: which can draw it.
+        comparison: with all tokens, or `None`.
+        shown: what the model saw: images, and videos if it takes them.
+        notes: what to bear in mind.
+    """
 
     job: Job
     answer: str
     report: Report
     session: Session
     comparison: Comparison | None
+    shown: list[Medium]
+    notes: tuple[str, ...] = ()
 
     def deliver(self, console: Console, drawing: Path | None, data: Path | None) -> None:
         """Print it, and save the kept tokens' drawing and the report where they are wanted."""
@@ -73,6 +85,8 @@ class Outcome:
 
     def show(self, console: Console) -> None:
         """Print question, answers and costs."""
+        for note in self.notes:
+            console.print(f"[yellow]note: {escape(note)}[/]")
         console.print(f"[cyan]question[/] {escape(self.job.question)}")
         if self.comparison is None:
             console.print(f"[cyan]answer[/]   [bold]{escape(self.answer)}[/]\n")
@@ -84,7 +98,7 @@ class Outcome:
 
     def save_drawing(self, path: Path) -> None:
         """Draw what was kept of every image."""
-        write_image(path, stack(self.session.show(self.job.images)))
+        write_image(path, stack(self.session.show(self.shown)))
 
     def save_json(self, path: Path) -> None:
         """Write the report with question, answer and comparison beside it."""
@@ -99,7 +113,8 @@ def execute(job: Job) -> Outcome:
     with progress() as steps:
         steps.say(f"loading {job.model}")
         model, processor = load_model(job.model, job.device, job.dtype)
-        inputs = encode(processor, job.images, job.question, model)
+        inputs = encode(processor, job.media, job.question, model)
+        shown: list[Medium] = job.media if takes_videos(processor) else [*flat(job.media)]
         steps.say(f"answering with {job.name}")
         with use(model, job.methods) as session:
             answered = answer(model, processor, inputs, job.max_new_tokens)
@@ -112,7 +127,19 @@ def execute(job: Job) -> Outcome:
             )
             answers = {ALL: plain, job.name: answered}
             comparison = Comparison(answers, ttft, report)
-    return Outcome(job, answered, report, session, comparison)
+    notes = _notes(job, processor, model.config.model_type)
+    return Outcome(job, answered, report, session, comparison, shown, notes)
+
+
+def _notes(job: Job, processor: Any, model_type: str) -> tuple[str, ...]:
+    """What to bear in mind of an answer."""
+    notes = notes_on_tiny(processor, job.media, job.question) if job.model == "tiny" else []
+    frames = sum(len(medium) for medium in job.media if isinstance(medium, list))
+    if frames and not takes_videos(processor):
+        notes.append(
+            f"{model_type} takes no videos; its {frames} frames were asked about as images"
+        )
+    return tuple(notes)
 
 
 def check_paths(drawing: Path | None, data: Path | None) -> None:

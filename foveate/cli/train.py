@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from foveate.cli.console import progress
+from foveate.cli.interrupts import AGAIN, keeping
 from foveate.cli.recipe import read_recipe
+from foveate.io.quoting import shown
 from foveate.io.writing import check_folder
 from foveate.loading import load_model
 from foveate.training.finetune.recipe import Recipe
@@ -37,9 +39,21 @@ def run(path: Path, console: Console) -> None:
     last = last_checkpoint(recipe.out)
     if first and last is not None:
         console.print(f"going on from {escape(str(last))}", soft_wrap=True)
-    trainer = finetune(recipe, model.train(), processor)
+    with keeping(lambda: _kept(recipe.out)):
+        trainer = finetune(recipe, model.train(), processor)
     if first:
         console.print(_summary(recipe, trainer), soft_wrap=True)
+
+
+def _kept(out: Path) -> str:
+    """What an interrupted run leaves."""
+    last = last_checkpoint(out)
+    if last is None:
+        return (
+            "no checkpoint was saved yet, so the same command begins anew; trainer.save_steps says "
+            "how often one is"
+        )
+    return f"the run is kept up to {shown(last, 120)}; {AGAIN}"
 
 
 def _dtype(recipe: Recipe) -> str:

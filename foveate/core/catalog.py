@@ -1,12 +1,14 @@
-"""The catalogue: slug, stage, needs and paper of methods, read without importing them.
+"""The catalogue: what methods say of themselves, read without importing them.
 
-A method's file says all of that in `@register(...)`, with literals, so its source is enough.
-Methods of other packages are imported, and with them all others.
+A method's file says it in `@register(...)`, with literals, and quotes the title of its paper in its
+docstring, so its source is enough. Methods of other packages are imported, and with them all.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -18,12 +20,21 @@ from foveate.core.step import STAGES, Stage
 
 @dataclass(frozen=True)
 class Entry:
-    """What a listing shows of a method; see `foveate.core.register`."""
+    """What a listing shows of a method; see `foveate.core.register`.
+
+    `title` is that of the paper, as the docstring of the method's file quotes it:
+    `Paper: Doe et al., "Title", ...`.
+    """
 
     slug: str
     stage: Stage
     needs: tuple[str, ...] = ()
     paper: str = ""
+    does: str = ""
+    title: str = ""
+
+
+_TITLE = re.compile(r'^Paper:[^"]*"([^"]+)"', re.MULTILINE)
 
 
 def catalog() -> list[Entry]:
@@ -40,8 +51,11 @@ def _registered() -> list[Entry]:
     """Methods of the registry, which imports them."""
     from foveate.core.registry import get_method, list_methods  # late: torch comes with them
 
-    classes = [get_method(name) for name in list_methods()]
-    return [Entry(cls.slug, cls.stage, cls.needs, cls.paper) for cls in classes]
+    found = []
+    for cls in map(get_method, list_methods()):
+        title = _title(inspect.getdoc(inspect.getmodule(cls)))
+        found.append(Entry(cls.slug, cls.stage, cls.needs, cls.paper, cls.does, title))
+    return found
 
 
 def _built_in() -> Iterator[Entry]:
@@ -49,13 +63,21 @@ def _built_in() -> Iterator[Entry]:
     for file in (resources.files("foveate") / "methods").iterdir():
         if not file.name.endswith(".py"):
             continue
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        title = _title(ast.get_docstring(tree))
+        for node in tree.body:
             for call in node.decorator_list if isinstance(node, ast.ClassDef) else ():
                 if isinstance(call, ast.Call) and ast.unparse(call.func) == "register":
-                    yield _entry(call)
+                    yield _entry(call, title)
 
 
-def _entry(call: ast.Call) -> Entry:
+def _entry(call: ast.Call, title: str) -> Entry:
     """What `@register(...)` says."""
     fields: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-    return Entry(ast.literal_eval(call.args[0]), **fields)
+    return Entry(ast.literal_eval(call.args[0]), title=title, **fields)
+
+
+def _title(doc: str | None) -> str:
+    """The title of the paper that a docstring names, on one line."""
+    found = _TITLE.search(doc or "")
+    return " ".join(found[1].split()) if found else ""

@@ -61,14 +61,16 @@ def make_methods(
     """Build methods from command-line text, in the order in which they act.
 
     Args:
-        names: what `make_method` takes, or files of several methods; stages need not be in order.
+        names: what `make_method` takes, files of several methods, or names joined by `+`, as
+            reports write them; stages need not be in order.
         keeps: none, or one for each method in the order of `names`.
         settings: `field=value` for a single method, `method.field=value` for one of several.
 
     Raises:
         FoveateError: a name, a field or a value is not known, or it is not clear whose it is.
     """
-    found = [method for name in names for method in methods_of(name)]
+    parts = [part for name in names for part in _parts(name)]
+    found = [method for part in parts for method in methods_of(part)]
     slugs = [method.slug for method in found]
     if len(keeps) not in (0, len(found)):
         raise InputError(
@@ -89,6 +91,11 @@ def make_methods(
             )
     made = [_changed(method, keeps[n] if keeps else None, of[n]) for n, method in enumerate(found)]
     return tuple(sorted(made, key=lambda method: STAGES.index(method.stage)))
+
+
+def _parts(name: str) -> list[str]:
+    """The names of a composition, `divprune+fastv` or `divprune + fastv`; a file is one."""
+    return [name] if name.endswith(".json") else [part.strip() for part in name.split("+")]
 
 
 def _changed(method: Method, keep: str | None, settings: Iterable[str]) -> Method:

@@ -38,6 +38,7 @@ class Method(ABC):
     stage: ClassVar[Stage]
     needs: ClassVar[tuple[str, ...]]
     paper: ClassVar[str]
+    does: ClassVar[str] = ""
     rounding: ClassVar[Callable[[float], int]] = math.floor
     published_positions: ClassVar[Positions] = "renumbered"
     note: ClassVar[str] = ""  # what every report must say of the method; see `note_on`

@@ -22,15 +22,21 @@ M = TypeVar("M", bound=type[Method])
 
 
 def register(
-    slug: str, *, stage: Stage, needs: tuple[str, ...] = (), paper: str = ""
+    slug: str,
+    *,
+    stage: Stage,
+    does: str = "",
+    needs: tuple[str, ...] = (),
+    paper: str = "",
 ) -> Callable[[M], M]:
     """Class decorator that makes a method known under `slug`.
 
     Args:
         slug: short lower-case name, unique.
         stage: where the method first acts.
+        does: what it does, in about five words, for listings.
         needs: names of the signals it uses, for planning and listing.
-        paper: how to cite it, for listings.
+        paper: how to cite it, `Doe et al. 2025, arXiv:2501.00001`, for listings and `foveate cite`.
 
     Raises:
         FoveateError: the slug is taken, or the stage is unknown.
@@ -47,6 +53,7 @@ def register(
                 f"stage must be one of {', '.join(STAGES)}, got {stage!r} for {slug!r}"
             )
         cls.slug, cls.stage, cls.needs, cls.paper = slug, stage, needs, paper
+        cls.does = does
         _REGISTRY[slug] = cls
         return cls
 

@@ -7,6 +7,7 @@ file says something else.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -83,3 +84,19 @@ def _note(entry: Entry) -> str:
         f"not with {' or '.join(of)}, where it {why}" for why, of in variants.items() if why != YES
     ]
     return "; ".join(refused)
+
+
+def reasons(entries: Entries) -> dict[str, tuple[list[str], list[str]]]:
+    """Refusals by what they begin with -> (methods, families), the widest first.
+
+    What follows a first comma or colon says what it is about a model; it is left out.
+    """
+    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for method, of in entries.items():
+        for family, entry in of.items():
+            for why in (entry,) if isinstance(entry, str) else entry.values():
+                if why != YES:
+                    methods, families = found.setdefault(re.split("[,:] ", why)[0], ({}, {}))
+                    methods[method] = families[family] = None
+    order = sorted(found.items(), key=lambda item: -len(item[1][1]))
+    return {why: (list(methods), list(families)) for why, (methods, families) in order}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST = 300
@@ -63,3 +65,12 @@ def within(where: str | os.PathLike[str], error: Exception) -> str:
     """
     reason = shown(error, LONGEST - 40)
     return f"{shown(where, LONGEST - len(reason) - 2)}: {reason}"
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """What a mistyped key may have meant, else all there are."""
+    known = list(known)
+    close = difflib.get_close_matches(shown(quoted(name)), known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    return f"known keys: {', '.join(known)}" if len(known) < 20 else "no key is like it"

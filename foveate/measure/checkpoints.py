@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from foveate.errors import UnsupportedModelError
+from foveate.errors import InputError, UnsupportedModelError
+from foveate.io.quoting import quoted, shown
 
 PATH = Path(__file__).with_name("checkpoints.json")
 
@@ -40,6 +42,7 @@ class Checkpoint:
 
     def skeleton(self) -> Any:
         """The model without weights, on the meta device."""
+        import torch  # late: names are checked without it
         from transformers import AutoConfig, AutoModelForImageClassification
         from transformers import AutoModelForImageTextToText as Reader
 
@@ -77,3 +80,76 @@ def checkpoints() -> dict[str, Checkpoint]:
     """Hub id -> checkpoint, of all that are bundled."""
     facts = json.loads(PATH.read_text(encoding="utf-8"))
     return {name: Checkpoint(id=name, **fact) for name, fact in facts.items()}
+
+
+def check_name(name: str) -> str:
+    """Tell a mistyped name from a hub id, before the hub is asked at length.
+
+    Args:
+        name: hub id, local folder or `tiny`.
+
+    Raises:
+        InputError: the folder is not there, or holds no model; or the hub has no such model or
+            cannot be reached.
+    """
+    if name == "tiny":
+        return name
+    if os.path.isdir(name):
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"cannot load {quoted(name)}: the folder has no config.json")
+    elif len(name) > 200 or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise InputError(
+            f"cannot load {quoted(name)}: there is no such folder, and it is no hub id"
+        )
+    elif "/" not in name:
+        raise InputError(
+            f"cannot load {quoted(name)}: there is no such folder, and a hub id names its owner; "
+            f"{_near(name)}"
+        )
+    else:
+        _check_hub(name)
+    return name
+
+
+def check_config_name(name: str) -> None:
+    """As `check_name`, for what reads a config alone: those of well-known checkpoints are bundled.
+
+    Raises:
+        InputError: see there.
+    """
+    if name not in checkpoints():
+        check_name(name)
+
+
+def _near(name: str) -> str:
+    """Names that a mistyped one may mean, and the one that always works."""
+    known = {known.rpartition("/")[2].lower(): known for known in (*checkpoints(), "tiny")}
+    close = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.6)
+    if close[:1] == ["tiny"]:
+        return "did you mean `tiny`, the embedded model?"
+    near = [known[each] for each in close if known[each] not in ("tiny", name)]
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{meant}`tiny` is the embedded model"
+
+
+def _check_hub(name: str) -> None:
+    """Ask the hub once whether it has a model; transformers asks many times when it cannot."""
+    from huggingface_hub import HfApi, try_to_load_from_cache  # late: only hub ids need it
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=5)
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"cannot load {quoted(name)}: the hub has no such model, or it is not yours to see; "
+            f"{_near(name)}"
+        ) from None
+    except Exception as error:
+        reason = shown((str(error).strip() or type(error).__name__).splitlines()[0], 90)
+        raise InputError(
+            f"cannot load {quoted(name)}: neither a folder here nor a hub model that can be "
+            f"reached ({reason}); {_near(name)}"
+        ) from None

@@ -18,6 +18,7 @@ from foveate.methods.pyramiddrop import PyramidDrop
 @register(
     "adatoken-3d",
     stage="llm",
+    does="ten small drops by attention",
     needs=("text_attention",),
     paper="Zhang et al. 2025, arXiv:2505.12782",
 )

@@ -64,6 +64,7 @@ class Thresholds(nn.Module):
 @register(
     "atp-llava",
     stage="llm",
+    does="drops below learned thresholds",
     needs=("question_attention", "llm_keys"),
     paper="Ye et al. 2024, arXiv:2412.00447",
 )

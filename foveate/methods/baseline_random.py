@@ -15,7 +15,7 @@ from foveate.core import Keep, ModelFacts, Positions, Scorer, Step, VisualTokens
 from foveate.core.fields import Natural
 
 
-@register("random", stage="pre_llm", paper="baseline")
+@register("random", stage="pre_llm", does="keeps a random subset", paper="baseline")
 @dataclass(frozen=True)
 class Random(Scorer):
     """Keep a random subset, the same for all images of equal token count.

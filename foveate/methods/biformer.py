@@ -24,7 +24,12 @@ from foveate.core.fields import Positive
 from foveate.core.ranking import ranked
 
 
-@register("biformer", stage="vision", paper="Zhu et al. 2023, arXiv:2303.08810")
+@register(
+    "biformer",
+    stage="vision",
+    does="attends to matching regions only",
+    paper="Zhu et al. 2023, arXiv:2303.08810",
+)
 @dataclass(frozen=True)
 class BiFormer(Approximate):
     """Route each region to the `topk` regions whose mean key suits its mean query best.

@@ -41,6 +41,7 @@ from foveate.methods.divprune import cosine_distance
 @register(
     "catp",
     stage="pre_llm",
+    does="prunes in-context images by text",
     needs=("question_embeddings", "text_attention", "question_states", "llm_states"),
     paper="Li et al. 2025, arXiv:2508.07871",
 )

@@ -42,6 +42,7 @@ it spans an eighth or more."""
 @register(
     "cdpruner",
     stage="pre_llm",
+    does="relevant to question, yet diverse",
     needs=("question_embeddings",),
     paper="Zhang et al. 2025, arXiv:2506.10967",
 )

@@ -15,7 +15,7 @@ from foveate.core.encoder_schedule import EncoderScheduled
 from foveate.core.fields import Natural
 
 
-@register("cls-drop", stage="vision", needs=("cls_attention",))
+@register("cls-drop", stage="vision", does="drops what [CLS] ignores", needs=("cls_attention",))
 @dataclass(frozen=True)
 class ClsDrop(EncoderScheduled, Scorer):
     """Rank patches by the class token's attention in a layer, and drop the rest before its MLP.

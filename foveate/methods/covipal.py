@@ -58,6 +58,7 @@ class PlugIn(nn.Module):
 @register(
     "covipal",
     stage="pre_llm",
+    does="learns what deep layers read",
     needs=("question_embeddings", "text_attention"),
     paper="Tang et al. 2025, arXiv:2508.17243",
 )

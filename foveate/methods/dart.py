@@ -41,6 +41,7 @@ PUBLISHED_LAYER, PUBLISHED_DEPTH = 2, 32
 @register(
     "dart",
     stage="llm",
+    does="keeps what duplicates pivots least",
     needs=("llm_keys", "question_keys", "normed_states", "question_normed_states"),
     paper="Wen et al. 2025, arXiv:2502.11494",
 )

@@ -25,7 +25,12 @@ from foveate.core import (
 from foveate.ops.diversity import cosine_distance, select_diverse
 
 
-@register("divprune", stage="pre_llm", paper="Alvar et al. 2025, arXiv:2503.02175")
+@register(
+    "divprune",
+    stage="pre_llm",
+    does="keeps tokens far apart",
+    paper="Alvar et al. 2025, arXiv:2503.02175",
+)
 @dataclass(frozen=True)
 class DivPrune(Method):
     """Pick tokens greedily, each as far as possible from those already picked.

@@ -25,7 +25,7 @@ from foveate.errors import InputError
 from foveate.ops.pooling import is_whole, pooled_axis
 
 
-@register("downsample", stage="pre_llm", paper="baseline")
+@register("downsample", stage="pre_llm", does="pools to a lower resolution", paper="baseline")
 @dataclass(frozen=True)
 class Downsample(Method):
     """Average-pool the token grid to at most the wanted number of tokens.

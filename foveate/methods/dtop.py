@@ -30,7 +30,12 @@ from foveate.ops.rows import put_rows
 from foveate.ops.token_heads import LinearHead, QueryHead
 
 
-@register("dtop", stage="vision", paper="Tang et al. 2023, arXiv:2308.01045")
+@register(
+    "dtop",
+    stage="vision",
+    does="segmentation: tokens leave early",
+    paper="Tang et al. 2023, arXiv:2308.01045",
+)
 @dataclass(frozen=True)
 class DToP(Method):
     """After some encoder layers a head labels the tokens; those it is sure of leave, but for the

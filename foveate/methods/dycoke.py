@@ -39,7 +39,12 @@ WINDOW = 4
 """Frames of which the first stays whole."""
 
 
-@register("dycoke", stage="pre_llm", paper="Tao et al. 2025, arXiv:2411.15024")
+@register(
+    "dycoke",
+    stage="pre_llm",
+    does="video: drops what frames repeat",
+    paper="Tao et al. 2025, arXiv:2411.15024",
+)
 @dataclass(frozen=True)
 class DyCoke(VideoMethod, DecodeSelector):
     """Keep every fourth frame whole, and of the others what is new.

@@ -23,7 +23,12 @@ from foveate.core import Keep, Positions, Reduction, VisualTokens, register
 from foveate.core.video import Parts, VideoMethod, by_frame, exact, similarity
 
 
-@register("evs", stage="pre_llm", paper="NVIDIA 2025, arXiv:2510.14624")
+@register(
+    "evs",
+    stage="pre_llm",
+    does="video: keeps what changes most",
+    paper="NVIDIA 2025, arXiv:2510.14624",
+)
 @dataclass(frozen=True)
 class EVS(VideoMethod):
     """Rank tokens by how little they resemble the token at their cell in the frame before.

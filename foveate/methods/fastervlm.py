@@ -20,6 +20,7 @@ from foveate.core import Keep, ModelFacts, Need, Positions, Scorer, Step, Visual
 @register(
     "fastervlm",
     stage="pre_llm",
+    does="keeps what [CLS] attends to",
     needs=("cls_attention",),
     paper="Zhang et al. 2024, arXiv:2412.01818v1",
 )

@@ -1,6 +1,7 @@
 """FastV: drop the visual tokens that receive little attention in an early decoder layer.
 
-Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", arXiv:2403.06764, section 4.
+Paper: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference
+Acceleration for Large Vision-Language Models", arXiv:2403.06764, section 4.
 Reference code: pkunlp-icler/FastV @ d165972, the Hugging Face integration.
 Differs from the reference: any batch, several images and any attention kernel work; each image has
 its own budget; at least one token of an image survives. With `use_cache=False` the selection is
@@ -23,7 +24,11 @@ PUBLISHED_LAYER = 2
 
 
 @register(
-    "fastv", stage="llm", needs=("text_attention",), paper="Chen et al. 2024, arXiv:2403.06764"
+    "fastv",
+    stage="llm",
+    does="one early cut by attention",
+    needs=("text_attention",),
+    paper="Chen et al. 2024, arXiv:2403.06764",
 )
 @dataclass(frozen=True)
 class FastV(Scorer):

@@ -25,7 +25,12 @@ from foveate.core.fields import Natural, Positive, UnitFloat
 from foveate.ops.merge_map import merge_map, one_of_each_cell, strided
 
 
-@register("fastvggt", stage="vision", paper="Shen et al. 2025, arXiv:2509.02560")
+@register(
+    "fastvggt",
+    stage="vision",
+    does="merges within attention only",
+    paper="Shen et al. 2025, arXiv:2509.02560",
+)
 @dataclass(frozen=True)
 class FastVGGT(Approximate):
     """Merge tokens around the attention of encoder layers: nothing is removed.

@@ -42,6 +42,7 @@ NEIGHBOURS = 4
 @register(
     "fastvid",
     stage="pre_llm",
+    does="video: segments and density peaks",
     needs=("received_attention",),
     paper="Shen et al. 2025, arXiv:2503.11187",
 )

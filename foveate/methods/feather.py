@@ -36,6 +36,7 @@ from foveate.core.ranking import top
 @register(
     "feather",
     stage="llm",
+    does="position-free attention and a grid",
     needs=("content_attention",),
     paper="Endo et al. 2024, arXiv:2412.13180",
 )

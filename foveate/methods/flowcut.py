@@ -52,6 +52,7 @@ class Cut(Step):
 @register(
     "flowcut",
     stage="vision",
+    does="gradual drops by information flow",
     needs=("information_flow", "cls_attention"),
     paper="Tong et al. 2025, arXiv:2505.19536",
 )

@@ -23,6 +23,7 @@ from foveate.core.fields import Natural
 @register(
     "flowcut-inner",
     stage="llm",
+    does="one later cut for FlowCut",
     needs=("text_attention", "value_attention", "llm_values"),
     paper="Tong et al. 2025, arXiv:2505.19536",
 )

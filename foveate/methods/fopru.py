@@ -34,6 +34,7 @@ from foveate.errors import BudgetError, InputError
 @register(
     "fopru",
     stage="pre_llm",
+    does="tokens or rows that stand out",
     needs=("received_attention", "given_attention"),
     paper="Jiang et al. 2024, arXiv:2411.14164",
 )

@@ -41,7 +41,12 @@ Score = Literal[
 ]  # fmt: skip
 
 
-@register("gtp-vit", stage="vision", paper="Xu et al. 2023, arXiv:2311.03035")
+@register(
+    "gtp-vit",
+    stage="vision",
+    does="drops and propagates to neighbours",
+    paper="Xu et al. 2023, arXiv:2311.03035",
+)
 @dataclass(frozen=True)
 class GTPViT(Layerwise):
     """Drop the lowest scores of every layer, after adding a part of them to their neighbours.

@@ -27,6 +27,7 @@ from foveate.core.ranking import highest
 @register(
     "holitom-inner",
     stage="llm",
+    does="folds the less attended half",
     needs=("text_attention",),
     paper="Shao et al. 2025, arXiv:2505.21334",
 )

@@ -37,6 +37,7 @@ from foveate.ops.saliency import saliency, saliency_need
 @register(
     "holov",
     stage="pre_llm",
+    does="budget for each image part",
     needs=("cls_attention", "received_attention"),
     paper="Zou et al. 2025, arXiv:2510.02912",
 )

@@ -46,6 +46,7 @@ from foveate.io.quoting import quoted
 @register(
     "llava-prumerge",
     stage="pre_llm",
+    does="keeps [CLS] outliers, merges rest",
     needs=("joint_cls_attention", "encoder_keys"),
     paper="Shang et al. 2024, arXiv:2403.15388",
 )

@@ -45,6 +45,7 @@ RELEASED_ROUNDS = 2
 @register(
     "lrs-vqa",
     stage="llm",
+    does="zooms into the relevant tiles",
     needs=("text_attention",),
     paper="Luo et al., ICCV 2025, arXiv:2503.07588",
 )

@@ -40,6 +40,7 @@ from foveate.io.quoting import quoted
 @register(
     "lvlm-csp",
     stage="llm",
+    does="few tokens, then all, then fewer",
     needs=("text_attention",),
     paper="Chen et al. 2025, arXiv:2504.10854",
 )

@@ -29,7 +29,12 @@ from foveate.io.quoting import quoted
 from foveate.ops.pooling import cells_of, with_rest
 
 
-@register("m3", stage="pre_llm", paper="Cai et al. 2024, arXiv:2405.17430")
+@register(
+    "m3",
+    stage="pre_llm",
+    does="averages the grid to a scale",
+    paper="Cai et al. 2024, arXiv:2405.17430",
+)
 @dataclass(frozen=True)
 class M3(Learning):
     """Average-pool the token grid of each image, or of each frame, to a scale.

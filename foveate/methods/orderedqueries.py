@@ -68,7 +68,12 @@ class Queries(nn.Module):
         return made.to(x.dtype), weights
 
 
-@register("ordered-queries", stage="pre_llm", paper="after Miwa et al. 2025, arXiv:2501.10064")
+@register(
+    "ordered-queries",
+    stage="pre_llm",
+    does="first of its learned queries",
+    paper="after Miwa et al. 2025, arXiv:2501.10064",
+)
 @dataclass(frozen=True)
 class OrderedQueries(Learning):
     """Show the language model what the first learned queries make of an image.

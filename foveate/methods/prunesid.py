@@ -38,6 +38,7 @@ from foveate.ops.saliency import saliency, saliency_need
 @register(
     "prunesid",
     stage="pre_llm",
+    does="groups by principal components",
     needs=("cls_attention", "received_attention", "encoder_features"),
     paper="Fang et al. 2026, arXiv:2603.09480",
 )

@@ -48,6 +48,7 @@ from foveate.ops.clustering import dpc_knn
 @register(
     "prunevid",
     stage="pre_llm",
+    does="video: merges what stands still",
     needs=("question_attention",),
     paper="Huang et al. 2025, arXiv:2412.16117",
 )

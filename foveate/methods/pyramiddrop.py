@@ -23,6 +23,7 @@ from foveate.core.fields import Natural
 @register(
     "pyramiddrop",
     stage="llm",
+    does="drops by attention, in stages",
     needs=("text_attention",),
     paper="Xing et al. 2024, arXiv:2410.17247",
 )

@@ -47,6 +47,7 @@ from foveate.ops.relevance import Relevance, relevance_needs, token_relevance
 @register(
     "recoverable-compression",
     stage="pre_llm",
+    does="recovers what the text needs",
     needs=("joint_cls_attention", "encoder_keys", "question_embeddings"),
     paper="Chen et al. 2024, arXiv:2409.01179",
 )

@@ -49,6 +49,7 @@ PUBLISHED = {  # survivors of 576 tokens at each drop, by version and average ov
 @register(
     "sparsevlm",
     stage="llm",
+    does="image-related words rate tokens",
     needs=("question_relevance", "question_attention"),
     paper="Zhang et al. 2024, arXiv:2410.04417",
 )

@@ -24,7 +24,12 @@ from foveate.ops.learning import flops_of, untrained
 from foveate.ops.semantic import SemanticTokens
 
 
-@register("stvit", stage="vision", paper="Chang et al. 2023, arXiv:2303.08685")
+@register(
+    "stvit",
+    stage="vision",
+    does="learns a few semantic tokens",
+    paper="Chang et al. 2023, arXiv:2303.08685",
+)
 @dataclass(frozen=True)
 class STViT(Method):
     """Pool the patches to a small grid of seeds, let these attend to all patches, and go on with

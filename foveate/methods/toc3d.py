@@ -42,7 +42,12 @@ class TwoSpeeds(Step):
     scored: bool = False
 
 
-@register("toc3d", stage="vision", paper="Zhang et al. 2024, arXiv:2409.00633")
+@register(
+    "toc3d",
+    stage="vision",
+    does="runs the best, updates the rest",
+    paper="Zhang et al. 2024, arXiv:2409.00633",
+)
 @dataclass(frozen=True)
 class ToC3D(Approximate):
     """Let the best-scored tokens and one representative of the others go through encoder layers.

@@ -31,7 +31,12 @@ from foveate.core.fields import Range
 from foveate.ops.diversity import cosine_distance, select_diverse
 
 
-@register("todre", stage="pre_llm", paper="ToDRE 2025, arXiv:2505.18757")
+@register(
+    "todre",
+    stage="pre_llm",
+    does="diverse tokens, then none at all",
+    paper="ToDRE 2025, arXiv:2505.18757",
+)
 @dataclass(frozen=True)
 class ToDRE(Method):
     """Greedy diversity after the encoder, then no visual tokens from a late decoder layer on.

@@ -56,7 +56,12 @@ class SwiGLU(nn.Module):
         return x + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed)).to(x.dtype)
 
 
-@register("tokenflex", stage="pre_llm", paper="Hu et al. 2025, arXiv:2504.03154")
+@register(
+    "tokenflex",
+    stage="pre_llm",
+    does="averages the grid, count drawn",
+    paper="Hu et al. 2025, arXiv:2504.03154",
+)
 @dataclass(frozen=True)
 class TokenFLEX(Learning, Adaptive):
     """Pool the token grid of each image, or frame, to n x n, where training draws n, and pass a

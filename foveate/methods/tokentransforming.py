@@ -33,7 +33,12 @@ from foveate.core.schedule import Drop
 from foveate.core.step import Effect
 
 
-@register("token-transforming", stage="vision", paper="Zeng et al. 2025, arXiv:2506.05709")
+@register(
+    "token-transforming",
+    stage="vision",
+    does="mixes all tokens into few",
+    paper="Zeng et al. 2025, arXiv:2506.05709",
+)
 @dataclass(frozen=True)
 class TokenTransforming(EncoderScheduled):
     """Make each survivor a mean of all tokens, most of those most like it.

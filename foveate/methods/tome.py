@@ -33,7 +33,11 @@ from foveate.ops.matching import match, match_every
 
 
 @register(
-    "tome", stage="vision", needs=("encoder_keys",), paper="Bolya et al. 2023, arXiv:2210.09461"
+    "tome",
+    stage="vision",
+    does="merges the most similar pairs",
+    needs=("encoder_keys",),
+    paper="Bolya et al. 2023, arXiv:2210.09461",
 )
 @dataclass(frozen=True)
 class ToMe(Layerwise):

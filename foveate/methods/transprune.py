@@ -35,6 +35,7 @@ from foveate.io.quoting import quoted
 @register(
     "transprune",
     stage="llm",
+    does="keeps what layers change most",
     needs=("transition", "question_attention"),
     paper="Li et al. 2025, arXiv:2507.20630",
 )

@@ -20,7 +20,7 @@ from foveate.core import (
 )
 
 
-@register("uniform", stage="pre_llm", paper="baseline")
+@register("uniform", stage="pre_llm", does="keeps a regular grid", paper="baseline")
 @dataclass(frozen=True)
 class Uniform(Method):
     """Keep tokens on a regular grid, whatever the image shows.

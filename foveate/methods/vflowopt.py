@@ -48,6 +48,7 @@ STRATEGIES: dict[float, dict[str, Any]] = {
 @register(
     "vflowopt",
     stage="pre_llm",
+    does="three cuts with calibrated budgets",
     needs=("global_attention",),
     paper="Yang et al. 2025, arXiv:2508.05211",
 )

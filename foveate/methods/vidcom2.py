@@ -34,7 +34,12 @@ fixed in the release."""
 GRAIN = 2.0**12  # parts of a token that counts of a frame are told apart by
 
 
-@register("vidcom2", stage="pre_llm", paper="Liu et al. 2025, arXiv:2505.14454")
+@register(
+    "vidcom2",
+    stage="pre_llm",
+    does="video: keeps what stands out",
+    paper="Liu et al. 2025, arXiv:2505.14454",
+)
 @dataclass(frozen=True)
 class VidCom2(VideoMethod):
     """Keep the tokens that are least like the mean of the video and the mean of their frame.

@@ -58,7 +58,12 @@ class TokenScorer(nn.Module):
         return (self.query(x) * key).sum(-1) / key.shape[-1] ** 0.5
 
 
-@register("visionselector", stage="pre_llm", paper="Zhu et al. 2025, arXiv:2510.16598")
+@register(
+    "visionselector",
+    stage="pre_llm",
+    does="keeps what a scorer ranks highest",
+    paper="Zhu et al. 2025, arXiv:2510.16598",
+)
 @dataclass(frozen=True)
 class VisionSelector(Learning, Scorer):
     """Keep the tokens that a trained scorer ranks highest.

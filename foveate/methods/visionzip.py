@@ -39,6 +39,7 @@ from foveate.errors import BudgetError
 @register(
     "visionzip",
     stage="pre_llm",
+    does="keeps most attended, merges rest",
     needs=("encoder_keys",),
     paper="Yang et al. 2024, arXiv:2412.04467",
 )

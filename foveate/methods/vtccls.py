@@ -20,7 +20,11 @@ from foveate.io.quoting import quoted
 
 
 @register(
-    "vtc-cls", stage="pre_llm", needs=("cls_attention",), paper="Wang et al. 2024, arXiv:2412.05819"
+    "vtc-cls",
+    stage="pre_llm",
+    does="[CLS] attention of several layers",
+    needs=("cls_attention",),
+    paper="Wang et al. 2024, arXiv:2412.05819",
 )
 @dataclass(frozen=True)
 class VTCCLS(Scorer):

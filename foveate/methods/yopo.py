@@ -31,7 +31,12 @@ from foveate.errors import BudgetError, FoveateError, LayerError
 from foveate.io.quoting import quoted
 
 
-@register("yopo", stage="llm", paper="Zhang et al. 2024, arXiv:2410.06169")
+@register(
+    "yopo",
+    stage="llm",
+    does="keeps all tokens, computes less",
+    paper="Zhang et al. 2024, arXiv:2410.06169",
+)
 @dataclass(frozen=True)
 class YOPO(Method):
     """Attend to spatial neighbours, in some heads, with part of the MLP, in the first layers.

@@ -54,7 +54,12 @@ class Look(Drop):
     first: bool = False
 
 
-@register("zero-tprune", stage="vision", paper="Wang et al. 2023, arXiv:2305.17328")
+@register(
+    "zero-tprune",
+    stage="vision",
+    does="PageRank of the attention graph",
+    paper="Wang et al. 2023, arXiv:2305.17328",
+)
 @dataclass(frozen=True)
 class ZeroTPrune(EncoderScheduled):
     """Drop the tokens that are like more important ones, then those that get the fewest votes.

@@ -1,14 +1,17 @@
 """Answers and statistics."""
 
+import html
 import math
+import re
 
 import pytest
 import torch
 
 from foveate.bench.judge import is_right, kl, majority
-from foveate.bench.report import _number_row
+from foveate.bench.report import TERMS, Facts, _number_row, write
 from foveate.bench.stats import Paired, wilson
-from foveate.bench.summary import Line
+from foveate.bench.summary import Line, Summary
+from foveate.bench.svg import pareto
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,38 @@ def test_report_shows_the_paired_interval_in_points():
     pair = Paired(asked=100, lost=30, won=10)
     line = Line(("random", 0.5), 100, 0.5, (0.4, 0.6), pair, 1.0, *[None] * 6)
     assert ">-20.0 ± 11.8</span>" in _number_row(line)
+
+
+def line_at(name, keep, accuracy, flops):
+    pairs = Paired.of([True], [True])
+    rest = dict.fromkeys(("agreement", "kl", "recall", "hit", "tokens", "kv_bytes"), None)
+    return Line((name, keep), 9, accuracy, (0.0, 1.0), pairs, flops=flops, **rest)
+
+
+def test_labels_of_the_plot_cover_neither_each_other_nor_a_point():
+    lines = [line_at(f"method-{n}", 0.25, 0.5 + n % 3 / 50, 0.4 + n % 4 / 100) for n in range(12)]
+    drawn = pareto(lines, lines[:1], line_at("none", None, 0.6, 1.0), {})
+    found = re.findall(r'<text class="tag[^"]*" x="([\d.]+)" y="([\d.]+)">([^<]+)<', drawn)
+    assert len(found) == len(lines)
+    boxes = [
+        (float(x), float(y), float(x) + 6.2 * len(text), float(y) + 12) for x, y, text in found
+    ]
+    for number, a in enumerate(boxes):
+        for b in boxes[:number]:
+            assert not (a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3])
+
+
+def test_axes_that_begin_elsewhere_say_so():
+    unpruned = line_at("none", None, 0.9, 1.0)
+    assert "begins at 80, not at 0" in pareto([line_at("a", 0.5, 0.85, 0.05)], [], unpruned, {})
+    drawn = pareto([line_at("a", 0.5, 0.05, 0.05)], [], unpruned, {})
+    assert "not at 0" not in drawn
+
+
+def test_terms_are_explained_in_the_report(tmp_path):
+    path = tmp_path / "r.html"
+    write(path, Summary([], {}), Facts("m", "c", 0))
+    page = path.read_text()
+    for term, said in TERMS.items():
+        assert f"<dt>{term}</dt><dd>{html.escape(said)}</dd>" in page
+    assert "0 cells, 0 tasks" in page

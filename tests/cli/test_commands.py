@@ -1,6 +1,7 @@
 """The commands do what the library does, and fail in one line."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def photo(tmp_path):
     return str(path)
 
 
-def call(*arguments: str):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "TERM": "dumb"})
+def call(*arguments: str, columns: int = 120):
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "TERM": "dumb"})
 
 
 def expected(embedded, paths, question, method):
@@ -137,8 +138,8 @@ def test_prompt_without_a_chat_template(embedded, scene):
         (["tiny", "SCENE", "why ?", "-m", "fastv", "--set", "layer=99"], ["99"]),
         (["tiny", "none.png", "why ?", "-m", "fastv"], ["no such image file", "none.png"]),
         (["tiny", "TEXT", "why ?", "-m", "fastv"], ["cannot read", "notes.txt"]),
-        (["tiny", "FOLDER", "why ?", "-m", "fastv"], ["is a folder"]),
-        (["tiny", "why ?", "-m", "fastv"], ["at least one image", "'why ?'"]),
+        (["tiny", "FOLDER", "why ?", "-m", "fastv"], ["a folder without images"]),
+        (["tiny", "why ?", "-m", "fastv"], ["at least one image or video", "'why ?'"]),
         (["FOLDER", "SCENE", "why ?", "-m", "fastv"], ["no config.json"]),
         (["./no/model", "SCENE", "why ?", "-m", "fastv"], ["no such folder", "./no/model"]),
         (["a/b/c", "SCENE", "why ?", "-m", "fastv"], ["no such folder"]),
@@ -165,7 +166,8 @@ def test_unreachable_hub_is_explained(monkeypatch, scene):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to the hub.\nCheck your connection.")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
     result = call("run", "some/model", scene, "why ?", "-m", "fastv")
     assert result.exit_code == 2
     (line,) = result.stderr.strip().splitlines()
@@ -185,24 +187,63 @@ def test_broken_torchvision_is_explained(monkeypatch, scene):
     assert "pip uninstall torchvision" in result.stderr
 
 
-def test_list_names_every_method():
-    result = call("list")
-    assert result.exit_code == 0
-    rows: dict[str, list[str]] = {}  # method -> words of its row, which may fold
-    for line in result.stdout.splitlines():
-        name = line[:1].strip() or (line[1:2].strip() and line.split()[0])
-        words = rows.setdefault(name, []) if name else next(reversed(rows.values()), [])
-        words += line.split()
-    for name in foveate.list_methods():
+@pytest.mark.parametrize("columns", [80, 120])
+def test_list_is_one_line_for_each_method(columns):
+    lines = call("list", columns=columns).stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    rows = {line.split()[0]: line for line in lines[1:]}
+    assert sorted(rows) == foveate.list_methods()
+    for name, row in rows.items():
         cls = foveate.get_method(name)
-        assert cls.stage in rows[name]
-        assert set(cls.needs) <= set(rows[name])
-        assert set(cls.paper.split()) <= set(rows[name])
+        assert f" {cls.stage} " in row
+        assert cls.does in row
+        assert 2 <= len(cls.does.split()) <= 6
+        assert set(re.findall(r"\d{4}\.\d{5}", cls.paper)) <= set(row.split())
 
 
-def test_list_families():
+def test_verbose_list_adds_signals_and_titles():
+    told = " ".join(call("list", "--verbose").stdout.split())
+    assert "reads encoder_keys Token Merging: Your ViT But Faster, Bolya et al. 2023" in told
+
+
+def test_listings_as_json(tmp_path):
+    saved = tmp_path / "list.json"
+    assert call("list", "--json", str(saved)).exit_code == 0
+    data = {entry["method"]: entry for entry in json.loads(saved.read_text())}
+    assert list(data["fastv"]) == ["method", "stage", "does", "needs", "paper", "title"]
+    assert sorted(data) == foveate.list_methods()
+    printed = json.loads(call("list", "--families", "--json", "-").stdout)
+    assert printed == {"supported": support(), "unsupported": unsupported_families()}
+    judged = json.loads(call("list", "--model", "tiny", "--json", "-").stdout)
+    works = [name for names in judged["works"].values() for name in names]
+    assert sorted([*works, *judged["refused"]]) == foveate.list_methods()
+
+
+def test_listings_of_two_kinds_at_once_are_refused():
+    assert "give one of them" in call("list", "--families", "--model", "tiny").stderr
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_list_families_groups_by_reason(columns):
+    lines = call("list", "--families", columns=columns).stdout.splitlines()
+    assert max(map(len, lines)) <= columns
+    told = " ".join(" ".join(lines).split())
+    assert all(f" {family}" in told for family in [*foveate.list_families()])
+    assert all(family in told for family in unsupported_families())
+    (row,) = [line for line in lines if line.startswith("needs class-token attention ")]
+    refused = {
+        family
+        for of in support().values()
+        for family, entry in of.items()
+        if "needs class-token attention" in str(entry)
+    }
+    assert row.split()[-1] == str(len(refused))
+    assert len(lines) < 130
+
+
+def test_verbose_list_of_families_has_every_cell():
     """A row for each family, the notes that its numbers stand for, and what is refused."""
-    lines = call("list", "--families").stdout.splitlines()
+    lines = call("list", "--families", "--verbose").stdout.splitlines()
     rows = {line.split()[0]: line.split()[1:] for line in lines if line[:1] == " " and line.strip()}
     families = foveate.list_families()
     assert list(rows)[-len(families) :] == families
@@ -224,16 +265,20 @@ def test_list_families():
 
 def test_list_families_does_without_ticks_where_they_cannot_be_printed(monkeypatch):
     monkeypatch.setattr("rich.console.Console.encoding", "cp1252")
-    output = call("list", "--families").stdout
+    output = call("list", "--families", "--verbose").stdout
     assert "✓" not in output
     assert any(line.replace("|", " ").split()[1:2] == ["yes"] for line in output.splitlines())
 
 
-def test_list_says_what_works(tmp_path):
-    result = call("list", "--model", "tiny")
+def test_list_says_what_works():
+    result = call("list", "--model", "tiny", columns=80)
     assert result.exit_code == 0, result.output
-    row = next(line for line in result.stdout.splitlines() if line.split()[:1] == ["pyramiddrop"])
-    assert row.split()[-1] == "yes"
+    lines = result.stdout.splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    works, refused = result.stdout.split("methods that do not, and why")
+    assert "pyramiddrop" in works
+    assert "dtop, stvit: is for encoders alone" in refused
 
 
 def test_list_says_what_does_not_work_and_why(tmp_path):
@@ -243,9 +288,14 @@ def test_list_says_what_does_not_work_and_why(tmp_path):
     LlavaConfig(vision_config=vision, text_config=text).save_pretrained(tmp_path)
     result = call("list", "--model", str(tmp_path))
     assert result.exit_code == 0, result.output
-    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line.split()}
-    assert "yes" in rows["pyramiddrop"]
-    assert "no: " in rows["fastervlm"]
+    works, refused = result.stdout.split("methods that do not, and why")
+    assert "pyramiddrop" in works
+    lines = [line for line in refused.splitlines() if "needs class-token attention" in line]
+    assert len(lines) == 1  # the methods of one reason stand together
+    assert {"fastervlm", "vtc-cls"} <= set(re.findall(r"[\w-]+", lines[0]))
+    for name in foveate.list_methods():
+        names = re.findall(r"[\w-]+", works), re.findall(r"[\w-]+", refused)
+        assert (name in names[0]) != (name in names[1])
 
 
 def test_list_refuses_a_text_model(tmp_path):
@@ -257,7 +307,7 @@ def test_list_refuses_a_text_model(tmp_path):
 
 def test_demo_shows_both_answers_and_saves_the_image(tmp_path):
     out = tmp_path / "kept.png"
-    result = call("demo", "--repeats", "1", "--out", str(out))
+    result = call("demo", "--repeats", "1", "--quick", "--out", str(out))
     assert result.exit_code == 0, result.output
     for words in ("true answer", "all tokens", "pyramiddrop", "KV cache", "prefill", "median"):
         assert words in result.stdout
@@ -283,7 +333,7 @@ def test_composed_methods_are_compared_counted_and_shown(scene, question, tmp_pa
     counted = json.loads((tmp_path / "f.json").read_text())
     assert [method["method"] for method in counted["method"]] == ["divprune", "fastv"]
     assert counted["visual_tokens"][0] == 64
-    found = call("demo", *both[:4], "--repeats", "1", "--out", str(tmp_path / "d.png"))
+    found = call("demo", *both[:4], "--quick", "--repeats", "1", "--out", str(tmp_path / "d.png"))
     assert "divprune + fastv" in found.output
 
 

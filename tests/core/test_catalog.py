@@ -14,7 +14,9 @@ def test_the_catalogue_is_the_registry():
     ]
     for entry in entries:
         cls = get_method(entry.slug)
-        assert (entry.stage, entry.needs, entry.paper) == (cls.stage, cls.needs, cls.paper)
+        said = entry.stage, entry.needs, entry.paper, entry.does
+        assert said == (cls.stage, cls.needs, cls.paper, cls.does)
+        assert bool(entry.title) == ("arXiv" in entry.paper)
 
 
 def test_entries_come_in_the_order_of_the_stream():

@@ -27,8 +27,24 @@ finished cells are not repeated. Baselines (random, uniform, downsample) are alw
   foveate bench --model llava-hf/llava-1.5-7b-hf --methods fastv --keep 0.25 --tasks coco --data DIR
   --device cuda --minutes 30
 
+  foveate bench --config campaign.yaml --out runs/campaign
+
   foveate bench --speed --model random:llama-768x16 --methods pyramiddrop,fastv --keep 0.25
 """
+
+
+def read_config(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Take defaults of options from a YAML file.
+
+    Raises:
+        InputError: it cannot be read, or has a key that is no option.
+    """
+    if path is not None:
+        from foveate.cli.campaign_file import read_options
+
+        known = {option.name for option in ctx.command.params} - {"config", "quality", None}
+        ctx.default_map = read_options(path, known)
+    return path
 
 
 def bench(
@@ -74,6 +90,18 @@ def bench(
         typer.Option(help=f"Put after each question; by default {HINT!r}, for tiny nothing."),
     ] = None,
     timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
+    table: Annotated[
+        Path | None, typer.Option(help="Also save the table here: FILE.md or FILE.csv.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=read_config,
+            help="YAML file of options, by name: `methods: [fastv, divprune]`. Options of the "
+            "command line come before it.",
+        ),
+    ] = None,
 ) -> None:
     """Measure methods on tasks with known evidence."""
     from foveate.bench.settings import Settings, chosen_methods
@@ -88,4 +116,4 @@ def bench(
     )  # fmt: skip
     work.check_minutes(minutes)
     work.check_data(settings, named=tasks != "all")
-    work.measure(settings, out, workers=workers, minutes=minutes, timing=timing)
+    work.measure(settings, out, workers=workers, minutes=minutes, timing=timing, table=table)

@@ -19,6 +19,9 @@ def demo(
         "demo-kept.png"
     ),
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out what the method saves at real size.")
+    ] = False,
 ) -> None:
     """Ask the embedded model about a drawn scene, with all tokens and with a method. Offline.
 
@@ -32,4 +35,4 @@ def demo(
 
     chosen = make_methods(method or ["pyramiddrop"], keep or ())
     check_file(out, image=True)
-    demonstration.demo(seed, chosen, out, repeats)
+    demonstration.demo(seed, chosen, out, repeats, quick=quick)

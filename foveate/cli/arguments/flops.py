@@ -44,6 +44,9 @@ def flops(
     json_path: Annotated[Path | None, typer.Option("--json", help="Save all numbers here.")] = None,
 ) -> None:
     """Count what a method saves."""
+    from foveate.measure.checkpoints import check_config_name
+
+    check_config_name(model)
     from foveate.cli.console import progress, stdout
     from foveate.cli.flops import Question, count, parse_size, save
     from foveate.core.from_text import make_methods

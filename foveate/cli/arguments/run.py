@@ -10,10 +10,11 @@ import typer
 from foveate.cli.options import Device, Dtype, Keep, MaxPixels, Methods, Model, Settings
 from foveate.errors import InputError
 
-HELP = """Ask a model about images, with a method that removes visual tokens.
+HELP = """Ask a model about images or videos, with a method that removes visual tokens.
 
 MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Give any
-number of images, then the question.
+number of images and videos, then the question. A video is a folder of frames, or a file if
+foveate\\[video] is installed.
 
 [bold]Examples[/]
 
@@ -25,7 +26,9 @@ number of images, then the question.
   foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
   out.json
 
-  foveate run tiny scene.png "what color is the star ?" -m divprune --keep 0.5 -m fastv --keep 0.25
+  foveate run tiny scene.png "what color is the star ?" -m divprune+fastv
+
+  foveate run Qwen/Qwen3-VL-8B-Instruct clip.mp4 "What happens?" --method holitom --frames 32
 """
 
 
@@ -33,7 +36,9 @@ def run(
     model: Model,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar='IMAGE... "QUESTION"', help="Image files, then the question."),
+        typer.Argument(
+            metavar='IMAGE|VIDEO... "QUESTION"', help="Images and videos, then the question."
+        ),
     ],
     method: Methods,
     keep: Keep = None,
@@ -45,26 +50,31 @@ def run(
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save answers and report here.")
     ] = None,
+    frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 16,
     max_pixels: MaxPixels = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Ask a model about images."""
+    """Ask a model about images and videos."""
     if len(inputs) < 2:
         raise InputError(
-            f"run needs at least one image file and a question after MODEL, got only {inputs[0]!r}"
+            "run needs at least one image or video and a question after MODEL, got only "
+            f"{inputs[0]!r}"
         )
+    from foveate.measure.checkpoints import check_name
+
+    check_name(model)
     from foveate.cli.console import stdout
-    from foveate.cli.inputs import load_image
+    from foveate.cli.inputs import load_media
     from foveate.cli.run import Job, check_paths, execute
     from foveate.core.from_text import make_methods
 
     chosen = make_methods(method, keep or (), setting or ())
     *paths, question = inputs
     check_paths(show, json_path)
-    images = [load_image(path, max_pixels) for path in paths]
+    media = load_media(paths, frames, max_pixels)
     rounds = repeats if with_all else 0
-    job = Job(model, images, question, chosen, max_new_tokens, rounds, device, dtype)
+    job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype)
     execute(job).deliver(stdout(), show, json_path)

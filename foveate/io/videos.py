@@ -1,0 +1,111 @@
+"""Opening videos: a file that PyAV decodes, or a folder of frames; some frames, evenly spread."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from foveate.errors import InputError
+from foveate.io.images import load_image
+from foveate.io.quoting import shown
+
+SUFFIXES = (
+    ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts",
+    ".webm", ".wmv",
+)  # fmt: skip
+FRAMES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+"""Endings of frames in a folder; other files there are no frames."""
+
+
+def is_video(path: str | Path) -> bool:
+    """Whether a path is a folder, or ends as a video file does."""
+    return Path(path).suffix.lower() in SUFFIXES or Path(path).is_dir()
+
+
+def load_video(
+    path: str | Path, frames: int, *, max_pixels: int | None = None
+) -> list[Image.Image]:
+    """Frames of a video, in RGB, in order.
+
+    Args:
+        path: a video file, or a folder of images whose names sort by their numbers.
+        frames: how many, evenly spread from the first to the last; all of a shorter video.
+        max_pixels: most pixels of a frame, see `load_image`.
+
+    Raises:
+        InputError: there is no such video, it cannot be decoded or holds no frame, or PyAV is not
+            installed, which files need.
+    """
+    if Path(path).is_dir():
+        files = _files(Path(path))
+        return [load_image(files[i], max_pixels=max_pixels) for i in spread(len(files), frames)]
+    if not Path(path).is_file():
+        raise InputError(f"no such video file: {shown(path, 100)}")
+    return _decode(Path(path), frames, max_pixels)
+
+
+def spread(total: int, wanted: int) -> list[int]:
+    """Positions of at most `wanted` of `total` frames: the first, the last, and evenly between."""
+    if total <= wanted:
+        return list(range(total))
+    if wanted == 1:
+        return [total // 2]
+    return [round(i * (total - 1) / (wanted - 1)) for i in range(wanted)]
+
+
+def _files(folder: Path) -> list[Path]:
+    found = [file for file in folder.iterdir() if file.suffix.lower() in FRAMES]
+    if not found:
+        raise InputError(f"{shown(folder, 100)} is a folder without images, so no video")
+    return sorted(found, key=lambda file: _by_number(file.name))
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """A key by which `frame2` comes before `frame10`."""
+    return [
+        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
+    ]
+
+
+def _decode(path: Path, frames: int, max_pixels: int | None) -> list[Image.Image]:
+    try:
+        import av
+    except ImportError:
+        raise InputError(
+            "video files are decoded with PyAV: pip install 'foveate[video]', or give a folder of "
+            "frames"
+        ) from None
+    name = shown(path, 100)
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.video:
+                raise InputError(f"{name} holds no video")
+            total = sum(1 for packet in file.demux(video=0) if packet.size)
+        with av.open(str(path)) as file:
+            found = list(_chosen(file, set(spread(total, frames)), name, max_pixels))
+    except av.FFmpegError as error:
+        raise InputError(f"cannot read {name} as a video: {shown(error, 140)}") from None
+    if not found:
+        raise InputError(f"{name} holds no frame that can be decoded")
+    return found
+
+
+def _chosen(
+    file: Any, wanted: set[int], name: str, max_pixels: int | None
+) -> Iterator[Image.Image]:
+    """Frames of some positions, upright."""
+    for number, frame in enumerate(file.decode(video=0)):
+        if max_pixels is not None and frame.width * frame.height > max_pixels:
+            raise InputError(
+                f"{name} has frames of {frame.width * frame.height:,} pixels, more than "
+                f"--max-pixels {max_pixels:,}"
+            )
+        if number in wanted:
+            image = frame.to_image()
+            yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+        if number >= max(wanted):
+            return

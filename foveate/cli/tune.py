@@ -117,7 +117,7 @@ def _front(verdict: Verdict) -> Table:
     rows += [c for c in (verdict.published,) if c is not None and c not in rows]
     for candidate in rows:
         cells = [*_cells(candidate.scored), *_cells(verdict.score(candidate))]
-        shares = [f"{100 * candidate.scored.costs[cost]:.1f} %" for cost in costs]
+        shares = [f"{100 * candidate.scored.metrics[cost]:.1f} %" for cost in costs]
         style = "bold" if candidate is verdict.chosen else ""
         table.add_row(_name(candidate), *cells, *shares, style=style)
     return table
@@ -132,11 +132,10 @@ def _cells(score: Score | None) -> list[str]:
     """A share and its interval below, and the change in points and its interval."""
     if score is None:
         return ["", ""]
-    (low, high), pair = score.interval, score.paired
-    change, half = 100 * pair.difference, 100 * pair.half_width
+    (low, high), change = score.interval, score.change
     return [
         f"{100 * score.quality:.1f} %\n{100 * low:.1f}-{100 * high:.1f}",
-        f"{change:+.1f}\n±{half:.1f}",
+        f"{change[0]:+.1f}\n±{(change[2] - change[1]) / 2:.1f}",
     ]
 
 

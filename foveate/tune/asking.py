@@ -1,26 +1,40 @@
 """Asking: questions go through the model in batches, with methods or with all tokens.
 
-Shapes: `B` rows, `W` words of the vocabulary.
+Shapes: `B` rows, `D` hidden, `W` words of the vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from foveate.bench.judge import is_right, kl, normalise
 from foveate.bench.prompt import Prompter, prompts
+from foveate.calibration.search import last_state
 from foveate.core import Method
+from foveate.families import find_family
 from foveate.methods.uniform import Uniform
 from foveate.run import use
 from foveate.tune.data import Row
 from foveate.tune.replies import Replies
 
-Said = tuple[str, Tensor]
-"""An answer, and (W) log-probabilities of its first word."""
+
+class Said(NamedTuple):
+    """What was said to one question.
+
+    Args:
+        text: the answer.
+        words: (W) log-probabilities of its first word.
+        state: (D) final state of the last prompt token; `None` where states are not compared.
+    """
+
+    text: str
+    words: Tensor
+    state: Tensor | None
 
 
 class Asker:
@@ -34,6 +48,7 @@ class Asker:
         max_new_tokens: longest answer.
         hint: put after every question.
         max_pixels: most pixels of an image.
+        states: compare final states too, which takes another forward pass of each prompt.
         seen: told the numbers of questions each time some are asked.
     """
 
@@ -47,11 +62,13 @@ class Asker:
         max_new_tokens: int = 8,
         hint: str = "",
         max_pixels: int | None = None,
+        states: bool = False,
         seen: Callable[[Sequence[int]], object] = lambda numbers: None,
     ) -> None:
         self.model, self.rows, self.batch = model, rows, batch
         self._prompter = Prompter(processor, hint)
         self._longest, self._max_pixels, self._seen = max_new_tokens, max_pixels, seen
+        self._family, self._states = find_family(model), states
         self._unpruned: dict[int, Said] = {}
         self._plain: dict[tuple[int, ...], Replies] = {}  # of the unpruned model, by batch
 
@@ -107,12 +124,16 @@ class Asker:
                 return_dict_in_generate=True, output_logits=True,
             )  # fmt: skip
             report = session.report()
+            states: Sequence[Tensor | None] = [None] * len(numbers)
+            if self._states:
+                states = list(last_state(self._family, inputs).cpu())
         texts = self._prompter.decode(out.sequences[:, inputs["input_ids"].shape[1] :])
         words = out.logits[0].float().log_softmax(-1).cpu()
         before, after = (
             (report["flops"][when], report["kv_bytes"][when]) for when in ("before", "after")
         )
-        return list(zip(texts, words, strict=True)), before, after
+        said = [Said(*one) for one in zip(texts, words, states, strict=True)]
+        return said, before, after
 
     def _judge(
         self,
@@ -125,13 +146,18 @@ class Asker:
         pairs = [(self._unpruned[n], one) for n, one in zip(numbers, said, strict=True)]
         answered = all(row.answer is not None for row in rows)
         right = (
-            is_right(one[0], row.answer or "", row.choices)
+            is_right(one.text, row.answer or "", row.choices)
             for one, row in zip(said, rows, strict=True)
         )
         return Replies(
             tuple(right) if answered else (),
-            tuple(normalise(other[0]) == normalise(one[0]) for other, one in pairs),
-            tuple(float(kl(other[1], one[1])) for other, one in pairs),
+            tuple(normalise(other.text) == normalise(one.text) for other, one in pairs),
+            tuple(float(kl(other.words, one.words)) for other, one in pairs),
+            tuple(
+                float(cosine_similarity(other.state, one.state, dim=0))
+                for other, one in pairs
+                if other.state is not None and one.state is not None
+            ),
             before,
             after,
         )

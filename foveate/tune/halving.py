@@ -74,7 +74,7 @@ def tightened(candidate: Candidate, aim: Aim) -> dict[str, float]:
     Text and images differ from the typical ones of the account, and some methods decide by the
     tokens how many survive.
     """
-    costs = candidate.scored.costs
+    costs = candidate.scored.metrics
     bounds = {name: aim.bound(name) for name in candidate.limits}
     if all(bound is None or costs[name] <= bound for name, bound in bounds.items()):
         return {}
@@ -86,7 +86,7 @@ def tightened(candidate: Candidate, aim: Aim) -> dict[str, float]:
 
 def dominates(one: Score, other: Score, aim: Aim) -> bool:
     """Whether a score is as good in everything that is searched for, and better in something."""
-    mine, its = ([s.quality, *(-s.costs[c] for c in aim.minimize)] for s in (one, other))
+    mine, its = ([s.quality, *(-s.metrics[c] for c in aim.minimize)] for s in (one, other))
     return all(a >= b for a, b in zip(mine, its, strict=True)) and mine != its
 
 
@@ -96,7 +96,7 @@ def promoted(alive: Sequence[Candidate], aim: Aim) -> list[Candidate]:
     def place(candidate: Candidate) -> tuple[float, float, float, int]:
         score = candidate.scored
         above = sum(dominates(other.scored, score, aim) for other in alive)
-        return above, -score.quality, score.kl, candidate.number
+        return above, -score.quality, score.metrics["kl"], candidate.number
 
     kept = sorted(alive, key=place)[: math.ceil(len(alive) / ETA)]
     return sorted(kept, key=lambda candidate: candidate.number)
@@ -115,16 +115,19 @@ def why_stop(
     """
     score, quality = candidate.scored, aim.quality
     for target in aim.targets:
-        if target.metric in COSTS and score.costs[target.metric] > SURELY * target.value:
-            return f"measured {target.metric} is {score.costs[target.metric]:.3f}x, above {target}"
+        if target.metric in COSTS and score.metrics[target.metric] > SURELY * target.value:
+            return (
+                f"measured {target.metric} is {score.metrics[target.metric]:.3f}x, above {target}"
+            )
     mine = candidate.replies.judged(quality)
     if (bound := aim.bound("accuracy")) is not None:
-        change, low, high = difference(unpruned.right[: len(mine)], mine)
+        right = candidate.replies.right
+        change, low, high = difference(unpruned.right[: len(right)], right)
         if high < bound:
             return f"{change:+.1f} points ({low:+.1f} to {high:+.1f}), below accuracy>={bound:g}"
     for other in finalists:
-        costs = other.scored.costs
-        if any(costs[name] > ABOUT_EQUAL * score.costs[name] for name in aim.costs):
+        costs = other.scored.metrics
+        if any(costs[name] > ABOUT_EQUAL * score.metrics[name] for name in aim.costs):
             continue
         theirs = other.replies.judged(quality)[: len(mine)]
         change, low, high = difference(theirs, mine)

@@ -39,6 +39,7 @@ class Options:
     Args:
         targets: bounds, see `foveate.tune.targets`.
         minimize: costs.
+        objective: of `foveate.tune.targets.OBJECTIVES`; `None` for accuracy, or agreement.
         methods: names; `None` for all that work.
         held_out: share of the questions that is kept for the end.
         batch: questions that go through the model together.
@@ -52,6 +53,7 @@ class Options:
 
     targets: tuple[str, ...] = ()
     minimize: tuple[str, ...] = ()
+    objective: str | None = None
     methods: tuple[str, ...] | None = None
     held_out: float = 0.4
     batch: int = 16
@@ -82,7 +84,7 @@ class Tuning:
             raise InputError(f"--held-out must be in (0, 1), got {options.held_out}")
         self.rows = read_rows(data)
         answered = self.rows[0].answer is not None
-        self.aim = Aim.of(options.targets, options.minimize, answered)
+        self.aim = Aim.of(options.targets, options.minimize, answered, options.objective)
         self.split = Split.of(self.rows, options.held_out, options.plan.seed)
         check_folder(out)
 
@@ -135,6 +137,7 @@ class Tuning:
         return Asker(
             model, processor, self.rows, batch=options.batch, hint=options.hint,
             max_new_tokens=options.max_new_tokens, max_pixels=options.max_pixels,
+            states=self.aim.wants_states,
         )  # fmt: skip
 
     def _planner(self, asker: Asker, model: Any, processor: Any) -> Planner:

@@ -145,7 +145,7 @@ def _between(
 
 
 def _too_much(shares: Mapping[str, float], limits: Mapping[str, float]) -> str:
-    over = [f"{n} {shares[n]:.2f}x of {limits[n]:g}x" for n in limits if shares[n] > limits[n]]
+    over = [f"{n} {shares[n]:.2f}x of {limits[n]:.3g}x" for n in limits if shares[n] > limits[n]]
     return f"by the account it needs more than is allowed: {', '.join(over)}"
 
 

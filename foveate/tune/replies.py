@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveate.bench.stats import Paired, wilson
+from foveate.bench.stats import Z, wilson
+from foveate.tune.targets import COSTS
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,8 @@ class Replies:
         right: whether each answer is right; empty where right answers are not known.
         agrees: whether it is the unpruned model's.
         kl: divergence of the first word from the unpruned model's, in nats.
+        state: cosine of the last prompt token's final state with the unpruned model's; empty where
+            that is not compared.
         before: FLOPs and cache bytes of the prompts with all tokens.
         after: the same with the recipe.
     """
@@ -25,6 +28,7 @@ class Replies:
     right: tuple[bool, ...] = ()
     agrees: tuple[bool, ...] = ()
     kl: tuple[float, ...] = ()
+    state: tuple[float, ...] = ()
     before: tuple[int, int] = (0, 0)
     after: tuple[int, int] = (0, 0)
 
@@ -37,6 +41,7 @@ class Replies:
             self.right + other.right,
             self.agrees + other.agrees,
             self.kl + other.kl,
+            self.state + other.state,
             (self.before[0] + other.before[0], self.before[1] + other.before[1]),
             (self.after[0] + other.after[0], self.after[1] + other.after[1]),
         )
@@ -47,6 +52,7 @@ class Replies:
             "right": [int(x) for x in self.right],
             "agrees": [int(x) for x in self.agrees],
             "kl": list(self.kl),
+            "state": list(self.state),
             "before": list(self.before),
             "after": list(self.after),
         }
@@ -56,11 +62,12 @@ class Replies:
         """What `to_dict` has said."""
         right, agrees = (tuple(map(bool, data[name])) for name in ("right", "agrees"))
         before, after = (tuple(data[name]) for name in ("before", "after"))
-        return cls(right, agrees, tuple(data["kl"]), before, after)
+        return cls(right, agrees, tuple(data["kl"]), tuple(data["state"]), before, after)
 
-    def judged(self, quality: str) -> tuple[bool, ...]:
-        """What counts as good of each question: `accuracy` or `agreement`."""
-        return self.right if quality == "accuracy" else self.agrees
+    def judged(self, quality: str) -> tuple[float, ...]:
+        """How good each reply is, by one of `foveate.tune.targets.OBJECTIVES`."""
+        known = {"accuracy": self.right, "agreement": self.agrees, "state": self.state}
+        return known[quality]
 
 
 @dataclass(frozen=True)
@@ -69,20 +76,17 @@ class Score:
 
     Args:
         asked: questions.
-        quality: share of good answers.
+        quality: mean of what is judged.
         interval: its 95 % interval.
-        paired: against the unpruned model.
-        kl: mean divergence of first words, in nats.
-        costs: shares of the unpruned model's, by name.
+        change: points of quality lost or won against the unpruned model, and their 95 % interval.
+        metrics: what targets bound, in their units; costs are shares of the unpruned model's.
     """
 
     asked: int
     quality: float
     interval: tuple[float, float]
-    paired: Paired
-    agreement: float
-    kl: float
-    costs: dict[str, float] = field(default_factory=dict)
+    change: tuple[float, float, float]
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -93,51 +97,59 @@ class Score:
         Args:
             replies: of the recipe.
             unpruned: to the same questions, or to more.
-            quality: `accuracy` or `agreement`.
+            quality: see `Replies.judged`.
             times: shares of its time, where they were measured.
         """
         good, asked = replies.judged(quality), len(replies)
-        paired = Paired.of(unpruned.judged(quality)[:asked], good)
         flops, kv = (
             a / b if b else 1.0 for a, b in zip(replies.after, replies.before, strict=True)
         )
-        return cls(
-            asked,
-            sum(good) / asked,
-            wilson(sum(good), asked),
-            paired,
-            sum(replies.agrees) / asked,
-            math.fsum(replies.kl) / asked,
-            {"flops": flops, "kv": kv, **times},
-        )
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """In the units of targets."""
-        return {
-            "accuracy": 100 * self.paired.difference,
-            "agreement": 100 * self.agreement,
-            "kl": self.kl,
-            **self.costs,
+        metrics = {
+            "agreement": 100 * sum(replies.agrees) / asked,
+            "kl": math.fsum(replies.kl) / asked,
+            "flops": flops,
+            "kv": kv,
+            **times,
         }
+        if replies.right:
+            metrics["accuracy"] = difference(unpruned.right[:asked], replies.right)[0]
+        if replies.state:
+            metrics["state"] = math.fsum(replies.state) / asked
+        change = difference(unpruned.judged(quality)[:asked], good)
+        return cls(asked, math.fsum(good) / asked, _interval(good), change, metrics)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values; shares are not in per cent, but the change is in points."""
-        change, half = 100 * self.paired.difference, 100 * self.paired.half_width
+        """As JSON values; the change is in points."""
         return {
             "asked": self.asked,
             "quality": self.quality,
             "interval": list(self.interval),
-            "change": change,
-            "change_interval": [change - half, change + half],
-            "agreement": self.agreement,
-            "kl": self.kl,
-            "costs": self.costs,
+            "change": self.change[0],
+            "change_interval": list(self.change[1:]),
+            **{name: self.metrics[name] for name in ("kl", "state") if name in self.metrics},
+            "agreement": self.metrics["agreement"] / 100,
+            "costs": {name: self.metrics[name] for name in COSTS if name in self.metrics},
         }
 
 
-def difference(first: Sequence[bool], second: Sequence[bool]) -> tuple[float, float, float]:
-    """Points that the second wins over the first on the same questions, and their 95 % interval."""
-    paired = Paired.of(first, second)
-    change, half = 100 * paired.difference, 100 * paired.half_width
-    return change, change - half, change + half
+def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
+    """Points that the second wins over the first on the same questions, and their 95 % interval by
+    the normal approximation, as `foveate.bench.stats.Paired` has it of right and wrong.
+    """
+    change, half = _mean([b - a for a, b in zip(first, second, strict=True)])
+    return 100 * change, 100 * (change - half), 100 * (change + half)
+
+
+def _interval(good: Sequence[float]) -> tuple[float, float]:
+    """The interval of a share (Wilson), or of a mean."""
+    if set(good) <= {0, 1}:
+        return wilson(round(sum(good)), len(good))
+    mean, half = _mean(good)
+    return mean - half, mean + half
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half of its 95 % interval."""
+    count, total = len(values), math.fsum(values)
+    spread = math.fsum(value**2 for value in values) - total**2 / count
+    return total / count, Z * math.sqrt(max(spread, 0.0)) / count

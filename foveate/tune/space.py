@@ -11,25 +11,26 @@ import dataclasses
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
 from foveate.bench.levels import BASELINES
+from foveate.calibration.vflowopt import SearchSpace
 from foveate.core import Method, get_method, list_methods
 from foveate.core.encoder_schedule import EncoderScheduled
 from foveate.core.fields import Range, hints_of
 from foveate.core.layerwise import Layerwise
 from foveate.core.schedule import Scheduled
 from foveate.core.video import VideoMethod
-from foveate.errors import FoveateError, InputError
+from foveate.errors import BudgetError, FoveateError, InputError
+from foveate.methods.vflowopt import VFlowOpt
 from foveate.tune.planning import LEAST, Planner, Recipe, Sketch
 
 NOBODY = "none"
 DROPS = 3
 """Most drops of a schedule."""
 _NOT_SEARCHED = {"keep", "layers", "r", "as_released", "seed", "inflect", "every"}
-_RANGES = {"vflowopt.threshold": (0.0, 50.0), "vflowopt.cell": (3.0, 24.0)}
-"""Where fields without an upper bound are looked for: VFlowOpt's published ranges."""
 Part = Callable[[float], Method]
 
 
@@ -92,6 +93,8 @@ class Space:
             "published"
         ):
             return lambda scale: _make(cls, keep=scale)
+        if issubclass(cls, VFlowOpt):
+            return self._vflowopt(trial)
         fields = self._fields(trial, cls)
         if issubclass(cls, Layerwise):
             return self._layerwise(trial, cls, fields)
@@ -115,7 +118,7 @@ class Space:
                     chosen["positions"] = trial.suggest_categorical(name, _POSITIONS)
             elif choices := _choices(hints.get(field.name)):
                 chosen[field.name] = trial.suggest_categorical(name, choices)
-            elif (found := _RANGES.get(name, _range(hints.get(field.name)))) is not None:
+            elif (found := _range(hints.get(field.name))) is not None:
                 chosen[field.name] = trial.suggest_float(name, *found)
         return chosen
 
@@ -159,6 +162,19 @@ class Space:
 
         return make
 
+    def _vflowopt(self, trial: Any) -> Part:
+        """The space of VFlowOpt's own calibration; the scale is what a layer sees on average."""
+        names = ("keep", "ratio", "threshold", "cell")
+        places = _Places({name: trial.suggest_float(f"vflowopt.{name}", 0, 1) for name in names})
+
+        def make(scale: float) -> Method:
+            found = SearchSpace.of(self.family, min(scale, 0.999)).propose(places)
+            if found is None:
+                raise BudgetError("vflowopt: what its first two drops leave uses up the budget")
+            return found
+
+        return make
+
     def _why_not(self, slug: str) -> str:
         """Why a method is not searched; empty where it is."""
         cls = get_method(slug)
@@ -179,6 +195,16 @@ class Space:
             f"the encoder, which it leaves whole, takes more than {over[0]}<="
             f"{self._limits[over[0]]:g}x" if over else ""
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Places:
+    """A trial whose numbers are known by where in their range they lie, from 0 to 1."""
+
+    of: Mapping[str, float]
+
+    def suggest_float(self, name: str, low: float, high: float) -> float:
+        return low + self.of[name] * (high - low)
 
 
 _POSITIONS = ["original", "renumbered"]

@@ -192,11 +192,11 @@ class Study:
         over = [(score.metrics[t.metric] - t.value) * (1 if t.at_most else -1) for t in known]
         for target, value in zip(known, over, strict=True):
             trial.set_constraint(target.metric, value)
-        unmeasured = [cost for cost in self._aim.minimize if cost not in score.costs]
+        unmeasured = [cost for cost in self._aim.minimize if cost not in score.metrics]
         if unmeasured:
             study.tell(trial, state=_refusal(TrialState, self._aim))
             return
-        costs = [score.costs[cost] for cost in self._aim.minimize]
+        costs = [score.metrics[cost] for cost in self._aim.minimize]
         study.tell(trial, [score.interval[0], *costs])
 
     # -- asking

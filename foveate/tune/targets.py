@@ -14,8 +14,11 @@ QUALITIES = {
     "accuracy": "points that are lost or won against the unpruned model, as -1",
     "agreement": "per cent of answers that are the unpruned model's, as 98",
     "kl": "nats between first words, as 0.1",
+    "state": "cosine of final states of the last prompt token, as 0.95",
 }
 """What is measured on answers -> its unit."""
+OBJECTIVES = ("accuracy", "agreement", "state")
+"""Those that a search can make as good as possible."""
 COSTS = ("flops", "kv", "ttft", "latency")
 """Shares of what the unpruned model needs: FLOPs and cache bytes of the prompt, milliseconds to the
 first token and to the end of the answer.
@@ -91,9 +94,12 @@ def parse_target(text: str) -> Target:
 
 
 def _check_range(target: Target, text: str) -> None:
-    low, high = {"accuracy": (-100, 100), "agreement": (0, 100), "kl": (0, math.inf)}.get(
-        target.metric, (0, 1)
-    )
+    low, high = {
+        "accuracy": (-100, 100),
+        "agreement": (0, 100),
+        "kl": (0, math.inf),
+        "state": (-1, 1),
+    }.get(target.metric, (0, 1))
     if not low <= target.value <= high or (target.metric in COSTS and not target.value):
         raise InputError(f"--target {quoted(text)}: {target.metric} lies from {low} to {high:g}")
 
@@ -113,17 +119,27 @@ class Aim:
     quality: str
 
     @classmethod
-    def of(cls, targets: Iterable[str], minimize: Iterable[str], answered: bool) -> Aim:
+    def of(
+        cls,
+        targets: Iterable[str],
+        minimize: Iterable[str],
+        answered: bool,
+        objective: str | None = None,
+    ) -> Aim:
         """What the command line asks for.
 
         Args:
             targets: see `parse_target`.
             minimize: names of `COSTS`.
             answered: whether the questions have answers.
+            objective: of `OBJECTIVES`; by default accuracy, or agreement where nothing is answered.
 
         Raises:
             InputError: a text is wrong, or what is asked for makes no search.
         """
+        quality = objective or ("accuracy" if answered else "agreement")
+        if quality not in OBJECTIVES:
+            raise InputError(f"--objective takes {', '.join(OBJECTIVES)}, got {quoted(quality)}")
         found = tuple(map(parse_target, targets))
         wanted = tuple(dict.fromkeys(minimize))
         named = [target.metric for target in found]
@@ -133,9 +149,9 @@ class Aim:
         for cost in wanted:
             if cost not in COSTS:
                 raise InputError(f"--minimize takes {', '.join(COSTS)}, got {quoted(cost)}")
-        if "accuracy" in named and not answered:
+        if "accuracy" in (*named, quality) and not answered:
             raise InputError(
-                "--target accuracy needs questions with an `answer`; without, bound agreement or kl"
+                "accuracy needs questions with an `answer`; without, go by agreement or kl"
             )
         if not wanted and not set(named) & set(COSTS):
             raise InputError(
@@ -145,7 +161,12 @@ class Aim:
         if wanted and not set(named) & set(QUALITIES):
             bound = "accuracy>=-1" if answered else "agreement>=98"
             raise InputError(f"--minimize needs a bound on quality too, as --target {bound}")
-        return cls(found, wanted, "accuracy" if answered else "agreement")
+        return cls(found, wanted, quality)
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether final states are compared."""
+        return "state" in (self.quality, *(target.metric for target in self.targets))
 
     def bound(self, metric: str) -> float | None:
         """The bound on a metric, if there is one."""

@@ -49,7 +49,7 @@ class Verdict:
         scores = [c.scored for c in met]
         both = Aim(aim.targets, aim.minimize or aim.costs, aim.quality)
         front = [c for c in met if not any(dominates(s, c.scored, both) for s in scores)]
-        front.sort(key=lambda candidate: (candidate.scored.costs[aim.costs[0]], candidate.number))
+        front.sort(key=lambda candidate: (candidate.scored.metrics[aim.costs[0]], candidate.number))
         return cls(aim, found, best[0] if best else None, published, front)
 
     @property
@@ -148,12 +148,12 @@ def _asked(
 def _rank(candidate: Candidate, aim: Aim) -> tuple[float, ...]:
     """Sorts finalists that meet all targets, the best first."""
     score = candidate.scored
-    costs = [score.costs[cost] for cost in aim.minimize]
-    return (*costs, -score.quality, score.kl, candidate.number)
+    costs = [score.metrics[cost] for cost in aim.minimize]
+    return (*costs, -score.quality, score.metrics["kl"], candidate.number)
 
 
 def _shares(search: Replies, held_out: Replies | None, quality: str) -> dict[str, float]:
-    """Share of good answers of the unpruned model."""
+    """Mean quality of the unpruned model."""
     found = {"search": search, "held_out": held_out}
     return {
         name: sum(replies.judged(quality)) / len(replies)

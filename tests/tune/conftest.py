@@ -60,7 +60,7 @@ class Planted:
         more = self.dearer if recipe else 1
         after = (round(1e6 * more * costs["flops"]), round(1e6 * more * costs["kv"]))
         count = len(numbers)
-        return Replies(right, right, (1 - share,) * count, (10**6,) * 2, after)
+        return Replies(right, right, (1 - share,) * count, (), (10**6,) * 2, after)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,22 @@
 """`foveate tune`, as a user calls it, on the embedded model."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import foveate
 from foveate import tiny
+from foveate.calibration.search import last_state
 from foveate.cli import app
+from foveate.core.from_text import make_methods
 from foveate.core.resolve import methods_of
+from foveate.families import find_family
+from foveate.training.prepare import session_of
 from foveate.tune.asking import Asker
-from foveate.tune.data import read_rows
+from foveate.tune.data import Split, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +41,21 @@ def tune(*arguments):
 def tuned(questions, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     options = ["--target", "flops<=0.3x", "--methods", "cls-drop,fastv", "--trials", 5]
-    done = tune(questions, *options, "--out", out, "--first", 6, "--max-new-tokens", 3)
+    asked, ask = [], Asker.ask
+
+    def noted(self, methods, numbers):
+        asked.append(tuple(numbers))
+        return ask(self, methods, numbers)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Asker, "ask", noted)
+        done = tune(questions, *options, "--out", out, "--first", 6, "--max-new-tokens", 3)
     assert done.exit_code == 0, done.output
-    return out, done.stdout, [questions, *options]
+    return out, done.stdout, [questions, *options], asked
 
 
-def test_the_recipe_is_taken_by_all(tuned, questions):
-    out, printed, _ = tuned
+def test_the_recipe_is_taken_by_all(tuned, questions, tmp_path):
+    out, printed, _, _ = tuned
     path = out / "foveate.json"
     assert str(path) in " ".join(printed.split())
     model, _ = tiny.load()
@@ -50,23 +64,37 @@ def test_the_recipe_is_taken_by_all(tuned, questions):
     image = questions.with_name("0.png")
     ran = CliRunner().invoke(app, ["run", "tiny", str(image), "what?", "--method", str(path)])
     assert ran.exit_code == 0, ran.output
+    assert make_methods([str(path)]) == recipe  # what `serve` and `batch` make of --method
+    beside = tmp_path / "model"
+    shutil.copytree(tiny.PATH, beside)
+    shutil.copyfile(path, beside / path.name)
+    assert session_of(foveate.load(beside)).methods == recipe
 
 
 def test_the_report_says_what_was_measured(tuned, questions):
-    out, _, _ = tuned
+    out, _, _, _ = tuned
     report = json.loads((out / "report.json").read_text())
     (chosen,) = [c for c in report["candidates"] if c["trial"] == report["chosen"]]
     assert methods_of(chosen["methods"]) == methods_of(str(out / "foveate.json"))
     assert chosen["search"]["costs"]["flops"] <= 0.3
     low, high = chosen["held_out"]["interval"]
-    assert low <= chosen["held_out"]["quality"] <= high
+    assert low - 1e-9 <= chosen["held_out"]["quality"] <= high + 1e-9
     counts = report["questions"]
     assert counts["search"] + counts["held_out"] == len(read_rows(questions))
     assert chosen["held_out"]["asked"] == counts["held_out"]
 
 
+def test_held_out_questions_come_last(tuned, questions):
+    *_, asked = tuned
+    split = Split.of(read_rows(questions), 0.4, seed=0)
+    held = [set(numbers) == set(split.held_out) for numbers in asked]
+    first = held.index(True)
+    assert all(held[first:])
+    assert not {n for numbers in asked[:first] for n in numbers} & set(split.held_out)
+
+
 def test_called_again_it_asks_nothing_anew(tuned, monkeypatch):
-    out, _, options = tuned
+    out, _, options, _ = tuned
     before = (out / "foveate.json").read_bytes(), (out / "asked.jsonl").read_bytes()
     monkeypatch.setattr(Asker, "ask", lambda *a: pytest.fail("asked anew"))
     done = tune(*options, "--out", out, "--first", 6, "--max-new-tokens", 3)
@@ -78,9 +106,7 @@ def test_replies_are_those_of_a_plain_run(questions):
     model, processor = tiny.load()
     rows = read_rows(questions)[:6]
     asker = Asker(model, processor, rows, batch=4, max_new_tokens=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(asker, "_seen", lambda numbers: None)
-        mine = asker.ask(methods_of("divprune", keep=0.05), range(6))
+    mine = asker.ask(methods_of("divprune", keep=0.05), range(6))
     unpruned = asker.ask((), range(6))
     right, agrees = [], []
     for number, row in enumerate(rows):
@@ -115,3 +141,26 @@ def test_wrong_options_are_one_line(questions, tmp_path, options, said):
     assert done.exit_code == 2
     (line,) = [line for line in done.stderr.splitlines() if "error:" in line]
     assert said in line
+
+
+def test_states_can_be_the_objective(questions, tmp_path):
+    """What VFlowOpt's calibration maximises, on questions whose answers do not count."""
+    options = ["--target", "flops<=0.5x", "--methods", "vflowopt", "--objective", "state"]
+    done = tune(questions, *options, "--trials", 3, "--out", tmp_path, "--first", 6)
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    (chosen,) = [c for c in report["candidates"] if c["trial"] == report["chosen"]]
+    assert chosen["methods"][0]["method"] == "vflowopt"
+    assert report["unpruned"]["search"] == pytest.approx(1.0)
+    full = [c["search"] for c in report["candidates"] if not c["why_out"]]
+    assert chosen["search"]["quality"] == max(score["quality"] for score in full)
+    model, processor = tiny.load()
+    asker = Asker(model, processor, read_rows(questions)[:3], states=True)
+    replies = asker.ask(methods_of(chosen["methods"]), range(3))
+    family = find_family(model)
+    states = [last_state(family, asker.inputs(range(3)))]
+    with foveate.use(model, methods_of(chosen["methods"])):
+        states.append(last_state(family, asker.inputs(range(3))))
+    wanted = torch.nn.functional.cosine_similarity(*states, dim=1)
+    assert replies.state == pytest.approx(wanted.tolist(), abs=1e-5)
+    assert min(replies.state) < 0.999

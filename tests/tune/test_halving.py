@@ -2,8 +2,9 @@
 
 import pytest
 
+from foveate.bench.stats import Paired
 from foveate.tune.halving import Candidate, promoted, rungs, why_stop
-from foveate.tune.replies import Replies, Score
+from foveate.tune.replies import Replies, Score, difference
 from foveate.tune.targets import Aim
 
 AIM = Aim.of(["flops<=0.5x"], [], True)
@@ -12,7 +13,7 @@ BOTH = Aim.of(["accuracy>=-10"], ["flops"], True)
 
 
 def candidate(number, right, flops=0.5, kl=0.0):
-    replies = Replies(right, right, (kl,) * len(right), (100, 100), (round(100 * flops), 50))
+    replies = Replies(right, right, (kl,) * len(right), (), (100, 100), (round(100 * flops), 50))
     score = Score.of(replies, Replies((True,) * len(right), (True,) * len(right)), "accuracy", {})
     return Candidate(number, (), tuple, {}, replies=replies, score=score)
 
@@ -65,3 +66,11 @@ def test_who_cannot_meet_the_target_stops():
     said = why_stop(candidate(1, some(20, 40)), unpruned, [], BOTH)
     assert "below accuracy>=-10" in said
     assert why_stop(candidate(1, some(34, 40)), unpruned, [], BOTH) == ""
+
+
+def test_differences_are_those_of_pairs_of_right_and_wrong():
+    first, second = some(30, 40), (False,) * 5 + (True,) * 31 + (False,) * 4
+    paired = Paired.of(first, second)
+    change, low, high = difference(first, second)
+    assert change == pytest.approx(100 * paired.difference)
+    assert high - low == pytest.approx(200 * paired.half_width)

@@ -89,3 +89,20 @@ def test_a_recipe_in_one_line():
 
 def test_the_typical_size_is_the_median():
     assert typical([(10, 10), (1, 1), (30, 2)]) == (30, 2)
+
+
+def test_vflowopt_is_searched_as_its_calibration_does(account):
+    """Within the published ranges, and with the average that the scale is."""
+    space = Space(account, ["vflowopt"], {})
+    places = {"keep": 0.5, "ratio": 0.5, "threshold": 0.5, "cell": 0.0}
+    choice = {f"vflowopt.{name}": value for name, value in places.items()}
+    choice |= {"early": "vflowopt", "late": "none", "vflowopt.fields": "searched"}
+    sketch = space.draw(optuna.trial.FixedTrial(choice))
+    (method,) = sketch(0.25)
+    first, second, last = method.keep
+    assert (method.threshold, method.cell) == (25.0, 3.0)
+    assert first == pytest.approx(1.25 * 0.25)
+    assert second / first == pytest.approx((0.533 + 1) / 2)
+    layers, depth = method.published_layers(account.family), account.family.text_layers
+    seen = layers[0] * first + (layers[1] - layers[0]) * second + (depth - layers[1]) * last
+    assert seen / depth == pytest.approx(0.25)

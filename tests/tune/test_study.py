@@ -46,8 +46,8 @@ def test_the_cheapest_that_meets_the_target_is_chosen(tune, planner):
     )
     score = verdict.chosen.scored
     assert score.metrics["accuracy"] >= -10
-    assert 0.3 < score.costs["flops"] < 0.6
-    costs = [c.scored.costs["flops"] for c in verdict.front]
+    assert 0.3 < score.metrics["flops"] < 0.6
+    costs = [c.scored.metrics["flops"] for c in verdict.front]
     qualities = [c.scored.quality for c in verdict.front]
     assert costs == sorted(costs)
     assert qualities == sorted(qualities)
@@ -57,13 +57,13 @@ def test_everyone_keeps_to_the_account_before_anything_runs(tune, planner):
     verdict, calls, _ = tune(at_the_first_layer)
     for recipe, _ in calls:
         assert not recipe or planner.shares(recipe)["flops"] <= 0.25
-    assert verdict.chosen.scored.costs["flops"] <= 0.25
+    assert verdict.chosen.scored.metrics["flops"] <= 0.25
 
 
 def test_what_costs_more_than_planned_is_made_smaller(tune):
     """As methods do that decide by the tokens how many survive."""
     verdict, _, _ = tune(at_the_first_layer, dearer=1.3)
-    costs = [c.scored.costs["flops"] for c in verdict.found.finalists]
+    costs = [c.scored.metrics["flops"] for c in verdict.found.finalists]
     assert costs
     assert all(0.23 < cost <= 0.25 for cost in costs)
 

@@ -30,6 +30,7 @@ def test_targets_are_read(text, wanted):
         ("ttft>=0.5x", "bounded with <="),
         ("accuracy<=1", "bounded with >="),
         ("flops<=1.5x", "from 0 to 1"),
+        ("state>=2", "from -1 to 1"),
         ("flops<=0x", "from 0 to 1"),
         ("flops<=..x", "not a number"),
     ],

@@ -44,6 +44,10 @@ def tune(
     minimize: Annotated[
         list[str] | None, typer.Option(help="flops, kv, ttft or latency; may be repeated.")
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="What is made good: accuracy, agreement, or state, as VFlowOpt does."),
+    ] = None,
     methods: Annotated[
         str | None, typer.Option(help="Names by commas; by default all that work.")
     ] = None,
@@ -74,6 +78,7 @@ def tune(
     options = Options(
         targets=tuple(target or ()),
         minimize=tuple(minimize or ()),
+        objective=objective,
         methods=None
         if methods is None
         else tuple(filter(None, methods.replace(" ", "").split(","))),

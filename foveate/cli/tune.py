@@ -57,23 +57,7 @@ def search(
     console = stdout()
     if (out / LEDGER).exists():
         console.print(f"going on from {escape(str(out / LEDGER))}", soft_wrap=True)
-    with progress() as steps:
-        steps.say(f"loading {model}")
-        loaded, processor = load_model(model, *weights)
-        steps.say("asking with all tokens", options.plan.trials)
-        done = 0
-
-        def tick(found: Found) -> None:
-            nonlocal done
-            done += 1
-            steps.name(f"searching, {len(found.refused)} refused")
-            steps.tick()
-
-        def judging(count: int) -> Callable[[], object]:
-            steps.say("asking held-out questions", count)
-            return steps.tick
-
-        verdict = job.run(loaded, processor, tick, judging)
+    verdict = _run(job, weights)
     show(verdict, console)
     console.print(f"report saved in {escape(str(out / REPORT))}", soft_wrap=True)
     if verdict.chosen is None:
@@ -84,6 +68,24 @@ def search(
         )
     path = escape(str(out / FILE))
     console.print(f"recipe saved in {path}; use it with --method {path}", soft_wrap=True)
+
+
+def _run(job: Tuning, weights: tuple[str, str]) -> Verdict:
+    """Load the model and search; shows progress."""
+    with progress() as steps:
+        steps.say(f"loading {job.model}")
+        loaded, processor = load_model(job.model, *weights)
+        steps.say("asking with all tokens", job.options.plan.trials)
+
+        def tick(found: Found) -> None:
+            steps.name(f"searching, {len(found.refused)} refused")
+            steps.tick()
+
+        def judging(count: int) -> Callable[[], object]:
+            steps.say("asking held-out questions", count)
+            return steps.tick
+
+        return job.run(loaded, processor, tick, judging)
 
 
 def show(verdict: Verdict, console: Console) -> None:

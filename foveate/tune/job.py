@@ -111,7 +111,6 @@ class Tuning:
         """
         began, options = time.process_time(), self.options
         asker = asker or self._asker(model, processor)
-        ends = None if options.minutes is None else time.monotonic() + 60 * options.minutes
         message = f"another search writes to {shown(self.out)}; wait for it, or name another --out"
         with locked(self.out / ".lock", message):
             ledger = Ledger(self.out / LEDGER, self._settings(model))
@@ -119,12 +118,12 @@ class Tuning:
             limits = {c: b for c in ("flops", "kv") if (b := self.aim.bound(c)) is not None}
             space = Space(planner, options.methods, limits)
             search = self.split.search
-            timer = None
-            if self.aim.timed:
-                timer = Timer(asker, search[0], options.repeats, options.max_new_tokens)
+            steps = options.max_new_tokens
+            timed = self.aim.timed
+            timer = Timer(asker, search[0], options.repeats, steps) if timed else None
             study = Study(
                 self.aim, options.plan, space, planner, asker, search, ledger, timer,
-                lambda: ends is not None and time.monotonic() > ends, tick,
+                _clock(options.minutes), tick,
             )  # fmt: skip
             verdict = Verdict.of(study.run(), self.aim)
             after = judging(len(verdict.to_judge) + 1)
@@ -153,11 +152,10 @@ class Tuning:
     def _settings(self, model: Any) -> dict[str, Any]:
         """What must be the same for the record of a search to be of use."""
         options = asdict(self.options)
-        del options["minutes"]
+        del options["minutes"], options["plan"]["trials"]
         text = json.dumps([_described(row, self.data.parent) for row in self.rows])
         return {
             **options,
-            "plan": asdict(self.options.plan),
             "model": fingerprint(model),
             "dtype": str(model.dtype),
             "device": model.device.type,
@@ -181,6 +179,12 @@ class Tuning:
             Saved(verdict.chosen.recipe).write(self.out)
         else:
             recipe.unlink(missing_ok=True)
+
+
+def _clock(minutes: float | None) -> Callable[[], bool]:
+    """Tells whether so many minutes from now are over."""
+    ends = None if minutes is None else time.monotonic() + 60 * minutes
+    return lambda: ends is not None and time.monotonic() > ends
 
 
 def _described(row: Row, folder: Path) -> list[Any]:

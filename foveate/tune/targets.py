@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from foveate.errors import InputError
@@ -153,14 +153,7 @@ class Aim:
             raise InputError(
                 "accuracy needs questions with an `answer`; without, go by agreement or kl"
             )
-        if not wanted and not set(named) & set(COSTS):
-            raise InputError(
-                "nothing to save: name a cost with --minimize, or bound one, as --target "
-                "flops<=0.5x"
-            )
-        if wanted and not set(named) & set(QUALITIES):
-            bound = "accuracy>=-1" if answered else "agreement>=98"
-            raise InputError(f"--minimize needs a bound on quality too, as --target {bound}")
+        _check_search(wanted, set(named), answered)
         return cls(found, wanted, quality)
 
     @property
@@ -182,3 +175,14 @@ class Aim:
         """The costs that matter: minimised ones first, then bounded ones; FLOPs always."""
         bounded = [target.metric for target in self.targets if target.metric in COSTS]
         return tuple(dict.fromkeys((*self.minimize, *bounded, "flops")))
+
+
+def _check_search(minimize: Sequence[str], named: set[str], answered: bool) -> None:
+    """Refuse what leaves nothing to save, or nothing that must not be lost."""
+    if not minimize and not named & set(COSTS):
+        raise InputError(
+            "nothing to save: name a cost with --minimize, or bound one, as --target flops<=0.5x"
+        )
+    if minimize and not named & set(QUALITIES):
+        bound = "accuracy>=-1" if answered else "agreement>=98"
+        raise InputError(f"--minimize needs a bound on quality too, as --target {bound}")

@@ -14,7 +14,7 @@ export TOKENIZERS_PARALLELISM ?= false
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[bench,calibrate,large,ray,serve,train,video]' \
+		--editable '.[bench,calibrate,large,ray,serve,train,tune,video]' \
 		hypothesis mypy openai peft playwright psutil pytest pytest-timeout pytest-xdist ruff scipy \
 		torch-pruning trl
 	@touch $@

@@ -27,8 +27,8 @@ READING = re.compile(r"^(\| \d \| .*?\| `([\w/]+\.py)` `(\w+)` \| )(\d+)", re.MU
 LONG = 40
 ORDER = (
     "lazy", "errors", "io", "tiny", "core", "ops", "record", "families", "signals", "engine",
-    "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "large",
-    "testing", "foveate", "integrations", "batch", "serve", "cli", "__main__",
+    "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "tune",
+    "large", "testing", "foveate", "integrations", "batch", "serve", "cli", "__main__",
 )  # fmt: skip
 """Parts of the package, the lowest first: each may import itself and those before it. `foveate`
 stands for the names that the library exports.

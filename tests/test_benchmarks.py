@@ -44,6 +44,13 @@ def test_the_page_on_segmentation_is_made_from_the_results():
         assert all(one["gflops"] >= two["gflops"] for one, two in pairwise(rows))
 
 
+def test_the_page_on_tuning_is_made_from_the_results():
+    script = _script("tune_page")
+    page = script.PAGE.read_text(encoding="utf-8")
+    made = script.page(page, json.loads(script.RESULT.read_text()))
+    assert page == made, "run python benchmarks/tune_page.py"
+
+
 def test_the_published_figures_are_those_of_the_script():
     published = _script("published")
     page = (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8")

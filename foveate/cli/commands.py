@@ -1,5 +1,5 @@
-"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `train`, `serve`, `demo`,
-`cite` and `env`.
+"""The commands: `run`, `batch`, `list`, `flops`, `bench`, `calibrate`, `tune`, `train`, `serve`,
+`demo`, `cite` and `env`.
 
 Help, and what is wrong with a command line, come without torch: nothing heavy is imported here.
 """
@@ -27,6 +27,7 @@ from foveate.cli.arguments import (
     run,
     serve,
     train,
+    tune,
 )
 from foveate.cli.arguments.list import list_
 from foveate.cli.console import hush, stderr
@@ -114,6 +115,7 @@ app.command("run", cls=_Command, help=run.HELP)(run.run)
 app.command("batch", cls=_Command, help=batch.HELP)(batch.batch)
 app.command("list", cls=_Command)(list_)
 app.command("calibrate", cls=_Command, help=calibrate.HELP)(calibrate.calibrate)
+app.command("tune", cls=_Command, help=tune.HELP)(tune.tune)
 app.command("flops", cls=_Command, help=flops.HELP)(flops.flops)
 app.command("demo", cls=_Command)(demo.demo)
 app.command("bench", cls=_Command, help=bench.HELP)(bench.bench)

@@ -1,0 +1,1 @@
+"""Search which methods, budgets and layers suit a model and questions of one's own."""

@@ -19,6 +19,7 @@ from foveate.methods import (
     PyramidDrop,
     ToMe,
     Uniform,
+    VisionSelector,
     VisionZip,
 )
 from tests.integrations.vllm.checkpoints import MAKERS
@@ -31,9 +32,14 @@ def plans():
     return Plans(MAKERS["llava"]()[0])
 
 
+def test_methods_that_have_learned_are_refused(plans):
+    why = plans.why_not(VisionSelector())
+    assert "by what it has learned, which a checkpoint of vLLM does not hold" in why
+
+
 def test_served_methods_act_before_the_language_model(plans):
     assert plans.served == [
-        "cdpruner", "divprune", "downsample", "fastervlm", "fopru", "hiprune", "holov", "idpruner",
+        "cdpruner", "divprune", "downsample", "fastervlm", "fopru", "hiprune", "holov", "idpruner", "m3",
         "prunesid", "random", "scope", "uniform", "visionzip", "vispruner", "vtc-cls",
     ]  # fmt: skip
 

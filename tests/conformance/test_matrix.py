@@ -47,8 +47,8 @@ def page(entries):
 
 @pytest.fixture(scope="module")
 def written(request):
-    """Where to put entries, or `None` if they are compared; written when all tests have run, without
-    cells that nobody ever found out.
+    """Where to put entries, or `None` if they are compared; written when all tests have run,
+    without cells that nobody ever found out.
     """
     if not request.config.getoption("--write-support"):
         yield None

@@ -39,8 +39,8 @@ def test_methods_that_have_learned_are_refused(plans):
 
 def test_served_methods_act_before_the_language_model(plans):
     assert plans.served == [
-        "cdpruner", "divprune", "downsample", "fastervlm", "fopru", "hiprune", "holov", "idpruner", "m3",
-        "prunesid", "random", "scope", "uniform", "visionzip", "vispruner", "vtc-cls",
+        "cdpruner", "divprune", "downsample", "fastervlm", "fopru", "hiprune", "holov", "idpruner",
+        "m3", "prunesid", "random", "scope", "uniform", "visionzip", "vispruner", "vtc-cls",
     ]  # fmt: skip
 
 

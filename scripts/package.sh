@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 # The source distribution from the tree, and the wheel from that: so it holds what a wheel needs.
 "$python" -m venv "$work/build"
 "$work/build/bin/python" -m pip install --quiet --disable-pip-version-check build
-"$work/build/bin/python" -m build --outdir dist .
+"$work/build/bin/python" -m build --outdir dist . > "$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 [ -n "${NO_TRY:-}" ] && exit
 
 "$python" -m venv "$work/env"

@@ -47,7 +47,7 @@ NEIGHBOURS = 7
 @register(
     "flashvid",
     stage="pre_llm",
-    does="video: merges trees through frames",
+    does="video: merges trees of frames",
     needs=("received_attention", "text_attention"),
     paper="Fan et al. 2026, arXiv:2602.08024",
 )

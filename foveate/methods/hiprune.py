@@ -40,7 +40,7 @@ from foveate.errors import InputError, LayerError
 @register(
     "hiprune",
     stage="pre_llm",
-    does="anchors, neighbours, and registers",
+    does="anchors, neighbours, registers",
     needs=("received_attention",),
     paper="Liu et al. 2025, arXiv:2508.00553",
 )

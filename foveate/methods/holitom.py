@@ -38,7 +38,7 @@ from foveate.ops.clustering import dpc_knn
 @register(
     "holitom",
     stage="pre_llm",
-    does="video: merges over time and space",
+    does="video: merges in time and space",
     needs=("received_attention",),
     paper="Shao et al. 2025, arXiv:2505.21334",
 )

@@ -36,7 +36,7 @@ from foveate.ops.saliency import saliency, saliency_need
 @register(
     "idpruner",
     stage="pre_llm",
-    does="important tokens, each unlike others",
+    does="important, unlike others kept",
     needs=("cls_attention", "received_attention"),
     paper="Tan et al. 2026, arXiv:2602.13315",
 )

@@ -40,7 +40,7 @@ from foveate.ops.saliency import saliency, saliency_need
 @register(
     "scope",
     stage="pre_llm",
-    does="salient tokens that cover others",
+    does="salient tokens covering others",
     needs=("cls_attention", "received_attention"),
     paper="Deng et al. 2025, arXiv:2510.24214",
 )

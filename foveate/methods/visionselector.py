@@ -61,7 +61,7 @@ class TokenScorer(nn.Module):
 @register(
     "visionselector",
     stage="pre_llm",
-    does="keeps what a scorer ranks highest",
+    does="keeps what a scorer prefers",
     paper="Zhu et al. 2025, arXiv:2510.16598",
 )
 @dataclass(frozen=True)

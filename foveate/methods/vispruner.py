@@ -41,7 +41,7 @@ AT_ONCE = 8
 @register(
     "vispruner",
     stage="pre_llm",
-    does="attended tokens, fewest repetitions",
+    does="attended, without repetitions",
     needs=("cls_attention", "received_attention"),
     paper="Zhang et al. 2024, arXiv:2412.01818",
 )

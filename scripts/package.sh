@@ -17,27 +17,22 @@ trap 'rm -rf "$work"' EXIT
 "$python" -m venv "$work/env"
 pip=("$work/env/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/constraints.txt")
 "${pip[@]}" torch
-for made in dist/*.whl dist/*.tar.gz; do
-  "${pip[@]}" --force-reinstall --no-deps "$root/$made"
-  "${pip[@]}" "$root/$made"
-  echo "trying $made"
-  (
-    cd "$work"
-    unset PYTHONPATH
-    export PATH="$work/env/bin:$PATH"
-    python -c "import foveate; assert foveate.__file__.startswith('$work/env'), foveate.__file__"
-    foveate --version
-    foveate env > /dev/null
-    foveate list > /dev/null
-    foveate list --families > /dev/null
-    foveate list --model tiny > /dev/null
-    foveate cite pyramiddrop > /dev/null
-    foveate demo --quick --repeats 1 > /dev/null
-    test -s demo-kept.png
-    # A method of one's own, as README.md shows it.
-    awk '/^```python/ {n++; inside = 1; next} /^```/ {inside = 0} inside && n == 2' \
-      "$root/README.md" > own_method.py
-    grep -q register own_method.py
-    python own_method.py
-  )
-done
+"${pip[@]}" "$root"/dist/*.tar.gz
+"$work/env/bin/foveate" --version
+"${pip[@]}" --force-reinstall --no-deps "$root"/dist/*.whl
+cd "$work"
+unset PYTHONPATH
+export PATH="$work/env/bin:$PATH"
+python -c "import foveate; assert foveate.__file__.startswith('$work/env'), foveate.__file__"
+foveate env > /dev/null
+foveate list > /dev/null
+foveate list --families > /dev/null
+foveate list --model tiny > /dev/null
+foveate cite pyramiddrop > /dev/null
+foveate demo --quick --repeats 1 > /dev/null
+test -s demo-kept.png
+# A method of one's own, as README.md shows it.
+awk '/^```python/ {n++; inside = 1; next} /^```/ {inside = 0} inside && n == 2' \
+  "$root/README.md" > own_method.py
+grep -q register own_method.py
+python own_method.py

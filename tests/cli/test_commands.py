@@ -152,7 +152,9 @@ def test_prompt_without_a_chat_template(embedded, scene):
 def test_errors_are_one_line_and_code_2(arguments, words, scene, tmp_path):
     notes = tmp_path / "notes.txt"
     notes.write_text("no image")
-    names = {"SCENE": scene, "TEXT": str(notes), "FOLDER": str(tmp_path)}
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    names = {"SCENE": scene, "TEXT": str(notes), "FOLDER": str(folder)}
     result = call("run", *(names.get(argument, argument) for argument in arguments))
     assert result.exit_code == 2
     assert result.stdout == ""

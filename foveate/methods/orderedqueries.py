@@ -117,10 +117,14 @@ class OrderedQueries(Learning):
         self, model: ModelFacts, step: Step, tokens: int, grid: tuple[int, int]
     ) -> int:
         """What the queries cost, counted on the meta device."""
-        count = min(self.keep, tokens)
+        if self.keep >= tokens:
+            return 0
+        rows = tokens // grid[1]  # of all frames
+        cells = rows * grid[1]
+        count = max(1, min(self.keep, cells) - (tokens - cells))
         learned = self.learned(model).to("meta")
-        x = torch.empty(1, grid[0] * grid[1], model.text_width, device="meta")
-        return flops_of(lambda: learned(x, grid, count)) if count < tokens else 0
+        x = torch.empty(1, cells, model.text_width, device="meta")
+        return flops_of(lambda: learned(x, (rows, grid[1]), count))
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """What the first `count` queries make of each image.

@@ -124,7 +124,9 @@ class TokenFLEX(Learning, Adaptive):
         self, model: ModelFacts, step: Step, tokens: int, grid: tuple[int, int]
     ) -> int:
         """What the SwiGLU costs, counted on the meta device."""
-        kept = self.count(tokens, tokens, step, 0)
+        frames = max(1, tokens // (grid[0] * grid[1]))
+        each = tokens // frames
+        kept = frames * self.count(each, each, step, 0)
         learned = self.learned(model).to("meta")
         return flops_of(lambda: learned(torch.empty(1, kept, model.text_width, device="meta")))
 

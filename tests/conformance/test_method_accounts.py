@@ -52,11 +52,20 @@ VARIANTS = {
 
 
 @contextmanager
-def apart(counter, methods):
+def apart(counter, methods, learned):
     """Sum up what methods compute of their signals, and merging and its undoing, which accounts
-    leave out.
+    leave out; but not what they have learned, which accounts count.
     """
     spent, inside = [], []
+
+    def counted(forward):
+        def call(*args, **kwargs):
+            before = counter.get_total_flops()
+            result = forward(*args, **kwargs)
+            spent.append(before - counter.get_total_flops())
+            return result
+
+        return call
 
     def wrapped(function):
         def call(*args, **kwargs):
@@ -77,10 +86,12 @@ def apart(counter, methods):
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in {*owners}:
             patch.setattr(owner, name, wrapped(getattr(owner, name)))
+        for module in learned:
+            patch.setattr(module, "forward", counted(module.forward))
         yield spent
 
 
-def run(model, inputs, methods):
+def run(model, inputs, methods, learned=()):
     """FLOPs of a prompt but for what is computed apart, and bytes of its cache.
 
     The kernel that layers in parts ask for is taken apart into products, which the counter sees.
@@ -89,7 +100,7 @@ def run(model, inputs, methods):
         torch.no_grad(),
         FlopCounterMode(display=False) as counter,
         sdpa_kernel(SDPBackend.MATH),
-        apart(counter, methods) as spent,
+        apart(counter, methods, learned) as spent,
     ):
         cache = model(**fresh(inputs), logits_to_keep=1, use_cache=True).past_key_values
     held, _ = cache_bytes(cache)
@@ -100,7 +111,7 @@ def errors(model, inputs, methods, plain):
     """How far an account and KV bytes are off, with methods and without."""
     family = find_family(model)
     with foveate.use(model, methods) as session:
-        got, held = run(model, inputs, methods)
+        got, held = run(model, inputs, methods, session.learned.values())
     after = account(session.record, family, methods, DENSE).total
     before = account(unpruned(session.record), family, (), DENSE).total
     stored = session.report()["kv_bytes"]

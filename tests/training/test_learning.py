@@ -184,6 +184,13 @@ def test_a_step_of_m3_is_the_mean_of_native_runs_at_each_scale(model, inputs):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("keep", [None, 36, 100])
+def test_m3_at_its_finest_scale_changes_no_bit(model, inputs, keep):
+    bare = logits_of(model, inputs)
+    with foveate.use(model, M3(keep=keep)):
+        assert torch.equal(logits_of(model, inputs), bare)
+
+
 def test_m3_refuses_scales_that_do_not_divide_the_grid_in_training(model, inputs):
     foveate.prepare(model.train(), M3(scales=(36, 16)))
     with pytest.raises(InputError, match=r"16 tokens of a grid of 6 x 6.*they make 36"):

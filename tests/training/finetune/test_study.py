@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(scope="module")
 def script():
     path = ROOT / "benchmarks" / "convergence_figure.py"
+    sys.path.insert(0, str(path.parent))  # where what it imports lies
     spec = importlib.util.spec_from_file_location("convergence_figure", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -84,7 +84,7 @@ def section(slug: str) -> str:
     out.append("\n".join(rows))
     if cls.needs:
         out.append(
-            "Asks for:\n"
+            "Asks for:\n\n"
             + "\n".join(f"- `{n}`: {SIGNALS[n].doc}" for n in dict.fromkeys(cls.needs))
         )
     return "\n\n".join(out)

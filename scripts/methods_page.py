@@ -71,7 +71,7 @@ def section(slug: str) -> str:
     what = intro.partition(": ")[2] or intro
     out = [f"### `{slug}`", what[:1].upper() + what[1:], summary]
     out += [linked(part) for part in about]
-    out += [part for part in rest if not part.startswith(("Args:", "Raises:", "Example:"))]
+    out += [part for part in rest if not part.startswith(("Args:", "Raises:", "Examples:"))]
     if cls.note:
         out.append(f"Every report says: {cls.note}")
     rows = ["| field | default | |", "|---|---|---|"]

@@ -53,7 +53,7 @@ package: .venv/.ready  ## wheel and sdist in dist/, tried in an empty environmen
 .venv/site/.ready: constraints.txt
 	$(PYTHON) -m venv .venv/site
 	.venv/site/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		mkdocstrings-python zensical
+		mkdocstrings-python ruff zensical
 	@touch $@
 
 site: .venv/site/.ready  ## the pages of docs/ as a website in site/; broken links fail

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test torchao matrix fuzz lint package clean
+.PHONY: demo test torchao matrix fuzz lint package site clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -50,5 +50,14 @@ lint: .venv/.ready  ## format, style and types
 package: .venv/.ready  ## wheel and sdist in dist/, tried in an empty environment
 	scripts/package.sh
 
+.venv/site/.ready: constraints.txt
+	$(PYTHON) -m venv .venv/site
+	.venv/site/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		mkdocstrings-python ruff zensical
+	@touch $@
+
+site: .venv/site/.ready  ## the pages of docs/ as a website in site/; broken links fail
+	.venv/site/bin/python -m zensical build --clean --strict
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

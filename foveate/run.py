@@ -73,7 +73,7 @@ def use(
     Raises:
         FoveateError: see `Session`; raised here, before anything runs.
 
-    Example:
+    Examples:
         >>> with foveate.use(model, "fastv", layer=2, keep=0.25) as run:  # doctest: +SKIP
         ...     out = model.generate(**inputs)
         >>> print(run.report())  # doctest: +SKIP

@@ -71,7 +71,7 @@ def section(slug: str) -> str:
     what = intro.partition(": ")[2] or intro
     out = [f"### `{slug}`", what[:1].upper() + what[1:], summary]
     out += [linked(part) for part in about]
-    out += [part for part in rest if not part.startswith(("Args:", "Raises:", "Example:"))]
+    out += [part for part in rest if not part.startswith(("Args:", "Raises:", "Examples:"))]
     if cls.note:
         out.append(f"Every report says: {cls.note}")
     rows = ["| field | default | |", "|---|---|---|"]
@@ -84,7 +84,7 @@ def section(slug: str) -> str:
     out.append("\n".join(rows))
     if cls.needs:
         out.append(
-            "Asks for:\n"
+            "Asks for:\n\n"
             + "\n".join(f"- `{n}`: {SIGNALS[n].doc}" for n in dict.fromkeys(cls.needs))
         )
     return "\n\n".join(out)

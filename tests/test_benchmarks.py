@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 import sys
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,36 @@ def test_the_page_on_tuning_is_made_from_the_results():
     page = script.PAGE.read_text(encoding="utf-8")
     made = script.page(page, json.loads(script.RESULT.read_text()))
     assert page == made, "run python benchmarks/tune_page.py"
+
+
+def test_the_page_on_choosing_is_made_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = _script("choose")
+    text = script.PAGE.read_text(encoding="utf-8")
+    assert text == script.page(text), "run python benchmarks/choose.py"
+    assert script.FIGURE.read_text() == script.figure()
+
+
+def test_the_page_on_choosing_names_the_most_accurate_that_is_cheap_enough(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = _script("choose")
+    found = [("a", 0.5, 0.9, 0.6), ("a", 0.25, 0.8, 0.4), ("b", 0.5, 0.85, 0.5), ("c", 0.5, 1, 0.4)]
+    names = ("method", "keep", "accuracy", "flops")
+    lines = [dict(zip(names, row, strict=True)) for row in found]
+    for most, best in ((0.65, [("a", 0.5), ("b", 0.5)]), (0.5, [("b", 0.5), ("a", 0.25)])):
+        chosen = script.fitting(lines, {"a", "b"}, most)
+        assert [(x["method"], x["keep"]) for x in chosen] == best
+
+
+def test_names_in_the_picture_do_not_overlap(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = _script("choose")
+    texts = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" fill="[^"]+">(.*?)<', script.figure())
+    shown = [x for x in script.load("quality")["lines"] if x["keep"] == script.SHOWN]
+    assert len(texts) == len(shown) > 20
+    boxes = [(float(x), float(y), float(x) + 5.5 * len(n), float(y) + 12) for x, y, n in texts]
+    for one, two in combinations(boxes, 2):
+        assert not sys.modules["_labelled"].meet(one, two)
 
 
 def test_the_published_figures_are_those_of_the_script():

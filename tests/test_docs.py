@@ -138,21 +138,3 @@ def test_figures_on_smaller_weights_are_those_of_the_result():
         share = f"{row['both / product']:.3f}"
         cells = row["tokens"], row["weights"], alone, shrunk, both, share
         assert f"| {' | '.join(cells)} |" in page
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "add-a-method.md",
-        "how-it-works.md",
-        "architecture.md",
-        "retrieval.md",
-        "segmentation.md",
-        "serving.md",
-        "combine.md",
-    ],
-)
-def test_links_of_the_pages_lead_somewhere(name):
-    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("https://") or (ROOT / "docs" / target).is_file(), target

@@ -25,7 +25,7 @@ _WORD = re.compile(r"[\w-]+")
 def normalise(text: str) -> str:
     """An answer without case, punctuation and articles, and with numbers as digits.
 
-    Example:
+    Examples:
         >>> normalise("The answer is Three.")
         '3'
     """

@@ -109,7 +109,7 @@ def calibrate(
         InputError: there are no samples, or `storage` holds a search with other settings.
         FoveateError: Optuna is not installed, or no trial meets the budget.
 
-    Example:
+    Examples:
         >>> best = calibrate(model, prompts, 0.25, storage="search.log")  # doctest: +SKIP
         >>> foveate.use(model, best)  # doctest: +SKIP
     """

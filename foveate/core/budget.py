@@ -40,7 +40,7 @@ def per_request(values: Sequence[Schedule]) -> PerRequest:
     Raises:
         BudgetError: a value is out of range, or schedules differ in length.
 
-    Example:
+    Examples:
         >>> per_request([0.5, 64])
         PerRequest(values=(0.5, 64))
     """

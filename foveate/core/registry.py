@@ -72,7 +72,7 @@ def get_method(name: str) -> type[Method]:
     Raises:
         UnknownMethodError: no such method; the message lists near matches.
 
-    Example:
+    Examples:
         >>> get_method("fastv")(layer=2, keep=0.5)
         FastV(layer=2, keep=0.5, positions=None)
     """

@@ -152,7 +152,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
         UnknownMethodError: no such method.
         FoveateError: a value is refused by the method.
 
-    Example:
+    Examples:
         >>> from_dict({"method": "fastv", "layer": 3})
         FastV(layer=3, keep=0.5, positions=None)
     """

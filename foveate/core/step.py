@@ -194,7 +194,7 @@ def entries(steps: Sequence[Step]) -> list[str]:
 def site_of(entry: str) -> tuple[str, int, int]:
     """Stage and layer of a name that `entries` made, and its number; 0 for the last at a site.
 
-    Example:
+    Examples:
         >>> site_of("llm:8#1"), site_of("pre_llm")
         (('llm', 8, 1), ('pre_llm', 0, 0))
     """

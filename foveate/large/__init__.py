@@ -1,6 +1,6 @@
 """Questions about images of any size, read by windows (LRS-VQA's Dynamic Image Pyramid).
 
-Example:
+Examples:
     >>> from foveate import large, tiny
     >>> model, processor = tiny.load()
     >>> scene = tiny.draw_scene(7, size=768)

@@ -252,7 +252,7 @@ def canvas_of(run: Any) -> Canvas:
     Raises:
         InputError: DToP has not run in it.
 
-    Example:
+    Examples:
         >>> with foveate.use(vit, DToP(exits=(5, 7), heads=heads)) as run:  # doctest: +SKIP
         ...     states = vit(pixels).last_hidden_state[:, 1:]
         >>> labels = canvas_of(run).map(final(states), size=(512, 512)).argmax(1)  # doctest: +SKIP

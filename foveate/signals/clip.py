@@ -27,7 +27,7 @@ class ClipText:
         model: the CLIP whose vision tower the vision-language model has.
         tokenizer: its tokenizer.
 
-    Example:
+    Examples:
         >>> clip = foveate.ClipText.from_pretrained("openai/clip-vit-large-patch14-336")
         ... # doctest: +SKIP
         >>> method = foveate.methods.CDPruner(relevance="clip")

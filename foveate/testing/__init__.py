@@ -1,6 +1,6 @@
 """For authors of methods: run the engine's promises on a method of one's own.
 
-Example:
+Examples:
     >>> from foveate.testing import check_method
     >>> print(check_method("divprune"))  # doctest: +SKIP
 """

@@ -72,7 +72,7 @@ def check_method(method: MethodLike) -> Checks:
         AssertionError: a check failed; the message lists all that did.
         FoveateError: the method cannot be made, or works on neither model.
 
-    Example:
+    Examples:
         >>> print(check_method("fastv"))  # doctest: +SKIP
     """
     found = methods_of(method)

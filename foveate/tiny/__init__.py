@@ -3,7 +3,7 @@
 It is an ordinary LLaVA of transformers with a few million weights: small enough for a laptop and
 for tests, and trained well enough that dropping the wrong visual tokens costs accuracy.
 
-Example:
+Examples:
     >>> from foveate import tiny
     >>> model, processor = tiny.load()
     >>> scene = tiny.draw_scene(7)

@@ -59,7 +59,7 @@ def prepare(
             logits of some tokens alone.
         FoveateError: the method has no parameters to be trained alone; and see `foveate.use`.
 
-    Example:
+    Examples:
         >>> model = foveate.prepare(model, foveate.methods.PyramidDrop())  # doctest: +SKIP
         >>> Trainer(model=model, args=args, train_dataset=data).train()  # doctest: +SKIP
         >>> foveate.save(model, "out")  # doctest: +SKIP

@@ -248,7 +248,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def describe(recipe: Recipe) -> str:
     """A recipe in one line: methods, and fields that are not as published.
 
-    Example:
+    Examples:
         >>> describe((get_method("fastv")(keep=0.25),))
         'fastv keep=0.25'
     """

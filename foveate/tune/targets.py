@@ -61,7 +61,7 @@ def parse_target(text: str) -> Target:
     Raises:
         InputError: it is none; the message says what is wrong and how it is written.
 
-    Example:
+    Examples:
         >>> parse_target("ttft<=0.5x")
         Target(metric='ttft', value=0.5)
     """

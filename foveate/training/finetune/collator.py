@@ -21,7 +21,7 @@ class Collator:
     Args:
         processor: the model's processor; it needs a chat template and a fast tokenizer.
 
-    Example:
+    Examples:
         >>> from foveate import tiny
         >>> from foveate.training.finetune import Collator, Scenes
         >>> batch = Collator(tiny.load()[1])([Scenes(1)[0]])

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test torchao matrix fuzz lint package clean
+.PHONY: demo test torchao matrix fuzz gpu lint package clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -41,6 +41,10 @@ CELLS ?= 5000
 SEED ?= 1
 fuzz: .venv/.ready  ## many random cells against the oracle; renews docs/reliability.md
 	$(BIN)/python -m tests.fuzz --cells $(CELLS) --seed $(SEED) --write
+
+gpu: .venv/.ready  ## all that needs one CUDA card, at most 25 minutes; renews docs/benchmarks.md
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS); status=$$?; \
+		$(BIN)/python benchmarks/table.py && exit $$status
 
 lint: .venv/.ready  ## format, style and types
 	$(BIN)/ruff format --check .

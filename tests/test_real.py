@@ -165,7 +165,7 @@ def test_a_local_model_and_task_go_through(folder):
     out = folder / "real.json"
     command = [
         sys.executable, str(ROOT / "benchmarks" / "real.py"), "--model", str(tiny.PATH), "--data",
-        str(folder), "--methods", "random,evs", "--budgets", "16", "--limit", "8", "--tokens",
+        str(folder), "--methods", "random,nosuch", "--budgets", "16", "--limit", "8", "--tokens",
         "256", "--repeats", "3", "--device", "cpu", "--out", str(out),
     ]  # fmt: skip
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
@@ -175,6 +175,6 @@ def test_a_local_model_and_task_go_through(folder):
     result = json.loads(out.read_text())
     full = result["cells"]["all tokens"]["scores"]["scenes"]
     assert full > result["cells"]["random at 16"]["scores"]["scenes"]
-    assert "compares the frames of a video" in result["cells"]["evs at 16"]["error"]
+    assert "unknown method 'nosuch'" in result["cells"]["nosuch at 16"]["error"]
     assert result["speed"]["16"]["random"]["median"] > 1
     assert f"| all | all tokens | {full:.1f} | 100.0 % |" in done.stdout

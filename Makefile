@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test torchao matrix fuzz lint package site clean
+.PHONY: demo test torchao matrix fuzz gpu real lint package site clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -41,6 +41,14 @@ CELLS ?= 5000
 SEED ?= 1
 fuzz: .venv/.ready  ## many random cells against the oracle; renews docs/reliability.md
 	$(BIN)/python -m tests.fuzz --cells $(CELLS) --seed $(SEED) --write
+
+gpu: .venv/.ready  ## all that needs one CUDA card, at most 25 minutes; renews docs/benchmarks.md
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS); status=$$?; \
+		$(BIN)/python benchmarks/table.py && exit $$status
+
+real:  ## a real model on lmms-eval's benchmarks: make real MODEL=hub-id-or-folder DATA=tasks-or-folder
+	scripts/lmms_eval.sh --install
+	build/lmms-eval/bin/python benchmarks/real.py --model "$(MODEL)" --data "$(DATA)" $(REAL_ARGS)
 
 lint: .venv/.ready  ## format, style and types
 	$(BIN)/ruff format --check .

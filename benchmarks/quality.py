@@ -2,7 +2,7 @@
 
 foveate bench --model tiny --methods all --tasks all --data DATA --out OUT
 python benchmarks/quality.py OUT/results.parquet   # writes results/quality.json and the page
-python benchmarks/quality.py                       # the page only
+python benchmarks/quality.py                       # the page only, with results of real.py
 
 python -m recipes.easy_vqa --data DATA --out MODEL --steps 160
 foveate bench --model MODEL --methods all --keep 0.25 --tasks easy-vqa --data DATA --out OUT \
@@ -16,6 +16,10 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _real_table import section
 
 from foveate.bench.levels import ALL
 from foveate.bench.store import Store
@@ -141,6 +145,8 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
     parts.append(table(["method", "status", "reason", "cells"], [
         [str(x).replace("|", "/") for x in row] for row in result["troubles"]
     ]))  # fmt: skip
+    files = sorted(RESULT.parent.glob("real_*.json"))
+    parts.append(section([json.loads(path.read_text()) for path in files]))
     return "\n".join(parts)
 
 

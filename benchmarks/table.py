@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from _gpu_targets import judged
+from gpu import LIMITS, results_of
+from gpu import read as read_gpu
 from speed import ON_CPU, ON_GPU
 
 RESULTS = Path(__file__).parent / "results"
@@ -295,13 +298,36 @@ def _speed_cells(row: dict[str, Any]) -> list[str]:
     return [speed["ttft"], speed["prefill"], share, speed["decode"], speed["throughput"], *mib]
 
 
+def gpu() -> str:
+    """Targets of a GPU beside what was measured there."""
+    parts = read_gpu(RESULTS)
+    about = (
+        "`make gpu` runs everything that needs one CUDA card, in at most "
+        f"{sum(LIMITS.values()):.0f} minutes: answers of each stage with flash kernels beside the "
+        "CPU's, waits of the host, decoding, selection, a training step, and the sweeps over batch "
+        "sizes above. Weights are random, but for the embedded model's."
+    )
+    if "machine" in parts:
+        m = parts["machine"]
+        where = f"{m.get('gpu', m['cpu'])}, torch {m['torch']}, transformers {m['transformers']}."
+    else:
+        where = "**Nobody has run it yet**, so the column of what was measured is empty."
+    failed = [
+        f"{name}: {part['error']}." for name, part in parts["parts"].items() if "error" in part
+    ]
+    rows = [verdict.cells for verdict in judged(results_of(RESULTS))]
+    return "\n\n".join([
+        "## One GPU", about, where, *failed, table(["", "target", "measured", "met"], rows),
+    ])  # fmt: skip
+
+
 def _bold(text: str, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
 def page() -> str:
     """The whole page."""
-    parts = [prefill(), speed(), decode(), families(), scoring(), selection(), encoders()]
+    parts = [prefill(), speed(), gpu(), decode(), families(), scoring(), selection(), encoders()]
     parts.append(attending())
     return "\n\n".join([INTRO.strip(), *parts]) + "\n"
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install lmms-eval (about 1 GB) in an environment of its own, and run the tests of its adapter.
+# With --install, no tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=build/lmms-eval
@@ -12,4 +13,5 @@ if [ ! -f "$folder/.ready" ]; then
 fi
 # A torchvision for CUDA beside a torch for CPUs breaks every image processor of transformers.
 "$python" -c 'import torchvision' 2>/dev/null || "$python" -m pip uninstall --quiet --yes torchvision
+[ "${1:-}" = --install ] && exit
 OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider tests/integrations/test_lmms_eval.py "$@"

@@ -21,6 +21,7 @@ from foveate.core import (
     list_methods,
 )
 from foveate.core.decode_selector import DecodeChoice, DecodeSelector
+from foveate.ops.saliency import SIGNALS as SALIENCY
 
 
 def readers_methods():
@@ -31,6 +32,14 @@ def readers_methods():
 def learning_methods():
     """Names of the methods that do something else in training, sorted."""
     return [name for name in readers_methods() if issubclass(get_method(name), Learning)]
+
+
+def needed(cls, family):
+    """Names of the signals that a method needs on a family; some need one of two."""
+    needs = set(cls.needs)
+    if needs >= {*SALIENCY}:
+        needs.remove(SALIENCY[family.class_token])
+    return needs
 
 
 # Methods inside the encoder that images in one sequence, or padded ones, are refused to.

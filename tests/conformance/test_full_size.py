@@ -11,10 +11,9 @@ from foveate.core import get_method
 from foveate.engine.planning import make_plan
 from foveate.errors import FoveateError
 from foveate.families import find_family
-from foveate.ops.saliency import SIGNALS as SALIENCY
 from foveate.signals import SIGNALS
 from tests.conformance.zoo.gemma3n import TowerConfig
-from tests.methods_for_tests import readers_methods
+from tests.methods_for_tests import needed, readers_methods
 
 # model type: decoder layers, encoder layers, the one the language model sees, class token
 SIZES = {
@@ -195,10 +194,7 @@ def test_methods_that_need_no_tower_plan_where_it_is_closed(model_type):
 def test_methods_plan_or_say_why_not(model_type, method):
     family = family_of(model_type)
     cls, reason = get_method(method), why_not(family, method)
-    needs = set(cls.needs)
-    if needs >= {*SALIENCY}:  # the one or the other
-        needs.remove(SALIENCY[family.class_token])
-    signals = [SIGNALS[need] for need in needs]
+    signals = [SIGNALS[need] for need in needed(cls, family)]
     if any(signal.class_token for signal in signals) and not SIZES[model_type][3]:
         assert "no class token" in reason
     elif family.encoder.packed is not None and not all(signal.varlen for signal in signals):

@@ -26,7 +26,7 @@ from foveate.methods import FastV
 from foveate.signals import SIGNALS
 from tests.conformance.tolerance import TOLERANCE
 from tests.conformance.zoo import MEMBERS
-from tests.methods_for_tests import ONE_BY_ONE, EveryThird, readers_methods
+from tests.methods_for_tests import ONE_BY_ONE, EveryThird, needed, readers_methods
 from tests.retrievers import (
     BUILT,
     IMAGE,
@@ -328,7 +328,7 @@ def why_not(family, method):
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_plan_on_a_model_of_real_size_or_say_why_not(name, slug):
     family, method = family_of(name), foveate.get_method(slug)
-    signals, reason = [SIGNALS[need] for need in method.needs], why_not(family, method)
+    signals, reason = [SIGNALS[need] for need in needed(method, family)], why_not(family, method)
     if any(signal.class_token for signal in signals):
         assert "no class token" in reason
     elif family.encoder.packed is not None and not all(signal.varlen for signal in signals):

@@ -12,8 +12,8 @@ import os
 
 LARGE = 100  # cells, from which on a test is drawn from
 FOLDERS = ("conformance", "vision")
-SHARES = {"test_cell": 20}  # one in so many; of other tests, one in eight
-SHARE = 8
+SHARES = {"test_cell": 40}  # one in so many; of other tests, one in twelve
+SHARE = 12
 SEED = "FOVEATE_DRAW_SEED"
 
 

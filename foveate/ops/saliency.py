@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.core.step import ModelFacts, Need
 from foveate.core.tokens import VisualTokens
 
-SIGNALS = ("cls_attention", "received_attention")
+SIGNALS = (Need("cls_attention").name, Need("received_attention").name)
 """What saliency is made of: the first where the encoder has a class token, else the second."""
 
 

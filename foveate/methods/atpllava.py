@@ -201,8 +201,10 @@ class ATPLLaVA(Learning, Adaptive):
         among = there[:, None, :, None].to(keys)
         own = (keys * (keys * among).sum(2, keepdim=True)).sum(-1).mean(1)
         own = own / there.sum(1, keepdim=True)
-        pair = torch.stack((_scaled(own, there), _scaled(cross, there)), 1)
-        scores = torch.stack((pair.mean(1), self._coverage(tokens)), 1)
+        scaled = [_scaled(part, there) for part in (own, cross)]
+        pair, noise = (torch.stack(parts, 1) for parts in zip(*scaled, strict=True))
+        # What rounding alone lifts above a threshold is not above it.
+        scores = torch.stack((pair.mean(1) - noise.mean(1), self._coverage(tokens)), 1)
         means = (pair * there[:, None]).sum(-1) / there.sum(1, keepdim=True)
         return scores - learned(tokens.number, means)
 
@@ -248,9 +250,12 @@ def _kept(margins: Tensor, there: Tensor) -> Tensor:
     return (margin > TIE).scatter(1, top(margin, 1, 1.0), True)
 
 
-def _scaled(scores: Tensor, there: Tensor) -> Tensor:
-    """(G, V) scores, scaled so that those of the tokens there span [0, 1] in each image."""
+def _scaled(scores: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+    """(G, V) scores, scaled so that those of the tokens there span [0, 1] in each image, and (G, 1)
+    what rounding comes to there.
+    """
     low = scores.masked_fill(~there, torch.inf).amin(1, keepdim=True)
     high = scores.masked_fill(~there, -torch.inf).amax(1, keepdim=True)
     flat = high - low <= TIE  # rounding alone tells them apart
-    return torch.where(flat, 1.0, (scores - low) / (high - low).masked_fill(flat, 1.0))
+    span = (high - low).masked_fill(flat, 1.0)
+    return torch.where(flat, 1.0, (scores - low) / span), TIE / span

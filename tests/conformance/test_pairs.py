@@ -28,6 +28,7 @@ STAGES = {
     stage: [name for name in foveate.list_methods() if foveate.get_method(name).stage == stage]
     for stage in ("vision", "pre_llm", "llm")
 }
+POOLING = ("downsample", "m3", "ordered-queries", "tokenflex")  # which read whole grids
 VIDEOS = "llava_next_video-video"
 KINDS = ("llava", "qwen2_5_vl", "qwen3_vl", VIDEOS)  # 1-D, M-RoPE, DeepStack, frames
 # Whether methods act inside these encoders depends on what is encoded: the first image refuses.
@@ -123,7 +124,7 @@ def test_inside_and_after_the_encoder(name, vision):
         if vision == "toc3d" and slug in READERS:  # some rows of its layers were not computed
             continue
         ran = check(name, (vision, slug), alone=True)
-        whole = removes and (slug == "downsample" or (works_on_videos(slug) and videos))
+        whole = removes and (slug in POOLING or (works_on_videos(slug) and videos))
         assert ran in (None, not whole), slug
 
 

@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test torchao matrix fuzz gpu real lint package site clean
+.PHONY: demo test torchao timm matrix fuzz gpu real lint package site clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -33,6 +33,17 @@ test: .venv/.ready  ## the whole test suite
 torchao: .venv/torchao/.ready  ## the tests of models that torchao has quantised
 	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest --numprocesses 2 -m torchao \
 		tests/conformance/test_quantised.py tests/test_docs.py
+
+.venv/timm/.ready: .venv/.ready  # beside the environment: a torchvision breaks image processors there
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--no-deps --target .venv/timm timm torchvision
+	cp scripts/vllm_site.py .venv/timm/sitecustomize.py
+	@touch $@
+
+timm: .venv/timm/.ready  ## the tests of timm's ViTs
+	PYTHONPATH=.venv/timm $(BIN)/python -c 'import timm'  # without it the tests would only skip
+	PYTHONPATH=.venv/timm $(BIN)/python -m pytest --numprocesses 2 \
+		tests/vision/test_timm.py tests/conformance/test_matrix.py -k timm
 
 matrix: .venv/.ready  ## every cell of every table of tests
 	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)

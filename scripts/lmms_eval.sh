@@ -14,4 +14,4 @@ fi
 # A torchvision for CUDA beside a torch for CPUs breaks every image processor of transformers.
 "$python" -c 'import torchvision' 2>/dev/null || "$python" -m pip uninstall --quiet --yes torchvision
 [ "${1:-}" = --install ] && exit
-OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider tests/integrations/test_lmms_eval.py "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest -p no:cacheprovider tests/integrations/test_lmms_eval.py tests/test_real.py "$@"

@@ -1,4 +1,4 @@
-"""Becomes `sitecustomize` of the environments that scripts/vllm.sh and scripts/timm.sh build.
+"""Becomes `sitecustomize` of the environments that scripts/vllm.sh and `make timm` build.
 
 torchvision's wheel for CUDA imports beside a torch for CPUs once its two operators have names.
 """

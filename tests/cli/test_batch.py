@@ -13,7 +13,7 @@ import pytest
 
 import foveate
 from tests.batch.tables import read, write_lines
-from tests.cli.test_commands import call
+from tests.cli.calling import call
 
 ROOT = Path(foveate.__file__).parent.parent
 OPTIONS = ("--model", "tiny", "-m", "fastv", "--set", "layer=3", "--keep", "0.25")

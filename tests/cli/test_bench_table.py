@@ -11,7 +11,7 @@ from foveate.bench.settings import Cell
 from foveate.bench.summary import Summary
 from foveate.cli import bench
 from foveate.cli.bench_table import HEADINGS, show_refusals, show_table, write_table
-from tests.cli.test_commands import call
+from tests.cli.calling import call
 
 GIVEN = ["--samples", "2", "--workers", "1", "--no-timing"]
 

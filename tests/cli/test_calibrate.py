@@ -9,7 +9,7 @@ from foveate.calibration.vflowopt import calibrate
 from foveate.core.from_text import make_method
 from foveate.errors import FoveateError, InputError
 from foveate.methods.vflowopt import VFlowOpt
-from tests.cli.test_commands import call
+from tests.cli.calling import call
 from tests.disks import fill, mounted
 
 

@@ -8,7 +8,7 @@ import transformers
 import foveate
 from foveate.cli.citing import bibtex, entries
 from foveate.core.catalog import Entry, catalog
-from tests.cli.test_commands import call
+from tests.cli.calling import call
 
 PAPERS = [entry for entry in catalog() if "arXiv" in entry.paper]
 

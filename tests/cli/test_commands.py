@@ -7,34 +7,21 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, LlamaConfig, LlavaConfig, SiglipVisionConfig
-from typer.testing import CliRunner
 
 import foveate
 from foveate import tiny
 from foveate.bench.outcome import Outcome
 from foveate.bench.runner import Runner
-from foveate.cli import app
 from foveate.cli.inputs import encode, load_image
 from foveate.families import unsupported_families
 from foveate.families.support import Matrix, support
 from foveate.methods import FastV, PyramidDrop
+from tests.cli.calling import call
 
 
 @pytest.fixture(scope="module")
 def embedded():
     return tiny.load()
-
-
-@pytest.fixture(scope="module")
-def question():
-    return tiny.draw_scene(3).questions[0].text
-
-
-@pytest.fixture
-def scene(tmp_path):
-    path = tmp_path / "scene.png"
-    tiny.draw_scene(3).image.save(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -45,10 +32,6 @@ def photo(tmp_path):
     picture = Image.fromarray(coarse.to(torch.uint8).numpy())
     picture.resize((200, 120), Image.Resampling.BICUBIC).save(path)
     return str(path)
-
-
-def call(*arguments: str, columns: int = 120):
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns), "TERM": "dumb"})
 
 
 def expected(embedded, paths, question, method):

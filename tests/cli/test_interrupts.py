@@ -11,7 +11,7 @@ import pytest
 
 from foveate.bench.runner import Runner
 from foveate.cli.interrupts import CtrlC, Interrupted, answer_interrupt, keeping
-from tests.cli.test_commands import call, question, scene  # noqa: F401
+from tests.cli.calling import call
 
 
 def stop(*args, **kwargs):
@@ -27,7 +27,7 @@ def interrupted(*arguments):
     return line
 
 
-def test_a_command_that_saves_nothing_says_so(monkeypatch, scene, question):  # noqa: F811
+def test_a_command_that_saves_nothing_says_so(monkeypatch, scene, question):
     monkeypatch.setattr("foveate.cli.run.answer", stop)
     assert "nothing new was saved" in interrupted("run", "tiny", scene, question, "-m", "fastv")
 
@@ -49,7 +49,7 @@ def test_bench_says_how_many_cells_are_kept(monkeypatch, tmp_path):
     assert "2 of 5 cells were finished before" in found.stderr
 
 
-def test_calibrate_leaves_no_traceback(monkeypatch, scene, tmp_path):  # noqa: F811
+def test_calibrate_leaves_no_traceback(monkeypatch, scene, tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"image": scene, "question": "what color is the star ?"}))
     monkeypatch.setattr("foveate.calibration.search.agreement", stop)

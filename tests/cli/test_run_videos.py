@@ -16,7 +16,7 @@ from transformers import BatchFeature
 from foveate import tiny
 from foveate.cli.inputs import encode
 from foveate.measure.checkpoints import checkpoints
-from tests.cli.test_commands import call, question, scene  # noqa: F401
+from tests.cli.calling import call
 
 FRAMES = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
 
@@ -29,7 +29,7 @@ def folder(tmp_path):
     return str(tmp_path / "clip")
 
 
-def test_frames_are_images_where_a_model_takes_no_videos(folder, question, tmp_path):  # noqa: F811
+def test_frames_are_images_where_a_model_takes_no_videos(folder, question, tmp_path):
     out, drawn = tmp_path / "out.json", tmp_path / "kept.png"
     found = call(
         "run", "tiny", folder, question, "-m", "divprune+fastv", "--frames", "3",
@@ -96,7 +96,7 @@ def test_the_embedded_model_is_asked_what_it_never_saw(asked, size, notes, tmp_p
 )
 @pytest.mark.parametrize("command", ["run", "list", "flops"])
 def test_a_mistyped_model_is_answered_before_the_network_is_tried(
-    command, name, near, scene, monkeypatch  # noqa: F811
+    command, name, near, scene, monkeypatch
 ):  # fmt: skip
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", None)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
@@ -112,7 +112,7 @@ def test_a_mistyped_model_is_answered_before_the_network_is_tried(
     assert near in found.stderr
 
 
-def test_a_hub_id_is_asked_for_once(monkeypatch, scene):  # noqa: F811
+def test_a_hub_id_is_asked_for_once(monkeypatch, scene):
     from huggingface_hub.errors import RepositoryNotFoundError
 
     asked = []

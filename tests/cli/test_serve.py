@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from foveate.cli import serve
-from tests.cli.test_commands import call
+from tests.cli.calling import call
 
 
 @pytest.fixture(autouse=True)

@@ -183,7 +183,7 @@ TABLES = {
 }
 
 
-if importlib.util.find_spec("timm") is not None:  # see scripts/timm.sh
+if importlib.util.find_spec("timm") is not None:  # in `make timm`
     from tests.vision import timms
 
     TABLES[TIMM] = {

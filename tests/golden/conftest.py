@@ -31,17 +31,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def _checks(config: pytest.Config) -> list:
     given = config.getoption("golden_root", default=None)
     root = Path(given) if given else config.rootpath.parent / "shared" / "golden"
-    own, others = _cases(HERE), _cases(root) if root.is_dir() else []
+    there = root.is_dir()
+    own, others = _cases(HERE), _cases(root) if there else []
     params = [
         pytest.param(check, id=f"{case.slug}/{case.path.stem}/{name}")
         for case in [*own, *others]
         for name, check in checks_of(case).items()
     ]
+    if not own:
+        raise pytest.UsageError(f"{HERE} has lost its cases")
     if others:
         return params
-    if given:
+    if given or there:
         wrong = f"has no case of a registered method: {list_methods()}"
-        raise pytest.UsageError(f"{root} {wrong if root.is_dir() else 'is not a folder'}")
+        raise pytest.UsageError(f"{root} {wrong if there else 'is not a folder'}")
     reason = "no folder shared/golden beside the repository; pass --golden-root DIR"
     return [*params, pytest.param(None, id="no-cases", marks=pytest.mark.skip(reason=reason))]
 

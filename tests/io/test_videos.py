@@ -2,6 +2,7 @@
 
 import sys
 
+import av
 import pytest
 from PIL import Image
 
@@ -47,7 +48,6 @@ def test_without_pyav_the_error_names_the_extra(tmp_path, monkeypatch):
 
 @pytest.fixture(params=["mp4", "mkv"])  # mkv does not say how many frames it holds
 def clip(request, tmp_path):
-    av = pytest.importorskip("av", reason="needs PyAV: pip install 'foveate[video]'")
     path = tmp_path / f"clip.{request.param}"
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=10)

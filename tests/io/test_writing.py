@@ -31,7 +31,7 @@ from foveate.io.writing import (
 )
 from foveate.methods import FastV, PyramidDrop
 from foveate.report.report import Report
-from tests.cli.test_commands import call
+from tests.cli.calling import call
 from tests.disks import fill, mounted
 from tests.training.batches import Llava
 

@@ -1,5 +1,6 @@
 """Pipelines of transformers run with an attached model, on images that local processors read."""
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -86,7 +87,6 @@ def test_pipelines_run_with_an_attached_model(name):
 
 def film(path, frames=10, height=24, width=48):
     """Write a video of a bright square that moves over a drawn ground."""
-    av = pytest.importorskip("av", reason="needs av, which reads and writes videos")
     ground = np.random.default_rng(0).integers(0, 120, (height, width, 3), dtype=np.uint8)
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=8)

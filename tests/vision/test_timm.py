@@ -1,4 +1,4 @@
-"""Inside ViTs of timm, as transformers wraps them. `scripts/timm.sh` runs these tests."""
+"""Inside ViTs of timm, as transformers wraps them. `make timm` runs these tests."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.vision import oracle
 from tests.vision.encoders import LAYERS, PATCHES, images, row_of
 from tests.vision.test_encoders import CASES, TOLERANCE, distance
 
-pytest.importorskip("timm", reason="needs timm, see scripts/timm.sh")
+pytest.importorskip("timm", reason="needs timm: make timm")
 from tests.vision.timms import VITS, TimmLayer, embedded, make
 
 PAIRS = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from foveate.bench.labels import place_labels
+
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 640, 48, 16, 16, 52
-LETTER, LINE, GAP = 6.9, 14, 9  # pixels: of a letter, of a line, from a point to its name
-Box = tuple[float, float, float, float]
+LETTER, LINE = 7.4, 14  # pixels of a letter, and of a line
 
 
 @dataclass(frozen=True)
@@ -102,36 +103,20 @@ def axes(x: Scale, y: Scale) -> Iterator[str]:
 
 def labelled(points: Sequence[Point]) -> Iterator[str]:
     """Points in pixels, each with its name at the nearest place that is free."""
-    taken: list[Box] = [(p.x - 5, p.y - 5, p.x + 5, p.y + 5) for p in points]
-    for point in sorted(points, key=lambda p: (p.y, p.x)):
+    points = sorted(points, key=lambda p: (p.y, p.x))
+    frame = (LEFT, 0, WIDTH, HEIGHT - BOTTOM)
+    widths = [LETTER * len(point.name) for point in points]
+    boxes = place_labels([(p.x, p.y) for p in points], widths, frame, LINE)
+    for point, box in zip(points, boxes, strict=True):
         yield f'<circle cx="{point.x:.1f}" cy="{point.y:.1f}" r="4" fill="{point.colour}"/>'
-        box = next(box for box in places(point) if not any(meet(box, other) for other in taken))
-        taken.append(box)
+        if box is None:
+            raise ValueError(f"there is no room for the name {point.name} in the picture")
         left, top, right, _ = box
         height = top + LINE / 2
-        near = left - 3 if left > point.x else right + 3
-        if abs(height - point.y) > LINE / 2 or abs(near - point.x) > 2 * GAP:
+        if abs(height - point.y) > LINE / 2:
+            near = min(max(point.x, left), right)
             yield (
                 f'<path d="M{point.x:.1f} {point.y:.1f}L{near:.1f} {height:.1f}" '
                 f'stroke="{point.colour}" stroke-width="0.6"/>'
             )
         yield f'<text x="{left:.1f}" y="{top + 11:.1f}" fill="{point.colour}">{point.name}</text>'
-
-
-def places(point: Point) -> Iterator[Box]:
-    """Where a name may stand: right or left of its point, and ever further above or below."""
-    long = LETTER * len(point.name)
-    shifts = sorted(
-        ((away, step) for away in range(0, 160, 30) for step in range(-20, 21)),
-        key=lambda at: at[0] + LINE * abs(at[1]),
-    )
-    for away, step in shifts:
-        top = point.y - LINE / 2 + step * LINE / 2
-        for left in (point.x + GAP + away, point.x - GAP - away - long):
-            if left > LEFT and left + long < WIDTH and top > 0 and top + LINE < HEIGHT - BOTTOM:
-                yield left, top, left + long, top + LINE
-
-
-def meet(one: Box, two: Box) -> bool:
-    """Whether two boxes overlap."""
-    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]

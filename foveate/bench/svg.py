@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 
+from foveate.bench.labels import place_labels
 from foveate.bench.summary import Line
 
 WIDTH, HEIGHT = 760, 420
 LEFT, RIGHT, TOP, BOTTOM = 56, 20, 18, 46
 LETTER, LINE = 6.2, 12
 """Size of a label's letters."""
-Box = tuple[float, float, float, float]
 
 
 def label(line: Line) -> str:
@@ -69,40 +69,21 @@ def _labels(lines: Sequence[Line], points: Sequence[tuple[float, float]], front:
         points: where they are.
         front: how many are of the front; these are bold.
     """
+    texts = [label(line) for line in lines]
+    frame = (LEFT, 0, WIDTH, HEIGHT - BOTTOM)
+    boxes = place_labels(points, [LETTER * len(text) for text in texts], frame, LINE)
     parts: list[str] = []
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
-    for number, (line, (x, y)) in enumerate(zip(lines, points, strict=True)):
-        text = label(line)
-        width = LETTER * len(text)
-        for box in _places(x, y, width):
-            if _inside(box) and not any(_meet(box, other) for other in taken):
-                taken.append(box)
-                kind = "tag" if number < front else "tag minor"
-                if abs((box[1] + box[3]) / 2 - y) > 2 * LINE:  # far away: a line says whose it is
-                    nearest = min(max(x, box[0]), box[2])
-                    parts.append(f'<path class="grid" d="M{x} {y}L{nearest:.1f} {box[3]:.1f}"/>')
-                parts.append(
-                    f'<text class="{kind}" x="{box[0]:.1f}" y="{box[3] - 3:.1f}">'
-                    f"{escape(text)}</text>"
-                )
-                break
+    for number, (text, (x, y), box) in enumerate(zip(texts, points, boxes, strict=True)):
+        if box is None:
+            continue
+        kind = "tag" if number < front else "tag minor"
+        if abs((box[1] + box[3]) / 2 - y) > 2 * LINE:  # far away: a line says whose it is
+            nearest = min(max(x, box[0]), box[2])
+            parts.append(f'<path class="grid" d="M{x} {y}L{nearest:.1f} {box[3]:.1f}"/>')
+        parts.append(
+            f'<text class="{kind}" x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{escape(text)}</text>'
+        )
     return parts
-
-
-def _places(x: float, y: float, width: float) -> Iterator[Box]:
-    """Boxes of a label near a point, the nearest first: beside it, then above and below."""
-    for step in range(24):
-        for dy in dict.fromkeys((-LINE * step, LINE * step)):
-            for left in (x + 7, x - 7 - width, x - width / 2):
-                yield left, y + dy - LINE / 2, left + width, y + dy + LINE / 2
-
-
-def _inside(box: Box) -> bool:
-    return box[0] > LEFT and box[1] > 0 and box[2] < WIDTH and box[3] < HEIGHT - BOTTOM
-
-
-def _meet(a: Box, b: Box) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _begins(share: float) -> str:

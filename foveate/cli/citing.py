@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
 from foveate import __version__
 from foveate.core.catalog import Entry, catalog
-from foveate.errors import InputError, UnknownMethodError
+from foveate.core.registry import unknown_method
+from foveate.errors import InputError
 from foveate.io.quoting import quoted
 
 OWN = f"""@software{{foveate,
@@ -32,9 +32,7 @@ def entries(names: Sequence[str]) -> list[str]:
     found: dict[str, str] = {}
     for name in (part.strip() for given in names for part in given.split("+")):
         if name not in known:
-            near = difflib.get_close_matches(name[:80].lower(), known, n=3, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "`foveate list` shows all"
-            raise UnknownMethodError(f"unknown method {quoted(name)}; {hint}")
+            raise unknown_method(name, known)
         entry = known[name]
         found.setdefault(entry.paper, bibtex(entry))
     return list(found.values()) or [OWN]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from foveate.core.method import Method
 from foveate.core.step import STAGES, Stage
 from foveate.errors import FoveateError, UnknownMethodError
-from foveate.io.quoting import quoted
+from foveate.io.quoting import meant, quoted
 
 BUILT_IN = "foveate.methods"
 """Registers the methods of foveate; loaded by its name, as those of other packages are."""
@@ -79,9 +78,13 @@ def get_method(name: str) -> type[Method]:
     _load()
     if name in _REGISTRY:
         return _REGISTRY[name]
-    near = difflib.get_close_matches(name[:80].lower(), _REGISTRY, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`foveate list` shows all"
-    raise UnknownMethodError(f"unknown method {quoted(name)}; {hint}")
+    raise unknown_method(name, _REGISTRY)
+
+
+def unknown_method(name: str, known: Iterable[str]) -> UnknownMethodError:
+    """What to raise of a name that is none of the known methods'."""
+    hint = meant(name, known, "`foveate list` shows all")
+    return UnknownMethodError(f"unknown method {quoted(name)}; {hint}")
 
 
 @functools.cache

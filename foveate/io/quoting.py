@@ -67,6 +67,12 @@ def within(where: str | os.PathLike[str], error: Exception) -> str:
     return f"{shown(where, LONGEST - len(reason) - 2)}: {reason}"
 
 
+def meant(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What a mistyped name may have meant, else something else to say."""
+    close = difflib.get_close_matches(name[:80].lower(), list(known), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else otherwise
+
+
 def near(name: Any, known: Iterable[str]) -> str:
     """What a mistyped key may have meant, else all there are."""
     known = list(known)

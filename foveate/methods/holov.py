@@ -21,17 +21,14 @@ from torch import Tensor
 
 from foveate.core import (
     Keep,
-    Method,
-    ModelFacts,
     Positions,
     Reduction,
-    Step,
     VisualTokens,
     register,
 )
 from foveate.core.fields import Positive
 from foveate.core.ranking import TIE, ranked
-from foveate.ops.saliency import saliency, saliency_need
+from foveate.ops.saliency import Salient, saliency
 
 
 @register(
@@ -42,7 +39,7 @@ from foveate.ops.saliency import saliency, saliency_need
     paper="Zou et al. 2025, arXiv:2510.02912",
 )
 @dataclass(frozen=True)
-class HoloV(Method):
+class HoloV(Salient):
     """Cut an image into runs of consecutive tokens; each keeps its share of the budget.
 
     A run's share is that of its mean attention among those of all runs. Attention is the class
@@ -61,11 +58,6 @@ class HoloV(Method):
     keep: Keep = 64
     num_patches: Positive = 16
     positions: Positions | None = None
-    rounding = round
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, scored in the layer that the language model sees."""
-        return (Step("pre_llm", needs=(saliency_need(model),)),)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep each run's most attended tokens, `count` in all, in raster order."""

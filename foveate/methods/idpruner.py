@@ -19,18 +19,15 @@ from torch import Tensor
 
 from foveate.core import (
     Keep,
-    Method,
-    ModelFacts,
     Positions,
     Reduction,
-    Step,
     VisualTokens,
     register,
 )
 from foveate.core.fields import UnitFloat
 from foveate.core.ranking import highest, near_of
 from foveate.ops.diversity import normalize
-from foveate.ops.saliency import saliency, saliency_need
+from foveate.ops.saliency import Salient, saliency
 
 
 @register(
@@ -41,7 +38,7 @@ from foveate.ops.saliency import saliency, saliency_need
     paper="Tan et al. 2026, arXiv:2602.13315",
 )
 @dataclass(frozen=True)
-class IDPruner(Method):
+class IDPruner(Salient):
     """Pick tokens greedily by importance, less the largest cosine to one already picked.
 
     Importance is the class token's attention to patches in the layer that is read, scaled to
@@ -59,11 +56,6 @@ class IDPruner(Method):
     keep: Keep = 0.25
     mmr_lambda: UnitFloat = 0.5
     positions: Positions | None = None
-    rounding = round
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, scored in the layer that the language model sees."""
-        return (Step("pre_llm", needs=(saliency_need(model),)),)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep the `count` tokens that are picked first, in raster order."""

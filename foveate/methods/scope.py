@@ -23,18 +23,15 @@ from torch import Tensor
 
 from foveate.core import (
     Keep,
-    Method,
-    ModelFacts,
     Positions,
     Reduction,
-    Step,
     VisualTokens,
     register,
 )
 from foveate.core.fields import Range
 from foveate.core.ranking import TIE, highest
 from foveate.ops.diversity import normalize
-from foveate.ops.saliency import saliency, saliency_need
+from foveate.ops.saliency import Salient, saliency
 
 
 @register(
@@ -45,7 +42,7 @@ from foveate.ops.saliency import saliency, saliency_need
     paper="Deng et al. 2025, arXiv:2510.24214",
 )
 @dataclass(frozen=True)
-class SCOPE(Method):
+class SCOPE(Salient):
     """Pick tokens greedily, each by what it adds to the coverage of all tokens, times saliency.
 
     A token is covered as far as a kept one is like it, by cosine. Saliency is the class token's
@@ -64,11 +61,6 @@ class SCOPE(Method):
     keep: Keep = 0.25
     alpha: Annotated[float, Range(0)] = 1.0
     positions: Positions | None = None
-    rounding = round
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, scored in the layer that the language model sees."""
-        return (Step("pre_llm", needs=(saliency_need(model),)),)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep the `count` tokens that are picked first, in raster order."""

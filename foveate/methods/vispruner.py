@@ -20,11 +20,8 @@ from torch import Tensor
 
 from foveate.core import (
     Keep,
-    Method,
-    ModelFacts,
     Positions,
     Reduction,
-    Step,
     VisualTokens,
     register,
 )
@@ -32,7 +29,7 @@ from foveate.core.fields import UnitFloat
 from foveate.core.ranking import top
 from foveate.core.reduction import take_rows
 from foveate.ops.diversity import normalize
-from foveate.ops.saliency import saliency, saliency_need
+from foveate.ops.saliency import Salient, saliency
 
 AT_ONCE = 8
 """Tokens that are dropped between two comparisons; fixed in the release."""
@@ -46,7 +43,7 @@ AT_ONCE = 8
     paper="Zhang et al. 2024, arXiv:2412.01818",
 )
 @dataclass(frozen=True)
-class VisPruner(Method):
+class VisPruner(Salient):
     """Keep important tokens by attention, and diverse ones by dropping repetitions.
 
     The tokens that are not important are cut in two halves, every second one in each. Those of the
@@ -67,11 +64,6 @@ class VisPruner(Method):
     keep: Keep = 0.25
     important_ratio: UnitFloat = 0.5
     positions: Positions | None = None
-    rounding = round
-
-    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
-        """One reduction after the projector, scored in the layer that the language model sees."""
-        return (Step("pre_llm", needs=(saliency_need(model),)),)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Keep `count` important and diverse tokens, in raster order."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.core.step import ModelFacts, Need
+from foveate.core.method import Method
+from foveate.core.step import ModelFacts, Need, Step
 from foveate.core.tokens import VisualTokens
 
 SIGNALS = (Need("cls_attention").name, Need("received_attention").name)
@@ -18,6 +19,18 @@ SIGNALS = (Need("cls_attention").name, Need("received_attention").name)
 def saliency_need(model: ModelFacts) -> Need:
     """What a step needs for `saliency`."""
     return Need(SIGNALS[0] if model.class_token else SIGNALS[1], (model.feature_layer,))
+
+
+class Salient(Method):
+    """A method that chooses by `saliency`, once, before the language model. Shares of a budget are
+    rounded half to even.
+    """
+
+    rounding = round
+
+    def steps(self, model: ModelFacts) -> tuple[Step, ...]:
+        """One reduction after the projector, scored in the layer that the language model sees."""
+        return (Step("pre_llm", needs=(saliency_need(model),)),)
 
 
 def saliency(tokens: VisualTokens, among_patches: bool = False) -> Tensor:

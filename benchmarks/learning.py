@@ -32,6 +32,7 @@ SIZES = (128, 128, 128, 160, 192, 224)  # pixels of drawn images, which are shru
 ARMS = (
     "base", "m3", "tokenflex", "ordered-queries", "visionselector", "covipal", "atp-llava",
 )  # fmt: skip
+ALONE = ("visionselector", "covipal", "atp-llava")  # trained with the model frozen
 TRAINING_FREE = (
     "random", "uniform", "divprune", "cdpruner", "fastervlm", "vtc-cls", "visionzip", "dart",
     "hiprune",
@@ -110,10 +111,9 @@ def trained(arm: str, seed: int, out: Path, options: argparse.Namespace) -> tupl
     from foveate.training.prepare import session_of
 
     model, _ = load()
-    of = method(arm)
-    alone = bool(of.learned(session_facts(model))) and arm not in ("tokenflex", "ordered-queries")
+    alone = arm in ALONE
     model.model.vision_tower.requires_grad_(False)
-    model = foveate.prepare(model, of, train="method" if alone else "all")
+    model = foveate.prepare(model, method(arm), train="method" if alone else "all")
     folder = out / f"{arm}-{seed}"
     if alone:
         rate, parameters = 2e-3, session_of(model).learned.parameters()
@@ -136,13 +136,6 @@ def trained(arm: str, seed: int, out: Path, options: argparse.Namespace) -> tupl
     begun = time.process_time()
     trainer.train()
     return model.eval(), time.process_time() - begun
-
-
-def session_facts(model: Any) -> Any:
-    """The family of a model, as methods plan with it."""
-    from foveate.families import find_family
-
-    return find_family(model)
 
 
 def ask(model: Any, samples: int) -> tuple[dict[str, list[bool]], list[float]]:
@@ -190,23 +183,18 @@ def _share(model: Any) -> float:
     return 1.0
 
 
-def answers(arm: str, model: Any, samples: int, out: Path) -> dict[str, Any]:
+def answers(arm: str, model: Any, samples: int) -> dict[str, Any]:
     """The answers of an arm in each of its modes."""
     import foveate
     from foveate.training.prepare import session_of
 
-    found: dict[str, Any] = {}
+    session, found = session_of(model), {}
+    learned, trained_as = session.learned.state_dict(), session.methods[0].to_dict()
+    session.remove()
     for name, fields in modes(arm).items():
-        session = session_of(model)
-        learned = session.learned.state_dict()
-        data = {**session.methods[0].to_dict(), **fields}
-        session.remove()
-        with foveate.use(model, data) as run:
+        with foveate.use(model, {**trained_as, **fields}) as run:
             run.learned.load_state_dict(learned)
-            right, shares = ask(model, samples)
-        foveate.prepare(model, session.methods[0])
-        session_of(model).learned.load_state_dict(learned)
-        found[name] = told(right, shares)
+            found[name] = told(*ask(model, samples))
         print(arm, name, found[name]["accuracy"], round(found[name]["share"], 4), flush=True)
     return found
 
@@ -269,7 +257,7 @@ def main() -> None:
     row = {
         "arm": options.arm, "seed": options.seed, "steps": options.steps, "batch": options.batch,
         "cpu_seconds": round(seconds),
-        "answers": answers(options.arm, model, options.samples, options.out),
+        "answers": answers(options.arm, model, options.samples),
     }  # fmt: skip
     write(f"{options.arm}/{options.seed}", row, setting)
 

@@ -95,11 +95,11 @@ def soft_top(scores: Tensor, count: int) -> Tensor:
         count: between 0 and V, both excluded.
     """
     with torch.no_grad():
-        exact = scores.double()
-        reach = 40.0  # beyond which the sigmoid of a double is 0 or 1 to all practical purposes
+        exact = scores if scores.dtype == torch.float64 else scores.float()
+        reach = 40.0  # beyond which a sigmoid is 0 or 1 to all practical purposes
         low = -exact.amax(1, keepdim=True) - reach
         high = -exact.amin(1, keepdim=True) + reach
-        for _ in range(80):  # halves the interval each time
+        for _ in range(64):  # halves the interval each time
             shift = (low + high) / 2
             more = (exact + shift).sigmoid().sum(1, keepdim=True) < count
             low, high = torch.where(more, shift, low), torch.where(more, high, shift)

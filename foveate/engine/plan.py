@@ -269,6 +269,12 @@ class Plan:
                 "per_request gives a keep for each row of a batch, but in training rows come in "
                 "batches of any size and order; give one keep for all"
             )
+        repeating = [m.slug for m in self.methods if isinstance(m, Learning) and m.passes > 1]
+        if len(repeating) > 1:
+            raise UnsupportedModelError(
+                f"{' and '.join(repeating)} each run the model several times in a step of "
+                "training; use one of them"
+            )
         acting = {s.method_number for s in (*self.vision, *self.pre_llm, *self.llm)}
         for number, method in enumerate(self.methods):
             if number not in acting and not self.work:

@@ -120,10 +120,10 @@ class VisionSelector(Learning, Scorer):
         scores = self.scores(tokens).float()
         gates = soft_top(scores, count)
         chosen = torch.zeros_like(gates).scatter(1, top(scores.detach(), count), 1.0)
-        share = min(1.0, learned.steps.item() / max(1, self.ramp))
+        share = (learned.steps / max(1, self.ramp)).clamp(max=1.0)
         first, last = self.weight
+        if self.slug not in training.memory:  # once a forward, of however many images
+            learned.steps += 1
         loss = F.binary_cross_entropy(gates, chosen, reduction="none").mean(1)
         training.add(self.slug, (first + share * (last - first)) * loss)
-        if training.memory.setdefault(f"{self.slug} step", tokens.rows) is tokens.rows:
-            learned.steps += 1  # once a forward, of however many images
         return gated(tokens, gates)

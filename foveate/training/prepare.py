@@ -66,13 +66,12 @@ def prepare(
     """
     if not isinstance(head, str) or head not in get_args(Head):
         raise FoveateError(f"head must be 'all' or 'labels', got {quoted(head)}")
-    session = use(unwrap(model), method, **fields)
-    session.check_training()
     if train not in get_args(Train):
         raise FoveateError(f"train must be 'all' or 'method', got {quoted(train)}")
-    if train == "method" and not len(session.learned):
-        names = ", ".join(m.slug for m in session.methods)
-        raise FoveateError(f"{names} has no parameters of its own to train; use train='all'")
+    session = use(unwrap(model), method, **fields)
+    session.check_training()
+    if train == "method":
+        _check_learns(session, "to train; use train='all'")
     if head == "labels":
         session.label_logits()
     session.attach()
@@ -157,15 +156,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
     Raises:
         AttachError: the model was not prepared.
-        InputError: its methods have no parameters, or the files cannot be written.
+        FoveateError: its methods have no parameters, or the files cannot be written.
     """
     session = session_of(model)
-    if not len(session.learned):
-        names = ", ".join(m.slug for m in session.methods)
-        raise InputError(
-            f"{names} has no parameters of its own, so all there is to save is the model: "
-            "foveate.save(model, folder)"
-        )
+    _check_learns(session, "to save; foveate.save(model, folder) saves the model")
     with filling(folder) as stage:
         Saved(session.methods).write(stage, session.learned.state_dict())
 
@@ -220,6 +214,13 @@ def session_of(model: nn.Module) -> Session:
     )
 
 
+def _check_learns(session: Session, what: str) -> None:
+    """Refuse methods without parameters of their own."""
+    if not len(session.learned):
+        names = ", ".join(method.slug for method in session.methods)
+        raise FoveateError(f"{names} has no parameters of its own {what}")
+
+
 def _saver(model: nn.Module) -> Any:
     """The outermost module within wrappers that can save itself."""
     found: Any = model
@@ -262,6 +263,9 @@ def _restore(model: M, saved: Saved, folder: str | Path, options: dict[str, Any]
 def _find(folder: str | Path, name: str, options: dict[str, Any]) -> str | None:
     """A file of a folder or a hub repository."""
     from transformers.utils import cached_file
+
+    if str(folder).count("/") > 1 and not Path(folder).is_dir():  # which no hub id can be
+        raise InputError(f"there is no folder {folder}")
 
     hub = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     given = {key: value for key, value in options.items() if key in hub}

@@ -104,6 +104,11 @@ def test_the_method_alone_is_trained_if_asked(model, inputs, method):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_two_methods_that_repeat_a_step_are_refused(model):
+    with pytest.raises(UnsupportedModelError, match="m3 and m3 each run the model several times"):
+        foveate.prepare(model, [M3(scales=(9, 1)), M3(scales=(36, 9, 1))])
+
+
 def test_a_method_without_parameters_cannot_be_trained_alone(model):
     with pytest.raises(FoveateError, match="m3 has no parameters of its own"):
         foveate.prepare(model, M3(), train="method")
@@ -136,9 +141,9 @@ def test_an_adapter_is_loaded_with_another_budget(model, inputs, tmp_path):
     fresh = foveate.load_adapter(KIND.build(), tmp_path, keep=4)
     logits_of(fresh, inputs)
     assert [len(image["pre_llm"]) for image in session_of(fresh).kept] == [4, 4]
-    with pytest.raises(InputError, match="m3 has no parameters of its own"):
+    with pytest.raises(FoveateError, match="m3 has no parameters of its own to save"):
         foveate.save_adapter(foveate.prepare(KIND.build(), M3()), tmp_path)
-    with pytest.raises(InputError, match="cannot be loaded"):
+    with pytest.raises(InputError, match="there is no folder"):
         foveate.load_adapter(KIND.build(), tmp_path / "nothing")
 
 

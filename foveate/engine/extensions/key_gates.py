@@ -7,6 +7,8 @@ Shapes: `B` rows, `T` logical length, `P` physical columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ class KeyGates(Extension):
     """Gates of one forward; those of several steps multiply."""
 
     _log: Tensor | None = None  # (B, T) of each token
+    _made: tuple[Any, Any, Tensor] | None = None  # mask, layout, and the mask with gates
 
     def gate(self, part: ImageGroup, gates: Tensor) -> None:
         """Note how much later layers attend to the tokens of a group."""
@@ -29,6 +32,7 @@ class KeyGates(Extension):
         where = (self.forward.row_index(part), part.columns)
         added = gates.clamp(min=torch.finfo(gates.dtype).tiny).log()
         self._log = self._log.index_put(where, added, accumulate=True)
+        self._made = None
 
     def runs(self, number: int) -> bool:
         """Whether there are gates."""
@@ -54,8 +58,10 @@ class KeyGates(Extension):
                 "a method that learns gates between decoder layers trains on whole prompts, whose "
                 "layers have keys of their own; train without a cache of earlier turns"
             )
-        log = self._log.gather(1, layout.index.clamp(min=0)).to(hidden)[:, None, None]
-        return {**kwargs, "attention_mask": self._bias(mask, count, log) + log}
+        if self._made is None or self._made[0] is not mask or self._made[1] is not layout:
+            log = self._log.gather(1, layout.index.clamp(min=0)).to(hidden)[:, None, None]
+            self._made = mask, layout, self._bias(mask, count, log) + log  # layers share it
+        return {**kwargs, "attention_mask": self._made[2]}
 
     def _bias(self, mask: Tensor | None, count: int, like: Tensor) -> Tensor:
         """(B or 1, 1, P, P) what a mask adds to scores, as numbers."""

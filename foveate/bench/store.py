@@ -16,7 +16,7 @@ from typing import Any
 
 from foveate.errors import FoveateError, InputError
 from foveate.io.locking import locked
-from foveate.io.writing import explained, replacing
+from foveate.io.writing import append_line, replacing
 
 Row = dict[str, Any]
 
@@ -96,16 +96,7 @@ class Store:
         Raises:
             InputError: the disk is full; cells that were finished before are kept.
         """
-        line = (json.dumps(row) + "\n").encode()
-        with explained(self.journal), self.journal.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                while line:
-                    line = line[file.write(line) :]
-                os.fsync(file.fileno())
-            except OSError:  # a full disk: what fitted is no line
-                file.truncate(end)
-                raise
+        append_line(self.journal, row)
         self._rows[row["key"]] = dict(row)
 
     def fold(self) -> None:

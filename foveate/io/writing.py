@@ -196,6 +196,24 @@ def write_json(path: str | Path, data: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(data, indent=indent) + "\n")
 
 
+def append_line(path: Path, value: Any) -> None:
+    """Append a JSON value as a line of its own, which is on the disk when this returns.
+
+    Raises:
+        InputError: the disk is full; the file is as it was.
+    """
+    line = (json.dumps(value) + "\n").encode()
+    with explained(path), path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:  # what fitted is no line
+            file.truncate(end)
+            raise
+
+
 def write_image(path: str | Path, image: Image.Image) -> None:
     """Write a whole image file or none, in the format that the name ends in; see `replacing`.
 

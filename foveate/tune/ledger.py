@@ -16,7 +16,7 @@ from typing import Any
 from foveate.core import Method
 from foveate.errors import InputError
 from foveate.io.quoting import shown
-from foveate.io.writing import explained
+from foveate.io.writing import append_line
 
 Entry = dict[str, Any]
 
@@ -61,18 +61,8 @@ class Ledger:
         return self._known[key]
 
     def _write(self, line: Entry) -> None:
-        if self.path is None:
-            return
-        data = (json.dumps(line) + "\n").encode()
-        with explained(self.path), self.path.open("ab", buffering=0) as file:
-            end = file.tell()
-            try:
-                while data:
-                    data = data[file.write(data) :]
-                os.fsync(file.fileno())
-            except OSError:  # a full disk: what fitted is no line
-                file.truncate(end)
-                raise
+        if self.path is not None:
+            append_line(self.path, line)
 
     def _lines(self, path: Path) -> list[Entry]:
         """Whole lines; one on which a search was killed is cut off."""

@@ -141,7 +141,7 @@ def count(model, inputs, *methods):
     with (
         torch.no_grad(),
         FlopCounterMode(display=False) as counter,
-        apart(counter, methods) as spent,
+        apart(counter, methods, ()) as spent,
     ):
         model(**inputs)
     return counter.get_total_flops(), sum(spent)

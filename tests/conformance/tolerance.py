@@ -3,8 +3,8 @@
 Layers with a running state compute a prompt in chunks and a new token step by step, which differ in
 rounding; other padding makes other chunks. There, twice the distance between the two is allowed, as
 the bare model itself shows it in some prompts. What kernels of attention differ in grows in the
-state as well: there, sessions meet the oracle with its own kernel. So it is with Gemma 4, which
-does not scale its attention scores. (In double precision all distances are below 1e-12.)
+state as well: there, sessions meet the oracle with its own kernel. (In double precision all
+distances are below 1e-12.)
 """
 
 import functools
@@ -49,7 +49,7 @@ def kernel_of(model):
 
 def amplifies(model):
     """Whether rounding grows within a model."""
-    return bool(find_family(model).recurrent_layers) or model.config.model_type.startswith("gemma4")
+    return bool(find_family(model).recurrent_layers)
 
 
 def states_of(member, model, inputs, tokens):

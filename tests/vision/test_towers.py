@@ -1,6 +1,5 @@
 """Inside the tower of every family, from pixels: features and states against oracles of both."""
 
-import copy
 import functools
 
 import pytest
@@ -25,9 +24,6 @@ REFUSED = ("llava_onevision", "llava_onevision-video", "video_llava-video", "mol
 CLOSED = [name for name in NAMES if MEMBERS[name].closed or MEMBERS[name].mixes]
 WITHOUT = ("fast_vlm", "perception_lm", *CLOSED)
 TOWERS = [name for name in NAMES if name not in (*REFUSED, *WITHOUT)]
-
-# Text models that do not scale their attention scores: what rounding in the tower does grows there.
-UNSCALED = ("gemma4", "gemma4_large")
 
 CASES = {
     "before": (Listed(layer=1, keep=0.5), [Drop(1, 0.5)]),
@@ -73,18 +69,9 @@ def seen(name):
 
 
 @functools.cache
-def precise(name, attention="sdpa"):
-    """A member's model in double precision."""
-    model = copy.deepcopy(model_of(name, attention)).double()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # others have no double precision
-    return model
-
-
-@functools.cache
-def known(name, of=model_of):
+def known(name):
     """The tower of a member, what its layers are handed, and the rows of each visual token."""
-    model, (inputs, counts) = of(name), seen(name)
+    model, (inputs, counts) = model_of(name), seen(name)
     encode = encoder_of(model, MEMBERS[name].modality, member_pixels(name, inputs))
     tower = Tower(model)
     tokens = tower.tokens(encode)
@@ -145,8 +132,8 @@ def survivors(full, tokens, counts):
     return images
 
 
-def run_oracle(name, case, of=model_of):
-    tower, _, calls, tokens, counts = known(name, of)
+def run_oracle(name, case):
+    tower, _, calls, tokens, counts = known(name)
     full = Full(tower, calls, images_of(name, calls, tokens, counts))
     full.run(CASES[case][1])
     return full, survivors(full, tokens, counts)
@@ -203,16 +190,11 @@ def encode_again(name):
 
 
 @pytest.mark.parametrize(("name", "case"), [p for p in PAIRS if p[1] in ("inside", "tome")])
-def test_from_pixels_to_states_equals_both_oracles(name, case, monkeypatch):
-    of = model_of
-    if name in UNSCALED:
-        of = precise
-        monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # in norms too
-        monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype: x.softmax(dim))
-    member, model, eager = MEMBERS[name](), of(name), of(name, "eager")
-    model = of(name, kernel_of(model))
+def test_from_pixels_to_states_equals_both_oracles(name, case):
+    member, model, eager = MEMBERS[name](), model_of(name), model_of(name, "eager")
+    model = model_of(name, kernel_of(model))
     inputs, counts = seen(name)
-    full, alive = run_oracle(name, case, of)
+    full, alive = run_oracle(name, case)
     kept = [of.nonzero()[:, 0] for of in alive]
     method = CASES[case][0]
     with torch.no_grad(), foveate.use(model, method) as run:

@@ -37,7 +37,16 @@ class Gemma4(Member):
     """As E2B and E4B are."""
 
     name = "gemma4"
-    text_config: ClassVar = {**TEXT, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 4}
+    text_config: ClassVar = {**TEXT, "hidden_size_per_layer_input": 24, "num_kv_shared_layers": 4}
+
+    def build(self, attention="sdpa"):
+        """Gemma 4 leaves the scale of attention scores to the norms of queries, which learn it."""
+        model = super().build(attention)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("q_norm.weight"):
+                    weight.mul_(len(weight) ** -0.5)
+        return model
 
     def config(self):
         return Gemma4Config(

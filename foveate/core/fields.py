@@ -7,6 +7,7 @@ ranges of numbers as in `Annotated[int, Range(1)]`. Other annotations are their 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import types
@@ -67,6 +68,7 @@ class MisfitError(ValueError):
     """A value does not fit an annotation; the message, if any, is the range it should lie in."""
 
 
+@functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
     """Field -> annotation of a class; those that cannot be evaluated here are left out."""
     try:

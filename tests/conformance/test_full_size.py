@@ -166,7 +166,7 @@ def test_methods_plan_on_hybrid_models_or_say_why_not(model_type, method):
     family, reason = family_of(model_type), why_not(family_of(model_type), method)
     if reason is None:
         return
-    signals = [SIGNALS[need] for need in get_method(method).needs]
+    signals = [SIGNALS[need] for need in needed(get_method(method), family)]
     if any(signal.class_token for signal in signals):
         assert "no class token" in reason or "acts inside the encoder" in reason
     elif method == "yopo":
@@ -203,6 +203,8 @@ def test_methods_plan_or_say_why_not(model_type, method):
         assert "where images lie in one sequence or are padded" in reason
     elif method == "yopo" and reason is not None:
         assert "not made like those of Llama" in reason or not family.planar
+    elif cls.stage == "vision" and not family.encoder.gridded and reason is not None:
+        assert "by the grid of patches" in reason
     elif reason is not None:
         assert "DeepStack" in reason
         assert family.first_llm_layer > 0

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from foveate.cli.bounded_yaml import LARGEST, parse_yaml
 from foveate.core import Method, get_method
@@ -16,7 +16,10 @@ from foveate.core.saving import from_dict
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import near, quoted, shown, within
 from foveate.io.reading import read_text, reason
-from foveate.training.finetune.recipe import DTYPES, Data, Recipe
+from foveate.training.finetune.recipe import DTYPES, TRAINED, Data, Recipe
+
+if TYPE_CHECKING:
+    from foveate.training.prepare import Train
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -67,6 +70,7 @@ def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
         out=folder / _text(fields["out"], "out"),
         data=_data(fields["data"], folder),
         method=_methods(fields.get("method")),
+        train=cast("Train", _choice(fields.get("train", "all"), "train", TRAINED)),
         freeze=_names(fields.get("freeze"), "freeze"),
         lora=_lora(fields.get("lora")),
         dtype=_choice(fields.get("dtype", "auto"), "dtype", DTYPES),

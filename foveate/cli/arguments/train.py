@@ -21,6 +21,8 @@ method:                # leave out to train with all visual tokens
   name: pyramiddrop    # a name that `foveate list` shows; several: a list of such mappings
   keep: [0.5, 0.25, 0.125]
 
+# train: method        # only what the method learns, with the model frozen (visionselector ...)
+
 freeze: [vision_tower] # parameters whose name holds one of these are not trained
 
 # lora:                # train adapters instead (needs peft); keys of peft.LoraConfig

@@ -82,7 +82,7 @@ def make_trainer(recipe: Recipe, model: Any, processor: Any) -> Trainer:
     if recipe.lora is not None:
         model = _adapt(model, recipe.lora)
     if recipe.method is not None:
-        model = prepare(model, recipe.method)
+        model = prepare(model, recipe.method, train=recipe.train)
     return ResumingTrainer(
         model=model,
         args=arguments,

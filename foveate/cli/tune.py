@@ -18,7 +18,7 @@ from foveate.io.quoting import shown
 from foveate.loading import load_model
 from foveate.measure.machine import warm_heap
 from foveate.tune.halving import Candidate
-from foveate.tune.job import LEDGER, REPORT, Options, Tuning
+from foveate.tune.job import LEDGER, PAGE, Options, Tuning
 from foveate.tune.replies import Score
 from foveate.tune.space import describe
 from foveate.tune.study import Found
@@ -59,7 +59,7 @@ def search(
         console.print(f"going on from {escape(str(out / LEDGER))}", soft_wrap=True)
     verdict = _run(job, weights)
     show(verdict, console)
-    console.print(f"report saved in {escape(str(out / REPORT))}", soft_wrap=True)
+    console.print(f"report saved in {escape(str(out / PAGE))}", soft_wrap=True)
     if verdict.chosen is None:
         targets = ", ".join(map(str, verdict.aim.targets))
         raise FoveateError(

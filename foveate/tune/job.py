@@ -16,11 +16,12 @@ from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.locking import locked
 from foveate.io.quoting import shown
-from foveate.io.writing import check_folder, write_json
+from foveate.io.writing import check_folder, write_json, write_text
 from foveate.measure.machine import describe_machine
 from foveate.tune.asking import Asker
 from foveate.tune.data import Row, Split, read_rows
 from foveate.tune.ledger import Ledger
+from foveate.tune.page import render
 from foveate.tune.planning import Planner, typical
 from foveate.tune.space import Space
 from foveate.tune.study import Found, Plan, Study
@@ -29,6 +30,7 @@ from foveate.tune.timing import Timer
 from foveate.tune.verdict import Verdict
 
 REPORT = "report.json"
+PAGE = "report.html"
 LEDGER = "asked.jsonl"
 
 
@@ -174,6 +176,7 @@ class Tuning:
             "machine": describe_machine(model.device),
         }
         write_json(self.out / REPORT, report, indent=1)
+        write_text(self.out / PAGE, render(report))
         recipe = self.out / FILE
         if verdict.chosen is not None:
             Saved(verdict.chosen.recipe).write(self.out)

@@ -82,6 +82,7 @@ def test_the_report_says_what_was_measured(tuned, questions):
     counts = report["questions"]
     assert counts["search"] + counts["held_out"] == len(read_rows(questions))
     assert chosen["held_out"]["asked"] == counts["held_out"]
+    assert chosen["recipe"] in (out / "report.html").read_text()
 
 
 def test_held_out_questions_come_last(tuned, questions):

@@ -83,7 +83,7 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         "a heading for what it means; all terms are explained at the end.",
         numbers=_numbers(summary, lines, unpruned),
         tasks_note=f"Accuracy in %. Greyed tasks are not informative: with all its tokens the "
-        f"model is not {100 * MARGIN:.0f} points above the commonest answer. Red: at least "
+        f"model is not {100 * MARGIN:.0f} points above the most common answer. Red: at least "
         "10 points below all tokens.",
         tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
         maps_note="How long tokens live at each cell of the grid, averaged over images and over "
@@ -132,7 +132,7 @@ def _heading(text: str) -> str:
 def _scale() -> str:
     """What the colours of the maps stand for."""
     return (
-        '<p class="scale"><span>dropped at once</span><i></i>'
+        '<p class="scale"><span>dropped immediately</span><i></i>'
         "<span>twice the mean of the method, or more</span></p>"
     )
 
@@ -147,7 +147,7 @@ def _plot_note(summary: Summary) -> str:
     if silent and len(silent) == len(summary.tasks):
         out = (
             " No task is informative: with all its tokens, the model is not clearly better than "
-            "the commonest answer. All tasks are shown, and say little of the methods."
+            "the most common answer. All tasks are shown, but say little about the methods."
         )
     elif silent:
         out = f" Left out, because the unpruned model cannot do them: {', '.join(silent)}."

@@ -132,7 +132,7 @@ def test_workers_of_a_bench_end_with_it(tmp_path):
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     _, told = run.communicate(timeout=60)
     assert run.returncode == 130
-    (line,) = [line for line in told.splitlines() if "cells" not in line or "kept" in line]
+    (line,) = [line for line in told.splitlines() if "cells" not in line or "saved" in line]
     assert "finished cells are saved in" in line
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         wait_for_group(run.pid)

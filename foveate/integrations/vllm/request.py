@@ -87,7 +87,7 @@ def parse(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request | No
         raise InputError(f"foveate_method is a method's name, got {quoted(name)}")
     question = merged.get("foveate_question")
     if question is not None and not isinstance(question, str):
-        raise InputError(f"foveate_question is a text, got {quoted(question)}")
+        raise InputError(f"foveate_question must be a string, got {quoted(question)}")
     return Request(from_dict({"method": name, **_fields(merged)}), question)
 
 

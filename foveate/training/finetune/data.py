@@ -227,7 +227,7 @@ def _message(entry: Any, where: str) -> tuple[Message, list[str]]:
         parts, inline = _parts(content, where)
     else:
         raise InputError(
-            f"{where}: the content must be a text or a list of parts, got {quoted(content)}"
+            f"{where}: the content must be a string or a list of parts, got {quoted(content)}"
         )
     if _ROLES[role] == "assistant" and any(part["type"] == "image" for part in parts):
         raise InputError(f"{where}: an assistant's message cannot hold an image")
@@ -249,7 +249,7 @@ def _parts(content: list[Any], where: str) -> tuple[list[Part], list[str]]:
             inline += [source] if source else []
             parts.append(_IMAGE)
         else:
-            raise InputError(f"{where}: a part must be a text or an image, got {quoted(part)}")
+            raise InputError(f"{where}: a part must be text or an image, got {quoted(part)}")
     return parts, inline
 
 

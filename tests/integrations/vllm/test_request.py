@@ -58,7 +58,7 @@ def test_a_named_method_comes_without_the_defaults_keep_and_fields():
         ({**DIVPRUNE, "foveate_fields": "{"}, InputError, "no JSON"),
         ({**DIVPRUNE, "foveate_fields": [1]}, InputError, "an object of fields"),
         ({**DIVPRUNE, "foveate_fields": {"keep": 1}}, InputError, "give foveate_keep"),
-        ({**DIVPRUNE, "foveate_question": 3}, InputError, "is a text"),
+        ({**DIVPRUNE, "foveate_question": 3}, InputError, "must be a string"),
         ({"foveate_method": 3}, InputError, "a method's name"),
         ({"foveate_method": "method.json"}, UnknownMethodError, "method.json"),
         ({"foveate_keep": 0.5}, InputError, "no foveate_method"),

@@ -82,8 +82,8 @@ def test_blank_lines_are_passed_over_and_counted(read):
         (chat(images=["http://x/y.png"]), "is no file; download"),
         (chat(images=3), "`images` must be a list of paths"),
         (chat("<image> <image>", images=["a.png"]), "has 1 images, but 2 placeholders"),
-        (chat([{"type": "audio"}]), "a part must be a text or an image"),
-        (chat(7), "the content must be a text or a list of parts"),
+        (chat([{"type": "audio"}]), "a part must be text or an image"),
+        (chat(7), "the content must be a string or a list of parts"),
         (chat(answer="<image>", images=["a.png"]), "an assistant's message cannot hold an image"),
     ],
 )

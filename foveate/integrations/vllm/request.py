@@ -97,7 +97,7 @@ def _fields(merged: Mapping[str, Any]) -> dict[str, Any]:
         try:
             fields = json.loads(fields)
         except ValueError:
-            raise InputError(f"foveate_fields is no JSON: {quoted(fields)}") from None
+            raise InputError(f"foveate_fields is not JSON: {quoted(fields)}") from None
     if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
         raise InputError(f"foveate_fields is an object of fields, got {quoted(fields)}")
     if "keep" in fields:

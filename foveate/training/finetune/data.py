@@ -201,7 +201,7 @@ def _find_all(names: Sequence[str], path: Path, where: str) -> list[Path]:
 def _find(name: str, path: Path, where: str) -> Path:
     """An image's path; it must exist."""
     if name.startswith(("http://", "https://", "data:")):
-        raise InputError(f"{where}: {quoted(name)} is no file; download images before training")
+        raise InputError(f"{where}: {quoted(name)} is not a file; download images before training")
     found = path.parent / name.removeprefix("file://")
     try:
         there = found.is_file()

@@ -55,7 +55,7 @@ def test_a_named_method_comes_without_the_defaults_keep_and_fields():
         ({**DIVPRUNE, "foveate_keep": "half"}, BudgetError, "keep must be"),
         ({**DIVPRUNE, "foveate_keep": True}, FoveateError, "keep"),
         ({**DIVPRUNE, "foveate_fields": {"power": 2}}, InputError, "power"),
-        ({**DIVPRUNE, "foveate_fields": "{"}, InputError, "no JSON"),
+        ({**DIVPRUNE, "foveate_fields": "{"}, InputError, "not JSON"),
         ({**DIVPRUNE, "foveate_fields": [1]}, InputError, "an object of fields"),
         ({**DIVPRUNE, "foveate_fields": {"keep": 1}}, InputError, "give foveate_keep"),
         ({**DIVPRUNE, "foveate_question": 3}, InputError, "must be a string"),

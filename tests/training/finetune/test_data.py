@@ -79,7 +79,7 @@ def test_blank_lines_are_passed_over_and_counted(read):
         ({"messages": [{"role": "user", "content": "a"}]}, "line 2 has no assistant message"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "message 1: the role must be one of"),
         (chat(images=["none.png"]), "line 2: no such image file: .*none.png"),
-        (chat(images=["http://x/y.png"]), "is no file; download"),
+        (chat(images=["http://x/y.png"]), "is not a file; download"),
         (chat(images=3), "`images` must be a list of paths"),
         (chat("<image> <image>", images=["a.png"]), "has 1 images, but 2 placeholders"),
         (chat([{"type": "audio"}]), "a part must be text or an image"),

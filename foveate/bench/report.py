@@ -45,7 +45,7 @@ NUMBERS = (
 )
 TASKS = (
     "Accuracy in %. Greyed tasks are not informative: with all its tokens the model is not "
-    f"{100 * MARGIN:.0f} points above the commonest answer. Red: at least 10 points below all "
+    f"{100 * MARGIN:.0f} points above the most common answer. Red: at least 10 points below all "
     "tokens."
 )
 MAPS = (
@@ -127,7 +127,7 @@ def _counted(number: int, name: str) -> str:
 def _scale() -> str:
     """What the colours of the maps stand for."""
     return (
-        '<p class="scale"><span>dropped at once</span><i></i>'
+        '<p class="scale"><span>dropped immediately</span><i></i>'
         "<span>twice the mean of the method, or more</span></p>"
     )
 
@@ -155,7 +155,7 @@ def _plot_note(summary: Summary) -> str:
     if silent and len(silent) == len(summary.tasks):
         out = (
             " No task is informative: with all its tokens, the model is not clearly better than "
-            "the commonest answer. All tasks are shown, and say little of the methods."
+            "the most common answer. All tasks are shown, but say little about the methods."
         )
     elif silent:
         out = f" Left out, because the unpruned model cannot do them: {', '.join(silent)}."

@@ -82,7 +82,9 @@ def serve(
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     stdout().print(f"serving [bold]{escape(called)}[/] with {escape(by)} at {url}", soft_wrap=True)
     if limits.api_key is None and host not in LOCAL:
-        stderr().print("[yellow]note: no --api-key: whoever reaches this address can ask[/]")
+        stderr().print(
+            "[yellow]note: no --api-key: anyone who can reach this address can use the server[/]"
+        )
     log_to_stderr()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler that exits with code 15
     run(app, listening, limits.deadline)

@@ -56,15 +56,15 @@ def search(
             torch.set_num_threads(threads)
     console = stdout()
     if (out / LEDGER).exists():
-        console.print(f"going on from {escape(str(out / LEDGER))}", soft_wrap=True)
+        console.print(f"resuming from {escape(str(out / LEDGER))}", soft_wrap=True)
     verdict = _run(job, weights)
     show(verdict, console)
     console.print(f"report saved in {escape(str(out / PAGE))}", soft_wrap=True)
     if verdict.chosen is None:
         targets = ", ".join(map(str, verdict.aim.targets))
         raise FoveateError(
-            f"no recipe meets {targets} on the questions of the search; allow more, or give more "
-            f"--trials. {_nearest(verdict)}"
+            f"no recipe meets {targets} on the questions of the search; relax the targets, or set "
+            f"more --trials. {_nearest(verdict)}"
         )
     path = escape(str(out / FILE))
     console.print(f"recipe saved in {path}; use it with --method {path}", soft_wrap=True)
@@ -75,14 +75,14 @@ def _run(job: Tuning, weights: tuple[str, str]) -> Verdict:
     with progress() as steps:
         steps.say(f"loading {job.model}")
         loaded, processor = load_model(job.model, *weights)
-        steps.say("asking with all tokens", job.options.plan.trials)
+        steps.say("answering with all tokens", job.options.plan.trials)
 
         def tick(found: Found) -> None:
             steps.name(f"searching, {len(found.refused)} refused")
             steps.tick()
 
         def judging(count: int) -> Callable[[], object]:
-            steps.say("asking held-out questions", count)
+            steps.say("answering held-out questions", count)
             return steps.tick
 
         return job.run(loaded, processor, tick, judging)
@@ -102,9 +102,9 @@ def show(verdict: Verdict, console: Console) -> None:
             soft_wrap=True,
         )
     elif verdict.published is None:
-        console.print("[yellow]no published recipe got to the end and met the targets[/]")
+        console.print("[yellow]no published recipe reached the end and met the targets[/]")
     if not verdict.found.finished:
-        console.print("[yellow]the time was up before all trials were run[/]")
+        console.print("[yellow]time ran out before all trials were run[/]")
     _rejected(verdict, console)
 
 

@@ -222,7 +222,7 @@ def spell(hint: Any) -> str:
         int: "an int",
         float: "a finite number",
         bool: "true or false",
-        str: "a text",
+        str: "a string",
         Path: "a path",
     }
     return known.get(hint) or str(getattr(hint, "__name__", hint))

@@ -60,7 +60,7 @@ def spread(total: int, wanted: int) -> list[int]:
 def _files(folder: Path) -> list[Path]:
     found = [file for file in folder.iterdir() if file.suffix.lower() in FRAMES]
     if not found:
-        raise InputError(f"{shown(folder, 100)} is a folder without images, so no video")
+        raise InputError(f"{shown(folder, 100)} is a folder without images, not a video")
     return sorted(found, key=lambda file: _by_number(file.name))
 
 

@@ -159,7 +159,7 @@ class Replicas:
             except self._ray.exceptions.RayActorError:
                 if begun:
                     raise ServerError(
-                        "the process that answered died in the middle; ask again", 500
+                        "the process that was answering died; try again", 500
                     ) from None
             await asyncio.sleep(min(PAUSE * 2**number, left))
         raise ServerError(f"{TRIES} processes died one after the other over this request", 500)

@@ -52,7 +52,7 @@ def test_a_taken_port_is_told():
         (["tiny", "-m", "fastw"], "unknown method 'fastw'; did you mean fastv"),
         (["tiny", "-m", "fastv", "--keep", "1.5"], "keep must be in (0, 1]"),
         (["tiny", "-m", "fastv", "--set", "layer=99"], "layer"),
-        (["tiny", "--keep", "0.5"], "name it with --method"),
+        (["tiny", "--keep", "0.5"], "need a --method"),
         (["no/such-folder/at-all"], "no/such-folder/at-all"),
         (["tiny", "--host", "no host"], "cannot listen at no host"),
     ],

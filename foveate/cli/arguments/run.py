@@ -13,8 +13,8 @@ from foveate.errors import InputError
 HELP = """Ask a model about images or videos, with a method that removes visual tokens.
 
 MODEL is a hub id, a local folder, or [bold]tiny[/] for the model that comes with foveate. Give any
-number of images and videos, then the question. A video is a folder of frames, or a file if
-foveate\\[video] is installed.
+number of images and videos, then the question. A video is a folder of frames or, if
+foveate\\[video] is installed, a video file.
 
 [bold]Examples[/]
 
@@ -48,9 +48,9 @@ def run(
     ] = False,
     show: Annotated[Path | None, typer.Option(help="Save a drawing of the kept tokens.")] = None,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Save answers and report here.")
+        Path | None, typer.Option("--json", help="Save the answers and the report here.")
     ] = None,
-    frames: Annotated[int, typer.Option(min=1, help="Most frames of a video.")] = 16,
+    frames: Annotated[int, typer.Option(min=1, help="Most frames per video.")] = 16,
     max_pixels: MaxPixels = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of --compare.")] = 20,

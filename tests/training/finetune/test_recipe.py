@@ -41,8 +41,8 @@ def test_methods_are_read_by_the_types_of_their_fields():
     ("change", "reason"),
     [
         ({"modle": "x"}, "unknown key 'modle' in the recipe; did you mean 'model'"),
-        ({"model": None}, "model must be a text"),
-        ({"out": 3}, "out must be a text, got 3"),
+        ({"model": None}, "model must be a string"),
+        ({"out": 3}, "out must be a string, got 3"),
         ({"data": {"scene": 4}}, "unknown key 'scene' in data; did you mean 'scenes'"),
         ({"data": {}}, "data needs either `file`"),
         ({"data": {"file": "a", "scenes": 1}}, "data needs either `file`"),

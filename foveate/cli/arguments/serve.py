@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, Model, RayAddress, Settings
+from foveate.cli.options import Adaptive, Device, Dtype, Keep, Model, RayAddress, Settings
 from foveate.errors import InputError
 
 HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method that removes visual tokens.
@@ -35,6 +35,7 @@ def serve(
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD)] = None,
     keep: Keep = None,
     setting: Settings = None,
+    adaptive: Adaptive = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
@@ -98,6 +99,13 @@ def serve(
         raise InputError("--keep and --set are of a method: name it with --method")
     every = ["1.0" if text.strip() == "1" else text for text in keep or ()]
     methods = make_methods(method, every, setting or ()) if method else ()
+    policy = None
+    if adaptive is not None:
+        if method:
+            raise InputError("--adaptive chooses the method; leave --method out")
+        from foveate.tune.policy import adaptive as read_policy
+
+        policy = read_policy(adaptive)
     limits = Limits(
         deadline=deadline,
         max_held=max_queue,
@@ -117,4 +125,7 @@ def serve(
         fleet = Fleet(
             replicas, max_replicas, gpus_per_replica, cpus_per_replica, ray_address, deadline
         )
-    start(model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet)
+    start(
+        model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet,
+        policy,
+    )  # fmt: skip

@@ -58,6 +58,13 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder of what comes of it.")] = Path("tuned"),
     held_out: Annotated[float, typer.Option(help="Share of the questions for the end.")] = 0.4,
     first: Annotated[int, typer.Option(min=1, help="Questions that every recipe is asked.")] = 16,
+    adaptive: Annotated[
+        float | None,
+        typer.Option(
+            help="Also fit a policy, policy.json, that chooses a recipe for each question, at this "
+            "mean share of FLOPs."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 8,
@@ -90,5 +97,6 @@ def tune(
         max_pixels=max_pixels,
         plan=Plan(trials, first=first, seed=seed),
         minutes=timeout,
+        adaptive=adaptive,
     )
     search(model, data, out, options, (device, dtype), threads)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
@@ -102,6 +103,53 @@ def test_called_again_it_asks_nothing_anew(tuned, monkeypatch):
     assert before == ((out / "foveate.json").read_bytes(), (out / "asked.jsonl").read_bytes())
 
 
+def test_a_policy_is_fitted_to_what_was_asked(tuned, questions, tmp_path, monkeypatch):
+    """Afterwards as well: it asks held-out questions alone."""
+    out, _, options, _ = tuned
+    again, asked, ask = tmp_path / "again", [], Asker.ask
+    shutil.copytree(out, again)
+
+    def noted(self, methods, numbers):
+        asked.extend(numbers)
+        return ask(self, methods, numbers)
+
+    monkeypatch.setattr(Asker, "ask", noted)
+    more = ["--out", again, "--first", 6, "--max-new-tokens", 3, "--adaptive", 0.5]
+    done = tune(*options, *more)
+    assert done.exit_code == 0, done.output
+    assert set(asked) <= set(Split.of(read_rows(questions), 0.4, seed=0).held_out)
+    assert (out / "foveate.json").read_bytes() == (again / "foveate.json").read_bytes()
+    report = json.loads((again / "report.json").read_text())["adaptive"]
+    low, gain, high = (report["gain_over_fixed"][n] for n in (1, 0, 2))
+    assert low <= gain <= high
+    assert gain == pytest.approx(100 * (report["quality"] - report["fixed_quality"]))
+    policy = foveate.adaptive(again / "policy.json")
+    assert sum(report["chosen"]) == report["asked"]
+    assert len(report["chosen"]) == len(policy.options)
+    image = questions.with_name("0.png")
+    words = ["tiny", str(image), "what?", "--adaptive", str(again / "policy.json")]
+    ran = CliRunner().invoke(app, ["run", *words, "--json", str(tmp_path / "said.json")])
+    assert ran.exit_code == 0, ran.output
+    said = json.loads((tmp_path / "said.json").read_text())["methods"]
+    chosen = policy.choose("what?", [Image.open(image)])
+    assert [method["method"] for method in said] == [method.slug for method in chosen]
+    for wrong in (["--method", "fastv"], ["--keep", "0.5"]):
+        refused = CliRunner().invoke(app, ["run", *words, *wrong])
+        assert refused.exit_code == 2
+
+
+def test_a_policy_below_every_recipe_is_refused_and_the_recipe_kept(tuned, tmp_path):
+    out, _, options, _ = tuned
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    more = ["--out", again, "--first", 6, "--max-new-tokens", 3, "--adaptive", 0.01]
+    done = tune(*options, *more)
+    assert done.exit_code == 2
+    assert "takes 0.01x of the FLOPs or less" in done.stderr
+    assert (again / "foveate.json").exists()
+    assert not (again / "policy.json").exists()
+
+
 def test_replies_are_those_of_a_plain_run(questions):
     model, processor = tiny.load()
     rows = read_rows(questions)[:6]
@@ -133,6 +181,7 @@ def test_replies_are_those_of_a_plain_run(questions):
         (["--target", "flops<=2x"], "flops lies from 0 to 1"),
         (["--target", "flops<=0.5x", "--methods", "fastvv"], "did you mean"),
         (["--target", "flops<=0.5x", "--held-out", "1.5"], "--held-out must be in (0, 1)"),
+        (["--target", "flops<=0.5x", "--adaptive", "1.5"], "--adaptive must be in (0, 1]"),
         ([], "nothing to save"),
     ],
 )

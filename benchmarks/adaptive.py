@@ -1,6 +1,6 @@
 """Choose a recipe for each question, against the best recipe for all, at equal mean FLOPs.
 
-    python benchmarks/adaptive.py [--each 110] [--trials 26] [--work DIR]
+    python benchmarks/adaptive.py [--each 110] [--trials 13] [--work DIR]
 
 Questions are drawn by FoveaBench, seven of its tasks, with seeds that no other benchmark draws. A
 search finds recipes of many costs. At each share of FLOPs the best recipe of the search within it
@@ -55,19 +55,25 @@ class HeldOut:
     Args:
         asker: asks them.
         numbers: of the questions.
-        ledger: what was asked before.
+        known: replies to all of them, by `recipe_key`.
     """
 
     asker: Asker
     numbers: tuple[int, ...]
-    ledger: Ledger
+    known: dict[str, Replies]
 
     def of(self, recipe: Recipe) -> Replies:
         """Of one recipe."""
-        methods = () if recipe == EVERYTHING else recipe
-        key = f"held out {recipe_key(methods)}"
-        said = self.ledger.get(key, lambda: self.asker.ask(methods, self.numbers).to_dict())
-        return Replies.from_dict(said)
+        key = recipe_key(recipe)
+        if key not in self.known:
+            self.known[key] = self.asker.ask(recipe, self.numbers)
+        return self.known[key]
+
+    def ask(self, recipe: Recipe, numbers: Sequence[int]) -> Replies:
+        """Replies to some of them, asked by themselves."""
+        if tuple(numbers) == self.numbers:
+            return self.of(recipe)
+        return self.asker.ask(recipe, numbers)
 
     def some(self, recipe: Recipe, numbers: Sequence[int]) -> Replies:
         """What was said to some of them, at the recipe's mean cost."""
@@ -81,7 +87,7 @@ class HeldOut:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=110, help="questions of a task")
-    parser.add_argument("--trials", type=int, default=26)
+    parser.add_argument("--trials", type=int, default=13)
     parser.add_argument("--work", type=Path, default=Path("adaptive-work"))
     arguments = parser.parse_args()
     data = draw(arguments.work / "data", arguments.each, FIRST)
@@ -95,11 +101,14 @@ def main() -> None:
     began = time.process_time()
     verdict = job.run(model, processor, lambda found: print(len(found.candidates)), asker=asker)
     known, sight = Known.of(verdict.found, "accuracy"), Sight(job.rows)
-    held = HeldOut(asker, job.split.held_out, Ledger(arguments.work / "held.jsonl", {}))
+    judged = {recipe_key(c.recipe): verdict.held_out[c.number] for c in verdict.to_judge}
+    judged[recipe_key(EVERYTHING)] = verdict.held_out[None]
+    held = HeldOut(asker, job.split.held_out, judged)
+    ledger = Ledger(arguments.work / "policies.jsonl", {"settings": job.split.held_out})
     rows: list[dict[str, Any]] = []
     for share in SHARES:
         budget = float(known.flops[known.fixed(share)])
-        adapted = adapt(known, sight, job.split, budget, asker.ask, held.ledger)
+        adapted = adapt(known, sight, job.split, budget, held.ask, ledger)
         blind = adapt(known, NoWords(job.rows), job.split, budget, held.some, Ledger(None, {}))
         rows.append(row(share, known, adapted, blind, held))
         print(rows[-1])

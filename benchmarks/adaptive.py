@@ -5,8 +5,9 @@
 Questions are drawn by FoveaBench, seven of its tasks, with seeds that no other benchmark draws. A
 search finds recipes of many costs. At each share of FLOPs the best recipe of the search within it
 is the fixed one; a policy is fitted to the same questions with the cost of that recipe as its mean
-budget. Both are asked the held-out questions. Intervals are percentiles of a bootstrap over
-held-out questions; the search and the fit are not drawn anew. DIR keeps what was asked.
+budget. Every recipe is asked all held-out questions once; answers of a policy are those of the
+recipes that it chooses, and its FLOPs the mean of theirs. Intervals are percentiles of a bootstrap
+over held-out questions; the search and the fit are not drawn anew. DIR keeps what was asked.
 """
 
 from __future__ import annotations
@@ -70,13 +71,7 @@ class HeldOut:
         return self.known[key]
 
     def ask(self, recipe: Recipe, numbers: Sequence[int]) -> Replies:
-        """Replies to some of them, asked by themselves."""
-        if tuple(numbers) == self.numbers:
-            return self.of(recipe)
-        return self.asker.ask(recipe, numbers)
-
-    def some(self, recipe: Recipe, numbers: Sequence[int]) -> Replies:
-        """What was said to some of them, at the recipe's mean cost."""
+        """Replies to some of them, at the recipe's mean cost."""
         whole, places = self.of(recipe), [self.numbers.index(n) for n in numbers]
         right, agrees = (tuple(one[p] for p in places) for one in (whole.right, whole.agrees))
         part = len(places) / len(self.numbers)
@@ -104,12 +99,11 @@ def main() -> None:
     judged = {recipe_key(c.recipe): verdict.held_out[c.number] for c in verdict.to_judge}
     judged[recipe_key(EVERYTHING)] = verdict.held_out[None]
     held = HeldOut(asker, job.split.held_out, judged)
-    ledger = Ledger(arguments.work / "policies.jsonl", {"settings": job.split.held_out})
     rows: list[dict[str, Any]] = []
     for share in SHARES:
         budget = float(known.flops[known.fixed(share)])
-        adapted = adapt(known, sight, job.split, budget, held.ask, ledger)
-        blind = adapt(known, NoWords(job.rows), job.split, budget, held.some, Ledger(None, {}))
+        adapted = adapt(known, sight, job.split, budget, held.ask, Ledger(None, {}))
+        blind = adapt(known, NoWords(job.rows), job.split, budget, held.ask, Ledger(None, {}))
         rows.append(row(share, known, adapted, blind, held))
         print(rows[-1])
     save("adaptive", {

@@ -1,25 +1,27 @@
 """Choose a recipe for each question, against the best recipe for all, at equal mean FLOPs.
 
-    python benchmarks/adaptive.py [--each 110] [--trials 13] [--work DIR]
+    python benchmarks/adaptive.py [--each 60] [--first 5000] [--work DIR]
 
-Questions are drawn by FoveaBench, seven of its tasks, with seeds that no other benchmark draws. A
-search finds recipes of many costs. At each share of FLOPs the best recipe of the search within it
-is the fixed one; a policy is fitted to the same questions with the cost of that recipe as its mean
-budget. Every recipe is asked all held-out questions once; answers of a policy are those of the
-recipes that it chooses, and its FLOPs the mean of theirs. Intervals are percentiles of a bootstrap
-over held-out questions; the search and the fit are not drawn anew. DIR keeps what was asked.
+Questions are drawn by FoveaBench, seven of its tasks. Recipes are those that benchmarks/tune.py has
+found on other questions, and some of other costs; each is asked every question once. Questions are
+parted into folds. For each fold, the best fixed recipe within a share of FLOPs is chosen on the
+others, a policy is fitted to them with the cost of that recipe as its mean budget, and both are
+judged on the fold. Intervals are percentiles of a bootstrap over questions; policies are not fitted
+anew for it. DIR keeps what was asked.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _bench import save, warm_heap
+from _bench import RESULTS, save, warm_heap
 from _tune_data import TASKS, draw
 
 warm_heap()
@@ -27,19 +29,18 @@ warm_heap()
 import numpy as np  # noqa: E402
 
 from foveate import tiny  # noqa: E402
-from foveate.tune.adapting import EVERYTHING, Adapted, Known, Sight, adapt  # noqa: E402
+from foveate.core.resolve import methods_of  # noqa: E402
+from foveate.tune.adapting import EVERYTHING, Array, Known, Sight, adapt  # noqa: E402
 from foveate.tune.asking import Asker  # noqa: E402
-from foveate.tune.job import Options, Tuning  # noqa: E402
+from foveate.tune.data import Split, read_rows  # noqa: E402
 from foveate.tune.ledger import Ledger, recipe_key  # noqa: E402
 from foveate.tune.planning import Recipe  # noqa: E402
 from foveate.tune.replies import Replies  # noqa: E402
 from foveate.tune.space import describe  # noqa: E402
-from foveate.tune.study import Plan  # noqa: E402
 
-SHARES = (0.25, 0.4)
-METHODS = ("cls-drop", "holitom-inner", "transprune", "fastv", "divprune")
-SEED, FIRST = 0, 20_000
-DRAWS = 10_000
+SHARES = (0.25, 0.43, 0.62)
+MORE = (("cls-drop", 0.4), ("cls-drop", 0.6), ("fastv", 0.25), ("divprune", 0.125))
+FOLDS, SEED, DRAWS = 4, 0, 10_000
 
 
 class NoWords(Sight):
@@ -50,117 +51,139 @@ class NoWords(Sight):
 
 
 @dataclass
-class HeldOut:
-    """Answers of every recipe to all held-out questions.
+class Answers:
+    """What was said to all questions.
 
     Args:
-        asker: asks them.
-        numbers: of the questions.
-        known: replies to all of them, by `recipe_key`.
+        replies: by `recipe_key`.
+        recipes: by the same.
+        cpu_seconds: that asking took.
     """
 
-    asker: Asker
-    numbers: tuple[int, ...]
-    known: dict[str, Replies]
+    replies: dict[str, Replies]
+    recipes: dict[str, Recipe]
+    cpu_seconds: float
 
-    def of(self, recipe: Recipe) -> Replies:
-        """Of one recipe."""
-        key = recipe_key(recipe)
-        if key not in self.known:
-            self.known[key] = self.asker.ask(recipe, self.numbers)
-        return self.known[key]
+    def known(self, numbers: Sequence[int]) -> Known:
+        """Recipes with their mean costs, and how they did on some questions."""
+        every = []
+        for key, recipe in self.recipes.items():
+            whole = self.replies[key]
+            good = [float(whole.right[n]) for n in numbers]
+            every.append((recipe, whole.after[0] / whole.before[0], good))
+        return Known.front(every, "accuracy")
 
     def ask(self, recipe: Recipe, numbers: Sequence[int]) -> Replies:
-        """Replies to some of them, at the recipe's mean cost."""
-        whole, places = self.of(recipe), [self.numbers.index(n) for n in numbers]
-        right, agrees = (tuple(one[p] for p in places) for one in (whole.right, whole.agrees))
-        part = len(places) / len(self.numbers)
+        """Replies to some questions, at the recipe's mean cost."""
+        whole = self.replies[recipe_key(recipe)]
+        right, agrees = (tuple(one[n] for n in numbers) for one in (whole.right, whole.agrees))
+        count, part = len(numbers), len(numbers) / len(whole)
         before, after = ((part * f, part * kv) for f, kv in (whole.before, whole.after))
-        return Replies(right, agrees, (0.0,) * len(places), (), before, after)
+        return Replies(right, agrees, (0.0,) * count, (), before, after)  # type: ignore[arg-type]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--each", type=int, default=110, help="questions of a task")
-    parser.add_argument("--trials", type=int, default=13)
+    parser.add_argument("--each", type=int, default=60, help="questions of a task")
+    parser.add_argument("--first", type=int, default=5000, help="seed of the first of them")
     parser.add_argument("--work", type=Path, default=Path("adaptive-work"))
     arguments = parser.parse_args()
-    data = draw(arguments.work / "data", arguments.each, FIRST)
-    model, processor = tiny.load()
-    options = Options(
-        targets=("accuracy>=-70", "flops<=0.75x"), minimize=("flops",), methods=METHODS,
-        held_out=0.6, max_new_tokens=4, plan=Plan(arguments.trials, first=96, seed=SEED),
-    )  # fmt: skip
-    job = Tuning("tiny", data, arguments.work / "search", options)
-    asker = Asker(model, processor, job.rows, batch=16, max_new_tokens=4)
-    began = time.process_time()
-    verdict = job.run(model, processor, lambda found: print(len(found.candidates)), asker=asker)
-    known, sight = Known.of(verdict.found, "accuracy"), Sight(job.rows)
-    judged = {recipe_key(c.recipe): verdict.held_out[c.number] for c in verdict.to_judge}
-    judged[recipe_key(EVERYTHING)] = verdict.held_out[None]
-    held = HeldOut(asker, job.split.held_out, judged)
-    rows: list[dict[str, Any]] = []
-    for share in SHARES:
-        budget = float(known.flops[known.fixed(share)])
-        adapted = adapt(known, sight, job.split, budget, held.ask, Ledger(None, {}))
-        blind = adapt(known, NoWords(job.rows), job.split, budget, held.ask, Ledger(None, {}))
-        rows.append(row(share, known, adapted, blind, held))
-        print(rows[-1])
+    rows = read_rows(draw(arguments.work / "data", arguments.each, arguments.first))
+    rules = {"each": arguments.each, "first": arguments.first}
+    ledger = Ledger(arguments.work / "asked.jsonl", rules)
+    answers = ask_all(Asker(*tiny.load(), rows, batch=16, max_new_tokens=4), len(rows), ledger)
+    whole = answers.known(range(len(rows)))
     save("adaptive", {
-        "model": "tiny", "tasks": TASKS, "each": arguments.each, "first": FIRST,
-        "trials": arguments.trials, "seed": SEED, "methods": METHODS, "draws": DRAWS,
-        "questions": {"search": len(job.split.search), "held_out": len(job.split.held_out)},
-        "note": "the machine was shared with other work; CPU seconds of this process, one thread",
-        "cpu_seconds": round(time.process_time() - began, 1),
+        "model": "tiny", "tasks": TASKS, **rules, "questions": len(rows), "folds": FOLDS,
+        "seed": SEED, "draws": DRAWS,
+        "note": "the machine was shared with other work; CPU seconds of asking, one thread",
+        "cpu_seconds": round(answers.cpu_seconds, 1),
         "recipes": [
-            {"recipe": describe(recipe), "flops": float(flops), "search": float(good.mean()),
-             "held_out": float(np.mean(held.of(recipe).right))}
-            for recipe, flops, good in zip(known.recipes, known.flops, known.good, strict=True)
+            {"recipe": describe(recipe), "flops": float(flops), "right": float(good.mean())}
+            for recipe, flops, good in zip(whole.recipes, whole.flops, whole.good, strict=True)
         ],
-        "words": adapted.policy.words, "shares": rows,
+        "shares": [compared(share, answers, rows) for share in SHARES],
     })  # fmt: skip
 
 
-def row(
-    share: float, known: Known, adapted: Adapted, blind: Adapted, held: HeldOut
-) -> dict[str, Any]:
-    """What a page needs of a share: the policy beside the fixed recipe and beside mixtures."""
-    mine, fixed = np.array(adapted.good, float), np.array(adapted.fixed_good, float)
-    mixed = mixture(known, adapted.flops[0], held)
-    no_words = np.array(blind.good, float)
-    found = adapted.to_dict()
-    del found["gain_over_fixed"], found["recipes"]
+def ask_all(asker: Asker, count: int, ledger: Ledger) -> Answers:
+    """Ask every recipe every question."""
+    tuned = json.loads((RESULTS / "tune.json").read_text())["shares"]
+    found = [tuned[0]["chosen"], tuned[0]["others"][-1], tuned[1]["chosen"]]
+    recipes = [methods_of(one["methods"]) for one in found]
+    recipes += [methods_of(name, keep=keep) for name, keep in MORE]
+    said, seconds = {}, 0.0
+    for recipe in [EVERYTHING, *recipes]:
+        methods = () if recipe is EVERYTHING else recipe
+        key = recipe_key(recipe)
+        value = ledger.get(key, functools.partial(asked, asker, methods, count))
+        said[key], seconds = Replies.from_dict(value), seconds + value["cpu_seconds"]
+        print(describe(recipe), sum(said[key].right) / count)
+    return Answers(said, {recipe_key(recipe): recipe for recipe in [EVERYTHING, *recipes]}, seconds)
+
+
+def asked(asker: Asker, recipe: Recipe, count: int) -> dict[str, Any]:
+    """Replies to all questions, and the CPU seconds that they took."""
+    began = time.process_time()
+    said = asker.ask(recipe, range(count)).to_dict()
+    return {**said, "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def compared(share: float, answers: Answers, rows: Sequence[Any]) -> dict[str, Any]:
+    """Policies beside fixed recipes and beside mixtures, all on questions that they never saw."""
+    order = np.random.default_rng(SEED).permutation(len(rows))
+    good: dict[str, list[Array]] = {name: [] for name in ("policy", "no_words", "fixed", "mixed")}
+    flops: dict[str, list[float]] = {name: [] for name in ("policy", "no_words", "fixed")}
+    fixed, chosen = list[str](), dict[str, int]()
+    for fold in range(FOLDS):
+        inside = np.arange(len(rows)) % FOLDS == fold
+        split = Split(tuple(order[~inside].tolist()), tuple(order[inside].tolist()))
+        known = answers.known(split.search)
+        budget = float(known.flops[known.fixed(share)])
+        for name, sight in (("policy", Sight(rows)), ("no_words", NoWords(rows))):
+            found = adapt(known, sight, split, budget, answers.ask, Ledger(None, {}))
+            good[name].append(np.array(found.good, float))
+            flops[name] += [found.flops[0]] * len(found.good)
+            if name == "policy":
+                good["fixed"].append(np.array(found.fixed_good, float))
+                good["mixed"].append(mixture(known, found.flops[0], answers, split.held_out))
+                flops["fixed"] += [found.flops[1]] * len(found.good)
+                fixed.append(describe(found.fixed))
+                for option, count in zip(found.policy.options, found.chosen, strict=True):
+                    text = describe(option.methods)
+                    chosen[text] = chosen.get(text, 0) + count
+    joined = {name: np.concatenate(parts) for name, parts in good.items()}
+    pairs = [("policy", "fixed"), ("policy", "mixed"), ("no_words", "fixed")]
     return {
         "share": share,
-        **found,
-        "over_fixed": bootstrap(mine - fixed),
-        "mixed_quality": float(mixed.mean()),
-        "over_mixed": bootstrap(mine - mixed),
-        "no_words": {
-            "quality": float(no_words.mean()), "flops": blind.flops[0],
-            "over_fixed": bootstrap(no_words - fixed),
-        },
-    }  # fmt: skip
+        "fixed": fixed,
+        "chosen": chosen,
+        "right": {name: float(values.mean()) for name, values in joined.items()},
+        "flops": {name: float(np.mean(values)) for name, values in flops.items()},
+        "gains": {f"{a} over {b}": bootstrap(joined[a] - joined[b]) for a, b in pairs},
+    }
 
 
-def mixture(known: Known, flops: float, held: HeldOut) -> np.ndarray:
-    """Mean held-out answers, question by question, of the best two recipes that are given to
-    questions by chance, at a mean cost. Which two, the questions of the search say.
+def mixture(known: Known, flops: float, answers: Answers, numbers: Sequence[int]) -> Array:
+    """Mean answers, question by question, of the best two recipes that are given to questions by
+    chance, at a mean cost. Which two, the questions of the fit say.
     """
-    quality = known.good.mean(1)
+    quality, costs = known.good.mean(1), known.flops
     best = (-1.0, 0, 0, 1.0)
-    for one in range(len(quality)):
-        for two in range(len(quality)):
-            if known.flops[one] <= flops < known.flops[two]:
-                part = (known.flops[two] - flops) / (known.flops[two] - known.flops[one])
-                mean = part * quality[one] + (1 - part) * quality[two]
-                best = max(best, (mean, one, two, part))
+    for one in range(len(costs)):
+        for two in range(len(costs)):
+            if costs[one] <= flops < costs[two]:
+                part = float((costs[two] - flops) / (costs[two] - costs[one]))
+                best = max(best, (part * quality[one] + (1 - part) * quality[two], one, two, part))
     _, one, two, part = best
-    first, second = (np.array(held.of(known.recipes[n]).right, float) for n in (one, two))
-    return part * first + (1 - part) * second
+    first, second = (
+        np.array(answers.ask(known.recipes[n], numbers).right, float) for n in (one, two)
+    )
+    mixed: Array = part * first + (1 - part) * second
+    return mixed
 
 
-def bootstrap(gains: np.ndarray) -> list[float]:
+def bootstrap(gains: Array) -> list[float]:
     """Mean in points, and the 2.5 and 97.5 percentiles of means of questions drawn anew."""
     drawn = np.random.default_rng(SEED).integers(0, len(gains), (DRAWS, len(gains)))
     low, high = np.percentile(gains[drawn].mean(1), (2.5, 97.5))

@@ -8,19 +8,20 @@ the ridge and price are chosen on predictions for questions that the regression 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from foveate.core import Method
 from foveate.errors import InputError
 from foveate.methods.uniform import Uniform
 from foveate.tune.data import Row, Split
 from foveate.tune.ledger import Ledger, recipe_key
+from foveate.tune.planning import Recipe
 from foveate.tune.policy import Option, Policy, signals, words_in
 from foveate.tune.replies import Replies, difference
 from foveate.tune.space import describe
@@ -33,7 +34,6 @@ MOST_WORDS = 24
 COMMON = 0.04
 """A word counts as a signal if it is in more than this share of the questions, and not in all."""
 Array = npt.NDArray[np.float64]
-Recipe = tuple[Method, ...]
 EVERYTHING: Recipe = (Uniform(keep=1.0),)
 
 
@@ -55,22 +55,24 @@ class Known:
 
     @classmethod
     def of(cls, found: Found, quality: str) -> Known:
-        """The front of those that answered all questions, whatever the targets; all tokens too.
-
-        Args:
-            found: what a study came to.
-            quality: what is judged, see `Replies.judged`.
-        """
+        """Those that answered all questions of a search, whatever its targets, and all tokens."""
         every = [(EVERYTHING, 1.0, found.unpruned.judged(quality))]
         every += [
             (c.recipe, c.scored.metrics["flops"], c.replies.judged(quality))
             for c in found.finalists
         ]
-        front, best = [], -1.0
-        for recipe, flops, good in sorted(every, key=lambda one: (one[1], -sum(one[2]))):
-            if sum(good) > best or recipe is EVERYTHING:
-                front.append((recipe, flops, good))
-                best = max(best, sum(good))
+        return cls.front(every, quality)
+
+    @classmethod
+    def front(cls, every: Iterable[tuple[Recipe, float, Sequence[float]]], quality: str) -> Known:
+        """Of recipes, with cost and answers of each, those that no cheaper one is as good as; all
+        tokens stay.
+        """
+        front, best = [], -math.inf
+        for one in sorted(every, key=lambda one: (one[1], -sum(one[2]))):
+            if sum(one[2]) > best or one[0] is EVERYTHING:
+                front.append(one)
+                best = max(best, sum(one[2]))
         recipes, costs, answers = zip(*front, strict=True)
         return cls(recipes, np.array(costs), np.array(answers, dtype=np.float64), quality)
 
@@ -111,11 +113,11 @@ class Sight:
 
     def signals(self, numbers: Sequence[int], words: Sequence[str]) -> Array:
         """(Q, S) signals of some questions."""
-        samples = [self.rows[n].sample(n, self.max_pixels) for n in numbers]
-        return np.array([
-            signals(self._text(n), sample.images, words)  # type: ignore[arg-type]
-            for n, sample in zip(numbers, samples, strict=True)
-        ])  # fmt: skip
+        found = []
+        for number in numbers:
+            images: Any = self.rows[number].sample(number, self.max_pixels).images
+            found.append(signals(self._text(number), images, words))
+        return np.array(found)
 
     def folds(self, numbers: Sequence[int]) -> Array:
         """(Q) the fold of each question; those about one image share one, if there are enough."""
@@ -141,7 +143,7 @@ def fit(known: Known, x: Array, words: tuple[str, ...], folds: Array, budget: fl
     """
     tried = []
     for ridge in RIDGES:
-        values = np.empty_like(known.good)
+        values = np.empty_like(known.good)  # of questions that were not fitted to
         for inside in (folds == part for part in np.unique(folds)):
             bias, weights = regression(x[~inside], known.good[:, ~inside], ridge)
             values[:, inside] = bias[:, None] + weights @ x[inside].T
@@ -179,24 +181,12 @@ def regression(x: Array, good: Array, ridge: float) -> tuple[Array, Array]:
 
 
 def choices(values: Array, flops: Array, price: float) -> npt.NDArray[np.intp]:
-    """(Q) the recipe of each question; of equals the cheapest.
-
-    Args:
-        values: (R, Q) predictions.
-        flops: (R) ascending.
-        price: of FLOPs.
-    """
+    """(Q) the recipe of each question, by (R, Q) predictions and (R) costs in ascending order."""
     return (values - price * flops[:, None]).argmax(0)
 
 
 def price_of(values: Array, flops: Array, budget: float) -> float:
-    """The smallest price at which the mean cost keeps to a budget.
-
-    Args:
-        values: see `choices`.
-        flops: see `choices`; the first keeps to the budget.
-        budget: largest mean.
-    """
+    """The smallest price at which the mean cost of `choices` keeps to a budget."""
     one, two = np.triu_indices(len(flops), 1)
     apart = flops[two] > flops[one]
     one, two = one[apart], two[apart]
@@ -269,7 +259,7 @@ def adapt(
         ledger: what was asked before.
 
     Raises:
-        InputError: no recipe takes as little.
+        InputError: no recipe takes so little.
     """
     fixed, numbers = known.recipes[known.fixed(budget)], split.held_out
     words = sight.words(split.search)

@@ -175,6 +175,26 @@ def test_replies_are_those_of_a_plain_run(questions):
     assert mine.before == unpruned.before == unpruned.after > mine.after
 
 
+def test_all_tokens_are_asked_once_for_each_question(questions, monkeypatch):
+    """However the questions are put together later."""
+    model, processor = tiny.load()
+    asker = Asker(model, processor, read_rows(questions)[:6], batch=4, max_new_tokens=2)
+    asked, generate = [], Asker._generate
+
+    def noted(self, methods, inputs, numbers):
+        asked.append((methods[0].slug, *numbers))
+        return generate(self, methods, inputs, numbers)
+
+    monkeypatch.setattr(Asker, "_generate", noted)
+    whole = asker.ask(methods_of("fastv"), range(6))
+    parts = [asker.ask(methods_of("fastv"), numbers) for numbers in ((1, 3), (5,))]
+    everything = [("uniform", 0, 1, 2, 3), ("uniform", 4, 5)]
+    assert [one for one in asked if one[0] == "uniform"] == everything
+    assert [r for part in parts for r in part.agrees] == [whole.agrees[n] for n in (1, 3, 5)]
+    wanted = [whole.kl[n] for n in (1, 3, 5)]
+    assert [k for part in parts for k in part.kl] == pytest.approx(wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

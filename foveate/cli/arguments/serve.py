@@ -25,6 +25,8 @@ A page at the address asks with all tokens and with a method, and shows the toke
   foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --replicas 2
   --max-replicas 8 --gpus-per-replica 1 --ray-address auto
 
+  foveate serve llava-hf/llava-1.5-7b-hf --adaptive tuned/policy.json
+
   FOVEATE_API_KEY=secret foveate serve tiny -m fastv --host 0.0.0.0 --allow-host images.example.org
 """  # noqa: E501
 METHOD = "As in `foveate run`, for requests that name none; without it they keep all tokens."

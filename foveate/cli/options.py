@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,13 @@ Settings = Annotated[
         "--set",
         help="A hyper-parameter, `field=value`, or `method.field=value` to pick one of several "
         "methods; may be repeated.",
+    ),
+]
+Adaptive = Annotated[
+    Path | None,
+    typer.Option(
+        help="A policy that `foveate tune --adaptive` has written: it chooses the methods for each "
+        "question, instead of --method."
     ),
 ]
 MaxPixels = Annotated[

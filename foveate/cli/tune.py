@@ -18,7 +18,7 @@ from foveate.io.quoting import shown
 from foveate.loading import load_model
 from foveate.measure.machine import warm_heap
 from foveate.tune.halving import Candidate
-from foveate.tune.job import LEDGER, PAGE, Options, Tuning
+from foveate.tune.job import LEDGER, PAGE, POLICY, Options, Tuning
 from foveate.tune.replies import Score
 from foveate.tune.space import describe
 from foveate.tune.study import Found
@@ -60,6 +60,9 @@ def search(
     verdict = _run(job, weights)
     show(verdict, console)
     console.print(f"report saved in {escape(str(out / PAGE))}", soft_wrap=True)
+    if verdict.adapted is not None:
+        path = escape(str(out / POLICY))
+        console.print(f"policy saved in {path}; use it with --adaptive {path}", soft_wrap=True)
     if verdict.chosen is None:
         targets = ", ".join(map(str, verdict.aim.targets))
         raise FoveateError(
@@ -103,6 +106,15 @@ def show(verdict: Verdict, console: Console) -> None:
         )
     elif verdict.published is None:
         console.print("[yellow]no published recipe reached the end and met the targets[/]")
+    if verdict.adapted is not None:
+        gain, low, high = verdict.adapted.gain
+        mine, other = verdict.adapted.flops
+        console.print(
+            f"[cyan]policy[/] {gain:+.1f} points ({low:+.1f} to {high:+.1f}) over "
+            f"{escape(describe(verdict.adapted.fixed))}, the best recipe for all questions, on "
+            f"held-out ones; {100 * mine:.1f} % of FLOPs against {100 * other:.1f} %",
+            soft_wrap=True,
+        )
     if not verdict.found.finished:
         console.print("[yellow]time ran out before all trials were run[/]")
     _rejected(verdict, console)

@@ -54,6 +54,8 @@ def test_a_taken_port_is_told():
         (["tiny", "-m", "fastv", "--set", "layer=99"], "layer"),
         (["tiny", "--keep", "0.5"], "need a --method"),
         (["no/such-folder/at-all"], "no/such-folder/at-all"),
+        (["tiny", "--adaptive", "none.json"], "none.json cannot be read"),
+        (["tiny", "--adaptive", "none.json", "-m", "fastv"], "leave --method out"),
         (["tiny", "--host", "no host"], "cannot listen at no host"),
     ],
     ids=str,

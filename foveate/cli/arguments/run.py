@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, MaxPixels, Methods, Model, Settings
+from foveate.cli.options import (
+    Adaptive,
+    Device,
+    Dtype,
+    Keep,
+    MaxPixels,
+    Methods,
+    Model,
+    Settings,
+)
 from foveate.errors import InputError
 
 HELP = """Ask a model about images or videos, with a method that removes visual tokens.
@@ -40,9 +49,10 @@ def run(
             metavar='IMAGE|VIDEO... "QUESTION"', help="Images and videos, then the question."
         ),
     ],
-    method: Methods,
+    method: Methods | None = None,
     keep: Keep = None,
     setting: Settings = None,
+    adaptive: Adaptive = None,
     with_all: Annotated[
         bool, typer.Option("--compare", help="Also run with all tokens, and time both.")
     ] = False,
@@ -63,18 +73,26 @@ def run(
             "run needs at least one image or video and a question after MODEL, got only "
             f"{inputs[0]!r}"
         )
+    if (adaptive is None) == (method is None):
+        raise InputError("run needs --method, or --adaptive with a policy, and not both")
+    if adaptive is not None and (keep or setting):
+        raise InputError("--keep and --set need a --method; a policy has budgets of its own")
     from foveate.measure.checkpoints import check_name
 
     check_name(model)
     from foveate.cli.console import stdout
-    from foveate.cli.inputs import load_media
+    from foveate.cli.inputs import flat, load_media
     from foveate.cli.run import Job, check_paths, execute
     from foveate.core.from_text import make_methods
+    from foveate.tune.policy import adaptive as read_policy
 
-    chosen = make_methods(method, keep or (), setting or ())
+    chosen = make_methods(method, keep or (), setting or ()) if method else ()
+    policy = None if adaptive is None else read_policy(adaptive)
     *paths, question = inputs
     check_paths(show, json_path)
     media = load_media(paths, frames, max_pixels)
+    if policy is not None:
+        chosen = policy.choose(question, flat(media))
     rounds = repeats if with_all else 0
     job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype)
     execute(job).deliver(stdout(), show, json_path)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, Model, RayAddress, Settings
+from foveate.cli.options import Adaptive, Device, Dtype, Keep, Model, RayAddress, Settings
 from foveate.errors import InputError
 
 HELP = """Serve a model through an OpenAI-compatible HTTP API, with a method that removes visual tokens.
@@ -25,6 +25,8 @@ the answer from all tokens with the answer from a method, and shows the kept tok
   foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --replicas 2
   --max-replicas 8 --gpus-per-replica 1 --ray-address auto
 
+  foveate serve llava-hf/llava-1.5-7b-hf --adaptive tuned/policy.json
+
   FOVEATE_API_KEY=secret foveate serve tiny -m fastv --host 0.0.0.0 --allow-host images.example.org
 """  # noqa: E501
 METHOD = "As in `foveate run`, for requests that name none; by default they keep all tokens."
@@ -35,6 +37,7 @@ def serve(
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD)] = None,
     keep: Keep = None,
     setting: Settings = None,
+    adaptive: Adaptive = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
@@ -107,6 +110,13 @@ def serve(
         raise InputError("--keep and --set need a --method")
     every = ["1.0" if text.strip() == "1" else text for text in keep or ()]
     methods = make_methods(method, every, setting or ()) if method else ()
+    policy = None
+    if adaptive is not None:
+        if method:
+            raise InputError("--adaptive chooses the method; leave --method out")
+        from foveate.tune.policy import adaptive as read_policy
+
+        policy = read_policy(adaptive)
     limits = Limits(
         deadline=deadline,
         max_held=max_queue,
@@ -126,4 +136,7 @@ def serve(
         fleet = Fleet(
             replicas, max_replicas, gpus_per_replica, cpus_per_replica, ray_address, deadline
         )
-    start(model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet)
+    start(
+        model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet,
+        policy,
+    )  # fmt: skip

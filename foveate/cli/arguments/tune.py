@@ -60,6 +60,13 @@ def tune(
         float, typer.Option(help="Share of the questions held out for the end.")
     ] = 0.4,
     first: Annotated[int, typer.Option(min=1, help="Questions asked of every recipe.")] = 16,
+    adaptive: Annotated[
+        float | None,
+        typer.Option(
+            help="Also fit policy.json, a policy that chooses a recipe for each question, at this "
+            "mean share of FLOPs."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Questions answered together.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 8,
@@ -92,5 +99,6 @@ def tune(
         max_pixels=max_pixels,
         plan=Plan(trials, first=first, seed=seed),
         minutes=timeout,
+        adaptive=adaptive,
     )
     search(model, data, out, options, (device, dtype), threads)

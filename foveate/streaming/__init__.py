@@ -18,5 +18,6 @@ Examples:
 
 from foveate.streaming.infinipot import InfiniPotV
 from foveate.streaming.stream import Stream
+from foveate.streaming.supported import tokens_in
 
-__all__ = ["InfiniPotV", "Stream"]
+__all__ = ["InfiniPotV", "Stream", "tokens_in"]

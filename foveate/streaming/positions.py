@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import InputError
@@ -15,6 +16,7 @@ from foveate.families.decoder_layer import mixer_of
 from foveate.signals.layer_view import rotary_function
 
 Positions = Literal["original", "renumbered"]
+TYPES = "mm_token_type_ids"
 
 
 def most_positions(config: Any) -> int | None:
@@ -32,24 +34,25 @@ def chunk_positions(family: Family, ids: Tensor, first: int, inputs: Mapping[str
         inputs: further arguments of the model.
 
     Returns:
-        (1, n), or (3, 1, n) where positions are in time, height and width.
+        (1, n + 1), or (3, 1, n + 1) where positions are in time, height and width; the last is that
+        of text that follows.
 
     Raises:
         InputError: what they are made from is missing.
     """
     if family.one_dimensional:
-        return torch.arange(first, first + ids.shape[1], device=ids.device)[None]
+        return torch.arange(first, first + ids.shape[1] + 1, device=ids.device)[None]
     make = family.base.get_rope_index
     names = inspect.signature(make).parameters
     known = {name: value for name, value in inputs.items() if name in names}
-    needed = [n for n, p in names.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    missing = [name for name in needed if name not in known and name != "input_ids"]
-    if missing:
+    if known.get(TYPES) is None:
         raise InputError(
-            f"{family.model_type} places frames by {', '.join(missing)}, which its processor makes "
-            "and which is missing here"
+            f"{family.model_type} places frames by {TYPES}, which its processor makes and which "
+            "are missing here"
         )
-    return make(ids, **known)[0] + first
+    known[TYPES] = F.pad(known[TYPES], (0, 1))
+    text = max(family.placeholder_ids.values()) + 1  # no placeholder; nothing is looked up
+    return make(F.pad(ids, (0, 1), value=text), **known)[0] + first
 
 
 def turner(family: Family) -> Callable[[int, Tensor, Tensor], Tensor]:

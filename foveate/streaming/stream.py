@@ -104,7 +104,9 @@ class Stream:
         record = self._run.record
         arguments = {"attention_mask": mask, "past_key_values": self._held.cache, **inputs}
         try:
-            self._family.base(input_ids=ids, position_ids=where, use_cache=True, **arguments)
+            self._family.base(
+                input_ids=ids, position_ids=where[..., :-1], use_cache=True, **arguments
+            )
             if self._run.record is record or self._run.record is None:
                 raise AttachError("the session of this stream is not attached; stay in its block")
             self._note(visual, where, self._run.record.images)
@@ -121,7 +123,7 @@ class Stream:
 
         Args:
             visual: (n) its placeholders.
-            where: (1, n) or (axes, 1, n) positions.
+            where: (1, n + 1) or (3, 1, n + 1) their positions, and that of text after them.
             images: what was kept of its frames.
         """
         frames, cells, first = [], [], self.frames
@@ -141,12 +143,12 @@ class Stream:
         self._place_text(entries, seen)
         places = where.reshape(-1, where.shape[-1]).amax(0).cpu()
         if self._run.plan.renumber_features:
-            places = places[0] + torch.arange(len(index))
+            places = places[0] + torch.arange(len(index) + 1)
             index = torch.arange(len(index))
         entries[POSITION] = places[index.cpu()]
         self._check_size(images, entries)
         self._held.append(entries)
-        self.frames, self._next = first, int(places.max()) + 1
+        self.frames, self._next = first, int(places[-1])
 
     def _place_text(self, entries: Tensor, seen: Tensor) -> None:
         """Give text to the frame before it, or to the next one; the first text stays for ever."""

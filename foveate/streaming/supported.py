@@ -8,11 +8,12 @@ from foveate.engine.session import BaseSession
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 from foveate.io.quoting import quoted
+from foveate.measure.flops import kv_bytes
 from foveate.streaming.positions import most_positions
 
 TESTED = (
-    "llava", "vipllava", "llava_next", "llava_next_video", "llava_onevision", "qwen2_vl",
-    "qwen2_5_vl",
+    "glm4v", "internvl", "llava", "llava_next", "llava_next_video", "llava_onevision", "mistral3",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "video_llava", "vipllava",
 )  # fmt: skip
 """Model types whose streams equal the oracle in `tests/streaming`."""
 
@@ -85,3 +86,20 @@ def _check_positions(family: Family, cap: int, positions: str) -> None:
             f"a cap of {cap} is more than the {limit} positions that this {family.model_type} was "
             "made for"
         )
+
+
+def tokens_in(run: BaseSession, size: int) -> int:
+    """A cap for `Stream`: how many tokens a cache of some bytes holds.
+
+    Args:
+        run: the session.
+        size: bytes of keys and values, in all layers.
+
+    Raises:
+        InputError: not even one fits.
+    """
+    family = run.family
+    one = kv_bytes(family, [1] * family.text_layers, 1, family.text.dtype)
+    if size < one:
+        raise InputError(f"the cache of one token takes {one} bytes, which is more than {size}")
+    return size // one

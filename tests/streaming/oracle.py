@@ -194,7 +194,9 @@ class Oracle:
         recent = newest + 1 - max(int(self.recent * (len(shows) // size)), 1)
         recent = self.whole = max(recent, self.whole)
         text = [
-            t for t in here if self.cells[t] < 0 and (self.frames[t] >= recent or self.frames[t] < 0)
+            t
+            for t in here
+            if self.cells[t] < 0 and (self.frames[t] >= recent or self.frames[t] < 0)
         ]
         count = min(left - len(text), len(shows))
         for number, of in enumerate(self.seen):

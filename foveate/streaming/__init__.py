@@ -16,8 +16,9 @@ Examples:
     (12, True)
 """
 
+from foveate.io.videos import each_frame
 from foveate.streaming.infinipot import InfiniPotV
 from foveate.streaming.stream import Stream
 from foveate.streaming.supported import tokens_in
 
-__all__ = ["InfiniPotV", "Stream", "tokens_in"]
+__all__ = ["InfiniPotV", "Stream", "each_frame", "tokens_in"]

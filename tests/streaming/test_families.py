@@ -1,6 +1,7 @@
 """Streams in each family: the whole video at once, where each head is shown what it held then."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def chunks_of(name, what):
 
 
 def joined(parts):
-    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else sum(parts, [])
+    return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else [*itertools.chain(*parts)]
 
 
 def extras(name, what, ids):

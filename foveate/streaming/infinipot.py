@@ -79,15 +79,9 @@ class InfiniPotV:
             (H, count), ascending.
         """
         kept = recent.clone()
-        alike = self.redundancy(keys, cells, recent)
-        unlike = round(self.tar * count) - int(recent[0].sum())
-        for scores, room, scale in (
-            (-alike, unlike, 1.0),
-            (values.float().norm(dim=-1), None, None),
-        ):
-            left = count - int(kept[0].sum()) if room is None else max(room, 0)
-            best = top(scores.masked_fill(kept, -torch.inf), left, scale)
-            kept.scatter_(1, best, True)
+        unlike = max(round(self.tar * count) - int(recent[0].sum()), 0)
+        _add_best(kept, -self.redundancy(keys, cells, recent), unlike, 1.0)
+        _add_best(kept, values.float().norm(dim=-1), count - int(kept[0].sum()), None)
         return kept.nonzero()[:, 1].view(len(kept), count)
 
     @staticmethod
@@ -103,3 +97,8 @@ class InfiniPotV:
         number = unit.new_zeros(len(keys), size).scatter_add_(1, cells.long(), recent.float())
         mean = total.gather(1, where) / number.gather(1, cells.long()).clamp(min=1)[..., None]
         return (unit * mean).sum(-1)
+
+
+def _add_best(kept: Tensor, scores: Tensor, count: int, scale: float | None) -> None:
+    """Add to (H, N) kept slots, in place, those of the others whose scores are highest."""
+    kept.scatter_(1, top(scores.masked_fill(kept, -torch.inf), count, scale), True)

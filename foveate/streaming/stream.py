@@ -57,7 +57,7 @@ class Stream:
         config = self._family.text.config
         self._held = Held(DynamicCache(config=config))
         self._limit = most_positions(config)
-        self._next = self._family.first_position
+        self._next = 0
         self._whole = 0  # the first frame of which nothing was evicted
         self._shape: tuple[tuple[int, int], int] | None = None  # grid and most tokens of a frame
 
@@ -240,7 +240,7 @@ class Stream:
             return
         if self.positions == "renumbered" and self._held.count + count <= self._limit:
             self._held.renumber(turner(self._family))
-            self._next = self._family.first_position + self._held.count
+            self._next = self._held.count
             return
         raise InputError(
             f"the next tokens of this stream would be at position {self._next + count}, and "

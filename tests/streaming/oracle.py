@@ -136,13 +136,15 @@ class Oracle:
     # -- the stream
 
     def add(self, ids, features, kept=None, renumbered=False):
-        """Frames of equal size among text; with `kept`, only these tokens of each are there."""
+        """Frames of equal size among text; with `kept`, only these tokens of each frame are there,
+        but the chunk's last token always is, in place of its frame's last.
+        """
         total = len(ids)
         self.make_room(total)
         if self.limit is not None and self.next + total + self.reserve > self.limit:
             self.close_gaps()
         many = ids.count(IMAGE) // len(features[0])
-        frame, place, rows, tokens = self.frames[-1] if self.frames else -1, 0, [], []
+        place, rows, tokens = 0, [], []
         start = frame = max([f for f in self.frames if f >= 0], default=-1)
         for offset, token in enumerate(ids):
             if token != IMAGE:
@@ -151,7 +153,10 @@ class Oracle:
                 continue
             frame = start + 1 + place // len(features[0])
             cell = place % len(features[0])
-            if kept is None or cell in kept:
+            own = kept
+            if kept is not None and place // len(features[0]) == many - 1 and ids[-1] == IMAGE:
+                own = kept - {max(kept)} | {len(features[0]) - 1}
+            if own is None or cell in own:
                 tokens.append((token, offset, frame, cell))
                 rows.append(features[frame - start - 1][cell])
             place += 1

@@ -119,9 +119,9 @@ def test_kept_questions_equal_the_oracle():
 def test_closed_gaps_equal_the_oracle():
     """Positions run out several times; keys then move to where slots are."""
     model = model_of()
-    model.config.text_config.max_position_embeddings, before = 240, 512
+    model.config.text_config.max_position_embeddings, before = 200, 512
     try:
-        oracle = Oracle(model, 150, 16, limit=240)
+        oracle = Oracle(model, 150, 16, limit=200)
         against_oracle(everything(), oracle, positions="renumbered")
     finally:
         model.config.text_config.max_position_embeddings = before

@@ -44,11 +44,11 @@ def chunks_of(name, what):
         with torch.no_grad():
             features = member.encode(model_of(name), pixels, modality)
         before = [5, 7, 11] if not number else [12]  # M-RoPE asks for text between images
-        ids = [
-            *before,
-            *[token] * sum(feature.shape[:-1].numel() for feature in features),
-            *([13] if number % 3 else []),
-        ]
+        count = sum(feature.shape[:-1].numel() for feature in features)
+        shown = [token] * count
+        if what == "video" and member.timestamps:  # text between frames
+            shown = ([14] + [token] * (count // 3)) * 3
+        ids = [*before, *shown, *([13] if number % 3 else [])]
         chunks.append((torch.tensor([ids]), pixels))
     return chunks
 

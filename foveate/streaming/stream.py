@@ -273,7 +273,8 @@ class Stream:
         self._held.check()
         self._make_positions(count)
         new = torch.arange(self._next, self._next + input_ids.shape[1], device=input_ids.device)
-        model, kept = self._family.model, False
+        model: Any = self._family.model
+        kept = False
         try:
             answer = model.generate(
                 input_ids=input_ids,

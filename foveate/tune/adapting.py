@@ -119,7 +119,7 @@ class Sight:
             found.append(signals(self._text(number), images, words))
         return np.array(found)
 
-    def folds(self, numbers: Sequence[int]) -> Array:
+    def folds(self, numbers: Sequence[int]) -> npt.NDArray[np.intp]:
         """(Q) the fold of each question; those about one image share one, if there are enough."""
         groups = dict.fromkeys(self.rows[n].images for n in numbers)
         if len(groups) < 2 * FOLDS:
@@ -131,7 +131,9 @@ class Sight:
         return f"{self.rows[number].question} {self.hint}".strip()
 
 
-def fit(known: Known, x: Array, words: tuple[str, ...], folds: Array, budget: float) -> Policy:
+def fit(
+    known: Known, x: Array, words: tuple[str, ...], folds: npt.NDArray[np.intp], budget: float
+) -> Policy:
     """The policy whose mean FLOPs keep to a budget.
 
     Args:

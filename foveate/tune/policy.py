@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,7 @@ class Policy:
              "weights": list(o.weights)}
             for o in self.options
         ]  # fmt: skip
-        write_json(path, {
+        write_json(Path(path), {
             "policy": FORMAT, "price": self.price, "signals": [*SIGNALS, *self.words],
             "low": list(self.low), "high": list(self.high), "options": options,
         })  # fmt: skip
@@ -205,7 +206,7 @@ def adaptive(policy: Policy | str | os.PathLike[str]) -> Policy:
         raise InputError(
             f"a policy is a file of foveate tune --adaptive, got {shown(type(policy).__name__)}"
         )
-    data = read_json(policy)
+    data = read_json(Path(policy))
     try:
         return Policy.from_dict(data)
     except FoveateError as error:

@@ -11,15 +11,14 @@ RANDOM = "random:"
 """Before the name of a model with random weights, in `foveate bench --speed`."""
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")]
-Methods = Annotated[
-    list[str],
-    typer.Option(
-        "--method",
-        "-m",
-        help="A name that `foveate list` shows, or a JSON file. Give it several times, or join "
-        "names as in `divprune+fastv`, to combine methods; they act in stream order.",
-    ),
-]
+_METHOD = typer.Option(
+    "--method",
+    "-m",
+    help="A name that `foveate list` shows, or a JSON file. Give it several times, or join names "
+    "as in `divprune+fastv`, to combine methods; they act in stream order.",
+)
+Methods = Annotated[list[str], _METHOD]
+OptionalMethods = Annotated[list[str] | None, _METHOD]
 Keep = Annotated[
     list[str] | None,
     typer.Option(

@@ -13,8 +13,8 @@ from foveate.cli.options import (
     Dtype,
     Keep,
     MaxPixels,
-    Methods,
     Model,
+    OptionalMethods,
     Settings,
 )
 from foveate.errors import InputError
@@ -49,7 +49,7 @@ def run(
             metavar='IMAGE|VIDEO... "QUESTION"', help="Images and videos, then the question."
         ),
     ],
-    method: Methods | None = None,
+    method: OptionalMethods = None,
     keep: Keep = None,
     setting: Settings = None,
     adaptive: Adaptive = None,

@@ -270,7 +270,6 @@ class Stream:
         """
         count = input_ids.shape[1] + max_new_tokens
         self._check_question(input_ids, count, options)
-        self._held.check()
         self._make_positions(count)
         new = torch.arange(self._next, self._next + input_ids.shape[1], device=input_ids.device)
         model: Any = self._family.model
@@ -303,6 +302,7 @@ class Stream:
         self._make_room(0)
 
     def _check_question(self, ids: Tensor, count: int, options: dict[str, Any]) -> None:
+        self._held.check()
         if not self.frames:
             raise InputError("nothing was added to this stream yet; add a frame, then ask")
         if len(ids) != 1 or bool(self._visual(ids).any()):

@@ -99,8 +99,11 @@ def measured(name: str) -> bool:
 
 def own() -> dict[str, Fact]:
     """What foveate does, in the same questions."""
-    by_stage, (language, alone), learn = stages(), families(), learning()
-    names = ", ".join(f"`{name}`" for name in learn)
+    return {**own_beside(), **own_tokens(), **own_conduct()}
+
+
+def own_beside() -> dict[str, Fact]:
+    """What foveate does of that in which others are ahead."""
     return {
         "accuracy": (
             "yes" if measured("real") else "no",
@@ -121,6 +124,13 @@ def own() -> dict[str, Fact]:
             ["foveate/integrations/vllm/architectures.py", "docs/serving.md"],
         ),
         "weights": ("no", "Methods that learn come without weights.", ["docs/training.md"]),
+    }
+
+
+def own_tokens() -> dict[str, Fact]:
+    """Which methods and models foveate has, and how visual tokens leave."""
+    by_stage, (language, alone) = stages(), families()
+    return {
         "methods": (
             str(len(foveate.list_methods())),
             f"{by_stage['vision']} in the encoder, {by_stage['pre_llm']} before the language "
@@ -150,6 +160,14 @@ def own() -> dict[str, Fact]:
             "Only the rows that a method reads are computed; flex attention is refused.",
             ["docs/how-it-works.md", "docs/faq.md"],
         ),
+    }
+
+
+def own_conduct() -> dict[str, Fact]:
+    """How foveate trains, refuses, and what it runs on."""
+    learn = learning()
+    names = ", ".join(f"`{name}`" for name in learn)
+    return {
         "training": (
             "yes",
             f"Of the model, with fewer tokens; {len(learn)} methods train something: {names}.",

@@ -30,8 +30,8 @@ HEAD = """# Comparison
 `scripts/compare_page.py` writes this page from `scripts/compare.json`. Each entry is a fact found
 in the project's source, at the commit and lines [listed below](#where-it-was-read). *not found*
 means that we looked for it there and did not see it; it does not prove that it does not exist.
-We ran none of the other projects except as described under [a common measurement](#a-common-measurement).
-foveate's column comes from the package itself. Projects move on: what you install is newer than
+We ran none of the other projects except as described under
+[a common measurement](#a-common-measurement). foveate's column comes from the package itself. Projects move on: what you install is newer than
 these commits.
 """
 FIRST = """## Where others do more
@@ -54,8 +54,8 @@ MEASURED = """## A common measurement
 There is none yet. We installed kvpress 0.5.5 next to foveate, on a CPU with torch 2.13.0. It needs
 transformers below 5.3 and foveate needs 5.16.1 or later, so no environment suits both: with
 transformers 5.23 its hook fails with `KeyError: 'cache_position'`; with 5.2 foveate cannot import
-`LinearAttentionLayer`. A comparison needs two environments with the same weights, whose names differ
-between the two versions. We did not install the other projects.
+`LinearAttentionLayer`. A comparison needs two environments with the same weights, whose names
+differ between the two versions. We did not install the other projects.
 """
 READ = """## Where it was read
 

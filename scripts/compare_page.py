@@ -31,8 +31,8 @@ HEAD = """# Comparison
 in the project's source, at the commit and lines [listed below](#where-it-was-read). *not found*
 means that we looked for it there and did not see it; it does not prove that it does not exist.
 We ran none of the other projects except as described under
-[a common measurement](#a-common-measurement). foveate's column comes from the package itself. Projects move on: what you install is newer than
-these commits.
+[a common measurement](#a-common-measurement). foveate's column comes from the package itself.
+Projects move on: what you install is newer than these commits.
 """
 FIRST = """## Where others do more
 

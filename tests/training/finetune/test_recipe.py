@@ -64,7 +64,7 @@ def test_methods_are_read_by_the_types_of_their_fields():
         ({"train": "method", "method": "covipal", "freeze": ["x"]}, "so leave freeze out"),
         ({"lora": {"rank": 4}}, "unknown key 'rank' in lora"),
         ({"trainer": {"learning_rat": 1}}, "in trainer; did you mean 'learning_rate'"),
-        ({"trainer": {"output_dir": "x"}}, "trainer.output_dir cannot be set: the key `out`"),
+        ({"trainer": {"output_dir": "x"}}, "trainer.output_dir cannot be set: use the key `out`"),
         ({"trainer": 3}, "trainer must be a mapping"),
     ],
 )

@@ -81,9 +81,7 @@ def serve(
     called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
     app = create_app(engine, Settings(called, **asdict(limits)))
     host, port = address[0], listening.getsockname()[1]
-    by = " + ".join(method.slug for method in methods) or "all tokens"
-    if policy is not None:
-        by = f"one of {len(policy.options)} recipes for each question"
+    by = _chosen_by(methods, policy)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     stdout().print(f"serving [bold]{escape(called)}[/] with {escape(by)} at {url}", soft_wrap=True)
     if limits.api_key is None and host not in LOCAL:
@@ -93,6 +91,13 @@ def serve(
     log_to_stderr()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler that exits with code 15
     run(app, listening, limits.deadline)
+
+
+def _chosen_by(methods: Sequence[Method], policy: Policy | None) -> str:
+    """What requests that name nothing are answered with."""
+    if policy is not None:
+        return f"one of {len(policy.options)} recipes for each question"
+    return " + ".join(method.slug for method in methods) or "all tokens"
 
 
 def _engine(

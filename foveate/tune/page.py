@@ -104,6 +104,14 @@ def _said(report: Mapping[str, Any]) -> str:
             f" {gain[0]:+.1f} points ({gain[1]:+.1f} to {gain[2]:+.1f}) over the best published "
             "recipe, on held-out questions."
         )
+    if (policy := report.get("adaptive")) is not None:
+        middle, low, high = policy["gain_over_fixed"]
+        found += (
+            f" A policy that chooses for each question: {middle:+.1f} points ({low:+.1f} to "
+            f"{high:+.1f}) over {escape(policy['fixed'])}, the best recipe for all, on held-out "
+            f"questions; {_percent(policy['flops'])} % of the FLOPs against "
+            f"{_percent(policy['fixed_flops'])} %."
+        )
     return (
         f"<p>Wanted: {escape(', '.join(wanted))}. {found}</p>"
         '<p class="faint">Dots are recipes that were asked every question of the search, with '

@@ -82,6 +82,14 @@ def test_headings_are_explained(verdict):
         assert f"<dt>{name}</dt><dd>{escape(said)}</dd>" in page
 
 
+def test_a_policy_is_told_with_what_it_wins(verdict):
+    won = {"gain_over_fixed": [2.0, -0.5, 4.5], "fixed": "a<b", "flops": 0.42, "fixed_flops": 0.43}
+    page = render(report_of(verdict, adaptive=won))
+    assert "+2.0 points (-0.5 to +4.5) over a&lt;b" in page
+    assert "42.0 % of the FLOPs against 43.0 %" in page
+    assert "A policy" not in render(report_of(verdict))
+
+
 def test_a_search_that_finds_nothing_has_a_page(tune):
     verdict, *_ = tune(worth, targets=("accuracy>=-1", "flops<=0.5x"), trials=8)
     assert verdict.chosen is None

@@ -68,15 +68,7 @@ def run(
     dtype: Dtype = "auto",
 ) -> None:
     """Ask a model about images and videos."""
-    if len(inputs) < 2:
-        raise InputError(
-            "run needs at least one image or video and a question after MODEL, got only "
-            f"{inputs[0]!r}"
-        )
-    if (adaptive is None) == (method is None):
-        raise InputError("run needs --method, or --adaptive with a policy, and not both")
-    if adaptive is not None and (keep or setting):
-        raise InputError("--keep and --set need a --method; a policy has budgets of its own")
+    _check(inputs, method, adaptive, budgets=bool(keep or setting))
     from foveate.measure.checkpoints import check_name
 
     check_name(model)
@@ -96,3 +88,22 @@ def run(
     rounds = repeats if with_all else 0
     job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype)
     execute(job).deliver(stdout(), show, json_path)
+
+
+def _check(
+    inputs: list[str], method: list[str] | None, adaptive: Path | None, *, budgets: bool
+) -> None:
+    """Refuse arguments that do not go together.
+
+    Raises:
+        InputError: some do not.
+    """
+    if len(inputs) < 2:
+        raise InputError(
+            "run needs at least one image or video and a question after MODEL, got only "
+            f"{inputs[0]!r}"
+        )
+    if (adaptive is None) == (method is None):
+        raise InputError("run needs --method, or --adaptive with a policy, and not both")
+    if adaptive is not None and budgets:
+        raise InputError("--keep and --set need a --method; a policy has budgets of its own")

@@ -46,11 +46,15 @@ class Reader:
         what = self.member.what or f"{self.member.modality}s"
         tower = getattr(config, "vision_config", None) or config.vq_config
         self.variant = f"{what} through {tower.model_type}"
-        self.tolerance = tolerance_of(name, self.model)  # of the model without a session
 
     @property
     def model(self):
         return model_of(self.name)
+
+    @functools.cached_property
+    def tolerance(self):
+        """The bound for the model without a session."""
+        return tolerance_of(self.name, self.model)
 
     def check(self, session, rows):
         """Every promise about a batch whose rows have so many images, in an attached session."""

@@ -73,7 +73,7 @@ def written(request):
 
 
 @pytest.mark.parametrize("method", foveate.list_methods())
-@pytest.mark.parametrize("model_type", cells.subjects())
+@pytest.mark.parametrize("model_type", foveate.list_families())
 def test_cell(model_type, method, written):
     """What becomes of the method is what the matrix says."""
     if model_type == "timm_wrapper" and not cells.subjects()[model_type]:

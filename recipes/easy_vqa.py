@@ -24,6 +24,7 @@ from foveate.tiny import PATH
 from foveate.tiny.build import EOS, PAD, SIZE, build_config, build_model, build_tokenizer
 from recipes import packed
 from recipes.data import normalise
+from recipes.precision import mixed
 from recipes.sequences import adopt, vocabulary_of
 from recipes.train import export
 
@@ -115,7 +116,7 @@ def finetune(folder: Path, out: Path, start: Path, steps: int, seed: int) -> Non
             ]
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * min(1.0, (step + 1) / 20) * (1 - step / steps)
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed():
                 loss = answer_loss(model, batch(tokenizer, picked))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

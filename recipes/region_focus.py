@@ -30,6 +30,7 @@ from foveate.tiny.build import BOS, EARLY, EOS, PAD
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene
 from recipes.data import TRAIN_SEEDS, WORD_ID
+from recipes.precision import mixed
 
 KINDS = ("color", "shape", "number", "where", "place-color", "place-object", "exists")
 """Questions whose evidence is one object."""
@@ -194,7 +195,7 @@ def train(out: Path, steps: int, seed: int, batch: int = 2, rate: float = 3e-3) 
             scenes = [_scene(first + i) for i in range(batch)]
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - step / steps)
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed():
                 packed = pack(reader, scenes, thin=step < _THINNED * steps)
                 answer, distilled = losses(model, focus, packed)
             (answer + distilled).backward()

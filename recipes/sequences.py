@@ -32,6 +32,7 @@ from recipes.data import (
     make_batch,
     photo_paths,
 )
+from recipes.precision import mixed
 from recipes.sequence_data import LESSONS, answer_sequences, make_sequences
 from recipes.train import Phase, Settings, Trainer, shares
 
@@ -140,7 +141,7 @@ class Tuner(Trainer):
         keep = lesson.keep if self.done() < _WHOLE_FROM else None
         size = lesson.size if keep else lesson.size // 2
         batch = make_sequences(lesson, range(first, first + size))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             logits, look = answer_sequences(self.model, batch, keep)
             loss = losses.answer_loss(logits, batch)
         (loss + 0.5 * look).backward()
@@ -160,7 +161,7 @@ class Tuner(Trainer):
     def check_all(self) -> dict[str, float]:
         """Accuracy of the averaged weights on held-out scenes and sequences, all tokens shown."""
         total = torch.zeros(2, len(GROUPS), dtype=torch.long)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             for first in (0, 12):
                 seeds = range(_CHECK_SEED + first, _CHECK_SEED + first + 12)
                 batch = make_batch(seeds, SINGLE, [], 0.0, True)

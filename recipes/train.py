@@ -36,6 +36,7 @@ from recipes.data import (
     photo_paths,
     stream,
 )
+from recipes.precision import mixed
 
 _SAVE_EVERY_S = 180.0
 _CHECK_SCENES = 48
@@ -170,7 +171,7 @@ class Trainer:
 
     def update(self, batch: Batch, phase: Phase) -> dict[str, float]:
         """Take one step; returns what to log."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             seen = losses.look(self.model, batch)
             loss, stats = losses.vision_loss(self.model, self.probes, seen, batch)
             stats["vision"] = loss.item()
@@ -207,7 +208,7 @@ class Trainer:
         total = torch.zeros(2, len(GROUPS), dtype=torch.long)
         for first in range(0, _CHECK_SCENES, 12):
             batch = make_batch(range(first, first + 12), SINGLE, photos, photo_share)
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed():
                 seen = losses.look(self.average, batch)
                 logits, _ = losses.answer_logits(self.average, seen, batch)
             total += losses.tally(logits, batch)

@@ -138,7 +138,10 @@ def test_photos_are_split_without_overlap(photos: Path) -> None:
     assert photo_paths(None, held_out=False) == []
 
 
-def test_training_runs_through_all_phases_and_resumes(tmp_path: Path, photos: Path) -> None:
+def test_training_runs_through_all_phases_and_resumes(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.train._CHECK_SCENES", 12)
     out = tmp_path / "run"
     train(Settings(out, photos, minutes=600, steps=4, seed=0, batch=2))
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

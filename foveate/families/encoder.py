@@ -45,6 +45,9 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
+        pixels: where the encoder is handed patches, says from the tower's arguments and
+            `Family.side` which (V, P) pixels the visual tokens of each image have; `None` where it
+            is handed whole images.
         patches: says from what the entry is called with how many frames an image or a video has,
             and the height and width of each in patches; `None` where these follow from
             `pixel_values` and the config's `patch_size`. Read where each image is a row of a batch.
@@ -90,6 +93,7 @@ class Encoder:
     trailing: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    pixels: Callable[[Mapping[str, Any], int], list[Tensor]] | None = None
     patches: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     padded: bool = False
     later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None

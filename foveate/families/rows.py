@@ -53,6 +53,16 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, side**2)
 
 
+def pixels_of_rows(patches: Tensor, images: Sequence[EncoderImage]) -> list[Tensor]:
+    """(V, P) pixels of the tokens of each image.
+
+    Args:
+        patches: (N, P') pixels of the patches of all images, padding included.
+        images: the images, whose rows are rows of these.
+    """
+    return [patches[image.rows.to(patches.device)].flatten(1) for image in images]
+
+
 def placed(places: Tensor, side: int) -> list[EncoderImage]:
     """Images that are rows of a batch and padded to one length.
 

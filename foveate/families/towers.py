@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from foveate.families.block import Block
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
-from foveate.families.rows import EncoderImage, packed, placed
+from foveate.families.rows import EncoderImage, packed, pixels_of_rows, placed
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Tower:
         class_token: whether row 0 is a class token.
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; see `Encoder`, as for the others.
+        fed: the same of the patches that the tower is handed, in their order there; `None` if it is
+            handed whole images.
         padded: see `Encoder`.
         readers: modules, within the root, that read rows after layers: a module, or a list.
         taps: what the config calls the layers whose outputs the readers are handed as well.
@@ -42,6 +45,7 @@ class Tower:
     root: str = ""
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
+    fed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     padded: bool = False
     readers: tuple[str, ...] = ()
     taps: str = ""
@@ -134,6 +138,7 @@ _QWEN = Tower(
     "blocks",
     Block("norm1", "attn", "norm2", matrices=("qkv",), output="proj"),
     packed=_by_cells,
+    fed=_by_cells,
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
@@ -152,13 +157,14 @@ _GEMMA4 = Tower(
         norms_heads=True,
     ),
     packed=_by_places,
+    fed=_by_places,
     padded=True,
     readers=("pooler",),
     returns_rows=False,
     scaling=1.0,
     axes=2,
 )
-_ERNIE = replace(_QWEN, packed=_by_frames, readers=("ln",), returns_rows=False)
+_ERNIE = replace(_QWEN, packed=_by_frames, fed=_by_frames, readers=("ln",), returns_rows=False)
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
     "encoder.layer",
@@ -177,6 +183,7 @@ _MOONVIT = Tower(
     "layers",
     Block("norm1", "attn", "norm2", output="proj"),
     packed=_by_chunks,
+    fed=_by_chunks,
     readers=("final_layernorm",),
     returns_rows=False,
 )
@@ -193,31 +200,40 @@ _MUSE = Tower(
     "layers",
     Block("norm1", "attn", "norm2", output="proj"),
     packed=_by_patch_windows,
+    fed=_by_raster,
     whole_after_layers=True,
     returns_rows=False,
 )
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
-_EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells)
+_EDGE = Tower(
+    "encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells, fed=_by_cells
+)
 _VIDEO_LLAMA = replace(
-    _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
+    _EDGE,
+    packed=_by_given_cells,
+    fed=_by_given_cells,
+    readers=("post_layernorm",),
+    returns_rows=False,
 )
 _GRANITE = replace(_IDEFICS, readers=("connector",), taps="deepstack_visual_indexes")
 _HUNYUAN = Tower(
     "layers",
     replace(CLIP_BLOCK, output="o_proj"),
     packed=_by_raster,
+    fed=_by_raster,
     whole_after_layers=True,
     returns_rows=False,
 )
 _MINIMAX = replace(_EDGE, layers="layers", block=replace(_EDGE.block, flat=True))
-_MINICPM = replace(_EDGE, packed=None)
+_MINICPM = replace(_EDGE, packed=None, fed=None)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
     root="vision_model",
     packed=_by_raster,
+    fed=_by_raster,
 )
 _PIXTRAL = Tower(
     "transformer.layers",
@@ -299,6 +315,7 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         tower=root,
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),
+        pixels=None if kind.fed is None else functools.partial(_pixels, kind.fed, root),
         padded=kind.padded,
         readers=tuple(readers),
         taps=tuple(sorted(getattr(root.config, kind.taps))) if kind.taps else (),
@@ -308,3 +325,22 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         scaling=kind.scaling,
         axes=kind.axes,
     )
+
+
+def _pixels(
+    fed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]],
+    tower: Any,
+    arguments: Mapping[str, Any],
+    side: int,
+) -> list[Tensor]:
+    """(V, P) pixels of the tokens of each image, from what a tower is handed."""
+    given: Tensor = arguments["hidden_states" if "hidden_states" in arguments else "pixel_values"]
+    images = fed(arguments, side, tower)
+    padded = "grid_thw" not in arguments
+    patches = given.flatten(0, 1) if padded else given.reshape(_patches(arguments), -1)
+    return pixels_of_rows(patches, images)
+
+
+def _patches(arguments: Mapping[str, Any]) -> int:
+    """Patches of all images of given sizes."""
+    return int(arguments["grid_thw"].prod(-1).sum())

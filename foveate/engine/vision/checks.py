@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from foveate.core import PerRequest
+from foveate.core import Need, PerRequest
 from foveate.engine.plan import PlannedStep
 from foveate.engine.vision.attending import takes_over
 from foveate.errors import BudgetError, UnsupportedModelError
@@ -29,7 +29,11 @@ def check_in_encoder(family: Family, planned: PlannedStep) -> None:
     _check_attend(family, encoder, planned)
     _check_exit(family, encoder, planned)
     kernel = encoder.tower.config._attn_implementation or "eager"
-    if "ragged" in planned.step.effects and kernel not in ("sdpa", "eager"):
+    ragged = "ragged" in planned.step.effects
+    # Images that need not be equally long are told apart by the first step of a pass.
+    first = (planned.step.layer, planned.step.inside) == (0, False)
+    ragged = ragged and not (encoder.packed is not None and first)
+    if ragged and kernel not in ("sdpa", "eager"):
         released = ", or give as_released=True" if hasattr(method, "as_released") else ""
         raise UnsupportedModelError(
             f"{method.slug} leaves images that are encoded together different numbers of tokens, "
@@ -41,6 +45,21 @@ def check_in_encoder(family: Family, planned: PlannedStep) -> None:
             f"proportional attention of {method.slug} adds a bias to the scores, which "
             f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
             "proportional attention off"
+        )
+
+
+def check_input_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+    """Refuse a signal of what the encoder is handed, where that cannot be told of tokens.
+
+    Raises:
+        UnsupportedModelError: it cannot.
+    """
+    assert family.encoder is not None  # as checked before
+    if family.encoder.pixels is None:
+        raise UnsupportedModelError(
+            f"{planned.method.slug!r} needs {need.name} of visual tokens, which can be told where a "
+            "language model's tower is handed rows of patches, and not of this "
+            f"{family.model_type}"
         )
 
 

@@ -59,7 +59,7 @@ def check_input_signal(family: Family, planned: PlannedStep, need: Need) -> None
         raise UnsupportedModelError(
             f"{planned.method.slug!r} needs {need.name} of visual tokens, which can be told where a "
             "language model's tower is handed rows of patches, and not of this "
-            f"{family.model_type}"
+            f"{family.model_type!r}"
         )
 
 

@@ -45,9 +45,9 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
-        pixels: where the encoder is handed patches, says from the tower's arguments and
-            `Family.side` which (V, P) pixels the visual tokens of each image have; `None` where it
-            is handed whole images.
+        pixels: says from the tower's arguments and `Family.side` which (V, P) pixels the visual
+            tokens of each image have; `None` where these follow from `pixel_values`, see `cuts`, or
+            are not known.
         patches: says from what the entry is called with how many frames an image or a video has,
             and the height and width of each in patches; `None` where these follow from
             `pixel_values` and the config's `patch_size`. Read where each image is a row of a batch.
@@ -128,6 +128,21 @@ class Encoder:
         """
         forwards = (inspect.signature(type(of).forward) for of in (self.tower, self.entry))
         return all(TOLD.isdisjoint(forward.parameters) for forward in forwards)
+
+    @cached_property
+    def cuts(self) -> tuple[int, int] | None:
+        """(height, width) of the patches that whole images are cut into, side by side, where each
+        is a row of a batch; `None` where that is not so, or not known.
+        """
+        known = inspect.signature(type(self.entry).forward).parameters
+        convolutions = (m for m in self.entry.modules() if isinstance(m, nn.Conv2d))
+        first = next(convolutions, None)
+        if self.packed is not None or "pixel_values" not in known or first is None:
+            return None
+        apart = first.kernel_size == first.stride and first.dilation == (1, 1)
+        unpadded = first.padding in ("valid", (0, 0))
+        height, width = first.kernel_size
+        return (height, width) if apart and unpadded else None
 
     @property
     def leading(self) -> int:

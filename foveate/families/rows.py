@@ -53,6 +53,19 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, side**2)
 
 
+def cut(pixels: Tensor, sides: tuple[int, int]) -> Tensor:
+    """(B, H, W, P) pixels of the patches of (B, C, H', W') images, side by side; what is left over
+    at the right and below belongs to none.
+
+    Args:
+        pixels: the images.
+        sides: height and width of a patch.
+    """
+    height, width = sides
+    patches = pixels.unfold(2, height, height).unfold(3, width, width)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+
 def pixels_of_rows(patches: Tensor, images: Sequence[EncoderImage]) -> list[Tensor]:
     """(V, P) pixels of the tokens of each image.
 

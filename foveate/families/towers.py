@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
@@ -14,7 +15,7 @@ from foveate.families.block import Block
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
-from foveate.families.rows import EncoderImage, packed, pixels_of_rows, placed
+from foveate.families.rows import EncoderImage, cut, packed, pixels_of_rows, placed
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Tower:
         class_token: whether row 0 is a class token.
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; see `Encoder`, as for the others.
-        fed: the same of the patches that the tower is handed, in their order there; `None` if it is
-            handed whole images.
+        fed: the same of the patches that the tower is handed, in their order there, or that it cuts
+            images into; `None` if it says no `packed`.
         padded: see `Encoder`.
         readers: modules, within the root, that read rows after layers: a module, or a list.
         taps: what the config calls the layers whose outputs the readers are handed as well.
@@ -100,14 +101,16 @@ def _by_patch_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> li
 
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
-    if "grid_thw" in arguments:
-        sizes = _sizes(arguments)
-    else:
-        pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
-        given = [pixels.shape[-2:]] * len(pixels) if given is None else given
-        patch = tower.config.patch_size
-        sizes = [(1, int(h) // patch, int(w) // patch) for h, w in given]
+    sizes = _sizes(arguments) if "grid_thw" in arguments else _patch_grids(arguments, tower)
     return packed(sizes, [side] * len(sizes), raster=True)
+
+
+def _patch_grids(arguments: Mapping[str, Any], tower: Any) -> list[tuple[int, int, int]]:
+    """(1, height, width) in patches of images of given sizes, or of that which all have."""
+    pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
+    given = [pixels.shape[-2:]] * len(pixels) if given is None else given
+    patch = tower.config.patch_size
+    return [(1, int(h) // patch, int(w) // patch) for h, w in given]
 
 
 def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
@@ -239,6 +242,7 @@ _PIXTRAL = Tower(
     "transformer.layers",
     Block("attention_norm", "attention", "ffn_norm", "feed_forward"),
     packed=_by_raster,
+    fed=_by_raster,
 )
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
@@ -336,11 +340,14 @@ def _pixels(
     """(V, P) pixels of the tokens of each image, from what a tower is handed."""
     given: Tensor = arguments["hidden_states" if "hidden_states" in arguments else "pixel_values"]
     images = fed(arguments, side, tower)
-    padded = "grid_thw" not in arguments
-    patches = given.flatten(0, 1) if padded else given.reshape(_patches(arguments), -1)
-    return pixels_of_rows(patches, images)
-
-
-def _patches(arguments: Mapping[str, Any]) -> int:
-    """Patches of all images of given sizes."""
-    return int(arguments["grid_thw"].prod(-1).sum())
+    if "grid_thw" in arguments:
+        count = int(arguments["grid_thw"].prod(-1).sum())
+        return pixels_of_rows(given.reshape(count, -1), images)
+    if given.dim() == 3:  # patches of images that are padded to one length
+        return pixels_of_rows(given.flatten(0, 1), images)
+    patches, grids = cut(given, (tower.config.patch_size,) * 2), _patch_grids(arguments, tower)
+    apart = [
+        image[:height, :width].flatten(0, 1)
+        for image, (_, height, width) in zip(patches, grids, strict=True)
+    ]
+    return pixels_of_rows(torch.cat(apart), images)

@@ -1,6 +1,6 @@
 """PixelPrune inside towers: what survives of drawn images, and features against an oracle.
 
-Which rows of what a tower is handed are those of a visual token is found by gradients.
+Which numbers of what a tower is handed are a visual token's is found by gradients.
 """
 
 import functools
@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 
 import foveate
 from foveate.core import Method, Need, Reduction, Step
-from foveate.errors import LayerError, UnsupportedModelError
+from foveate.errors import LayerError
 from foveate.families import find_family
 from foveate.methods import DivPrune, PixelPrune, PyramidDrop, ToMe
 from tests.conformance.batches import batch_of
@@ -27,9 +27,12 @@ from tests.vision.test_tower_promises import SEGMENTS, segments_kernel
 from tests.vision.test_towers import TOLERANCE, TOWERS, rows, sheets, split, survivors
 from tests.vision.towers import Drop, Full, Tower, encoder_of
 
-HANDED = [name for name in TOWERS if find_family(model_of(name)).encoder.pixels is not None]
-WHOLE = ["llava", "llava-siglip", "llava-pixtral", "internvl", "idefics3", "gemma3", "mistral3"]
-SOME = ["qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4", "lfm2_vl", "paddleocr_vl"]
+TILED = ("llava_next", "llava_next_video", "llava_next_video-video", "llava_onevision-tiles",
+         "phi4_multimodal")  # fmt: skip
+HANDED = [*{  # a model of each kind of tower
+    Tower(model_of(name)).module.config.model_type: name for name in TOWERS if name not in TILED
+}.values()]  # fmt: skip
+SOME = ["qwen2_5_vl", "qwen3_vl", "glm4v", "gemma4", "lfm2_vl", "paddleocr_vl", "mistral3"]
 LOOSE = {"gemma4": 0.95, "lfm2_vl": 4.2, "paddleocr_vl": 4.2}
 
 
@@ -68,15 +71,15 @@ class Handed:
         encode, self.tower = encoder_of(model, self.modality, pixels), Tower(model)
         self.tokens, self.counts = self.tower.tokens(encode), counts
         self.pictures = [[token for token in part if token] for part in split(self.tokens, counts)]
-        self.rows = self._rows_handed(pixels)
+        self.places = self._pixels_of_tokens(pixels)
         self.grids = grids_of(model, self.modality, pixels)
         self.pixels = self._drawn(pixels)
         calls = self.tower.record(encoder_of(model, self.modality, self.pixels))
         self.full = functools.partial(Told, self.tower, calls, self.pictures)
 
-    def _rows_handed(self, pixels):
-        """[images][tokens][rows] of the flat patches that a tower is handed."""
-        name = next(n for n in pixels if n.startswith("pixel_values"))
+    def _pixels_of_tokens(self, pixels):
+        """[images][tokens](P) which numbers of all that the tower is handed are a token's."""
+        name = name_of(pixels)
         leaf = pixels[name].clone().requires_grad_()
         encode = getattr(self.model.model, f"get_{self.modality}_features")
         seen = []
@@ -91,21 +94,16 @@ class Handed:
             found.append([])
             for token in picture:
                 (grad,) = torch.autograd.grad(states[token].square().sum(), leaf, retain_graph=True)
-                per_patch = grad.flatten(0, 1) if self.padded(pixels) else grad
-                found[-1].append(per_patch.flatten(1).any(1).nonzero()[:, 0].tolist())
+                found[-1].append(grad.flatten().nonzero()[:, 0])
         return found
-
-    @staticmethod
-    def padded(pixels):
-        return not any(name.endswith("grid_thw") for name in pixels)
 
     def _drawn(self, pixels):
         """The same images of few kinds of cells, but as noisy within these."""
-        pixels = {k: v.clone() for k, v in pixels.items()}
-        values = next(v for n, v in pixels.items() if n.startswith("pixel_values"))
-        flat = values.flatten(0, 1) if self.padded(pixels) else values
+        name = name_of(pixels)
+        pixels = {**fresh(pixels), name: pixels[name].clone()}
+        flat = pixels[name].view(-1)
         generator = torch.Generator().manual_seed(0)
-        for picture in self.rows:
+        for picture in self.places:
             kinds = torch.randint(3, (len(picture),), generator=generator).tolist()
             source = {kind: flat[picture[kinds.index(kind)]].clone() for kind in set(kinds)}
             for kind, token in zip(kinds, picture, strict=True):
@@ -114,16 +112,19 @@ class Handed:
 
     def kept(self):
         """Cells that survive of each image, by loops."""
-        values = next(v for n, v in self.pixels.items() if n.startswith("pixel_values"))
-        flat = values.flatten(0, 1) if self.padded(self.pixels) else values
-        found = []
-        for picture, (height, width, frames) in zip(self.rows, self.grids, strict=True):
-            cells, each = torch.stack([flat[token].flatten() for token in picture]), height * width
+        flat, found = self.pixels[name_of(self.pixels)].view(-1), []
+        for picture, (height, width, frames) in zip(self.places, self.grids, strict=True):
+            cells, each = torch.stack([flat[token] for token in picture]), height * width
             found.append([
                 frame * each + cell for frame in range(frames)
                 for cell in kept_by_hand(cells[frame * each :][:each], height, width)
             ])  # fmt: skip
         return found
+
+
+def name_of(pixels):
+    """The argument with the pixels."""
+    return next(name for name in pixels if name.startswith("pixel_values"))
 
 
 def encoded(model, methods, modality, pixels):
@@ -295,12 +296,6 @@ def test_leaving_restores_the_model(name):
 
 
 # -- refusals
-
-
-@pytest.mark.parametrize("name", WHOLE)
-def test_towers_that_are_handed_whole_images_are_refused(name):
-    with pytest.raises(UnsupportedModelError, match=r"handed rows of patches.* work here: "):
-        foveate.use(model_of(name), PixelPrune())
 
 
 def test_no_other_method_acts_before_the_first_layer():

@@ -55,11 +55,10 @@ def check_input_signal(family: Family, planned: PlannedStep, need: Need) -> None
         UnsupportedModelError: it cannot.
     """
     assert family.encoder is not None  # as checked before
-    if family.encoder.pixels is None:
+    if family.encoder.pixels is None and family.encoder.cuts is None:
         raise UnsupportedModelError(
-            f"{planned.method.slug!r} needs {need.name} of visual tokens, which can be told where a "
-            "language model's tower is handed rows of patches, and not of this "
-            f"{family.model_type!r}"
+            f"{planned.method.slug!r} needs {need.name} of visual tokens, but which pixels the "
+            f"encoder of this {family.model_type!r} makes a token of is not known"
         )
 
 

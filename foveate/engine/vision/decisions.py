@@ -40,8 +40,10 @@ def told(
     found: dict[str, Tensor] = {}
     for need in planned.step.needs:
         signal = SIGNALS[need.name]
-        handed = isinstance(signal, InputSignal)
-        found[need.name] = signal.of_images(encoding, of) if handed else of_layers(need, of)
+        if isinstance(signal, InputSignal):
+            found[need.name] = signal.of_images(encoding, of)
+        else:
+            found[need.name] = of_layers(need, of)
     return found
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need, VisualTokens
-from foveate.core.reduction import take_rows
 from foveate.core.tokens import Shape
 from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
@@ -29,6 +28,7 @@ from foveate.engine.vision.encoder_group import (
     mean_of_rows,
 )
 from foveate.engine.vision.patch_layout import PatchLayout, Point
+from foveate.engine.vision.pixels import pixels_of
 from foveate.engine.vision.running_layer import RunningLayer
 from foveate.engine.vision.segments import BatchRows, PackedRows, PaddedRows
 from foveate.errors import InputError, UnsupportedModelError
@@ -328,10 +328,7 @@ class Encoding:
 
     def pixels_of(self, images: EncoderGroup) -> Tensor:
         """(G, K, P) pixels of a group's surviving tokens."""
-        assert self.encoder.pixels is not None  # as planned
-        pixels = self.encoder.pixels(self.arguments, self.side)
-        whole = torch.stack([pixels[number] for number in images.images.numbers])
-        return take_rows(whole, images.images.index)
+        return pixels_of(self, images)
 
     def tapped(self, need: Need, of: EncoderGroup) -> Tensor:
         """A signal of the layer that is running, from its own projections."""

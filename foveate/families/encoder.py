@@ -137,7 +137,8 @@ class Encoder:
         known = inspect.signature(type(self.entry).forward).parameters
         convolutions = (m for m in self.entry.modules() if isinstance(m, nn.Conv2d))
         first = next(convolutions, None)
-        if self.packed is not None or "pixel_values" not in known or first is None:
+        whole = self.packed is None and self.patches is None and "pixel_values" in known
+        if not whole or first is None:
             return None
         apart = first.kernel_size == first.stride and first.dilation == (1, 1)
         unpadded = first.padding in ("valid", (0, 0))

@@ -106,6 +106,32 @@ def scoring() -> str:
     ])  # fmt: skip
 
 
+def pixelprune() -> str:
+    """PixelPrune before a tower."""
+    result = load("pixelprune")
+    rows = [
+        [
+            name,
+            f"{row['rows'][-1][1] / (4 * row['tokens']):.0%}",
+            f"{row['speed-up']['median']:.2f}x",
+            f"{row['speed-up']['q25']:.2f} to {row['speed-up']['q75']:.2f}",
+            f"{row['flops']['vision'] / row['flops']['vision_after']:.2f}x",
+            ", ".join(f"{share:.0%}" for share in row["kept"].values()),
+        ]
+        for name, row in result["results"].items()
+    ]
+    sides = ", ".join(next(iter(result["results"].values()))["kept"])
+    head = ["drawn", "rows left", "speed-up", "quartiles", "predicted", f"left of {sides} px"]
+    return "\n\n".join([
+        "## PixelPrune before the encoder",
+        f"Features of an image of {result['side']} x {result['side']} px through a random tower of "
+        "Qwen2.5-VL-7B's width and two layers, with threshold 0; merger included. Pages, screens "
+        f"and noise are drawn by the script. {result['rounds']} rounds. {about(result)} What "
+        "answers lose is not measured here: the weights are random.",
+        table(head, rows),
+    ])  # fmt: skip
+
+
 def encoders() -> str:
     """Methods in a plain encoder."""
     result = load("encoders")
@@ -328,6 +354,7 @@ def _bold(text: str, bold: bool) -> str:
 def page() -> str:
     """The whole page."""
     parts = [prefill(), speed(), gpu(), decode(), families(), scoring(), selection(), encoders()]
+    parts.append(pixelprune())
     parts.append(attending())
     return "\n\n".join([INTRO.strip(), *parts]) + "\n"
 

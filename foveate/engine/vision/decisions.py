@@ -7,28 +7,25 @@ hidden.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from foveate.core import Need, Reduction
+from foveate.core import Need, Reduction, VisualTokens
 from foveate.engine.plan import PlannedStep
 from foveate.engine.readout import reduce_around
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.exits import Exits
 from foveate.errors import UnsupportedModelError
 from foveate.signals import SIGNALS, InputSignal
-
-if TYPE_CHECKING:
-    from foveate.engine.vision.forward import Encoding
+from foveate.signals.signal import EncoderInput
 
 Signals = Callable[[Need, EncoderGroup], Tensor]
 
 
 def told(
-    encoding: Encoding, planned: PlannedStep, of: EncoderGroup, of_layers: Signals
-) -> dict[str, Tensor]:
+    encoding: EncoderInput, planned: PlannedStep, of: EncoderGroup, of_layers: Signals
+) -> Mapping[str, Tensor]:
     """Signals of a group that a step has declared.
 
     Args:
@@ -48,30 +45,32 @@ def told(
 
 
 def decided(
-    encoding: Encoding, planned: PlannedStep, number: int, x: Tensor, of_layers: Signals
+    planned: PlannedStep,
+    of: EncoderGroup,
+    x: Tensor,
+    shown: Callable[[int], VisualTokens],
+    model_type: str,
 ) -> Reduction | None:
     """What a step's method makes of a group; `None` where it finds that all tokens stay.
 
     Args:
-        encoding: the pass.
         planned: the step.
-        number: the group's.
+        of: the group.
         x: (G, V, R D) its values.
-        of_layers: see `told`.
+        shown: what the method is shown of it, from how many tokens are to survive.
+        model_type: named where something is refused.
 
     Raises:
         UnsupportedModelError: it makes tokens of its own where a token has several rows.
     """
-    of, effects = encoding.groups[number], {*planned.step.effects}
-    count = of.survivors_of(planned)
-    signals = told(encoding, planned, of, of_layers)
-    tokens = encoding.shown(planned, number, x, signals, quota=count)
+    effects, count = {*planned.step.effects}, of.survivors_of(planned)
+    tokens = shown(count)
     reduce = functools.partial(planned.method.reduce, tokens)
     reduction = reduce_around(reduce, count, of.images.required, ascending=False)
     if reduction.values is not None and of.rows.shape[2] > 1:
         raise UnsupportedModelError(
             f"{planned.method.slug} makes tokens of its own, but in the encoder of this "
-            f"{encoding.family.model_type!r} a token has {of.rows.shape[2]} rows"
+            f"{model_type!r} a token has {of.rows.shape[2]} rows"
         )
     if effects & {"exit", "ragged"} and of.keeps_all(reduction):
         return None
@@ -82,21 +81,20 @@ def decided(
 
 
 def apart(
-    encoding: Encoding, planned: PlannedStep, of: EncoderGroup, x: Tensor, reduction: Reduction
+    planned: PlannedStep, of: EncoderGroup, x: Tensor, reduction: Reduction, *, padded: bool
 ) -> list[tuple[EncoderGroup, Tensor]]:
     """Groups that a reduction leaves of one, with (G, K, R D) values: one for each number of
-    survivors where images need not be equally long and nothing has been removed before, or else
-    one, with padding.
+    survivors, or one with padding.
 
     Args:
-        encoding: the pass.
         planned: the step.
         of: the group.
         x: (G, V, R D) its values.
         reduction: what its method has made of it.
+        padded: whether images of one group stay in one; they must once something was removed.
     """
     parts = [(of, x, reduction)]
-    if reduction.valid is not None and encoding.layout.packed and not encoding.reduced:
+    if reduction.valid is not None and not padded:
         parts = list(of.by_survivors(x, reduction))
     left = [(part, one.apply(values)) for part, values, one in parts]
     for part, _, one in parts:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need, VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.core.tokens import Shape
 from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
-from foveate.engine.vision.decisions import apart, decided
+from foveate.engine.vision.decisions import apart, decided, told
 from foveate.engine.vision.encoder_group import (
     EncoderGroup,
     encoder_groups,
@@ -28,7 +29,7 @@ from foveate.engine.vision.encoder_group import (
     mean_of_rows,
 )
 from foveate.engine.vision.patch_layout import PatchLayout, Point
-from foveate.engine.vision.pixels import pixels_of
+from foveate.engine.vision.pixels import pixels_of_rows
 from foveate.engine.vision.running_layer import RunningLayer
 from foveate.engine.vision.segments import BatchRows, PackedRows, PaddedRows
 from foveate.errors import InputError, UnsupportedModelError
@@ -206,16 +207,19 @@ class Encoding:
         self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
         step, changed = planned.step, False
+        padded = self.reduced or not self.layout.packed
         groups: list[EncoderGroup] = []
         values: list[Tensor] = []
         for number, of in enumerate(self.groups):
             x, reduction = self.layout.take(hidden, number), None
             if self._drops(planned, of):
-                reduction = decided(self, planned, number, x, signals)
+                found = told(self, planned, of, signals)
+                shown = functools.partial(self.shown, planned, number, x, found)
+                reduction = decided(planned, of, x, shown, self.family.model_type)
             if reduction is None:
                 parts = [(of, x)]
             else:
-                parts, changed = apart(self, planned, of, x, reduction), True
+                parts, changed = apart(planned, of, x, reduction, padded=padded), True
             for part, value in parts:
                 groups.append(part)
                 values.append(value)
@@ -328,7 +332,13 @@ class Encoding:
 
     def pixels_of(self, images: EncoderGroup) -> Tensor:
         """(G, K, P) pixels of a group's surviving tokens."""
-        return pixels_of(self, images)
+        pixels, rows = self.encoder.pixels, self.layout.shape
+        if pixels is None:
+            whole = pixels_of_rows(self.encoder, self.pixels, rows, self.family.model_type)
+            return take_rows(whole[images.rows].flatten(2), images.images.index)
+        each = pixels(self.arguments, self.side)
+        whole = torch.stack([each[number] for number in images.images.numbers])
+        return take_rows(whole, images.images.index)
 
     def tapped(self, need: Need, of: EncoderGroup) -> Tensor:
         """A signal of the layer that is running, from its own projections."""

@@ -1,54 +1,38 @@
-"""Pixels: what visual tokens are made of, from what an encoder is handed.
-
-Shapes: `B` images of a batch, `N` rows of each, `G` images of a group, `K` surviving tokens of
-each, `P` pixels of a token.
-"""
+"""Pixels: what the rows of an encoder are made of, where it cuts images into patches itself."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from foveate.core.reduction import take_rows
-from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.errors import UnsupportedModelError
+from foveate.families import Encoder
 from foveate.families.rows import cut
 
-if TYPE_CHECKING:
-    from foveate.engine.vision.forward import Encoding
 
-
-def pixels_of(encoding: Encoding, of: EncoderGroup) -> Tensor:
-    """(G, K, P) pixels of a group's surviving tokens.
+def pixels_of_rows(
+    encoder: Encoder, images: Tensor | None, shape: Sequence[int], model_type: str
+) -> Tensor:
+    """(B N, P) pixels of the rows of all images; zeros for special rows.
 
     Args:
-        encoding: the pass.
-        of: the group.
+        encoder: the encoder.
+        images: (B, C, H, W) what it is handed.
+        shape: (B, N) images and rows of each.
+        model_type: named where something is refused.
 
     Raises:
-        UnsupportedModelError: rows of the encoder are not the patches that images are cut into.
+        UnsupportedModelError: rows are not the patches that images are cut into.
     """
-    pixels = encoding.encoder.pixels
-    if pixels is None:
-        whole = _of_rows(encoding)[of.rows].flatten(2)
-    else:
-        images = pixels(encoding.arguments, encoding.side)
-        whole = torch.stack([images[number] for number in of.images.numbers])
-    return take_rows(whole, of.images.index)
-
-
-def _of_rows(encoding: Encoding) -> Tensor:
-    """(B N, P) pixels of the rows of all images; zeros for special rows."""
-    encoder = encoding.encoder
     assert encoder.cuts is not None  # as planned
-    assert encoding.pixels is not None  # as then
-    patches = cut(encoding.pixels, encoder.cuts).flatten(1, 2)
+    assert images is not None  # as then
+    patches = cut(images, encoder.cuts).flatten(1, 2)
     rows = torch.nn.functional.pad(patches, (0, 0, encoder.leading, encoder.trailing))
-    if tuple(rows.shape[:2]) != encoding.layout.shape:
+    if tuple(rows.shape[:2]) != tuple(shape):
         raise UnsupportedModelError(
             f"the {patches.shape[1]} patches that images are cut into are not the rows of the "
-            f"encoder of this {encoding.family.model_type!r}, so that their pixels cannot be told"
+            f"encoder of this {model_type!r}, so that their pixels cannot be told"
         )
     return rows.flatten(0, 1)

@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up .venv from pinned constraints on first use.
 PYTHON ?= python3
 BIN := .venv/bin
-# One math thread per process: the tests run in parallel, and tiny models gain nothing from more.
+# One math thread per process: the tests run in parallel, and tiny models do not gain from more.
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -22,51 +22,51 @@ export TOKENIZERS_PARALLELISM ?= false
 demo: .venv/.ready  ## ask the embedded model about an image, with all visual tokens and with PyramidDrop
 	$(BIN)/foveate demo
 
-test: .venv/.ready  ## the whole test suite
+test: .venv/.ready  ## run the test suite
 	$(BIN)/python -m pytest --numprocesses 2 $(PYTEST_ARGS)
 
-.venv/torchao/.ready: .venv/.ready  # beside the environment: it makes every import of transformers print
+.venv/torchao/.ready: .venv/.ready  # outside the environment: it makes every import of transformers print
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--no-deps --target .venv/torchao torchao
 	@touch $@
 
-torchao: .venv/torchao/.ready  ## the tests of models that torchao has quantised
+torchao: .venv/torchao/.ready  ## test models quantised with torchao
 	PYTHONPATH=.venv/torchao $(BIN)/python -m pytest --numprocesses 2 -m torchao \
 		tests/conformance/test_quantised.py tests/test_docs.py
 
-.venv/timm/.ready: .venv/.ready  # beside the environment: a torchvision breaks image processors there
+.venv/timm/.ready: .venv/.ready  # outside the environment: torchvision breaks image processors there
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
 		--no-deps --target .venv/timm timm torchvision
 	cp scripts/vllm_site.py .venv/timm/sitecustomize.py
 	@touch $@
 
-timm: .venv/timm/.ready  ## the tests of timm's ViTs
-	PYTHONPATH=.venv/timm $(BIN)/python -c 'import timm'  # without it the tests would only skip
+timm: .venv/timm/.ready  ## test timm's ViTs
+	PYTHONPATH=.venv/timm $(BIN)/python -c 'import timm'  # without it the tests would be skipped
 	PYTHONPATH=.venv/timm $(BIN)/python -m pytest --numprocesses 2 \
 		tests/vision/test_timm.py tests/conformance/test_matrix.py -k timm
 
-matrix: .venv/.ready  ## every cell of every table of tests
+matrix: .venv/.ready  ## run every cell of the large test tables
 	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)
 
 CELLS ?= 5000
 SEED ?= 1
-fuzz: .venv/.ready  ## many random cells against the oracle; renews docs/reliability.md
+fuzz: .venv/.ready  ## compare many random cells with the oracle; updates docs/reliability.md
 	$(BIN)/python -m tests.fuzz --cells $(CELLS) --seed $(SEED) --write
 
-gpu: .venv/.ready  ## all that needs one CUDA card, at most 25 minutes; renews docs/benchmarks.md
+gpu: .venv/.ready  ## run everything that needs a CUDA GPU, in at most 25 minutes; updates docs/benchmarks.md
 	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS); status=$$?; \
 		$(BIN)/python benchmarks/table.py && exit $$status
 
-real:  ## a real model on lmms-eval's benchmarks: make real MODEL=hub-id-or-folder DATA=tasks-or-folder
+real:  ## run a real model on lmms-eval's benchmarks: make real MODEL=hub-id-or-folder DATA=tasks-or-folder
 	scripts/lmms_eval.sh --install
 	build/lmms-eval/bin/python benchmarks/real.py --model "$(MODEL)" --data "$(DATA)" $(REAL_ARGS)
 
-lint: .venv/.ready  ## format, style and types
+lint: .venv/.ready  ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-package: .venv/.ready  ## wheel and sdist in dist/, tried in an empty environment
+package: .venv/.ready  ## build wheel and sdist in dist/, and test them in an empty environment
 	scripts/package.sh
 
 .venv/site/.ready: constraints.txt
@@ -75,7 +75,7 @@ package: .venv/.ready  ## wheel and sdist in dist/, tried in an empty environmen
 		mkdocstrings-python ruff zensical
 	@touch $@
 
-site: .venv/site/.ready  ## the pages of docs/ as a website in site/; broken links fail
+site: .venv/site/.ready  ## build docs/ as a website in site/; broken links fail
 	.venv/site/bin/python -m zensical build --clean --strict
 
 clean:

@@ -1,4 +1,4 @@
-"""What is wished for on a GPU, beside what was measured."""
+"""Targets on a GPU, beside what was measured."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def _slower(results: Mapping[str, Any]) -> Found | None:
 
 
 TARGETS: tuple[tuple[str, str, Look], ...] = (
-    ("prefill and decoding of each stage, beside the CPU's with eager attention",
-     "no further from it than twice the bare model; fixed choices and float32 keep the same tokens",
+    ("prefill and decoding of each stage, compared with eager attention on the CPU",
+     "at most twice the bare model's deviation; same tokens kept in float32 and by fixed choices",
      _part("correctness", _answers)),
     ("host synchronisations that a session adds to a prefill", f"at most {WAITS}",
      _part("synchronisations", _waiting)),

@@ -93,14 +93,15 @@ def section(results: list[Mapping[str, Any]]) -> str:
     parts = [
         "## Real models",
         "`make real MODEL=llava-hf/llava-1.5-7b-hf DATA=pope,gqa,textvqa_val,docvqa_val,ocrbench` "
-        "measures a model of your own with lmms-eval, and its speed with `foveate bench --speed`, "
-        f"at {', '.join(map(str, BUDGETS))} tokens of each image. It needs a model hub or local "
-        "folders; [lmms-eval.md](lmms-eval.md#one-table-of-a-real-model) says how.",
-        "A budget is what a method's cut leaves. FastV and DART cut within the language model, "
-        "whose first layers see all tokens; papers often give them fewer, so that the mean over "
-        "layers is the budget. *Average* is the mean over benchmarks of the score as a percentage "
-        "of the one with all tokens. Published figures are of other subsets, harnesses and "
-        "budgets of layers, so they are beside the measured ones and not in their place.",
+        "measures your own model with lmms-eval, and its speed with `foveate bench --speed`, "
+        f"at {', '.join(map(str, BUDGETS))} tokens per image. It needs a model hub or local "
+        "folders; see [lmms-eval.md](lmms-eval.md#one-table-for-a-real-model).",
+        "A budget is the number of tokens that a method's cut leaves. FastV and DART cut within "
+        "the language model, whose first layers see all tokens; papers often give them fewer "
+        "tokens, so that the mean over layers is the budget. *Average* is the mean over benchmarks "
+        "of the score as a percentage of the score with all tokens. Published figures come from "
+        "other subsets, harnesses and per-layer budgets, so they are shown next to the measured "
+        "ones and do not replace them.",
     ]
     measured = {family(result["model"]): result for result in results}
     unread = () if any(UNREAD.lower() in name.lower() for name in measured) else (UNREAD,)
@@ -128,7 +129,7 @@ def _of(name: str, result: Mapping[str, Any] | None) -> list[str]:
             str(budget or "all"), method if budget is None else f"`{method}`",
             *_measured(result, tasks, method, budget), _beside(published, method, budget),
         ])  # fmt: skip
-    notes = [] if published else [f"No published figures at these budgets are at hand of {name}."]
+    notes = [] if published else [f"We have no published figures for {name} at these budgets."]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return [said, *notes, table]
 

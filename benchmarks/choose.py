@@ -74,7 +74,7 @@ def fitting(lines: Sequence[dict[str, Any]], names: set[str], most: float) -> li
 def accuracy_table() -> list[list[str]]:
     """For what a reader has and needs: a method, its keep, and which others do as well."""
     lines = load("quality")["lines"]
-    rows = [["you have", "FLOPs left, at most", "use", "`keep`", "right", "FLOPs", "next"]]
+    rows = [["model", "FLOPs left, at most", "use", "`keep`", "accuracy", "FLOPs", "next"]]
     rows.append(["---", "---", "---", "---:", "---:", "---:", "---"])
     for have, names in models():
         for number, (most, words) in enumerate(NEEDS):
@@ -102,7 +102,7 @@ def link(name: str) -> str:
 def speed_table() -> list[list[str]]:
     """What is faster by how much, at two lengths of prompts, of methods that were timed at both."""
     short, long = (load(f"speed_wide{size}")["cells"][0] for size in ("", "_long"))
-    rows = [["method", "first token, 576", "first token, 2,880", "each further token, 2,880",
+    rows = [["method", "first token, 576", "first token, 2,880", "each later token, 2,880",
              "KV cache, 2,880"], ["---", *["---:"] * 4]]  # fmt: skip
     for name, row in long["rows"].items():
         if "speed_up" not in row:
@@ -130,15 +130,15 @@ def _times(ratio: dict[str, float]) -> str:
 
 def other_table() -> list[list[str]]:
     """A row for each other use: what to take, what was measured, and the page."""
-    return [["you have", "use", "measured", "page"], ["---"] * 4, *_encoders(), *_systems()]
+    return [["for", "use", "measured", "page"], ["---"] * 4, *_encoders(), *_systems()]
 
 
 def _encoders() -> Iterator[list[str]]:
     encoder = load("encoders")["results"]["rows"]["tome, r = 13"]["speed-up"]
-    yield ["an encoder that classifies or embeds", f"{link('tome')} `r=13`",
+    yield ["a classification or embedding encoder", f"{link('tome')} `r=13`",
            f"{_times(encoder)} on a ViT-S", "[dense.md](dense.md)"]  # fmt: skip
     depth = load("dense")["results"][0]["rows"]["r = 100"]["model"]
-    yield ["a model of depth, boxes or poses", f"{link('tome')} `r=100`",
+    yield ["a depth, detection or pose model", f"{link('tome')} `r=100`",
            f"{_times(depth)} on Depth Anything V2 Small, outputs changed",
            "[dense.md](dense.md)"]  # fmt: skip
     linear = load("dtop")["results"][0]["rows"]
@@ -146,13 +146,13 @@ def _encoders() -> Iterator[list[str]]:
     row = max(
         (x for x in linear if x["miou"] > all_in - 0.03), key=lambda x: x["speed-up"]["median"]
     )
-    yield ["a ViT that segments, and heads to train",
+    yield ["a segmentation ViT, with heads to train",
            f"{link('dtop')} `threshold={row['threshold']}`",
            f"{_times(row['speed-up'])}, {100 * (all_in - row['miou']):.1f} points of mIoU lost",
            "[segmentation.md](segmentation.md)"]  # fmt: skip
     reading = load("large_memory")["reading"]
-    yield ["images of thousands of pixels a side", f"{link('lrs-vqa')} by `foveate.large`",
-           f"{reading['side']:,} pixels a side read with {reading['peak_mib']} MiB",
+    yield ["images thousands of pixels wide", f"{link('lrs-vqa')} in `foveate.large`",
+           f"{reading['side']:,} pixels a side read in {reading['peak_mib']} MiB",
            "[large-images.md](large-images.md)"]  # fmt: skip
 
 
@@ -168,10 +168,10 @@ def _systems() -> Iterator[list[str]]:
     both = {(r["tokens"], r["weights"]): r for r in load("combine")["results"]["rows"]}
     row = both["divprune 25 %", "int8 weights and activations"]
     yield ["quantised weights", f"{link('divprune')} 0.25",
-           f"{_times(row['speed-up by both'])} together, {_times(row['speed-up by weights'])} by "
+           f"{_times(row['speed-up by both'])} together, {_times(row['speed-up by weights'])} from "
            "int8 alone", "[combine.md](combine.md)"]  # fmt: skip
     gains = [share["gain_over_published"][0] for share in load("tune")["shares"]]
-    yield ["questions of your own", "`foveate tune`",
+    yield ["your own questions", "`foveate tune`",
            f"{min(gains):+.1f} and {max(gains):+.1f} points over the best published recipe",
            "[tune.md](tune.md)"]  # fmt: skip
 
@@ -194,7 +194,7 @@ def figure() -> str:
     low, high = (100 * value for value in middle["interval"])
     whole = next(100 * line["accuracy"] for line in lines if line["method"] == "none")
     legend = [(colour, name) for name, colour in COLOURS.values()]
-    caption = "FLOPs of a prompt, per cent of those with all tokens; right answers in per cent"
+    caption = "FLOPs of a prompt, per cent of those with all tokens; accuracy in per cent"
     return scatter(points, (25, 85), (35, 95), whole, (low, high), legend, caption)
 
 

@@ -139,8 +139,8 @@ def pyramiddrop() -> list[Row]:
             why += ", as released"
         else:
             chosen = (
-                f"stages are even in the paper, their layers are not public; {_listed(nearest)} "
-                f"are nearer to even and give {with_drops(nearest):.2f}"
+                "the paper's stages are even, but their layers are not public; "
+                f"{_listed(nearest)} are closer to even and give {with_drops(nearest):.2f}"
             )
         what = f"{name}, {stages} stages"
         rows.append(
@@ -161,7 +161,7 @@ def encoders() -> list[Row]:
 
     def others(hidden: int) -> str:
         given = " and ".join(f"{saved(hidden, n):.1f}" for n in (7, 9))
-        return f"8 tokens a layer, the abstract names no setting; 7 and 9 give {given} %"
+        return f"8 tokens per layer; the abstract gives no setting; 7 and 9 give {given} %"
 
     def stages(method: ZeroTPrune | TokenTransforming, after: int) -> float:
         """Percent saved by a method that acts so many layers after its own."""
@@ -179,17 +179,17 @@ def encoders() -> list[Row]:
 
     return [
         Row("ToMe", "DeiT-S, all tokens, multiply-adds", 4.6, vit(384, merging(0)) / 1e9,
-            "class token, 12 layers; printed by DeiT's authors", "", "G"),
+            "class token, 12 layers; reported by DeiT's authors", "", "G"),
         Row("ToMe", "DeiT-S, r = 13, multiply-adds", 2.7, tome(13),
-            "merges between attention and MLP; as listings of the paper's results have it, whose "
+            "merges between attention and MLP; as in listings of the paper's results; their "
             f"3.4 and 2.3 for r = 8 and 16 are {tome(8):.1f} and {tome(16):.1f} here", "", "G"),
         Row("GTP-ViT", "DeiT-S, saved", 26, saved(384, 8), "class token, 12 layers", others(384)),
         Row("GTP-ViT", "DeiT-B, saved", 26, saved(768, 8), "the same", others(768)),
         Row("Zero-TPrune", "DeiT-S, saved", 34.7, stages(ZeroTPrune(), 1),
-            "drops after blocks 2, 5 and 8", "shares of .8, .54 and .3, as no rates are public; "
+            "drops after blocks 2, 5 and 8", "shares of .8, .54 and .3; no rates are public; "
             f".8, .56 and .34 give {stages(ZeroTPrune(keep=(0.8, 0.56, 0.34)), 1):.1f} %"),
         Row("Token Transforming", "DeiT-S, saved", 40, stages(TokenTransforming(), 0),
-            "mixes before blocks 3, 6 and 9", "shares of .7, .46 and .27, as no setting is public; "
+            "mixes before blocks 3, 6 and 9", "shares of .7, .46 and .27; no setting is public; "
             f".7, .5 and .35 give {stages(TokenTransforming(keep=(0.7, 0.5, 0.35)), 0):.1f} %"),
     ]  # fmt: skip
 
@@ -217,7 +217,7 @@ def layers_attended() -> list[Row]:
         return whole / (others + 24 * attending)
 
     why = (
-        "the 24 layers that attend to all images, beside the other 48; tokens that may merge all "
+        "the 24 layers that attend to all images, plus the other 48; all tokens that may merge "
         f"do, {100 * left / total:.0f} % are left; {faster(merged):.1f} x without the similarities"
     )
     ours = faster(merged + 2 * width * free * len(into))
@@ -251,7 +251,7 @@ def decoders() -> list[Row]:
         Row("TransPrune", "LLaVA-1.5-7B, saved, at least", 50, less("LLaVA-1.5-7B", 576, seen),
             "drops before 7, 9, 12; the paper says more than half"),
         Row("AdaToken-3D", "LLaVA-3D-7B, saved", 63, less("LLaVA-1.5-7B", 576, steps),
-            "the released schedule; it cannot give the figure, whose setting is not public"),
+            "the released schedule, which cannot give the figure; the paper's is not public"),
         Row("LVLM_CSP", "7B, saved", 65, None,
             "block boundaries and counts are not public"),
         *yopo(),
@@ -290,7 +290,7 @@ def videos() -> list[Row]:
             100 * (1 - sum(n + 40 for n in seen) / (28 * (2916 + 40))),
             "2,916 visual tokens", "40 text tokens; visual tokens alone save 90 %"),
         Row("PruneVid", "PLLaVA-7B, 16.2 % kept, left", 23, None,
-            "how many tokens stay depends on the videos"),
+            "the number of remaining tokens depends on the videos"),
     ]  # fmt: skip
 
 

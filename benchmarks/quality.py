@@ -30,59 +30,59 @@ from foveate.cli.bench import summarise
 RESULT = Path(__file__).parent / "results" / "quality.json"
 EASY = RESULT.with_name("easy_vqa.json")
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-INTRO = """# What methods keep, and what they lose
+INTRO = """# Accuracy
 
 Made by `benchmarks/quality.py` from `benchmarks/results/quality.json`. Each method answers the same
-questions as the model with all its tokens. `keep` is what survives a method's cut. If a method cuts
-several times, its published schedule is rescaled so that the mean over the layers after the first
-cut is `keep`. FEATHER, ToDRE and LVLM-CSP take `keep` as they publish it. So do CATP and VFlowOpt
-today, but their schedules were rescaled when these numbers were measured. So compare at equal FLOPs
-too.
+questions as the model with all its tokens. `keep` is the share that survives a method's cut. If a
+method cuts several times, its published schedule is rescaled so that the mean over the layers after
+the first cut is `keep`. FEATHER, ToDRE and LVLM-CSP interpret `keep` as published. So do CATP and
+VFlowOpt today, but their schedules were rescaled when these numbers were measured. Therefore
+compare at equal FLOPs too.
 
-- *accuracy*: share of correct answers over informative tasks (the unpruned model is at least ten
-  points above the commonest answer), with its 95 % interval (Wilson).
-- *change*: against all tokens on the same questions, with its 95 % interval.
-- *KL*: of the first word's distribution, from the unpruned model's, in nats.
+- *accuracy*: share of correct answers on informative tasks (those where the unpruned model is at
+  least ten points above the most common answer), with its 95 % interval (Wilson).
+- *change*: compared with all tokens on the same questions, with its 95 % interval.
+- *KL*: divergence of the first word's distribution from the unpruned model's, in nats.
 - *recall*: share of the evidence's area whose tokens survive, averaged over the decoder layers
   after the first cut. A merged token counts only at its own position, so merging methods and
-  `downsample` score low here although the tokens they merged are not lost.
-- *upper, lower*: share of tokens that survive in the upper and the lower half of the image.
+  `downsample` score low here although the merged tokens are not lost.
+- *upper, lower*: share of tokens that survive in the upper and lower half of the image.
 
 The tiny model was trained to align visual tokens with words and its class token with objects. This
-favours methods that read those. Its first layers hardly attend to the image, which punishes methods
-that rank there. Nothing here says which method is best on a large model.
+favours methods that read those. Its first layers hardly attend to the image, which penalises
+methods that rank there. These results do not show which method is best on a large model.
 """
 
-LESSONS = """## What they teach
+LESSONS = """## What they show
 
 Read the figures with their intervals. They come from 160 questions, so differences of a few points
 are noise.
 
-- At half of the tokens most methods lose little. They differ at a quarter and less. Both baselines
-  that ignore the content, `random` and `downsample`, are then far below.
-- Recall of evidence is not accuracy. Methods that rank by the class token keep more than 90 % of
-  the evidence at a quarter, and answer no better than `divprune`, which keeps less than half of it
-  but some of everything. `tome` and `pyramiddrop` have merged or read what they drop.
+- With half of the tokens, most methods lose little. They differ at a quarter and below, where both
+  content-agnostic baselines, `random` and `downsample`, are far behind.
+- Evidence recall is not accuracy. At a quarter, methods that rank by the class token keep more than
+  90 % of the evidence, yet answer no better than `divprune`, which keeps less than half of it but
+  some of everything. `tome` and `pyramiddrop` have merged or read the tokens they drop.
 - `fastv` ranks in layers where this model does not attend to images yet. It keeps twice as much of
-  the lower half of an image as of the upper, the bias that FEATHER describes. `feather` costs as
-  many FLOPs and loses a third as much.
-- `dart` and `lvlm-csp` fail here. They rank in layers that do not attend to the image yet, so what
-  they keep says little.
-- Tasks marked *no* tell nothing about methods, because this model cannot do them. It was trained on
-  drawn scenes, one image at a time, with numbers and not with words. The real data (NLVR, easy-VQA,
-  COCO) is among them; only its recall means something. See below for easy-VQA.
+  the lower half of an image as of the upper half, the bias that FEATHER describes. `feather` costs
+  as many FLOPs and loses a third as much.
+- `dart` and `lvlm-csp` fail here. They rank in layers that do not attend to the image yet, so their
+  choice carries little information.
+- Tasks marked *no* are not informative about methods, because this model cannot do them. It was
+  trained on drawn scenes, one image at a time, with numbers and not with words. The real data
+  (NLVR, easy-VQA, COCO) is among them; only its recall is meaningful. See below for easy-VQA.
 """
 
 
 REAL = """## Real questions: easy-VQA
 
 The drawn questions above are our own. easy-VQA has 5,000 images of one coloured shape and 48,248
-questions, by its author; always giving the commonest answer is right for
-{majority} %. The tiny model after 160 steps on the train part
-(`python -m recipes.easy_vqa`) is right for {unpruned} % of {n} questions of the test part, so
-this task tells something. Each image shows one large object, and most questions are about all of
-it. So nearly any choice of tokens will do; such data hides differences between methods.
-NLVR's train part was not available, so no model was trained for it.
+questions, written by its author; always giving the most common answer scores
+{majority} %. After 160 steps on the training split (`python -m recipes.easy_vqa`), the tiny model
+scores {unpruned} % on {n} questions of the test split, so this task is informative. Each image
+shows one large object, and most questions are about all of it. Nearly any choice of tokens is
+therefore good enough, and such data hides differences between methods.
+NLVR's training split was not available, so no model was trained for it.
 
 """
 
@@ -129,7 +129,7 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
         mine = [x for x in result["lines"] if x["keep"] == keep or x["method"] == ALL]
         mine.sort(key=lambda x: (x["method"] != ALL, -x["accuracy"]))
         parts += [f"## {'own budgets' if keep is None else f'keep = {keep:g}'}\n", _lines(mine)]
-    head = ["task", "questions", "all tokens", "commonest answer", "tells something"]
+    head = ["task", "questions", "all tokens", "most common answer", "informative"]
     rows = [
         [t["name"], str(t["n"]), percent(t["accuracy"]), percent(t["majority"]),
          "yes" if t["telling"] else "no"]
@@ -140,7 +140,7 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
         real(easy),
         "## Tasks\n",
         table(head, rows),
-        "## What was refused or failed\n",
+        "## Refused or failed\n",
     ]
     parts.append(table(["method", "status", "reason", "cells"], [
         [str(x).replace("|", "/") for x in row] for row in result["troubles"]

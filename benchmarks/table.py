@@ -20,12 +20,13 @@ from speed import ON_CPU, ON_GPU
 
 RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-INTRO = """# What was measured
+INTRO = """# Benchmarks
 
 Every table comes from a script in `benchmarks/` and its result file in `benchmarks/results/`, which
-names the machine and the versions. The machine was shared and noisy: read ratios, which compare
-contenders that took turns in one run, and treat them as good to a few per cent. Predictions are
-FLOP ratios (multiply-add = 2, causal attention counted exactly, the methods' scores included).
+records the machine and the versions. The machine was shared and noisy. Rely on the ratios, which
+compare contenders that took turns in one run, and treat them as accurate to a few per cent.
+Predictions are FLOP ratios (multiply-add = 2, causal attention counted exactly, the methods' scores
+included).
 """
 
 
@@ -69,8 +70,8 @@ def prefill() -> str:
             f"### {size['visual tokens']:,} visual tokens, {size['rounds']} rounds",
             table(["", "speed-up", "quartiles", "predicted", "measured / predicted"], rows),
             f"Reducing to 64 tokens before the LLM takes {native['median']:.3f} "
-            f"({native['q25']:.3f} to {native['q75']:.3f}) of the time of a prompt that has 64 to "
-            "begin with.",
+            f"({native['q25']:.3f} to {native['q75']:.3f}) of the time of a prompt that has only "
+            "64 to begin with.",
         ]
     return "\n\n".join(parts)
 
@@ -99,8 +100,8 @@ def scoring() -> str:
         for name in sizes[0]["rows"]
     ]
     return "\n\n".join([
-        "## What choosing costs",
-        f"Selection as a share of the prefill that it leaves, at 7B widths ({result['model']}). "
+        "## Cost of selection",
+        f"Selection time as a share of the remaining prefill, at 7B widths ({result['model']}). "
         f"{about(result)}",
         table(["", *(f"{size['visual tokens']:,} visual tokens" for size in sizes)], rows),
     ])  # fmt: skip
@@ -148,8 +149,9 @@ def encoders() -> str:
         ])  # fmt: skip
     return "\n\n".join([
         "## Methods in an encoder",
-        f"{result['model']}, batch {size['batch']}, {size['rounds']} rounds. The last column is "
-        "over a plain transcription of the method's card, which makes the same logits. "
+        f"{result['model']}, batch {size['batch']}, {size['rounds']} rounds. The last column "
+        "is the speed-up over a plain transcription of the paper's equations, which gives the same "
+        "logits. "
         f"{about(result)}",
         table(["", "speed-up", "quartiles", "predicted", "measured / predicted",
                "over a transcription"], rows),
@@ -170,10 +172,11 @@ def attending() -> str:
                 f"{row['predicted with projections']:.2f}x" if ours else "",
             ])  # fmt: skip
     return "\n\n".join([
-        "## Attention of encoder layers",
-        f"One layer of width {result['width']:,} and {result['heads']} heads, batch 1, over the "
-        "plain kernel; projections are left out, and their share is in the last column. Below each "
-        "method, a transcription of its card that takes one image at a time and makes the same. "
+        "## Attention in encoder layers",
+        f"Speed-ups over the plain kernel, for one layer of width {result['width']:,} with "
+        f"{result['heads']} heads, batch 1. Projections are left out; the last column is the "
+        "prediction with them. Below each method is a transcription of the paper's equations that "
+        "processes one image at a time and gives the same result. "
         f"{about(result)}",
         table(["", "speed-up", "quartiles", "predicted", "with projections"], rows),
     ])  # fmt: skip
@@ -212,20 +215,20 @@ def families() -> str:
         ])  # fmt: skip
     head = [
         "", "prefill, keep all", "decode, keep all", "pruned decode, us", "in each process",
-        "without a session", "of it", "LLaVA in the same run",
+        "layer without a session", "added share", "LLaVA in the same run",
     ]  # fmt: skip
     return "\n\n".join([
         "## Every family",
-        f"{result['model']}, batch 1, features handed in, medians and quartiles. The first columns "
-        "are times of a session that removes nothing over times without a session. Then what a "
-        "session of PyramidDrop adds per layer and generated token, in microseconds, beyond a "
-        "model without one whose cache layers are cut as short, and what a layer takes there. In "
-        "Dots 3 Note, of which no layer can rank tokens, a random quarter is kept instead. "
-        "Rows were measured on machines of different speed, so compare what is added with what a "
-        "layer takes; some families were measured together with LLaVA. "
-        "Models for decoding are so narrow that Python fills the time. Each family was measured in "
-        f"{result['runs']} processes with {result['rounds']} rounds each, unless its name is "
-        f"followed by other numbers. {about(result)}",
+        f"{result['model']}, batch 1, precomputed features, medians and quartiles. The first two "
+        "columns divide the time with a session that removes nothing by the time without a "
+        "session. The next columns show the microseconds that a PyramidDrop session adds per layer "
+        "and generated token to a model without a session whose cache layers are cut to the same "
+        "length, and the time of a layer in that model. In Dots 3 Note, where no layer can rank "
+        "tokens, a random quarter is kept instead. Rows were measured on machines of different "
+        "speed, so compare the added time with the time of a layer; some families were measured "
+        "together with LLaVA. Models for decoding are so narrow that Python overhead dominates. "
+        f"Each family was measured in {result['runs']} processes with {result['rounds']} rounds "
+        f"each, unless its name is followed by other numbers. {about(result)}",
         table(head, rows),
     ])  # fmt: skip
 
@@ -241,14 +244,14 @@ def selection() -> str:
         differs = "" if all(size["agree"] for size in sizes) else " (results differ)"
         rows.append([f"{name}{differs}", *cells, f"{100 * share:.2f} %"])
     return "\n\n".join([
-        "## Choosing, beside a plain transcription",
-        "Visual tokens of an image x images of a batch; a quarter is kept where a method lets one "
-        "say so. Milliseconds of a choice and what it does to the features, from ready signals of "
-        "the widths of a 7B model; then how often as long a transcription of the paper's equations "
-        "takes, which works image by image, as published code does. Both choose the same tokens, "
-        "or make the same ones. Last, the largest share of the FLOPs of a 7B model's prefill. "
-        "Transcriptions that take seconds "
-        "ran once, on some of the images. Methods for videos get 16 frames. "
+        "## Selection compared with a plain transcription",
+        "Columns are visual tokens per image x images per batch. A quarter of the tokens is kept "
+        "where the method accepts a budget. Each cell shows the milliseconds for selecting tokens "
+        "and reducing the features, from precomputed signals at the widths of a 7B model, and the "
+        "speed-up over a transcription of the paper's equations that works image by image, as "
+        "published code does. Both select or produce the same tokens. The last column is the "
+        "largest share of the FLOPs of a 7B model's prefill. Transcriptions that take seconds ran "
+        "once, on some of the images. Video methods get 16 frames. "
         f"{about(result)}",
         table(head, rows),
     ])  # fmt: skip
@@ -258,10 +261,11 @@ def speed() -> str:
     """Speed by batch size, on a CPU and on a GPU."""
     parts = [
         "## By batch size",
-        "`foveate bench --speed`: TTFT is vision tower, choosing, prefill, head; prefill is that "
-        "without the tower; the share of FLOPs is the prefill's speed-up over the one that FLOPs "
-        "predict. Speed-ups over all tokens, round by round, with quartiles; in the row of all "
-        "tokens, what they are of. Bold is slower than with all tokens in three rounds of four.",
+        "Measured with `foveate bench --speed`. TTFT includes the vision tower, token selection, "
+        "prefill and the head; prefill is TTFT without the tower. *Of FLOPs* divides the prefill "
+        "speed-up by the one that FLOPs predict. Speed-ups are over all tokens, round by round, "
+        "with quartiles; the row *all tokens* shows the absolute values. Bold means slower than "
+        "with all tokens in three rounds out of four.",
     ]
     for name, job in {**ON_CPU, **ON_GPU}.items():
         path = RESULTS / f"{name}.json"
@@ -274,7 +278,7 @@ def speed() -> str:
                 f"{heading}, {device}",
                 f"**not measured**: {job.methods} at batch {job.batch} on random weights of this "
                 f"size ({'bfloat16' if name in ON_GPU else 'float32'}); "
-                f"`python benchmarks/speed.py{' --gpu' if name in ON_GPU else ''}` does it.",
+                f"`python benchmarks/speed.py{' --gpu' if name in ON_GPU else ''}` measures it.",
             ]
     return "\n\n".join(parts)
 
@@ -328,16 +332,16 @@ def gpu() -> str:
     """Targets of a GPU beside what was measured there."""
     parts = read_gpu(RESULTS)
     about = (
-        "`make gpu` runs everything that needs one CUDA card, in at most "
-        f"{sum(LIMITS.values()):.0f} minutes: answers of each stage with flash kernels beside the "
-        "CPU's, waits of the host, decoding, selection, a training step, and the sweeps over batch "
-        "sizes above. Weights are random, but for the embedded model's."
+        "`make gpu` runs everything that needs a CUDA GPU, in at most "
+        f"{sum(LIMITS.values()):.0f} minutes: each stage's outputs with flash kernels compared "
+        "with the CPU's, host synchronisations, decoding, selection, a training step, and the "
+        "batch-size sweeps above. Weights are random, except those of the embedded model."
     )
     if "machine" in parts:
         m = parts["machine"]
         where = f"{m.get('gpu', m['cpu'])}, torch {m['torch']}, transformers {m['transformers']}."
     else:
-        where = "**Nobody has run it yet**, so the column of what was measured is empty."
+        where = "**Nobody has run it yet**, so the *measured* column is empty."
     failed = [
         f"{name}: {part['error']}." for name, part in parts["parts"].items() if "error" in part
     ]

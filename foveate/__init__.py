@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveate.run import Session, apply, use
     from foveate.signals.clip import ClipText
     from foveate.training.prepare import load, load_adapter, prepare, save, save_adapter
+    from foveate.tune.policy import adaptive
 else:
     __getattr__ = exports(
         __name__,
@@ -28,6 +29,7 @@ else:
             "foveate.training.prepare": (
                 "load", "load_adapter", "prepare", "save", "save_adapter",
             ),
+            "foveate.tune.policy": ("adaptive",),
         },
     )[0]  # fmt: skip
 
@@ -37,6 +39,7 @@ __all__ = [
     "Scorer",
     "Session",
     "Step",
+    "adaptive",
     "apply",
     "get_method",
     "list_families",

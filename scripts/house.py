@@ -28,7 +28,7 @@ LONG = 40
 ORDER = (
     "lazy", "errors", "io", "tiny", "core", "ops", "record", "families", "signals", "engine",
     "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "tune",
-    "large", "testing", "foveate", "integrations", "batch", "serve", "cli", "__main__",
+    "large", "streaming", "testing", "foveate", "integrations", "batch", "serve", "cli", "__main__",
 )  # fmt: skip
 """Parts of the package, the lowest first: each may import itself and those before it. `foveate`
 stands for the names that the library exports.
@@ -250,8 +250,8 @@ def figures() -> dict[str, str]:
     loose = {p.name for p in PACKAGE.glob("*.py")} - {"__init__.py", "__main__.py"}
     package = list(sources(PACKAGE))
     return {
-        "circles in the import graph": str(len(circles(edges))),
-        "imports upwards": str(len(upwards(edges))),
+        "import cycles": str(len(circles(edges))),
+        "upward imports": str(len(upwards(edges))),
         "loose modules at the top": str(len(loose)),
         "engine without extensions": f"{len(core)} files, {thousands(lines(core))} lines",
         "engine extensions": f"{len(extras)} files, {thousands(lines(extras))} lines",

@@ -26,11 +26,11 @@ STAGES = {
 }
 HEAD = """# Methods
 
-Made from the classes by `scripts/methods_page.py`. Budgets and ranking are per image; *layer k*
-means before layer k runs, counted from 0; `keep` is a share, a count, a schedule over the steps, or
-`foveate.per_request([...])`. [support.md](support.md) says which method works on which model,
-[benchmarks.md](benchmarks.md) what choosing costs, [add-a-method.md](add-a-method.md) how to add
-one.
+Made from the classes by `scripts/methods_page.py`. Budgets and ranking are per image. *Layer k*
+means before layer k runs, counted from 0. `keep` is a fraction, a count, a schedule over the steps,
+or `foveate.per_request([...])`. [support.md](support.md) shows which method works on which model,
+[benchmarks.md](benchmarks.md) what selection costs, and [add-a-method.md](add-a-method.md) how to
+add a method.
 """
 
 
@@ -74,7 +74,7 @@ def section(slug: str) -> str:
     out += [linked(part) for part in about]
     out += [part for part in rest if not part.startswith(("Args:", "Raises:", "Examples:"))]
     if cls.note:
-        out.append(f"Every report says: {cls.note}")
+        out.append(f"Every report notes: {cls.note}")
     rows = ["| field | default | |", "|---|---|---|"]
     for item in dataclasses.fields(cls):
         default = item.default
@@ -85,7 +85,7 @@ def section(slug: str) -> str:
     out.append("\n".join(rows))
     if cls.needs:
         out.append(
-            "Asks for:\n\n"
+            "Signals:\n\n"
             + "\n".join(f"- `{n}`: {SIGNALS[n].doc}" for n in dict.fromkeys(cls.needs))
         )
     return "\n\n".join(out)

@@ -52,6 +52,13 @@ def test_the_page_on_tuning_is_made_from_the_results():
     assert page == made, "run python benchmarks/tune_page.py"
 
 
+def test_the_figures_on_policies_are_made_from_the_results():
+    script = _script("adaptive_page")
+    page = script.PAGE.read_text(encoding="utf-8")
+    made = script.page(page, json.loads(script.RESULT.read_text()))
+    assert page == made, "run python benchmarks/adaptive_page.py"
+
+
 def test_the_page_on_choosing_is_made_from_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = _script("choose")

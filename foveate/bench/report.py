@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from PIL import Image
@@ -17,6 +16,7 @@ from PIL import Image
 from foveate.bench.levels import ALL, BASELINES
 from foveate.bench.summary import MARGIN, Line, Summary
 from foveate.bench.svg import halves, heat_map, pareto, percent
+from foveate.io.html import Section, document, glossary, table
 from foveate.io.writing import write_text
 
 STAGES = {"baseline": "baseline", "vision": "in the encoder", "pre_llm": "before the LLM",
@@ -39,6 +39,26 @@ TERMS = {
     "n": "Questions.",
 }
 """Terms of the report, as a tooltip and the last section explain them."""
+NUMBERS = (
+    "Over the informative tasks. In brackets 95 % intervals. Hover over or focus a heading for "
+    "what it means; all terms are explained at the end."
+)
+TASKS = (
+    "Accuracy in %. Greyed tasks are not informative: with all its tokens the model is not "
+    f"{100 * MARGIN:.0f} points above the most common answer. Red: at least 10 points below all "
+    "tokens."
+)
+MAPS = (
+    "How long tokens live at each cell of the grid, averaged over images and over the decoder "
+    "layers after a method's first cut: pale is dropped, full colour is twice the mean or more. "
+    "Bars are rows; the dashed line is the method's mean."
+)
+PICK = """
+const pick=document.getElementById('pick'),plot=document.querySelector('.plot');
+pick.addEventListener('change',()=>{plot.classList.toggle('pick',!!pick.value);
+plot.querySelectorAll('.series').forEach(s=>s.classList.toggle('on',s.dataset.name===pick.value))});
+"""
+"""Shows one method alone in the drawing."""
 Shot = dict[str, Any]
 
 
@@ -66,37 +86,27 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
         facts: about the run.
         shots: example images, see `foveate.bench.examples`.
     """
-    page = Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     unpruned = summary.line((ALL, None))
     lines = [summary.line(config) for config in summary.configs if config[0] != ALL]
     lines = [line for line in lines if line.n]
-    front = summary.front([line for line in lines if line.flops is not None])
-    names = sorted({line.config[0] for line in lines})
-    text = page.substitute(
-        model=escape(facts.model),
-        headline=escape(_headline(summary, facts, unpruned)),
-        plot_note=_plot_note(summary),
-        key="".join(_key(kind, words) for kind, words in STAGES.items()),
-        options="".join(f"<option>{escape(name)}</option>" for name in names),
-        pareto=pareto(lines, front, unpruned, summary.stages) if lines else "",
-        numbers_note="Over the informative tasks. In brackets 95 % intervals. Hover over or focus "
-        "a heading for what it means; all terms are explained at the end.",
-        numbers=_numbers(summary, lines, unpruned),
-        tasks_note=f"Accuracy in %. Greyed tasks are not informative: with all its tokens the "
-        f"model is not {100 * MARGIN:.0f} points above the commonest answer. Red: at least "
-        "10 points below all tokens.",
-        tasks="".join(_by_task(summary, keep) for keep in [*summary.keeps, None]),
-        maps_note="How long tokens live at each cell of the grid, averaged over images and over "
-        "the decoder layers after a method's first cut: pale is dropped, full colour is twice the "
-        "mean or more. Bars are rows; the dashed line is the method's mean.",
-        scale=_scale(),
-        maps="".join(_maps(summary, keep) for keep in [*summary.keeps, None]),
-        shots=_shots(shots),
-        troubles=_troubles(summary),
-        terms=_glossary(),
-        command=escape(facts.command),
-        made=_made(summary),
+    budgets = [*summary.keeps, None]
+    sections = (
+        Section("plot", "Accuracy and cost", "Accuracy against cost",
+                _plot(summary, lines, unpruned)),
+        Section("all", "All numbers", "All numbers",
+                f'<p class="faint">{NUMBERS}</p>{_numbers(summary, lines, unpruned)}'),
+        Section("tasks", "Tasks", "Task by task",
+                f'<p class="faint">{TASKS}</p>{"".join(_by_task(summary, k) for k in budgets)}'),
+        Section("maps", "Where tokens go", "Where tokens are dropped",
+                f"<p>{MAPS}</p>{_scale()}{''.join(_maps(summary, k) for k in budgets)}"),
+        Section("shots", "Examples", "Example images", _shots(shots)),
+        Section("refused", "Not run", "What did not run, and what was slow", _troubles(summary)),
+        Section("made", "How it was made", "How it was made",
+                f"<pre>{escape(facts.command)}</pre>{_made(summary)}"),
+        Section("terms", "Terms", "Terms", glossary(TERMS)),
     )  # fmt: skip
+    headline = _headline(summary, facts, unpruned)
+    text = document(f"FoveaBench: {facts.model}", headline, sections, PICK if lines else "")
     write_text(path, text)
 
 
@@ -114,25 +124,10 @@ def _counted(number: int, name: str) -> str:
     return f"{number} {name}{'s' * (number != 1)}"
 
 
-def _glossary() -> str:
-    """What the terms mean, as a list."""
-    return "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(said)}</dd>" for name, said in TERMS.items()
-    )
-
-
-def _heading(text: str) -> str:
-    """A heading, which says what its term means when it is pointed at."""
-    said = TERMS.get(text.partition(",")[0])
-    if said is None:
-        return escape(text)
-    return f'<abbr tabindex="0" title="{escape(said)}">{escape(text)}</abbr>'
-
-
 def _scale() -> str:
     """What the colours of the maps stand for."""
     return (
-        '<p class="scale"><span>dropped at once</span><i></i>'
+        '<p class="scale"><span>dropped immediately</span><i></i>'
         "<span>twice the mean of the method, or more</span></p>"
     )
 
@@ -141,13 +136,26 @@ def _key(kind: str, words: str) -> str:
     return f'<span><i style="background:var(--{kind})"></i>{words}</span>'
 
 
+def _plot(summary: Summary, lines: Sequence[Line], unpruned: Line) -> str:
+    """The drawing, what its colours mean, and what picks a method."""
+    key = "".join(_key(kind, words) for kind, words in STAGES.items())
+    names = "".join(f"<option>{escape(n)}</option>" for n in sorted({x.config[0] for x in lines}))
+    front = summary.front([line for line in lines if line.flops is not None])
+    drawn = pareto(lines, front, unpruned, summary.stages) if lines else ""
+    return (
+        f'<p>{_plot_note(summary)}</p><p class="key">{key}</p><p><label>Show <select id="pick">'
+        f'<option value="">all methods</option>{names}</select></label></p>'
+        f'<div class="wide">{drawn}</div>'
+    )
+
+
 def _plot_note(summary: Summary) -> str:
     silent = [task.name for task in summary.tasks if not task.telling]
     out = ""
     if silent and len(silent) == len(summary.tasks):
         out = (
             " No task is informative: with all its tokens, the model is not clearly better than "
-            "the commonest answer. All tasks are shown, and say little of the methods."
+            "the most common answer. All tasks are shown, but say little about the methods."
         )
     elif silent:
         out = f" Left out, because the unpruned model cannot do them: {', '.join(silent)}."
@@ -155,14 +163,6 @@ def _plot_note(summary: Summary) -> str:
         "Each dot is a method at a budget; lines join the budgets of a method. The bold line is "
         "the front: over the tasks that are shown, nothing on the plot is both cheaper and more "
         f"accurate.{escape(out)}"
-    )
-
-
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    cells = "".join(f'<th scope="col">{_heading(cell)}</th>' for cell in head)
-    return (
-        f'<div class="wide" tabindex="0"><table><thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
 
@@ -175,7 +175,7 @@ def _numbers(summary: Summary, lines: Sequence[Line], unpruned: Line) -> str:
         if mine:
             title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
             rows = [_number_row(line) for line in [unpruned, *mine]]
-            parts.append(f"<h3>{title}</h3>{_table(head, rows)}")
+            parts.append(f"<h3>{title}</h3>{table(head, rows, TERMS)}")
     return "".join(parts)
 
 
@@ -217,7 +217,7 @@ def _by_task(summary: Summary, keep: float | None) -> str:
         cells = "".join(_task_cell(summary, config, t) for t in summary.tasks)
         rows.append(f"<tr><td>{escape(config[0])}</td>{cells}</tr>")
     title = "Budgets that methods choose themselves" if keep is None else f"keep = {keep:g}"
-    return f"<h3>{title}</h3>{_table(head, rows)}"
+    return f"<h3>{title}</h3>{table(head, rows, TERMS)}"
 
 
 def _task_cell(summary: Summary, config: tuple[str, float | None], task: Any) -> str:
@@ -282,14 +282,16 @@ def _troubles(summary: Summary) -> str:
         f'<td class="wrap">{escape(reason)}</td></tr>'
         for method, status, reason, cells in summary.troubles()
     ]
-    found = _table(["method", "", "cells", "reason"], rows) if rows else "<p>Everything ran.</p>"
+    found = (
+        table(["method", "", "cells", "reason"], rows, TERMS) if rows else "<p>Everything ran.</p>"
+    )
     slow = sorted(summary.done, key=lambda row: -row["seconds"])[:8]
     rows = [
         f"<tr><td>{escape(_config_name(row))}</td>"
         f"<td>{escape(row['task'])}</td><td>{row['seconds']:.1f}</td></tr>"
         for row in slow
     ]
-    return f"{found}<h3>Slowest cells</h3>{_table(['method', 'task', 'seconds'], rows)}"
+    return f"{found}<h3>Slowest cells</h3>{table(['method', 'task', 'seconds'], rows, TERMS)}"
 
 
 def _config_name(row: dict[str, Any]) -> str:

@@ -33,7 +33,7 @@ def run(job: Job, cluster: Cluster | None, *, dry: bool) -> None:
     """
     console = stdout()
     with progress() as steps:
-        steps.say("looking at the input")
+        steps.say("reading the input")
         found = look(job)
         _check_model(job, cluster)
     console.print(escape(str(found)), soft_wrap=True)
@@ -41,7 +41,7 @@ def run(job: Job, cluster: Cluster | None, *, dry: bool) -> None:
         return
     totals = found.done
     if found.left:
-        kept = f"finished shards are kept in {shown(job.output, 120)}; {AGAIN}"
+        kept = f"finished shards are saved in {shown(job.output, 120)}; {AGAIN}"
         with keeping(lambda: kept), writing(job, found.plan):
             totals += _answer(job, cluster, found)
     _tell(job, totals, console)
@@ -79,12 +79,12 @@ def _tell(job: Job, totals: Totals, console: Console) -> None:
     answered = totals.rows - totals.errors
     if totals.errors:
         console.print(
-            f"[yellow]{totals.errors:,} of {totals.rows:,} rows have an error; the column "
-            f"{escape(job.results[1])} says which[/]",
+            f"[yellow]{totals.errors:,} of {totals.rows:,} rows have an error; see the column "
+            f"{escape(job.results[1])}[/]",
             soft_wrap=True,
         )
     if totals.rows and not answered:
-        raise InputError(f"no row could be answered; {job.output} says why")
+        raise InputError(f"no row could be answered; see {job.output} for the reasons")
     where = escape(str(job.output))
     console.print(
         f"{answered:,} answers of {totals.new_tokens:,} tokens in [bold]{where}[/]", soft_wrap=True

@@ -96,7 +96,7 @@ def _kept(store: Store) -> str:
     """What an interrupted run leaves."""
     if not len(store):
         return f"no cell was finished; {AGAIN}"
-    return f"{len(store)} finished cells are kept in {shown(store.path, 120)}; {AGAIN}"
+    return f"{len(store)} finished cells are saved in {shown(store.path, 120)}; {AGAIN}"
 
 
 def _workers(model: Any, device: str) -> int:
@@ -108,7 +108,7 @@ def _workers(model: Any, device: str) -> int:
 def _check_any_done(summary: Summary) -> None:
     if summary.rows and not summary.done:
         why = shown(next((row["error"] for row in summary.rows if row.get("error")), ""), 160)
-        raise BenchError(f"no cell could be run; the first said: {why}")
+        raise BenchError(f"no cell could be run; the first error: {why}")
 
 
 def summarise(rows: list[Row]) -> Summary:
@@ -179,7 +179,7 @@ def _bar() -> Iterator[campaign.Progress]:
             counts.update(all=total, done=finished)
             bar.reset(task, total=total, completed=finished)
             if finished:
-                console.print(f"{finished} of {total} cells were finished before")
+                console.print(f"{finished} of {total} cells were already finished")
 
         def done(cell: Cell, row: Row) -> None:
             counts["done"] += 1

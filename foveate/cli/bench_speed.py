@@ -125,7 +125,7 @@ def _kept(path: Path | None) -> str:
         return f"{NOTHING}; with --json FILE, a run continues where it was interrupted"
     if not path.exists():
         return f"no cell was finished; {AGAIN}"
-    return f"finished cells are kept in {shown(path, 120)}; {AGAIN}"
+    return f"finished cells are saved in {shown(path, 120)}; {AGAIN}"
 
 
 def read_methods(names: str, keep: str | None, settings: Sequence[str] = ()) -> list[Method]:

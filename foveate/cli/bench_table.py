@@ -58,9 +58,9 @@ def show_table(summary: Summary, console: Console) -> None:
     silent = [task.name for task in summary.tasks if not task.telling]
     text = f"accuracy over {_counted(len(telling or silent), 'task')}, {lines[0].n} questions"
     if silent and telling:
-        text += f"; without {', '.join(silent)}, which the model cannot do with all tokens either"
+        text += f"; without {', '.join(silent)}, which the model cannot do even with all tokens"
     elif silent:
-        text += "; on none of them is the model better than the commonest answer"
+        text += "; on none of them is the model better than the most common answer"
     console.print(f"[dim]{escape(text)}; costs in % of all tokens[/]")
 
 

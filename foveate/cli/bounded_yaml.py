@@ -57,10 +57,10 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         if alias:
             if id(node) not in self._sizes:
-                raise _bounds("an anchor holds itself", mark)
+                raise _bounds("an anchor contains itself", mark)
             self._nodes += self._sizes[id(node)]
         if self._nodes > NODES:
-            raise _bounds(f"it holds more than {NODES} values", mark)
+            raise _bounds(f"it contains more than {NODES} values", mark)
         self._depth -= 1
         self._sizes.setdefault(id(node), self._nodes - before)
         return node
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise _bounds(f"the key {quoted(key.value)} stands twice", key.start_mark)
+                    raise _bounds(f"the key {quoted(key.value)} appears twice", key.start_mark)
                 seen.add(key.value)
         return node
 

@@ -55,7 +55,7 @@ def calibrate(job: Calibration) -> None:
     out = job.out
     trials_file = out.with_suffix(".trials") if out.name else out
     if out == trials_file:
-        raise InputError(f"--out cannot be {out}: the file of that name holds the trials")
+        raise InputError(f"--out cannot be {out}: the file of that name is for the trials")
     check_file(out)
     check_file(trials_file)
     questions = read_prompts(job.prompts, job.max_pixels)
@@ -65,8 +65,8 @@ def calibrate(job: Calibration) -> None:
         loaded, processor = load_model(job.model, job.device, job.dtype)
         samples = [encode(processor, images, text, loaded) for images, text in questions]
     if trials_file.exists():
-        console.print(f"going on from {escape(str(trials_file))}", soft_wrap=True)
-    with keeping(lambda: f"finished trials are kept in {shown(trials_file, 120)}; {AGAIN}"):
+        console.print(f"resuming from {escape(str(trials_file))}", soft_wrap=True)
+    with keeping(lambda: f"finished trials are saved in {shown(trials_file, 120)}; {AGAIN}"):
         found = search(
             loaded, samples, job.average, trials=job.trials, startup=job.startup, seed=job.seed,
             storage=trials_file, progress=stderr().is_terminal,
@@ -97,7 +97,7 @@ def read_prompts(path: Path, max_pixels: int | None = None) -> list[tuple[list[I
         names, question = _prompt(line, f"{file}:{number}")
         found.append(([load_image(path.parent / name, max_pixels) for name in names], question))
     if not found:
-        raise InputError(f"{file} holds no prompt; write one JSON object a line")
+        raise InputError(f"{file} contains no prompt; write one JSON object per line")
     return found
 
 

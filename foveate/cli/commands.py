@@ -138,7 +138,9 @@ def _options(
     ctx: typer.Context,
     verbose: Annotated[
         bool,
-        typer.Option(VERBOSE, help="Show what other libraries warn of; commands take it too."),
+        typer.Option(
+            VERBOSE, help="Show warnings from other libraries; every command accepts this option."
+        ),
     ] = False,
     show_version: Annotated[
         bool,

@@ -95,7 +95,7 @@ def at_real_size(methods: Sequence[Method], console: Console) -> None:
     from foveate.cli import demo_sizes as sizes
 
     with progress() as steps:
-        steps.say("counting on models of real size")
+        steps.say("counting for models of real size")
         counted = sizes.count_sizes(methods)
     sizes.show_sizes(counted, console)
     with progress() as steps:
@@ -159,5 +159,5 @@ def ttft_remark(ttft: dict[str, Timing], report: Report) -> str:
     time, work = medians[1] / medians[0], report["flops"]["ratio"]
     line = f"The first token takes {time:.0%} of the time, for {work:.0%} of the FLOPs."
     if time > work + 0.05:
-        line += " In so small a model, fixed costs of each layer and call outweigh the arithmetic."
+        line += " In such a small model, fixed costs per layer and call outweigh the arithmetic."
     return line

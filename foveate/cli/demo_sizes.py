@@ -131,9 +131,9 @@ def show_sizes(counted: dict[str, Answer | FoveateError], console: Console) -> N
         )
     console.print(table)
     for line in (
-        "TFLOPs: the arithmetic of the prompt, vision tower and selection included.",
+        "TFLOPs: the arithmetic of the prompt, including vision tower and selection.",
         "KV cache: memory that a request holds until its last token, in 16 bit.",
-        "speed-up: of the time to first token as FLOPs predict it, where arithmetic is the limit.",
+        "speed-up: of the time to first token, as FLOPs predict it where compute is the limit.",
     ):
         console.print(f"[dim]{line}[/]")
 
@@ -143,7 +143,7 @@ def show_measured(measured: Measured, console: Console) -> None:
     plain, fast = measured.seconds
     old, new = measured.flops
     console.print(
-        f"\n[bold cyan]Measured here[/]: a random Llama of 768 x 16, {TOKENS} visual tokens, "
+        f"\n[bold cyan]Measured here[/]: a random Llama 768 x 16, {TOKENS} visual tokens, "
         f"median of {measured.rounds}"
     )
     console.print(

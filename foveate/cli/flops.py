@@ -128,7 +128,7 @@ class Answer:
             ("projector", before.projector, after.projector),
             ("selection", 0, after.selection),
             ("language model, prompt", before.prefill, after.prefill),
-            ("all of it", before.total, after.total),
+            ("total", before.total, after.total),
         ]
         if self.question.decode:
             rows.append(("one decoding step", before.decode, after.decode))
@@ -187,20 +187,20 @@ def _notes(
     notes = list(idle)
     if (known := checkpoints().get(question.model)) is not None:
         remark = f"; {known.remark}" if known.remark else ""
-        notes.append(f"counted from bundled facts of the config; nothing was downloaded{remark}")
+        notes.append(f"counted from bundled config facts; nothing was downloaded{remark}")
     if shared is not None:
         notes.append(
-            f"layers from {shared} on read keys of earlier layers, and of a prompt compute the "
-            "last token alone, with all tokens too: there, removing tokens saves nothing but "
-            "reading their keys"
+            f"layers from {shared} on read the keys of earlier layers, and compute only the last "
+            "token of a prompt, even with all tokens; there, removing tokens only saves reading "
+            "their keys"
         )
     for method in question.methods:
         keep = method.keep
-        found = "without a keep, so all tokens are counted" if keep is None else f"keep={keep}"
+        assumed = "all tokens, as it has no keep" if keep is None else f"keep={keep}"
         if method.adaptive and not any(note.startswith(f"{method.slug} ") for note in idle):
             notes.append(
-                f"{method.slug} decides by the tokens how many survive; counted is {found}. Run it "
-                "and read the report of a run to know"
+                f"how many tokens {method.slug} keeps depends on the image; the count assumes "
+                f"{assumed}. The report of a run shows the actual number"
             )
         if note := method.note_on(family):
             notes.append(f"{method.slug}: {note}")

@@ -131,12 +131,12 @@ def notes_on_tiny(processor: Any, media: Sequence[Medium], question: str) -> lis
     if words:
         told.append(
             f"the embedded model knows {len(tokenizer)} words, but not "
-            f"{shown(', '.join(words), 90)}; ask as `foveate demo` does: what color is the star ?"
+            f"{shown(', '.join(words), 90)}; ask as in `foveate demo`: what color is the star ?"
         )
     if any(image.size != (SIDE, SIDE) for image in flat(media)):
         told.append(
             f"the embedded model was trained on drawn scenes of {SIDE} x {SIDE} pixels only; its "
-            "answers about other images mean nothing"
+            "answers about other images are meaningless"
         )
     return told
 

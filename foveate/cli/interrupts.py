@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-AGAIN = "run the same command again to go on"
+AGAIN = "run the same command again to continue"
 NOTHING = "nothing new was saved"
 CODE = 130
 """Exit code after Ctrl-C, as shells have it."""

@@ -34,7 +34,7 @@ def plain_table(*headings: str) -> Table:
 def show_methods(console: Console, *, verbose: bool = False) -> None:
     """Print all methods: stage, what they do, the paper; with `verbose` what they read too."""
     if verbose:
-        table = plain_table("method", "stage", "what it does, what it reads, the paper")
+        table = plain_table("method", "stage", "what it does, what it reads, paper")
         for entry in catalog():
             reads = f"\n[dim]reads {', '.join(entry.needs)}[/]" if entry.needs else ""
             paper = ", ".join(filter(None, (entry.title, entry.paper))) or "baseline"
@@ -98,7 +98,7 @@ def _show_reasons(console: Console) -> None:
     for why, (methods, where) in wide.items():
         table.add_row(escape(why), _several(methods), str(len(where)))
     console.print(table)
-    console.print(f"[dim]and {len(found) - len(wide)} reasons that concern one family each[/]")
+    console.print(f"[dim]and {len(found) - len(wide)} reasons that apply to one family each[/]")
     console.print("\n[bold]Families that are not supported[/]")
     short = {name: _BRIEF.match(why)[0] for name, why in unsupported_families().items()}  # type: ignore[index]
     table = plain_table("families", "reason")
@@ -108,7 +108,7 @@ def _show_reasons(console: Console) -> None:
         table.add_row(f"[yellow]{', '.join(names)}[/]", escape(why))
     console.print(table)
     console.print(
-        "\n[dim]`foveate list --families --verbose` shows every cell and whole reasons.[/]"
+        "\n[dim]`foveate list --families --verbose` shows every cell and the full reasons.[/]"
     )
 
 

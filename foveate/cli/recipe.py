@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from foveate.cli.bounded_yaml import LARGEST, parse_yaml
 from foveate.core import Method, get_method
@@ -16,7 +16,10 @@ from foveate.core.saving import from_dict
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import near, quoted, shown, within
 from foveate.io.reading import read_text, reason
-from foveate.training.finetune.recipe import DTYPES, Data, Recipe
+from foveate.training.finetune.recipe import DTYPES, TRAINED, Data, Recipe
+
+if TYPE_CHECKING:
+    from foveate.training.prepare import Train
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -60,13 +63,14 @@ def parse_recipe(loaded: Any, folder: Path = Path()) -> Recipe:
     fields = _section(loaded, "the recipe", [field.name for field in dataclasses.fields(Recipe)])
     for name in ("model", "out", "data"):
         if name not in fields:
-            raise InputError(f"{name!r} is missing; `foveate train --example` shows a whole recipe")
+            raise InputError(f"{name!r} is missing; `foveate train --example` shows a full recipe")
     model = _text(fields["model"], "model")
     return Recipe(
         model=str(folder / model) if os.path.isdir(folder / model) else model,
         out=folder / _text(fields["out"], "out"),
         data=_data(fields["data"], folder),
         method=_methods(fields.get("method")),
+        train=cast("Train", _choice(fields.get("train", "all"), "train", TRAINED)),
         freeze=_names(fields.get("freeze"), "freeze"),
         lora=_lora(fields.get("lora")),
         dtype=_choice(fields.get("dtype", "auto"), "dtype", DTYPES),
@@ -89,9 +93,9 @@ def _section(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value:
-        raise InputError(f"{name} must be a text, got {quoted(value)}")
+        raise InputError(f"{name} must be a string, got {quoted(value)}")
     if "\0" in value or len(value) > 1000:
-        raise InputError(f"{name} must be a text that a file can be named, got {quoted(value)}")
+        raise InputError(f"{name} must be a valid file name, got {quoted(value)}")
     return value
 
 
@@ -111,14 +115,18 @@ def _count(value: Any, name: str) -> int:
 def _names(value: Any, name: str) -> tuple[str, ...]:
     values = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-        raise InputError(f"{name} must be a list of parts of parameter names, got {quoted(value)}")
+        raise InputError(
+            f"{name} must be a list of substrings of parameter names, got {quoted(value)}"
+        )
     return tuple(values)
 
 
 def _data(value: Any, folder: Path) -> Data:
     given = _section(value, "data", ("file", "scenes", "turns", "seed", "max_pixels"))
     if ("file" in given) == ("scenes" in given):
-        raise InputError("data needs either `file`, a jsonl file, or `scenes`, how many to draw")
+        raise InputError(
+            "data needs either `file`, a jsonl file, or `scenes`, the number of scenes to draw"
+        )
     if "file" in given:
         extra = sorted(given.keys() - {"file", "max_pixels"})
         if extra:
@@ -149,7 +157,7 @@ def _methods(value: Any) -> Method | tuple[Method, ...] | None:
     if not isinstance(value, list):
         return _method(value)
     if not value:
-        raise InputError("method must name one at least; leave it out to train with all tokens")
+        raise InputError("method must name at least one method; omit it to train with all tokens")
     return tuple(_method(entry) for entry in value)
 
 
@@ -199,7 +207,7 @@ def _check_types(given: Mapping[str, Any], kind: type, where: str, **others: Any
             fit(value, hints.get(name, Any))
         except MisfitError as why:
             wanted = str(why) or shown(spell(hints[name]), 120)
-            hint = "; YAML writes 1.0e-4 with a point" if isinstance(value, str) else ""
+            hint = "; in YAML, write 1.0e-4 with a decimal point" if isinstance(value, str) else ""
             raise InputError(
                 f"{where}.{name} must be {wanted}, got {quoted(value)}{hint}"
             ) from None
@@ -211,9 +219,9 @@ def _trainer(value: Any) -> dict[str, Any]:
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     given = _section(value, "trainer", known)
     for name, instead in (
-        ("output_dir", "the key `out` says where"),
-        ("resume_from_checkpoint", "a run goes on from its last checkpoint by itself"),
-        ("remove_unused_columns", "it must stay off, or the collator gets nothing"),
+        ("output_dir", "use the key `out` instead"),
+        ("resume_from_checkpoint", "a run resumes from its last checkpoint automatically"),
+        ("remove_unused_columns", "it must stay off, or the collator receives no data"),
     ):
         if name in given:
             raise InputError(f"trainer.{name} cannot be set: {instead}")

@@ -137,7 +137,7 @@ def _notes(job: Job, processor: Any, model_type: str) -> tuple[str, ...]:
     frames = sum(len(medium) for medium in job.media if isinstance(medium, list))
     if frames and not takes_videos(processor):
         notes.append(
-            f"{model_type} takes no videos; its {frames} frames were asked about as images"
+            f"{model_type} does not support videos; the {frames} frames were passed as images"
         )
     return tuple(notes)
 
@@ -151,4 +151,4 @@ def check_paths(drawing: Path | None, data: Path | None) -> None:
     check_file(drawing, image=True)
     check_file(data)
     if drawing is not None and data is not None and drawing.resolve() == data.resolve():
-        raise InputError(f"--show and --json are both {drawing}; one would replace the other")
+        raise InputError(f"--show and --json are both {drawing}; one would overwrite the other")

@@ -20,6 +20,7 @@ from foveate.loading import load_model
 
 if TYPE_CHECKING:
     from foveate.serve.replicas import Fleet
+    from foveate.tune.policy import Policy
 
 NEEDED = ("fastapi", "uvicorn", "openai", "httpx", "prometheus_client")
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -50,6 +51,7 @@ def serve(
     batching: tuple[int, float],
     weights: tuple[str, str],
     fleet: Fleet | None = None,
+    policy: Policy | None = None,
 ) -> None:
     """Load the model, and serve it.
 
@@ -62,6 +64,7 @@ def serve(
         batching: most requests of a batch, and milliseconds to wait for them.
         weights: device and dtype.
         fleet: replicas under Ray; `None` for a model in this process.
+        policy: what chooses methods for requests that name none; `None` for `methods`.
 
     Raises:
         FoveateError: a package is missing, the address is taken, or the method does not work.
@@ -74,18 +77,27 @@ def serve(
     listening = listen(*address)
     with progress() as steps:
         steps.say(f"loading {model}")
-        engine = _engine(model, tuple(methods), batching, limits.max_tokens, weights, fleet)
+        engine = _engine(model, tuple(methods), batching, limits.max_tokens, weights, fleet, policy)
     called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
     app = create_app(engine, Settings(called, **asdict(limits)))
     host, port = address[0], listening.getsockname()[1]
-    by = " + ".join(method.slug for method in methods) or "all tokens"
+    by = _chosen_by(methods, policy)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     stdout().print(f"serving [bold]{escape(called)}[/] with {escape(by)} at {url}", soft_wrap=True)
     if limits.api_key is None and host not in LOCAL:
-        stderr().print("[yellow]note: no --api-key: whoever reaches this address can ask[/]")
+        stderr().print(
+            "[yellow]note: no --api-key: anyone who can reach this address can use the server[/]"
+        )
     log_to_stderr()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler that exits with code 15
     run(app, listening, limits.deadline)
+
+
+def _chosen_by(methods: Sequence[Method], policy: Policy | None) -> str:
+    """What requests that name nothing are answered with."""
+    if policy is not None:
+        return f"one of {len(policy.options)} recipes for each question"
+    return " + ".join(method.slug for method in methods) or "all tokens"
 
 
 def _engine(
@@ -95,6 +107,7 @@ def _engine(
     max_tokens: int,
     weights: tuple[str, str],
     fleet: Fleet | None,
+    policy: Policy | None,
 ) -> Any:
     """What answers: a model here, or replicas; see `serve`."""
     most, wait = batching
@@ -103,16 +116,17 @@ def _engine(
 
         return Engine(
             *load_model(model, *weights), list(methods) or None, max_batch=most, max_wait=wait,
-            max_tokens=max_tokens,
+            max_tokens=max_tokens, policy=policy,
         )  # fmt: skip
     from foveate.serve.replicas import OPTION, Replicas, Spec
 
     device, dtype = weights
     import_ray(OPTION)
     check_gpus(fleet.gpus, device, (OPTION, "--gpus-per-replica"))
-    check_model(model, methods, dtype)
+    for recipe in [methods] if policy is None else [o.methods for o in policy.options]:
+        check_model(model, recipe, dtype)
     where = str(Path(model).absolute()) if Path(model).is_dir() else model
-    return Replicas(Spec(where, methods, device, dtype, most, wait, max_tokens), fleet)
+    return Replicas(Spec(where, methods, device, dtype, most, wait, max_tokens, policy), fleet)
 
 
 def check_packages() -> None:

@@ -38,7 +38,7 @@ def run(path: Path, console: Console) -> None:
         model, processor = load_model(recipe.model, "cpu", _dtype(recipe))
     last = last_checkpoint(recipe.out)
     if first and last is not None:
-        console.print(f"going on from {escape(str(last))}", soft_wrap=True)
+        console.print(f"resuming from {escape(str(last))}", soft_wrap=True)
     with keeping(lambda: _kept(recipe.out)):
         trainer = finetune(recipe, model.train(), processor)
     if first:
@@ -50,10 +50,10 @@ def _kept(out: Path) -> str:
     last = last_checkpoint(out)
     if last is None:
         return (
-            "no checkpoint was saved yet, so the same command begins anew; trainer.save_steps says "
-            "how often one is"
+            "no checkpoint was saved yet, so the same command starts from the beginning; "
+            "trainer.save_steps sets how often one is saved"
         )
-    return f"the run is kept up to {shown(last, 120)}; {AGAIN}"
+    return f"the run is saved up to {shown(last, 120)}; {AGAIN}"
 
 
 def _dtype(recipe: Recipe) -> str:

@@ -18,7 +18,7 @@ from foveate.io.quoting import shown
 from foveate.loading import load_model
 from foveate.measure.machine import warm_heap
 from foveate.tune.halving import Candidate
-from foveate.tune.job import LEDGER, REPORT, Options, Tuning
+from foveate.tune.job import LEDGER, PAGE, POLICY, Options, Tuning
 from foveate.tune.replies import Score
 from foveate.tune.space import describe
 from foveate.tune.study import Found
@@ -56,15 +56,18 @@ def search(
             torch.set_num_threads(threads)
     console = stdout()
     if (out / LEDGER).exists():
-        console.print(f"going on from {escape(str(out / LEDGER))}", soft_wrap=True)
+        console.print(f"resuming from {escape(str(out / LEDGER))}", soft_wrap=True)
     verdict = _run(job, weights)
     show(verdict, console)
-    console.print(f"report saved in {escape(str(out / REPORT))}", soft_wrap=True)
+    console.print(f"report saved in {escape(str(out / PAGE))}", soft_wrap=True)
+    if verdict.adapted is not None:
+        path = escape(str(out / POLICY))
+        console.print(f"policy saved in {path}; use it with --adaptive {path}", soft_wrap=True)
     if verdict.chosen is None:
         targets = ", ".join(map(str, verdict.aim.targets))
         raise FoveateError(
-            f"no recipe meets {targets} on the questions of the search; allow more, or give more "
-            f"--trials. {_nearest(verdict)}"
+            f"no recipe meets {targets} on the questions of the search; relax the targets, or set "
+            f"more --trials. {_nearest(verdict)}"
         )
     path = escape(str(out / FILE))
     console.print(f"recipe saved in {path}; use it with --method {path}", soft_wrap=True)
@@ -75,14 +78,14 @@ def _run(job: Tuning, weights: tuple[str, str]) -> Verdict:
     with progress() as steps:
         steps.say(f"loading {job.model}")
         loaded, processor = load_model(job.model, *weights)
-        steps.say("asking with all tokens", job.options.plan.trials)
+        steps.say("answering with all tokens", job.options.plan.trials)
 
         def tick(found: Found) -> None:
             steps.name(f"searching, {len(found.refused)} refused")
             steps.tick()
 
         def judging(count: int) -> Callable[[], object]:
-            steps.say("asking held-out questions", count)
+            steps.say("answering held-out questions", count)
             return steps.tick
 
         return job.run(loaded, processor, tick, judging)
@@ -102,9 +105,18 @@ def show(verdict: Verdict, console: Console) -> None:
             soft_wrap=True,
         )
     elif verdict.published is None:
-        console.print("[yellow]no published recipe got to the end and met the targets[/]")
+        console.print("[yellow]no published recipe reached the end and met the targets[/]")
+    if verdict.adapted is not None:
+        gain, low, high = verdict.adapted.gain
+        mine, other = verdict.adapted.flops
+        console.print(
+            f"[cyan]policy[/] {gain:+.1f} points ({low:+.1f} to {high:+.1f}) over "
+            f"{escape(describe(verdict.adapted.fixed))}, the best recipe for all questions, on "
+            f"held-out ones; {100 * mine:.1f} % of FLOPs against {100 * other:.1f} %",
+            soft_wrap=True,
+        )
     if not verdict.found.finished:
-        console.print("[yellow]the time was up before all trials were run[/]")
+        console.print("[yellow]time ran out before all trials were run[/]")
     _rejected(verdict, console)
 
 

@@ -106,7 +106,8 @@ def check_fields(
     Raises:
         FoveateError: a value does not fit; the message says which one and what would.
     """
-    hints = hints_of(type(owner))
+    kind: type = type(owner)
+    hints = hints_of(kind)
     for field in dataclasses.fields(owner):
         value = getattr(owner, field.name)
         if not chosen(field.name) or field.name not in hints or value is field.default:
@@ -221,7 +222,7 @@ def spell(hint: Any) -> str:
         int: "an int",
         float: "a finite number",
         bool: "true or false",
-        str: "a text",
+        str: "a string",
         Path: "a path",
     }
     return known.get(hint) or str(getattr(hint, "__name__", hint))

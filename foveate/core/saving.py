@@ -123,7 +123,7 @@ class Saved:
             )
         methods, head = data.get("methods"), data.get("head", "all")
         if not isinstance(methods, list) or not methods:
-            raise InputError("it names no `methods`; save the model anew")
+            raise InputError("it names no `methods`; save the model again")
         if not isinstance(head, str) or head not in get_args(Head):
             raise InputError(f"head must be 'all' or 'labels', got {quoted(head)}")
         return cls(tuple(from_dict(method) for method in methods), head)  # type: ignore[arg-type]

@@ -49,7 +49,7 @@ class PrunedLayer(CacheLayerMixin):
         if self.incoming is None:
             raise CacheError(
                 "this KV cache holds pruned layers, which only the session that pruned them, or "
-                "another of the same model, can extend; go on within a foveate.use block, or start "
+                "another of the same model, can extend; continue in a foveate.use block, or start "
                 "with a new cache"
             )
         states = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]

@@ -128,7 +128,7 @@ def slots_before(
         ):
             raise CacheError(
                 "this KV cache holds visual tokens of which another foveate session computed only "
-                "a part; go on in a session with the same method, or start with a new cache"
+                "a part; continue in a session with the same method, or start with a new cache"
             )
     return found
 

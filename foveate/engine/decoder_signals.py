@@ -91,7 +91,7 @@ class DecoderSignals:
                 continue
             if self.prompt.sample is not None:
                 raise InputError(
-                    "how much layers change a token is told among all tokens of a row, so packed "
+                    "how much layers change a token is ranked among all tokens of a row, so packed "
                     "samples would see each other; leave packing off, or use another method"
                 )
             real = self.columns.of_prompt

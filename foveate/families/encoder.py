@@ -45,9 +45,9 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
-        pixels: says from the tower's arguments and `Family.side` which (V, P) pixels the visual
-            tokens of each image have; `None` where these follow from `pixel_values`, see `cuts`, or
-            are not known.
+        pixels: returns from the tower's arguments and `Family.side` the (V, P) pixels of each
+            image's visual tokens; `None` where these follow from `pixel_values`, see `cuts`, or are
+            not known.
         patches: says from what the entry is called with how many frames an image or a video has,
             and the height and width of each in patches; `None` where these follow from
             `pixel_values` and the config's `patch_size`. Read where each image is a row of a batch.
@@ -131,7 +131,7 @@ class Encoder:
 
     @cached_property
     def cuts(self) -> tuple[int, int] | None:
-        """(height, width) of the patches that whole images are cut into, side by side, where each
+        """(height, width) of the adjacent patches that whole images are cut into, where each image
         is a row of a batch; `None` where that is not so, or not known.
         """
         known = inspect.signature(type(self.entry).forward).parameters

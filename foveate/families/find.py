@@ -38,7 +38,7 @@ def find_family(model: PreTrainedModel) -> Family:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} is no model of transformers, nor one that PEFT, torch.compile "
+            f"{type(model).__name__} is not a transformers model, nor one that PEFT, torch.compile "
             "or DDP has wrapped"
         )
     if model_type not in FAMILIES:

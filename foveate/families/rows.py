@@ -54,8 +54,8 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
 
 
 def cut(pixels: Tensor, sides: tuple[int, int]) -> Tensor:
-    """(B, H, W, P) pixels of the patches of (B, C, H', W') images, side by side; what is left over
-    at the right and below belongs to none.
+    """Return (B, H, W, P): pixels of the adjacent patches of (B, C, H', W') images. A remainder at
+    the right or below belongs to no patch.
 
     Args:
         pixels: the images.
@@ -67,7 +67,7 @@ def cut(pixels: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 def pixels_of_rows(patches: Tensor, images: Sequence[EncoderImage]) -> list[Tensor]:
-    """(V, P) pixels of the tokens of each image.
+    """Return the (V, P) pixels of each image's tokens.
 
     Args:
         patches: (N, P') pixels of the patches of all images, padding included.

@@ -29,8 +29,8 @@ class Tower:
         class_token: whether row 0 is a class token.
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; see `Encoder`, as for the others.
-        fed: the same of the patches that the tower is handed, in their order there, or that it cuts
-            images into; `None` if it says no `packed`.
+        fed: the same for the patches of the tower's input, in their order there, or for those that
+            it cuts images into; `None` if `packed` is.
         padded: see `Encoder`.
         readers: modules, within the root, that read rows after layers: a module, or a list.
         taps: what the config calls the layers whose outputs the readers are handed as well.
@@ -106,7 +106,7 @@ def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[Enco
 
 
 def _patch_grids(arguments: Mapping[str, Any], tower: Any) -> list[tuple[int, int, int]]:
-    """(1, height, width) in patches of images of given sizes, or of that which all have."""
+    """(1, height, width) in patches of images of given sizes, or of the size that all have."""
     pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
     given = [pixels.shape[-2:]] * len(pixels) if given is None else given
     patch = tower.config.patch_size
@@ -337,7 +337,7 @@ def _pixels(
     arguments: Mapping[str, Any],
     side: int,
 ) -> list[Tensor]:
-    """(V, P) pixels of the tokens of each image, from what a tower is handed."""
+    """Return the (V, P) pixels of each image's tokens, from the tower's input."""
     given: Tensor = arguments["hidden_states" if "hidden_states" in arguments else "pixel_values"]
     images = fed(arguments, side, tower)
     if "grid_thw" in arguments:

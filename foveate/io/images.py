@@ -223,7 +223,7 @@ def _explained(name: str, option: str) -> Iterator[None]:
         ) from None
     except UnidentifiedImageError:
         raise InputError(
-            f"cannot read {name} as an image: it is damaged, or of no known format"
+            f"cannot read {name} as an image: it is damaged, or its format is unknown"
         ) from None
     except Exception as error:  # damaged files raise all kinds, SyntaxError and KeyError among them
         reason = shown(error, 100) or type(error).__name__

@@ -11,7 +11,7 @@ from PIL import Image
 
 from foveate.errors import InputError
 from foveate.io.images import load_image
-from foveate.io.quoting import shown
+from foveate.io.quoting import quoted, shown
 
 SUFFIXES = (
     ".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts",
@@ -48,6 +48,40 @@ def load_video(
     return _decode(Path(path), frames, max_pixels)
 
 
+def each_frame(
+    path: str | Path, every: int = 1, *, max_pixels: int | None = None
+) -> Iterator[Image.Image]:
+    """The frames of a video in RGB, one after another; none is held.
+
+    Args:
+        path: as in `load_video`.
+        every: every how many frames one is given, from the first.
+        max_pixels: as in `load_video`.
+
+    Raises:
+        InputError: as in `load_video`, when the first frame is asked for; or `every` is no positive
+            integer.
+    """
+    if type(every) is not int or every < 1:
+        raise InputError(f"every must be a positive integer, got {quoted(every)}")
+    if Path(path).is_dir():
+        yield from (load_image(f, max_pixels=max_pixels) for f in _files(Path(path))[::every])
+        return
+    if not Path(path).is_file():
+        raise InputError(f"no such video file: {shown(path, 100)}")
+    av, name = _decoder(), shown(path, 100)
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.video:
+                raise InputError(f"{name} holds no video")
+            for number, frame in enumerate(file.decode(video=0)):
+                _check_pixels(frame, name, max_pixels)
+                if number % every == 0:
+                    yield _upright(frame)
+    except av.FFmpegError as error:
+        raise InputError(f"cannot read {name} as a video: {shown(error, 140)}") from None
+
+
 def spread(total: int, wanted: int) -> list[int]:
     """Positions of at most `wanted` of `total` frames: the first, the last, and evenly between."""
     if total <= wanted:
@@ -60,7 +94,7 @@ def spread(total: int, wanted: int) -> list[int]:
 def _files(folder: Path) -> list[Path]:
     found = [file for file in folder.iterdir() if file.suffix.lower() in FRAMES]
     if not found:
-        raise InputError(f"{shown(folder, 100)} is a folder without images, so no video")
+        raise InputError(f"{shown(folder, 100)} is a folder without images, not a video")
     return sorted(found, key=lambda file: _by_number(file.name))
 
 
@@ -71,7 +105,8 @@ def _by_number(name: str) -> list[tuple[int, str]]:
     ]
 
 
-def _decode(path: Path, frames: int, max_pixels: int | None) -> list[Image.Image]:
+def _decoder() -> Any:
+    """PyAV."""
     try:
         import av
     except ImportError:
@@ -79,7 +114,11 @@ def _decode(path: Path, frames: int, max_pixels: int | None) -> list[Image.Image
             "video files are decoded with PyAV: pip install 'foveate[video]', or give a folder of "
             "frames"
         ) from None
-    name = shown(path, 100)
+    return av
+
+
+def _decode(path: Path, frames: int, max_pixels: int | None) -> list[Image.Image]:
+    av, name = _decoder(), shown(path, 100)
     try:
         with av.open(str(path)) as file:
             if not file.streams.video:
@@ -99,13 +138,27 @@ def _chosen(
 ) -> Iterator[Image.Image]:
     """Frames of some positions, upright."""
     for number, frame in enumerate(file.decode(video=0)):
-        if max_pixels is not None and frame.width * frame.height > max_pixels:
-            raise InputError(
-                f"{name} has frames of {frame.width * frame.height:,} pixels, more than "
-                f"--max-pixels {max_pixels:,}"
-            )
+        _check_pixels(frame, name, max_pixels)
         if number in wanted:
-            image = frame.to_image()
-            yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
+            yield _upright(frame)
         if number >= max(wanted):
             return
+
+
+def _check_pixels(frame: Any, name: str, most: int | None) -> None:
+    """Refuse a frame of too many pixels.
+
+    Raises:
+        InputError: it is one.
+    """
+    if most is not None and frame.width * frame.height > most:
+        raise InputError(
+            f"{name} has frames of {frame.width * frame.height:,} pixels, more than "
+            f"--max-pixels {most:,}"
+        )
+
+
+def _upright(frame: Any) -> Image.Image:
+    """A decoded frame as an image."""
+    image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image

@@ -99,7 +99,7 @@ def check_name(name: str) -> str:
             raise InputError(f"cannot load {quoted(name)}: the folder has no config.json")
     elif len(name) > 200 or not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise InputError(
-            f"cannot load {quoted(name)}: there is no such folder, and it is no hub id"
+            f"cannot load {quoted(name)}: there is no such folder, and it is not a hub id"
         )
     elif "/" not in name:
         raise InputError(
@@ -144,7 +144,7 @@ def _check_hub(name: str) -> None:
         HfApi().model_info(name, timeout=5)
     except RepositoryNotFoundError:
         raise InputError(
-            f"cannot load {quoted(name)}: the hub has no such model, or it is not yours to see; "
+            f"cannot load {quoted(name)}: the hub has no such model, or you have no access to it; "
             f"{_near(name)}"
         ) from None
     except Exception as error:

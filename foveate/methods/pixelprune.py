@@ -1,13 +1,16 @@
-"""PixelPrune: before the encoder runs, drop the cells of pixels that their neighbours tell.
+"""PixelPrune: before the encoder runs, drop cells whose pixels their neighbours predict.
 
 Paper: Wang et al., "PixelPrune: Pixel-Level Adaptive Visual Token Reduction via Predictive Coding",
 arXiv:2604.00886. Reference code: OPPO-Mente-Lab/PixelPrune @ 0bf89f3, its default selector; nothing
 of it is copied.
-Differs from the reference: pixels are compared as the encoder is handed them, in its dtype, so that
-a threshold is one of normalised pixels (there: on a scale from 0 to 1); any batch works, and cells
-of a diagonal are looked at together (there: one by one, where the threshold is not 0); frames of a
-video are images of their own (there: images alone). The release's other distances and selectors are
-not here.
+Differs from the reference: pixels are compared as the encoder receives them, normalised and in its
+dtype; the reference first maps the pixels of Qwen3-VL back to a scale from 0 to 1. Its threshold t
+is therefore 2 t here, as that model's processor divides by a standard deviation of 0.5, and t / std
+on other models. Where channels have different std, no single threshold here is the same. With 0
+there is no difference. Any batch works. With a threshold above 0, the cells of a diagonal are
+compared together; the reference compares them one by one, with the same result. Each frame of a
+video is treated as an image; the reference prunes only images. Its other distances and selectors
+are not implemented.
 """
 
 from __future__ import annotations
@@ -42,21 +45,23 @@ from foveate.core.fields import Range
 class PixelPrune(Method):
     """Keep the tokens whose pixels differ from those that their neighbours predict.
 
-    A token is predicted to be like the one on its left; like the one above it where the one above
-    and on the left is like the left and unlike the upper. Tokens of the first row are predicted
-    from the left, those of the first column from above; the first token stays. The pixels decide
-    how many tokens survive: an image without repetitions keeps all of them.
+    Each token is predicted from its left neighbour. The prediction comes from the upper neighbour
+    instead if the token diagonally above left equals the left neighbour but not the upper one. The
+    first row is predicted from the left, the first column from above, and the first token always
+    survives. The number of survivors follows from the pixels: an image without repetition keeps all
+    tokens.
 
     Args:
-        threshold: how far two cells may be apart that are alike: the largest difference of their
-            pixels, as the encoder is handed them. With 0 they are the same, bit for bit. Above 0, a
-            token that is dropped counts as the survivor that predicts it, so that differences do
-            not add up.
-        positions: of the survivors in a language model; `None` leaves them where they were
+        threshold: two cells count as equal if no pixel value differs by more than this, in
+            normalised values, as the encoder receives them (not 0 to 255, and not 0 to 1). 0 means
+            bit-equal. Above 0, a dropped token counts as the survivor that predicts it, so that
+            differences do not accumulate.
+        keep: must be `None`; there is no budget.
+        positions: of the survivors in a language model; `None` keeps the original ones
             (`original`), as the reference does; `renumbered` makes them consecutive where positions
             are single numbers.
 
-    Cost: three comparisons of each token's pixels, before the encoder; no product of matrices.
+    Cost: three comparisons of each token's pixels, before the encoder; no matrix product.
     """
 
     threshold: Annotated[float, Range(0)] = 0.0
@@ -73,11 +78,11 @@ class PixelPrune(Method):
         return (Step("vision", 0, (Need("pixels"),), effects=("ragged",)),)
 
     def count(self, remaining: int, total: int, step: Step, number: int, row: int = 0) -> int:
-        """What survives at least: the first token."""
+        """The least that can survive: the first token."""
         return min(1, remaining)
 
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
-        """Keep what the neighbours do not tell, as many of each image as that may be."""
+        """Keep the tokens that are predicted wrongly; each image keeps its own number."""
         cells = tokens.signal("pixels").flatten(2)
         grid = cells.unflatten(1, (tokens.frames, *tokens.grid)).flatten(0, 1)
         keep = anchored(grid, self.threshold) if self.threshold else unlike_predicted(grid)
@@ -90,9 +95,9 @@ class PixelPrune(Method):
 
 
 def unlike_predicted(grid: Tensor) -> Tensor:
-    """(N, H, W) which cells of (N, H, W, P) are not the same as the cell that predicts them."""
-    across = (grid[:, :, 1:] == grid[:, :, :-1]).all(-1)  # (N, H, W - 1) as on its left
-    down = (grid[:, 1:] == grid[:, :-1]).all(-1)  # (N, H - 1, W) as above it
+    """Return (N, H, W): which cells of (N, H, W, P) differ from the cell that predicts them."""
+    across = (grid[:, :, 1:] == grid[:, :, :-1]).all(-1)  # (N, H, W - 1) equals its left neighbour
+    down = (grid[:, 1:] == grid[:, :-1]).all(-1)  # (N, H - 1, W) equals its upper neighbour
     keep = torch.ones(grid.shape[:3], dtype=torch.bool, device=grid.device)
     keep[:, 0, 1:] = ~across[:, 0]
     keep[:, 1:, 0] = ~down[:, :, 0]
@@ -102,9 +107,9 @@ def unlike_predicted(grid: Tensor) -> Tensor:
 
 
 def anchored(grid: Tensor, threshold: float) -> Tensor:
-    """The same where cells are alike whose pixels differ by no more than a threshold.
+    """Return the same if cells are equal whose pixels differ by at most a threshold.
 
-    A cell that is dropped counts as the survivor that it was predicted from.
+    A dropped cell counts as the survivor that it was predicted from.
     """
     height, width = grid.shape[1:3]
     keep = torch.ones(grid.shape[:3], dtype=torch.bool, device=grid.device)
@@ -113,7 +118,7 @@ def anchored(grid: Tensor, threshold: float) -> Tensor:
     def alike(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).abs().amax(-1) <= threshold
 
-    for diagonal in range(1, height + width - 1):  # whose cells need only those before it
+    for diagonal in range(1, height + width - 1):  # its cells depend only on earlier diagonals
         row = torch.arange(max(0, diagonal - width + 1), min(diagonal + 1, height))
         column = diagonal - row
         before_row, before_column = (row - 1).clamp(min=0), (column - 1).clamp(min=0)

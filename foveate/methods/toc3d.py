@@ -170,7 +170,7 @@ class ToC3D(Approximate):
             wanted = (width,) if queries.dim() == 2 else (images, width)
             if queries.dim() not in (2, 3) or (*queries.shape[:-2], queries.shape[-1]) != wanted:
                 raise InputError(
-                    f"toc3d wants queries of (Q, {width}) or ({images}, Q, {width}), got "
+                    f"toc3d needs queries of (Q, {width}) or ({images}, Q, {width}), got "
                     f"{tuple(queries.shape)}"
                 )
             attention = (queries.to(x) @ x.transpose(1, 2) / width**0.5).float().softmax(-1)

@@ -135,7 +135,7 @@ class Batch(StoppingCriteria):
             return wanted
         if prompt_tokens >= longest:
             raise InputError(
-                f"the prompt has {prompt_tokens} tokens, of {longest} that the model takes"
+                f"the prompt has {prompt_tokens} tokens, but the model accepts only {longest}"
             )
         return min(wanted, longest - prompt_tokens)
 

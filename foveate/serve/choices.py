@@ -17,6 +17,7 @@ from foveate.core.resolve import methods_of
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.run import use
 from foveate.serve.request import Choice, Question
+from foveate.tune.policy import Policy
 
 REMEMBERED = 1000  # methods that were checked against the model
 UNKNOWN = FoveateError("not checked")
@@ -48,25 +49,32 @@ class Choices:
     Args:
         model: a supported vision-language model.
         default: methods of requests that name none; none for all tokens.
+        policy: what chooses them for requests that say nothing, instead of the default.
 
     Raises:
-        FoveateError: the default does not work on the model.
+        FoveateError: the default, or a recipe of the policy, does not work on the model.
     """
 
-    def __init__(self, model: Any, default: tuple[Method, ...] = ()) -> None:
-        self._model, self._default = model, default
+    def __init__(
+        self, model: Any, default: tuple[Method, ...] = (), policy: Policy | None = None
+    ) -> None:
+        self._model, self._default, self._policy = model, default, policy
         self._lock = threading.Lock()
         self._known: dict[str, FoveateError | None] = {}
         self._list: list[dict[str, Any]] = []
-        self._check(default)
+        for methods in [default] if policy is None else [o.methods for o in policy.options]:
+            self._check(methods)
 
-    def resolve(self, choice: Choice) -> Asked:
-        """The methods that a request asks for.
+    def resolve(self, question: Question) -> Asked:
+        """The methods that a request asks for, or that the policy chooses for it.
 
         Raises:
             FoveateError: there is no such method or field, `keep` is out of range, or the method
                 does not work on the model.
         """
+        choice = question.choice
+        if self._policy is not None and question.images and choice == Choice():
+            return Asked(self._policy.choose(question.text, question.images), False)
         everything = is_all(choice.keep)
         if everything and choice.method is None and not choice.fields:
             return Asked(self._default, True)
@@ -135,6 +143,7 @@ class Choices:
             return self._default
         if len(self._default) != 1:
             several = "combines several methods" if self._default else "keeps all tokens by default"
+            several = several if self._policy is None else "chooses methods by the question"
             raise InputError(f"this server {several}: name the method that {_names(given)} is of")
         (default,) = self._default
         return (changed(default, given),)

@@ -20,6 +20,7 @@ from foveate.serve.choices import Choices, changed
 from foveate.serve.errors import ServerError, busy, too_late
 from foveate.serve.placeholders import Placeholders
 from foveate.serve.request import Delta, End, Question
+from foveate.tune.policy import Policy
 
 log = logging.getLogger("foveate.serve")
 
@@ -34,12 +35,13 @@ class Engine:
         model: a supported vision-language model.
         processor: its processor.
         method: what removes visual tokens where a question names nothing; `None` for all tokens.
+        policy: what chooses methods for such questions instead, see `foveate.adaptive`.
         max_batch: most questions that are answered together.
         max_wait: milliseconds for which a question waits for others.
         max_tokens: longest answer.
 
     Raises:
-        FoveateError: the method does not work on the model.
+        FoveateError: the method, or one of the policy's, does not work on the model.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Engine:
         processor: Any,
         method: MethodLike | None = None,
         *,
+        policy: Policy | None = None,
         max_batch: int = 8,
         max_wait: float = 10.0,
         max_tokens: int = 1024,
@@ -55,7 +58,7 @@ class Engine:
         self._chat = ChatModel(model, processor)
         self.max_batch, self.max_wait, self.max_tokens = max_batch, max_wait, max_tokens
         self._placeholders = Placeholders(model, processor)
-        self._choices = Choices(model, () if method is None else methods_of(method))
+        self._choices = Choices(model, () if method is None else methods_of(method), policy)
         use(model, Uniform(keep=1.0))  # with which all tokens are counted
         self._changed = threading.Condition()
         self._queue: list[Ticket] = []
@@ -71,7 +74,7 @@ class Engine:
         Raises:
             FoveateError: the question cannot be served, or was not in time.
         """
-        asked = await asyncio.to_thread(self._choices.resolve, question.choice)
+        asked = await asyncio.to_thread(self._choices.resolve, question)
         self._placeholders.check(question)
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Delta | End | Exception] = asyncio.Queue()

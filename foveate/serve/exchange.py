@@ -101,7 +101,7 @@ class Exchange:
             except StopAsyncIteration:
                 return bytes(data)
             except asyncio.TimeoutError:
-                raise RequestError("the body did not come in time", 408) from None
+                raise RequestError("the body did not arrive in time", 408) from None
             data += part
             if len(data) > most:
                 raise too_long

@@ -38,7 +38,7 @@ async def load_images(
     """
     if len(urls) > settings.max_images:
         raise RequestError(
-            f"the request has {len(urls)} images, and this server takes {settings.max_images}"
+            f"the request has {len(urls)} images, and this server accepts {settings.max_images}"
         )
     fetched = []
     for number, url in enumerate(urls, 1):
@@ -112,7 +112,7 @@ async def _read(response: httpx.Response, name: str, settings: Settings) -> byte
 def _check_bytes(size: int, name: str, settings: Settings) -> None:
     if size > settings.max_image_bytes:
         raise RequestError(
-            f"{name}: more bytes than this server takes for an image ({settings.max_image_bytes})"
+            f"{name}: more bytes than this server accepts for an image ({settings.max_image_bytes})"
         )
 
 
@@ -127,7 +127,7 @@ def _decode(files: Sequence[bytes], settings: Settings) -> list[Image.Image]:
             if pixels > settings.max_pixels:
                 raise RequestError(
                     f"image {number}: with it the request has {pixels} pixels, and this server "
-                    f"takes {settings.max_pixels}"
+                    f"accepts {settings.max_pixels}"
                 )
             opened.append(image)
         try:
@@ -142,7 +142,7 @@ def _open(data: bytes, name: str) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise RequestError(
-            f"{name}: damaged, or none of the formats {', '.join(FORMATS)}"
+            f"{name}: damaged, or not in one of the formats {', '.join(FORMATS)}"
         ) from None
     except Exception as error:  # damaged headers raise all kinds
         raise RequestError(f"{name}: cannot be read ({shown(str(error), 100)})") from None

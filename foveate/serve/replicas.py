@@ -27,6 +27,7 @@ from foveate.loading import load_model
 from foveate.serve.engine import Engine
 from foveate.serve.errors import ServerError, too_late
 from foveate.serve.request import Delta, End, Question
+from foveate.tune.policy import Policy
 
 NAME = "foveate"
 OPTION = "--replicas"
@@ -49,6 +50,7 @@ class Spec:
         max_batch: see `Engine`.
         max_wait: see `Engine`.
         max_tokens: see `Engine`.
+        policy: see `Engine`.
     """
 
     model: str
@@ -58,6 +60,7 @@ class Spec:
     max_batch: int = 8
     max_wait: float = 10.0
     max_tokens: int = 1024
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Replica:
         loaded = load_model(spec.model, spec.device, spec.dtype)
         self._engine = Engine(
             *loaded, list(spec.methods) or None, max_batch=spec.max_batch, max_wait=spec.max_wait,
-            max_tokens=spec.max_tokens,
+            max_tokens=spec.max_tokens, policy=spec.policy,
         )  # fmt: skip
 
     async def stream(self, question: Question) -> AsyncIterator[Delta | End]:
@@ -159,7 +162,7 @@ class Replicas:
             except self._ray.exceptions.RayActorError:
                 if begun:
                     raise ServerError(
-                        "the process that answered died in the middle; ask again", 500
+                        "the process that was answering died; try again", 500
                     ) from None
             await asyncio.sleep(min(PAUSE * 2**number, left))
         raise ServerError(f"{TRIES} processes died one after the other over this request", 500)

@@ -72,6 +72,14 @@ class Question:
         )
         return [part["image"] for part in parts if part["type"] == "image"]
 
+    @property
+    def text(self) -> str:
+        """What its last message says."""
+        content = self.messages[-1]["content"]
+        if isinstance(content, str):
+            return content
+        return "\n".join(part["text"] for part in content if part["type"] == "text")
+
 
 @dataclass(frozen=True)
 class Delta:

@@ -49,7 +49,7 @@ def _channels_last(values: Tensor, heads: int) -> Tensor:
 
 @define(InputSignal, "of_images")
 def pixels(encoder: EncoderInput, images: Any) -> Tensor:
-    """(G, V, P): pixels of each visual token, as the encoder is handed them."""
+    """(G, V, P): pixels of each visual token, as the encoder receives them."""
     return encoder.pixels_of(images)
 
 

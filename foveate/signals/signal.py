@@ -165,7 +165,7 @@ class DecoderSizes:
     text: int
 
 
-# -- of what the encoder is handed
+# -- of the encoder's input
 
 
 class EncoderInput(Protocol):
@@ -180,7 +180,7 @@ class InputSignal(Signal):
     """A signal that is known before the encoder runs, for steps inside it.
 
     Args:
-        of_images: tells it of some images of a pass.
+        of_images: gives it for some images of a pass.
     """
 
     source = "input"

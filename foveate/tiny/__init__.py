@@ -15,7 +15,7 @@ Examples:
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -24,9 +24,15 @@ from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene, draw_scene
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaNextVideoForConditionalGeneration,
+        LlavaProcessor,
+    )
 
-__all__ = ["PATH", "Question", "Scene", "SceneObject", "draw_scene", "load"]
+    from foveate.tiny.video import VideoProcessor
+
+__all__ = ["PATH", "Question", "Scene", "SceneObject", "draw_scene", "load", "load_video"]
 
 PATH = Path(__file__).parent / "weights"
 """Folder of the packaged model; `AutoModelForImageTextToText.from_pretrained` takes it too."""
@@ -51,3 +57,21 @@ def load(
     )
     processor = AutoProcessor.from_pretrained(PATH, local_files_only=True)
     return model.to(device or "cpu").eval(), processor
+
+
+def load_video(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> "tuple[LlavaNextVideoForConditionalGeneration, VideoProcessor]":
+    """Load the packaged model as one that takes videos; see `foveate.tiny.video`.
+
+    Args:
+        device: where to put the model; the CPU when left out.
+        dtype: type of its weights.
+
+    Returns:
+        The model in evaluation mode, and its processor. A frame has 256 visual tokens.
+    """
+    from foveate.tiny.video import for_videos
+
+    model, processor = for_videos(*load())
+    return cast(Any, model).to(device or "cpu", dtype), processor

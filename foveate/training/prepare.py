@@ -210,7 +210,7 @@ def session_of(model: nn.Module) -> Session:
         if attachment is not None:
             return attachment.session
     raise AttachError(
-        f"this {type(model).__name__} carries no method; call foveate.prepare(model, method) first"
+        f"this {type(model).__name__} has no method; call foveate.prepare(model, method) first"
     )
 
 

@@ -102,7 +102,7 @@ class Asker:
         if not methods and numbers in self._plain:
             return self._plain[numbers]
         inputs = self.inputs(numbers)
-        if numbers not in self._plain:
+        if not methods or any(number not in self._unpruned for number in numbers):
             all_tokens = (Uniform(keep=1.0),)
             said, before, _ = self._generate(all_tokens, inputs, numbers)
             self._unpruned |= dict(zip(numbers, said, strict=True))

@@ -72,7 +72,7 @@ def read_rows(path: Path) -> list[Row]:
         raise InputError(f"cannot read questions from {file}: {reason(error)}") from None
     rows = [_row(line, path.parent, f"{file}:{number}") for number, line in lines]
     if not rows:
-        raise InputError(f"{file} holds no question; write one JSON object a line, as {_WANTED}")
+        raise InputError(f"{file} has no question; write one JSON object per line, as {_WANTED}")
     open_ones = sum(row.answer is None for row in rows)
     if 0 < open_ones < len(rows):
         raise InputError(

@@ -16,11 +16,13 @@ from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.locking import locked
 from foveate.io.quoting import shown
-from foveate.io.writing import check_folder, write_json
+from foveate.io.writing import check_folder, write_json, write_text
 from foveate.measure.machine import describe_machine
+from foveate.tune.adapting import Adapted, Known, Sight, adapt
 from foveate.tune.asking import Asker
 from foveate.tune.data import Row, Split, read_rows
 from foveate.tune.ledger import Ledger
+from foveate.tune.page import render
 from foveate.tune.planning import Planner, typical
 from foveate.tune.space import Space
 from foveate.tune.study import Found, Plan, Study
@@ -29,7 +31,9 @@ from foveate.tune.timing import Timer
 from foveate.tune.verdict import Verdict
 
 REPORT = "report.json"
+PAGE = "report.html"
 LEDGER = "asked.jsonl"
+POLICY = "policy.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Options:
         max_pixels: most pixels of an image.
         plan: trials, population, first rung and seed.
         minutes: after so many no further questions are asked in the search; `None` for no limit.
+        adaptive: mean share of FLOPs of a policy that is fitted too; `None` for none.
     """
 
     targets: tuple[str, ...] = ()
@@ -63,6 +68,7 @@ class Options:
     max_pixels: int | None = None
     plan: Plan = field(default_factory=lambda: Plan(96))
     minutes: float | None = None
+    adaptive: float | None = None
 
 
 class Tuning:
@@ -82,6 +88,8 @@ class Tuning:
         self.model, self.data, self.out, self.options = model, data, out, options
         if not 0 < options.held_out < 1:
             raise InputError(f"--held-out must be in (0, 1), got {options.held_out}")
+        if options.adaptive is not None and not 0 < options.adaptive <= 1:
+            raise InputError(f"--adaptive must be in (0, 1], got {options.adaptive}")
         self.rows = read_rows(data)
         answered = self.rows[0].answer is not None
         self.aim = Aim.of(options.targets, options.minimize, answered, options.objective)
@@ -128,8 +136,28 @@ class Tuning:
             verdict = Verdict.of(study.run(), self.aim)
             after = judging(len(verdict.to_judge) + 1)
             verdict.judge(asker.ask, self.split.held_out, ledger, after)
-            self._write(verdict, model, space, time.process_time() - began)
+            try:
+                if options.adaptive is not None:
+                    verdict.adapted = self.adapt(verdict.found, options.adaptive, asker, ledger)
+            finally:
+                self._write(verdict, model, space, time.process_time() - began)
         return verdict
+
+    def adapt(self, found: Found, budget: float, asker: Asker, ledger: Ledger) -> Adapted:
+        """Fit a policy on the questions of the search, and judge it on held-out ones.
+
+        Args:
+            found: what the search came to.
+            budget: largest mean share of FLOPs.
+            asker: asks questions.
+            ledger: what was asked before.
+
+        Raises:
+            InputError: no recipe takes as little.
+        """
+        known = Known.of(found, self.aim.quality)
+        sight = Sight(self.rows, self.options.hint, self.options.max_pixels)
+        return adapt(known, sight, self.split, budget, asker.ask, ledger)
 
     def _asker(self, model: Any, processor: Any) -> Asker:
         options = self.options
@@ -152,7 +180,7 @@ class Tuning:
     def _settings(self, model: Any) -> dict[str, Any]:
         """What must be the same for the record of a search to be of use."""
         options = asdict(self.options)
-        del options["minutes"], options["plan"]["trials"]
+        del options["minutes"], options["adaptive"], options["plan"]["trials"]
         text = json.dumps([_described(row, self.data.parent) for row in self.rows])
         return {
             **options,
@@ -174,11 +202,16 @@ class Tuning:
             "machine": describe_machine(model.device),
         }
         write_json(self.out / REPORT, report, indent=1)
+        write_text(self.out / PAGE, render(report))
         recipe = self.out / FILE
         if verdict.chosen is not None:
             Saved(verdict.chosen.recipe).write(self.out)
         else:
             recipe.unlink(missing_ok=True)
+        if verdict.adapted is not None:
+            verdict.adapted.policy.write(self.out / POLICY)
+        elif self.options.adaptive is not None:
+            (self.out / POLICY).unlink(missing_ok=True)
 
 
 def _clock(minutes: float | None) -> Callable[[], bool]:

@@ -75,7 +75,7 @@ class Ledger:
         except (ValueError, AttributeError, TypeError):
             fits = False
         if not fits:
-            raise InputError(f"{shown(path, 120)} is no record of a search; name another --out")
+            raise InputError(f"{shown(path, 120)} is not a record of a search; name another --out")
         if len(whole) < len(data):
             os.truncate(path, len(whole))
         return lines

@@ -151,7 +151,7 @@ class Aim:
                 raise InputError(f"--minimize takes {', '.join(COSTS)}, got {quoted(cost)}")
         if "accuracy" in (*named, quality) and not answered:
             raise InputError(
-                "accuracy needs questions with an `answer`; without, go by agreement or kl"
+                "accuracy needs questions with an `answer`; otherwise use agreement or kl"
             )
         _check_search(wanted, set(named), answered)
         return cls(found, wanted, quality)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from foveate.tune.adapting import Adapted
 from foveate.tune.halving import Candidate, dominates
 from foveate.tune.ledger import Ledger, recipe_key
 from foveate.tune.planning import Recipe
@@ -31,6 +32,7 @@ class Verdict:
         published: the best such finalist whose fields are as published, for comparison.
         front: finalists that no other is better than in quality and in every cost that matters.
         held_out: replies to the held-out questions, by trial; `None` is the unpruned model.
+        adapted: a policy and how it did, where one was asked for.
     """
 
     aim: Aim
@@ -39,6 +41,7 @@ class Verdict:
     published: Candidate | None
     front: list[Candidate]
     held_out: dict[int | None, Replies] = field(default_factory=dict)
+    adapted: Adapted | None = None
 
     @classmethod
     def of(cls, found: Found, aim: Aim) -> Verdict:
@@ -120,6 +123,7 @@ class Verdict:
             "best_published": None if self.published is None else self.published.number,
             "gain_over_published": self.gain,
             "front": [candidate.number for candidate in self.front],
+            "adaptive": None if self.adapted is None else self.adapted.to_dict(),
             "unpruned": _shares(self.found.unpruned, self.held_out.get(None), self.aim.quality),
             "candidates": [self._described(candidate) for candidate in asked],
             "refused": [[count, why] for why, count in Counter(self.found.refused).most_common()],

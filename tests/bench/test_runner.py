@@ -134,7 +134,7 @@ def test_the_report_is_one_file_and_well_formed(page):
     assert not reader.open
     assert all(link.startswith(("data:", "#")) for link in reader.links)
     assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]+", "", text)
-    for part in ("fastv", "evs", "all tokens", "commonest answer", "foveate bench"):
+    for part in ("fastv", "evs", "all tokens", "most common answer", "foveate bench"):
         assert part in text
 
 

@@ -81,7 +81,7 @@ def test_a_kill_loses_nothing_and_doubles_nothing(tmp_path):
         (["IN/twice", "OUT"], ["both be answered in a.parquet"]),
         (["IN/q.jsonl", "OUT", "--set", "depth=1"], ["depth"]),
         (["IN/q.jsonl", "OUT", "--device", "toaster"], ["toaster"]),
-        (["IN/q.jsonl", "OUT", "--gpus-per-worker", "1"], ["go with --workers"]),
+        (["IN/q.jsonl", "OUT", "--gpus-per-worker", "1"], ["need --workers"]),
     ],
 )
 def test_errors_are_one_line_and_code_2(arguments, words, tmp_path):

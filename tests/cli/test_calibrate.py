@@ -38,9 +38,9 @@ def test_a_search_is_saved_resumed_and_run(prompts, tmp_path, monkeypatch):
     options = ("--startup", "2", "--average", "0.4", "--out", str(out))
     first = call("calibrate", "tiny", str(prompts), "--trials", "2", *options)
     assert first.exit_code == 0, first.output
-    assert "going on" not in first.output
+    assert "resuming from" not in first.output
     again = call("calibrate", "tiny", str(prompts), "--trials", "3", *options)
-    assert "going on from" in again.output
+    assert "resuming from" in again.output
     assert searched == [2, 2]
     found = make_method(str(out))
     assert isinstance(found, VFlowOpt)
@@ -64,7 +64,7 @@ def test_a_search_is_saved_resumed_and_run(prompts, tmp_path, monkeypatch):
         ('{"image": "0.png"}', "no question"),
         ('{"images": [], "question": "?"}', "no question"),
         ("[]", "no question"),
-        ("", "holds no prompt"),
+        ("", "contains no prompt"),
         ('{"image": "none.png", "question": "?"}', "no such image file"),
     ],
 )

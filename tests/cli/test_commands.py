@@ -383,5 +383,5 @@ def test_a_bench_of_which_no_cell_runs_is_an_error(tmp_path, monkeypatch):
     given = ["--tasks", "counting", "--methods", "fastv", "--samples", "1", "--workers", "1"]
     found = call("bench", *given, "--no-timing", "--out", str(tmp_path))
     assert found.exit_code == 2
-    assert "no cell could be run; the first said: no such thing here" in found.output
+    assert "no cell could be run; the first error: no such thing here" in found.output
     assert (tmp_path / "report.html").exists()

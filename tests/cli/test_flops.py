@@ -114,7 +114,7 @@ def test_layers_that_share_keys_promise_no_saving(tmp_path):
     assert found["kv_bytes"]["after"] == sum(slots[:6]) * (256 + 64) + sum(slots[6:]) * (64 + 64)
     shown = " ".join(run(name, "-m", "fastv", "--set", "keep=0.25").output.split())
     assert re.search(r"24-41 last token 181\.93 MFLOPs to 203\.95 MFLOPs", shown)
-    assert "layers from 24 on read keys of earlier layers" in shown
+    assert "layers from 24 on read the keys of earlier layers" in shown
     assert "nothing was downloaded; its audio encoder is left out" in shown
 
 

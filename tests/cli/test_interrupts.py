@@ -42,11 +42,11 @@ def test_bench_says_how_many_cells_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(Runner, "run", two_cells)
     given = ["--tasks", "counting", "--methods", "fastv", "--samples", "1", "--workers", "1"]
     line = interrupted("bench", *given, "--out", str(tmp_path / "out"))
-    assert "2 finished cells are kept in" in line
-    assert "run the same command again to go on" in line
+    assert "2 finished cells are saved in" in line
+    assert "run the same command again to continue" in line
     monkeypatch.undo()
     found = call("bench", *given, "--keep", "0.5", "--no-timing", "--out", str(tmp_path / "out"))
-    assert "2 of 5 cells were finished before" in found.stderr
+    assert "2 of 5 cells were already finished" in found.stderr
 
 
 def test_calibrate_leaves_no_traceback(monkeypatch, scene, tmp_path):
@@ -55,7 +55,7 @@ def test_calibrate_leaves_no_traceback(monkeypatch, scene, tmp_path):
     monkeypatch.setattr("foveate.calibration.search.agreement", stop)
     out = tmp_path / "v.json"
     line = interrupted("calibrate", "tiny", str(prompts), "--out", str(out))
-    assert "finished trials are kept in" in line
+    assert "finished trials are saved in" in line
     assert "v.trials" in line
 
 
@@ -132,8 +132,8 @@ def test_workers_of_a_bench_end_with_it(tmp_path):
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
     _, told = run.communicate(timeout=60)
     assert run.returncode == 130
-    (line,) = [line for line in told.splitlines() if "cells" not in line or "kept" in line]
-    assert "finished cells are kept in" in line
+    (line,) = [line for line in told.splitlines() if "cells" not in line or "saved" in line]
+    assert "finished cells are saved in" in line
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         wait_for_group(run.pid)
 

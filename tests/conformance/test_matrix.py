@@ -17,14 +17,14 @@ from tests.conformance import cells
 
 FILE = resources.files("foveate.families") / "support.json"
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
-HEAD = """# What works on which model
+HEAD = """# Supported models
 
 Written by `pytest tests/conformance/test_matrix.py --write-support`, which runs every method on a
-small random model of every family, from pixels where it can: one image, two images, and a padded
-batch with rows of two images, none, and one. ✓ is a method that keeps all promises there; where
-only a number stands, it is refused when attached, or when the first image is encoded, and the
-number says why. Layers and budgets suit these small models; `foveate list --model` says what the
-defaults do on yours.
+small random model of every family, from pixels where possible: one image, two images, and a padded
+batch with rows of two images, no image, and one image. ✓ means that the method keeps all guarantees
+there. A number alone means that the method is refused when attached, or when the first image is
+encoded; the numbered notes below the table give the reasons. Layers and budgets suit these small
+models; `foveate list --model` shows whether the defaults work on yours.
 
 """
 

@@ -284,7 +284,7 @@ def test_a_peft_model_is_taken_as_it_is(model):
 
 
 def test_what_is_no_model_is_refused_by_name():
-    with pytest.raises(UnsupportedModelError, match="Linear is no model of transformers"):
+    with pytest.raises(UnsupportedModelError, match="Linear is not a transformers model"):
         foveate.use(nn.Linear(2, 2), "fastv")
 
 

@@ -11,8 +11,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- fuzz: begin -->\n", "<!-- fuzz: end -->"
 SAY = {
     "agreed": "agreed with the oracle to 1e-4",
-    "refused": "refused with a message of foveate's",
-    "bare": "the bare model already differs from itself at full length, or raises",
+    "refused": "refused with a message from foveate",
+    "bare": "the bare model already differs from itself at full length, or raises an error",
     "disagreed": "disagreed with the oracle",
     "crashed": "raised any other error",
 }
@@ -22,15 +22,15 @@ def table(result: dict[str, Any]) -> str:
     """The section in Markdown."""
     lines = [
         f"`make fuzz CELLS={result['cells']} SEED={result['seed']}` with torch {result['torch']} "
-        f"and transformers {result['transformers']}: tokens were removed so that the answer of the "
-        f"bare model is another in {result['removed']} cells, and the largest distance from the "
-        f"oracle in a cell that agreed is {result['farthest']:.0e}.",
+        f"and transformers {result['transformers']}: removing tokens changed the bare model's "
+        f"answer in {result['removed']} cells, and the largest distance from the oracle in a cell "
+        f"that agreed is {result['farthest']:.0e}.",
         "",
         "| cells | outcome |",
         "| ---: | --- |",
         *(f"| {n} | {SAY[status]} |" for status, n in result["counts"].items()),
         "",
-        "| refused | message (N stands for numbers) |",
+        "| refusals | message (N stands for numbers) |",
         "| ---: | --- |",
         *(f"| {n} | {what.replace('|', ' ')} |" for what, n in result["refused"].items()),
     ]

@@ -204,7 +204,7 @@ def test_recipes_take_several_methods():
 def test_recipes_made_in_python_are_checked_too(fields, tmp_path):
     with pytest.raises(InputError, match=f"{next(iter(fields))} must be"):
         Data(**fields)
-    with pytest.raises(InputError, match="model must be a text"):
+    with pytest.raises(InputError, match="model must be a string"):
         Recipe(model=3, out=tmp_path, data=Data(scenes=1))
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from foveate.errors import InputError
-from foveate.io.videos import is_video, load_video, spread
+from foveate.io.videos import each_frame, is_video, load_video, spread
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,27 @@ def test_a_damaged_file_is_refused(clip):
     clip.write_bytes(b"x" * 500)
     with pytest.raises(InputError, match="as a video"):
         load_video(clip, 5)
+
+
+def test_frames_come_one_after_another(clip, folder):
+    for path, step in ((clip, 12), (folder, 1)):
+        for every in (1, 3):
+            shown = [frame.getpixel((2, 2))[0] for frame in each_frame(path, every)]
+            wanted = [step * n for n in range(0, 20 if path is clip else 12, every)]
+            assert shown == pytest.approx(wanted, abs=12 if path is clip else 0)
+    frames = each_frame(clip)
+    assert next(frames).size == (32, 16)
+    frames.close()
+
+
+def test_frames_that_cannot_be_read_are_refused(clip, tmp_path):
+    for path, options, why in (
+        (clip, {"every": 0}, "every must be a positive integer, got 0"),
+        (clip, {"max_pixels": 100}, "more than --max-pixels 100"),
+        (tmp_path / "none.mp4", {}, "no such video file"),
+    ):
+        with pytest.raises(InputError, match=why):
+            next(each_frame(path, **options))
+    clip.write_bytes(b"x" * 500)
+    with pytest.raises(InputError, match="as a video"):
+        next(each_frame(clip))

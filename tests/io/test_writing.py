@@ -358,7 +358,7 @@ def test_two_results_cannot_have_one_path(tmp_path, monkeypatch):
     assert "--show and --json are both" in result.stderr
     result = call("calibrate", "tiny", str(scene), "--out", str(tmp_path / "a.trials"))
     assert result.exit_code == 2
-    assert "holds the trials" in result.stderr
+    assert "is for the trials" in result.stderr
 
 
 def test_calibrate_checks_where_its_trials_go(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""PixelPrune: which cells their neighbours tell, against a transcription; nothing is lost."""
+"""PixelPrune: surviving cells against a transcription; survivors rebuild the whole image."""
 
 import dataclasses
 
@@ -40,8 +40,8 @@ def kept_by_hand(cells, height, width, threshold=0.0):
     return kept
 
 
-def told_by_survivors(cells, kept, height, width):
-    """The image again, from the survivors alone, by exact predictions."""
+def rebuilt(cells, kept, height, width):
+    """The image, rebuilt from its survivors alone by exact predictions."""
     taken = {}
     for r in range(height):
         for c in range(width):
@@ -120,15 +120,15 @@ def test_a_rectangle_costs_three_corners(make_tokens):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_survivors_tell_the_whole_image(seed, make_tokens):
+def test_survivors_rebuild_the_whole_image(seed, make_tokens):
     pixels = drawn(8, 6, 9, colours=4, seed=seed)
     tokens = make_tokens(grid=(6, 9), images=8, pixels=pixels)
     for image, kept in zip(pixels, survivors(PixelPrune(), tokens), strict=True):
-        assert torch.equal(told_by_survivors(image, kept, 6, 9), image)
+        assert torch.equal(rebuilt(image, kept, 6, 9), image)
         assert len(kept) < len(image)
 
 
-def test_frames_are_images_of_their_own(make_tokens):
+def test_each_frame_is_treated_as_an_image(make_tokens):
     pixels = drawn(6, 4, 5)
     pixels[1] = pixels[0]  # a frame like the one before keeps what that keeps
     videos = dataclasses.replace(

@@ -207,7 +207,7 @@ def test_queries_that_do_not_fit_are_refused(shape):
     model = build(ENCODERS, "vit")
     with (
         foveate.use(model, ToC3D(queries=lambda: torch.zeros(shape))),
-        pytest.raises(InputError, match="wants queries of"),
+        pytest.raises(InputError, match="needs queries of"),
     ):
         model(**images(2))
 

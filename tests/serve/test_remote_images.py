@@ -99,9 +99,9 @@ def test_redirects_lead_nowhere_else(target):
     [
         ("none.png", "cannot be fetched"),
         ("timeout.png", "cannot be fetched"),
-        ("text.png", "damaged, or none of the formats"),
+        ("text.png", "damaged, or not in one of the formats"),
         ("to//to//to//to//a.png", "more than 3 redirects"),
-        ("endless.png", "more bytes than this server takes"),
+        ("endless.png", "more bytes than this server accepts"),
     ],
 )
 def test_what_comes_is_checked(path, words):

@@ -165,7 +165,7 @@ def test_what_cannot_be_prepared_is_refused(model):
         foveate.prepare(model, "fastv", head="none")
     with pytest.raises(foveate.errors.BudgetError, match="any size and order"):
         foveate.prepare(model, "fastv", keep=foveate.per_request([0.5]))
-    with pytest.raises(UnsupportedModelError, match="no model of transformers"):
+    with pytest.raises(UnsupportedModelError, match="not a transformers model"):
         foveate.prepare(nn.Linear(2, 2), "fastv")
     with pytest.raises(UnsupportedModelError, match="head='labels' needs a model that makes"):
         foveate.prepare(model.model, "fastv", head="labels")

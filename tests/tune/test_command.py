@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import foveate
@@ -82,6 +83,7 @@ def test_the_report_says_what_was_measured(tuned, questions):
     counts = report["questions"]
     assert counts["search"] + counts["held_out"] == len(read_rows(questions))
     assert chosen["held_out"]["asked"] == counts["held_out"]
+    assert chosen["recipe"] in (out / "report.html").read_text()
 
 
 def test_held_out_questions_come_last(tuned, questions):
@@ -100,6 +102,53 @@ def test_called_again_it_asks_nothing_anew(tuned, monkeypatch):
     done = tune(*options, "--out", out, "--first", 6, "--max-new-tokens", 3)
     assert done.exit_code == 0, done.output
     assert before == ((out / "foveate.json").read_bytes(), (out / "asked.jsonl").read_bytes())
+
+
+def test_a_policy_is_fitted_to_what_was_asked(tuned, questions, tmp_path, monkeypatch):
+    """Afterwards as well: it asks held-out questions alone."""
+    out, _, options, _ = tuned
+    again, asked, ask = tmp_path / "again", [], Asker.ask
+    shutil.copytree(out, again)
+
+    def noted(self, methods, numbers):
+        asked.extend(numbers)
+        return ask(self, methods, numbers)
+
+    monkeypatch.setattr(Asker, "ask", noted)
+    more = ["--out", again, "--first", 6, "--max-new-tokens", 3, "--adaptive", 0.5]
+    done = tune(*options, *more)
+    assert done.exit_code == 0, done.output
+    assert set(asked) <= set(Split.of(read_rows(questions), 0.4, seed=0).held_out)
+    assert (out / "foveate.json").read_bytes() == (again / "foveate.json").read_bytes()
+    report = json.loads((again / "report.json").read_text())["adaptive"]
+    low, gain, high = (report["gain_over_fixed"][n] for n in (1, 0, 2))
+    assert low <= gain <= high
+    assert gain == pytest.approx(100 * (report["quality"] - report["fixed_quality"]))
+    policy = foveate.adaptive(again / "policy.json")
+    assert sum(report["chosen"]) == report["asked"]
+    assert len(report["chosen"]) == len(policy.options)
+    image = questions.with_name("0.png")
+    words = ["tiny", str(image), "what?", "--adaptive", str(again / "policy.json")]
+    ran = CliRunner().invoke(app, ["run", *words, "--json", str(tmp_path / "said.json")])
+    assert ran.exit_code == 0, ran.output
+    said = json.loads((tmp_path / "said.json").read_text())["methods"]
+    chosen = policy.choose("what?", [Image.open(image)])
+    assert [method["method"] for method in said] == [method.slug for method in chosen]
+    for wrong in (["--method", "fastv"], ["--keep", "0.5"]):
+        refused = CliRunner().invoke(app, ["run", *words, *wrong])
+        assert refused.exit_code == 2
+
+
+def test_a_policy_below_every_recipe_is_refused_and_the_recipe_kept(tuned, tmp_path):
+    out, _, options, _ = tuned
+    again = tmp_path / "again"
+    shutil.copytree(out, again)
+    more = ["--out", again, "--first", 6, "--max-new-tokens", 3, "--adaptive", 0.01]
+    done = tune(*options, *more)
+    assert done.exit_code == 2
+    assert "takes 0.01x of the FLOPs or less" in done.stderr
+    assert (again / "foveate.json").exists()
+    assert not (again / "policy.json").exists()
 
 
 def test_replies_are_those_of_a_plain_run(questions):
@@ -127,12 +176,33 @@ def test_replies_are_those_of_a_plain_run(questions):
     assert mine.before == unpruned.before == unpruned.after > mine.after
 
 
+def test_all_tokens_are_asked_once_for_each_question(questions, monkeypatch):
+    """However the questions are put together later."""
+    model, processor = tiny.load()
+    asker = Asker(model, processor, read_rows(questions)[:6], batch=4, max_new_tokens=2)
+    asked, generate = [], Asker._generate
+
+    def noted(self, methods, inputs, numbers):
+        asked.append((methods[0].slug, *numbers))
+        return generate(self, methods, inputs, numbers)
+
+    monkeypatch.setattr(Asker, "_generate", noted)
+    whole = asker.ask(methods_of("fastv"), range(6))
+    parts = [asker.ask(methods_of("fastv"), numbers) for numbers in ((1, 3), (5,))]
+    everything = [("uniform", 0, 1, 2, 3), ("uniform", 4, 5)]
+    assert [one for one in asked if one[0] == "uniform"] == everything
+    assert [r for part in parts for r in part.agrees] == [whole.agrees[n] for n in (1, 3, 5)]
+    wanted = [whole.kl[n] for n in (1, 3, 5)]
+    assert [k for part in parts for k in part.kl] == pytest.approx(wanted, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (["--target", "flops<=2x"], "flops lies from 0 to 1"),
         (["--target", "flops<=0.5x", "--methods", "fastvv"], "did you mean"),
         (["--target", "flops<=0.5x", "--held-out", "1.5"], "--held-out must be in (0, 1)"),
+        (["--target", "flops<=0.5x", "--adaptive", "1.5"], "--adaptive must be in (0, 1]"),
         ([], "nothing to save"),
     ],
 )

@@ -27,7 +27,7 @@ def test_rows_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([], "holds no question"),
+        ([], "has no question"),
         (["{"], ":1 is not JSON"),
         ([{"image": "a.png"}], "no question with an image"),
         ([{"image": "b.png", "question": "q"}], ":1: no such image"),

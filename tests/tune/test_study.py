@@ -102,7 +102,7 @@ def test_a_record_of_other_settings_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"other settings \(seed\)"):
         Ledger(path, {"seed": 2, "trials": 2})
     path.write_text("[]\n")
-    with pytest.raises(InputError, match="no record of a search"):
+    with pytest.raises(InputError, match="not a record of a search"):
         Ledger(path, {"seed": 1})
 
 

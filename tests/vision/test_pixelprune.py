@@ -1,6 +1,6 @@
 """PixelPrune inside towers: what survives of drawn images, and features against an oracle.
 
-Which numbers of what a tower is handed are a visual token's is found by gradients.
+Which input values of a tower belong to a visual token is found by gradients.
 """
 
 import functools
@@ -56,7 +56,7 @@ class Survivors(Drop):
 
 
 class Handed:
-    """A member's tower and what it is handed, and drawn images of as many tokens.
+    """A member's tower and its input, and drawn images of as many tokens.
 
     Args:
         name: the member.
@@ -78,7 +78,7 @@ class Handed:
         self.full = functools.partial(Told, self.tower, calls, self.pictures)
 
     def _pixels_of_tokens(self, pixels):
-        """[images][tokens](P) which numbers of all that the tower is handed are a token's."""
+        """[images][tokens](P): which values of the tower's input belong to each token."""
         name = name_of(pixels)
         leaf = pixels[name].clone().requires_grad_()
         encode = getattr(self.model.model, f"get_{self.modality}_features")
@@ -195,7 +195,7 @@ def test_videos_equal_the_oracle_frame_by_frame(name):
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "paddleocr_vl"])
 def test_images_of_one_size_keep_numbers_of_their_own(name):
-    """They are told apart, without padding, and each gets what it gets alone."""
+    """They are split into groups without padding, and each gets what it gets alone."""
     model, member = model_of(name), MEMBERS[name]()
     grids = torch.tensor([(1, 8, 8), (1, 4, 12), (1, 8, 8), (1, 8, 8)])
     pixels = {"pixel_values": member.patches(grids, 0), "image_grid_thw": grids}

@@ -10,18 +10,18 @@ import typer
 from foveate.cli.options import Device, Dtype, Keep, MaxPixels, RayAddress, Settings
 from foveate.errors import InputError
 
-HELP = """Answer many questions about many images: tables in, Parquet out.
+HELP = """Answer tables of questions about images, and write the answers as Parquet.
 
 INPUT is a .jsonl or .parquet file, or a folder of such files. A row has a question and an image or
 a list of images: paths (relative to INPUT's folder), data URLs, bytes, mappings with [bold]bytes[/]
-or [bold]path[/], and addresses of hosts that --allow-host names. OUTPUT is a folder with a Parquet
-file for each input file; a single long file is cut into shards of --shard-rows. Columns are carried
-through, and [bold]answer[/], [bold]error[/], [bold]visual_tokens_before[/],
-[bold]visual_tokens_after[/] and [bold]new_tokens[/] are added. A row that cannot be answered says
-why in [bold]error[/], and the others go on.
+or [bold]path[/], or addresses of hosts named by --allow-host. OUTPUT is a folder with a Parquet
+file for each input file; a single long file is split into shards of --shard-rows. Columns are
+copied, and [bold]answer[/], [bold]error[/], [bold]visual_tokens_before[/],
+[bold]visual_tokens_after[/] and [bold]new_tokens[/] are added. A row that cannot be answered gives
+the reason in [bold]error[/], and the other rows are still answered.
 
-Run the same command again to continue an interrupted run: shards that are done are passed over.
-Answers are greedy.
+Run the same command again to continue an interrupted run; finished shards are skipped. Decoding is
+greedy.
 
 [bold]Examples[/]
 
@@ -43,7 +43,7 @@ def batch(
     model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")],
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", "-m", help="As in `foveate run`; without one all tokens stay."),
+        typer.Option("--method", "-m", help="As in `foveate run`; by default all tokens are kept."),
     ] = None,
     keep: Keep = None,
     setting: Settings = None,
@@ -53,39 +53,37 @@ def batch(
     question_column: Annotated[str, typer.Option(help="Column of questions.")] = "question",
     drop: Annotated[
         list[str] | None,
-        typer.Option(help="A column that is not carried through; may be repeated."),
+        typer.Option(help="A column that is not copied; may be repeated."),
     ] = None,
-    prefix: Annotated[str, typer.Option(help="Put before the names of the new columns.")] = "",
+    prefix: Annotated[str, typer.Option(help="Prefix for the names of the new columns.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    size: Annotated[
-        int, typer.Option("--batch", min=1, help="Rows that are answered together.")
-    ] = 8,
+    size: Annotated[int, typer.Option("--batch", min=1, help="Rows answered together.")] = 8,
     shard_rows: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Cut input files into shards of so many rows; by default a single file at 1000, "
-            "and files of a folder not at all.",
+            help="Split input files into shards of this many rows; by default a single file is "
+            "split every 1000 rows, and files of a folder are not split.",
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes under Ray, each with a model; by default this one."),
+        typer.Option(min=1, help="Worker processes under Ray, each with a model; by default none."),
     ] = None,
     gpus_per_worker: Annotated[
-        float, typer.Option(min=0, help="GPUs of each worker; a fraction shares one.")
+        float, typer.Option(min=0, help="GPUs per worker; a fraction shares one.")
     ] = 0,
-    cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs of each worker.")] = 1,
+    cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPUs per worker.")] = 1,
     ray_address: RayAddress = None,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="A host from which images are fetched; may be repeated."),
+        typer.Option(help="A host from which images may be fetched; may be repeated."),
     ] = None,
     retry_errors: Annotated[
-        bool, typer.Option("--retry-errors", help="Do shards that hold errors again.")
+        bool, typer.Option("--retry-errors", help="Rerun shards that contain errors.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the input, say what there is to do, and stop.")
+        bool, typer.Option("--dry-run", help="Check the input, print the work to do, and stop.")
     ] = False,
     max_pixels: MaxPixels = None,
     device: Device = "cpu",
@@ -93,9 +91,9 @@ def batch(
 ) -> None:
     """Answer many questions, see `HELP`."""
     if not method and (keep or setting):
-        raise InputError("--keep and --set go with a --method")
+        raise InputError("--keep and --set need a --method")
     if workers is None and (gpus_per_worker or ray_address):
-        raise InputError("--gpus-per-worker and --ray-address go with --workers")
+        raise InputError("--gpus-per-worker and --ray-address need --workers")
     from foveate.batch.cluster import Cluster
     from foveate.batch.job import Job
     from foveate.cli.batch import run

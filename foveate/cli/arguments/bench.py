@@ -11,11 +11,11 @@ from foveate.cli.options import Device, Dtype, MaxPixels
 
 HINT = "Answer with one word or number."
 
-HELP = """Measure what methods cost in accuracy and save in work, on tasks whose evidence is known.
+HELP = """Measure accuracy and savings of methods, on tasks whose evidence is known to the pixel.
 
-Results go to OUT/results.parquet, one row for each cell (a method at a budget on a task), and to
-OUT/report.html, which needs no network. Run the same command again to continue an interrupted run;
-finished cells are not repeated. Baselines (random, uniform, downsample) are always included.
+Results go to OUT/results.parquet, with one row for each cell (a method at a budget on a task), and
+to OUT/report.html, which needs no network. Run the same command again to continue an interrupted
+run; finished cells are not repeated. Baselines (random, uniform, downsample) are always included.
 
 [bold]Examples[/]
 
@@ -60,22 +60,28 @@ def bench(
     keep: Annotated[
         str,
         typer.Option(
-            help="Shares of tokens that survive. If a method drops several times, its mean over "
-            "the layers after its first drop."
+            help="Shares of tokens that survive. If a method drops tokens repeatedly, this is "
+            "the mean over the layers after its first drop."
         ),
     ] = "0.5,0.25,0.125",
     tasks: Annotated[str, typer.Option(help="`all`, or names.")] = "all",
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each task.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first sample.")] = 0,
     split: Annotated[str, typer.Option(help="train, test or hidden.")] = "test",
-    difficulty: Annotated[float, typer.Option(min=0, max=1, help="0 is easiest.")] = 0.5,
-    clutter: Annotated[float, typer.Option(min=0, max=1, help="0 shows nothing else.")] = 0.5,
+    difficulty: Annotated[
+        float, typer.Option(min=0, max=1, help="From 0, the easiest, to 1.")
+    ] = 0.5,
+    clutter: Annotated[
+        float, typer.Option(min=0, max=1, help="Amount of other objects; 0 shows none.")
+    ] = 0.5,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the data sets of coco and nlvr.")
+        Path | None, typer.Option(help="Folder with the data sets of coco and nlvr.")
     ] = None,
     max_pixels: MaxPixels = None,
-    out: Annotated[Path, typer.Option(help="Folder of results and report.")] = Path("bench-out"),
-    batch: Annotated[int, typer.Option(min=1, help="Samples that run together.")] = 16,
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path(
+        "bench-out"
+    ),
+    batch: Annotated[int, typer.Option(min=1, help="Samples run together.")] = 16,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     minutes: Annotated[
@@ -83,11 +89,15 @@ def bench(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes; by default two for small models on a CPU, else one."),
+        typer.Option(
+            min=1, help="Processes; by default two for small models on a CPU, otherwise one."
+        ),
     ] = None,
     hint: Annotated[
         str | None,
-        typer.Option(help=f"Put after each question; by default {HINT!r}, for tiny nothing."),
+        typer.Option(
+            help=f"Text added to each question; by default {HINT!r}, and nothing for tiny."
+        ),
     ] = None,
     timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
     table: Annotated[
@@ -98,8 +108,8 @@ def bench(
         typer.Option(
             is_eager=True,
             callback=read_config,
-            help="YAML file of options, by name: `methods: [fastv, divprune]`. Options of the "
-            "command line come before it.",
+            help="YAML file of options, by name: `methods: [fastv, divprune]`. Options on the "
+            "command line take precedence.",
         ),
     ] = None,
 ) -> None:

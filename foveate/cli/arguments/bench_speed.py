@@ -12,9 +12,9 @@ from foveate.cli.options import RANDOM, Device, Dtype
 SIZES = ("llava-7b", "llava-next-7b", "qwen3-vl-4b", "llama-768x16")
 """Models with random weights, see `foveate.bench.workload`."""
 
-HELP = f"""Measure how fast methods make a model: TTFT with the vision tower, prefill, decoding,
-peak memory and KV cache, by prompt length and batch size. A method that is slower than all tokens
-is red.
+HELP = f"""Measure how much methods speed up a model: TTFT with the vision tower, prefill, decoding,
+peak memory and KV cache, by prompt length and batch size. Methods slower than all tokens are shown
+in red.
 
 MODEL is a hub id, a folder, [bold]tiny[/], or one of these sizes with random weights:
 {", ".join(RANDOM + name for name in SIZES)}.
@@ -33,36 +33,36 @@ def speed(
         typer.Option(
             "--methods",
             "-m",
-            help="Names that `foveate list` shows, separated by commas or given one by one; by "
-            "default pyramiddrop,fastv.",
+            help="Names that `foveate list` shows, separated by commas or repeated; by default "
+            "pyramiddrop,fastv.",
         ),
     ] = None,
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Budget of all methods, as in `foveate run`. If a method drops several times, one "
-            "number is the mean over the layers after its first drop."
+            help="Budget of all methods, as in `foveate run`. If a method drops tokens several "
+            "times, one number sets the mean over the layers after its first drop."
         ),
     ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="`method.field=value`; may be repeated.")
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Visual tokens of a prompt: `576,2880`.")] = "576",
+    tokens: Annotated[str, typer.Option(help="Visual tokens per prompt: `576,2880`.")] = "576",
     batch: Annotated[str, typer.Option(help="Batch sizes: `1,2,4,8`.")] = "1,2,4,8",
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds of each cell.")] = 20,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds per cell.")] = 20,
     new_tokens: Annotated[int, typer.Option(min=0, help="Decoding steps.")] = 16,
     minutes: Annotated[
-        float | None, typer.Option(help="Time limit; fewer rounds are run to keep it.")
+        float | None, typer.Option(help="Time limit in minutes; fewer rounds are run to meet it.")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads of torch; with 1, CPU seconds are measured.")
+        int | None, typer.Option(min=1, help="Torch threads; with 1, CPU seconds are measured.")
     ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     json_path: Annotated[
         Path | None,
         typer.Option(
-            "--json", help="Saved after every cell; an interrupted run continues from it."
+            "--json", help="Save results here after every cell; an interrupted run resumes from it."
         ),
     ] = None,
 ) -> None:

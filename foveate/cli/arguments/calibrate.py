@@ -9,15 +9,15 @@ import typer
 
 from foveate.cli.options import Device, Dtype, MaxPixels, Model
 
-HELP = """Search the numbers of the method [bold]vflowopt[/] for a model, on prompts of your own.
+HELP = """Find settings of the method [bold]vflowopt[/] for a model, on your own prompts.
 
-PROMPTS is a file with one JSON prompt a line: [bold]{"image": "cat.jpg", "question": "What is
-this?"}[/], or `images` with a list. Paths of images are relative to the file. Answers are not
-needed: the search minimises how much the last prompt token's final state changes. A few dozen
-prompts like those that you will ask are enough.
+PROMPTS is a file with one JSON prompt per line: [bold]{"image": "cat.jpg", "question": "What is
+this?"}[/], or `images` with a list. Image paths are relative to the file. Answers are not needed:
+the search minimises the change in the last prompt token's final state. A few dozen prompts similar
+to your real ones are enough.
 
-Every trial is saved in a file beside the result, NAME.trials. You can interrupt the command: called
-again, it continues from there. With more --trials it searches further.
+Every trial is saved in a file next to the result, NAME.trials. You can interrupt the command; run
+it again to continue. With more --trials it searches further.
 
 [bold]Examples[/]
 
@@ -30,12 +30,12 @@ again, it continues from there. With more --trials it searches further.
 
 def calibrate(
     model: Model,
-    prompts: Annotated[Path, typer.Argument(help="File of prompts, one JSON object a line.")],
+    prompts: Annotated[Path, typer.Argument(help="File of prompts, one JSON object per line.")],
     average: Annotated[
         float, typer.Option(help="Share of visual tokens that a layer sees on average, below 1.")
     ] = 0.25,
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all.")] = 300,
-    startup: Annotated[int, typer.Option(min=1, help="Trials that are drawn at random.")] = 27,
+    trials: Annotated[int, typer.Option(min=1, help="Total number of trials.")] = 300,
+    startup: Annotated[int, typer.Option(min=1, help="Initial trials, drawn at random.")] = 27,
     seed: Annotated[int, typer.Option(help="Seed of the search.")] = 42,
     out: Annotated[Path, typer.Option(help="Where to save the method, as JSON.")] = Path(
         "vflowopt.json"
@@ -44,7 +44,7 @@ def calibrate(
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
-    """Search VFlowOpt's numbers."""
+    """Find VFlowOpt's settings."""
     from foveate.cli.calibrate import Calibration, calibrate
 
     job = Calibration(

@@ -11,11 +11,11 @@ def cite(
     methods: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[METHOD]...", help="Names that `foveate list` shows, or joined by +."
+            metavar="[METHOD]...", help="Names that `foveate list` shows; may be joined by +."
         ),
     ] = None,
 ) -> None:
-    """Print BibTeX entries of methods' papers; without a name, that of foveate.
+    """Print BibTeX entries for the papers of methods; without a name, the entry of foveate.
 
     [bold]Examples[/]
 

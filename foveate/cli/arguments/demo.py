@@ -20,7 +20,7 @@ def demo(
     ),
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out what the method saves at real size.")
+        bool, typer.Option("--quick", help="Skip the savings at real model sizes.")
     ] = False,
 ) -> None:
     """Ask the embedded model about a drawn scene, with all tokens and with a method. Offline.

@@ -9,12 +9,12 @@ import typer
 
 from foveate.cli.options import Keep, Methods, Model, Settings
 
-HELP = """Count what a method saves on a model, from its config alone; nothing is run.
+HELP = """Count what a method saves on a model; reads only its config and runs nothing.
 
 MODEL is a hub id, a local folder, or [bold]tiny[/]. Configs of well-known checkpoints are bundled,
 so these need no network. FLOPs are split into vision tower, projector, selection and language
-model. By default a multiply-add counts 2, and attention counts the pairs that the causal mask lets
-through. Other conventions: [bold]dense[/] (what torch counts), [bold]macs[/], and the formulas of two
+model. By default a multiply-add counts as 2, and attention counts the pairs that the causal mask
+allows. Other conventions: [bold]dense[/] (what torch counts), [bold]macs[/], and the formulas of two
 papers, [bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in the decoder only.
 
 [bold]Examples[/]
@@ -36,7 +36,7 @@ def flops(
     image_size: Annotated[
         str, typer.Option(help="Size of each image, WIDTHxHEIGHT in pixels.")
     ] = "672x672",
-    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens of the prompt.")] = 64,
+    text_tokens: Annotated[int, typer.Option(min=1, help="Text tokens in the prompt.")] = 64,
     convention: Annotated[
         str, typer.Option(help="foveate, dense, macs, fastv or pyramiddrop.")
     ] = "foveate",

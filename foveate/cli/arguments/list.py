@@ -18,18 +18,16 @@ def list_(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Show what works on this model, and why others do not; reads only its config."
+            help="Show what works on this model, and why the rest does not; reads only its config."
         ),
     ] = None,
     families: Annotated[
         bool,
-        typer.Option(
-            "--families", help="Show which families of models work, and why others do not."
-        ),
+        typer.Option("--families", help="Show which model families work, and why others do not."),
     ] = False,
     verbose: Verbose = False,
     json_path: Annotated[
-        Path | None, typer.Option("--json", help="Save it as JSON here; `-` prints it.")
+        Path | None, typer.Option("--json", help="Save the list as JSON here; `-` prints it.")
     ] = None,
 ) -> None:
     """List methods: where they act, what they do, the paper.

@@ -6,15 +6,15 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, Model, RayAddress, Settings
+from foveate.cli.options import Adaptive, Device, Dtype, Keep, Model, RayAddress, Settings
 from foveate.errors import InputError
 
-HELP = """Serve a model over HTTP as OpenAI's clients expect it, with a method that removes visual tokens.
+HELP = """Serve a model through an OpenAI-compatible HTTP API, with a method that removes visual tokens.
 
-MODEL is a hub id, a local folder, or [bold]tiny[/]. Requests are answered in batches; each may name
-another `method`, `keep` and `fields` in its body. A `keep` of 1 stands for all tokens. The server
-listens on this machine alone unless --host says otherwise; docs/serving.md has the rest.
-A page at the address asks with all tokens and with a method, and shows the tokens that were kept.
+MODEL is a hub id, a local folder, or [bold]tiny[/]. Requests are answered in batches; each may set
+its own `method`, `keep` and `fields` in its body. A `keep` of 1 means all tokens. By default the
+server is reachable only from this machine; see --host and docs/serving.md. Its web page compares
+the answer from all tokens with the answer from a method, and shows the kept tokens.
 
 [bold]Examples[/]
 
@@ -25,9 +25,11 @@ A page at the address asks with all tokens and with a method, and shows the toke
   foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --replicas 2
   --max-replicas 8 --gpus-per-replica 1 --ray-address auto
 
+  foveate serve llava-hf/llava-1.5-7b-hf --adaptive tuned/policy.json
+
   FOVEATE_API_KEY=secret foveate serve tiny -m fastv --host 0.0.0.0 --allow-host images.example.org
 """  # noqa: E501
-METHOD = "As in `foveate run`, for requests that name none; without it they keep all tokens."
+METHOD = "As in `foveate run`, for requests that name none; by default they keep all tokens."
 
 
 def serve(
@@ -35,59 +37,69 @@ def serve(
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD)] = None,
     keep: Keep = None,
     setting: Settings = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    adaptive: Adaptive = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model; MODEL by default.")
+        str | None, typer.Option(help="Model name for clients; by default MODEL.")
     ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(
             envvar="FOVEATE_API_KEY",
             show_envvar=True,
-            help="What clients must send. A key on the command line can be read by others.",
+            help="Key that clients must send. Others can read a key on the command line.",
         ),
     ] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 8,
     max_wait: Annotated[
-        float, typer.Option(min=0, help="Milliseconds to wait for more of them.")
+        float, typer.Option(min=0, help="Milliseconds to wait for more requests.")
     ] = 10.0,
     max_queue: Annotated[
-        int, typer.Option(min=1, help="Requests held at once; one more gets status 503.")
+        int, typer.Option(min=1, help="Most pending requests; further ones get status 503.")
     ] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Seconds for a request.")] = 300.0,
-    max_body: Annotated[float, typer.Option(min=0.001, help="Megabytes of a request.")] = 20.0,
-    max_images: Annotated[int, typer.Option(min=0, help="Images of a request.")] = 8,
-    max_image: Annotated[float, typer.Option(min=0.001, help="Megabytes of an image.")] = 10.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 1024,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="Time limit for a request, in seconds.")
+    ] = 300.0,
+    max_body: Annotated[
+        float, typer.Option(min=0.001, help="Largest request, in megabytes.")
+    ] = 20.0,
+    max_images: Annotated[int, typer.Option(min=0, help="Most images per request.")] = 8,
+    max_image: Annotated[
+        float, typer.Option(min=0.001, help="Largest image, in megabytes.")
+    ] = 10.0,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Pixels of all images of a request.")
+        int, typer.Option(min=1, help="Most pixels in all images of a request.")
     ] = 20_000_000,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="A host from which images may be fetched over https; may be repeated."),
     ] = None,
     show_kept: Annotated[
-        bool, typer.Option("--show-kept", help="Send drawings of the kept tokens always.")
+        bool, typer.Option("--show-kept", help="Always send drawings of the kept tokens.")
     ] = False,
     replicas: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes under Ray, each with a model; by default this one."),
+        typer.Option(min=1, help="Replicas under Ray, each with a model; by default none."),
     ] = None,
     max_replicas: Annotated[
-        int | None, typer.Option(min=1, help="The most of them, if their number follows the load.")
+        int | None,
+        typer.Option(min=1, help="Most replicas, if their number should follow the load."),
     ] = None,
     gpus_per_replica: Annotated[
-        float, typer.Option(min=0, help="GPUs of each; a fraction shares one.")
+        float, typer.Option(min=0, help="GPUs per replica; a fraction shares one.")
     ] = 0,
-    cpus_per_replica: Annotated[float, typer.Option(min=0, help="CPUs of each.")] = 1,
+    cpus_per_replica: Annotated[float, typer.Option(min=0, help="CPUs per replica.")] = 1,
     ray_address: RayAddress = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
     """Serve a model."""
     if replicas is None and (max_replicas or gpus_per_replica or ray_address):
-        raise InputError("--max-replicas, --gpus-per-replica and --ray-address go with --replicas")
+        raise InputError("--max-replicas, --gpus-per-replica and --ray-address need --replicas")
     if replicas and max_replicas and max_replicas < replicas:
         raise InputError(f"--max-replicas {max_replicas} is less than --replicas {replicas}")
     from foveate.cli.serve import Limits
@@ -95,9 +107,16 @@ def serve(
     from foveate.core.from_text import make_methods
 
     if not method and (keep or setting):
-        raise InputError("--keep and --set are of a method: name it with --method")
+        raise InputError("--keep and --set need a --method")
     every = ["1.0" if text.strip() == "1" else text for text in keep or ()]
     methods = make_methods(method, every, setting or ()) if method else ()
+    policy = None
+    if adaptive is not None:
+        if method:
+            raise InputError("--adaptive chooses the method; leave --method out")
+        from foveate.tune.policy import adaptive as read_policy
+
+        policy = read_policy(adaptive)
     limits = Limits(
         deadline=deadline,
         max_held=max_queue,
@@ -117,4 +136,7 @@ def serve(
         fleet = Fleet(
             replicas, max_replicas, gpus_per_replica, cpus_per_replica, ray_address, deadline
         )
-    start(model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet)
+    start(
+        model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet,
+        policy,
+    )  # fmt: skip

@@ -11,17 +11,19 @@ from foveate.errors import InputError
 
 EXAMPLE = """\
 model: tiny            # tiny, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf
-out: runs/pyramiddrop  # checkpoints while it runs, the model and foveate.json when it is done
+out: runs/pyramiddrop  # gets checkpoints while it runs, and at the end the model and foveate.json
 
 data:
-  scenes: 64           # drawn scenes; for your own data instead: file: train.jsonl
+  scenes: 64           # drawn scenes; for your own data, use instead: file: train.jsonl
   turns: 4             # questions about one scene
 
-method:                # leave out to train with all visual tokens
-  name: pyramiddrop    # a name that `foveate list` shows; several: a list of such mappings
+method:                # omit to train with all visual tokens
+  name: pyramiddrop    # a name that `foveate list` shows; for several, a list of such mappings
   keep: [0.5, 0.25, 0.125]
 
-freeze: [vision_tower] # parameters whose name holds one of these are not trained
+# train: method        # train only what the method learns, with the model frozen (visionselector)
+
+freeze: [vision_tower] # parameters whose name contains one of these are not trained
 
 # lora:                # train adapters instead (needs peft); keys of peft.LoraConfig
 #   r: 16
@@ -39,7 +41,7 @@ HELP = (
     """Train a model on conversations about images, with a method that removes visual tokens.
 
 CONFIG is a YAML file. [bold]foveate train --example > config.yaml[/] writes the one below. It
-trains the model that comes with foveate on drawn scenes, offline, in about a minute. Give the same
+trains the model that comes with foveate on drawn scenes, offline, in about a minute. Run the same
 command again to continue an interrupted run from its last checkpoint.
 
 [bold]Example[/]
@@ -57,7 +59,7 @@ A jsonl file with one conversation per line: messages (role, content) or LLaVA's
 {"images": \\["cat.jpg"], "messages": \\[{"role": "user", "content": "<image>\\\\nWhat is this?"},
   {"role": "assistant", "content": "A cat."}]}
 
-[bold]Several processes[/]
+[bold]Multiple processes[/]
 
   torchrun --nproc-per-node 2 -m foveate train config.yaml
 
@@ -68,7 +70,7 @@ A jsonl file with one conversation per line: messages (role, content) or LLaVA's
 
 def train(
     config: Annotated[Path | None, typer.Argument(help="YAML file that describes the run.")] = None,
-    example: Annotated[bool, typer.Option("--example", help="Print an example of CONFIG.")] = False,
+    example: Annotated[bool, typer.Option("--example", help="Print an example CONFIG.")] = False,
 ) -> None:
     """Train a model with a method."""
     if example:

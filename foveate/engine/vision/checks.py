@@ -30,7 +30,7 @@ def check_in_encoder(family: Family, planned: PlannedStep) -> None:
     _check_exit(family, encoder, planned)
     kernel = encoder.tower.config._attn_implementation or "eager"
     ragged = "ragged" in planned.step.effects
-    # Images that need not be equally long are told apart by the first step of a pass.
+    # Images in one sequence may differ in length, so before layer 0 they need no padding.
     first = (planned.step.layer, planned.step.inside) == (0, False)
     ragged = ragged and not (encoder.packed is not None and first)
     if ragged and kernel not in ("sdpa", "eager"):
@@ -49,16 +49,16 @@ def check_in_encoder(family: Family, planned: PlannedStep) -> None:
 
 
 def check_input_signal(family: Family, planned: PlannedStep, need: Need) -> None:
-    """Refuse a signal of what the encoder is handed, where that cannot be told of tokens.
+    """Refuse a signal of the encoder's input where foveate cannot tell which part is a token's.
 
     Raises:
-        UnsupportedModelError: it cannot.
+        UnsupportedModelError: the encoder has no such rule.
     """
     assert family.encoder is not None  # as checked before
     if family.encoder.pixels is None and family.encoder.cuts is None:
         raise UnsupportedModelError(
-            f"{planned.method.slug!r} needs {need.name} of visual tokens, but which pixels the "
-            f"encoder of this {family.model_type!r} makes a token of is not known"
+            f"{planned.method.slug!r} needs the {need.name} of each visual token, but foveate does "
+            f"not know them for the encoder of this {family.model_type!r}"
         )
 
 

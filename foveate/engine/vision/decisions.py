@@ -32,7 +32,7 @@ def told(
         encoding: the pass.
         planned: the step.
         of: the group.
-        of_layers: a signal of encoder layers; others are of what the encoder was handed.
+        of_layers: gives a signal of encoder layers; other signals are of the encoder's input.
     """
     found: dict[str, Tensor] = {}
     for need in planned.step.needs:

@@ -1,4 +1,4 @@
-"""Pixels: what the rows of an encoder are made of, where it cuts images into patches itself."""
+"""Pixels of each row of an encoder that cuts images into patches itself."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from foveate.families.rows import cut
 def pixels_of_rows(
     encoder: Encoder, images: Tensor | None, shape: Sequence[int], model_type: str
 ) -> Tensor:
-    """(B N, P) pixels of the rows of all images; zeros for special rows.
+    """Return (B N, P): pixels of the rows of all images, with zeros for special rows.
 
     Args:
         encoder: the encoder.
-        images: (B, C, H, W) what it is handed.
-        shape: (B, N) images and rows of each.
-        model_type: named where something is refused.
+        images: (B, C, H, W) its input.
+        shape: (B, N): images, and rows of each, special ones included.
+        model_type: named in messages.
 
     Raises:
-        UnsupportedModelError: rows are not the patches that images are cut into.
+        UnsupportedModelError: the encoder's rows are not the patches of its images.
     """
     assert encoder.cuts is not None  # as planned
     assert images is not None  # as then
@@ -32,7 +32,7 @@ def pixels_of_rows(
     rows = torch.nn.functional.pad(patches, (0, 0, encoder.leading, encoder.trailing))
     if tuple(rows.shape[:2]) != tuple(shape):
         raise UnsupportedModelError(
-            f"the {patches.shape[1]} patches that images are cut into are not the rows of the "
-            f"encoder of this {model_type!r}, so that their pixels cannot be told"
+            f"the encoder of this {model_type!r} has {shape[1]} rows for an image of "
+            f"{patches.shape[1]} patches, so foveate does not know which pixels each row covers"
         )
     return rows.flatten(0, 1)

@@ -106,8 +106,8 @@ class Plans:
             raise UnsupportedModelError(_BETWEEN.format(method.slug))
         if method.adaptive:
             raise UnsupportedModelError(
-                f"{method.slug!r} decides by the tokens how many of them survive, but vLLM asks "
-                "for their number before it encodes the image"
+                f"{method.slug!r} chooses from the tokens how many of them survive, but vLLM "
+                "needs the number before it encodes the image"
             )
         if len(plan.learned):
             raise UnsupportedModelError(

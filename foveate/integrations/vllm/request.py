@@ -87,7 +87,7 @@ def parse(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request | No
         raise InputError(f"foveate_method is a method's name, got {quoted(name)}")
     question = merged.get("foveate_question")
     if question is not None and not isinstance(question, str):
-        raise InputError(f"foveate_question is a text, got {quoted(question)}")
+        raise InputError(f"foveate_question must be a string, got {quoted(question)}")
     return Request(from_dict({"method": name, **_fields(merged)}), question)
 
 
@@ -97,7 +97,7 @@ def _fields(merged: Mapping[str, Any]) -> dict[str, Any]:
         try:
             fields = json.loads(fields)
         except ValueError:
-            raise InputError(f"foveate_fields is no JSON: {quoted(fields)}") from None
+            raise InputError(f"foveate_fields is not JSON: {quoted(fields)}") from None
     if not isinstance(fields, Mapping) or not all(isinstance(name, str) for name in fields):
         raise InputError(f"foveate_fields is an object of fields, got {quoted(fields)}")
     if "keep" in fields:

@@ -201,7 +201,7 @@ def _find_all(names: Sequence[str], path: Path, where: str) -> list[Path]:
 def _find(name: str, path: Path, where: str) -> Path:
     """An image's path; it must exist."""
     if name.startswith(("http://", "https://", "data:")):
-        raise InputError(f"{where}: {quoted(name)} is no file; download images before training")
+        raise InputError(f"{where}: {quoted(name)} is not a file; download images before training")
     found = path.parent / name.removeprefix("file://")
     try:
         there = found.is_file()
@@ -227,7 +227,7 @@ def _message(entry: Any, where: str) -> tuple[Message, list[str]]:
         parts, inline = _parts(content, where)
     else:
         raise InputError(
-            f"{where}: the content must be a text or a list of parts, got {quoted(content)}"
+            f"{where}: the content must be a string or a list of parts, got {quoted(content)}"
         )
     if _ROLES[role] == "assistant" and any(part["type"] == "image" for part in parts):
         raise InputError(f"{where}: an assistant's message cannot hold an image")
@@ -249,7 +249,7 @@ def _parts(content: list[Any], where: str) -> tuple[list[Part], list[str]]:
             inline += [source] if source else []
             parts.append(_IMAGE)
         else:
-            raise InputError(f"{where}: a part must be a text or an image, got {quoted(part)}")
+            raise InputError(f"{where}: a part must be text or an image, got {quoted(part)}")
     return parts, inline
 
 

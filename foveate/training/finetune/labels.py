@@ -96,7 +96,7 @@ def label_ids(
         if None in found or not found or found[-1] != found[0] + len(found) - 1:  # type: ignore[operator]
             raise InputError(
                 f"{example.where}: the tokens of {rendered.text[slice(*span)][:40]!r} are not in "
-                "what the processor made of the conversation; was it cut off?"
+                "what the processor made of the conversation; was it truncated?"
             )
         for at in found:
             assert at is not None

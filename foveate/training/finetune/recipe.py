@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from foveate.core import Method
 from foveate.core.fields import Natural, Positive, check_fields
 from foveate.errors import InputError
 from foveate.training.finetune.data import Conversations, Example, Scenes
+from foveate.training.prepare import Train
 
 DTYPES = ("auto", "float32", "bfloat16")
+TRAINED: tuple[str, ...] = get_args(Train)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Recipe:
         data: what it learns from.
         method: what removes visual tokens while it learns, several in stream order; None trains
             with all of them.
+        train: `all` trains the model; `method` only what the method itself learns.
         freeze: parameters whose name holds one of these texts are not trained.
         lora: arguments of `peft.LoraConfig`; None trains the model's own weights.
         dtype: of the weights; `auto` is float32 on a CPU and bfloat16 elsewhere.
@@ -72,6 +75,7 @@ class Recipe:
     out: Path
     data: Data
     method: Method | tuple[Method, ...] | None = None
+    train: Train = "all"
     freeze: tuple[str, ...] = ()
     lora: Mapping[str, Any] | None = None
     dtype: str = "auto"
@@ -81,9 +85,15 @@ class Recipe:
         """Check the fields.
 
         Raises:
-            InputError: a text, a path or a list of texts is none.
+            InputError: a text, a path or a list of texts is none, or what is trained is not clear.
         """
         check_fields(self, "a recipe", error_of=lambda field: InputError)
+        if self.train == "method":
+            if self.method is None:
+                raise InputError("train: method needs a method that learns; add one, or train all")
+            if self.freeze or self.lora is not None:
+                other = "freeze" if self.freeze else "lora"
+                raise InputError(f"train: method freezes the whole model, so leave {other} out")
 
     def to_dict(self) -> dict[str, Any]:
         """What the outcome depends on, as JSON values; `out` is left out."""
@@ -97,6 +107,7 @@ class Recipe:
                 "seed": data.seed,
             },
             "method": _described(self.method),
+            "train": self.train,
             "freeze": list(self.freeze),
             "lora": dict(self.lora) if self.lora is not None else None,
             "dtype": self.dtype,

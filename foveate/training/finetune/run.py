@@ -82,7 +82,7 @@ def make_trainer(recipe: Recipe, model: Any, processor: Any) -> Trainer:
     if recipe.lora is not None:
         model = _adapt(model, recipe.lora)
     if recipe.method is not None:
-        model = prepare(model, recipe.method)
+        model = prepare(model, recipe.method, train=recipe.train)
     return ResumingTrainer(
         model=model,
         args=arguments,
@@ -162,14 +162,14 @@ def _claim(recipe: Recipe, write: bool) -> None:
     if last_checkpoint(recipe.out) is not None and path.is_file():
         before: Any = read_json(path)
         if not isinstance(before, Mapping):
-            raise InputError(f"{shown(path)} holds no recipe; remove it to begin anew")
+            raise InputError(f"{shown(path)} contains no recipe; remove it to start over")
         changed = [k for k in now if k not in _FREE and before.get(k) != _plain(now[k])]
         if changed:
             key = changed[0]
             raise InputError(
                 f"{shown(recipe.out)} holds a run with {key} {quoted(before.get(key))}, and the "
                 f"recipe says {quoted(now[key])}; choose another `out`, or remove that folder to "
-                "begin anew"
+                "start over"
             )
     if write:
         recipe.out.mkdir(parents=True, exist_ok=True)

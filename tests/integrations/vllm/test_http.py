@@ -108,7 +108,7 @@ def test_answers_are_those_of_transformers(client, answers):
         ({"foveate_kepp": 0.5}, "foveate_kepp is unknown"),
         ({"foveate_method": "pyramiddrop"}, "the paged cache of vLLM has one length"),
         ({"foveate_method": "tome"}, "acts inside the vision tower"),
-        ({"foveate_method": "llava-prumerge"}, "decides by the tokens"),
+        ({"foveate_method": "llava-prumerge"}, "chooses from the tokens"),
         ({"foveate_method": "cdpruner"}, "give its text as foveate_question"),
         ({"foveate_method": "visionzip", "foveate_keep": 3, "foveate_fields": {"contextual": 5}},
          "cannot be contextual"),

@@ -138,7 +138,7 @@ def test_a_row_that_was_cut_off_is_refused():
     chat = Chat()
     example = talk(say("user", "a?"), say("assistant", "a long answer"))
     rendered = render(chat, example)
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         label_ids(chat.tokenizer, rendered, chat.ids(rendered.text)[:-4], example)
 
 

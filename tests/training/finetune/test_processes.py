@@ -73,6 +73,27 @@ def test_two_processes_learn_what_one_learns(sharded, alone, recipe_file, tmp_pa
     assert json.loads((two / "foveate.json").read_text())["methods"][0]["method"] == "pyramiddrop"
 
 
+@pytest.mark.parametrize(
+    ("method", "trained"),
+    [
+        ({"name": "visionselector", "inner": 8}, "method"),
+        ({"name": "m3", "scales": [256, 64, 16, 4, 1]}, "all"),
+    ],
+    ids=["visionselector", "m3"],
+)
+def test_two_processes_teach_a_method_what_one_does(method, trained, recipe_file, tmp_path):
+    """Losses of methods and steps of several forwards are those of one process."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    what = {"method": method, "train": trained}
+    train(recipe_file("one.yaml", out=str(one), **what))
+    train(recipe_file("two.yaml", out=str(two), trainer=TWO, **what), processes=2)
+    torch.testing.assert_close(losses(two), losses(one), rtol=0, atol=1e-6)
+    got, want = (foveate.load(folder).state_dict() for folder in (two, one))
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
 def test_a_sharded_run_goes_on_where_it_was_cut_off(recipe_file, tmp_path):
     """What is left of a run after a checkpoint ends with the weights of the whole run."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"

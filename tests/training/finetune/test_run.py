@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(uninterrupted, recipe_file, tm
     assert begun is not None
     said = CliRunner().invoke(app, ["train", str(path)])
     assert said.exit_code == 0, said.output
-    assert "going on from" in said.output
+    assert "resuming from" in said.output
     got = weights(tmp_path / "out")
     for name, value in weights(uninterrupted).items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-7, msg=name)

@@ -108,7 +108,7 @@ def scoring() -> str:
 
 
 def pixelprune() -> str:
-    """PixelPrune before a tower."""
+    """PixelPrune before an encoder."""
     result = load("pixelprune")
     rows = [
         [
@@ -122,13 +122,13 @@ def pixelprune() -> str:
         for name, row in result["results"].items()
     ]
     sides = ", ".join(next(iter(result["results"].values()))["kept"])
-    head = ["drawn", "rows left", "speed-up", "quartiles", "predicted", f"left of {sides} px"]
+    head = ["image", "rows left", "speed-up", "quartiles", "predicted", f"left at {sides} px"]
     return "\n\n".join([
         "## PixelPrune before the encoder",
-        f"Features of an image of {result['side']} x {result['side']} px through a random tower of "
-        "Qwen2.5-VL-7B's width and two layers, with threshold 0; merger included. Pages, screens "
-        f"and noise are drawn by the script. {result['rounds']} rounds. {about(result)} What "
-        "answers lose is not measured here: the weights are random.",
+        f"Time to encode an image of {result['side']} x {result['side']} px, merger and selection "
+        "included, on a random vision tower with two layers of Qwen2.5-VL-7B's width. The script "
+        f"draws the images. The threshold is 0. {result['rounds']} rounds. {about(result)} Whether "
+        "answers change is not measured here: the weights are random.",
         table(head, rows),
     ])  # fmt: skip
 

@@ -5,6 +5,7 @@ Which input values of a tower belong to a visual token is found by gradients.
 
 import functools
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import AttentionInterface
 
 import foveate
 from foveate.core import Method, Need, Reduction, Step
-from foveate.errors import LayerError
+from foveate.engine.vision.pixels import pixels_of_rows
+from foveate.errors import LayerError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.methods import DivPrune, PixelPrune, PyramidDrop, ToMe
 from tests.conformance.batches import batch_of
@@ -304,6 +306,16 @@ def test_no_other_method_acts_before_the_first_layer():
         with pytest.raises(LayerError, match=r"listed|pixelprune"):
             foveate.use(model, methods)
     foveate.use(model, [PixelPrune(), Listed(layer=1)])
+
+
+def test_rows_that_are_not_the_patches_of_an_image_are_refused():
+    """A row of a class token has no pixels; a row of nothing known is no patch."""
+    encoder = SimpleNamespace(cuts=(2, 2), leading=1, trailing=0)
+    images = torch.arange(16.0).view(1, 1, 4, 4)
+    rows = pixels_of_rows(encoder, images, (1, 5), "clip")
+    assert rows.tolist() == [[0] * 4, [0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    with pytest.raises(UnsupportedModelError, match="'clip' has 6 rows for an image of 4 patches"):
+        pixels_of_rows(encoder, images, (1, 6), "clip")
 
 
 class AtOnce(Ragged):

@@ -150,6 +150,11 @@ def _encoders() -> Iterator[list[str]]:
            f"{link('dtop')} `threshold={row['threshold']}`",
            f"{_times(row['speed-up'])}, {100 * (all_in - row['miou']):.1f} points of mIoU lost",
            "[segmentation.md](segmentation.md)"]  # fmt: skip
+    drawn = load("pixelprune")["results"]
+    page, screen = (_times(drawn[name]["speed-up"]) for name in ("a page", "a screen"))
+    yield ["pages and screenshots", link("pixelprune"),
+           f"{page} and {screen} to encode a drawn page and screen",
+           "[benchmarks.md](benchmarks.md#pixelprune-before-the-encoder)"]  # fmt: skip
     reading = load("large_memory")["reading"]
     yield ["images thousands of pixels wide", f"{link('lrs-vqa')} in `foveate.large`",
            f"{reading['side']:,} pixels a side read in {reading['peak_mib']} MiB",

@@ -37,8 +37,8 @@ Projects move on: what you install is newer than these commits.
 FIRST = """## Where others do more
 
 foveate's accuracy was measured only on small models, and nothing was measured on a GPU. It leaves
-text in the cache, quantises nothing, and offers no trained weights. PixelPrune chooses from pixels,
-before the encoder's first layer; foveate has no such method.
+text in the cache, quantises nothing, and offers no trained weights. PixelPrune's own code prunes
+before the encoder inside vLLM; foveate's plugin for vLLM runs only methods after the encoder.
 """
 VISUAL = """## Visual tokens
 
@@ -137,7 +137,11 @@ def own_tokens() -> dict[str, Fact]:
             f"model, {by_stage['llm']} between its layers; baselines are counted.",
             ["docs/methods.md"],
         ),
-        "sites": ("all three", "None before the encoder.", ["docs/methods.md"]),
+        "sites": (
+            "all three",
+            "One method, `pixelprune`, chooses from pixels before the first encoder layer.",
+            ["foveate/methods/pixelprune.py", "docs/methods.md"],
+        ),
         "families": (
             f"{language} + {alone}",
             f"Model types with a language model, and {alone} encoders alone. Each was tested "

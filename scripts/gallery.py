@@ -33,6 +33,7 @@ QUESTION = "what color is the heart ?"
 OWN: dict[str, dict[str, Any]] = {
     "dycoke": {},
     "m3": {"keep": 64},
+    "pixelprune": {"threshold": 0.5},
     "prunevid": {},
     "recoverable-compression": {},
 }
@@ -53,7 +54,12 @@ chooses, and not how well the model answers: [results.md](results.md) has accura
 methods fail on so small a model. `python scripts/gallery.py` makes this page.
 """
 GROUPS = {
-    "vision": ("Inside the encoder", ""),
+    "vision": (
+        "Inside the encoder",
+        "`pixelprune` is meant for pages and screens, where cells repeat exactly. None do here, so "
+        "it is shown\nwith `threshold=0.5`: cells count as equal if no normalised pixel value "
+        "differs by more.",
+    ),
     "pre_llm": ("Before the language model", ""),
     "llm": (
         "Between decoder layers",

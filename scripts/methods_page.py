@@ -14,6 +14,7 @@ from foveate.signals import SIGNALS
 DOCS = Path(__file__).parent.parent / "docs"
 TABLE = re.compile(r"(?<=\| signal \| taken \| \|\n\|---\|---\|---\|\n)(\|.*\n)*")
 TAKEN = {
+    "input": "before the encoder",
     "encoder": "at encoder layers",
     "prompt": "before the language model",
     "decoder": "at decoder layers",

@@ -127,7 +127,9 @@ class Step:
         proportional: in the encoder, a merged token counts as often as it has sources in all
             attention after the step.
         ragged: in the encoder, images that are encoded together may be left different numbers of
-            tokens (`Reduction.valid`), which the method's last step makes equal.
+            tokens (`Reduction.valid`). Padding stays until the method's last step makes the counts
+            equal, if it does; until then no other method acts in the encoder. Before layer 0,
+            images in one sequence, or padded by the model, get no padding of this kind.
         attend: in the encoder, `Method.attend` computes the attention of the layer; tokens that the
             step removes are removed after that.
         look: in the encoder, with `attend`: the step removes nothing, and no record has an entry

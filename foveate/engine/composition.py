@@ -29,7 +29,7 @@ def check_together(family: Family, methods: Sequence[Method], steps: Sequence[Pl
     _check_transitions(family, methods, steps)
     _check_parking(family, steps)
     _check_exits(steps)
-    _check_ragged(steps)
+    _check_ragged(family, steps)
     _check_thresholds(steps)
     _check_attending(steps)
     _check_looks(steps)
@@ -181,22 +181,30 @@ def _outside(family: Family, span: range) -> str:
     return f"give it a layer {' or '.join(ways)}" if ways else "use one of them alone"
 
 
-def _check_ragged(steps: Sequence[PlannedStep]) -> None:
+def _check_ragged(family: Family, steps: Sequence[PlannedStep]) -> None:
     """Refuse other steps in the encoder while images have different numbers of tokens."""
     vision = [(s, (s.step.layer, s.step.inside)) for s in steps if s.step.stage == "vision"]
     for planned in (s for s, _ in vision if "ragged" in s.step.effects):
-        own = [site for s, site in vision if s.method_number == planned.method_number]
+        own = [(s, site) for s, site in vision if s.method_number == planned.method_number]
+        (_, first), (end, last) = own[0], own[-1]
+        assert family.encoder is not None  # as checked of the stage
+        lasts = "ragged" in end.step.effects and family.encoder.packed is None
         between = [
             s
             for s, site in vision
-            if s.method_number != planned.method_number and own[0] <= site <= own[-1]
+            if s.method_number != planned.method_number
+            and first <= site
+            and (lasts or site <= last)
         ]
         if between:
+            places = [f"before {first[0]}"] * (first[0] > 0) + [f"after {last[0]}"] * (not lasts)
+            ways = [f"give it a layer {' or '.join(places)}"] if places else []
+            if hasattr(planned.method, "as_released"):
+                ways.append(f"give {planned.method.slug} as_released=True")
             raise LayerError(
                 f"{between[0].method.slug} acts at {between[0].step.site}, where "
-                f"{planned.method.slug} leaves images different numbers of tokens; give it a layer "
-                f"before {own[0][0]} or after {own[-1][0]}, or give {planned.method.slug} "
-                "as_released=True"
+                f"{planned.method.slug} leaves images different numbers of tokens; "
+                f"{', or '.join(ways) or 'use one of them alone'}"
             )
 
 

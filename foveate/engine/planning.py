@@ -20,11 +20,11 @@ from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
 from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
-from foveate.engine.vision.checks import check_in_encoder
+from foveate.engine.vision.checks import check_in_encoder, check_input_signal
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Encoder, Family
 from foveate.families.decoder_layer import has_mlp
-from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, Signal
+from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, InputSignal, Signal
 from foveate.signals.signal import free
 
 
@@ -202,7 +202,12 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
                 f"{', '.join(SIGNALS)}"
             )
         signal = SIGNALS[need.name]
-        stages = {"encoder": ("vision", "pre_llm"), "prompt": ("pre_llm",), "decoder": ("llm",)}
+        stages = {
+            "input": ("vision",),
+            "encoder": ("vision", "pre_llm"),
+            "prompt": ("pre_llm",),
+            "decoder": ("llm",),
+        }
         legal = ("pre_llm",) if signal.clip else stages[signal.source]
         if planned.step.stage not in legal:
             raise LayerError(
@@ -213,6 +218,8 @@ def _check_needs(family: Family, planned: PlannedStep) -> None:
             raise LayerError(f"{planned.method.slug} needs {need.name}, but names no layer")
         if isinstance(signal, EncoderSignal):
             _check_encoder_signal(family, planned, need, signal)
+        elif isinstance(signal, InputSignal):
+            check_input_signal(family, planned, need)
         elif isinstance(signal, DecoderSignal):
             _check_decoder_signal(family, planned, need, signal)
 

@@ -45,6 +45,9 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
+        pixels: returns from the tower's arguments and `Family.side` the (V, P) pixels of each
+            image's visual tokens; `None` where these follow from `pixel_values`, see `cuts`, or are
+            not known.
         patches: says from what the entry is called with how many frames an image or a video has,
             and the height and width of each in patches; `None` where these follow from
             `pixel_values` and the config's `patch_size`. Read where each image is a row of a batch.
@@ -90,6 +93,7 @@ class Encoder:
     trailing: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    pixels: Callable[[Mapping[str, Any], int], list[Tensor]] | None = None
     patches: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     padded: bool = False
     later: tuple[int, Callable[[Mapping[str, Any], int], list[EncoderImage]]] | None = None
@@ -124,6 +128,22 @@ class Encoder:
         """
         forwards = (inspect.signature(type(of).forward) for of in (self.tower, self.entry))
         return all(TOLD.isdisjoint(forward.parameters) for forward in forwards)
+
+    @cached_property
+    def cuts(self) -> tuple[int, int] | None:
+        """(height, width) of the adjacent patches that whole images are cut into, where each image
+        is a row of a batch; `None` where that is not so, or not known.
+        """
+        known = inspect.signature(type(self.entry).forward).parameters
+        convolutions = (m for m in self.entry.modules() if isinstance(m, nn.Conv2d))
+        first = next(convolutions, None)
+        whole = self.packed is None and self.patches is None and "pixel_values" in known
+        if not whole or first is None:
+            return None
+        apart = first.kernel_size == first.stride and first.dilation == (1, 1)
+        unpadded = first.padding in ("valid", (0, 0))
+        height, width = first.kernel_size
+        return (height, width) if apart and unpadded else None
 
     @property
     def leading(self) -> int:

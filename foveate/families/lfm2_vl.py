@@ -12,10 +12,12 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from foveate.families.encoder import Encoder
 from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
-from foveate.families.rows import EncoderImage, raster_rows, token_grid
+from foveate.families.rows import EncoderImage, pixels_of_rows, raster_rows, token_grid
 from foveate.record.tiles import Tiling, join
 
 
@@ -34,7 +36,9 @@ class Lfm2VL(Gridded):
     def encoder(self) -> Encoder | None:
         """The tower, which has no class token; images are rows of one length, with padding."""
         found = super().encoder
-        return None if found is None else replace(found, packed=_rows, padded=True)
+        if found is None:
+            return None
+        return replace(found, packed=_rows, padded=True, pixels=_pixels)
 
     def tilings(self, ids: Sequence[int] | None, spans: Sequence[tuple[int, int]]) -> list[Tiling]:
         """Tiles with one token in between, the name of a tile, are of one image."""
@@ -51,6 +55,11 @@ def _rows(arguments: Mapping[str, Any], side: int) -> list[EncoderImage]:
         EncoderImage(token_grid(h, w, side), raster_rows(h, w, side) + number * length)
         for number, (h, w) in enumerate(arguments["spatial_shapes"].tolist())
     ]
+
+
+def _pixels(arguments: Mapping[str, Any], side: int) -> list[Tensor]:
+    """Pixels of the tokens of each image."""
+    return pixels_of_rows(arguments["pixel_values"].flatten(0, 1), _rows(arguments, side))
 
 
 def _tiling(names: Sequence[int]) -> Tiling:

@@ -11,10 +11,12 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from foveate.families.encoder import Encoder
 from foveate.families.family import register_family
 from foveate.families.gridded import Gridded
-from foveate.families.rows import EncoderImage, packed
+from foveate.families.rows import EncoderImage, cut, packed, pixels_of_rows
 from foveate.record.tiles import Tiling
 
 GAP = 3  # tokens between two slices of an image at most: closing, line break, opening
@@ -55,13 +57,19 @@ class MiniCPM(Gridded):
         if found is None:
             return None
         later = self.config.insert_layer_id + 1, self._rows_later
-        return replace(found, packed=self._rows, later=later)
+        return replace(found, packed=self._rows, later=later, pixels=self._pixels)
 
     def _rows(self, arguments: Mapping[str, Any], side: int) -> list[EncoderImage]:
         """Rows of each image, all in raster order; `arguments` are the tower's."""
         sizes = [(1, height, width) for height, width in arguments["target_sizes"].tolist()]
         side = self._side("16x" if arguments.get("use_vit_merger", True) else "4x")
         return packed(sizes, [side] * len(sizes), raster=True)
+
+    def _pixels(self, arguments: Mapping[str, Any], side: int) -> list[Tensor]:
+        """Pixels of the tokens of each image, whose patches stand side by side in one strip."""
+        patch = self.config.vision_config.patch_size
+        (patches,) = cut(arguments["pixel_values"], (patch, patch)).flatten(1, 2)
+        return pixels_of_rows(patches, self._rows(arguments, side))
 
     def _rows_later(self, arguments: Mapping[str, Any], side: int) -> list[EncoderImage]:
         """The same once windows of 2 x 2 patches have become rows, if they do."""

@@ -53,6 +53,29 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, side**2)
 
 
+def cut(pixels: Tensor, sides: tuple[int, int]) -> Tensor:
+    """Return (B, H, W, P): pixels of the adjacent patches of (B, C, H', W') images. A remainder at
+    the right or below belongs to no patch.
+
+    Args:
+        pixels: the images.
+        sides: height and width of a patch.
+    """
+    height, width = sides
+    patches = pixels.unfold(2, height, height).unfold(3, width, width)
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3)
+
+
+def pixels_of_rows(patches: Tensor, images: Sequence[EncoderImage]) -> list[Tensor]:
+    """Return the (V, P) pixels of each image's tokens.
+
+    Args:
+        patches: (N, P') pixels of the patches of all images, padding included.
+        images: the images, whose rows are rows of these.
+    """
+    return [patches[image.rows.to(patches.device)].flatten(1) for image in images]
+
+
 def placed(places: Tensor, side: int) -> list[EncoderImage]:
     """Images that are rows of a batch and padded to one length.
 

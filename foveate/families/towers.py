@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from foveate.families.block import Block
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
-from foveate.families.rows import EncoderImage, packed, placed
+from foveate.families.rows import EncoderImage, cut, packed, pixels_of_rows, placed
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Tower:
         class_token: whether row 0 is a class token.
         packed: which rows each image has, from the tower's arguments, the side of a cell and the
             tower; see `Encoder`, as for the others.
+        fed: the same for the patches of the tower's input, in their order there, or for those that
+            it cuts images into; `None` if `packed` is.
         padded: see `Encoder`.
         readers: modules, within the root, that read rows after layers: a module, or a list.
         taps: what the config calls the layers whose outputs the readers are handed as well.
@@ -42,6 +46,7 @@ class Tower:
     root: str = ""
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
+    fed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     padded: bool = False
     readers: tuple[str, ...] = ()
     taps: str = ""
@@ -96,14 +101,16 @@ def _by_patch_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> li
 
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in raster order, of images of given sizes or of grids."""
-    if "grid_thw" in arguments:
-        sizes = _sizes(arguments)
-    else:
-        pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
-        given = [pixels.shape[-2:]] * len(pixels) if given is None else given
-        patch = tower.config.patch_size
-        sizes = [(1, int(h) // patch, int(w) // patch) for h, w in given]
+    sizes = _sizes(arguments) if "grid_thw" in arguments else _patch_grids(arguments, tower)
     return packed(sizes, [side] * len(sizes), raster=True)
+
+
+def _patch_grids(arguments: Mapping[str, Any], tower: Any) -> list[tuple[int, int, int]]:
+    """(1, height, width) in patches of images of given sizes, or of the size that all have."""
+    pixels, given = arguments["pixel_values"], arguments.get("image_sizes")
+    given = [pixels.shape[-2:]] * len(pixels) if given is None else given
+    patch = tower.config.patch_size
+    return [(1, int(h) // patch, int(w) // patch) for h, w in given]
 
 
 def _by_chunks(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
@@ -134,6 +141,7 @@ _QWEN = Tower(
     "blocks",
     Block("norm1", "attn", "norm2", matrices=("qkv",), output="proj"),
     packed=_by_cells,
+    fed=_by_cells,
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
@@ -152,13 +160,14 @@ _GEMMA4 = Tower(
         norms_heads=True,
     ),
     packed=_by_places,
+    fed=_by_places,
     padded=True,
     readers=("pooler",),
     returns_rows=False,
     scaling=1.0,
     axes=2,
 )
-_ERNIE = replace(_QWEN, packed=_by_frames, readers=("ln",), returns_rows=False)
+_ERNIE = replace(_QWEN, packed=_by_frames, fed=_by_frames, readers=("ln",), returns_rows=False)
 _IDEFICS = Tower("encoder.layers", CLIP_BLOCK)
 _INTERNVL = Tower(
     "encoder.layer",
@@ -177,6 +186,7 @@ _MOONVIT = Tower(
     "layers",
     Block("norm1", "attn", "norm2", output="proj"),
     packed=_by_chunks,
+    fed=_by_chunks,
     readers=("final_layernorm",),
     returns_rows=False,
 )
@@ -193,36 +203,46 @@ _MUSE = Tower(
     "layers",
     Block("norm1", "attn", "norm2", output="proj"),
     packed=_by_patch_windows,
+    fed=_by_raster,
     whole_after_layers=True,
     returns_rows=False,
 )
 _OVIS = Tower(
     "encoder.layers", Block("rms_norm1", "attention", "rms_norm2", "ffn"), root="transformer"
 )
-_EDGE = Tower("encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells)
+_EDGE = Tower(
+    "encoder.layers", replace(CLIP_BLOCK, output="out_proj"), packed=_by_cells, fed=_by_cells
+)
 _VIDEO_LLAMA = replace(
-    _EDGE, packed=_by_given_cells, readers=("post_layernorm",), returns_rows=False
+    _EDGE,
+    packed=_by_given_cells,
+    fed=_by_given_cells,
+    readers=("post_layernorm",),
+    returns_rows=False,
 )
 _GRANITE = replace(_IDEFICS, readers=("connector",), taps="deepstack_visual_indexes")
 _HUNYUAN = Tower(
     "layers",
     replace(CLIP_BLOCK, output="o_proj"),
     packed=_by_raster,
+    fed=_by_raster,
     whole_after_layers=True,
     returns_rows=False,
 )
 _MINIMAX = replace(_EDGE, layers="layers", block=replace(_EDGE.block, flat=True))
-_MINICPM = replace(_EDGE, packed=None)
+_MINICPM = replace(_EDGE, packed=None, fed=None)
 _PADDLE = Tower(
     "encoder.layers",
     replace(CLIP_BLOCK, output="out_proj"),
     root="vision_model",
     packed=_by_raster,
+    fed=_by_raster,
 )
 _PIXTRAL = Tower(
     "transformer.layers",
     Block("attention_norm", "attention", "ffn_norm", "feed_forward"),
     packed=_by_raster,
+    fed=_by_raster,
 )
 
 TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
@@ -299,6 +319,7 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         tower=root,
         block=kind.block,
         packed=None if packed is None else lambda given, side: packed(given, side, root),
+        pixels=None if kind.fed is None else functools.partial(_pixels, kind.fed, root),
         padded=kind.padded,
         readers=tuple(readers),
         taps=tuple(sorted(getattr(root.config, kind.taps))) if kind.taps else (),
@@ -308,3 +329,25 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         scaling=kind.scaling,
         axes=kind.axes,
     )
+
+
+def _pixels(
+    fed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]],
+    tower: Any,
+    arguments: Mapping[str, Any],
+    side: int,
+) -> list[Tensor]:
+    """Return the (V, P) pixels of each image's tokens, from the tower's input."""
+    given: Tensor = arguments["hidden_states" if "hidden_states" in arguments else "pixel_values"]
+    images = fed(arguments, side, tower)
+    if "grid_thw" in arguments:
+        count = int(arguments["grid_thw"].prod(-1).sum())
+        return pixels_of_rows(given.reshape(count, -1), images)
+    if given.dim() == 3:  # patches of images that are padded to one length
+        return pixels_of_rows(given.flatten(0, 1), images)
+    patches, grids = cut(given, (tower.config.patch_size,) * 2), _patch_grids(arguments, tower)
+    apart = [
+        image[:height, :width].flatten(0, 1)
+        for image, (_, height, width) in zip(patches, grids, strict=True)
+    ]
+    return pixels_of_rows(torch.cat(apart), images)

@@ -158,7 +158,9 @@ def _inside(family: Family, plan: Plan, traced: Any, stream: _Stream) -> list[tu
     for layer in range(len(encoder.layers)):
         before = after = image.tokens * cell + encoder.special
         for step in (s for s in plan.vision if s.step.layer == layer):
-            left = image.take(step.method, step.step, step.number, step.method_number)
+            left = image.tokens
+            if not (step.method.adaptive and step.method.keep is None):
+                left = image.take(step.method, step.step, step.number, step.method_number)
             if "around" in step.step.effects:
                 left = step.method.entering(left, step.step)
             after = left * cell + encoder.special

@@ -6,7 +6,13 @@ tokens that remain at the step. A signal is an object, defined in `encoder`, `pr
 """
 
 from foveate.signals import decoder, encoder, prompt
-from foveate.signals.signal import DecoderSignal, EncoderSignal, PromptSignal, Signal
+from foveate.signals.signal import (
+    DecoderSignal,
+    EncoderSignal,
+    InputSignal,
+    PromptSignal,
+    Signal,
+)
 
 SIGNALS: dict[str, Signal] = {
     signal.name: signal
@@ -15,4 +21,11 @@ SIGNALS: dict[str, Signal] = {
     if isinstance(signal, Signal)
 }
 
-__all__ = ["SIGNALS", "DecoderSignal", "EncoderSignal", "PromptSignal", "Signal"]
+__all__ = [
+    "SIGNALS",
+    "DecoderSignal",
+    "EncoderSignal",
+    "InputSignal",
+    "PromptSignal",
+    "Signal",
+]

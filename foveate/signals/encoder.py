@@ -13,7 +13,13 @@ from torch import Tensor
 from foveate.signals import flow
 from foveate.signals.cls_attention import class_row
 from foveate.signals.projections import Projections
-from foveate.signals.signal import EncoderSignal, EncoderSizes, define
+from foveate.signals.signal import (
+    EncoderInput,
+    EncoderSignal,
+    EncoderSizes,
+    InputSignal,
+    define,
+)
 
 if TYPE_CHECKING:
     from foveate.signals.clip import ClipQuestions
@@ -39,6 +45,12 @@ def _by_head(values: Tensor, heads: int) -> Tensor:
 
 def _channels_last(values: Tensor, heads: int) -> Tensor:
     return values.transpose(-1, -2)
+
+
+@define(InputSignal, "of_images")
+def pixels(encoder: EncoderInput, images: Any) -> Tensor:
+    """(G, V, P): pixels of each visual token, as the encoder receives them."""
+    return encoder.pixels_of(images)
 
 
 _CLASS: dict[str, Any] = {"class_token": True, "varlen": False}

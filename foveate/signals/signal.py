@@ -7,7 +7,7 @@ the plan and the account of FLOPs ask the object.
 Shapes: `G` images, `L` layers, `H` heads, `V` visual tokens, `Q` text tokens after the image up to
 the end of the prompt, `D` hidden of the language model, `C` of the encoder, `d` of a head,
 `M` segments of a question, `E` of the space that CLIP compares images and texts in; `B` rows, `P`
-columns of a row.
+columns of a row, or pixels of a token.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Signal:
         after_layer: whether it is known of a layer once that has run, and not before.
     """
 
-    source: ClassVar[Literal["encoder", "prompt", "decoder"]]
+    source: ClassVar[Literal["input", "encoder", "prompt", "decoder"]]
     name: str
     doc: str
     layered: bool = True
@@ -163,6 +163,29 @@ class DecoderSizes:
     head: int
     tokens: int
     text: int
+
+
+# -- of the encoder's input
+
+
+class EncoderInput(Protocol):
+    """A pass through an encoder; `images` are some of its images."""
+
+    def pixels_of(self, images: Any) -> Tensor:
+        """(G, V, P) pixels of tokens."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InputSignal(Signal):
+    """A signal that is known before the encoder runs, for steps inside it.
+
+    Args:
+        of_images: gives it for some images of a pass.
+    """
+
+    source = "input"
+    layered: bool = False
+    of_images: Callable[[EncoderInput, Any], Tensor]
 
 
 # -- of the encoder

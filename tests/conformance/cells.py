@@ -20,7 +20,7 @@ from foveate.families.hunyuan_vl import HunyuanVL
 from foveate.families.llava_next import AnyRes
 from foveate.families.phi4_multimodal import Phi4Multimodal
 from foveate.families.support import YES
-from foveate.methods import M3, Downsample, OrderedQueries, TokenFLEX
+from foveate.methods import M3, Downsample, OrderedQueries, PixelPrune, TokenFLEX
 from foveate.run import Session
 from foveate.signals import SIGNALS
 from tests import retrievers
@@ -313,14 +313,17 @@ def check_cache(session, cache):
 # -- outcomes
 
 COUNTS = {M3: 1, OrderedQueries: 4, TokenFLEX: 1}
+NOISE = 1e3  # more than the pixels of noise differ by, so that all cells are alike
 
 
 def settings(cls):
     """A method with its defaults; a count of tokens, which suits real images, becomes a share, or
-    one that suits small images where the method takes no share.
+    one that suits small images where the method takes no share. Images of noise repeat nothing.
     """
     if cls in COUNTS:
         return cls(keep=COUNTS[cls])
+    if cls is PixelPrune:
+        return cls(threshold=NOISE)
     fields = {field.name: field.default for field in dataclasses.fields(cls)}
     return cls(keep=0.25) if isinstance(fields["keep"], int) else cls()
 

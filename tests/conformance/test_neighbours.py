@@ -36,7 +36,7 @@ REFUSED = {
 }
 CELLS = [(n, s) for n in FAMILIES for s in readers_methods() if s not in REFUSED[n]]
 # Methods whose own rule decides how many tokens stay, beside those with one form of budget.
-UNBUDGETED = {"atp-llava", "recoverable-compression", "yopo"} | APPROXIMATE
+UNBUDGETED = {"atp-llava", "pixelprune", "recoverable-compression", "yopo"} | APPROXIMATE
 COUNTED = {"m3", "ordered-queries", "tokenflex"}  # whose budget is a count
 ADAPTIVE = {"dycoke", "prunevid"}  # all or what they find
 LEAST = {"tome": 0.45}  # at most half of the tokens merge in a layer
@@ -49,7 +49,7 @@ def settings(slug, name=""):
     cls = foveate.get_method(slug)
     budgets = [{"keep": 1.0}, published(cls), {"keep": LEAST.get(slug, 0.04)}]
     if slug in UNBUDGETED:
-        budgets = [{}]
+        budgets = [{}, {"threshold": 5.0}] if slug == "pixelprune" else [{}]
     elif slug in COUNTED:
         budgets = [{"keep": 4}, {"keep": 1}]
     elif slug in ADAPTIVE:

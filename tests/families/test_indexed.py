@@ -15,8 +15,8 @@ from tests.methods_for_tests import EveryThird, Forgetful, readers_methods
 
 WORK = {
     "cdpruner", "dart", "divprune", "downsample", "evs", "fastvid", "fopru", "hiprune", "holitom",
-    "holov", "idpruner", "m3", "ordered-queries", "prunesid", "random", "scope", "todre",
-    "tokenflex", "tome", "uniform", "vflowopt", "vidcom2", "visionselector", "visionzip",
+    "holov", "idpruner", "m3", "ordered-queries", "pixelprune", "prunesid", "random", "scope",
+    "todre", "tokenflex", "tome", "uniform", "vflowopt", "vidcom2", "visionselector", "visionzip",
     "vispruner",
 }  # fmt: skip
 REASONS = ("rank", "class token", "encoder", "choose for", "whole sequence", "not made like")

@@ -8,7 +8,7 @@ from foveate.engine.planning import make_plan
 from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.planned import planned
-from foveate.methods import ToMe
+from foveate.methods import PixelPrune, ToMe
 from tests.conformance.test_families import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import EveryThird, Listed
@@ -27,6 +27,13 @@ def test_images_of_one_size_are_planned_inside_the_encoder():
     pixels = MEMBERS["llava"]().pixels(3)
     record = plan_of("llava", Listed(keep=5), pixels)
     assert sizes(record) == [5] * 3
+
+
+def test_all_tokens_are_planned_where_pixels_decide():
+    pixels = MEMBERS["llava"]().pixels(2)
+    record = plan_of("llava", PixelPrune(), pixels)
+    assert sizes(record) == [16] * 2
+    assert {rows for layer in record.encoder_tokens for rows in layer} == {17}
 
 
 @pytest.mark.parametrize("keep", [0.5, 9])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from foveate.core import PerRequest
+from foveate.core import Need, PerRequest
 from foveate.engine.plan import PlannedStep
 from foveate.engine.vision.attending import takes_over
 from foveate.errors import BudgetError, UnsupportedModelError
@@ -29,7 +29,11 @@ def check_in_encoder(family: Family, planned: PlannedStep) -> None:
     _check_attend(family, encoder, planned)
     _check_exit(family, encoder, planned)
     kernel = encoder.tower.config._attn_implementation or "eager"
-    if "ragged" in planned.step.effects and kernel not in ("sdpa", "eager"):
+    ragged = "ragged" in planned.step.effects
+    # Images in one sequence may differ in length, so before layer 0 they need no padding.
+    first = (planned.step.layer, planned.step.inside) == (0, False)
+    ragged = ragged and not (encoder.packed is not None and first)
+    if ragged and kernel not in ("sdpa", "eager"):
         released = ", or give as_released=True" if hasattr(method, "as_released") else ""
         raise UnsupportedModelError(
             f"{method.slug} leaves images that are encoded together different numbers of tokens, "
@@ -41,6 +45,20 @@ def check_in_encoder(family: Family, planned: PlannedStep) -> None:
             f"proportional attention of {method.slug} adds a bias to the scores, which "
             f"{kernel!r} attention cannot; set the encoder's attention to 'sdpa', or turn "
             "proportional attention off"
+        )
+
+
+def check_input_signal(family: Family, planned: PlannedStep, need: Need) -> None:
+    """Refuse a signal of the encoder's input where foveate cannot tell which part is a token's.
+
+    Raises:
+        UnsupportedModelError: the encoder has no such rule.
+    """
+    assert family.encoder is not None  # as checked before
+    if family.encoder.pixels is None and family.encoder.cuts is None:
+        raise UnsupportedModelError(
+            f"{planned.method.slug!r} needs the {need.name} of each visual token, but foveate does "
+            f"not know them for the encoder of this {family.model_type!r}"
         )
 
 

@@ -7,7 +7,7 @@ token has, `D` width of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.core import Reduction
+from foveate.core import Reduction, by_count
 from foveate.core.tokens import Shape
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
@@ -55,6 +55,31 @@ class EncoderGroup:
         """Tokens of each image that survive a step; equally many, as their budget is one."""
         (count,) = self.images.by_count(planned)
         return count
+
+    def by_survivors(
+        self, x: Tensor, reduction: Reduction
+    ) -> Iterator[tuple[EncoderGroup, Tensor, Reduction]]:
+        """Parts of the group of which equally many tokens survive, their values, and what of the
+        reduction is theirs, without padding.
+
+        Args:
+            x: (G, V, R D) values of the group, of which nothing has been removed.
+            reduction: a gather.
+        """
+        assert self.layout is None
+        assert not reduction.merges
+        valid = reduction.valid
+        assert valid is not None  # or there is nothing to take apart
+        counts = by_count(valid.sum(1))
+        for count, members in counts.items():
+            of = self if len(counts) == 1 else self._pick(members)
+            index = reduction.index[members][valid[members]].view(-1, count)
+            yield of, x[members], Reduction(index)
+
+    def _pick(self, members: Sequence[int]) -> EncoderGroup:
+        """The group of some of its images, of which nothing has been removed."""
+        visible = None if self.visible is None else self.visible[members]
+        return EncoderGroup(self.images.pick(members), self.rows[members], visible=visible)
 
     def reduce(self, reduction: Reduction, planned: PlannedStep) -> None:
         """Reduce the surviving tokens, as a step wants."""

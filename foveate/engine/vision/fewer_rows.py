@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.core import Need, VisualTokens
 from foveate.engine.plan import PlannedStep
+from foveate.engine.vision.decisions import told
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.engine.vision.forward import Encoding
 from foveate.errors import FoveateError
@@ -51,8 +52,8 @@ def enter(
         FoveateError: the method hands over another number of tokens than it promises.
     """
     values = encoding.layout.take(hidden, 0)
-    told = {need.name: signals(need, encoding.groups[0]) for need in planned.step.needs}
-    tokens = encoding.shown(planned, 0, values, told)
+    found = told(encoding, planned, encoding.groups[0], signals)
+    tokens = encoding.shown(planned, 0, values, found)
     states = planned.method.enter(tokens, values)
     promised = planned.method.entering(values.shape[1], planned.step)
     if states.shape[1] != promised:

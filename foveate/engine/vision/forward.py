@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from foveate.core import Need, VisualTokens
+from foveate.core.reduction import take_rows
 from foveate.core.tokens import Shape
 from foveate.engine.images import Kept
 from foveate.engine.plan import PlannedStep
-from foveate.engine.readout import reduce_around
+from foveate.engine.vision.decisions import apart, decided, told
 from foveate.engine.vision.encoder_group import (
     EncoderGroup,
     encoder_groups,
     images_of,
     mean_of_rows,
 )
-from foveate.engine.vision.exits import Exits
 from foveate.engine.vision.patch_layout import PatchLayout, Point
+from foveate.engine.vision.pixels import pixels_of_rows
 from foveate.engine.vision.running_layer import RunningLayer
 from foveate.engine.vision.segments import BatchRows, PackedRows, PaddedRows
 from foveate.errors import InputError, UnsupportedModelError
@@ -206,29 +207,27 @@ class Encoding:
         self, planned: PlannedStep, hidden: Tensor, signals: Callable[[Need, EncoderGroup], Tensor]
     ) -> Tensor:
         step, changed = planned.step, False
-        values = [self.layout.take(hidden, number) for number in range(len(self.groups))]
+        padded = self.reduced or not self.layout.packed
+        groups: list[EncoderGroup] = []
+        values: list[Tensor] = []
         for number, of in enumerate(self.groups):
-            if not self._drops(planned, of):
-                continue
-            x, count, images = values[number], of.survivors_of(planned), of.images
-            told = {need.name: signals(need, of) for need in step.needs}
-            tokens = self.shown(planned, number, x, told, quota=count)
-            reduce = functools.partial(planned.method.reduce, tokens)
-            reduction = reduce_around(reduce, count, images.required, ascending=False)
-            if reduction.values is not None and of.rows.shape[2] > 1:
-                raise UnsupportedModelError(
-                    f"{planned.method.slug} makes tokens of its own, but in the encoder of this "
-                    f"{self.family.model_type!r} a token has {of.rows.shape[2]} rows"
-                )
-            if "exit" in step.effects:
-                if of.keeps_all(reduction):
-                    continue
-                of.exits = of.exits or Exits(planned, tokens)
-                of.exits.note(x, of.layout)
-            values[number], changed = reduction.apply(x), True
-            of.reduce(reduction, planned)
+            x, reduction = self.layout.take(hidden, number), None
+            if self._drops(planned, of):
+                found = told(self, planned, of, signals)
+                shown = functools.partial(self.shown, planned, number, x, found)
+                reduction = decided(planned, of, x, shown, self.family.model_type)
+            if reduction is None:
+                parts = [(of, x)]
+            else:
+                parts, changed = apart(planned, of, x, reduction, padded=padded), True
+            for part, value in parts:
+                groups.append(part)
+                values.append(value)
         if not changed:
             return hidden
+        if len(groups) > len(self.groups):
+            self.layout = self.layer.layout = PatchLayout(groups, self.layout.shape, self.encoder)
+            self._memory = {}
         # The first hidden state is captured after the steps before layer 0.
         first = 0 if step.layer == 0 and not step.inside else step.layer + 1
         hidden = self.layout.put(hidden, values, first)
@@ -330,6 +329,16 @@ class Encoding:
         return {**kwargs, self.encoder.mask: mask}
 
     # -- signals
+
+    def pixels_of(self, images: EncoderGroup) -> Tensor:
+        """(G, K, P) pixels of a group's surviving tokens."""
+        pixels, rows = self.encoder.pixels, self.layout.shape
+        if pixels is None:
+            whole = pixels_of_rows(self.encoder, self.pixels, rows, self.family.model_type)
+            return take_rows(whole[images.rows].flatten(2), images.images.index)
+        each = pixels(self.arguments, self.side)
+        whole = torch.stack([each[number] for number in images.images.numbers])
+        return take_rows(whole, images.images.index)
 
     def tapped(self, need: Need, of: EncoderGroup) -> Tensor:
         """A signal of the layer that is running, from its own projections."""

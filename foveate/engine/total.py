@@ -96,8 +96,10 @@ class Room:
         Raises:
             CacheError: see `cached_images`.
         """
-        several = isinstance(total, tuple)
-        totals = [total[request_of(row)] if several else total for row in range(rows)]  # type: ignore[index]
+        if isinstance(total, tuple):
+            totals = [total[request_of(row)] for row in range(rows)]
+        else:
+            totals = [total] * rows
         held = cached_images(cache, past, rows)
         return cls(totals, [[len(columns) for columns in row] for row in held])
 
@@ -178,7 +180,7 @@ def limited(groups: Sequence[ImageGroup], planned: PlannedStep, room: Room) -> l
     """
     wants: dict[int, dict[int, int]] = {}  # row -> number of an image -> tokens that it wants
     for group in groups:
-        counts = group.by_count(planned) if group.count else {0: range(len(group.images))}
+        counts = group.by_count(planned) if group.count else {0: list(range(len(group.images)))}
         for count, members in counts.items():
             for image in (group.images[member] for member in members):
                 wants.setdefault(image.row, {})[image.number] = count

@@ -55,6 +55,7 @@ def use(
     method: MethodLike,
     *,
     clip: ClipQuestions | None = None,
+    keep_total: int | Sequence[int] | None = None,
     **fields: Any,
 ) -> Session:
     """Use methods on a model for the length of a `with` block.
@@ -65,6 +66,10 @@ def use(
             it, or a list of those in stream order.
         clip: the questions as `foveate.ClipText` encodes them, for methods with
             `relevance="clip"`.
+        keep_total: most visual tokens that a row of the batch holds in the language model, together
+            with those of earlier turns in the cache that it is given; a list has one for each row.
+            Where images would have more, all shrink alike (docs/conversations.md). The last method
+            before the language model must have a budget.
         **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
@@ -78,7 +83,7 @@ def use(
         ...     out = model.generate(**inputs)
         >>> print(run.report())  # doctest: +SKIP
     """
-    return Session(model, methods_of(method, **fields), clip)
+    return Session(model, methods_of(method, **fields), clip, keep_total)
 
 
 def apply(
@@ -86,10 +91,11 @@ def apply(
     method: MethodLike,
     *,
     clip: ClipQuestions | None = None,
+    keep_total: int | Sequence[int] | None = None,
     **fields: Any,
 ) -> Session:
     """Use methods on a model until `remove()` of the returned session is called.
 
     Takes the arguments of `use`.
     """
-    return use(model, method, clip=clip, **fields).attach()
+    return use(model, method, clip=clip, keep_total=keep_total, **fields).attach()

@@ -36,6 +36,7 @@ class Spec:
     From the end of the prompt on, nobody sees what was removed in layers before `evict_cache`
     either, and from layer `glance` on each new token sees the half of the visual tokens that it
     attends to most in the layer before, first of all those that the token before it did not see.
+    In `forgotten`, each entry is a position from which on nobody sees some others.
     """
 
     kept: list[Tensor] | None = None
@@ -43,6 +44,7 @@ class Spec:
     drops: list[Drop] = field(default_factory=list)
     evict_cache: int = 0
     glance: int = 0
+    forgotten: list[tuple[int, Tensor]] = field(default_factory=list)
 
 
 def rotate(x, cos, sin):
@@ -114,6 +116,8 @@ def run(model, ids: Tensor, features: list[Tensor], spec: Spec, prompt: int):
         history.append([i.clone() for i in index])
     weights = {}
     unseen = torch.zeros(length, length, dtype=torch.bool)
+    for start, gone in spec.forgotten:
+        unseen[start:, gone] = forgotten[start:, gone] = True
     for number, layer in enumerate(text.layers):
         weights[number] = attend(layer, hidden, position - shift, alive)[0]
         for drop in spec.drops:

@@ -116,6 +116,15 @@ def test_page_on_segmentation_runs(monkeypatch, tmp_path, capsys):
     assert names["faster"].heads[0] is names["heads"][0]
 
 
+def test_page_on_conversations_runs_and_prints_what_it_shows(capsys):
+    page = (ROOT / "docs" / "conversations.md").read_text(encoding="utf-8")
+    names = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        exec(compile(code, "conversations.md", "exec"), names)
+    shown = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    assert capsys.readouterr().out == "".join(shown)
+
+
 @pytest.mark.torchao
 def test_page_on_smaller_weights_runs_and_prints_what_it_shows(capsys):
     page = (ROOT / "docs" / "combine.md").read_text(encoding="utf-8")

@@ -33,6 +33,7 @@ class Job:
         hosts: names of hosts from which images are fetched.
         device: where models run.
         dtype: of their weights, or `auto`.
+        keep_total: most visual tokens of a row; `None` for any number.
         retry_errors: whether shards with errors are done again.
     """
 
@@ -51,6 +52,7 @@ class Job:
     hosts: frozenset[str] = frozenset()
     device: str = "cpu"
     dtype: str = "auto"
+    keep_total: int | None = None
     retry_errors: bool = False
 
     @property
@@ -70,6 +72,7 @@ class Job:
             "input": str(self.input),
             "model": self.model,
             "methods": [method.to_dict() for method in self.methods],
+            "keep_total": self.keep_total,
             "images": self.images,
             "question": self.question,
             "drop": list(self.drop),

@@ -59,7 +59,9 @@ class Worker:
             job = self._job
             model, processor = load_model(job.model, job.device, job.dtype)
             methods = job.methods or (Uniform(keep=1.0),)  # removes nothing, and counts
-            self._chat = ChatModel(model, processor, methods, max_pixels=job.max_pixels)
+            self._chat = ChatModel(
+                model, processor, methods, max_pixels=job.max_pixels, keep_total=job.keep_total
+            )
         return self._chat
 
     def run(self, shard: Shard, tick: Callable[[int], object] = lambda rows: None) -> Totals:

@@ -53,7 +53,7 @@ def _check_model(job: Job, cluster: Cluster | None) -> None:
         check_device(job.device)  # workers may have devices that are not here
     else:
         check_cluster(cluster, job.device)
-    check_model(job.model, job.methods, job.dtype)
+    check_model(job.model, job.methods, job.dtype, job.keep_total)
 
 
 def _answer(job: Job, cluster: Cluster | None, found: Look) -> Totals:

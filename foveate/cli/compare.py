@@ -50,12 +50,13 @@ def time_first_token(
     *,
     repeats: int,
     tick: Callable[[], object] | None = None,
+    keep_total: int | None = None,
 ) -> dict[str, Timing]:
     """Times to first token with all tokens and with methods, runs taking turns."""
     name = " + ".join(method.slug for method in methods)
     return interleave(
         lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False),
-        {ALL: nullcontext, name: lambda: use(model, methods)},
+        {ALL: nullcontext, name: lambda: use(model, methods, keep_total=keep_total)},
         repeats=repeats,
         warmup=WARMUP,
         device=model.device,

@@ -40,7 +40,9 @@ def load_image(path: str | Path, max_pixels: int | None = None) -> Image.Image:
     return image
 
 
-def check_model(name: str, methods: Sequence[Method], dtype: str) -> None:
+def check_model(
+    name: str, methods: Sequence[Method], dtype: str, keep_total: int | None = None
+) -> None:
     """Refuse a model or methods that do not work on it, before other processes load its weights.
 
     Raises:
@@ -49,7 +51,7 @@ def check_model(name: str, methods: Sequence[Method], dtype: str) -> None:
     read_dtype(dtype)
     model = load_skeleton(name)
     if methods:
-        use(model, methods)
+        use(model, methods, keep_total=keep_total)
 
 
 def load_media(paths: Sequence[str], frames: int, max_pixels: int | None = None) -> list[Medium]:

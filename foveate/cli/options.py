@@ -36,6 +36,14 @@ Settings = Annotated[
         "methods; may be repeated.",
     ),
 ]
+KeepTotal = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Most visual tokens of a prompt; if its images would have more, all shrink alike. The "
+        "last method before the language model must have a budget.",
+    ),
+]
 Adaptive = Annotated[
     Path | None,
     typer.Option(

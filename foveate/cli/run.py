@@ -34,6 +34,7 @@ class Job:
         repeats: timed rounds of a comparison with all tokens; 0 for none.
         device: where the model runs.
         dtype: of its weights, or `auto`.
+        keep_total: most visual tokens of the prompt; `None` for any number.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Job:
     repeats: int
     device: str
     dtype: str
+    keep_total: int | None = None
 
     @property
     def name(self) -> str:
@@ -116,14 +118,19 @@ def execute(job: Job) -> Outcome:
         inputs = encode(processor, job.media, job.question, model)
         shown: list[Medium] = job.media if takes_videos(processor) else [*flat(job.media)]
         steps.say(f"answering with {job.name}")
-        with use(model, job.methods) as session:
+        with use(model, job.methods, keep_total=job.keep_total) as session:
             answered = answer(model, processor, inputs, job.max_new_tokens)
         report, comparison = session.report(), None
         if job.repeats:
             steps.say("comparing with all tokens", 2 * (job.repeats + WARMUP))
             plain = answer(model, processor, inputs, job.max_new_tokens)
             ttft = time_first_token(
-                model, inputs, job.methods, repeats=job.repeats, tick=steps.tick
+                model,
+                inputs,
+                job.methods,
+                repeats=job.repeats,
+                tick=steps.tick,
+                keep_total=job.keep_total,
             )
             answers = {ALL: plain, job.name: answered}
             comparison = Comparison(answers, ttft, report)

@@ -52,6 +52,7 @@ def serve(
     weights: tuple[str, str],
     fleet: Fleet | None = None,
     policy: Policy | None = None,
+    keep_total: int | None = None,
 ) -> None:
     """Load the model, and serve it.
 
@@ -65,6 +66,7 @@ def serve(
         weights: device and dtype.
         fleet: replicas under Ray; `None` for a model in this process.
         policy: what chooses methods for requests that name none; `None` for `methods`.
+        keep_total: most visual tokens of a request; `None` for any number.
 
     Raises:
         FoveateError: a package is missing, the address is taken, or the method does not work.
@@ -77,7 +79,9 @@ def serve(
     listening = listen(*address)
     with progress() as steps:
         steps.say(f"loading {model}")
-        engine = _engine(model, tuple(methods), batching, limits.max_tokens, weights, fleet, policy)
+        engine = _engine(
+            model, tuple(methods), batching, limits.max_tokens, weights, fleet, policy, keep_total
+        )
     called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
     app = create_app(engine, Settings(called, **asdict(limits)))
     host, port = address[0], listening.getsockname()[1]
@@ -108,6 +112,7 @@ def _engine(
     weights: tuple[str, str],
     fleet: Fleet | None,
     policy: Policy | None,
+    keep_total: int | None,
 ) -> Any:
     """What answers: a model here, or replicas; see `serve`."""
     most, wait = batching
@@ -116,7 +121,7 @@ def _engine(
 
         return Engine(
             *load_model(model, *weights), list(methods) or None, max_batch=most, max_wait=wait,
-            max_tokens=max_tokens, policy=policy,
+            max_tokens=max_tokens, policy=policy, keep_total=keep_total,
         )  # fmt: skip
     from foveate.serve.replicas import OPTION, Replicas, Spec
 
@@ -124,9 +129,10 @@ def _engine(
     import_ray(OPTION)
     check_gpus(fleet.gpus, device, (OPTION, "--gpus-per-replica"))
     for recipe in [methods] if policy is None else [o.methods for o in policy.options]:
-        check_model(model, recipe, dtype)
+        check_model(model, recipe, dtype, keep_total)
     where = str(Path(model).absolute()) if Path(model).is_dir() else model
-    return Replicas(Spec(where, methods, device, dtype, most, wait, max_tokens, policy), fleet)
+    spec = Spec(where, methods, device, dtype, most, wait, max_tokens, policy, keep_total)
+    return Replicas(spec, fleet)
 
 
 def check_packages() -> None:

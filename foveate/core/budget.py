@@ -7,6 +7,7 @@ each row of the batch.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,7 @@ class PerRequest:
 
 
 Keep: TypeAlias = Schedule | PerRequest
+Total: TypeAlias = int | tuple[int, ...]
 
 
 def per_request(values: Sequence[Schedule]) -> PerRequest:
@@ -149,3 +151,63 @@ def count(keep: Keep, total: int, *, step: int, row: int, rounding: Callable[[fl
     share = keep[step] if isinstance(keep, tuple) else keep
     wanted = share if isinstance(share, int) else rounding(total * share)
     return min(max(int(wanted), 1), total)
+
+
+def plain_total(total: Any) -> Total | None:
+    """A `keep_total` as a plain int, a tuple of those, or `None`.
+
+    Args:
+        total: visual tokens of each row of the batch, together with those of its earlier turns: a
+            number for all rows, or a list with one for each.
+
+    Raises:
+        BudgetError: it is something else, or a number is less than 1.
+    """
+    if total is None:
+        return None
+    if isinstance(total, list | tuple) and total:
+        return tuple(map(_plain_count, total))
+    return _plain_count(total)
+
+
+def _plain_count(total: Any) -> int:
+    whole = isinstance(total, Integral) and not isinstance(total, bool)
+    if not whole or not 1 <= total < 2**63:
+        raise BudgetError(
+            "keep_total must be a positive int, or a list of those with one for each row of the "
+            f"batch, got {quoted(total)}"
+        )
+    return int(total)
+
+
+def divide(wants: Sequence[int], total: int) -> list[int]:
+    """Divide tokens among the images of a conversation.
+
+    They are dealt one at a time, over and over from the newest image to the oldest, to those that
+    want more. So all images that get less than they want get equally many, up to one, and an image
+    never gets more because another one has come.
+
+    Args:
+        wants: tokens that each image wants, oldest first.
+        total: tokens that there are.
+
+    Returns:
+        Tokens of each image, at most what it wants.
+
+    Examples:
+        >>> divide([10, 40, 40], 60)
+        [10, 25, 25]
+    """
+    if sum(wants) <= total:
+        return list(wants)
+
+    def dealt(level: int) -> int:
+        return sum(min(want, level) for want in wants)
+
+    level = bisect_right(range(max(wants) + 1), total, key=dealt) - 1
+    left = total - dealt(level)
+    counts = [min(want, level) for want in wants]
+    for number in reversed(range(len(wants))):
+        if left and wants[number] > level:
+            counts[number], left = level + 1, left - 1
+    return counts

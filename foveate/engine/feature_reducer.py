@@ -11,11 +11,12 @@ from torch import Tensor
 from foveate.engine import features
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
-from foveate.engine.inputs import placeholders, prompt_tokens
+from foveate.engine.inputs import cached, placeholders, prompt_tokens
 from foveate.engine.plan import Plan
 from foveate.engine.prompt import PromptContext, QuestionText
 from foveate.engine.reduce_features import mark
 from foveate.engine.thread_state import ThreadState
+from foveate.engine.total import Room
 from foveate.families import Family
 from foveate.signals.encoder_hooks import EncoderSignals
 
@@ -73,8 +74,17 @@ class FeatureReducer:
         question = None
         if self.plan.waits and not output.marked:
             question = self._question(images, output, source)
-        labelled = state.supervised is not None
-        return PromptContext(images, source, question, state.clip, labelled, state.training)
+        labelled, room = state.supervised is not None, self._room(len(visual))
+        return PromptContext(images, source, question, state.clip, labelled, state.training, room)
+
+    def _room(self, rows: int) -> Room | None:
+        """What the rows of a forward may hold; `None` for any number of visual tokens."""
+        now, total = self.state.now, self.plan.total
+        if total is None:
+            return None
+        assert now.prompt is not None  # as in every forward over a prompt
+        cache = now.prompt[1].get("past_key_values")
+        return Room.of(total, cache, cached(cache), rows, now.request_of)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:
         """A signal (G, L, C, V) of the encoder, in the shape that it has for methods."""

@@ -50,6 +50,7 @@ class _Span:
     locate: Locate | None
     tokens_at_start: Mapping[int, int]
     labels: Mapping[int, Tensor]
+    order: Tensor | None
 
     def image(
         self, number: int, request: Callable[[int], int], readout: Tensor | None = None
@@ -66,6 +67,7 @@ class _Span:
             kept=self.kept,
             locate=self.locate,
             tokens_at_start=self.tokens_at_start,
+            order=self.order,
         )
 
 
@@ -151,8 +153,8 @@ def _spans(of: ModalityImages) -> list[_Span]:
         if state.index is not None:
             index = state.index.cpu()
         kept_by_all = {**before, **state.kept}
-        begun, labels = state.tokens_at_start, state.labels
-        spans.append(_Span(row, at[:, 1], index, shape, kept_by_all, find, begun, labels))
+        begun, labels, order = state.tokens_at_start, state.labels, state.order
+        spans.append(_Span(row, at[:, 1], index, shape, kept_by_all, find, begun, labels, order))
     return spans
 
 

@@ -36,6 +36,7 @@ from foveate.engine.rollback import Rollback
 from foveate.engine.state import Args, Kwargs, Prompt
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
+from foveate.engine.total import forget_images
 from foveate.errors import InputError
 from foveate.families import Family
 from foveate.families.decoder_layer import named_arguments
@@ -112,6 +113,10 @@ class ForwardHooks:
         now.forward = ForwardPass(
             self.plan, self.family, self._prompt(sequence, past, groups, kwargs)
         )
+        if groups and self.plan.total is None:
+            forget_images(cache)
+        for extension in now.forward.extensions:
+            extension.begin(cache, now.request_of)
         if not groups or marked is None:
             return args, kwargs
         if now.forward.begin(marked) and self.family.reads_embeddings:
@@ -147,7 +152,7 @@ class ForwardHooks:
         return Rollback.of(
             cache,
             past,
-            rewritten=evicts,
+            rewritten=evicts or (self.plan.total is not None and bool(self.state.now.visual)),
             copies=shortened,
             replaced=self.family.replaces_state,
         )

@@ -38,6 +38,10 @@ class Image:
         kept: entry of each step -> (K) raster positions that survive it, ascending.
         locate: finds out where in the image the tokens lie.
         tokens_at_start: number of a method -> tokens it had where the method began.
+        most: tokens that may survive the last step before the language model; `None` for as many as
+            the method leaves.
+        order: (V) its survivors of the steps before the language model, those to keep longest
+            first, where a conversation has a total; else `None`.
     """
 
     number: int
@@ -48,6 +52,8 @@ class Image:
     kept: Kept = field(default_factory=dict)
     locate: Locate | None = None
     tokens_at_start: Mapping[int, int] = field(default_factory=dict)
+    most: int | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,9 +125,9 @@ class ImageGroup:
             counts: dict[int, list[int]] = {}
             for member, image in enumerate(self.images):
                 start = image.tokens_at_start.get(planned.method_number, self.count)
-                counts.setdefault(planned.count(self.count, start, image.request), []).append(
-                    member
-                )
+                count = planned.count(self.count, start, image.request)
+                count = count if image.most is None else min(count, image.most)
+                counts.setdefault(count, []).append(member)
             self._by_count[key] = counts
         return self._by_count[key]
 
@@ -238,6 +244,7 @@ class ImageState:
         index: (K) surviving raster positions in the order of their columns; `None` for raster
             order.
         kept: entry of each step on features -> (K) raster positions that survive it.
+        order: as in `Image`.
     """
 
     count: int
@@ -245,6 +252,7 @@ class ImageState:
     labels: Mapping[int, Tensor]
     index: Tensor | None = None
     kept: Kept = field(default_factory=dict)
+    order: Tensor | None = None
 
 
 def group_images(

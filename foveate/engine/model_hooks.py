@@ -36,6 +36,7 @@ from foveate.engine.rollback import ROPE, reset_rope
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ModelCall, ThreadState
+from foveate.engine.total import check_modalities
 from foveate.errors import BudgetError, InputError
 from foveate.families import Family
 
@@ -145,6 +146,7 @@ class ModelHooks:
         now.visual = placeholders(self.family, ids, kwargs, given)
         if not now.visual:
             return kwargs
+        check_modalities(self.plan, now.visual)
         self._enter_prompt(module, now, ids, kwargs)
         if given:
             return self._take(given, now, kwargs)
@@ -212,10 +214,13 @@ class ModelHooks:
     def _check_requests(self, rows: int) -> None:
         if self.state.clip is not None:
             self.state.clip.check(rows)
-        for keep in self.plan.per_request:
-            if len(keep.values) != rows:
+        lengths = [("per_request", len(keep.values)) for keep in self.plan.per_request]
+        if isinstance(self.plan.total, tuple):
+            lengths.append(("keep_total", len(self.plan.total)))
+        for name, length in lengths:
+            if length != rows:
                 raise BudgetError(
-                    f"per_request has {len(keep.values)} entries, but the batch has {rows} rows; "
+                    f"{name} has {length} entries, but the batch has {rows} rows; "
                     "give one for each row, "
                     "also for rows without an image"
                 )

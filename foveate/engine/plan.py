@@ -9,6 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from foveate.core import Learning, Method, Need, PartialCompute, PerRequest, Step
+from foveate.core.budget import Total
 from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.signals import SIGNALS, DecoderSignal
 
@@ -102,6 +103,8 @@ class Plan:
         decode_step: the step that acts on decoding, if there is one.
         extensions: classes of what forwards over a prompt do beyond dropping tokens.
         cached_extensions: the same of forwards after a pruned cache.
+        total: visual tokens that each row of a batch may hold together with its earlier turns, see
+            `foveate.use`; `None` for any number.
     """
 
     methods: tuple[Method, ...]
@@ -112,6 +115,7 @@ class Plan:
     decode_step: PlannedStep | None = None
     extensions: tuple[type, ...] = ()
     cached_extensions: tuple[type, ...] = ()
+    total: Total | None = None
 
     @cached_property
     def learned(self) -> nn.ModuleDict:
@@ -231,6 +235,8 @@ class Plan:
     def waits(self) -> bool:
         """Whether image features can only be reduced once the prompt is known."""
         needs = (need for planned in self.pre_llm for need in planned.step.needs)
+        if self.total is not None:
+            return True
         return bool(self.per_request) or any(SIGNALS[n.name].source == "prompt" for n in needs)
 
     @property
@@ -262,8 +268,13 @@ class Plan:
 
         Raises:
             UnsupportedModelError: a method acts on decoding alone.
-            BudgetError: a budget is given for each row of a batch.
+            BudgetError: a budget is given for each row of a batch, or for all its images.
         """
+        if self.total is not None:
+            raise BudgetError(
+                "keep_total is for conversations, whose images come one after another; train "
+                "without it"
+            )
         if self.per_request:
             raise BudgetError(
                 "per_request gives a keep for each row of a batch, but in training rows come in "

@@ -14,12 +14,14 @@ from foveate.core import (
     get_method,
     list_methods,
 )
+from foveate.core.budget import Total
 from foveate.core.schedule import why_not_ranked
 from foveate.core.step import entries
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
 from foveate.engine.extensions.partial.prefill import why_unsupported
 from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.total import check_total
 from foveate.engine.vision.checks import check_in_encoder, check_input_signal
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Encoder, Family
@@ -28,22 +30,23 @@ from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, InputSignal, 
 from foveate.signals.signal import free
 
 
-def make_plan(family: Family, methods: Sequence[Method]) -> Plan:
-    """Plan methods on a model.
+def make_plan(family: Family, methods: Sequence[Method], total: Total | None = None) -> Plan:
+    """Plan methods on a model; `total` as in `Plan`.
 
     Raises:
         LayerError: a layer lies outside the model, or the methods are not in stream order.
         UnsupportedModelError: the model cannot serve what a method needs; the message lists
             methods that work.
-        BudgetError: a schedule does not have one entry for each step.
+        BudgetError: a schedule does not have one entry for each step, or the methods cannot keep
+            to the total.
     """
     try:
-        return plain_plan(family, methods)
+        return plain_plan(family, methods, total)
     except UnsupportedModelError as error:
         raise offering(error, working_methods(family)) from None
 
 
-def plain_plan(family: Family, methods: Sequence[Method]) -> Plan:
+def plain_plan(family: Family, methods: Sequence[Method], total: Total | None = None) -> Plan:
     """As `make_plan`, whose refusals do not list methods that work."""
     steps: list[PlannedStep] = []
     for number, method in enumerate(methods):
@@ -67,8 +70,15 @@ def plain_plan(family: Family, methods: Sequence[Method]) -> Plan:
     work = _work(family, methods)
     check_together(family, methods, steps)
     plan = Plan(
-        tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, next(iter(decoding), None)
+        tuple(methods),
+        at("vision"),
+        at("pre_llm"),
+        at("llm"),
+        work,
+        next(iter(decoding), None),
+        total=total,
     )
+    check_total(plan)
     extensions, cached = extensions_of(plan)
     return replace(plan, extensions=extensions, cached_extensions=cached)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from foveate.core import Need, TrainingPass
 from foveate.engine.images import Image, ImageGroup
 from foveate.engine.masks import left_align, present_positions
+from foveate.engine.total import Room
 from foveate.errors import InputError
 from foveate.signals import SIGNALS
 from foveate.signals.clip import ClipQuestions
@@ -267,6 +268,7 @@ class PromptContext:
         clip: the questions, as CLIP embeds them.
         labelled: whether labels are given; images without question text then stay as they are.
         training: the forward as methods that learn see it, in training.
+        room: what rows may hold and hold already, where a conversation has a total.
     """
 
     images: Sequence[Image]
@@ -275,6 +277,7 @@ class PromptContext:
     clip: ClipQuestions | None = None
     labelled: bool = False
     training: TrainingPass | None = None
+    room: Room | None = None
 
     @property
     def without_text(self) -> tuple[int, ...]:

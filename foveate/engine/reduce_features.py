@@ -23,6 +23,7 @@ from foveate.engine.features import sheets as sheets_of
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt import PromptContext
+from foveate.engine.total import check_kept, limited, ranking
 from foveate.errors import LayerError
 from foveate.signals import SIGNALS, PromptSignal
 from foveate.signals.signal import over_layers
@@ -62,10 +63,16 @@ def mark(
     projected: list[int] = []
     again = replace(encoded, projector=_noting(encoded, projected))
     for planned in plan.pre_llm:
+        room = prompt.room if planned is plan.pre_llm[-1] else None
+        if room is not None:
+            limits = limited([of.group for of in current], planned, room)
+            current = [replace(of, group=group) for of, group in zip(current, limits, strict=True)]
         current = [
-            after for before in current for after in _step(planned, before, again, prompt, deliver)
+            after
+            for before in current
+            for after in _step(planned, before, again, prompt, deliver, ranked=room is not None)
         ]
-    states = _states([after.group for after in current])
+    states = _states(current)
     without = prompt.without_text if plan.asks_embeddings else ()
     output.encoded = replace(
         encoded, states=states, unprojected=(), projected=sum(projected), without_text=without
@@ -85,11 +92,13 @@ class _FeatureGroup:
         sheets: (G, V, D) their values on each sheet: the features first, which methods see; then
             DeepStack planes; what the projector was given is last, if methods merge that.
         changed: whether a step has removed, merged or ordered any of them.
+        order: (G, V) as in `Image`.
     """
 
     group: ImageGroup
     sheets: list[Tensor]
     changed: bool = False
+    order: Tensor | None = None
 
     def pick(self, part: ImageGroup) -> list[Tensor]:
         """(G, V, D) values of some of the images, on each sheet."""
@@ -100,19 +109,20 @@ class _FeatureGroup:
         return [x[members] for x in self.sheets]
 
 
-def _states(groups: Sequence[ImageGroup]) -> list[ImageState]:
+def _states(groups: Sequence[_FeatureGroup]) -> list[ImageState]:
     """The state of each image, in order of appearance."""
-    ordered = any(group.ordered for group in groups)
+    ordered = any(of.group.ordered for of in groups)
     states = {
         image.number: ImageState(
-            count=group.count,
+            count=of.group.count,
             tokens_at_start=image.tokens_at_start,
-            labels={method: label[i] for method, label in group.labels.items()},
-            index=group.index[i] if ordered else None,
+            labels={method: label[i] for method, label in of.group.labels.items()},
+            index=of.group.index[i] if ordered else None,
             kept=image.kept,
+            order=None if of.order is None else of.order[i],
         )
-        for group in groups
-        for i, image in enumerate(group.images)
+        for of in groups
+        for i, image in enumerate(of.group.images)
     }
     return [states[number] for number in sorted(states)]
 
@@ -153,8 +163,10 @@ def _step(
     encoded: EncoderOutputInfo,
     prompt: PromptContext,
     deliver: Callable[[str, Tensor], Tensor],
+    *,
+    ranked: bool,
 ) -> list[_FeatureGroup]:
-    """What one step makes of a group."""
+    """What one step makes of a group; `ranked` says whether its survivors are."""
     needs = planned.step.needs
 
     def features(part: ImageGroup) -> Tensor:
@@ -171,6 +183,11 @@ def _step(
                 found[need.name] = deliver(need.name, _signal(need, encoded, prompt.source, part))
         return found
 
+    def order(part: ImageGroup, after: ImageGroup) -> Tensor:
+        check_kept(after, planned)
+        known = signals(part)
+        return ranking(planned, part, after, lambda: features(part), known)
+
     unasked = prompt.without_query(needs, of.group)
     parts = apply_step(planned, of.group, features, signals, unasked, prompt.training)
     return [
@@ -178,6 +195,7 @@ def _step(
             after,
             _apply(planned, reduction, of.pick(part), encoded.projector),
             of.changed or reduction is not None,
+            order(part, after) if ranked else None,
         )
         for part, after, reduction in parts
     ]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from foveate.core import Method
+from foveate.core.budget import plain_total
 from foveate.core.resolve import MethodLike, methods_of
 from foveate.engine.attachment import Attachment
 from foveate.engine.gate import Gate, is_within
@@ -49,11 +50,12 @@ class BaseSession:
         model: a supported vision-language model or vision encoder, with or without its head.
         methods: one method, or several in stream order; see `use`.
         clip: what is asked, for methods with `relevance="clip"`.
+        keep_total: most visual tokens of a conversation; see `use`.
 
     Raises:
         UnsupportedModelError: unknown family, or the model cannot serve what a method needs.
         LayerError: a layer lies outside the model, or methods are not in stream order.
-        BudgetError: `keep` does not fit the method's steps.
+        BudgetError: `keep` does not fit the method's steps, or `keep_total` not the methods.
         InputError: `clip` is missing, or no method uses it.
     """
 
@@ -62,11 +64,12 @@ class BaseSession:
         model: PreTrainedModel,
         methods: MethodLike,
         clip: ClipQuestions | None = None,
+        keep_total: int | Sequence[int] | None = None,
     ) -> None:
         _check_version()
         model = unwrap(model)
         self.family = find_family(model)
-        self.plan = make_plan(self.family, methods_of(methods))
+        self.plan = make_plan(self.family, methods_of(methods), plain_total(keep_total))
         _check_clip(self.plan, clip)
         self._model = model
         self._state, self._gate = ThreadState(clip), Gate()

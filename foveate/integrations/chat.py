@@ -59,6 +59,7 @@ class ChatModel:
         method: what removes visual tokens, as `foveate.use` takes it; `None` for all of them.
         frames: frames that are taken from a video.
         max_pixels: most pixels of a file's image, see `foveate.io.images.load_image`.
+        keep_total: most visual tokens of a conversation; see `foveate.use`.
 
     Raises:
         FoveateError: the method does not work on the model.
@@ -71,8 +72,9 @@ class ChatModel:
         method: MethodLike | None = None,
         frames: int = 32,
         max_pixels: int | None = None,
+        keep_total: int | None = None,
     ) -> None:
-        self.max_pixels = max_pixels
+        self.max_pixels, self.keep_total = max_pixels, keep_total
         self.model, self.processor, self.frames = model, processor, frames
         self.method = None if method is None else methods_of(method)
         self._tokenizer = processor.tokenizer
@@ -82,7 +84,9 @@ class ChatModel:
 
     def session(self) -> AbstractContextManager[Any]:
         """What to run the model within."""
-        return nullcontext() if self.method is None else use(self.model, self.method)
+        if self.method is None:
+            return nullcontext()
+        return use(self.model, self.method, keep_total=self.keep_total)
 
     def answer(self, batch: Sequence[Conversation], **settings: Any) -> list[tuple[str, int]]:
         """Answers, and how many tokens each has.

@@ -106,8 +106,8 @@ class M3(Learning):
         Raises:
             InputError: the tokens are not whole grids.
         """
-        assert self.keep is not None  # else nothing is reduced
-        return _pooled(tokens, self.keep)
+        height, width = tokens.grid
+        return _pooled(tokens, height * width if self.keep is None else self.keep)
 
     def reduce_softly(
         self, tokens: VisualTokens, count: int, training: TrainingPass

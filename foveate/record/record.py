@@ -138,6 +138,9 @@ class Record:
             attend to where layers compute less of them; 0 where all layers compute all.
         embedding: numbers of an embedding, and bytes of a number, where the model makes one of each
             token that its last layer saw; else `None`.
+        keep_total: (rows) visual tokens that each row may hold, earlier turns included; empty for
+            any number.
+        earlier_tokens: (rows) those that it holds of earlier turns.
         results: number of a method with exits -> what it has noted in its memory in the last pass.
         notes: what a user should know, such as "no image in the prompt: nothing was removed".
     """
@@ -159,12 +162,18 @@ class Record:
     common_tokens: int = 0
     embedding: tuple[int, int] | None = None
     results: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    keep_total: list[int] = field(default_factory=list)
+    earlier_tokens: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def visual_tokens(self, row: int) -> tuple[int, int]:
         """Visual tokens of a row, and those that survive their last step."""
         images = [image for image in self.images if image.row == row]
         return sum(image.total for image in images), sum(image.left for image in images)
+
+    def entering(self, row: int) -> int:
+        """Visual tokens of a row that enter the language model in this forward."""
+        return sum(image.surviving(-1) for image in self.images if image.row == row)
 
 
 def site_name(entry: str) -> str:

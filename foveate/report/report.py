@@ -49,7 +49,9 @@ class _Family(ModelFacts, Protocol):
 class Report(dict[str, Any]):
     """A dict of plain JSON values; `str()` of it is a table.
 
-    Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `images` (row, grid,
+    Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `keep_total` (the
+    `limit` of each row, its `visual_tokens` and those `of_earlier_turns` among them; empty without
+    such a limit), `images` (row, grid,
     frames, tokens, tokens after each step, and what `kept` shows), `layers` (tokens and visual
     tokens of each row in each decoder layer), `flops`, `kv_bytes`, `state_bytes`, `index` and
     `notes`. `index` is `None`, but where a model makes an embedding of each token, it holds their
@@ -86,6 +88,7 @@ class Report(dict[str, Any]):
             dtype=str(dtype).removeprefix("torch."),
             rows=record.rows,
             prompt_tokens=list(record.prompt_tokens),
+            keep_total=_totals(record),
             images=[_image(image) for image in record.images],
             layers=[
                 {"tokens": list(tokens), "visual_tokens": seen}
@@ -95,7 +98,11 @@ class Report(dict[str, Any]):
             kv_bytes=_kv_bytes(record, family, dtype),
             state_bytes=_state_bytes(record, family, dtype),
             index=_index(record),
-            notes=[*record.notes, *idle_notes(record, family, methods)],
+            notes=[
+                *record.notes,
+                *idle_notes(record, family, methods),
+                *_total_notes(record),
+            ],
         )
         report["notes"] += _method_notes(family, methods)
         if report["flops"]["vision"] is None:
@@ -114,6 +121,7 @@ class Report(dict[str, Any]):
             dtype="",
             rows=0,
             prompt_tokens=[],
+            keep_total=[],
             images=[],
             layers=[],
             flops={},
@@ -211,6 +219,28 @@ def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) ->
             why = f"its keep={shown(str(method.keep))} leaves all tokens of these images"
         notes.append(f"{method.slug} removed nothing: {why}")
     return notes
+
+
+def _totals(record: Record) -> list[dict[str, int]]:
+    """What each row may hold and holds, where there is a limit."""
+    limits = enumerate(zip(record.keep_total, record.earlier_tokens, strict=True))
+    return [
+        {
+            "limit": limit,
+            "visual_tokens": record.entering(row) + earlier,
+            "of_earlier_turns": earlier,
+        }
+        for row, (limit, earlier) in limits
+    ]
+
+
+def _total_notes(record: Record) -> list[str]:
+    """What rows hold of what they may, where there is a limit."""
+    return [
+        f"keep_total: row {row} holds {held['visual_tokens']} of at most {held['limit']} visual "
+        f"tokens, {held['of_earlier_turns']} of them of earlier turns"
+        for row, held in enumerate(_totals(record))
+    ]
 
 
 def _removing(image: ImageRecord) -> list[str]:

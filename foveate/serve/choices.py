@@ -50,15 +50,21 @@ class Choices:
         model: a supported vision-language model.
         default: methods of requests that name none; none for all tokens.
         policy: what chooses them for requests that say nothing, instead of the default.
+        keep_total: most visual tokens of a request; `None` for any number.
 
     Raises:
         FoveateError: the default, or a recipe of the policy, does not work on the model.
     """
 
     def __init__(
-        self, model: Any, default: tuple[Method, ...] = (), policy: Policy | None = None
+        self,
+        model: Any,
+        default: tuple[Method, ...] = (),
+        policy: Policy | None = None,
+        keep_total: int | None = None,
     ) -> None:
         self._model, self._default, self._policy = model, default, policy
+        self._total = keep_total
         self._lock = threading.Lock()
         self._known: dict[str, FoveateError | None] = {}
         self._list: list[dict[str, Any]] = []
@@ -107,7 +113,7 @@ class Choices:
         cls = get_method(slug)
         try:
             made = methods_of(slug)
-            keep, refused = made[0].keep, _refusal(self._model, made)
+            keep, refused = made[0].keep, _refusal(self._model, made, self._total)
             why = "" if refused is None else str(refused)
         except FoveateError as error:  # a field has no default
             keep, why = getattr(cls, "keep", None), str(error)
@@ -159,7 +165,7 @@ class Choices:
         name = _text([method.to_dict() for method in methods])
         known = self._known.get(name, UNKNOWN)
         if known is UNKNOWN:
-            known = _refusal(self._model, methods)
+            known = _refusal(self._model, methods, self._total)
             if len(self._known) >= REMEMBERED:
                 self._known = {}
             self._known[name] = known
@@ -188,10 +194,10 @@ def changed(method: Method, fields: Mapping[str, Any]) -> Method:
     return methods_of(type(method), **{**own, **fields})[0]
 
 
-def _refusal(model: Any, methods: tuple[Method, ...]) -> FoveateError | None:
-    """What stands against methods on a model."""
+def _refusal(model: Any, methods: tuple[Method, ...], total: int | None) -> FoveateError | None:
+    """What stands against methods on a model, where a request has so many visual tokens at most."""
     try:
-        session = use(model, methods)
+        session = use(model, methods, keep_total=total)
     except FoveateError as error:
         return error
     if not len(session.learned):

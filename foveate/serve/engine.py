@@ -39,6 +39,8 @@ class Engine:
         max_batch: most questions that are answered together.
         max_wait: milliseconds for which a question waits for others.
         max_tokens: longest answer.
+        keep_total: most visual tokens of a question with all that was said before it, also where
+            it asks for all tokens; see `foveate.use`. `None` for any number.
 
     Raises:
         FoveateError: the method, or one of the policy's, does not work on the model.
@@ -54,12 +56,15 @@ class Engine:
         max_batch: int = 8,
         max_wait: float = 10.0,
         max_tokens: int = 1024,
+        keep_total: int | None = None,
     ) -> None:
         self._chat = ChatModel(model, processor)
         self.max_batch, self.max_wait, self.max_tokens = max_batch, max_wait, max_tokens
         self._placeholders = Placeholders(model, processor)
-        self._choices = Choices(model, () if method is None else methods_of(method), policy)
-        use(model, Uniform(keep=1.0))  # with which all tokens are counted
+        self._total = keep_total
+        own = () if method is None else methods_of(method)
+        self._choices = Choices(model, own, policy, keep_total)
+        self._use(Uniform(keep=1.0))  # with which all tokens are counted
         self._changed = threading.Condition()
         self._queue: list[Ticket] = []
         self._closing = False
@@ -172,12 +177,16 @@ class Engine:
         """What the model runs within, for tickets of equal keys."""
         first = tickets[0]
         if first.asked.everything or not first.question.images:
-            return use(self._chat.model, Uniform(keep=1.0))
+            return self._use(Uniform(keep=1.0))
         methods = [ticket.asked.methods for ticket in tickets]
         if all(one == methods[0] for one in methods):
-            return use(self._chat.model, methods[0])
+            return self._use(methods[0])
         keeps = per_request([cast(Any, one[0].keep) for one in methods])
-        return use(self._chat.model, changed(methods[0][0], {"keep": keeps}))
+        return self._use(changed(methods[0][0], {"keep": keeps}))
+
+    def _use(self, methods: MethodLike) -> Any:
+        """What the model runs within, with methods."""
+        return use(self._chat.model, methods, keep_total=self._total)
 
 
 def _told(error: Exception) -> Exception:

@@ -51,6 +51,7 @@ class Spec:
         max_wait: see `Engine`.
         max_tokens: see `Engine`.
         policy: see `Engine`.
+        keep_total: see `Engine`.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Spec:
     max_wait: float = 10.0
     max_tokens: int = 1024
     policy: Policy | None = None
+    keep_total: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Replica:
         loaded = load_model(spec.model, spec.device, spec.dtype)
         self._engine = Engine(
             *loaded, list(spec.methods) or None, max_batch=spec.max_batch, max_wait=spec.max_wait,
-            max_tokens=spec.max_tokens, policy=spec.policy,
+            max_tokens=spec.max_tokens, policy=spec.policy, keep_total=spec.keep_total,
         )  # fmt: skip
 
     async def stream(self, question: Question) -> AsyncIterator[Delta | End]:

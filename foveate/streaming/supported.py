@@ -31,6 +31,11 @@ def check_session(run: Any, cap: int, reserve: int, positions: str) -> None:
             f"{quoted(run)}"
         )
     _check_model(run.family)
+    if run.plan.total is not None:
+        raise InputError(
+            "keep_total is for conversations; a stream has a cap on all tokens of its own: leave "
+            "keep_total out of the session"
+        )
     if run.plan.llm or run.plan.work or run.plan.decode_step or run.plan.asks_text:
         names = ", ".join(method.slug for method in run.methods)
         raise InputError(

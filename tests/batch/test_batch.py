@@ -16,7 +16,7 @@ from foveate.batch.output import Totals
 from foveate.batch.run import look, run_here, writing
 from foveate.errors import InputError
 from foveate.integrations.chat import ChatModel
-from foveate.methods import FastV, PyramidDrop
+from foveate.methods import FastV, PyramidDrop, Uniform
 from tests.batch.tables import data_url, png, read, scenes, write_lines
 
 METHODS = (FastV(layer=3, keep=0.25),)
@@ -283,3 +283,10 @@ def test_images_are_fetched_from_hosts_that_are_named(tmp_path, alone, monkeypat
     assert "is not followed" in rows[3]["error"]
     assert [Host.asked.count(f"/{name}") for name in names] == [1, 3, 1, 1]
     assert all("127.0.0.1" in row["error"] for row in read(tmp_path / "refused"))
+
+
+def test_no_row_exceeds_a_total(tmp_path):
+    source = write_lines(tmp_path, 2)
+    answer(job(source, tmp_path / "out", methods=(Uniform(keep=0.5),), keep_total=50))
+    rows = read(tmp_path / "out")
+    assert {(r["visual_tokens_before"], r["visual_tokens_after"]) for r in rows} == {(256, 50)}

@@ -61,6 +61,20 @@ def test_run_gives_what_the_library_gives(embedded, scene, photo, question, pict
     assert "from layer 3 on" in result.stdout
 
 
+def test_run_keeps_to_a_total(scene, photo, question, tmp_path):
+    saved = tmp_path / "out.json"
+    line = ["run", "tiny", scene, photo, question, "--max-new-tokens", "1", "--keep-total", "50"]
+    result = call(*line, "--method", "divprune", "--json", str(saved))
+    assert result.exit_code == 0, result.output
+    data = json.loads(saved.read_text())
+    assert [image["after"]["pre_llm"] for image in data["images"]] == [25, 25]
+    assert data["keep_total"] == [{"limit": 50, "visual_tokens": 50, "of_earlier_turns": 0}]
+    assert "at most 50 visual tokens" in " ".join(result.stdout.split())
+    refused = call(*line, "--method", "fastv")
+    assert refused.exit_code == 2
+    assert "fastv does not act" in " ".join(refused.output.split())
+
+
 def test_run_draws_what_was_kept(embedded, scene, photo, question, tmp_path):
     from foveate.report.panels import stack
 

@@ -113,6 +113,9 @@ def run(
         if "shared_kv_states" in kwargs:
             kwargs["shared_kv_states"] = shared
         seen = there & ~forgotten if donor < spec.evict_cache else there
+        for start, gone in spec.forgotten:
+            seen = seen.expand(length, length).clone()
+            seen[start:, gone] = False
         kwargs["attention_mask"] = mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
         if moved.any():
             kwargs["position_ids"] = positions = kwargs["position_ids"] - moved

@@ -5,12 +5,15 @@ import base64
 import io
 
 import httpx
+import openai
 import pytest
 from PIL import Image
 
 import foveate
+from foveate import tiny
 from foveate.cli.inputs import answer, encode
-from tests.serve.running import client, data_url, turn
+from foveate.serve import Engine
+from tests.serve.running import client, data_url, running, turn
 
 LONGEST = 6
 
@@ -186,3 +189,19 @@ def test_models_and_methods(address):
     assert httpx.get(f"{address}/v1/models").json()["data"][0]["id"] == "tiny"
     assert httpx.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
     assert httpx.get(f"{address}/v1/models/other").status_code == 404
+
+
+def test_a_server_keeps_to_its_total(loaded, scenes):
+    """Also for requests that name a method or ask for all tokens, and for all turns of a chat."""
+    images = [scene.image for scene in scenes[:3]]
+    chat = []
+    with running(Engine(*tiny.load(), "divprune", keep_total=90)) as address:
+        asked = [({}, 25), ({"keep": 1}, 90), ({"method": "fastervlm", "keep": 0.5}, 90)]
+        for image, (extra, after) in zip(images, asked, strict=True):
+            chat.append(turn("what color is the star ?", image))
+            got = ask(address, chat, max_tokens=2, extra_body=extra)
+            before = 256 * len([one for one in chat if one["role"] == "user"])
+            assert got.usage.visual_tokens == {"before": before, "after": after}
+            chat.append({"role": "assistant", "content": got.choices[0].message.content})
+        with pytest.raises(openai.BadRequestError, match="fastv does not act"):
+            ask(address, chat[:1], extra_body={"method": "fastv"})

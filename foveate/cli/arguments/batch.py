@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Device, Dtype, Keep, MaxPixels, RayAddress, Settings
+from foveate.cli.options import Device, Dtype, Keep, KeepTotal, MaxPixels, RayAddress, Settings
 from foveate.errors import InputError
 
 HELP = """Answer tables of questions about images, and write the answers as Parquet.
@@ -46,6 +46,7 @@ def batch(
         typer.Option("--method", "-m", help="As in `foveate run`; by default all tokens are kept."),
     ] = None,
     keep: Keep = None,
+    keep_total: KeepTotal = None,
     setting: Settings = None,
     image_column: Annotated[
         str | None, typer.Option(help="Column of images; by default `images` or `image`.")
@@ -106,6 +107,7 @@ def batch(
         images=image_column, question=question_column, drop=tuple(drop or ()), prefix=prefix,
         max_new_tokens=max_new_tokens, batch=size, shard_rows=shard_rows, max_pixels=max_pixels,
         hosts=frozenset(allow_host or ()), device=device, dtype=dtype, retry_errors=retry_errors,
+        keep_total=keep_total,
     )  # fmt: skip
     cluster = None
     if workers is not None:

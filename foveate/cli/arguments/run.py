@@ -12,6 +12,7 @@ from foveate.cli.options import (
     Device,
     Dtype,
     Keep,
+    KeepTotal,
     MaxPixels,
     Model,
     OptionalMethods,
@@ -51,6 +52,7 @@ def run(
     ],
     method: OptionalMethods = None,
     keep: Keep = None,
+    keep_total: KeepTotal = None,
     setting: Settings = None,
     adaptive: Adaptive = None,
     with_all: Annotated[
@@ -86,7 +88,7 @@ def run(
     if policy is not None:
         chosen = policy.choose(question, flat(media))
     rounds = repeats if with_all else 0
-    job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype)
+    job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype, keep_total)
     execute(job).deliver(stdout(), show, json_path)
 
 

@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Adaptive, Device, Dtype, Keep, Model, RayAddress, Settings
+from foveate.cli.options import (
+    Adaptive,
+    Device,
+    Dtype,
+    Keep,
+    KeepTotal,
+    Model,
+    RayAddress,
+    Settings,
+)
 from foveate.errors import InputError
 
 HELP = """Serve a model through an OpenAI-compatible HTTP API, with a method that removes visual tokens.
@@ -36,6 +45,7 @@ def serve(
     model: Model,
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD)] = None,
     keep: Keep = None,
+    keep_total: KeepTotal = None,
     setting: Settings = None,
     adaptive: Adaptive = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -138,5 +148,5 @@ def serve(
         )
     start(
         model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet,
-        policy,
+        policy, keep_total,
     )  # fmt: skip

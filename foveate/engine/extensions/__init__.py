@@ -2,6 +2,7 @@
 
 from foveate.core import Learning
 from foveate.engine.extensions.base import Extension
+from foveate.engine.extensions.conversation import Conversation
 from foveate.engine.extensions.decode_choice import DecodeSelection
 from foveate.engine.extensions.eviction import Eviction
 from foveate.engine.extensions.key_gates import KeyGates
@@ -26,4 +27,6 @@ def extensions_of(plan: Plan) -> tuple[tuple[type[Extension], ...], tuple[type[E
         found.append(KeyGates)
     if plan.work:
         found.append(PartialPrefill)
+    if plan.total is not None:
+        found.append(Conversation)
     return tuple(found), (PartialDecode,) if plan.visual_blind else ()

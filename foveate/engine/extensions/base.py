@@ -7,7 +7,7 @@ attached to the layers of the key-value cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -35,6 +35,14 @@ class Extension:
 
     def __init__(self, forward: Any, plan: Plan) -> None:
         self.forward, self.plan = forward, plan
+
+    def begin(self, cache: Any, request_of: Callable[[int], int]) -> None:
+        """Before the text model.
+
+        Args:
+            cache: the key-value cache, or `None`.
+            request_of: row of the batch to entry of a per-request budget.
+        """
 
     def enter(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Kwargs:
         """Before a layer: its keyword arguments, in logical terms.

@@ -2,12 +2,12 @@
 
 Paper: Li et al., "Hourglass Tokenizer for Efficient Transformer-Based 3D Human Pose Estimation",
 arXiv:2311.12028 (CVPR 2024). Reference code: NationalGAILab/HoT @ 873b5bd.
-There it is part of models of human poses, whose tokens are joints; here the tokens of a frame are
-patches of a video encoder, and a frame is a tubelet.
-Differs from the reference: of equally dense frames the earlier one counts as denser (there: random
-noise decides anew in each forward; `seed` draws it once), since with k = 2 nearest neighbours of
-each other always are equally dense; distances are computed in float64 (there: above 25 frames by a
-product that is too coarse for that noise); queries are projected once (there: for each joint).
+There it is part of models of human poses, whose tokens are joints. Here tokens are patches of a
+video encoder, and a frame is a tubelet.
+Differs from the reference: of equally dense frames the earlier counts as denser (there: random
+noise decides anew in each forward; `seed` draws it once), as two frames that are each other's
+nearest are always equally dense for k = 2; distances are computed in float64 (there: above 25
+frames by a product too coarse for that noise); queries are projected once (there: for each joint).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from foveate.ops.frames import FrameRecovery
 from foveate.ops.learning import flops_of, untrained
 
 NOISE = 1e-6  # by which densities that are equal differ
+NOTE = "hot brings frames back by parameters of its own, which are to be trained (foveate.prepare)"
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ class HoT(Method):
         recovery = learned.to("meta")
         states = torch.empty(1, kept, tokens // total, model.vision_width, device="meta")
         return flops_of(lambda: recovery(states))
+
+    def note_on(self, model: ModelFacts) -> str:
+        """That it is to be trained, where it learns."""
+        return NOTE if self.recover else ""
 
     def kept_of(self, frames: int) -> int:
         """Frames of a video that are kept."""

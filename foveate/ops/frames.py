@@ -32,7 +32,8 @@ class FrameRecovery(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(G, F, P, D) all frames, of (G, K, P, D) those that were kept."""
-        query = self._by_head(self.query(self.queries))
+        query = self.query(self.queries.repeat(len(states), 1, 1))
+        query = self._by_head(query)[:, None]
         at_place = states.transpose(1, 2)
         key, value = self._by_head(self.key(at_place)), self._by_head(self.value(at_place))
         scores = query @ key.mT * query.shape[-1] ** -0.5  # (G, P, H, F, K)

@@ -18,12 +18,15 @@ from transformers import (
 )
 
 import foveate
+from foveate.core import VisualTokens
 from foveate.errors import BudgetError, FoveateError, InputError, LayerError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.account import account
 from foveate.methods import HoT, ToMe
+from foveate.methods.hot import Frames
 from foveate.ops.frames import FrameRecovery
 from foveate.training.prepare import session_of
+from tests.mixste import MixSTE, Sizes
 from tests.tinies import tiny_llava
 from tests.vision.encoders import ENCODERS, images, row_of
 from tests.vision.encoders import build as build_named
@@ -224,6 +227,39 @@ def test_published_frames_are_a_third_from_three_eighths_of_the_layers_on():
     assert HoT(keep=0.01).count(32, 32, step, 0) == CELLS
     assert HoT(recover=False).learned(family) is None
     assert isinstance(HoT().learned(family), FrameRecovery)
+
+
+def weights_alone(run):
+    """FLOPs of products with weights, as the release's counter sees them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for name, n in counts.items() if "bmm" not in str(name))
+
+
+def test_savings_of_the_pose_model_are_the_published_ones():
+    """Nearly 40 %: here queries are projected once, where the release does so for each joint."""
+    sizes = Sizes()
+    with torch.device("meta"):
+        model, learned = MixSTE(sizes), FrameRecovery(sizes.width, sizes.frames, 81, 8)
+        poses = torch.empty(1, sizes.frames, sizes.joints, 2)
+        index = torch.arange(sizes.frames * sizes.joints)[None]
+    step = Frames("vision", 3, frames=sizes.frames)
+
+    def shown(x):
+        grid, frames = (1, sizes.joints), sizes.frames
+        flat = x.flatten(1, 2)
+        return VisualTokens(lambda: flat, index, grid, step=step, frames=frames, learned=learned)
+
+    whole = weights_alone(lambda: model(poses))
+    saved = {}
+    for recover in (False, True):
+        method = HoT(layer=3, frames=81, recover=recover)
+        ours = weights_alone(lambda method=method: model(poses, method, shown))
+        saved[recover] = 100 * (1 - ours / whole)
+    queries = 2 * sizes.frames * (sizes.joints - 1) * sizes.width**2
+    assert saved[False] == pytest.approx(41.7, abs=0.05)
+    assert saved[True] - 100 * queries / whole == pytest.approx(39.6, abs=0.05)
 
 
 # -- training

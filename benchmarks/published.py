@@ -7,6 +7,7 @@ python benchmarks/published.py --write    # put it into docs/numbers.md
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from foveate.measure.streams import Streams
 from foveate.methods import (
     AdaToken3D,
     FastVGGT,
+    HoT,
     TokenTransforming,
     ToMe,
     TransPrune,
@@ -224,6 +226,53 @@ def layers_attended() -> list[Row]:
     return [Row("FastVGGT", "VGGT-1B, 1,000 images, times faster", 4, ours, why, "", "x")]
 
 
+def poses() -> list[Row]:
+    """HoT on 243 frames: weights alone, each of which a token of every joint passes once."""
+    frames, kept = 243, HoT().kept_of(243)
+
+    def saved(
+        width: int, block: int, depth: int, layer: int, tail: int = 0, back: int = 1
+    ) -> float:
+        """Percent saved by layers of so many weights from one on, with weights after the last."""
+        whole = frames * (depth * block + tail)
+        seen = layer * frames + (depth - layer) * kept
+        way = back * 2 * (frames + kept) * width**2
+        return 100 * (1 - (seen * block + way + frames * tail) / whole)
+
+    mixste, motionbert = 512, 256
+    two, four = 2 * 8 * mixste**2, 4 * 12 * motionbert**2  # blocks of a layer; MLPs of 2 and 4
+    counted = "weights alone, as the release counts; the abstract says nearly"
+    return [
+        Row("HoT", "MixSTE, 81 of 243 frames, saved", 40, saved(mixste, two, 8, 3),
+            f"from layer 3 of 8; {counted}; {saved(mixste, two, 8, 3, back=0):.1f} % without the "
+            "attention that brings frames back"),
+        Row("HoT", "MotionBERT, 81 of 243 frames, saved", 50,
+            saved(motionbert, four, 5, 1, tail=512 * motionbert),
+            f"from layer 1 of 5, as released; {counted}"),
+    ]  # fmt: skip
+
+
+def scans() -> list[Row]:
+    """ToP-ViM: a layer that scans does as much for each token, however many there are."""
+
+    def saved(shares: Sequence[float]) -> float:
+        return 100 * (1 - sum(staged(196, 36, (12, 24), shares)) / (36 * 196))
+
+    rows, seen = 197, []
+    for layer in range(24):
+        if layer in (5, 10, 15):  # an odd number in all, with the class token in the middle
+            rows = math.ceil(0.8 * (rows - 1)) // 2 * 2 + 1
+        seen.append(rows)
+    small = 100 * (1 - sum(seen) / (24 * 197))
+    return [
+        Row("ToP-ViM", "PlainMamba-L3, saved", 41.6, saved((0.5, 0.25)),
+            "36 layers of equal cost for each token, the stem left out; the only released setting, "
+            f"ViM-S after layers 5, 10 and 15, gives {small:.1f} %",
+            "half of the tokens before layers 12 and 24; no setting is public; .7 of them give "
+            f"{saved((0.7, 0.49)):.1f} %"),
+    ]  # fmt: skip
+
+
 def _tome(r: int) -> list[tuple[int, int]]:
     """Tokens that are gone before the attention and the MLP of each layer of a ViT."""
     schedule = ToMe(r=r).schedule(12)
@@ -309,7 +358,10 @@ def selections() -> list[Row]:
 
 def rows() -> list[Row]:
     """All published figures."""
-    return [*pyramiddrop(), *encoders(), *layers_attended(), *decoders(), *videos(), *selections()]
+    return [
+        *pyramiddrop(), *encoders(), *layers_attended(), *poses(), *scans(), *decoders(),
+        *videos(), *selections(),
+    ]  # fmt: skip
 
 
 def table() -> str:

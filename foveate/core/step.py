@@ -41,6 +41,12 @@ class ModelFacts(Protocol):
         """Width of the states of the vision encoder; 0 if methods cannot act inside."""
 
     @property
+    def vision_frames(self) -> int:
+        """Frames that the vision encoder tells apart in a video of the length that it is made for;
+        0 if it does not encode videos as such, or methods cannot act inside.
+        """
+
+    @property
     def text_width(self) -> int:
         """Width of the embeddings that the language model is given; 0 without one."""
 

@@ -254,6 +254,11 @@ class Family(TextFacts):
         return getattr(self.encoder.layers[0], self.encoder.block.norm1).weight.shape[-1]
 
     @property
+    def vision_frames(self) -> int:
+        """Frames that the encoder tells apart in a video; 0 if it encodes images."""
+        return 0
+
+    @property
     def class_token(self) -> bool:
         """Whether the encoder has a class token that methods can read."""
         return self.encoder is not None and self.encoder.class_token

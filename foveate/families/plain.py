@@ -59,6 +59,8 @@ class PlainEncoder(Family):
     """Modules that are handed rows after the layers, and need all of them."""
     pixels_name: ClassVar[str] = "pixel_values"
     """What the model is handed as pixels."""
+    frames_name: ClassVar[str] = "num_frames"
+    """Where the config of an encoder of videos says how many frames one has."""
     masks_kernels: ClassVar[bool] = False
     relative: ClassVar[bool] = False
     states_path: ClassVar[str | None] = None
@@ -136,6 +138,13 @@ class PlainEncoder(Family):
     def tubelet(self) -> tuple[int, int, int] | None:
         """(frames, height, width) of a token, where frames of a video are encoded together."""
         return None
+
+    @property
+    def vision_frames(self) -> int:
+        """Tubelets along time, of as many frames as the config says."""
+        if self.tubelet is None:
+            return 0
+        return max(getattr(self.base.config, self.frames_name) // self.tubelet[0], 1)
 
     @property
     def patches(self) -> Callable[[Mapping[str, Any]], tuple[int, int, int]] | None:

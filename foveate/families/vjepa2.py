@@ -40,6 +40,7 @@ class VJEPA2(PlainEncoder):
 
     layers_path = "encoder.layer"
     pixels_name = "pixel_values_videos"
+    frames_name = "frames_per_clip"
     block = VJEPA2Block(
         "norm1",
         "attention",

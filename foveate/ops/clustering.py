@@ -58,7 +58,7 @@ def squared_distances(x: Tensor) -> Tensor:
     return distance.masked_fill_(distance <= (square[:, None] + square[..., None]) * near, 0.0)
 
 
-def peaks(distance: Tensor, k: int) -> Tensor:
+def peaks(distance: Tensor, k: int, noise: Tensor | None = None) -> Tensor:
     """How much each point is a peak: the logarithm of density times distance to a denser point.
 
     The density is exp(-mean squared distance to the k nearest points). The logarithm ranks as the
@@ -67,6 +67,8 @@ def peaks(distance: Tensor, k: int) -> Tensor:
     Args:
         distance: (G, N, N) of `squared_distances`.
         k: neighbours that make up a density, the point itself being the first.
+        noise: (N) or (G, N), at least 0, what is added to densities, so that one of two equal ones
+            is the higher; `None` for nothing.
 
     Returns:
         (G, N), higher is more of a center. Where no point is denser, the largest distance of the
@@ -74,6 +76,8 @@ def peaks(distance: Tensor, k: int) -> Tensor:
     """
     near = distance.topk(min(k, distance.shape[-1]), dim=-1, largest=False).values
     density = -near.mean(-1)
+    if noise is not None:
+        density = torch.logaddexp(density, noise.to(density).log())
     denser = density[:, None] > density[..., None]
     apart = distance.masked_fill(~denser, torch.inf).amin(-1)
     farthest = distance.amax((1, 2))[:, None].expand_as(apart)

@@ -277,7 +277,7 @@ def test_list_says_what_works():
     assert max(map(len, lines)) <= 80
     works, refused = result.stdout.split("methods that do not, and why")
     assert "pyramiddrop" in works
-    assert "dtop, stvit: is for encoders alone" in refused
+    assert "dtop, hot, stvit: is for encoders alone" in refused
 
 
 def test_list_says_what_does_not_work_and_why(tmp_path):

@@ -35,6 +35,7 @@ ADAPTERS = {
     "holitom": "golden_video",
     "holitom-inner": "golden_drops",
     "holov": "golden_recorded",
+    "hot": "golden_hot",
     "idpruner": "golden_recorded",
     "llava-prumerge": "golden_patches",
     "lrs-vqa": "golden_lrsvqa",
@@ -61,6 +62,7 @@ SOURCES = {
     "gtp-vit": ("gtp-vit", "case*"),
     "holitom": ("holitom", "outer_*"),
     "holitom-inner": ("holitom", "inner_*"),
+    "hot": ("hot", "case*"),
 }
 Check = Callable[[], None]
 

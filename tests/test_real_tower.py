@@ -203,12 +203,12 @@ def _tensor(name, kind, shape, raw):
 def test_weights_of_a_quantised_graph_get_their_names_and_scales():
     parts = importlib.import_module("real_parts")
     matrix = np.array([[100, -3], [7, -128], [0, 5]], np.int8)  # 3 inputs, 2 outputs
-    zero, scale = np.array([1, 0], np.int8), np.array([0.5, 2.0], np.float32)
+    zero, scale = np.array([-1, 0], np.int8), np.array([0.5, 2.0], np.float32)
     bias = np.arange(200, dtype=np.float32)
     node = _field(3, "/vision_model/encoder/layers.0/mlp/fc1/MatMul_quant")
     node += _field(4, "MatMulInteger")
     node = b"".join(_field(1, x) for x in ("x", "m_quantized", "x_zero", "m_zero_point")) + node
-    zeros = b"".join(_field(5, value) for value in zero.tolist())  # numbers, not raw
+    zeros = b"".join(_field(5, value % 2**64) for value in zero.tolist())  # numbers, not raw
     graph = _field(1, node) + _tensor("m_quantized", 3, (3, 2), matrix.tobytes())
     graph += _tensor("m_scale", 1, (2,), scale.tobytes())
     graph += _field(5, _field(1, 2) + _field(2, 3) + _field(8, "m_zero_point") + zeros)
@@ -216,7 +216,7 @@ def test_weights_of_a_quantised_graph_get_their_names_and_scales():
     found = parts.weights(parts.graph_of(_field(1, 7) + _field(7, graph)))
     layer = "vision_model.encoder.layers.0.mlp.fc1"
     assert set(found) == {f"{layer}.weight", f"{layer}.bias"}
-    assert found[f"{layer}.weight"].tolist() == [[49.5, 3.0, -0.5], [-6.0, -256.0, 10.0]]
+    assert found[f"{layer}.weight"].tolist() == [[50.5, 4.0, 0.5], [-6.0, -256.0, 10.0]]
     assert found[f"{layer}.bias"].tolist() == bias.tolist()
 
 

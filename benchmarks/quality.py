@@ -2,7 +2,7 @@
 
 foveate bench --model tiny --methods all --tasks all --data DATA --out OUT
 python benchmarks/quality.py OUT/results.parquet   # writes results/quality.json and the page
-python benchmarks/quality.py                       # the page only, with results of real.py
+python benchmarks/quality.py    # the page only, with results of real.py and real_tower.py
 
 python -m recipes.easy_vqa --data DATA --out MODEL --steps 160
 foveate bench --model MODEL --methods all --keep 0.25 --tasks easy-vqa --data DATA --out OUT \
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import _real_tower_page as tower
 from _real_table import section
 
 from foveate.bench.levels import ALL
@@ -145,9 +146,14 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
     parts.append(table(["method", "status", "reason", "cells"], [
         [str(x).replace("|", "/") for x in row] for row in result["troubles"]
     ]))  # fmt: skip
-    files = sorted(RESULT.parent.glob("real_*.json"))
-    parts.append(section([json.loads(path.read_text()) for path in files]))
+    parts.append(tower.section(tower.load()))
+    parts.append(section([json.loads(path.read_text()) for path in measured()]))
     return "\n".join(parts)
+
+
+def measured() -> list[Path]:
+    """What `real.py` has kept."""
+    return sorted(set(RESULT.parent.glob("real_*.json")) - {tower.RESULT})
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:
@@ -179,6 +185,7 @@ def main() -> None:
     if given:
         target = EASY if given[0] == "--easy-vqa" else RESULT
         target.write_text(json.dumps(compact(given[-1]), indent=1) + "\n")
+    tower.FIGURE.write_text(tower.figure(tower.load()))
     PAGE.write_text(page(json.loads(RESULT.read_text()), json.loads(EASY.read_text())))
     print(f"wrote {PAGE}")
 

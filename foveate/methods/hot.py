@@ -105,8 +105,14 @@ class HoT(Method):
                 f"{self.heads}"
             )
         layer = (model.feature_layer + 1) * 3 // 8 if self.layer is None else self.layer
-        effects = ("exit",) if self.recover else ()
-        return (Frames("vision", layer, effects=effects, frames=model.vision_frames),)
+        return (
+            Frames(
+                "vision",
+                layer,
+                effects=("exit",) if self.recover else (),
+                frames=model.vision_frames,
+            ),
+        )
 
     def learned(self, model: ModelFacts) -> FrameRecovery | None:
         """What brings frames back; `None` without `recover`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ class TwoLevelPruning(nn.Module):
     ) -> tuple[int, int, SparseVoxels]:
         """How many were upsampled, how many that made, and the voxels of the new level."""
         looked, logits = decisions[-1]
-        pruning = self.pruning[level]
+        pruning = cast(TextGuidedPruning, self.pruning[level])
         if prune and not self.training:
             x = x.take(pruning.keep(looked, logits))
         new = self.up[level](x)

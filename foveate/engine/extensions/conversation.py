@@ -76,7 +76,7 @@ class Conversation(Extension):
                 f"{self.forward.family.model_type} have mixed them into a running state, from "
                 "which no token can be taken; run the whole conversation anew, without the cache"
             )
-        full = Slots.full(*gone.shape, gone.device)
+        full = Slots.full(gone.shape[0], gone.shape[1], gone.device)
         kept: dict[Slots, tuple[Slots, Tensor]] = {}  # layers that share slots go on sharing
         for number, layer in enumerate(cache.layers):
             if type(layer) in WITHOUT_SLOTS:

@@ -1,15 +1,20 @@
-"""Every block of Python of the pages runs as printed, on small models under large ones' names."""
+"""Every block of Python of the pages runs as printed, on small models under large ones' names, and
+every command parses.
+"""
 
 import copy
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import typer
 
 import foveate
 from foveate import large, tiny
+from foveate.cli import app
 from foveate.methods import DivPrune
 from foveate.serve import Engine
 from foveate.training.finetune import Collator, Scenes
@@ -22,9 +27,11 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
     "add-a-method.md": "test_docs.py",
     "combine.md": "test_docs.py",
+    "conversations.md": "test_docs.py",
     "retrieval.md": "test_docs.py",
     "segmentation.md": "test_docs.py",
     "streaming.md": "streaming/test_page.py",
+    "voxels.md": "voxels/test_page.py",
 }
 HERE = (
     "README.md", "choose.md", "dense.md", "how-it-works.md", "index.md", "large-images.md",
@@ -46,9 +53,32 @@ def blocks(name):
     return [code for code in found if not any(mark in code for mark in NOT_HERE)]
 
 
+PAGES = ["README.md", *sorted(path.name for path in (ROOT / "docs").glob("*.md"))]
+
+
+def commands():
+    """Commands of the pages, without comments and what takes their output."""
+    found = [re.findall(r"^```(?:sh)?\n(.*?)^```$", page(name), re.DOTALL | re.M) for name in PAGES]
+    lines = [line for blocks in found for block in blocks for line in block.splitlines()]
+    told = (re.split("#| > ", line)[0].strip() for line in lines if line.startswith("foveate "))
+    return sorted(set(told))
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_parses(line, tmp_path, monkeypatch):
+    """Names, options and argument counts are right; nothing is run."""
+    monkeypatch.chdir(tmp_path)
+    Path("campaign.yaml").write_text("methods: [fastv]\n")  # of `bench --config`
+    group = typer.main.get_command(app)
+    name, command, arguments = group.resolve_command(typer.Context(group), shlex.split(line)[1:])
+    given = command.make_context(name, list(arguments)).params
+    if name == "run" and given["method"]:
+        fields = foveate.get_method(given["method"]).__dataclass_fields__
+        assert all(setting.split("=")[0] in fields for setting in given["setting"] or ())
+
+
 def test_no_page_is_left_out():
-    pages = [path.name for path in (ROOT / "docs").glob("*.md")] + ["README.md"]
-    shown = {name for name in pages if re.search(r"^```(python|py)$", page(name), re.MULTILINE)}
+    shown = {name for name in PAGES if re.search(r"^```(python|py)$", page(name), re.MULTILINE)}
     assert shown == {*HERE, *ELSEWHERE}
     for name, test in ELSEWHERE.items():
         assert name.removesuffix(".md") in (ROOT / "tests" / test).read_text("utf-8")

@@ -1,15 +1,11 @@
 """What the README shows runs, and its table is the registry's."""
 
 import re
-import shlex
 from pathlib import Path
 
-import pytest
-import typer
 from PIL import Image
 
 import foveate
-from foveate.cli import app
 from foveate.core import registry
 
 README = Path(__file__).parent.parent / "README.md"
@@ -40,24 +36,6 @@ def test_method_example_passes_its_checks(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "llava: oracle" in printed
     assert "skipped" not in printed
-
-
-def commands() -> list[str]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [line.split("#")[0].strip() for line in lines if line.startswith("foveate ")]
-
-
-@pytest.mark.parametrize("line", commands())
-def test_command_examples_parse(line, tmp_path, monkeypatch):
-    """Names, options and argument counts are right; nothing is run."""
-    monkeypatch.chdir(tmp_path)
-    Path("campaign.yaml").write_text("methods: [fastv]\n")  # of `bench --config`
-    group = typer.main.get_command(app)
-    name, command, arguments = group.resolve_command(typer.Context(group), shlex.split(line)[1:])
-    given = command.make_context(name, list(arguments)).params
-    if name == "run":
-        fields = foveate.get_method(given["method"]).__dataclass_fields__
-        assert all(setting.split("=")[0] in fields for setting in given["setting"] or ())
 
 
 def test_table_lists_every_method_and_nothing_else():

@@ -1,9 +1,9 @@
 """Methods that learn, on the embedded model: trained through the stock Trainer, then asked.
 
-`python benchmarks/learning.py ARM --seed 0` trains one arm, goes on where it stopped, and asks
-held-out questions of FoveaBench; `base` asks the embedded model as it is, with methods that need no
-training. Each writes its row into `results/learning.json`. The test split is never trained on, and
-all arms are asked the same questions.
+`python benchmarks/learning.py ARM --seed 0` trains one arm, and asks held-out questions of
+FoveaBench; `base` asks the embedded model as it is, with methods that need no training. Each writes
+its row into `results/learning.json`. The test split is never trained on, and all arms are asked the
+same questions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ARMS = (
 ALONE = ("visionselector", "covipal", "atp-llava")  # trained with the model frozen
 TRAINING_FREE = (
     "random", "uniform", "divprune", "cdpruner", "fastervlm", "vtc-cls", "visionzip", "dart",
-    "hiprune",
+    "hiprune", "scope", "idpruner", "vispruner", "holov", "prunesid",
 )  # fmt: skip
 
 
@@ -100,26 +100,24 @@ class Conversations:
         return {"input_ids": ids, "labels": labels, "pixels": np.array(image)}
 
 
-def trained(arm: str, seed: int, out: Path, options: argparse.Namespace) -> tuple[Any, float]:
-    """The embedded model with an arm's method, trained, and the CPU seconds it took."""
+def trained(
+    arm: str, seed: int, out: Path, options: argparse.Namespace
+) -> tuple[Any, dict[str, Any]]:
+    """The embedded model with an arm's method, trained; the CPU seconds and losses of that."""
     import torch
-    from _convergence import MuonAdam, collate
+    from _convergence import collate
     from transformers import Trainer, TrainingArguments
 
     import foveate
     from foveate.tiny import load
-    from foveate.training.prepare import session_of
 
     model, _ = load()
     alone = arm in ALONE
     model.model.vision_tower.requires_grad_(False)
     model = foveate.prepare(model, method(arm), train="method" if alone else "all")
     folder = out / f"{arm}-{seed}"
-    if alone:
-        rate, parameters = 2e-3, session_of(model).learned.parameters()
-        optimizer: Any = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    else:
-        optimizer = MuonAdam(model, rate := 1e-3)
+    rate = 2e-3 if alone else 4e-4
+    learning = [weights for weights in model.parameters() if weights.requires_grad]
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=options.batch, max_steps=options.steps,
         learning_rate=rate, lr_scheduler_type="linear", warmup_steps=20, max_grad_norm=2.0,
@@ -131,11 +129,17 @@ def trained(arm: str, seed: int, out: Path, options: argparse.Namespace) -> tupl
         args=arguments,
         train_dataset=Conversations(seed, options.steps * options.batch),
         data_collator=collate,
-        optimizers=(optimizer, None),
+        optimizers=(torch.optim.AdamW(learning, lr=rate, weight_decay=0.0), None),
     )
     begun = time.process_time()
     trainer.train()
-    return model.eval(), time.process_time() - begun
+    seconds = round(time.process_time() - begun)
+    logged = [
+        (log["step"], round(float(log["loss"]), 4))
+        for log in trainer.state.log_history
+        if "loss" in log
+    ]
+    return model.eval(), {"cpu_seconds": seconds, "loss": logged}
 
 
 def ask(model: Any, samples: int) -> tuple[dict[str, list[bool]], list[float]]:
@@ -219,7 +223,7 @@ def base(samples: int) -> dict[str, Any]:
     asked = [("all tokens", None, {})]
     asked += [(f"m3 {n} tokens", "m3", {"keep": n}) for n in SCALES[1:]]
     asked += [
-        (f"{name} {keep:g}", name, {"keep": keep}) for name in TRAINING_FREE for keep in KEEPS
+        (f"{name} {keep:g}", name, {"keep": keep}) for name in TRAINING_FREE for keep in KEEPS[1:2]
     ]
     for name, chosen, fields in asked:
         with foveate.use(model, chosen, **fields) if chosen else nullcontext():
@@ -229,11 +233,12 @@ def base(samples: int) -> dict[str, Any]:
 
 
 def write(key: str, row: dict[str, Any], setting: dict[str, Any]) -> None:
-    """Put a row into the result file."""
+    """Put a row into the result file, which has a line for each."""
     path = RESULTS / "learning.json"
     known = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    known["rows"] = dict(sorted({**known["rows"], key: {**row, "machine": machine()}}.items()))
-    path.write_text(json.dumps({**known, "setting": setting}, indent=1) + "\n")
+    rows = dict(sorted({**known["rows"], key: {**row, "machine": machine()}}.items()))
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(of)}" for name, of in rows.items())
+    path.write_text(f'{{\n "setting": {json.dumps(setting)},\n "rows": {{\n{lines}\n }}\n}}\n')
 
 
 def main() -> None:
@@ -253,11 +258,10 @@ def main() -> None:
     if options.arm == "base":
         write("base", {"answers": base(options.samples)}, setting)
         return
-    model, seconds = trained(options.arm, options.seed, options.out, options)
+    model, course = trained(options.arm, options.seed, options.out, options)
     row = {
         "arm": options.arm, "seed": options.seed, "steps": options.steps, "batch": options.batch,
-        "cpu_seconds": round(seconds),
-        "answers": answers(options.arm, model, options.samples),
+        **course, "answers": answers(options.arm, model, options.samples),
     }  # fmt: skip
     write(f"{options.arm}/{options.seed}", row, setting)
 

@@ -59,6 +59,22 @@ def test_the_figures_on_policies_are_made_from_the_results():
     assert page == made, "run python benchmarks/adaptive_page.py"
 
 
+def test_the_figures_on_learning_are_made_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = _script("learning_page")
+    result = json.loads(script.RESULT.read_text())
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.page(page, result), "run python benchmarks/learning_page.py"
+    assert script.FIGURE.read_text() == script.figure(result)
+
+
+def test_gains_of_learning_are_paired_by_question(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    script = _script("learning_page")
+    assert script.gain([[1, 1, 0, 1], [1, 0, 0, 1]], [[0, 1, 0, 1]]).startswith("+12.5 (")
+    assert script.gain([[1, 0, 1]], [[1, 0, 1]]) == "+0.0 (+0.0 to +0.0)"
+
+
 def test_the_page_on_choosing_is_made_from_the_results(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = _script("choose")

@@ -101,7 +101,7 @@ def figure(result: dict[str, Any]) -> str:
         Axis(0, losses[-1][0], losses),
         [(colour, f"{arm}, one line a seed") for arm, colour in COLOURS.items()],
         "loss (mean over scales; with the selector's own) over CPU minutes of training",
-        220,
+        280,
     )
 
 

@@ -17,7 +17,7 @@ from foveate.errors import AttachError
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, CASES, TOLERANCE, features_of
-from tests.methods_for_tests import Average, EveryThird
+from tests.methods_for_tests import Average, EveryThird, readers_methods
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 
 
@@ -28,7 +28,7 @@ def keep_all(name):
 
 def with_a_keep():
     """Methods that can be told to keep everything."""
-    hints = {name: get_type_hints(foveate.get_method(name)) for name in foveate.list_methods()}
+    hints = {name: get_type_hints(foveate.get_method(name)) for name in readers_methods()}
     keeps = [name for name, fields in hints.items() if fields["keep"] is not type(None)]
     # The keep of the first is only a limit, and that of the others a number of tokens.
     others = ("llava-prumerge", "m3", "ordered-queries", "tokenflex")

@@ -28,7 +28,7 @@ from foveate.io.quoting import quoted, shown, within
 from foveate.io.writing import write_json
 
 FORMAT = 1
-SIGNALS = ("words", "images", "pixels", "gradient", "entropy")
+SIGNALS = ("words", "images", "megapixels", "gradient", "entropy")
 """Signals before those that tell whether a word is in the question."""
 SIDE = 256
 """Images are measured at this width and height at most."""

@@ -192,8 +192,13 @@ def test_a_method_that_keeps_everything_changes_no_bit_for_readers(name, vision)
         if not (works(name, vision) and works(name, slug)):
             continue
         whole = method_of(vision, **ALL.get(vision, {"keep": 1.0}))
-        got, kept = state(name, planned(name, whole, method_of(slug)), ragged(name)[0])
-        want, same = state(name, planned(name, method_of(slug)), ragged(name)[0])
+        reader = method_of(slug)
+        if vision in ALL:  # which holds for positions, and is only known to keep all once run
+            reader = method_of(slug, positions="original")
+            if not planned(name, whole, reader):
+                continue
+        got, kept = state(name, planned(name, whole, reader), ragged(name)[0])
+        want, same = state(name, planned(name, reader), ragged(name)[0])
         assert torch.equal(got, want), slug
         for mine, theirs in zip(kept, same, strict=True):
             assert torch.equal(list(mine.values())[-1], list(theirs.values())[-1])

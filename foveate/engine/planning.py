@@ -69,15 +69,8 @@ def plain_plan(family: Family, methods: Sequence[Method], total: Total | None = 
         )
     work = _work(family, methods)
     check_together(family, methods, steps)
-    plan = Plan(
-        tuple(methods),
-        at("vision"),
-        at("pre_llm"),
-        at("llm"),
-        work,
-        next(iter(decoding), None),
-        total=total,
-    )
+    decode = next(iter(decoding), None)
+    plan = Plan(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, decode, total=total)
     check_total(plan)
     extensions, cached = extensions_of(plan)
     return replace(plan, extensions=extensions, cached_extensions=cached)

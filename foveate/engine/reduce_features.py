@@ -23,7 +23,7 @@ from foveate.engine.features import sheets as sheets_of
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.engine.prompt import PromptContext
-from foveate.engine.total import check_kept, limited, ranking
+from foveate.engine.total import Room, check_kept, limited, ranking
 from foveate.errors import LayerError
 from foveate.signals import SIGNALS, PromptSignal
 from foveate.signals.signal import over_layers
@@ -64,12 +64,9 @@ def mark(
     again = replace(encoded, projector=_noting(encoded, projected))
     for planned in plan.pre_llm:
         room = prompt.room if planned is plan.pre_llm[-1] else None
-        if room is not None:
-            limits = limited([of.group for of in current], planned, room)
-            current = [replace(of, group=group) for of, group in zip(current, limits, strict=True)]
         current = [
             after
-            for before in current
+            for before in (current if room is None else _limited(current, planned, room))
             for after in _step(planned, before, again, prompt, deliver, ranked=room is not None)
         ]
     states = _states(current)
@@ -107,6 +104,14 @@ class _FeatureGroup:
         member = {number: i for i, number in enumerate(self.group.numbers)}
         members = [member[number] for number in part.numbers]
         return [x[members] for x in self.sheets]
+
+
+def _limited(
+    current: Sequence[_FeatureGroup], planned: PlannedStep, room: Room
+) -> list[_FeatureGroup]:
+    """Groups whose images know how many tokens they may have, see `foveate.engine.total`."""
+    groups = limited([of.group for of in current], planned, room)
+    return [replace(of, group=group) for of, group in zip(current, groups, strict=True)]
 
 
 def _states(groups: Sequence[_FeatureGroup]) -> list[ImageState]:

@@ -95,6 +95,14 @@ def small(monkeypatch, tmp_path):
         monkeypatch.setattr(cls, "from_pretrained", lambda *_, **__: copy.deepcopy(found))
 
     opens(transformers.AutoModelForDepthEstimation, depth_anything())
+    config = transformers.VideoMAEConfig(
+        image_size=16, patch_size=8, num_frames=16, hidden_size=32, num_hidden_layers=6,
+        num_attention_heads=4, intermediate_size=48, num_labels=2,
+    )  # fmt: skip
+    opens(
+        transformers.VideoMAEForVideoClassification,
+        transformers.VideoMAEForVideoClassification(config),
+    )
     opens(foveate.ClipText, foveate.ClipText(*tiny_clip()))
     real = transformers.AutoModelForImageTextToText.from_pretrained
 
@@ -119,8 +127,12 @@ def given(name, model, processor):
     image = tiny.draw_scene(12).image
     inputs = processor(images=image, text="<image> what number is red ?", return_tensors="pt")
     known = {"foveate": foveate, "model": model, "processor": processor, "inputs": inputs}
+    args = transformers.TrainingArguments("out", use_cpu=True, remove_unused_columns=False)
     if name == "dense.md":
-        return {"pixel_values": torch.rand(1, 3, 112, 112)}
+        videos = [
+            {"pixel_values": torch.rand(16, 3, 16, 16), "labels": label} for label in (0, 1, 0, 1)
+        ]
+        return {"pixel_values": torch.rand(1, 3, 112, 112), "args": args, "data": videos}
     if name == "how-it-works.md":
         return known | {
             "model": tiny_llava(),
@@ -133,7 +145,6 @@ def given(name, model, processor):
     if name == "serving.md":
         image.save("scene.png")
     if name in ("README.md", "training.md"):
-        args = transformers.TrainingArguments("out", use_cpu=True, remove_unused_columns=False)
         known = {"args": args, "data": Scenes(4), "collator": Collator(processor)}
         return known | {"processor": processor}
     if name == "tune.md":

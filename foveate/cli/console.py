@@ -36,9 +36,13 @@ def stderr() -> Console:
 
 
 def hush() -> None:
-    """Keep what other libraries warn of off the screen, here and in processes begun from here."""
+    """Keep warnings and bars of other libraries off the screen, here and in processes begun here.
+
+    A bar of theirs would break one of ours.
+    """
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.warnoptions:  # what the user asks of Python holds
         warnings.simplefilter("ignore")
         warnings.filterwarnings("default", module="foveate")
@@ -93,11 +97,12 @@ class Steps:
 
 
 @contextmanager
-def progress(*, time_left: bool = False) -> Iterator[Steps]:
+def progress(*, time_left: bool = False, shown: bool = True) -> Iterator[Steps]:
     """Show progress while something runs.
 
     Args:
         time_left: show how long it will take, instead of how many steps are done.
+        shown: whether this process shows it; of several that do the same, one should.
     """
     console = stderr()
     with Progress(
@@ -107,6 +112,6 @@ def progress(*, time_left: bool = False) -> Iterator[Steps]:
         _Left() if time_left else _Count(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not (shown and console.is_terminal),
     ) as bar:
         yield Steps(bar)

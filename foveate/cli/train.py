@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
+from transformers import TrainerCallback
 
-from foveate.cli.console import progress
+from foveate.cli.console import Steps, progress, stderr
 from foveate.cli.interrupts import AGAIN, keeping
 from foveate.cli.recipe import read_recipe
 from foveate.io.quoting import shown
@@ -39,10 +40,40 @@ def run(path: Path, console: Console) -> None:
     last = last_checkpoint(recipe.out)
     if first and last is not None:
         console.print(f"resuming from {escape(str(last))}", soft_wrap=True)
-    with keeping(lambda: _kept(recipe.out)):
-        trainer = finetune(recipe, model.train(), processor)
+    with progress(time_left=True, shown=first) as steps, keeping(lambda: _kept(recipe.out)):
+        steps.say("preparing")
+        trainer = finetune(recipe, model.train(), processor, Shown(steps))
     if first:
         console.print(_summary(recipe, trainer), soft_wrap=True)
+
+
+class Shown(TrainerCallback):
+    """The bar of a run with its last loss, or a line for each log where there is no terminal.
+
+    Args:
+        steps: the bar.
+    """
+
+    def __init__(self, steps: Steps) -> None:
+        self.steps = steps
+        self.lines = None if (console := stderr()).is_terminal else console
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Count the steps that are left to do."""
+        self.steps.say("training", state.max_steps - state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """One step is done."""
+        self.steps.tick()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+        """Show the loss."""
+        if "loss" not in (logs or {}) or not state.is_world_process_zero:
+            return
+        told = f"loss {float(logs['loss']):.3f}"
+        self.steps.name(f"training, {told}")
+        if self.lines is not None:
+            self.lines.print(f"step {state.global_step} of {state.max_steps}: {told}")
 
 
 def _kept(out: Path) -> str:

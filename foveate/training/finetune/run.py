@@ -18,7 +18,7 @@ from foveate.training.finetune.recipe import Recipe
 from foveate.training.prepare import prepare
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
 RECIPE = "recipe.json"
 DEFAULTS: dict[str, Any] = {"report_to": [], "logging_steps": 10, "save_total_limit": 2}
@@ -27,7 +27,9 @@ DEFAULTS: dict[str, Any] = {"report_to": [], "logging_steps": 10, "save_total_li
 _FREE = ("trainer",)  # may change when a run goes on
 
 
-def finetune(recipe: Recipe, model: Any, processor: Any) -> Trainer:
+def finetune(
+    recipe: Recipe, model: Any, processor: Any, shown_by: TrainerCallback | None = None
+) -> Trainer:
     """Train, or go on from the last whole checkpoint, and save the outcome in `recipe.out`.
 
     The folder then holds the model (or the adapters), the processor and, with a method,
@@ -37,6 +39,7 @@ def finetune(recipe: Recipe, model: Any, processor: Any) -> Trainer:
         recipe: what to do.
         model: the model that the recipe names; it is trained in place.
         processor: its processor.
+        shown_by: what shows the progress, in place of the Trainer's own bar and log.
 
     Returns:
         The Trainer, for its log and its state.
@@ -47,7 +50,13 @@ def finetune(recipe: Recipe, model: Any, processor: Any) -> Trainer:
             the disk is full; what `out` holds is then as it was, but for an unfinished checkpoint,
             from which no run goes on.
     """
+    from transformers import PrinterCallback, ProgressCallback
+
     trainer = make_trainer(recipe, model, processor)
+    if shown_by is not None:
+        for own in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(own)
+        trainer.add_callback(shown_by)
     last = last_checkpoint(recipe.out)
     with explained(recipe.out, only_full=True):
         trainer.train(resume_from_checkpoint=str(last) if last else None)

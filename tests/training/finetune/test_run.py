@@ -1,7 +1,10 @@
 """A run of `foveate train`: it learns, goes on after a kill, and its outcome loads."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -78,9 +81,28 @@ def test_a_killed_run_goes_on_to_the_same_weights(uninterrupted, recipe_file, tm
     said = CliRunner().invoke(app, ["train", str(path)])
     assert said.exit_code == 0, said.output
     assert "resuming from" in said.output
+    steps = [line for line in said.stderr.splitlines() if line.startswith("step ")]
+    assert steps[-1].startswith("step 3 of 3: loss ")
+    assert "{" not in said.output  # the Trainer's own log
     got = weights(tmp_path / "out")
     for name, value in weights(uninterrupted).items():
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-7, msg=name)
+
+
+def test_a_terminal_gets_one_bar_and_none_of_other_libraries(recipe_file):
+    path = recipe_file(trainer={"save_steps": 1, "logging_steps": 1})
+    command = [sys.executable, "-m", "foveate", "train", str(path)]
+    seen, child = b"", pty.fork()
+    if child[0] == 0:
+        os.execve(sys.executable, command, {**os.environ, "TERM": "xterm", "COLUMNS": "100"})
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while part := os.read(child[1], 1 << 16):
+            seen += part
+    assert os.waitpid(child[0], 0)[1] == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.decode())
+    assert re.search(r"training, loss \d\.\d{3} .*0:00 left", text)
+    assert "it/s" not in text
+    assert "{" not in text
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path):

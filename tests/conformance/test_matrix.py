@@ -5,6 +5,7 @@ the command line shows, and the page of it in docs.
 """
 
 import json
+import string
 from importlib import resources
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from tests.conformance import cells
 
 FILE = resources.files("foveate.families") / "support.json"
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
+TOGETHER = 2  # methods that a heading has room for
 HEAD = """# Supported models
 
 Written by `pytest tests/conformance/test_matrix.py --write-support`, which runs every method on a
@@ -33,8 +35,14 @@ def page(entries):
     """The matrix as Markdown."""
     order = [entry.slug for entry in catalog()]
     matrix = Matrix.of(entries, order, together=True)
-    names = ["<br>".join(f"`{name}`" for name in column) for column in matrix.columns]
-    lines = [f"| `model_type` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    names, letters = [], iter(string.ascii_uppercase)
+    lines = ["A column with a letter is for several methods:", ""]
+    for column in matrix.columns:
+        methods = [f"`{name}`" for name in column]
+        names.append("<br>".join(methods) if len(methods) <= TOGETHER else next(letters))
+        if len(methods) > TOGETHER:
+            lines.append(f"- **{names[-1]}**: {', '.join(methods)}")
+    lines += ["", f"| `model_type` | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for model_type, marks in matrix.rows.items():
         texts = [" ".join(["✓"] * works + [str(note)] * bool(note)) for works, note in marks]
         lines.append(f"| `{model_type}` | {' | '.join(texts)} |")

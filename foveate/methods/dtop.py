@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -22,12 +21,12 @@ from torch import Tensor, nn
 
 from foveate.core import Method, ModelFacts, Positions, Reduction, Step, VisualTokens, register
 from foveate.core.fields import Natural, Positive, Range
-from foveate.core.method import by_count
 from foveate.errors import FoveateError, InputError, LayerError, UnsupportedModelError
 from foveate.io.quoting import quoted
+from foveate.ops.canvas import Canvas
 from foveate.ops.learning import flops_of, untrained
 from foveate.ops.rows import put_rows
-from foveate.ops.token_heads import LinearHead, QueryHead
+from foveate.ops.token_heads import LinearHead, QueryHead, label, probabilities
 
 
 @register(
@@ -151,7 +150,7 @@ class DToP(Method):
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Let the head look, and the tokens leave of which it is sure."""
         heads: Any = tokens.learned
-        logits, present = _looked(heads[tokens.number], tokens.x, tokens.valid)
+        logits, present = label(heads[tokens.number], tokens.x, tokens.valid)
         memory = tokens.memory
         if not memory:  # all tokens are here
             nowhere = torch.full_like(tokens.index, -1)
@@ -172,12 +171,12 @@ class DToP(Method):
             shares: (G, n, C) probability of each class.
             valid: (G, n) mask of tokens that have not left before; `None` for all.
         """
-        sure, label = shares.max(-1)
+        sure, best = shares.max(-1)
         candidate = sure > self.threshold
         if valid is not None:
             candidate &= valid
         order = sure.masked_fill(~candidate, -1).argsort(dim=1, descending=True, stable=True)
-        of = F.one_hot(label, shares.shape[-1]) * candidate[..., None]
+        of = F.one_hot(best, shares.shape[-1]) * candidate[..., None]
         of = of.gather(1, order[..., None].expand_as(of))
         rank = torch.zeros_like(order).scatter(1, order, (of.cumsum(1) * of).sum(-1))
         return candidate & (rank > self.context)
@@ -196,51 +195,6 @@ class DToP(Method):
         index = (~stays).long().argsort(dim=1, stable=True)[:, :most]
         valid = torch.arange(most, device=leaves.device) < counts[:, None]
         return Reduction(index, valid=None if bool(valid.all()) else valid)
-
-
-@dataclass(frozen=True, eq=False)
-class Canvas:
-    """What the heads of DToP have said of the images of a pass.
-
-    Args:
-        logits: (B, V, C) what the last head that looked at a token said of it.
-        layer: (B, V) encoder layer after which each token left, -1 for those that stayed.
-        stages: for each exit, (B, V, C) `logits` as they were after it, with gradients in training.
-        present: for each exit, (B, C, 2) logits of a class being there or not; `None` for heads
-            that classify tokens.
-        grid: (height, width) of the tokens.
-    """
-
-    logits: Tensor
-    layer: Tensor
-    stages: tuple[Tensor, ...]
-    present: tuple[Tensor | None, ...]
-    grid: tuple[int, int]
-
-    @property
-    def finished(self) -> Tensor:
-        """(B, V) tokens that have left."""
-        return self.layer >= 0
-
-    def filled(self, final: Tensor) -> Tensor:
-        """(B, V, C) logits, those of a last head for tokens that have stayed.
-
-        Args:
-            final: (B, V, C) logits by the last head.
-        """
-        return torch.where(self.finished[..., None], self.logits, final)
-
-    def map(self, final: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, C, height, width) the same as a map.
-
-        Args:
-            final: as in `filled`.
-            size: (height, width) in pixels; `None` for one value of each token.
-        """
-        found = self.filled(final).mT.unflatten(-1, self.grid)
-        if size is None:
-            return found
-        return F.interpolate(found, size=size, mode="bilinear", align_corners=False)
 
 
 def canvas_of(run: Any) -> Canvas:
@@ -264,58 +218,3 @@ def canvas_of(run: Any) -> Canvas:
         raise InputError("dtop has not run in this session: call the model within it first")
     stages, present = tuple(noted["stages"]), tuple(noted["present"])
     return Canvas(stages[-1], noted["layer"], stages, present, noted["grid"])
-
-
-def probabilities(logits: Tensor, present: Tensor | None = None) -> Tensor:
-    """(B, V, C) probability of each class.
-
-    Args:
-        logits: (B, V, C) of tokens, or of masks.
-        present: (B, C, 2) logits of a class being there or not, with those of masks.
-    """
-    if present is None:
-        return logits.softmax(-1)
-    return present.softmax(-1)[:, None, :, 0] * logits.sigmoid()
-
-
-def _looked(
-    head: Callable[[Tensor], Any], x: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """(G, n, C) logits of (G, n, D) tokens, and (G, C, 2) of classes; a head sees no padding."""
-    if valid is None:
-        return _parts(head(x), x)
-    logits, present = None, None
-    for count, members in by_count(valid.sum(1)).items():
-        rows = torch.tensor(members, device=x.device)
-        real = valid[rows].nonzero()[:, 1].view(len(members), count)
-        seen = x[rows].gather(1, real[..., None].expand(-1, -1, x.shape[-1]))
-        of_tokens, of_classes = _parts(head(seen), seen)
-        if logits is None:
-            logits = of_tokens.new_zeros(*x.shape[:2], of_tokens.shape[-1])
-            present = (
-                None if of_classes is None else of_classes.new_zeros(len(x), *of_classes.shape[1:])
-            )
-        logits = logits.index_put((rows[:, None], real), of_tokens)
-        if present is not None and of_classes is not None:
-            present = present.index_put((rows,), of_classes)
-    assert logits is not None  # there is an image
-    return logits, present
-
-
-def _parts(said: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a head returns: (G, n, C) logits, and (G, C, 2) of classes if it has those.
-
-    Raises:
-        FoveateError: it returns something else.
-    """
-    logits, present = said if isinstance(said, tuple) else (said, None)
-    if present is not None:
-        logits = logits.mT
-    fits = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == x.shape[:2]
-    if not fits or (present is not None and present.shape != (len(x), logits.shape[-1], 2)):
-        raise FoveateError(
-            f"a head of dtop returns logits (G, n, C) of tokens (G, n, D), or logits of masks "
-            f"(G, C, n) and of classes (G, C, 2); for tokens {tuple(x.shape)} it returned "
-            f"{quoted(said if not isinstance(said, Tensor) else tuple(said.shape))}"
-        )
-    return logits, present

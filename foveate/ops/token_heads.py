@@ -5,8 +5,15 @@ Shapes: `G` images, `N` tokens of each, `D` width, `C` classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from foveate.core.method import by_count
+from foveate.errors import FoveateError
+from foveate.io.quoting import quoted
 
 
 class LinearHead(nn.Module):
@@ -84,3 +91,68 @@ class _QueryLayer(nn.Module):
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
         queries = queries + self.output(mixed)
         return queries + self.mlp(self.norm2(queries)), scores.mean(1)
+
+
+def probabilities(logits: Tensor, present: Tensor | None = None) -> Tensor:
+    """(G, N, C) probability of each class.
+
+    Args:
+        logits: (G, N, C) of tokens, or of masks.
+        present: (G, C, 2) logits of a class being there or not, with those of masks.
+    """
+    if present is None:
+        return logits.softmax(-1)
+    return present.softmax(-1)[:, None, :, 0] * logits.sigmoid()
+
+
+def label(
+    head: Callable[[Tensor], Any], x: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What a head says: (G, N, C) logits of tokens, and (G, C, 2) of classes if it has those.
+
+    Args:
+        head: given tokens (G, N, D), it returns their logits (G, N, C), or logits of masks
+            (G, C, N) and of classes (G, C, 2).
+        x: (G, N, D) tokens.
+        valid: (G, N) which are tokens and no padding, which a head never sees; `None` for all.
+
+    Raises:
+        FoveateError: the head returns something else.
+    """
+    if valid is None:
+        return _parts(head(x), x)
+    logits, present = None, None
+    for count, members in by_count(valid.sum(1)).items():
+        rows = torch.tensor(members, device=x.device)
+        real = valid[rows].nonzero()[:, 1].view(len(members), count)
+        seen = x[rows].gather(1, real[..., None].expand(-1, -1, x.shape[-1]))
+        of_tokens, of_classes = _parts(head(seen), seen)
+        if logits is None:
+            logits = of_tokens.new_zeros(*x.shape[:2], of_tokens.shape[-1])
+            present = (
+                None if of_classes is None else of_classes.new_zeros(len(x), *of_classes.shape[1:])
+            )
+        logits = logits.index_put((rows[:, None], real), of_tokens)
+        if present is not None and of_classes is not None:
+            present = present.index_put((rows,), of_classes)
+    assert logits is not None  # there is an image
+    return logits, present
+
+
+def _parts(said: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a head returns: (G, n, C) logits, and (G, C, 2) of classes if it has those.
+
+    Raises:
+        FoveateError: it returns something else.
+    """
+    logits, present = said if isinstance(said, tuple) else (said, None)
+    if present is not None:
+        logits = logits.mT
+    fits = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == x.shape[:2]
+    if not fits or (present is not None and present.shape != (len(x), logits.shape[-1], 2)):
+        raise FoveateError(
+            f"a head returns logits (G, n, C) of tokens (G, n, D), or logits of masks "
+            f"(G, C, n) and of classes (G, C, 2); for tokens {tuple(x.shape)} it returned "
+            f"{quoted(said if not isinstance(said, Tensor) else tuple(said.shape))}"
+        )
+    return logits, present

@@ -4,8 +4,9 @@ import torch
 from golden_case import Case, Check, assert_close, assert_same
 
 from foveate.core import Step, VisualTokens
-from foveate.methods.dtop import DToP, probabilities
+from foveate.methods.dtop import DToP
 from foveate.ops.rows import put_rows
+from foveate.ops.token_heads import probabilities
 
 
 def checks(case: Case) -> dict[str, Check]:

@@ -12,8 +12,8 @@ from foveate.errors import FoveateError, InputError, LayerError, UnsupportedMode
 from foveate.families import find_family
 from foveate.measure.account import account
 from foveate.methods import DToP, ToMe
-from foveate.methods.dtop import canvas_of, probabilities
-from foveate.ops.token_heads import LinearHead, QueryHead
+from foveate.methods.dtop import canvas_of
+from foveate.ops.token_heads import LinearHead, QueryHead, probabilities
 from foveate.training.prepare import session_of
 from tests.tinies import tiny_llava
 from tests.vision import dense

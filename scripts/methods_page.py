@@ -29,8 +29,13 @@ HEAD = """# Methods
 Made from the classes by `scripts/methods_page.py`. Budgets and ranking are per image. *Layer k*
 means before layer k runs, counted from 0. `keep` is a fraction, a count, a schedule over the steps,
 or `foveate.per_request([...])`. [support.md](support.md) shows which method works on which model,
-[benchmarks.md](benchmarks.md) what selection costs, and [add-a-method.md](add-a-method.md) how to
-add a method.
+[benchmarks.md](benchmarks.md) what selection costs, [gallery.md](gallery.md) what each keeps of one
+picture, and [add-a-method.md](add-a-method.md) how to add a method. Signals are computed only for
+the rows that a method needs, and no method needs eager attention.
+
+Methods inside the encoder also work on encoders alone, with or without heads for classification,
+segmentation, detection, poses or depth, and in pipelines; their output is restored to full length
+([dense.md](dense.md)). `dtop`, `stvit` and `hot` work on encoders alone.
 """
 
 
@@ -62,15 +67,31 @@ def linked(text: str) -> str:
     return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
 
 
+def told(slug: str) -> tuple[str, list[str]]:
+    """What a method does, and the other paragraphs of its file's docstring."""
+    module = inspect.getmodule(foveate.get_method(slug))
+    intro, *about = paragraphs((module and module.__doc__) or "")
+    what = intro.partition(": ")[2] or intro
+    return what[:1].upper() + what[1:], about
+
+
+def overview(names: list[str]) -> str:
+    """A table of methods: what each does, and its paper."""
+    rows = ["| method | what it does | paper |", "|---|---|---|"]
+    for name in names:
+        number = re.search(r"arXiv:\d{4}\.\d{5}", foveate.get_method(name).paper)
+        paper = linked(number[0]) if number else "baseline"
+        rows.append(f"| [`{name}`](#{name}) | {told(name)[0]} | {paper} |")
+    return "\n".join(rows)
+
+
 def section(slug: str) -> str:
     """What the page says of a method."""
     cls = foveate.get_method(slug)
-    module = inspect.getmodule(cls)
-    intro, *about = paragraphs((module and module.__doc__) or "")
+    what, about = told(slug)
     summary, *rest = paragraphs(cls.__doc__ or "")
     said = fields_of(cls)
-    what = intro.partition(": ")[2] or intro
-    out = [f"### `{slug}`", what[:1].upper() + what[1:], summary]
+    out = [f"### `{slug}`", what, summary]
     out += [linked(part) for part in about]
     out += [part for part in rest if not part.startswith(("Args:", "Raises:", "Examples:"))]
     if cls.note:
@@ -96,7 +117,7 @@ def page() -> str:
     parts = [HEAD.strip()]
     for stage, title in STAGES.items():
         names = [n for n in foveate.list_methods() if foveate.get_method(n).stage == stage]
-        parts.append(f"## {title}\n\n" + ", ".join(f"[`{n}`](#{n})" for n in names))
+        parts.append(f"## {title}\n\n{overview(names)}")
         parts += [section(name) for name in names]
     return "\n\n".join(parts) + "\n"
 

@@ -31,8 +31,10 @@ foveate list --model tiny > /dev/null
 foveate cite pyramiddrop > /dev/null
 foveate demo --quick --repeats 1 > /dev/null
 test -s demo-kept.png
-# A method of one's own, as README.md shows it.
-awk '/^```python/ {n++; inside = 1; next} /^```/ {inside = 0} inside && n == 2' \
-  "$root/README.md" > own_method.py
-grep -q register own_method.py
-python own_method.py
+# A method of one's own, as docs/add-a-method.md shows it: a file, and what checks it.
+for block in 1:my_method 2:check; do
+  awk -v wanted="${block%%:*}" '/^```python/ {n++; inside = 1; next} /^```/ {inside = 0} inside && n == wanted' \
+    "$root/docs/add-a-method.md" > "${block#*:}.py"
+done
+grep -q register my_method.py
+python check.py

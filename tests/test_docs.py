@@ -31,6 +31,15 @@ def test_page_of_methods_is_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_page_names_every_method_with_its_paper():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| \[`([\w-]+)`\]\(#[\w-]+\) \|(.*)$", text, flags=re.MULTILINE))
+    assert sorted(rows) == foveate.list_methods()
+    for name, row in rows.items():
+        for number in re.findall(r"\d{4}\.\d{5}", foveate.get_method(name).paper):
+            assert f"https://arxiv.org/abs/{number}" in row
+
+
 def test_guide_lists_every_signal_in_its_words():
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| (.*) \|$", GUIDE, flags=re.MULTILINE))
     assert rows == {name: signal.doc for name, signal in SIGNALS.items()}

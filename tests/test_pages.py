@@ -25,6 +25,7 @@ from tests.vision.dense import depth_anything
 
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
+    "README.md": "test_readme.py",
     "add-a-method.md": "test_docs.py",
     "combine.md": "test_docs.py",
     "conversations.md": "test_docs.py",
@@ -34,13 +35,12 @@ ELSEWHERE = {
     "voxels.md": "voxels/test_page.py",
 }
 HERE = (
-    "README.md", "choose.md", "dense.md", "how-it-works.md", "index.md", "large-images.md",
+    "choose.md", "dense.md", "how-it-works.md", "index.md", "large-images.md",
     "serving.md", "training.md", "tune.md",
 )  # fmt: skip
 NOT_HERE = {  # in a block -> where that is run
     "past_key_values=said": "conformance/test_new_images.py",
     "mm_processor_kwargs": "integrations/vllm",
-    "@foveate.register": "test_readme.py",
 }
 
 
@@ -144,7 +144,7 @@ def given(name, model, processor):
         large.RegionFocus.of(model).save("runs/large/focus")
     if name == "serving.md":
         image.save("scene.png")
-    if name in ("README.md", "training.md"):
+    if name == "training.md":
         known = {"args": args, "data": Scenes(4), "collator": Collator(processor)}
         return known | {"processor": processor}
     if name == "tune.md":

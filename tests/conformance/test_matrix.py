@@ -28,6 +28,15 @@ there. A number alone means that the method is refused when attached, or when th
 encoded; the numbered notes below the table give the reasons. Layers and budgets suit these small
 models; `foveate list --model` shows whether the defaults work on yours.
 
+## Versions
+
+Every family is tested with transformers 5.23. Encoders and the first 27 vision-language models were
+also tested with older versions, back to 5.20 (`scripts/versions.sh`; Video-LLaVA back to 5.21). On
+M-RoPE models and Gemma 3, gradient checkpointing and new images in later turns need 5.23. torch 2.6
+or newer is required (tested with 2.13), and Python >= 3.10 (transformers 5.21 and newer need 3.11).
+
+## Methods on models
+
 """
 
 

@@ -65,45 +65,6 @@ def test_layer_named_twice_is_refused(facts):
         VTCCLS(layers=(22, -2)).steps(facts())
 
 
-def test_scores_match_naive_loop(make_tokens):
-    signal = torch.rand(2, 3, 4, 24)
-    scores = VTCCLS().scores(make_tokens(images=2, cls_attention=signal))
-    for image in range(2):
-        for token in range(24):
-            expected = sum(
-                sum(float(signal[image, layer, head, token]) for head in range(4)) / 4
-                for layer in range(3)
-            )
-            assert scores[image, token].item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 7, 24])
-def test_keeps_exactly_the_highest(count, make_tokens, check_index):
-    signal = torch.rand(3, 2, 4, 24)
-    tokens = make_tokens(images=3, cls_attention=signal)
-    index = VTCCLS().reduce(tokens, count).index
-    check_index(index, count, 24)
-    for image in range(3):
-        ranked = sorted(range(24), key=lambda i: -float(signal[image].mean(1).sum(0)[i]))
-        assert index[image].tolist() == sorted(ranked[:count])
-
-
-def test_batch_equals_single(make_tokens):
-    signal = torch.rand(3, 2, 4, 24)
-    together = VTCCLS().reduce(make_tokens(images=3, cls_attention=signal), 5).index
-    for image in range(3):
-        alone = VTCCLS().reduce(make_tokens(cls_attention=signal[image : image + 1]), 5).index
-        assert torch.equal(together[image : image + 1], alone)
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (2, 3)])
-def test_constant_attention_still_keeps_the_count(grid, make_tokens, check_index):
-    total = grid[0] * grid[1]
-    tokens = make_tokens(grid, cls_attention=torch.full((1, 2, 4, total), 0.1))
-    for count in range(1, total + 1):
-        check_index(VTCCLS().reduce(tokens, count).index, count, total)
-
-
 def test_half_precision_is_summed_in_float32(make_tokens):
     signal = torch.full((1, 2, 4, 24), 0.25, dtype=torch.float16)
     signal[0, 1, 0, 5] += 2**-12

@@ -17,6 +17,7 @@ from foveate.errors import AttachError
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, CASES, TOLERANCE, features_of
+from tests.leaving import Boom, fail_within, snapshot
 from tests.methods_for_tests import Average, EveryThird, readers_methods
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 
@@ -99,26 +100,6 @@ def test_cache_lengths_and_bytes_are_the_analytic_ones(any_llava, method, alive,
         assert layer.get_seq_length() == inputs["input_ids"].shape[1] + 3
         want = [sum(pieces) + (len(pieces) - 1) * alive[number] for pieces in rows]
         assert run.record.layer_tokens[number] == want
-
-
-def snapshot(model):
-    return {
-        name: (
-            list(module._forward_pre_hooks), list(module._forward_hooks),
-            sorted(vars(module)), getattr(module.forward, "__func__", None),
-        )
-        for name, module in model.named_modules()
-    }  # fmt: skip
-
-
-class Boom(Exception):
-    pass
-
-
-def fail_within(model, method, inputs):
-    with foveate.use(model, method):
-        model(**inputs)
-        raise Boom
 
 
 @pytest.mark.parametrize("way", ["block", "exception", "handle", "failing forward"])

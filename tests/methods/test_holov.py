@@ -6,12 +6,7 @@ import torch
 from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.holov import HoloV, quotas
-
-
-def seen(images, total, seed=0, spread=1.0):
-    """(G, 1, H, V) attention of a class token that also sees itself."""
-    generator = torch.Generator().manual_seed(seed)
-    return (spread * torch.randn(images, 1, 3, total, generator=generator)).softmax(-1) * 0.8
+from tests.methods.chance import seen
 
 
 @pytest.mark.parametrize(("kept", "runs"), [(1, 16), (9, 16), (24, 4), (40, 16), (62, 5), (63, 99)])

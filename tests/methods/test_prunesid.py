@@ -6,12 +6,7 @@ import torch
 from foveate.core import get_method
 from foveate.errors import BudgetError
 from foveate.methods.prunesid import PruneSID, component, not_repeated, quotas
-
-
-def seen(images, total, seed=0):
-    """(G, 1, H, V) attention of a class token that also sees itself."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(images, 1, 3, total, generator=generator).softmax(-1) * 0.8
+from tests.methods.chance import seen
 
 
 def features(images, total, width=16, alike=0.8, seed=1):

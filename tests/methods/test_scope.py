@@ -6,16 +6,7 @@ import torch
 from foveate.core import get_method
 from foveate.errors import BudgetError, FoveateError
 from foveate.methods.scope import SCOPE
-
-
-def seen(images, total, seed=0):
-    """(G, 1, H, V) attention of a class token that also sees itself."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(images, 1, 3, total, generator=generator).softmax(-1) * 0.8
-
-
-def features(images, total, seed=1):
-    return torch.randn(images, total, 8, generator=torch.Generator().manual_seed(seed)).double()
+from tests.methods.chance import features, seen
 
 
 @pytest.mark.parametrize("kept", [1, 2, 9, 23, 24])

@@ -10,29 +10,10 @@ import torch
 import foveate
 from foveate.errors import AttachError, BudgetError, LayerError, UnsupportedModelError
 from foveate.methods import ClsDrop, FasterVLM, FastV, ToMe
+from tests.leaving import Boom, fail_within, snapshot
 from tests.methods_for_tests import Listed
 from tests.vision.encoders import ENCODERS, HEADS, build, images
 from tests.vision.test_encoders import CASES
-
-
-def snapshot(model):
-    return {
-        name: (
-            list(module._forward_pre_hooks), list(module._forward_hooks),
-            sorted(vars(module)), getattr(module.forward, "__func__", None),
-        )
-        for name, module in model.named_modules()
-    }  # fmt: skip
-
-
-class Boom(Exception):
-    pass
-
-
-def fail_within(model, method, inputs):
-    with foveate.use(model, method):
-        model(**inputs)
-        raise Boom
 
 
 @pytest.mark.parametrize("way", ["block", "exception", "handle", "failing forward"])

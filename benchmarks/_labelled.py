@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from foveate.bench.labels import place_labels
+from foveate.io.labels import place_labels
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 640, 48, 16, 16, 52
 LETTER, LINE = 7.4, 14  # pixels of a letter, and of a line

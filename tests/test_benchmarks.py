@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.bench.labels import meet
 from foveate.families import FAMILIES
 from foveate.families.plain import PlainEncoder
 from foveate.families.retrieval import Retriever
+from foveate.io.labels import meet
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from foveate.bench.labels import place_labels
 from foveate.bench.summary import Line
-
-WIDTH, HEIGHT = 760, 420
-LEFT, RIGHT, TOP, BOTTOM = 56, 20, 18, 46
-LETTER, LINE = 6.2, 12
-"""Size of a label's letters."""
+from foveate.io.plot import Plot, Point, front_line, names, path
 
 
 def label(line: Line) -> str:
@@ -30,100 +25,39 @@ def pareto(
 ) -> str:
     """Accuracy against FLOPs, both in per cent; a line for each method, the front in bold."""
     shown = [line for line in lines if line.n and line.flops is not None]
-    low = min((line.accuracy for line in [*shown, unpruned]), default=0.0)
-    low = max(0.0, int(low * 10) / 10)
-    best = max((line.accuracy for line in [*shown, unpruned]), default=1.0)
-    high = min(1.0, (int(best * 10) + 1) / 10)
-    left = max(0.0, int(min((line.flops or 1.0) for line in [*shown, unpruned]) * 10) / 10)
+    known = [*shown, unpruned]
+    low = max(0.0, int(min(line.accuracy for line in known) * 10) / 10)
+    high = min(1.0, (int(max(line.accuracy for line in known) * 10) + 1) / 10)
+    left = max(0.0, int(min((line.flops or 1.0) for line in known) * 10) / 10)
+    plot = Plot(
+        (left, 1.02), (low, high + 0.02), "FLOPs of the prompt, % of all tokens", "accuracy, %",
+        "Accuracy against FLOPs; the table below has the numbers",
+    )  # fmt: skip
 
-    def at(flops: float, accuracy: float) -> tuple[float, float]:
-        x = LEFT + (flops - left) / max(1.02 - left, 0.01) * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - (accuracy - low) / (high + 0.02 - low) * (HEIGHT - TOP - BOTTOM)
-        return round(x, 1), round(y, 1)
+    def at(line: Line) -> Point:
+        return plot.at(line.flops or 1.0, line.accuracy)
 
-    parts = [
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        'aria-label="Accuracy against FLOPs; the table below has the numbers">'
-    ]
-    parts += _axes(at, left, low, high)
-    x, y = at(left, unpruned.accuracy)
-    parts.append(f'<path class="unpruned" d="M{x} {y}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<text class="note" x="{x + 6}" y="{y - 6}">all tokens</text>')
-    steps = " L".join("{} {}".format(*at(p.flops or 1.0, p.accuracy)) for p in front)
-    parts.append(f'<path class="front" d="M{steps}"/>')
-    names = list(dict.fromkeys(line.config[0] for line in shown))
-    for name in names:
+    series = []
+    for name in dict.fromkeys(line.config[0] for line in shown):
         mine = sorted((s for s in shown if s.config[0] == name), key=lambda s: s.flops or 0)
-        parts.append(_series(name, mine, at, stage.get(name, "")))
+        series.append(_series(name, mine, list(map(at, mine)), stage.get(name, "")))
     ordered = [*front, *(line for line in shown if line not in front)]
-    points = [at(line.flops or 1.0, line.accuracy) for line in ordered]
-    parts += _labels(ordered, points, len(front))
-    return "".join([*parts, "</svg>"])
-
-
-def _labels(lines: Sequence[Line], points: Sequence[tuple[float, float]], front: int) -> list[str]:
-    """Labels of points, where one finds a place that covers no other label and no point.
-
-    Args:
-        lines: what is labelled, that of the front first.
-        points: where they are.
-        front: how many are of the front; these are bold.
-    """
-    texts = [label(line) for line in lines]
-    frame = (LEFT, 0, WIDTH, HEIGHT - BOTTOM)
-    boxes = place_labels(points, [LETTER * len(text) for text in texts], frame, LINE)
-    parts: list[str] = []
-    for number, (text, (x, y), box) in enumerate(zip(texts, points, boxes, strict=True)):
-        if box is None:
-            continue
-        kind = "tag" if number < front else "tag minor"
-        if abs((box[1] + box[3]) / 2 - y) > 2 * LINE:  # far away: a line says whose it is
-            nearest = min(max(x, box[0]), box[2])
-            parts.append(f'<path class="grid" d="M{x} {y}L{nearest:.1f} {box[3]:.1f}"/>')
-        parts.append(
-            f'<text class="{kind}" x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{escape(text)}</text>'
-        )
-    return parts
-
-
-def _begins(share: float) -> str:
-    """What is to be said of an axis that does not begin at zero."""
-    return f"; this axis begins at {100 * share:.0f}, not at 0" if share > 0 else ""
-
-
-def _axes(at, left: float, low: float, high: float) -> list[str]:  # type: ignore[no-untyped-def]
-    parts = []
-    for tenth in range(round(low * 10), round(high * 10) + 1, 1 if high - low < 0.6 else 2):
-        x, y = at(left, tenth / 10)
-        parts.append(f'<path class="grid" d="M{x} {y}H{WIDTH - RIGHT}"/>')
-        parts.append(
-            f'<text class="tick" x="{x - 8}" y="{y + 4}" text-anchor="end">{10 * tenth}</text>'
-        )
-    for tenth in range(round(left * 10), 11):
-        x, y = at(tenth / 10, low)
-        parts.append(
-            f'<text class="tick" x="{x}" y="{y + 18}" text-anchor="middle">{10 * tenth}</text>'
-        )
-    middle = (LEFT + WIDTH) / 2
-    parts.append(
-        f'<text class="axis" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">'
-        f"FLOPs of the prompt, % of all tokens{_begins(left)}</text>"
-        f'<text class="axis" transform="translate(14 {HEIGHT / 2}) rotate(-90)" '
-        f'text-anchor="middle">accuracy, %{_begins(low)}</text>'
+    return plot.draw(
+        plot.level(unpruned.accuracy, "all tokens"),
+        front_line(list(map(at, front))),
+        *series,
+        names(list(map(at, ordered)), list(map(label, ordered)), len(front)),
     )
-    return parts
 
 
-def _series(name: str, lines: Sequence[Line], at, stage: str) -> str:  # type: ignore[no-untyped-def]
+def _series(name: str, lines: Sequence[Line], points: Sequence[Point], stage: str) -> str:
     kind = "baseline" if name in ("random", "uniform", "downsample") else stage
     spelled = "; ".join(
         f"{label(x)}: {percent(x.accuracy)} % accuracy, {percent(x.flops)} % of the FLOPs"
         for x in lines
     )
-    path = " L".join("{} {}".format(*at(x.flops or 1.0, x.accuracy)) for x in lines)
     dots = []
-    for line in lines:
-        x, y = at(line.flops or 1.0, line.accuracy)
+    for line, (x, y) in zip(lines, points, strict=True):
         tip = (
             f"{label(line)}: {percent(line.accuracy)} % accuracy "
             f"({percent(line.interval[0])} to {percent(line.interval[1])}), "
@@ -132,7 +66,7 @@ def _series(name: str, lines: Sequence[Line], at, stage: str) -> str:  # type: i
         dots.append(f'<circle cx="{x}" cy="{y}" r="4"><title>{escape(tip)}</title></circle>')
     return (
         f'<g class="series {kind}" tabindex="0" data-name="{escape(name)}" '
-        f'aria-label="{escape(spelled)}"><path d="M{path}"/>{"".join(dots)}</g>'
+        f'aria-label="{escape(spelled)}"><path d="{path(points)}"/>{"".join(dots)}</g>'
     )
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from foveate.bench.labels import place_labels
 from foveate.io.html import Section, document, glossary, table
+from foveate.io.plot import Plot, Point, front_line, names
 
 TERMS = {
     "recipe": "Methods and their fields, in the order in which tokens meet them. Published: all "
@@ -31,10 +31,6 @@ TERMS = {
 """Terms of the report, as a tooltip and the last section explain them."""
 SPELLED = {"flops": "FLOPs", "kv": "KV cache", "ttft": "TTFT"}
 PUBLISHED = " <i>(published)</i>"
-WIDTH, HEIGHT = 760, 400
-LEFT, RIGHT, TOP, BOTTOM = 56, 20, 18, 46
-LETTER, LINE = 6.2, 12
-"""Size of a label's letters."""
 Candidate = Mapping[str, Any]
 
 
@@ -133,29 +129,24 @@ def _drawing(report: Mapping[str, Any], front: Sequence[Candidate]) -> str:
     low, high = _tens(min([*ends, whole]), max([*ends, whole]))
     right = max([1e-3, *(c["search"]["costs"][cost] for c in asked), *_bounds(report, cost)]) * 1.05
 
-    def at(share: float, quality: float) -> tuple[float, float]:
-        x = LEFT + share / right * (WIDTH - LEFT - RIGHT)
-        y = HEIGHT - BOTTOM - (quality - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return round(x, 1), round(y, 1)
-
-    said = f"{report['quality']} against {_spelled(cost)}; the tables below have the numbers"
-    parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{said}">']
-    parts += _grid(
-        at, low, high, right, f"{_spelled(cost)} of all tokens, %", f"{report['quality']}, %"
+    plot = Plot(
+        (0.0, right), (low, high), f"{_spelled(cost)} of all tokens, %", f"{report['quality']}, %",
+        f"{report['quality']} against {_spelled(cost)}; the tables below have the numbers",
+    )  # fmt: skip
+    points = {
+        c["trial"]: plot.at(c["search"]["costs"][cost], c["search"]["quality"]) for c in asked
+    }
+    questions, chosen = report["questions"]["search"], report["chosen"]
+    return plot.draw(
+        plot.level(whole, "all tokens"),
+        *(plot.bound(bound) for bound in _bounds(report, cost)),
+        front_line([points[c["trial"]] for c in front]),
+        *(
+            _dot(c, points[c["trial"]], plot, questions, c["trial"] == chosen)
+            for c in sorted(asked, key=lambda c: c["search"]["asked"])
+        ),
+        _names(report, points, front),
     )
-    _, y = at(0, whole)
-    parts.append(f'<path class="unpruned" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
-    parts.append(f'<text class="note" x="{LEFT + 6}" y="{y - 6}">all tokens</text>')
-    for bound in _bounds(report, cost):
-        x, _ = at(bound, low)
-        parts.append(f'<path class="unpruned" d="M{x} {TOP}V{HEIGHT - BOTTOM}"/>')
-    points = {c["trial"]: at(c["search"]["costs"][cost], c["search"]["quality"]) for c in asked}
-    steps = " L".join("{} {}".format(*points[c["trial"]]) for c in front)
-    parts.append(f'<path class="front" d="M{steps}"/>' if front else "")
-    whole_search = report["questions"]["search"]
-    for c in sorted(asked, key=lambda c: c["search"]["asked"]):
-        parts.append(_dot(c, points[c["trial"]], at, whole_search, c["trial"] == report["chosen"]))
-    return "".join([*parts, *_names(report, points, front), "</svg>"])
 
 
 def _axis(report: Mapping[str, Any]) -> str:
@@ -176,35 +167,10 @@ def _tens(low: float, high: float) -> tuple[float, float]:
     return int(max(low, 0.0) * 10) / 10, min(-int(-high * 10 - 1) / 10, 1.0)
 
 
-def _grid(at: Any, low: float, high: float, right: float, across: str, up: str) -> list[str]:
-    parts = []
-    for tenth in range(round(low * 10), round(high * 10) + 1):
-        x, y = at(0, tenth / 10)
-        parts.append(
-            f'<path class="grid" d="M{x} {y}H{WIDTH - RIGHT}"/>'
-            f'<text class="tick" x="{x - 8}" y="{y + 4}" text-anchor="end">{10 * tenth}</text>'
-        )
-    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1e9) if right / step <= 10)
-    for number in range(int(right / step) + 1):
-        x, y = at(number * step, low)
-        parts.append(
-            f'<text class="tick" x="{x}" y="{y + 18}" text-anchor="middle">'
-            f"{100 * number * step:.0f}</text>"
-        )
-    begins = f"; this axis begins at {100 * low:.0f}, not at 0" if low > 0 else ""
-    return [
-        *parts,
-        f'<text class="axis" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-        f"{across}</text>",
-        f'<text class="axis" transform="translate(14 {HEIGHT / 2}) rotate(-90)" '
-        f'text-anchor="middle">{up}{begins}</text>',
-    ]
-
-
-def _dot(c: Candidate, point: tuple[float, float], at: Any, whole: int, chosen: bool) -> str:
+def _dot(c: Candidate, point: Point, plot: Plot, whole: int, chosen: bool) -> str:
     """A recipe, with the interval of its quality where it was asked everything."""
     score, (x, y) = c["search"], point
-    low, high = (at(0, end)[1] for end in score["interval"])
+    low, high = (plot.at(0, end)[1] for end in score["interval"])
     said = f"{c['recipe']}: {_range(score)} % on {score['asked']} questions"
     done = score["asked"] == whole
     bar = f'<path d="M{x} {low}V{high}"/>' if done else ""
@@ -216,23 +182,16 @@ def _dot(c: Candidate, point: tuple[float, float], at: Any, whole: int, chosen: 
 
 
 def _names(
-    report: Mapping[str, Any], points: Mapping[int, tuple[float, float]], front: Sequence[Candidate]
-) -> list[str]:
+    report: Mapping[str, Any], points: Mapping[int, Point], front: Sequence[Candidate]
+) -> str:
     """Labels of the chosen recipe, the best published one and the front, where there is room."""
     texts = {report["best_published"]: "best published", report["chosen"]: "chosen"}
     texts.pop(None, None)
     for c in front:
         texts.setdefault(c["trial"], " + ".join(m["method"] for m in c["methods"]))
     others = [point for trial, point in points.items() if trial not in texts]
-    where = [points[trial] for trial in texts]
-    widths = [LETTER * len(text) for text in texts.values()] + [0.0] * len(others)
-    frame = (LEFT, 0, WIDTH, HEIGHT - BOTTOM)
-    boxes = place_labels([*where, *others], widths, frame, LINE)[: len(where)]
-    return [
-        f'<text class="tag" x="{box[0]:.1f}" y="{box[3] - 3:.1f}">{escape(text)}</text>'
-        for text, box in zip(texts.values(), boxes, strict=True)
-        if box is not None
-    ]
+    labelled = [points[trial] for trial in texts]
+    return names([*labelled, *others], list(texts.values()), len(texts))
 
 
 # -- the tables

@@ -9,6 +9,7 @@ same questions.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -187,6 +188,58 @@ def _share(model: Any) -> float:
     return 1.0
 
 
+def _with_gates(model: Any, inputs: Any, firsts: Any) -> list[int]:
+    """The likeliest first words with the gates of training, which wants labels: the right ones."""
+    import torch
+
+    more = {
+        "input_ids": torch.cat((inputs["input_ids"], firsts[:, None]), 1),
+        "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1),
+    }
+    labels = torch.full_like(more["input_ids"], -100)
+    labels[:, -1] = firsts
+    logits = model.train()(**{**inputs, **more}, labels=labels).logits
+    return logits[:, -2].detach().argmax(-1).tolist()
+
+
+def gap(model: Any, samples: int) -> dict[str, float]:
+    """Share of first words of answers that are right with the gates of training, and with exact
+    removal at the same budget; and share of both that are the same.
+    """
+    import torch
+
+    from foveate.bench.prompt import Prompter, prompts
+    from foveate.bench.tasks import get_task
+    from foveate.tiny.build import build_processor
+    from foveate.training.prepare import session_of
+
+    prompter, session = Prompter(build_processor(), ""), session_of(model)
+    learned = copy.deepcopy(session.learned.state_dict())  # it counts training forwards
+    said: dict[bool, list[int]] = {True: [], False: []}
+    truth: list[int] = []
+    for name in TASKS:
+        task = get_task(name)
+        drawn = [task.sample(n, split="test", difficulty=0.5, clutter=0.5) for n in range(samples)]
+        asked = [prompts(sample, prompter.videos)[0] for sample in drawn]
+        words = prompter.processor.tokenizer(
+            [prompt.asked.answer for prompt in asked], add_special_tokens=False
+        )["input_ids"]
+        firsts = torch.tensor([ids[0] for ids in words])
+        for batch in torch.arange(len(asked)).split(8):
+            inputs = prompter.first([asked[n] for n in batch])
+            with torch.no_grad():
+                logits = model.eval()(**inputs).logits[:, -1]
+            said[False] += logits.argmax(-1).tolist()
+            said[True] += _with_gates(model, inputs, firsts[batch])
+        truth += firsts.tolist()
+    session.learned.load_state_dict(learned)
+    model.eval()
+    with_gates, removed = said[True], said[False]
+    right = [sum(map(int.__eq__, found, truth)) / len(truth) for found in (with_gates, removed)]
+    same = sum(map(int.__eq__, with_gates, removed)) / len(truth)
+    return {"gated": right[0], "removed": right[1], "same": same}
+
+
 def answers(arm: str, model: Any, samples: int) -> dict[str, Any]:
     """The answers of an arm in each of its modes."""
     import foveate
@@ -259,6 +312,9 @@ def main() -> None:
         write("base", {"answers": base(options.samples)}, setting)
         return
     model, course = trained(options.arm, options.seed, options.out, options)
+    if options.arm in ALONE:
+        course["gap"] = gap(model, options.samples)
+        print(options.arm, course["gap"], flush=True)
     row = {
         "arm": options.arm, "seed": options.seed, "steps": options.steps, "batch": options.batch,
         **course, "answers": answers(options.arm, model, options.samples),

@@ -56,6 +56,7 @@ def use(
     *,
     clip: ClipQuestions | None = None,
     keep_total: int | Sequence[int] | None = None,
+    audio: bool | MethodLike = False,
     **fields: Any,
 ) -> Session:
     """Use methods on a model for the length of a `with` block.
@@ -70,6 +71,10 @@ def use(
             with those of earlier turns in the cache that it is given; a list has one for each row.
             Where images would have more, all shrink alike (docs/conversations.md). The last method
             before the language model must have a budget.
+        audio: `True` lets methods act on audio as on images, where the model takes some: a clip is
+            an image of one row, and `keep` holds for it as for each image. A method, or what else
+            `method` may be, acts on audio in their place, with a budget of its own
+            (docs/audio.md). Otherwise audio stays as it is.
         **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
@@ -83,7 +88,7 @@ def use(
         ...     out = model.generate(**inputs)
         >>> print(run.report())  # doctest: +SKIP
     """
-    return Session(model, methods_of(method, **fields), clip, keep_total)
+    return Session(model, methods_of(method, **fields), clip, keep_total, audio)
 
 
 def apply(
@@ -92,10 +97,11 @@ def apply(
     *,
     clip: ClipQuestions | None = None,
     keep_total: int | Sequence[int] | None = None,
+    audio: bool | MethodLike = False,
     **fields: Any,
 ) -> Session:
     """Use methods on a model until `remove()` of the returned session is called.
 
     Takes the arguments of `use`.
     """
-    return use(model, method, clip=clip, keep_total=keep_total, **fields).attach()
+    return use(model, method, clip=clip, keep_total=keep_total, audio=audio, **fields).attach()

@@ -37,6 +37,8 @@ def apply_step(
         (group before, group after, reduction) for each part with equal counts; `None` where
         nothing is removed.
     """
+    if not planned.sees(group.audio):
+        return [(group, group, None)]
     if not group.count:
         group = group.begun(planned.method_number)
         return [_settled(planned, group, None)]

@@ -10,6 +10,7 @@ from foveate.engine.caches import slots_held
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
 from foveate.engine.tags import Tags
+from foveate.families.family import AUDIO
 from foveate.record.record import ImageRecord, Record
 
 
@@ -37,7 +38,8 @@ def describe(
     sliced = any(features.is_slice(of) for of in encoded.values())
     cache = output.get("past_key_values")  # bidirectional text models have none
     fields = {k: v for extension in forward.extensions for k, v in extension.record().items()}
-    known = {} if sliced else {modality: of.encoded for modality, of in encoded.items()}
+    heard_first = sorted(encoded, key=AUDIO.__ne__)  # what vision encoders say is said last
+    known = {} if sliced else {modality: encoded[modality].encoded for modality in heard_first}
     last = next(reversed(known.values()), None)
     return Record(
         rows=prompt.batch,
@@ -56,8 +58,22 @@ def describe(
         **fields,
         notes=["chunked prefill: kept tokens are not reported"] * sliced
         + tags.notes(encoded)
+        + _of_audio(forward)
         + _without_text(forward, known.values()),
     )
+
+
+def _of_audio(forward: ForwardPass) -> list[str]:
+    """How audio is listed, and what acts on it alone."""
+    if not any(group.audio for group in forward.groups):
+        return []
+    plan = forward.plan
+    steps = (*plan.pre_llm, *plan.llm)
+    own = ", ".join(dict.fromkeys(s.method.slug for s in steps if s.audio))
+    return [
+        "clips of audio are listed as images, and their tokens as visual tokens"
+        + f"; {own} acted on them alone" * bool(own)
+    ]
 
 
 def _without_text(forward: ForwardPass, known: Iterable[EncoderOutputInfo]) -> list[str]:
@@ -83,6 +99,7 @@ def _images(forward: ForwardPass) -> list[ImageRecord]:
             kept=dict(image.kept),
             locate=image.locate,
             frames=group.shape.frames,
+            audio=image.audio,
         )
         for _, (image, group) in sorted(images.items(), key=lambda item: item[0])
     ]

@@ -9,6 +9,7 @@ from foveate.core.video import VideoMethod
 from foveate.engine.plan import PlannedStep
 from foveate.errors import BudgetError, LayerError
 from foveate.families import Family
+from foveate.families.family import AUDIO
 from foveate.signals import SIGNALS, EncoderSignal
 
 
@@ -109,6 +110,7 @@ def _before_in_encoder(
 def _modalities(family: Family, planned: PlannedStep) -> set[str]:
     """What a step acts on, of what the model takes."""
     known = set(family.placeholder_ids) or {"image"}  # of an encoder alone
+    known = {modality for modality in known if planned.sees(modality == AUDIO)}
     return known & {"video"} if isinstance(planned.method, VideoMethod) else known
 
 

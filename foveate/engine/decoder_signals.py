@@ -138,11 +138,12 @@ class DecoderSignals:
     def _drops(self, planned: PlannedStep) -> bool:
         """Whether a step removes anything, or learns to."""
         learns = self.prompt.training is not None and isinstance(planned.method, Learning)
+        groups = [group for group in self.state.groups if planned.sees(group.audio)]
         if learns or planned.method.adaptive:
-            return any(group.index.shape[1] for group in self.state.groups)
+            return any(group.index.shape[1] for group in groups)
         return any(
             0 < count < group.index.shape[1]
-            for group in self.state.groups
+            for group in groups
             for count in group.by_count(planned)
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.engine import features
+from foveate.engine.audio import clips
 from foveate.engine.compilation import untraced
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.inputs import bound
@@ -28,6 +29,7 @@ from foveate.engine.vision.forward import Encoding
 from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import InputError
 from foveate.families import Family
+from foveate.families.family import AUDIO
 from foveate.families.projection import project
 
 Rows = dict[tuple[str, int], Tensor]  # (signal, encoder layer) -> what was collected of it
@@ -122,6 +124,40 @@ class FeatureHooks:
         if state.now.inside:
             state.now.encoded[modality] = output
         state.generate.awaited = not state.now.inside and state.generate.requests is not None
+        return output
+
+    @untraced
+    def heard(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the method of the base model that makes the features of audio, which it calls only
+        once the prompt is known.
+        """
+        output, now = original(*args, **kwargs), self.state.now
+        return self._heard(output, bound(original, args, kwargs)) if now.inside else output
+
+    @torch.compiler.disable
+    def _heard(self, output: Any, arguments: dict[str, Any]) -> Any:
+        """After features of audio were made: tag them, and remove tokens.
+
+        Raises:
+            InputError: the prompt has no such audio.
+        """
+        self._look_after()
+        self._check_placed(AUDIO)
+        now = self.state.now
+        lengths, rows = clips(now.visual), output.pooler_output
+        if sum(lengths) != len(rows):
+            raise InputError(
+                f"the prompt has {sum(lengths)} audio placeholders, but audio has {len(rows)} "
+                "tokens; pass input_features as the processor returned them with the prompt, "
+                "and no prefill_chunk_size"
+            )
+        features.check_order(lengths, now.visual[AUDIO], now.expanded)
+        alike = output.get("last_hidden_state") is rows  # some models place the one, some the other
+        self.tags.tag_audio(output, arguments, lengths)
+        self._reducer.reduce(AUDIO, output)
+        if alike:
+            output.last_hidden_state = output.pooler_output
+        now.encoded[AUDIO] = output
         return output
 
     @untraced

@@ -18,6 +18,7 @@ from foveate.engine.reduce_features import mark
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.total import Room
 from foveate.families import Family
+from foveate.families.family import AUDIO
 from foveate.signals.encoder_hooks import EncoderSignals
 
 
@@ -42,7 +43,7 @@ class FeatureReducer:
         prompt wait until the model is called with it.
 
         Args:
-            modality: `image` or `video`.
+            modality: `image`, `video` or `audio`.
             output: tagged output of the encoder.
         """
         now = self.state.now
@@ -52,7 +53,7 @@ class FeatureReducer:
         if visual is None:  # `generate` encodes before it calls the model
             context = self._without_prompt(modality, output.encoded.lengths)
         else:
-            context = self._within_prompt(output, visual)
+            context = self._within_prompt(modality, output, visual)
         mark(output, self.plan, context, self._deliver)
 
     def _without_prompt(self, modality: str, lengths: Sequence[int]) -> PromptContext:
@@ -65,12 +66,12 @@ class FeatureReducer:
         images = [Image(number, 0, required=token) for number, token in enumerate(required)]
         return PromptContext(images, range(len(images)))
 
-    def _within_prompt(self, output: Any, visual: Tensor) -> PromptContext:
+    def _within_prompt(self, modality: str, output: Any, visual: Tensor) -> PromptContext:
         """What is known of images whose (B, T) placeholders are."""
         state, now = self.state, self.state.now
         source = features.members(output, visual, now.expanded)
         shapes = [output.encoded.shapes[i] for i in source]
-        images = images_in(visual, shapes, now.request_of, now.readout)
+        images = images_in(visual, shapes, now.request_of, now.readout, audio=modality == AUDIO)
         question = None
         if self.plan.waits and not output.marked:
             question = self._question(images, output, source)

@@ -15,8 +15,8 @@ from foveate.engine.images import ImageState
 from foveate.errors import InputError
 
 _BEAMS = (
-    "transformers gives the beams of a row different images on this model if the row has several; "
-    "use one beam and one returned sequence, or one image in each row"
+    "transformers gives the beams of a row different images, or clips of audio, on this model if "
+    "the row has several; use one beam and one returned sequence, or one image or clip in each row"
 )
 
 

@@ -30,6 +30,7 @@ class ModalityImages:
         locate: for each image, what finds out where in it the tokens lie.
         states: for each image, what the steps before the language model have made of it; empty
             where that is not known.
+        audio: whether they are clips of audio.
     """
 
     visual: Tensor
@@ -38,6 +39,7 @@ class ModalityImages:
     kept: Sequence[Kept] = ()
     locate: Sequence[Locate | None] = ()
     states: Sequence[ImageState] = ()
+    audio: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,7 @@ class _Span:
     tokens_at_start: Mapping[int, int]
     labels: Mapping[int, Tensor]
     order: Tensor | None
+    audio: bool
 
     def image(
         self, number: int, request: Callable[[int], int], readout: Tensor | None = None
@@ -68,6 +71,7 @@ class _Span:
             locate=self.locate,
             tokens_at_start=self.tokens_at_start,
             order=self.order,
+            audio=self.audio,
         )
 
 
@@ -108,6 +112,8 @@ def images_in(
     shapes: Sequence[Shape],
     request: Callable[[int], int],
     readout: Tensor | None = None,
+    *,
+    audio: bool = False,
 ) -> list[Image]:
     """The images of one modality, before any step on their features.
 
@@ -116,8 +122,9 @@ def images_in(
         shapes: tokens, grid and frames of each image, in order of appearance.
         request: batch row to entry of a per-request budget.
         readout: (B, T) visual tokens that a next token is read from; `None` if there are none.
+        audio: whether they are clips of audio.
     """
-    spans = _spans(ModalityImages(visual, shapes))
+    spans = _spans(ModalityImages(visual, shapes, audio=audio))
     return [span.image(number, request, readout) for number, span in enumerate(spans)]
 
 
@@ -154,7 +161,9 @@ def _spans(of: ModalityImages) -> list[_Span]:
             index = state.index.cpu()
         kept_by_all = {**before, **state.kept}
         begun, labels, order = state.tokens_at_start, state.labels, state.order
-        spans.append(_Span(row, at[:, 1], index, shape, kept_by_all, find, begun, labels, order))
+        spans.append(
+            _Span(row, at[:, 1], index, shape, kept_by_all, find, begun, labels, order, of.audio)
+        )
     return spans
 
 

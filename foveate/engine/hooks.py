@@ -40,6 +40,7 @@ from foveate.engine.total import forget_images
 from foveate.errors import InputError
 from foveate.families import Family
 from foveate.families.decoder_layer import named_arguments
+from foveate.families.family import AUDIO
 from foveate.record.record import Record
 
 
@@ -319,6 +320,10 @@ class ForwardHooks:
             states = known.states if self.plan.marks else []
             if states and len(states) != len(source):  # reduced before beams were made of it
                 states = [states[i] for i in source]
+            if modality == AUDIO:
+                audio = ModalityImages(mask, shapes, removed, before, (), states, audio=True)
+                parts.append(audio)
+                continue
             ids = None if self.state.now.prompt is None else self.state.now.prompt[0]
             where = ImageBoxes(self.family, modality, known, source, mask, ids)
             locate = [functools.partial(where.of, i) for i in range(len(source))]

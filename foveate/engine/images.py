@@ -2,7 +2,7 @@
 
 Images of the same shape with equally many surviving tokens form a group, so that methods see plain
 batched tensors. All stages use the same group: the encoder, the image features and the language
-model. A video counts as one image.
+model. A video counts as one image, and so does a clip of audio.
 Shapes: `G` images of a group, `V` surviving tokens of each.
 """
 
@@ -42,6 +42,7 @@ class Image:
             the method leaves.
         order: (V) its survivors of the steps before the language model, those to keep longest
             first, where a conversation has a total; else `None`.
+        audio: whether it is a clip of audio.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Image:
     tokens_at_start: Mapping[int, int] = field(default_factory=dict)
     most: int | None = None
     order: Tensor | None = None
+    audio: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +95,11 @@ class ImageGroup:
     def dropped(self) -> int:
         """Tokens that each image has lost."""
         return self.shape.total - self.count
+
+    @cached_property
+    def audio(self) -> bool:
+        """Whether its images are clips of audio."""
+        return bool(self.images) and self.images[0].audio
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
@@ -265,7 +272,8 @@ def group_images(
     *,
     ordered: bool = False,
 ) -> list[ImageGroup]:
-    """Group images of the same shape with equally many surviving tokens, and the same labels.
+    """Group images of the same shape with equally many surviving tokens, and the same labels;
+    clips of audio apart.
 
     Args:
         images: the images.
@@ -276,11 +284,11 @@ def group_images(
         labels: number of a method -> (V) labels of these.
         ordered: whether `index` need not ascend.
     """
-    alike: dict[tuple[Shape, int, frozenset[int]], list[int]] = {}
+    alike: dict[tuple[Shape, int, frozenset[int], bool], list[int]] = {}
     for i, shape in enumerate(shapes):
         count = shape.total if index is None else len(index[i])
         methods = frozenset(() if labels is None else labels[i])
-        alike.setdefault((shape, count, methods), []).append(i)
+        alike.setdefault((shape, count, methods, images[i].audio), []).append(i)
 
     def stack(rows: Sequence[Tensor], members: Sequence[int]) -> Tensor:
         return torch.stack([rows[i] for i in members]).to(device)
@@ -298,5 +306,5 @@ def group_images(
             if labels is None
             else {n: torch.stack([labels[i][n] for i in members]).to(device) for n in methods},
         )
-        for (shape, _, methods), members in alike.items()
+        for (shape, _, methods, _), members in alike.items()
     ]

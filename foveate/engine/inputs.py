@@ -20,6 +20,7 @@ from foveate.engine.masks import real_positions
 from foveate.engine.prompt import PromptTokens
 from foveate.errors import InputError
 from foveate.families import Family
+from foveate.families.family import AUDIO
 
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 """Modality -> the argument that its pixels come in."""
@@ -224,7 +225,7 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     past = cached(kwargs.get("past_key_values"))
     if family.one_dimensional or not past or not isinstance(ids, Tensor) or ids.dim() != 2:
         return
-    tokens = torch.tensor(list(family.placeholder_ids.values()), device=ids.device)
+    tokens = torch.tensor(list(_in_space(family).values()), device=ids.device)
     if not bool(torch.isin(ids[:, past:], tokens).any()):
         return
     if not family.places_later_images:
@@ -240,6 +241,11 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
         raise InputError(LATER_IMAGES.format(model=family.model_type, but=but))
 
 
+def _in_space(family: Family) -> dict[str, int]:
+    """Placeholders of what has positions in space: not of audio, whose are those of text."""
+    return {name: token for name, token in family.placeholder_ids.items() if name != AUDIO}
+
+
 def _why_misplaced(family: Family, ids: Tensor, past: int, kwargs: Mapping[str, Any]) -> str | None:
     """Why new images after a cache would get wrong positions; `None` if they would not.
 
@@ -251,7 +257,7 @@ def _why_misplaced(family: Family, ids: Tensor, past: int, kwargs: Mapping[str, 
     """
     if kwargs.get("mm_token_type_ids") is None:
         return "mm_token_type_ids are missing"
-    tokens = family.placeholder_ids
+    tokens = _in_space(family)
     grids = [kwargs[name] for m in tokens if kwargs.get(name := f"{m}_grid_thw") is not None]
     merge = family.config.vision_config.spatial_merge_size
     in_grids = sum(int(grid.prod(1).sum()) for grid in grids) // merge**2

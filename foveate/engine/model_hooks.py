@@ -39,6 +39,7 @@ from foveate.engine.thread_state import ModelCall, ThreadState
 from foveate.engine.total import check_modalities
 from foveate.errors import BudgetError, InputError
 from foveate.families import Family
+from foveate.families.family import AUDIO
 
 
 class ModelHooks:
@@ -165,7 +166,8 @@ class ModelHooks:
         """
         state = self.state
         now.prompt = (ids, kwargs)
-        check_positions(self.family, kwargs)
+        if now.visual.keys() != {AUDIO}:
+            check_positions(self.family, kwargs)
         kernel = self.family.text.config._attn_implementation
         splits = takes_2d_masks(kernel) or not self._caches(kwargs)
         sample, trailing = samples(kwargs) if splits else None, state.generate.trailing
@@ -227,6 +229,11 @@ class ModelHooks:
 
     def _check_given(self, given: dict[str, Any]) -> None:
         for modality in given:
+            if modality == AUDIO and self.family.hears:
+                raise InputError(
+                    f"{self.family.model_type} does not read audio from mm_encoder_outputs; pass "
+                    "input_features instead"
+                )
             if self.family.placer(modality) is not None:
                 raise InputError(
                     f"{self.family.model_type} encodes {modality}s while it embeds the prompt, and "

@@ -27,6 +27,7 @@ class PlannedStep:
         suspends: whether what it takes out comes back at the method's next step.
         learned: parameters of the method, if it learns.
         entry: its name in records, which no other step of the plan has.
+        audio: whether it acts on audio alone, or on all but audio; `None` for everything.
     """
 
     method: Method
@@ -37,6 +38,11 @@ class PlannedStep:
     suspends: bool = False
     learned: nn.Module | None = None
     entry: str = ""
+    audio: bool | None = None
+
+    def sees(self, audio: bool) -> bool:
+        """Whether it acts on audio, or on images and videos."""
+        return self.audio is None or self.audio == audio
 
     def count(self, tokens: int, start: int, request: int = 0) -> int:
         """Tokens of an image that survive.

@@ -17,6 +17,7 @@ from foveate.core import (
 from foveate.core.budget import Total
 from foveate.core.schedule import why_not_ranked
 from foveate.core.step import entries
+from foveate.engine.audio import Audio, check_audio, sharing
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
 from foveate.engine.extensions.partial.prefill import why_unsupported
@@ -30,30 +31,45 @@ from foveate.signals import SIGNALS, DecoderSignal, EncoderSignal, InputSignal, 
 from foveate.signals.signal import free
 
 
-def make_plan(family: Family, methods: Sequence[Method], total: Total | None = None) -> Plan:
-    """Plan methods on a model; `total` as in `Plan`.
+def make_plan(
+    family: Family, methods: Sequence[Method], total: Total | None = None, audio: Audio = False
+) -> Plan:
+    """Plan methods on a model.
+
+    Args:
+        family: the model.
+        methods: the methods, in stream order.
+        total: as in `Plan`.
+        audio: what acts on audio.
 
     Raises:
         LayerError: a layer lies outside the model, or the methods are not in stream order.
-        UnsupportedModelError: the model cannot serve what a method needs; the message lists
-            methods that work.
+        UnsupportedModelError: the model cannot serve what a method needs, and the message lists
+            methods that work; or audio cannot.
         BudgetError: a schedule does not have one entry for each step, or the methods cannot keep
             to the total.
     """
     try:
-        return plain_plan(family, methods, total)
+        plan = plain_plan(family, methods, total, audio)
     except UnsupportedModelError as error:
         raise offering(error, working_methods(family)) from None
+    check_audio(family, plan, audio)
+    return plan
 
 
-def plain_plan(family: Family, methods: Sequence[Method], total: Total | None = None) -> Plan:
-    """As `make_plan`, whose refusals do not list methods that work."""
+def plain_plan(
+    family: Family, methods: Sequence[Method], total: Total | None = None, audio: Audio = False
+) -> Plan:
+    """As `make_plan`, whose refusals do not list methods that work, nor concern audio."""
+    own = audio if isinstance(audio, tuple) else ()
     steps: list[PlannedStep] = []
-    for number, method in enumerate(methods):
-        planned = _steps(family, number, method)
-        if steps and planned:
-            check_order(steps, planned[0])
+    for number, method in enumerate((*methods, *own)):
+        planned = sharing(_steps(family, number, method), audio, own=number >= len(methods))
+        before = [s for s in steps if planned and s.audio == planned[0].audio]
+        if before:
+            check_order(before, planned[0])
         steps += planned
+    methods = (*methods, *own)
 
     def at(stage: str) -> tuple[PlannedStep, ...]:
         chosen = [s for s in steps if s.step.stage == stage and "decode" not in s.step.effects]
@@ -70,7 +86,7 @@ def plain_plan(family: Family, methods: Sequence[Method], total: Total | None = 
     work = _work(family, methods)
     check_together(family, methods, steps)
     decode = next(iter(decoding), None)
-    plan = Plan(tuple(methods), at("vision"), at("pre_llm"), at("llm"), work, decode, total=total)
+    plan = Plan(methods, at("vision"), at("pre_llm"), at("llm"), work, decode, total=total)
     check_total(plan)
     extensions, cached = extensions_of(plan)
     return replace(plan, extensions=extensions, cached_extensions=cached)

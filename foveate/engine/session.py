@@ -51,6 +51,7 @@ class BaseSession:
         methods: one method, or several in stream order; see `use`.
         clip: what is asked, for methods with `relevance="clip"`.
         keep_total: most visual tokens of a conversation; see `use`.
+        audio: whether methods act on audio too, or methods for it; see `use`.
 
     Raises:
         UnsupportedModelError: unknown family, or the model cannot serve what a method needs.
@@ -65,11 +66,15 @@ class BaseSession:
         methods: MethodLike,
         clip: ClipQuestions | None = None,
         keep_total: int | Sequence[int] | None = None,
+        audio: bool | MethodLike = False,
     ) -> None:
         _check_version()
         model = unwrap(model)
         self.family = find_family(model)
-        self.plan = make_plan(self.family, methods_of(methods), plain_total(keep_total))
+        if audio is not False:
+            self.family.hear()
+        heard = audio if isinstance(audio, bool) else methods_of(audio)
+        self.plan = make_plan(self.family, methods_of(methods), plain_total(keep_total), heard)
         _check_clip(self.plan, clip)
         self._model = model
         self._state, self._gate = ThreadState(clip), Gate()
@@ -86,7 +91,7 @@ class BaseSession:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The methods, in stream order."""
+        """The methods, in stream order; then those for audio alone."""
         return self.plan.methods
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
+from foveate.core.tokens import Shape
 from foveate.engine import features
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.inputs import of_shapes
@@ -92,6 +93,17 @@ class Tags:
             encoder_bounds=passes[-1].layer_bounds if passes else (),
         )
         features.tag(output, self._with_projector(encoded, modality, given, arguments))
+
+    def tag_audio(self, output: Any, arguments: Mapping[str, Any], lengths: Sequence[int]) -> None:
+        """The same of audio: each clip is an image of one row.
+
+        Args:
+            output: the output.
+            arguments: what it was made from.
+            lengths: tokens of each clip.
+        """
+        shapes = [Shape(length, (1, length)) for length in lengths]
+        features.tag(output, EncoderOutputInfo(shapes, {}, fed=of_shapes(arguments)))
 
     def _with_projector(
         self,

@@ -21,6 +21,7 @@ from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.hooks import VisionAttachment
 from foveate.families import Family
 from foveate.families.decoder_layer import mixer_of, mlp_of
+from foveate.families.family import AUDIO
 from foveate.record.record import Record
 
 
@@ -72,7 +73,7 @@ class TextAttachment(Attachment):
         check_kernel(self.family)
 
     def attach(self) -> None:
-        """Install the hooks, and wrap `generate` and what makes image and video features."""
+        """Install the hooks, and wrap `generate` and what makes features."""
         family = self.family
         self.uncopied(family.model, family.base, family.text)
         embeds = family.embedding is not None
@@ -99,6 +100,9 @@ class TextAttachment(Attachment):
         for modality in family.placeholder_ids:
             around = functools.partial(self.features.features, modality)
             name = f"get_{modality}_features"
+            if modality == AUDIO:
+                self.wrap(family.base, name, self.features.heard, outer=True, below=family.base)
+                continue
             if (placer := family.placer(modality)) is not None:
                 self.replace_forward(placer, functools.partial(self.features.placed, modality))
             else:

@@ -18,6 +18,7 @@ from foveate.families.text_facts import TextFacts
 from foveate.record.boxes import cells_of
 from foveate.record.tiles import Tiling
 
+AUDIO = "audio"  # the modality, where methods act on it
 FAMILIES: dict[str, type[Family]] = {}
 F = TypeVar("F", bound="type[Family]")
 
@@ -61,6 +62,8 @@ class Family(TextFacts):
     """Why the model makes no logits of some tokens alone, though it takes `logits_to_keep`."""
     thumbnail: ClassVar[int] = -1
     """Which tile of an image shows all of it, where each tile counts as an image."""
+    hears: bool = False
+    """Whether audio is visual to methods: `hear` was called."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -78,6 +81,30 @@ class Family(TextFacts):
     def generates(self) -> bool:
         """Whether the model has a language-model head, and so `generate`."""
         return hasattr(self.model, "generate")
+
+    # -- audio
+
+    @property
+    def unheard(self) -> str:
+        """Why methods cannot act on audio; empty where they can: where `get_audio_features` returns
+        (N, D) rows as `pooler_output`, one for each placeholder of the prompt.
+        """
+        if hasattr(self.base, f"get_{AUDIO}_features"):
+            return "how it makes audio tokens has not been tested with methods"
+        return "it takes no audio"
+
+    def hear(self) -> None:
+        """From now on audio is visual to methods.
+
+        Raises:
+            UnsupportedModelError: methods cannot act on the audio of this model.
+        """
+        if why := self.unheard:
+            raise UnsupportedModelError(
+                f"audio tokens of this {self.model_type} cannot be removed: {why}; leave `audio` "
+                "out, and audio stays as it is"
+            )
+        self.hears = True
 
     # -- images
 
@@ -130,6 +157,7 @@ class Family(TextFacts):
     def placeholder_ids(self) -> dict[str, int]:
         """Modality -> token id that stands for its visual tokens in `input_ids`."""
         ids = {"image": "image_token_id", "video": "video_token_id"}
+        ids |= {AUDIO: "audio_token_id"} if self.hears else {}
         found = {modality: getattr(self.config, name, None) for modality, name in ids.items()}
         return {
             modality: token

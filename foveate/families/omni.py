@@ -1,6 +1,6 @@
 """The thinkers of Qwen2.5-Omni and Qwen3-Omni: Qwen's readers, which also hear.
 
-Tokens of audio count as text: they are not shortened.
+Tokens of audio count as text unless a session asks for them.
 """
 
 from foveate.families.family import register_family
@@ -13,6 +13,7 @@ class Qwen25OmniThinker(MRope):
     """`Qwen2_5OmniThinkerForConditionalGeneration` and `Qwen2_5OmniThinkerModel`."""
 
     places_later_images = False
+    unheard = ""
 
 
 @register_family("qwen3_omni_moe_thinker")
@@ -20,3 +21,4 @@ class Qwen3OmniThinker(Qwen3VL):
     """`Qwen3OmniMoeThinkerForConditionalGeneration` and `Qwen3OmniMoeThinkerModel`."""
 
     places_later_images = False
+    unheard = ""

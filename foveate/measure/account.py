@@ -45,7 +45,8 @@ class Account:
     """FLOPs of one forward over a prompt, and of one decoding step after it.
 
     Args:
-        tower: the vision tower; `None` where features were handed in.
+        tower: the vision tower, and that of audio where methods act on audio; `None` where features
+            were handed in.
         projector: what is between the tower and the language model, mergers included; of an
             encoder alone, what pools its rows.
         selection: signals that methods asked for, and what they have learned.

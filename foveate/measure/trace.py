@@ -29,6 +29,7 @@ from foveate.engine.inputs import bound
 from foveate.engine.vision.encoder_group import patches_of
 from foveate.engine.vision.segments import boundaries
 from foveate.families import Encoder, Family, find_family
+from foveate.families.family import AUDIO
 from foveate.families.projection import project
 from foveate.measure.changes import Change, change, changes
 from foveate.measure.frozen import Frozen, freeze, frozen, thaw
@@ -227,6 +228,8 @@ class _Run:
             self.family.base(**arguments)
             return ()
         output = self.family.encode(modality, arguments)
+        if modality == AUDIO:
+            return ()
         project(self.family, modality, output)
         return tuple(self.family.shapes(modality, pooled(output), arguments))
 

@@ -36,6 +36,7 @@ class ImageRecord:
         locate: finds out where it is; without it, boxes are the cells of the grid. Called only when
             that is read.
         frames: frames of a video that its tokens tell apart; 1 for an image.
+        audio: whether it is a clip of audio, whose one row of tokens runs through time.
     """
 
     row: int
@@ -44,6 +45,7 @@ class ImageRecord:
     kept: dict[str, Tensor] = field(default_factory=dict)
     locate: Callable[[], TokenBoxes] | None = field(default=None, repr=False)
     frames: int = 1
+    audio: bool = False
 
     @property
     def boxes(self) -> Tensor:

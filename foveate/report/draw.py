@@ -7,6 +7,7 @@ large ones. A video is one row of panels for each frame.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from PIL import Image
@@ -84,6 +85,7 @@ def _panels_of(
     """
     if record is None:
         raise InputError("nothing to draw: call the model or generate inside the session first")
+    record = replace(record, images=[image for image in record.images if not image.audio])
     shown = _distinct(record)
     found, number = [], 0
     for image, group in zip(images, _matched(shown, len(images)), strict=True):

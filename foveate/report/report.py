@@ -51,12 +51,11 @@ class Report(dict[str, Any]):
 
     Keys: `model`, `methods`, `dtype`, `rows`, `prompt_tokens` (of each row), `keep_total` (the
     `limit` of each row, its `visual_tokens` and those `of_earlier_turns` among them; empty without
-    such a limit), `images` (row, grid,
-    frames, tokens, tokens after each step, and what `kept` shows), `layers` (tokens and visual
-    tokens of each row in each decoder layer), `flops`, `kv_bytes`, `state_bytes`, `index` and
-    `notes`. `index` is `None`, but where a model makes an embedding of each token, it holds their
-    `width`, `before` and `after` in bytes, their `ratio`, and the embeddings of each row, padding
-    left out, in `rows_before` and `rows_after`.
+    such a limit), `images` (row, grid, frames, whether it is audio, tokens, tokens after each step,
+    and what `kept` shows), `layers` (tokens and visual tokens of each row in each decoder layer),
+    `flops`, `kv_bytes`, `state_bytes`, `index` and `notes`. `index` is `None`, but where a model
+    makes an embedding of each token, it holds their `width`, `before` and `after` in bytes, their
+    `ratio`, and the embeddings of each row, padding left out, in `rows_before` and `rows_after`.
     `flops` and `kv_bytes` hold `before` (all tokens), `after` and their `ratio`; `state_bytes` is
     what recurrent layers keep of all rows, before as after. `flops` also shows apart what it
     includes: `vision` (tower and projector with all tokens; `None` where features were handed in,
@@ -258,6 +257,7 @@ def _image(image: ImageRecord) -> dict[str, Any]:
         "row": image.row,
         "grid": list(image.grid),
         "frames": image.frames,
+        "audio": image.audio,
         "tokens": image.total,
         "after": {site: len(kept) for site, kept in image.kept.items()},
         "kept": {site: kept.tolist() for site, kept in image.kept.items()},

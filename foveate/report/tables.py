@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from foveate.core.step import site_of
+from foveate.core.step import STAGES, site_of
 from foveate.measure.units import human_bytes, human_flops
 from foveate.record.record import site_name
 
@@ -49,6 +49,12 @@ def _span(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+def _in_stream(site: str) -> tuple[int, int]:
+    """Sorts sites as tokens pass them; those of one layer stay as they are."""
+    stage, layer, _ = site_of(site)
+    return (*STAGES, "decode").index(stage), layer
+
+
 def _columns(sites: Sequence[str]) -> dict[str, str]:
     """Sites that the table shows, and their headings: of the encoder's layers only the last."""
     layers = [site for site in sites if site.startswith("vision:")]
@@ -65,6 +71,7 @@ def image_table(report: Mapping[str, Any]) -> Table:
     found: list[str] = []
     for image in report["images"]:
         found += [site for site in image["after"] if site not in found]
+    found.sort(key=_in_stream)  # audio may have others than images
     sites = _columns(found)
     table = _table("image")
     for heading in ("row", "grid", "visual tokens", *sites.values()):
@@ -72,7 +79,7 @@ def image_table(report: Mapping[str, Any]) -> Table:
     for number, image in enumerate(report["images"]):
         counts = [str(image["after"].get(site, "-")) for site in sites]
         frames = [image["frames"]] if image["frames"] > 1 else []
-        grid = "x".join(map(str, frames + image["grid"]))
+        grid = "audio" if image["audio"] else "x".join(map(str, frames + image["grid"]))
         table.add_row(str(number), str(image["row"]), grid, str(image["tokens"]), *counts)
     return table
 

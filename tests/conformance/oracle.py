@@ -57,6 +57,7 @@ def run(
     spec: Spec,
     prompt: int,
     counts: list[int] | None = None,
+    places: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[list[Tensor]]]:
     """Last hidden states (T, D) of one row, and kept raster indices after each place.
 
@@ -67,6 +68,7 @@ def run(
         spec: what is removed.
         prompt: length of the prompt.
         counts: visual tokens of each image; all the member's own count by default.
+        places: columns of each image instead, where they need not be next to each other.
     """
     text = member.text(model)
     recorded = Recorded(member, model, inputs)
@@ -74,13 +76,14 @@ def run(
     length = hidden.shape[-2]  # the axis of tokens, whatever comes before it
     placeholders = torch.tensor([member.image_id, *member.others])
     visual = torch.isin(inputs["input_ids"][0], placeholders).nonzero()[:, 0]
-    columns = list(visual.split(counts or member.visual))
+    columns = list(places or visual.split(counts or member.visual))
     index = [torch.arange(len(column)) for column in columns]
     alive, shift = torch.ones(length, dtype=torch.bool), torch.zeros(length, dtype=torch.long)
     history: list[list[Tensor]] = []
     forgotten = torch.zeros(length, length, dtype=torch.bool)
     if spec.evict_cache and columns:  # known only at the end
-        _, known = run(member, model, inputs, replace(spec, evict_cache=0), prompt, counts)
+        before = replace(spec, evict_cache=0)
+        _, known = run(member, model, inputs, before, prompt, counts, places)
         left = [column[image] for column, image in zip(columns, known[-1], strict=True)]
         forgotten[prompt:, visual[~torch.isin(visual, torch.cat(left))]] = True
 

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
     "README.md": "test_readme.py",
     "add-a-method.md": "test_docs.py",
+    "audio.md": "families/test_audio_page.py",
     "combine.md": "test_docs.py",
     "conversations.md": "test_docs.py",
     "retrieval.md": "test_docs.py",

@@ -43,6 +43,11 @@ class Gemma3n(Family):
         predicted: Tensor = layer.altup.predict(states.movedim(2, 0))
         return predicted[self.text.config.altup_active_idx]
 
+    @property
+    def unheard(self) -> str:
+        """Padding, which has placeholders."""
+        return "it pads every clip to one length, and padding would be ranked as audio"
+
     def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
         """Convolutions and attention, of several resolutions."""
         return MIXING

@@ -23,6 +23,11 @@ class Gemma4Unified(Family):
     patches that are projected as they are, once the processor has merged them.
     """
 
+    @property
+    def unheard(self) -> str:
+        """Padding, which has no placeholders."""
+        return "features of audio hold padding, which the model takes out after methods have acted"
+
     def pixels(self, images: int, arguments: Mapping[str, Any]) -> Tensor | None:
         """None: processors hand over patches."""
         return None

@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.core.tokens import Shape
 from foveate.errors import InputError
 from foveate.families.encoder import Encoder
-from foveate.families.family import register_family
+from foveate.families.family import AUDIO, register_family
 from foveate.families.gridded import Gridded
 
 
@@ -29,9 +29,15 @@ class NemotronHOmni(Gridded):
 
     @property
     def placeholder_ids(self) -> dict[str, int]:
-        """The same token for both; a prompt has images or a video."""
+        """The same token for both; a prompt has images or a video. Audio has its own."""
         token = self.config.image_token_id
-        return {"image": token, "video": token}
+        audio = {AUDIO: self.config.audio_token_id} if self.hears else {}
+        return {"image": token, "video": token, **audio}
+
+    @property
+    def unheard(self) -> str:
+        """Whether it was made without an encoder of audio."""
+        return "" if self.base.audio_tower is not None else "it has no encoder of audio"
 
     def rotary(self, hidden: Tensor, position_ids: Tensor, layer: int) -> Any:
         """None: positions are what recurrent layers make of them."""

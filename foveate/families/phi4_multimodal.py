@@ -44,6 +44,11 @@ class Phi4Multimodal(Family):
         """Images alone; audio is text to methods."""
         return {"image": self.config.vision_config.image_token_id}
 
+    @property
+    def unheard(self) -> str:
+        """Who places it."""
+        return "one module makes its features and places them in the prompt, unseen by methods"
+
     # -- features, which the text model makes itself
 
     def with_embeddings(self, arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -126,7 +126,9 @@ def cost_table(report: Mapping[str, Any]) -> Table:
     if report["layers"] and work["vision"] is not None:
         counts = work["vision"], work["vision_after"]
         vision = (human_flops(count, work["before"]) for count in counts)
-        table.add_row("  of which vision tower, projector", *vision, "")
+        heard = any(image["audio"] for image in report["images"])
+        towers = "vision and audio towers" if heard else "vision tower"
+        table.add_row(f"  of which {towers}, projector", *vision, "")
     table.add_row("  of which selection", "", human_flops(work["selection"]), "")
     if memory["before"]:
         table.add_row(

@@ -97,9 +97,6 @@ def _unheard(planned: PlannedStep) -> str:
     if isinstance(planned.method, VideoMethod):
         return "compares the frames of a video, and audio has none"
     for need in planned.step.needs:
-        signal = SIGNALS[need.name]
-        if signal.source in ("encoder", "input"):
+        if SIGNALS[need.name].source in ("encoder", "input"):
             return f"reads {need.name} of the vision encoder, which audio does not pass"
-        if signal.clip:
-            return f"reads {need.name}, which compares images with text, and audio is no image"
     return ""

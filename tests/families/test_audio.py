@@ -178,6 +178,22 @@ def test_new_audio_after_a_cache_equals_the_oracle(name):
     torch.testing.assert_close(got, want[length - 1 :], rtol=0, atol=TOLERANCE)
 
 
+@names
+def test_forwards_take_new_audio_after_a_cache(name):
+    """Without position ids too, as the bare model takes it."""
+    model, (first, _) = model_of(name), prompt(name, "alone")
+    more = {"input_ids": first["input_ids"], **sound_of(40, seed=6)}
+
+    def states():
+        with torch.no_grad():
+            cache = model.model(**fresh(first), use_cache=True).past_key_values
+            return model.model(**more, past_key_values=cache).last_hidden_state
+
+    plain = states()
+    with foveate.use(model, EveryThird(1.0), audio=True):
+        assert torch.equal(states(), plain)
+
+
 def test_a_prompt_that_ends_in_audio_keeps_the_last_token():
     model = model_of(NAMES[0])
     inputs, (place,) = prompt(NAMES[0], "alone")
@@ -253,6 +269,7 @@ def test_the_report_tells_audio_apart():
         ("dart", None),
         ("downsample", None),
         ("m3", None),
+        ("fopru", "reads received_attention of the vision encoder, which audio does not pass"),
         ("holitom", "compares the frames of a video, and audio has none"),
     ],
 )

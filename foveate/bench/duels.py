@@ -97,7 +97,7 @@ def counted(found: Sequence[Duel]) -> str:
 
 
 def chance(p: float | None) -> str:
-    """A probability in two digits, `< 0.0001` where it is less, `-` where there is none."""
+    """A probability to three places, `< 0.001` where it is less, `-` where there is none."""
     if p is None:
         return "-"
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    return "< 0.001" if p < 1e-3 else f"{p:.3f}"

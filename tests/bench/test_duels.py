@@ -195,7 +195,7 @@ def test_the_report_shows_and_explains_them(summary, tmp_path):
     assert f'<td class="good" title="{tip}"><b>+20</b></td>' in page
     assert f'<td class="bad" title="{tip}"><b>-20</b></td>' in page
     assert '<td class="faint" title="all tokens against divprune' in page
-    assert "<td>all tokens really beats random</td><td>+80.0 ± 12.4</td><td>&lt; 0.0001" in page
+    assert "<td>all tokens really beats random</td><td>+80.0 ± 12.4</td><td>&lt; 0.001" in page
     assert "<td>all tokens against divprune</td>" in page
     assert page.index("really beats random") < page.index("all tokens against divprune</td>")
     assert all(f"<dt>{term}</dt>" in page for term in TERMS)
@@ -219,8 +219,8 @@ def test_files_say_who_beats_whom(summary, tmp_path):
 
 
 def test_probabilities_are_short():
-    found = [chance(p) for p in (None, 1.0, 0.04, 0.0123456, 0.00012, 1e-9)]
-    assert found == ["-", "1", "0.04", "0.012", "0.00012", "< 0.0001"]
+    found = [chance(p) for p in (None, 1.0, 0.04, 0.0123456, 0.001, 0.0009)]
+    assert found == ["-", "1.000", "0.040", "0.012", "0.001", "< 0.001"]
 
 
 def test_a_difference_is_real_below_the_level_only():

@@ -97,7 +97,9 @@ def counted(found: Sequence[Duel]) -> str:
 
 
 def chance(p: float | None) -> str:
-    """A probability to three places, `< 0.001` where it is less, `-` where there is none."""
+    """A probability in three digits, `< 0.001` where it is less, `-` where there is none."""
     if p is None:
         return "-"
-    return "< 0.001" if p < 1e-3 else f"{p:.3f}"
+    if p < 1e-3:
+        return "< 0.001"
+    return f"{p:.4f}" if p < 0.1 else f"{p:.3f}"

@@ -191,7 +191,7 @@ def test_the_report_shows_and_explains_them(summary, tmp_path):
     write(tmp_path / "r.html", summary, Facts("m", "c", 4))
     page = (tmp_path / "r.html").read_text()
     assert "5 of 6 pairs really differ" in page
-    tip = "divprune against fastv: +20.0 ± 12.4, adjusted p = 0.016"
+    tip = "divprune against fastv: +20.0 ± 12.4, adjusted p = 0.0156"
     assert f'<td class="good" title="{tip}"><b>+20</b></td>' in page
     assert f'<td class="bad" title="{tip}"><b>-20</b></td>' in page
     assert '<td class="faint" title="all tokens against divprune' in page
@@ -219,8 +219,8 @@ def test_files_say_who_beats_whom(summary, tmp_path):
 
 
 def test_probabilities_are_short():
-    found = [chance(p) for p in (None, 1.0, 0.04, 0.0123456, 0.001, 0.0009)]
-    assert found == ["-", "1.000", "0.040", "0.012", "0.001", "< 0.001"]
+    found = [chance(p) for p in (None, 1.0, 0.25, 0.0503, 0.0123456, 0.001, 0.0009)]
+    assert found == ["-", "1.000", "0.250", "0.0503", "0.0123", "0.0010", "< 0.001"]
 
 
 def test_a_difference_is_real_below_the_level_only():

@@ -2,7 +2,7 @@
 
 foveate bench --model tiny --methods all --tasks all --data DATA --out OUT
 python benchmarks/quality.py OUT/results.parquet   # writes results/quality.json and the page
-python benchmarks/quality.py    # the page only, with results of real.py and real_tower.py
+python benchmarks/quality.py    # the page only, with results of headline.py, real.py, real_tower.py
 
 python -m recipes.easy_vqa --data DATA --out MODEL --steps 160
 foveate bench --model MODEL --methods all --keep 0.25 --tasks easy-vqa --data DATA --out OUT \
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import _headline_table as headline
 import _real_tower_page as tower
 from _real_table import section
 
@@ -56,8 +57,8 @@ methods that rank there. These results do not show which method is best on a lar
 
 LESSONS = """## What they show
 
-Read the figures with their intervals. They come from 160 questions, so differences of a few points
-are noise.
+Read the figures with their intervals. Those of all methods come from 160 questions, so differences
+of a few points are noise there.
 
 - With half of the tokens, most methods lose little. They differ at a quarter and below, where both
   content-agnostic baselines, `random` and `downsample`, are far behind.
@@ -124,12 +125,13 @@ def _line(line: Line) -> dict[str, Any]:
 
 def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
     """The page as Markdown."""
-    parts = [INTRO, f"`{result['command']}`; {result['machine']}.\n"]
+    parts = [INTRO, headline.section(headline.load())]
+    parts.append(f"## All methods\n\n`{result['command']}`; {result['machine']}.\n")
     keeps = sorted({x["keep"] for x in result["lines"] if x["keep"]}, reverse=True)
     for keep in [*keeps, None]:
         mine = [x for x in result["lines"] if x["keep"] == keep or x["method"] == ALL]
         mine.sort(key=lambda x: (x["method"] != ALL, -x["accuracy"]))
-        parts += [f"## {'own budgets' if keep is None else f'keep = {keep:g}'}\n", _lines(mine)]
+        parts += [f"### {'Own budgets' if keep is None else f'keep = {keep:g}'}\n", _lines(mine)]
     head = ["task", "questions", "all tokens", "most common answer", "informative"]
     rows = [
         [t["name"], str(t["n"]), percent(t["accuracy"]), percent(t["majority"]),

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from foveate.bench import duels_page
 from foveate.bench.levels import ALL, BASELINES
 from foveate.bench.summary import MARGIN, Line, Summary
 from foveate.bench.svg import halves, heat_map, pareto, percent
@@ -37,6 +38,7 @@ TERMS = {
     "KV cache": "Bytes of the key-value cache after the prompt, of all tokens'.",
     "TTFT": "Time to first token, measured, of that with all tokens.",
     "n": "Questions.",
+    **duels_page.TERMS,
 }
 """Terms of the report, as a tooltip and the last section explain them."""
 NUMBERS = (
@@ -95,6 +97,8 @@ def write(path: Path, summary: Summary, facts: Facts, shots: Sequence[Shot] = ()
                 _plot(summary, lines, unpruned)),
         Section("all", "All numbers", "All numbers",
                 f'<p class="faint">{NUMBERS}</p>{_numbers(summary, lines, unpruned)}'),
+        Section("duels", "Who beats whom", "Who really beats whom",
+                duels_page.body(summary)),
         Section("tasks", "Tasks", "Task by task",
                 f'<p class="faint">{TASKS}</p>{"".join(_by_task(summary, k) for k in budgets)}'),
         Section("maps", "Where tokens go", "Where tokens are dropped",

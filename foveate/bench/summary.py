@@ -96,34 +96,30 @@ class Summary:
 
     def line(self, config: Config, tasks: Iterable[str] | None = None) -> Line:
         """A method at a budget over some tasks; by default the informative ones."""
-        if tasks is None:
-            telling = [task.name for task in self.tasks if task.telling]
-            tasks = telling or [task.name for task in self.tasks]
-        mine, unpruned = [], []
-        for task in tasks:
-            row, other = self.by_cell.get((*config, task)), self.by_cell.get((ALL, None, task))
-            if row and other and row["status"] == "done":
-                mine.append(row)
-                unpruned.append(other)
+        _, mine = self._common((ALL, None), config, tasks)
         n = sum(row["n"] for row in mine)
         right = sum(row["right"] for row in mine)
-        pairs = Paired.of(
-            [a["right"] for row in unpruned for a in row["answers"]],
-            [a["right"] for row in mine for a in row["answers"]],
-        )
         mean = {name: _weighted(mine, name) for name in ("agreement", "kl", "recall", "hit")}
         return Line(
             config=config,
             n=n,
             accuracy=right / max(n, 1),
             interval=wilson(right, n),
-            paired=pairs,
+            paired=self.paired((ALL, None), config, tasks),
             **mean,
             tokens=_weighted(mine, "tokens_ratio"),
             flops=_share(mine, "flops"),
             kv_bytes=_share(mine, "kv_bytes"),
             ttft=self._ttft(config),
         )
+
+    def paired(self, first: Config, second: Config, tasks: Iterable[str] | None = None) -> Paired:
+        """Two methods on the questions that both were asked; by default of informative tasks."""
+        left, right = (
+            [a["right"] for row in rows for a in row["answers"]]
+            for rows in self._common(first, second, tasks)
+        )
+        return Paired.of(left, right)
 
     def survival(self, config: Config) -> tuple[int, int, list[float]] | None:
         """(height, width, mean lifetime of each cell) over the tasks of the commonest grid."""
@@ -160,6 +156,21 @@ class Summary:
                 where = f"{row['task']}{keep}"
                 found.setdefault((row["method"], row["status"], row["error"]), []).append(where)
         return [(*name, cells) for name, cells in found.items()]
+
+    def _common(
+        self, first: Config, second: Config, tasks: Iterable[str] | None
+    ) -> tuple[list[Row], list[Row]]:
+        """The cells of two methods on the tasks that both have done; questions are in one order."""
+        if tasks is None:
+            telling = [task.name for task in self.tasks if task.telling]
+            tasks = telling or [task.name for task in self.tasks]
+        left, right = [], []
+        for task in tasks:
+            a, b = self.by_cell.get((*first, task)), self.by_cell.get((*second, task))
+            if a and b and a["status"] == b["status"] == "done":
+                left.append(a)
+                right.append(b)
+        return left, right
 
     def _ttft(self, config: Config) -> float | None:
         for row in self.done:

@@ -57,7 +57,7 @@ def measure(
         workers: processes; `None` for two where a small model runs on a CPU.
         minutes: no cell is begun after so many.
         timing: whether to time the first token too.
-        table: file of the table that is printed, Markdown or CSV; `None` for none.
+        table: file of the table that is printed, Markdown, CSV or JSON; `None` for none.
 
     Raises:
         FoveateError: `out` cannot be written to, the model cannot be loaded, or none of the cells

@@ -5,23 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.bench.duels import budgets, counted, duels, ranking
+from foveate.bench.duels_page import markdown
 from foveate.bench.levels import ALL
 from foveate.bench.summary import Line, Summary
 from foveate.bench.svg import percent
 from foveate.cli.listing import plain_table
 from foveate.errors import InputError
 from foveate.io.quoting import quoted, shown
-from foveate.io.writing import check_file, write_text
+from foveate.io.writing import check_file, write_json, write_text
 
 HEADINGS = ("method", "keep", "accuracy, %", "95 % interval", "FLOPs, %", "KV, %", "TTFT, %")
-SUFFIXES = (".md", ".csv")
+SUFFIXES = (".md", ".csv", ".json")
+MATRIX = (
+    "The row's accuracy less the column's, in points; bold where it is more than chance: exact "
+    "test of McNemar with Holm's correction for all pairs."
+)
 _OFFER = re.compile(r"\. (Methods that work here: |No method works here).*", re.DOTALL)
 
 
@@ -96,20 +103,54 @@ def check_table(path: Path | None) -> None:
     """Refuse a table file that can be written in no format.
 
     Raises:
-        InputError: its name ends in neither .md nor .csv, or it cannot be written.
+        InputError: its name ends in none of `SUFFIXES`, or it cannot be written.
     """
     if path is not None and path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"--table takes a file that ends in .md or .csv, got {quoted(str(path))}")
+        raise InputError(
+            f"--table takes a file that ends in .md, .csv or .json, got {quoted(str(path))}"
+        )
     check_file(path)
 
 
 def write_table(path: Path, summary: Summary) -> None:
-    """Write the table as Markdown or CSV, by the ending of the file."""
-    rows = [HEADINGS, *(cells_of(line) for line in lines_of(summary))]
-    if path.suffix.lower() == ".csv":
+    """Write the table by the ending of the file; Markdown and JSON say too who beats whom."""
+    lines = lines_of(summary)
+    rows = [HEADINGS, *(cells_of(line) for line in lines)]
+    kind = path.suffix.lower()
+    if kind == ".json":
+        return write_json(path, to_json(lines, summary), indent=1)
+    if kind == ".csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(rows)
         return write_text(path, text.getvalue())
     marked = [f"| {' | '.join(row)} |" for row in rows]
     rule = "|---|" + "---:|" * (len(HEADINGS) - 1)
-    return write_text(path, "\n".join([marked[0], rule, *marked[1:]]) + "\n")
+    text_ = "\n".join([marked[0], rule, *marked[1:]]) + "\n"
+    return write_text(path, text_ + "".join(_matrices(summary)))
+
+
+def _matrices(summary: Summary) -> Iterator[str]:
+    """Who really beats whom in Markdown, budget by budget."""
+    for keep in budgets(summary):
+        found = duels(summary, keep)
+        title = "own budgets" if keep is None else f"keep = {keep:g}"
+        yield f"\n## Who really beats whom, {title}\n\n{MATRIX} {counted(found)}\n\n"
+        yield markdown(found, ranking(summary, keep))
+
+
+def to_json(lines: Sequence[Line], summary: Summary) -> dict[str, Any]:
+    """The table and all pairs as JSON values; shares and differences are fractions."""
+    names = ("n", "accuracy", "interval", "agreement", "kl", "recall", "hit", "tokens", "flops",
+             "kv_bytes", "ttft")  # fmt: skip
+    return {
+        "lines": [
+            {"method": line.config[0], "keep": line.config[1]}
+            | {name: getattr(line, name) for name in names}
+            for line in lines
+        ],
+        "pairs": [
+            {"keep": keep, **duel.to_dict()}
+            for keep in budgets(summary)
+            for duel in duels(summary, keep)
+        ],
+    }

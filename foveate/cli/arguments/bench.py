@@ -101,7 +101,7 @@ def bench(
     ] = None,
     timing: Annotated[bool, typer.Option(help="Also time the first token.")] = True,
     table: Annotated[
-        Path | None, typer.Option(help="Also save the table here: FILE.md or FILE.csv.")
+        Path | None, typer.Option(help="Also save the table here: FILE.md, .csv or .json.")
     ] = None,
     config: Annotated[
         Path | None,

@@ -22,6 +22,7 @@ from foveate.engine.plan import Plan
 from foveate.engine.slots import Slots
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
+from foveate.families.text_facts import TextFacts
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,7 @@ def check_maps(plan: Plan, family: Family, arguments: Mapping[str, Any]) -> None
         )
 
 
-def widen_maps(output: Any, family: Family, seen: Mapping[int, Seen], length: int) -> None:
+def widen_maps(output: Any, family: TextFacts, seen: Mapping[int, Seen], length: int) -> None:
     """Bring the attention maps of a text model's output to logical size, in place.
 
     Args:

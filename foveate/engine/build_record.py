@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from foveate.engine import features
@@ -19,6 +19,7 @@ def describe(
     output: Any,
     encoded: Mapping[str, Any],
     tags: Tags,
+    placed: Sequence[int] | None = None,
 ) -> Record | None:
     """The record of a forward; `None` of a decoding step, which has none.
 
@@ -27,6 +28,7 @@ def describe(
         output: the text model's, with the cache that it filled.
         encoded: modality -> its features, a tagged ModelOutput, whole or a slice.
         tags: what tagged the features.
+        placed: images of the encoder that are in the prompt, if not all are.
     """
     prompt = forward.prompt
     if not prompt.groups:
@@ -41,6 +43,9 @@ def describe(
     heard_first = sorted(encoded, key=AUDIO.__ne__)  # what vision encoders say is said last
     known = {} if sliced else {modality: encoded[modality].encoded for modality in heard_first}
     last = next(reversed(known.values()), None)
+    pixels = known["image"].pixels if "image" in known else None
+    if pixels is not None and placed is not None:
+        pixels = pixels[list(placed)]
     return Record(
         rows=prompt.batch,
         prompt_tokens=forward.prompt_tokens,
@@ -48,7 +53,7 @@ def describe(
         layer_tokens=forward.layer_tokens,
         last_tokens_from=forward.last_tokens_from,
         cache_slots=[] if cache is None else slots_held(cache.layers),
-        pixels=known["image"].pixels if "image" in known else None,
+        pixels=pixels,
         encoder_tokens=list(last.encoder_tokens) if last else [],
         encoder_bounds=list(last.encoder_bounds) if last else [],
         encoded={modality: of.fed for modality, of in known.items() if of.fed},

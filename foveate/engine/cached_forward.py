@@ -25,21 +25,21 @@ from foveate.engine.mask_translation import translate_mask
 from foveate.engine.plan import Plan
 from foveate.engine.slots import Slots
 from foveate.engine.state import Kwargs
-from foveate.families import Family
+from foveate.families.text_facts import TextFacts
 
 
 class CachedForward:
     """One forward after a cache of which some layers are pruned.
 
     Args:
-        family: the model's family.
+        family: the text model, or an expert that reads its cache.
         cache: the cache.
         before: per layer, the slots that it holds before the forward, if it is pruned.
         sequence: (B, T, ...) what the text model is given; all of its columns are there.
     """
 
     def __init__(
-        self, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+        self, family: TextFacts, cache: Cache, before: list[Slots | None], sequence: Tensor
     ) -> None:
         self.family = family
         self._batch, self._length = sequence.shape[:2]
@@ -54,7 +54,12 @@ class CachedForward:
 
     @classmethod
     def after(
-        cls, plan: Plan, family: Family, cache: Cache, before: list[Slots | None], sequence: Tensor
+        cls,
+        plan: Plan,
+        family: TextFacts,
+        cache: Cache,
+        before: list[Slots | None],
+        sequence: Tensor,
     ) -> CachedForward | None:
         """A forward after a cache, or `None` where no layer of that is pruned."""
         if not any(before):

@@ -123,6 +123,8 @@ class FeatureHooks:
         self._reducer.reduce(modality, output)
         if state.now.inside:
             state.now.encoded[modality] = output
+        if state.made is not None:
+            state.made[modality] = output
         state.generate.awaited = not state.now.inside and state.generate.requests is not None
         return output
 

@@ -69,7 +69,7 @@ class FeatureReducer:
     def _within_prompt(self, modality: str, output: Any, visual: Tensor) -> PromptContext:
         """What is known of images whose (B, T) placeholders are."""
         state, now = self.state, self.state.now
-        source = features.members(output, visual, now.expanded)
+        source = now.images_of(output, visual)
         shapes = [output.encoded.shapes[i] for i in source]
         images = images_in(visual, shapes, now.request_of, now.readout, audio=modality == AUDIO)
         question = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -190,8 +191,18 @@ def check_order(lengths: Sequence[int], visual: Tensor, expanded: int) -> None:
 
 def tokens_of(output: Any, source: Sequence[int]) -> Sequence[Tensor]:
     """(V, D) features of each image of a forward; `source` as `members` gives it."""
+    rows, lengths = feature_rows(pooled(output)), output.encoded.lengths
+    starts = starts_of(output, source)
+    return [rows[s : s + lengths[image]] for s, image in zip(starts, source, strict=True)]
+
+
+def starts_of(output: Any, source: Sequence[int]) -> list[int]:
+    """First row of each image of a forward among all features; `source` as `members` gives it."""
     lengths = output.encoded.lengths
-    return feature_rows(pooled(output)).split([lengths[image] for image in source])
+    if sum(feature.shape[:-1].numel() for feature in pooled(output)) == sum(lengths):
+        starts = list(accumulate(lengths, initial=0))
+        return [starts[image] for image in source]  # perhaps not of all
+    return list(accumulate((lengths[image] for image in source), initial=0))[:-1]
 
 
 def _check_beams(rows: Tensor, counts: Sequence[int], expanded: int) -> None:

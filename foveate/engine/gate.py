@@ -128,6 +128,12 @@ def is_generating(model: nn.Module) -> bool:
     return _on_stack(model, inspect.unwrap(GenerationMixin.generate).__code__)
 
 
+def is_sampling(policy: nn.Module) -> bool:
+    """Whether this thread is inside the method of a policy that samples actions, if it has one."""
+    sample = getattr(type(policy), "sample_actions", None)
+    return sample is not None and _on_stack(policy, inspect.unwrap(sample).__code__)
+
+
 def _on_stack(module: nn.Module, code: Any) -> bool:
     """Whether a method of a module is running in this thread; of others, stacks are not safe to
     read.

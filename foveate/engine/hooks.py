@@ -276,7 +276,7 @@ class ForwardHooks:
             return output
         if forward.groups and len(forward.layer_layouts) < self.family.text_layers:
             raise bypassed(self.family.layers[0])
-        record = describe(forward, output, now.encoded, self.tags)
+        record = describe(forward, output, now.encoded, self.tags, now.placed)
         if record is not None and self._tells(forward, output):
             self.state.record = self._last = record
         if self.family.embedding is not None and forward.layout is not forward.full:
@@ -314,7 +314,7 @@ class ForwardHooks:
                 parts.append(ModalityImages(mask, shapes, removed))
                 continue
             known = output.encoded
-            source = features.members(output, mask, self.state.now.expanded)
+            source = self.state.now.images_of(output, mask)
             shapes = [known.shapes[i] for i in source]
             before = [known.kept_of(i) for i in source]
             states = known.states if self.plan.marks else []

@@ -5,11 +5,14 @@ from __future__ import annotations
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 
 from foveate.errors import UnsupportedModelError
-from foveate.families import Family
+from foveate.families.text_facts import TextFacts
 
 
-def check_kernel(family: Family) -> None:
+def check_kernel(family: TextFacts) -> None:
     """Refuse attention kernels that cannot be served.
+
+    Args:
+        family: a text model, or an expert that reads its cache.
 
     Raises:
         UnsupportedModelError: continuous batching, or flex attention.

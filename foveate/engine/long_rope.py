@@ -14,9 +14,10 @@ from torch import Tensor
 from foveate.engine.inputs import cached
 from foveate.errors import InputError
 from foveate.families import Family
+from foveate.families.text_facts import TextFacts
 
 
-def check_switch(family: Family, positions: Tensor, past: int) -> None:
+def check_switch(family: TextFacts, positions: Tensor, past: int) -> None:
     """Refuse tokens that are rotated with other frequencies than the keys that are cached.
 
     Args:

@@ -25,12 +25,13 @@ from foveate.engine.extensions.labels import (
 )
 from foveate.engine.extensions.losses import averaged, with_losses
 from foveate.engine.feature_reducer import FeatureReducer
-from foveate.engine.gate import is_generating
+from foveate.engine.gate import is_generating, is_sampling
 from foveate.engine.inputs import bound, check_positions, placeholders, prompt_tokens
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.long_rope import check_cache_kept
 from foveate.engine.masks import samples
 from foveate.engine.plan import Plan
+from foveate.engine.policy import prefix_of
 from foveate.engine.replaced_forward import bypassed, forward_of
 from foveate.engine.rollback import ROPE, reset_rope
 from foveate.engine.state import Args, Kwargs
@@ -135,6 +136,11 @@ class ModelHooks:
         state.now = now = ModelCall()
         ids = args[0] if args else kwargs.get("input_ids")
         given = {m: o for m, o in (kwargs.get("mm_encoder_outputs") or {}).items() if o is not None}
+        prefix = prefix_of(kwargs.get("inputs_embeds"), self.plan)
+        if prefix is not None:
+            ids, given, now.placed = prefix.ids, dict(prefix.made), prefix.placed
+        elif self.family.policy is not None and is_sampling(self.family.model):
+            return kwargs  # it has begun before the session
         now.inside = True
         if ids is None or ids.shape[1] > 1:
             check_kernel(self.family)
@@ -149,6 +155,13 @@ class ModelHooks:
             return kwargs
         check_modalities(self.plan, now.visual)
         self._enter_prompt(module, now, ids, kwargs)
+        if prefix is not None:
+            everything = torch.stack(list(now.visual.values())).any(0)
+            # Tables of embeddings may end before the placeholder.
+            now.prompt = prefix.ids.masked_fill(everything, 0), kwargs
+            self._take(given, now, {})
+            embeds = prefix.embeddings(kwargs["inputs_embeds"], now.visual)
+            return {**kwargs, "inputs_embeds": embeds}
         if given:
             return self._take(given, now, kwargs)
         if state.generate.awaited:
@@ -177,7 +190,8 @@ class ModelHooks:
         elif self._may_hold_answers and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
         now.tokens = tokens
-        if tokens.supervised is None or not is_training(module):
+        reads = self.family.expert is None  # a next token from the prompt
+        if reads and (tokens.supervised is None or not is_training(module)):
             now.readout = tokens.readout  # in training each token is read from the one before it
         batch, requests = next(iter(now.visual.values())).shape[0], state.generate.requests
         if requests and batch % requests == 0:
@@ -187,9 +201,11 @@ class ModelHooks:
     @property
     def _may_hold_answers(self) -> bool:
         """Whether what follows a prompt may be an answer: not in `generate`, nor on a model that
-        makes embeddings.
+        makes embeddings, or whose answers are actions.
         """
-        return self.state.generate.requests is None and self.family.embedding is None
+        family = self.family
+        answers = family.embedding is None and family.expert is None
+        return answers and self.state.generate.requests is None
 
     def _take(self, given: dict[str, Any], now: ModelCall, kwargs: Kwargs) -> Kwargs:
         """Reduce features that were encoded before: the arguments with them."""

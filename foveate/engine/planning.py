@@ -189,6 +189,11 @@ def _check_llm_layer(family: Family, step: Step, slug: str) -> None:
             "from which no token can be taken"
         )
     if "decode" in step.effects:
+        if family.expert is not None:
+            raise UnsupportedModelError(
+                f"{slug!r} chooses what each new token attends to in the cache, but this "
+                f"{family.model_type!r} makes no new tokens: an expert reads the cache"
+            )
         if step.layer < 1 or step.layer - 1 not in family.attention_layers:
             raise LayerError(
                 f"{slug} chooses what layers from {step.layer} on attend to by the layer before, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from foveate.core import Need, Reduction
 from foveate.core.reduction import take_rows
 from foveate.engine.apply_step import apply_step
-from foveate.engine.features import EncoderOutputInfo, feature_rows, put_sheets
+from foveate.engine.features import EncoderOutputInfo, feature_rows, put_sheets, starts_of
 from foveate.engine.features import sheets as sheets_of
 from foveate.engine.images import ImageGroup, ImageState, group_images
 from foveate.engine.plan import Plan, PlannedStep
@@ -52,7 +51,10 @@ def mark(
     lengths = [shape.total for shape in shapes]
     sheets = sheets_of(output)
     rows_of_sheets = [feature_rows(sheet) for sheet in sheets]
-    images: list[Sequence[Tensor]] = [sheet.split(lengths) for sheet in rows_of_sheets]
+    starts = starts_of(output, source)
+    images: list[Sequence[Tensor]] = [
+        [sheet[s : s + n] for s, n in zip(starts, lengths, strict=True)] for sheet in rows_of_sheets
+    ]
     if encoded.projector is not None:
         images.append([encoded.unprojected[i] for i in source])
     device, surviving = rows_of_sheets[0].device, encoded.surviving(source)
@@ -76,7 +78,7 @@ def mark(
     )
     fewer = sum(state.count for state in states) < sum(lengths)
     if fewer or any(after.changed for after in current):  # a merge may keep the count
-        marked = _marked(rows_of_sheets, current, lengths)
+        marked = _marked(rows_of_sheets, current, starts)
         put_sheets(output, list(map(_like, sheets, marked)))
 
 
@@ -133,12 +135,14 @@ def _states(groups: Sequence[_FeatureGroup]) -> list[ImageState]:
 
 
 def _marked(
-    sheets: Sequence[Tensor], groups: Sequence[_FeatureGroup], lengths: Sequence[int]
+    sheets: Sequence[Tensor], groups: Sequence[_FeatureGroup], starts: Sequence[int]
 ) -> list[Tensor]:
-    """Sheets (N, D) of all images that hold the surviving tokens, and else NaN."""
-    starts = torch.tensor([0, *accumulate(lengths)], device=sheets[0].device)
+    """Sheets (N, D) of all images, of which each begins somewhere, that hold the surviving tokens,
+    and else NaN.
+    """
+    first = torch.tensor(starts, device=sheets[0].device)
     rows = [
-        each.group.index.sort().values + starts[list(each.group.numbers), None] for each in groups
+        each.group.index.sort().values + first[list(each.group.numbers), None] for each in groups
     ]
     where = torch.cat([row.flatten() for row in rows])
     marked = []

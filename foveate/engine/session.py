@@ -112,10 +112,18 @@ class BaseSession:
         """Refuse what cannot be attached for training.
 
         Raises:
-            UnsupportedModelError: a method has nothing to do in training.
+            UnsupportedModelError: a method has nothing to do in training, or does something else
+                there on a model whose loss is an expert's.
             BudgetError: a budget is given for each request.
         """
         self.plan.check_training()
+        if self.plan.learns and self.family.expert is not None:
+            names = ", ".join(method.slug for method in self.plan.methods)
+            raise UnsupportedModelError(
+                f"{names} learns from labels of text, but the loss of this "
+                f"{self.family.model_type} is that of actions; train it with a method that learns "
+                "nothing"
+            )
 
     @property
     def labelled_logits(self) -> bool:

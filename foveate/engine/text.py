@@ -16,12 +16,14 @@ from foveate.engine.hooks import ForwardHooks
 from foveate.engine.kernels import check_kernel
 from foveate.engine.model_hooks import ModelHooks
 from foveate.engine.plan import Plan
+from foveate.engine.policy import PolicyHooks
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.hooks import VisionAttachment
 from foveate.families import Family
 from foveate.families.decoder_layer import mixer_of, mlp_of
 from foveate.families.family import AUDIO
+from foveate.families.text_facts import TextFacts
 from foveate.record.record import Record
 
 
@@ -53,6 +55,7 @@ class TextAttachment(Attachment):
         self.model = ModelHooks(plan, family, state, tags, reducer, self.look_after)
         self.embeddings = EmbeddingHooks(family, state, self.model, self.look_after)
         self.forward = ForwardHooks(plan, family, state, tags)
+        self.policy = PolicyHooks(plan, family, state, self.look_after)
 
     @property
     def root(self) -> nn.Module:
@@ -71,13 +74,15 @@ class TextAttachment(Attachment):
             UnsupportedModelError: continuous batching, or flex attention.
         """
         check_kernel(self.family)
+        if self.family.expert is not None:
+            check_kernel(self.family.expert)
 
     def attach(self) -> None:
         """Install the hooks, and wrap `generate` and what makes features."""
         family = self.family
         self.uncopied(family.model, family.base, family.text)
         embeds = family.embedding is not None
-        above = family.model if embeds else None
+        above = family.model if embeds else family.policy
         # The text model's first: where both are one module, it is called within the base model's.
         self.replace_forward(family.text, self.forward.text, outer=True, below=family.base)
         self.replace_forward(family.base, self.model.base, outer=True, below=above, anchor=True)
@@ -92,6 +97,8 @@ class TextAttachment(Attachment):
             self.entries.append(wrapped)
         self._attach_to_features()
         self._attach_to_layers()
+        if family.expert is not None:
+            self._attach_to_policy(family.policy, family.expert)
         if self.tags.signals is not None:
             self.tags.signals.attach(self)
 
@@ -113,6 +120,19 @@ class TextAttachment(Attachment):
             if (late := family.late_projector(modality)) is not None:
                 replaced = functools.partial(self.features.late_projector, modality)
                 self.replace_forward(late, replaced)
+
+    def _attach_to_policy(self, policy: nn.Module, expert: TextFacts) -> None:
+        hooks, model = self.policy, self.family.model
+        self.uncopied(policy, expert.text)
+        self.replace_forward(policy, hooks.forward, outer=True)
+        self.wrap(policy, "embed_prefix", hooks.embed)
+        if hasattr(model, "sample_actions"):
+            wrapped = self.wrap(model, "sample_actions", hooks.sample, outer=True)
+            self.entries.append(wrapped)
+        self.replace_forward(expert.text, hooks.expert)
+        self.replace_forward(expert.text.rotary_emb, hooks.rotate)
+        for number, layer in enumerate(expert.layers):
+            self.replace_forward(layer, functools.partial(hooks.layer, number))
 
     def _attach_to_layers(self) -> None:
         family, hooks = self.family, self.forward

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 from torch import Tensor
 
 from foveate.core import TrainingPass
+from foveate.engine import features
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.forward import ForwardPass
 from foveate.engine.layout import Layout
@@ -33,6 +35,7 @@ class ModelCall:
     cached: CachedForward | None = None  # instead of a forward, where nothing can be removed
     rollback: Rollback | None = None  # what the cache is brought back to if it dies
     expanded: int = 1  # rows per request: beams, or returned sequences
+    placed: Sequence[int] | None = None  # images of the encoder that are in the prompt, if not all
 
     def __init__(self) -> None:
         self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders
@@ -41,6 +44,20 @@ class ModelCall:
     def request_of(self, row: int) -> int:
         """The request that a row of the batch belongs to."""
         return row // self.expanded
+
+    def images_of(self, output: Any, visual: Tensor) -> Sequence[int]:
+        """Which image of an encoder's output each image of the prompt is.
+
+        Args:
+            output: tagged output.
+            visual: (B, T) placeholders of its modality.
+
+        Raises:
+            InputError: transformers gives the beams of a row different images.
+        """
+        if self.placed is not None:
+            return self.placed
+        return features.members(output, visual, self.expanded)
 
 
 class GenerateCall:
@@ -76,6 +93,7 @@ class ThreadState(threading.local):
     supervised: Tensor | None = None  # (B, T) positions with a label, where labels are given
     training: TrainingPass | None = None  # the forward, where methods learn
     record: Record | None = None  # of the last forward over a prompt
+    expert: CachedForward | None = None  # of an expert, where the cache that it reads is pruned
     layout: Layout | None = None  # what survived a text model whose states become embeddings
     encoder_record: Record | None = None  # of the last pass through the encoder
 
@@ -85,6 +103,7 @@ class ThreadState(threading.local):
     modality: str = "image"  # what they are of
     passes: list[Encoding] | None = None  # finished passes of the encoder, where they are wanted
     readout: Tensor | None = None  # which of the encoder's tokens may not be removed
+    made: dict[str, Any] | None = None  # modality -> its features, where a policy wants them
 
     # While the encoder runs, for features or alone:
     encoding: Encoding | None = None  # its pass

@@ -47,6 +47,25 @@ class TextFacts:
     replaces_state: ClassVar[bool] = False
     """Whether recurrent layers hand each new running state to the cache, and write over none."""
 
+    @property
+    def model_type(self) -> str:
+        """The config's model type."""
+        return self.text.config.model_type
+
+    @property
+    def policy(self) -> Any:
+        """The module that embeds prompts (`embed_prefix`), and hands the base model's cache of them
+        to an expert; `None` where there is no expert.
+        """
+        return None
+
+    @property
+    def expert(self) -> TextFacts | None:
+        """What attends to the cache of a prompt in place of new tokens, such as an action expert;
+        `None` where new tokens are the text model's own.
+        """
+        return None
+
     @cached_property
     def text_layers(self) -> int:
         """Number of decoder layers."""

@@ -65,8 +65,6 @@ UNSUPPORTED: dict[str, str] = {
     "mistral_large4": f"its layers may read the keys of an earlier layer, and slots that another "
     f"has chosen, {_YET} removal only before layers with both of their own",
     "mllama": _CROSS,
-    "pi0": f"its images are placed before its vision-language model is called, whose cache an "
-    f"action expert reads with a mask of the full prompt, {_YET} masks that know what is gone",
     "pix2struct": _MEMORY,
     "pp_formulanet": _MEMORY,
     "qwen4_exp": f"its indexed layers are handed rotary positions of the whole cache, which the "

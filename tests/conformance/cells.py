@@ -23,7 +23,7 @@ from foveate.families.support import YES
 from foveate.methods import M3, Downsample, OrderedQueries, PixelPrune, TokenFLEX
 from foveate.run import Session
 from foveate.signals import SIGNALS
-from tests import retrievers
+from tests import policies, retrievers
 from tests.conformance.batches import batch_of
 from tests.conformance.test_pixels import model_of
 from tests.conformance.tolerance import TOLERANCE, tolerance_of
@@ -154,6 +154,34 @@ class Retriever:
             torch.testing.assert_close(embeddings, want, rtol=0, atol=TOLERANCE)
 
 
+class Policy:
+    """A model that samples actions of what cameras see."""
+
+    name = model_type = "pi0"
+    variant = "cameras"
+
+    @property
+    def model(self):
+        return policies.policy()
+
+    def check(self, session, rows):
+        """Every promise about a batch whose rows have so many cameras, in an attached session."""
+        alone = [policies.observation(cameras, seed=n) for n, cameras in enumerate(rows)]
+        inputs = policies.batch(alone)
+        together = self.model.sample_actions(**inputs)
+        record = session.record
+        check_kept(session)
+        assert [image.row for image in record.images] == [
+            row for row, cameras in enumerate(rows) for _ in range(cameras)
+        ]
+        check_tokens(record, inputs)
+        cache = self.model(**inputs, timestep=torch.ones(len(rows))).past_key_values
+        check_cache(session, cache, policies.CHUNK + 1)
+        for actions, row in zip(together, alone, strict=True):
+            want = self.model.sample_actions(**row)[0]
+            torch.testing.assert_close(actions, want, rtol=0, atol=TOLERANCE)
+
+
 def read(output):
     """What a caller gets from an encoder: logits of a head, or all states."""
     for name in ("predicted_depth", "heatmaps", "masks_queries_logits"):
@@ -226,7 +254,7 @@ def subjects():
     found = {"timm_wrapper": []}
     towers = [Tower(table, name) for table in TABLES for name in TABLES[table]]
     pages = map(Retriever, retrievers.BUILT)
-    for subject in [*map(Reader, sorted(MEMBERS)), *pages, *towers]:
+    for subject in [*map(Reader, sorted(MEMBERS)), *pages, Policy(), *towers]:
         found.setdefault(subject.model_type, []).append(subject)
     return dict(sorted(found.items()))
 
@@ -296,8 +324,8 @@ def check_tokens(record, inputs):
     assert record.layer_tokens[last - 1] == left
 
 
-def check_cache(session, cache):
-    """Every layer holds what it saw of the longest row and did not forget, and what was generated
+def check_cache(session, cache, since=TOKENS - 1):
+    """Every layer holds what it saw of the longest row and did not forget, and so many tokens
     since.
     """
     (method,), held = session.methods, list(session.record.layer_tokens)
@@ -308,7 +336,7 @@ def check_cache(session, cache):
     keyed = session.family.keyed_layers  # the others have a state and no slots
     for layer, tokens in ((cache.layers[number], held[number]) for number in keyed):
         window = getattr(layer, "sliding_window", None) or 10**9
-        assert layer.keys.shape[2] == min(max(tokens) + TOKENS - 1, window - 1)
+        assert layer.keys.shape[2] == min(max(tokens) + since, window - 1)
 
 
 # -- outcomes

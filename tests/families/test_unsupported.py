@@ -124,8 +124,6 @@ def test_patches_of_udop_are_added_to_words():
 
 def test_caches_are_read_by_other_models():
     assert "past_key_values" in arguments("diffusion_gemma", "DiffusionGemmaDecoderModel")
-    assert "past_key_values" in arguments("pi0", "PI0Model")
-    assert "self.vlm.get_image_features" in source("pi0", "PI0Model")
 
 
 def test_indexers_read_more_than_the_slots_that_are_left():

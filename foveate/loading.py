@@ -15,7 +15,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForPreTraining,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as READ,
+)
 from transformers.utils import logging
 
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
@@ -52,6 +54,11 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
             from transformers import AutoProcessor  # may fail; explained here
 
             config = AutoConfig.from_pretrained(check_name(name))
+            if _holds_another(config):
+                raise UnsupportedModelError(
+                    f"{quoted(name)} is a {config.model_type}, which answers with embeddings or "
+                    "actions and not with text; call it from Python, in a foveate.use block"
+                )
             processor = AutoProcessor.from_pretrained(name)
             model = _auto_class(config).from_pretrained(name, config=config, dtype=kind)
     return model.to(where).eval(), processor
@@ -70,16 +77,19 @@ def load_skeleton(name: str) -> Any:
         if name == "tiny":
             name = str(PATH)
         config = AutoConfig.from_pretrained(check_name(name))
-        # Models that make embeddings hold a whole vision-language model.
-        embeds = hasattr(config, "vlm_config")
+        embeds = _holds_another(config) and config.model_type not in READ
         with torch.device("meta"):
             return (AutoModelForPreTraining if embeds else _auto_class(config)).from_config(config)
 
 
+def _holds_another(config: Any) -> bool:
+    """Whether a model makes something else than text of a whole vision-language model within."""
+    return hasattr(config, "vlm_config")
+
+
 def _auto_class(config: Any) -> Any:
     """The auto class of a family's model: some are to transformers causal language models alone."""
-    read = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    if config.model_type in FAMILIES and config.model_type not in read:
+    if config.model_type in FAMILIES and config.model_type not in READ:
         return AutoModelForCausalLM
     return AutoModelForImageTextToText
 

@@ -68,6 +68,7 @@ class Answer:
     kv_bytes: tuple[int, int]
     state_bytes: int
     notes: tuple[str, ...]
+    step: str = "one decoding step"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; FLOPs and bytes are whole numbers."""
@@ -131,7 +132,7 @@ class Answer:
             ("total", before.total, after.total),
         ]
         if self.question.decode:
-            rows.append(("one decoding step", before.decode, after.decode))
+            rows.append((self.step, before.decode, after.decode))
         for name, old, new in rows:
             if old is not None and new is not None:
                 share = f"{new / old:.1%}" if old else ""
@@ -161,7 +162,8 @@ def count(question: Question) -> Answer:
     stored = [kv_bytes(family, made.cache_slots, 1, HALF) for made in (full, record)]
     notes = tuple(_notes(question, family, idle, record.last_tokens_from))
     state = state_bytes(family, 1, HALF)
-    return Answer(question, record, before, after, (stored[0], stored[1]), state, notes)
+    step = "one decoding step" if family.expert is None else "one step of the expert"
+    return Answer(question, record, before, after, (stored[0], stored[1]), state, notes, step)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -9,7 +9,6 @@ Shapes: `B` batch, `T` logical length of the prompt, `C` cameras of a row, paddi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ class Prefix:
     Args:
         plan: that of the session that made them.
         ids: (B, T) token ids.
-        made: modality -> its features, a tagged ModelOutput; empty where images have no place.
+        made: modality -> its features, a tagged ModelOutput.
         placed: images of the encoder that are in the prompt, in order of appearance.
     """
 
@@ -106,14 +105,12 @@ class PolicyHooks:
         arguments = bound(original, args, kwargs)
         ids, cameras = arguments["input_ids"], arguments["pixel_attention_mask"]
         visual = ids == self.family.placeholder_ids["image"]
-        state, shown = self.state, bool(visual.any())
-        state.made = made = dict[str, Any]()
-        state.making_features = not shown  # images without a place are as they are
+        self.state.made = made = dict[str, Any]()
         try:
             embeds: Tensor = original(*args, **kwargs)
         finally:
-            state.made, state.making_features = None, False
-        if shown:
+            self.state.made = None
+        if bool(visual.any()):  # else images have no place
             _check_cameras(visual, cameras, made["image"].encoded.lengths)
         placed = tuple(cameras.flatten().nonzero()[:, 0].tolist())
         setattr(embeds, PREFIX, Prefix(self.plan, ids, made, placed))
@@ -149,19 +146,6 @@ class PolicyHooks:
         before, sequence = slots_before(cache, past, self.plan.work), arguments["inputs_embeds"]
         self.state.expert = CachedForward.after(self.plan, expert, cache, before, sequence)
         return None if self.state.expert is None else Rollback.of(cache, past)
-
-    @untraced
-    def rotate(
-        self,
-        module: nn.Module,
-        before: Callable[..., Any] | None,
-        hidden: Tensor,
-        position_ids: Tensor,
-    ) -> Any:
-        """In place of the forward of its rotary embedding: make those of renumbered layers too."""
-        embed = functools.partial(forward_of(module, before), hidden)
-        expert = self.state.expert
-        return embed(position_ids) if expert is None else expert.rotate(embed, position_ids)
 
     @untraced
     def layer(

@@ -23,7 +23,7 @@ from foveate.engine.vision.hooks import VisionAttachment
 from foveate.families import Family
 from foveate.families.decoder_layer import mixer_of, mlp_of
 from foveate.families.family import AUDIO
-from foveate.families.text_facts import TextFacts
+from foveate.families.text_facts import Expert
 from foveate.record.record import Record
 
 
@@ -121,7 +121,7 @@ class TextAttachment(Attachment):
                 replaced = functools.partial(self.features.late_projector, modality)
                 self.replace_forward(late, replaced)
 
-    def _attach_to_policy(self, policy: nn.Module, expert: TextFacts) -> None:
+    def _attach_to_policy(self, policy: nn.Module, expert: Expert) -> None:
         hooks, model = self.policy, self.family.model
         self.uncopied(policy, expert.text)
         self.replace_forward(policy, hooks.forward, outer=True)
@@ -130,7 +130,6 @@ class TextAttachment(Attachment):
             wrapped = self.wrap(model, "sample_actions", hooks.sample, outer=True)
             self.entries.append(wrapped)
         self.replace_forward(expert.text, hooks.expert)
-        self.replace_forward(expert.text.rotary_emb, hooks.rotate)
         for number, layer in enumerate(expert.layers):
             self.replace_forward(layer, functools.partial(hooks.layer, number))
 

@@ -15,20 +15,9 @@ from transformers import PreTrainedModel
 from foveate.errors import UnsupportedModelError
 from foveate.families.family import register_family
 from foveate.families.paligemma import PaliGemma
-from foveate.families.text_facts import TextFacts
+from foveate.families.text_facts import Expert
 
 PARTS = ("paligemma", "gemma", "gemma")
-
-
-class Expert(TextFacts):
-    """The action expert.
-
-    Args:
-        model: a Gemma without a head.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.text, self.layers = model, model.layers
 
 
 @register_family("pi0")
@@ -56,7 +45,8 @@ class Pi0(PaliGemma):
                 f"Gemma, but this {type(model).__name__} holds {', '.join(map(str, kinds))}"
             )
         super().__init__(vlm)
-        self.model, self._policy, self._expert = model, policy, Expert(expert)
+        self.model, self._policy = model, policy
+        self._expert = Expert(expert, 1 + model.config.chunk_size, _products(model))
 
     @property
     def model_type(self) -> str:
@@ -69,6 +59,18 @@ class Pi0(PaliGemma):
         return self._policy
 
     @property
-    def expert(self) -> TextFacts:
-        """The action expert."""
+    def expert(self) -> Expert:
+        """The action expert, which is given a state and noisy actions."""
         return self._expert
+
+
+def _products(model: Any) -> int:
+    """Multiply-adds of the matrices that a state and noisy actions pass before and after the
+    expert; 0 of a model without them.
+    """
+    if not hasattr(model, "action_out_proj"):
+        return 0
+    before = model.embed_action_time
+    each = (before.action_in_proj, before.action_time_mlp_in, before.action_time_mlp_out)
+    actions = sum(matrix.weight.numel() for matrix in (*each, model.action_out_proj))
+    return before.state_proj.weight.numel() + model.config.chunk_size * actions

@@ -60,7 +60,7 @@ class TextFacts:
         return None
 
     @property
-    def expert(self) -> TextFacts | None:
+    def expert(self) -> Expert | None:
         """What attends to the cache of a prompt in place of new tokens, such as an action expert;
         `None` where new tokens are the text model's own.
         """
@@ -215,3 +215,19 @@ class TextFacts:
     def rotates(self, layer: int) -> bool:
         """Whether a decoder layer rotates queries and keys (not so in layers without RoPE)."""
         return True
+
+
+class Expert(TextFacts):
+    """What attends to the cache of a prompt in place of new tokens, layer by layer.
+
+    Args:
+        model: a text model without a head, with at most as many layers as the one that fills the
+            cache.
+        tokens: of a row, in each of its steps; all see the prompt.
+        products: multiply-adds of a step on a row before its first layer and after its last.
+    """
+
+    def __init__(self, model: Any, tokens: int, products: int) -> None:
+        self.model, self.text, self.layers = model, model, model.layers
+        self.config = model.config
+        self.tokens, self.products = tokens, products

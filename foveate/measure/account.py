@@ -54,8 +54,9 @@ class Account:
             nothing there. A step at its input does not shorten it.
         layers: each decoder layer; with the last, what joins several streams of states after it.
         head: the language-model head at one position of each row, or the projection of all tokens
-            where the model makes an embedding of each.
-        decode: one new token of each row, head included; 0 where the model generates nothing.
+            where the model makes an embedding of each; 0 where an expert reads the prompt.
+        decode: one new token of each row, head included, or one step of the expert that reads the
+            prompt; 0 where there is neither.
     """
 
     tower: int | None
@@ -113,10 +114,8 @@ def account(
         selection=selection,
         entry=flops.entry_flops(shapes, sum(record.prompt_tokens)),
         layers=layers,
-        head=_head(record, shapes[0]) if shapes else 0,
-        decode=record.rows * flops.decode_flops(family, [n + 1 for n in slots])
-        if shapes and record.embedding is None
-        else 0,
+        head=_head(record, family, shapes[0]) if shapes else 0,
+        decode=_decode(record, family, slots) if shapes else 0,
     )
     return found if convention.multiply_add == 2 else _halved(found)
 
@@ -135,8 +134,24 @@ def _shapes(family: Any) -> tuple[TextShape, ...]:
     return shapes
 
 
-def _head(record: Record, shape: TextShape) -> int:
+def _decode(record: Record, family: Any, slots: Sequence[int]) -> int:
+    """One step after the prompt, of all rows."""
+    if record.embedding is not None:
+        return 0
+    if (expert := _expert(family)) is not None:
+        return record.rows * flops.expert_flops(expert, slots)
+    return record.rows * flops.decode_flops(family, [n + 1 for n in slots])
+
+
+def _expert(family: Any) -> Any:
+    """What reads the prompt in place of new tokens; `None` if nothing does."""
+    return getattr(family, "expert", None)
+
+
+def _head(record: Record, family: Any, shape: TextShape) -> int:
     """What is made of the last states."""
+    if _expert(family) is not None:
+        return 0
     if record.embedding is None:
         return flops.head_flops(shape, record.rows)
     return flops.embedding_flops(shape, record.embedding[0], sum(record.prompt_tokens))

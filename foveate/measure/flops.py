@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from foveate.families.text_facts import Expert
 from foveate.measure.mixers import Attention
 from foveate.measure.shapes import TextShape
 
@@ -125,6 +126,20 @@ def decode_flops(source: Any, slots_per_layer: Sequence[int]) -> int:
     total = entry_flops(shapes, 1) + shapes[-1].streams.joined(1) + head_flops(shapes[0])
     for shape, own in zip(shapes, slots_per_layer, strict=True):
         total += layer_flops(shape, 1, own if shape.donor is None else slots_per_layer[shape.donor])
+    return total
+
+
+def expert_flops(expert: Expert, slots_per_layer: Sequence[int]) -> int:
+    """One step of an expert on one row: its tokens see all of the cache and, counted in full, each
+    other.
+
+    Args:
+        expert: the expert.
+        slots_per_layer: what the cache of the prompt holds.
+    """
+    count, total = expert.tokens, 2 * expert.products
+    for shape, slots in zip(TextShape.all(expert), slots_per_layer, strict=False):
+        total += layer_flops(shape, count, slots + count, causal=False)
     return total
 
 

@@ -61,9 +61,10 @@ class Report(dict[str, Any]):
     includes: `vision` (tower and projector with all tokens; `None` where features were handed in,
     which a note says), `vision_after` (as they were) and `selection` (the signals that methods
     asked for; a method's own arithmetic is not counted). `tower`, `projector`, `prefill` (the
-    language model), `layers` (each decoder layer) and `decode` (one new token of each row, which is
-    not in the sum) hold `before` and `after`. Of an encoder without a language model, `rows` counts
-    images, and `prompt_tokens` and `layers` are empty.
+    language model), `layers` (each decoder layer) and `decode` (one new token of each row, or one
+    step of an expert that reads the prompt; it is not in the sum) hold `before` and `after`. Of an
+    encoder without a language model, `rows` counts images, and `prompt_tokens` and `layers` are
+    empty.
     """
 
     @classmethod

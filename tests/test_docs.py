@@ -114,6 +114,25 @@ def test_page_on_retrieval_runs_and_prints_what_it_shows(capsys):
         assert float(got[-4:]) == pytest.approx(float(want[-4:]), abs=0.05)
 
 
+def test_page_on_robots_runs_and_prints_what_it_shows(capsys):
+    page = (ROOT / "docs" / "robots.md").read_text(encoding="utf-8")
+    code, shown = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "robots.md", "exec"), {})
+    assert capsys.readouterr().out == shown
+
+
+def test_figures_on_robots_are_those_of_the_result():
+    page = (ROOT / "docs" / "robots.md").read_text(encoding="utf-8")
+    result = json.loads((ROOT / "benchmarks" / "results" / "robots.json").read_text())
+    whole = result["seconds with all tokens"]["median"]
+    assert f"| all tokens | {whole:.2f} | 1 | 1 |" in page
+    for name, row in result["rows"].items():
+        speed = row["speed-up"]
+        ratio = f"{speed['median']:.2f}x ({speed['q25']:.2f} to {speed['q75']:.2f})"
+        cells = name, f"{row['seconds']['median']:.2f}", ratio, f"{row['by FLOPs']:.2f}x"
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_page_on_segmentation_runs(monkeypatch, tmp_path, capsys):
     page = (ROOT / "docs" / "segmentation.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)

@@ -31,6 +31,7 @@ ELSEWHERE = {
     "combine.md": "test_docs.py",
     "conversations.md": "test_docs.py",
     "retrieval.md": "test_docs.py",
+    "robots.md": "test_docs.py",
     "segmentation.md": "test_docs.py",
     "streaming.md": "streaming/test_page.py",
     "voxels.md": "voxels/test_page.py",

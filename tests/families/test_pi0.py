@@ -166,6 +166,15 @@ def test_a_loss_is_that_of_the_oracle_and_reaches_the_tower():
         assert any(part in path for path in reached)
 
 
+def test_a_prepared_policy_is_saved_and_loaded(tmp_path):
+    row = observation()
+    foveate.save(foveate.prepare(build(), "divprune", keep=0.25), tmp_path)
+    with foveate.use(policy(), "divprune", keep=0.25):
+        want = policy().sample_actions(**row)
+    near(foveate.load(tmp_path).sample_actions(**row), want)
+    assert (policy().sample_actions(**row) - want).abs().max() > 0.02
+
+
 def test_without_a_mask_positions_go_on_as_the_model_counts_them():
     """PaliGemma counts from 1 then, and the expert from the length of the prompt."""
     row = observation()

@@ -1,11 +1,15 @@
 """The account of a policy: what torch counts of a prompt, and of a step of its expert."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PI0Config, PI0ForConditionalGeneration
 
 import foveate
 from foveate.cli.flops import Question, count
+from foveate.engine.planning import make_plan
 from foveate.errors import UnsupportedModelError
 from foveate.families import find_family
 from foveate.loading import load_model, load_skeleton
@@ -98,6 +102,19 @@ def test_the_command_line_counts_a_policy_by_its_config(tmp_path, monkeypatch):
     assert answer.after == account(run.record, run.family, [DivPrune(0.25)])
     assert answer.step == "one step of the expert"
     assert answer.after.decode < answer.before.decode
+
+
+def test_a_policy_of_real_size_saves_what_the_page_says():
+    with torch.device("meta"):
+        family = find_family(PI0ForConditionalGeneration(PI0Config()))
+    assert (family.text_layers, family.vision_layers, family.expert.tokens) == (18, 27, 51)
+    method = DivPrune(0.25)
+    cameras = {"pixel_values": torch.empty(3, 3, 224, 224, device="meta")}
+    record = planned(family, make_plan(family, [method]), cameras, 48)
+    before, after = account(unpruned(record), family), account(record, family, [method])
+    page = (Path(__file__).parents[2] / "docs" / "robots.md").read_text(encoding="utf-8")
+    whole, left = (f"{(of.total + 10 * of.decode) / 1e12:.2f}" for of in (before, after))
+    assert f"takes {whole} TFLOPs with all tokens and {left} with a\nquarter" in page
 
 
 def test_it_cannot_be_asked_on_the_command_line(tmp_path):

@@ -18,7 +18,10 @@ RESULT = ROOT / "benchmarks" / "results" / "learning.json"
 PAGE, FIGURE = ROOT / "docs" / "training.md", ROOT / "docs" / "learning-curves.svg"
 SCALES_BEGIN = "<!-- scales: benchmarks/learning_page.py -->"
 SELECTORS_BEGIN = "<!-- selectors: benchmarks/learning_page.py -->"
+OTHERS_BEGIN = "<!-- others: benchmarks/learning_page.py -->"
 SCALES_END, SELECTORS_END = "<!-- end of scales -->", "<!-- end of selectors -->"
+OTHERS_END = "<!-- end of others -->"
+OTHERS = ("tokenflex", "ordered-queries", "covipal", "atp-llava")
 COLOURS = {"m3": "#0072b2", "visionselector": "#d55e00"}
 BUDGET = 0.125  # at which selectors are compared
 RIVALS = 3  # methods without training that are listed
@@ -82,6 +85,22 @@ def selectors(result: dict[str, Any]) -> list[list[str]]:
     return lines
 
 
+def others(result: dict[str, Any]) -> list[list[str]]:
+    """What was trained once, in each of its modes."""
+    lines = [
+        ["method", "asked with", "tokens, %", "accuracy", "CPU min"],
+        ["---"] * 2 + ["---:"] * 3,
+    ]
+    for name, row in result["rows"].items():
+        arm = name.split("/")[0]
+        if arm in OTHERS:
+            for mode, found in row["answers"].items():
+                told = [f"`{arm}`", mode, f"{100 * found['share']:.1f}"]
+                right = percent(answers(result, arm, mode))
+                lines.append([*told, right, f"{row['cpu_seconds'] / 60:.0f}"])
+    return lines
+
+
 def figure(result: dict[str, Any]) -> str:
     """Training losses over CPU minutes, a line for each seed, as an SVG."""
     rows = [row for row in result["rows"].values() if row.get("arm") in COLOURS]
@@ -108,7 +127,8 @@ def figure(result: dict[str, Any]) -> str:
 def page(text: str, result: dict[str, Any]) -> str:
     """The page with its tables brought up to date."""
     text = with_table(text, SCALES_BEGIN, SCALES_END, scales(result))
-    return with_table(text, SELECTORS_BEGIN, SELECTORS_END, selectors(result))
+    text = with_table(text, SELECTORS_BEGIN, SELECTORS_END, selectors(result))
+    return with_table(text, OTHERS_BEGIN, OTHERS_END, others(result))
 
 
 def main() -> None:

@@ -85,20 +85,22 @@ def serve(
     called = name or (Path(model).resolve().name if Path(model).is_dir() else model)
     app = create_app(engine, Settings(called, **asdict(limits)))
     listening.listen()  # who reads the address can connect
-    _announce(called, _chosen_by(methods, policy), address[0], listening.getsockname()[1])
-    if limits.api_key is None and address[0] not in LOCAL:
-        stderr().print(
-            "[yellow]note: no --api-key: anyone who can reach this address can use the server[/]"
-        )
+    place = (address[0], listening.getsockname()[1])
+    _announce(called, _chosen_by(methods, policy), place, guarded=limits.api_key is not None)
     log_to_stderr()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray sets a handler that exits with code 15
     run(app, listening, limits.deadline)
 
 
-def _announce(called: str, by: str, host: str, port: int) -> None:
-    """Say what is served where."""
+def _announce(called: str, by: str, address: tuple[str, int], *, guarded: bool) -> None:
+    """Say what is served where, and whether anyone may use it."""
+    host, port = address
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     stdout().print(f"serving [bold]{escape(called)}[/] with {escape(by)} at {url}", soft_wrap=True)
+    if not guarded and host not in LOCAL:
+        stderr().print(
+            "[yellow]note: no --api-key: anyone who can reach this address can use the server[/]"
+        )
 
 
 def _chosen_by(methods: Sequence[Method], policy: Policy | None) -> str:

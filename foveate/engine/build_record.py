@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from foveate.engine import features
 from foveate.engine.caches import slots_held
 from foveate.engine.features import EncoderOutputInfo
@@ -43,9 +45,6 @@ def describe(
     heard_first = sorted(encoded, key=AUDIO.__ne__)  # what vision encoders say is said last
     known = {} if sliced else {modality: encoded[modality].encoded for modality in heard_first}
     last = next(reversed(known.values()), None)
-    pixels = known["image"].pixels if "image" in known else None
-    if pixels is not None and placed is not None:
-        pixels = pixels[list(placed)]
     return Record(
         rows=prompt.batch,
         prompt_tokens=forward.prompt_tokens,
@@ -53,7 +52,7 @@ def describe(
         layer_tokens=forward.layer_tokens,
         last_tokens_from=forward.last_tokens_from,
         cache_slots=[] if cache is None else slots_held(cache.layers),
-        pixels=pixels,
+        pixels=_pixels(known, placed),
         encoder_tokens=list(last.encoder_tokens) if last else [],
         encoder_bounds=list(last.encoder_bounds) if last else [],
         encoded={modality: of.fed for modality, of in known.items() if of.fed},
@@ -66,6 +65,12 @@ def describe(
         + _of_audio(forward)
         + _without_text(forward, known.values()),
     )
+
+
+def _pixels(known: Mapping[str, EncoderOutputInfo], placed: Sequence[int] | None) -> Tensor | None:
+    """Pixels of the images in the prompt, if the encoder was given any."""
+    pixels = known["image"].pixels if "image" in known else None
+    return pixels if pixels is None or placed is None else pixels[list(placed)]
 
 
 def _of_audio(forward: ForwardPass) -> list[str]:

@@ -52,9 +52,7 @@ def mark(
     sheets = sheets_of(output)
     rows_of_sheets = [feature_rows(sheet) for sheet in sheets]
     starts = starts_of(output, source)
-    images: list[Sequence[Tensor]] = [
-        [sheet[s : s + n] for s, n in zip(starts, lengths, strict=True)] for sheet in rows_of_sheets
-    ]
+    images = [_of_each(sheet, starts, lengths) for sheet in rows_of_sheets]
     if encoded.projector is not None:
         images.append([encoded.unprojected[i] for i in source])
     device, surviving = rows_of_sheets[0].device, encoded.surviving(source)
@@ -80,6 +78,11 @@ def mark(
     if fewer or any(after.changed for after in current):  # a merge may keep the count
         marked = _marked(rows_of_sheets, current, starts)
         put_sheets(output, list(map(_like, sheets, marked)))
+
+
+def _of_each(sheet: Tensor, starts: Sequence[int], lengths: Sequence[int]) -> Sequence[Tensor]:
+    """(V, D) rows of each image in a sheet."""
+    return [sheet[start : start + n] for start, n in zip(starts, lengths, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,7 @@ stay, an average of static tokens stands in the first frame of its scene (there:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -39,10 +37,10 @@ from foveate.core.video import (
     check_switch,
     everything,
     exact,
-    normalize,
     together,
 )
 from foveate.ops.clustering import dpc_knn
+from foveate.ops.segments import likeness_over_time, windows
 
 
 @register(
@@ -191,48 +189,3 @@ def highest(scores: Tensor, label: Tensor, share: float) -> Tensor:
     rank = torch.arange(sets.shape[1], device=sets.device) - first
     kept = (rank < (size.double() * share).long()) | (sets < 0)
     return torch.zeros_like(kept).scatter(1, order, kept)
-
-
-def likeness_over_time(x: Tensor) -> Tensor:
-    """Mean cosine of all pairs of frames at each cell.
-
-    Args:
-        x: (W, P, D) tokens of a window.
-
-    Returns:
-        (P); minus infinity for a window of one frame, which has no pairs.
-    """
-    frames = len(x)
-    if frames == 1:
-        return x.new_full(x.shape[1:2], -torch.inf)
-    x = normalize(x)
-    pairs = x.sum(0).square().sum(-1) - x.square().sum((0, 2))
-    return pairs / (frames * (frames - 1))
-
-
-def windows(labels: Sequence[int]) -> list[int]:
-    """Lengths of the windows into which cluster labels of frames cut a video.
-
-    Each label keeps its longest run, all of them if several are equally long, unless that is a
-    single frame. From left to right, the stretches between join the longer of their neighbours,
-    the left one if both are equally long.
-
-    Args:
-        labels: cluster of each frame.
-    """
-    runs = [(label, len(list(run))) for label, run in groupby(labels)]
-    longest = {label: max(n for other, n in runs if other == label) for label in set(labels)}
-    named = [label if 1 < n == longest[label] else None for label, n in runs for _ in range(n)]
-    stretches = [(label, len(list(run))) for label, run in groupby(named)]
-    result: list[tuple[int | None, int]] = []
-    for (label, length), (following, ahead) in zip(
-        stretches, [*stretches[1:], (None, 0)], strict=True
-    ):
-        before, last = result[-1] if result else (None, 0)
-        if label is None:
-            label = before if last >= ahead else following
-        if result and label == before:
-            result[-1] = label, last + length
-        else:
-            result.append((label, length))
-    return [length for _, length in result]

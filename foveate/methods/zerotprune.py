@@ -37,6 +37,7 @@ from foveate.core.step import Effect
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.map_attention import attend_with_maps
+from foveate.ops.page_rank import page_rank
 
 Count = Annotated[float, Range(0)]
 
@@ -193,29 +194,6 @@ class ZeroTPrune(EncoderScheduled):
         counts = (spread >= least) & (spread <= most)
         counts = (counts | ~counts.any(1, keepdim=True)).float()[..., None]
         return (votes.square() * counts).sum(1).div(counts.sum(1)).sqrt()
-
-
-def page_rank(weights: Tensor, start: Tensor, rounds: int, there: Tensor | None = None) -> Tensor:
-    """(b, H, N) what tokens are worth after rounds of votes: s <- A^T s.
-
-    Args:
-        weights: (b, H, N, N) attention; rows sum to one.
-        start: (..., N) what each token's vote counts in the first round; only shares matter.
-        rounds: how many.
-        there: (b, 1, 1, N) 1 for tokens that take part, 0 for others, without which rows are normed
-            again; `None` if all do.
-    """
-    votes = (start / start.sum(-1, keepdim=True)).expand_as(weights[:, :, :1])
-    if there is None:
-        for _ in range(rounds):
-            votes = torch.matmul(votes, weights)
-        return votes[:, :, 0]
-    share = torch.matmul(there, weights.transpose(2, 3)).clamp(min=torch.finfo().tiny)
-    into = there / share
-    votes = votes * there
-    for _ in range(rounds):
-        votes = torch.matmul(votes * into, weights) * there
-    return votes[:, :, 0]
 
 
 def similar(keys: Tensor, order: Tensor, count: int) -> Tensor:

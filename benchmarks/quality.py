@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import _headline_table as headline
 import _real_tower_page as tower
+import _real_vlm_page as vlm
 from _real_table import section
 
 from foveate.bench.levels import ALL
@@ -149,13 +150,14 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
         [str(x).replace("|", "/") for x in row] for row in result["troubles"]
     ]))  # fmt: skip
     parts.append(tower.section(tower.load()))
+    parts.append(vlm.section(vlm.load()))
     parts.append(section([json.loads(path.read_text()) for path in measured()]))
     return "\n".join(parts)
 
 
 def measured() -> list[Path]:
     """What `real.py` has kept."""
-    return sorted(set(RESULT.parent.glob("real_*.json")) - {tower.RESULT})
+    return sorted(set(RESULT.parent.glob("real_*.json")) - {tower.RESULT, vlm.RESULT})
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:

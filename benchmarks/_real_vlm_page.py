@@ -1,0 +1,183 @@
+"""The section of docs/results.md on a VLM of real parts, from the committed result."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from _real_tower_page import table
+
+from foveate.bench.stats import Paired, wilson
+
+RESULT = Path(__file__).resolve().parent / "results" / "real_vlm.json"
+ALL, BLANK, BASELINE, EASY = "none", "none, of a grey image", "random", "easy-vqa"
+RESAMPLES, LEAST = 2000, 0.1
+PLACES, UNMOVED = "position", ", original positions"
+Rows = dict[str, str]
+"""Method at a budget -> a 1 for each right answer and a 0 for each wrong one."""
+
+ABOUT = """## A VLM of real parts
+
+A pretrained CLIP ViT-B/16 and SmolLM2-135M-Instruct, with a projector between them: a LLaVA of
+221 M parameters, 196 visual tokens an image. `python scripts/real_parts.py vlm` fetches and
+assembles it. `recipes.real_vlm` trained the projector and low-rank changes of the language model
+on drawn scenes and on easy-VQA's train part, {steps} steps of two images with up to 24 questions
+each, in {minutes} CPU minutes of one thread. They are in `recipes/real_vlm.safetensors`; the tower
+is frozen, and not redistributed (see above). `benchmarks/real_vlm.py` asks held-out questions of
+FoveaBench about scenes of 96 pixels with two to six objects (difficulty and clutter 0), the same of
+the tiny model, and easy-VQA's test part. *grey* is the same model's accuracy when a grey image is
+shown: what the questions alone give away. All methods act after the projector, so that one encoding
+answers for all of them. Brackets hold 95 % intervals (Wilson), and so do differences to `random` on
+the same questions. {where}
+"""
+
+
+LESSONS = """TODO
+"""
+
+
+def merged(tasks: Mapping[str, Rows], names: Sequence[str]) -> Rows:
+    """Some tasks one after the other; what was asked of all of them."""
+    rows = [tasks[name] for name in names]
+    common = [method for method in rows[0] if all(method in row for row in rows)]
+    return {method: "".join(row[method] for row in rows) for method in common}
+
+
+def telling(answers: Mapping[str, Any]) -> list[str]:
+    """Drawn tasks that the model of real parts can do: ten points above a grey image or more."""
+    real = answers["real"]
+    return [
+        name for name in answers["tiny"]
+        if accuracy(real[name][ALL]) >= accuracy(real[name][BLANK]) + LEAST
+    ]  # fmt: skip
+
+
+def accuracy(row: str) -> float:
+    """Share of right answers."""
+    return row.count("1") / max(len(row), 1)
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 0, ties sharing their mean."""
+    order = sorted(values)
+    return [order.index(v) + (order.count(v) - 1) / 2 for v in values]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation; 0 where one of the two has no order."""
+    x, y = ranks(a), ranks(b)
+    middle = (len(x) - 1) / 2
+    over = sum((p - middle) * (q - middle) for p, q in zip(x, y, strict=True))
+    under = sum((p - middle) ** 2 for p in x) * sum((q - middle) ** 2 for q in y)
+    return over / under**0.5 if under else 0.0
+
+
+def correlation(one: Rows, other: Rows, names: Sequence[str]) -> tuple[float, float, float]:
+    """Rank correlation of two models' accuracies, and its 95 % interval over questions.
+
+    Both were asked the same questions, which are resampled together.
+    """
+    asked, rng = len(one[names[0]]), random.Random(0)
+
+    def at(picked: Sequence[int]) -> float:
+        means = [[sum(rows[n][q] == "1" for q in picked) for n in names] for rows in (one, other)]
+        return spearman(*means)
+
+    drawn = sorted(at(rng.choices(range(asked), k=asked)) for _ in range(RESAMPLES))
+    low, high = (drawn[round(share * (RESAMPLES - 1))] for share in (0.025, 0.975))
+    return at(range(asked)), low, high
+
+
+def cell(row: str) -> str:
+    """Accuracy in per cent, and its interval."""
+    low, high = wilson(row.count("1"), len(row))
+    return f"{100 * accuracy(row):.1f} ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def over(row: str, control: str) -> str:
+    """Difference to a control on the same questions, in points, and half of its interval."""
+    pair = Paired.of([c == "1" for c in control], [c == "1" for c in row])
+    return f"{100 * pair.difference:+.1f} ± {100 * pair.half_width:.1f}"
+
+
+def tasks_table(answers: Mapping[str, Any]) -> str:
+    """What each model can do at all."""
+    rows = []
+    for name, real in answers["real"].items():
+        tiny = answers["tiny"].get(name)
+        rows.append([
+            name, str(len(real[ALL])), cell(real[ALL]), cell(real[BLANK]),
+            *((cell(tiny[ALL]), cell(tiny[BLANK])) if tiny else ("", "")),
+            "yes" if name in telling(answers) else "" if not tiny else "no",
+        ])  # fmt: skip
+    head = ["task", "questions", "real parts", "real parts, grey", "tiny", "tiny, grey",
+            "counts below"]  # fmt: skip
+    return table(head, rows)
+
+
+def methods_table(answers: Mapping[str, Any], keep: float) -> str:
+    """Methods at one budget."""
+    real, tiny = (merged(answers[who], telling(answers)) for who in ("real", "tiny"))
+    easy = answers["real"].get(EASY)
+    names = [n for n in real if n.endswith(f" @ {keep:g}")]
+    names.sort(key=lambda n: -accuracy(real[n]))
+    control = f"{BASELINE} @ {keep:g}"
+    rows = [
+        [f"`{n.partition(' @ ')[0]}`", cell(real[n]), over(real[n], real[control]),
+         cell(easy[n]) if easy else "", cell(tiny[n]), over(tiny[n], tiny[control])]
+        for n in names
+    ]  # fmt: skip
+    head = ["method", "real parts", "over `random`", "easy-VQA, real parts", "tiny",
+            "over `random`, tiny"]  # fmt: skip
+    return table(head, rows)
+
+
+def places_table(answers: Mapping[str, Any]) -> str:
+    """The task about places, with and without renumbering."""
+    rows = []
+    for name in answers["real"].get(PLACES, {}):
+        before, moved, after = name.partition(UNMOVED)
+        if moved:
+            pair = [answers[who][PLACES] for who in ("real", "tiny")]
+            rows.append([
+                f"`{before}`{after.replace(' @ ', ' at ')}",
+                *(cell(row) for one in pair for row in (one[before + after], one[name])),
+            ])  # fmt: skip
+    head = ["method", "real parts, renumbered", "real parts, original positions",
+            "tiny, renumbered", "tiny, original positions"]  # fmt: skip
+    return table(head, rows)
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """Markdown of the section."""
+    answers = result["answers"]
+    machine, told = result["machine"], result["training"]
+    about = ABOUT.format(
+        steps=told["steps"], minutes=round(told["cpu_s"] / 60),
+        where=f"{machine['cpu']}, {machine['dtype']}, torch {machine['torch']}, transformers "
+        f"{machine['transformers']}.",
+    )  # fmt: skip
+    parts = [about, tasks_table(answers)]
+    real, tiny = (merged(answers[who], telling(answers)) for who in ("real", "tiny"))
+    for keep in result["keeps"]:
+        whole = f"(all tokens: real parts {cell(real[ALL])}, tiny {cell(tiny[ALL])})"
+        parts += [f"At keep = {keep:g}, all counted tasks {whole}:\n", methods_table(answers, keep)]
+    parts += ["Where an object is, at two ways to number the survivors:\n", places_table(answers)]
+    for keep in result["keeps"]:
+        names = [n for n in real if n.endswith(f" @ {keep:g}")]
+        value, low, high = correlation(real, tiny, names)
+        parts.append(
+            f"Spearman's rank correlation of the two models over the {len(names)} methods at "
+            f"keep = {keep:g}: {value:.2f} (95 % interval over questions {low:.2f} to "
+            f"{high:.2f}).\n"
+        )
+    return "\n".join([*parts, LESSONS])
+
+
+def load() -> dict[str, Any]:
+    """The committed result."""
+    found: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))
+    return found

@@ -15,6 +15,7 @@ from foveate.bench.stats import Paired, wilson
 RESULT = Path(__file__).resolve().parent / "results" / "real_vlm.json"
 ALL, BLANK, BASELINE, EASY = "none", "none, of a grey image", "random", "easy-vqa"
 RESAMPLES, LEAST = 2000, 0.1
+APART = ("counting", "existence")  # their answers name nothing that is seen
 PLACES, UNMOVED = "position", ", original positions"
 Rows = dict[str, str]
 """Method at a budget -> a 1 for each right answer and a 0 for each wrong one."""
@@ -24,9 +25,10 @@ ABOUT = """## A VLM of real parts
 A pretrained CLIP ViT-B/16 and SmolLM2-135M-Instruct, with a projector between them: a LLaVA of
 221 M parameters, 196 visual tokens an image. `python scripts/real_parts.py vlm` fetches and
 assembles it. `recipes.real_vlm` trained the projector and low-rank changes of the language model
-on drawn scenes and on easy-VQA's train part, {steps} steps of two images with up to 24 questions
-each, in {minutes} CPU minutes of one thread. They are in `recipes/real_vlm.safetensors`; the tower
-is frozen, and not redistributed (see above). `benchmarks/real_vlm.py` asks held-out questions of
+on drawn scenes and on easy-VQA's train part: {steps} steps of two images with up to 24 questions
+each, in {minutes} CPU minutes of one thread, after the projector alone had learnt to say what each
+patch of a scene shows. What changed is in `recipes/real_vlm.safetensors`; the tower is frozen, and
+not redistributed (see above). `benchmarks/real_vlm.py` asks held-out questions of
 FoveaBench about scenes of 96 pixels with two to six objects (difficulty and clutter 0), the same of
 the tiny model, and easy-VQA's test part. *grey* is the same model's accuracy when a grey image is
 shown: what the questions alone give away. All methods act after the projector, so that one encoding
@@ -35,7 +37,34 @@ the same questions. {where}
 """
 
 
-LESSONS = """TODO
+LESSONS = """**It sees.** After so short a training, the model of real parts is above a grey image
+on every drawn task, by 28 to 81 points, and no worse than the tiny model on digits. Position is
+what it does worst.
+
+**Part of the order carries over.** At a quarter, `llava-prumerge`, `random` and `downsample` are
+last on both models. At an eighth, `uniform`, `random` and `downsample` are, in this order, and
+`prunesid` and `scope` are ahead. How well the orders agree depends on which tasks count: with
+methods that keep or merge around objects, the tiny model counts worse than with `random`. So do not
+quote one of these correlations alone.
+
+**What the tiny model does not tell.** At a quarter, nine methods lie within four points on it.
+Here the same nine lie sixteen points apart: `vtc-cls`, `fastervlm` and `visionzip`, which rank by
+the class token, are clearly better than `random`, and `divprune`, the best of the tiny model, is
+not. These three also keep the largest area of objects in the photographs above. At an eighth,
+`hiprune` and `visionzip` fall behind on this model alone.
+
+**Places are lost first.** With a quarter of the tokens, these methods are hardly better on
+*position* than a grey image. Original positions help `divprune` there, and no other method surely;
+most of the loss has another cause.
+
+**easy-VQA tells little.** One large shape survives most choices, and a grey image is already right
+on two of three questions.
+
+Where it is weak: the loss was still falling when training ended; `recipes.real_vlm --start` goes on
+from the adapter. The projector was taught to name what drawn scenes show, and the tower was not
+made for them. With at most 64 questions of a task, neighbours in a table do not differ. All twelve
+methods act after the projector; those that read the question or rank in the language model have not
+been asked.
 """
 
 
@@ -151,6 +180,27 @@ def places_table(answers: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
+def correlations(answers: Mapping[str, Any], keeps: Sequence[float]) -> str:
+    """How alike the two models rank methods, on all tasks that count and on those that name."""
+    counted = telling(answers)
+    chosen = {"all of them": counted, "all but": [name for name in counted if name not in APART]}
+    rows = []
+    for said, names in chosen.items():
+        real, tiny = (merged(answers[who], names) for who in ("real", "tiny"))
+        cells = []
+        for keep in keeps:
+            methods = [n for n in real if n.endswith(f" @ {keep:g}")]
+            value, low, high = correlation(real, tiny, methods)
+            cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+        left_out = [name for name in counted if name not in names]
+        rows.append([" ".join([said, " and ".join(left_out)]).strip(), *cells])
+    about = (
+        "Spearman's rank correlation of the two models over the methods, and its 95 % interval "
+        "from resampling questions:\n\n"
+    )
+    return about + table(["tasks", *(f"keep = {keep:g}" for keep in keeps)], rows)
+
+
 def section(result: Mapping[str, Any]) -> str:
     """Markdown of the section."""
     answers = result["answers"]
@@ -166,14 +216,7 @@ def section(result: Mapping[str, Any]) -> str:
         whole = f"(all tokens: real parts {cell(real[ALL])}, tiny {cell(tiny[ALL])})"
         parts += [f"At keep = {keep:g}, all counted tasks {whole}:\n", methods_table(answers, keep)]
     parts += ["Where an object is, at two ways to number the survivors:\n", places_table(answers)]
-    for keep in result["keeps"]:
-        names = [n for n in real if n.endswith(f" @ {keep:g}")]
-        value, low, high = correlation(real, tiny, names)
-        parts.append(
-            f"Spearman's rank correlation of the two models over the {len(names)} methods at "
-            f"keep = {keep:g}: {value:.2f} (95 % interval over questions {low:.2f} to "
-            f"{high:.2f}).\n"
-        )
+    parts.append(correlations(answers, result["keeps"]))
     return "\n".join([*parts, LESSONS])
 
 

@@ -41,8 +41,8 @@ import torch
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).parent))
-from _real_vlm import language
-from _real_vlm import write as write_vlm
+from _assemble import language
+from _assemble import write as write_vlm
 
 PARTS = Path(__file__).resolve().parents[1] / "build" / "real-parts"
 

@@ -19,7 +19,7 @@ from tests.test_benchmarks import ROOT
 @pytest.fixture
 def parts(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return importlib.import_module("_real_vlm")
+    return importlib.import_module("_assemble")
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
     words.save_pretrained(place / "language")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "scripts"))
-        importlib.import_module("_real_vlm").write(
+        importlib.import_module("_assemble").write(
             place / "tower", place / "language", place / "vlm"
         )
     return place / "vlm"

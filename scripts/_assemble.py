@@ -26,6 +26,9 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from recipes.real_adapter import merge
+
 IMAGE = "<image>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
@@ -117,14 +120,20 @@ def processor(vision: Any, tokenizer: Any) -> LlavaProcessor:
     )  # fmt: skip
 
 
-def write(tower: Path, text: Path, out: Path, seed: int = 0) -> int:
-    """Assemble the parts of two folders in a third; returns the number of parameters."""
+def write(tower: Path, text: Path, out: Path, adapter: Path | None = None, seed: int = 0) -> int:
+    """Assemble the parts of two folders in a third, with what training changed if it is given.
+
+    Returns:
+        The number of parameters.
+    """
     torch.manual_seed(seed)
     model, both = assemble(
         CLIPVisionModelWithProjection.from_pretrained(tower),
         LlamaForCausalLM.from_pretrained(text),
         AutoTokenizer.from_pretrained(text),
     )
+    if adapter is not None:
+        merge(model, adapter)
     model.save_pretrained(out)
     both.save_pretrained(out)
     return model.num_parameters()

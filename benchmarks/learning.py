@@ -50,7 +50,7 @@ def method(arm: str) -> Any:
         "ordered-queries": methods.OrderedQueries(queries=64, keep=64),
         "visionselector": methods.VisionSelector(keep=0.2, inner=256, ramp=200),
         "covipal": methods.CoViPAL(keep=0.2),
-        "atp-llava": methods.ATPLLaVA(),
+        "atp-llava": methods.ATPLLaVA(pull=5.0),
     }[arm]
 
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from _tower import Chooser, Name
+from _tower import Chooser, Name, Standin
 from PIL import Image
 from torch import Tensor
 
 from foveate.bench.judge import is_right
 from foveate.bench.prompt import Prompter, prompts
 from foveate.bench.sample import Sample
-from foveate.core import Adaptive, Keep, Method, ModelFacts, Positions, Reduction, Step, get_method
+from foveate.core import Method, ModelFacts, Reduction, Step, get_method
 from foveate.core.tokens import VisualTokens
 from foveate.families import find_family
 from foveate.run import use
@@ -31,7 +31,7 @@ BLANK: Name = ("none, of a grey image", 1.0)
 
 
 @dataclass(frozen=True)
-class Replay(Adaptive):
+class Replay(Standin):
     """Does what another method chose before.
 
     Args:
@@ -41,15 +41,6 @@ class Replay(Adaptive):
 
     made: tuple[tuple[Sequence[int], Reduction], ...] = ()
     step: Step | None = None
-    keep: Keep | None = None
-    positions: Positions | None = None
-    slug = "replay"
-    stage = "pre_llm"
-    needs = ()
-    paper = ""
-
-    def check_fields(self) -> None:
-        """Nothing to check."""
 
     @property
     def step_count(self) -> int | None:
@@ -103,14 +94,14 @@ def ask(
     ]
     found = {BLANK: right(model, processor, grey, None)}
     family = find_family(model)
-    chooser = Chooser(tuple(methods.values()))
+    chooser = Chooser(asked=tuple(methods.values()))
     found[ALL] = right(model, processor, samples, chooser)
     with remembered(model.model.vision_tower):
         for number, (name, method) in enumerate(methods.items()):
             made = tuple(chooser.found[number])
             positions = method.positions or type(method).published_positions
             (step,) = method.steps(family)
-            replay = Replay(made, step, positions=positions)
+            replay = Replay(made=made, step=step, positions=positions)
             found[name] = right(model, processor, samples, replay)
     return found
 

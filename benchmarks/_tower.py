@@ -120,7 +120,22 @@ def photographs(data: Path, size: int = 224, cell: int = 16) -> Iterator[Photogr
 
 
 @dataclass(frozen=True)
-class Chooser(Adaptive):
+class Standin(Adaptive):
+    """A method after the projector that stands for others, and has no budget of its own."""
+
+    keep: Keep | None = None
+    positions: Positions | None = "original"
+    slug = "standin"
+    stage = "pre_llm"
+    needs = ()
+    paper = ""
+
+    def check_fields(self) -> None:
+        """Nothing to check."""
+
+
+@dataclass(frozen=True)
+class Chooser(Standin):
     """Asks other methods what they would keep of the same encoding, and keeps everything.
 
     Args:
@@ -131,15 +146,6 @@ class Chooser(Adaptive):
 
     asked: tuple[Method, ...] = ()
     found: dict[int, list[tuple[Sequence[int], Reduction]]] = field(default_factory=dict)
-    keep: Keep | None = None
-    positions: Positions | None = "original"
-    slug = "chooser"
-    stage = "pre_llm"
-    needs = ()
-    paper = ""
-
-    def check_fields(self) -> None:
-        """Nothing to check."""
 
     @property
     def step_count(self) -> int | None:
@@ -166,7 +172,7 @@ def choices(
     model: LlavaForConditionalGeneration, pixels: Tensor, asked: Mapping[Name, Method]
 ) -> dict[Name, list[Sources]]:
     """What each method makes of each of (G, 3, H, W) images after the projector, encoded once."""
-    chooser = Chooser(tuple(asked.values()))
+    chooser = Chooser(asked=tuple(asked.values()))
     vision: Any = model.config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2
     ids = torch.tensor([[1, *[IMAGE] * tokens, 2]]).expand(len(pixels), -1)

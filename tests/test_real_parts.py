@@ -1,8 +1,8 @@
 """A tower and a language model become a LLaVA that loads by its path; small stand-ins here."""
 
 import importlib
-import importlib.util
 import json
+import sys
 
 import pytest
 import torch
@@ -95,8 +95,8 @@ def test_other_shapes_are_cropped_to_a_square(parts):
     assert wide["pixel_values"].shape == (1, 3, 32, 32)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is not None, reason="gguf is installed")
-def test_without_gguf_the_error_says_what_to_do(parts, tmp_path):
+def test_without_gguf_the_error_says_what_to_do(parts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     with pytest.raises(SystemExit, match="pip install --no-deps --target FOLDER gguf"):
         parts.language(tmp_path / "model.gguf", None)
 

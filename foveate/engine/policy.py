@@ -9,7 +9,7 @@ Shapes: `B` batch, `T` logical length of the prompt, `C` cameras of a row, paddi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +110,13 @@ class PolicyHooks:
             embeds: Tensor = original(*args, **kwargs)
         finally:
             self.state.made = None
-        if bool(visual.any()):  # else images have no place
-            _check_cameras(visual, cameras, made["image"].encoded.lengths)
-        placed = tuple(cameras.flatten().nonzero()[:, 0].tolist())
+        # One look at the device tells the host both.
+        seen = torch.cat((visual.sum(1, keepdim=True), cameras.to(ids.device)), 1).tolist()
+        has, there = [row[0] for row in seen], [row[1:] for row in seen]
+        if any(has):  # else images have no place
+            _check_cameras(has, there, made["image"].encoded.lengths)
+        flat = (camera for row in there for camera in row)
+        placed = tuple(number for number, camera in enumerate(flat) if camera)
         setattr(embeds, PREFIX, Prefix(self.plan, ids, made, placed))
         return embeds
 
@@ -162,22 +166,23 @@ class PolicyHooks:
         return forward_of(module, before)(hidden, **kwargs)
 
 
-def _check_cameras(visual: Tensor, cameras: Tensor, lengths: list[int]) -> None:
+def _check_cameras(has: list[int], there: list[list[int]], lengths: Sequence[int]) -> None:
     """Refuse a prompt whose placeholders are not those of its cameras.
 
     Args:
-        visual: (B, T) placeholders.
-        cameras: (B, C) which cameras there are.
+        has: placeholders of each row.
+        there: whether each row has each of its C cameras.
         lengths: visual tokens of each of all B C.
 
     Raises:
         InputError: a row has more of them, or fewer.
     """
-    tokens = torch.tensor(lengths, device=cameras.device).view(cameras.shape)
-    wanted = (tokens * cameras).sum(1).tolist()
-    for row, (has, wants) in enumerate(zip(visual.sum(1).tolist(), wanted, strict=True)):
-        if has != wants:
+    tokens = iter(lengths)
+    for row, (found, cameras) in enumerate(zip(has, there, strict=True)):
+        wanted = sum(next(tokens) * bool(camera) for camera in cameras)
+        if found != wanted:
             raise InputError(
-                f"row {row} has {has} image placeholders, but its cameras in pixel_attention_mask "
-                f"have {wants} visual tokens; give each camera its placeholders, in order"
+                f"row {row} has {found} image placeholders, but its cameras in "
+                f"pixel_attention_mask have {wanted} visual tokens; give each camera its "
+                "placeholders, in order"
             )

@@ -13,12 +13,9 @@ from foveate import tiny
 from foveate.errors import InputError
 from foveate.loading import load_model
 from foveate.tiny import draw_scene
+from recipes import real_adapter, real_cache, real_packed, real_vlm
 from tests import chatml
 from tests.test_benchmarks import ROOT
-
-pytest.importorskip("peft")
-
-from recipes import real_adapter, real_cache, real_packed, real_vlm
 
 
 @pytest.fixture(scope="module")

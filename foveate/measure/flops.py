@@ -138,7 +138,7 @@ def expert_flops(expert: Expert, slots_per_layer: Sequence[int]) -> int:
         slots_per_layer: what the cache of the prompt holds.
     """
     count, total = expert.tokens, 2 * expert.products
-    for shape, slots in zip(TextShape.all(expert), slots_per_layer, strict=False):
+    for shape, slots in zip(TextShape.all(expert), slots_per_layer, strict=True):
         total += layer_flops(shape, count, slots + count, causal=False)
     return total
 

@@ -49,7 +49,8 @@ class Verdicts:
         if self.refused:
             console.print("\n[bold cyan]methods that do not, and why[/]")
         for why, names in self.refused.items():
-            console.print(f"[yellow]{escape(', '.join(names))}[/]: {escape(why)}")
+            each = "each " if len(names) > 1 else ""
+            console.print(f"[yellow]{escape(', '.join(names))}[/]: {each}{escape(why)}")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON values."""

@@ -25,6 +25,7 @@ from foveate.engine.total import check_total
 from foveate.engine.vision.checks import check_in_encoder
 from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.families import Family
+from foveate.io.quoting import each_of
 from foveate.signals import SIGNALS
 
 
@@ -155,9 +156,9 @@ def _check_mixing(
     family: Family, methods: Sequence[Method], modality: str, arguments: Mapping[str, Any]
 ) -> None:
     if methods and (why := family.mixing(modality, arguments)):
-        names = ", ".join(dict.fromkeys(method.slug for method in methods))
+        who = each_of(repr(method.slug) for method in methods)
         raise UnsupportedModelError(
-            f"{names!r} acts inside the encoder, which is not supported for the {modality}s of "
+            f"{who} acts inside the encoder, which is not supported for the {modality}s of "
             f"this {family.model_type!r}: {why}"
         )
 

@@ -24,6 +24,7 @@ from foveate.engine.vision.forward import Encoding
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 from foveate.families.projection import project
+from foveate.io.quoting import each_of, listed
 from foveate.signals.encoder_hooks import EncoderSignals, signal_of
 from foveate.signals.packed import PackedSignals
 
@@ -147,19 +148,18 @@ class Tags:
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""
         error = UnsupportedModelError(
-            f"{self._readers} reads {', '.join(self.plan.encoder_signals)} of the encoder, which "
+            f"{self._readers('read')} {', '.join(self.plan.encoder_signals)} of the encoder, which "
             f"cannot be told for the {modality} tokens of this {self.family.model_type}"
         )
         return offering(error, working_methods(self.family, encoder=False))
 
-    @property
-    def _readers(self) -> str:
-        """Methods that read signals of the encoder."""
+    def _readers(self, verb: str) -> str:
+        """Methods that read signals of the encoder, and that they do: `a reads`, `a and b read`."""
         signals = self.plan.encoder_signals
-        found = (
+        found = [
             s.method.slug for s in self.plan.pre_llm for n in s.step.needs if n.name in signals
-        )
-        return ", ".join(dict.fromkeys(found))
+        ]
+        return f"{listed(found)} {verb}{'s' if len({*found}) == 1 else ''}"
 
     def adopt(
         self, modality: str, encoded: ModelOutput, arguments: Mapping[str, Any]
@@ -170,16 +170,16 @@ class Tags:
             InputError: methods need what only the encoder knows.
         """
         if self.plan.vision:
-            names = ", ".join(dict.fromkeys(s.method.slug for s in self.plan.vision))
+            who = each_of(s.method.slug for s in self.plan.vision)
             raise InputError(
-                f"{names} acts inside the encoder, but the image features in mm_encoder_outputs "
-                "were made outside the session; pass pixel_values, or call get_image_features "
-                "within the session"
+                f"{who} acts inside the encoder, but the image features in mm_encoder_outputs were "
+                "made outside the session; pass pixel_values, or call get_image_features within "
+                "the session"
             )
         if self.plan.encoder_signals:
             raise InputError(
-                f"{self._readers} needs {', '.join(self.plan.encoder_signals)} of the encoder, but "
-                "the image features in mm_encoder_outputs were made outside the session; pass "
+                f"{self._readers('need')} {', '.join(self.plan.encoder_signals)} of the encoder, "
+                "but the image features in mm_encoder_outputs were made outside the session; pass "
                 "pixel_values, or call get_image_features within the session"
             )
         copy = type(encoded)(**encoded)

@@ -18,6 +18,7 @@ from foveate.core.budget import Total, divide
 from foveate.engine.images import ImageGroup
 from foveate.engine.plan import Plan, PlannedStep
 from foveate.errors import BudgetError, CacheError
+from foveate.io.quoting import none_of
 
 IMAGES = "images"  # attached to a cache layer: `CachedImages`
 Columns = Sequence[Sequence[Tensor]]
@@ -135,12 +136,12 @@ def check_total(plan: Plan) -> None:
     """
     if plan.total is None:
         return
-    names = ", ".join(method.slug for method in plan.methods)
     if not plan.pre_llm:
+        idle = none_of((method.slug for method in plan.methods), "act")
         raise BudgetError(
-            f"keep_total lowers what is kept before the language model, where {names} does not "
-            "act; put a method there that does, such as 'divprune', or 'uniform' with keep=1.0, in "
-            "a list with it in stream order"
+            f"keep_total lowers what is kept before the language model, where {idle}; put a method "
+            "there that does, such as 'divprune', or 'uniform' with keep=1.0, in a list in stream "
+            "order"
         )
     last = plan.pre_llm[-1].method
     if isinstance(last, Adaptive):

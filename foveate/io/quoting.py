@@ -80,3 +80,26 @@ def near(name: Any, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {' or '.join(map(repr, close))}?"
     return f"known keys: {', '.join(known)}" if len(known) < 20 else "no key is like it"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a sentence, each once: `a`, `a and b`, `a, b and c`."""
+    *first, last = dict.fromkeys(names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def each_of(names: Iterable[str]) -> str:
+    """The subject of a verb in the singular: `a`, or `each of a and b`."""
+    names = list(dict.fromkeys(names))
+    return listed(names) if len(names) == 1 else f"each of {listed(names)}"
+
+
+def none_of(names: Iterable[str], verb: str) -> str:
+    """A denial: `a does not act`, or `none of a and b acts`.
+
+    Args:
+        names: who.
+        verb: what they do not do, as `act`.
+    """
+    names = list(dict.fromkeys(names))
+    return f"{names[0]} does not {verb}" if len(names) == 1 else f"none of {listed(names)} {verb}s"

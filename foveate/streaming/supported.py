@@ -7,7 +7,7 @@ from typing import Any
 from foveate.engine.session import BaseSession
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
-from foveate.io.quoting import quoted
+from foveate.io.quoting import each_of, quoted
 from foveate.measure.flops import kv_bytes
 from foveate.streaming.positions import most_positions
 
@@ -36,12 +36,11 @@ def check_session(run: Any, cap: int, reserve: int, positions: str) -> None:
             "keep_total is for conversations; a stream has a cap on all tokens of its own: leave "
             "keep_total out of the session"
         )
-    if run.plan.llm or run.plan.work or run.plan.decode_step or run.plan.asks_text:
-        names = ", ".join(method.slug for method in run.methods)
+    if unfit := _unfit(run):
         raise InputError(
-            f"{names} reads the question or acts between decoder layers, but frames of a stream "
-            "come before any question, and every layer holds equally many; use a method that acts "
-            "before the language model and does not read the prompt, such as 'divprune'"
+            f"{each_of(unfit)} reads the question or acts between decoder layers, but frames of a "
+            "stream come before any question, and every layer holds equally many; use a method "
+            "that acts before the language model and does not read the prompt, such as 'divprune'"
         )
     for name, value, low in (("cap", cap, 1), ("reserve", reserve, 0)):
         if type(value) is not int or value < low:
@@ -51,6 +50,15 @@ def check_session(run: Any, cap: int, reserve: int, positions: str) -> None:
     if positions not in ("original", "renumbered"):
         raise InputError(f"positions must be original or renumbered, got {quoted(positions)}")
     _check_positions(run.family, cap, positions)
+
+
+def _unfit(run: BaseSession) -> list[str]:
+    """Methods that frames cannot pass before there is a question."""
+    plan = run.plan
+    steps = [*plan.llm, *filter(None, [plan.decode_step])]
+    names = {*plan.asks_text, *(step.method.slug for step in steps)}
+    names |= {method.slug for method in run.methods if method.partial_compute(run.family)}
+    return [method.slug for method in run.methods if method.slug in names]
 
 
 def _check_model(family: Family) -> None:

@@ -11,7 +11,7 @@ import foveate
 from foveate.core import get_method
 from foveate.core.budget import divide
 from foveate.errors import BudgetError, CacheError, InputError
-from foveate.methods import FastV, LLaVAPruMerge
+from foveate.methods import FastV, LLaVAPruMerge, PyramidDrop
 from foveate.streaming import Stream
 from tests import oracle
 from tests.engine.test_oracle import TOLERANCE, features_of
@@ -368,3 +368,8 @@ def test_streams_and_training_are_refused(llava):
         Stream(run, cap=50)
     with pytest.raises(BudgetError, match="train without it"):
         run.check_training()
+
+
+def test_refusals_of_several_methods_are_grammatical(llava):
+    with pytest.raises(BudgetError, match=r"model, where none of fastv and pyramiddrop acts; put"):
+        foveate.use(llava, [FastV(1), PyramidDrop((2,), 0.5)], keep_total=9)

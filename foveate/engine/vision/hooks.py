@@ -34,6 +34,7 @@ from foveate.engine.vision.segments import boundaries
 from foveate.engine.vision.within_layers import Args, Kwargs, WithinLayers
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
+from foveate.io.quoting import each_of
 from foveate.record.record import Record
 from foveate.signals.encoder_hooks import EncoderSignals
 
@@ -217,9 +218,9 @@ class VisionAttachment(Attachment):
         self.look_after()
         own = [*self._attends.values(), *self._around.values()]
         if own and kwargs.get("output_attentions", self.root.config.output_attentions):
-            slugs = ", ".join(sorted({s.method.slug for s in own}))
+            who = each_of(sorted({s.method.slug for s in own}))
             raise UnsupportedModelError(
-                f"{slugs} computes the attention of encoder layers itself, and returns no map of "
+                f"{who} computes the attention of encoder layers itself, and returns no map of "
                 "it; leave output_attentions out"
             )
         arguments = self.state.fed or bound(type(module).forward.__get__(module), args, kwargs)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from foveate.core.resolve import MethodLike, methods_of
+from foveate.core.resolve import MethodLike, saved_of
 from foveate.engine.session import BaseSession
 from foveate.errors import InputError
 from foveate.report.draw import show as draw
@@ -64,17 +64,20 @@ def use(
     Args:
         model: a supported vision-language model or vision encoder.
         method: a method, its name or class, the dict of its `to_dict` or a JSON file that holds
-            it, or a list of those in stream order.
+            it, or a list of those in stream order; or a foveate.json, which may also say `audio`
+            and `keep_total`.
         clip: the questions as `foveate.ClipText` encodes them, for methods with
             `relevance="clip"`.
         keep_total: most visual tokens that a row of the batch holds in the language model, together
             with those of earlier turns in the cache that it is given; a list has one for each row.
             Where images would have more, all shrink alike (docs/conversations.md). The last method
-            before the language model must have a budget.
+            before the language model must have a budget. `None` is any number, or what a
+            foveate.json says.
         audio: `True` lets methods act on audio as on images, where the model takes some: a clip is
             an image of one row, and `keep` holds for it as for each image. A method, or what else
             `method` may be, acts on audio in their place, with a budget of its own
-            (docs/audio.md). Otherwise audio stays as it is.
+            (docs/audio.md). Otherwise audio stays as it is, or a foveate.json says what acts on
+            it.
         **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
@@ -88,7 +91,9 @@ def use(
         ...     out = model.generate(**inputs)
         >>> print(run.report())  # doctest: +SKIP
     """
-    return Session(model, methods_of(method, **fields), clip, keep_total, audio)
+    saved = saved_of(method, **fields)
+    total = saved.keep_total if keep_total is None else keep_total
+    return Session(model, saved.methods, clip, total, saved.audio if audio is False else audio)
 
 
 def apply(

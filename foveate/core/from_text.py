@@ -11,7 +11,8 @@ from typing import Any
 from foveate.core.budget import Keep
 from foveate.core.fields import hints_of, spell
 from foveate.core.method import Method
-from foveate.core.resolve import methods_of
+from foveate.core.resolve import methods_of, saved_of
+from foveate.core.saving import Saved
 from foveate.core.step import STAGES
 from foveate.errors import BudgetError, InputError
 from foveate.io.quoting import quoted, shown
@@ -67,10 +68,22 @@ def make_methods(
         settings: `field=value` for a single method, `method.field=value` for one of several.
 
     Raises:
-        FoveateError: a name, a field or a value is not known, or it is not clear whose it is.
+        FoveateError: a name, a field or a value is not known, or it is not clear whose it is; or a
+            file says more than methods.
     """
+    return make_saved(names, keeps, settings).alone(names[0])
+
+
+def make_saved(
+    names: Sequence[str], keeps: Sequence[str] = (), settings: Iterable[str] = ()
+) -> Saved:
+    """As `make_methods`, with what a foveate.json that is the only name says besides methods."""
     parts = [part for name in names for part in _parts(name)]
-    found = [method for part in parts for method in methods_of(part)]
+    if len(parts) == 1:
+        saved = saved_of(parts[0])
+    else:
+        saved = Saved(tuple(method for part in parts for method in methods_of(part)))
+    found = saved.methods
     slugs = [method.slug for method in found]
     if len(keeps) not in (0, len(found)):
         raise InputError(
@@ -90,7 +103,8 @@ def make_methods(
                 f"named once, got {quoted(setting)}"
             )
     made = [_changed(method, keeps[n] if keeps else None, of[n]) for n, method in enumerate(found)]
-    return tuple(sorted(made, key=lambda method: STAGES.index(method.stage)))
+    made.sort(key=lambda method: STAGES.index(method.stage))
+    return dataclasses.replace(saved, methods=tuple(made))
 
 
 def _parts(name: str) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 from foveate.core.method import Method
 from foveate.core.registry import get_method
@@ -47,8 +47,8 @@ def methods_of(given: MethodLike, **fields: Any) -> tuple[Method, ...]:
         return (given,)
     if isinstance(given, Mapping):
         return (from_dict(given),)
-    if isinstance(given, os.PathLike) or (isinstance(given, str) and given.endswith(".json")):
-        return _read(Path(given), fields)
+    if _is_file(given):
+        return saved_of(given, **fields).alone(given)
     if isinstance(given, str):
         return (_make(get_method(given), fields),)
     if isinstance(given, type) and issubclass(given, Method):
@@ -58,6 +58,25 @@ def methods_of(given: MethodLike, **fields: Any) -> tuple[Method, ...]:
         f"to_dict() says, or a JSON file with that; got {quoted(given)} of type "
         f"{shown(type(given).__name__)}"
     )
+
+
+def saved_of(given: MethodLike, **fields: Any) -> Saved:
+    """The methods that are meant, with what a foveate.json says besides them.
+
+    Args:
+        given: see `methods_of`. Only a file that is no entry of a list can say more than methods.
+        **fields: hyper-parameters, which go with a name or a class.
+
+    Raises:
+        FoveateError: see `methods_of`.
+    """
+    if _is_file(given):
+        return _read(Path(cast(Any, given)), fields)
+    return Saved(methods_of(given, **fields))
+
+
+def _is_file(given: MethodLike) -> TypeGuard[str | os.PathLike[str]]:
+    return isinstance(given, os.PathLike) or (isinstance(given, str) and given.endswith(".json"))
 
 
 def _make(kind: type[Method], fields: Mapping[str, Any]) -> Method:
@@ -70,8 +89,8 @@ def _make(kind: type[Method], fields: Mapping[str, Any]) -> Method:
         raise FoveateError(f"{name} takes the fields {known}; {shown(error, 100)}") from None
 
 
-def _read(path: Path, fields: Mapping[str, Any]) -> tuple[Method, ...]:
-    """Methods of a file: one, or those of a foveate.json."""
+def _read(path: Path, fields: Mapping[str, Any]) -> Saved:
+    """What a file holds: one method, or a foveate.json."""
     if fields:
         raise FoveateError(
             f"fields go with a method's name; got {shown(', '.join(fields))} beside {shown(path)}"
@@ -82,9 +101,9 @@ def _read(path: Path, fields: Mapping[str, Any]) -> tuple[Method, ...]:
         raise InputError(f"{shown(path)} cannot be read as a method: {reason(error)}") from None
     try:
         if isinstance(data, dict) and "format" in data:
-            return Saved.from_dict(data).methods
+            return Saved.from_dict(data)
         if not isinstance(data, Mapping):
             raise InputError(f"a method is a mapping with its name, got {quoted(data)}")
-        return (from_dict(data),)
+        return Saved((from_dict(data),))
     except FoveateError as error:
         raise type(error)(within(path, error)) from None

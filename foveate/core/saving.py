@@ -2,12 +2,15 @@
 
 The file holds `format` (a number that grows when older versions of foveate could not read it),
 `foveate` (the version that wrote it), `methods` (what `Method.to_dict` says, in stream order) and
-`head` (see `foveate.prepare`). What methods have learned is in foveate.safetensors.
+`head` (see `foveate.prepare`). It may hold `audio` (`true`, or methods for audio alone) and
+`keep_total`, as `foveate.use` takes them: its format is then 2, as older versions would pass over
+them. What methods have learned is in foveate.safetensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,17 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveate.core.budget import PerRequest
+from foveate.core.budget import PerRequest, plain_total
 from foveate.core.method import Method
 from foveate.core.registry import get_method
-from foveate.errors import FoveateError, InputError
-from foveate.io.quoting import quoted, shown, within
+from foveate.errors import BudgetError, FoveateError, InputError
+from foveate.io.quoting import each_of, listed, quoted, shown, within
 from foveate.io.reading import check_plain, parse_json, read_text, reason
 from foveate.io.writing import check_folder, replacing, write_json
 
 FILE = "foveate.json"
 WEIGHTS = "foveate.safetensors"
-FORMAT = 1
+FORMAT = 2
 Head = Literal["all", "labels"]
 
 
@@ -39,10 +42,51 @@ class Saved:
     Args:
         methods: its methods, in stream order.
         head: of which tokens logits are made in training.
+        audio: whether they act on audio too, or methods for it alone.
+        keep_total: most visual tokens of a conversation; `None` for any number.
+
+    Raises:
+        BudgetError: `keep_total` is no positive int.
     """
 
     methods: tuple[Method, ...]
     head: Head = "all"
+    audio: bool | tuple[Method, ...] = False
+    keep_total: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(plain_total(self.keep_total), tuple):
+            raise BudgetError(
+                f"a saved keep_total is one number for all rows, got {quoted(self.keep_total)}"
+            )
+
+    @property
+    def besides(self) -> dict[str, Any]:
+        """What holds for a whole session, as JSON values: `audio` and `keep_total`, where set."""
+        found: dict[str, Any] = {}
+        if self.audio is not False:
+            heard = self.audio
+            found["audio"] = heard if heard is True else [method.to_dict() for method in heard]
+        if self.keep_total is not None:
+            found["keep_total"] = int(self.keep_total)
+        return found
+
+    def alone(self, name: str | os.PathLike[str]) -> tuple[Method, ...]:
+        """The methods of a file, where nothing else can be taken from it.
+
+        Args:
+            name: of the file.
+
+        Raises:
+            InputError: it says more.
+        """
+        if self.besides:
+            raise InputError(
+                f"{shown(name)} also sets {' and '.join(self.besides)}, which is read where the "
+                "file alone is the method of foveate.use, foveate.load or `foveate run`, `batch` "
+                "or `serve`; here, take it out of the file"
+            )
+        return self.methods
 
     def write(self, folder: str | Path, learned: Mapping[str, Tensor] | None = None) -> Path:
         """Write the file into a folder, which is made if need be.
@@ -58,14 +102,16 @@ class Saved:
             InputError: a method is not registered or holds what JSON cannot, so that nobody could
                 load it, or the folder cannot be written to.
         """
-        for method in self.methods:
+        heard = self.audio if isinstance(self.audio, tuple) else ()
+        for method in (*self.methods, *heard):
             check_registered(method)
             check_readable(method)
         data = {
-            "format": FORMAT,
+            "format": FORMAT if self.besides else 1,
             "foveate": _version(),
             "methods": [method.to_dict() for method in self.methods],
             "head": self.head,
+            **self.besides,
         }
         path = Path(folder) / FILE
         check_folder(folder)
@@ -83,13 +129,17 @@ class Saved:
         Raises:
             InputError: there are none, or they do not fit.
         """
-        names = ", ".join(method.slug for method in self.methods)
+        heard = self.audio if isinstance(self.audio, tuple) else ()
+        every = [method.slug for method in (*self.methods, *heard)]
+        names = [every[int(number)] for number, _ in learned.named_children()]
         if path is None:
-            raise InputError(f"{names} learns, but there is no {WEIGHTS} beside {FILE}")
+            raise InputError(f"{each_of(names)} learns, but there is no {WEIGHTS} beside {FILE}")
         try:
             learned.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{path} does not hold the weights of {names}: {error}") from None
+            raise InputError(
+                f"{path} does not hold the weights of {listed(names)}: {error}"
+            ) from None
 
     @classmethod
     def read(cls, path: str | Path) -> Saved:
@@ -126,7 +176,8 @@ class Saved:
             raise InputError("it names no `methods`; save the model again")
         if not isinstance(head, str) or head not in get_args(Head):
             raise InputError(f"head must be 'all' or 'labels', got {quoted(head)}")
-        return cls(tuple(from_dict(method) for method in methods), head)  # type: ignore[arg-type]
+        made = tuple(from_dict(method) for method in methods)
+        return cls(made, head, _audio(data), data.get("keep_total"))  # type: ignore[arg-type]
 
 
 def read_json(path: str | Path) -> Any:
@@ -167,9 +218,14 @@ def from_dict(data: Mapping[str, Any]) -> Method:
     values = {name: _value(value) for name, value in data.items() if name != "method"}
     values |= {"keep": _keep(data["keep"])} if "keep" in data else {}
     if unknown := [name for name in values if name not in names]:
+        whole = unknown[0] in ("keep_total", "audio")
+        why = (
+            "It is no method's, but a whole session's: foveate.use"
+            if whole
+            else ("Another version of foveate may have written this")
+        )
         raise InputError(
-            f"{kind.slug} has no field {quoted(unknown[0])}; it has {', '.join(names)}. "
-            "Another version of foveate may have written this"
+            f"{kind.slug} has no field {quoted(unknown[0])}; it has {', '.join(names)}. {why}"
         )
     try:
         return kind(**values)
@@ -211,6 +267,20 @@ def check_readable(method: Method) -> None:
         raise InputError(
             f"this {method.slug} cannot be saved, for it could not be read back: {shown(error)}"
         ) from None
+
+
+def _audio(data: Mapping[str, Any]) -> bool | tuple[Method, ...]:
+    """What a file says of audio.
+
+    Raises:
+        FoveateError: it is no boolean, and no list of methods.
+    """
+    given = data.get("audio", False)
+    if isinstance(given, bool):
+        return given
+    if not isinstance(given, list) or not given:
+        raise InputError(f"audio must be true, false or a list of methods, got {quoted(given)}")
+    return tuple(from_dict(method) for method in given)
 
 
 def _value(value: Any) -> Any:

@@ -186,6 +186,8 @@ class ModelHooks:
         sample, trailing = samples(kwargs) if splits else None, state.generate.trailing
         tokens = prompt_tokens(now.visual, kwargs, trailing=trailing, sample=sample)
         if state.supervised is not None:
+            if is_training(module):
+                self.plan.check_untotalled()
             tokens = supervise(tokens, module, state.supervised)
         elif self._may_hold_answers and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)

@@ -269,6 +269,19 @@ class Plan:
         """Budgets given for each row of the batch."""
         return tuple(m.keep for m in self.methods if isinstance(m.keep, PerRequest))
 
+    def check_untotalled(self) -> None:
+        """Refuse to train with a total.
+
+        Raises:
+            BudgetError: there is one.
+        """
+        if self.total is not None:
+            raise BudgetError(
+                "keep_total shrinks images from turn to turn, but a training step reads all turns "
+                "at once, in which each image has one size; train without it, and give it to "
+                "foveate.load, foveate.load_adapter or foveate.use afterwards"
+            )
+
     def check_training(self) -> None:
         """Refuse to train with methods that would do nothing, or not what they say.
 
@@ -276,11 +289,7 @@ class Plan:
             UnsupportedModelError: a method acts on decoding alone.
             BudgetError: a budget is given for each row of a batch, or for all its images.
         """
-        if self.total is not None:
-            raise BudgetError(
-                "keep_total is for conversations, whose images come one after another; train "
-                "without it"
-            )
+        self.check_untotalled()
         if self.per_request:
             raise BudgetError(
                 "per_request gives a keep for each row of a batch, but in training rows come in "

@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from foveate.core import Method
+from foveate.core import Learning, Method
 from foveate.core.budget import plain_total
 from foveate.core.resolve import MethodLike, methods_of
 from foveate.engine.attachment import Attachment
@@ -31,6 +31,7 @@ from foveate.engine.thread_state import ThreadState
 from foveate.engine.vision.hooks import VisionAttachment
 from foveate.errors import AttachError, InputError, UnsupportedModelError
 from foveate.families import find_family, unwrap
+from foveate.io.quoting import each_of, none_of
 from foveate.record.record import Record
 from foveate.signals.clip import ClipQuestions
 
@@ -74,6 +75,7 @@ class BaseSession:
         if audio is not False:
             self.family.hear()
         heard = audio if isinstance(audio, bool) else methods_of(audio)
+        self.audio = heard
         self.plan = make_plan(self.family, methods_of(methods), plain_total(keep_total), heard)
         _check_clip(self.plan, clip)
         self._model = model
@@ -95,6 +97,12 @@ class BaseSession:
         return self.plan.methods
 
     @property
+    def shared_methods(self) -> tuple[Method, ...]:
+        """The methods, without those for audio alone."""
+        own = len(self.audio) if isinstance(self.audio, tuple) else 0
+        return self.methods[: len(self.methods) - own]
+
+    @property
     def clip(self) -> ClipQuestions | None:
         """What is asked of the images, for methods with `relevance="clip"`. Set it before each
         prompt that asks something else; it holds for the thread that sets it.
@@ -114,13 +122,13 @@ class BaseSession:
         Raises:
             UnsupportedModelError: a method has nothing to do in training, or does something else
                 there on a model whose loss is an expert's.
-            BudgetError: a budget is given for each request.
+            BudgetError: a budget is given for each request, or for a conversation.
         """
         self.plan.check_training()
         if self.plan.learns and self.family.expert is not None:
-            names = ", ".join(method.slug for method in self.plan.methods)
+            who = each_of(m.slug for m in self.plan.methods if isinstance(m, Learning))
             raise UnsupportedModelError(
-                f"{names} learns from labels of text, but the loss of this "
+                f"{who} learns from labels of text, but the loss of this "
                 f"{self.family.model_type} is that of actions; train it with a method that learns "
                 "nothing"
             )
@@ -286,14 +294,14 @@ def _check_version() -> None:
 def _check_clip(plan: Plan, clip: ClipQuestions | None) -> None:
     if plan.asks_clip and clip is None:
         raise InputError(
-            f"{', '.join(plan.asks_clip)} compares patches with the question in CLIP's space, and "
+            f"{each_of(plan.asks_clip)} compares patches with the question in CLIP's space, and "
             "needs the CLIP whose vision tower the model has: clip = foveate.ClipText."
             "from_pretrained(...), then use(model, method, clip=clip(question)); or set "
             "relevance='embeddings', which needs no other model"
         )
     if clip is not None and not plan.asks_clip:
-        names = ", ".join(method.slug for method in plan.methods)
+        idle = none_of((method.slug for method in plan.methods), "ask")
         raise InputError(
-            f"clip was given, but {names} does not ask it; leave it out, or set relevance='clip' "
-            "on a method that has this field"
+            f"clip was given, but {idle} it; leave it out, or set relevance='clip' on a method "
+            "that has this field"
         )

@@ -26,7 +26,7 @@ from foveate.engine.attachment import MARK
 from foveate.engine.session import LEARNED
 from foveate.errors import AttachError, FoveateError, InputError
 from foveate.families import unwrap
-from foveate.io.quoting import quoted
+from foveate.io.quoting import listed, quoted
 from foveate.io.writing import filling
 from foveate.run import Session, use
 
@@ -35,7 +35,13 @@ Train = Literal["all", "method"]
 
 
 def prepare(
-    model: M, method: MethodLike, *, head: Head = "all", train: Train = "all", **fields: Any
+    model: M,
+    method: MethodLike,
+    *,
+    head: Head = "all",
+    train: Train = "all",
+    audio: bool | MethodLike = False,
+    **fields: Any,
 ) -> M:
     """Attach methods to a model before it is trained.
 
@@ -49,6 +55,7 @@ def prepare(
             label is to be predicted, (N, vocabulary); the loss is the same.
         train: `all` leaves it to you which parameters of the model are trained. `method` freezes
             them, so that the method's own are trained alone.
+        audio: what acts on audio, on a model that hears; see `foveate.use`.
         **fields: the method's hyper-parameters, if `method` is a name.
 
     Returns:
@@ -57,6 +64,7 @@ def prepare(
     Raises:
         UnsupportedModelError: a method has nothing to do in training, or the model cannot make
             logits of some tokens alone.
+        BudgetError: a foveate.json says `keep_total`, which is not for training.
         FoveateError: the method has no parameters to be trained alone; and see `foveate.use`.
 
     Examples:
@@ -68,8 +76,13 @@ def prepare(
         raise FoveateError(f"head must be 'all' or 'labels', got {quoted(head)}")
     if train not in get_args(Train):
         raise FoveateError(f"train must be 'all' or 'method', got {quoted(train)}")
-    session = use(unwrap(model), method, **fields)
+    session = use(unwrap(model), method, audio=audio, **fields)
     session.check_training()
+    return _attach(model, session, head, train)
+
+
+def _attach(model: M, session: Session, head: Head, train: Train) -> M:
+    """Put a session on a model, of which it becomes a part."""
     if train == "method":
         _check_learns(session, "to train; use train='all'")
     if head == "labels":
@@ -101,6 +114,8 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None, **options:
         AttachError: the model was not prepared.
         InputError: a method is not registered, or the files cannot be written; the folder is then
             as it was.
+
+    foveate.json then also holds the `audio` of `prepare`, and the `keep_total` of `load`.
     """
     around = _with_files(session_of(model))
     if options.get("push_to_hub"):
@@ -111,12 +126,16 @@ def save(model: nn.Module, folder: str | Path, processor: Any = None, **options:
             processor.save_pretrained(stage)
 
 
-def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
+def load(
+    folder: str | Path, *, trainable: bool = False, keep_total: int | None = None, **options: Any
+) -> Any:
     """Load a model that `save` has saved, and prepare it.
 
     Args:
         folder: a folder, or a repository of the Hugging Face hub.
         trainable: whether adapters can be trained on.
+        keep_total: most visual tokens of a conversation, see `foveate.use`; `None` for what was
+            saved. The model cannot be trained with it.
         **options: of `from_pretrained` of the model (`dtype`, `device_map`, `revision`, ...).
 
     Returns:
@@ -125,6 +144,8 @@ def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
 
     Raises:
         InputError: there is no foveate.json, or it is damaged or of a newer version.
+        BudgetError: `keep_total` is no positive int, does not fit the methods, or the model is to
+            be trained.
         FoveateError: the methods do not fit the model.
     """
     path = _find(folder, FILE, options)
@@ -133,7 +154,7 @@ def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
             f"{folder} has no {FILE}, so foveate.save did not write it; load the model with "
             "transformers and call foveate.prepare(model, method)"
         )
-    saved = Saved.read(path)
+    saved = _limited(Saved.read(path), keep_total)
     adapters = _find(folder, "adapter_config.json", options)
     if adapters is None:
         return _restore(_from_pretrained(folder, options), saved, folder, options)
@@ -144,7 +165,7 @@ def load(folder: str | Path, *, trainable: bool = False, **options: Any) -> Any:
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     inner: Any = _from_pretrained(base, options)
     model = PeftModel.from_pretrained(inner, str(folder), is_trainable=trainable)
-    return _restore(model, saved, folder, options)
+    return _restore(model, saved, folder, options, trainable=trainable)
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -161,15 +182,18 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     session = session_of(model)
     _check_learns(session, "to save; foveate.save(model, folder) saves the model")
     with filling(folder) as stage:
-        Saved(session.methods).write(stage, session.learned.state_dict())
+        _saved(session).write(stage, session.learned.state_dict())
 
 
-def load_adapter(model: M, folder: str | Path, **fields: Any) -> M:
+def load_adapter(
+    model: M, folder: str | Path, *, keep_total: int | None = None, **fields: Any
+) -> M:
     """Prepare a model with methods that `save_adapter` or `save` has saved.
 
     Args:
         model: the model that they were trained with, without them.
         folder: a folder, or a repository of the Hugging Face hub.
+        keep_total: as in `load`.
         **fields: hyper-parameters that are to be others than were saved, such as `keep`, where one
             method was saved.
 
@@ -184,7 +208,7 @@ def load_adapter(model: M, folder: str | Path, **fields: Any) -> M:
     path = _find(folder, FILE, {})
     if path is None:
         raise InputError(f"{folder} has no {FILE}, so foveate.save_adapter did not write it")
-    saved = Saved.read(path)
+    saved = _limited(Saved.read(path), keep_total)
     if fields:
         if len(saved.methods) > 1:
             raise InputError(
@@ -217,8 +241,9 @@ def session_of(model: nn.Module) -> Session:
 def _check_learns(session: Session, what: str) -> None:
     """Refuse methods without parameters of their own."""
     if not len(session.learned):
-        names = ", ".join(method.slug for method in session.methods)
-        raise FoveateError(f"{names} has no parameters of its own {what}")
+        names = [method.slug for method in session.methods]
+        none = f"none of {listed(names)} has" if len(names) > 1 else f"{names[0]} has no"
+        raise FoveateError(f"{none} parameters of its own {what}")
 
 
 def _saver(model: nn.Module) -> Any:
@@ -231,7 +256,7 @@ def _saver(model: nn.Module) -> Any:
 
 def _with_files(session: Session) -> Callable[..., Any]:
     """`save_pretrained`, with what foveate writes beside it."""
-    saved = Saved(session.methods, "labels" if session.labelled_logits else "all")
+    saved = _saved(session)
 
     def around(original: Callable[..., Any], save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("is_main_process", True):
@@ -239,6 +264,18 @@ def _with_files(session: Session) -> Callable[..., Any]:
         return original(save_directory, *args, **kwargs)
 
     return around
+
+
+def _saved(session: Session) -> Saved:
+    """What foveate.json says of a session."""
+    head: Head = "labels" if session.labelled_logits else "all"
+    total = session.plan.total
+    return Saved(session.shared_methods, head, session.audio, total)  # type: ignore[arg-type]
+
+
+def _limited(saved: Saved, keep_total: int | None) -> Saved:
+    """What was saved, with another total where one is given."""
+    return saved if keep_total is None else replace(saved, keep_total=keep_total)
 
 
 def _learned(session: Session, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -251,9 +288,23 @@ def _learned(session: Session, state: Mapping[str, Tensor] | None) -> dict[str, 
     return session.learned.state_dict()
 
 
-def _restore(model: M, saved: Saved, folder: str | Path, options: dict[str, Any]) -> M:
-    """Prepare a model with what was saved of its methods."""
-    prepare(model, list(saved.methods), head=saved.head)
+def _restore(
+    model: M,
+    saved: Saved,
+    folder: str | Path,
+    options: dict[str, Any],
+    *,
+    trainable: bool = False,
+) -> M:
+    """Prepare a model with what was saved of its methods.
+
+    With a total it is not for training, of which its session refuses each step.
+    """
+    heard = saved.audio if isinstance(saved.audio, bool) else list(saved.audio)
+    session = use(unwrap(model), list(saved.methods), keep_total=saved.keep_total, audio=heard)
+    if trainable or saved.keep_total is None:
+        session.check_training()
+    _attach(model, session, saved.head, "all")
     learned = session_of(model).learned
     if len(learned):
         saved.read_weights(_find(folder, WEIGHTS, options), learned)

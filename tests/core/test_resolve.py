@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import foveate
-from foveate.core.from_text import make_methods
+from foveate.core.from_text import make_methods, make_saved
 from foveate.core.resolve import methods_of
 from foveate.core.saving import Saved
 from foveate.errors import FoveateError, InputError, UnknownMethodError
@@ -148,3 +148,27 @@ def test_what_is_not_clear_is_refused(names, keeps, settings, reason):
     with pytest.raises(FoveateError, match=reason) as found:
         make_methods(names, keeps, settings)
     assert len(str(found.value)) <= 300
+
+
+def test_a_file_may_hold_a_total(tmp_path):
+    """Of which the file alone may say, and the call something else; elsewhere it is refused."""
+    model, path = tiny_llava(), Saved((ZIP,), keep_total=9).write(tmp_path)
+    assert foveate.use(model, path).plan.total == 9
+    assert foveate.use(model, str(path), keep_total=5).plan.total == 5
+    handle = foveate.apply(model, path)
+    assert handle.plan.total == 9
+    handle.remove()
+    assert make_saved([str(path)], ["4"]).keep_total == 9
+    others = (
+        lambda: methods_of(path), lambda: foveate.use(model, [path]),
+        lambda: foveate.Session(model, path), lambda: make_methods([str(path)]),
+        lambda: make_methods([str(path), "fastv"]), lambda: ChatModel(model, None, path),
+    )  # fmt: skip
+    for given in others:
+        with pytest.raises(InputError, match=r"also sets keep_total, which is read where the file"):
+            given()
+
+
+def test_a_method_has_no_total():
+    with pytest.raises(InputError, match=r"no field 'keep_total'.*a whole session's: foveate\.use"):
+        methods_of({"method": "divprune", "keep_total": 9})

@@ -12,6 +12,7 @@ from foveate.measure.conventions import CONVENTIONS
 from foveate.measure.flops import head_flops
 from foveate.measure.shapes import TextShape
 from foveate.methods import DivPrune, FastV, PyramidDrop
+from foveate.training.prepare import session_of
 from tests.conformance import oracle
 from tests.conformance.test_pixels import TOLERANCE, model_of
 from tests.conformance.zoo import MEMBERS
@@ -230,6 +231,39 @@ def test_training_reaches_the_audio_tower(name):
     grads = [p.grad for p in model.model.audio_tower.parameters() if p.grad is not None]
     assert all(grad.isfinite().all() for grad in grads)
     assert any(grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("audio", [True, DivPrune(0.5)], ids=["shared", "own"])
+def test_a_prepared_model_is_trained_saved_and_loaded_with_audio(audio, tmp_path):
+    """Its loss is that of the same session at inference, as the choice reads no prompt."""
+    name = NAMES[0]
+    inputs, _ = prompt(name, "beside")
+    labels = inputs["input_ids"].clone()
+    labels[:, :-3] = -100
+    model = MEMBERS[name]().build()
+    with torch.no_grad(), foveate.use(model, DivPrune(0.3), audio=audio) as run:
+        want = model(**fresh(inputs), labels=labels)
+        left = [image.left for image in run.record.images]
+    loss = (
+        foveate.prepare(model, DivPrune(0.3), audio=audio)
+        .train()(**fresh(inputs), labels=labels)
+        .loss
+    )
+    torch.testing.assert_close(loss, want.loss, rtol=0, atol=TOLERANCE)
+    loss.backward()
+    foveate.save(model, tmp_path)
+    again = foveate.load(tmp_path)
+    session = session_of(again)
+    assert session.audio == (audio if audio is True else (audio,))
+    assert session.shared_methods == (DivPrune(0.3),)
+    with torch.no_grad():
+        got = again(**fresh(inputs), labels=labels)
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=TOLERANCE)
+    assert [image.left for image in session.record.images] == left
+    with foveate.use(model_of(name), tmp_path / "foveate.json") as run:
+        assert (run.audio, run.methods) == (session.audio, session.methods)
+    with pytest.raises(UnsupportedModelError, match="it takes no audio"):
+        foveate.prepare(model_of("qwen2_5_vl"), "divprune", audio=True)
 
 
 # -- the encoder of images, and audio apart from it

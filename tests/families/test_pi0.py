@@ -7,7 +7,7 @@ import torch
 
 import foveate
 from foveate.core.budget import per_request
-from foveate.errors import CacheError, InputError, UnsupportedModelError
+from foveate.errors import BudgetError, CacheError, InputError, UnsupportedModelError
 from foveate.methods import DivPrune, FastV, PyramidDrop
 from tests.methods_for_tests import EveryThird, Forgetful, Glance, Listed
 from tests.policies import (
@@ -242,6 +242,34 @@ def test_a_budget_can_be_given_for_each_row():
     got, _ = sampled(batch(rows), EveryThird(per_request([0.25, 0.75]), "original"))
     for number, (row, keep) in enumerate(zip(rows, (0.25, 0.75), strict=True)):
         near(got[number], sampled(row, EveryThird(keep, "original"))[0][0])
+
+
+@pytest.mark.parametrize("total", [9, (9, 5, 3)], ids=str)
+def test_the_cameras_of_a_step_share_a_total(total):
+    """In each row alone, and anew at each step: what a step before held is no earlier turn."""
+    rows = rows_of()
+    with foveate.use(policy(), EveryThird(8, "original"), keep_total=total) as run:
+        for _ in range(2):
+            got = policy().sample_actions(**batch(rows))
+            second = 8 if total == 9 else 5
+            assert [len(kept["pre_llm"]) for kept in run.kept] == [4, 5, second]
+            for number, row in enumerate(rows):
+                near(got[number], actions(row, cuts_of(run, number)))
+        held = [(of["limit"], of["visual_tokens"]) for of in run.report()["keep_total"]]
+    limits = (total,) * 3 if isinstance(total, int) else total
+    assert held == list(zip(limits, (9, second, 0), strict=True))
+
+
+def test_a_step_has_a_token_for_each_camera_and_trains_without_a_total():
+    with (
+        foveate.use(policy(), EveryThird(8), keep_total=1),
+        pytest.raises(BudgetError, match=r"less than one visual token for each of the 2 images"),
+    ):
+        policy().sample_actions(**batch(rows_of()))
+    with pytest.raises(BudgetError, match="train without it"):
+        foveate.prepare(build(), EveryThird(8), keep_total=9)
+    with pytest.raises(UnsupportedModelError, match="it takes no audio"):
+        foveate.use(policy(), EveryThird(8), audio=True)
 
 
 def test_a_prompt_without_images_passes_untouched():

@@ -11,7 +11,13 @@ from transformers import AutoModelForImageTextToText
 import foveate
 from foveate.core import Method, Reduction, Scorer, Step
 from foveate.core.saving import Saved, from_dict
-from foveate.errors import AttachError, InputError, UnknownMethodError, UnsupportedModelError
+from foveate.errors import (
+    AttachError,
+    BudgetError,
+    InputError,
+    UnknownMethodError,
+    UnsupportedModelError,
+)
 from foveate.methods import DivPrune, FastV, PyramidDrop
 from foveate.training.prepare import session_of
 from tests.methods_for_tests import EveryThird
@@ -115,6 +121,84 @@ def test_what_a_method_learns_is_trained_saved_and_loaded(model, gated, tmp_path
     (tmp_path / "foveate.safetensors").unlink()
     with pytest.raises(InputError, match=r"gated learns, but there is no foveate\.safetensors"):
         foveate.load(tmp_path)
+
+
+# -- what holds for a whole session
+
+
+def test_a_total_is_loaded_and_saved_and_is_not_for_training(model, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    foveate.save(foveate.prepare(model, DivPrune(keep=12)), first)
+    assert json.loads((first / "foveate.json").read_text())["format"] == 1
+    again = foveate.load(first, keep_total=7)
+    assert session_of(again).plan.total == 7
+    foveate.save(again, second)
+    said = json.loads((second / "foveate.json").read_text())
+    assert (said["format"], said["keep_total"]) == (2, 7)
+    inputs = called(batch(Llava())[0])
+    for loaded, total in ((foveate.load(second), 7), (foveate.load(second, keep_total=5), 5)):
+        with torch.no_grad():
+            loaded(**inputs)
+        run = session_of(loaded)
+        assert all(of["visual_tokens"] <= total for of in run.report()["keep_total"])
+        assert any(of["visual_tokens"] == total for of in run.report()["keep_total"])
+        with pytest.raises(BudgetError, match="each image has one size; train without it"):
+            loaded.train()(**inputs)
+        loaded.eval()(**inputs)
+
+
+def test_a_total_goes_with_what_a_method_has_learned(model, gated, tmp_path):
+    foveate.save_adapter(foveate.prepare(model, gated), tmp_path)
+    weight = model.foveate["0"].weight.clone()
+    loaded = foveate.load_adapter(Llava().build(), tmp_path, keep_total=5)
+    assert session_of(loaded).plan.total == 5
+    assert torch.equal(loaded.foveate["0"].weight, weight)
+
+
+def test_a_total_is_refused_where_a_model_is_to_be_trained(model, tmp_path):
+    with pytest.raises(BudgetError, match="train without it"):
+        foveate.prepare(model, "divprune", keep_total=7)
+    Saved((DivPrune(),), keep_total=7).write(tmp_path)
+    with pytest.raises(BudgetError, match="train without it"):
+        foveate.prepare(model, tmp_path / "foveate.json")
+    pytest.importorskip("peft")
+    from peft import LoraConfig, get_peft_model
+
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    foveate.save(foveate.prepare(adapted, "divprune"), tmp_path / "adapters")
+    session_of(foveate.load(tmp_path / "adapters", keep_total=7)).remove()
+    with pytest.raises(BudgetError, match="train without it"):
+        foveate.load(tmp_path / "adapters", trainable=True, keep_total=7)
+
+
+@pytest.mark.parametrize("total", [0, 2.5, True, "7", [3, 4], [3]], ids=str)
+def test_a_total_that_cannot_be_saved_is_refused(total, tmp_path):
+    with pytest.raises(BudgetError, match="keep_total"):
+        Saved((DivPrune(),), keep_total=total)
+    file = {"format": 2, "methods": [{"method": "divprune"}], "keep_total": total}
+    (tmp_path / "foveate.json").write_text(json.dumps(file))
+    with pytest.raises(BudgetError, match="keep_total"):
+        foveate.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("audio", "message"),
+    [("yes", "audio must be true"), ([], "audio must be true"), ([{"method": "x"}], "unknown")],
+    ids=str,
+)
+def test_audio_that_is_damaged_is_refused(audio, message):
+    with pytest.raises(foveate.FoveateError, match=message):
+        Saved.from_dict({"format": 2, "methods": [{"method": "divprune"}], "audio": audio})
+
+
+@pytest.mark.parametrize(
+    "saved", [Saved((DivPrune(),), audio=True), Saved((DivPrune(),), audio=(FastV(),))], ids=str
+)
+def test_audio_is_read_back(saved, tmp_path):
+    assert Saved.read(saved.write(tmp_path)) == saved
+    assert json.loads((tmp_path / "foveate.json").read_text())["format"] == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.cli.bounded_yaml import LARGEST, parse_yaml
+from foveate.cli.elsewhere import why_absent
 from foveate.errors import InputError
 from foveate.io.quoting import near, quoted, shown
 from foveate.io.reading import read_text, reason
@@ -33,6 +34,8 @@ def read_options(path: Path, known: Iterable[str]) -> dict[str, Any]:
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in known:
+            if why := why_absent("bench", name):
+                raise InputError(f"{shown(path)} cannot set {name}: {why}")
             raise InputError(f"unknown key {quoted(key)} in {shown(path)}; {near(key, known)}")
         found[name] = _value(value, f"{name} in {shown(path)}")
     return found

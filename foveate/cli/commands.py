@@ -31,6 +31,7 @@ from foveate.cli.arguments import (
 )
 from foveate.cli.arguments.list import list_
 from foveate.cli.console import hush, stderr
+from foveate.cli.elsewhere import why_absent
 from foveate.cli.interrupts import CODE, answer_interrupt
 from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import LONGEST, shown
@@ -50,7 +51,7 @@ class _Command(TyperCommand):
         if VERBOSE in args and all(option.name != "verbose" for option in self.params):
             args = [argument for argument in args if argument != VERBOSE]
             ctx.meta[VERBOSE] = True
-        given = self.make_parser(ctx).parse_args(list(args))[2]
+        given = self._options_in(ctx, args)
         for option in self.params:
             once = getattr(option, "multiple", None) is False
             if once and not getattr(option, "is_flag", False) and given.count(option) > 1:
@@ -60,6 +61,17 @@ class _Command(TyperCommand):
         if isinstance(names, list | tuple) and len(names) == 1:
             (ctx.params["method"],) = names  # one method is its name
         return rest
+
+    def _options_in(self, ctx: Any, args: list[str]) -> list[Any]:
+        """The options of a command line, in its order."""
+        try:
+            return self.make_parser(ctx).parse_args(list(args))[2]
+        except Exception as error:
+            name = getattr(error, "option_name", None)
+            why = None if name is None else why_absent(self.name or "", name)
+            if why is None:
+                raise
+        raise InputError(f"foveate {self.name} has no {name}: {why}")
 
     def invoke(self, ctx: Any) -> Any:
         if not (ctx.meta.get(VERBOSE) or ctx.params.get("verbose")):

@@ -44,6 +44,7 @@ class Question:
         size: width and height of each.
         text_tokens: of the prompt.
         decode: whether to show one decoding step too.
+        keep_total: most visual tokens of the prompt; `None` for any number.
     """
 
     model: str
@@ -53,6 +54,7 @@ class Question:
     size: tuple[int, int] = (672, 672)
     text_tokens: int = 64
     decode: bool = False
+    keep_total: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Answer:
             "model": question.model,
             "method": described[0] if len(described) == 1 else described,
             "convention": question.convention.name,
+            "keep_total": question.keep_total,
             "images": question.images,
             "size": list(question.size),
             "prompt_tokens": record.prompt_tokens[0],
@@ -153,7 +156,7 @@ def count(question: Question) -> Answer:
     """
     family = find_family(load_skeleton(question.model))
     processor = load_image_processor(question.model)
-    plan = make_plan(family, question.methods)
+    plan = make_plan(family, question.methods, question.keep_total)
     given = fed(family, processor, question.images, question.size)
     record = planned(family, plan, given, question.text_tokens)
     full, idle = unpruned(record), idle_notes(record, family, question.methods)

@@ -14,6 +14,8 @@ from foveate.bench.prompt import Prompt, Prompter, Shown
 from foveate.bench.sample import Turn
 from foveate.cli.console import stderr
 from foveate.core import Method
+from foveate.core.saving import Saved
+from foveate.errors import InputError
 from foveate.io.images import load_image as open_image
 from foveate.io.quoting import shown
 from foveate.io.videos import is_video, load_video
@@ -22,6 +24,8 @@ from foveate.run import use
 
 Medium: TypeAlias = "Image.Image | list[Image.Image]"
 """An image, or the frames of a video."""
+SOUNDS = (".aac", ".flac", ".m4a", ".mp3", ".ogg", ".opus", ".wav", ".wma")
+"""Ends of the names of sound files."""
 SIDE = 128
 """Pixels of a side of the embedded model's scenes."""
 
@@ -54,6 +58,20 @@ def check_model(
         use(model, methods, keep_total=keep_total)
 
 
+def limit_of(saved: Saved, given: int | None) -> int | None:
+    """Most visual tokens of a prompt: `--keep-total`, or what --method's file says.
+
+    Raises:
+        InputError: the file says what acts on audio.
+    """
+    if saved.audio is not False:
+        raise InputError(
+            "the file says what acts on audio, but commands give a model images and videos alone; "
+            "use it in Python (docs/audio.md), or take `audio` out of it"
+        )
+    return saved.keep_total if given is None else given
+
+
 def load_media(paths: Sequence[str], frames: int, max_pixels: int | None = None) -> list[Medium]:
     """Images and videos of some paths; see `load_image` and `foveate.io.videos`.
 
@@ -61,7 +79,16 @@ def load_media(paths: Sequence[str], frames: int, max_pixels: int | None = None)
         paths: image files, video files, and folders of frames.
         frames: most frames of a video.
         max_pixels: most pixels of an image or a frame.
+
+    Raises:
+        InputError: a file cannot be read, or is sound.
     """
+    for path in paths:
+        if Path(path).suffix.lower() in SOUNDS:
+            raise InputError(
+                f"{shown(path, 100)} is sound, but commands give a model images and videos alone; "
+                "give it to an omni model in Python (docs/audio.md)"
+            )
     return [
         load_video(path, frames, max_pixels=max_pixels)
         if is_video(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from foveate.cli.bounded_yaml import LARGEST, parse_yaml
+from foveate.cli.elsewhere import why_absent
 from foveate.core import Method, get_method
 from foveate.core.fields import MisfitError, Natural, Positive, fit, hints_of, spell
 from foveate.core.from_text import read_field, signature
@@ -87,6 +88,8 @@ def _section(value: Any, where: str, known: Iterable[str]) -> dict[str, Any]:
         raise InputError(f"{where} must be a mapping of keys to values, got {quoted(value)}")
     for name in value:
         if name not in known:
+            if why := why_absent("train", str(name)):
+                raise InputError(f"{where} cannot set {name}: {why}")
             raise InputError(f"unknown key {quoted(name)} in {where}; {near(name, known)}")
     return dict(value)
 
@@ -174,6 +177,8 @@ def _method(value: Any) -> Method:
         if name == "name":
             continue
         if name not in known:
+            if why := why_absent("train", str(name)):
+                raise InputError(f"method cannot set {name}: {why}")
             raise InputError(
                 f"unknown key {quoted(name, 30)} in method; {near(name, known)} ({cls.slug}: "
                 f"{shown(signature(cls), 120)})"

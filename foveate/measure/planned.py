@@ -14,6 +14,7 @@ from foveate.core.tokens import Shape
 from foveate.core.video import VideoMethod
 from foveate.engine.inputs import of_shapes
 from foveate.engine.plan import Plan, PlannedStep
+from foveate.engine.total import Room
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
 from foveate.measure.shapes import TextShape
@@ -51,6 +52,7 @@ def planned(
 
     Raises:
         UnsupportedModelError: a step acts inside an encoder in which images differ in size.
+        BudgetError: the plan's total leaves less than one token for each image.
     """
     traced = trace(family, "image", arguments)
     shapes = traced.shapes
@@ -58,7 +60,7 @@ def planned(
         raise UnsupportedModelError(
             f"{family.model_type!r} is an encoder alone, for which no prompt can be planned"
         )
-    stream = _Stream(family, shapes)
+    stream = _Stream(family, shapes, plan)
     encoder_tokens = _inside(family, plan, traced, stream)
     layer_tokens = [[text_tokens + seen] for seen in _seen_by_layers(family, plan, stream)]
     shared = family.last_llm_layer + 1  # layers from here on see the last token alone
@@ -85,8 +87,10 @@ def planned(
 class _Stream:
     """The tokens of images on their way through a model."""
 
-    def __init__(self, family: Family, shapes: Sequence[Shape]) -> None:
+    def __init__(self, family: Family, shapes: Sequence[Shape], plan: Plan) -> None:
         self.family, self.shapes = family, shapes
+        self.last_before = plan.pre_llm[-1] if plan.pre_llm else None
+        self.total = plan.total[0] if isinstance(plan.total, tuple) else plan.total
         self.images = [TokenCount(shape.total) for shape in shapes]
         self.kept: list[dict[str, torch.Tensor]] = [{} for _ in shapes]  # entry -> (K,) positions
         self.projected: dict[str, int] = {}  # modality -> rows that are projected once more
@@ -102,8 +106,21 @@ class _Stream:
             if not (isinstance(step.method, VideoMethod) and shape.frames == 1):
                 image.take(step.method, step.step, step.number, step.method_number)
             kept[step.entry] = torch.arange(min(image.tokens, shape.total))
+        if step is self.last_before and self.total is not None:
+            self._share(step, self.total)
         if step.step.before_projector and self.family.projector("image") is not None:
             self.projected["image"] = self.projected.get("image", 0) + self.tokens
+
+    def _share(self, step: PlannedStep, total: int) -> None:
+        """Divide a total among the images, after the step that keeps to it.
+
+        Raises:
+            BudgetError: there is not one token for each image.
+        """
+        counts = Room([total], [[]]).share(0, [image.tokens for image in self.images])[1]
+        for image, kept, count in zip(self.images, self.kept, counts, strict=True):
+            image.tokens = count
+            kept[step.entry] = kept[step.entry][:count]
 
 
 def _seen_by_layers(family: Family, plan: Plan, stream: _Stream) -> list[int]:

@@ -13,9 +13,10 @@ from foveate import tiny
 from foveate.bench.outcome import Outcome
 from foveate.bench.runner import Runner
 from foveate.cli.inputs import encode, load_image
+from foveate.core.saving import Saved
 from foveate.families import unsupported_families
 from foveate.families.support import Matrix, support
-from foveate.methods import FastV, PyramidDrop
+from foveate.methods import DivPrune, FastV, PyramidDrop
 from tests.cli.calling import call
 
 
@@ -73,6 +74,80 @@ def test_run_keeps_to_a_total(scene, photo, question, tmp_path):
     refused = call(*line, "--method", "fastv")
     assert refused.exit_code == 2
     assert "fastv does not act" in " ".join(refused.output.split())
+
+
+def test_run_keeps_to_the_total_of_a_file(scene, photo, question, tmp_path):
+    """Unless the command has another; what a file says of audio is refused."""
+    saved, path = tmp_path / "out.json", str(Saved((DivPrune(),), keep_total=40).write(tmp_path))
+    line = ["run", "tiny", scene, photo, question, "--max-new-tokens", "1", "-m", path]
+    for more, total in (([], 40), (["--keep-total", "30"], 30)):
+        result = call(*line, *more, "--json", str(saved))
+        assert result.exit_code == 0, result.output
+        assert json.loads(saved.read_text())["keep_total"][0]["visual_tokens"] == total
+    Saved((DivPrune(),), audio=True).write(tmp_path)
+    for command in (
+        line, ["serve", "tiny", "-m", path], ["flops", "tiny", "-m", path],
+        ["batch", "q.jsonl", str(tmp_path / "o"), "--model", "tiny", "-m", path],
+    ):  # fmt: skip
+        refused = call(*command)
+        assert refused.exit_code == 2
+        assert "commands give a model images and videos alone" in one_line(refused)
+
+
+def one_line(result):
+    return " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["bench"], "budgets of --keep, which are for each image"),
+        (["bench", "--speed"], "--tokens and --keep say how many visual tokens a prompt has"),
+        (["tune", "tiny", "q.jsonl"], "budgets are for each image"),
+        (["calibrate", "tiny", "q.jsonl"], "vflowopt decides by itself how many"),
+        (["train", "c.yaml"], "a training step reads all turns at once"),
+        (["demo"], "about one image"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_commands_without_a_total_say_why(command, why, tmp_path):
+    result = call(*command, "--keep-total", "90")
+    assert result.exit_code == 2
+    assert "has no --keep-total: " in one_line(result)
+    assert why in one_line(result)
+    assert "No such option: --keep-totl" in one_line(call(*command, "--keep-totl", "90"))
+
+
+@pytest.mark.parametrize("name", ["run", "serve", "batch", "bench", "tune", "train", "flops"])
+def test_commands_take_no_audio(name):
+    assert f"foveate {name} has no --audio: commands give a" in one_line(call(name, "--audio"))
+
+
+@pytest.mark.parametrize("name", ["run", "serve", "batch", "flops"])
+def test_help_says_what_a_total_is(name):
+    shown = one_line(call(name, "--help", columns=200))
+    assert "--keep-total" in shown
+    assert "all shrink alike" in shown.replace("│ │ ", "")
+
+
+def test_sound_is_refused(question):
+    result = call("run", "tiny", "clip.WAV", question, "-m", "divprune")
+    assert result.exit_code == 2
+    assert "clip.WAV is sound, but commands give a model images and videos" in one_line(result)
+
+
+@pytest.mark.parametrize("key", ["keep_total: 90", "audio: true"])
+def test_files_of_commands_say_why_they_have_no_total_and_no_audio(key, tmp_path):
+    name = key.partition(":")[0]
+    path = tmp_path / "file.yaml"
+    path.write_text(key)
+    told = one_line(call("bench", "--config", str(path)))
+    assert f"cannot set {name}: " in told
+    path.write_text(f"{key}\nmodel: tiny")
+    assert f"the recipe cannot set {name}: " in one_line(call("train", str(path)))
+    recipe = f"model: tiny\nout: o\ndata: {{scenes: 2}}\nmethod: {{name: divprune, {key}}}"
+    path.write_text(recipe)
+    assert f"method cannot set {name}: " in one_line(call("train", str(path)))
 
 
 def test_run_draws_what_was_kept(embedded, scene, photo, question, tmp_path):
@@ -277,7 +352,7 @@ def test_list_says_what_works():
     assert max(map(len, lines)) <= 80
     works, refused = result.stdout.split("methods that do not, and why")
     assert "pyramiddrop" in works
-    assert "dtop, hot, stvit: is for encoders alone" in refused
+    assert "dtop, hot, stvit: each is for encoders alone, but this" in refused
 
 
 def test_list_says_what_does_not_work_and_why(tmp_path):

@@ -5,10 +5,10 @@ import torch
 
 import foveate
 from foveate.engine.planning import make_plan
-from foveate.errors import UnsupportedModelError
+from foveate.errors import BudgetError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.measure.planned import planned
-from foveate.methods import PixelPrune, ToMe
+from foveate.methods import FastV, PixelPrune, ToMe
 from tests.conformance.test_families import model_of
 from tests.conformance.zoo import MEMBERS
 from tests.methods_for_tests import EveryThird, Listed
@@ -67,3 +67,25 @@ def test_images_of_two_sizes_are_refused_inside_the_encoder_alone():
 def test_images_in_one_sequence_are_refused_inside_the_encoder():
     with pytest.raises(UnsupportedModelError, match="depends on the images"):
         plan_of("qwen2_vl", Listed(), MEMBERS["qwen2_vl"]().pixels(1))
+
+
+@pytest.mark.parametrize("total", [9, 14, 100])
+@pytest.mark.parametrize("methods", [[EveryThird(6)], [EveryThird(6), FastV(2, 0.5)]], ids=str)
+def test_a_total_is_divided_as_in_a_session(total, methods):
+    model, pixels = model_of("llava"), MEMBERS["llava"]().pixels(3)
+    family = find_family(model)
+    want = planned(family, make_plan(family, methods, total), pixels, 2)
+    ids = torch.tensor([[5, *[MEMBERS["llava"].image_id] * 48, 6]])
+    with torch.no_grad(), foveate.use(model, methods, keep_total=total) as run:
+        model(input_ids=ids, **pixels)
+    assert want.layer_tokens == run.record.layer_tokens
+    for got, image in zip(want.images, run.record.images, strict=True):
+        assert {site: len(kept) for site, kept in got.kept.items()} == {
+            site: len(kept) for site, kept in image.kept.items()
+        }
+
+
+def test_a_total_without_a_token_for_each_image_is_refused():
+    family = find_family(model_of("llava"))
+    with pytest.raises(BudgetError, match="less than one visual token for each of the 3 images"):
+        planned(family, make_plan(family, [EveryThird(6)], 2), MEMBERS["llava"]().pixels(3))

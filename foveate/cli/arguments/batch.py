@@ -98,16 +98,18 @@ def batch(
     from foveate.batch.cluster import Cluster
     from foveate.batch.job import Job
     from foveate.cli.batch import run
-    from foveate.core.from_text import make_methods
+    from foveate.cli.inputs import limit_of
+    from foveate.core.from_text import make_saved
+    from foveate.core.saving import Saved
 
-    chosen = make_methods(method, keep or (), setting or ()) if method else ()
+    saved = make_saved(method, keep or (), setting or ()) if method else Saved(())
     job = Job(
         source.absolute(), output.absolute(),
-        str(Path(model).absolute()) if Path(model).is_dir() else model, chosen,
+        str(Path(model).absolute()) if Path(model).is_dir() else model, saved.methods,
         images=image_column, question=question_column, drop=tuple(drop or ()), prefix=prefix,
         max_new_tokens=max_new_tokens, batch=size, shard_rows=shard_rows, max_pixels=max_pixels,
         hosts=frozenset(allow_host or ()), device=device, dtype=dtype, retry_errors=retry_errors,
-        keep_total=keep_total,
+        keep_total=limit_of(saved, keep_total),
     )  # fmt: skip
     cluster = None
     if workers is not None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foveate.cli.options import Keep, Methods, Model, Settings
+from foveate.cli.options import Keep, KeepTotal, Methods, Model, Settings
 
 HELP = """Count what a method saves on a model; reads only its config and runs nothing.
 
@@ -23,6 +23,8 @@ papers, [bold]fastv[/] and [bold]pyramiddrop[/], which count visual tokens in th
 
   foveate flops llava-hf/llava-1.5-7b-hf --method pyramiddrop --convention pyramiddrop
 
+  foveate flops llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --images 8 --keep-total 576
+
   foveate flops Qwen/Qwen2.5-VL-7B-Instruct --method fastv --keep 0.25 --image-size 1280x720 --decode
 """  # noqa: E501
 
@@ -31,6 +33,7 @@ def flops(
     model: Model,
     method: Methods,
     keep: Keep = None,
+    keep_total: KeepTotal = None,
     setting: Settings = None,
     images: Annotated[int, typer.Option(min=1, help="Images in the prompt.")] = 1,
     image_size: Annotated[
@@ -49,19 +52,22 @@ def flops(
     check_config_name(model)
     from foveate.cli.console import progress, stdout
     from foveate.cli.flops import Question, count, parse_size, save
-    from foveate.core.from_text import make_methods
+    from foveate.cli.inputs import limit_of
+    from foveate.core.from_text import make_saved
     from foveate.io.writing import check_file
     from foveate.measure.conventions import get_convention
 
     check_file(json_path)
+    saved = make_saved(method, keep or (), setting or ())
     question = Question(
         model=model,
-        methods=make_methods(method, keep or (), setting or ()),
+        methods=saved.methods,
         convention=get_convention(convention),
         images=images,
         size=parse_size(image_size),
         text_tokens=text_tokens,
         decode=decode,
+        keep_total=limit_of(saved, keep_total),
     )
     with progress() as steps:
         steps.say(f"counting on {model}")

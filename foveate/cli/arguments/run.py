@@ -38,6 +38,8 @@ foveate\\[video] is installed, a video file.
 
   foveate run tiny scene.png "what color is the star ?" -m divprune+fastv
 
+  foveate run tiny a.png b.png c.png "what digit is red ?" -m divprune --keep 64 --keep-total 160
+
   foveate run Qwen/Qwen3-VL-8B-Instruct clip.mp4 "What happens?" --method holitom --frames 32
 """
 
@@ -75,12 +77,14 @@ def run(
 
     check_name(model)
     from foveate.cli.console import stdout
-    from foveate.cli.inputs import flat, load_media
+    from foveate.cli.inputs import flat, limit_of, load_media
     from foveate.cli.run import Job, check_paths, execute
-    from foveate.core.from_text import make_methods
+    from foveate.core.from_text import make_saved
+    from foveate.core.saving import Saved
     from foveate.tune.policy import adaptive as read_policy
 
-    chosen = make_methods(method, keep or (), setting or ()) if method else ()
+    saved = make_saved(method, keep or (), setting or ()) if method else Saved(())
+    chosen, total = saved.methods, limit_of(saved, keep_total)
     policy = None if adaptive is None else read_policy(adaptive)
     *paths, question = inputs
     check_paths(show, json_path)
@@ -88,7 +92,7 @@ def run(
     if policy is not None:
         chosen = policy.choose(question, flat(media))
     rounds = repeats if with_all else 0
-    job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype, keep_total)
+    job = Job(model, media, question, chosen, max_new_tokens, rounds, device, dtype, total)
     execute(job).deliver(stdout(), show, json_path)
 
 

@@ -11,7 +11,6 @@ from foveate.cli.options import (
     Device,
     Dtype,
     Keep,
-    KeepTotal,
     Model,
     RayAddress,
     Settings,
@@ -21,9 +20,9 @@ from foveate.errors import InputError
 HELP = """Serve a model through an OpenAI-compatible HTTP API, with a method that removes visual tokens.
 
 MODEL is a hub id, a local folder, or [bold]tiny[/]. Requests are answered in batches; each may set
-its own `method`, `keep` and `fields` in its body. A `keep` of 1 means all tokens. By default the
-server is reachable only from this machine; see --host and docs/serving.md. Its web page compares
-the answer from all tokens with the answer from a method, and shows the kept tokens.
+its own `method`, `keep`, `keep_total` and `fields` in its body. A `keep` of 1 means all tokens. By
+default the server is reachable only from this machine; see --host and docs/serving.md. Its web page
+compares the answer from all tokens with the answer from a method, and shows the kept tokens.
 
 [bold]Examples[/]
 
@@ -34,10 +33,17 @@ the answer from all tokens with the answer from a method, and shows the kept tok
   foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --device cuda --replicas 2
   --max-replicas 8 --gpus-per-replica 1 --ray-address auto
 
+  foveate serve llava-hf/llava-1.5-7b-hf -m divprune --keep 0.25 --keep-total 576
+
   foveate serve llava-hf/llava-1.5-7b-hf --adaptive tuned/policy.json
 
   FOVEATE_API_KEY=secret foveate serve tiny -m fastv --host 0.0.0.0 --allow-host images.example.org
 """  # noqa: E501
+TOTAL = (
+    "Most visual tokens of a request with all earlier turns that it repeats; if its images would "
+    "have more, all shrink alike. A request may ask for fewer. The last method before the language "
+    "model must have a budget."
+)
 METHOD = "As in `foveate run`, for requests that name none; by default they keep all tokens."
 
 
@@ -45,7 +51,7 @@ def serve(
     model: Model,
     method: Annotated[list[str] | None, typer.Option("--method", "-m", help=METHOD)] = None,
     keep: Keep = None,
-    keep_total: KeepTotal = None,
+    keep_total: Annotated[int | None, typer.Option(min=1, help=TOTAL)] = None,
     setting: Settings = None,
     adaptive: Adaptive = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -112,14 +118,16 @@ def serve(
         raise InputError("--max-replicas, --gpus-per-replica and --ray-address need --replicas")
     if replicas and max_replicas and max_replicas < replicas:
         raise InputError(f"--max-replicas {max_replicas} is less than --replicas {replicas}")
+    from foveate.cli.inputs import limit_of
     from foveate.cli.serve import Limits
     from foveate.cli.serve import serve as start
-    from foveate.core.from_text import make_methods
+    from foveate.core.from_text import make_saved
+    from foveate.core.saving import Saved
 
     if not method and (keep or setting):
         raise InputError("--keep and --set need a --method")
     every = ["1.0" if text.strip() == "1" else text for text in keep or ()]
-    methods = make_methods(method, every, setting or ()) if method else ()
+    saved = make_saved(method, every, setting or ()) if method else Saved(())
     policy = None
     if adaptive is not None:
         if method:
@@ -147,6 +155,6 @@ def serve(
             replicas, max_replicas, gpus_per_replica, cpus_per_replica, ray_address, deadline
         )
     start(
-        model, methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype), fleet,
-        policy, keep_total,
+        model, saved.methods, limits, (host, port), name, (max_batch, max_wait), (device, dtype),
+        fleet, policy, limit_of(saved, keep_total),
     )  # fmt: skip

@@ -110,7 +110,8 @@ class Batch(StoppingCriteria):
         """Send the end of a row's answer."""
         ticket = row.ticket
         first, total = row.first - ticket.arrived, time.monotonic() - ticket.arrived
-        summary = {"method": ticket.asked.to_json(), **summarise(self._session, row.number)}
+        asked = {"method": ticket.asked.to_json(), "keep_total": ticket.asked.keep_total}
+        summary = {**asked, **summarise(self._session, row.number)}
         summary["seconds"] = {"first_token": round(first, 4), "total": round(total, 4)}
         if ticket.question.show_kept:
             summary["images"] = draw(self._session, row.number, ticket.question.images)

@@ -14,8 +14,10 @@ from foveate.core.catalog import catalog
 from foveate.core.method import Method
 from foveate.core.registry import get_method
 from foveate.core.resolve import methods_of
-from foveate.errors import FoveateError, InputError, UnsupportedModelError
+from foveate.errors import BudgetError, FoveateError, InputError, UnsupportedModelError
+from foveate.io.quoting import each_of
 from foveate.run import use
+from foveate.serve.errors import RequestError
 from foveate.serve.request import Choice, Question
 from foveate.tune.policy import Policy
 
@@ -30,10 +32,12 @@ class Asked:
     Args:
         methods: in stream order.
         everything: whether all tokens are kept, whatever the methods.
+        keep_total: most visual tokens of its prompt; `None` for any number.
     """
 
     methods: tuple[Method, ...]
     everything: bool
+    keep_total: int | None = None
 
     def to_json(self) -> Any:
         """The method as its `to_dict` says it, a list of several, or `None`."""
@@ -50,7 +54,8 @@ class Choices:
         model: a supported vision-language model.
         default: methods of requests that name none; none for all tokens.
         policy: what chooses them for requests that say nothing, instead of the default.
-        keep_total: most visual tokens of a request; `None` for any number.
+        keep_total: most visual tokens of a request, which may ask for fewer; `None` for any
+            number.
 
     Raises:
         FoveateError: the default, or a recipe of the policy, does not work on the model.
@@ -69,35 +74,70 @@ class Choices:
         self._known: dict[str, FoveateError | None] = {}
         self._list: list[dict[str, Any]] = []
         for methods in [default] if policy is None else [o.methods for o in policy.options]:
-            self._check(methods)
+            self._check(methods, limited=keep_total is not None)
 
     def resolve(self, question: Question) -> Asked:
         """The methods that a request asks for, or that the policy chooses for it.
 
         Raises:
-            FoveateError: there is no such method or field, `keep` is out of range, or the method
-                does not work on the model.
+            FoveateError: there is no such method or field, `keep` or `keep_total` is out of range,
+                or the method does not work on the model.
         """
-        choice = question.choice
+        choice, total = question.choice, self._limit(question)
         if self._policy is not None and question.images and choice == Choice():
-            return Asked(self._policy.choose(question.text, question.images), False)
+            chosen = self._policy.choose(question.text, question.images)
+            self._check_for(question, chosen)
+            return Asked(chosen, False, total)
         everything = is_all(choice.keep)
         if everything and choice.method is None and not choice.fields:
-            return Asked(self._default, True)
+            return Asked(self._default, True, total)
         made = self._made(choice, None if everything else choice.keep)
-        self._check(made)
-        return Asked(made, everything or not made)
+        everything = everything or not made
+        self._check_for(question, made)
+        return Asked(made, everything, total)
+
+    def _limit(self, question: Question) -> int | None:
+        """Most visual tokens of a question.
+
+        Raises:
+            RequestError: it asks for more than it may have, or for less than it needs.
+        """
+        wanted, most = question.keep_total, self._total
+        if wanted is not None and most is not None and wanted > most:
+            raise RequestError(
+                f"keep_total: this server allows up to {most} visual tokens, got {wanted}",
+                param="keep_total",
+            )
+        total, images = most if wanted is None else wanted, len(question.images)
+        if total is not None and images > total:
+            raise RequestError(
+                f"keep_total: {images} images keep at least a visual token each, got {total}",
+                param="keep_total",
+            )
+        return total
+
+    def _check_for(self, question: Question, methods: tuple[Method, ...]) -> None:
+        """Refuse what does not work on the model, or not with the total of a question."""
+        own = question.keep_total
+        try:
+            self._check(methods, limited=own is not None or self._total is not None)
+        except BudgetError as error:
+            if own is None or not str(error).startswith("keep_total"):
+                raise
+            raise RequestError(str(error), param="keep_total", code=type(error).__name__) from None
 
     def key(self, question: Question, asked: Asked) -> tuple[Any, ...]:
         """What is equal for questions that can be answered together."""
         if not question.images:
             return ("text",)
+        limited = asked.keep_total is not None
         if asked.everything:
-            return ("all",)
+            return ("all", limited)
         said, first = [method.to_dict() for method in asked.methods], asked.methods[0]
-        if len(said) > 1 or not self._mixes(first):
-            return ("one", _text(said))
-        return ("keeps", _text({**said[0], "keep": steps_in(cast(Any, first.keep))}))
+        if len(said) > 1 or not self._mixes(first, limited=limited):
+            return ("one", _text(said), limited)
+        keeps = _text({**said[0], "keep": steps_in(cast(Any, first.keep))})
+        return ("keeps", keeps, limited)
 
     def listing(self) -> list[dict[str, Any]]:
         """Every method with `slug`, `stage`, `paper`, `summary`, `default_keep`, whether it `works`
@@ -113,7 +153,8 @@ class Choices:
         cls = get_method(slug)
         try:
             made = methods_of(slug)
-            keep, refused = made[0].keep, _refusal(self._model, made, self._total)
+            limited = self._total is not None
+            keep, refused = made[0].keep, _refusal(self._model, made, limited=limited)
             why = "" if refused is None else str(refused)
         except FoveateError as error:  # a field has no default
             keep, why = getattr(cls, "keep", None), str(error)
@@ -141,6 +182,8 @@ class Choices:
         given = {} if keep is None else {"keep": tuple(keep) if isinstance(keep, list) else keep}
         if "keep" in choice.fields:
             raise InputError("keep is a field of the request itself, not one of `fields`")
+        if "keep_total" in choice.fields:
+            raise InputError("keep_total is a field of the request itself, not one of `fields`")
         given |= choice.fields
         if choice.method is not None:
             get_method(choice.method)  # a name, and never a file
@@ -154,31 +197,31 @@ class Choices:
         (default,) = self._default
         return (changed(default, given),)
 
-    def _check(self, methods: tuple[Method, ...]) -> None:
-        """Refuse what does not work on the model.
+    def _check(self, methods: tuple[Method, ...], *, limited: bool) -> None:
+        """Refuse what does not work on the model, or not with a total where there is one.
 
         Raises:
             FoveateError: so it is.
         """
         if not methods:
             return
-        name = _text([method.to_dict() for method in methods])
+        name = _text([limited, *(method.to_dict() for method in methods)])
         known = self._known.get(name, UNKNOWN)
         if known is UNKNOWN:
-            known = _refusal(self._model, methods, self._total)
+            known = _refusal(self._model, methods, limited=limited)
             if len(self._known) >= REMEMBERED:
                 self._known = {}
             self._known[name] = known
         if known is not None:
             raise type(known)(str(known))
 
-    def _mixes(self, method: Method) -> bool:
+    def _mixes(self, method: Method, *, limited: bool) -> bool:
         """Whether rows of a batch can each have their own keep of a method."""
         if method.keep is None:
             return False
         try:
             keep = per_request([cast(Any, method.keep)] * 2)
-            self._check((changed(method, {"keep": keep}),))
+            self._check((changed(method, {"keep": keep}),), limited=limited)
         except FoveateError:
             return False
         return True
@@ -194,16 +237,16 @@ def changed(method: Method, fields: Mapping[str, Any]) -> Method:
     return methods_of(type(method), **{**own, **fields})[0]
 
 
-def _refusal(model: Any, methods: tuple[Method, ...], total: int | None) -> FoveateError | None:
-    """What stands against methods on a model, where a request has so many visual tokens at most."""
+def _refusal(model: Any, methods: tuple[Method, ...], *, limited: bool) -> FoveateError | None:
+    """What stands against methods on a model, with a total or without; its number is no matter."""
     try:
-        session = use(model, methods, keep_total=total)
+        session = use(model, methods, keep_total=1 if limited else None)
     except FoveateError as error:
         return error
     if not len(session.learned):
         return None
-    names = ", ".join(method.slug for method in methods)
-    return UnsupportedModelError(f"{names} learns parameters, which this model was not given")
+    who = each_of(methods[int(number)].slug for number in session.learned)
+    return UnsupportedModelError(f"{who} learns parameters, which this model was not given")
 
 
 def is_all(keep: Any) -> bool:

@@ -28,7 +28,8 @@ log = logging.getLogger("foveate.serve")
 class Engine:
     """A model that answers questions, several at a time where they go together.
 
-    Those go together that have images or have none, and whose methods differ in `keep` alone.
+    Those go together that have images or have none, and that differ in `keep` and `keep_total`
+    alone.
     Rows of a batch end independently; who comes meanwhile waits for the batch to end.
 
     Args:
@@ -40,7 +41,8 @@ class Engine:
         max_wait: milliseconds for which a question waits for others.
         max_tokens: longest answer.
         keep_total: most visual tokens of a question with all that was said before it, also where
-            it asks for all tokens; see `foveate.use`. `None` for any number.
+            it asks for all tokens; see `foveate.use`. A question may ask for fewer. `None` for any
+            number.
 
     Raises:
         FoveateError: the method, or one of the policy's, does not work on the model.
@@ -61,10 +63,9 @@ class Engine:
         self._chat = ChatModel(model, processor)
         self.max_batch, self.max_wait, self.max_tokens = max_batch, max_wait, max_tokens
         self._placeholders = Placeholders(model, processor)
-        self._total = keep_total
         own = () if method is None else methods_of(method)
         self._choices = Choices(model, own, policy, keep_total)
-        self._use(Uniform(keep=1.0))  # with which all tokens are counted
+        use(model, Uniform(keep=1.0), keep_total=keep_total)  # with which all tokens are counted
         self._changed = threading.Condition()
         self._queue: list[Ticket] = []
         self._closing = False
@@ -175,18 +176,24 @@ class Engine:
 
     def _session(self, tickets: Sequence[Ticket]) -> Any:
         """What the model runs within, for tickets of equal keys."""
-        first = tickets[0]
-        if first.asked.everything or not first.question.images:
-            return self._use(Uniform(keep=1.0))
+        first, model = tickets[0], self._chat.model
+        if not first.question.images:
+            return use(model, Uniform(keep=1.0))
+        total = _common([ticket.asked.keep_total for ticket in tickets])
+        if first.asked.everything:
+            return use(model, Uniform(keep=1.0), keep_total=total)
         methods = [ticket.asked.methods for ticket in tickets]
         if all(one == methods[0] for one in methods):
-            return self._use(methods[0])
+            return use(model, methods[0], keep_total=total)
         keeps = per_request([cast(Any, one[0].keep) for one in methods])
-        return self._use(changed(methods[0][0], {"keep": keeps}))
+        return use(model, changed(methods[0][0], {"keep": keeps}), keep_total=total)
 
-    def _use(self, methods: MethodLike) -> Any:
-        """What the model runs within, with methods."""
-        return use(self._chat.model, methods, keep_total=self._total)
+
+def _common(totals: Sequence[int | None]) -> int | list[int] | None:
+    """The total of each row of a batch, of whose tickets all have one or none; one for all, where
+    they are equal.
+    """
+    return totals[0] if len({*totals}) == 1 else cast("list[int]", list(totals))
 
 
 def _told(error: Exception) -> Exception:

@@ -119,6 +119,7 @@ class Exchange:
             bool(body.show_kept or (body.show_kept is None and self._settings.show_kept)),
             self._seconds,
             bool(body.stream),
+            body.keep_total,
         )
 
     @property

@@ -55,6 +55,7 @@ class Question:
         show_kept: whether the answer holds drawings of the kept tokens.
         seconds: from now to the deadline.
         streamed: whether the client is sent the text as it comes.
+        keep_total: most visual tokens of it, where it asks for fewer than the engine allows.
     """
 
     messages: list[dict[str, Any]]
@@ -63,6 +64,7 @@ class Question:
     show_kept: bool = False
     seconds: float = 300.0
     streamed: bool = False
+    keep_total: int | None = None
 
     @property
     def images(self) -> list[Image.Image]:

@@ -48,6 +48,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields of OpenAI's that are not supported, and the values that ask for nothing."""
+SOUND = ("input_audio", "audio", "audio_url")
+"""Types of parts that hold audio, as clients spell them."""
 
 
 class _Strict(BaseModel):
@@ -120,6 +122,7 @@ class _Body(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     method: str | None = None
     keep: Any = None
+    keep_total: Annotated[int, Field(ge=1, lt=2**63)] | None = None
     fields: dict[str, Any] | None = None
     show_kept: bool | None = None
 
@@ -217,7 +220,8 @@ def read(raw: bytes, kind: type[Body], settings: Settings) -> Body:
     for name, values in NEUTRAL.items():
         foreign = name in wanted and name not in kind.model_fields
         if foreign and wanted.pop(name) not in values:
-            raise RequestError(f"{name} is not supported by this server", param=name)
+            why = ", whose messages hold text and images alone" if name == "audio" else ""
+            raise RequestError(f"{name} is not supported by this server{why}", param=name)
     try:
         body: Body = kind.model_validate(wanted)
     except ValidationError as error:
@@ -277,7 +281,18 @@ def _told(error: ValidationError) -> RequestError:
     where = ".".join(str(step) for step in first["loc"])
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field {shown(where, 100)}", param=where)
+    if first["type"] == "union_tag_invalid" and _kind(first["input"]) in SOUND:
+        return RequestError(
+            f"{shown(where, 100)}: {_kind(first['input'])} is not supported by this server, whose "
+            "messages hold text and images alone",
+            param=where,
+        )
     return RequestError(f"{shown(where, 100)}: {shown(first['msg'], 200)}", param=where)
+
+
+def _kind(part: Any) -> Any:
+    """The type of a message's part."""
+    return part.get("type") if isinstance(part, dict) else None
 
 
 def _no_number(name: str) -> None:

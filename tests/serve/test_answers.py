@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import re
 
 import httpx
 import openai
@@ -205,3 +206,71 @@ def test_a_server_keeps_to_its_total(loaded, scenes):
             chat.append({"role": "assistant", "content": got.choices[0].message.content})
         with pytest.raises(openai.BadRequestError, match="fastv does not act"):
             ask(address, chat[:1], extra_body={"method": "fastv"})
+
+
+def chat_of(scenes, turns):
+    """A conversation in which each turn of the user brings an image."""
+    messages = []
+    for scene in scenes[:turns]:
+        messages += [turn("star ?", scene.image), {"role": "assistant", "content": "red"}]
+    return messages[:-1]
+
+
+def test_a_request_may_set_a_total(loaded, scenes):
+    """Later turns of a conversation shrink its earlier images, as in the library."""
+    model, processor = loaded
+    with running(Engine(*tiny.load(), "divprune", max_wait=0)) as address:
+        for turns in (1, 2, 3):
+            messages = chat_of(scenes, turns)
+            extra = {"keep": 64, "keep_total": 100, "show_kept": True}
+            got = ask(address, messages, extra_body=extra, max_tokens=LONGEST)
+            images = iter(scene.image for scene in scenes)
+            prompt = [
+                user({"type": "image", "image": next(images)}, "star ?")
+                if message["role"] == "user"
+                else {"role": "assistant", "content": [{"type": "text", "text": "red"}]}
+                for message in messages
+            ]
+            inputs = processor.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            with foveate.use(model, "divprune", keep=64, keep_total=100) as run:
+                want = answer(model, processor, inputs, LONGEST)
+            assert got.choices[0].message.content == want
+            kept = [image["stages"][0]["kept"] for image in got.foveate["images"]]
+            assert kept == [[64], [50, 50], [33, 33, 34]][turns - 1]
+            assert kept == [len(image["pre_llm"]) for image in run.kept]
+            assert got.foveate["keep_total"] == 100
+        free = ask(address, chat_of(scenes, 2), extra_body={"keep": 64}, max_tokens=1)
+        assert free.usage.visual_tokens["after"] == 128
+        assert free.foveate["keep_total"] is None
+
+
+def test_requests_of_several_totals_are_answered_together(loaded, scenes):
+    """Each as alone; those without a total are another batch."""
+    asked = [{"keep_total": 30}, {"keep_total": 41}, {"keep": 20, "keep_total": 36}, {}]
+    asked.append({"keep": 1, "keep_total": 80})
+
+    async def go(address, bodies):
+        async with client(address) as asking:
+            requests = [
+                asking.chat.completions.create(
+                    model="tiny", messages=chat_of(scenes, 2), max_tokens=LONGEST, extra_body=body
+                )
+                for body in bodies
+            ]
+            return await asyncio.gather(*requests)
+
+    def said(got):
+        return got.choices[0].message.content, got.usage.visual_tokens["after"]
+
+    with running(Engine(*tiny.load(), "divprune", max_wait=1000, max_batch=3)) as address:
+        alone = [said(asyncio.run(go(address, [body]))[0]) for body in asked]
+        together = asyncio.run(go(address, asked))
+        counted = httpx.get(f"{address}/metrics").text
+    rows = float(re.search(r"^foveate_batch_rows_sum (.*)$", counted, re.MULTILINE)[1])
+    assert [said(got) for got in together] == alone
+    assert [after for _, after in alone] == [30, 41, 36, 50, 80]
+    assert [got.foveate["keep_total"] for got in together] == [30, 41, 36, None, 80]
+    assert rows == 5 + (3 + 3 + 3) + 1 + 1

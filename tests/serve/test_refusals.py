@@ -68,6 +68,15 @@ ONE = [{"role": "user", "content": "star ?"}]
         ({"method": "fastv", "fields": {"layer": 99}}, "layer"),
         ({"method": "fastv", "fields": {"depth": 2}}, "depth"),
         ({"method": "fastv", "fields": {"keep": 0.5}}, "not one of `fields`"),
+        ({"keep_total": 0}, "keep_total: Input should be greater than or equal to 1"),
+        ({"keep_total": 2.5}, "keep_total: Input should be a valid integer"),
+        ({"keep_total": "90"}, "keep_total: Input should be a valid integer"),
+        ({"keep_total": True}, "keep_total: Input should be a valid integer"),
+        ({"keep_total": 2**63}, "keep_total: Input should be less than"),
+        ({"keep_total": [90]}, "keep_total: Input should be a valid integer"),
+        ({"keep_total": 9, "method": "fastv"}, "keep_total lowers what is kept before"),
+        ({"method": "fastv", "fields": {"keep_total": 9}}, "keep_total is a field of the request"),
+        ({"audio": True}, "audio is not supported by this server, whose messages hold text and"),
         ({"keep": 0.5}, "name the method that keep is of"),
         ({"fields": []}, "fields"),
         ({"model": "other"}, "there is no model 'other' here"),
@@ -90,7 +99,7 @@ ONE = [{"role": "user", "content": "star ?"}]
         ({"messages": [{"role": "tool", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user"}]}, "content"),
         ({"messages": [{"role": "user", "content": []}]}, "needs content"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input_audio"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "audio is not"),
         ({"messages": [*ONE, {"role": "assistant", "content": "r"}]}, "must be the user's"),
         ({"messages": [{"role": "user", "content": "a <image> b"}]}, "stands for an image"),
         ({"messages": [{"role": "user", "content": "star " * 3000}]}, "but the model accepts only"),
@@ -113,6 +122,25 @@ def test_bad_requests_are_told_what_is_wrong(small, change, words):
     got = post(small, {"model": "tiny", "messages": ONE, **change})
     assert got.status_code == (404 if "model" in change else 400)
     assert words in said(got)
+
+
+def test_a_total_is_refused_with_its_field(scenes):
+    """More than the server allows, less than a token for each image, or none for a method."""
+    one, two = scenes[:2]
+    with running(Engine(*tiny.load(), "divprune", max_tokens=4, keep_total=90)) as address:
+        for more, words in (
+            ({"keep_total": 91}, "keep_total: this server allows up to 90 visual tokens, got 91"),
+            ({"keep_total": 1}, "keep_total: 2 images keep at least a visual token each, got 1"),
+            ({"keep_total": 9, "method": "fastv"}, "keep_total lowers what is kept before the"),
+        ):
+            body = {"model": "tiny", "messages": [turn("?", one.image, two.image)], **more}
+            got = post(address, body)
+            assert got.status_code == 400
+            assert said(got).startswith(words)
+            assert got.json()["error"]["param"] == "keep_total"
+        chat = [turn("?", one.image, two.image)]
+        got = post(address, {"model": "tiny", "messages": chat, "keep_total": 90})
+        assert got.status_code == 200
 
 
 @pytest.mark.parametrize(

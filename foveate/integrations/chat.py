@@ -62,6 +62,7 @@ class ChatModel:
         keep_total: most visual tokens of a conversation; see `foveate.use`.
 
     Raises:
+        InputError: there is a `keep_total`, but no method.
         FoveateError: the method does not work on the model.
     """
 
@@ -76,6 +77,11 @@ class ChatModel:
     ) -> None:
         self.max_pixels, self.keep_total = max_pixels, keep_total
         self.model, self.processor, self.frames = model, processor, frames
+        if method is None and keep_total is not None:
+            raise InputError(
+                "keep_total needs a method that acts before the language model, such as "
+                "'divprune', or 'uniform' with keep=1.0"
+            )
         self.method = None if method is None else methods_of(method)
         self._tokenizer = processor.tokenizer
         self._tokenizer.padding_side = "left"  # answers begin in the same column
@@ -148,6 +154,11 @@ class ChatModel:
             InputError: an image cannot be read, or the model takes no such medium.
         """
         media = [kind for one in batch for kind, _ in _media(one)]
+        if "audio" in media:
+            raise InputError(
+                "conversations hold text, images and videos here, and no audio; call the model "
+                "itself within foveate.use(model, method, audio=...)"
+            )
         for kind in set(media) - set(self._placeholders):
             raise InputError(f"{self.model.config.model_type} takes no {kind} in a prompt")
         batch = [[self._with_images(message) for message in one] for one in batch]

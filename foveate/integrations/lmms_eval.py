@@ -86,6 +86,7 @@ class _Foveate(lmms):
         max_num_frames: frames of a video.
         max_batch_size: not used; batches have one size.
         max_pixels: most pixels of a file's image, see `foveate.io.images.load_image`.
+        keep_total: most visual tokens of a request, all rounds of it included; see `foveate.use`.
         **fields: hyper-parameters of the method.
     """
 
@@ -100,6 +101,7 @@ class _Foveate(lmms):
         max_num_frames: int = 32,
         max_batch_size: int | None = None,
         max_pixels: int | None = None,
+        keep_total: int | None = None,
         **fields: Any,
     ) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class _Foveate(lmms):
         chosen = method_of(method, keep, fields)
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, processor = load_model(pretrained, where, dtype)
-        self.chat = ChatModel(model, processor, chosen, max_num_frames, max_pixels)
+        self.chat = ChatModel(model, processor, chosen, max_num_frames, max_pixels, keep_total)
         self.batch_size = int(batch_size)
 
     def clean(self) -> None:
@@ -277,7 +279,7 @@ def user_turn(visuals: Any, text: str) -> list[dict[str, Any]]:
 
 def _part(kind: str, value: Any) -> dict[str, Any]:
     if kind not in ("image", "video"):
-        raise InputError(f"foveate's models take images and videos, and no {kind}")
+        raise InputError(f"foveate gives a model images and videos in lmms-eval, and no {kind}")
     if isinstance(value, dict):
         raise InputError(
             f"a {kind} with {', '.join(sorted(value))} was given; only whole files are supported"

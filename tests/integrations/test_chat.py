@@ -145,3 +145,11 @@ def test_what_the_model_cannot_take_is_refused(loaded):
         chat.answer([video])
     with pytest.raises(FoveateError):
         ChatModel(*loaded, FastV(layer=99))
+
+
+def test_audio_and_a_total_without_a_method_are_refused(loaded):
+    with pytest.raises(InputError, match="keep_total needs a method that acts before"):
+        ChatModel(*loaded, keep_total=9)
+    sound = [{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}]
+    with pytest.raises(InputError, match=r"no audio; call the model itself within foveate\.use"):
+        ChatModel(*loaded).answer([sound])

@@ -182,6 +182,13 @@ def test_model_arguments_make_a_method(adapter):
         adapter.method_of(None, 0.5, {"layer": 2})
 
 
+def test_a_request_keeps_to_a_total(adapter, documents):
+    made = model(adapter, "FoveateChat", documents, method="divprune", keep=64, keep_total=20)
+    assert made.chat.session().plan.total == 20
+    with pytest.raises(InputError, match="keep_total needs a method"):
+        model(adapter, "FoveateChat", documents, keep_total=20)
+
+
 def test_what_cannot_be_served_is_refused(adapter, monkeypatch):
     with pytest.raises(InputError, match="no audio"):
         adapter.to_messages([{"role": "user", "content": [{"type": "audio", "url": "a.wav"}]}])

@@ -17,6 +17,13 @@ from foveate.io.quoting import quoted, shown
 
 PREFIX = "foveate_"
 FIELDS = ("foveate_method", "foveate_keep", "foveate_fields", "foveate_question")
+ELSEWHERE = {
+    "foveate_keep_total": "it encodes and caches each image by itself, so that what is left of one "
+    "cannot depend on the others of its prompt; give foveate_keep as a count per image, or use "
+    "foveate serve",
+    "foveate_audio": "the models that foveate serves there take images and videos, and no audio",
+}
+"""What `foveate.use` takes, and a request of vLLM does not."""
 KEY = "foveate"
 """Where a checked request stands among the arguments of vLLM's processor; hashed with the image."""
 
@@ -55,9 +62,12 @@ def split(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         kwargs: `mm_processor_kwargs`.
 
     Raises:
-        InputError: an argument of foveate has an unknown name.
+        InputError: an argument of foveate has an unknown name, or is not for vLLM.
     """
     ours = {n: value for n, value in kwargs.items() if n == KEY or n.startswith(PREFIX)}
+    for name, why in ELSEWHERE.items():
+        if name in ours:
+            raise InputError(f"{name} is not supported in vLLM: {why}")
     if unknown := sorted(set(ours) - set(FIELDS)):
         raise InputError(f"{shown(unknown[0])} is unknown; foveate takes {', '.join(FIELDS)}")
     return ours, {name: value for name, value in kwargs.items() if name not in ours}

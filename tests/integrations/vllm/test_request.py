@@ -77,6 +77,18 @@ def test_an_unknown_argument_is_refused(name):
         split({name: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("foveate_keep_total", "caches each image by itself.*give foveate_keep as a count"),
+        ("foveate_audio", "take images and videos, and no audio"),
+    ],
+)
+def test_what_a_session_takes_and_vllm_does_not_is_refused_with_the_reason(name, why):
+    with pytest.raises(InputError, match=f"{name} is not supported in vLLM: .*{why}"):
+        split({**DIVPRUNE, name: 90})
+
+
 def test_arguments_of_others_pass():
     assert split({**DIVPRUNE, "size": 3}) == (DIVPRUNE, {"size": 3})
 

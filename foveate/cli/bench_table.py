@@ -84,12 +84,14 @@ def result_table(lines: Sequence[Line]) -> Table:
 
 def show_refusals(summary: Summary, console: Console) -> None:
     """Print one line for each reason why cells were refused or failed."""
-    kinds: dict[tuple[str, str], tuple[dict[str, None], int]] = {}
+    kinds: dict[tuple[str, str, bool], tuple[dict[str, None], int]] = {}
     for method, status, reason, cells in summary.troubles():
-        why = _OFFER.sub("", re.sub(rf"^'?{re.escape(method)}'? ", "", reason))
-        names, count = kinds.get((status, why), ({}, 0))
-        kinds[status, why] = ({**names, method: None}, count + len(cells))
-    for (status, why), (names, count) in kinds.items():
+        why, of_method = re.subn(rf"^'?{re.escape(method)}'? ", "", reason)
+        kind = (status, _OFFER.sub("", why), bool(of_method))
+        names, count = kinds.get(kind, ({}, 0))
+        kinds[kind] = ({**names, method: None}, count + len(cells))
+    for (status, why, of_method), (names, count) in kinds.items():
+        why = f"each {why}" if of_method and len(names) > 1 else why
         colour = "red" if status == "failed" else "yellow"
         told = f"{_counted(count, 'cell')}, {shown(', '.join(names), 60)}: {shown(why, 160)}"
         console.print(f"[{colour}]{status}[/] {escape(told)}", soft_wrap=True)

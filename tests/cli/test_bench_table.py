@@ -47,7 +47,7 @@ def test_the_table_is_saved_as_it_is_printed(ran):
 def test_refused_cells_are_one_line_for_each_reason(ran):
     lines = [line for line in ran[1].stdout.splitlines() if line.startswith("refused ")]
     assert len(lines) == 1
-    assert lines[0].startswith("refused 3 cells, evs, dycoke: compares the frames of a video")
+    assert lines[0].startswith("refused 3 cells, evs, dycoke: each compares the frames of a video")
 
 
 @pytest.mark.parametrize(

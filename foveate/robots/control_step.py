@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+NEEDED = ("input_ids", "pixel_values", "pixel_attention_mask")
+"""Arguments that there is no prompt without."""
+
 
 @dataclass(frozen=True, eq=False)
 class Observation:
@@ -37,13 +40,8 @@ class Observation:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Observation:
         """That of a call with some arguments."""
-        return cls(
-            given["input_ids"],
-            given["pixel_values"],
-            given["pixel_attention_mask"],
-            given.get("attention_mask"),
-            given.get("position_ids"),
-        )
+        ids, pixels, cameras = (given[name] for name in NEEDED)
+        return cls(ids, pixels, cameras, given.get("attention_mask"), given.get("position_ids"))
 
     def copied(self) -> Observation:
         """A copy that stays as it is when the caller writes the next image over this."""

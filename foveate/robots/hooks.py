@@ -24,7 +24,7 @@ from foveate.engine.replaced_forward import forward_of
 from foveate.errors import AttachError, InputError
 from foveate.families import Family
 from foveate.families.decoder_layer import mixer_of
-from foveate.robots.control_step import ControlStep, Observation, copied, equal_images
+from foveate.robots.control_step import NEEDED, ControlStep, Observation, copied, equal_images
 from foveate.robots.partial_prefix import PartialPrefix, begin
 from foveate.robots.vla_cache import VLACache
 
@@ -183,6 +183,8 @@ class ReuseHooks(Attachment):
         """
         self.look_after()
         self._check_call()
+        if any(given.get(name) is None for name in NEEDED):
+            return None  # which the model refuses in its own words
         memory, seeing = self.memory, Observation.of(given)
         if memory.step is not None and memory.step.session is not self._session:
             memory.step = None
@@ -231,7 +233,7 @@ class ReuseHooks(Attachment):
             if len(fresh):
                 states = states.index_copy(0, fresh, encode(pixels[fresh]).last_hidden_state)
             output = BaseModelOutputWithPooling(last_hidden_state=states)
-        memory.tower, memory.equal = (pixels.clone(), output.last_hidden_state), equal
+        memory.tower, memory.equal = (pixels.clone(), output.last_hidden_state), equal.cpu()
         return output
 
     def prefix(self, module: nn.Module, before: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -311,6 +311,13 @@ def test_methods_that_need_the_tower_to_run_are_refused(method, order):
         model.sample_actions(**row)
 
 
+def test_what_the_model_refuses_it_refuses_still():
+    model, row = policy(), observation()
+    del row["pixel_attention_mask"]
+    with Reuse(model), pytest.raises(AttributeError, match="shape"):
+        model.sample_actions(**row)
+
+
 def test_it_cannot_begin_within_a_forward_of_the_model():
     model, row = policy(), observation()
     hook = model.model.dit.register_forward_pre_hook(lambda *_: Reuse(model).__enter__())

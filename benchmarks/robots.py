@@ -155,13 +155,13 @@ class Loop:
         return actions
 
     def work(self, whole: Account, steps: int) -> float:
-        """FLOPs of a step, the first one aside, what finds out what to take over left out.
+        """FLOPs of a step that is timed, what finds out what to take over left out.
 
         Args:
             whole: of a step that takes nothing over.
             steps: of denoising.
         """
-        cameras, prompt, tokens = torch.tensor(self.shares[1:]).mean(0).tolist()
+        cameras, prompt, tokens = torch.tensor(self.shares[STEPS:]).mean(0).tolist()
         assert whole.tower is not None
         once = whole.tower * (1 - cameras) + (whole.projector or 0) * (1 - prompt)
         return once + sum(whole.layers) * (1 - tokens) + steps * whole.decode
@@ -190,7 +190,7 @@ def measure_reuse(rounds: int) -> dict[str, Any]:
     full = whole.total + steps * whole.decode
     rows = {}
     for name in FILMS:
-        cameras, prompt, tokens = torch.tensor(loops[name].shares[1:]).mean(0).tolist()
+        cameras, prompt, tokens = torch.tensor(loops[name].shares[STEPS:]).mean(0).tolist()
         rows[name] = {
             "seconds": Spread.of([seconds / STEPS for seconds in times[name]]).to_dict(),
             "speed-up": ratios(times[WHOLE], times[name]),

@@ -242,7 +242,6 @@ class ReuseHooks(Attachment):
         seeing, known = memory.seeing, memory.step
         if seeing is None:  # a loop of the caller's
             return run(*args, **kwargs)
-        memory.step = None  # if this dies
         rule, family = self.rule, self.family
         partial = None if rule is None else begin(rule, family, seeing, known)
         memory.partial = partial

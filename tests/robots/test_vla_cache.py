@@ -119,6 +119,24 @@ def test_an_unchanged_prompt_is_not_read_again():
     near(got, steps([row, moved])[1][0])  # as if there had been one step
 
 
+@torch.no_grad()
+def test_a_prompt_that_the_caller_reads_amid_steps_is_whole():
+    model, rows = policy(), film()
+    names = ("input_ids", "pixel_values", "pixel_attention_mask")
+
+    def read(row):
+        embeds = model.model.embed_prefix(*(row[name] for name in names))
+        types = torch.zeros_like(row["input_ids"])
+        cache = model.model.vlm(inputs_embeds=embeds, token_type_ids=types, use_cache=True)
+        return cache.past_key_values.layers[-1].keys
+
+    want = read(rows[2])
+    with Reuse(model, VLACache()):
+        for row in rows[:2]:
+            model.sample_actions(**row)
+        near(read(rows[2]), want)
+
+
 def test_black_patches_that_stay_black_are_alike():
     """Their pixels have no direction."""
     row = observation()

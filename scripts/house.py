@@ -28,8 +28,8 @@ LONG = 40
 ORDER = (
     "lazy", "errors", "io", "tiny", "core", "ops", "record", "families", "signals", "engine",
     "measure", "report", "loading", "run", "methods", "calibration", "training", "bench", "tune",
-    "large", "streaming", "voxels", "testing", "foveate", "integrations", "batch", "serve", "cli",
-    "__main__",
+    "large", "streaming", "robots", "voxels", "testing", "foveate", "integrations", "batch",
+    "serve", "cli", "__main__",
 )  # fmt: skip
 """Parts of the package, the lowest first: each may import itself and those before it. `foveate`
 stands for the names that the library exports.

@@ -116,9 +116,11 @@ def test_page_on_retrieval_runs_and_prints_what_it_shows(capsys):
 
 def test_page_on_robots_runs_and_prints_what_it_shows(capsys):
     page = (ROOT / "docs" / "robots.md").read_text(encoding="utf-8")
-    code, shown = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
-    exec(compile(code, "robots.md", "exec"), {})
-    assert capsys.readouterr().out == shown
+    found = re.findall(r"^```(?:python|text)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    for code, shown in zip(found[::2], found[1::2], strict=True):
+        exec(compile(code, "robots.md", "exec"), names)
+        assert capsys.readouterr().out == shown
 
 
 def test_figures_on_robots_are_those_of_the_result():
@@ -130,6 +132,17 @@ def test_figures_on_robots_are_those_of_the_result():
         speed = row["speed-up"]
         ratio = f"{speed['median']:.2f}x ({speed['q25']:.2f} to {speed['q75']:.2f})"
         cells = name, f"{row['seconds']['median']:.2f}", ratio, f"{row['by FLOPs']:.2f}x"
+        assert f"| {' | '.join(cells)} |" in page
+    for name, row in result["reuse"]["rows"].items():
+        speed, error = row["speed-up"], row.get("error")
+        parts = ("images not encoded", "prompts not read", "keys and values taken over")
+        cells = (
+            name,
+            *(f"{row[part]:.0%}" for part in parts),
+            f"{speed['median']:.2f}x ({speed['q25']:.2f} to {speed['q75']:.2f})",
+            f"{row['by FLOPs']:.2f}x",
+            f"{error['median']:.1%}" if error else "exact",
+        )
         assert f"| {' | '.join(cells)} |" in page
 
 

@@ -13,7 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,6 +49,8 @@ class Attachment(ABC):
         gate: counts the threads inside the model; it is the session's.
     """
 
+    mark: ClassVar[str] = MARK
+
     def __init__(self, gate: Gate) -> None:
         self.session: object = None  # the session that it belongs to
         self.gate = gate
@@ -81,10 +83,10 @@ class Attachment(ABC):
     def claim(self) -> bool:
         """Mark the root as taken until the attachment is removed. Returns whether it was free."""
         root = self.root
-        if vars(root).setdefault(MARK, self) is not self:
+        if vars(root).setdefault(self.mark, self) is not self:
             return False
         self._life = Life()
-        self.undo(lambda: vars(root).pop(MARK, None))
+        self.undo(lambda: vars(root).pop(self.mark, None))
         self.undo(lambda: take_off(self._placed))
         self.put(root, "_replicate_for_data_parallel", self._refuse_replicas)
         return True

@@ -114,7 +114,7 @@ class PolicyHooks:
         seen = torch.cat((visual.sum(1, keepdim=True), cameras.to(ids.device)), 1).tolist()
         has, there = [row[0] for row in seen], [row[1:] for row in seen]
         if any(has):  # else images have no place
-            _check_cameras(has, there, made["image"].encoded.lengths)
+            check_cameras(has, there, made["image"].encoded.lengths)
         flat = (camera for row in there for camera in row)
         placed = tuple(number for number, camera in enumerate(flat) if camera)
         setattr(embeds, PREFIX, Prefix(self.plan, ids, made, placed))
@@ -166,7 +166,7 @@ class PolicyHooks:
         return forward_of(module, before)(hidden, **kwargs)
 
 
-def _check_cameras(has: list[int], there: list[list[int]], lengths: Sequence[int]) -> None:
+def check_cameras(has: list[int], there: list[list[int]], lengths: Sequence[int]) -> None:
     """Refuse a prompt whose placeholders are not those of its cameras.
 
     Args:

@@ -29,65 +29,83 @@ def convolved(conv, mixed, alive):
 
 
 def delta_net(mixer, hidden, alive, at_removed=CARRIES):
-    """(H, k, v) the state of a gated delta net after (T, D) tokens."""
+    """What a gated delta net makes of (T, D) tokens, (T, D), and its state (H, k, v) after them."""
     mixed = convolved(mixer.conv1d, mixer.in_proj_qkv(hidden), alive)
-    _, key, value = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], -1)
+    query, key, value = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], -1)
     heads = mixer.num_v_heads
-    key = F.normalize(key.unflatten(-1, (-1, mixer.head_k_dim)), dim=-1, eps=1e-6)
-    key = key.repeat_interleave(heads // mixer.num_k_heads, 1)
+    query, key = (
+        F.normalize(x.unflatten(-1, (-1, mixer.head_k_dim)), dim=-1, eps=1e-6).repeat_interleave(
+            heads // mixer.num_k_heads, 1
+        )
+        for x in (query, key)
+    )
     value = value.unflatten(-1, (heads, -1))
     fade = mixer.A_log.exp() * F.softplus(mixer.in_proj_a(hidden) + mixer.dt_bias)
     write = mixer.in_proj_b(hidden).sigmoid() * alive[:, None]
     if at_removed == CARRIES:
         fade = fade * alive[:, None]
-    state = torch.zeros(heads, mixer.head_k_dim, mixer.head_v_dim)
+    state, read = torch.zeros(heads, mixer.head_k_dim, mixer.head_v_dim), torch.zeros_like(value)
     for step in range(len(hidden)):
         state = state * (-fade[step])[:, None, None].exp()
         known = torch.einsum("hkv,hk->hv", state, key[step])
         change = (value[step] - known) * write[step][:, None]
         state = state + torch.einsum("hk,hv->hkv", key[step], change)
-    return state
+        read[step] = torch.einsum("hkv,hk->hv", state, query[step]) / mixer.head_k_dim**0.5
+    gate = mixer.in_proj_z(hidden).view(-1, mixer.head_v_dim)
+    made = mixer.norm(read.view(-1, mixer.head_v_dim), gate).view(len(hidden), -1)
+    return mixer.out_proj(made), state
 
 
 def mamba2(mixer, hidden, alive, at_removed=CARRIES):
-    """(H, p, n) the state of a Mamba-2 layer after (T, D) tokens."""
+    """What a Mamba-2 layer makes of (T, D) tokens, (T, D), and its state (H, p, n) after them."""
     parts = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
-    _, mixed, time = mixer.in_proj(hidden).split(parts, -1)
+    gate, mixed, time = mixer.in_proj(hidden).split(parts, -1)
     mixed, size = convolved(mixer.conv1d, mixed, alive), mixer.n_groups * mixer.ssm_state_size
-    value, write, _ = mixed.split([mixer.intermediate_size, size, size], -1)
+    value, write, read = mixed.split([mixer.intermediate_size, size, size], -1)
     value = value.unflatten(-1, (mixer.num_heads, -1))
-    write = write.unflatten(-1, (mixer.n_groups, -1))
-    write = write.repeat_interleave(mixer.num_heads // mixer.n_groups, 1)
+    write, read = (
+        x.unflatten(-1, (mixer.n_groups, -1)).repeat_interleave(
+            mixer.num_heads // mixer.n_groups, 1
+        )
+        for x in (write, read)
+    )
     time = F.softplus(time + mixer.dt_bias).clamp(min=mixer.time_step_limit[0])
     fade = time * mixer.A_log.exp()
     if at_removed == CARRIES:
         fade = fade * alive[:, None]
     state = torch.zeros(mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+    made = torch.zeros_like(value)
     for step in range(len(hidden)):
         given = torch.einsum("hp,hn->hpn", value[step], write[step]) * time[step][:, None, None]
         state = state * (-fade[step])[:, None, None].exp() + given * alive[step]
-    return state
+        seen = torch.einsum("hpn,hn->hp", state, read[step])
+        made[step] = seen + mixer.D[:, None] * value[step]
+    return mixer.out_proj(mixer.norm(made.flatten(1), gate)), state
 
 
 SCANS = {"qwen3_5": delta_net, "nemotron_h_omni": mamba2}
 
 
 def watched(model, family):
-    """What the recurrent layers are given, by layer, once the model has run; and what undoes it."""
+    """What recurrent layers are given and what they make of it, by layer, once the model has run;
+    and what undoes it.
+    """
     seen, handles = {}, []
     for number in family.recurrent_layers:
 
-        def look(module, args, kwargs, number=number):
-            seen[number] = (args[0] if args else kwargs["hidden_states"])[0].clone()
+        def look(module, args, kwargs, output, number=number):
+            given = (args[0] if args else kwargs["hidden_states"])[0].clone()
+            made = output[0] if isinstance(output, tuple) else output
+            seen[number] = given, made.reshape(given.shape).clone()
 
         mixer = mixer_of(family.layers[number])
-        handles.append(mixer.register_forward_pre_hook(look, with_kwargs=True))
+        handles.append(mixer.register_forward_hook(look, with_kwargs=True))
     return seen, handles
 
 
 @pytest.mark.parametrize("name", SCANS)
 @torch.no_grad()
-def test_the_state_is_that_of_a_scan_over_all_places_which_carries_it(name):
+def test_layers_are_a_scan_over_all_places_which_carries_its_state(name):
     """Whatever a removed token held: here, what it has in a run without a method."""
     member = MEMBERS[name]()
     model, inputs = member.build(), member.inputs([[5, 2]])
@@ -114,18 +132,21 @@ def test_the_state_is_that_of_a_scan_over_all_places_which_carries_it(name):
     assert later
     for number, state in states.items():
         there = alive if number >= 2 else torch.ones_like(alive)
-        size = float(state.abs().max())
-        hidden, mixer = whole[number].clone(), mixer_of(family.layers[number])
-        assert len(seen[number]) == there.sum()
-        hidden[there] = seen[number]
-        want = SCANS[name](mixer, hidden, there)
-        torch.testing.assert_close(state, want, rtol=0, atol=1e-4 * size)
+        (given, made), size = seen[number], float(state.abs().max())
+        hidden, mixer = whole[number][0].clone(), mixer_of(family.layers[number])
+        assert len(given) == there.sum()
+        hidden[there] = given
+        want, end = SCANS[name](mixer, hidden, there)
+        torch.testing.assert_close(state, end, rtol=0, atol=1e-4 * size)
+        torch.testing.assert_close(made, want[there], rtol=0, atol=2e-5 * float(made.abs().max()))
         if number in later:
             for other in (
                 SCANS[name](mixer, hidden, there, FADES),
                 SCANS[name](mixer, hidden, torch.ones_like(alive)),
             ):
-                assert (state - other).abs().max() > 1e-2 * size, "the test does not bite"
+                assert (state - other[1]).abs().max() > 1e-2 * size, "the test does not bite"
+                off = (made - other[0][there]).abs().max()
+                assert off > 3e-4 * float(made.abs().max()), "the test does not bite"
 
 
 class Scan(nn.Module):

@@ -1,0 +1,274 @@
+"""ReuseHooks: what `Reuse` puts on a policy.
+
+The cache of a prompt, and states of the vision tower, are kept by each thread from step to step.
+Shapes: `B` rows of the batch, `C` cameras of each, padding included, `T` tokens of the prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.engine.attachment import MARK, Attachment
+from foveate.engine.gate import Gate, is_within
+from foveate.engine.inputs import bound
+from foveate.engine.replaced_forward import forward_of
+from foveate.errors import AttachError, InputError
+from foveate.families import Family
+from foveate.families.decoder_layer import mixer_of
+from foveate.robots.control_step import NEEDED, ControlStep, Observation, copied, equal_images
+from foveate.robots.partial_prefix import PartialPrefix, begin
+from foveate.robots.vla_cache import VLACache
+
+Forward = Callable[..., Any] | None
+
+
+class Memory(threading.local):
+    """What one thread keeps from step to step, and within one."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, bool, tuple[float, ...]] | None = None  # as in `Reused`
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what could be taken over."""
+        self.step: ControlStep | None = None
+        self.tower: tuple[Tensor, Tensor] | None = None  # (B C, ...) pixels, and states of them
+        self.equal = torch.zeros(0, dtype=torch.bool)  # (B C) images that were not encoded again
+        self.seeing: Observation | None = None  # what the step that runs is given
+        self.partial: PartialPrefix | None = None  # its prompt, where a rule is followed
+
+
+class ReuseHooks(Attachment):
+    """Hooks around a policy, the vision tower and what reads the prompt.
+
+    Args:
+        family: the policy.
+        rule: which tokens keep keys and values of the step before, if any.
+    """
+
+    mark = "_foveate_reuse"
+
+    def __init__(self, family: Family, rule: VLACache | None) -> None:
+        super().__init__(Gate())
+        self.family, self.rule, self.memory = family, rule, Memory()
+
+    @property
+    def root(self) -> nn.Module:
+        """The policy."""
+        policy: nn.Module = self.family.policy
+        return policy
+
+    # -- life
+
+    def begin(self) -> None:
+        """Put everything on, or nothing.
+
+        Raises:
+            AttachError: the policy is running in this thread, or has such hooks.
+            InputError: as in `check`.
+        """
+        if is_within(self.root) or is_within(self.family.model):
+            raise AttachError("reuse cannot begin within a forward of its model; begin it before")
+        if not self.claim():
+            raise AttachError("control steps of this model are reused already; leave that block")
+        try:
+            self.check()
+            with self.gate.opening():
+                self.attach()
+        except BaseException:
+            self.remove()
+            raise
+
+    def end(self) -> None:
+        """Take everything off, once no other thread is inside, and forget what could be taken
+        over.
+        """
+        self.gate.close(self.entries, self.remove)
+        last, self.memory = self.memory.last, Memory()
+        self.memory.last = last
+
+    def check(self) -> None:
+        """Refuse sessions beside which something cannot be taken over.
+
+        Raises:
+            InputError: there is a rule as well, or a method needs the vision tower to run.
+        """
+        session = self._session
+        if session is None:
+            return
+        names = ", ".join(method.slug for method in session.plan.methods)
+        if self.rule is not None:
+            raise InputError(
+                f"VLA-Cache takes tokens over by their place in the whole prompt, and {names} may "
+                "remove others in each step; beside a session, use Reuse without a rule"
+            )
+        if session.plan.vision or session.tags.signals is not None:
+            raise InputError(
+                f"{names} acts inside the vision tower or reads it, which does not run for images "
+                "that have not changed; use a method that does neither, such as 'divprune'"
+            )
+
+    def attach(self) -> None:
+        """Install the hooks."""
+        family: Any = self.family
+        self.replace_forward(family.policy, self.forward, outer=True)
+        if hasattr(family.model, "sample_actions"):
+            self.entries.append(self.wrap(family.model, "sample_actions", self.sample, outer=True))
+        self.replace_forward(family.base, self.prefix, outer=True)
+        self.replace_forward(family.encoder.tower, self.tower, outer=True)
+        if self.rule is None:
+            return
+        for number, layer in enumerate(family.layers):
+            self.replace_forward(layer, functools.partial(self.layer, number))
+            self.after(mixer_of(layer).q_proj, self.queried)
+
+    @property
+    def _session(self) -> Any:
+        """What a session has put on the text model, if there is one."""
+        return vars(self.family.text).get(MARK)
+
+    def _check_call(self) -> None:
+        """Refuse a call; as in `check`.
+
+        Raises:
+            InputError: gradients are wanted.
+        """
+        self.check()
+        if torch.is_grad_enabled():
+            raise InputError(
+                "what is taken over from an earlier step has no gradients; call the model under "
+                "torch.no_grad(), and train without reuse"
+            )
+
+    # -- a step
+
+    @torch.no_grad()
+    def sample(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around the method that samples actions."""
+        given = bound(original, args, kwargs)
+        try:
+            cache = self._recall(given)
+            return original(*args, **kwargs) if cache is None else self._denoise(given, cache)
+        finally:
+            self.memory.seeing = None
+
+    def forward(self, module: nn.Module, before: Forward, *args: Any, **kwargs: Any) -> Any:
+        """In place of the policy's forward, which reads the prompt if it is given no cache."""
+        run = forward_of(module, before)
+        given = bound(run, args, kwargs)
+        ready = any(given.get(name) is not None for name in ("past_key_values", "inputs_embeds"))
+        if ready or given.get("pixel_values") is None:
+            return run(*args, **kwargs)
+        try:
+            cache = self._recall(given)
+            given["past_key_values"] = cache
+            return run(**given)
+        finally:
+            self.memory.seeing = None
+
+    def _recall(self, given: dict[str, Any]) -> Cache | None:
+        """Begin a step: the cache of its prompt, if the last one had the same.
+
+        Raises:
+            InputError: as in `check`, or gradients are wanted.
+        """
+        self.look_after()
+        self._check_call()
+        if any(given.get(name) is None for name in NEEDED):
+            return None  # which the model refuses in its own words
+        memory, seeing = self.memory, Observation.of(given)
+        if memory.step is not None and memory.step.session is not self._session:
+            memory.step = None
+        if memory.step is None or not memory.step.seen.equals(seeing):
+            memory.seeing = seeing
+            return None
+        every = torch.ones(seeing.cameras.shape, dtype=torch.bool)
+        memory.last = every, True, (1.0,) * self.family.text_layers
+        return copied(memory.step.cache)
+
+    def _denoise(self, given: dict[str, Any], cache: Cache) -> Tensor:
+        """Actions after a prompt that is cached, as `sample_actions` makes them."""
+        model: Any = self.family.model
+        used = {"input_ids", "pixel_values", "num_steps", "noise"}
+        told = {name: value for name, value in given.items() if name not in used}
+        ids, config, noise = given["input_ids"], model.config, given.get("noise")
+        if noise is None:
+            size = (len(ids), config.chunk_size, config.max_action_dim)
+            kind = {"dtype": given["pixel_values"].dtype, "device": ids.device}
+            noise = torch.normal(mean=0.0, std=1.0, size=size, **kind)
+        count = given.get("num_steps") or config.num_inference_steps
+        length, change = cache.get_seq_length(), -1.0 / count
+        for number in range(count):
+            time = torch.full((len(ids),), 1.0 + number * change, device=ids.device)
+            velocity = model(noise=noise, timestep=time, past_key_values=cache, **told).logits
+            cache.crop(length - cache.get_seq_length())
+            noise = noise + change * velocity
+        return noise
+
+    # -- its prompt
+
+    def tower(self, module: nn.Module, before: Forward, *args: Any, **kwargs: Any) -> Any:
+        """In place of the vision tower's forward: encode images that are not those of before."""
+        encode, memory = forward_of(module, before), self.memory
+        given = bound(encode, args, kwargs)
+        pixels: Tensor = given.pop("pixel_values")
+        if any(given.values()):
+            return encode(*args, **kwargs)  # as more than states is asked for
+        self._check_call()
+        known, states = memory.tower or (pixels[:0], pixels)
+        equal = equal_images(known, pixels)
+        fresh = (~equal).nonzero()[:, 0]
+        if len(fresh) == len(pixels):
+            output = encode(*args, **kwargs)
+        else:
+            if len(fresh):
+                states = states.index_copy(0, fresh, encode(pixels[fresh]).last_hidden_state)
+            output = BaseModelOutputWithPooling(last_hidden_state=states)
+        memory.tower, memory.equal = (pixels.clone(), output.last_hidden_state), equal.cpu()
+        return output
+
+    def prefix(self, module: nn.Module, before: Forward, *args: Any, **kwargs: Any) -> Any:
+        """In place of the forward of what reads the prompt: keep what it makes."""
+        run, memory = forward_of(module, before), self.memory
+        seeing, known = memory.seeing, memory.step
+        if seeing is None:  # a loop of the caller's
+            return run(*args, **kwargs)
+        rule, family = self.rule, self.family
+        partial = None if rule is None else begin(rule, family, seeing, known)
+        memory.partial = partial
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            memory.partial = None
+        step = ControlStep(seeing.copied(), self._session, copied(output.past_key_values))
+        tokens = (0.0,) * family.text_layers
+        if partial is not None:
+            notes = partial.attended
+            entropy, tokens = torch.stack(notes.entropy, 1), tuple(1 - x for x in notes.computed)
+            step = replace(step, attended=notes.by_words, entropy=entropy)
+        memory.step = step
+        memory.last = memory.equal.view(seeing.cameras.shape), False, tokens
+        return output
+
+    def layer(
+        self, number: int, module: nn.Module, before: Forward, hidden: Tensor, **kwargs: Any
+    ) -> Any:
+        """In place of the forward of a decoder layer."""
+        run, partial = forward_of(module, before), self.memory.partial
+        if partial is None:
+            return run(hidden, **kwargs)
+        return partial.run(number, run, module, hidden, kwargs)
+
+    def queried(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        """After a projection of queries."""
+        if self.memory.partial is not None:
+            self.memory.partial.attended.queried(output)

@@ -97,10 +97,10 @@ def fit(features: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]
         optimizer.zero_grad()
         value = F.cross_entropy(F.linear(features, weight, bias), labels)
         value = value + decay * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[arg-type]
+    optimizer.step(loss)
     return weight.detach(), bias.detach()
 
 

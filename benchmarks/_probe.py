@@ -109,6 +109,7 @@ def probed(tower: CLIPVisionModelWithProjection, folder: Path, piece: Piece) -> 
     if equal is None or features is None:
         return {}
     found: dict[Name, list[Tensor]] = {}
+    shown_labels: list[int] = []
     for start in range(0, len(test), BATCH):
         files = test[start : start + BATCH]
 
@@ -117,20 +118,21 @@ def probed(tower: CLIPVisionModelWithProjection, folder: Path, piece: Piece) -> 
 
         part = piece(f"clothes-{start}", make)
         if part is None:
-            break
+            continue
+        shown_labels += [label for _, label in files]
         for name, embeddings in part.items():
             found.setdefault(name, []).append(embeddings)
     compared = piece(
-        "clothes-rounding", lambda: rounding((tower, half), shown(test[:BATCH]), equal[0.25])
+        "clothes-rounding", lambda: rounding((tower, half), shown(test[: BATCH // 2]), equal[0.25])
     )
     if not found:
         return {}
     weight, bias = probe(features, torch.tensor([label for _, label in train]))
     embedded = {name: [torch.cat(parts)] for name, parts in found.items()}
-    labels = torch.tensor([label for _, label in test])[: len(embedded[WHOLE][0])]
+    labels = torch.tensor(shown_labels)
     return {
         "photographs": len(labels), "of": len(test), "trained on": len(train),
-        "classes": int(labels.max()) + 1, "bfloat16": compared,
+        "classes": len(weight), "bfloat16": compared,
         "rows": rows(embedded, lambda x: F.linear(x, weight, bias).argmax(1) == labels),
     }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """What survives on a real tower: CLIP ViT-B/16 on 53 photographs whose objects are known.
 
     python scripts/real_parts.py --out TOWER
-    python benchmarks/real_tower.py --tower TOWER --data ../shared/data
+    git clone https://github.com/alexeygrigorev/clothing-dataset-small CLOTHES    # CC0, optional
+    python benchmarks/real_tower.py --tower TOWER --data ../shared/data --clothes CLOTHES
     python benchmarks/quality.py                    # figure and page
 
 Every method that the encoder or its features decide chooses among the 196 patches of each
@@ -9,10 +10,13 @@ photograph. Methods after the projector share one encoding, in a LLaVA that show
 of the tower's last layer but one; its language model is random and decides nothing. A single
 `cls-drop` after layer k ranks by what that layer computes of all patches, so the same encoding
 answers for it. Other methods inside the tower run on the tower alone, which also gives their image
-embeddings; these are compared with the unpruned ones: cosine, and nearest other photographs.
+embeddings; these are compared with the unpruned ones: cosine, and nearest other photographs. With
+`--clothes`, a linear probe that was trained on all tokens reads the embeddings of photographs of
+clothes under every method inside the tower, in bfloat16.
 
 What is measured goes to `--out`, and the same command goes on where it was cut off. `--minutes`
-ends it early; methods that were measured on all photographs are reported.
+ends it early; methods that were measured on all photographs are reported, and the probe on as many
+photographs as were done. Without `--clothes`, the result has no probe.
 """
 
 from __future__ import annotations

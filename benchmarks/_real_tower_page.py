@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import fill as wrapped
 from typing import Any
 
 from _labelled import Point, scatter
+from _tower_probe_page import embedded
+from _tower_tables import KEEPS, name, points, share, sure, table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "real_tower.json"
@@ -17,8 +20,6 @@ BASELINES = ("uniform", "random", "downsample")
 COLOURS = {"a baseline": "#555555", "inside the tower": "#009e73",
            "merges": "#0072b2", "only drops": "#d55e00"}  # fmt: skip
 DROP = "cls-drop"
-INSIDE = ("tome", "flowcut", "gtp-vit", "zero-tprune", "token-transforming")
-KEEPS = (0.5, 0.25, 0.125, 0.0625)
 
 ABOUT = """## A real tower: what survives
 
@@ -41,29 +42,14 @@ Methods after the encoder see the features of the last layer but one as they are
 projector. Only their first step is measured; what `todre` and `vflowopt` do in the language model
 is not. `cls-drop, layer k` drops once, within layer k. `zero-tprune` and `token-transforming`
 make three equal cuts at their published layers, and `tome` merges equal shares of the tokens where
-equal numbers would be over half of a layer. Methods that read the question, that choose in the
-language model, that compare frames or that need training are left out: this tower has no text that
-fits it. `m3` and `tokenflex` pool a grid as `downsample` does, which keeps at most the budget: 90,
-49, 20 and 12 tokens. `llava-prumerge` keeps at most the budget too.
+equal numbers would be over half of a layer. `pixelprune` has no budget: one threshold for all
+photographs is set so that they keep it on average. `llava-prumerge` keeps at most the budget, and
+so does `downsample`: 90, 49, 20 and 12 tokens.
+
+Every registered method is measured. The exceptions, and what each of them does:
+
+{left_out}
 """
-
-
-def share(of: Mapping[str, float], digits: int = 1) -> str:
-    """A share with its interval, in per cent."""
-    mean, low, high = (100 * of[key] for key in ("mean", "low", "high"))
-    return f"{mean:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def name(method: str) -> str:
-    """A method as the tables show it."""
-    slug, comma, place = method.partition(",")
-    return f"`{slug}`{comma}{place}"
 
 
 def at(result: Mapping[str, Any], keep: float) -> list[dict[str, Any]]:
@@ -110,31 +96,44 @@ def layers(result: Mapping[str, Any]) -> str:
     return table(["layer", "area", "small", "lost", *others], cells)
 
 
+def pairs(result: Mapping[str, Any]) -> str:
+    """Differences to the baselines on the same photographs, at one budget."""
+    wanted = [(key, base) for key in ("area", "lost") for base in BASELINES]
+    cells = [
+        [name(row["method"]), *(points(row[f"over {base}"][key]) for key, base in wanted)]
+        for row in at(result, SHOWN)
+        if not row["method"].startswith(DROP) and row["method"] not in BASELINES
+    ]
+    return table(["method", *(f"{key}, over `{base}`" for key, base in wanted)], cells)
+
+
 def budgets(result: Mapping[str, Any]) -> str:
     """Area and lost objects of each method at each budget."""
-    rows = {(row["method"], row["keep"]): row["own"] for row in result["survival"]}
-    cells = []
-    for method in (row["method"] for row in at(result, SHOWN)):
-        if method.startswith(DROP):
-            continue
-        found = [rows.get((method, keep)) for keep in KEEPS]
-        cells.append([name(method)] + [
-            f"{100 * r['area']['mean']:.0f} / {100 * r['lost']['mean']:.1f}" if r else ""
-            for r in found
-        ])  # fmt: skip
+    rows = {(row["method"], row["keep"]): row for row in result["survival"]}
+
+    def cell(row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        area, lost = (100 * row["own"][key]["mean"] for key in ("area", "lost"))
+        return f"{area:.0f} / {lost:.1f}{'*' if sure(row['over uniform']['lost']) else ''}"
+
+    cells = [
+        [name(row["method"]), *(cell(rows.get((row["method"], keep))) for keep in KEEPS)]
+        for row in at(result, SHOWN)
+        if not row["method"].startswith(DROP)
+    ]
     return table(["method", *(f"keep {keep:g}" for keep in KEEPS)], cells)
 
 
-def embeddings(result: Mapping[str, Any]) -> str:
-    """What pruning inside the tower does to its image embeddings."""
-    rows = sorted(result["embeddings"], key=lambda r: (-r["keep"], -r["cosine"]["mean"]))
-    head = ["method", "keep", "cosine", "same nearest", "of the five nearest"]
-    return table(head, [
-        [name(r["method"]), f"{r['keep']:g}",
-         "{mean:.3f} ({low:.3f} to {high:.3f})".format(**r["cosine"]),
-         share(r["nearest"], 0), share(r["five"], 0)]
-        for r in rows
-    ])  # fmt: skip
+def reasons(result: Mapping[str, Any]) -> str:
+    """What is not measured, and why."""
+    lines = [
+        f"- {', '.join(name(slug) for slug in slugs)}: {why}"
+        for why, slugs in result["left out"].items()
+    ]
+    return "\n".join(
+        wrapped(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines
+    )
 
 
 def kind(row: Mapping[str, Any]) -> str:
@@ -170,23 +169,19 @@ def section(result: Mapping[str, Any]) -> str:
     """The section."""
     m = result["machine"]
     where = f"{m['cpu']}, torch {m['torch']}, transformers {m['transformers']}."
-    have = {row["method"] for row in result["survival"] if row["keep"] == SHOWN}
-    parts = [ABOUT.format(where=where, **result["sizes"])]
-    if missing := [name(method) for method in INSIDE if method not in have]:
-        parts.append(
-            f"**Not measured yet**: {', '.join(missing)},\nwhich need a pass through the tower for "
-            "each budget. The same command goes on with them.\n"
-        )
-    parts += [
+    parts = [
+        ABOUT.format(where=where, left_out=reasons(result), **result["sizes"]),
         f"At keep = {SHOWN}:\n", survival(result),
         "![Objects of which something survives over their area that survives](real-tower.svg)\n",
+        f"Differences to the baselines on the same photographs, in points, at keep = {SHOWN}:\n",
+        pairs(result),
         f"`{DROP}` by the layer in which it drops, at keep = {SHOWN}, and area / lost at the other "
         "budgets:\n", layers(result),
-        "Area / lost objects, in per cent, at each budget:\n", budgets(result),
+        "Area / lost objects, in per cent, at each budget; a star where the share of lost objects "
+        "differs\nfrom that of `uniform` by more than chance (its paired interval leaves out 0):"
+        "\n", budgets(result), lessons(result), *embedded(result),
     ]  # fmt: skip
-    if result["embeddings"]:
-        parts += [EMBEDDED, embeddings(result)]
-    return "\n".join([*parts, lessons(result)])
+    return "\n".join(parts)
 
 
 def lessons(result: Mapping[str, Any]) -> str:
@@ -215,17 +210,6 @@ class _Asked:
         return self.ask(method.replace("_", ", layer "), key, float(keep))
 
 
-EMBEDDED = """### Embeddings of the pruned tower
-
-Methods inside the tower change its image embedding. *Cosine* is that of the pruned with the
-unpruned embedding of the same photograph. *Same nearest* is the share of photographs whose nearest
-other photograph, by unpruned embeddings, stays the same when the query is pruned, and *of the five
-nearest* the share of those that stay. `random, layer k` drops as many patches as `cls-drop, layer
-k` at the same place, drawn anew for each photograph. It teaches that kept area is not all: within
-layer 3, `cls-drop` keeps more of the objects than a random drop does, and yet its embedding is
-farther from the unpruned one, and fewer neighbours stay. Within layer 9 it is the other way round.
-"""
-
 LESSONS = """### What it teaches
 
 - **The class token looks at objects.** At a quarter, `fastervlm` keeps
@@ -240,13 +224,19 @@ LESSONS = """### What it teaches
   {mean[vispruner lost 0.25]} of the objects, {more[vispruner lost 0.25]} against the grid, and
   still keeps {mean[vispruner area 0.25]} of their area. `idpruner` ({mean[idpruner lost 0.25]}),
   `scope` and `divprune` ({mean[divprune lost 0.25]} each) follow, and `scope` keeps the most area
-  of these four. At an eighth `divprune` loses the fewest, and `vispruner` no longer stands out.
+  of these four. At an eighth `divprune` loses the fewest of those after the encoder, and
+  `vispruner` no longer stands out.
+- **Merging in every layer spreads best when few tokens are left.** At an eighth and a sixteenth
+  `tome` loses the fewest objects of all methods: against the grid, {more[tome lost 0.125]} and
+  {more[tome lost 0.0625]}. At a sixteenth, `gtp-vit` keeps the most of small objects,
+  {mean[gtp-vit small 0.0625]}, and `pixelprune`, which goes by pixels alone, loses
+  {mean[pixelprune lost 0.0625]} of all.
 - **The layer matters as much as the method.** `cls-drop` within layers 2 to 4 or 9 and 10 keeps
   about as much as `fastervlm`, which ranks by the same row of layer 10. Within layers 5 and 6 it
   loses far more objects; against the grid, {more[cls-drop_5 lost 0.25]} and
   {more[cls-drop_6 lost 0.25]}. At an eighth and below, layers 2 to 4 keep the most area of all
   rows. The default, layer 1, is not among the good ones. What an early drop costs the layers after
-  it is another question, which the table of embeddings answers.
+  it is another question, which the embeddings below answer.
 - **Attention among patches is the weaker guide.** `hiprune`, `fopru` and `vflowopt` rank by what
   patches receive; they keep {mean[fopru area 0.25]} to {mean[vflowopt area 0.25]} of the area and
   lose {mean[fopru lost 0.25]} of the objects.

@@ -153,23 +153,3 @@ def _interval(samples: Tensor) -> dict[str, float]:
 def mean_of(pairs: Sequence[Pair]) -> Pair:
     """One pair of several seeds of the same photograph."""
     return sum(a for a, _ in pairs) / len(pairs), sum(b for _, b in pairs) / len(pairs)
-
-
-def neighbours(query: Tensor, gallery: Tensor, count: int) -> Tensor:
-    """(N, count) the nearest others of each of (N, E) embeddings of length 1, nearest first."""
-    cosines = query @ gallery.T
-    return cosines.fill_diagonal_(-2).topk(count, dim=1).indices
-
-
-def agreement(pruned: Tensor, whole: Tensor) -> dict[str, list[Pair]]:
-    """How (N, E) embeddings of pruned images agree with those of the same images unpruned.
-
-    Returns:
-        For each image: `cosine`; `nearest`, whether the same other image is nearest among the
-        unpruned; `five`, the share of the five nearest that stays.
-    """
-    now, before = neighbours(pruned, whole, 5), neighbours(whole, whole, 5)
-    five = (now[:, :, None] == before[:, None]).any(2).double().mean(1)
-    nearest = now[:, 0] == before[:, 0]
-    columns = {"cosine": (pruned * whole).sum(1), "nearest": nearest, "five": five}
-    return {key: [(float(value), 1.0) for value in column] for key, column in columns.items()}

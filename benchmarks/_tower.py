@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from _survival import Objects, Sources, objects_of
+from _tower_methods import KEEPS, PROBED, Name, drops
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CLIPVisionModelWithProjection,
     LlamaConfig,
@@ -25,12 +28,11 @@ from transformers import (
 from foveate.core import Adaptive, Keep, Method, ModelFacts, Positions, Reduction, Step
 from foveate.core.tokens import VisualTokens
 from foveate.errors import FoveateError
+from foveate.methods.downsample import pooled_grid
 from foveate.run import use
 
 LEAST, SMALL = 64, 32 * 32
 """Pixels from which on an object counts, and below which it is small, at the tower's size."""
-Name = tuple[str, float]
-"""A method, as the tables call it, and what it keeps."""
 IMAGE = 31  # the token that stands for a visual token
 
 
@@ -199,15 +201,84 @@ def watched(method: Method, sources: Sources) -> Iterator[Method]:
     yield kind(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method)})
 
 
+def batch_of(pixels: Tensor, name: Name, cell: int = 16) -> Tensor:
+    """What a tower is shown of (G, 3, H, W) images: all, or a `smaller image` of as many patches as
+    `downsample` makes tokens.
+    """
+    if name[0] != "smaller image":
+        return pixels
+    height, width = (side // cell for side in pixels.shape[2:])
+    grid = pooled_grid(height, width, int(height * width * name[1]))
+    size = [cell * side for side in grid]
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True)
+
+
+def embeddings_of(
+    tower: CLIPVisionModelWithProjection, pixels: Tensor, method: Method | None
+) -> Tensor:
+    """(G, E) embeddings of length 1 in float32 of (G, 3, H, W) images, whatever their size."""
+    size = tower.config.image_size
+    smaller = tuple(pixels.shape[2:]) != (size, size)
+    with torch.inference_mode(), use(tower, method) if method else nullcontext():
+        made = tower(pixels.to(tower.dtype), interpolate_pos_encoding=smaller).image_embeds
+    return F.normalize(made.float(), dim=-1)
+
+
+class Given(nn.Module):
+    """Embeddings of a tower that are given."""
+
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = states
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        """They, whatever the image."""
+        return self.states
+
+
+def from_layer(
+    tower: CLIPVisionModelWithProjection, layer: int, states: Tensor
+) -> CLIPVisionModelWithProjection:
+    """The same tower from a layer on, with the (G, 1 + V, D) states that this layer is given."""
+    config = copy.deepcopy(tower.config)
+    config.num_hidden_layers -= layer
+    with torch.device("meta"):
+        rest = CLIPVisionModelWithProjection(config).eval()
+    here, there = rest.vision_model, tower.vision_model
+    here.embeddings, here.pre_layrnorm = Given(states), nn.Identity()
+    here.encoder.layers = nn.ModuleList(list(there.encoder.layers)[layer:])
+    here.post_layernorm, rest.visual_projection = there.post_layernorm, tower.visual_projection
+    return rest
+
+
+def dropped(
+    tower: CLIPVisionModelWithProjection, pixels: Tensor, seeds: Sequence[int]
+) -> dict[Name, list[Tensor]]:
+    """Embeddings (G, E) of (G, 3, H, W) images whose patches are dropped once, within a layer.
+
+    What all have in common, the layers before, is computed once.
+
+    Returns:
+        Method -> seed -> embeddings; `cls-drop` has no seeds.
+    """
+    made = {}
+    with torch.inference_mode():
+        states = tower(pixels.to(tower.dtype), output_hidden_states=True).hidden_states
+    for layer in PROBED:
+        rest = from_layer(tower, layer, states[layer])
+        for keep in KEEPS:
+            for name, methods in drops(keep, seeds).items():
+                found = [embeddings_of(rest, pixels, method) for method in methods]
+                made[f"{name}, layer {layer}", keep] = found
+    return made
+
+
 def encoded(
     tower: CLIPVisionModelWithProjection, pixels: Tensor, method: Method | None
 ) -> tuple[Tensor, Sources]:
     """The embedding of one image, (E,) of length 1, and what a method left of it on the way."""
     sources = Sources((tower.config.image_size // tower.config.patch_size) ** 2)
-    with torch.inference_mode():
-        if method is None:
-            embedding = tower(pixels).image_embeds[0]
-        else:
-            with watched(method, sources) as told, use(tower, told):
-                embedding = tower(pixels).image_embeds[0]
-    return embedding / embedding.norm(), sources
+    if method is None or not method.removes:
+        return embeddings_of(tower, pixels, method)[0], sources
+    with watched(method, sources) as told:
+        return embeddings_of(tower, pixels, told)[0], sources

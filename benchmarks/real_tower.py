@@ -1,7 +1,8 @@
 """What survives on a real tower: CLIP ViT-B/16 on 53 photographs whose objects are known.
 
     python scripts/real_parts.py --out TOWER
-    python benchmarks/real_tower.py --tower TOWER --data ../shared/data
+    git clone https://github.com/alexeygrigorev/clothing-dataset-small CLOTHES    # CC0, optional
+    python benchmarks/real_tower.py --tower TOWER --data ../shared/data --clothes CLOTHES
     python benchmarks/quality.py                    # figure and page
 
 Every method that the encoder or its features decide chooses among the 196 patches of each
@@ -9,99 +10,47 @@ photograph. Methods after the projector share one encoding, in a LLaVA that show
 of the tower's last layer but one; its language model is random and decides nothing. A single
 `cls-drop` after layer k ranks by what that layer computes of all patches, so the same encoding
 answers for it. Other methods inside the tower run on the tower alone, which also gives their image
-embeddings; these are compared with the unpruned ones: cosine, and nearest other photographs.
+embeddings; these are compared with the unpruned ones: cosine, and nearest other photographs. With
+`--clothes`, a linear probe that was trained on all tokens reads the embeddings of photographs of
+clothes under every method inside the tower, in bfloat16.
 
 What is measured goes to `--out`, and the same command goes on where it was cut off. `--minutes`
-ends it early; methods that were measured on all photographs are reported.
+ends it early; methods that were measured on all photographs are reported, and the probe on as many
+photographs as were done. Without `--clothes`, the result has no probe.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from _real_tower_page import RESULT
-from _survival import Means, Sources, agreement, mean_of
-from _tower import Name, Photograph, choices, encoded, llava, load, photographs
+from _embeddings import WHOLE, rows
+from _probe import probed
+from _real_tower_page import BASELINES, RESULT
+from _survival import Means, Sources, mean_of
+from _tower import Photograph, batch_of, choices, dropped, encoded, llava, load, photographs
+from _tower_methods import KEEPS, Name, after, inside, left_out, measured, threshold
 from torch import Tensor
 
 from foveate.core import Method, VisualTokens, get_method
 from foveate.errors import FoveateError
 from foveate.measure.machine import describe_machine
-from foveate.methods import VTCCLS, ClsDrop, Random, ToMe
+from foveate.methods import Random
 
 ROOT = Path(__file__).resolve().parents[1]
-KEEPS = (0.25, 0.5, 0.125, 0.0625)  # the most telling first
-AFTER = (
-    "divprune", "downsample", "fastervlm", "fopru", "hiprune", "holov", "idpruner",
-    "llava-prumerge", "prunesid", "scope", "todre", "uniform", "vflowopt", "visionzip",
-    "vispruner", "vtc-cls",
-)  # fmt: skip
-SEEDS, BATCH, LAYERS = 5, 9, 12
-PROBED = (3, 9)  # layers in which patches are dropped for the embeddings
+SEEDS, DRAWS, BATCH = 5, 3, 9  # seeds of what survives, draws of embeddings
 Cells = tuple[Tensor, Tensor]  # where survivors stand, and where their sources do
-
-
-@dataclass(frozen=True)
-class RandomDrop(ClsDrop):
-    """The control of `cls-drop`: as many patches at the same place, whatever they show."""
-
-    seed: int = 0
-
-    def scores(self, tokens: VisualTokens) -> Tensor:
-        """Random numbers: (G, V)."""
-        return torch.rand(tokens.index.shape, generator=torch.Generator().manual_seed(self.seed))
-
-
-def stepwise(keep: float) -> tuple[float, float, float]:
-    """Three equal cuts that end at `keep`."""
-    return keep ** (1 / 3), keep ** (2 / 3), keep
-
-
-def tome(keep: float, tokens: int = 196) -> ToMe:
-    """Equal numbers in all layers, or equal shares where those would be over half of a layer."""
-    if keep * tokens >= tokens / (LAYERS + 1) + 1:
-        return ToMe(keep=keep)
-    left = [round(tokens * keep ** (layer / LAYERS)) for layer in range(LAYERS)]
-    left.append(int(tokens * keep))
-    return ToMe(r=tuple(a - b for a, b in pairwise(left)))
-
-
-def inside(keep: float, seed: int) -> dict[str, Callable[[], Method]]:
-    """Methods that run inside the tower, those that need it most first."""
-    made: dict[str, Callable[[], Method]] = {
-        "tome": lambda: tome(keep),
-        "flowcut": lambda: get_method("flowcut")(keep=keep),
-    }
-    for layer in PROBED:
-        made[f"cls-drop, layer {layer}"] = lambda at=layer: ClsDrop((at,), keep)
-        made[f"random, layer {layer}"] = lambda at=layer: RandomDrop((at,), keep, seed=seed)
-    made["gtp-vit"] = lambda: get_method("gtp-vit")(keep=keep)
-    for slug in ("zero-tprune", "token-transforming"):
-        made[slug] = lambda slug=slug: get_method(slug)(keep=stepwise(keep))
-    return made
-
-
-def after() -> dict[Name, Method]:
-    """Methods that one encoding answers for."""
-    made: dict[Name, Method] = {(s, k): get_method(s)(keep=k) for s in AFTER for k in KEEPS}
-    for layer in range(LAYERS):
-        for keep in KEEPS:
-            count = ClsDrop.rounding(196 * keep)
-            made[f"cls-drop, layer {layer}", keep] = VTCCLS(keep=count, layers=(layer,))
-    return made
+Encoded = tuple[Tensor, Cells]  # an embedding, and what was left on the way
 
 
 def by_chance(keep: float, seed: int) -> Sources:
@@ -158,19 +107,20 @@ class Run:
             found["random", keep] = [[(s.kept, s.sources) for s in of] for of in drawn]
         return found
 
-    def encoded(
-        self, tower: Any, photos: Sequence[Photograph]
-    ) -> dict[Name, list[tuple[Tensor, Cells]]]:
-        """Name -> photograph -> embedding and cells, of methods inside the tower, and of none."""
+    def encoded(self, tower: Any, photos: Sequence[Photograph]) -> dict[Name, list[Encoded]]:
+        """Name -> photograph -> embedding and cells, of what acts inside the tower, and of none."""
+        pixels = torch.cat([photo.pixels for photo in photos])
+        equal = {keep: threshold(pixels, keep) for keep in KEEPS}
+        wanted: list[Name] = [WHOLE]
+        for keep in KEEPS:
+            wanted += [("smaller image", keep), *((name, keep) for name in inside(keep, 0.0))]
+        wanted += [(slug, 1.0) for slug in measured("vision", removes=False)]
         found = {}
-        wanted: list[Name] = [("all tokens", 1.0)]
-        wanted += [(name, keep) for keep in KEEPS for name in inside(keep, 0)]
         for name in wanted:
             images = []
             for number, photo in enumerate(photos):
                 label = re.sub(r"\W+", "-", f"{name[0]} {name[1]}")
-                make = functools.partial(one, tower, photo, name, number)
-                image = self.piece(f"{label}-{number}", make)
+                image = self.piece(f"{label}-{number}", partial(one, tower, photo, name, equal))
                 if image is None:
                     break
                 images.append(image)
@@ -178,11 +128,30 @@ class Run:
                 found[name] = images
         return found
 
+    def dropped(self, tower: Any, photos: Sequence[Photograph]) -> dict[Name, list[Tensor]]:
+        """Name -> seed -> (N, E) embeddings of photographs whose patches are dropped once."""
+        found: dict[Name, list[list[Tensor]]] = {}
+        for number, photo in enumerate(photos):
+            seeds = range(DRAWS * number, DRAWS * (number + 1))
+            made = self.piece(f"drops-{number}", partial(dropped, tower, photo.pixels, seeds))
+            if made is None:
+                return {}
+            for name, embeddings in made.items():
+                found.setdefault(name, []).append(embeddings)
+        return {
+            name: [torch.cat(of) for of in zip(*images, strict=True)]
+            for name, images in found.items()
+        }
 
-def one(tower: Any, photo: Photograph, name: Name, seed: int) -> tuple[Tensor, Cells]:
+
+def one(tower: Any, photo: Photograph, name: Name, equal: Mapping[float, float]) -> Encoded:
     """Embedding and cells of a photograph under a method inside the tower, or none."""
-    method = None if name[1] == 1.0 else inside(name[1], seed)[name[0]]()
-    embedding, made = encoded(tower, photo.pixels, method)
+    method: Method | None = None
+    if name[1] < 1 and name[0] != "smaller image":
+        method = inside(name[1], equal[name[1]])[name[0]]()
+    elif name != WHOLE and name[1] == 1:
+        method = get_method(name[0])()
+    embedding, made = encoded(tower, batch_of(photo.pixels, name), method)
     return embedding, (made.kept, made.sources)
 
 
@@ -193,19 +162,20 @@ def sizes(photos: Sequence[Photograph]) -> dict[str, int]:
         "objects": sum(len(photo.objects.areas) for photo in photos),
         "small": sum(int(photo.objects.small.sum()) for photo in photos),
         "seeds": SEEDS,
+        "draws": DRAWS,
     }
 
 
 def survival(
     photos: Sequence[Photograph],
     chosen: Mapping[Name, list[list[Cells]]],
-    embedded: Mapping[Name, list[tuple[Tensor, Cells]]],
+    embedded: Mapping[Name, list[Encoded]],
 ) -> list[dict[str, Any]]:
     """What is left of the objects: a row for each method and budget."""
     within = {
         name: [[cells] for _, cells in images]
         for name, images in embedded.items()
-        if name not in chosen and not name[0].startswith(("random", "all"))
+        if name[1] < 1 and name[0] != "smaller image"
     }
     means, rows = {}, []
     for name, images in {**chosen, **within}.items():
@@ -217,10 +187,11 @@ def survival(
         })  # fmt: skip
     for row in rows:
         own, sources = means[row["method"], row["keep"]]
-        grid, _ = means["uniform", row["keep"]]
         row["own"] = {key: mean.to_dict() for key, mean in own.items()}
-        row["sources"] = {key: mean.to_dict() for key, mean in sources.items()}
-        row["over uniform"] = {key: mean.minus(grid[key]) for key, mean in own.items()}
+        row["sources"] = {key: sources[key].to_dict() for key in ("area", "lost")}
+        for other in BASELINES:
+            base, _ = means[other, row["keep"]]
+            row[f"over {other}"] = {key: mean.minus(base[key]) for key, mean in own.items()}
     return rows
 
 
@@ -237,20 +208,6 @@ def left(
     }
 
 
-def embeddings(embedded: Mapping[Name, list[tuple[Tensor, Cells]]]) -> list[dict[str, Any]]:
-    """How far pruning inside the tower moves its image embeddings: a row for each method."""
-    if ("all tokens", 1.0) not in embedded:
-        return []
-    whole = torch.stack([of for of, _ in embedded["all tokens", 1.0]])
-    rows = []
-    for (method, keep), images in embedded.items():
-        if keep < 1:
-            found = agreement(torch.stack([of for of, _ in images]), whole)
-            means = {key: Means.of(pairs).to_dict() for key, pairs in found.items()}
-            rows.append({"method": method, "keep": keep, **means})
-    return rows
-
-
 def rounded(value: Any) -> Any:
     """The same with floats of five digits."""
     if isinstance(value, Mapping):
@@ -260,33 +217,56 @@ def rounded(value: Any) -> Any:
     return round(value, 5) if isinstance(value, float) else value
 
 
+def written(result: Mapping[str, Any]) -> str:
+    """A result as JSON, each row of a table on a line of its own."""
+    rows: list[str] = []
+
+    def lines(value: Any) -> Any:
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            rows.extend(json.dumps(row) for row in value)
+            return [f"row {len(rows) - len(value) + n}" for n in range(len(value))]
+        if isinstance(value, Mapping):
+            return {key: lines(of) for key, of in value.items()}
+        return value
+
+    text = json.dumps(lines(result), indent=1)
+    return re.sub(r'"row (\d+)"', lambda found: rows[int(found[1])], text) + "\n"
+
+
 def main() -> None:
+    """Measure, and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tower", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--clothes", type=Path, help="photographs of the linear probe")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "real-tower")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     given = parser.parse_args()
     torch.set_num_threads(1)
+    run = Run(given.out, time.time() + 60 * given.minutes)
     try:
         tower, photos = load(given.tower), list(photographs(given.data))
+        chosen = run.chosen(llava(tower), photos)
+        embedded = run.encoded(tower, photos)
+        drops = run.dropped(tower, photos)
+        of_clothes = probed(tower, given.clothes, run.piece) if given.clothes else {}
     except FoveateError as error:
         sys.exit(f"error: {error}")
-    run = Run(given.out, time.time() + 60 * given.minutes)
-    chosen = run.chosen(llava(tower), photos)
-    embedded = run.encoded(tower, photos)
     if not chosen:
         sys.exit("error: there was no time for all photographs; the same command goes on")
+    stacked = {name: [torch.stack([of for of, _ in found])] for name, found in embedded.items()}
     result = {
         "machine": {**describe_machine(), "dtype": "float32", "attention": "sdpa"},
         "tower": "CLIP ViT-B/16, 224 px, int8 weights as float32",
         "sizes": sizes(photos),
+        "left out": left_out(),
         "survival": survival(photos, chosen, embedded),
-        "embeddings": embeddings(embedded),
+        "embeddings": rows(stacked | drops),
+        "probe": of_clothes,
     }
-    RESULT.write_text(json.dumps(rounded(result), indent=1) + "\n", encoding="utf-8")
+    RESULT.write_text(written(rounded(result)), encoding="utf-8")
     print(f"saved {RESULT}")
 
 

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from foveate.core import Reduction
+from foveate.core import Reduction, list_methods
 from foveate.errors import FoveateError
-from foveate.methods import VTCCLS, ClsDrop, DivPrune, ToMe, VisionZip
+from foveate.methods import VTCCLS, ClsDrop, DivPrune, PixelPrune, ToC3D, ToMe, VisionZip
 from tests.test_benchmarks import ROOT
 
 
@@ -29,6 +29,16 @@ def survival():
 @pytest.fixture
 def towers():
     return importlib.import_module("_tower")
+
+
+@pytest.fixture
+def methods():
+    return importlib.import_module("_tower_methods")
+
+
+@pytest.fixture
+def vectors():
+    return importlib.import_module("_embeddings")
 
 
 MASK = torch.tensor(
@@ -102,15 +112,16 @@ def test_the_interval_of_a_mean_is_about_two_standard_errors(survival):
     assert (said["high"] - said["low"]) / 2 == pytest.approx(half, rel=0.1)
 
 
-def test_neighbours_stay_where_an_embedding_hardly_moves(survival):
+def test_neighbours_stay_where_an_embedding_hardly_moves(vectors):
     angles = torch.tensor([0.0, 0.1, 0.3, 1.0, 1.2, 2.0, 2.1])
     whole = torch.stack((angles.cos(), angles.sin()), 1)
-    unmoved = survival.agreement(whole, whole)
+    unmoved = vectors.agreement(whole, whole)
     assert all(value == pytest.approx(1.0) for pairs in unmoved.values() for value, _ in pairs)
     angles[0] = 1.15
-    found = survival.agreement(torch.stack((angles.cos(), angles.sin()), 1), whole)
+    found = vectors.agreement(torch.stack((angles.cos(), angles.sin()), 1), whole)
     assert found["nearest"] == [(0.0, 1.0), *[(1.0, 1.0)] * 6]
     assert found["cosine"][0][0] == pytest.approx(float(torch.tensor(1.15).cos()))
+    assert [value for value, _ in found["indexed"]] == [0, 0, 1, 0, 0, 1, 1]  # 0 is beside 4
     assert found["five"][0][0] == pytest.approx(4 / 5)  # 1 to 5 before, 4, 3, 2, 5, 6 now
 
 
@@ -151,6 +162,172 @@ def test_merging_in_the_tower_drops_no_source_and_changes_the_embedding(towers, 
     assert int(made.kept.sum()) == 8
     assert bool(made.sources.all())
     assert 0 < float(whole @ merged) < 0.9999
+
+
+def test_methods_are_measured_or_there_is_a_reason(methods):
+    """None is forgotten: the list follows the registry."""
+    out = [slug for slugs in methods.left_out().values() for slug in slugs]
+    stages = {stage: methods.measured(stage) for stage in ("vision", "pre_llm", "llm")}
+    computed = methods.measured("vision", removes=False)
+    assert sorted([*out, *computed, *stages["vision"], *stages["pre_llm"]]) == list_methods()
+    assert stages["llm"] == methods.measured("pre_llm", removes=False) == []
+    made = {make().slug for make in methods.inside(0.25, 1.0).values()}
+    assert {"cls-drop", *made} == set(stages["vision"])
+    after = {slug for slug, _ in methods.after() if not slug.startswith("cls-drop")}
+    assert after == set(stages["pre_llm"]) - {"random"}
+    reasons = {slug: why for why, slugs in methods.left_out().items() for slug in slugs}
+    assert "the frames" in reasons["evs"]
+    assert "the frames" in reasons["hot"]
+    assert reasons["cdpruner"].startswith("reads the question")
+    assert "trained" in reasons["stvit"]
+
+
+def test_a_threshold_meets_a_budget_on_average(methods):
+    pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(3)) / 4
+    pixels += torch.arange(4.0).view(4, 1, 1, 1) * torch.linspace(0, 1, 64).view(1, 1, 1, 64)
+    equal = methods.threshold(pixels, 0.5)
+    cells = pixels.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(3)
+    kept = importlib.import_module("foveate.methods.pixelprune").anchored(cells, equal)
+    assert float(kept.float().mean()) == pytest.approx(0.5, abs=0.1)
+    assert kept.flatten(1).sum(1).unique().numel() > 1  # each image its own number
+
+
+def test_a_smaller_image_has_as_many_patches_as_downsample_tokens(towers, tower):
+    pixels = torch.rand(2, 3, 32, 32)
+    assert towers.batch_of(pixels, ("tome", 0.25), 8) is pixels
+    smaller = towers.batch_of(pixels, ("smaller image", 0.5), 8)
+    assert smaller.shape == (2, 3, 16, 24)
+    assert torch.allclose(smaller.mean((2, 3)), pixels.mean((2, 3)), atol=0.02)
+    embedding = towers.embeddings_of(tower, smaller, None)
+    assert torch.allclose(embedding.norm(dim=1), torch.ones(2))
+
+
+def test_a_method_that_removes_nothing_leaves_all_cells(towers, tower):
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    whole, _ = towers.encoded(tower, pixels, None)
+    changed, made = towers.encoded(tower, pixels, ToC3D(scored=(1,), share=0.5))
+    assert bool(made.sources.all())
+    assert float(whole @ changed) < 0.9999
+
+
+def test_pixelprune_tells_what_it_keeps(towers, tower):
+    pixels = torch.zeros(1, 3, 32, 32)
+    pixels[..., 8:16, 8:16] = 1
+    _, made = towers.encoded(tower, pixels, PixelPrune())
+    kept = made.kept.unflatten(0, (4, 4))
+    assert bool(kept[0, 0])
+    assert bool(kept[1, 1])
+    assert 2 <= int(kept.sum()) < 8
+
+
+def test_a_probe_reads_classes_and_rows_are_paired(vectors):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(60) % 3
+    centres = torch.eye(3, 8)[labels]
+    features = torch.nn.functional.normalize(
+        centres + 0.1 * torch.randn(60, 8, generator=generator), dim=1
+    )
+    weight, bias = vectors.probe(features, labels)
+
+    def right(x):
+        return torch.nn.functional.linear(x, weight, bias).argmax(1) == labels
+
+    assert bool(right(features).all())
+    tight, loose = (vectors.fit(features, labels, decay)[0].norm() for decay in (10.0, 1e-5))
+    assert tight < 0.1 < 10 < loose
+    moved = features.roll(1, 0)  # every image looks like one of the next class
+    half = torch.where(torch.arange(60)[:, None] < 30, moved, features)
+    found = vectors.rows(
+        {
+            ("all tokens", 1.0): [features],
+            ("cls-drop, layer 3", 0.5): [half],
+            ("random, layer 3", 0.5): [half, moved],
+        },
+        right,
+    )
+    by_name = {row["method"]: row for row in found}
+    assert by_name["all tokens"]["accuracy"]["mean"] == 1
+    assert by_name["cls-drop, layer 3"]["over all"]["mean"] == pytest.approx(-0.5)
+    assert by_name["random, layer 3"]["accuracy"]["mean"] == pytest.approx(0.25)
+    over = by_name["cls-drop, layer 3"]["over random"]["accuracy"]
+    assert over["mean"] == pytest.approx(0.25)  # 0 or a half for each image, so it is sure
+    assert 0.15 < over["low"] < over["high"] < 0.35
+    assert "over random" not in by_name["random, layer 3"]
+    assert vectors.rows({}) == []
+
+
+def test_the_probe_goes_on_where_its_time_ended(tmp_path, monkeypatch):
+    """Two classes that differ in colour, a random tower, two batches, one of them in time."""
+    probes, real = (importlib.import_module(name) for name in ("_probe", "real_tower"))
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=2,
+        image_size=224, patch_size=16, projection_dim=8, initializer_range=0.2,
+    )  # fmt: skip
+    tower = CLIPVisionModelWithProjection(config).eval()
+    for part, count in (("train", 5), ("test", 4)):
+        for kind, colour in (("hat", (200, 20, 20)), ("shoe", (20, 20, 200))):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for number in range(count):
+                noise = np.random.default_rng(number).integers(0, 40, (40, 30, 3))
+                image = Image.fromarray((noise + colour).astype(np.uint8))
+                image.save(tmp_path / part / kind / f"{number}{kind}.jpg")
+    monkeypatch.setattr(probes, "BATCH", 6)
+    monkeypatch.setattr(probes, "KEEPS", (0.25,))
+    monkeypatch.setattr(importlib.import_module("_tower"), "KEEPS", (0.25,))
+    monkeypatch.setattr(probes, "EACH", 4)
+    run = real.Run(tmp_path / "run", float("inf"))
+    names = []
+
+    def two_parts(name, make):
+        names.append(name)
+        return None if name == "clothes-6" else run.piece(name, make)
+
+    first = probes.probed(tower, tmp_path, two_parts)
+    sizes = [first[key] for key in ("photographs", "of", "trained on", "classes")]
+    assert sizes == [6, 8, 8, 2]
+    assert "clothes-6" in names
+    found = probes.probed(tower, tmp_path, run.piece)
+    assert found["photographs"] == 8
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows["all tokens"]["accuracy"]["mean"] == 1
+    assert rows["smaller image"]["cosine"]["mean"] < 0.9999
+    assert {"toc3d", "pixelprune", "cls-drop, layer 9", "random, layer 1"} < set(rows)
+    assert found["bfloat16"]["cosine"]["all tokens"]["least"] > 0.98
+    ended = real.Run(tmp_path / "other", 0.0)
+    assert probes.probed(tower, tmp_path, ended.piece) == {}
+    with pytest.raises(FoveateError, match=r"there is no train/CLASS/\*\.jpg in"):
+        probes.photographs(tmp_path / "run", "train")
+
+
+def test_drops_share_the_layers_before_and_equal_whole_runs(monkeypatch, towers, methods, tower):
+    monkeypatch.setattr(towers, "PROBED", (1, 2))
+    monkeypatch.setattr(towers, "KEEPS", (0.5, 0.25))
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    made = towers.dropped(tower, pixels, (4, 5))
+    assert len(made) == 8
+    for layer in (1, 2):
+        for keep in (0.5, 0.25):
+            alone = towers.embeddings_of(tower, pixels, ClsDrop((layer,), keep))
+            assert torch.allclose(made[f"cls-drop, layer {layer}", keep][0], alone, atol=1e-6)
+            drawn = made[f"random, layer {layer}", keep]
+            control = methods.RandomDrop((layer,), keep, seed=5)
+            control = towers.embeddings_of(tower, pixels, control)
+            assert torch.allclose(drawn[1], control, atol=1e-6)
+            assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+            assert not torch.allclose(drawn[1], alone, atol=1e-3)
+
+
+def test_rows_of_a_result_are_lines():
+    real = importlib.import_module("real_tower")
+    result = {
+        "a": {"rows": [{"x": 1, "of": {"y": [2]}}, {"x": 3}]},
+        "b": [],
+        "rows": [{"z": "row 0"}],
+    }
+    text = real.written(result)
+    assert json.loads(text) == result
+    assert '\n   {"x": 1, "of": {"y": [2]}},\n' in text
 
 
 def test_masks_are_cropped_as_photographs_are(towers, tmp_path):
@@ -223,3 +400,13 @@ def test_weights_of_a_quantised_graph_get_their_names_and_scales():
 def test_the_figure_is_made_from_the_result():
     page = importlib.import_module("_real_tower_page")
     assert page.FIGURE.read_text() == page.figure(page.load()), "run python benchmarks/quality.py"
+
+
+def test_the_page_is_made_from_the_result():
+    """With the reason for each method that is left out, and a figure for each that a text names."""
+    page = importlib.import_module("_real_tower_page")
+    section = page.section(page.load())
+    assert section.rstrip() in (ROOT / "docs" / "results.md").read_text()
+    assert "`divprune`" in section
+    assert "`dtop`: decides by a head" in section
+    assert "{" not in section

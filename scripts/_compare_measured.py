@@ -25,10 +25,10 @@ the image; other settings are the defaults of each project. kvpress was made for
 pipeline compresses a text before it reads the question; here, but for [answers](#answers), the
 question is part of the prompt on both sides.
 """
-SHORT = """In short: foveate's cuts shorten the prefill, while presses add to it. For as many
-entries, caches are equal and decoding is about as fast. Heads of kvpress keep foveate's tokens
-little more often than chance would. With padding, kvpress runs without a warning, keeps entries of
-padding, and gives rows other logits than they get alone.
+SHORT = """In short: foveate's cuts shorten the prefill, and presses do not. For as many entries,
+caches are equal, and kvpress gains a little more in decoding. Heads of kvpress keep foveate's
+tokens little more often than chance would. With padding, kvpress runs without a warning, keeps
+entries of padding, and gives rows other logits than they get alone.
 """
 SPEED = """### Time and memory
 
@@ -56,7 +56,9 @@ BATCH = """### A batch of two
 
 The logits of the second token that `generate` makes, in a batch and alone: the largest difference,
 and how often the likeliest token is the same. Prompts of different length are padded on the left,
-by {padding:.1f} tokens on average; {pairs} pairs, and {equal} of equal length.
+by {padding:.1f} tokens on average; {pairs} pairs, and {equal} of equal length. A press has one
+budget for a batch, here that of the longer row. The answers have one word, so the second token is
+an easy one.
 """
 OTHERS = """### Other projects
 

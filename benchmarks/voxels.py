@@ -1,25 +1,27 @@
 """Pruning voxels by a sentence: accuracy and time with and without it, on drawn scenes.
 
-    python benchmarks/voxels.py [--steps 150] [--seeds 1] [--rounds 7]
+    python benchmarks/voxels.py [--steps 150] [--seeds 1] [--rounds 7] [--out FILE]
     python benchmarks/voxels_page.py
 
 A small network of `foveate.voxels` is trained twice from the same weights on the same scenes in the
 same order: once with pruning and addition, once with every voxel kept. Both learn what to keep.
 Scenes are smaller than those of the paper, so counts and regions are too; thresholds are those of
 the release. Held-out scenes are answered one by one; times are of one scene, everything included,
-and the contenders take turns.
+and the contenders take turns. What was found is written after every seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from _bench import ratios, save, turns, warm_heap
+from _bench import RESULTS, machine, ratios, turns, warm_heap
 
 warm_heap()
 
@@ -176,23 +178,23 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=900)
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--dry", action="store_true", help="write no result")
+    parser.add_argument("--out", type=Path, default=RESULTS / "voxels.json")
     args = parser.parse_args()
     begun = time.process_time()
     scenes = [draw_scene(seed) for seed in range(args.scenes)]
     held = [draw_scene(HELD_OUT + seed) for seed in range(args.held_out)]
     print(f"scenes drawn in {time.process_time() - begun:.0f} s", flush=True)
-    seeds, models = [], {}
+    about = {"held_out": len(held), "voxels": statistics.mean(len(s.voxels) for s in held)}
+    given = {name: value for name, value in vars(args).items() if name != "out"}
+    seeds: list[Any] = []
     for seed in range(args.seeds):
         models, result = seed_of(seed, scenes, held, args)
         seeds.append(result)
         print({n: {k: v["iou_25"] for k, v in r["answers"].items()} for n, r in result.items()})
-    speed = clock(models, held[:10], args.rounds)
-    print(speed)
-    about = {"held_out": len(held), "voxels": statistics.mean(len(s.voxels) for s in held)}
-    result = {"arguments": vars(args), **about, "seeds": seeds, "time": speed}
-    if not args.dry:
-        save("voxels", {**result, "cpu_seconds": time.process_time() - begun})
+        found = {"seeds": seeds, "time": clock(models, held[:10], args.rounds)}
+        spent = {"cpu_seconds": time.process_time() - begun}
+        whole = {"machine": machine(), "arguments": given, **about, **found, **spent}
+        args.out.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 if __name__ == "__main__":

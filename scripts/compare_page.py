@@ -13,6 +13,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+from _compare_measured import section as measured_section
+
 import foveate
 from foveate.core import Method
 from foveate.integrations.vllm.architectures import SERVED
@@ -48,14 +51,6 @@ others shorten the prompt. One does not replace the other.
 AUTHORS = """## The authors' own code
 
 The code that papers released. foveate implements each of these methods.
-"""
-MEASURED = """## A common measurement
-
-There is none yet. We installed kvpress 0.5.5 next to foveate, on a CPU with torch 2.13.0. It needs
-transformers below 5.3 and foveate needs 5.16.1 or later, so no environment suits both: with
-transformers 5.23 its hook fails with `KeyError: 'cache_position'`; with 5.2 foveate cannot import
-`LinearAttentionLayer`. A comparison needs two environments with the same weights, whose names
-differ between the two versions. We did not install the other projects.
 """
 READ = """## Where it was read
 
@@ -266,7 +261,7 @@ def page() -> str:
         table(data, "systems", [one for one in asked if one not in MORE]),
         AUTHORS,
         table(data, "authors", forks),
-        MEASURED,
+        measured_section(),
         READ,
         section(data, None),
         *(section(data, entry) for entry in data["projects"]),

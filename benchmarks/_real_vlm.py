@@ -2,7 +2,9 @@
 
 A method after the projector reads the encoder and its features, which no choice of its own changes.
 So a batch of images is encoded once, every method says what it keeps, and the language model is
-asked again with each reduction; its answers are those of a session with the method itself.
+asked again with each reduction; its answers are those of a session with the method itself. Methods
+that cut elsewhere have such a session. Where they read the language model alone, they too are
+given the one encoding.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from foveate.bench.prompt import Prompter, prompts
 from foveate.bench.sample import Sample
 from foveate.core import Method, ModelFacts, Reduction, Step, get_method
 from foveate.core.tokens import VisualTokens
+from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.run import use
 
@@ -103,6 +106,34 @@ def ask(
             (step,) = method.steps(family)
             replay = Replay(made=made, step=step, positions=positions)
             found[name] = right(model, processor, samples, replay)
+    return found
+
+
+def ask_each(
+    model: Any, processor: Any, samples: Sequence[Sample], methods: Mapping[Name, Method]
+) -> dict[Name, list[bool]]:
+    """Whether each answer is right, each method in a session of its own.
+
+    Args:
+        model: a LLaVA.
+        processor: its processor.
+        samples: each with one question about one image.
+        methods: wherever they cut. Those that refuse their budget here are left out.
+    """
+    found: dict[Name, list[bool]] = {}
+
+    def answer(name: Name) -> None:
+        try:
+            found[name] = right(model, processor, samples, methods[name])
+        except FoveateError as error:
+            print(f"{name[0]} at {name[1]:g} is left out: {error}")
+
+    within = [name for name, method in methods.items() if method.stage == "llm"]
+    with remembered(model.model.vision_tower):
+        for name in within:
+            answer(name)
+    for name in methods.keys() - set(within):
+        answer(name)
     return found
 
 

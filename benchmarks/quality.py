@@ -8,6 +8,13 @@ python -m recipes.easy_vqa --data DATA --out MODEL --steps 160
 foveate bench --model MODEL --methods all --keep 0.25 --tasks easy-vqa --data DATA --out OUT \
     --samples 256 --hint ""
 python benchmarks/quality.py --easy-vqa OUT/results.parquet
+
+foveate bench --model small --methods METHODS --keep 0.25 --out OUT --samples 160 \
+    --tasks words,multi-image,in-context,video-event,video-order
+python benchmarks/quality.py --small OUT/results.parquet
+foveate bench --model small-video --methods METHODS --keep 0.25 --out OUT --samples 160 \
+    --tasks video-event,video-order
+python benchmarks/quality.py --small-video OUT/results.parquet
 """
 
 from __future__ import annotations
@@ -31,7 +38,8 @@ from foveate.bench.svg import halves, percent
 from foveate.cli.bench import summarise
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
-EASY = RESULT.with_name("easy_vqa.json")
+EASY, SMALL, FILMS = (RESULT.with_name(f"{n}.json") for n in ("easy_vqa", "small", "small_video"))
+OTHERS = {"--easy-vqa": EASY, "--small": SMALL, "--small-video": FILMS}
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 INTRO = """# Accuracy
 
@@ -72,8 +80,9 @@ of a few points are noise there.
 - `dart` and `lvlm-csp` fail here. They rank in layers that do not attend to the image yet, so their
   choice carries little information.
 - Tasks marked *no* are not informative about methods, because this model cannot do them. It was
-  trained on drawn scenes, one image at a time, with numbers and not with words. The real data
-  (NLVR, easy-VQA, COCO) is among them; only its recall is meaningful. See below for easy-VQA.
+  trained on drawn scenes, one image at a time, with numbers and not with words. The deeper `small`
+  does words, several images, examples and videos; see below. The real data (NLVR, easy-VQA, COCO)
+  is among them, too; only its recall is meaningful. See below for easy-VQA.
 """
 
 
@@ -96,6 +105,48 @@ def real(easy: dict[str, Any]) -> str:
     shares = {"unpruned": task["accuracy"], "majority": task["majority"]}
     told = REAL.format(**{k: percent(v) for k, v in shares.items()}, n=task["n"])
     return told + _lines(sorted(easy["lines"], key=lambda x: (x["method"] != ALL, -x["accuracy"])))
+
+
+SEQUENCES = """## Words, several images, examples, and videos
+
+`small`, the deeper of the two models that come with foveate, was grown from `tiny` and also reads
+words, compares the images of a conversation, takes a rule from examples, and follows short videos.
+In each column are right answers in per cent; *all* counts every question once, with its 95 %
+interval, and *change* is to all tokens on the same questions. `{command}`; {machine}.
+"""
+
+FILMED = """The same videos as one stream of 768 tokens or more (`small-video`, a LLaVA-NeXT-Video
+with the weights of `small`), so that methods which compare frames can work. `{command}`.
+"""
+
+
+def sequences(small: dict[str, Any], films: dict[str, Any]) -> str:
+    """The section on several images and videos."""
+    parts = []
+    for about, result in ((SEQUENCES, small), (FILMED, films)):
+        parts += [about.format(**result), _by_task(result)]
+    return "\n".join(parts)
+
+
+def _by_task(result: dict[str, Any]) -> str:
+    """Each method's accuracy on each task, best first."""
+    tasks = [task["name"] for task in result["tasks"]]
+    right = {
+        (c["method"], c["keep"], c["task"]): c["right"] / c["n"] for c in result["cells"]
+    }  # fmt: skip
+    rows = []
+    for x in sorted(result["lines"], key=lambda x: (x["method"] != ALL, -x["accuracy"])):
+        low, high = x["interval"]
+        name = "all tokens" if x["method"] == ALL else f"`{x['method']}`"
+        rows.append([
+            name, "" if x["keep"] is None else f"{x['keep']:g}",
+            *(percent(right.get((x["method"], x["keep"], task))) for task in tasks),
+            f"{percent(x['accuracy'])} ({percent(low)} to {percent(high)})",
+            f"{100 * x['change']:+.1f} ± {100 * x['half_width']:.1f}", percent(x["flops"]),
+        ])  # fmt: skip
+    common = [percent(task["majority"]) for task in result["tasks"]]
+    rows.append(["*most common answer*", "", *common, "", "", ""])
+    return table(["method", "keep", *tasks, "all", "change", "FLOPs"], rows)
 
 
 def compact(path: str) -> dict[str, Any]:
@@ -124,8 +175,11 @@ def _line(line: Line) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
+def page() -> str:
     """The page as Markdown."""
+    result, easy, small, films = (
+        json.loads(path.read_text()) for path in (RESULT, EASY, SMALL, FILMS)
+    )
     parts = [INTRO, headline.section(headline.load())]
     parts.append(f"## All methods\n\n`{result['command']}`; {result['machine']}.\n")
     keeps = sorted({x["keep"] for x in result["lines"] if x["keep"]}, reverse=True)
@@ -142,6 +196,7 @@ def page(result: dict[str, Any], easy: dict[str, Any]) -> str:
     parts += [
         LESSONS,
         real(easy),
+        sequences(small, films),
         "## Tasks\n",
         table(head, rows),
         "## Refused or failed\n",
@@ -187,10 +242,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def main() -> None:
     given = sys.argv[1:]
     if given:
-        target = EASY if given[0] == "--easy-vqa" else RESULT
+        target = OTHERS.get(given[0], RESULT)
         target.write_text(json.dumps(compact(given[-1]), indent=1) + "\n")
     tower.FIGURE.write_text(tower.figure(tower.load()))
-    PAGE.write_text(page(json.loads(RESULT.read_text()), json.loads(EASY.read_text())))
+    PAGE.write_text(page())
     print(f"wrote {PAGE}")
 
 

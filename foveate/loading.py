@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
@@ -24,8 +24,8 @@ from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import FAMILIES
 from foveate.io.quoting import quoted, shown
 from foveate.measure.checkpoints import check_name, checkpoints
-from foveate.tiny import PATH
-from foveate.tiny import load as load_tiny
+from foveate.tiny import NAMES, PACKAGED, VIDEO, Size, load_video
+from foveate.tiny import load as load_packaged
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -34,7 +34,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
     """Load a model and its processor.
 
     Args:
-        name: a hub id, a local folder, or `tiny` for the embedded model.
+        name: a hub id, a local folder, or the name of an embedded model: `tiny`, `small`, or
+            `small-video` for the latter as a model that takes videos.
         device: where to put it, such as `cpu` or `cuda:0`.
         dtype: one of `DTYPES`; `auto` takes the checkpoint's, but float32 on a CPU.
 
@@ -47,8 +48,8 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
         kind = torch.float32
     model: Any
     with _loading(name):
-        if name == "tiny":
-            model, processor = load_tiny()
+        if name in NAMES:
+            model, processor = _packaged(name)
             model = model if kind == "auto" else model.to(kind)
         else:
             from transformers import AutoProcessor  # may fail; explained here
@@ -64,6 +65,11 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
     return model.to(where).eval(), processor
 
 
+def _packaged(name: str) -> tuple[Any, Any]:
+    """An embedded model and its processor."""
+    return load_video(size="small") if name == VIDEO else load_packaged(size=cast(Size, name))
+
+
 def load_skeleton(name: str) -> Any:
     """The model without its weights, on the meta device; only its config is read, and of
     well-known checkpoints not even that.
@@ -74,9 +80,12 @@ def load_skeleton(name: str) -> Any:
     if name in checkpoints() and not Path(name).is_dir():
         return checkpoints()[name].skeleton()
     with _loading(name):
-        if name == "tiny":
-            name = str(PATH)
-        config = AutoConfig.from_pretrained(check_name(name))
+        name = str(PACKAGED.get(name, name))
+        config = (
+            _packaged(name)[0].config
+            if name == VIDEO
+            else AutoConfig.from_pretrained(check_name(name))
+        )
         embeds = _holds_another(config) and config.model_type not in READ
         with torch.device("meta"):
             return (AutoModelForPreTraining if embeds else _auto_class(config)).from_config(config)
@@ -105,8 +114,7 @@ def load_image_processor(name: str) -> Any:
     with _loading(name):
         from transformers import AutoImageProcessor  # may fail; explained here
 
-        if name == "tiny":
-            name = str(PATH)
+        name = str(PACKAGED.get(name, name))
         return AutoImageProcessor.from_pretrained(check_name(name))
 
 

@@ -76,7 +76,7 @@ def _album(seed: int) -> Sequence:
 
 
 def _events(seed: int) -> Sequence:
-    return draw_events(seed, 3 + seed // 1024 % 2, objects=(3, 7))
+    return draw_events(seed, 2 + seed // 1024 % 3, objects=(2, 6))
 
 
 def _order(seed: int) -> Sequence:
@@ -89,7 +89,7 @@ def _rule(seed: int) -> Sequence:
 
 LESSONS = {
     "album": Lesson(_album, 8, 20, 48),
-    "events": Lesson(_events, 10, 8, 48),
+    "events": Lesson(_events, 12, 8, 40),
     "order": Lesson(_order, 10, 6, 32),
     "rule": Lesson(_rule, 20, 1, 32),
 }

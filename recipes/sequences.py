@@ -1,7 +1,7 @@
 """Teach a trained tiny VLM words, small objects, and several images per conversation.
 
 `python -m recipes.sequences --start MODEL --out RUN --photos DIR` goes on from a trained model,
-whose vocabulary may be smaller. Steps on single scenes, as in the last phase of the training from
+whose vocabulary may be smaller and which may have fewer layers. Steps on single scenes, as in the last phase of the training from
 scratch but varied, take turns with steps on albums, videos and examples; there the vision tower
 is left as it is, and for most of the run only some visual tokens are shown, which is cheaper.
 """
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from foveate.io.writing import check_folder
@@ -36,12 +36,12 @@ from recipes.precision import mixed
 from recipes.sequence_data import LESSONS, answer_sequences, make_sequences
 from recipes.train import Phase, Settings, Trainer, shares
 
-TURNS = {"scenes": 42, "album": 28, "events": 12, "order": 9, "rule": 9}
+TURNS = {"scenes": 40, "album": 14, "events": 24, "order": 7, "rule": 15}
 """How often a step is on what."""
 
 _MIX = ",".join(f"{sort}={share}" for sort, share in TURNS.items())
 
-_WHOLE_FROM = 0.7  # share of the run from which on all visual tokens are shown
+_WHOLE_FROM = 0.75  # share of the run from which on all visual tokens are shown
 _SAVE_EVERY_S = 150.0
 _OFTEN = (*HARDEST, "word")
 _SCENES = Phase(
@@ -59,7 +59,10 @@ def vocabulary_of(start: Path) -> tuple[str, ...]:
 def adopt(
     model: LlavaForConditionalGeneration, start: Path, vocabulary: tuple[str, ...] = VOCABULARY
 ) -> None:
-    """Copy a trained model's weights; words that it did not know start as random rows.
+    """Copy a trained model's weights into one that may be deeper and know more words.
+
+    New layers stand between the old ones and begin as the identity, so that the deeper model says
+    what the trained one says. Words that it did not know start as random rows.
 
     Args:
         model: what is to be trained; its vocabulary must begin with the trained model's.
@@ -67,19 +70,56 @@ def adopt(
         vocabulary: the words of the model that is to be trained.
 
     Raises:
-        ValueError: if the vocabularies do not agree.
+        ValueError: if the vocabularies do not agree, or the trained model is the deeper one.
     """
     words = vocabulary_of(start)
     if words != vocabulary[: len(words)]:
         raise ValueError(f"the vocabulary of {start} is not the beginning of the present one")
     old: Any = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    weights = old.state_dict()
     rows = old.get_input_embeddings().weight.detach()
     fresh = torch.randn(len(vocabulary) - len(rows), rows.shape[1]) * rows.std()
+    weights = old.state_dict()
     for name, tensor in weights.items():
         if tensor.shape == rows.shape:
             weights[name] = torch.cat([tensor, fresh])
-    model.load_state_dict(weights)
+    new: Any = model
+    for stack in ("language_model.layers", "vision_tower.encoder.layers"):
+        small, large = (part.model.get_submodule(stack) for part in (old, new))
+        weights = _spread(weights, f"model.{stack}.", len(small), large)
+    model.load_state_dict(model.state_dict() | weights)
+
+
+def _spread(
+    weights: dict[str, Tensor], prefix: str, count: int, layers: nn.ModuleList
+) -> dict[str, Tensor]:
+    """Name the weights of `count` layers as those of a deeper stack; the rest becomes idle."""
+    if count > len(layers):
+        raise ValueError(
+            f"the trained model has {count} layers where the new one has {len(layers)}"
+        )
+    places = [index * (len(layers) - 1) // (count - 1) for index in range(count)]
+    for index, layer in enumerate(layers):
+        if index not in places:
+            _idle(layer)
+    named = {}
+    for name, tensor in weights.items():
+        if name.startswith(prefix):
+            index, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{places[int(index)]}.{rest}"
+        named[name] = tensor
+    return named
+
+
+def _idle(layer: Any) -> None:
+    """Make a decoder's or a tower's layer add nothing; its inner weights stay as they are."""
+    ends = (
+        (layer.self_attn.o_proj, layer.mlp.down_proj)
+        if hasattr(layer.self_attn, "o_proj")
+        else (layer.self_attn.out_proj, layer.mlp.fc2)
+    )
+    for end in ends:
+        for tensor in end.parameters():
+            nn.init.zeros_(tensor)
 
 
 class Tuner(Trainer):
@@ -224,15 +264,20 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
     start: Annotated[Path, typer.Option(help="Folder of the trained model.")] = PATH,
     photos: Annotated[Path | None, typer.Option(help="Folder of JPEG backgrounds.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1400,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 3100,
     seed: Annotated[int, typer.Option(help="Seed of scenes and new words.")] = 0,
     turns: Annotated[
         str, typer.Option(help="How often a step is on what, as scenes=42,album=28.")
     ] = _MIX,
+    layers: Annotated[int, typer.Option(help="Layers of the language model, 12 or more.")] = 18,
+    tower: Annotated[int, typer.Option(help="Layers of the vision tower, 6 or more.")] = 8,
 ) -> None:
-    """Fine-tune the tiny VLM; run it again to go on after an interruption."""
+    """Grow the tiny VLM and teach it more; run it again to go on after an interruption."""
     torch.set_num_threads(1)
-    finetune(Settings(out, photos, 0.0, steps, seed, batch=8), start, mix_of(turns))
+    settings = Settings(
+        out, photos, 0.0, steps, seed, batch=8, muon=3e-3, layers=layers, tower=tower
+    )
+    finetune(settings, start, mix_of(turns))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from foveate.io.writing import check_folder, filling, replacing
-from foveate.tiny.build import EARLY, build_model, build_processor
+from foveate.tiny.build import EARLY, build_config, build_model, build_processor
 from foveate.tiny.words import VOCABULARY
 from recipes import losses
 from recipes.data import (
@@ -93,6 +93,8 @@ class Settings:
         batch: images per step.
         muon: learning rate of matrices, before the schedule's factors.
         adam: learning rate of everything else, likewise.
+        layers: layers of the language model.
+        tower: layers of the vision tower.
     """
 
     out: Path
@@ -103,6 +105,8 @@ class Settings:
     batch: int = 12
     muon: float = 2e-3
     adam: float = 2e-3
+    layers: int = 12
+    tower: int = 6
 
 
 class Trainer:
@@ -115,10 +119,11 @@ class Trainer:
     def __init__(self, settings: Settings) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
-        self.model = build_model()
+        shape = build_config(layers=settings.layers, tower=settings.tower)
+        self.model = build_model(shape)
         vision: Any = self.model.config.vision_config
         self.probes = losses.Probes(vision.hidden_size)
-        self.average = build_model()
+        self.average = build_model(shape)
         self.average.load_state_dict(self.model.state_dict())
         self.average.eval()
         self.optimizers = _optimizers(self.model, self.probes, settings)

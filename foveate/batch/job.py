@@ -19,7 +19,7 @@ class Job:
     Args:
         input: a file of questions, or a folder of such files; jsonl or Parquet.
         output: folder of the answers.
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         methods: what removes visual tokens, in stream order; none for all tokens.
         images: column of images; `None` for `images` or `image`, whichever there is.
         question: column of questions.

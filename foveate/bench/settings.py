@@ -33,7 +33,7 @@ class Settings:
     """A run. The same settings always ask the same questions.
 
     Args:
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         methods: names; baselines are added.
         keeps: shares that survive.
         tasks: names.

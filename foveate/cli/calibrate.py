@@ -26,7 +26,7 @@ class Calibration:
     """What is searched on which model.
 
     Args:
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         prompts: file of prompts, see `read_prompts`.
         out: where the method goes; trials go beside it.
         average: share of visual tokens that a layer sees on average.

@@ -37,7 +37,7 @@ class Question:
     """What is to be counted.
 
     Args:
-        model: hub id, local folder or `tiny`; facts of well-known checkpoints are bundled.
+        model: hub id, local folder, `tiny` or `small`; facts of well-known checkpoints are bundled.
         methods: what removes tokens, in stream order.
         convention: what counts.
         images: images in the prompt.

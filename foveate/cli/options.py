@@ -10,7 +10,7 @@ import typer
 RANDOM = "random:"
 """Before the name of a model with random weights, in `foveate bench --speed`."""
 
-Model = Annotated[str, typer.Argument(help="Hub id, local folder, or `tiny`.")]
+Model = Annotated[str, typer.Argument(help="Hub id, local folder, `tiny` or `small`.")]
 _METHOD = typer.Option(
     "--method",
     "-m",

@@ -19,6 +19,7 @@ from foveate.loading import load_model
 from foveate.report.panels import stack
 from foveate.report.report import Report
 from foveate.run import Session, use
+from foveate.tiny import NAMES
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Job:
     """One question to a model.
 
     Args:
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         media: images and videos, in the order of the prompt.
         question: asked after the images.
         methods: what removes tokens, in stream order.
@@ -140,7 +141,7 @@ def execute(job: Job) -> Outcome:
 
 def _notes(job: Job, processor: Any, model_type: str) -> tuple[str, ...]:
     """What to bear in mind of an answer."""
-    notes = notes_on_tiny(processor, job.media, job.question) if job.model == "tiny" else []
+    notes = notes_on_tiny(processor, job.media, job.question) if job.model in NAMES else []
     frames = sum(len(medium) for medium in job.media if isinstance(medium, list))
     if frames and not takes_videos(processor):
         notes.append(

@@ -57,7 +57,7 @@ def serve(
     """Load the model, and serve it.
 
     Args:
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         methods: of requests that name none, in stream order; none for all tokens.
         limits: of requests.
         address: host and port.

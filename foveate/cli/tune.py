@@ -38,7 +38,7 @@ def search(
     """Search, write and print.
 
     Args:
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         data: file of questions.
         out: folder of what comes of it.
         options: of the search.

@@ -67,7 +67,7 @@ def judge_model(name: str) -> Verdicts:
     """What works on a model; weights are not looked at.
 
     Args:
-        name: hub id, local folder or `tiny`.
+        name: hub id, local folder, `tiny` or `small`.
 
     Raises:
         FoveateError: there is no such model, or it is not supported.

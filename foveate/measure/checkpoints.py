@@ -13,6 +13,7 @@ from typing import Any
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.io.quoting import quoted, shown
+from foveate.tiny import NAMES, PACKAGED
 
 PATH = Path(__file__).with_name("checkpoints.json")
 
@@ -86,13 +87,13 @@ def check_name(name: str) -> str:
     """Tell a mistyped name from a hub id, before the hub is asked at length.
 
     Args:
-        name: hub id, local folder or `tiny`.
+        name: hub id, local folder, `tiny` or `small`.
 
     Raises:
         InputError: the folder is not there, or holds no model; or the hub has no such model or
             cannot be reached.
     """
-    if name == "tiny":
+    if name in NAMES:
         return name
     if os.path.isdir(name):
         if not (Path(name) / "config.json").is_file():
@@ -123,13 +124,13 @@ def check_config_name(name: str) -> None:
 
 def _near(name: str) -> str:
     """Names that a mistyped one may mean, and the one that always works."""
-    known = {known.rpartition("/")[2].lower(): known for known in (*checkpoints(), "tiny")}
+    known = {known.rpartition("/")[2].lower(): known for known in (*checkpoints(), *PACKAGED)}
     close = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.6)
-    if close[:1] == ["tiny"]:
-        return "did you mean `tiny`, the embedded model?"
-    near = [known[each] for each in close if known[each] not in ("tiny", name)]
+    if close and close[0] in PACKAGED:
+        return f"did you mean `{close[0]}`, an embedded model?"
+    near = [known[each] for each in close if known[each] not in (*PACKAGED, name)]
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{meant}`tiny` is the embedded model"
+    return f"{meant}`tiny` and `small` are the embedded models"
 
 
 def _check_hub(name: str) -> None:

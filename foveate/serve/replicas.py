@@ -43,7 +43,7 @@ class Spec:
     """What a replica is made of.
 
     Args:
-        model: hub id, local folder or `tiny`.
+        model: hub id, local folder, `tiny` or `small`.
         methods: of requests that name none; none for all tokens.
         device: where models run.
         dtype: of their weights, or `auto`.

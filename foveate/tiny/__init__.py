@@ -1,7 +1,9 @@
-"""A tiny vision-language model that ships with the package, and the scenes it understands.
+"""Two tiny vision-language models that ship with the package, and the scenes they understand.
 
-It is an ordinary LLaVA of transformers with a few million weights: small enough for a laptop and
-for tests, and trained well enough that dropping the wrong visual tokens costs accuracy.
+Each is an ordinary LLaVA of transformers with a few million weights: small enough for a laptop and
+for tests, and trained well enough that dropping the wrong visual tokens costs accuracy. `tiny`
+answers about one image. `small` is deeper; it also reads words, compares the images of a
+conversation, learns a rule from examples, and follows short videos.
 
 Examples:
     >>> from foveate import tiny
@@ -15,7 +17,7 @@ Examples:
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
@@ -32,46 +34,64 @@ if TYPE_CHECKING:
 
     from foveate.tiny.video import VideoProcessor
 
-__all__ = ["PATH", "Question", "Scene", "SceneObject", "draw_scene", "load", "load_video"]
+__all__ = [
+    "NAMES", "PACKAGED", "PATH", "VIDEO", "Question", "Scene", "SceneObject", "draw_scene", "load",
+    "load_video",
+]  # fmt: skip
 
 PATH = Path(__file__).parent / "weights"
-"""Folder of the packaged model; `AutoModelForImageTextToText.from_pretrained` takes it too."""
+"""Folder of `tiny`; `AutoModelForImageTextToText.from_pretrained` takes it too."""
+
+Size = Literal["tiny", "small"]
+PACKAGED: dict[str, Path] = {"tiny": PATH, "small": Path(__file__).parent / "small"}
+"""Folder of each packaged model, by its name."""
+
+VIDEO = "small-video"
+"""Name under which `small` is loaded as a model that takes videos."""
+NAMES = (*PACKAGED, VIDEO)
 
 
 def load(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: Size = "tiny",
 ) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
-    """Load the packaged model; nothing is downloaded.
+    """Load a packaged model; nothing is downloaded.
 
     Args:
         device: where to put the model; the CPU when left out.
         dtype: type of its weights. They are stored in fp16.
+        size: which one.
 
     Returns:
         The model in evaluation mode, and its processor.
     """
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+    folder = PACKAGED[size]
     model: Any = LlavaForConditionalGeneration.from_pretrained(
-        PATH, dtype=dtype, local_files_only=True
+        folder, dtype=dtype, local_files_only=True
     )
-    processor = AutoProcessor.from_pretrained(PATH, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     return model.to(device or "cpu").eval(), processor
 
 
 def load_video(
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    size: Size = "tiny",
 ) -> "tuple[LlavaNextVideoForConditionalGeneration, VideoProcessor]":
-    """Load the packaged model as one that takes videos; see `foveate.tiny.video`.
+    """Load a packaged model as one that takes videos; see `foveate.tiny.video`.
 
     Args:
         device: where to put the model; the CPU when left out.
         dtype: type of its weights.
+        size: which one; `tiny` sees frames, and not what happens from one to the next.
 
     Returns:
         The model in evaluation mode, and its processor. A frame has 256 visual tokens.
     """
     from foveate.tiny.video import for_videos
 
-    model, processor = for_videos(*load())
+    model, processor = for_videos(*load(size=size))
     return cast(Any, model).to(device or "cpu", dtype), processor

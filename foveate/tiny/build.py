@@ -102,7 +102,11 @@ def build_processor(vocabulary: tuple[str, ...] = VOCABULARY) -> LlavaProcessor:
 
 
 def build_config(
-    layers: int = 12, hidden: int = 160, vision: int = 128, words: int = len(VOCABULARY)
+    layers: int = 12,
+    hidden: int = 160,
+    vision: int = 128,
+    words: int = len(VOCABULARY),
+    tower: int = 6,
 ) -> LlavaConfig:
     """Describe the model.
 
@@ -111,13 +115,14 @@ def build_config(
         hidden: its width, a multiple of 8.
         vision: width of the vision tower, a multiple of 16.
         words: size of the vocabulary.
+        tower: layers of the vision tower.
 
     Returns:
         A LLaVA configuration: 256 visual tokens per image, taken from the vision tower's last
         layer but one without its class token.
     """
     return LlavaConfig(
-        vision_config=_vision_config(vision),
+        vision_config=_vision_config(vision, tower),
         text_config=_text_config(layers, hidden, words),
         image_token_index=IMAGE,
         image_seq_length=(SIZE // PATCH) ** 2,
@@ -127,11 +132,11 @@ def build_config(
     )
 
 
-def _vision_config(width: int) -> CLIPVisionConfig:
+def _vision_config(width: int, layers: int) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         image_size=SIZE,
         patch_size=PATCH,

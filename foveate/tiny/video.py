@@ -1,8 +1,8 @@
 """The packaged model for videos: LLaVA-NeXT-Video with the weights of the packaged LLaVA.
 
 A video is one stream of visual tokens, so that methods which compare frames can be tried offline.
-The weights were trained on one image a prompt: the model answers about what frames show, and not
-about what happens from one to the next.
+The weights of `tiny` were trained on one image a prompt: that model answers about what frames show,
+and not about what happens from one to the next. Those of `small` know short videos.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class VideoProcessor(LlavaProcessor):
         tokens = VIDEO_TOKEN * (pixels.shape[1] * height * width)
         filled = [prompt.replace(VIDEO_TOKEN, tokens) for prompt in prompts]
         return BatchFeature({**self.tokenizer(filled, **more), "pixel_values_videos": pixels})
+
+    @property
+    def video_processor(self) -> Any:
+        """What prepares frames; that there is one says that videos are taken."""
+        return self.image_processor
 
     def _pixels(self, clip: Frames) -> Tensor:
         """(frames, 3, height, width) what the encoder is fed."""

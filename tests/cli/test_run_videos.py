@@ -89,9 +89,9 @@ def test_the_embedded_model_is_asked_what_it_never_saw(asked, size, notes, tmp_p
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("tniy", "did you mean `tiny`, the embedded model?"),
+        ("tniy", "did you mean `tiny`, an embedded model?"),
         ("llava-1.5-7b", "did you mean llava-hf/llava-1.5-7b-hf or"),
-        ("zzzz", "`tiny` is the embedded model"),
+        ("zzzz", "`tiny` and `small` are the embedded models"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "list", "flops"])

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
-from foveate.tiny.build import build_config, build_model
+from foveate.tiny.build import IMAGE, SIZE, build_config, build_model
 from foveate.tiny.sequences import (
     SEQUENCE_KINDS,
     Sequence,
@@ -144,3 +145,23 @@ def test_a_trained_model_is_adopted_and_other_vocabularies_are_refused(tmp_path)
     assert len(rows) == len(VOCABULARY)
     with pytest.raises(ValueError, match="vocabulary"):
         adopt(new, tmp_path / "old", ("<pad>", "other"))
+
+
+def test_a_grown_model_says_what_the_trained_one_says(tmp_path) -> None:
+    from recipes.train import export
+
+    torch.manual_seed(0)
+    old = build_model(build_config(layers=3), idle=0)
+    export(old, tmp_path / "old")
+    old = LlavaForConditionalGeneration.from_pretrained(tmp_path / "old", dtype=torch.float32)
+    new = build_model(build_config(layers=5, tower=8)).eval()
+    adopt(new, tmp_path / "old")
+    asked = {
+        "input_ids": torch.tensor([[1] + [IMAGE] * 256 + [7, 8, 9]]),
+        "pixel_values": torch.randn(1, 3, SIZE, SIZE),
+    }
+    with torch.inference_mode():
+        said, before = new(**asked).logits, old(**asked).logits
+    torch.testing.assert_close(said, before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="has 3 layers where the new one has 2"):
+        adopt(build_model(build_config(layers=2)), tmp_path / "old")

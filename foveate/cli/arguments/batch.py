@@ -40,7 +40,7 @@ greedy.
 def batch(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="File or folder of questions.")],
     output: Annotated[Path, typer.Argument(help="Folder of answers.")],
-    model: Annotated[str, typer.Option(help="Hub id, local folder, or `tiny`.")],
+    model: Annotated[str, typer.Option(help="Hub id, local folder, `tiny` or `small`.")],
     method: Annotated[
         list[str] | None,
         typer.Option("--method", "-m", help="As in `foveate run`; by default all tokens are kept."),

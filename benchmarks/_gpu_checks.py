@@ -6,23 +6,17 @@ What makes it a reference is the test suite, which holds it to a full-length mod
 
 from __future__ import annotations
 
-import sys
-import traceback
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from _waits import Cuda, StandIn, machine
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
 
 from foveate import methods, tiny, use
 from foveate.bench.workload import random_config, random_prompt
@@ -245,119 +239,27 @@ def _compared(
 # -- waiting
 
 
-class HostReads(TorchFunctionMode):
-    """Counts calls that would make the host wait if the tensors of the prompt were on a GPU.
-
-    A stand-in for where there is none. Tensors that `cpu` gave, that were made without a device,
-    or that were made of such, are on the host anyway and cost nothing to read.
-    """
-
-    READS = frozenset(
-        getattr(Tensor, name)
-        for name in (
-            "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "cpu", "numpy",
-            "nonzero", "masked_select", "unique", "argwhere",
-        )
-    ) | {torch.nonzero, torch.masked_select, torch.unique, torch.argwhere}  # fmt: skip
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.places: Counter[str] = Counter()
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        here = all(getattr(x, "made_on_host", False) for x in given)
-        here = here and (bool(given) or kwargs.get("device") is None)
-        by_mask = func is Tensor.__getitem__ and _has_mask(args[1])
-        if (func in self.READS or by_mask) and not here:
-            self.places[_caller()] += 1
-        made = func(*args, **kwargs)
-        if func is Tensor.cpu:
-            made = made[...]  # on a CPU it gives the tensor itself
-        if here or func is Tensor.cpu:
-            for x in tree_leaves(made):
-                if isinstance(x, Tensor) and not any(x is one for one in given):
-                    x.made_on_host = True
-        return made
-
-
-def _has_mask(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
-
-
-def _caller() -> str:
-    """Where in foveate, or else in transformers, the running call comes from."""
-    for frame in reversed(traceback.extract_stack(sys._getframe(2))):
-        if (found := _place(frame.filename, frame.lineno)) is not None:
-            return found
-    return "elsewhere"
-
-
-def _place(file: str, line: int | None) -> str | None:
-    """A file of the package or of transformers, with its line; `None` for others."""
-    for package in ("foveate", "transformers"):
-        head, slash, rest = file.rpartition(f"/{package}/")
-        if slash and head:
-            return f"{package}/{rest}:{line}"
-    return None
-
-
-@contextmanager
-def waits(device: torch.device) -> Iterator[dict[str, Any]]:
-    """How often the host waits within: `total`, `places`, and on CUDA what the profiler saw.
-
-    torch's own warnings tell the places. The profiler counts runtime calls beside them.
-    """
-    found: dict[str, Any] = {}
-    if device.type != "cuda":
-        with HostReads() as reads:
-            yield found
-        found |= {"total": reads.places.total(), "places": dict(reads.places.most_common())}
-        return
-    torch.cuda.synchronize(device)
-    before = torch.cuda.get_sync_debug_mode()
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    with profile(activities=activities) as seen, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield found
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    spots = Counter(
-        _place(one.filename, one.lineno) or "elsewhere"
-        for one in told
-        if "synchronizing CUDA operation" in str(one.message)
-    )
-    calls = {event.key: event.count for event in seen.key_averages()}
-    names = ("cudaStreamSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
-    found |= {"total": spots.total(), "places": dict(spots.most_common())}
-    found["profiler"] = {name: calls.get(name, 0) for name in names}
-
-
 @torch.inference_mode()
 def synchronisations(device: torch.device) -> dict[str, Any]:
     """Waits of one prefill: of the bare model, and of each method beyond those."""
     rows = []
     for name, make in MODELS.items():
-        model, inputs = make()
-        model = model.to(device)
-        given = {key: value.to(device) for key, value in inputs.items()}
-        bare = _prefill_waits(model, given, None, device)
-        rows.append({"model": name, "method": "all tokens", **bare})
-        for method in READING[model.config.model_type]:
-            row = _prefill_waits(model, given, method, device)
-            added = row["total"] - bare["total"]
-            rows.append({"model": name, "method": method.slug, "stage": method.stage, **row,
-                         "added": added})  # fmt: skip
+        with machine(device) as there:
+            model, inputs = map(there.put, make())
+            bare = prefill_waits(there, model, inputs, None)
+            rows.append({"model": name, "method": "all tokens", **bare})
+            for method in READING[model.config.model_type]:
+                row = prefill_waits(there, model, inputs, method)
+                added = row["total"] - bare["total"]
+                rows.append({"model": name, "method": method.slug, "stage": method.stage, **row,
+                             "added": added})  # fmt: skip
     return {"rows": rows}
 
 
-def _prefill_waits(model: Any, inputs: Any, method: Any, device: torch.device) -> dict[str, Any]:
+def prefill_waits(there: StandIn | Cuda, model: Any, inputs: Any, method: Any) -> dict[str, Any]:
+    """Waits of one prefill with a method, or with all tokens."""
     with nullcontext() if method is None else use(model, method):
         model(**inputs, logits_to_keep=1)  # first calls wait for what later ones have
-        with waits(device) as found:
+        with there.waits() as found:
             model(**inputs, logits_to_keep=1)
     return found

@@ -60,7 +60,8 @@ def main() -> None:
             **{way: {task: sum(answers[task][f"{name}, {way}"]) for task in TASKS} for way in WAYS},
         })  # fmt: skip
     whole = {task: sum(answers[task]["none"]) for task in TASKS}
-    result = {"machine": describe_machine(), "asked": ASKED, "keep": KEEP, "all": whole, "rows": rows}
+    facts = {"machine": describe_machine(), "asked": ASKED, "keep": KEEP}
+    result = {**facts, "all": whole, "rows": rows}
     write_json(RESULT, result, indent=1)
     print(json.dumps(result, indent=1))
 

@@ -361,7 +361,14 @@ def gpu() -> str:
         "`make gpu` runs everything that needs a CUDA GPU, in at most "
         f"{sum(LIMITS.values()):.0f} minutes: each stage's outputs with flash kernels compared "
         "with the CPU's, host synchronisations, decoding, selection, a training step, and the "
-        "batch-size sweeps above. Weights are random, except those of the embedded model."
+        "batch-size sweeps above. Weights are random, except those of the embedded model.\n\n"
+        "A host synchronisation is what `torch.cuda.set_sync_debug_mode` warns of: a value that "
+        "Python reads, a result whose size the data decide, or a copy to the GPU that is not "
+        "`non_blocking`. Where there is no GPU, `benchmarks/_waits.py` counts the same on a "
+        "stand-in device, and `tests/test_waits.py` holds methods to it: a session reads the "
+        "prompt once, and once what was removed before the language model. The few methods that "
+        "wait more are listed there with their reasons; most of them decide by themselves how "
+        "many tokens survive."
     )
     if "machine" in parts:
         m = parts["machine"]

@@ -1,9 +1,10 @@
 """Teach a trained tiny VLM words, small objects, and several images per conversation.
 
 `python -m recipes.sequences --start MODEL --out RUN --photos DIR` goes on from a trained model,
-whose vocabulary may be smaller and which may have fewer layers. Steps on single scenes, as in the last phase of the training from
-scratch but varied, take turns with steps on albums, videos and examples; there the vision tower
-is left as it is, and for most of the run only some visual tokens are shown, which is cheaper.
+whose vocabulary may be smaller and which may have fewer layers. Steps on single scenes, as in the
+last phase of the training from scratch but varied, take turns with steps on albums, videos and
+examples; there the vision tower is left as it is, and for most of the run only some visual tokens
+are shown, which is cheaper.
 """
 
 import json

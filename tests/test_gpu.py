@@ -96,25 +96,13 @@ def test_other_tokens_than_the_references_are_seen(checks):
     assert checks.shared([{"llm:2": torch.tensor([1, 4, 6])}], same) == pytest.approx(2 / 3)
 
 
-def test_reads_of_the_host_are_counted_once(checks):
-    x = torch.arange(6)
-    with checks.waits(CPU) as found:
-        x.sum().item()
-        bool(x.any())
-        x[x > 2]
-        here = x.cpu()
-        here.tolist(), int(here[0]), (here > 2).nonzero()
-        torch.ones(3).tolist()
-        x + 1, x[:2], torch.zeros_like(x)
-    assert found["total"] == 4
-
-
-def test_on_cuda_torch_says_where_the_host_waits(checks, monkeypatch):
+def test_on_cuda_torch_says_where_the_host_waits(script, monkeypatch):
     modes = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    with checks.waits(torch.device("cuda")) as found:
+    there = script("_waits").machine(torch.device("cuda"))
+    with there as machine, machine.waits() as found:
         for text in ("called a synchronizing CUDA operation (x)", "another"):
             warnings.warn_explicit(text, UserWarning, "/site/foveate/engine/masks.py", 34)
     assert modes == ["warn", 0]

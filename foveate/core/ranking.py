@@ -99,6 +99,11 @@ def ranked(scores: Tensor, scale: Scale = None) -> Tensor:
     return torch.empty_like(run).scatter_(-1, order, run).argsort(dim=-1, stable=True)
 
 
+def marked(mask: Tensor, count: int) -> Tensor:
+    """(..., count) positions, ascending, at which a mask (..., V) holds; so many in each row."""
+    return (~mask).to(torch.uint8).argsort(dim=-1, stable=True)[..., :count]
+
+
 def highest(scores: Tensor, scale: Scale = None) -> Tensor:
     """Position of the highest score of the last axis.
 

@@ -61,6 +61,7 @@ class VisualTokens:
             do not learn.
         memory: inside an encoder, what the method has noted for its later steps of the same pass
             over the same images; empty at first.
+        total: tokens of each image before anything was removed; 0 in tokens made by hand.
     """
 
     features: Callable[[], Tensor]
@@ -79,6 +80,7 @@ class VisualTokens:
     valid: Tensor | None = None
     learned: nn.Module | None = None
     memory: MutableMapping[str, Any] = field(default_factory=dict)
+    total: int = 0
 
     @property
     def x(self) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate.core.transfer import upload
 from foveate.engine import features
 from foveate.engine.audio import clips
 from foveate.engine.compilation import untraced
@@ -91,8 +92,8 @@ class FeatureHooks:
         if self._vision is not None:
             self._vision.look_after()
         self._check_placed(modality)
-        arguments = bound(original, args, kwargs)
         state, signals, vision = self.state, self.tags.signals, self._vision
+        arguments = state.now.read.arguments(bound(original, args, kwargs))
         state.making_features, state.projector_input = True, None
         rows = {} if signals is None else stack.enter_context(signals.collect())
         if vision is None:
@@ -178,7 +179,7 @@ class FeatureHooks:
             lengths = self.family.lengths(modality, bound(module.forward, args, kwargs))
             features.check_order(lengths, mask, now.expanded)
             found.append(embeds)
-            rows: Any = embeds[mask].split(lengths)
+            rows: Any = embeds[upload(mask, embeds.device)].split(lengths)
             return BaseModelOutputWithPooling(pooler_output=rows)
 
         output = self.features(modality, encode, *args, **kwargs)
@@ -186,7 +187,7 @@ class FeatureHooks:
             pixels = output.encoded.pixels[:: now.expanded]
             output.encoded = replace(output.encoded, pixels=pixels)
         rows = features.feature_rows(features.pooled(output))
-        return found[0].masked_scatter(mask[..., None], rows)
+        return found[0].masked_scatter(upload(mask[..., None], rows.device), rows)
 
     def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the projector: keep what it is given, for methods that merge that."""

@@ -101,13 +101,14 @@ class FeatureReducer:
         assert now.prompt is not None  # as in every forward over a prompt
         assert now.tokens is not None
         ids, arguments = now.prompt
-        question = now.tokens.question_text(rows, ends)
-        table = self.family.base.get_input_embeddings()
-        embeds = question.embeddings(table, ids, arguments.get("inputs_embeds"))
-        if question.last is None:
+        told = now.tokens.question_text(rows, ends)
+        given = arguments.get("inputs_embeds")
+        question = told.on(given.device if ids is None else ids.device)
+        embeds = question.embeddings(self.family.base.get_input_embeddings(), ids, given)
+        if told.last is None:
             return question, embeds
         tokens = features.tokens_of(output, source)
-        return question, question.with_images(embeds, now.tokens.visual, rows, ends, tokens)
+        return question, told.with_images(embeds, now.tokens.visual, rows, ends, tokens)
 
     def read_of(self, modality: str) -> Tensor | None:
         """(N) which of the N visual tokens of a modality a next token is read from, in order of
@@ -118,6 +119,6 @@ class FeatureReducer:
         if not now.inside:
             if prompt is None:
                 return None
-            visual = placeholders(self.family, *prompt, {})
-            read = prompt_tokens(visual, prompt[1]).readout if visual else None
+            visual = placeholders(self.family, *prompt, {}, now.read)
+            read = prompt_tokens(visual, prompt[1], now.read)[0].readout if visual else None
         return None if read is None or modality not in visual else read[visual[modality]]

@@ -34,7 +34,8 @@ class EncoderOutputInfo:
         arguments: those that say where tokens lie (`Family.placed_by`).
         projector: what makes tokens one by one, if methods merge before it.
         unprojected: (V, C) what it is given for each image.
-        mixes: whether tokens of some image are made, or mixed afterwards, several at a time.
+        mixes: whether tokens of some image are made, or mixed afterwards, several at a time; on the
+            device until it is read.
         fed: what the features were made from, with shapes of floating-point tensors only.
         without_text: rows in which an image had no text after it that a method asked for.
         projected: rows that the projector was given once more, because they were merged.
@@ -51,7 +52,7 @@ class EncoderOutputInfo:
     states: list[ImageState] = field(default_factory=list)
     projector: Any = None
     unprojected: Sequence[Tensor] = ()
-    mixes: bool = True
+    mixes: bool | Tensor = True
     projected: int = 0
     fed: Mapping[str, Any] = field(default_factory=dict)
     without_text: tuple[int, ...] = ()

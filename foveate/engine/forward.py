@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.transfer import upload
 from foveate.engine.apply_step import apply_step
 from foveate.engine.attentions import widen_maps, widen_states
 from foveate.engine.cache import PrunedLayer
@@ -144,28 +145,31 @@ class ForwardPass:
             return kwargs
         visual, planes = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
         if visual is not None and planes is not None:
-            physical, kept = self._surviving(visual)
-            planes = [plane[kept.to(plane.device)] for plane in planes]
+            physical, kept = self._surviving(visual, len(planes[0]))
+            planes = [plane.index_select(0, kept.to(plane.device)) for plane in planes]
             return {**kwargs, "visual_pos_masks": physical, "deepstack_visual_embeds": planes}
         visual, by_layer = kwargs.get("vision_mask"), kwargs.get("deepstack_features")
         if visual is not None and by_layer is not None:
-            self._planes = by_layer, *self._surviving(visual[..., 0])
+            count = len(next(iter(by_layer.values())))
+            self._planes = by_layer, *self._surviving(visual[..., 0], count)
             first = {0: by_layer[0]} if 0 in by_layer else None
             return {**kwargs, "deepstack_features": first}
         return kwargs
 
-    def _surviving(self, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, P) which columns of layer 0 are visual, and (N) which visual tokens they are.
+    def _surviving(self, visual: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(B, P) which columns of layer 0 are visual, and (K) which visual tokens they are.
 
         Args:
-            visual: (B, T) which of all columns are visual, N in number.
+            visual: (B, T) which of all columns are visual: all but those of audio.
+            count: their number.
         """
         columns = self.layout.index.to(visual.device)
         physical = visual.gather(1, columns.clamp(min=0)) & (columns >= 0)
-        entering = torch.zeros_like(visual)
-        rows = torch.arange(visual.shape[0], device=visual.device)[:, None].expand_as(columns)
-        entering[rows[physical], columns[physical]] = True
-        return physical, entering[visual]
+        number = visual.flatten().cumsum(0).view_as(visual) - 1  # of each visual token
+        lost = sum(of.dropped * len(of.images) for of in self.groups if not of.audio)
+        # The surviving ones keep their order, and all others come after them.
+        rank = number.gather(1, columns.clamp(min=0)).masked_fill(~physical, count)
+        return physical, rank.flatten().sort().values[: count - lost]
 
     def _add_plane(
         self,
@@ -179,8 +183,9 @@ class ForwardPass:
         if number == 0 or number not in by_layer:
             return hidden
         plane, physical = by_layer[number], physical.to(hidden.device)[..., None]
-        plane = plane[kept.to(plane.device)].to(hidden.device, hidden.dtype)
-        return hidden.masked_scatter(physical, hidden[physical[..., 0]] + plane)
+        plane = plane.index_select(0, kept.to(plane.device)).to(hidden.device, hidden.dtype)
+        added = torch.zeros_like(hidden).masked_scatter(physical, plane)
+        return torch.where(physical, hidden + added, hidden)
 
     def _reduce(self, number: int, layer: Any, hidden: Tensor, kwargs: Kwargs) -> Tensor:
         """Let steps act that are due before a layer, and note what survives there."""
@@ -236,6 +241,7 @@ class ForwardPass:
         gone = torch.zeros(
             self.prompt.batch, self.prompt.length, dtype=torch.bool, device=self.prompt.device
         )
+        yes = torch.ones((), dtype=torch.bool, device=gone.device)  # a number would be uploaded
         groups: list[ImageGroup] = []
         lost = False
         for group in self.groups:
@@ -251,8 +257,8 @@ class ForwardPass:
                     continue
                 lost = True
                 rows = self.row_index(part)
-                gone[rows, part.columns] = True
-                gone[rows, after.columns] = False
+                gone[rows, part.columns] = yes
+                gone[rows, after.columns] = ~yes
                 self.tokens = list(self.tokens)
                 for row in part.rows:
                     self.tokens[row] -= part.index.shape[1] - after.index.shape[1]
@@ -281,7 +287,7 @@ class ForwardPass:
         kept = kept.gather(1, columns.clamp(min=0))
         if self.layout.ragged:
             kept &= columns >= 0
-        self.layout, source = compact(self.layout, kept, self.tokens)
+        self.layout, source = compact(self.layout, kept, self.tokens, self.prompt.told.tail)
         return source
 
     def _take(self, hidden: Tensor, source: Tensor) -> Tensor:
@@ -312,14 +318,15 @@ class ForwardPass:
         """(G, 1) row of the batch of each image."""
         rows = self._rows.get(part.rows)
         if rows is None:
-            rows = torch.tensor(part.rows, device=self.prompt.device)[:, None]
+            rows = upload(part.rows, self.prompt.device)[:, None]
             self._rows[part.rows] = rows
         return rows
 
     def _count_tokens(self) -> list[int]:
-        if self.prompt.present is None or not self.groups:
+        present = self.prompt.told.present
+        if present is None or not self.groups:
             return [self.prompt.length] * self.prompt.batch
-        return self.prompt.present.sum(1).tolist()
+        return present.expand(self.prompt.batch, -1).sum(1).tolist()
 
     def leave(self, output: Any) -> Any:
         """Bring hidden states and attention maps back to logical length, in place.

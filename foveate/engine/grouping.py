@@ -21,10 +21,10 @@ class ModalityImages:
     """Images of one modality in a forward.
 
     Args:
-        visual: (B, T) their placeholders.
+        visual: (B, T) their placeholders, on the host.
         shapes: tokens, grid and frames of each image, in order of appearance.
         dropped: (N) for each placeholder in row-major order, whether its token was dropped before
-            the text model.
+            the text model, on the host.
         kept: for each image, entry of each step inside the encoder -> (K) raster positions that
             survive it.
         locate: for each image, what finds out where in it the tokens lie.
@@ -46,6 +46,7 @@ class ModalityImages:
 class _Span:
     row: int
     columns: Tensor
+    surviving: Tensor  # columns of what survives
     index: Tensor
     shape: Shape
     kept: Kept
@@ -78,6 +79,7 @@ class _Span:
 def find_images(
     modalities: Sequence[ModalityImages],
     request: Callable[[int], int],
+    device: torch.device,
     readout: Tensor | None = None,
 ) -> list[ImageGroup]:
     """Find the images of a forward and what survives of them, numbered in order of appearance.
@@ -85,6 +87,7 @@ def find_images(
     Args:
         modalities: the images of each modality.
         request: batch row to entry of a per-request budget.
+        device: where the groups live.
         readout: (B, T) visual tokens that a next token is read from; `None` if there are none.
 
     Raises:
@@ -99,9 +102,9 @@ def find_images(
     return group_images(
         [span.image(number, request, readout) for number, span in enumerate(spans)],
         [span.shape for span in spans],
-        modalities[0].visual.device,
+        device,
         [span.index for span in spans],
-        [span.columns[span.index.sort().values] for span in spans],
+        [span.surviving for span in spans],
         [span.labels for span in spans],
         ordered=any(state.index is not None for of in modalities for state in of.states),
     )
@@ -129,14 +132,14 @@ def images_in(
 
 
 def _spans(of: ModalityImages) -> list[_Span]:
-    placeholders = of.visual.nonzero().cpu()
+    placeholders = of.visual.nonzero()
     tokens = sum(shape.total for shape in of.shapes)
     if placeholders.shape[0] != tokens:
         raise InputError(
             f"the prompt has {placeholders.shape[0]} image placeholders, but the images have "
             f"{tokens} visual tokens"
         )
-    surviving = torch.ones(tokens, dtype=torch.bool) if of.dropped is None else ~of.dropped.cpu()
+    surviving = torch.ones(tokens, dtype=torch.bool) if of.dropped is None else ~of.dropped
     spans = []
     start = 0
     kept = of.kept or [{}] * len(of.shapes)
@@ -157,12 +160,13 @@ def _spans(of: ModalityImages) -> list[_Span]:
         if state is None:
             state = ImageState(len(index), {}, {})
         _check_marks(state, index, shape)
-        if state.index is not None:
-            index = state.index.cpu()
-        kept_by_all = {**before, **state.kept}
+        columns, kept_by_all = at[:, 1], {**before, **state.kept}
         begun, labels, order = state.tokens_at_start, state.labels, state.order
+        there, index = columns[index], index if state.index is None else state.index
         spans.append(
-            _Span(row, at[:, 1], index, shape, kept_by_all, find, begun, labels, order, of.audio)
+            _Span(
+                row, columns, there, index, shape, kept_by_all, find, begun, labels, order, of.audio
+            )
         )
     return spans
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from foveate.engine.plan import Plan
 from foveate.engine.readout import check_readout
 from foveate.engine.replaced_forward import bypassed, forward_of
 from foveate.engine.rollback import Rollback
-from foveate.engine.state import Args, Kwargs, Prompt
+from foveate.engine.state import Args, Kwargs, Prompt, Told
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import ThreadState
 from foveate.engine.total import forget_images
@@ -137,8 +138,12 @@ class ForwardHooks:
         check_cache(cache, past)
         check_length(self.family, past + sequence.shape[1])
         sliced = any(map(features.is_slice, now.encoded.values()))
-        parts = self._parts(now.visual, now.encoded, marked)
-        groups = find_images(parts, now.request_of, None if sliced else now.readout)
+        holes = (of.encoded.mixes for of in now.encoded.values() if not features.is_slice(of))
+        now.read.fetch((marked, *holes))
+        removed = None if marked is None else now.read.of(marked)
+        parts = self._parts(now.visual, now.encoded, removed)
+        readout = None if sliced else now.readout
+        groups = find_images(parts, now.request_of, sequence.device, readout)
         check_readout(groups, self.plan)
         return groups
 
@@ -163,29 +168,27 @@ class ForwardHooks:
     ) -> Prompt:
         """What a forward of the text model is about."""
         state, now, (batch, length) = self.state, self.state.now, sequence.shape[:2]
-        mask, real = kwargs.get("attention_mask"), None
-        tokens = now.tokens if groups else None
-        if groups or self.plan.decode_step:
-            real = real_positions(mask, past + length)
-            real = None if real is None else real.expand(batch, -1)
+        mask, recurrent = kwargs.get("attention_mask"), bool(self.family.recurrent_layers)
+        real = now.real if groups else None
+        if not groups and self.plan.decode_step:
+            real = real_positions(mask, past + length, now.read)
+        told = Told(now.tokens if groups else None, real, past, recurrent)
         prompt = Prompt(
             batch=batch,
             length=length,
             past=past,
             device=sequence.device,
             groups=groups,
-            real=real,
+            told=told,
             sees=self._sees(mask, past, sequence) if groups else None,
             trailing=state.generate.trailing if groups else 0,
             flash=takes_2d_masks(self.family.text.config._attn_implementation),
-            visual=tokens.visual if tokens else None,
-            supervised=tokens.supervised if tokens else None,
-            sample=tokens.sample if tokens else None,
-            numbered=numbered_positions(kwargs.get("position_ids"), real, length),
-            recurrent=bool(self.family.recurrent_layers),
+            recurrent=recurrent,
             given=kwargs.get("position_ids"),
             training=state.training,
         )
+        numbered = numbered_positions(prompt.given, prompt.real, length)
+        prompt = prompt if numbered is None else replace(prompt, numbered=numbered)
         check_drafts(prompt.sees, prompt.trailing)
         return prompt
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from foveate.core import Reduction, VisualTokens
 from foveate.core.tokens import Shape
+from foveate.core.transfer import upload
 from foveate.engine.plan import PlannedStep
 from foveate.record.tiles import TokenBoxes
 
@@ -121,7 +122,7 @@ class ImageGroup:
         """(G) which surviving token may not be removed, -1 for none; `None` if no image has one."""
         if all(image.required < 0 for image in self.images):
             return None
-        required = torch.tensor([image.required for image in self.images], device=self.index.device)
+        required = upload([image.required for image in self.images], self.index.device)
         numbers = torch.arange(1, self.count + 1, device=self.index.device)
         return ((self.index == required[:, None]) * numbers).sum(1) - 1
 
@@ -175,13 +176,14 @@ class ImageGroup:
             valid=self.valid,
             learned=planned.learned,
             memory={} if memory is None else memory,
+            total=self.shape.total,
         )
 
     def pick(self, members: Sequence[int]) -> ImageGroup:
         """The group of some of its images."""
         if len(members) == len(self.images):
             return self
-        chosen = torch.tensor(members, device=self.index.device)
+        chosen = upload(members, self.index.device)
         return replace(
             self,
             images=tuple(self.images[i] for i in members),
@@ -231,8 +233,10 @@ class ImageGroup:
         index = self.index.sort().values if self.ordered and self.valid is None else self.index
         rows: Sequence[Tensor] = index.unbind()
         if self.valid is not None:
-            pairs = zip(rows, self.valid, strict=True)
-            rows = [row[valid].sort().values for row, valid in pairs]
+            padding = torch.iinfo(index.dtype).max
+            ascending = index.masked_fill(~self.valid, padding).sort().values
+            counts = self.valid.sum(1).tolist()
+            rows = [row[:count] for row, count in zip(ascending, counts, strict=True)]
         images = (
             replace(image, kept={**image.kept, entry: row})
             for image, row in zip(self.images, rows, strict=True)
@@ -291,7 +295,9 @@ def group_images(
         alike.setdefault((shape, count, methods, images[i].audio), []).append(i)
 
     def stack(rows: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-        return torch.stack([rows[i] for i in members]).to(device)
+        return upload(
+            torch.stack([upload(rows[i], rows[members[0]].device) for i in members]), device
+        )
 
     return [
         ImageGroup(

@@ -16,6 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.core.transfer import Downloads, download
 from foveate.engine.masks import real_positions
 from foveate.engine.prompt import PromptTokens
 from foveate.errors import InputError
@@ -69,14 +70,16 @@ def placeholders(
     ids: Tensor | None,
     kwargs: Mapping[str, Any],
     given: Mapping[str, Any],
+    read: Downloads,
 ) -> dict[str, Tensor]:
-    """The placeholders of visual tokens in a forward.
+    """The placeholders of visual tokens in a forward, on the host.
 
     Args:
         family: the model.
         ids: (B, T) token ids, or `None` where embeddings are given.
         kwargs: arguments of the base model.
         given: modality -> features that were encoded before.
+        read: copies on the host.
 
     Returns:
         Modality -> (B, T) mask, for modalities that have some. A decoding step has none.
@@ -89,6 +92,7 @@ def placeholders(
     elif ids.shape[1] == 1 and not given:
         return {}
     else:
+        ids = read.of(ids)
         masks = {modality: ids == token for modality, token in family.placeholder_ids.items()}
     return {modality: mask for modality, mask in masks.items() if bool(mask.any())}
 
@@ -108,28 +112,30 @@ def _embedded_placeholders(
             "inputs_embeds without input_ids do not say which rows are visual tokens; "
             f"pass input_ids with {instead}"
         )
-    table, masks = family.base.get_input_embeddings(), {}
-    for modality, token in family.placeholder_ids.items():
-        placeholder = table(torch.tensor(token, device=embeds.device))
-        masks[modality] = (embeds == placeholder).all(-1)
-    return masks
+    table, tokens = family.base.get_input_embeddings(), family.placeholder_ids
+    each = [table(torch.full((), token, device=embeds.device)) for token in tokens.values()]
+    masks = download([(embeds == placeholder).all(-1) for placeholder in each])
+    return dict(zip(tokens, masks, strict=True))
 
 
 def prompt_tokens(
-    visual: Mapping[str, Tensor], arguments: Mapping[str, Any], **known: Any
-) -> PromptTokens:
-    """What each token of a forward, or of a call of `generate`, is.
+    visual: Mapping[str, Tensor], arguments: Mapping[str, Any], read: Downloads
+) -> tuple[PromptTokens, Tensor | None]:
+    """What each token of a forward, or of a call of `generate`, is, on the host.
 
     Args:
         visual: modality -> (B, T) placeholders.
         arguments: those of the base model, or of `generate`.
-        **known: further fields of the value.
+        read: copies on the host.
+
+    Returns:
+        That, and (B, past + T) real positions, cached ones included; `None` for all.
     """
     everything = functools.reduce(torch.logical_or, visual.values())
     length = everything.shape[1]
     total = length + cached(arguments.get("past_key_values"))
-    real = real_positions(arguments.get("attention_mask"), total)
-    return PromptTokens(everything, None if real is None else real[:, -length:], **known)
+    real = real_positions(arguments.get("attention_mask"), total, read)
+    return PromptTokens(everything, None if real is None else real[:, -length:]), real
 
 
 def cached(cache: Any) -> int:

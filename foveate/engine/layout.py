@@ -25,10 +25,13 @@ class Layout:
         index: (B, P) logical position within this forward of each column; -1 is padding. Real
             columns ascend and padding comes first.
         ragged: whether any column is padding.
+        tail: columns at the end that are known to hold the last logical positions, without a gap,
+            in every row; `None` where the host must look.
     """
 
     index: Tensor
     ragged: bool
+    tail: int | None = None
 
     @classmethod
     def full(cls, batch: int, length: int, device: torch.device) -> Layout:
@@ -36,13 +39,16 @@ class Layout:
         return cls(torch.arange(length, device=device).expand(batch, length), ragged=False)
 
 
-def compact(layout: Layout, kept: Tensor, counts: Sequence[int]) -> tuple[Layout, Tensor]:
+def compact(
+    layout: Layout, kept: Tensor, counts: Sequence[int], tail: int | None = None
+) -> tuple[Layout, Tensor]:
     """Keep some columns.
 
     Args:
         layout: (B, P) columns now.
         kept: (B, P) bool, columns to keep.
         counts: number of kept columns of each row, known on the host.
+        tail: as in `Layout`, of the new one.
 
     Returns:
         The new layout, and the (B, P') column of the old layout that each new column comes from
@@ -56,7 +62,7 @@ def compact(layout: Layout, kept: Tensor, counts: Sequence[int]) -> tuple[Layout
     index = layout.index.gather(1, source)
     if ragged:
         index = index.masked_fill(~kept.gather(1, source), -1)
-    return Layout(index, ragged), source
+    return Layout(index, ragged, tail), source
 
 
 def take(x: Tensor, source: Tensor) -> Tensor:

@@ -5,32 +5,36 @@ Shapes: `B` rows, `T` logical length of a forward, `K` columns of a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.core.transfer import Downloads, download
 from foveate.errors import InputError
 
 
-def real_positions(mask: Any, total: int) -> Tensor | None:
-    """(B, total) positions that are neither padding nor hidden by the caller; `None` for all.
+def real_positions(mask: Any, total: int, read: Downloads) -> Tensor | None:
+    """(B, total) positions that are neither padding nor hidden by the caller, on the host; `None`
+    for all.
 
     Args:
         mask: an attention mask: 2-D, 4-D, a dict of those by kind of layer, or `None`.
         total: logical length, cached positions included.
+        read: copies on the host, of 2-D masks too.
     """
     sees = _square(mask)
     if sees is not None:
         mask = sees[..., :total].any(1)
         mask[:, -sees.shape[1] :] &= ~_hidden(sees[..., total - sees.shape[1] : total])
+        (mask,) = download([mask])
     elif isinstance(mask, dict):
         mask = mask["full_attention"]
     if mask is None:
         return None
-    real = mask[:, :total].bool()
+    real = read.of(mask)[:, :total].bool()
     return None if bool(real.all()) else real
 
 
@@ -98,14 +102,16 @@ def from_first(positions: Tensor, real: Tensor | None, past: int, first: int = 0
     return (positions - padding).clamp(min=first) if bool(padding.any()) else None
 
 
-def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Which sample of its row each position is of, where a row holds several packed samples.
+def samples(kwargs: Mapping[str, Any], read: Downloads) -> Tensor | None:
+    """Which sample of its row each position is of, where a row holds several packed samples, on
+    the host.
 
     As in transformers, if there is no mask, a sample begins wherever position ids do not grow by
     one. Not every text model looks at that: with a cache, only those with flash kernels do.
 
     Args:
         kwargs: arguments of the base model.
+        read: copies on the host.
 
     Returns:
         (B, T) numbers; `None` where every row is one sample.
@@ -126,17 +132,20 @@ def samples(kwargs: Mapping[str, Any]) -> Tensor | None:
         if position_ids.shape[0] != 4:
             return None
         position_ids = position_ids[0]
-    jumps = position_ids.diff(dim=1) != 1
+    jumps = read.of(position_ids).diff(dim=1) != 1
     if not bool(jumps.any()):
         return None
     return F.pad(jumps.cumsum(1), (1, 0))
 
 
-def left_align(mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor]:
+def left_align(
+    mask: Tensor, known: Sequence[int] | None = None, least: int = 0
+) -> tuple[Tensor, Tensor]:
     """Columns at which a mask is true, aligned to the left.
 
     Args:
         mask: (B, T) mask.
+        known: at how many in each row, if that is known.
         least: entries of each row, at least.
 
     Returns:
@@ -144,7 +153,8 @@ def left_align(mask: Tensor, least: int = 0) -> tuple[Tensor, Tensor]:
         are no repetition.
     """
     counts = mask.sum(1, keepdim=True)
-    number = torch.arange(max(int(counts.max()), least), device=mask.device)
+    most = int(counts.max()) if known is None else max(known)
+    number = torch.arange(max(most, least), device=mask.device)
     columns = (~mask).to(torch.uint8).argsort(dim=1, stable=True)
     return columns.gather(1, torch.minimum(number, (counts - 1).clamp(min=0))), number < counts
 

@@ -7,12 +7,14 @@ prompt and calls the text model.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from foveate.core import TrainingPass
+from foveate.core.transfer import is_table, upload
 from foveate.engine import features
 from foveate.engine.compilation import untraced
 from foveate.engine.extensions.labels import (
@@ -150,7 +152,10 @@ class ModelHooks:
         untagged = [output for output in given.values() if not features.is_tagged(output)]
         if untagged and state.generate.requests is None and is_generating(self.family.model):
             return kwargs  # it has begun before the session
-        now.visual = placeholders(self.family, ids, kwargs, given)
+        told = (ids, kwargs.get("attention_mask"), *filter(is_table, kwargs.values()))
+        if ids is None or ids.shape[1] > 1 or given:
+            now.read.fetch(x for x in told if isinstance(x, Tensor) and x.dim() == 2)
+        now.visual = placeholders(self.family, ids, kwargs, given, now.read)
         if not now.visual:
             return kwargs
         check_modalities(self.plan, now.visual)
@@ -158,6 +163,7 @@ class ModelHooks:
         if prefix is not None:
             everything = torch.stack(list(now.visual.values())).any(0)
             # Tables of embeddings may end before the placeholder.
+            everything = upload(everything, prefix.ids.device)
             now.prompt = prefix.ids.masked_fill(everything, 0), kwargs
             self._take(given, now, {})
             embeds = prefix.embeddings(kwargs["inputs_embeds"], now.visual)
@@ -183,12 +189,13 @@ class ModelHooks:
             check_positions(self.family, kwargs)
         kernel = self.family.text.config._attn_implementation
         splits = takes_2d_masks(kernel) or not self._caches(kwargs)
-        sample, trailing = samples(kwargs) if splits else None, state.generate.trailing
-        tokens = prompt_tokens(now.visual, kwargs, trailing=trailing, sample=sample)
+        sample = samples(kwargs, now.read) if splits else None
+        tokens, now.real = prompt_tokens(now.visual, kwargs, now.read)
+        tokens = replace(tokens, trailing=state.generate.trailing, sample=sample)
         if state.supervised is not None:
             if is_training(module):
                 self.plan.check_untotalled()
-            tokens = supervise(tokens, module, state.supervised)
+            tokens = supervise(tokens, module, now.read.of(state.supervised))
         elif self._may_hold_answers and self.plan.asks_text:
             check_labels(module, self.plan.asks_text)
         now.tokens = tokens

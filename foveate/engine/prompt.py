@@ -1,5 +1,7 @@
 """The prompt: what each token of a forward is, and what is asked about each image.
 
+What tokens are is found out on the host, from one reading of the prompt; layers are given copies.
+
 Query tokens are the tokens whose attention ranks the visual tokens: the last token of the prompt,
 or of each sample where several are packed in a row. Where labels are given, they are the token
 before each supervised span, because each turn of a conversation ends its prompt there.
@@ -14,12 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.core import Need, TrainingPass
+from foveate.core.transfer import upload
 from foveate.engine.images import Image, ImageGroup
 from foveate.engine.masks import left_align, present_positions
 from foveate.engine.total import Room
@@ -30,7 +34,7 @@ from foveate.signals.clip import ClipQuestions
 
 @dataclass(frozen=True, eq=False)
 class PromptTokens:
-    """What each token of a forward is.
+    """What each token of a forward is, on the host.
 
     Args:
         visual: (B, T) placeholders of all images.
@@ -153,6 +157,10 @@ class QueryTokens:
     real: Tensor | None = None
     sample: Tensor | None = None
 
+    def on(self, device: torch.device) -> QueryTokens:
+        """The same on a device."""
+        return QueryTokens(*_uploaded((self.columns, self.real, self.sample), device))
+
     def of(self, rows: Tensor, ends: Tensor) -> Tensor:
         """(G, Q) which query tokens rank each of some images: those after it in its sample.
 
@@ -184,6 +192,11 @@ class QuestionText:
     sample: Tensor | None = None
     last: Tensor | None = None
     without: tuple[int, ...] = ()
+
+    def on(self, device: torch.device) -> QuestionText:
+        """The same on a device."""
+        parts = self.columns, self.real, self.sample, self.last
+        return QuestionText(*_uploaded(parts, device), self.without)
 
     def mask(self, rows: Tensor, ends: Tensor) -> Tensor:
         """(G, Q) which tokens are the question text of each of some images.
@@ -242,7 +255,7 @@ class QuestionText:
         text; NaN where the image is not known.
 
         Args:
-            embeds: (B, Q, D) those of tokens.
+            embeds: (B, Q, D) those of tokens, on the device; all else is on the host.
             visual: (B, T) placeholders of all images.
             rows: row of each image that is known.
             ends: logical column of each one's last token.
@@ -250,10 +263,10 @@ class QuestionText:
         """
         assert self.last is not None  # or no image stands for text
         unknown = self.last & visual.gather(1, self.columns)
-        embeds = embeds.masked_fill(unknown[..., None].to(embeds.device), torch.nan)
+        embeds = embeds.masked_fill(upload(unknown[..., None], embeds.device), torch.nan)
         for row, end, of in zip(rows, ends, features, strict=True):
-            token = (unknown[row] & (self.columns[row] == end)).nonzero()[:, 0]
-            embeds[row, token.to(embeds.device)] = of[-1].detach().to(embeds)
+            for token in (unknown[row] & (self.columns[row] == end)).nonzero()[:, 0].tolist():
+                embeds[row, token] = of[-1].detach().to(embeds)
         return embeds
 
 
@@ -320,7 +333,7 @@ class PromptContext:
                 "image, and the prompt ends in a visual token that is encoded separately; put text "
                 "after the image, or use a method that does not read the prompt"
             )
-        return text, mask, question.paired(rows, ends, torch.tensor(nexts, device=embeds.device))
+        return text, mask, question.paired(rows, ends, upload(nexts, embeds.device))
 
     def _following(self) -> dict[tuple[int, int], int]:
         """(row, end) of an image -> end of the next one in its row."""
@@ -340,7 +353,11 @@ def starts(sample: Tensor) -> Tensor:
 
 def ends_of(group: ImageGroup, device: torch.device) -> tuple[Tensor, Tensor]:
     """(G) rows of a group's images, and (G) logical columns of their last tokens."""
-    return torch.tensor(group.rows, device=device), torch.tensor(group.ends, device=device)
+    return upload(group.rows, device), upload(group.ends, device)
+
+
+def _uploaded(parts: Sequence[Tensor | None], device: torch.device) -> list[Any]:
+    return [None if part is None else upload(part, device) for part in parts]
 
 
 def _in_sample(sample: Tensor | None, rows: Tensor, ends: Tensor, columns: Tensor) -> Tensor:

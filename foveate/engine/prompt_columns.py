@@ -5,6 +5,7 @@ Shapes: `B` rows, `T` logical length, `P` physical columns, `Q` query or text to
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -35,16 +36,15 @@ class PromptColumns:
 
     @cached_property
     def tokens(self) -> PromptTokens:
-        """What each token of the forward is."""
-        prompt = self.prompt
-        assert prompt.visual is not None  # there are images, or no step would read signals
-        visual = prompt.visual.to(prompt.device)
-        return PromptTokens(visual, self._real, prompt.trailing, prompt.supervised, prompt.sample)
+        """What each token of the forward is, on the host."""
+        tokens, real = self.prompt.told.tokens, self.prompt.told.real
+        assert tokens is not None  # there are images, or no step would read signals
+        return replace(tokens, real=None if real is None else real[:, self.prompt.past :])
 
-    @property
+    @cached_property
     def query_tokens(self) -> QueryTokens:
         """The query tokens."""
-        return self.tokens.query
+        return self.tokens.query.on(self.prompt.device)
 
     @property
     def question_tokens(self) -> int:
@@ -63,7 +63,8 @@ class PromptColumns:
         """The text after the images, as far as it is not supervised."""
         groups = self.prompt.groups
         rows = [row for group in groups for row in group.rows]
-        return self.tokens.question_text(rows, [end for group in groups for end in group.ends])
+        ends = [end for group in groups for end in group.ends]
+        return self.tokens.question_text(rows, ends).on(self.prompt.device)
 
     @property
     def _real(self) -> Tensor | None:

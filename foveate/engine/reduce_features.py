@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.core import Need, Reduction
 from foveate.core.reduction import take_rows
+from foveate.core.transfer import upload
 from foveate.engine.apply_step import apply_step
 from foveate.engine.features import EncoderOutputInfo, feature_rows, put_sheets, starts_of
 from foveate.engine.features import sheets as sheets_of
@@ -108,7 +109,7 @@ class _FeatureGroup:
             return self.sheets
         member = {number: i for i, number in enumerate(self.group.numbers)}
         members = [member[number] for number in part.numbers]
-        return [x[members] for x in self.sheets]
+        return [x.index_select(0, upload(members, x.device)) for x in self.sheets]
 
 
 def _limited(
@@ -143,10 +144,10 @@ def _marked(
     """Sheets (N, D) of all images, of which each begins somewhere, that hold the surviving tokens,
     and else NaN.
     """
-    first = torch.tensor(starts, device=sheets[0].device)
-    rows = [
-        each.group.index.sort().values + first[list(each.group.numbers), None] for each in groups
-    ]
+    rows = []
+    for each in groups:
+        first = upload([starts[number] for number in each.group.numbers], sheets[0].device)
+        rows.append(each.group.index.sort().values + first[:, None])
     where = torch.cat([row.flatten() for row in rows])
     marked = []
     for number, sheet in enumerate(sheets):

@@ -92,7 +92,7 @@ class Slots:
                 new = layout.index + self.length
                 if layout.ragged:
                     new = new.masked_fill(layout.index < 0, -1)
-                tail = _tail(new, total)
+                tail = _tail(new, total) if layout.tail is None else layout.tail
                 head = torch.cat((self.index, new[:, : new.shape[1] - tail]), dim=1)
             ragged = self.ragged or layout.ragged
             shift = _sum(self.renumbered, renumbered)

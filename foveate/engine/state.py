@@ -10,17 +10,69 @@ import torch
 from torch import Tensor
 
 from foveate.core import TrainingPass
+from foveate.core.transfer import upload
 from foveate.engine.masks import present_positions
 
 if TYPE_CHECKING:
     from foveate.engine.images import ImageGroup
     from foveate.engine.layout import Layout
     from foveate.engine.plan import Plan
+    from foveate.engine.prompt import PromptTokens
     from foveate.engine.slots import Slots
     from foveate.families import Family
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What the host knows of a prompt.
+
+    Args:
+        tokens: what each token of this forward is; `None` without images.
+        real: (B or 1, past + T) which positions are neither padding nor hidden by the caller;
+            `None` for all.
+        past: logical length of what the cache holds.
+        recurrent: as in `Prompt`.
+    """
+
+    tokens: PromptTokens | None
+    real: Tensor | None
+    past: int
+    recurrent: bool
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """(B, T) which positions have a column once any is removed: those of
+        `present_positions`; where a running state steps over hidden positions, all but padding
+        around a row. `None` for all.
+        """
+        if self.real is None or (self.recurrent and self.past):
+            return None
+        visual = None if self.tokens is None else self.tokens.visual
+        present = present_positions(self.real[:, self.past :], visual)
+        if present is None or not self.recurrent:
+            return present
+        begun, goes_on = present.cumsum(1), present.flip(1).cumsum(1).flip(1)
+        return (begun > 0) & (goes_on > 0)
+
+    @cached_property
+    def hidden(self) -> Tensor | None:
+        """(B, T) visual tokens that the caller hides; `None` if there are none."""
+        if self.real is None or self.tokens is None:
+            return None
+        hidden = self.tokens.visual & ~self.real[:, self.past :]
+        return hidden if bool(hidden.any()) else None
+
+    @cached_property
+    def tail(self) -> int:
+        """Positions at the end that have a column in every row, whatever methods remove."""
+        if self.tokens is None:
+            return 0
+        stays = ~self.tokens.visual
+        stays = stays if self.present is None else stays & self.present
+        return int(stays.all(0).flip(0).long().cumprod(0).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,14 +86,10 @@ class Prompt:
         device: where the sequence lives.
         groups: images of this forward and which of their tokens survive; empty in decoding steps
             and for text alone.
-        real: (B, past + T) which positions are neither padding nor hidden by the caller, or `None`
-            for all.
+        told: what the host knows of it; of the same tensors, those on the device are made of these.
         trailing: drafted tokens after the prompt, in assisted decoding.
         flash: whether the attention kernel takes 2-D masks.
         sees: (B or 1, T, T) what each position sees; `None` where that is those before it.
-        visual: (B, T) placeholders of all images, removed ones too; `None` without images.
-        supervised: (B, T) positions with a label; `None` without labels.
-        sample: (B, T) which sample of its row each position is of; `None` where rows are samples.
         numbered: (B, T) which positions make those after them go on by one; `None` for all.
         recurrent: whether some layers mix tokens into a running state; a hidden position is a step
             of zeros there.
@@ -54,13 +102,10 @@ class Prompt:
     past: int
     device: torch.device
     groups: list[ImageGroup]
-    real: Tensor | None
+    told: Told
     trailing: int
     flash: bool
     sees: Tensor | None = None
-    visual: Tensor | None = None
-    supervised: Tensor | None = None
-    sample: Tensor | None = None
     numbered: Tensor | None = None
     recurrent: bool = False
     given: Tensor | None = None
@@ -74,26 +119,40 @@ class Prompt:
         return torch.arange(self.past, self.past + self.length, device=self.device)[None]
 
     @cached_property
-    def present(self) -> Tensor | None:
-        """(B, T) which positions have a column once any is removed: those of
-        `present_positions`; where a running state steps over hidden positions, all but padding
-        around a row.
+    def real(self) -> Tensor | None:
+        """(B, past + T) which positions are neither padding nor hidden by the caller; `None` for
+        all.
         """
-        if self.real is None or (self.recurrent and self.past):
-            return None
-        present = present_positions(self.real[:, self.past :], self.visual)
-        if present is None or not self.recurrent:
-            return present
-        begun, goes_on = present.cumsum(1), present.flip(1).cumsum(1).flip(1)
-        return (begun > 0) & (goes_on > 0)
+        real = self._here(self.told.real)
+        return None if real is None else real.expand(self.batch, -1)
+
+    @cached_property
+    def visual(self) -> Tensor | None:
+        """(B, T) placeholders of all images, removed ones too; `None` without images."""
+        return None if self.told.tokens is None else self._here(self.told.tokens.visual)
+
+    @cached_property
+    def supervised(self) -> Tensor | None:
+        """(B, T) positions with a label; `None` without labels."""
+        return None if self.told.tokens is None else self._here(self.told.tokens.supervised)
+
+    @cached_property
+    def sample(self) -> Tensor | None:
+        """(B, T) which sample of its row each position is of; `None` where rows are samples."""
+        return None if self.told.tokens is None else self._here(self.told.tokens.sample)
+
+    @cached_property
+    def present(self) -> Tensor | None:
+        """(B, T) as of `Told`."""
+        return self._here(self.told.present)
 
     @cached_property
     def hidden(self) -> Tensor | None:
-        """(B, T) visual tokens that the caller hides; `None` if there are none."""
-        if self.real is None or self.visual is None:
-            return None
-        hidden = self.visual & ~self.real[:, self.past :]
-        return hidden if bool(hidden.any()) else None
+        """(B, T) as of `Told`."""
+        return self._here(self.told.hidden)
+
+    def _here(self, told: Tensor | None) -> Tensor | None:
+        return None if told is None else upload(told, self.device)
 
 
 class ForwardState(Protocol):

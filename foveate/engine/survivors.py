@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.core.transfer import download
 from foveate.engine.vision.forward import Encoding
 from foveate.errors import UnsupportedModelError
 from foveate.families import Family
@@ -34,14 +35,23 @@ def survivors(
     Raises:
         UnsupportedModelError: they do not follow from the encoder's.
     """
-    found: dict[str, list[Tensor]] = defaultdict(list)
+    seen: dict[str, list[int]] = defaultdict(list)
+    kept: dict[str, list[Tensor]] = defaultdict(list)
     for encoding in passes:
-        for shape, kept in encoding.survivors():
-            for entry, index in kept.items():
-                survives = torch.zeros(shape.total, dtype=torch.bool, device=index.device)
-                found[entry].append(survives.index_fill(0, index, True))
-    result: dict[str, Sequence[Tensor]] = {}
-    for entry, images in found.items():
+        for shape, of_image in encoding.survivors():
+            for entry, index in of_image.items():
+                seen[entry].append(shape.total)
+                kept[entry].append(index)
+    if type(family).follow is Family.follow and all(of == list(lengths) for of in seen.values()):
+        return dict(kept)  # they are what the encoder has left
+    found: dict[str, Sequence[Tensor]] = {}
+    for entry, read in zip(kept, download([torch.cat(of) for of in kept.values()]), strict=True):
+        images = [
+            torch.zeros(total, dtype=torch.bool).index_fill(0, index, True)
+            for total, index in zip(
+                seen[entry], read.split([len(index) for index in kept[entry]]), strict=True
+            )
+        ]
         tokens = torch.cat(list(family.follow(modality, images, arguments)))
         if len(tokens) != sum(lengths):
             raise UnsupportedModelError(
@@ -50,5 +60,5 @@ def survivors(
                 "that what was removed inside the encoder cannot be followed; use a pre_llm or "
                 "llm method"
             )
-        result[entry] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
-    return result
+        found[entry] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
+    return found

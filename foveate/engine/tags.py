@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.generic import ModelOutput
 
@@ -39,7 +40,7 @@ class Tags:
     """
 
     def __init__(self, plan: Plan, family: Family, state: ThreadState) -> None:
-        self.plan, self.family = plan, family
+        self.plan, self.family, self.state = plan, family, state
         self.signals: EncoderSignals | None = None
         if plan.encoder_signals:
             assert family.encoder is not None  # the plan has checked it
@@ -48,7 +49,8 @@ class Tags:
             if family.encoder.packed is None:
                 self.signals = EncoderSignals(*known, threshold)
             else:
-                self.signals = PackedSignals(*known, threshold, family.side("image"))
+                side = family.side("image")
+                self.signals = PackedSignals(*known, threshold, side, lambda: state.now.read)
 
     def tag(
         self,
@@ -118,7 +120,7 @@ class Tags:
         if projector is None or given is None:
             return encoded
         unprojected = self.family.unprojected(modality, given, encoded.lengths, arguments)
-        mixes = any(bool(image.isnan().any()) for image in unprojected)
+        mixes = torch.stack([image.isnan().any() for image in unprojected]).any()
         return replace(encoded, projector=projector, unprojected=unprojected, mixes=mixes)
 
     def _per_token(
@@ -142,8 +144,12 @@ class Tags:
             f"{names} merged {modality} tokens after the projector where this "
             f"{self.family.model_type} makes or mixes several of them together"
             for modality, output in outputs.items()
-            if names and not features.is_slice(output) and output.encoded.mixes
+            if names and not features.is_slice(output) and self._mixes(output.encoded)
         ]
+
+    def _mixes(self, encoded: EncoderOutputInfo) -> bool:
+        mixes = encoded.mixes
+        return bool(self.state.now.read.of(mixes) if isinstance(mixes, Tensor) else mixes)
 
     def unmapped(self, modality: str) -> UnsupportedModelError:
         """That signals of the encoder cannot be told for tokens of a modality."""

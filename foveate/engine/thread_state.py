@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.core import TrainingPass
+from foveate.core.transfer import Downloads
 from foveate.engine import features
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.forward import ForwardPass
@@ -30,6 +31,7 @@ class ModelCall:
     entered: bool = False  # has come to the text model
     prompt: tuple[Tensor | None, Kwargs] | None = None  # ids and arguments
     tokens: PromptTokens | None = None  # what each token of its prompt is, where it has images
+    real: Tensor | None = None  # (B, past + T) as `real_positions` gives it, where it has images
     readout: Tensor | None = None  # (B, T) visual tokens that a next token is read from, if any
     forward: ForwardPass | None = None
     cached: CachedForward | None = None  # instead of a forward, where nothing can be removed
@@ -38,7 +40,8 @@ class ModelCall:
     placed: Sequence[int] | None = None  # images of the encoder that are in the prompt, if not all
 
     def __init__(self) -> None:
-        self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders
+        self.read = Downloads()  # what the host knows of its arguments
+        self.visual: dict[str, Tensor] = {}  # modality -> (B, T) placeholders, on the host
         self.encoded: dict[str, Any] = {}  # modality -> its features, a tagged ModelOutput
 
     def request_of(self, row: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
+from foveate.core.transfer import upload
 from foveate.errors import InputError
 
 
@@ -73,7 +74,7 @@ def pixels_of_rows(patches: Tensor, images: Sequence[EncoderImage]) -> list[Tens
         patches: (N, P') pixels of the patches of all images, padding included.
         images: the images, whose rows are rows of these.
     """
-    return [patches[image.rows.to(patches.device)].flatten(1) for image in images]
+    return [patches[upload(image.rows, patches.device)].flatten(1) for image in images]
 
 
 def placed(places: Tensor, side: int) -> list[EncoderImage]:

@@ -36,6 +36,7 @@ from foveate.core import (
 from foveate.core.fields import Natural, Positive, Range, UnitFloat
 from foveate.core.ranking import TIE, top
 from foveate.core.schedule import nearest
+from foveate.core.transfer import members_of
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.learning import flops_of, untrained
@@ -163,7 +164,7 @@ class ATPLLaVA(Learning, Adaptive):
         kept = _kept(self._margins(tokens, there), there)
         order = (~kept).to(torch.uint8).argsort(dim=1, stable=True)
         return [
-            (members, Reduction(order[members, :count]))
+            (members, Reduction(members_of(order, members)[:, :count]))
             for count, members in by_count(kept.sum(1)).items()
         ]
 

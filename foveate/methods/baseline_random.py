@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.core import Keep, ModelFacts, Positions, Scorer, Step, VisualTokens, register
 from foveate.core.fields import Natural
+from foveate.core.transfer import upload
 
 
 @register("random", stage="pre_llm", does="keeps a random subset", paper="baseline")
@@ -41,4 +42,4 @@ class Random(Scorer):
         """A random permutation of 0 to V-1, equal for the G images: (G, V)."""
         generator = torch.Generator().manual_seed(self.seed)
         order = torch.randperm(tokens.count, generator=generator)
-        return order.to(tokens.index.device).expand_as(tokens.index)
+        return upload(order, tokens.index.device).expand_as(tokens.index)

@@ -22,6 +22,7 @@ from torch import Tensor
 from foveate.core import Approximate, LayerAttention, LayerShape, Step, VisualTokens, register
 from foveate.core.fields import Positive
 from foveate.core.ranking import ranked
+from foveate.core.transfer import upload
 
 
 @register(
@@ -58,7 +59,7 @@ class BiFormer(Approximate):
     def attend(self, tokens: VisualTokens, layer: LayerAttention) -> Tensor:
         """Block-sparse attention of patches; special rows attend to all."""
         shape = layer.shape
-        index = blocks(shape, self.regions).to(layer.query.device)
+        index = blocks(shape, self.regions)
         if self.topk >= len(index):
             return layer.plain()
         mixed = attend_routed(layer, index, self.topk)
@@ -99,7 +100,7 @@ def blocks(shape: LayerShape, regions: int) -> Tensor:
 
 def gathered(x: Tensor, index: Tensor) -> Tensor:
     """(B, R, n, H, d) of (B, H, P, d): every region is one run of memory."""
-    return x.transpose(1, 2)[:, index.clamp(min=0)]
+    return x.transpose(1, 2)[:, upload(index.clamp(min=0), x.device)]
 
 
 def route(query: Tensor, key: Tensor, index: Tensor, topk: int) -> Tensor:
@@ -109,7 +110,7 @@ def route(query: Tensor, key: Tensor, index: Tensor, topk: int) -> Tensor:
     Args:
         query: (B, R, n, H, d) queries.
         key: (B, R, n, H', d) keys, of as many heads or of a divisor of them.
-        index: (R, n) as `blocks` has it.
+        index: (R, n) as `blocks` has it, on the host.
         topk: k.
     """
     query, key = (means(part.detach(), index) for part in (query, key))
@@ -122,6 +123,7 @@ def means(x: Tensor, index: Tensor) -> Tensor:
     there = index >= 0
     if bool(there.all()):
         return x.mean(2)
+    there = upload(there, x.device)
     return (x * there[..., None, None].to(x)).sum(2) / there.sum(1)[:, None, None]
 
 
@@ -130,14 +132,14 @@ def attend_routed(layer: LayerAttention, index: Tensor, topk: int) -> Tensor:
 
     Args:
         layer: a layer's attention.
-        index: (R, n) as `blocks` has it.
+        index: (R, n) as `blocks` has it, on the host.
         topk: regions that each region attends to.
     """
     special, parts = layer.special, (layer.query, layer.key, layer.value)
     query, *others = (gathered(part[:, :, special:], index) for part in parts)
     first = [part[:, :, :special].transpose(1, 2) for part in parts[1:]]
     chosen = route(query, others[0], index, topk)
-    hidden = None if bool((index >= 0).all()) else index < 0
+    hidden = None if bool((index >= 0).all()) else upload(index < 0, query.device)
     step = max(len(index) // topk, 1)  # so that copies take no more than the keys themselves
     mixed = []
     for start in range(0, len(index), step):
@@ -152,7 +154,7 @@ def attend_routed(layer: LayerAttention, index: Tensor, topk: int) -> Tensor:
     flat = index.flatten()
     place = (flat >= 0).nonzero()[:, 0]
     place = place[flat[place].argsort()]  # where each patch is among those of all regions
-    return torch.cat(mixed, 1).flatten(1, 2)[:, place]
+    return torch.cat(mixed, 1).flatten(1, 2)[:, upload(place, query.device)]
 
 
 def _taken(part: Tensor, chosen: Tensor, special: Tensor) -> Tensor:

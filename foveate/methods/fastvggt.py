@@ -64,11 +64,11 @@ class FastVGGT(Approximate):
 
     def attend(self, tokens: VisualTokens, layer: LayerAttention) -> Tensor:
         """Attention of merged rows, each row with the result of what it went into."""
-        shape, device = layer.shape, layer.query.device
-        into, r = self.destinations(shape).to(device), int(self.ratio * shape.rows)
+        shape = layer.shape
+        into, r = self.destinations(shape), int(self.ratio * shape.rows)
         if r == 0 or len(into) in (0, shape.rows):
             return layer.plain()
-        copies = strided(shape.rows, self.protect, device)
+        copies = strided(shape.rows, self.protect)
         merged = merge_map(layer.states, into, r, copies)
         query, key, value = map(merged.merge, (layer.query, layer.key, layer.value))
         return merged.unmerge(layer.kernel(query, key, value, None))

@@ -30,7 +30,8 @@ from foveate.core import (
 from foveate.core.budget import check_keep, steps_in
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Positive
-from foveate.core.ranking import top
+from foveate.core.ranking import marked, top
+from foveate.core.transfer import members_of
 
 
 @register(
@@ -100,11 +101,11 @@ class Feather(Scheduled, Adaptive):
         """Keep what attention ranks highest; at the first drop, the grid as well."""
         scores = self.scores(tokens)
         best = top(scores, tokens.quota)
+        if tokens.number or not self.stride:
+            return [(range(len(best)), Reduction(best))]
         surviving = torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, True)
-        if tokens.number == 0 and self.stride:
-            surviving |= (tokens.coordinates % self.stride == 0).all(-1)
-        parts = []
-        for count, members in by_count(surviving.sum(1)).items():
-            of = surviving if len(members) == len(surviving) else surviving[members]
-            parts.append((members, Reduction(of.nonzero()[:, 1].view(-1, count))))
-        return parts
+        surviving |= (tokens.coordinates % self.stride == 0).all(-1)
+        return [
+            (members, Reduction(marked(members_of(surviving, members), count)))
+            for count, members in by_count(surviving.sum(1)).items()
+        ]

@@ -136,7 +136,8 @@ class FlowCut(Method):
         if not tokens.step.remaining:
             return Reduction.top(scores, count)
         counts = self._counts(tokens, count)
-        most, least = int(counts.max()), int(counts.min())
+        told = counts.tolist()
+        most, least = max(told), min(told)
         if self.as_released or most == least:
             return Reduction.top(scores, least)
         index, order = ranked(scores)[:, :most].sort(dim=-1)

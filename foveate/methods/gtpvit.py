@@ -30,7 +30,7 @@ from foveate.core import (
 )
 from foveate.core.fields import Natural, Positive, Range
 from foveate.core.layerwise import Layerwise
-from foveate.core.ranking import top
+from foveate.core.ranking import marked, top
 from foveate.core.step import Effect
 from foveate.errors import UnsupportedModelError
 from foveate.ops.map_attention import attend_with_maps
@@ -120,7 +120,7 @@ class GTPViT(Layerwise):
         scores, at = tokens.memory["scores"], tokens.index
         kept = top(scores, count)
         gone = torch.ones_like(scores, dtype=torch.bool).scatter(1, kept, False)
-        removed = gone.nonzero()[:, 1].view(len(gone), -1)
+        removed = marked(gone, tokens.count - count)
         image = torch.arange(len(gone), device=gone.device)[:, None, None]
         to, of = at.gather(1, kept)[:, :, None], at.gather(1, removed)[:, None]
         linked, norm = tokens.memory["graph"]
@@ -136,9 +136,8 @@ class GTPViT(Layerwise):
         """(G, T, T) which of the T positions of tokens are linked, and (G, T) the norm of each: a
         link weighs the product of the norms of its ends.
         """
-        total = int(tokens.index.max()) + 1
-        linked = torch.zeros(len(tokens.index), total, total, dtype=torch.bool)
-        linked = linked.to(tokens.index.device)
+        total, device = tokens.total or int(tokens.index.max()) + 1, tokens.index.device
+        linked = torch.zeros(len(tokens.index), total, total, dtype=torch.bool, device=device)
         image = torch.arange(len(linked), device=linked.device)[:, None, None]
         here = torch.zeros_like(linked[:, : tokens.count, : tokens.count])
         if self.graph != "semantic":

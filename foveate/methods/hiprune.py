@@ -34,6 +34,7 @@ from foveate.core import (
 )
 from foveate.core.fields import Natural, UnitFloat
 from foveate.core.ranking import ranked, top
+from foveate.core.transfer import upload
 from foveate.errors import InputError, LayerError
 
 
@@ -110,7 +111,7 @@ def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
     # after the last grid is for all tokens that are in none.
     cell = tokens.index.clamp(max=tokens.frames * cells)
     cell = torch.add(cell + cell // width, cell // cells, alpha=line)
-    offsets = torch.tensor([line, line - 1, line + 1, 0, 2 * line], device=cell.device)
+    offsets = upload([line, line - 1, line + 1, 0, 2 * line], cell.device)
     near = (cell.gather(1, anchors)[..., None] + offsets).flatten(1)
     room = (tokens.frames * (height + 1) + 3) * line
     marks = torch.zeros(len(near), room, dtype=torch.bool, device=cell.device)
@@ -120,7 +121,7 @@ def _neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
 def _flat_neighbours(tokens: VisualTokens, anchors: Tensor) -> Tensor:
     """(G, V) the same by distance in raster order, clamped at both ends, as released."""
     width, last = tokens.grid[1], tokens.count - 1
-    offsets = torch.tensor([0, -1, 1, -width, width], device=anchors.device)
+    offsets = upload([0, -1, 1, -width, width], anchors.device)
     near = (anchors[..., None] + offsets).clamp(0, last).flatten(1)
     return torch.zeros_like(tokens.index, dtype=torch.bool).scatter(1, near, True)
 

@@ -27,7 +27,7 @@ from foveate.core import (
     register,
 )
 from foveate.core.fields import Positive
-from foveate.core.ranking import TIE, ranked
+from foveate.core.ranking import TIE, marked, ranked
 from foveate.ops.saliency import Salient, saliency
 
 
@@ -66,14 +66,14 @@ class HoloV(Salient):
         runs = min(self.num_patches, total)
         size = torch.full((runs,), total // runs, device=seen.device)
         size[: total % runs] += 1
-        run = torch.arange(runs, device=seen.device).repeat_interleave(size)
+        run = torch.arange(runs, device=seen.device).repeat_interleave(size, output_size=total)
         sums = seen.new_zeros(images, runs).index_add_(1, run, seen.clamp(min=0))
         quota = quotas(sums / size, size, count)
         order = ranked(seen)
         order = order.gather(1, run[order].argsort(dim=-1, stable=True))  # run by run
         rank = torch.arange(total, device=seen.device) - (size.cumsum(0) - size)[run]
         kept = torch.zeros_like(order, dtype=torch.bool).scatter(1, order, rank < quota[:, run])
-        return Reduction(kept.nonzero()[:, 1].view(images, count))
+        return Reduction(marked(kept, count))
 
 
 def quotas(weight: Tensor, size: Tensor, count: int) -> Tensor:
@@ -95,7 +95,8 @@ def quotas(weight: Tensor, size: Tensor, count: int) -> Tensor:
     given = torch.zeros_like(weight, dtype=torch.long)
     for _ in size:  # each time the budget is spent, or a run is full
         left, room = count - given.sum(1, keepdim=True), size - given
-        if not bool(left.any()):
+        # Elsewhere than here, looking would hold up the device.
+        if left.device.type == "cpu" and not bool(left.any()):
             break
         share = torch.where(room > 0, weight, 0.0)
         share = share / share.sum(1, keepdim=True).clamp(min=tiny) * left

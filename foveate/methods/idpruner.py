@@ -96,7 +96,7 @@ def select_marginal(like: Tensor, importance: Tensor, count: int, weight: float)
     for _ in range(count):
         pick = highest(score + below, 1.0)
         picks.append(pick)
-        below[images, pick] = -torch.inf
+        below.scatter_(1, pick[:, None], -torch.inf)
         torch.maximum(nearest, like[images, pick], out=nearest)
         score = weight * importance - (1 - weight) * nearest
     return torch.stack(picks, dim=-1)

@@ -39,6 +39,7 @@ from foveate.core.budget import Share
 from foveate.core.budget import count as budget_count
 from foveate.core.fields import Natural, Range
 from foveate.core.ranking import TIE, ranked, top
+from foveate.core.transfer import members_of, upload
 from foveate.errors import BudgetError
 from foveate.io.quoting import quoted
 
@@ -114,9 +115,9 @@ class LLaVAPruMerge(Adaptive):
             limit = budget_count(self.keep, tokens.count, step=0, row=0, rounding=rounding)
             chosen = chosen.clamp(max=max(limit - 1, 1))
         keys = tokens.signal("encoder_keys")[:, 0].float().transpose(1, 2).flatten(2)
-        keys = F.normalize(keys, dim=-1)
+        given = order, F.normalize(keys, dim=-1), attention
         return [
-            (members, self._merge(order[members], keys[members], attention[members], count))
+            (members, self._merge(*(members_of(x, members) for x in given), count))
             for count, members in by_count(chosen).items()
         ]
 
@@ -134,8 +135,8 @@ class LLaVAPruMerge(Adaptive):
             patches = attention.isfinite().sum(1, keepdim=True)
             first, stride = 0, (patches // outliers // 3).clamp(min=1)
         else:
-            first, stride = int(1 / self.ratio) // 2, torch.tensor(int(1 / self.ratio))
-        on_grid = (position >= first) & ((position - first) % stride.to(position.device) == 0)
+            first, stride = int(1 / self.ratio) // 2, int(1 / self.ratio)
+        on_grid = (position >= first) & ((position - first) % stride == 0)
         on_grid &= position < total - self.as_released
         top = rank < outliers
         key = torch.where(on_grid, position + total, rank + 2 * total)
@@ -146,7 +147,7 @@ class LLaVAPruMerge(Adaptive):
         patch = attention.isfinite()
         if self.ratio is not None:
             return (patch.sum(1, keepdim=True) * self.ratio).long().clamp(min=1)
-        quarters = attention.new_tensor([0.25, 0.75])
+        quarters = upload(torch.tensor([0.25, 0.75], dtype=attention.dtype), attention.device)
         low, high = attention.masked_fill(~patch, torch.nan).nanquantile(quarters, dim=1)
         fence = (high + self.factor * (high - low))[:, None]
         # Where all patches get alike, rounding must not make outliers of some.

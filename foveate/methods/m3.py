@@ -24,6 +24,7 @@ from foveate.core import (
     register,
 )
 from foveate.core.fields import Positive
+from foveate.core.ranking import marked
 from foveate.errors import BudgetError, InputError
 from foveate.io.quoting import quoted
 from foveate.ops.pooling import cells_of, with_rest
@@ -146,5 +147,5 @@ def _pooled(tokens: VisualTokens, scale: int) -> Reduction:
     slot = (tokens.frame[:, :cells] * rows + row // tall) * columns + column // wide
     slot = slot.masked_fill((row >= rows * tall) | (column >= columns * wide), -1)
     centre = (row % tall == (tall - 1) // 2) & (column % wide == (wide - 1) // 2) & (slot >= 0)
-    index = tokens.index[:, :cells][centre].view(len(slot), -1)
+    index = tokens.index.gather(1, marked(centre, tokens.frames * rows * columns))
     return with_rest(Reduction.mean(index, slot), tokens, cells)

@@ -119,13 +119,14 @@ def anchored(grid: Tensor, threshold: float) -> Tensor:
         return (a - b).abs().amax(-1) <= threshold
 
     for diagonal in range(1, height + width - 1):  # its cells depend only on earlier diagonals
-        row = torch.arange(max(0, diagonal - width + 1), min(diagonal + 1, height))
+        first, last = max(0, diagonal - width + 1), min(diagonal + 1, height)
+        row = torch.arange(first, last, device=grid.device)
         column = diagonal - row
         before_row, before_column = (row - 1).clamp(min=0), (column - 1).clamp(min=0)
         left, upper = taken[:, row, before_column], taken[:, before_row, column]
         corner = taken[:, before_row, before_column]
         from_above = alike(corner, left) & ~alike(corner, upper)
-        from_above = (from_above | (column == 0).to(grid.device)) & (row > 0).to(grid.device)
+        from_above = (from_above | (column == 0)) & (row > 0)
         predicted, own = torch.where(from_above[..., None], upper, left), grid[:, row, column]
         same = alike(own, predicted)
         keep[:, row, column] = ~same

@@ -30,7 +30,7 @@ from foveate.core import (
     VisualTokens,
     register,
 )
-from foveate.core.ranking import TIE, highest, ranked
+from foveate.core.ranking import TIE, highest, marked, ranked
 from foveate.ops.diversity import normalize
 from foveate.ops.saliency import saliency, saliency_need
 
@@ -74,7 +74,7 @@ class PruneSID(Method):
         """Keep `count` tokens of all groups, in raster order."""
         x = tokens.signal("encoder_features")[:, 0]
         kept = select(x, saliency(tokens), count, count)
-        return Reduction(kept.nonzero()[:, 1].view(len(kept), count))
+        return Reduction(marked(kept, count))
 
 
 def select(x: Tensor, seen: Tensor, budget: int, count: int) -> Tensor:

@@ -27,8 +27,9 @@ from foveate.core import (
     register,
 )
 from foveate.core.fields import Positive, UnitFloat
-from foveate.core.ranking import ranked
+from foveate.core.ranking import marked, ranked
 from foveate.core.schedule import ranked_before
+from foveate.core.transfer import members_of
 from foveate.core.video import (
     Parts,
     Survivors,
@@ -122,7 +123,7 @@ class PruneVid(VideoMethod):
         best = torch.zeros_like(kept).scatter(1, scores.argmax(1, keepdim=True), True)
         kept |= best & ~kept.any(1, keepdim=True)
         return [
-            (tuple(members), Reduction(kept[members].nonzero()[:, 1].view(-1, count)))
+            (tuple(members), Reduction(marked(members_of(kept, members), count)))
             for count, members in by_count(kept.sum(1)).items()
         ]
 

@@ -39,6 +39,7 @@ from foveate.core import (
 from foveate.core.fields import Positive
 from foveate.core.ranking import ranked, top
 from foveate.core.reduction import take_rows
+from foveate.core.transfer import members_of
 from foveate.ops.diversity import normalize
 from foveate.ops.outliers import local_outliers
 from foveate.ops.relevance import Relevance, relevance_needs, token_relevance
@@ -109,9 +110,9 @@ class RecoverableCompression(Adaptive):
         order = order.argsort(dim=1, stable=True)
         parts = []
         for count, members in by_count(survivors.sum(1)).items():
-            of = torch.tensor(members, device=order.device)
-            given = (part[of] for part in (seen, relevance, keys, rest, centre, other))
-            parts.append((members, self._merged(order[of, :count], *given)))
+            given = (seen, relevance, keys, rest, centre, other)
+            first = members_of(order, members)[:, :count]
+            parts.append((members, self._merged(first, *(members_of(x, members) for x in given))))
         return parts
 
     def text_scores(self, tokens: VisualTokens) -> Tensor:

@@ -94,14 +94,22 @@ def select_covering(like: Tensor, weight: Tensor, newline: Tensor, count: int) -
     for _ in range(count):
         pick = highest(torch.where(rank == 0, gain.clamp(min=0) * weight, rank))
         picks.append(pick)
-        rank[images, pick] = -torch.inf
-        row = like[images, pick]
-        image, token = (row > covered).nonzero(as_tuple=True)
-        rows, before = like[image, token], covered[image, token, None]
-        covered = torch.maximum(covered, row)
-        after = covered[image, token, None]
-        gain.index_add_(0, image, _gain(rows, after) - _gain(rows, before))
+        rank.scatter_(1, pick[:, None], -torch.inf)
+        before, row = covered, like[images, pick]
+        covered = torch.maximum(before, row)
+        _cover(gain, like, before, covered)
     return torch.stack(picks, dim=-1)
+
+
+def _cover(gain: Tensor, like: Tensor, before: Tensor, after: Tensor) -> None:
+    """Update the (G, V) gains of tokens once others are covered better, in place."""
+    if like.device.type != "cpu":  # where to find the few that are would hold up the device
+        gain += (_gain(like, after[..., None]) - _gain(like, before[..., None])).sum(1)
+        return
+    image, token = (after > before).nonzero(as_tuple=True)
+    rows = like[image, token]
+    now, once = (covered[image, token, None] for covered in (after, before))
+    gain.index_add_(0, image, _gain(rows, now) - _gain(rows, once))
 
 
 def _gain(like: Tensor, covered: Tensor) -> Tensor:

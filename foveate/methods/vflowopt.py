@@ -31,6 +31,7 @@ from foveate.core import (
     register,
 )
 from foveate.core.fields import Natural, Range
+from foveate.core.transfer import members_of
 from foveate.errors import BudgetError, LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.cell_merging import cells, merged, pool_size, recycle, tile_coordinates
@@ -150,8 +151,7 @@ class VFlowOpt(Adaptive):
         stays = into == torch.arange(tokens.count, device=into.device)
         parts = []
         for count, members in by_count(stays.sum(1)).items():
-            chosen = torch.tensor(members, device=into.device)
-            reduction = merged(into[chosen], mass[chosen], count)
-            label = scores[chosen].gather(1, reduction.index)
+            reduction = merged(members_of(into, members), members_of(mass, members), count)
+            label = members_of(scores, members).gather(1, reduction.index)
             parts.append((tuple(members), replace(reduction, label=label)))
         return parts

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from foveate.core import Positions, Reduction, VisualTokens, by_count, register
-from foveate.core.ranking import among_top, bottom
+from foveate.core.ranking import among_top, bottom, marked
+from foveate.core.transfer import members_of
 from foveate.core.video import (
     Parts,
     VideoMethod,
@@ -78,7 +79,7 @@ class VidCom2(VideoMethod):
         kept = among_top(scores.flatten(0, 1), counts.view(-1, 1), scores.shape[-1])
         kept = kept.view(len(scores), -1)
         return [
-            (tuple(members), Reduction(kept[members].nonzero()[:, 1].view(-1, count)))
+            (tuple(members), Reduction(marked(members_of(kept, members), count)))
             for count, members in by_count(kept.sum(1)).items()
         ]
 

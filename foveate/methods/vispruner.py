@@ -26,7 +26,7 @@ from foveate.core import (
     register,
 )
 from foveate.core.fields import UnitFloat
-from foveate.core.ranking import top
+from foveate.core.ranking import marked, top
 from foveate.core.reduction import take_rows
 from foveate.ops.diversity import normalize
 from foveate.ops.saliency import Salient, saliency
@@ -73,8 +73,8 @@ class VisPruner(Salient):
             important = min(important, count - 1)
         index = top(seen, important)
         if important < count:
-            rest = torch.ones_like(seen, dtype=torch.bool).scatter(1, index, False)
-            rest = rest.nonzero()[:, 1].view(len(seen), -1)
+            others = torch.ones_like(seen, dtype=torch.bool).scatter(1, index, False)
+            rest = marked(others, tokens.count - important)
             if rest.shape[1] > count - important:
                 unit = normalize(tokens.x)
                 rest = drop_repetitions(unit @ unit.mT, rest, count - important, seen.isneginf())
@@ -103,5 +103,5 @@ def drop_repetitions(like: Tensor, rest: Tensor, count: int, newline: Tensor) ->
         nearest = nearest.masked_fill(newline.gather(1, rest), torch.inf)
         dropped = top(nearest, min(AT_ONCE, left // 2, left - count), 1.0)
         stays = torch.ones_like(rest, dtype=torch.bool).scatter(1, dropped, False)
-        rest = rest[stays].view(len(rest), -1)
+        rest = rest.gather(1, marked(stays, left - dropped.shape[1]))
     return rest

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Reduction, VisualTokens
-from foveate.core.ranking import bottom, ranked
+from foveate.core.ranking import bottom, marked, ranked
 
 
 def pool_size(total: int, keep: float, cell: float) -> int:
@@ -35,7 +35,8 @@ def tile_coordinates(tokens: VisualTokens, newline: Tensor) -> Tensor:
         newline: (G, V) which are newlines.
     """
     single = torch.cat((tokens.frame[..., None], tokens.coordinates), -1)
-    if tokens.frames > 1 or not newline.any():
+    # Elsewhere than here, looking would hold up the device.
+    if tokens.frames > 1 or (newline.device.type == "cpu" and not newline.any()):
         return single
     number = torch.arange(tokens.count, device=newline.device).expand_as(newline)
     first = newline.long().argmax(1, keepdim=True)
@@ -61,7 +62,7 @@ def cells(coordinates: Tensor, cell: float) -> Tensor:
     numbers = torch.cat((coordinates[..., :-2].long(), (coordinates[..., -2:] / cell).long()), -1)
     number = torch.zeros_like(numbers[..., 0])
     for axis in numbers.unbind(-1):
-        number = number * (int(axis.max()) + 1) + axis
+        number = number * (axis.max() + 1) + axis
     return number
 
 
@@ -94,7 +95,7 @@ def recycle(scores: Tensor, cell: Tensor, pool: int) -> tuple[Tensor, Tensor]:
 def merged(into: Tensor, mass: Tensor, count: int) -> Reduction:
     """The reduction of images in which `count` tokens are left, from what `recycle` returns."""
     stays = into == torch.arange(into.shape[1], device=into.device)
-    index = stays.nonzero()[:, 1].view(-1, count)
+    index = marked(stays, count)
     if count == into.shape[1]:
         return Reduction(index)
     slot = (stays.long().cumsum(1) - 1).gather(1, into)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core.ranking import highest, ranked
+from foveate.core.transfer import upload
 
 CHUNK = 5000  # sources that are compared with all destinations at a time
 
@@ -42,7 +43,8 @@ class MergeMap:
         slot = (slot + torch.arange(images, device=slot.device)[:, None] * bins).flatten()
         sums = flat.new_zeros(images * bins, flat.shape[-1])
         sums = sums.index_add(0, slot, flat.reshape(images * rows, -1))
-        counts = torch.bincount(slot, minlength=images * bins).clamp(min=1)
+        counts = slot.new_zeros(images * bins).index_add_(0, slot, torch.ones_like(slot))
+        counts = counts.clamp(min=1)
         means = (sums / counts[:, None].to(sums)).view(images, bins, -1)
         means = torch.cat((means[:, : self.merged], flat.index_select(1, self.copies)), 1)
         return means.unflatten(2, (heads, -1)).transpose(1, 2)
@@ -61,17 +63,16 @@ def merge_map(states: Tensor, into: Tensor, r: int, copies: Tensor) -> MergeMap:
 
     Args:
         states: (B, N, C) by whose cosine similarity, rounded to bfloat16, rows are matched.
-        into: (T) destinations; of those that tie, the first gets a source.
+        into: (T) destinations, on the host; of those that tie, the first gets a source.
         r: sources to merge, at most; `merged_rows` says how many do.
-        copies: (P) rows to copy, ascending.
+        copies: (P) rows to copy, ascending, on the host.
     """
     images, total = states.shape[:2]
     every = torch.arange(total, device=states.device)
-    source = torch.ones_like(every, dtype=torch.bool)
-    source[into] = False
-    free = source.clone()
-    free[copies] = False
-    at = free.nonzero()[:, 0]  # the sources that may merge
+    free = torch.ones(total, dtype=torch.bool)
+    free[into] = free[copies] = False
+    at = upload(free.nonzero()[:, 0], states.device)  # the sources that may merge
+    into, copies = upload(into, states.device), upload(copies, states.device)
     similarity, partner = _nearest(states, at, into)
     gone = min(r, len(at))
     order = ranked(similarity, 1.0) if gone < len(at) else every[: len(at)].expand(images, -1)

@@ -17,7 +17,9 @@ from foveate.errors import InputError
 def is_whole(tokens: VisualTokens) -> bool:
     """Whether nothing was removed of the grid, nor of what is after it."""
     cells = tokens.frames * tokens.grid[0] * tokens.grid[1]
-    return tokens.count >= cells and bool((tokens.index[:, -1] == tokens.count - 1).all())
+    if tokens.count < cells or tokens.count == tokens.total:
+        return tokens.count >= cells
+    return bool((tokens.index[:, -1] == tokens.count - 1).all())
 
 
 def cells_of(tokens: VisualTokens, slug: str) -> int:
@@ -88,7 +90,10 @@ def pool_cells(tokens: VisualTokens, rows: int, columns: int) -> Reduction:
         One survivor for each cell, at its centre; cells overlap where they do not divide the grid.
     """
     device, images = tokens.index.device, len(tokens.index)
-    index, weights = torch.arange(tokens.frames, device=device), torch.eye(tokens.frames).to(device)
+    index, weights = (
+        torch.arange(tokens.frames, device=device),
+        torch.eye(tokens.frames, device=device),
+    )
     for size, cells in zip(tokens.grid, (rows, columns), strict=True):
         centres, shares = pooled_axis(size, cells, device)
         index = (index[:, None] * size + centres).flatten()

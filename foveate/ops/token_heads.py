@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.method import by_count
+from foveate.core.ranking import marked
+from foveate.core.transfer import upload
 from foveate.errors import FoveateError
 from foveate.io.quoting import quoted
 
@@ -123,8 +125,8 @@ def label(
         return _parts(head(x), x)
     logits, present = None, None
     for count, members in by_count(valid.sum(1)).items():
-        rows = torch.tensor(members, device=x.device)
-        real = valid[rows].nonzero()[:, 1].view(len(members), count)
+        rows = upload(members, x.device)
+        real = marked(valid[rows], count)
         seen = x[rows].gather(1, real[..., None].expand(-1, -1, x.shape[-1]))
         of_tokens, of_classes = _parts(head(seen), seen)
         if logits is None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.core.transfer import Downloads, download, upload
 from foveate.families import Encoder
 from foveate.families.rows import EncoderImage
 from foveate.signals import EncoderSignal
@@ -70,6 +71,7 @@ class PackedSignals(EncoderSignals):
         running: gives the pass that this thread is in, where tokens are removed inside the encoder.
         threshold: how many times the mean global patches receive at least.
         side: side of a visual token in patches.
+        read: gives what the host knows of the arguments of this thread's forward.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class PackedSignals(EncoderSignals):
         running: Callable[[], Shortened | None] = lambda: None,
         threshold: float = 0.0,
         side: int = 1,
+        read: Callable[[], Downloads] = Downloads,
     ) -> None:
         super().__init__(encoder, wanted, running, threshold)
-        self.side = side
+        self.side, self._read = side, read
 
     def attach(self, on: Attaching) -> None:
         """Hook the tower, beside what is hooked in other encoders."""
@@ -91,7 +94,7 @@ class PackedSignals(EncoderSignals):
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self.encoder.packed is not None
         names = inspect.signature(type(module).forward.__get__(module)).parameters
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        arguments = self._read().arguments({**dict(zip(names, args, strict=False)), **kwargs})
         self._running.images = self.encoder.packed(arguments, self.side)
         if self.encoder.later is not None:
             _, packed = self.encoder.later
@@ -108,7 +111,7 @@ class PackedSignals(EncoderSignals):
         whole = row if shortened is None else _flat(shortened.unpruned(row))
         found = []
         for image in self._images(number):
-            values = whole[image.rows.to(whole.device)].mean(1).T
+            values = whole[upload(image.rows, whole.device)].mean(1).T
             if signal.summed:
                 values = values / self._queries(image, whole)
             found.append(values)
@@ -120,9 +123,9 @@ class PackedSignals(EncoderSignals):
         shortened = self._pass()
         if shortened is not None and (order := shortened.order) is not None:
             surviving = torch.zeros_like(surviving).index_fill(0, order, 1.0)
-        frames = surviving[image.rows.to(whole.device)].view(image.frames, -1)
-        counts = frames.sum(1).clamp(min=1)
-        return counts.repeat_interleave(len(image.rows) // image.frames)
+        frames = surviving[upload(image.rows, whole.device)].view(image.frames, -1)
+        counts = frames.sum(1, keepdim=True).clamp(min=1)
+        return counts.expand(-1, len(image.rows) // image.frames).flatten()
 
     def _states(self, output: Any) -> Tensor:
         states = output if isinstance(output, Tensor) else output[0]
@@ -161,17 +164,21 @@ class PackedSignals(EncoderSignals):
         return torch.cat((rotated, plain), -1).to(x.dtype).flatten(1)
 
     def _bounds(self, told: Mapping[str, Any], key: Tensor) -> Tensor:
-        """(S + 1) where segments that see each other begin and end."""
-        if "cu_seqlens" in told:
-            return told["cu_seqlens"].long()
-        if self.encoder.padded:
-            length = len(key) // len(self._running.images)
-            return torch.arange(0, len(key) + 1, length, device=key.device)
+        """(S + 1) where segments that see each other begin and end, on the host."""
         images: Sequence[EncoderImage] = self._running.images
-        lengths = torch.tensor([0, *(image.rows.numel() for image in images)])
-        bounds, shortened = lengths.cumsum(0).to(key.device), self._pass()
+        shortened, given = self._pass(), told.get("cu_seqlens")
         order = None if shortened is None else shortened.order
-        return bounds if order is None else torch.searchsorted(order, bounds)
+        if given is not None:
+            frames = [one.rows.numel() // one.frames for one in images for _ in range(one.frames)]
+            if sum(frames) == len(key) and len(given) == len(frames) + 1:  # no frame is cut
+                return torch.tensor([0, *frames]).cumsum(0)
+            return self._read().of(given).long()
+        if self.encoder.padded:
+            return torch.arange(0, len(key) + 1, len(key) // len(images))
+        bounds = torch.tensor([0, *(image.rows.numel() for image in images)]).cumsum(0)
+        if order is None:
+            return bounds
+        return download([torch.searchsorted(order, upload(bounds, order.device))])[0]
 
 
 @torch.no_grad()
@@ -189,7 +196,7 @@ def by_segments(
         of: makes it of segments of equal length.
         query: (N, H d) queries, rotated.
         key: (N, H d) keys, rotated.
-        bounds: (S + 1) where segments begin and end.
+        bounds: (S + 1) where segments begin and end, on the host.
         heads: H.
         bias: (N) what the encoder adds to the scores of each key.
 
@@ -201,7 +208,7 @@ def by_segments(
     for length in lengths.unique().tolist():
         alike = starts[lengths == length].split(max(ROWS // max(length, 1), 1))
         for begin in alike if length else ():
-            rows = begin[:, None] + torch.arange(length, device=key.device)
+            rows = upload(begin[:, None] + torch.arange(length), key.device)
             added = None if bias is None else bias[rows][:, None, None]
             found[rows.flatten()] = of(query[rows], key[rows], heads, added).flatten()
     return found

@@ -65,12 +65,15 @@ class DecodeSelection(Extension):
         """Note in the cache which visual tokens of this forward survive."""
         forward, prompt = self.forward, self.forward.prompt
         surviving = torch.zeros(prompt.batch, prompt.length, dtype=torch.bool, device=prompt.device)
+        yes, counts = torch.ones((), dtype=torch.bool, device=prompt.device), [0] * prompt.batch
         for group in forward.groups:
             if self.method.selects_from(group.shape.frames):
-                surviving[forward.row_index(group), group.columns] = True
-        columns, real = left_align(surviving)
-        if not columns.shape[1]:
+                surviving[forward.row_index(group), group.columns] = yes
+                for image in group.images:
+                    counts[image.row] += group.count
+        if not any(counts):
             return
+        columns, real = left_align(surviving, counts)
         columns = (columns + prompt.past).masked_fill(~real, -1)
         removed = prompt.length - forward.layout.index.shape[1]
         held = pruned_layer(cache, self.layer, forward.arguments.fresh, removed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.engine.extensions.base import Extension
@@ -87,8 +88,9 @@ class Suspended:
         index = self.layout.index.contiguous()
         where = torch.searchsorted(index, layout.index.clamp(min=0).contiguous())
         rows = torch.arange(len(where), device=where.device)[:, None].expand_as(where)
-        real = layout.index >= 0
-        return self.hidden.index_put((rows[real], where[real]), hidden[real])
+        spare = F.pad(self.hidden, (0, 0, 0, 1))  # a column for what is padding now
+        where = where.masked_fill(layout.index < 0, self.hidden.shape[1])
+        return spare.index_put((rows, where), hidden)[:, :-1]
 
     def _before(self, after: ImageGroup) -> ImageGroup:
         """The same images, before."""

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from foveate.core import Reduction, by_count
+from foveate.core.ranking import marked
 from foveate.core.tokens import Shape
+from foveate.core.transfer import members_of, upload
 from foveate.engine.images import Image, ImageGroup, group_images
 from foveate.engine.plan import PlannedStep
 from foveate.engine.vision.exits import Exits
@@ -73,13 +75,15 @@ class EncoderGroup:
         counts = by_count(valid.sum(1))
         for count, members in counts.items():
             of = self if len(counts) == 1 else self._pick(members)
-            index = reduction.index[members][valid[members]].view(-1, count)
-            yield of, x[members], Reduction(index)
+            there = marked(members_of(valid, members), count)
+            index = members_of(reduction.index, members).gather(1, there)
+            yield of, members_of(x, members), Reduction(index)
 
     def _pick(self, members: Sequence[int]) -> EncoderGroup:
         """The group of some of its images, of which nothing has been removed."""
-        visible = None if self.visible is None else self.visible[members]
-        return EncoderGroup(self.images.pick(members), self.rows[members], visible=visible)
+        visible = None if self.visible is None else members_of(self.visible, members)
+        rows = members_of(self.rows, members)
+        return EncoderGroup(self.images.pick(members), rows, visible=visible)
 
     def reduce(self, reduction: Reduction, planned: PlannedStep) -> None:
         """Reduce the surviving tokens, as a step wants."""
@@ -262,7 +266,7 @@ def encoder_groups(
     return [
         EncoderGroup(
             replace(group, ordered=True),  # what happens inside an encoder need not keep order
-            torch.stack([encoder_images[n].rows for n in group.numbers]).to(device),
+            upload(torch.stack([encoder_images[n].rows for n in group.numbers]), device),
         )
         for members in alike.values()
         for group in group_images(

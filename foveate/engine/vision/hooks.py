@@ -103,7 +103,7 @@ class VisionAttachment(Attachment):
         self.state.passes, self.state.modality = passes, modality
         if read is not None:
             sources = self.family.sources(modality, len(read), arguments)
-            self.state.readout = sources[read.cpu()] if len(sources) == len(read) else None
+            self.state.readout = sources[read] if len(sources) == len(read) else None
         try:
             yield passes
         finally:
@@ -224,6 +224,7 @@ class VisionAttachment(Attachment):
                 "it; leave output_attentions out"
             )
         arguments = self.state.fed or bound(type(module).forward.__get__(module), args, kwargs)
+        arguments = self.state.now.read.arguments(arguments)
         self.state.fed = None
         side = self.family.tower_side(self.state.modality, arguments)
         read = self.state.readout

@@ -112,11 +112,19 @@ SEQUENCES = """## Words, several images, examples, and videos
 `small`, the deeper of the two models that come with foveate, was grown from `tiny` and also reads
 words, compares the images of a conversation, takes a rule from examples, and follows short videos.
 In each column are right answers in per cent; *all* counts every question once, with its 95 %
-interval, and *change* is to all tokens on the same questions. `{command}`; {machine}.
+interval, and *change* is to all tokens on the same questions. {machine}.
+
+```bash
+{command}
+```
 """
 
-FILMED = """The same videos as one stream of 768 tokens or more (`small-video`, a LLaVA-NeXT-Video
-with the weights of `small`), so that methods which compare frames can work. `{command}`.
+FILMED = """The same model as a LLaVA-NeXT-Video (`small-video`), which is given a video as one stream of
+768 tokens or more, so that methods which compare frames can work:
+
+```bash
+{command}
+```
 """
 
 

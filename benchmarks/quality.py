@@ -119,8 +119,8 @@ interval, and *change* is to all tokens on the same questions. {machine}.
 ```
 """
 
-FILMED = """The same model as a LLaVA-NeXT-Video (`small-video`), which is given a video as one stream
-of 768 tokens or more, so that methods which compare frames can work:
+FILMED = """The same model as a LLaVA-NeXT-Video (`small-video`), which is given a video as one
+stream of 768 tokens or more, so that methods which compare frames can work:
 
 ```bash
 {command}

@@ -38,7 +38,9 @@ from foveate.bench.svg import halves, percent
 from foveate.cli.bench import summarise
 
 RESULT = Path(__file__).parent / "results" / "quality.json"
-EASY, SMALL, FILMS = (RESULT.with_name(f"{n}.json") for n in ("easy_vqa", "small", "small_video"))
+EASY, SMALL, FILMS, PLACES = (
+    RESULT.with_name(f"{n}.json") for n in ("easy_vqa", "small", "small_video", "positions")
+)
 OTHERS = {"--easy-vqa": EASY, "--small": SMALL, "--small-video": FILMS}
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 INTRO = """# Accuracy
@@ -128,12 +130,34 @@ stream of 768 tokens or more, so that methods which compare frames can work:
 """
 
 
-def sequences(small: dict[str, Any], films: dict[str, Any]) -> str:
+POSITIONED = """What decides here is the position that a survivor is given. Methods keep the original
+ones or number survivors anew, each as published. The same methods with either, right answers of
+{asked} questions a task at keep = {keep:g} (`benchmarks/positions.py`):
+"""
+
+PLACED = """With original positions, `divprune`, `vtc-cls` and `scope` lose little at a quarter of the
+tokens where images or frames are compared; numbered anew, they guess the rule. Of the methods in
+the tables above, `dart`, `fastv` and `fastvid` keep original positions. So compare others there
+with `positions="original"`, and try both on your model, if it is given several images or a video.
+Two things favour original positions here: the model was trained with most tokens hidden and the
+others where they were, and its short sequences never reach positions that it has not seen.
+"""
+
+
+def sequences(small: dict[str, Any], films: dict[str, Any], places: dict[str, Any]) -> str:
     """The section on several images and videos."""
     parts = []
     for about, result in ((SEQUENCES, small), (FILMED, films)):
         parts += [about.format(**result), _by_task(result)]
-    return "\n".join(parts)
+    tasks = list(places["all"])
+    rows = [["all tokens", "", *(str(n) for n in places["all"].values()), ""]]
+    for row in places["rows"]:
+        for way in ("renumbered", "original"):
+            change = f"{100 * row['change']:+.1f} ± {100 * row['half_width']:.1f}"
+            right = [str(row[way][task]) for task in tasks]
+            rows.append([f"`{row['method']}`", way, *right, change if way == "original" else ""])
+    head = ["method", "positions", *tasks, "change by original positions, points"]
+    return "\n".join([*parts, POSITIONED.format(**places), table(head, rows), PLACED])
 
 
 def _by_task(result: dict[str, Any]) -> str:
@@ -185,8 +209,8 @@ def _line(line: Line) -> dict[str, Any]:
 
 def page() -> str:
     """The page as Markdown."""
-    result, easy, small, films = (
-        json.loads(path.read_text()) for path in (RESULT, EASY, SMALL, FILMS)
+    result, easy, small, films, places = (
+        json.loads(path.read_text()) for path in (RESULT, EASY, SMALL, FILMS, PLACES)
     )
     parts = [INTRO, headline.section(headline.load())]
     parts.append(f"## All methods\n\n`{result['command']}`; {result['machine']}.\n")
@@ -204,7 +228,7 @@ def page() -> str:
     parts += [
         LESSONS,
         real(easy),
-        sequences(small, films),
+        sequences(small, films, places),
         "## Tasks\n",
         table(head, rows),
         "## Refused or failed\n",

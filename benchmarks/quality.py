@@ -130,14 +130,14 @@ stream of 768 tokens or more, so that methods which compare frames can work:
 """
 
 
-POSITIONED = """What decides here is the position that a survivor is given. Methods keep the original
-ones or number survivors anew, each as published. The same methods with either, right answers of
-{asked} questions a task at keep = {keep:g} (`benchmarks/positions.py`):
+POSITIONED = """What decides here is the position that a survivor is given. Methods keep the
+original ones or number survivors anew, each as published. The same methods with either, right
+answers of {asked} questions a task at keep = {keep:g} (`benchmarks/positions.py`):
 """
 
-PLACED = """With original positions, `divprune`, `vtc-cls` and `scope` lose little at a quarter of the
-tokens where images or frames are compared; numbered anew, they guess the rule. Of the methods in
-the tables above, `dart`, `fastv` and `fastvid` keep original positions. So compare others there
+PLACED = """With original positions, `divprune`, `vtc-cls` and `scope` lose little at a quarter of
+the tokens where images or frames are compared; numbered anew, they guess the rule. Of the methods
+in the tables above, `dart`, `fastv` and `fastvid` keep original positions. So compare others there
 with `positions="original"`, and try both on your model, if it is given several images or a video.
 Two things favour original positions here: the model was trained with most tokens hidden and the
 others where they were, and its short sequences never reach positions that it has not seen.

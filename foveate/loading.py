@@ -23,8 +23,8 @@ from transformers.utils import logging
 from foveate.errors import FoveateError, InputError, UnsupportedModelError
 from foveate.families import FAMILIES
 from foveate.io.quoting import quoted, shown
-from foveate.measure.checkpoints import check_name, checkpoints
-from foveate.tiny import NAMES, PACKAGED, VIDEO, Size, load_video
+from foveate.measure.checkpoints import EMBEDDED, check_name, checkpoints
+from foveate.tiny import PACKAGED, VIDEO, Size, load_video
 from foveate.tiny import load as load_packaged
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,7 +48,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
         kind = torch.float32
     model: Any
     with _loading(name):
-        if name in NAMES:
+        if name in EMBEDDED:
             model, processor = _packaged(name)
             model = model if kind == "auto" else model.to(kind)
         else:

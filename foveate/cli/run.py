@@ -16,10 +16,10 @@ from foveate.core import Method
 from foveate.errors import InputError
 from foveate.io.writing import check_file, write_image, write_json
 from foveate.loading import load_model
+from foveate.measure.checkpoints import EMBEDDED
 from foveate.report.panels import stack
 from foveate.report.report import Report
 from foveate.run import Session, use
-from foveate.tiny import NAMES
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def execute(job: Job) -> Outcome:
 
 def _notes(job: Job, processor: Any, model_type: str) -> tuple[str, ...]:
     """What to bear in mind of an answer."""
-    notes = notes_on_tiny(processor, job.media, job.question) if job.model in NAMES else []
+    notes = notes_on_tiny(processor, job.media, job.question) if job.model in EMBEDDED else []
     frames = sum(len(medium) for medium in job.media if isinstance(medium, list))
     if frames and not takes_videos(processor):
         notes.append(

@@ -13,9 +13,10 @@ from typing import Any
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.io.quoting import quoted, shown
-from foveate.tiny import NAMES, PACKAGED
 
 PATH = Path(__file__).with_name("checkpoints.json")
+EMBEDDED = ("tiny", "small", "small-video")
+"""Names of the models that come with the package; see `foveate.tiny`."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def check_name(name: str) -> str:
         InputError: the folder is not there, or holds no model; or the hub has no such model or
             cannot be reached.
     """
-    if name in NAMES:
+    if name in EMBEDDED:
         return name
     if os.path.isdir(name):
         if not (Path(name) / "config.json").is_file():
@@ -124,11 +125,11 @@ def check_config_name(name: str) -> None:
 
 def _near(name: str) -> str:
     """Names that a mistyped one may mean, and the one that always works."""
-    known = {known.rpartition("/")[2].lower(): known for known in (*checkpoints(), *PACKAGED)}
+    known = {known.rpartition("/")[2].lower(): known for known in (*checkpoints(), *EMBEDDED)}
     close = difflib.get_close_matches(name.rpartition("/")[2].lower(), known, n=3, cutoff=0.6)
-    if close and close[0] in PACKAGED:
+    if close and close[0] in EMBEDDED:
         return f"did you mean `{close[0]}`, an embedded model?"
-    near = [known[each] for each in close if known[each] not in (*PACKAGED, name)]
+    near = [known[each] for each in close if known[each] not in (*EMBEDDED, name)]
     meant = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{meant}`tiny` and `small` are the embedded models"
 

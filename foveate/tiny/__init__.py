@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from foveate.tiny.video import VideoProcessor
 
 __all__ = [
-    "NAMES", "PACKAGED", "PATH", "VIDEO", "Question", "Scene", "SceneObject", "draw_scene", "load",
+    "PACKAGED", "PATH", "VIDEO", "Question", "Scene", "SceneObject", "draw_scene", "load",
     "load_video",
 ]  # fmt: skip
 
@@ -48,7 +48,6 @@ PACKAGED: dict[str, Path] = {"tiny": PATH, "small": Path(__file__).parent / "sma
 
 VIDEO = "small-video"
 """Name under which `small` is loaded as a model that takes videos."""
-NAMES = (*PACKAGED, VIDEO)
 
 
 def load(

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from foveate.engine import hooks
+from foveate.engine import inputs
 from foveate.engine.slots import Slots
 from foveate.methods import FastV, PyramidDrop
 from tests.fuzz.__main__ import Run
@@ -65,7 +65,11 @@ def forgetful(extend):
 BROKEN = {
     "FastV keeps the worst": (FastV, "scores", worst),
     "PyramidDrop keeps the worst": (PyramidDrop, "scores", worst),
-    "padding counts as text": (hooks, "real_positions", lambda real: lambda mask, total: None),
+    "padding counts as text": (
+        inputs,
+        "real_positions",
+        lambda real: lambda mask, total, read: None,
+    ),
     "decoding forgets what moved up": (Slots, "extend", forgetful),
 }
 

@@ -15,6 +15,7 @@ from foveate.bench.prompt import Prompter, prompts
 from foveate.bench.sample import Sample
 from foveate.bench.tasks import get_task
 from foveate.loading import load_model, load_skeleton
+from foveate.measure.checkpoints import EMBEDDED
 from recipes.evaluate import accuracy, held_out
 
 ASKED = 24
@@ -79,7 +80,8 @@ def test_a_video_is_answered_like_its_frames(small):
 def test_it_is_what_its_name_loads(small):
     again, _ = tiny.load(size="small")
     assert all(map(torch.equal, again.state_dict().values(), small[0].state_dict().values()))
-    for name in tiny.NAMES:
+    assert set(EMBEDDED) == {*tiny.PACKAGED, tiny.VIDEO}
+    for name in EMBEDDED:
         loaded, skeleton = load_model(name)[0], load_skeleton(name)
         assert skeleton.config.model_type == loaded.config.model_type
         assert sum(p.numel() for p in skeleton.parameters()) == loaded.num_parameters()

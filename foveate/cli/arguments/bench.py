@@ -118,14 +118,14 @@ def bench(
     """Measure methods on tasks with known evidence."""
     from foveate.bench.settings import Settings, chosen_methods
     from foveate.cli import bench as work
-    from foveate.tiny import NAMES
+    from foveate.measure.checkpoints import EMBEDDED
 
     settings = Settings(
         model=model, methods=chosen_methods(methods), keeps=work.read_keeps(keep),
         tasks=work.read_tasks(tasks), samples=samples, seed=seed, split=work.read_split(split),
         difficulty=difficulty, clutter=clutter, data=None if data is None else str(data),
         batch=batch, device=device, dtype=dtype,
-        hint=("" if model in NAMES else HINT) if hint is None else hint, max_pixels=max_pixels,
+        hint=("" if model in EMBEDDED else HINT) if hint is None else hint, max_pixels=max_pixels,
     )  # fmt: skip
     work.check_minutes(minutes)
     work.check_data(settings, named=tasks != "all")

@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+import foveate
 from foveate.core import Adaptive, Method, VisualTokens
 from foveate.measure import flops
 
@@ -40,6 +41,15 @@ SEVEN_B = LlamaConfig(
 TEXT = 64
 LIMIT = 2.0  # seconds that transcriptions may take in a round
 SHORT = 0.01  # seconds that they should take at least, so that short calls are repeated
+TIES = (
+    "scores lie closer than 1e-6 where results differ, and foveate takes that for a tie; with ties "
+    "no wider than rounding in double precision, results are the same"
+)
+DIFFERS = {
+    **dict.fromkeys(("holov", "prunesid", "vidcom2"), TIES),
+    "vispruner": f"{TIES} (checked at 576 x 16)",
+}
+"""Why a method makes another choice than its transcription, where that was found out."""
 Case = tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]], Callable[..., Method]]
 
 
@@ -112,6 +122,10 @@ def agree(method: Method, tensors: dict[str, Tensor], keep: int, plain: list[Ten
     return True
 
 
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
 def alone(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """Each image's tensors."""
     count = next(iter(tensors.values())).shape[0]
@@ -138,9 +152,9 @@ def measure(case: Case, visual: int, batch: int) -> dict[str, Any]:
     # Rounding decides between near ties, so what differs is compared in double precision.
     same = agree(method, tensors, keep, plain) or agree(
         method,
-        (exact := {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}),
+        (exact := {n: _double(t[: len(few)]) for n, t in tensors.items()}),
         keep,
-        [transcription(image, keep) for image in alone(exact)[: len(few)]],
+        [transcription(image, keep) for image in alone(exact)],
     )
     with FlopCounterMode(display=False) as counter:
         ours()
@@ -170,19 +184,70 @@ def measure(case: Case, visual: int, batch: int) -> dict[str, Any]:
     }
 
 
-def keep_result(known: dict[str, Case], name: str, rows: list[dict[str, Any]]) -> None:
-    """Put a method's rows into the result file, beside those of others."""
-    path = _bench.RESULTS / "selection.json"
-    rest = json.loads(path.read_text())["methods"] if path.exists() else {}
-    both = rest | {name: rows}
+def remarks(result: dict[str, Any]) -> str:
+    """Which methods outside the encoder have no row, why some results differ, and what was not
+    measured in the last run.
+    """
+    measured = result["methods"]
+    known = cases()
+    short = {name.split(",")[0].split()[0] for name in known}
+    names = [n for n in foveate.list_methods() if foveate.get_method(n).stage != "vision"]
+    said = [
+        "Methods in the encoder are below. No transcription exists of "
+        f"{_listed(name for name in names if name not in short)}."
+    ]
+    if missing := [name for name in known if name not in measured]:
+        said.append(f"Not measured yet: {_listed(missing)}.")
+    why: dict[str, list[str]] = {}
+    for name, rows in measured.items():
+        if not all(row["agree"] for row in rows):
+            why.setdefault(DIFFERS.get(name, "why results differ is not known"), []).append(name)
+    said += [f"{_listed(differing)}: {reason}." for reason, differing in why.items()]
+    for run in result.get("earlier", []):
+        said.append(
+            f"In an earlier run, at commit {run['machine']['commit']} with torch "
+            f"{run['machine']['torch']}, were measured: {_listed(run['methods'])}."
+        )
+    return " ".join(said)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def keep_result(known: dict[str, Case], old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Write the rows of this run, and those of methods that only earlier runs measured.
+
+    Args:
+        known: all methods, in order.
+        old: what the file held before this run, or nothing.
+        new: name -> rows of this run.
+    """
+    both = old.get("methods", {}) | new
     methods = {each: both[each] for each in known if each in both}
-    _bench.save("selection", {"keep": 0.25, "text": TEXT, "methods": methods})
+    result = {"keep": 0.25, "text": TEXT, "methods": methods}
+    if runs := earlier(old, set(new)):
+        result["earlier"] = runs
+    _bench.save("selection", result)
+
+
+def earlier(old: dict[str, Any], new: set[str]) -> list[dict[str, Any]]:
+    """Machine and methods of each earlier run, without what was measured anew."""
+    runs = list(old.get("earlier", []))
+    if old:
+        told = {name for run in runs for name in run["methods"]}
+        mine = [name for name in old["methods"] if name not in told]
+        runs.append({"machine": old["machine"], "methods": mine})
+    left = [{**run, "methods": [n for n in run["methods"] if n not in new]} for run in runs]
+    return [run for run in left if run["methods"]]
 
 
 def main() -> None:
     """Measure all methods, or those named; each is saved when it is done."""
     torch.set_grad_enabled(False)
-    known = cases()
+    known, new = cases(), {}
+    path = _bench.RESULTS / "selection.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
     for name in sys.argv[1:] or list(known):
         rows = []
         for size in SIZES:
@@ -193,7 +258,8 @@ def main() -> None:
                 f"{100 * row['share_of_7b_prefill']:.3f} % of the prefill's FLOPs",
                 flush=True,
             )
-        keep_result(known, name, rows)
+        new[name] = rows
+        keep_result(known, old, new)
 
 
 if __name__ == "__main__":

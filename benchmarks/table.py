@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _gpu_targets import judged
 from gpu import LIMITS, results_of
 from gpu import read as read_gpu
+from selection import remarks
 from speed import ON_CPU, ON_GPU
 
 RESULTS = Path(__file__).parent / "results"
@@ -277,7 +278,7 @@ def selection() -> str:
         "speed-up over a transcription of the paper's equations that works image by image, as "
         "published code does. Both select or produce the same tokens. The last column is the "
         "largest share of the FLOPs of a 7B model's prefill. Transcriptions that take seconds ran "
-        "once, on some of the images. Video methods get 16 frames. "
+        f"once, on some of the images. Video methods get 16 frames. {remarks(result)} "
         f"{about(result)}",
         table(head, rows),
     ])  # fmt: skip

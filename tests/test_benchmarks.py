@@ -244,6 +244,18 @@ def test_methods_choose_what_the_transcriptions_that_time_them_choose():
         assert selection.agree(make(keep), tensors, keep, plain), name
 
 
+def test_selection_says_which_rows_are_of_an_earlier_run():
+    """Once measured anew, a method is of the last run."""
+    script = _script("selection")
+    first = {"machine": {"commit": "1", "torch": "2"}, "methods": {"a": [], "b": [], "c": []}}
+    runs = script.earlier(first, {"c"})
+    assert runs == [{"machine": first["machine"], "methods": ["a", "b"]}]
+    second = {**first, "machine": {"commit": "3", "torch": "2"}, "earlier": runs}
+    assert [run["methods"] for run in script.earlier(second, {"b"})] == [["a"], ["c"]]
+    assert "at commit 1 with torch 2, were measured: `a`, `b`." in script.remarks(second)
+    assert script.earlier(second, {"a", "b", "c"}) == script.earlier({}, {"a"}) == []
+
+
 def test_page_on_serving_shows_the_results():
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     results = ROOT / "benchmarks" / "results"

@@ -103,7 +103,9 @@ class FeatureReducer:
         ids, arguments = now.prompt
         told = now.tokens.question_text(rows, ends)
         given = arguments.get("inputs_embeds")
-        question = told.on(given.device if ids is None else ids.device)
+        prompt = given if ids is None else ids
+        assert prompt is not None  # the model needs one of them
+        question = told.on(prompt.device)
         embeds = question.embeddings(self.family.base.get_input_embeddings(), ids, given)
         if told.last is None:
             return question, embeds

@@ -195,8 +195,9 @@ class QuestionText:
 
     def on(self, device: torch.device) -> QuestionText:
         """The same on a device."""
-        parts = self.columns, self.real, self.sample, self.last
-        return QuestionText(*_uploaded(parts, device), self.without)
+        columns, real = upload(self.columns, device), upload(self.real, device)
+        sample, last = _uploaded((self.sample, self.last), device)
+        return QuestionText(columns, real, sample, last, self.without)
 
     def mask(self, rows: Tensor, ends: Tensor) -> Tensor:
         """(G, Q) which tokens are the question text of each of some images.

@@ -116,10 +116,11 @@ class LLaVAPruMerge(Adaptive):
             chosen = chosen.clamp(max=max(limit - 1, 1))
         keys = tokens.signal("encoder_keys")[:, 0].float().transpose(1, 2).flatten(2)
         given = order, F.normalize(keys, dim=-1), attention
-        return [
-            (members, self._merge(*(members_of(x, members) for x in given), count))
-            for count, members in by_count(chosen).items()
-        ]
+        parts = []
+        for count, members in by_count(chosen).items():
+            first, unit, weights = (members_of(x, members) for x in given)
+            parts.append((members, self._merge(first, unit, weights, count)))
+        return parts
 
     def _choose(self, attention: Tensor) -> tuple[Tensor, Tensor]:
         """(G, V) tokens with the chosen ones first, and (G) how many are chosen."""
@@ -131,6 +132,7 @@ class LLaVAPruMerge(Adaptive):
         if not self.plus:
             return order, outliers[:, 0]
         position = torch.arange(total, device=rank.device).expand_as(rank)
+        stride: Tensor | int
         if self.ratio is None:  # a third of the mean distance between outliers, as released
             patches = attention.isfinite().sum(1, keepdim=True)
             first, stride = 0, (patches // outliers // 3).clamp(min=1)

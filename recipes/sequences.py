@@ -98,15 +98,15 @@ def _spread(
         raise ValueError(
             f"the trained model has {count} layers where the new one has {len(layers)}"
         )
-    places = [index * (len(layers) - 1) // (count - 1) for index in range(count)]
+    places = [index * (len(layers) - 1) // max(count - 1, 1) for index in range(count)]
     for index, layer in enumerate(layers):
         if index not in places:
             _idle(layer)
     named = {}
     for name, tensor in weights.items():
         if name.startswith(prefix):
-            index, rest = name.removeprefix(prefix).split(".", 1)
-            name = f"{prefix}{places[int(index)]}.{rest}"
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            name = f"{prefix}{places[int(number)]}.{rest}"
         named[name] = tensor
     return named
 

@@ -144,16 +144,12 @@ class ModelHooks:
         elif self.family.policy is not None and is_sampling(self.family.model):
             return kwargs  # it has begun before the session
         now.inside = True
-        if ids is None or ids.shape[1] > 1:
-            check_kernel(self.family)
-        if state.generate.running:
-            check_cache_kept(self.family, kwargs)
-        self._check_given(given)
+        self._check_call(ids, kwargs, given)
         untagged = [output for output in given.values() if not features.is_tagged(output)]
         if untagged and state.generate.requests is None and is_generating(self.family.model):
             return kwargs  # it has begun before the session
-        told = (ids, kwargs.get("attention_mask"), *filter(is_table, kwargs.values()))
-        if ids is None or ids.shape[1] > 1 or given:
+        if ids is None or ids.shape[1] > 1 or given:  # more than a decoding step
+            told = (ids, kwargs.get("attention_mask"), *filter(is_table, kwargs.values()))
             now.read.fetch(x for x in told if isinstance(x, Tensor) and x.dim() == 2)
         now.visual = placeholders(self.family, ids, kwargs, given, now.read)
         if not now.visual:
@@ -251,6 +247,13 @@ class ModelHooks:
                     "give one for each row, "
                     "also for rows without an image"
                 )
+
+    def _check_call(self, ids: Tensor | None, kwargs: Kwargs, given: dict[str, Any]) -> None:
+        if ids is None or ids.shape[1] > 1:
+            check_kernel(self.family)
+        if self.state.generate.running:
+            check_cache_kept(self.family, kwargs)
+        self._check_given(given)
 
     def _check_given(self, given: dict[str, Any]) -> None:
         for modality in given:

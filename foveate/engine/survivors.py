@@ -35,22 +35,14 @@ def survivors(
     Raises:
         UnsupportedModelError: they do not follow from the encoder's.
     """
-    seen: dict[str, list[int]] = defaultdict(list)
-    kept: dict[str, list[Tensor]] = defaultdict(list)
-    for encoding in passes:
-        for shape, of_image in encoding.survivors():
-            for entry, index in of_image.items():
-                seen[entry].append(shape.total)
-                kept[entry].append(index)
+    seen, kept = _seen(passes)
     if type(family).follow is Family.follow and all(of == list(lengths) for of in seen.values()):
         return dict(kept)  # they are what the encoder has left
     found: dict[str, Sequence[Tensor]] = {}
-    for entry, read in zip(kept, download([torch.cat(of) for of in kept.values()]), strict=True):
+    read = iter(download([index for of in kept.values() for index in of]))
+    for entry, totals in seen.items():
         images = [
-            torch.zeros(total, dtype=torch.bool).index_fill(0, index, True)
-            for total, index in zip(
-                seen[entry], read.split([len(index) for index in kept[entry]]), strict=True
-            )
+            torch.zeros(total, dtype=torch.bool).index_fill(0, next(read), True) for total in totals
         ]
         tokens = torch.cat(list(family.follow(modality, images, arguments)))
         if len(tokens) != sum(lengths):
@@ -62,3 +54,15 @@ def survivors(
             )
         found[entry] = [of.nonzero()[:, 0] for of in tokens.split(list(lengths))]
     return found
+
+
+def _seen(passes: Sequence[Encoding]) -> tuple[dict[str, list[int]], dict[str, list[Tensor]]]:
+    """Entry of each step -> tokens of each image that the encoder saw, and (K) which survive it."""
+    seen: dict[str, list[int]] = defaultdict(list)
+    kept: dict[str, list[Tensor]] = defaultdict(list)
+    for encoding in passes:
+        for shape, of_image in encoding.survivors():
+            for entry, index in of_image.items():
+                seen[entry].append(shape.total)
+                kept[entry].append(index)
+    return seen, kept

@@ -85,7 +85,7 @@ def average(scores: Mapping[str, float], full: Mapping[str, float]) -> float | N
 
 
 def section(results: list[Mapping[str, Any]]) -> str:
-    """The section of docs/results.md.
+    """The section of docs/results-real.md.
 
     Args:
         results: files that `benchmarks/real.py` has kept; empty where nobody has run it.

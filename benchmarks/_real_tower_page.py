@@ -1,4 +1,4 @@
-"""The section of docs/results.md on a real tower, and its figure, from the committed result."""
+"""The section of docs/results-real.md on a real tower, and its figure, from the result."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ DROP = "cls-drop"
 
 ABOUT = """## A real tower: what survives
 
-Everything above is about a tiny model. Here each method chooses among the 196 patches of a
-pretrained CLIP ViT-B/16 on {photographs} COCO photographs (CC BY, CC BY-SA, or no known
-restrictions), whose panoptic masks say which pixels show which of {objects} objects; {small} are
-small, below 32 x 32 pixels of the 224 x 224 that the tower sees. `python scripts/real_parts.py`
+Each method chooses among the 196 patches of a pretrained CLIP ViT-B/16 on {photographs} COCO
+photographs (CC BY, CC BY-SA, or no known restrictions), whose panoptic masks say which pixels show
+which of {objects} objects; {small} are small, below 32 x 32 pixels of the 224 x 224 that the tower
+sees. `python scripts/real_parts.py`
 fetches the tower and `benchmarks/real_tower.py` measures. The weights come from an int8 file with
 one scale for each output channel. Their licence is an open question, so they are measured locally
 and not redistributed. {where}

@@ -1,4 +1,4 @@
-"""The section of docs/results.md on a VLM of real parts, from the committed result."""
+"""The section of docs/results-real.md on a VLM of real parts, from the committed result."""
 
 from __future__ import annotations
 

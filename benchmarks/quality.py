@@ -1,8 +1,8 @@
-"""Compact results of `foveate bench`, and docs/results.md of them.
+"""Compact results of `foveate bench`, and docs/results.md and docs/results-real.md of them.
 
 foveate bench --model tiny --methods all --tasks all --data DATA --out OUT
 python benchmarks/quality.py OUT/results.parquet   # writes results/quality.json and the page
-python benchmarks/quality.py    # the page only, with results of headline.py, real.py, real_tower.py
+python benchmarks/quality.py    # the pages only, with results of headline.py and the real_*.py
 
 python -m recipes.easy_vqa --data DATA --out MODEL --steps 160
 foveate bench --model MODEL --methods all --keep 0.25 --tasks easy-vqa --data DATA --out OUT \
@@ -26,6 +26,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import _findings
 import _headline_table as headline
 import _real_tower_page as tower
 import _real_vlm_page as vlm
@@ -43,9 +44,10 @@ EASY, SMALL, FILMS, PLACES = (
 )
 OTHERS = {"--easy-vqa": EASY, "--small": SMALL, "--small-video": FILMS}
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
-INTRO = """# Accuracy
+REAL_PAGE = PAGE.with_name("results-real.md")
+INTRO = """## How to read the tables
 
-Made by `benchmarks/quality.py` from `benchmarks/results/quality.json`. Each method answers the same
+Made by `benchmarks/quality.py` from `benchmarks/results/`. Each method answers the same
 questions as the model with all its tokens. `keep` is the share that survives a method's cut. If a
 method cuts several times, its published schedule is rescaled so that the mean over the layers after
 the first cut is `keep`. FEATHER, ToDRE and LVLM-CSP interpret `keep` as published. So do CATP and
@@ -85,6 +87,15 @@ of a few points are noise there.
   trained on drawn scenes, one image at a time, with numbers and not with words. The deeper `small`
   does words, several images, examples and videos; see below. The real data (NLVR, easy-VQA, COCO)
   is among them, too; only its recall is meaningful. See below for easy-VQA.
+"""
+
+
+REAL_INTRO = """# Accuracy on real parts
+
+The models that come with foveate are small and were trained on drawn scenes. Here are pretrained
+parts: a vision tower by itself, a model of such a tower and a language model, and a table that
+waits for public checkpoints. [Accuracy](results.md) is about the small models.
+
 """
 
 
@@ -208,11 +219,12 @@ def _line(line: Line) -> dict[str, Any]:
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """The page on the models that come with foveate, as Markdown."""
     result, easy, small, films, places = (
         json.loads(path.read_text()) for path in (RESULT, EASY, SMALL, FILMS, PLACES)
     )
-    parts = [INTRO, headline.section(headline.load())]
+    parts = ["# Accuracy\n", _findings.findings(places), INTRO]
+    parts.append(headline.section(headline.load()))
     parts.append(f"## All methods\n\n`{result['command']}`; {result['machine']}.\n")
     keeps = sorted({x["keep"] for x in result["lines"] if x["keep"]}, reverse=True)
     for keep in [*keeps, None]:
@@ -225,6 +237,7 @@ def page() -> str:
          "yes" if t["telling"] else "no"]
         for t in result["tasks"]
     ]  # fmt: skip
+    refused = [[str(x).replace("|", "/") for x in row] for row in result["troubles"]]
     parts += [
         LESSONS,
         real(easy),
@@ -232,14 +245,17 @@ def page() -> str:
         "## Tasks\n",
         table(head, rows),
         "## Refused or failed\n",
+        table(["method", "status", "reason", "cells"], refused),
     ]
-    parts.append(table(["method", "status", "reason", "cells"], [
-        [str(x).replace("|", "/") for x in row] for row in result["troubles"]
-    ]))  # fmt: skip
-    parts.append(tower.section(tower.load()))
-    parts.append(vlm.section(vlm.load()))
-    parts.append(section([json.loads(path.read_text()) for path in measured()]))
     return "\n".join(parts)
+
+
+def real_page() -> str:
+    """The page on pretrained parts, as Markdown."""
+    checkpoints = [json.loads(path.read_text()) for path in measured()]
+    return REAL_INTRO + "\n".join(
+        [tower.section(tower.load()), vlm.section(vlm.load()), section(checkpoints)]
+    )
 
 
 def measured() -> list[Path]:
@@ -248,8 +264,8 @@ def measured() -> list[Path]:
 
 
 def _lines(lines: list[dict[str, Any]]) -> str:
-    head = ["method", "accuracy", "change", "agreement", "KL", "recall", "tokens", "FLOPs", "TTFT",
-            "upper", "lower"]  # fmt: skip
+    head = ["method", "accuracy", "change", "agreement", "KL", "recall", "tokens", "FLOPs", "upper",
+            "lower"]  # fmt: skip
     rows = []
     for x in lines:
         low, high = x["interval"]
@@ -259,7 +275,7 @@ def _lines(lines: list[dict[str, Any]]) -> str:
             f"{percent(x['accuracy'])} ({percent(low)} to {percent(high)})",
             f"{100 * x['change']:+.1f} ± {100 * x['half_width']:.1f}",
             percent(x["agreement"]), "-" if x["kl"] is None else f"{x['kl']:.3f}",
-            percent(x["recall"]), percent(x["tokens"]), percent(x["flops"]), percent(x["ttft"]),
+            percent(x["recall"]), percent(x["tokens"]), percent(x["flops"]),
             percent(upper), percent(lower),
         ])  # fmt: skip
     return table(head, rows)
@@ -277,8 +293,9 @@ def main() -> None:
         target = OTHERS.get(given[0], RESULT)
         target.write_text(json.dumps(compact(given[-1]), indent=1) + "\n")
     tower.FIGURE.write_text(tower.figure(tower.load()))
-    PAGE.write_text(page())
-    print(f"wrote {PAGE}")
+    for path, text in ((PAGE, page()), (REAL_PAGE, real_page())):
+        path.write_text(text)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def main() -> None:
     except FoveateError as error:
         sys.exit(f"error: {error}")
     print(section([result]))
-    print(f"kept in {given.out}; python benchmarks/quality.py renews docs/results.md")
+    print(f"kept in {given.out}; python benchmarks/quality.py renews docs/results-real.md")
 
 
 if __name__ == "__main__":

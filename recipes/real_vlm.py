@@ -7,8 +7,8 @@ with low-rank changes of the language model. The tower is frozen, so what it see
 `--cache`. The schedule follows the clock. A run goes on where its last checkpoint was written.
 
 The outcome, `adapter.safetensors`, holds the projector and the changes; `recipes.real_adapter` puts
-them into a model. `recipes/real_vlm.safetensors` is that of the run in docs/results.md: 12 chunks,
-`--minutes 64` on a busy machine, of which 39 were spent. `--start` goes on from it.
+them into a model. `recipes/real_vlm.safetensors` is that of the run in docs/results-real.md: 12
+chunks, `--minutes 64` on a busy machine, of which 39 were spent. `--start` goes on from it.
 """
 
 import json

@@ -102,8 +102,8 @@ def own_beside() -> dict[str, Fact]:
     return {
         "accuracy": (
             "yes" if measured("real") else "no",
-            "On the embedded model and on small questions, no public checkpoint.",
-            ["docs/results.md"],
+            "On embedded models and on pretrained parts, no public checkpoint.",
+            ["docs/results.md", "docs/results-real.md"],
         ),
         "gpu": (
             "yes" if measured("gpu") else "no",

@@ -406,7 +406,7 @@ def test_the_page_is_made_from_the_result():
     """With the reason for each method that is left out, and a figure for each that a text names."""
     page = importlib.import_module("_real_tower_page")
     section = page.section(page.load())
-    assert section.rstrip() in (ROOT / "docs" / "results.md").read_text()
+    assert section.rstrip() in (ROOT / "docs" / "results-real.md").read_text()
     assert "`divprune`" in section
     assert "`dtop`: decides by a head" in section
     assert "{" not in section

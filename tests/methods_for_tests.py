@@ -63,6 +63,21 @@ class EveryThird(Scorer):
 
 
 @dataclass(frozen=True)
+class Latest(Scorer):
+    """The last tokens of each image: known indices, no signal."""
+
+    keep: Keep = 12
+    positions: str = "original"
+    slug, stage, needs, paper = "latest", "pre_llm", (), ""
+
+    def steps(self, model):
+        return (Step("pre_llm"),)
+
+    def scores(self, tokens):
+        return tokens.index.float()
+
+
+@dataclass(frozen=True)
 class Average(Method):
     """Merge every run of neighbours into its first token, inside the language model."""
 

@@ -95,11 +95,11 @@ class PrunedLayer(CacheLayerMixin):
             CacheError: the crop reaches into a region from which tokens were removed.
         """
         count = abs(tokens_to_remove)
-        if self.slots is not None and count > self.slots.tail:
+        if self.slots is not None and count > self.slots.tail and count > self.slots.whole:
             raise CacheError(
-                f"cannot crop {count} tokens off this cache: visual tokens were removed "
-                f"{self.slots.tail} tokens "
-                "before its end; crop less, or start with a new cache"
+                f"cannot crop {count} tokens off this cache: of those, it holds only the last "
+                f"{self.slots.whole} in every row, as visual tokens, padding or hidden text before "
+                "them were removed; crop less, or start with a new cache"
             )
         super().crop(tokens_to_remove)  # type: ignore[misc]
         if self.slots is not None and count:

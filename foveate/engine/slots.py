@@ -31,8 +31,8 @@ class Slots:
         ragged: whether any slot is padding.
         renumbered: (B, 1) positions that renumbering has taken off each row so far; `None` if it
             never did.
-        tail: trailing slots that are whole logical positions in every row, so that cropping them
-            is exact.
+        tail: trailing slots that are known to be whole logical positions in every row; `whole`
+            looks whether there are more.
         visual: (B, at most S) which slots hold visual tokens, those after it hold none; `None`
             where nobody asks. The same tensor as long as text alone is appended.
     """
@@ -61,6 +61,13 @@ class Slots:
         """(B, S) logical position of each slot; -1 is padding."""
         tail = torch.arange(self.length - self.tail, self.length, device=self.head.device)
         return torch.cat((self.head, tail.expand(self.head.shape[0], -1)), dim=1)
+
+    @functools.cached_property
+    def whole(self) -> int:
+        """Trailing logical positions that have a slot in every row, so that cropping them is exact.
+        The host waits for it.
+        """
+        return self.tail + _tail(self.head, self.length - self.tail)
 
     @property
     def all_visual(self) -> Tensor | None:
@@ -188,15 +195,16 @@ class Slots:
         return self._derive(kept, make)
 
     def crop(self, count: int) -> Slots:
-        """Forget the last `count` logical positions; the caller has checked `count <= tail`."""
+        """Forget the last `count` logical positions; the caller has checked `count <= whole`."""
+        beyond = max(count - self.tail, 0)
         return self._derive(
             ("crop", count),
             lambda: Slots(
-                self.head,
+                self.head[:, : self.head.shape[1] - beyond],
                 self.length - count,
                 self.ragged,
                 self.renumbered,
-                self.tail - count,
+                max(self.tail - count, 0),
                 None if self.visual is None else self.visual[:, : self.count - count],
             ),
         )

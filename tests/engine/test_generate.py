@@ -10,7 +10,7 @@ from foveate.errors import InputError
 from foveate.methods import FastV, PyramidDrop
 from tests import oracle
 from tests.engine.test_oracle import BATCHES, CASES, TOLERANCE, features_of
-from tests.methods_for_tests import EveryThird
+from tests.methods_for_tests import EveryThird, Latest
 from tests.tinies import IMAGE, PATCHES, prompts, row_of, tiny_llava
 
 METHODS = [
@@ -218,6 +218,42 @@ def test_crop_is_exact_after_the_images_and_refused_inside(llava):
         cache.crop(-3)
         with pytest.raises(foveate.FoveateError, match="cannot crop 8 tokens"):
             cache.crop(-8)
+
+
+@pytest.mark.parametrize("rows", [[[5, 0]], [[5, 0], [2, 0]]], ids=["one", "padded"])
+def test_crop_is_exact_among_survivors_at_the_end(llava, rows):
+    """Text that follows the cropped image reads what the plain model makes of the tokens left."""
+    inputs = prompts(rows)
+    cache = DynamicCache(config=llava.config.text_config)
+    text = torch.tensor([[9, 10, 11]]).expand(len(rows), -1)
+    length = inputs["input_ids"].shape[1]
+    mask = torch.nn.functional.pad(inputs["attention_mask"][:, :-4], (0, 3), value=1)
+    with foveate.use(llava, Latest(keep=12)):
+        llava(**inputs, past_key_values=cache)
+        cache.crop(-4)
+        assert cache.get_seq_length() == length - 4
+        assert {layer.keys.shape[2] for layer in cache.layers} == {5 + 8}
+        got = llava(input_ids=text, attention_mask=mask, past_key_values=cache).logits
+        with pytest.raises(foveate.FoveateError, match="holds only the last 11 in every row"):
+            cache.crop(-12)
+    words, features = llava.get_input_embeddings(), features_of(llava, inputs)
+    for row, (before, _) in enumerate(rows):
+        ids = torch.cat((inputs["input_ids"][row, -PATCHES - before : -PATCHES], text[row]))
+        alone = words(ids).split((before, 3))
+        embeds = torch.cat((alone[0], features[row][-12:-4], alone[1]))
+        positions = torch.cat((torch.arange(before), before + torch.arange(24, 35)))
+        want = llava(inputs_embeds=embeds[None], position_ids=positions[None]).logits
+        torch.testing.assert_close(got[row], want[0, -3:], rtol=0, atol=TOLERANCE)
+
+
+def test_a_crop_into_padding_says_what_is_missing(llava):
+    """Not that visual tokens were removed: one row has none."""
+    inputs = prompts([[5, 7], [6]])
+    cache = DynamicCache(config=llava.config.text_config)
+    with foveate.use(llava, Latest(keep=12)):
+        llava(**inputs, past_key_values=cache)
+        with pytest.raises(foveate.FoveateError, match=r"last 6 in every row, as .* padding"):
+            cache.crop(-7)
 
 
 def test_a_pruned_cache_is_refused_outside_its_session(llava):

@@ -1,5 +1,7 @@
 """Index maps between the logical and the physical sequence."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -129,6 +131,22 @@ def test_the_tail_ends_where_something_was_removed():
     layout, _ = cut(torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 1]]).bool())
     slots = Slots.full(2, 0, torch.device("cpu")).extend(layout, 5, None)
     assert slots.tail == 2
+
+
+@given(cuts(), st.integers(1, 4), st.data())
+def test_cropping_reaches_as_far_as_all_rows_are_whole(alive, more, data):
+    """Also where the host was not told how far that is."""
+    layout, _ = cut(alive)
+    batch, length = alive.shape
+    untold = Slots.full(batch, 0, torch.device("cpu")).extend(replace(layout, tail=0), length, None)
+    whole = int(alive.all(0).flip(0).long().cumprod(0).sum())
+    assert (untold.tail, untold.whole) == (length if alive.all() else 0, whole)
+    longer = untold.extend(Layout.full(batch, more, torch.device("cpu")), more, None)
+    assert longer.whole == whole + more
+    count = data.draw(st.integers(0, whole + more))
+    back = longer.crop(count)
+    assert torch.equal(back.index, longer.index[:, : longer.count - count])
+    assert (back.length, back.whole) == (longer.length - count, longer.whole - count)
 
 
 def test_layers_that_share_slots_go_on_sharing():

@@ -143,7 +143,7 @@ def right(
 ) -> list[bool]:
     """Whether each answer is right; `None` keeps all tokens."""
     prompter = Prompter(processor)
-    asked = [prompts(sample, videos=False)[0] for sample in samples]
+    asked = [prompts(sample, prompter.videos)[0] for sample in samples]
     given = {
         name: value.to(model.dtype) if torch.is_floating_point(value) else value
         for name, value in prompter.first(asked).items() if isinstance(value, Tensor)

@@ -142,8 +142,8 @@ stream of 768 tokens or more, so that methods which compare frames can work:
 
 
 POSITIONED = """What decides here is the position that a survivor is given. Methods keep the
-original ones or number survivors anew, each as published. The same methods with either, right
-answers of {asked} questions a task at keep = {keep:g} (`benchmarks/positions.py`):
+original ones or number survivors anew, each as published. Methods with either, right answers of
+{asked} questions a task (`benchmarks/positions.py`):
 """
 
 PLACED = """With original positions, `divprune`, `vtc-cls` and `scope` lose little at a quarter of
@@ -155,20 +155,38 @@ others where they were, and its short sequences never reach positions that it ha
 """
 
 
-def sequences(small: dict[str, Any], films: dict[str, Any], places: dict[str, Any]) -> str:
+COMPARING = """In the table of `small-video`, `evs` and `holitom` do worst, and both do there what
+is published. A video has three frames, and `evs` keeps the first one whole, whatever the budget.
+At keep = {keep:g} this frame is all that it keeps, and nothing that happens is left. `holitom`
+merges what stands still into the first frame, and keeps of later frames what changes. Numbered
+anew, these tokens no longer tell where and when they were. Right answers of `small-video` to
+{asked} questions a task, with more tokens for `evs`, and with positions of either kind:
+"""
+
+
+def sequences(small: dict[str, Any], filmed: dict[str, Any], places: dict[str, Any]) -> str:
     """The section on several images and videos."""
     parts = []
-    for about, result in ((SEQUENCES, small), (FILMED, films)):
+    for about, result in ((SEQUENCES, small), (FILMED, filmed)):
         parts += [about.format(**result), _by_task(result)]
-    tasks = list(places["all"])
-    rows = [["all tokens", "", *(str(n) for n in places["all"].values()), ""]]
-    for row in places["rows"]:
+    parts += [POSITIONED.format(**places), _by_position(places), PLACED]
+    films = places["films"]
+    parts += [COMPARING.format(keep=places["keep"], **films), _by_position(films)]
+    return "\n".join(parts)
+
+
+def _by_position(result: dict[str, Any]) -> str:
+    """Right answers on each task, with positions of either kind."""
+    tasks = list(result["all"])
+    rows = [["all tokens", "", "", *(str(n) for n in result["all"].values()), ""]]
+    for row in result["rows"]:
         for way in ("renumbered", "original"):
             change = f"{100 * row['change']:+.1f} ± {100 * row['half_width']:.1f}"
             right = [str(row[way][task]) for task in tasks]
-            rows.append([f"`{row['method']}`", way, *right, change if way == "original" else ""])
-    head = ["method", "positions", *tasks, "change by original positions, points"]
-    return "\n".join([*parts, POSITIONED.format(**places), table(head, rows), PLACED])
+            last = change if way == "original" else ""
+            rows.append([f"`{row['method']}`", f"{row['keep']:g}", way, *right, last])
+    head = ["method", "keep", "positions", *tasks, "change by original positions, points"]
+    return table(head, rows)
 
 
 def _by_task(result: dict[str, Any]) -> str:

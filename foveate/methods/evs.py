@@ -33,8 +33,9 @@ from foveate.core.video import Parts, VideoMethod, by_frame, exact, similarity
 class EVS(VideoMethod):
     """Rank tokens by how little they resemble the token at their cell in the frame before.
 
-    The first frame always stays whole, so that a video keeps at least one frame's tokens. A frame
-    after it keeps as many as changed, which may be none. Images pass untouched.
+    The first frame always stays whole, so that a video keeps at least one frame's tokens: of T
+    frames, a share of 1/T or less leaves the first alone, whatever happens later. A frame after it
+    keeps as many as changed, which may be none. Images pass untouched.
 
     Args:
         keep: what survives of a video, its first frame included: a share, 1 - q of the release

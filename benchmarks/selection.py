@@ -42,12 +42,12 @@ TEXT = 64
 LIMIT = 2.0  # seconds that transcriptions may take in a round
 SHORT = 0.01  # seconds that they should take at least, so that short calls are repeated
 TIES = (
-    "scores lie closer than 1e-6 where results differ, and foveate takes that for a tie; with ties "
-    "no wider than rounding in double precision, results are the same"
+    "Scores lie closer together than 1e-6 there, which foveate takes for a tie. With ties no "
+    "wider than rounding in double precision, results are the same"
 )
 DIFFERS = {
-    **dict.fromkeys(("holov", "prunesid", "vidcom2"), TIES),
-    "vispruner": f"{TIES} (checked at 576 x 16)",
+    **dict.fromkeys(("holov", "prunesid", "vidcom2"), f"{TIES}."),
+    "vispruner": f"{TIES}, which was checked at 576 x 16.",
 }
 """Why a method makes another choice than its transcription, where that was found out."""
 Case = tuple[Callable[..., Tensor], Callable[..., dict[str, Tensor]], Callable[..., Method]]
@@ -184,16 +184,16 @@ def measure(case: Case, visual: int, batch: int) -> dict[str, Any]:
     }
 
 
-def remarks(result: dict[str, Any]) -> str:
-    """Which methods outside the encoder have no row, why some results differ, and what was not
-    measured in the last run.
+def remarks(result: dict[str, Any]) -> list[str]:
+    """Which methods outside the encoder have no row, why some results differ, and which run each
+    row is of; one remark each.
     """
     measured = result["methods"]
     known = cases()
     short = {name.split(",")[0].split()[0] for name in known}
     names = [n for n in foveate.list_methods() if foveate.get_method(n).stage != "vision"]
     said = [
-        "Methods in the encoder are below. No transcription exists of "
+        "Methods in the encoder are in the next table. No transcription exists of "
         f"{_listed(name for name in names if name not in short)}."
     ]
     if missing := [name for name in known if name not in measured]:
@@ -201,14 +201,19 @@ def remarks(result: dict[str, Any]) -> str:
     why: dict[str, list[str]] = {}
     for name, rows in measured.items():
         if not all(row["agree"] for row in rows):
-            why.setdefault(DIFFERS.get(name, "why results differ is not known"), []).append(name)
-    said += [f"{_listed(differing)}: {reason}." for reason, differing in why.items()]
-    for run in result.get("earlier", []):
-        said.append(
-            f"In an earlier run, at commit {run['machine']['commit']} with torch "
-            f"{run['machine']['torch']}, were measured: {_listed(run['methods'])}."
-        )
-    return " ".join(said)
+            why.setdefault(DIFFERS.get(name, "It is not known why."), []).append(name)
+    said += [f"Results differ: {_listed(names)}. {reason}" for reason, names in why.items()]
+    return said + [
+        f"Measured at commit {commit}: {_listed(methods)}." for commit, methods in runs(result)
+    ]
+
+
+def runs(result: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Commit and methods of each run whose rows the table has; nothing if all are of one."""
+    before = [(run["machine"]["commit"], run["methods"]) for run in result.get("earlier", [])]
+    told = {name for _, methods in before for name in methods}
+    last = [name for name in result["methods"] if name not in told]
+    return [*before, (result["machine"]["commit"], last)] if before else []
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -42,6 +42,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def bullets(lines: list[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
 def about(result: dict[str, Any]) -> str:
     """What the numbers were measured on."""
     m = result["machine"]
@@ -272,14 +277,20 @@ def selection() -> str:
         rows.append([f"{name}{differs}", *cells, f"{100 * share:.2f} %"])
     return "\n\n".join([
         "## Selection compared with a plain transcription",
-        "Columns are visual tokens per image x images per batch. A quarter of the tokens is kept "
-        "where the method accepts a budget. Each cell shows the milliseconds for selecting tokens "
-        "and reducing the features, from precomputed signals at the widths of a 7B model, and the "
-        "speed-up over a transcription of the paper's equations that works image by image, as "
-        "published code does. Both select or produce the same tokens. The last column is the "
-        "largest share of the FLOPs of a 7B model's prefill. Transcriptions that take seconds ran "
-        f"once, on some of the images. Video methods get 16 frames. {remarks(result)} "
-        f"{about(result)}",
+        "Each cell shows two numbers. The first is the time to choose tokens and reduce the "
+        "features, at the widths of a 7B model; signals that the method reads were made before. "
+        "The second is the speed-up over a plain transcription of the paper's equations, which "
+        "works image by image, as published code does. Both give the same tokens, unless the row "
+        "says that results differ.",
+        bullets([
+            "A column such as 576 x 16 means 576 visual tokens per image, and 16 images.",
+            "The last column is the share of the FLOPs of a 7B model's prefill, at most.",
+            "A quarter of the tokens is kept, if the method accepts a budget.",
+            "Video methods get 16 frames.",
+            "A transcription that takes seconds ran once, on some of the images.",
+            *remarks(result),
+        ]),
+        about(result),
         table(head, rows),
     ])  # fmt: skip
 

@@ -252,7 +252,9 @@ def test_selection_says_which_rows_are_of_an_earlier_run():
     assert runs == [{"machine": first["machine"], "methods": ["a", "b"]}]
     second = {**first, "machine": {"commit": "3", "torch": "2"}, "earlier": runs}
     assert [run["methods"] for run in script.earlier(second, {"b"})] == [["a"], ["c"]]
-    assert "at commit 1 with torch 2, were measured: `a`, `b`." in script.remarks(second)
+    said = script.remarks(second)
+    assert said[-2:] == ["Measured at commit 1: `a`, `b`.", "Measured at commit 3: `c`."]
+    assert not any("commit" in line for line in script.remarks(first))
     assert script.earlier(second, {"a", "b", "c"}) == script.earlier({}, {"a"}) == []
 
 

@@ -8,7 +8,8 @@ Examples:
     ...         print(reuse.last.cameras)
 """
 
-from foveate.robots.reuse import Reuse, Reused
+from foveate.robots.memory import Reused
+from foveate.robots.reuse import Reuse
 from foveate.robots.vla_cache import VLACache
 
 __all__ = ["Reuse", "Reused", "VLACache"]

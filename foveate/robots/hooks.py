@@ -1,21 +1,19 @@
 """ReuseHooks: what `Reuse` puts on a policy.
 
-The cache of a prompt, and states of the vision tower, are kept by each thread from step to step.
-Shapes: `B` rows of the batch, `C` cameras of each, padding included, `T` tokens of the prompt.
+A control step goes through them in this order: `sample` or `forward` begins it, `tower` encodes its
+images, and `prefix` reads its prompt, where `layer` and `queried` follow a rule. What one step
+leaves to the next is in `Memory`.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.engine.attachment import MARK, Attachment
 from foveate.engine.gate import Gate, is_within
@@ -24,27 +22,13 @@ from foveate.engine.replaced_forward import forward_of
 from foveate.errors import AttachError, InputError
 from foveate.families import Family
 from foveate.families.decoder_layer import mixer_of
-from foveate.robots.control_step import NEEDED, ControlStep, Observation, copied, equal_images
-from foveate.robots.partial_prefix import PartialPrefix, begin
+from foveate.robots.actions import actions_after
+from foveate.robots.control_step import NEEDED, Observation
+from foveate.robots.memory import Memory
+from foveate.robots.partial_prefix import begin
 from foveate.robots.vla_cache import VLACache
 
 Forward = Callable[..., Any] | None
-
-
-class Memory(threading.local):
-    """What one thread keeps from step to step, and within one."""
-
-    def __init__(self) -> None:
-        self.last: tuple[Tensor, bool, tuple[float, ...]] | None = None  # as in `Reused`
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget what could be taken over."""
-        self.step: ControlStep | None = None
-        self.tower: tuple[Tensor, Tensor] | None = None  # (B C, ...) pixels, and states of them
-        self.equal = torch.zeros(0, dtype=torch.bool)  # (B C) images that were not encoded again
-        self.seeing: Observation | None = None  # what the step that runs is given
-        self.partial: PartialPrefix | None = None  # its prompt, where a rule is followed
 
 
 class ReuseHooks(Attachment):
@@ -59,7 +43,7 @@ class ReuseHooks(Attachment):
 
     def __init__(self, family: Family, rule: VLACache | None) -> None:
         super().__init__(Gate())
-        self.family, self.rule, self.memory = family, rule, Memory()
+        self.family, self.rule, self.memory = family, rule, Memory(family.text_layers)
 
     @property
     def root(self) -> nn.Module:
@@ -93,7 +77,7 @@ class ReuseHooks(Attachment):
         over.
         """
         self.gate.close(self.entries, self.remove)
-        last, self.memory = self.memory.last, Memory()
+        last, self.memory = self.memory.last, Memory(self.family.text_layers)
         self.memory.last = last
 
     def check(self) -> None:
@@ -157,7 +141,9 @@ class ReuseHooks(Attachment):
         given = bound(original, args, kwargs)
         try:
             cache = self._recall(given)
-            return original(*args, **kwargs) if cache is None else self._denoise(given, cache)
+            if cache is None:
+                return original(*args, **kwargs)
+            return actions_after(cache, self.family.model, given)
         finally:
             self.memory.seeing = None
 
@@ -185,78 +171,32 @@ class ReuseHooks(Attachment):
         self._check_call()
         if any(given.get(name) is None for name in NEEDED):
             return None  # which the model refuses in its own words
-        memory, seeing = self.memory, Observation.of(given)
-        if memory.step is not None and memory.step.session is not self._session:
-            memory.step = None
-        if memory.step is None or not memory.step.seen.equals(seeing):
-            memory.seeing = seeing
-            return None
-        every = torch.ones(seeing.cameras.shape, dtype=torch.bool)
-        memory.last = every, True, (1.0,) * self.family.text_layers
-        return copied(memory.step.cache)
-
-    def _denoise(self, given: dict[str, Any], cache: Cache) -> Tensor:
-        """Actions after a prompt that is cached, as `sample_actions` makes them."""
-        model: Any = self.family.model
-        used = {"input_ids", "pixel_values", "num_steps", "noise"}
-        told = {name: value for name, value in given.items() if name not in used}
-        ids, config, noise = given["input_ids"], model.config, given.get("noise")
-        if noise is None:
-            size = (len(ids), config.chunk_size, config.max_action_dim)
-            kind = {"dtype": given["pixel_values"].dtype, "device": ids.device}
-            noise = torch.normal(mean=0.0, std=1.0, size=size, **kind)
-        count = given.get("num_steps") or config.num_inference_steps
-        length, change = cache.get_seq_length(), -1.0 / count
-        for number in range(count):
-            time = torch.full((len(ids),), 1.0 + number * change, device=ids.device)
-            velocity = model(noise=noise, timestep=time, past_key_values=cache, **told).logits
-            cache.crop(length - cache.get_seq_length())
-            noise = noise + change * velocity
-        return noise
+        return self.memory.recall(Observation.of(given), self._session)
 
     # -- its prompt
 
     def tower(self, module: nn.Module, before: Forward, *args: Any, **kwargs: Any) -> Any:
         """In place of the vision tower's forward: encode images that are not those of before."""
-        encode, memory = forward_of(module, before), self.memory
+        encode = forward_of(module, before)
         given = bound(encode, args, kwargs)
         pixels: Tensor = given.pop("pixel_values")
         if any(given.values()):
             return encode(*args, **kwargs)  # as more than states is asked for
         self._check_call()
-        known, states = memory.tower or (pixels[:0], pixels)
-        equal = equal_images(known, pixels)
-        fresh = (~equal).nonzero()[:, 0]
-        if len(fresh) == len(pixels):
-            output = encode(*args, **kwargs)
-        else:
-            if len(fresh):
-                states = states.index_copy(0, fresh, encode(pixels[fresh]).last_hidden_state)
-            output = BaseModelOutputWithPooling(last_hidden_state=states)
-        memory.tower, memory.equal = (pixels.clone(), output.last_hidden_state), equal.cpu()
-        return output
+        return self.memory.encoded(pixels, encode)
 
     def prefix(self, module: nn.Module, before: Forward, *args: Any, **kwargs: Any) -> Any:
         """In place of the forward of what reads the prompt: keep what it makes."""
         run, memory = forward_of(module, before), self.memory
-        seeing, known = memory.seeing, memory.step
-        if seeing is None:  # a loop of the caller's
+        if memory.seeing is None:  # a loop of the caller's
             return run(*args, **kwargs)
-        rule, family = self.rule, self.family
-        partial = None if rule is None else begin(rule, family, seeing, known)
-        memory.partial = partial
+        if self.rule is not None:
+            memory.partial = begin(self.rule, self.family, memory.seeing, memory.step)
         try:
             output = run(*args, **kwargs)
+            memory.remember(self._session, output.past_key_values)
         finally:
             memory.partial = None
-        step = ControlStep(seeing.copied(), self._session, copied(output.past_key_values))
-        tokens = (0.0,) * family.text_layers
-        if partial is not None:
-            notes = partial.attended
-            entropy, tokens = torch.stack(notes.entropy, 1), tuple(1 - x for x in notes.computed)
-            step = replace(step, attended=notes.by_words, entropy=entropy)
-        memory.step = step
-        memory.last = memory.equal.view(seeing.cameras.shape), False, tokens
         return output
 
     def layer(

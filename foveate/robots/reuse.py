@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family, find_family, unwrap
 from foveate.io.quoting import quoted
 from foveate.robots.hooks import ReuseHooks
+from foveate.robots.memory import Reused
 from foveate.robots.vla_cache import VLACache
 
 if TYPE_CHECKING:
     from typing import Self
-
-
-@dataclass(frozen=True, eq=False)
-class Reused:
-    """What a control step of B rows and C cameras took over from the one before.
-
-    Args:
-        cameras: (B, C) images that the vision tower did not encode again, padding included.
-        prompt: whether the prompt was not read again at all.
-        tokens: of each layer, the share of the prompt's tokens whose keys and values are old.
-    """
-
-    cameras: Tensor
-    prompt: bool
-    tokens: tuple[float, ...]
 
 
 class Reuse:
@@ -90,8 +74,7 @@ class Reuse:
     @property
     def last(self) -> Reused | None:
         """What this thread's last step took over; `None` before the first."""
-        found = self._hooks.memory.last
-        return None if found is None else Reused(*found)
+        return self._hooks.memory.last
 
     def forget(self) -> None:
         """Take nothing over in this thread's next step: after weights have changed, or where the

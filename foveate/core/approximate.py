@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.core.fields import Natural
+from foveate.core.fields import Natural, check_ascending
 from foveate.core.method import Method
 from foveate.core.reduction import Reduction
 from foveate.core.step import Effect, ModelFacts, Positions, Step
 from foveate.core.tokens import VisualTokens
-from foveate.errors import BudgetError, LayerError
+from foveate.errors import BudgetError
 from foveate.io.quoting import quoted
 
 
@@ -45,10 +45,7 @@ class Approximate(Method):
             FoveateError: another field does not fit its annotation.
         """
         super().check_fields()
-        if self.layers is not None and (
-            not self.layers or list(self.layers) != sorted(set(self.layers))
-        ):
-            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
+        check_ascending(self.layers)
 
     def check_budget(self, steps: int | None) -> None:
         """There is no budget.

@@ -9,6 +9,7 @@ from typing import ClassVar, cast
 
 from foveate.core.budget import Keep, check_keep, steps_in
 from foveate.core.budget import count as budget_count
+from foveate.core.fields import check_ascending
 from foveate.core.method import Method
 from foveate.core.schedule import Drop, nearest
 from foveate.core.step import ModelFacts, Step
@@ -38,11 +39,8 @@ class EncoderScheduled(Method):
             FoveateError: another field does not fit its annotation.
         """
         super().check_fields()
-        if self.layers is None:
-            return
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
-        if self.layers[0] < self.first_layer:
+        check_ascending(self.layers)
+        if self.layers is not None and self.layers[0] < self.first_layer:
             raise LayerError(
                 f"{self.slug} goes by the layer before, so layers must begin at "
                 f"{self.first_layer} or later, got {quoted(self.layers)}"

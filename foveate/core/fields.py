@@ -12,13 +12,13 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, LayerError
 from foveate.io.quoting import quoted
 
 LARGEST = 2**63 - 1
@@ -120,6 +120,16 @@ def check_fields(
             raise error(f"{field.name} must be {wanted}, got {quoted(value)} in {where}") from None
         if plain is not value:
             object.__setattr__(owner, field.name, plain)
+
+
+def check_ascending(layers: Sequence[int] | None, field: str = "layers") -> None:
+    """Check layers that ascend; `None` passes.
+
+    Raises:
+        LayerError: there are none, or they do not ascend.
+    """
+    if layers is not None and (not layers or list(layers) != sorted(set(layers))):
+        raise LayerError(f"{field} must be ascending and distinct, got {quoted(layers)}")
 
 
 def fit(value: Any, hint: Any) -> Any:

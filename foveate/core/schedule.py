@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from foveate.core.budget import Keep, PerRequest, check_keep, steps_in
 from foveate.core.budget import count as budget_count
+from foveate.core.fields import check_ascending
 from foveate.core.method import Method
 from foveate.core.step import ModelFacts, Need, Step
 from foveate.errors import LayerError
@@ -75,11 +76,8 @@ class Scheduled(Method):
             FoveateError: another field does not fit its annotation.
         """
         super().check_fields()
-        if self.layers is None:
-            return
-        if list(self.layers) != sorted(set(self.layers)) or not self.layers:
-            raise LayerError(f"layers must be ascending and distinct, got {quoted(self.layers)}")
-        if self.layers[0] < self._first:
+        check_ascending(self.layers)
+        if self.layers is not None and self.layers[0] < self._first:
             raise LayerError(
                 f"{self.slug} ranks tokens by what a layer before the drop does, so layers "
                 f"must begin at {self._first} or later, got {quoted(self.layers)}"

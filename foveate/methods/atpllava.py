@@ -33,12 +33,10 @@ from foveate.core import (
     by_count,
     register,
 )
-from foveate.core.fields import Natural, Positive, Range, UnitFloat
+from foveate.core.fields import Natural, Positive, Range, UnitFloat, check_ascending
 from foveate.core.ranking import TIE, top
 from foveate.core.schedule import nearest
 from foveate.core.transfer import members_of
-from foveate.errors import LayerError
-from foveate.io.quoting import quoted
 from foveate.ops.learning import flops_of, untrained
 
 
@@ -114,9 +112,7 @@ class ATPLLaVA(Learning, Adaptive):
             FoveateError: a field does not fit.
         """
         super().check_fields()
-        layers = self.layers
-        if layers is not None and (not layers or list(layers) != sorted({*layers})):
-            raise LayerError(f"layers must be ascending, got {quoted(layers)} in atp-llava")
+        check_ascending(self.layers)
 
     def places(self, model: ModelFacts) -> list[int]:
         """The decoder layers before which tokens are dropped."""

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.core import Method, ModelFacts, Positions, Reduction, Step, VisualTokens, register
-from foveate.core.fields import Natural, Positive, Range
+from foveate.core.fields import Natural, Positive, Range, check_ascending
 from foveate.errors import FoveateError, InputError, LayerError, UnsupportedModelError
 from foveate.io.quoting import quoted
 from foveate.ops.canvas import Canvas
@@ -81,8 +81,7 @@ class DToP(Method):
         if isinstance(self.heads, nn.ModuleList):
             object.__setattr__(self, "heads", tuple(self.heads))
         super().check_fields()
-        if not self.exits or list(self.exits) != sorted(set(self.exits)):
-            raise LayerError(f"exits must be ascending and distinct, got {quoted(self.exits)}")
+        check_ascending(self.exits, "exits")
         if self.heads is None:
             return
         modules = all(isinstance(head, nn.Module) for head in self.heads)

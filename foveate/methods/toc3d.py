@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core import Approximate, Method, ModelFacts, Need, Step, VisualTokens, register
-from foveate.core.fields import Natural, UnitFloat
+from foveate.core.fields import Natural, UnitFloat, check_ascending
 from foveate.core.ranking import top
-from foveate.errors import FoveateError, InputError, LayerError
+from foveate.errors import FoveateError, InputError
 from foveate.io.quoting import quoted
 
 
@@ -91,10 +91,8 @@ class ToC3D(Approximate):
                 "queries must be a function of nothing that returns them, got "
                 f"{quoted(self.queries)} in {self.slug}"
             )
-        scored = self.scored
-        if scored is not None and (not scored or list(scored) != sorted(set(scored))):
-            raise LayerError(f"scored must be ascending and distinct, got {quoted(scored)}")
-        times = 3 if scored is None else len(scored)
+        check_ascending(self.scored, "scored")
+        times = 3 if self.scored is None else len(self.scored)
         if isinstance(self.share, tuple) and len(self.share) != times:
             raise FoveateError(
                 f"share must be one share, or one for each of {times} scorings, got "

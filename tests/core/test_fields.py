@@ -219,3 +219,16 @@ def test_short_values_are_quoted_whole_and_long_ones_keep_both_ends():
     assert cut.startswith("/begin/")
     assert cut.endswith("/end")
     check_message(within("f" * 5000, FoveateError("y" * 5000)))
+
+
+@pytest.mark.parametrize("layers", [(), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("pyramiddrop", "layers"), ("cls-drop", "layers"), ("biformer", "layers"),
+        ("atp-llava", "layers"), ("toc3d", "scored"), ("dtop", "exits"),
+    ],
+)  # fmt: skip
+def test_layers_ascend_in_every_method(name, field, layers):
+    with pytest.raises(LayerError, match=f"{field} must be ascending and distinct, got "):
+        get_method(name)(**{field: layers})

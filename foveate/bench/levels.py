@@ -40,5 +40,5 @@ def method_at(name: str, keep: float | None, model: ModelFacts) -> Method:
     """
     cls = get_method(name)
     method = cls() if keep is None else cls(keep=keep)  # type: ignore[call-arg]
-    method.check_budget(len(method.steps(model)))
+    method.check_budget(method.cuts(model))
     return method

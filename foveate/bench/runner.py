@@ -122,7 +122,12 @@ class Runner:
         return self._references[name]
 
     def _check(self, method: Method, samples: Sequence[Sample]) -> None:
-        """Refuse a method that would do nothing."""
+        """Refuse a method that would do nothing, or choose by parameters that nobody trained."""
+        if method.learned(self.family) is not None:
+            raise InputError(
+                f"{method.slug} learns parameters, which would be untrained here; train them with "
+                "foveate.prepare or `foveate train`"
+            )
         if not isinstance(method, VideoMethod):
             return
         films = any(p.frames > 1 for p in self._prompts(samples[0])[0].images)

@@ -95,7 +95,7 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
     # Before its steps: where a stage is missing, a method may find nothing to do there.
     _check_stage(family, method, method.stage)
     steps = method.steps(family)
-    method.check_budget(sum("training" not in step.effects for step in steps))
+    method.check_budget(method.cuts(family))
     renumber = method.positions_on(family) == "renumbered"
     learned = method.learned(family)
     planned = [

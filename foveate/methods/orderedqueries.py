@@ -96,10 +96,10 @@ class OrderedQueries(Learning):
         """There are as many queries as are kept.
 
         Raises:
-            BudgetError: `keep` is out of range or more than `queries`.
+            BudgetError: `keep` is no count, or more than `queries`.
         """
         super().check_budget(steps)
-        if isinstance(self.keep, int) and self.keep > self.queries:
+        if not isinstance(self.keep, int) or self.keep > self.queries:
             raise BudgetError(
                 f"keep must be a number of the first {quoted(self.queries)} queries, got "
                 f"{quoted(self.keep)} in ordered-queries"

@@ -90,6 +90,15 @@ def test_schedules_keep_the_share_on_average(loaded, name, keep):
     assert mean_share(method_at(name, keep, family), family) == pytest.approx(keep, abs=0.005)
 
 
+@pytest.mark.parametrize("name", ["visionselector", "covipal", "atp-llava", "ordered-queries"])
+def test_methods_that_nobody_trained_are_refused(loaded, name):
+    """Not run, which would make them look bad, and not for a reason that is untrue."""
+    keeps = [cell.keep for cell in cells(make(loaded, methods=(name,)).settings)]
+    outcome = make(loaded).run(Cell(name, keeps[-1], "color"))
+    assert outcome.status == "refused"
+    assert outcome.error.startswith(f"{name} learns parameters, which would be untrained here")
+
+
 def test_the_map_of_fastv_leans_to_one_half_and_that_of_a_grid_does_not(loaded):
     """A regular grid keeps as much above as below."""
     runner = make(loaded, samples=8, batch=8)

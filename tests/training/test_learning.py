@@ -405,8 +405,9 @@ def test_ordered_queries_begin_as_a_pyramid():
     torch.testing.assert_close(made[0, 0], x[0].mean(0))
     quarter = weights[0, 1].detach().view(16, 16)
     assert float(quarter[:8, :8].sum()) > 0.9
-    with pytest.raises(BudgetError, match="first 16 queries"):
-        OrderedQueries(queries=16, keep=17)
+    for keep in (17, 0.25, (4,)):
+        with pytest.raises(BudgetError, match=r"first 16 queries|keep"):
+            OrderedQueries(queries=16, keep=keep)
 
 
 def test_methods_that_learn_compose_with_others(model, inputs):

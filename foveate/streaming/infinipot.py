@@ -33,7 +33,8 @@ class InfiniPotV:
     Args:
         keep: how full the cache is after an eviction, as a share of what frames may fill; the
             release goes from 32 frames to 24.
-        recent: share of the frames held, the newest, that stay whole; one frame at least.
+        recent: share of the frames held, the newest, that stay whole; one frame at least, even if
+            it has more tokens than `keep` leaves.
         tar: share of the survivors that are recent, or least like the recent ones at their place
             (Temporal-axis Redundancy). The rest have the largest values (Value Norm).
 

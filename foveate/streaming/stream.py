@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from foveate.core.tokens import frame_of
+from foveate.engine.attachment import MARK
 from foveate.engine.session import BaseSession
 from foveate.errors import AttachError, InputError
 from foveate.record.record import ImageRecord
@@ -49,9 +50,9 @@ class Stream:
         reserve: int = 256,
         positions: Positions = "original",
     ) -> None:
-        check_session(run, cap, reserve, positions)
-        self.cap, self.reserve, self.positions = cap, reserve, positions
         self.rule = InfiniPotV() if rule is None else rule
+        check_session(run, cap, reserve, self.rule, positions)
+        self.cap, self.reserve, self.positions = cap, reserve, positions
         self.frames = 0
         self._run, self._family = run, run.family
         config = self._family.text.config
@@ -87,14 +88,17 @@ class Stream:
         Raises:
             InputError: there is no frame, or more than one row, or padding; frames differ in size;
                 they do not fit beside the reserve; or positions are used up.
+            AttachError: the session is not attached.
             CacheError: an eviction broke off half way.
         """
-        ids, masked = inputs.pop("input_ids"), inputs.pop("attention_mask", None)
-        if len(ids) != 1 or (masked is not None and not bool(masked.all())):
-            raise InputError("a stream takes one row without padding at a time")
+        ids, masked = inputs.pop("input_ids", None), inputs.pop("attention_mask", None)
+        if not _is_row(ids) or (masked is not None and not bool(masked.all())):
+            raise InputError("a stream takes one row without padding at a time, under input_ids")
         visual = self._visual(ids)[0]
         if not bool(visual.any()):
             raise InputError("a stream is given frames; there is none in these inputs")
+        if vars(self._family.text).get(MARK) is not self._run.text:
+            raise AttachError("the session of this stream is not attached; stay in its block")
         count = ids.shape[1]
         self._held.check()
         self._make_room(count)
@@ -107,9 +111,10 @@ class Stream:
             self._family.base(
                 input_ids=ids, position_ids=where[..., :-1], use_cache=True, **arguments
             )
-            if self._run.record is record or self._run.record is None:
-                raise AttachError("the session of this stream is not attached; stay in its block")
-            self._note(visual, where, self._run.record.images)
+            seen = self._run.record
+            if seen is None or seen is record or not seen.images:
+                raise InputError("input_ids has placeholders of frames, but no pixels came with it")
+            self._note(visual, where, seen.images)
         finally:
             self._held.crop()
 
@@ -182,11 +187,9 @@ class Stream:
         Raises:
             InputError: they do not, whatever is evicted.
         """
-        most = self.cap - self.reserve
-        if self.tokens + count <= most:
+        if self.tokens + count <= self._most:
             return
-        left = min(int(self.rule.keep * most), most - count)
-        first, visual = self._survivors(left, count)
+        first, visual = self._survivors(count)
 
         def choose(table: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             heads, shows = len(keys), table[CELL] >= 0
@@ -204,26 +207,40 @@ class Stream:
         self._held.evict(choose)
         self._whole = max(self._whole, first)
 
-    def _survivors(self, left: int, count: int) -> tuple[int, int]:
-        """The first recent frame, and how many visual tokens survive an eviction.
+    @property
+    def _most(self) -> int:
+        """Tokens that frames and the text beside them may fill."""
+        return self.cap - self.reserve
+
+    def _stays(self, first: int) -> tuple[int, int]:
+        """Visual tokens of the frames from `first` on, and text that stays with them."""
+        frame, cell, _ = self._held.tables[0][:, 0].cpu()  # text and whole frames are alike
+        shows = cell >= 0
+        text = ~shows & ((frame >= first) | (frame == PINNED))
+        return int((shows & (frame >= first)).sum()), int(text.sum())
+
+    def _survivors(self, count: int) -> tuple[int, int]:
+        """The first recent frame, and how many visual tokens survive an eviction; those of the
+        newest frame at least, also where they are more than the rule would leave.
 
         Args:
-            left: tokens that are left.
-            count: those that are to come.
+            count: tokens that are to come.
 
         Raises:
-            InputError: not even the newest frame would stay.
+            InputError: the newest frame has no room beside them.
         """
         if self.frames:
             assert self._shape is not None  # as there were frames
-            frame, cell, _ = self._held.tables[0][:, 0].cpu()  # text and whole frames are alike
-            shows = cell >= 0
-            recent = self.rule.recent_frames(int(shows.sum()), self._shape[1])
+            left = min(int(self.rule.keep * self._most), self._most - count)
+            held = int((self._held.tables[0][CELL, 0] >= 0).sum())
+            recent = self.rule.recent_frames(held, self._shape[1])
             for first in range(max(self.frames - recent, self._whole), self.frames):
-                text = int((~shows & ((frame >= first) | (frame == PINNED))).sum())
-                visual = min(left - text, int(shows.sum()))
-                if int((shows & (frame >= first)).sum()) <= visual:
-                    return first, visual
+                visual, text = self._stays(first)
+                if visual + text <= left:
+                    return first, min(left - text, held)
+            visual, text = self._stays(self.frames - 1)
+            if visual + text + count <= self._most:
+                return self.frames - 1, visual
         raise InputError(
             f"{count} more tokens do not fit into a cache of {self.cap} with {self.reserve} for "
             "questions beside the newest frame and the text that stays; raise cap, lower reserve, "
@@ -266,10 +283,12 @@ class Stream:
             What `generate` returns; its sequences begin with the question.
 
         Raises:
-            InputError: they do not fit, hold a frame, or are several rows or beams.
+            InputError: they do not fit, hold a frame, are several rows or beams, or the cache is
+                not to be used.
         """
+        self._check_question(input_ids, options)
         count = input_ids.shape[1] + max_new_tokens
-        self._check_question(input_ids, count, options)
+        self._check_answer(count, keep)
         self._make_positions(count)
         new = torch.arange(self._next, self._next + input_ids.shape[1], device=input_ids.device)
         model: Any = self._family.model
@@ -301,11 +320,11 @@ class Stream:
         self._next += len(index)
         self._make_room(0)
 
-    def _check_question(self, ids: Tensor, count: int, options: dict[str, Any]) -> None:
+    def _check_question(self, ids: Any, options: dict[str, Any]) -> None:
         self._held.check()
         if not self.frames:
             raise InputError("nothing was added to this stream yet; add a frame, then ask")
-        if len(ids) != 1 or bool(self._visual(ids).any()):
+        if not _is_row(ids) or bool(self._visual(ids).any()):
             raise InputError("a question is one row of text; give frames to add")
         given = options.get("generation_config") or self._family.model.generation_config
         for name in ("num_beams", "num_return_sequences"):
@@ -313,9 +332,30 @@ class Stream:
                 raise InputError(
                     f"{name} would hold the cache several times, and exceed its cap; leave it at 1"
                 )
+        if options.get("use_cache", given.use_cache) is False:
+            raise InputError("a question is put to the stream's cache; leave use_cache on")
+
+    def _check_answer(self, count: int, keep: bool) -> None:
+        """Refuse a question and its answer of so many tokens.
+
+        Raises:
+            InputError: they do not fit, or would not when they are kept.
+        """
         if self.tokens + count > self.cap:
             raise InputError(
                 f"question and answer need {count} tokens, but the cache has room for "
                 f"{self.cap - self.tokens}; ask for fewer new tokens, or begin the stream with a "
                 "larger reserve"
             )
+        room = self._most - sum(self._stays(self.frames - 1))
+        if keep and count > room:
+            raise InputError(
+                f"question and answer may take {count} tokens, but {room} can be kept beside the "
+                "newest frame and the text that stays; ask for fewer new tokens, leave keep out, "
+                "or begin the stream with a larger cap"
+            )
+
+
+def _is_row(ids: Any) -> bool:
+    """Whether something is (1, n) ids."""
+    return isinstance(ids, Tensor) and ids.dim() == 2 and len(ids) == 1 and ids.numel() > 0

@@ -9,6 +9,7 @@ from foveate.errors import InputError, UnsupportedModelError
 from foveate.families import Family
 from foveate.io.quoting import each_of, quoted
 from foveate.measure.flops import kv_bytes
+from foveate.streaming.infinipot import InfiniPotV
 from foveate.streaming.positions import most_positions
 
 TESTED = (
@@ -18,7 +19,7 @@ TESTED = (
 """Model types whose streams equal the oracle in `tests/streaming`."""
 
 
-def check_session(run: Any, cap: int, reserve: int, positions: str) -> None:
+def check_session(run: Any, cap: int, reserve: int, rule: Any, positions: str) -> None:
     """Refuse what cannot serve a stream; arguments as in `Stream`.
 
     Raises:
@@ -47,6 +48,8 @@ def check_session(run: Any, cap: int, reserve: int, positions: str) -> None:
             raise InputError(f"{name} must be an integer of at least {low}, got {quoted(value)}")
     if reserve >= cap:
         raise InputError(f"a reserve of {reserve} leaves no room for frames in a cap of {cap}")
+    if not isinstance(rule, InfiniPotV):
+        raise InputError(f"rule must be an InfiniPotV, got {quoted(rule)}")
     if positions not in ("original", "renumbered"):
         raise InputError(f"positions must be original or renumbered, got {quoted(positions)}")
     _check_positions(run.family, cap, positions)

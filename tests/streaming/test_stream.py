@@ -205,6 +205,8 @@ WRONG = {
     "text": ({"input_ids": torch.tensor([[4, 5]])}, "there is none in these inputs"),
     "rows": ({"input_ids": torch.full((2, PATCHES), IMAGE)}, "one row without padding"),
     "padding": (chunk(0) | {"attention_mask": torch.zeros(1, PATCHES)}, "one row without padding"),
+    "no ids": ({"pixel_values": chunk(0)["pixel_values"]}, "one row without padding"),
+    "no pixels": ({"input_ids": chunk(0)["input_ids"]}, "but no pixels came with it"),
     "long": (chunk(0, frames=4), "144 more tokens do not fit into a cache of 120 with 20"),
 }
 
@@ -218,6 +220,35 @@ def test_chunks_that_do_not_fit_are_refused(what):
         with pytest.raises(InputError, match=why):
             stream.add(**inputs)
         assert (stream.frames, stream.tokens) == (1, PATCHES)
+        with pytest.raises(InputError, match=why):
+            Stream(run, 120, reserve=20).add(**inputs)  # as the first
+
+
+def test_the_newest_frame_stays_where_the_rule_leaves_less():
+    """So what is refused does not fit, whatever `keep` says."""
+    with foveate.use(model_of(), everything()) as run:
+        stream = Stream(run, 120, InfiniPotV(keep=0.1), reserve=20)
+        for number in range(5):
+            stream.add(**chunk(number))
+        assert stream.tokens == 2 * PATCHES
+        assert set(stream._held.tables[0][0, 0].tolist()) == {3, 4}
+
+
+def test_answers_that_could_not_be_kept_are_refused_before():
+    """Beside the newest frame there is room for some; afterwards the stream goes on."""
+    with foveate.use(model_of(), everything()) as run:
+        stream, question = Stream(run, 140, reserve=20), torch.tensor([QUESTION])
+        for number in range(3):
+            stream.add(**chunk(number))
+        options = {"max_new_tokens": 15, "min_new_tokens": 15, "do_sample": False, "keep": True}
+        for _ in range(4):
+            stream.ask(question, **options)
+            assert stream.tokens <= 120
+        held = stream.tokens
+        with pytest.raises(InputError, match="may take 19 tokens, but 12 can be kept beside"):
+            stream.ask(question, **options)
+        assert stream.tokens == held
+        assert stream.ask(question, **options | {"keep": False}).shape == (1, 19)
 
 
 def test_questions_that_do_not_fit_are_refused():
@@ -230,11 +261,13 @@ def test_questions_that_do_not_fit_are_refused():
         for options, why in (
             ({"max_new_tokens": 21}, "need 25 tokens, but the cache has room for 24"),
             ({"max_new_tokens": 2, "num_beams": 2}, "num_beams would hold the cache several times"),
+            ({"max_new_tokens": 2, "use_cache": False}, "leave use_cache on"),
         ):
             with pytest.raises(InputError, match=why):
                 stream.ask(question, **options)
-        with pytest.raises(InputError, match="give frames to add"):
-            stream.ask(chunk(1)["input_ids"], max_new_tokens=2)
+        for other in (chunk(1)["input_ids"], question[0], question[:, :0], QUESTION):
+            with pytest.raises(InputError, match="give frames to add"):
+                stream.ask(other, max_new_tokens=2)
 
 
 def test_positions_run_out_where_they_are_original():
@@ -276,6 +309,7 @@ def test_a_session_that_was_left_is_noticed():
         ("uniform", {"cap": 0}, "cap must be an integer of at least 1, got 0"),
         ("uniform", {"cap": 513}, "more than the 512 positions"),
         ("uniform", {"cap": 90, "reserve": 9, "positions": "x"}, "original or renumbered"),
+        ("uniform", {"cap": 90, "reserve": 9, "rule": 0.5}, "must be an InfiniPotV, got 0.5"),
     ],
 )
 def test_what_no_stream_can_do_is_refused(method, options, why):

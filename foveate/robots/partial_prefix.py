@@ -149,8 +149,9 @@ def begin(
         there = seeing.cameras.bool()
         likeness = alike(known.seen.pixels[there], seeing.pixels[there], cut).to(visual.device)
         row = there.nonzero()[:, 0].to(visual.device)
-        likeness = likeness.masked_fill(~(same & words.any(1))[row, None], -1.0)
         attended, entropy = known.attended.to(visual.device), known.entropy.to(visual.device)
+        sound = entropy.isfinite().all(1)  # NaN would stay with those that do not change
+        likeness = likeness.masked_fill(~(same & words.any(1) & sound)[row, None], -1.0)
         chosen = rule.candidates(likeness, attended[visual].view(-1, count))
         candidates = torch.zeros_like(visual).masked_scatter(visual, chosen)
         taken = rule.taken_over(candidates, attended, entropy)

@@ -50,6 +50,7 @@ class VLACache:
 
     Raises:
         BudgetError: a number is out of range.
+        LayerError: a layer is no int.
 
     Cost: one attention map of each layer, in chunks, for the entropies.
     """
@@ -67,8 +68,13 @@ class VLACache:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
                 raise BudgetError(f"{name} must be a share in [0, 1], got {quoted(share)}")
         least = self.similarity  # above 1, nothing is alike
-        if isinstance(least, bool) or not isinstance(least, int | float) or least < 0:
+        if isinstance(least, bool) or not isinstance(least, int | float) or not least >= 0:
             raise BudgetError(f"similarity must be a cosine of at least 0, got {quoted(least)}")
+        given = self.layers
+        if given is not None and not (isinstance(given, tuple | list) and all(map(_is_int, given))):
+            raise LayerError(f"layers must be a tuple of ints, got {quoted(given)}")
+        if self.attention is not None and not _is_int(self.attention):
+            raise LayerError(f"attention must be a layer, got {quoted(self.attention)}")
 
     def places(self, depth: int) -> tuple[int, ...]:
         """Layers of a model of some depth before which tokens may be taken over.
@@ -139,6 +145,10 @@ class VLACache:
             count = torch.minimum(torch.maximum(count, wanted), total)
             taken[layer] = rank < count
         return taken
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _most(values: Tensor, share: float) -> Tensor:

@@ -198,7 +198,7 @@ def test_kernels_that_take_no_such_mask_are_refused():
 
 
 @pytest.mark.parametrize("field", ["static", "relevant", "growth", "similarity"])
-@pytest.mark.parametrize("value", [-0.1, "half", True, None])
+@pytest.mark.parametrize("value", [-0.1, "half", True, None, float("nan")])
 def test_numbers_out_of_range_are_refused(field, value):
     with pytest.raises(BudgetError, match=field):
         VLACache(**{field: value})
@@ -210,6 +210,25 @@ def test_numbers_out_of_range_are_refused(field, value):
 def test_layers_that_are_not_there_are_refused(fields):
     with pytest.raises(LayerError):
         Reuse(policy(), VLACache(**fields))
+
+
+@pytest.mark.parametrize("value", [1.0, True, "1", (0.5,), (True,), ("1",)])
+@pytest.mark.parametrize("field", ["layers", "attention"])
+def test_layers_that_are_no_ints_are_refused(field, value):
+    with pytest.raises(LayerError, match=field):
+        VLACache(**{field: value})
+
+
+def test_nothing_is_taken_over_of_a_row_that_was_not_finite():
+    """Or one bad image would be seen by all later steps; rows beside it go on."""
+    rows = [batch(rows) for rows in zip(film(), film(seed=1), strict=False)][:3]
+    rows[1]["pixel_values"][0, 0, 0, 0, 0] = torch.nan
+    (_, _), (bad, before), (good, after) = followed(rows)
+    assert bad[0].isnan().any()
+    assert before.tokens[-1] > after.tokens[-1] > 0
+    with Reuse(policy(), VLACache()) as reuse:
+        near(good[0], policy().sample_actions(**rows[2])[0])
+        assert not any(reuse.last.tokens)
 
 
 def test_placeholders_that_are_not_those_of_the_cameras_are_refused():

@@ -32,6 +32,7 @@ from foveate.io.writing import check_folder, replacing, write_json
 FILE = "foveate.json"
 WEIGHTS = "foveate.safetensors"
 FORMAT = 2
+KEYS = ("format", "foveate", "methods", "head", "audio", "keep_total")
 Head = Literal["all", "labels"]
 
 
@@ -171,6 +172,8 @@ class Saved:
                 f"{shown(str(data.get('foveate', 'of a later version')), 20)}; this foveate "
                 f"{_version()} reads formats up to {FORMAT}, so upgrade it"
             )
+        if unknown := [name for name in data if name not in KEYS]:
+            raise InputError(f"it says {quoted(unknown[0])}, which is none of {', '.join(KEYS)}")
         methods, head = data.get("methods"), data.get("head", "all")
         if not isinstance(methods, list) or not methods:
             raise InputError("it names no `methods`; save the model again")

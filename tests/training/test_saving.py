@@ -212,6 +212,7 @@ def test_audio_is_read_back(saved, tmp_path):
         ('{"format": 1, "methods": ["fastv"]}', "mapping with its name under `method`"),
         ('{"format": 1, "methods": [{"method": "fastv", "ratio": 1}]}', "no field 'ratio'"),
         ('{"format": 1, "methods": [{"method": "fastv"}], "head": "tail"}', "'all' or 'labels'"),
+        ('{"format": 2, "methods": [{"method": "m3"}], "total": 9}', "says 'total', which is none"),
     ],
 )
 def test_a_damaged_or_newer_file_is_refused(tmp_path, text, message):

@@ -112,6 +112,10 @@ def load_image_processor(name: str) -> Any:
     if name in checkpoints() and not Path(name).is_dir():
         return checkpoints()[name].image_processor()
     with _loading(name):
+        if name == VIDEO:
+            raise InputError(
+                f"`{VIDEO}` takes videos and no images; `small` is the same model for images"
+            )
         from transformers import AutoImageProcessor  # may fail; explained here
 
         name = str(PACKAGED.get(name, name))

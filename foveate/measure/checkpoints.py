@@ -131,7 +131,7 @@ def _near(name: str) -> str:
         return f"did you mean `{close[0]}`, an embedded model?"
     near = [known[each] for each in close if known[each] not in (*EMBEDDED, name)]
     meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{meant}`tiny` and `small` are the embedded models"
+    return f"{meant}`tiny`, `small` and `small-video` are the embedded models"
 
 
 def _check_hub(name: str) -> None:

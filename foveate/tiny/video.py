@@ -60,7 +60,7 @@ class VideoProcessor(LlavaProcessor):
                 the text has places for.
         """
         if images is not None:
-            raise InputError("the packaged model for videos takes no images; use tiny.load")
+            raise InputError("the packaged model for videos takes no images; `small` and `tiny` do")
         prompts = [text] if isinstance(text, str) else list(text)
         clips = _videos(videos)
         places = sum(prompt.count(VIDEO_TOKEN) for prompt in prompts)

@@ -53,6 +53,12 @@ def test_the_embedded_model_is_counted_from_its_folder():
     assert re.search(r"one decoding step", done.output)
 
 
+def test_the_embedded_model_for_videos_is_not_counted_for_images():
+    result = run("small-video", "-m", "vidcom2")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "`small-video` takes videos and no images; `small` is the same model" in result.stderr
+
+
 def test_what_cannot_be_read_is_said():
     done = run(LLAVA, "-m", "fastv", "--image-size", "12")
     assert done.exit_code == 2

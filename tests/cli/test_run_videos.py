@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+import foveate
 from foveate import tiny
 from foveate.cli.inputs import encode
 from foveate.measure.checkpoints import checkpoints
 from tests.cli.calling import call
 
+ROOT = Path(foveate.__file__).parent.parent
 FRAMES = [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(3)]
 
 
@@ -86,12 +89,25 @@ def test_the_embedded_model_is_asked_what_it_never_saw(asked, size, notes, tmp_p
     assert all(note in told for note in notes)
 
 
+def test_examples_ask_what_the_embedded_model_knows():
+    texts = [*ROOT.glob("foveate/cli/arguments/*.py"), ROOT / "docs/cli.md", ROOT / "README.md"]
+    asked = [
+        question
+        for path in texts
+        for question in re.findall(r'foveate run tiny [^"\n]*"([^"]*)"', path.read_text())
+    ]
+    assert len(asked) > 5
+    known = tiny.load()[1].tokenizer
+    for question in asked:
+        assert known.unk_token_id not in known(question).input_ids, question
+
+
 @pytest.mark.parametrize(
     ("name", "near"),
     [
         ("tniy", "did you mean `tiny`, an embedded model?"),
         ("llava-1.5-7b", "did you mean llava-hf/llava-1.5-7b-hf or"),
-        ("zzzz", "`tiny` and `small` are the embedded models"),
+        ("zzzz", "`tiny`, `small` and `small-video` are the embedded models"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "list", "flops"])

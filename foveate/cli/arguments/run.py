@@ -33,12 +33,12 @@ foveate\\[video] is installed, a video file.
   foveate run llava-hf/llava-1.5-7b-hf cat.jpg "What is this?" --method fastv --keep 0.25 --show
   kept.png
 
-  foveate run tiny a.png b.png "what digit is red ?" --method fastv --set layer=3 --keep 32 --json
+  foveate run tiny a.png b.png "what number is red ?" --method fastv --set layer=3 --keep 32 --json
   out.json
 
   foveate run tiny scene.png "what color is the star ?" -m divprune+fastv
 
-  foveate run tiny a.png b.png c.png "what digit is red ?" -m divprune --keep 64 --keep-total 160
+  foveate run tiny a.png b.png c.png "what number is red ?" -m divprune --keep 64 --keep-total 160
 
   foveate run Qwen/Qwen3-VL-8B-Instruct clip.mp4 "What happens?" --method holitom --frames 32
 """

@@ -108,6 +108,8 @@ class TwoLevelPruning(nn.Module):
         as_released: bool = False,
     ) -> None:
         super().__init__()
+        if len(thresholds) != 2:
+            raise BudgetError(f"thresholds must be two, of levels 0 and 1, got {thresholds}")
         for low, high in train_keep:
             if not 1 <= low <= high:
                 raise BudgetError(f"train_keep must be ranges of positive counts, got {train_keep}")

@@ -179,6 +179,9 @@ def test_bad_settings_and_inputs_are_refused():
             TextGuidedPruning(fusion, 8, bad)
     with pytest.raises(BudgetError, match="samples must be a positive count or None, got 0"):
         CompletionAddition(fusion, 8, samples=0)
+    for several in ((0.3,), (0.3, 0.5, 0.7)):
+        with pytest.raises(BudgetError, match="thresholds must be two"):
+            TwoLevelPruning(8, heads=2, thresholds=several)
     with pytest.raises(BudgetError, match="train_keep must be ranges of positive counts"):
         TwoLevelPruning(8, heads=2, train_keep=((5, 4), (4, 4)))
     with pytest.raises(InputError, match="a multiple of the 3 heads, got 8"):

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from foveate.errors import InputError
+from foveate.io.quoting import quoted
 from foveate.tiny.objects import SceneObject
 from foveate.tiny.questions import Question
 from foveate.tiny.scenes import Scene, draw_scene
@@ -64,7 +66,12 @@ def load(
 
     Returns:
         The model in evaluation mode, and its processor.
+
+    Raises:
+        InputError: there is no such model.
     """
+    if size not in PACKAGED:
+        raise InputError(f"size must be {' or '.join(PACKAGED)}, got {quoted(size)}")
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     folder = PACKAGED[size]

@@ -25,7 +25,7 @@ from transformers import (
 from foveate.errors import InputError
 from foveate.tiny.build import CHAT_TEMPLATE, IMAGE
 
-VIDEO_TOKEN = "<video>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 _IMAGES = "{% for part in message['content'] if part['type'] == 'image' %}{{ ' <image>' }}"
 _TEMPLATE = CHAT_TEMPLATE.replace(
     _IMAGES, _IMAGES.replace("'image'", "'video'").replace("<image>", VIDEO_TOKEN)
@@ -56,12 +56,14 @@ class VideoProcessor(LlavaProcessor):
             The tokenizer's output, and `pixel_values_videos` (videos, frames, 3, 128, 128).
 
         Raises:
-            InputError: there are images, videos of unequal lengths, or more or fewer videos than
-                the text has places for.
+            InputError: there are images or no text, videos of unequal lengths, or more or fewer
+                videos than the text has places for; or a video is no list of Pillow images.
         """
-        if images is not None:
-            raise InputError("the packaged model for videos takes no images; `small` and `tiny` do")
+        if text is None:
+            raise InputError("videos come with a text, which has <video> where each stands")
         prompts = [text] if isinstance(text, str) else list(text)
+        if images is not None or any(IMAGE_TOKEN in prompt for prompt in prompts):
+            raise InputError("the packaged model for videos takes no images; `small` and `tiny` do")
         clips = _videos(videos)
         places = sum(prompt.count(VIDEO_TOKEN) for prompt in prompts)
         if places != len(clips) or len({len(clip) for clip in clips}) > 1:
@@ -88,13 +90,28 @@ class VideoProcessor(LlavaProcessor):
 
 
 def _videos(given: Any) -> list[Frames]:
-    """The videos of a call, which may be one, or in a list for each prompt."""
-    found = list(given or ())
-    if found and isinstance(found[0], Image.Image):
-        return [found]
-    if found and found[0] and not isinstance(found[0][0], Image.Image):
-        return [clip for clips in found for clip in clips]
-    return found
+    """The videos of a call, which may be one, or in a list for each prompt.
+
+    Raises:
+        InputError: something is no list of images, or one of none.
+    """
+    if given is None:
+        return []
+    if _is_video(given):
+        return [given]
+    clips: list[Frames] = []
+    for entry in given if isinstance(given, list | tuple) else [given]:
+        of_prompt = isinstance(entry, list | tuple) and not _is_video(entry)
+        clips += entry if of_prompt else [entry]
+    if not all(map(_is_video, clips)):
+        raise InputError("a video is a list of its frames, which are images of Pillow")
+    return clips
+
+
+def _is_video(found: Any) -> bool:
+    """Whether something is a list of frames, and not of videos."""
+    several = isinstance(found, list | tuple) and len(found) > 0
+    return several and all(isinstance(frame, Image.Image) for frame in found)
 
 
 def for_videos(
@@ -106,7 +123,7 @@ def for_videos(
         image_model: the packaged model; the weights are copied.
         plain: its processor, whose tokenizer is taken over.
     """
-    plain.tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", VIDEO_TOKEN]})
+    plain.tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
     model: Any = LlavaNextVideoForConditionalGeneration(
         _config(image_model.config, len(plain.tokenizer))
     )

@@ -7,6 +7,7 @@ import foveate
 from foveate import tiny
 from foveate.errors import InputError
 from foveate.tiny.sequences import draw_order
+from foveate.tiny.video import VIDEO_TOKEN
 
 
 @pytest.fixture(scope="module")
@@ -91,14 +92,52 @@ def test_text_alone_needs_no_video(loaded):
     assert "pixel_values_videos" not in processor(text="what is there ?", return_tensors="pt")
 
 
-@pytest.mark.parametrize("given", ["images", "none", "uneven"])
-def test_what_the_processor_cannot_take_is_refused(loaded, given):
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("images", "takes no images"),
+        ("places of images", "takes no images"),
+        ("none", "equal"),
+        ("no frames", "equal"),
+        ("uneven", "equal"),
+        ("array", "images of Pillow"),
+        ("arrays", "images of Pillow"),
+        ("no text", "come with a text"),
+    ],
+)
+def test_what_the_processor_cannot_take_is_refused(loaded, given, why):
     frame = tiny.draw_scene(1).image
     _, processor = loaded
     more = {
         "images": {"text": "<video> ?", "images": [frame]},
+        "places of images": {"text": "<image> ?"},
         "none": {"text": "<video> ?"},
+        "no frames": {"text": "<video> ?", "videos": [[]]},
         "uneven": {"text": ["<video> ?"] * 2, "videos": [[frame], [frame, frame]]},
+        "array": {"text": "<video> ?", "videos": torch.rand(1, 2, 3, 128, 128)},
+        "arrays": {"text": "<video> ?", "videos": [torch.rand(2, 3, 128, 128)]},
+        "no text": {"videos": [[frame]]},
     }[given]
-    with pytest.raises(InputError, match="takes no images" if given == "images" else "equal"):
+    with pytest.raises(InputError, match=why):
         processor(**more)
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 1], [0, 0], [2, 0, 1]])
+def test_some_conversations_of_a_batch_have_no_video(loaded, rows):
+    _, processor = loaded
+    frames = [tiny.draw_scene(seed).image for seed in range(2)]
+    seen = {"type": "video", "video": frames}
+    text = {"type": "text", "text": "what number is red ?"}
+    asked = [[{"role": "user", "content": [seen] * count + [text]}] for count in rows]
+    made = processor.apply_chat_template(
+        asked, tokenize=True, return_dict=True, processor_kwargs={"padding": True}
+    )
+    counts = [ids.count(processor.tokenizer.vocab[VIDEO_TOKEN]) for ids in made["input_ids"]]
+    assert counts == [512 * count for count in rows]
+    assert len(made.get("pixel_values_videos", ())) == sum(rows)
+
+
+@pytest.mark.parametrize("load", [tiny.load, tiny.load_video])
+def test_sizes_that_do_not_exist_are_refused(load):
+    with pytest.raises(InputError, match="size must be tiny or small, got 'large'"):
+        load(size="large")

@@ -50,7 +50,7 @@ def _real(result: Result) -> tuple[str, str, str]:
     answers, ending = result["answers"], f" @ {KEEP:g}"
     counted = vlm.telling(answers)
     real, tiny = (vlm.merged(answers[who], counted) for who in ("real", "tiny"))
-    cells = [cell for cell in real if cell.endswith(ending)]
+    cells = [cell for cell in real if cell.endswith(ending) and cell in tiny]
     value, low, high = vlm.correlation(real, tiny, cells)
     right = {c.removesuffix(ending): vlm.accuracy(real[c]) for c in (ALL, *cells)}
     return (

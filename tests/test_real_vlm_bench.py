@@ -75,9 +75,12 @@ def test_the_section_tells_what_the_result_holds(page):
     rows |= {"random @ 0.25": "0100", "divprune @ 0.25": "1101"}
     tiny_rows = {**rows, "divprune @ 0.25": "1111"}
     unmoved = {**rows, "divprune, original positions @ 0.25": "0001"}
+    alone = {"tome @ 0.25": "0111"}  # which the tiny model refuses
     result = {
         "answers": {
-            "real": {"attribute": rows, "easy-vqa": rows, "position": unmoved},
+            "real": {
+                "attribute": rows | alone, "easy-vqa": rows | alone, "position": unmoved | alone,
+            },
             "tiny": {"attribute": tiny_rows, "position": unmoved},
         },
         "keeps": [0.25], "training": {"steps": 12, "cpu_s": 660},
@@ -89,6 +92,7 @@ def test_the_section_tells_what_the_result_holds(page):
     assert "| 75.0 (41 to 93) | +50.0 ± " in first
     assert "| 87.5 (53 to 98) | +62.5 ± " in first
     assert "| `divprune` at 0.25 | 75.0 (30 to 95) | 25.0 (5 to 70) | 75.0" in said
+    assert next(x for x in said.splitlines() if x.startswith("| `tome`")).endswith("|  |  |")
     assert "| all of them | 1.00 (" in said
     assert "12 steps of two images with up to 24 questions\neach, in 11 CPU minutes" in said
     assert said.endswith(page.LESSONS)

@@ -17,9 +17,11 @@ def test_page_runs_and_prints_what_it_shows(capsys):
 
 def test_figures_are_those_of_the_result():
     script = runpy.run_path(str(ROOT / "benchmarks" / "voxels_page.py"))
-    result = json.loads(script["RESULT"].read_text(encoding="utf-8"))
-    assert script["page"](PAGE, result) == PAGE, "run python benchmarks/voxels_page.py"
-    for seed in result["seeds"]:
+    short, result = (
+        json.loads(script[name].read_text(encoding="utf-8")) for name in ("SHORT", "RESULT")
+    )
+    assert script["page"](PAGE, short, result) == PAGE, "run python benchmarks/voxels_page.py"
+    for seed in short["seeds"] + result["seeds"]:
         ways = seed["pruned"]["answers"]
         assert ways["pruned"]["convolution_flops"] < ways["all voxels"]["convolution_flops"]
         assert ways["pruned, nothing added"]["levels"][1]["added"] == 0

@@ -152,9 +152,9 @@ original ones or number survivors anew, each as published. Methods with either, 
 
 PLACED = """With original positions, `divprune`, `vtc-cls` and `scope` lose little at a quarter of
 the tokens where images or frames are compared; numbered anew, they lose about half of their answers
-or more where a rule is to be found. Of the methods in the tables above, `dart`, `fastv` and `fastvid`
-keep original positions. So compare others there with `positions="original"`, and try both on your
-model, if it is given several images or a video.
+or more where a rule is to be found. Of the methods in the tables above, `dart`, `fastv` and
+`fastvid` keep original positions. So compare others there with `positions="original"`, and try both
+on your model, if it is given several images or a video.
 Two things favour original positions here: the model was trained with most tokens hidden and the
 others where they were, and its short sequences never reach positions that it has not seen.
 """

@@ -54,9 +54,14 @@ def _new_tensor(x: Tensor, data: Any, dtype: Any = None, device: Any = None) -> 
     return torch.tensor(data, dtype=dtype or x.dtype, device=device or x.device)
 
 
+def _histc(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Of integers too, which a CPU does not count."""
+    return aten.histc(x.double(), *args, **kwargs).to(x.dtype)
+
+
 WHOLE = {
-    F.scaled_dot_product_attention, torch.quantile, torch.nanquantile, Tensor.quantile,
-    Tensor.nanquantile,
+    F.scaled_dot_product_attention, F.multi_head_attention_forward, torch.quantile,
+    torch.nanquantile, Tensor.quantile, Tensor.nanquantile,
 }  # fmt: skip
 """Calls that do not wait, and that are not taken apart: their parts ask for a GPU, or change shapes
 in place."""
@@ -64,7 +69,7 @@ GUARDED = {
     Tensor.nonzero: _nonzero, torch.nonzero: _nonzero, Tensor.__invert__: aten.bitwise_not,
     Tensor.contiguous: aten.contiguous, Tensor.copy_: aten.copy_, Tensor.new_tensor: _new_tensor,
     Tensor.__int__: lambda x: int(aten.item(x)), Tensor.__index__: lambda x: int(aten.item(x)),
-    Tensor.__float__: lambda x: float(aten.item(x)),
+    Tensor.__float__: lambda x: float(aten.item(x)), torch.histc: _histc,
     **{
         getattr(Tensor, name): functools.partial(aten.to.dtype, dtype=getattr(torch, name))
         for name in ("long", "int", "float", "double", "half", "bfloat16", "bool")
@@ -148,7 +153,7 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         with _disable_current_modes():
             made = func(*tree_map(_near, args), **tree_map(_near, kwargs))
-        return None if made is None else _far(made)
+        return tree_map(_far, made)
 
 
 class StandIn:
@@ -164,6 +169,7 @@ class StandIn:
         torch._C._set_only_lift_cpu_tensors(True)
         self._stack.callback(torch._C._set_only_lift_cpu_tensors, before)
         enter(mock.patch.object(torch.cuda, "_lazy_init"))
+        enter(mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)))
         overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # not their data
         self._stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrite)

@@ -7,7 +7,7 @@ values before the call returns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,17 +58,28 @@ class Downloads:
         self.fetch([tensor])
         return self._known[id(tensor)][1]
 
-    def arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments whose tables, such as grids and sizes of images, are copies."""
-        self.fetch(value for value in arguments.values() if is_table(value))
-        return {n: self.of(value) if is_table(value) else value for n, value in arguments.items()}
+    def arguments(
+        self, arguments: Mapping[str, Any], names: Collection[str] = ()
+    ) -> dict[str, Any]:
+        """Arguments whose tables, such as grids and sizes of images, are copies, and some others.
+
+        Args:
+            arguments: the arguments.
+            names: the others, if they are there.
+        """
+        read = tables(arguments, names)
+        self.fetch(read.values())
+        return {**arguments, **{name: self.of(value) for name, value in read.items()}}
 
 
-def is_table(value: Any) -> bool:
-    """Whether a value is a tensor of a few numbers, such as sizes of images."""
-    return (
-        isinstance(value, Tensor)
-        and not (value.is_floating_point() or value.is_complex())
-        and value.dim() == 2
-        and value.shape[1] <= 4
-    )
+def tables(arguments: Mapping[str, Any], names: Collection[str] = ()) -> dict[str, Tensor]:
+    """Arguments that list integers, or few together, such as sizes of images or places of patches,
+    and others of some names.
+    """
+    given = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in given.items() if name in names or _lists(value)}
+
+
+def _lists(value: Tensor) -> bool:
+    numbers = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return numbers and (value.dim() == 1 or (value.dim() in (2, 3) and value.shape[-1] <= 4))

@@ -93,7 +93,7 @@ class FeatureHooks:
             self._vision.look_after()
         self._check_placed(modality)
         state, signals, vision = self.state, self.tags.signals, self._vision
-        arguments = state.now.read.arguments(bound(original, args, kwargs))
+        arguments = self._read(bound(original, args, kwargs))
         state.making_features, state.projector_input = True, None
         rows = {} if signals is None else stack.enter_context(signals.collect())
         if vision is None:
@@ -176,10 +176,12 @@ class FeatureHooks:
         @functools.wraps(module.forward)
         def encode(*args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
             embeds = place(*args, **kwargs)
-            lengths = self.family.lengths(modality, bound(module.forward, args, kwargs))
+            arguments = self._read(bound(module.forward, args, kwargs))
+            lengths = self.family.lengths(modality, arguments)
             features.check_order(lengths, mask, now.expanded)
             found.append(embeds)
-            rows: Any = embeds[upload(mask, embeds.device)].split(lengths)
+            there = upload(mask.flatten().nonzero()[:, 0], embeds.device)
+            rows: Any = embeds.flatten(0, 1).index_select(0, there).split(lengths)
             return BaseModelOutputWithPooling(pooler_output=rows)
 
         output = self.features(modality, encode, *args, **kwargs)
@@ -188,6 +190,10 @@ class FeatureHooks:
             output.encoded = replace(output.encoded, pixels=pixels)
         rows = features.feature_rows(features.pooled(output))
         return found[0].masked_scatter(upload(mask[..., None], rows.device), rows)
+
+    def _read(self, arguments: Kwargs) -> Kwargs:
+        """Arguments with copies on the host of those that it reads."""
+        return self.state.now.read.arguments(arguments, self.family.placed_by)
 
     def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the projector: keep what it is given, for methods that merge that."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core import TrainingPass
-from foveate.core.transfer import is_table, upload
+from foveate.core.transfer import tables, upload
 from foveate.engine import features
 from foveate.engine.compilation import untraced
 from foveate.engine.extensions.labels import (
@@ -149,17 +149,17 @@ class ModelHooks:
         if untagged and state.generate.requests is None and is_generating(self.family.model):
             return kwargs  # it has begun before the session
         if ids is None or ids.shape[1] > 1 or given:  # more than a decoding step
-            told = (ids, kwargs.get("attention_mask"), *filter(is_table, kwargs.values()))
-            now.read.fetch(x for x in told if isinstance(x, Tensor) and x.dim() == 2)
+            told = (ids, kwargs.get("attention_mask"))
+            flat = (x for x in told if isinstance(x, Tensor) and x.dim() == 2)
+            now.read.fetch((*flat, *tables(kwargs, self.family.placed_by).values()))
         now.visual = placeholders(self.family, ids, kwargs, given, now.read)
         if not now.visual:
             return kwargs
         check_modalities(self.plan, now.visual)
         self._enter_prompt(module, now, ids, kwargs)
         if prefix is not None:
-            everything = torch.stack(list(now.visual.values())).any(0)
             # Tables of embeddings may end before the placeholder.
-            everything = upload(everything, prefix.ids.device)
+            everything = upload(torch.stack(list(now.visual.values())).any(0), prefix.ids.device)
             now.prompt = prefix.ids.masked_fill(everything, 0), kwargs
             self._take(given, now, {})
             embeds = prefix.embeddings(kwargs["inputs_embeds"], now.visual)

@@ -91,7 +91,7 @@ class Tags:
             pixels,
             kept,
             placed,
-            fed={} if made_outside else of_shapes(self.family.fed(arguments)),
+            fed={} if made_outside else of_shapes(self.family.fed(arguments, len(shapes))),
             encoder_tokens=passes[-1].layer_rows if passes else (),
             encoder_bounds=passes[-1].layer_bounds if passes else (),
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from foveate.core.tokens import Shape
 from foveate.errors import UnsupportedModelError
 from foveate.families.encoder import Encoder
-from foveate.families.rows import raster_rows
+from foveate.families.rows import cell_means, raster_rows
 from foveate.families.text_facts import TextFacts
 from foveate.record.boxes import cells_of
 from foveate.record.tiles import Tiling
@@ -55,7 +55,7 @@ class Family(TextFacts):
     planar: ClassVar[bool] = True
     """Whether the visual tokens of an image or a frame lie on one grid."""
     placed_by: ClassVar[tuple[str, ...]] = ()
-    """Arguments that `boxes` reads; a record holds them as long as it lives."""
+    """Arguments that `boxes` reads, on the host; a record holds them as long as it lives."""
     embeds_images: ClassVar[bool] = False
     """Whether the model puts features in the prompt itself, and hands the base model no ids."""
     whole_head: ClassVar[str] = ""
@@ -181,11 +181,12 @@ class Family(TextFacts):
         side = math.isqrt(count)
         return (side, side) if self.planar and side * side == count else (1, count)
 
-    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fed(self, arguments: Mapping[str, Any], images: int | None = None) -> dict[str, Any]:
         """What features are made from, without what the model leaves out, such as padding tiles.
 
         Args:
             arguments: what features are to be made from.
+            images: how many have features, if that is known: then only shapes matter.
         """
         return dict(arguments)
 
@@ -319,8 +320,7 @@ class Family(TextFacts):
         side = self.side(modality)
         if side == 1 or not isinstance(rows, Tensor):
             return list(rows)
-        cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
-        return list(rows[..., cells].mean(-1))
+        return cell_means(rows, raster_rows(*self.grid(rows.shape[-1]), side))
 
     def projector(self, modality: str) -> Any:
         """The module that makes one visual token of each row it is given; `None` if there is none,

@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.core.tokens import Shape
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family, register_family
-from foveate.families.rows import raster_rows
+from foveate.families.rows import cell_means, raster_rows
 from foveate.families.towers import tower
 
 
@@ -49,16 +49,16 @@ class GraniteDocling(Family):
     ) -> Sequence[Tensor]:
         """Means of cells, whose side the route says."""
         side = self._side(arguments.get("tile_fine_mask") is not None)
-        cells = raster_rows(*self.grid(rows.shape[-1]), side).to(rows.device)
-        return list(rows[..., cells].mean(-1))
+        return cell_means(rows, raster_rows(*self.grid(rows.shape[-1]), side))
 
-    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fed(self, arguments: Mapping[str, Any], images: int | None = None) -> dict[str, Any]:
         """Without tiles that are padding, which the mask says."""
         pixels, real = arguments.get("pixel_values"), arguments.get("pixel_attention_mask")
         if pixels is None or real is None:
             return dict(arguments)
-        kept = {"pixel_values": pixels[real][None], "pixel_attention_mask": real[real][None]}
-        return {**arguments, **kept}
+        kept = pixels[real] if images is None else pixels.flatten(0, 1)[:images]
+        every = real.new_ones(1, len(kept))
+        return {**arguments, "pixel_values": kept[None], "pixel_attention_mask": every}
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Tokens and grid of each tile; the features of a sample's tiles come in one tensor."""

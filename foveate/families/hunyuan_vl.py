@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.core.tokens import Shape
 from foveate.families.family import register_family
 from foveate.families.mrope import MRope
-from foveate.families.rows import in_one_row
+from foveate.families.rows import in_one_row, taken
 from foveate.record.boxes import cells
 
 
@@ -59,7 +59,7 @@ class HunyuanVL(MRope):
     ) -> Sequence[Tensor]:
         """Cells of each image, with what newlines and ends get."""
         return [
-            torch.nn.functional.pad(row, (0, 1), value=newline)[:, source.to(row.device)]
+            taken(row.T, source, newline).T
             for row, source in zip(rows, self._all_sources(arguments), strict=True)
         ]
 

@@ -31,13 +31,13 @@ class Idefics3(Family):
         """Side of the cells that pixel shuffle puts into one token."""
         return self.config.scale_factor
 
-    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fed(self, arguments: Mapping[str, Any], images: int | None = None) -> dict[str, Any]:
         """Without tiles that are padding, which are all zero."""
         pixels = arguments.get("pixel_values")
         if pixels is None:
             return dict(arguments)
         tiles = pixels.flatten(0, 1)
-        real = tiles.flatten(1).any(1)
+        real = tiles.flatten(1).any(1) if images is None else slice(images)
         return {"pixel_values": tiles[real][None]}
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.core.tokens import Shape
 from foveate.families.family import register_family
 from foveate.families.llava import Llava
+from foveate.families.rows import taken
 from foveate.record.boxes import cells, cells_of
 
 
@@ -47,8 +48,12 @@ class AnyRes(Llava):
         """Rows of an image's tiles, packed as the model packs their features."""
         if modality != "image" or arguments.get("image_sizes") is None:
             return list(rows)
-        line = torch.full(rows.shape[1:2], newline, device=rows.device, dtype=rows.dtype)
-        return [image.T for image in self.packed(rows.transpose(1, 2), line, arguments)]
+        sources, rows = self._sources(arguments, rows.shape[2]), rows.transpose(1, 2)
+        if not any(map(_mixes, sources)):
+            patches = rows.flatten(0, 1)
+            return [taken(patches, source, newline).T for source in sources]
+        line = torch.full(rows.shape[2:], newline, device=rows.device, dtype=rows.dtype)
+        return [image.T for image in self.packed(rows, line, arguments)]  # the host waits
 
     def unprojected(
         self, modality: str, rows: Tensor, lengths: Sequence[int], arguments: Mapping[str, Any]
@@ -56,11 +61,12 @@ class AnyRes(Llava):
         """Rows of an image's tiles, packed as the model packs their features."""
         if modality == "video":
             return super().unprojected(modality, rows, lengths, arguments)
-        images = self.packed(rows, rows.new_zeros(rows.shape[-1]), arguments)
-        mixed = [bool((source < -1).any()) for source in self._sources(arguments)]
+        patches = rows.flatten(0, 1)
         return [
-            torch.full_like(image, torch.nan) if mixes else image
-            for image, mixes in zip(images, mixed, strict=True)
+            patches.new_full((len(source), patches.shape[1]), torch.nan)
+            if _mixes(source)
+            else taken(patches, source, 0.0)
+            for source in self._sources(arguments, rows.shape[1])
         ]
 
     def follow(
@@ -87,14 +93,18 @@ class AnyRes(Llava):
         """Packing may interpolate the tokens of an image to fewer."""
         if modality == "video" or arguments.get("image_sizes") is None:
             return ""
-        mixed = any(bool((source < -1).any()) for source in self._sources(arguments))
+        mixed = any(map(_mixes, self._sources(arguments)))
         return "the tokens of an image of so many tiles are interpolated to fewer" if mixed else ""
 
-    def _sources(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+    def _sources(self, arguments: Mapping[str, Any], patches: int | None = None) -> list[Tensor]:
         """(V) patch of all tiles that each token of an image is: -1 for a newline, -2 for a mean of
         several.
+
+        Args:
+            arguments: with `image_sizes`.
+            patches: of each tile, with a class token if that is kept; as many as its grid has.
         """
-        patches = self.tile_side**2
+        patches = patches or self.tile_side**2
         number = torch.arange(sum(self.tiles(arguments)) * patches, dtype=torch.double)
         values = torch.stack((number, number**2), -1).view(-1, patches, 2)
         images = self.packed(values, values.new_tensor((-1.0, 1.0)), arguments)
@@ -189,6 +199,11 @@ class AnyRes(Llava):
         boxes = (cells(rows * side, columns * side) * canvas - margin) / (image * scale)
         boxes = boxes.view(rows, side, columns, side, 4).transpose(1, 2).reshape(-1, side**2, 4)
         return torch.cat((thumbnail, boxes))
+
+
+def _mixes(source: Tensor) -> bool:
+    """Whether tokens of an image are means of several patches, as `_sources` says."""
+    return bool((source < -1).any())
 
 
 def _with_newlines(surviving: Tensor, source: Tensor, thumbnail: int) -> Tensor:

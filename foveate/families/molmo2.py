@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
+from foveate.core.transfer import upload
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family, register_family
 from foveate.families.towers import tower
@@ -36,9 +37,8 @@ class Molmo2(Family):
         self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """Means of the patches that a token is pooled from, of all crops."""
-        patches = rows.transpose(0, 1).flatten(1)
-        pooled = arguments[f"{modality}_token_pooling"].to(rows.device)
-        pooled = pooled[(pooled >= 0).any(1)]
+        patches, pooled = rows.transpose(0, 1).flatten(1), arguments[f"{modality}_token_pooling"]
+        pooled = upload(pooled[(pooled >= 0).any(1)], rows.device)
         valid = (pooled >= 0).to(rows.dtype)
         means = (patches[:, pooled.clamp(min=0)] * valid).sum(-1) / valid.sum(-1)
         return means.split(self._counts(modality, arguments), -1)

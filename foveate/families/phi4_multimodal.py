@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.core.tokens import Shape
 from foveate.families.encoder import Encoder
 from foveate.families.family import Family, register_family
-from foveate.families.rows import raster_rows
+from foveate.families.rows import cell_means, raster_rows, taken
 from foveate.families.towers import tower
 from foveate.record.boxes import cells
 
@@ -77,7 +77,7 @@ class Phi4Multimodal(Family):
         (rows,) = place(ids, embeds, pixels, arguments["image_sizes"], mask)
         return BaseModelOutputWithPooling(pooler_output=rows.split(lengths))
 
-    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fed(self, arguments: Mapping[str, Any], images: int | None = None) -> dict[str, Any]:
         """Images with the sizes that their masks say, in place of these."""
         given = {name: arguments[name] for name in IMAGES[:2]}
         return {**given, PATCHES: self._patches(arguments)}
@@ -156,9 +156,9 @@ class Phi4Multimodal(Family):
         self, modality: str, rows: Any, arguments: Mapping[str, Any], newline: float = 0.0
     ) -> Sequence[Tensor]:
         """Means of cells, put together as the model does with their features."""
-        patches = raster_rows(self._side, self._side, self.side(modality)).to(rows.device)
-        means = rows[..., patches].mean(-1).transpose(0, 1).flatten(1)
-        return [_taken(means, source, newline) for source in self._of_all(arguments)]
+        patches = raster_rows(self._side, self._side, self.side(modality))
+        means = torch.cat(cell_means(rows, patches), 1).T
+        return [taken(means, source, newline).T for source in self._of_all(arguments)]
 
     def follow(
         self, modality: str, surviving: Sequence[Tensor], arguments: Mapping[str, Any]
@@ -166,7 +166,7 @@ class Phi4Multimodal(Family):
         """Which tokens survive: a newline if a token of its line does, and the separator always."""
         of_cells, found = torch.cat(list(surviving)), []
         for source in self._of_all(arguments):
-            tokens, source = _taken(of_cells, source, False), source.to(of_cells.device)
+            tokens, source = taken(of_cells, source, False), source.to(of_cells.device)
             newline = source == NEWLINE
             line = newline.cumsum(0) - newline.long()
             lines = torch.zeros_like(line).index_add(0, line, tokens.long()) > 0
@@ -258,9 +258,3 @@ def _together(crops: Tensor, grid: tuple[int, int]) -> Tensor:
     rows, columns = grid
     crops = crops[1 : rows * columns + 1].unflatten(0, (rows, columns))
     return crops.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-def _taken(values: Tensor, source: Tensor, other: float) -> Tensor:
-    """(..., V) of what is known of cells, (..., N), and something else of what is no cell."""
-    source = source.to(values.device)
-    return values[..., source.clamp(min=0)].masked_fill(source < 0, other)

@@ -71,7 +71,7 @@ class ColQwen2(Retriever, Qwen2VL):
     within = ("qwen2_vl", "qwen2_5_vl")
     embeds_images = True
 
-    def fed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    def fed(self, arguments: Mapping[str, Any], images: int | None = None) -> dict[str, Any]:
         """With the patches of all images after one another; pages come padded, (pages, P, C)."""
         pixels, grids = arguments.get("pixel_values"), arguments.get("image_grid_thw")
         if pixels is None or grids is None or pixels.dim() != 3:

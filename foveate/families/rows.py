@@ -54,6 +54,29 @@ def raster_rows(height: int, width: int, side: int = 1) -> Tensor:
     return patches.transpose(1, 2).reshape(-1, side**2)
 
 
+def cell_means(values: Tensor, rows: Tensor) -> list[Tensor]:
+    """(C, V) of each image: means over the rows of each token.
+
+    Args:
+        values: (N, C, P) of the rows of all images.
+        rows: (V, R) rows of each token, on the host.
+    """
+    return list(values[..., upload(rows, values.device)].mean(-1))
+
+
+def taken(values: Tensor, source: Tensor, other: float) -> Tensor:
+    """(V, ...) of what is known of patches or cells, and something else of what is none of them.
+
+    Args:
+        values: (N, ...) of all of them.
+        source: (V) which of them each token is, on the host; negative for others.
+        other: what these get.
+    """
+    found = values.index_select(0, upload(source.clamp(min=0), values.device))
+    none = (source < 0).view(-1, *[1] * (values.dim() - 1))
+    return found.masked_fill(upload(none, values.device), other)
+
+
 def cut(pixels: Tensor, sides: tuple[int, int]) -> Tensor:
     """Return (B, H, W, P): pixels of the adjacent patches of (B, C, H', W') images. A remainder at
     the right or below belongs to no patch.

@@ -45,6 +45,8 @@ class Encoder:
         packed: where the rows of all images lie in one sequence, or are padded to one length, says
             from the tower's arguments and `Family.side` which rows each image has, among those of
             all; `None` where each image is a row of a batch, and as large as the others.
+        windows: says from the same where windows begin and end among all rows, in layers that have
+            them; `None` where that is not known before layers are told.
         pixels: returns from the tower's arguments and `Family.side` the (V, P) pixels of each
             image's visual tokens; `None` where these follow from `pixel_values`, see `cuts`, or are
             not known.
@@ -93,6 +95,7 @@ class Encoder:
     trailing: int = 0
     head: Any = None
     packed: Callable[[Mapping[str, Any], int], list[EncoderImage]] | None = None
+    windows: Callable[[Mapping[str, Any], int], Tensor] | None = None
     pixels: Callable[[Mapping[str, Any], int], list[Tensor]] | None = None
     patches: Callable[[Mapping[str, Any]], tuple[int, int, int]] | None = None
     padded: bool = False

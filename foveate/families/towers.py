@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from foveate.families.encoder import Encoder
 from foveate.families.family import Family
 from foveate.families.plain import CLIP_BLOCK, tower_encoder
 from foveate.families.rows import EncoderImage, cut, packed, pixels_of_rows, placed
+
+Said = TypeVar("Said")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Tower:
             tower; see `Encoder`, as for the others.
         fed: the same for the patches of the tower's input, in their order there, or for those that
             it cuts images into; `None` if `packed` is.
+        windows: the same for windows as for `packed`.
         padded: see `Encoder`.
         readers: modules, within the root, that read rows after layers: a module, or a list.
         taps: what the config calls the layers whose outputs the readers are handed as well.
@@ -47,6 +50,7 @@ class Tower:
     class_token: bool = False
     packed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
     fed: Callable[[Mapping[str, Any], int, Any], list[EncoderImage]] | None = None
+    windows: Callable[[Mapping[str, Any], int, Any], Tensor] | None = None
     padded: bool = False
     readers: tuple[str, ...] = ()
     taps: str = ""
@@ -75,28 +79,37 @@ def _by_given_cells(arguments: Mapping[str, Any], side: int, tower: Any) -> list
 
 def _by_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of cells, and cells in the order of windows."""
-    config, sizes = tower.config, _sizes(arguments)
-    order, _ = get_vision_window_index(
-        arguments["grid_thw"],
-        spatial_merge_size=side,
-        window_size=config.window_size,
-        patch_size=config.patch_size,
-        kwargs=dict(arguments),
-    )
+    sizes, (order, _) = _sizes(arguments), _windows(arguments, side, tower.config)
     return packed(sizes, [side] * len(sizes), order, raster=False)
 
 
 def _by_patch_windows(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
     """Patches in the order of windows, and in raster order within these."""
-    order, _ = get_vision_window_index(
-        arguments["grid_thw"],
-        spatial_merge_size=1,
-        window_size=tower.window_size,
-        patch_size=tower.patch_size,
-        kwargs=dict(arguments),
-    )
+    order, _ = _windows(arguments, 1, tower)
     position = order.argsort().cpu()
     return [replace(one, rows=position[one.rows]) for one in _by_raster(arguments, side, tower)]
+
+
+def _windows(arguments: Mapping[str, Any], side: int, sizes: Any) -> tuple[Tensor, Tensor]:
+    """(tokens) the token at each position, and (S + 1) rows at which windows begin and end.
+
+    Args:
+        arguments: the tower's.
+        side: side of a token in patches.
+        sizes: what has the sizes of windows and patches.
+    """
+    return get_vision_window_index(
+        arguments["grid_thw"],
+        spatial_merge_size=side,
+        window_size=sizes.window_size,
+        patch_size=sizes.patch_size,
+        kwargs=dict(arguments),
+    )
+
+
+def _window_bounds(arguments: Mapping[str, Any], side: int, tower: Any) -> Tensor:
+    """Where windows of cells begin and end."""
+    return _windows(arguments, side, tower.config)[1]
 
 
 def _by_raster(arguments: Mapping[str, Any], side: int, tower: Any) -> list[EncoderImage]:
@@ -145,7 +158,8 @@ _QWEN = Tower(
     readers=("merger",),
 )
 _GLM = replace(_QWEN, readers=("post_layernorm",), returns_rows=False)
-_OMNI = replace(_QWEN, block=replace(_QWEN.block, matrices=("q", "k", "v")), packed=_by_windows)
+_WINDOWS = replace(_QWEN, packed=_by_windows, windows=_window_bounds)
+_OMNI = replace(_WINDOWS, block=replace(_QWEN.block, matrices=("q", "k", "v")))
 _GLM_OCR = replace(_GLM, block=replace(_GLM.block, norms=("q_norm", "k_norm"), norms_heads=True))
 _QWEN3 = replace(_QWEN, readers=("merger", "deepstack_merger_list"))
 _GEMMA4 = Tower(
@@ -250,7 +264,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "cosmos3_edge_vision": _EDGE,
     "dots3_note_vision_encoder": replace(_GLM_OCR, readers=("norm",)),
     "ernie4_5_vl_moe_vision": _ERNIE,
-    "exaone4_5_vision": replace(_QWEN, packed=_by_windows),
+    "exaone4_5_vision": _WINDOWS,
     "gemma4_vision": _GEMMA4,
     "glm4v_moe_vision": _GLM,
     "glm4v_vision": _GLM,
@@ -274,7 +288,7 @@ TOWERS: dict[str, Tower] = {  # vision_config.model_type -> tower
     "pixtral": _PIXTRAL,
     "qianfan_ocr_vision": _QIANFAN,
     "qwen2_5_omni_vision_encoder": _OMNI,
-    "qwen2_5_vl_vision": replace(_QWEN, packed=_by_windows),
+    "qwen2_5_vl_vision": _WINDOWS,
     "qwen2_vl_vision": _QWEN,
     "qwen3_5_moe_vision": _QWEN,
     "qwen3_5_vision": _QWEN,
@@ -302,7 +316,7 @@ def tower(family: Family, path: str) -> Encoder | None:
 
 def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
     root = family._child(module, kind.root) if kind.root else module
-    heads, packed = getattr(root.config, "num_heads", None), kind.packed
+    heads = getattr(root.config, "num_heads", None)
     readers: list[Any] = []
     for name in kind.readers:
         reader = family._child(root, name)
@@ -318,7 +332,8 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         groups=getattr(getattr(layers[0], kind.block.attention), "num_key_value_groups", 1),
         tower=root,
         block=kind.block,
-        packed=None if packed is None else lambda given, side: packed(given, side, root),
+        packed=_bound(kind.packed, root),
+        windows=_bound(kind.windows, root),
         pixels=None if kind.fed is None else functools.partial(_pixels, kind.fed, root),
         padded=kind.padded,
         readers=tuple(readers),
@@ -329,6 +344,13 @@ def _encoder(kind: Tower, family: Family, module: Any) -> Encoder:
         scaling=kind.scaling,
         axes=kind.axes,
     )
+
+
+def _bound(
+    says: Callable[[Mapping[str, Any], int, Any], Said] | None, tower: Any
+) -> Callable[[Mapping[str, Any], int], Said] | None:
+    """What says something from the arguments of any tower, for this one."""
+    return None if says is None else lambda given, side: says(given, side, tower)
 
 
 def _pixels(

@@ -132,9 +132,9 @@ class EncoderSignals:
         mask = self._running.told.get("attention_mask")
         if self.encoder.packed is not None and not self.encoder.padded:
             return None  # the mask keeps images apart
-        if mask is None or (hidden := hides(mask)) is None:
+        if mask is None:
             return None
-        least = torch.finfo(torch.float32).min
+        hidden, least = hides(mask), torch.finfo(torch.float32).min
         return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, least)[
             :, None, None
         ]
@@ -199,8 +199,7 @@ def signal_of(name: str) -> EncoderSignal:
     return signal
 
 
-def hides(mask: Tensor) -> Tensor | None:
-    """(B or 1, N) rows that a mask hides from all others; `None` if it hides none."""
+def hides(mask: Tensor) -> Tensor:
+    """(B or 1, N) rows that a mask hides from all others."""
     keys = mask if mask.dim() == 2 else mask[:, 0, 0]
-    hidden = keys < 0 if keys.is_floating_point() else keys == 0
-    return hidden if bool(hidden.any()) else None
+    return keys < 0 if keys.is_floating_point() else keys == 0

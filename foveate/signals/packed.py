@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -96,6 +96,7 @@ class PackedSignals(EncoderSignals):
         names = inspect.signature(type(module).forward.__get__(module)).parameters
         arguments = self._read().arguments({**dict(zip(names, args, strict=False)), **kwargs})
         self._running.images = self.encoder.packed(arguments, self.side)
+        self._running.arguments = arguments
         if self.encoder.later is not None:
             _, packed = self.encoder.later
             self._running.later = packed(arguments, self.side)
@@ -134,7 +135,8 @@ class PackedSignals(EncoderSignals):
     def _projections(self, parts: list[Tensor]) -> Projections:
         query, key, *_ = (_flat(part) for part in self.encoder.projected(parts))
         told, heads = self._running.told, self.encoder.heads_of(query.shape[-1])
-        bias = None if self._bias is None else self._bias.flatten()
+        bias = self._bias
+        bias = None if bias is None else bias.flatten()
 
         def in_segments(of: Attention) -> Tensor:
             q, k = (self._rotated(part, told) for part in (query, key))
@@ -165,13 +167,13 @@ class PackedSignals(EncoderSignals):
 
     def _bounds(self, told: Mapping[str, Any], key: Tensor) -> Tensor:
         """(S + 1) where segments that see each other begin and end, on the host."""
-        images: Sequence[EncoderImage] = self._running.images
+        images = self._images(self._running.number)
         shortened, given = self._pass(), told.get("cu_seqlens")
         order = None if shortened is None else shortened.order
         if given is not None:
-            frames = [one.rows.numel() // one.frames for one in images for _ in range(one.frames)]
-            if sum(frames) == len(key) and len(given) == len(frames) + 1:  # no frame is cut
-                return torch.tensor([0, *frames]).cumsum(0)
+            for known in self._segments(images):
+                if len(known) == len(given) and known[-1] == len(key):  # if both are, they agree
+                    return known
             return self._read().of(given).long()
         if self.encoder.padded:
             return torch.arange(0, len(key) + 1, len(key) // len(images))
@@ -179,6 +181,14 @@ class PackedSignals(EncoderSignals):
         if order is None:
             return bounds
         return download([torch.searchsorted(order, upload(bounds, order.device))])[0]
+
+    def _segments(self, images: Sequence[EncoderImage]) -> Iterator[Tensor]:
+        """Where frames begin and end, and where windows do, while all rows are there."""
+        frames = [one.rows.numel() // one.frames for one in images for _ in range(one.frames)]
+        yield torch.tensor([0, *frames]).cumsum(0)
+        if self.encoder.windows is not None:
+            windows = self.encoder.windows(self._running.arguments, self.side)
+            yield self._read().of(windows).long()
 
 
 @torch.no_grad()

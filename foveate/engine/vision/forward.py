@@ -110,10 +110,12 @@ class Encoding:
         )
         groups = encoder_groups(encoder_images, states.device, self.readout)
         self.layout = self.layer.layout = PatchLayout(groups, states.shape[:-1], self.encoder)
-        if mask is None or self.layout.packed or (hidden := hides(mask)) is None:
+        if mask is None or self.layout.packed:
             return
+        hidden = hides(mask)
         for planned in self.steps:
-            if planned.step.whole or "exit" in planned.step.effects:
+            whole = planned.step.whole or "exit" in planned.step.effects
+            if whole and bool(hidden.any()):
                 raise UnsupportedModelError(
                     f"{planned.method.slug} does not act on images that the encoder pads; encode "
                     "images of one size together, without padding"

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from foveate.core import Reduction
+from foveate.core.transfer import upload
 from foveate.engine.vision.encoder_group import EncoderGroup
 from foveate.families import Encoder
 
@@ -112,12 +114,14 @@ class PatchLayout:
         """The place of each row of an order in a batch of padded images, and rows of each image."""
         if not self.padded:
             return None, 0
-        image = order // self.shape[1]
-        counts = torch.bincount(image, minlength=self.shape[0])
-        length = int(counts.max())
-        start = counts.cumsum(0) - counts
-        number = torch.arange(len(order), device=order.device) - start[image]
-        return image * length + number, length
+        counts = [0] * self.shape[0]
+        for of in self.groups:
+            for number in of.images.numbers:
+                counts[number] = of.rows_at(of.layout)[0].numel()
+        start = upload([0, *accumulate(counts[:-1])], order.device)
+        image, length = order // self.shape[1], max(counts)
+        place = torch.arange(len(order), device=order.device) - start[image]
+        return image * length + place, length
 
     def lay(self, states: Tensor, values: Sequence[Tensor]) -> Tensor:
         """Rows of all tokens in the encoder's order, after the special rows of some states; zeros

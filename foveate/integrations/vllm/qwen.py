@@ -73,6 +73,7 @@ class QwenSite(Site):
             packed=lambda given, side: known.packed(
                 {"grid_thw": torch.as_tensor(given["grid_thw"])}, side
             ),
+            windows=None,  # layers are told them
         )
 
 

@@ -31,6 +31,7 @@ SLOW = {  # tests of seconds a cell: one cell in so many is run, whatever its va
     "test_other_pairs": 12,
     "test_three_in_a_row": 6,
     "test_inside_and_after_the_encoder": 12,
+    "test_a_prefill_of_other_families_too": 24,
 }
 SEED = "FOVEATE_DRAW_SEED"
 

@@ -9,6 +9,7 @@ and FLOPs of every cell.
 from __future__ import annotations
 
 from foveate.core import Method, ModelFacts, get_method
+from foveate.core.step import budgeted
 from foveate.errors import BudgetError
 
 ALL = "none"
@@ -40,5 +41,5 @@ def method_at(name: str, keep: float | None, model: ModelFacts) -> Method:
     """
     cls = get_method(name)
     method = cls() if keep is None else cls(keep=keep)  # type: ignore[call-arg]
-    method.check_budget(method.cuts(model))
+    method.check_budget(budgeted(method.steps(model)))
     return method

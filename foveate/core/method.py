@@ -114,10 +114,6 @@ class Method(ABC):
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """The steps of this method on a model, in stream order."""
 
-    def cuts(self, model: ModelFacts) -> int:
-        """Steps that act outside of training, which are those that a budget is for."""
-        return sum("training" not in step.effects for step in self.steps(model))
-
     @abstractmethod
     def reduce(self, tokens: VisualTokens, count: int) -> Reduction:
         """Reduce G images of V tokens to `count` tokens each."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -244,3 +244,8 @@ class PartialCompute:
         """Whether no head has anything to do with visual tokens of earlier forwards."""
         nobody = not self.reads_visual or (self.heads is not None and not any(self.heads))
         return nobody and self.renormalize
+
+
+def budgeted(steps: Iterable[Step]) -> int:
+    """How many steps act outside of training, which are those that a budget is for."""
+    return sum("training" not in step.effects for step in steps)

@@ -14,7 +14,7 @@ from foveate.core import (
     list_methods,
 )
 from foveate.core.budget import Total
-from foveate.core.step import entries
+from foveate.core.step import budgeted, entries
 from foveate.engine.audio import Audio, check_audio, sharing
 from foveate.engine.composition import check_order, check_together
 from foveate.engine.extensions import extensions_of
@@ -95,7 +95,7 @@ def _steps(family: Family, number: int, method: Method) -> list[PlannedStep]:
     # Before its steps: where a stage is missing, a method may find nothing to do there.
     _check_stage(family, method, method.stage)
     steps = method.steps(family)
-    method.check_budget(method.cuts(family))
+    method.check_budget(budgeted(steps))
     renumber = method.positions_on(family) == "renumbered"
     learned = method.learned(family)
     planned = [

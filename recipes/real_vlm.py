@@ -242,6 +242,11 @@ class Course:
         self.step, self._before, self._cpu_before = kept["step"], kept["seconds"], kept["cpu"]
         return True
 
+    def follow(self, start: Path) -> None:
+        """Begin where an adapter's training ended, with a schedule of its own."""
+        self.step = real_adapter.read(self.trainee, start)
+        self._cpu_before = float(real_adapter.told(start)["cpu_s"])
+
     def take(self, parts: list[Chunk], speed: float) -> None:
         """A step, at a share of the full rates."""
         for group in self.optimizer.param_groups:
@@ -276,7 +281,7 @@ def train(
         if start is None:
             align(trainee, parts, ALIGN_STEPS, course.log)
         else:
-            course.step = real_adapter.read(trainee, start)
+            course.follow(start)
     course.go()
     saved = course.seconds
     while (spent := course.seconds) < 60 * minutes:

@@ -177,6 +177,16 @@ def test_a_later_run_goes_on_from_an_adapter(trained, folder, part):
         torch.testing.assert_close(parameter, trainee.lora[name], rtol=0.01, atol=1e-6)
 
 
+def test_a_later_run_counts_what_its_adapter_took(trained, tmp_path):
+    trainee, (_, both), _ = trained
+    start = tmp_path / "start.safetensors"
+    real_adapter.write(trainee, start, steps=both[-1]["step"], cpu_s=70)
+    course = real_vlm.Course(trainee, tmp_path)
+    course.follow(start)
+    assert (course.step, course.cpu >= 70, course.seconds < 60) == (both[-1]["step"], True, True)
+    course.lines.close()
+
+
 def test_a_folder_can_be_written_with_an_adapter(trained, folder, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     write = importlib.import_module("_assemble").write

@@ -236,14 +236,16 @@ MORE = {
 """Methods that add more than the target to ragged rows of a model, and why."""
 
 
-def added(machine, model, batches, slugs):
-    """Method -> waits that it adds to a forward at most, and where; without those refused."""
+def added(machine, model, batches, slugs, run=None):
+    """Method -> waits that it adds to a forward, or to `run` of the model and a batch, at most, and
+    where; without those refused.
+    """
     machine.put(model)
     batches = machine.put(batches)
 
     def prefill(batch):
         with machine.waits() as found:
-            model(**batch)
+            run(model, batch) if run else model(**batch)
         return found
 
     bare = {key: prefill(batch)["total"] for key, batch in batches.items()}
@@ -288,6 +290,24 @@ def test_methods_that_wait_more_are_these(waits, name):
         found = added(machine, model, {"ragged": batches["ragged"]}, foveate.list_methods())
     assert len(found) > (8 if name == "vit" else 40)
     assert beyond(found).keys() == MORE[name].keys(), beyond(found)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_generate_waits_once_more_and_decoding_never(waits, name):
+    """The prompt is read before the encoder, so that a token which is read from can stay."""
+    model, batches = reader(name)
+
+    def answer(tokens):
+        def run(model, batch):
+            model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+        found = added(machine, model, batches, MAIN, run)
+        return {slug: count for slug, (count, _) in found.items()}
+
+    with waits.StandIn() as machine:
+        first, more = answer(1), answer(3)
+    assert more == first
+    assert max(first.values()) <= TARGET + 1
 
 
 def test_a_wait_that_was_added_is_found(waits, monkeypatch):

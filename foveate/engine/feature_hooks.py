@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.core.transfer import upload
+from foveate.core.transfer import tables, upload
 from foveate.engine import features
 from foveate.engine.audio import clips
 from foveate.engine.compilation import untraced
 from foveate.engine.feature_reducer import FeatureReducer
-from foveate.engine.inputs import bound
+from foveate.engine.inputs import bound, tells
 from foveate.engine.replaced_forward import bypassed, forward_of
 from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
@@ -192,8 +192,14 @@ class FeatureHooks:
         return found[0].masked_scatter(upload(mask[..., None], rows.device), rows)
 
     def _read(self, arguments: Kwargs) -> Kwargs:
-        """Arguments with copies on the host of those that it reads."""
-        return self.state.now.read.arguments(arguments, self.family.placed_by)
+        """Arguments with copies on the host of those that it reads, and of the prompt of `generate`
+        with them.
+        """
+        now, prompt = self.state.now, self.state.generate.prompt
+        listed = tables(arguments, self.family.placed_by)
+        if listed and prompt is not None and not now.inside:
+            now.read.fetch((*tells(*prompt), *listed.values()))
+        return now.read.arguments(arguments, self.family.placed_by)
 
     def enter_projector(self, module: nn.Module, args: Args, kwargs: Kwargs) -> None:
         """Before the projector: keep what it is given, for methods that merge that."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate.engine import features
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
-from foveate.engine.inputs import cached, placeholders, prompt_tokens
+from foveate.engine.inputs import cached, placeholders, prompt_tokens, tells
 from foveate.engine.plan import Plan
 from foveate.engine.prompt import PromptContext, QuestionText
 from foveate.engine.reduce_features import mark
@@ -121,6 +121,7 @@ class FeatureReducer:
         if not now.inside:
             if prompt is None:
                 return None
+            now.read.fetch(tells(*prompt))
             visual = placeholders(self.family, *prompt, {}, now.read)
             read = prompt_tokens(visual, prompt[1], now.read)[0].readout if visual else None
         return None if read is None or modality not in visual else read[visual[modality]]

@@ -65,6 +65,12 @@ def _shape(value: Any) -> Any:
     return value
 
 
+def tells(ids: Any, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """What says which tokens a prompt has: its ids and its mask, where they are 2-D."""
+    told = (ids, arguments.get("attention_mask"))
+    return [x for x in told if isinstance(x, Tensor) and x.dim() == 2]
+
+
 def placeholders(
     family: Family,
     ids: Tensor | None,

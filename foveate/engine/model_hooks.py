@@ -28,7 +28,7 @@ from foveate.engine.extensions.labels import (
 from foveate.engine.extensions.losses import averaged, with_losses
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.gate import is_generating, is_sampling
-from foveate.engine.inputs import bound, check_positions, placeholders, prompt_tokens
+from foveate.engine.inputs import bound, check_positions, placeholders, prompt_tokens, tells
 from foveate.engine.kernels import check_kernel, takes_2d_masks
 from foveate.engine.long_rope import check_cache_kept
 from foveate.engine.masks import samples
@@ -149,9 +149,8 @@ class ModelHooks:
         if untagged and state.generate.requests is None and is_generating(self.family.model):
             return kwargs  # it has begun before the session
         if ids is None or ids.shape[1] > 1 or given:  # more than a decoding step
-            told = (ids, kwargs.get("attention_mask"))
-            flat = (x for x in told if isinstance(x, Tensor) and x.dim() == 2)
-            now.read.fetch((*flat, *tables(kwargs, self.family.placed_by).values()))
+            listed = tables(kwargs, self.family.placed_by)
+            now.read.fetch((*tells(ids, kwargs), *listed.values()))
         now.visual = placeholders(self.family, ids, kwargs, given, now.read)
         if not now.visual:
             return kwargs

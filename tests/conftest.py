@@ -32,20 +32,26 @@ OLDER = {
     r"|checkpointing_the_tower|run_again_only|test_new_images",
 }
 
+# What a release cannot do by itself. In 5.24.0 Llama 4 returns a field of its text model's output
+# that this does not have, and raises.
+BROKEN = {"5.24.0": "llama4"}
+
 
 def pytest_collection_modifyitems(config, items):
-    """Draw cells of large tables, and skip what older versions of transformers cannot do."""
+    """Draw cells of large tables, and skip what other versions of transformers cannot do."""
     if drawing.is_drawn(config):
         kept = drawing.draw(items, drawing.seed_of(config))
         there = {item.nodeid for item in kept}
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in there])
         items[:] = kept
-    for version, pattern in OLDER.items():
-        if Version(transformers.__version__) < Version(version):
-            skip = pytest.mark.skip(reason=f"transformers before {version} differs here")
-            for item in items:
-                if re.search(pattern, item.nodeid):
-                    item.add_marker(skip)
+    here = Version(transformers.__version__)
+    older = {p: f"before {v} differs" for v, p in OLDER.items() if here < Version(v)}
+    broken = {p: f"{v} raises" for v, p in BROKEN.items() if here == Version(v)}
+    for pattern, reason in {**older, **broken}.items():
+        skip = pytest.mark.skip(reason=f"transformers {reason} here")
+        for item in items:
+            if re.search(pattern, item.nodeid):
+                item.add_marker(skip)
 
 
 def pytest_configure(config):

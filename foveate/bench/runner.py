@@ -24,6 +24,7 @@ from foveate.bench.sample import Sample, Task
 from foveate.bench.settings import Cell, Settings, fingerprint, key
 from foveate.core import Method
 from foveate.core.video import VideoMethod
+from foveate.engine.cache_argument import CACHE
 from foveate.errors import FoveateError, InputError
 from foveate.families import find_family
 from foveate.methods.uniform import Uniform
@@ -230,7 +231,7 @@ class _Batch:
         prompt = given["input_ids"].shape[1]
         out = model.generate(
             **{k: v for k, v in given.items() if k != "token_type_ids" or not state},
-            **({"past_key_values": state["cache"]} if state else {}),
+            **({CACHE: state["cache"]} if state else {}),
             max_new_tokens=self.runner.settings.max_new_tokens, do_sample=False,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
@@ -239,7 +240,7 @@ class _Batch:
         following = {
             "input_ids": out.sequences,
             "attention_mask": torch.cat((given["attention_mask"], real), 1),
-            "cache": out.past_key_values,
+            "cache": out[CACHE],
         }
         texts = self.runner.prompter.decode(new)
         return texts, out.logits[0].float().log_softmax(-1).cpu(), following

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from foveate.core import Method
+from foveate.engine.cache_argument import CACHE
 from foveate.errors import FoveateError
 from foveate.families import find_family
 from foveate.measure.memory import cache_bytes, peak_memory
@@ -125,7 +126,7 @@ class Bench:
 
         cache = DynamicCache(config=self.model.config.get_text_config())
         self.watch.mark("start")
-        output = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1, **{CACHE: cache})
         token = output.logits[:, -1:].argmax(-1)
         self.watch.mark("prefill")
         return cache, token
@@ -134,7 +135,7 @@ class Bench:
         """One prompt and its answer; milliseconds of each phase, and of `ttft` and `total`."""
         cache, token = self.prompt(inputs)
         for _ in range(self.new_tokens):
-            output = self.model(input_ids=token, past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=token, use_cache=True, **{CACHE: cache})
             token = output.logits[:, -1:].argmax(-1)
         self.watch.mark("decode")
         times = self.watch.phases_ms()

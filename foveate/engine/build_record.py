@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.engine import features
+from foveate.engine.cache_argument import CACHE
 from foveate.engine.caches import slots_held
 from foveate.engine.features import EncoderOutputInfo
 from foveate.engine.forward import ForwardPass
@@ -40,7 +41,7 @@ def describe(
         tokens, embedding = forward.tokens, forward.family.embedding
         return Record(prompt.batch, tokens, [], [], [], embedding=embedding, notes=[note])
     sliced = any(features.is_slice(of) for of in encoded.values())
-    cache = output.get("past_key_values")  # bidirectional text models have none
+    cache = output.get(CACHE)  # bidirectional text models have none
     fields = {k: v for extension in forward.extensions for k, v in extension.record().items()}
     heard_first = sorted(encoded, key=AUDIO.__ne__)  # what vision encoders say is said last
     known = {} if sliced else {modality: encoded[modality].encoded for modality in heard_first}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.core import Learning, Need
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.images import ImageGroup
 from foveate.engine.layout import Layout
 from foveate.engine.masks import from_first
@@ -192,7 +193,7 @@ class DecoderSignals:
         state, prompt = self.state, self.prompt
         if number in state.family.keyless_layers:
             return view_of(layer, hidden, None), state.slots_of(None, number)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         held = cache.layers[number] if cache is not None and len(cache.layers) > number else None
         before = state.slots_of(cache, number)
         rotary, positions = state.positions(number, before, hidden, kwargs)

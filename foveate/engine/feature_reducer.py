@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.engine import features
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.grouping import images_in
 from foveate.engine.images import Image
 from foveate.engine.inputs import cached, placeholders, prompt_tokens, tells
@@ -84,7 +85,7 @@ class FeatureReducer:
         if total is None:
             return None
         assert now.prompt is not None  # as in every forward over a prompt
-        cache = now.prompt[1].get("past_key_values")
+        cache = cache_of(now.prompt[1])
         return Room.of(total, cache, cached(cache), rows, now.request_of)
 
     def _deliver(self, name: str, values: Tensor) -> Tensor:

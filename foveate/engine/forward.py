@@ -15,6 +15,7 @@ from foveate.core.transfer import upload
 from foveate.engine.apply_step import apply_step
 from foveate.engine.attentions import widen_maps, widen_states
 from foveate.engine.cache import PrunedLayer
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.decoder_signals import DecoderSignals
 from foveate.engine.extensions.base import Extension
 from foveate.engine.images import ImageGroup
@@ -84,7 +85,7 @@ class ForwardPass:
         if number in self.family.keyless_layers:
             return None, hidden, kwargs
         runs = any(extension.runs(number) for extension in self.extensions)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if self.layout is self.full and not runs and self.arguments.is_unpruned(number, cache):
             return None, hidden, kwargs
         tracked = any(extension.tracks_visual for extension in self.extensions)
@@ -221,7 +222,7 @@ class ForwardPass:
             hidden = self._step(planned, hidden)
             if self.layout is not before:
                 for extension in self.extensions:
-                    extension.after_step(planned, kwargs.get("past_key_values"))
+                    extension.after_step(planned, cache_of(kwargs))
         hidden = hidden.unflatten(2, streams)
         if due.later:
             self.decoder_signals.collect(due.later, number, layer, hidden, kwargs)

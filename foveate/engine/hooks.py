@@ -19,6 +19,7 @@ from foveate.engine import features
 from foveate.engine.attentions import check_maps
 from foveate.engine.boxes import ImageBoxes
 from foveate.engine.build_record import describe
+from foveate.engine.cache_argument import CACHE, cache_of
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.caches import check_cache, is_pruned, slots_before
 from foveate.engine.compilation import untraced
@@ -93,7 +94,7 @@ class ForwardHooks:
         sequence = kwargs.get("inputs_embeds")
         if sequence is None:
             sequence = args[0] if args else kwargs["input_ids"]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         past = 0 if cache is None else int(cache.get_seq_length())
         self._check_decoding(cache)
         before = slots_before(cache, past, self.plan.work)
@@ -297,7 +298,7 @@ class ForwardHooks:
         call, prompt = self.state.generate, forward.prompt
         if not call.running:
             return True
-        again = output.past_key_values is None and call.told == (prompt.batch, prompt.length - 1)
+        again = output.get(CACHE) is None and call.told == (prompt.batch, prompt.length - 1)
         sliced = any(features.is_slice(part) for part in self.state.now.encoded.values())
         if call.told is not None and not again and not sliced:
             return False

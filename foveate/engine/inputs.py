@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from foveate.core.transfer import Downloads, download
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.masks import real_positions
 from foveate.engine.prompt import PromptTokens
 from foveate.errors import InputError
@@ -139,7 +140,7 @@ def prompt_tokens(
     """
     everything = functools.reduce(torch.logical_or, visual.values())
     length = everything.shape[1]
-    total = length + cached(arguments.get("past_key_values"))
+    total = length + cached(cache_of(arguments))
     real = real_positions(arguments.get("attention_mask"), total, read)
     return PromptTokens(everything, None if real is None else real[:, -length:]), real
 
@@ -155,7 +156,7 @@ def prompt_of(inputs: Any, kwargs: Mapping[str, Any]) -> tuple[Tensor | None, di
     """
     given = [x for x in (inputs, kwargs.get("input_ids")) if isinstance(x, Tensor)]
     ids = next((x for x in given if x.dim() == 2 and not x.is_floating_point()), None)
-    past = cached(kwargs.get("past_key_values"))
+    past = cached(cache_of(kwargs))
     if ids is not None and ids.shape[1] > past:
         ids = ids[:, past:]
     return ids, dict(kwargs)
@@ -234,7 +235,7 @@ def check_later_images(family: Family, ids: Any, kwargs: Mapping[str, Any]) -> N
     Raises:
         InputError: the images cannot be placed; the message says how to pass them.
     """
-    past = cached(kwargs.get("past_key_values"))
+    past = cached(cache_of(kwargs))
     if family.one_dimensional or not past or not isinstance(ids, Tensor) or ids.dim() != 2:
         return
     tokens = torch.tensor(list(_in_space(family).values()), device=ids.device)
@@ -294,7 +295,7 @@ def check_positions(family: Family, kwargs: Mapping[str, Any]) -> None:
         InputError: there are a cache and no position ids, on a model whose positions are in time,
             height and width.
     """
-    past = cached(kwargs.get("past_key_values"))
+    past = cached(cache_of(kwargs))
     if past and not family.one_dimensional and kwargs.get("position_ids") is None:
         but = "the model was called directly, without position_ids"
         why = LATER_IMAGES if family.places_later_images else AS_TEXT

@@ -16,6 +16,7 @@ from transformers.cache_utils import StaticLayer
 
 from foveate.engine.attentions import Seen
 from foveate.engine.cache import PrunedLayer
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.caches import is_reference, pruned_layer
 from foveate.engine.layout import Layout, each_part, take, take_positions
 from foveate.engine.long_rope import check_switch
@@ -147,7 +148,7 @@ class LayerArguments:
             The layer of the cache with its keys, or `None`; the slots of these after the forward;
             and the keyword arguments.
         """
-        held = self._held(number, layout, kwargs.get("past_key_values"))
+        held = self._held(number, layout, cache_of(kwargs))
         keys = self._keys_of(number, layout, renumbering, held, tracked)
         count = hidden.shape[1]
         queries = layout if count == layout.index.shape[1] else self._last_columns(layout, count)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.inputs import cached
 from foveate.errors import InputError
 from foveate.families import Family
@@ -51,7 +52,7 @@ def check_cache_kept(family: Family, arguments: Mapping[str, Any]) -> None:
         InputError: the step would see its own tokens alone.
     """
     positions = arguments.get("position_ids")
-    if family.rope_switch is None or positions is None or cached(arguments.get("past_key_values")):
+    if family.rope_switch is None or positions is None or cached(cache_of(arguments)):
         return
     if int(positions.min()) > 0:
         raise InputError(

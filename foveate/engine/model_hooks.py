@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate.core import TrainingPass
 from foveate.core.transfer import tables, upload
 from foveate.engine import features
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.compilation import untraced
 from foveate.engine.extensions.labels import (
     IGNORED,
@@ -231,7 +232,7 @@ class ModelHooks:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.family.text.config, "use_cache", False)
-        return kwargs.get("past_key_values") is not None or bool(use_cache)
+        return cache_of(kwargs) is not None or bool(use_cache)
 
     def _check_requests(self, rows: int) -> None:
         if self.state.clip is not None:

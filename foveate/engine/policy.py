@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.engine import features
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.cached_forward import CachedForward
 from foveate.engine.caches import slots_before
 from foveate.engine.compilation import untraced
@@ -141,7 +142,7 @@ class PolicyHooks:
     @torch.compiler.disable
     def _enter(self, arguments: Kwargs) -> Rollback | None:
         """Before the expert: what the cache is brought back to if it dies."""
-        cache: Any = arguments.get("past_key_values")
+        cache: Any = cache_of(arguments)
         expert = self.family.expert
         past = cached(cache)
         if not past:

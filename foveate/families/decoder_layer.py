@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.errors import UnsupportedModelError
 
-NORMS = ("input_layernorm", "operator_norm", "attn_norm", "norm")
+NORMS = ("input_layernorm", "attention_layernorm", "operator_norm", "attn_norm", "norm")
 MIXERS = ("self_attn", "attn", "linear_attn", "conv", "mixer")
 MLPS = ("mlp", "feed_forward")
 LAST_NORMS = ("norm", "embedding_norm", "final_norm", "norm_f")

@@ -2,8 +2,9 @@
 tokens, and a text model whose layers are Mamba-2, attention or an MLP, none with positions.
 
 The model with `generate` makes features and places them itself. Frames of a video stand at the
-placeholders of images, each pair of frames with features of its own. transformers 5.23 places these
-only if they are handed in, as a list: those that it makes itself are one tensor, and it raises.
+placeholders of images. Before transformers 5.24 each pair of frames has features of its own, which
+are placed only if they are handed in, as a list: those that it makes itself are one tensor, and it
+raises.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class NemotronHOmni(Gridded):
         return round(1 / self.config.downsample_ratio)
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
-        """Token counts, and grids in merged patches; each pair of frames of a video is an image.
+        """Token counts, and grids in merged patches; a frame is a pair of the video's, which is an
+        image of its own before transformers 5.24.
 
         Raises:
             InputError: the model removes tokens of videos itself.
@@ -84,5 +86,6 @@ class NemotronHOmni(Gridded):
         if modality == "video" and frames is not None:
             patch = self.config.vision_config.patch_size * self.side(modality)
             grid = (frames.shape[-2] // patch, frames.shape[-1] // patch)
-            return [Shape(len(feature), grid) for feature in pooled]
+            counts = [len(feature) for feature in pooled]
+            return [Shape(count, grid, count // (grid[0] * grid[1])) for count in counts]
         return super().shapes(modality, pooled, arguments)

@@ -51,8 +51,11 @@ UNSUPPORTED: dict[str, str] = {
     f"the text, {_YET} positions of tokens without ids",
     "glm5_next": f"its indexed layers read pools of neighbouring cache slots and count queries by "
     f"the length of the cache, {_YET} pools of the slots that are left",
+    "hy_v4_vl": f"its layers may attend to slots that the indexer of an earlier layer has chosen, "
+    f"{_YET} removal only before layers with an indexer of their own",
     "idefics": _CROSS,
     "inkling2": _INKLING,
+    "inkling2_loop": _INKLING,
     "inkling_mm_model": _INKLING,
     "instructblip": _QUERIES,
     "instructblipvideo": f"its Q-Former makes 32 tokens of each of four frames by default, and its "

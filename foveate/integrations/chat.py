@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.core.resolve import MethodLike, methods_of
+from foveate.engine.cache_argument import CACHE
 from foveate.errors import InputError
 from foveate.families import find_family
 from foveate.io.images import as_rgb, load_image
@@ -139,9 +140,9 @@ class ChatModel:
             raise InputError(f"a continuation needs at least one token, got {continuation!r}")
         with self.session():  # the prompt alone decides what goes, as it does before an answer
             out = self.model(**inputs, use_cache=True, logits_to_keep=1)
-            parts, cache = [out.logits[0]], out.past_key_values
+            parts, cache = [out.logits[0]], out[CACHE]
             if target.shape[1] > 1:
-                out = self.model(input_ids=target[:, :-1], past_key_values=cache, use_cache=True)
+                out = self.model(input_ids=target[:, :-1], use_cache=True, **{CACHE: cache})
                 parts.append(out.logits[0])
         logits = torch.cat(parts)
         loss = torch.nn.functional.cross_entropy(logits.float(), target[0])

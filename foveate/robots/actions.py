@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from foveate.engine.cache_argument import CACHE
+
 
 def actions_after(cache: Cache, model: Any, given: Mapping[str, Any]) -> Tensor:
     """Actions, as the model's `sample_actions` makes them once it has read the prompt.
@@ -32,7 +34,7 @@ def actions_after(cache: Cache, model: Any, given: Mapping[str, Any]) -> Tensor:
     length, change = cache.get_seq_length(), -1.0 / count
     for number in range(count):
         time = torch.full((len(ids),), 1.0 + number * change, device=ids.device)
-        velocity = model(noise=noise, timestep=time, past_key_values=cache, **told).logits
+        velocity = model(noise=noise, timestep=time, **{CACHE: cache}, **told).logits
         cache.crop(length - cache.get_seq_length())
         noise = noise + change * velocity
     return noise

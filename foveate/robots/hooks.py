@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from foveate.engine.attachment import MARK, Attachment
+from foveate.engine.cache_argument import CACHE, NAMES
 from foveate.engine.gate import Gate, is_within
 from foveate.engine.inputs import bound
 from foveate.engine.replaced_forward import forward_of
@@ -151,13 +152,13 @@ class ReuseHooks(Attachment):
         """In place of the policy's forward, which reads the prompt if it is given no cache."""
         run = forward_of(module, before)
         given = bound(run, args, kwargs)
-        ready = any(given.get(name) is not None for name in ("past_key_values", "inputs_embeds"))
+        ready = any(given.get(name) is not None for name in (*NAMES, "inputs_embeds"))
         if ready or given.get("pixel_values") is None:
             return run(*args, **kwargs)
         try:
             cache = self._recall(given)
-            given["past_key_values"] = cache
-            return run(**given)
+            rest = {name: value for name, value in given.items() if name not in NAMES}
+            return run(**rest, **{CACHE: cache})
         finally:
             self.memory.seeing = None
 
@@ -194,7 +195,7 @@ class ReuseHooks(Attachment):
             memory.partial = begin(self.rule, self.family, memory.seeing, memory.step)
         try:
             output = run(*args, **kwargs)
-            memory.remember(self._session, output.past_key_values)
+            memory.remember(self._session, output.get(CACHE))
         finally:
             memory.partial = None
         return output

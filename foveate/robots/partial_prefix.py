@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.layout import each_part, take
 from foveate.engine.masks import left_align
 from foveate.engine.policy import check_cameras
@@ -90,7 +91,7 @@ class PartialPrefix:
         """
         if number in self._taken:
             self._leave(self._taken[number], kwargs["attention_mask"])
-        cache = kwargs["past_key_values"]
+        cache = cache_of(kwargs)
         if self._rows is None:
             output = run(hidden, **kwargs)
         else:

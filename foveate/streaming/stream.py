@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 from foveate.core.tokens import frame_of
 from foveate.engine.attachment import MARK
+from foveate.engine.cache_argument import CACHE
 from foveate.engine.session import BaseSession
 from foveate.errors import AttachError, InputError
 from foveate.record.record import ImageRecord
@@ -106,7 +107,7 @@ class Stream:
         where = chunk_positions(self._family, ids, self._next, inputs)
         mask = ids.new_ones(1, self.tokens + count)
         record = self._run.record
-        arguments = {"attention_mask": mask, "past_key_values": self._held.cache, **inputs}
+        arguments = {"attention_mask": mask, CACHE: self._held.cache, **inputs}
         try:
             self._family.base(
                 input_ids=ids, position_ids=where[..., :-1], use_cache=True, **arguments
@@ -298,8 +299,8 @@ class Stream:
                 input_ids=input_ids,
                 attention_mask=input_ids.new_ones(1, self.tokens + input_ids.shape[1]),
                 position_ids=new[None],
-                past_key_values=self._held.cache,
                 max_new_tokens=max_new_tokens,
+                **{CACHE: self._held.cache},
                 **options,
             )
             kept = keep

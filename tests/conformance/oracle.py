@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from foveate.engine.cache_argument import CACHE
 from tests.oracle import Spec
 
 
@@ -169,7 +170,7 @@ def over_survivors(
     for part in (columns[columns < prompt], *columns[columns >= prompt].split(1)):
         if len(part):
             seen = None if mask is None else mask[:, part]
-            own = {**kwargs, "attention_mask": seen, "past_key_values": cache}
+            own = {**kwargs, "attention_mask": seen, CACHE: cache}
             output[:, part] = text.layers[number](hidden[:, part], **own)
     return output
 

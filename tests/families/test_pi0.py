@@ -7,6 +7,7 @@ import torch
 
 import foveate
 from foveate.core.budget import per_request
+from foveate.engine.cache_argument import cache_of
 from foveate.errors import BudgetError, CacheError, InputError, UnsupportedModelError
 from foveate.methods import DivPrune, FastV, PyramidDrop
 from tests.methods_for_tests import EveryThird, Forgetful, Glance, Listed
@@ -130,7 +131,7 @@ def test_every_step_of_denoising_reads_the_shorter_cache():
     row, held = observation(), []
     hook = policy().model.dit.register_forward_pre_hook(
         lambda module, args, kwargs: held.append(
-            [layer.keys.shape[2] for layer in kwargs["past_key_values"].layers]
+            [layer.keys.shape[2] for layer in cache_of(kwargs).layers]
         ),
         with_kwargs=True,
     )

@@ -5,11 +5,23 @@ import inspect
 from types import SimpleNamespace
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from foveate.engine.cache_argument import CACHE
 from foveate.errors import UnsupportedModelError
 from foveate.families import find_family, list_families, unsupported_families
+
+NEWER = {"hy_v4_vl": "5.24", "inkling2_loop": "5.24"}
+"""Model types that came with a release later than the oldest that is supported."""
+
+
+def there(model_types):
+    """Those that the installed transformers has."""
+    here = Version(transformers.__version__)
+    return [each for each in model_types if here >= Version(NEWER.get(each, "0"))]
 
 
 @pytest.mark.parametrize("model_type", unsupported_families())
@@ -26,7 +38,7 @@ def test_refusal_names_the_reason_and_what_works(model_type):
 def test_types_are_those_of_configs():
     """A misspelt type would refuse nothing."""
     remote = {"kimi_vl"}  # code that comes with the checkpoint
-    for model_type in set(unsupported_families()) - remote:
+    for model_type in there(set(unsupported_families()) - remote):
         assert AutoConfig.for_model(model_type).model_type == model_type
 
 
@@ -123,7 +135,7 @@ def test_patches_of_udop_are_added_to_words():
 
 
 def test_caches_are_read_by_other_models():
-    assert "past_key_values" in arguments("diffusion_gemma", "DiffusionGemmaDecoderModel")
+    assert CACHE in arguments("diffusion_gemma", "DiffusionGemmaDecoderModel")
 
 
 def test_indexers_read_more_than_the_slots_that_are_left():
@@ -133,20 +145,16 @@ def test_indexers_read_more_than_the_slots_that_are_left():
     assert "indexer_position_ids" in source("qwen4_exp", "Qwen4ExpTextModel")
     taken = arguments("mistral_large4", "MistralLarge4TextAttention")
     assert {"shared_kv_states", "prev_topk_indices"} <= taken
+    if there(["hy_v4_vl"]):
+        assert "prev_topk_indices" in arguments("hy_v4_vl", "HYV4VLAttention")
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"),
-    [
-        ("inkling", "InklingAttention"),
-        ("inkling2", "Inkling2SlidingAttention"),
-        ("inkling2", "Inkling2FullAttention"),
-    ],
-)
-def test_positions_come_from_the_length_of_a_cache_layer(folder, name):
-    text = source(folder, name)
-    assert "past_key_values.get_mask_sizes(q_length, self.layer_idx)" in text
-    assert "self.k_sconv(" in text
+@pytest.mark.parametrize("folder", there(["inkling", "inkling2", "inkling2_loop"]))
+def test_positions_come_from_the_length_of_a_cache_layer(folder):
+    module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    text = inspect.getsource(module)
+    assert f"{CACHE}.get_mask_sizes(q_length, " in text
+    assert "sconv(" in text
 
 
 def test_features_and_projections_are_elsewhere():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.core.decode_selector import Candidates, DecodeSelector
 from foveate.engine.cache import PrunedLayer
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.caches import pruned_layer
 from foveate.engine.extensions.base import Extension
 from foveate.engine.masks import left_align
@@ -47,7 +48,7 @@ class DecodeSelection(Extension):
             hidden: (B, P, D) its input.
             kwargs: its keyword arguments, in logical terms.
         """
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is None:
             return kwargs
         if self.forward.groups:
@@ -84,7 +85,7 @@ class DecodeSelection(Extension):
 
     def _choose(self, number: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Let the method choose by what this layer is about to attend to."""
-        forward, cache = self.forward, kwargs["past_key_values"]
+        forward, cache = self.forward, cache_of(kwargs)
         held = cache.layers[self.layer] if len(cache.layers) > self.layer else None
         if not isinstance(held, PrunedLayer) or CANDIDATES not in held.attached:
             return

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from foveate.engine.cache import WORK, PrunedLayer
+from foveate.engine.cache_argument import cache_of
 from foveate.engine.extensions.base import Extension, Kwargs
 from foveate.engine.extensions.partial.decode import Unread, additive, run_step
 from foveate.engine.extensions.partial.prefill import Images, Split, run_layer
@@ -48,7 +49,7 @@ class PartialPrefill(Extension):
         """Run a layer that computes less of visual tokens."""
         if number not in self._splits:
             return None
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask, cache = kwargs.get("attention_mask"), cache_of(kwargs)
         work, split = self.plan.work[number], self._splits[number]
         return run_layer(layer, work, split, hidden, kwargs["position_embeddings"], mask, cache)
 
@@ -107,5 +108,5 @@ class PartialDecode(Extension):
         if id(mask) not in self._added:
             self._added[id(mask)] = mask, additive(mask, hidden.dtype)
         masks = unread.mask[..., :slots], self._added[id(mask)][1]
-        rotary, cache = kwargs["position_embeddings"], kwargs["past_key_values"]
+        rotary, cache = kwargs["position_embeddings"], cache_of(kwargs)
         return run_step(layer, work, masks, hidden, rotary, cache)

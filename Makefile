@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test torchao timm matrix fuzz gpu real lint package site clean
+.PHONY: demo test torchao timm newest matrix fuzz gpu real lint package site clean
 .DEFAULT_GOAL := demo
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -44,6 +44,18 @@ timm: .venv/timm/.ready  ## test timm's ViTs
 	PYTHONPATH=.venv/timm $(BIN)/python -c 'import timm'  # without it the tests would be skipped
 	PYTHONPATH=.venv/timm $(BIN)/python -m pytest --numprocesses 2 \
 		tests/vision/test_timm.py tests/conformance/test_matrix.py -k timm
+
+NEWEST := 5.24.0
+.venv/transformers-$(NEWEST)/.ready: .venv/.ready  # outside the environment, whose version is pinned
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target .venv/transformers-$(NEWEST) "transformers==$(NEWEST); python_version >= '3.11'"
+	@touch $@
+
+newest: .venv/transformers-$(NEWEST)/.ready  ## test families and engine with the newest transformers
+	PYTHONPATH=.venv/transformers-$(NEWEST) $(BIN)/python -m pytest --numprocesses 2 \
+		tests/families tests/engine/test_generate.py tests/engine/test_assisted.py \
+		tests/conformance/test_families.py tests/conformance/test_turns.py \
+		tests/conformance/test_chunks.py tests/robots tests/streaming $(PYTEST_ARGS)
 
 matrix: .venv/.ready  ## run every cell of the large test tables
 	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 make --quiet .venv/.ready
-if [ $# -eq 0 ]; then set -- 5.18.0 5.20.0 5.21.1 5.22.2; fi
+if [ $# -eq 0 ]; then set -- 5.18.0 5.20.0 5.21.1 5.22.2 5.24.0; fi
 for version in "$@"; do
   folder="build/transformers-$version"
   [ -d "$folder" ] || .venv/bin/python -m pip install --quiet --no-deps --target "$folder" "transformers==$version"

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from foveate.core.transfer import Downloads, download
-from foveate.engine.cache_argument import cache_of
+from foveate.engine.cache_argument import CACHE, cache_of
 from foveate.engine.masks import real_positions
 from foveate.engine.prompt import PromptTokens
 from foveate.errors import InputError
@@ -33,7 +33,7 @@ LATER_IMAGES = (
     "encode the new one within the session, new = model.get_image_features(pixel_values, "
     "image_grid_thw=its_grid), and call model.generate(input_ids=all_ids, attention_mask=..., "
     "mm_token_type_ids=all_types, image_grid_thw=all_grids, mm_encoder_outputs={{'image': new}}, "
-    "past_key_values=cache); likewise with videos"
+    f"{CACHE}=cache); likewise with videos"
 )
 AS_TEXT = (
     "after a cache, {model} gives the tokens of a new image positions of text; run the whole "

@@ -11,7 +11,7 @@ from typing import Any
 
 from foveate.families.text_facts import TOKENWISE
 
-UNGATED = frozenset({"cosmos3_edge_text", "nemotron_h"})
+UNGATED = frozenset({"apertus1p5_text", "cosmos3_edge_text", "nemotron_h"})
 """Text models whose MLP has no gate."""
 
 

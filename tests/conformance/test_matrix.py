@@ -10,6 +10,9 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import transformers
+from packaging.version import Version
+from transformers import CONFIG_MAPPING
 
 import foveate
 from foveate.core.catalog import catalog
@@ -30,10 +33,12 @@ models; `foveate list --model` shows whether the defaults work on yours.
 
 ## Versions
 
-Every family is tested with transformers 5.23. Encoders and the first 27 vision-language models were
-also tested with older versions, back to 5.20 (`scripts/versions.sh`; Video-LLaVA back to 5.21). On
-M-RoPE models and Gemma 3, gradient checkpointing and new images in later turns need 5.23. torch 2.6
-or newer is required (tested with 2.13), and Python >= 3.10 (transformers 5.21 and newer need 3.11).
+Every family is tested with transformers 5.23 and 5.24. Apertus 1.5 came with 5.24. Llama 4 does not
+run with 5.24.0, which raises an AttributeError there with or without foveate. Encoders and the
+first 27 vision-language models were also tested with older versions, back to 5.20
+(`scripts/versions.sh`; Video-LLaVA back to 5.21). On M-RoPE models and Gemma 3, gradient
+checkpointing and new images in later turns need 5.23. torch 2.6 or newer is required (tested with
+2.13), and Python >= 3.10 (transformers 5.21 and newer need 3.11).
 
 ## Methods on models
 
@@ -93,8 +98,8 @@ def written(request):
 @pytest.mark.parametrize("model_type", foveate.list_families())
 def test_cell(model_type, method, written):
     """What becomes of the method is what the matrix says."""
-    if model_type == "timm_wrapper" and not cells.subjects()[model_type]:
-        pytest.skip("needs timm: make timm")
+    if not cells.subjects().get(model_type):
+        pytest.skip("needs timm, or a newer transformers: make timm, scripts/versions.sh")
     found = cells.entry(model_type, method)
     if written is None:
         assert found == support()[method][model_type], "run this test with --write-support"
@@ -103,7 +108,9 @@ def test_cell(model_type, method, written):
 
 
 def test_every_family_is_in_the_zoo():
-    assert list(cells.subjects()) == foveate.list_families()
+    missing = set(foveate.list_families()) - set(cells.subjects())
+    if Version(transformers.__version__) >= Version("5.23"):
+        assert not missing & set(CONFIG_MAPPING)
 
 
 def test_the_file_has_every_cell_and_no_other(written):

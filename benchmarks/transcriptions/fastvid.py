@@ -31,7 +31,10 @@ def transcription(tensors, keep, segments=8, tau=0.9, d=0.4, p=4, beta=0.6):
         anchors = list(range(last, first - 1, -p))
         members = [(t, i) for t in range(first, last + 1) for i in rest[t]]
         for anchor in anchors:
-            count = min(context * length // len(anchors), len(rest[anchor]))
+            count = context * length // len(anchors)
+            if count == context:
+                members = [(anchor, i) for i in rest[anchor]]
+            count = min(count, len(rest[anchor]))
             rank = _peaks(x[anchor, rest[anchor]], width)
             order = sorted(range(len(rank)), key=lambda n: -rank[n])[:count]
             targets = [rest[anchor][n] for n in sorted(order)]

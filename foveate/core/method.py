@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -287,6 +288,8 @@ def _check_form(method: Method) -> None:
     """Refuse forms of `keep` that its annotation leaves out; all numbers count as one form."""
     hint = hints_of(type(method)).get("keep", Keep)
     forms = typing.get_args(hint) or (hint,)
+    if method.keep is None and not {None, types.NoneType}.intersection(forms):
+        check_keep(cast(Keep, None))  # which says what it may be
     if isinstance(method.keep, float | int) and not {int, float}.isdisjoint(forms):
         return
     try:

@@ -6,8 +6,9 @@ reading, after its abstract and a re-implementation by others. Where these leave
 scores are scaled to [0, 1] within an image, because a threshold in (0, 1) means nothing to logits;
 attention of the text is told among the image's tokens alone;
 how much visual tokens say to each other is the likeness of their keys to the mean key; the mean
-over layers that the budget is about counts all decoder layers, those before the first step too; the
-number kept is that of the hard choice, with the gradient of the soft one.
+over layers that the budget is about counts all decoder layers, those before the first step too; a
+kept token's price grows with the layer as a share of the depth, not as its number; the number kept
+is that of the hard choice, with the gradient of the soft one.
 """
 
 from __future__ import annotations

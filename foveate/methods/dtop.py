@@ -3,9 +3,10 @@
 Paper: Tang et al., "Dynamic Token Pruning in Plain Vision Transformers for Semantic Segmentation",
 arXiv:2308.01045 (ICCV 2023). Reference code: zbwxp/Dynamic-Token-Pruning @ 2baefff, its decisions.
 Differs from the reference: images go through the encoder together, padded to the one with most
-tokens (there: one by one); heads may be plain classifiers of tokens too; the last head is the
-user's, who fills in what it says of the tokens that stayed (`canvas_of`); other rows than patches,
-such as a class token, stay to the end. Our own heads are not the release's.
+tokens (there: one by one); a token that has left comes back in the state with which it left (there:
+as zeros); heads may be plain classifiers of tokens too; the last head is the user's, who fills in
+what it says of the tokens that stayed (`canvas_of`); other rows than patches, such as a class
+token, stay to the end. Our own heads are not the release's.
 """
 
 from __future__ import annotations

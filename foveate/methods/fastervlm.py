@@ -3,9 +3,10 @@
 Paper: Zhang et al., "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make
 VLM Inference Faster", arXiv:2412.01818v1. Reference code: Theia-4869/FasterVLM @ f5d5f12.
 Differs from the reference: `keep` may be a share, rounded as the README's counts are (58 for 10 %
-of 576, 29 for 5 %); only the class token's attention row is computed; what becomes of the newline
-tokens of tiled images is the model's affair, where the release removes them even when nothing is
-pruned.
+of 576, 29 for 5 %); only the class token's attention row is computed; where a model puts tiles
+together (LLaVA-NeXT), one choice is made among all tokens of an image (there: one in each crop);
+what becomes of the newline tokens of tiled images is the model's affair, where the release removes
+them even when nothing is pruned.
 """
 
 from __future__ import annotations

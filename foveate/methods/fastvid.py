@@ -13,6 +13,7 @@ frames (there: an error); an anchor never gets more tokens than its frame has (t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,8 @@ class FastVID(VideoMethod):
 
     Every `p`-th frame of a segment, from its last, is an anchor. The tokens at its density peaks
     survive, and all tokens of the segment that are not salient go into the most similar one, at
-    each anchor anew. Images pass untouched.
+    each anchor anew. An anchor that has no more peaks than a segment of one frame would merges its
+    own frame alone, as in the release: with `p=1`, each frame does. Images pass untouched.
 
     Args:
         keep: share of each frame's tokens, or tokens of the whole video; 1.0 leaves a video as it
@@ -111,11 +113,7 @@ class FastVID(VideoMethod):
         x, position = take_rows(x, rest), position.gather(1, rest)  # (T, N, D) and (T, N)
         rank = peaks(squared_distances(x), NEIGHBOURS)
         index, weights = [kept], [_at(kept, x.new_ones(len(kept)), total)]
-        for first, last in segments_of(frame, self.segments, self.tau):
-            members, anchors = slice(first, last + 1), list(range(last, first - 1, -self.p))
-            count = (budget - salient) * (last + 1 - first) // len(anchors)
-            if not count:
-                continue
+        for members, anchors, count in self._merges(frame, budget - salient):
             best = top(rank[anchors], min(count, x.shape[1]), 1.0)
             target = position[anchors].gather(1, best).flatten()
             own, shares = self._shares(take_rows(x[anchors], best), x[members].flatten(0, 1))
@@ -125,6 +123,23 @@ class FastVID(VideoMethod):
             weights.append(rows)
         positions, ascending = torch.cat(index).sort()
         return Reduction(positions[None], torch.cat(weights)[ascending][None])
+
+    def _merges(self, frame: Tensor, context: int) -> Iterator[tuple[slice, list[int], int]]:
+        """Frames that are merged, their anchors, and how many peaks each of these has.
+
+        Args:
+            frame: (T, d) what stands for each frame.
+            context: peaks that a frame would have if all were anchors.
+        """
+        for first, last in segments_of(frame, self.segments, self.tau):
+            anchors = list(range(last, first - 1, -self.p))
+            count = context * (last + 1 - first) // len(anchors)
+            if not count:
+                continue
+            if count == context:  # as the release tells that a segment has one frame
+                yield from ((slice(t, t + 1), [t], count) for t in anchors)
+            else:
+                yield slice(first, last + 1), anchors, count
 
     def _shares(self, target: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens count in the targets that they go into, one of each anchor.

@@ -3,7 +3,8 @@
 Paper: Endo et al., "Feather the Throttle: Revisiting Visual Token Pruning for Vision-Language Model
 Acceleration", arXiv:2412.13180 (ICCV 2025). Reference code: markendo/FEATHER @ c2a09b2.
 Differs from the reference: any batch, several images, grids that are not square and grouped-query
-attention work; each image has its own budget; at least one token of an image survives.
+attention work; each image has its own budget; at least one token of an image survives. Where tokens
+lie in one line without a grid, as tiles of LLaVA-NeXT do, every `stride`-th token is added.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class FoPru(Method):
     """Rank tokens by encoder attention among patches, one by one or row by row of the grid.
 
     Args:
-        keep: what survives. With `rank`, a share of the tokens (rounded down) or their count. With
-            `row`, a share of the rows; a count of tokens keeps the whole rows that fit in it. One
-            token, or one row, always survives.
+        keep: what survives. With `rank`, a share of the tokens (rounded down, but one at least) or
+            their count. With `row`, a share of the rows (rounded down); a count of tokens keeps the
+            whole rows that fit in it. A budget in which no row fits is refused.
         strategy: `rank` keeps the best tokens anywhere, `row` the best complete rows.
         positions: `None` gives survivors consecutive positions (`renumbered`) where positions are
             single numbers; `original` leaves them where they were.

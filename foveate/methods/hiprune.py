@@ -7,10 +7,12 @@ Differs from the reference: any batch and several images work, each with a budge
 the sums of attention are computed, not the maps; buffers are neighbours in the grid (there: in
 raster order, so that they wrap around the image's edge); a buffer cannot be chosen a second time as
 a register (on Qwen2.5-VL there it can, and fewer tokens survive than asked for); where anchors and
-buffers exceed the budget, the most attended of them stay (there: an error). `as_released` brings
-the first two of these back. The default object layer is scaled to the encoder at hand; it is
-published for CLIP (9 of 24, from 1) and Qwen2.5-VL (16 of 32), and that encoders with a class token
-follow the first and others the second is our reading.
+buffers exceed the budget, the most attended of them stay (there: an error); where a model puts
+tiles together (LLaVA-NeXT), one choice is made among all tokens of an image, in one line without a
+grid (there: one in the grid of each crop). `as_released` brings back neighbours in raster order,
+and on Qwen2.5-VL registers that are buffers already. The default object layer is scaled to the
+encoder at hand; it is published for CLIP (9 of 24, from 1) and Qwen2.5-VL (16 of 32), and that
+encoders with a class token follow the first and others the second is our reading.
 """
 
 from __future__ import annotations

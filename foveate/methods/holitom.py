@@ -136,7 +136,7 @@ class HoliTom(VideoMethod):
         kept = position.gather(1, order[:, :dominant].sort(-1).values)
         start = torch.arange(len(position), device=x.device)[:, None] * count
         own = start + torch.arange(dominant, device=x.device)
-        index, members, joined, weight = kept, kept, own, torch.ones_like(kept, dtype=x.dtype)
+        index, members, joined, weight = kept, kept, own, torch.ones_like(kept, dtype=torch.float32)
         if dominant < count:
             rest = order[:, dominant:].sort(-1).values
             others = position.gather(1, rest)
@@ -157,8 +157,8 @@ class HoliTom(VideoMethod):
         strongest, joined = dpc_knn(x, count, self.k)
         centers, order = strongest.sort(-1)
         joined = order.argsort(-1).gather(1, joined)
-        members = torch.zeros_like(centers, dtype=x.dtype)
-        members = members.scatter_add(1, joined, torch.ones_like(joined, dtype=x.dtype)) - 1
+        members = torch.zeros_like(centers, dtype=torch.float32)
+        members = members.scatter_add(1, joined, torch.ones_like(joined, dtype=torch.float32)) - 1
         weight = (1 - self.beta) / members.gather(1, joined)  # infinite for a center alone
         own = torch.where(members > 0, self.beta, 1.0)
         return centers, joined, weight.scatter(1, centers, own)

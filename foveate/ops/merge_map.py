@@ -41,11 +41,12 @@ class MergeMap:
         bins = self.merged + 1  # the last for rows that are only copied
         slot = torch.where(self.slot < 0, self.merged, self.slot)
         slot = (slot + torch.arange(images, device=slot.device)[:, None] * bins).flatten()
-        sums = flat.new_zeros(images * bins, flat.shape[-1])
-        sums = sums.index_add(0, slot, flat.reshape(images * rows, -1))
+        kind = torch.promote_types(x.dtype, torch.float32)  # or sums of many would stand still
+        sums = flat.new_zeros(images * bins, flat.shape[-1], dtype=kind)
+        sums = sums.index_add(0, slot, flat.reshape(images * rows, -1).to(kind))
         counts = slot.new_zeros(images * bins).index_add_(0, slot, torch.ones_like(slot))
         counts = counts.clamp(min=1)
-        means = (sums / counts[:, None].to(sums)).view(images, bins, -1)
+        means = (sums / counts[:, None].to(sums)).to(x.dtype).view(images, bins, -1)
         means = torch.cat((means[:, : self.merged], flat.index_select(1, self.copies)), 1)
         return means.unflatten(2, (heads, -1)).transpose(1, 2)
 

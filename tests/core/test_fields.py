@@ -85,6 +85,15 @@ def test_infinite_budgets_are_refused_as_budgets(slug):
             get_method(slug)(keep=keep)
 
 
+@pytest.mark.parametrize("slug", list_methods())
+def test_no_budget_is_refused_where_the_method_wants_one(slug):
+    """Whether it is one for several layers, or for methods that may decide themselves."""
+    cls = get_method(slug)
+    if cls.keep is not None:
+        with pytest.raises(BudgetError, match="keep"):
+            cls(keep=None)
+
+
 def test_numbers_of_numpy_and_lists_become_plain():
     method = FastV(layer=np.int64(3), keep=np.float32(0.5))
     assert method == FastV(layer=3, keep=0.5)

@@ -172,6 +172,14 @@ def test_merging_states_before_their_projections_is_the_same():
     torch.testing.assert_close(before, after)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_means_of_many_rows_in_half_precision_are_rounded_once(dtype):
+    """On a GPU their sum would stand still besides."""
+    merged = merge_map(torch.ones(1, 1000, 4), torch.tensor([0]), 999, torch.tensor([7]))
+    x = torch.rand(1, 2, 1000, 8, generator=torch.Generator().manual_seed(0)).add(1).to(dtype)
+    assert torch.equal(merged.merge(x), merged.merge(x.double()).to(dtype))
+
+
 def test_similarities_in_chunks_are_the_same(monkeypatch):
     layer = layer_of(SHAPES["frames"])
     want = FastVGGT().attend(None, layer)

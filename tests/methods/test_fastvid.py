@@ -23,7 +23,9 @@ def scenes(videos, frames, cells, width=8):
     return scene + 0.5 * torch.randn(videos, frames, cells, width)
 
 
-@pytest.mark.parametrize("fields", [{}, {"p": 2, "beta": 0.3, "tau": 0.7}, {"d": 1.0}, {"p": 1}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"p": 2, "beta": 0.3, "tau": 0.7}, {"d": 1.0}, {"p": 1}, {"p": 2, "d": 0.2}]
+)
 @pytest.mark.parametrize(("frames", "cells", "keep"), [(9, 16, 0.4), (12, 20, 0.2), (5, 6, 0.9)])
 def test_values_equal_a_naive_loop(fields, frames, cells, keep, make_videos, transcribed):
     x, attention = scenes(2, frames, cells), torch.rand(2, 1, frames * cells)
@@ -46,6 +48,18 @@ def test_segments_end_where_frames_differ_most_and_below_tau():
 def test_a_short_video_is_cut_into_frames():
     """The release fails here."""
     assert segments_of(torch.randn(3, 4), 8, 0.9) == [(0, 0), (1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("fields", "keep"), [({"p": 1}, 0.4), ({"p": 2}, 0.2)])
+def test_an_anchor_with_the_peaks_of_a_single_frame_merges_its_own_frame(fields, keep, make_videos):
+    """With p = 1 all do; with p = 2, where 3 frames have 1 peak each, their 2 anchors do."""
+    x, attention = torch.randn(1, 3, 15, 8), torch.rand(1, 1, 45)
+    method = FastVID(keep=keep, segments=1, tau=-1.0, **fields)
+    ((_, reduction),) = method.reduce_each(make_videos(x, received_attention=attention))
+    frame = torch.arange(45) // 15
+    foreign = frame[reduction.index[0]][:, None] != frame
+    assert (reduction.weights[0] > 0).sum() > reduction.kept  # peaks merge
+    assert (reduction.weights[0][foreign] == 0).all()
 
 
 def test_survivors_are_means(make_videos):

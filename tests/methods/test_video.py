@@ -103,6 +103,17 @@ def test_tiny_videos_keep_something(name, frames, cells, make_videos):
 
 
 @each
+def test_double_precision_survives_alike(name, make_videos):
+    x, attention = scenes(2, 9, 20), torch.rand(2, 1, 180)
+    single = split(method_of(name), make_videos(x, received_attention=attention))
+    tokens = make_videos(x.double(), received_attention=attention)
+    for video, (number, got) in split(method_of(name), tokens).items():
+        n, want = single[video]
+        assert torch.equal(got.index[number], want.index[n])
+        assert got.apply(tokens.x[: len(got.index)]).dtype == torch.float64
+
+
+@each
 def test_survivors_carry_gradients(name, make_videos):
     x = scenes(1, 6, 16).requires_grad_()
     tokens = make_videos(x, received_attention=torch.rand(1, 1, 96))

@@ -146,8 +146,10 @@ class Reduction:
         if self.slot is None:
             return take_rows(x, self.index)
         assert self.share is not None
-        parts = x * self.share[..., None].to(x.dtype)
-        return _add_rows(parts, self.slot.clamp(min=0), self.kept)
+        # In half precision a sum of many parts stands still once each is less than half its step.
+        kind = torch.promote_types(x.dtype, torch.float32)
+        parts = x.to(kind) * self.share[..., None].to(kind)
+        return _add_rows(parts, self.slot.clamp(min=0), self.kept).to(x.dtype)
 
     def matrix(self, tokens: int) -> Tensor:
         """(G, K, V) the map W itself.

@@ -126,7 +126,7 @@ class LLaVAPruMerge(Adaptive):
         """(G, V) tokens with the chosen ones first, and (G) how many are chosen."""
         total = attention.shape[1]
         shared = self.as_released and self.ratio is None
-        outliers = self._shared(attention) if shared else self._outliers(attention)
+        outliers, apart = self._shared(attention) if shared else self._own(attention)
         order = ranked(attention)
         rank = order.argsort(dim=1)
         if not self.plus:
@@ -134,8 +134,7 @@ class LLaVAPruMerge(Adaptive):
         position = torch.arange(total, device=rank.device).expand_as(rank)
         stride: Tensor | int
         if self.ratio is None:  # a third of the mean distance between outliers, as released
-            patches = attention.isfinite().sum(1, keepdim=True)
-            first, stride = 0, (patches // outliers // 3).clamp(min=1)
+            first, stride = 0, (apart // 3).clamp(min=1)
         else:
             first, stride = int(1 / self.ratio) // 2, int(1 / self.ratio)
         on_grid = (position >= first) & ((position - first) % stride == 0)
@@ -148,19 +147,27 @@ class LLaVAPruMerge(Adaptive):
         """(G, 1) how many of (G, V) scores are outliers, at least one; -inf does not count."""
         patch = attention.isfinite()
         if self.ratio is not None:
-            return (patch.sum(1, keepdim=True) * self.ratio).long().clamp(min=1)
+            share = patch.sum(1, keepdim=True).double() * self.ratio
+            return share.long().clamp(min=1)
         quarters = upload(torch.tensor([0.25, 0.75], dtype=attention.dtype), attention.device)
         low, high = attention.masked_fill(~patch, torch.nan).nanquantile(quarters, dim=1)
         fence = (high + self.factor * (high - low))[:, None]
         # Where all patches get alike, rounding must not make outliers of some.
         return (attention > fence + TIE * fence.abs()).sum(1, keepdim=True).clamp(min=1)
 
-    def _shared(self, attention: Tensor) -> Tensor:
-        """(G, 1) as many outliers of each image as all of them have on average, rounded down."""
+    def _own(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """(G, 1) outliers of each image, and how far apart they lie on average, rounded down."""
+        outliers = self._outliers(attention)
+        return outliers, attention.isfinite().sum(1, keepdim=True) // outliers
+
+    def _shared(self, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for each image, by the outliers that all of them have together; with the
+        rounding of the release, which multiplies by a share.
+        """
         images, total = attention.shape
         share = self._outliers(attention.reshape(1, -1)).item() / (images * total)
-        count = max(int(total * share), 1)
-        return torch.full((images, 1), count, device=attention.device)
+        outliers = torch.full((images, 1), max(int(total * share), 1), device=attention.device)
+        return outliers, torch.full_like(outliers, int(1 / share))
 
     def _merge(self, order: Tensor, keys: Tensor, attention: Tensor, count: int) -> Reduction:
         """Add neighbours to the first `count` tokens of an order, and the token for the dropped.

@@ -6,9 +6,10 @@ Text Information", arXiv:2409.01179. Reference code: banjiuyufen/RecoverableComp
 read from a public fork.
 Differs from the reference: any batch and several images work; at least one token of an image
 survives; few tokens make few neighbours and small clusters, where the release fails; counts are
-exact integers, where a product of rounded shares can fall one short; clusters compare their own
-keys, and there are as many centres as outliers among the remaining tokens, where the release looks
-keys up at wrong positions and takes that share of the feature width (`as_released=True` does both).
+exact integers, where the release multiplies by rounded shares and can fall one short; clusters
+compare their own keys, and there are as many centres as outliers among the remaining tokens, where
+the release looks keys up at wrong positions and takes that share of the feature width
+(`as_released=True` does all three).
 Like the release it merges what the projector is given, where that makes one token of each row;
 where it mixes rows, which the release does not serve, tokens are merged after it.
 By default the text is the one after the image, in the language model's own embedding space: our
@@ -69,7 +70,7 @@ class RecoverableCompression(Adaptive):
         text_weight: how much likeness to the text adds to that of keys when a cluster is formed.
         positions: `None` gives survivors consecutive positions (`renumbered`), as the reference
             does, where positions are single numbers; `original` leaves them where they were.
-        as_released: look keys up and count centres as the release does; see the module.
+        as_released: look keys up and count as the release does; see the module.
 
     Cost: one row of attention in the last encoder layer; three sorts of V numbers; K x V products.
     """
@@ -123,12 +124,13 @@ class RecoverableCompression(Adaptive):
     def _filters(self, seen: Tensor, relevance: Tensor, patch: Tensor) -> Tensor:
         """(G, V) tokens that the class token or the text keeps."""
         total = patch.sum(1)
-        visual = local_outliers(seen, self.neighbours, patch).sum(1).clamp(min=1)
+        found = local_outliers(seen, self.neighbours, patch).sum(1)
+        visual = self._share(total, found, total).clamp(min=1)
         kept = patch & (_rank(seen.masked_fill(~patch, -torch.inf)) < visual[:, None])
         lowest = relevance.masked_fill(~patch, torch.inf).amin(1, keepdim=True)
         relevance = torch.where(kept, lowest, relevance)
-        recovered = local_outliers(relevance, self.neighbours, patch).sum(1)
-        recovered = (total - visual) * recovered // total.clamp(min=1)
+        found = local_outliers(relevance, self.neighbours, patch).sum(1)
+        recovered = self._share(total - visual, found, total)
         open_ = patch & ~kept
         return kept | open_ & (
             _rank(relevance.masked_fill(~open_, -torch.inf)) < recovered[:, None]
@@ -140,7 +142,15 @@ class RecoverableCompression(Adaptive):
         if not self.as_released:
             return outliers
         remaining = rest.sum(1, keepdim=True)
-        return torch.minimum(width * outliers // remaining.clamp(min=1), remaining)
+        wanted = self._share(torch.full_like(remaining, width), outliers, remaining)
+        return torch.minimum(wanted, remaining)
+
+    def _share(self, count: Tensor, part: Tensor, whole: Tensor) -> Tensor:
+        """As much of a count as a part is of a whole, rounded down."""
+        whole = whole.clamp(min=1)
+        if self.as_released:
+            return (count.double() * (part.double() / whole)).long()
+        return count * part // whole
 
     def _merged(
         self,

@@ -77,8 +77,8 @@ class SparseVLM(Scheduled, Adaptive):
         tau: share of dropped tokens that is recycled, the best first.
         theta: clusters per recycled token. Each becomes one token, the mean of its members.
         heads: heads that version 2 listens to; `None` is the published 14 of 32.
-        as_released: drop one token at least, whatever the budget; in version 2, divide by the
-            rotary product as it is, also where it is negative.
+        as_released: drop one token at least, whatever the budget, unless `rank` is given; in
+            version 2, divide by the rotary product as it is, also where it is negative.
         positions: `None` is what the version does: 1 gives survivors consecutive positions
             (`renumbered`), kept tokens first and recycled ones after them; 2 leaves them
             (`original`).
@@ -150,7 +150,8 @@ class SparseVLM(Scheduled, Adaptive):
     def reduce_each(self, tokens: VisualTokens) -> Sequence[tuple[Sequence[int], Reduction]]:
         """Keep the best rated tokens, and in version 1 recycle some of the others."""
         scores = self.scores(tokens)
-        most = max(min(tokens.quota, tokens.count - self.as_released), 1)
+        least = self.as_released and self.rank is None  # tokens to drop
+        most = max(min(tokens.quota, tokens.count - least), 1)
         counts = torch.full(scores.shape[:1], most)
         if self.rank is not None:
             spare = tokens.count - torch.linalg.matrix_rank(self.attention(tokens))

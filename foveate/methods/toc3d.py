@@ -176,7 +176,7 @@ class ToC3D(Approximate):
         if "cls_attention" in tokens.signals:
             return tokens.signal("cls_attention")[:, 0].mean(1).float()
         x = tokens.x.float()
-        return 1 - F.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1)
+        return (1 - F.cosine_similarity(x, x.mean(1, keepdim=True), dim=-1)).clamp(min=0)
 
 
 def _wide(index: Tensor, states: Tensor) -> Tensor:

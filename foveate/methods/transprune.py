@@ -26,7 +26,7 @@ from foveate.core import (
     VisualTokens,
     register,
 )
-from foveate.core.fields import Natural
+from foveate.core.fields import Natural, check_ascending
 from foveate.core.schedule import Drop
 from foveate.errors import LayerError
 from foveate.io.quoting import quoted
@@ -71,6 +71,16 @@ class TransPrune(Scheduled, Scorer):
     published_layers = (7, 9, 12)
     first_drop = 1
 
+    def check_fields(self) -> None:
+        """As in `Scheduled`; `accumulate` ascends.
+
+        Raises:
+            LayerError: `layers` or `accumulate` do not ascend, or `layers` begins too early.
+            FoveateError: another field does not fit its annotation.
+        """
+        super().check_fields()
+        check_ascending(self.accumulate, "accumulate")
+
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """A drop before each of the layers.
 
@@ -81,10 +91,10 @@ class TransPrune(Scheduled, Scorer):
         summed = self.accumulate
         if summed is None:
             summed = tuple(range(drops[0][0] - 1, drops[-1][0]))
-        if list(summed) != sorted(set(summed)) or not summed or summed[0] >= drops[0][0]:
+        if summed[0] >= drops[0][0]:
             raise LayerError(
-                f"accumulate must be ascending and begin before the first drop, which is before "
-                f"layer {drops[0][0]}, got {quoted(summed)} in transprune"
+                f"accumulate must begin before the first drop, which is before layer "
+                f"{drops[0][0]}, got {quoted(summed)} in transprune"
             )
         curve = self.curve(model, drops)
         return tuple(

@@ -138,8 +138,9 @@ class VFlowOpt(Adaptive):
             return self._recycle(tokens)
         scores = tokens.label
         assert scores is not None  # the first step has left them
-        shares = self._shares
-        dropped = round(tokens.count * (1 - shares[tokens.number] / shares[tokens.number - 1]))
+        before, after = self._shares[tokens.number - 1 : tokens.number + 1]
+        # As `keep` holds products, only digits that survive their rounding count.
+        dropped = round(tokens.count * (1 - round(after / before, 12)))
         return [(tuple(range(len(scores))), Reduction.top(scores, max(tokens.count - dropped, 1)))]
 
     def _recycle(self, tokens: VisualTokens) -> list[tuple[tuple[int, ...], Reduction]]:

@@ -34,7 +34,7 @@ from foveate.core.fields import Natural, Positive, Range, UnitFloat
 from foveate.core.ranking import ranked
 from foveate.core.schedule import Drop
 from foveate.core.step import Effect
-from foveate.errors import LayerError
+from foveate.errors import FoveateError, LayerError
 from foveate.io.quoting import quoted
 from foveate.ops.map_attention import attend_with_maps
 from foveate.ops.page_rank import page_rank
@@ -96,17 +96,24 @@ class ZeroTPrune(EncoderScheduled):
     lasting = 1
 
     def check_fields(self) -> None:
-        """As in `EncoderScheduled`; `iterations` are given with `layers`, one for each.
+        """As in `EncoderScheduled`; `iterations` are given with `layers`, one for each, and
+        `variance` ascends.
 
         Raises:
-            LayerError: they are not, or a layer does not fit.
-            FoveateError: another field does not fit its annotation.
+            LayerError: iterations are not, or a layer does not fit.
+            FoveateError: another field does not fit.
         """
         super().check_fields()
-        if self.iterations is not None and len(self.iterations) != len(self.layers or ()):
+        if self.iterations is not None and (
+            self.layers is None or len(self.iterations) != len(self.layers)
+        ):
             raise LayerError(
                 f"iterations must have one entry for each of the layers {quoted(self.layers)}, got "
                 f"{quoted(self.iterations)}"
+            )
+        if self.variance[0] > self.variance[1]:
+            raise FoveateError(
+                f"variance must be the least and the most, got {self.variance} in zero-tprune"
             )
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:

@@ -24,11 +24,12 @@ class CrossBlock(nn.Module):
         width: D.
         heads: attention heads.
         eps: of the norms.
+        shortcut: whether queries are added to what their attention makes of them.
     """
 
-    def __init__(self, width: int, heads: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, heads: int, eps: float = 1e-5, *, shortcut: bool = True) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.shortcut = heads, shortcut
         self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
@@ -45,7 +46,8 @@ class CrossBlock(nn.Module):
         key, value = map(self._by_head, self.key_value(normed).chunk(2, -1))
         scores = query @ key.mT * query.shape[-1] ** -0.5
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        x = x + self.scale1 * self.output(mixed)
+        made = self.scale1 * self.output(mixed)
+        x = x + made if self.shortcut else made
         return x + self.scale2 * self.mlp(self.norm2(x))
 
     def _by_head(self, x: Tensor) -> Tensor:
@@ -59,11 +61,12 @@ def semantic_tokens(
     side: int,
     window: int | None = None,
     centres: Tensor | None = None,
+    seeds: Tensor | None = None,
 ) -> Tensor:
     """(G, side^2, D) semantic tokens in raster order.
 
-    The largest values of each cell of the grid are a seed. The seeds of a window attend to each
-    other and to all tokens in the window and around it.
+    The largest values of each cell of the grid are a seed, unless there are some. The seeds of a
+    window attend to each other and to all tokens in the window and around it.
 
     Args:
         block: the attention.
@@ -72,17 +75,18 @@ def semantic_tokens(
         side: semantic tokens in a row and in a column, equally many in each window.
         window: side of a window in tokens; `None` for one window, the whole grid.
         centres: (side^2, D) what is added to the seeds; `None` for nothing.
+        seeds: (G, side^2, D) semantic tokens, in raster order, to go on from.
     """
     tall, wide = (1, 1) if window is None else (grid[0] // window, grid[1] // window)
     cells = x.mT.unflatten(-1, grid)  # (G, D, height, width)
-    seeds = F.adaptive_max_pool2d(cells, (side, side))
+    if seeds is None:
+        seeds = F.adaptive_max_pool2d(cells, (side, side)).flatten(2).mT
     if centres is not None:
-        seeds = seeds + centres.mT.unflatten(-1, (side, side))
-    seeds = seeds.unflatten(3, (wide, -1)).unflatten(2, (tall, -1))  # (G, D, tall, a, wide, b)
-    a, b = seeds.shape[3], seeds.shape[5]
-    seeds = seeds.permute(0, 2, 4, 3, 5, 1).reshape(-1, a * b, x.shape[-1])
+        seeds = seeds + centres
+    a, b = side // tall, side // wide
+    begun = seeds.unflatten(1, (tall, a, wide, b)).transpose(2, 3).reshape(-1, a * b, x.shape[-1])
     around = _neighbourhoods(cells, (tall, wide), window)
-    made = block(seeds, torch.cat((seeds, around), 1))
+    made = block(begun, torch.cat((begun, around), 1))
     made = made.view(len(x), tall, wide, a, b, -1).transpose(2, 3)
     return made.reshape(len(x), side * side, -1)
 

@@ -155,6 +155,16 @@ def test_low_precision_stays(form):
     assert reduction.recover(y, 8).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_means_of_many_are_rounded_once(kind):
+    """Added up in half precision, 576 equal parts would stand still at half of their sum."""
+    x = (1 + torch.rand(1, 576, 16, generator=torch.Generator().manual_seed(0))).to(kind)
+    zeros = torch.zeros(1, 576, dtype=torch.long)
+    mean = Reduction.mean(zeros[:, :1], zeros).apply(x)
+    assert mean.dtype == kind
+    assert torch.equal(mean[0, 0], x[0].double().mean(0).to(kind))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_flow_to_what_is_left(form):
     reduction = make(form, 2, 8, 4, 0, drops=2)

@@ -144,3 +144,66 @@ def test_prumerge_of_one_image_and_of_two(plus, ratio, images, tmp_path):
                 check()
         else:
             check()
+
+
+def semantic(begun, around, weights, heads, shortcut):
+    """A block of the release: (n, C) tokens attend to themselves and to (m, C) others."""
+
+    def linear(name, x):
+        return x @ weights[f"w.{name}.weight"].T + weights[f"w.{name}.bias"]
+
+    def norm(name, x):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        return x * weights[f"w.{name}.weight"] + weights[f"w.{name}.bias"]
+
+    query = linear("attn.q", norm("norm1", begun))
+    key, value = linear("attn.kv", norm("norm1", torch.cat((begun, around)))).chunk(2, -1)
+    width = query.shape[1] // heads
+    parts = []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        scores = query[:, part] @ key[:, part].T / width**0.5
+        parts.append(scores.softmax(-1) @ value[:, part])
+    made = weights["w.layer_scale_1"] * linear("attn.proj", torch.cat(parts, 1))
+    made = begun + made if shortcut else made
+    hidden = torch.nn.functional.gelu(linear("mlp.fc1", norm("norm2", made)))
+    return made + weights["w.layer_scale_2"] * linear("mlp.fc2", hidden)
+
+
+@pytest.mark.parametrize("side", [2, 3])
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("mode", ["dense", "refine"])
+def test_semantic_tokens_of_every_mode(mode, shortcut, side, tmp_path):
+    """Four windows of 7 x 7 of a grid of 14 x 14, each with the 10 x 10 patches around it."""
+    generator = torch.Generator().manual_seed(side)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) / 3
+
+    shapes = {"attn.q": (8, 8), "attn.kv": (16, 8), "attn.proj": (8, 8), "mlp.fc1": (32, 8)}
+    shapes |= {"mlp.fc2": (8, 32), "norm1": (8,), "norm2": (8,)}
+    weights = {f"w.layer_scale_{i}": random(8) for i in (1, 2)}
+    for name, shape in shapes.items():
+        weights |= {f"w.{name}.weight": random(*shape), f"w.{name}.bias": random(shape[0])}
+    x, given = random(2, 14, 14, 8), random(2, 2 * side, 2 * side, 8)
+    out = torch.zeros_like(given)
+    for image, row, column in np.ndindex(2, 2, 2):
+        here = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+        begun = given[image][here]
+        if mode == "dense":
+            window = x[image, row * 7 : row * 7 + 7, column * 7 : column * 7 + 7]
+            begun = torch.nn.functional.adaptive_max_pool2d(window.permute(2, 0, 1), side)
+            begun = begun.permute(1, 2, 0)
+        around = x[image, row * 4 : row * 4 + 10, column * 4 : column * 4 + 10].reshape(100, 8)
+        made = semantic(begun.reshape(-1, 8), around, weights, 2, shortcut)
+        out[image][here] = made.view(side, side, 8)
+    params = {
+        "kind": "SemanticAttentionBlock", "dim": 8, "num_heads": 2, "window_size": 7,
+        "sample_window_size": side, "shortcut": shortcut, "grid": 14, "mode": mode,
+        "kv_window": 10, "kv_stride": 4, "norm_eps": 1e-5,
+    }  # fmt: skip
+    arrays = {"x": x.flatten(1, 2), "semantic_out": out.flatten(1, 2), **weights}
+    if mode == "refine":
+        arrays["semantic_in"] = given.flatten(1, 2)
+    for check in checks_of(saved(tmp_path, "stvit", arrays, params=params)).values():
+        check()

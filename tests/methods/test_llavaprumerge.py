@@ -115,6 +115,31 @@ def test_the_grid_covers_the_last_patch_but_did_not_in_the_release(make_tokens):
     assert set(range(0, 24, 2)) <= set(released.index[0].tolist()[:-1])
 
 
+@pytest.mark.parametrize(("outliers", "kept", "stride"), [(4, 3, 4), (2, 1, 8), (5, 5, 3)])
+def test_the_released_grid_goes_by_the_share_of_outliers(outliers, kept, stride, make_tokens):
+    """Which times 49 may fall just below their number, so that one of them is not kept for it."""
+    signals = given(1, 49, peaks=outliers)
+    best = signals["joint_cls_attention"][0, 0].argsort(descending=True)[:kept].tolist()
+    ((_, reduction),) = LLaVAPruMerge(as_released=True).reduce_each(make_tokens((7, 7), **signals))
+    grid = [i for i in range(0, 48, stride) if i not in best]
+    assert reduction.index[0, :-1].tolist() == best + grid
+
+
+def test_the_released_grid_of_two_images_goes_by_their_common_share(make_tokens):
+    """Seven outliers of 72 patches: three of each image, and a stride of a third of ten."""
+    signals = given(2, 36, peaks=3)
+    tokens = make_tokens((6, 6), images=2, **signals)
+    ((_, reduction),) = LLaVAPruMerge(as_released=True).reduce_each(tokens)
+    assert set(range(0, 35, 3)) <= set(reduction.index[0].tolist())
+
+
+def test_a_ratio_is_multiplied_in_double_precision(make_tokens):
+    """29 % of 100 are 28.999... there, of which 28 count."""
+    method = LLaVAPruMerge(plus=False, ratio=0.29)
+    ((_, reduction),) = method.reduce_each(make_tokens((10, 10), **given(1, 100)))
+    assert reduction.kept == int(100 * 0.29) + 1 == 29
+
+
 def test_where_the_grid_is_the_whole_image_nothing_is_dropped(make_tokens):
     """With more than a sixth of outliers the stride is 1, and there is no additional token."""
     signals = given(1, 24)

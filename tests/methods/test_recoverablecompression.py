@@ -23,18 +23,21 @@ def naive(x, seen, keys, asked, method):
     """One image, step by step as published: places and values of the survivors."""
     total = len(seen)
     everything = list(range(total))
+
+    def share(count, part, whole):
+        return int(count * (part / whole)) if method.as_released else count * part // whole
+
     found = sum(naive_outliers(seen, method.neighbours))
-    visual = highest(seen, everything, max(found, 1))
+    visual = highest(seen, everything, max(share(total, found, total), 1))
     lowered = [min(asked) if i in visual else asked[i] for i in everything]
     found = sum(naive_outliers(lowered, method.neighbours))
-    recovered = highest(
-        lowered, [i for i in everything if i not in visual], (total - len(visual)) * found // total
-    )
+    rest = [i for i in everything if i not in visual]
+    recovered = highest(lowered, rest, share(len(rest), found, total))
     main = sorted(visual + recovered)
     rest = [i for i in everything if i not in main]
     found = sum(naive_outliers([seen[i] for i in rest], method.centre_neighbours))
     if method.as_released:
-        found = min(WIDTH * found // len(rest), len(rest))
+        found = min(share(WIDTH, found, len(rest)), len(rest))
     key = dict(zip(rest, keys[: len(rest)] if method.as_released else keys[rest], strict=True))
     centres = highest(seen, rest, found)
     places, values = list(main), [x[i] for i in main]
@@ -115,6 +118,21 @@ def test_equals_the_naive_steps(method, seed, make_tokens):
         torch.testing.assert_close(values.double(), wanted[1], rtol=1e-5, atol=1e-6)
         clusters += any(b < a for a, b in pairwise(places))
     assert clusters, "the test does not bite"
+
+
+@pytest.mark.parametrize("seed", [28, 36, 51])
+def test_the_released_counts_are_products_of_rounded_shares(seed, make_tokens):
+    """16 of 49 times 49 fall just below 16, so that one fewer is kept."""
+    given = sample(1, 49, seed)
+    seen = given["joint_cls_attention"][0, 0].tolist()
+    found = sum(naive_outliers(seen, 20))
+    assert int(49 * (found / 49)) == found - 1, "the test does not bite"
+    tokens = make_tokens((1, 49), **given)
+    keys = given["encoder_keys"][0, 0].transpose(0, 1).flatten(1)
+    for method in (RecoverableCompression(as_released=True), RecoverableCompression()):
+        ((places, _),) = reduced(method, tokens)
+        wanted, _ = naive(given["x"][0], seen, keys, asked_of(given, 0), method)
+        assert places == wanted
 
 
 def test_batch_equals_single(make_tokens):

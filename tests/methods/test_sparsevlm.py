@@ -159,6 +159,21 @@ def test_rank_decides_how_many_are_kept(make_tokens):
     assert [(list(m), r.kept) for m, r in limited] == [([0, 1], 13)]
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_where_the_rank_is_full_the_release_drops_nothing(version, make_tokens):
+    given = {
+        "question_relevance": torch.full((1, 4), 0.2),
+        "question_attention": torch.eye(4)[None, None, None] + 0.1,
+        "question_mask": torch.ones(1, 4, dtype=torch.bool),
+        "question_closeness": torch.ones(1, 1, 4, 4),
+    }
+    tokens = replace(make_tokens((2, 2), x=torch.randn(1, 4, 6), **given), quota=4)
+    method = SparseVLM(version=version, rank=1.0, as_released=True)
+    reduction = only(method.reduce_each(tokens))
+    assert reduction.index.tolist() == [[0, 1, 2, 3]]
+    assert not reduction.ordered
+
+
 def test_raters_are_above_the_mean():
     relevance = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25], [0.6, 0.4, 9, 9]])
     mask = torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]])

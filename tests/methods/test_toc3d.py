@@ -123,6 +123,14 @@ def test_others_gain_what_their_representative_does():
             torch.testing.assert_close(after[image, n], x[image, n] + own)
 
 
+def test_no_score_is_below_zero():
+    """One less a cosine may round to less, and its weight would then be of another sign."""
+    x = torch.randn(1, 1, 24, generator=torch.Generator().manual_seed(0)).expand(64, 20, 24)
+    x = x + 1e-5 * torch.randn(64, 20, 24, generator=torch.Generator().manual_seed(1))
+    index = torch.arange(20).expand(64, -1)
+    assert ToC3D(score="distinct").scores(VisualTokens(lambda: x, index, (4, 5))).min() == 0
+
+
 def test_scores_of_nothing_weigh_all_others_alike():
     x = torch.randn(1, 4, 3)
     scores = torch.tensor([[1.0, 0.0, 0.0, 0.0]])

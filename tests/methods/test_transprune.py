@@ -73,10 +73,15 @@ def test_each_drop_sums_the_transitions_before_it():
     assert [s.needs[0].layers for s in chosen] == [(1, 2), (1, 2, 4)]
 
 
-@pytest.mark.parametrize("accumulate", [(), (7,), (6, 5), (3, 3)])
-def test_accumulation_must_begin_before_the_first_drop(accumulate):
-    with pytest.raises(LayerError, match="accumulate"):
-        TransPrune(accumulate=accumulate).steps(Text())
+def test_accumulation_must_begin_before_the_first_drop():
+    with pytest.raises(LayerError, match="accumulate must begin before"):
+        TransPrune(accumulate=(7,)).steps(Text())
+
+
+@pytest.mark.parametrize("accumulate", [(), (6, 5), (3, 3)])
+def test_accumulated_layers_ascend(accumulate):
+    with pytest.raises(LayerError, match="accumulate must be ascending"):
+        TransPrune(accumulate=accumulate)
 
 
 def test_counts_are_the_published_ones():

@@ -1,6 +1,7 @@
 """VFlowOpt: votes, recycling, its three steps, and the search for its numbers."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import optuna
@@ -103,6 +104,19 @@ def test_the_pool():
     assert pool_size(859, 0.25, 6.5) == 644 + 20
     assert pool_size(36, 1.0, 2.0) == 0
     assert pool_size(36, 0.01, 1.0) == 36
+
+
+@pytest.mark.parametrize(
+    ("total", "first", "second"),
+    [(10, 0.75, 0.35), (10, 0.33, 0.85), (18, 0.7, 0.75), (64, 0.7, 0.3)],
+)
+def test_a_half_is_rounded_by_the_ratio_that_was_meant(total, first, second, make_tokens):
+    """A product over its first factor may miss the second by a rounding."""
+    tokens = make_tokens(grid=(1, total))
+    tokens = replace(tokens, number=2, label=torch.rand(1, total))
+    method = VFlowOpt(keep=(1.0, first, first * second))
+    ((_, reduction),) = method.reduce_each(tokens)
+    assert reduction.kept == total - round(total * (1 - second))
 
 
 METHOD = VFlowOpt(keep=(0.5, 0.3, 0.15), threshold=1.1, cell=2.5, layers=(2, 4))

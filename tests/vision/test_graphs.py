@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.errors import FoveateError, LayerError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.methods import BiFormer, FastVGGT, GTPViT, ToC3D, TokenTransforming, ZeroTPrune
 from tests.vision.encoders import ENCODERS, PATCHES, SIDE, SPECIAL, build, images, row_of
@@ -365,3 +365,16 @@ def test_half_precision_keeps_as_many_and_stays_half(method, dtype):
         assert run.record.encoder_tokens == want
     assert got.dtype == dtype
     assert got.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"iterations": ()}, {"iterations": (2,)}, {"iterations": (2,), "layers": (1, 2, 3)}]
+)
+def test_rounds_are_given_for_each_layer(fields):
+    with pytest.raises(LayerError, match="iterations must have one entry for each"):
+        ZeroTPrune(**fields)
+
+
+def test_the_range_of_variances_ascends():
+    with pytest.raises(FoveateError, match=r"variance must be the least and the most, got \(0\.7"):
+        ZeroTPrune(variance=(0.7, 0.01))

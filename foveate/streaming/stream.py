@@ -244,10 +244,11 @@ class Stream:
                 return self.frames - 1, visual
         held, said = self._stays(self.frames - 1) if self.frames else (0, 0)
         raise InputError(
-            f"{count} more tokens (before methods remove any) do not fit into a cache of {self.cap} "
-            f"with {self.reserve} for questions, of which the newest frame holds {held} and text "
-            f"that stays {said}; give fewer frames at once, or begin a stream with a larger cap, a "
-            "smaller reserve or less text that stays, such as questions asked with keep=True"
+            f"{count} more tokens (before methods remove any) do not fit into a cache of "
+            f"{self.cap} with {self.reserve} for questions, of which the newest frame holds {held} "
+            f"and text that stays {said}; give fewer frames at once, or begin a stream with a "
+            "larger cap, a smaller reserve or less text that stays, such as questions asked with "
+            "keep=True"
         )
 
     def _make_positions(self, count: int) -> None:

@@ -184,7 +184,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
-                        self._compiled |= tracing() not in (None, False)
+                        self._come_in()
                         return forward(module, placed.before, *args, **kwargs)
             elif life.on:
                 return forward(module, placed.before, *args, **kwargs)
@@ -195,6 +195,20 @@ class Attachment(ABC):
         vars(replaced)[PLACED] = placed
         self._placed.append(placed)
         vars(module)[name] = replaced
+
+    def _come_in(self) -> None:
+        """See whether compiled code has come by, and refuse what records one run for all.
+
+        Raises:
+            AttachError: torch.jit.trace or torch.export calls the model.
+        """
+        self._compiled |= tracing() not in (None, False)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise AttachError(
+                f"a {type(self.root).__name__} that carries a foveate session cannot be traced or "
+                "exported, as what is removed depends on the images; leave the session first, or "
+                "call `remove()` on it"
+            )
 
     def _anchor(self, module: nn.Module) -> Callable[[], None]:
         """See which calls of a module come to the forward in its place, which says so by what is
@@ -298,7 +312,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
-                        self._compiled |= tracing() not in (None, False)
+                        self._come_in()
                         return around(original, *args, **kwargs)
             elif life.on:
                 return around(original, *args, **kwargs)

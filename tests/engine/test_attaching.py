@@ -123,6 +123,25 @@ def test_copies_of_an_attached_model_are_refused(model, copied, of):
     copied(of(model))
 
 
+def traced(model):
+    ids, pixels = INPUTS["input_ids"], INPUTS["pixel_values"]
+    return torch.jit.trace(lambda *given: model(*given)[0], (ids, pixels))
+
+
+def exported(model):
+    return torch.export.export(model, (), {**INPUTS, "use_cache": False})
+
+
+@pytest.mark.parametrize("record", [traced, exported])
+@pytest.mark.parametrize("stage", ["llm", "vision"])
+def test_what_records_one_run_for_all_is_refused(model, stage, record):
+    """Before torch fails at what it cannot record."""
+    model.requires_grad_(False)
+    with foveate.use(model, METHODS[stage]), pytest.raises(AttachError, match="traced or exported"):
+        record(model)
+    assert torch.equal(logits(model), logits(tiny_llava(layers=4)))
+
+
 # -- what others put on
 
 

@@ -323,6 +323,20 @@ def test_reset_cache_starts_anew(llava):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("method", [PyramidDrop(), EveryThird(keep=12)])
+def test_a_static_cache_that_was_reset_has_room_for_any_prompt(llava, method):
+    """Of the first, tokens are removed, so that less is allocated; of the second none are."""
+    first, second = prompts([[5, 7]]), prompts([[47]])
+    cache = StaticCache(config=llava.config.text_config, max_cache_len=56)
+    with foveate.use(llava, method):
+        for inputs in (first, first, second):
+            want = llava.generate(**inputs, **LOGITS, **length(4))
+            cache.reset()
+            got = llava.generate(**inputs, **LOGITS, **length(4), past_key_values=cache)
+            assert (torch.stack(got.logits) - torch.stack(want.logits)).abs().max() <= TOLERANCE
+            assert (cache.layers[-1].keys.shape[2] < 56) == (inputs is first)
+
+
 def test_hidden_states_come_back_at_logical_length(llava):
     inputs = prompts([[5, 7]])
     with foveate.use(llava, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))) as run:

@@ -83,7 +83,7 @@ class Attachment(ABC):
     def claim(self) -> bool:
         """Mark the root as taken until the attachment is removed. Returns whether it was free."""
         root = self.root
-        if vars(root).setdefault(self.mark, self) is not self:
+        if self._undo or vars(root).setdefault(self.mark, self) is not self:
             return False
         self._life = Life()
         self.undo(lambda: vars(root).pop(self.mark, None))
@@ -237,11 +237,24 @@ class Attachment(ABC):
 
     def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before a module's forward, whoever replaces that
-        forward; it may return others. Code that was compiled before sees no hook, but it sees that
-        the forward is another.
+        forward, or calls it and not the module; it may return others. Code that was compiled before
+        sees no hook, but it sees that the forward is another.
         """
-        self.replace_forward(module, _same)
-        handle = module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True)
+        hook, local = torch.compiler.disable(hook), threading.local()
+
+        @torch.compiler.disable
+        def begin(*call: Any) -> Any:
+            local.begun = True
+            return hook(*call)
+
+        @untraced
+        def forward(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+            if not vars(local).pop("begun", False):
+                args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            return forward_of(module, own)(*args, **kwargs)
+
+        self.replace_forward(module, forward)
+        handle = module.register_forward_pre_hook(begin, with_kwargs=True)
         self.undo(handle.remove)
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -341,8 +354,3 @@ class Attachment(ABC):
                     self._placed.remove(placed)
                 tap.module = module
                 self.after(module, tap.hook)
-
-
-@untraced
-def _same(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
-    return forward_of(module, before)(*args, **kwargs)

@@ -145,7 +145,7 @@ def test_a_chunk_that_ends_in_a_removed_token_says_so():
     inputs, _ = batch_of(member, model_of("gemma4"), (1,))
     with (
         foveate.use(model_of("gemma4"), EveryThird(6)),
-        pytest.raises(InputError, match="with the last 1 tokens alone.*prefill_chunk_size=None"),
+        pytest.raises(InputError, match=r"with the last 1 tokens alone.*prefill_chunk_size=None"),
     ):
         model_of("gemma4").generate(**fresh(inputs), max_new_tokens=2, prefill_chunk_size=5)
 

@@ -22,7 +22,7 @@ from foveate.bench.prompt import Prompt, Prompter, prompts
 from foveate.bench.recall import Seen, evidence_recall, seen_images
 from foveate.bench.sample import Sample, Task
 from foveate.bench.settings import Cell, Settings, fingerprint, key
-from foveate.core import Method
+from foveate.core import Learning, Method
 from foveate.core.video import VideoMethod
 from foveate.engine.cache_argument import CACHE
 from foveate.errors import FoveateError, InputError
@@ -128,6 +128,11 @@ class Runner:
             raise InputError(
                 f"{method.slug} learns parameters, which would be untrained here; train them with "
                 "foveate.prepare or `foveate train`"
+            )
+        if isinstance(method, Learning) and method.keep is None and not method.adaptive:
+            raise InputError(
+                f"{method.slug} removes nothing unless keep says to how many tokens, and takes no "
+                "share, as is set here; measure it with foveate.use on a model trained with it"
             )
         if not isinstance(method, VideoMethod):
             return

@@ -31,10 +31,12 @@ class VideoMethod(Adaptive):
     """A method that works on the whole frames of videos, before the language model.
 
     Images pass untouched, and so do tokens after the last frame of a video, such as a newline.
-    `merges` says whether a survivor is made of several tokens.
+    `merges` says whether a survivor is made of several tokens, `first_whole` whether all of the
+    first frame stay, whatever the budget.
     """
 
     merges: ClassVar[bool] = True
+    first_whole: ClassVar[bool] = False
 
     def steps(self, model: ModelFacts) -> tuple[Step, ...]:
         """One reduction after the projector; what it needs is of the layer that the model sees."""

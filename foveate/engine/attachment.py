@@ -83,7 +83,7 @@ class Attachment(ABC):
     def claim(self) -> bool:
         """Mark the root as taken until the attachment is removed. Returns whether it was free."""
         root = self.root
-        if vars(root).setdefault(self.mark, self) is not self:
+        if self._undo or vars(root).setdefault(self.mark, self) is not self:
             return False
         self._life = Life()
         self.undo(lambda: vars(root).pop(self.mark, None))
@@ -184,7 +184,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
-                        self._compiled |= tracing() not in (None, False)
+                        self._come_in()
                         return forward(module, placed.before, *args, **kwargs)
             elif life.on:
                 return forward(module, placed.before, *args, **kwargs)
@@ -195,6 +195,20 @@ class Attachment(ABC):
         vars(replaced)[PLACED] = placed
         self._placed.append(placed)
         vars(module)[name] = replaced
+
+    def _come_in(self) -> None:
+        """See whether compiled code has come by, and refuse what records one run for all.
+
+        Raises:
+            AttachError: torch.jit.trace or torch.export calls the model.
+        """
+        self._compiled |= tracing() not in (None, False)
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise AttachError(
+                f"a {type(self.root).__name__} that carries a foveate session cannot be traced or "
+                "exported, as what is removed depends on the images; leave the session first, or "
+                "call `remove()` on it"
+            )
 
     def _anchor(self, module: nn.Module) -> Callable[[], None]:
         """See which calls of a module come to the forward in its place, which says so by what is
@@ -223,11 +237,24 @@ class Attachment(ABC):
 
     def hook(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call `hook(module, args, kwargs)` before a module's forward, whoever replaces that
-        forward; it may return others. Code that was compiled before sees no hook, but it sees that
-        the forward is another.
+        forward, or calls it and not the module; it may return others. Code that was compiled before
+        sees no hook, but it sees that the forward is another.
         """
-        self.replace_forward(module, _same)
-        handle = module.register_forward_pre_hook(torch.compiler.disable(hook), with_kwargs=True)
+        hook, local = torch.compiler.disable(hook), threading.local()
+
+        @torch.compiler.disable
+        def begin(*call: Any) -> Any:
+            local.begun = True
+            return hook(*call)
+
+        @untraced
+        def forward(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
+            if not vars(local).pop("begun", False):
+                args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+            return forward_of(module, own)(*args, **kwargs)
+
+        self.replace_forward(module, forward)
+        handle = module.register_forward_pre_hook(begin, with_kwargs=True)
         self.undo(handle.remove)
 
     def before(self, module: nn.Module, hook: Callable[..., Any]) -> None:
@@ -298,7 +325,7 @@ class Attachment(ABC):
             if gate is not None:
                 with gate as outermost:
                     if life.on and not (outermost and is_within(below)):
-                        self._compiled |= tracing() not in (None, False)
+                        self._come_in()
                         return around(original, *args, **kwargs)
             elif life.on:
                 return around(original, *args, **kwargs)
@@ -327,8 +354,3 @@ class Attachment(ABC):
                     self._placed.remove(placed)
                 tap.module = module
                 self.after(module, tap.hook)
-
-
-@untraced
-def _same(module: nn.Module, before: Any, *args: Any, **kwargs: Any) -> Any:
-    return forward_of(module, before)(*args, **kwargs)

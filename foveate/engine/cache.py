@@ -269,6 +269,14 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
         """Logical capacity."""
         return self.logical_max
 
+    def reset(self) -> None:
+        """Empty the layer. What comes next may lose fewer tokens, so it allocates anew."""
+        super().reset()
+        if self.max_cache_len < self.logical_max:
+            self.max_cache_len = self.logical_max
+            self.keys = self.values = None
+            self.is_initialized = False
+
     def evict(self, left: Slots, source: Tensor) -> None:
         """Keep some slots only, in smaller buffers."""
         assert self.slots is not None

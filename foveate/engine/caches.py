@@ -149,8 +149,9 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[index]
     if isinstance(layer, PrunedLayer):
-        if layer.slots is None:
+        if layer.slots is None:  # it was reset
             layer.slots = fresh
+            _save_room(layer, removed)
         return layer
     kind = _pruned_kind(type(layer))
     assert kind is not None  # as `check_cache` has seen
@@ -164,10 +165,15 @@ def pruned_layer(cache: Cache, index: int, fresh: Slots, removed: int) -> Pruned
         pruned.slots = fresh.last(pruned.sliding_window - 1)
     if isinstance(pruned, PrunedStaticLayer):
         pruned.logical_max = pruned.max_cache_len
-        if not pruned.is_initialized:
-            pruned.max_cache_len -= removed
+    _save_room(pruned, removed)
     cache.layers[index] = pruned
     return pruned
+
+
+def _save_room(layer: PrunedLayer, removed: int) -> None:
+    """Allocate fewer slots of a static layer that has allocated none yet."""
+    if isinstance(layer, PrunedStaticLayer) and not layer.is_initialized:
+        layer.max_cache_len = layer.logical_max - removed
 
 
 def is_pruned(cache: Cache | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,7 @@ from foveate.engine.compilation import untraced
 from foveate.engine.feature_reducer import FeatureReducer
 from foveate.engine.inputs import check_early_exit, check_later_images, prompt_of
 from foveate.engine.rollback import ROPE, reset_rope
-from foveate.engine.state import Kwargs
+from foveate.engine.state import Args, Kwargs
 from foveate.engine.tags import Tags
 from foveate.engine.thread_state import GenerateCall, ThreadState
 from foveate.errors import AttachError
@@ -45,8 +46,10 @@ class GenerateHooks:
         """Around `generate`: note its rows, and keep it from compiling the decoding step. A stream
         ends if it fails, or its reader would wait for ever.
         """
+        args, kwargs = by_name(original, args, kwargs)
         names = ("inputs", "input_ids", "inputs_embeds")
-        inputs = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
+        given = (kwargs[name] for name in names if kwargs.get(name) is not None)
+        inputs = args[0] if args else next(given, None)
         kwargs.setdefault("disable_compile", True)  # slots change shape with every token
         state, base = self.state, self.family.base
         rope, outer = getattr(base, ROPE, None), state.generate
@@ -79,6 +82,15 @@ class GenerateHooks:
                 given[modality] = self.tags.adopt(modality, output, kwargs)
                 self._reducer.reduce(modality, given[modality])
         kwargs["mm_encoder_outputs"] = given
+
+
+def by_name(function: Callable[..., Any], args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
+    """The arguments of a call, all by name, if the function takes them so."""
+    names = list(inspect.signature(function).parameters.values())[: len(args)] if args else []
+    plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.name not in kwargs for p in names)
+    if not plain or len(names) < len(args):
+        return args, kwargs  # it refuses them, or knows what to do with them
+    return (), {**{p.name: value for p, value in zip(names, args, strict=True)}, **kwargs}
 
 
 def end_stream(kwargs: Mapping[str, Any]) -> None:

@@ -206,8 +206,9 @@ class LayerArguments:
             index = layout.index[:, -count:] - (self.prompt.length - count)
             if not bool((index == torch.arange(count, device=index.device)).all()):
                 raise InputError(
-                    f"logits of the last {count} tokens are wanted, but some of these are visual "
-                    "tokens that were removed; use a smaller logits_to_keep"
+                    f"later layers go on with the last {count} tokens alone, but some of these are "
+                    "visual tokens that were removed; use a smaller logits_to_keep, and "
+                    "prefill_chunk_size=None"
                 )
             self._last = Layout(index, ragged=False)
         return self._last

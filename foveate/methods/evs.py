@@ -34,8 +34,9 @@ class EVS(VideoMethod):
     """Rank tokens by how little they resemble the token at their cell in the frame before.
 
     The first frame always stays whole, so that a video keeps at least one frame's tokens: of T
-    frames, a share of 1/T or less leaves the first alone, whatever happens later. A frame after it
-    keeps as many as changed, which may be none. Images pass untouched.
+    frames, a share of 1/T or less leaves the first alone, whatever happens later, and less than 1/T
+    is exceeded, which the report notes. A frame after it keeps as many as changed, which may be
+    none. Images pass untouched.
 
     Args:
         keep: what survives of a video, its first frame included: a share, 1 - q of the release
@@ -49,7 +50,7 @@ class EVS(VideoMethod):
     keep: Keep = 0.3
     positions: Positions | None = None
     rounding = math.trunc
-    merges = False
+    merges, first_whole = False, True
 
     def reduce_videos(self, tokens: VisualTokens) -> Parts:
         """Keep what changed most."""

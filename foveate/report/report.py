@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,7 @@ class Report(dict[str, Any]):
             notes=[
                 *record.notes,
                 *idle_notes(record, family, methods),
+                *_frame_notes(record, family, methods),
                 *_total_notes(record),
             ],
         )
@@ -219,6 +220,23 @@ def idle_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) ->
             why = f"its keep={shown(str(method.keep))} leaves all tokens of these images"
         notes.append(f"{method.slug} removed nothing: {why}")
     return notes
+
+
+def _frame_notes(record: Record, family: ModelFacts, methods: Sequence[Method]) -> Iterator[str]:
+    """Say of each video that keeps more than its budget, as its first frame stays whole."""
+    videos = [image for image in record.images if image.frames > 1]
+    for of in acted(methods, family):
+        if not (isinstance(of.method, VideoMethod) and of.method.first_whole):
+            continue
+        for number, video in enumerate(videos):
+            total, first = video.total, math.prod(video.grid)
+            budget = of.method.count(total, total, of.step, of.number, video.row)
+            if budget < total - (video.frames - 1) * first:
+                yield (
+                    f"{of.method.slug} keeps {len(video.kept[of.entry])} tokens of video {number}, "
+                    f"where its keep would leave {budget}: the {first} of the first frame always "
+                    "stay"
+                )
 
 
 def _totals(record: Record) -> list[dict[str, int]]:

@@ -242,10 +242,13 @@ class Stream:
             visual, text = self._stays(self.frames - 1)
             if visual + text + count <= self._most:
                 return self.frames - 1, visual
+        held, said = self._stays(self.frames - 1) if self.frames else (0, 0)
         raise InputError(
-            f"{count} more tokens do not fit into a cache of {self.cap} with {self.reserve} for "
-            "questions beside the newest frame and the text that stays; raise cap, lower reserve, "
-            "or give fewer frames at once"
+            f"{count} more tokens (before methods remove any) do not fit into a cache of "
+            f"{self.cap} with {self.reserve} for questions, of which the newest frame holds {held} "
+            f"and text that stays {said}; give fewer frames at once, or begin a stream with a "
+            "larger cap, a smaller reserve or less text that stays, such as questions asked with "
+            "keep=True"
         )
 
     def _make_positions(self, count: int) -> None:
@@ -291,14 +294,16 @@ class Stream:
         count = input_ids.shape[1] + max_new_tokens
         self._check_answer(count, keep)
         self._make_positions(count)
-        new = torch.arange(self._next, self._next + input_ids.shape[1], device=input_ids.device)
+        # As the mask, positions reach over what is held, which a prefill in chunks cuts off.
+        start, stop = self._next - self.tokens, self._next + input_ids.shape[1]
+        positions = torch.arange(start, stop, device=input_ids.device)
         model: Any = self._family.model
         kept = False
         try:
             answer = model.generate(
                 input_ids=input_ids,
                 attention_mask=input_ids.new_ones(1, self.tokens + input_ids.shape[1]),
-                position_ids=new[None],
+                position_ids=positions[None],
                 max_new_tokens=max_new_tokens,
                 **{CACHE: self._held.cache},
                 **options,

@@ -99,6 +99,14 @@ def test_methods_that_nobody_trained_are_refused(loaded, name):
     assert outcome.error.startswith(f"{name} learns parameters, which would be untrained here")
 
 
+def test_a_method_that_needs_a_number_of_tokens_is_refused(loaded):
+    """Not run with all tokens, beside methods that remove some."""
+    keeps = [cell.keep for cell in cells(make(loaded, methods=("m3",)).settings)]
+    outcome = make(loaded).run(Cell("m3", keeps[-1], "color"))
+    assert outcome.status == "refused"
+    assert outcome.error.startswith("m3 removes nothing unless keep says to how many tokens")
+
+
 def test_the_map_of_fastv_leans_to_one_half_and_that_of_a_grid_does_not(loaded):
     """A regular grid keeps as much above as below."""
     runner = make(loaded, samples=8, batch=8)

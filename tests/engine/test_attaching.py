@@ -123,6 +123,53 @@ def test_copies_of_an_attached_model_are_refused(model, copied, of):
     copied(of(model))
 
 
+def traced(model):
+    ids, pixels = INPUTS["input_ids"], INPUTS["pixel_values"]
+    return torch.jit.trace(lambda *given: model(*given)[0], (ids, pixels))
+
+
+def exported(model):
+    return torch.export.export(model, (), {**INPUTS, "use_cache": False})
+
+
+@pytest.mark.parametrize("record", [traced, exported])
+@pytest.mark.parametrize("stage", ["llm", "vision"])
+def test_what_records_one_run_for_all_is_refused(model, stage, record):
+    """Before torch fails at what it cannot record."""
+    model.requires_grad_(False)
+    with foveate.use(model, METHODS[stage]), pytest.raises(AttachError, match="traced or exported"):
+        record(model)
+    assert torch.equal(logits(model), logits(tiny_llava(layers=4)))
+
+
+def test_a_session_is_entered_once_at_a_time(model):
+    """Else leaving the inner block would leave the outer one without the session."""
+    session, want = foveate.use(model, METHODS["llm"]), pruned(METHODS["llm"])
+    for _ in range(2):
+        with session:
+            with pytest.raises(AttachError, match="already carries"):
+                session.attach()
+            assert torch.equal(logits(model), want)
+    assert torch.equal(logits(model), logits(tiny_llava(layers=4)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forward_that_is_called_itself_sees_labels(model, training):
+    """Tokens are ranked by the question alone, as where the model is called."""
+    model.train(training)
+    labels = torch.full_like(INPUTS["input_ids"], -100)
+    labels[:, -2:] = INPUTS["input_ids"][:, -2:]
+    with foveate.use(model, METHODS["llm"]) as run:
+        losses, kept = [], []
+        for call in (model, model.forward, model, model.forward):
+            losses.append(call(**INPUTS, labels=labels).loss.item())
+            kept.append(run.record.images[0].kept["llm:2"].tolist())
+        model.eval()(**INPUTS)
+        assert run.record.images[0].kept["llm:2"].tolist() != kept[0]
+    assert losses == [losses[0]] * 4
+    assert kept == [kept[0]] * 4
+
+
 # -- what others put on
 
 

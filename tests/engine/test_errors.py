@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -16,6 +17,10 @@ from foveate.errors import (
     UnsupportedModelError,
 )
 from foveate.methods import VTCCLS, DivPrune, FastV, PyramidDrop
+from tests.conformance.batches import batch_of
+from tests.conformance.test_pixels import model_of
+from tests.conformance.zoo import MEMBERS
+from tests.conformance.zoo.member import fresh
 from tests.methods_for_tests import EveryThird
 from tests.tinies import prompts, tiny_llava
 
@@ -128,6 +133,21 @@ def test_chunked_prefill_is_refused_for_methods_that_ask_the_prompt(llava):
     inputs = prompts([[5, 7]])
     with foveate.use(llava, FastV()), pytest.raises(InputError, match="chunked prefill"):
         llava.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
+
+
+@pytest.mark.skipif(
+    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
+    reason="chunked prefill of this transformers loses images; that is refused",
+)
+def test_a_chunk_that_ends_in_a_removed_token_says_so():
+    """Later layers of Gemma 4 compute the last token of a forward alone."""
+    member = MEMBERS["gemma4"]()
+    inputs, _ = batch_of(member, model_of("gemma4"), (1,))
+    with (
+        foveate.use(model_of("gemma4"), EveryThird(6)),
+        pytest.raises(InputError, match=r"with the last 1 tokens alone.*prefill_chunk_size=None"),
+    ):
+        model_of("gemma4").generate(**fresh(inputs), max_new_tokens=2, prefill_chunk_size=5)
 
 
 @pytest.mark.parametrize("kernel", ["paged|sdpa", "flex_attention"])

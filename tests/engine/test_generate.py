@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import foveate
 from foveate.errors import InputError
@@ -323,6 +323,20 @@ def test_reset_cache_starts_anew(llava):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("method", [PyramidDrop(), EveryThird(keep=12)])
+def test_a_static_cache_that_was_reset_has_room_for_any_prompt(llava, method):
+    """Of the first, tokens are removed, so that less is allocated; of the second none are."""
+    first, second = prompts([[5, 7]]), prompts([[47]])
+    cache = StaticCache(config=llava.config.text_config, max_cache_len=56)
+    with foveate.use(llava, method):
+        for inputs in (first, first, second):
+            want = llava.generate(**inputs, **LOGITS, **length(4))
+            cache.reset()
+            got = llava.generate(**inputs, **LOGITS, **length(4), past_key_values=cache)
+            assert (torch.stack(got.logits) - torch.stack(want.logits)).abs().max() <= TOLERANCE
+            assert (cache.layers[-1].keys.shape[2] < 56) == (inputs is first)
+
+
 def test_hidden_states_come_back_at_logical_length(llava):
     inputs = prompts([[5, 7]])
     with foveate.use(llava, PyramidDrop(layers=(2, 4), keep=(0.5, 0.25))) as run:
@@ -389,7 +403,11 @@ def test_chunked_prefill_cuts_no_image_of_features_apart(llava, chunk):
     with foveate.use(llava, EveryThird(keep=12)):
         want = llava.generate(**given, **LOGITS, **length(4))
         got = llava.generate(**given, **LOGITS, **length(4), prefill_chunk_size=chunk)
-    assert (torch.stack(want.logits) - torch.stack(got.logits)).abs().max() <= TOLERANCE
+        config = GenerationConfig(**LOGITS, **length(4), prefill_chunk_size=chunk, pad_token_id=0)
+        rest = {name: value for name, value in given.items() if name != "input_ids"}
+        again = llava.generate(given["input_ids"], config, **rest)
+    for of in (got, again):
+        assert (torch.stack(want.logits) - torch.stack(of.logits)).abs().max() <= TOLERANCE
     for method in (FastV(), "cdpruner", EveryThird(keep=foveate.per_request([0.5] * 3))):
         with foveate.use(llava, method), pytest.raises(InputError, match="chunked prefill"):
             llava.generate(**given, **length(2), prefill_chunk_size=chunk)

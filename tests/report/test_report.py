@@ -263,3 +263,17 @@ def test_a_keep_that_removes_nothing_is_named(llava, name, keep):
 def test_only_the_idle_one_of_several_methods_is_named(llava):
     both = [foveate.methods.DivPrune(keep=9), foveate.methods.FastV(keep=9)]
     assert [note.split()[0] for note in idle(llava, both)] == ["fastv"]
+
+
+@pytest.mark.parametrize(("keep", "budget"), [(0.2, 3), (4, 4), (5, None)])
+def test_a_video_whose_first_frame_exceeds_its_budget_is_named(keep, budget):
+    """Four frames of 2 x 2 tokens and a newline; a share of 17 tokens is truncated."""
+    left = {"pre_llm": torch.tensor([0, 1, 2, 3, 16])}
+    images = [image(0, ("pre_llm", [0, 1])), ImageRecord(0, 17, (2, 2), left, frames=4)]
+    record = Record(1, [40], images, [[12]] * 4, [12] * 4)
+    notes = Report.of(record, FakeFamily(), [foveate.methods.EVS(keep=keep)], F32)["notes"]
+    said = (
+        f"evs keeps 5 tokens of video 0, where its keep would leave {budget}: the 4 of the first "
+        "frame always stay"
+    )
+    assert [note for note in notes if "keeps" in note] == ([said] if budget else [])

@@ -207,7 +207,7 @@ WRONG = {
     "padding": (chunk(0) | {"attention_mask": torch.zeros(1, PATCHES)}, "one row without padding"),
     "no ids": ({"pixel_values": chunk(0)["pixel_values"]}, "one row without padding"),
     "no pixels": ({"input_ids": chunk(0)["input_ids"]}, "but no pixels came with it"),
-    "long": (chunk(0, frames=4), "144 more tokens do not fit into a cache of 120 with 20"),
+    "long": (chunk(0, frames=4), "144 more tokens .* do not fit .* give fewer frames at once"),
 }
 
 
@@ -268,6 +268,36 @@ def test_questions_that_do_not_fit_are_refused():
         for other in (chunk(1)["input_ids"], question[0], question[:, :0], QUESTION):
             with pytest.raises(InputError, match="give frames to add"):
                 stream.ask(other, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_question_may_be_read_in_chunks(size):
+    """At the positions after the frames, of which some were evicted."""
+    with foveate.use(model_of(), EveryThird(12)) as run:
+        stream = Stream(run, 80, reserve=20)
+        for number in range(7):
+            stream.add(**chunk(number))
+        said, want = asked(stream)
+        again, got = asked(stream, prefill_chunk_size=size)
+    assert said == again
+    assert (want - got).abs().max() <= TOLERANCE
+
+
+def test_a_stream_that_kept_text_fills_says_so():
+    """And goes on answering."""
+    with foveate.use(model_of(), everything()) as run:
+        stream = Stream(run, 100, reserve=40)
+        stream.add(**chunk(0))
+        for _ in range(2):
+            asked(stream, keep=True)
+        why = (
+            r"36 more tokens .* do not fit into a cache of 100 with 40 for questions, of which the "
+            r"newest frame holds 36 and text that stays 14; .* less text that stays, such as "
+            r"questions asked with keep=True"
+        )
+        with pytest.raises(InputError, match=why):
+            stream.add(**chunk(1))
+        assert asked(stream)
 
 
 def test_positions_run_out_where_they_are_original():

@@ -44,6 +44,7 @@ from transformers.utils import logging  # noqa: E402
 
 import foveate  # noqa: E402
 from foveate.core import Method  # noqa: E402
+from foveate.engine.cache_argument import cache_of  # noqa: E402
 from foveate.families import FAMILIES, find_family  # noqa: E402
 from foveate.families.plain import PlainEncoder  # noqa: E402
 from foveate.families.retrieval import Retriever  # noqa: E402
@@ -146,7 +147,7 @@ def masks_cut(model: Any, cut: list[int]) -> Iterator[None]:
         mask = kwargs["attention_mask"]
         key = cut[number], id(mask)
         if (made := known.get(key)) is None or made[0] is not mask:
-            slots = slots_of(kwargs["past_key_values"].layers[number]) + hidden.shape[1]
+            slots = slots_of(cache_of(kwargs).layers[number]) + hidden.shape[1]
             gone = 0 if mask is None else mask.shape[3] - slots
             made = known[key] = mask, mask.narrow(3, gone, slots) if gone > 0 else mask
         kwargs["attention_mask"] = made[1]

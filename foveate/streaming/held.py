@@ -68,7 +68,7 @@ class Held:
                 assert layer.slots is not None
                 index = layer.slots.index[0, self.count :] - self.count
                 self.layers[number] = plain = DynamicLayer()
-                vars(plain).update({name: vars(layer)[name] for name in PLAIN})
+                vars(plain).update({n: value for n, value in vars(layer).items() if n in PLAIN})
         if index is not None:
             return index
         size = self.layers[0].keys.shape[2] - self.count

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.engine.cache_argument import cache_of
 from foveate.errors import BudgetError, InputError, LayerError, UnsupportedModelError
 from foveate.robots import Reuse, VLACache
 from tests.policies import ROWS, VISUAL, actions, batch, build, observation, policy, prefix
@@ -88,7 +89,7 @@ def test_keys_of_a_still_row_stay_those_of_the_whole_prompt():
     rule = VLACache(static=1.0, relevant=0.0, growth=1.0, layers=(0, 1, 2, 3, 4, 5))
     hook = model.model.dit.register_forward_pre_hook(
         lambda module, args, kwargs: held.append([
-            (layer.keys[0], layer.values[0]) for layer in kwargs["past_key_values"].layers
+            (layer.keys[0], layer.values[0]) for layer in cache_of(kwargs).layers
         ]),
         with_kwargs=True,
     )  # fmt: skip

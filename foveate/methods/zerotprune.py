@@ -103,7 +103,9 @@ class ZeroTPrune(EncoderScheduled):
             FoveateError: another field does not fit its annotation.
         """
         super().check_fields()
-        if self.iterations is not None and len(self.iterations) != len(self.layers or ()):
+        if self.iterations is not None and (
+            self.layers is None or len(self.iterations) != len(self.layers)
+        ):
             raise LayerError(
                 f"iterations must have one entry for each of the layers {quoted(self.layers)}, got "
                 f"{quoted(self.iterations)}"

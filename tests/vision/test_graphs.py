@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.errors import UnsupportedModelError
+from foveate.errors import LayerError, UnsupportedModelError
 from foveate.families import find_family
 from foveate.methods import BiFormer, FastVGGT, GTPViT, ToC3D, TokenTransforming, ZeroTPrune
 from tests.vision.encoders import ENCODERS, PATCHES, SIDE, SPECIAL, build, images, row_of
@@ -284,6 +284,13 @@ def test_keeping_everything_changes_no_bit(method):
         with foveate.use(model, method):
             got = model(**inputs).last_hidden_state
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("iterations", [(), (3,)])
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_rounds_are_given_with_their_layers(iterations, layers):
+    with pytest.raises(LayerError, match="iterations must have one entry for each of the layers"):
+        ZeroTPrune(layers=layers, keep=9, iterations=iterations)
 
 
 @pytest.mark.parametrize("case", ["gtp-sparse", "gtp-scale", "zero", "transforming"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,18 +10,15 @@ from typing import Any, cast
 
 from foveate.core.budget import per_request
 from foveate.core.resolve import MethodLike, methods_of
-from foveate.errors import FoveateError
 from foveate.integrations.chat import ChatModel
 from foveate.methods import Uniform
 from foveate.run import use
-from foveate.serve.batch import Batch, Ticket
+from foveate.serve.batch import Batch, Ticket, told
 from foveate.serve.choices import Choices, changed
-from foveate.serve.errors import ServerError, busy, too_late
+from foveate.serve.errors import busy, too_late
 from foveate.serve.placeholders import Placeholders
 from foveate.serve.request import Delta, End, Question
 from foveate.tune.policy import Policy
-
-log = logging.getLogger("foveate.serve")
 
 
 class Engine:
@@ -107,6 +103,7 @@ class Engine:
                     return
         finally:
             ticket.cancelled.set()
+            self._forget(ticket)
 
     async def methods(self) -> list[dict[str, Any]]:
         """All methods, and whether they work on the model; see `Choices.listing`."""
@@ -138,6 +135,11 @@ class Engine:
             self._queue.append(ticket)
             self._changed.notify_all()
 
+    def _forget(self, ticket: Ticket) -> None:
+        """Let go of a ticket that nobody waits for, with its images, if no batch has begun it."""
+        with self._changed:
+            self._queue = [one for one in self._queue if one is not ticket]
+
     def _work(self) -> None:
         while tickets := self._next():
             self._answer(tickets)
@@ -166,11 +168,11 @@ class Engine:
             Batch(self._chat, tickets, self._session(tickets), self.max_tokens).run()
         except Exception as error:
             if len(tickets) == 1:
-                tickets[0].close(_told(error))
+                tickets[0].close(told(error))
                 return
             for ticket in tickets:
                 if ticket.begun:
-                    ticket.close(_told(error))
+                    ticket.close(told(error))
                 elif not ticket.over:
                     self._answer([ticket])
 
@@ -194,11 +196,3 @@ def _common(totals: Sequence[int | None]) -> int | list[int] | None:
     they are equal.
     """
     return totals[0] if len({*totals}) == 1 else cast("list[int]", list(totals))
-
-
-def _told(error: Exception) -> Exception:
-    """An error as the client sees it; what is not the client's doing goes to the log."""
-    if isinstance(error, FoveateError):
-        return error
-    log.error("the model failed", exc_info=error)
-    return ServerError(f"the model failed on this request ({type(error).__name__})", 500)

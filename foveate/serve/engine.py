@@ -131,7 +131,7 @@ class Engine:
     def _put(self, ticket: Ticket) -> None:
         with self._changed:
             if self._closing:
-                raise busy("the server is stopping")
+                raise busy("the engine has stopped, or is about to")
             self._queue.append(ticket)
             self._changed.notify_all()
 
@@ -142,7 +142,19 @@ class Engine:
 
     def _work(self) -> None:
         while tickets := self._next():
-            self._answer(tickets)
+            try:
+                self._answer(tickets)
+            except Exception as error:
+                self._give_up(tickets, told(error))
+                return
+
+    def _give_up(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        """Refuse all that is held, and stop, so that `alive` says so and somebody starts anew."""
+        with self._changed:
+            self._closing = True
+            left, self._queue = [*tickets, *self._queue], []
+        for ticket in left:
+            ticket.close(error)
 
     def _next(self) -> list[Ticket]:
         """The tickets to answer next, oldest first; none when there will be no more."""
@@ -163,10 +175,16 @@ class Engine:
                 self._changed.wait(left)
 
     def _answer(self, tickets: Sequence[Ticket]) -> None:
-        """Answer tickets together, or each alone where one of them stands in the way."""
+        """Answer tickets together, or each alone where one of them stands in the way.
+
+        Raises:
+            AcceleratorError: the process can compute nothing more.
+        """
         try:
             Batch(self._chat, tickets, self._session(tickets), self.max_tokens).run()
         except Exception as error:
+            if type(error).__name__ == "AcceleratorError":
+                raise
             if len(tickets) == 1:
                 tickets[0].close(told(error))
                 return

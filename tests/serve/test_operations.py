@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 
 import foveate
 from foveate import tiny
@@ -310,6 +311,29 @@ def test_a_model_that_fails_tells_its_log_and_not_the_client(logged):
     failed, request = [json.loads(line) for line in logged.getvalue().splitlines()]
     assert "division by zero" in failed["error"]
     assert request["outcome"] == "500"
+
+
+def test_a_device_that_is_lost_ends_the_engine():
+    """Nothing can be computed any more: who waits is told, and whoever asks for its health."""
+
+    def fail(*_):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    async def go(address):
+        async with client(address) as asked:
+            waiting = [asked.chat.completions.create(**asking(2)) for _ in range(3)]
+            told = await asyncio.gather(*waiting, return_exceptions=True)
+            assert 500 in {error.status_code for error in told} <= {500, 503}
+            with pytest.raises(openai.InternalServerError, match="the engine has stopped"):
+                await asked.chat.completions.create(**asking(2))
+
+    slow = Slow(max_batch=1)
+    slow.engine._chat.model.register_forward_pre_hook(fail)
+    with running(slow.engine, max_tokens=LONG) as address:
+        assert httpx.get(f"{address}/health").status_code == 200
+        asyncio.run(go(address))
+        assert httpx.get(f"{address}/health").status_code == 503
+        assert held(address) == 0
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from foveate.core import Approximate, LayerAttention, LayerShape, Step, VisualTokens, register
-from foveate.core.fields import Natural, Positive, UnitFloat
+from foveate.core.fields import Natural, Range, UnitFloat
 from foveate.ops.merge_map import merge_map, one_of_each_cell, strided
 
 
@@ -57,7 +58,7 @@ class FastVGGT(Approximate):
     """
 
     ratio: UnitFloat = 0.9
-    cell: Positive | None = 2
+    cell: Annotated[int, Range(1, 2**16)] | None = 2
     protect: UnitFloat = 0.1
     seed: Natural = 33
     as_released: bool = False

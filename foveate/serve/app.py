@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from foveate.errors import FoveateError
+from foveate.io.quoting import quoted, shown
 from foveate.serve.errors import RequestError, busy
 from foveate.serve.exchange import Exchange, said, status_of
 from foveate.serve.metrics import Metrics
@@ -123,7 +124,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}", dependencies=[Depends(service.authorise)])
     async def model(name: str) -> Any:
         if name != service.settings.model:
-            raise RequestError(f"there is no model {name!r} here", 404, code="model_not_found")
+            raise RequestError(
+                f"there is no model {quoted(name)} here", 404, code="model_not_found"
+            )
         return _model(service)
 
     @app.get("/v1/methods")
@@ -168,5 +171,6 @@ async def _refuse(_: Request, error: Exception) -> Response:
 async def _refuse_route(request: Request, error: Exception) -> Response:
     """No such route, or not by this verb."""
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path}: {error.detail}"
-    return await _refuse(request, RequestError(what, error.status_code))
+    what = f"{request.method} {shown(request.url.path, 100)}: {error.detail}"
+    headers = dict(error.headers or {})
+    return await _refuse(request, RequestError(what, error.status_code, headers=headers))

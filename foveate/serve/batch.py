@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -9,17 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from foveate.errors import InputError
+from foveate.errors import FoveateError, InputError
 from foveate.integrations.chat import ChatModel
+from foveate.io.quoting import shown
 from foveate.run import Session
 from foveate.serve.choices import Asked
+from foveate.serve.errors import ServerError
 from foveate.serve.request import Delta, End, Question
 from foveate.serve.row_text import RowText
 from foveate.serve.sampling import RowSampling, greedy_config
 from foveate.serve.summary import draw, summarise
+
+log = logging.getLogger("foveate.serve")
 
 
 @dataclass(eq=False)
@@ -53,6 +59,14 @@ class Ticket:
         if not self.closed:
             self.closed = True
             self.emit(event)
+
+
+def told(error: Exception) -> Exception:
+    """An error as the client sees it; what is not the client's doing goes to the log."""
+    if isinstance(error, FoveateError):
+        return error
+    log.error("the model failed", exc_info=error)
+    return ServerError(f"the model failed on this request ({type(error).__name__})", 500)
 
 
 class Batch(StoppingCriteria):
@@ -103,7 +117,7 @@ class Batch(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """(B,) whether each row has ended with its last token."""
         tokens = input_ids[:, -1].tolist()
-        over = [row.take(token) for row, token in zip(self._rows, tokens, strict=True)]
+        over = [_alone(row, token) for row, token in zip(self._rows, tokens, strict=True)]
         return torch.tensor(over, device=input_ids.device)
 
     def end(self, row: _Row, reason: str) -> None:
@@ -111,7 +125,7 @@ class Batch(StoppingCriteria):
         ticket = row.ticket
         first, total = row.first - ticket.arrived, time.monotonic() - ticket.arrived
         asked = {"method": ticket.asked.to_json(), "keep_total": ticket.asked.keep_total}
-        summary = {**asked, **summarise(self._session, row.number)}
+        summary = {**asked, **summarise(self._session, row.number, row.prompt_tokens)}
         summary["seconds"] = {"first_token": round(first, 4), "total": round(total, 4)}
         if ticket.question.show_kept:
             summary["images"] = draw(self._session, row.number, ticket.question.images)
@@ -120,15 +134,19 @@ class Batch(StoppingCriteria):
     def _encode(self) -> dict[str, Any]:
         try:
             return self._chat.encode([ticket.question.messages for ticket in self._tickets])
-        except (ValueError, TypeError, LookupError, StopIteration) as error:
-            raise InputError(f"the model's processor refuses this conversation: {error}") from error
+        except (ValueError, TypeError, LookupError, StopIteration, TemplateError) as error:
+            raise InputError(
+                f"the model's processor refuses this conversation: {shown(error, 300)}"
+            ) from error
 
     def _limit(self, ticket: Ticket, prompt_tokens: int) -> int:
         """Longest answer of a ticket: what was asked for, the engine allows, and the model takes.
 
         Raises:
-            InputError: the prompt alone is longer than the model takes.
+            InputError: the prompt alone is longer than the model takes, or has no tokens.
         """
+        if not prompt_tokens:
+            raise InputError("the prompt of this conversation has no tokens: send text or an image")
         wanted = min(ticket.question.sampling.max_tokens or self._most, self._most)
         config = self._chat.model.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
@@ -139,6 +157,15 @@ class Batch(StoppingCriteria):
                 f"the prompt has {prompt_tokens} tokens, but the model accepts only {longest}"
             )
         return min(wanted, longest - prompt_tokens)
+
+
+def _alone(row: _Row, token: int) -> bool:
+    """Give a row its next token; what fails there, as its drawings may, is no matter of others."""
+    try:
+        return row.take(token)
+    except Exception as error:
+        row.ticket.close(told(error))
+        return True
 
 
 @dataclass(eq=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -11,18 +10,15 @@ from typing import Any, cast
 
 from foveate.core.budget import per_request
 from foveate.core.resolve import MethodLike, methods_of
-from foveate.errors import FoveateError
 from foveate.integrations.chat import ChatModel
 from foveate.methods import Uniform
 from foveate.run import use
-from foveate.serve.batch import Batch, Ticket
+from foveate.serve.batch import Batch, Ticket, told
 from foveate.serve.choices import Choices, changed
-from foveate.serve.errors import ServerError, busy, too_late
+from foveate.serve.errors import busy, too_late
 from foveate.serve.placeholders import Placeholders
 from foveate.serve.request import Delta, End, Question
 from foveate.tune.policy import Policy
-
-log = logging.getLogger("foveate.serve")
 
 
 class Engine:
@@ -107,6 +103,7 @@ class Engine:
                     return
         finally:
             ticket.cancelled.set()
+            self._forget(ticket)
 
     async def methods(self) -> list[dict[str, Any]]:
         """All methods, and whether they work on the model; see `Choices.listing`."""
@@ -134,13 +131,30 @@ class Engine:
     def _put(self, ticket: Ticket) -> None:
         with self._changed:
             if self._closing:
-                raise busy("the server is stopping")
+                raise busy("the engine has stopped, or is about to")
             self._queue.append(ticket)
             self._changed.notify_all()
 
+    def _forget(self, ticket: Ticket) -> None:
+        """Let go of a ticket that nobody waits for, with its images, if no batch has begun it."""
+        with self._changed:
+            self._queue = [one for one in self._queue if one is not ticket]
+
     def _work(self) -> None:
         while tickets := self._next():
-            self._answer(tickets)
+            try:
+                self._answer(tickets)
+            except Exception as error:
+                self._give_up(tickets, told(error))
+                return
+
+    def _give_up(self, tickets: Sequence[Ticket], error: Exception) -> None:
+        """Refuse all that is held, and stop, so that `alive` says so and somebody starts anew."""
+        with self._changed:
+            self._closing = True
+            left, self._queue = [*tickets, *self._queue], []
+        for ticket in left:
+            ticket.close(error)
 
     def _next(self) -> list[Ticket]:
         """The tickets to answer next, oldest first; none when there will be no more."""
@@ -161,16 +175,22 @@ class Engine:
                 self._changed.wait(left)
 
     def _answer(self, tickets: Sequence[Ticket]) -> None:
-        """Answer tickets together, or each alone where one of them stands in the way."""
+        """Answer tickets together, or each alone where one of them stands in the way.
+
+        Raises:
+            AcceleratorError: the process can compute nothing more.
+        """
         try:
             Batch(self._chat, tickets, self._session(tickets), self.max_tokens).run()
         except Exception as error:
+            if type(error).__name__ == "AcceleratorError":
+                raise
             if len(tickets) == 1:
-                tickets[0].close(_told(error))
+                tickets[0].close(told(error))
                 return
             for ticket in tickets:
                 if ticket.begun:
-                    ticket.close(_told(error))
+                    ticket.close(told(error))
                 elif not ticket.over:
                     self._answer([ticket])
 
@@ -194,11 +214,3 @@ def _common(totals: Sequence[int | None]) -> int | list[int] | None:
     they are equal.
     """
     return totals[0] if len({*totals}) == 1 else cast("list[int]", list(totals))
-
-
-def _told(error: Exception) -> Exception:
-    """An error as the client sees it; what is not the client's doing goes to the log."""
-    if isinstance(error, FoveateError):
-        return error
-    log.error("the model failed", exc_info=error)
-    return ServerError(f"the model failed on this request ({type(error).__name__})", 500)

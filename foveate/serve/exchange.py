@@ -23,6 +23,7 @@ from foveate.serve.settings import Settings
 from foveate.serve.wire import Dialect
 
 log = logging.getLogger("foveate.serve")
+FAILED = "the server failed; its log says more"
 Receive = Callable[[], Awaitable[Any]]
 Result = TypeVar("Result")
 
@@ -65,7 +66,10 @@ class Exchange:
             return Response(status_code=499)
         except BaseException as error:
             self.leave(outcome_of(error))
-            raise
+            if isinstance(error, FoveateError) or not isinstance(error, Exception):
+                raise
+            log.error("a request could not be answered", exc_info=error)
+            raise ServerError(FAILED, 500) from None  # as another error it would cut the connection
 
     async def _respond(self, raw: bytes) -> Response:
         body = await asyncio.to_thread(read, raw, self._kind.body_type, self._settings)
@@ -265,7 +269,7 @@ def said(error: BaseException) -> dict[str, Any]:
     known = isinstance(error, FoveateError)
     return {
         "error": {
-            "message": str(error) if known else "the server failed; its log says more",
+            "message": str(error) if known else FAILED,
             "type": "server_error" if status >= 500 else "invalid_request_error",
             "param": getattr(error, "param", None),
             "code": getattr(error, "code", None) or (type(error).__name__ if known else None),

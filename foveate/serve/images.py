@@ -52,13 +52,17 @@ async def load_images(
 def _inline(url: str, name: str, settings: Settings) -> bytes:
     """The bytes of a data URL."""
     head, comma, text = url.partition(",")
-    if not comma or not head.lower().startswith("data:image/") or not head.endswith(";base64"):
+    head = head.lower()
+    if not comma or not head.startswith("data:image/") or not head.endswith(";base64"):
         raise RequestError(f"{name}: a data URL must begin with data:image/...;base64,")
+    text = "".join(text.split())  # `base64` writes it in lines
     _check_bytes(len(text) * 3 // 4 - 2, name, settings)
     try:
         return base64.b64decode(text, validate=True)
-    except ValueError:
-        raise RequestError(f"{name}: the data URL holds no base64 text") from None
+    except ValueError as error:
+        raise RequestError(
+            f"{name}: the data URL holds no base64 text ({shown(error, 100)})"
+        ) from None
 
 
 async def _remote(
@@ -139,10 +143,17 @@ def _decode(files: Sequence[bytes], settings: Settings) -> list[Image.Image]:
 def _open(data: bytes, name: str) -> Image.Image:
     """An image of which only the header is read."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        moves = image.format != "MPO" and getattr(image, "is_animated", False)  # MPO: a preview
     except UnidentifiedImageError:
         raise RequestError(
             f"{name}: damaged, or not in one of the formats {', '.join(FORMATS)}"
         ) from None
     except Exception as error:  # damaged headers raise all kinds
         raise RequestError(f"{name}: cannot be read ({shown(str(error), 100)})") from None
+    if moves:
+        raise RequestError(
+            f"{name}: an animation, of which the model would see the first frame alone; send its "
+            "frames as images"
+        )
+    return image

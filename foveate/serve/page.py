@@ -48,7 +48,7 @@ def style() -> Response:
     return _file("page.css", "text/css")
 
 
-@router.get("/example/{number}")
+@router.get("/example/{number:int}")
 def example(number: int) -> dict[str, Any]:
     """A drawn scene for those who have no image at hand.
 

@@ -34,13 +34,12 @@ class Placeholders:
         Raises:
             InputError: so it is.
         """
-        parts = (part for message in question.messages for part in message["content"])
-        for part in parts:
-            if part["type"] != "text":
-                continue
+        for message in question.messages:
+            said = [part["text"] for part in message["content"] if part["type"] == "text"]
+            joined = ("".join(said), "".join(part.strip() for part in said))  # as templates do
             for text in self._texts:
-                if text in part["text"]:
+                if any(text in one for one in (*said, *joined)):
                     raise InputError(
-                        f"the text holds {text!r}, which stands for an image in this model's "
-                        "prompts; send images as parts of the message"
+                        f"the text holds {text!r}, which stands for an image or another medium in "
+                        "this model's prompts; send images as parts of the message"
                     )

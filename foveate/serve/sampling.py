@@ -59,13 +59,14 @@ class _Draw:
     """Draws of one row, made on the CPU, where a seed means the same everywhere."""
 
     def __init__(self, sampling: Sampling) -> None:
-        self._temperature = sampling.temperature
+        self._temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
         self._nucleus = TopPLogitsWarper(sampling.top_p) if sampling.top_p < 1 else None
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, scores: Tensor) -> int:
-        scores = scores.float().cpu()[None] / self._temperature
+        scores = scores.float().cpu()[None]
+        scores = (scores - scores.max()) / self._temperature  # of which none is infinite but -inf
         if self._nucleus is not None:
             scores = self._nucleus(None, scores)
         return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from foveate.io.quoting import shown
 from foveate.serve.errors import RequestError
@@ -48,12 +48,29 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields of OpenAI's that are not supported, and the values that ask for nothing."""
+WORDS = {
+    "model_type": "must be an object",
+    "model_attributes_type": "must be an object",
+    "dict_type": "must be an object",
+    "union_tag_not_found": "needs a type",
+}
+"""What pydantic says in terms of its own, in those of JSON."""
+TEXTS = ("content", "input", "stop")
+"""Lists in place of which a text is taken."""
 SOUND = ("input_audio", "audio", "audio_url")
 """Types of parts that hold audio, as clients spell them."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, given: Any) -> Any:
+        """Without what is null: clients that repeat an answer send all fields it could have."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class _Image(_Strict):
@@ -68,6 +85,13 @@ class TextPart(_Strict):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+
+    @field_validator("text")
+    @classmethod
+    def _whole(cls, text: str) -> str:
+        """JSON can spell halves of characters, of which no tokenizer makes anything."""
+        text.encode()
+        return text
 
 
 class ImagePart(_Strict):
@@ -131,12 +155,13 @@ class _Body(_Strict):
         """What removes visual tokens."""
         return Choice(self.method, self.keep, self.fields or {})
 
-    def sampling_with(self, settings: Settings, most: int | None, **more: Any) -> Sampling:
-        """How the answer is made; `most` is its longest."""
+    def sampling_with(self, settings: Settings, limit: str, **more: Any) -> Sampling:
+        """How the answer is made; `limit` is the field that has its longest."""
+        most: int | None = getattr(self, limit)
         if most is not None and most > settings.max_tokens:
             raise RequestError(
                 f"the answer may have up to {settings.max_tokens} tokens here, got {most}",
-                param="max_tokens",
+                param=limit,
             )
         return Sampling(most, self.temperature or 0.0, self.top_p or 1.0, **more)
 
@@ -172,8 +197,8 @@ class ChatBody(_Body):
 
     def sampling(self, settings: Settings) -> Sampling:
         """How the answer is made."""
-        most = self.max_completion_tokens or self.max_tokens
-        return self.sampling_with(settings, most, seed=self.seed, stop=tuple(self.stop or ()))
+        limit = "max_completion_tokens" if self.max_completion_tokens else "max_tokens"
+        return self.sampling_with(settings, limit, seed=self.seed, stop=tuple(self.stop or ()))
 
 
 class ResponsesBody(_Body):
@@ -198,7 +223,7 @@ class ResponsesBody(_Body):
 
     def sampling(self, settings: Settings) -> Sampling:
         """How the answer is made."""
-        return self.sampling_with(settings, self.max_output_tokens)
+        return self.sampling_with(settings, "max_output_tokens")
 
 
 Body = ChatBody | ResponsesBody
@@ -224,9 +249,9 @@ def read(raw: bytes, kind: type[Body], settings: Settings) -> Body:
             raise RequestError(f"{name} is not supported by this server{why}", param=name)
     try:
         body: Body = kind.model_validate(wanted)
+        _check(body, settings)
     except ValidationError as error:
         raise _told(error) from None
-    _check(body, settings)
     return body
 
 
@@ -278,7 +303,7 @@ def urls_of(body: Body) -> list[str]:
 def _told(error: ValidationError) -> RequestError:
     """The first error of a body, as one line."""
     first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
+    where = _path(first["loc"])
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field {shown(where, 100)}", param=where)
     if first["type"] == "union_tag_invalid" and _kind(first["input"]) in SOUND:
@@ -287,7 +312,18 @@ def _told(error: ValidationError) -> RequestError:
             "messages hold text and images alone",
             param=where,
         )
-    return RequestError(f"{shown(where, 100)}: {shown(first['msg'], 200)}", param=where)
+    why = WORDS.get(first["type"], first["msg"])
+    if first["type"] == "list_type":
+        why = "must be a text or a list" if first["loc"][-1] in TEXTS else "must be a list"
+    return RequestError(
+        f"{shown(where, 100) or 'the body'}: {shown(why, 200)}", param=where or None
+    )
+
+
+def _path(steps: tuple[int | str, ...]) -> str:
+    """Where a value is in a body, without the type of a part, which pydantic counts as a step."""
+    parts = [n for n, step in enumerate(steps) if n > 1 and steps[n - 2] == "content"]
+    return ".".join(str(step) for n, step in enumerate(steps) if n not in parts)
 
 
 def _kind(part: Any) -> Any:

@@ -18,21 +18,25 @@ from foveate.report.draw import show_stages
 from foveate.run import Session
 
 
-def summarise(session: Session, row: int) -> dict[str, Any]:
+def summarise(session: Session, row: int, prompt_tokens: int) -> dict[str, Any]:
     """What a session did to one row of the batch that it saw last, as it would be alone.
 
     Args:
         session: attached or left.
         row: row of the batch, 0-based.
+        prompt_tokens: of the row, without padding.
 
     Returns:
         `visual_tokens`: `before`, and `after` the last step.
         `flops`: of the language model on the prompt, and with all tokens (`prefill_all`).
         `kv_bytes`: of the cache after the prompt, `now` and with `all` tokens.
     """
-    assert session.record is not None  # a prompt has passed
-    family = session.family
-    record = _filled(of_row(session.record, row), family.text_layers)
+    family, seen = session.family, session.record
+    if seen is None or not seen.images:  # text passed through, of which the record tells no rows
+        own = Record(1, [prompt_tokens], [], [], [])
+    else:
+        own = of_row(seen, row)
+    record = _filled(own, family.text_layers)
     whole, dtype = unpruned(record), session._model.dtype
     before, after = record.visual_tokens(0)
     return {
@@ -54,10 +58,10 @@ def draw(session: Session, row: int, images: Sequence[Image.Image]) -> list[dict
     A stage whose tokens cannot be placed on the image has a `picture` of `None`, and says why in
     `note`.
     """
-    assert session.record is not None
-    record = of_row(session.record, row)
     if not images:
         return []
+    assert session.record is not None  # a prompt has passed
+    record = of_row(session.record, row)
     try:
         drawn: Sequence[dict[str, Image.Image]] = show_stages(record, images)
         note = None

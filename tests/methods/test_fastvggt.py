@@ -322,7 +322,7 @@ def test_what_cannot_be_honoured_is_refused():
         FastVGGT(keep=0.5)
     with pytest.raises(LayerError, match="ascending"):
         FastVGGT(layers=(2, 1))
-    for wrong in ({"ratio": 1.5}, {"cell": 0}, {"protect": -0.1}, {"seed": -1}):
+    for wrong in ({"ratio": 1.5}, {"cell": 0}, {"cell": 2**32}, {"protect": -0.1}, {"seed": -1}):
         with pytest.raises(FoveateError, match=next(iter(wrong))):
             FastVGGT(**wrong)
 

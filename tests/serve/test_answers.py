@@ -179,6 +179,23 @@ def test_conversations_have_several_turns(address, loaded, scenes):
     assert got.usage.prompt_tokens == inputs["input_ids"].shape[1]
 
 
+def test_an_answer_can_be_sent_back_as_it_is(address, scenes):
+    """With all fields that a client's objects have, most of which are null."""
+    scene = scenes[0]
+    first = turn(scene.questions[0].text, scene.image)
+    got = ask(address, [first]).choices[0].message
+    assert got.model_dump()["tool_calls"] is None
+    again = ask(address, [first, got.model_dump(), turn(scene.questions[1].text)])
+    assert again.choices[0].message.content
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-7])
+def test_the_least_temperatures_take_the_likeliest_token(address, scenes, temperature):
+    messages = [turn(scenes[0].questions[0].text, scenes[0].image)]
+    want = ask(address, messages).choices[0].message.content
+    assert ask(address, messages, temperature=temperature).choices[0].message.content == want
+
+
 def test_models_and_methods(address):
     listed = httpx.get(f"{address}/v1/methods").json()
     assert {entry["slug"] for entry in listed} == set(foveate.list_methods())

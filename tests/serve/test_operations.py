@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 
 import foveate
 from foveate import tiny
@@ -138,6 +140,63 @@ def test_a_row_that_is_left_ends_alone():
         asyncio.run(go(address, slow))
 
 
+def test_who_leaves_the_queue_is_forgotten():
+    """With the images of the request, however long others are answered."""
+
+    async def go(address):
+        async with client(address) as asked:
+            long = asyncio.ensure_future(asked.chat.completions.create(**asking(LONG)))
+            await until(lambda: held(address) == 1)
+            with pytest.raises(openai.APITimeoutError):
+                await asked.with_options(timeout=0.3).chat.completions.create(**asking(1))
+            await until(lambda: held(address) == 1)
+            assert metrics(address)["foveate_queue_length"] == 0
+            assert not long.done()
+            long.cancel()
+
+    with slowly(max_batch=1) as (address, _):
+        asyncio.run(go(address))
+
+
+def test_what_fails_in_a_row_is_no_matter_of_others(monkeypatch):
+    """The first to end cannot be drawn; the other has begun, and is answered to its end."""
+
+    def fail(*_):
+        raise ValueError("a secret")
+
+    async def go(address):
+        async with client(address) as asked:
+            return await asyncio.gather(
+                asked.chat.completions.create(**asking(3, extra_body={"show_kept": True})),
+                asked.chat.completions.create(**asking(9)),
+                return_exceptions=True,
+            )
+
+    monkeypatch.setattr("foveate.serve.batch.draw", fail)
+    with slowly(max_wait=200) as (address, _):
+        drawn, other = asyncio.run(go(address))
+    assert drawn.status_code == 500
+    assert "a secret" not in drawn.message
+    assert other.usage.completion_tokens == 9
+
+
+def test_a_fault_leaves_the_connection_to_other_requests(monkeypatch):
+    def fail(*_):
+        raise LookupError("a secret")
+
+    monkeypatch.setattr("foveate.serve.choices.Choices.resolve", fail)
+    with running(Engine(*tiny.load(), max_tokens=2)) as address:
+        line = http.client.HTTPConnection(address.removeprefix("http://"))
+        for _ in range(2):
+            body, kind = json.dumps(asking(1)), {"content-type": "application/json"}
+            line.request("POST", "/v1/chat/completions", body, kind)
+            got = line.getresponse()
+            assert got.status == 500
+            assert b"a secret" not in got.read()
+            time.sleep(0.1)  # in which a server that closes the connection does so
+        line.close()
+
+
 def test_a_deadline_that_passes_is_told():
     with slowly({"deadline": 1.0}) as (address, slow):
         begun = time.monotonic()
@@ -252,6 +311,29 @@ def test_a_model_that_fails_tells_its_log_and_not_the_client(logged):
     failed, request = [json.loads(line) for line in logged.getvalue().splitlines()]
     assert "division by zero" in failed["error"]
     assert request["outcome"] == "500"
+
+
+def test_a_device_that_is_lost_ends_the_engine():
+    """Nothing can be computed any more: who waits is told, and whoever asks for its health."""
+
+    def fail(*_):
+        raise torch.AcceleratorError("device-side assert triggered")
+
+    async def go(address):
+        async with client(address) as asked:
+            waiting = [asked.chat.completions.create(**asking(2)) for _ in range(3)]
+            told = await asyncio.gather(*waiting, return_exceptions=True)
+            assert 500 in {error.status_code for error in told} <= {500, 503}
+            with pytest.raises(openai.InternalServerError, match="the engine has stopped"):
+                await asked.chat.completions.create(**asking(2))
+
+    slow = Slow(max_batch=1)
+    slow.engine._chat.model.register_forward_pre_hook(fail)
+    with running(slow.engine, max_tokens=LONG) as address:
+        assert httpx.get(f"{address}/health").status_code == 200
+        asyncio.run(go(address))
+        assert httpx.get(f"{address}/health").status_code == 503
+        assert held(address) == 0
 
 
 @contextmanager

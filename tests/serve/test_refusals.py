@@ -100,6 +100,13 @@ ONE = [{"role": "user", "content": "star ?"}]
         ({"messages": [{"role": "user"}]}, "content"),
         ({"messages": [{"role": "user", "content": []}]}, "needs content"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "audio is not"),
+        ({"messages": [5]}, "messages.0: must be an object"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content: must be a text or a list"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "content.0: needs a type"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "content.0.text: Value error"),
+        ({"messages": asking(None)}, "messages.0.content.0.image_url.url: Field required"),
+        ({"stop": 5}, "stop: must be a text or a list"),
+        ({"fields": []}, "fields: must be an object"),
         ({"messages": [*ONE, {"role": "assistant", "content": "r"}]}, "must be the user's"),
         ({"messages": [{"role": "user", "content": "a <image> b"}]}, "stands for an image"),
         ({"messages": [{"role": "user", "content": "star " * 3000}]}, "but the model accepts only"),
@@ -109,6 +116,7 @@ ONE = [{"role": "user", "content": "star ?"}]
         ({"messages": asking("https://example.org/a.png")}, "does not fetch from example.org"),
         ({"messages": asking("data:text/html;base64,aaaa")}, "must begin with data:image"),
         ({"messages": asking("data:image/png;base64,a*aa")}, "no base64 text"),
+        ({"messages": asking("data:image/png;base64,aaa")}, "no base64 text (Incorrect padding)"),
         ({"messages": asking("data:image/png;base64,aaaa")}, "damaged, or not in one of the"),
         ({"messages": asking("data:image/png;base64," + "A" * 200_000)}, "more bytes than"),
         ({"messages": asking(data_url(image(500, 500)))}, "250000 pixels"),
@@ -156,6 +164,8 @@ def test_what_is_no_json_object_is_refused(small, body):
 
 def test_halves_of_characters_do_no_harm(small):
     """JSON can spell them, UTF-8 cannot."""
+    broken = b'{"model": "tiny", "input": "a", "instructions": "\\ud800"}'
+    assert post(small, broken, "responses").status_code == 400
     broken = b'{"model": "tiny", "\\ud800": 1, "messages": [{"role": "user", "content": "a"}]}'
     assert post(small, broken).status_code == 400
     broken = b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'
@@ -224,10 +234,54 @@ def test_what_needs_a_key(small):
 
 
 def test_unknown_routes_answer_in_the_same_form(small):
-    assert "Not Found" in said(httpx.get(f"{small}/v1/other"))
+    for path in ("v1/other", "v1/a%0Ab" + "c" * 1000, "example/x"):
+        assert "Not Found" in said(httpx.get(f"{small}/{path}"))
     got = httpx.get(f"{small}/v1/chat/completions")
     assert got.status_code == 405
+    assert got.headers["allow"] == "POST"
     assert said(got)
+    key = {"authorization": f"Bearer {KEY}"}
+    assert "no model" in said(httpx.get(f"{small}/v1/models/{'x' * 1000}", headers=key))
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "param"),
+    [
+        ("chat/completions", {"max_tokens": 17}, "max_tokens"),
+        ("chat/completions", {"max_completion_tokens": 17}, "max_completion_tokens"),
+        ("responses", {"max_output_tokens": 17}, "max_output_tokens"),
+        ("chat/completions", {"messages": asking(5)}, "messages.0.content.0.image_url.url"),
+        ("responses", {"input": [{"role": "user", "content": [5]}]}, "input.0.content.0"),
+    ],
+    ids=str,
+)
+def test_the_field_that_is_wrong_is_named(small, path, change, param):
+    own = {"input": "star ?"} if path == "responses" else {"messages": ONE}
+    got = post(small, {"model": "tiny", **own, **change}, path)
+    assert got.status_code == 400
+    assert got.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_animations_are_refused(small, kind):
+    """A model would see their first frame alone. A photograph's preview is no second frame."""
+    file, frames = io.BytesIO(), [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    url = f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    got = post(small, {"model": "tiny", "messages": asking(url)})
+    assert got.status_code == 400
+    assert "image 1: an animation" in said(got)
+    assert post(small, {"model": "tiny", "messages": asking(data_url(frames[0], kind))}).is_success
+    file = io.BytesIO()
+    frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
+    url = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    assert post(small, {"model": "tiny", "messages": asking(url)}).is_success
+
+
+def test_base64_text_may_have_lines(small):
+    head, _, text = data_url(image()).partition(",")
+    for url in (f"{head},\n{text[:20]}\r\n {text[20:]}\n", f"{head.upper()},{text}"):
+        assert post(small, {"model": "tiny", "messages": asking(url)}).is_success
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,13 @@ def test_keeping_everything_changes_no_bit(method):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("iterations", [(), (3,)])
+@pytest.mark.parametrize("layers", [None, (1, 2)])
+def test_rounds_are_given_with_their_layers(iterations, layers):
+    with pytest.raises(LayerError, match="iterations must have one entry for each of the layers"):
+        ZeroTPrune(layers=layers, keep=9, iterations=iterations)
+
+
 @pytest.mark.parametrize("case", ["gtp-sparse", "gtp-scale", "zero", "transforming"])
 def test_gradients_flow(case):
     model, inputs = build(ENCODERS, "vit").train(), images()

@@ -85,6 +85,6 @@ def answers(tmp_path_factory, environment, checkpoint):
 def run(environment, module, *arguments):
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

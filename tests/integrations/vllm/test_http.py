@@ -43,7 +43,7 @@ def client(environment, checkpoint, tmp_path_factory):
         server.wait(60)
 
 
-def wait(server, url, log, seconds=240):
+def wait(server, url, log, seconds=600):
     for _ in range(seconds):
         try:
             urllib.request.urlopen(url, timeout=5)

@@ -7,8 +7,9 @@ with low-rank changes of the language model. The tower is frozen, so what it see
 `--cache`. The schedule follows the clock. A run goes on where its last checkpoint was written.
 
 The outcome, `adapter.safetensors`, holds the projector and the changes; `recipes.real_adapter` puts
-them into a model. `recipes/real_vlm.safetensors` is that of the run in docs/results-real.md: 12
-chunks, `--minutes 64` on a busy machine, of which 39 were spent. `--start` goes on from it.
+them into a model. `recipes/real_vlm.safetensors` is that of docs/results-real.md: 508 steps with
+`--chunks 12 --minutes 64`, 39 of which were spent on a busy machine, and 866 with `--chunks 40
+--minutes 64 --start` and what came of them. `--start` goes on from it.
 """
 
 import json

@@ -85,14 +85,15 @@ def watch(stream, number, oracle, plain, keep=False):
 def against_oracle(method, oracle, *options, keeps=(), rule=None, positions="original"):
     """Give all chunks to both, and ask both now and then; `options` are of the oracle's `add`."""
     plain = Oracle(model_of(), None)
+    features = [features_of(number) for number in range(len(CHUNKS))]  # with nothing removed
     with foveate.use(model_of(), method) as run:
         stream = Stream(run, oracle.cap, rule, reserve=oracle.reserve, positions=positions)
         for number, arguments in enumerate(CHUNKS):
             inputs = chunk(**arguments)
             stream.add(**inputs)
             ids = inputs["input_ids"][0].tolist()
-            oracle.add(ids, features_of(number), *options)
-            plain.add(ids, features_of(number))
+            oracle.add(ids, features[number], *options)
+            plain.add(ids, features[number])
             assert stream.tokens == len(oracle.seen[0][0])
             if number in (1, 4, len(CHUNKS) - 1):
                 watch(stream, number, oracle, plain, keep=number in keeps)

@@ -244,12 +244,14 @@ class Attachment(ABC):
 
         @torch.compiler.disable
         def begin(*call: Any) -> Any:
+            local.begun = False  # to the end, if the hook refuses the call
+            changed = hook(*call)
             local.begun = True
-            return hook(*call)
+            return changed
 
         @untraced
         def forward(module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
-            if not vars(local).pop("begun", False):
+            if not vars(local).pop("begun", False):  # nobody has called the module
                 args, kwargs = hook(module, args, kwargs) or (args, kwargs)
             return forward_of(module, own)(*args, **kwargs)
 

@@ -170,6 +170,19 @@ def test_a_forward_that_is_called_itself_sees_labels(model, training):
     assert kept == [kept[0]] * 4
 
 
+def test_a_forward_after_a_refused_call_sees_labels(model, monkeypatch):
+    labels = torch.full_like(INPUTS["input_ids"], -100)
+    labels[:, -2:] = INPUTS["input_ids"][:, -2:]
+    with foveate.use(model, METHODS["llm"]) as run:
+        want = model(**INPUTS, labels=labels).loss, run.record.images[0].kept["llm:2"]
+        with monkeypatch.context() as patch:
+            patch.setattr("foveate.engine.model_hooks.labels_of", lambda *args: {}["refused"])
+            with pytest.raises(KeyError):
+                model(**INPUTS, labels=labels)
+        got = model.forward(**INPUTS, labels=labels).loss, run.record.images[0].kept["llm:2"]
+    assert all(map(torch.equal, want, got))
+
+
 # -- what others put on
 
 

@@ -56,6 +56,8 @@ newest: .venv/transformers-$(NEWEST)/.ready  ## test families and engine with th
 		tests/families tests/engine/test_generate.py tests/engine/test_assisted.py \
 		tests/conformance/test_families.py tests/conformance/test_turns.py \
 		tests/conformance/test_chunks.py tests/robots tests/streaming $(PYTEST_ARGS)
+	PYTHONPATH=.venv/transformers-$(NEWEST) $(BIN)/python -m pytest --numprocesses 2 \
+		tests/conformance -k apertus1p5  # which came with it
 
 matrix: .venv/.ready  ## run every cell of the large test tables
 	$(BIN)/python -m pytest --numprocesses 2 --all-cells tests/conformance tests/vision $(PYTEST_ARGS)

@@ -28,8 +28,10 @@ OLDER = {
     # Checkpointing replays hooks there, so a session within it ends in a CheckpointError, and
     # encoders refuse it.
     # New images after a cache: refused there on M-RoPE models, and not followed on Gemma 3.
+    # Chunked prefill loses images there, which is refused.
     "5.23": r"checkpointing_changes_(nothing\[.*-True\]|none|no_gradient\[)"
-    r"|checkpointing_the_tower|run_again_only|test_new_images",
+    r"|checkpointing_the_tower|run_again_only|test_new_images"
+    r"|test_chunked_prefill_(works|cuts)|a_chunk_that_ends_in_a_removed",
 }
 
 # What a release cannot do by itself. In 5.24.0 Llama 4 returns a field of its text model's output

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -135,10 +134,6 @@ def test_chunked_prefill_is_refused_for_methods_that_ask_the_prompt(llava):
         llava.generate(**inputs, max_new_tokens=2, prefill_chunk_size=16)
 
 
-@pytest.mark.skipif(
-    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
-    reason="chunked prefill of this transformers loses images; that is refused",
-)
 def test_a_chunk_that_ends_in_a_removed_token_says_so():
     """Later layers of Gemma 4 compute the last token of a forward alone."""
     member = MEMBERS["gemma4"]()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import foveate
@@ -371,10 +370,6 @@ def test_embeddings_come_back_at_logical_length(llava, method, side):
             assert torch.equal(got[row, position], plain[row, before[-1]])
 
 
-@pytest.mark.skipif(
-    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
-    reason="chunked prefill of this transformers loses images; that is refused",
-)
 @pytest.mark.parametrize(
     "method", [EveryThird(keep=12), EveryThird(keep=12, positions="renumbered")]
 )
@@ -387,10 +382,6 @@ def test_chunked_prefill_works_without_queries(llava, method, chunk):
     assert (torch.stack(want.logits) - torch.stack(got.logits)).abs().max() <= TOLERANCE
 
 
-@pytest.mark.skipif(
-    not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"),
-    reason="chunked prefill of this transformers loses images; that is refused",
-)
 @pytest.mark.parametrize("chunk", [7, 16, 100])
 def test_chunked_prefill_cuts_no_image_of_features_apart(llava, chunk):
     """Features that were made outside the session: the budget is that of the image, not of what a

@@ -7,19 +7,16 @@ from typing import Any
 
 from foveate.core.tokens import Shape
 from foveate.errors import InputError
-from foveate.families.family import Family, register_family
+from foveate.families.codes import Codes
+from foveate.families.family import register_family
 
 
 @register_family("apertus1p5")
-class Apertus1p5(Family):
+class Apertus1p5(Codes):
     """`Apertus1p5ForConditionalGeneration` and `Apertus1p5Model`; ends of rows are text."""
 
     text_path = "language_model"
     placed_by = ("image_sizes",)
-
-    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
-        """Codes are what a convolutional encoder says of a neighbourhood."""
-        return "visual tokens are codes, made by convolutions over neighbouring patches"
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, and grids of codes.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from foveate.families.family import Family, register_family
+from foveate.families.codes import Codes
+from foveate.families.family import register_family
 
 
 @register_family("chameleon")
-class Chameleon(Family):
+class Chameleon(Codes):
     """`ChameleonForConditionalGeneration` and `ChameleonModel`."""
 
     text_path = ""
@@ -31,7 +32,3 @@ class Chameleon(Family):
             places = self.text.get_placeholder_mask(ids, embeds, rows)
             embeds = embeds.masked_scatter(places, rows)
         return {**rest, "inputs_embeds": embeds}
-
-    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
-        """Codes are what a convolutional encoder says of a neighbourhood."""
-        return "visual tokens are codes, made by convolutions over neighbouring patches"

@@ -9,22 +9,19 @@ import torch
 from torch import Tensor
 
 from foveate.core.tokens import Shape
-from foveate.families.family import Family, register_family
+from foveate.families.codes import Codes
+from foveate.families.family import register_family
 from foveate.families.rows import in_one_row
 from foveate.record.boxes import cells
 
 
 @register_family("emu3")
-class Emu3(Family):
+class Emu3(Codes):
     """`Emu3ForConditionalGeneration` and `Emu3Model`; ends of rows are visual tokens too."""
 
     text_path = "text_model"
     planar = False  # codes and ends of rows form no single grid
     placed_by = ("image_sizes",)
-
-    def mixing(self, modality: str, arguments: Mapping[str, Any]) -> str:
-        """Codes are what a convolutional encoder says of a neighbourhood."""
-        return "visual tokens are codes, made by convolutions over neighbouring patches"
 
     def shapes(self, modality: str, pooled: Any, arguments: Mapping[str, Any]) -> list[Shape]:
         """Token counts, in one row each.
